@@ -1,0 +1,7 @@
+"""nanoft: fine-tune causal language models in a handful of files that one person can read in an afternoon."""
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """Something the user must change: commands print it as one line (what, where, the fix) and exit with code 2."""

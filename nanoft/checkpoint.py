@@ -1,0 +1,288 @@
+"""Checkpoints that are either whole or not there.
+
+A save that is interrupted must never cost the checkpoint before it, and a checkpoint that was damaged on disk must
+never be trained on. So a checkpoint is written aside and made real by one atomic rename, and nothing is believed that
+does not match its hash:
+
+    .tmp-step-000100-<pid>/   each file is streamed, hashed on the way, and fsynced
+    manifest.json             size and SHA-256 of every file; written last, fsynced; then the directory is fsynced
+    rename to step-000100     atomic; then the parent directory is fsynced
+    rotation                  only now may an older checkpoint go; never the best, never the newest
+
+Loading verifies every byte, and falls back to the newest checkpoint that is whole. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanoft import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the tensors of a file: dtype and shape by name
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Damaged(Exception):
+    """A checkpoint that must not be used, and why."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A verified checkpoint: its directory, its state, and its tensors by file (`adapter`, `optimizer`, ...)."""
+
+    path: Path
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.path / f"{name}.safetensors")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory."""
+
+    def __init__(self, directory: Path, keep: int):
+        """
+        Args:
+            directory: made if it is missing; half-written leftovers of killed saves are removed.
+            keep: so many of the newest stay, and the best besides.
+        """
+        self.directory, self.keep = directory, keep
+        self.best_file = directory.parent / "best.json"
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(".tmp-step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        best: tuple[int, float] | None = None,
+    ) -> Path:
+        """Write checkpoint `step`; when this returns it is on the disk, whole.
+
+        Args:
+            tensors: file name without suffix -> named tensors.
+            state: JSON values.
+            best: step and validation loss of the best checkpoint, which may be this one; noted in best.json.
+        Raises:
+            OSError: the disk refused; every earlier checkpoint is untouched.
+        """
+        aside = self.directory / f".tmp-step-{step:06d}-{os.getpid()}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.mkdir(aside)
+        try:
+            files = {f"{n}.safetensors": write_tensors(aside / f"{n}.safetensors", t) for n, t in tensors.items()}
+            files["state.json"] = write_file(aside / "state.json", [_dump(state)])
+            write_file(aside / MANIFEST, [_sealed({"format": FORMAT, "step": step, "files": files})])
+            sync_directory(aside)
+            final = self._publish(aside, step)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if best is not None:
+            self._mark_best(*best)
+        self._rotate(step)
+        return final
+
+    def newest(self) -> tuple[Saved | None, list[str]]:
+        """The newest checkpoint that is whole (None if there is none at all), and what is wrong with newer ones.
+
+        Raises:
+            UserError: there are checkpoints, and every one is damaged.
+        """
+        damage: list[str] = []
+        for step in sorted(self.steps(), reverse=True):
+            try:
+                return verify(self.path(step)), damage
+            except Damaged as reason:
+                damage.append(str(reason))
+        if damage:
+            raise UserError(f"{damage[0]}; no other checkpoint is whole: start anew with another output.dir")
+        return None, []
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in rising order."""
+        names = (re.fullmatch(r"step-(\d{6,})", path.name) for path in self.directory.iterdir())
+        return sorted(int(match[1]) for match in names if match)
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step-{step:06d}"
+
+    def _mark_best(self, step: int, validation_loss: float) -> None:
+        """Note which checkpoint is the best so far; replaced atomically."""
+        record = {"step": step, "validation_loss": validation_loss, "checkpoint": f"checkpoints/step-{step:06d}"}
+        replace_file(self.best_file, _dump(record))
+
+    def best_step(self) -> int | None:
+        if not self.best_file.is_file():
+            return None
+        step = json.loads(self.best_file.read_text(encoding="utf-8"))["step"]
+        return step if self.path(step).is_dir() else None
+
+    def _publish(self, aside: Path, step: int) -> Path:
+        """Give the finished directory its name; an older one of the same step (damaged, or redone) makes way."""
+        final = self.path(step)
+        if final.exists():
+            trash = self.directory / f".tmp-step-{step:06d}-{os.getpid()}-old"
+            os.rename(final, trash)
+            os.rename(aside, final)
+            shutil.rmtree(trash, ignore_errors=True)
+        else:
+            os.rename(aside, final)
+        sync_directory(self.directory)
+        return final
+
+    def _rotate(self, newest: int) -> None:
+        """Remove what is older than the last `keep`, manifest first, so that what is half removed does not count.
+
+        Steps beyond `newest` were left by a run that went back; they are damaged or about to be redone, and must not
+        push out checkpoints that are whole.
+        """
+        own = [step for step in self.steps() if step <= newest]
+        spared = {*own[-self.keep :], self.best_step()}
+        for step in own:
+            if step not in spared:
+                (self.path(step) / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+
+def verify(path: Path) -> Saved:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        Damaged: anything missing, surplus, changed, or not a plain file.
+    """
+    body = _read_manifest(path)
+    names = {entry.name for entry in path.iterdir()}
+    if odd := sorted(names ^ {*body["files"], MANIFEST}):
+        raise Damaged(f"{path / odd[0]}: {'surplus' if odd[0] in names else 'missing'}")
+    for name, expected in body["files"].items():
+        if (path / name).is_symlink() or not (path / name).is_file():
+            raise Damaged(f"{path / name}: not a plain file")
+        if hash_file(path / name) != expected:
+            raise Damaged(f"{path / name}: its content is not what was saved")
+    try:
+        return Saved(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise Damaged(f"{path}: {error}") from None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest's body, if its own hash is right and its names stay inside the directory."""
+    try:
+        sealed = json.loads((path / MANIFEST).read_bytes())
+        body: dict[str, Any] = sealed["body"]
+        good = sealed["sha256"] == hashlib.sha256(_dump(body)).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise Damaged(f"{path / MANIFEST}: missing or not readable: the save was not finished") from None
+    if not good or body.get("format") != FORMAT:
+        raise Damaged(f"{path / MANIFEST}: its content is not what was saved")
+    if any(Path(name).name != name for name in body["files"]):
+        raise Damaged(f"{path / MANIFEST}: names a file outside its directory")
+    return body
+
+
+def encode(specs: Specs, read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+    """Tensors in the safetensors format, one at a time: 8 bytes of header size, JSON header, raw data.
+
+    Args:
+        specs: name -> (dtype, shape) of every tensor of the file.
+        read: gives a tensor by name; called once each, and only one is held.
+    """
+    ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # keeps every tensor aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in ordered:
+        dtype, shape = specs[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in ordered:
+        host = read(name).detach().cpu().contiguous()
+        yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write tensors that are in memory; see `write_file`."""
+    return write_file(
+        path, encode({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.__getitem__)
+    )
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a new file and fsync it; return its size in bytes and SHA-256, computed while writing."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask decides who may read it
+    try:
+        for piece in pieces:
+            digest.update(piece)
+            size += len(piece)
+            rest = memoryview(piece)
+            while len(rest):
+                rest = rest[os.write(descriptor, rest) :]  # a write may be short
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a small file so that a reader sees the old content or the new one, never a mixture."""
+    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    write_file(aside, [content])
+    os.replace(aside, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def _sealed(body: dict[str, Any]) -> bytes:
+    """The manifest with a hash of itself, so that a flipped bit in it is noticed as well."""
+    return _dump({"body": body, "sha256": hashlib.sha256(_dump(body)).hexdigest()})

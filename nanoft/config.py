@@ -1,0 +1,410 @@
+"""Every setting of a run, in one typed tree.
+
+A config is a value: frozen dataclasses, one per concern, that check themselves when they are made and never change.
+A config file is a small Python module that defines `config`, or YAML/JSON with the same sections; one builds on another
+with `base.override({"training.learning_rate": 1e-4})`. Later sources win: the file, then the environment
+(`NANOFT_TRAINING__MAX_STEPS=20`), then the command line (`training.max_steps=20`). A name that does not exist is an
+error with the nearest name that does, because a misspelled setting that is silently ignored costs a GPU day.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from nanoft import UserError
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ENVIRONMENT_PREFIX = "NANOFT_"
+
+
+def between(default: Any, low: float, high: float = math.inf) -> Any:
+    """A dataclass field whose value must lie in [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+class Section:
+    """Base of the section dataclasses: checks types and ranges when an instance is made."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            name = f"{SECTION_NAMES[type(self).__name__]}.{item.name}"
+            _check_type(name, value, hints[item.name])
+            low, high = item.metadata.get("low", -math.inf), item.metadata.get("high", math.inf)
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                wanted = f">= {low}" if high == math.inf else f"between {low} and {high}"
+                raise UserError(f"{name}: {value} is out of range: it must be {wanted}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    name: str = ""  # Hub name or directory in the Hugging Face layout
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 where it is fast
+    max_seq_length: int = between(2048, 8)  # tokens; longer samples are truncated or dropped (data.truncation)
+    random_init: bool = False  # start from random weights: pre-train from config.json and tokenizer alone
+
+
+@dataclass(frozen=True)
+class LoRAConfig(Section):
+    rank: int = between(16, 1, 4096)  # width r of the update B A
+    alpha: float = between(32.0, 1e-6)  # the update is scaled by alpha / rank
+    dropout: float = between(0.0, 0.0, 0.99)  # probability, on the adapter's input only
+    target_modules: tuple[str, ...] = ALL_LINEAR  # last part of the module names that get an adapter
+
+
+@dataclass(frozen=True)
+class QuantizationConfig(Section):
+    bits: Literal[4, 16] = 16  # 4: frozen linears as NF4/FP4 (QLoRA); 16: as they are in model.dtype
+    type: Literal["nf4", "fp4"] = "nf4"  # the 4-bit code book
+    double: bool = True  # quantise the scales of the blocks too: 0.37 bit less per weight
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    train_file: str = ""  # .json or .jsonl
+    validation_file: str | None = None  # none: split from train_file
+    validation_split: float = between(0.05, 0.0, 0.9)  # share of the records held out when there is no validation_file
+    max_samples: int | None = between(None, 1)  # keep only the first so many records of each file
+    packing: bool = False  # several short samples in one row; they never attend to each other
+    truncation: Literal["drop", "prompt"] = "drop"  # over-long: drop the sample, or cut its oldest prompt tokens
+    max_bad_records: float = between(0.05, 0.0, 1.0)  # share of malformed records above which the run stops
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Section):
+    method: Literal["lora", "full"] = "lora"  # train adapters, or every parameter
+    micro_batch_size: int = between(4, 1)  # rows per forward pass
+    gradient_accumulation_steps: int = between(4, 1)  # micro-batches per optimizer step
+    num_epochs: int = between(3, 1)  # passes over the training data
+    max_steps: int | None = between(None, 1)  # stop after so many optimizer steps, whatever num_epochs says
+    learning_rate: float = between(2e-4, 0.0)  # peak
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"  # shape after the warm-up
+    warmup_ratio: float = between(0.03, 0.0, 1.0)  # share of the steps spent on linear warm-up
+    warmup_steps: int | None = between(None, 0)  # if given, beats warmup_ratio
+    min_lr_ratio: float = between(0.0, 0.0, 1.0)  # the schedule ends at learning_rate * min_lr_ratio
+    weight_decay: float = between(0.0, 0.0)  # decoupled (AdamW); matrices only
+    beta1: float = between(0.9, 0.0, 0.99999)  # decay of the gradient's running mean
+    beta2: float = between(0.999, 0.0, 0.99999)  # decay of its running square
+    epsilon: float = between(1e-8, 0.0)  # added to the root of the running square
+    max_grad_norm: float = between(1.0, 0.0)  # clip the global gradient norm to this; 0: no clipping
+    label_smoothing: float = between(0.0, 0.0, 0.99)  # probability spread evenly over the vocabulary
+    log_steps: int = between(10, 1)  # optimizer steps between two `train` lines of metrics.jsonl
+    eval_steps: int = between(100, 0)  # optimizer steps between evaluations; 0: only at the end
+    save_steps: int = between(500, 0)  # optimizer steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = between(3, 1)  # the newest so many, and the best
+    early_stopping_patience: int = between(0, 0)  # stop after so many evaluations without improvement; 0: never
+    early_stopping_threshold: float = between(0.0, 0.0)  # what counts as improvement, in nats per target token
+    max_bad_steps: int = between(5, 1)  # give up after so many steps in a row with a NaN or infinite loss or gradient
+
+
+@dataclass(frozen=True)
+class OutputConfig(Section):
+    dir: str = ""  # run directory; empty: runs/<config name>, plus a hash of the overrides if there are any
+
+
+@dataclass(frozen=True)
+class LoggingConfig(Section):
+    progress_bar: bool = True  # a tqdm bar on stderr
+    show_example: bool = True  # print one training sample with its target tokens marked
+
+
+@dataclass(frozen=True)
+class SystemConfig(Section):
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    seed: int = between(0, 0, 2**32 - 1)  # data order, adapter initialisation, dropout
+    deterministic: bool = False  # deterministic CUDA kernels (slower); the CPU always is
+    threads: int = between(0, 0)  # CPU threads; 0: PyTorch's choice
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Section):
+    batch_size: int = between(16, 1)  # rows per forward pass
+    max_samples: int | None = between(None, 1)  # evaluate the loss on at most so many validation samples
+    prompts: int = between(200, 0)  # held-out prompts answered by base and tuned at the end; 0: none
+    prompt_batch_size: int = between(64, 1)  # prompts answered at once
+    max_new_tokens: int = between(128, 1)  # per answer
+    samples: int = between(3, 0)  # answers shown side by side
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: every section, checked alone and against the others."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.training.method == "full" and self.quantization.bits != 16:
+            raise UserError(
+                "quantization.bits: 4 freezes the base, so training.method=full cannot train it: "
+                "set quantization.bits=16 or training.method=lora"
+            )
+        if self.model.random_init and self.training.method != "full":
+            raise UserError("model.random_init: an adapter on random weights learns nothing: set training.method=full")
+        if not self.lora.target_modules:
+            raise UserError("lora.target_modules: empty: name at least one module, for example q_proj,v_proj")
+        if self.data.validation_file and self.data.validation_file == self.data.train_file:
+            raise UserError("data.validation_file: the same file as data.train_file: leave it out to split that file")
+
+    def override(self, changes: Mapping[str, Any]) -> Config:
+        """Return a copy with `section.field` keys replaced; strings are parsed by the field's type.
+
+        Raises:
+            UserError: unknown name, wrong type, value out of range, or a combination that cannot work.
+        """
+        by_section: dict[str, dict[str, Any]] = {}
+        for key, value in changes.items():
+            section, name, hint = _find_field(key)
+            by_section.setdefault(section, {})[name] = _parse(key, value, hint) if isinstance(value, str) else value
+        sections = {s: dataclasses.replace(getattr(self, s), **_listed(changed)) for s, changed in by_section.items()}
+        return dataclasses.replace(self, **sections)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The tree as plain JSON values; `Config.from_dict` gives an equal config back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Config:
+        """Build a config from nested sections, as in YAML or JSON."""
+        changes: dict[str, Any] = {}
+        for section, fields in tree.items():
+            if section not in SECTION_TYPES:
+                raise UserError(f"{section}: no such section{_nearest(section, SECTION_TYPES)}")
+            if not isinstance(fields, Mapping):
+                raise UserError(f"{section}: {fields!r} is not a table of fields")
+            changes.update({f"{section}.{name}": value for name, value in fields.items()})
+        return cls().override(changes)
+
+    def effective_batch_size(self) -> int:
+        """Rows per optimizer step."""
+        return self.training.micro_batch_size * self.training.gradient_accumulation_steps
+
+
+# What may differ when a run goes on: nothing of this changes what the steps already taken did.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {"training.num_epochs", "training.max_steps", "training.log_steps", "training.eval_steps", "training.save_steps"}
+    | {"training.keep_checkpoints", "training.early_stopping_patience", "training.early_stopping_threshold"}
+    | {"training.max_bad_steps", "system.device", "output.dir"}
+)
+
+SECTION_TYPES: dict[str, type] = typing.get_type_hints(Config)
+SECTION_NAMES: dict[str, str] = {hint.__name__: name for name, hint in SECTION_TYPES.items()}
+
+
+def first_difference(old: Config, new: Config) -> str | None:
+    """The first field that forbids going on with `old`'s run under `new`, as `field: old -> new`; None if all fit."""
+    for section, fields in old.to_dict().items():
+        for name, before in fields.items():
+            after = new.to_dict()[section][name]
+            free = f"{section}.{name}" in MAY_CHANGE_ON_RESUME or section in ("evaluation", "logging")
+            if before != after and not free:
+                return f"{section}.{name}: {before} -> {after}"
+    return None
+
+
+def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping[str, Any], where: str) -> None:
+    """Refuse to mix two runs in one directory.
+
+    Args:
+        recorded: the directory's config.json.
+        provenance: of the run that is to start: hashes of its data and base model.
+    Raises:
+        UserError: names the first thing that differs.
+    """
+    sections = {name: fields for name, fields in recorded.items() if name != "provenance"}
+    difference = first_difference(Config.from_dict(sections), config)
+    fix = "choose another output.dir"
+    if difference:
+        raise UserError(f"output.dir: {where}: holds another run ({difference}): {fix}, or set the field back")
+    for key, what in (("data_sha256", "data"), ("base_sha256", "base model")):
+        if recorded.get("provenance", {}).get(key) != provenance[key]:
+            raise UserError(f"output.dir: {where}: the {what} changed since that run began: {fix}, or put it back")
+
+
+def questionable(config: Config) -> list[str]:
+    """What is allowed and yet probably not meant; one line each, for the terminal."""
+    training, warnings = config.training, []
+    if training.warmup_steps is None and training.warmup_ratio > 0.2:
+        warnings.append(f"training.warmup_ratio={training.warmup_ratio}: more than 20 % of the steps go to warm-up")
+    if training.warmup_steps and training.max_steps and training.warmup_steps > 0.2 * training.max_steps:
+        warnings.append(f"training.warmup_steps={training.warmup_steps}: more than 20 % of the steps go to warm-up")
+    if config.effective_batch_size() < 4:
+        warnings.append(
+            f"effective batch size {config.effective_batch_size()}: gradients are noisy below 4; "
+            "raise training.gradient_accumulation_steps"
+        )
+    if training.method == "lora" and training.learning_rate > 5e-4:
+        warnings.append(f"training.learning_rate={training.learning_rate}: above 5e-4, LoRA on a large model diverges")
+    if training.method == "full" and training.learning_rate > 1e-4 and not config.model.random_init:
+        warnings.append(f"training.learning_rate={training.learning_rate}: high for training every parameter")
+    return warnings
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
+    """Read a config file, apply the environment and then the command line's `section.field=value` overrides.
+
+    Raises:
+        UserError: anything wrong, naming the file or the field, the value and the fix.
+    """
+    changes = {**_from_environment(environment), **_from_command_line(overrides)}
+    config = load_file(path).override(changes)
+    if config.output.dir:
+        return config
+    return config.override({"output.dir": f"runs/{run_name(path, changes)}"})
+
+
+def run_name(path: str | Path, changes: Mapping[str, str]) -> str:
+    """The config's name; with overrides, a hash of them behind it, so that another experiment is another directory."""
+    kept = sorted(f"{k}={v}" for k, v in changes.items() if not k.startswith(("logging.", "output.")))
+    digest = hashlib.sha256("\n".join(kept).encode()).hexdigest()[:6]
+    return f"{Path(path).stem}-{digest}" if kept else Path(path).stem
+
+
+def load_file(path: str | Path) -> Config:
+    """Read one config file: Python (defines `config`), YAML or JSON (sections)."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file: try configs/tiny.py")
+    try:
+        if path.suffix == ".py":
+            return _run_python(path)
+        tree = _read_tree(path)
+        tree.pop("provenance", None)  # what a run directory's config.json adds
+        return Config.from_dict(tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"not valid {path.suffix.lstrip('.').upper()}: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError("expected a table of sections (model, data, training, ...)")
+    return tree
+
+
+def _run_python(path: Path) -> Config:
+    """A config written in Python is the user's own program: run it and take its `config`."""
+    spec = importlib.util.spec_from_file_location(f"nanoft_config_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"line {error.lineno}: {error.msg}") from None
+    except (ImportError, NameError, TypeError, AttributeError) as error:  # mistakes of the file's author
+        raise UserError(f"{type(error).__name__}: {error}") from None
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise UserError("defines no `config`: write config = Config(...)")
+    return config
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """NANOFT_SECTION__FIELD=value -> {"section.field": value}."""
+    named = {k.removeprefix(ENVIRONMENT_PREFIX): v for k, v in environment.items() if k.startswith(ENVIRONMENT_PREFIX)}
+    return {key.lower().replace("__", ".", 1): value for key, value in named.items() if "__" in key}
+
+
+def _from_command_line(overrides: Iterable[str]) -> dict[str, str]:
+    changes = {}
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"{item!r} is not section.field=value, for example training.max_steps=20")
+        changes[key.strip()] = value.strip()
+    return changes
+
+
+def _find_field(key: str) -> tuple[str, str, Any]:
+    """'lora.rank' -> ('lora', 'rank', int)."""
+    section, _, name = key.partition(".")
+    if section not in SECTION_TYPES:
+        homes = [s for s, t in SECTION_TYPES.items() if not name and section in typing.get_type_hints(t)]
+        hint = f": did you mean {homes[0]}.{section}?" if homes else _nearest(section, SECTION_TYPES)
+        raise UserError(f"{key}: no such section{hint}")
+    hints = typing.get_type_hints(SECTION_TYPES[section])
+    if name not in hints:
+        raise UserError(f"{key}: no such field{_nearest(name, hints, f'{section}.')}")
+    return section, name, hints[name]
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f": did you mean {prefix}{match[0]}?" if match else f": there are {', '.join(known)}"
+
+
+def _listed(changed: dict[str, Any]) -> dict[str, Any]:
+    """YAML and JSON have lists where the dataclasses have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    """Read `text` as the field's type; `none` stands for no value where that is allowed."""
+    options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and text.lower() in ("none", "null", ""):
+        return None
+    kind = next(option for option in options if option is not type(None))
+    try:
+        if get_origin(kind) is Literal:
+            return next(choice for choice in get_args(kind) if str(choice) == text)
+        if get_origin(kind) is tuple:
+            return tuple(part.strip() for part in text.strip("[]()").split(",") if part.strip())
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (StopIteration, KeyError, ValueError):
+        raise UserError(f"{key}: {text!r} is not {_describe(hint)}") from None
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not any(_fits(value, option) for option in options):
+        raise UserError(f"{name}: {value!r} is not {_describe(hint)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind  # bool is not an int here
+
+
+def _describe(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return "a list of names"
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    return names.get(hint, "none")

@@ -1,0 +1,186 @@
+"""An adapter and its base become one model that any engine loads.
+
+Merging is  W' = W + (alpha / r) * B A,  done in float32, one tensor at a time, straight from the base's shards to the
+new ones; the sum is rounded once, at the end. An adapter that was trained on a 4-bit base learned to correct that base,
+so there are two honest choices for W: the original weights, or the 4-bit weights unpacked. Either way the result is
+proven before it gets its name: its logits are compared with those of base and adapter on real prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from nanoft import UserError
+from nanoft.checkpoint import Specs, encode, write_file
+from nanoft.config import Config
+from nanoft.lora import LoRALinear, save_adapter
+from nanoft.model import Decoder
+from nanoft.nf4 import Linear4bit
+from nanoft.weights import Opened, copy_companions, load_model, save_model, shard_paths, write_config
+
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+# How far merged logits may be from adapter logits, as a share of the logits' standard deviation: rounding every weight
+# to 8 (bf16) or 11 (f16) significant bits moves the logits by about this much; a wrong merge moves them by whole units.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Merged against adapter on the same prompts: the largest difference of a logit, and what was allowed."""
+
+    max_difference: float
+    allowed: float
+    same_top_token: float  # share of positions
+
+    @property
+    def holds(self) -> bool:
+        return self.max_difference <= self.allowed
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Write into a directory aside that gets its name at the end, or vanishes if anything fails.
+
+    Raises:
+        UserError: `out` exists, or cannot be made.
+    """
+    if out.exists():
+        raise UserError(f"--out: {out}: exists already: choose another name or remove it")
+    aside = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        os.rename(aside, out)
+    except OSError as error:
+        raise UserError(f"--out: {out}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def merge(opened: Opened, dtype: torch.dtype, onto: Literal["original", "nf4"], out: Path) -> None:
+    """Write base + adapter as a Hugging Face directory: shards, index, config, tokenizer, generation_config.
+
+    Args:
+        opened: the adapter on its base; only the adapter and the base's path are used.
+        dtype: of the merged weights.
+        onto: the base's original weights, or the 4-bit ones that the adapter was trained against, unpacked.
+        out: an existing, empty directory.
+    """
+    quantization = opened.quantization if onto == "nf4" else None
+    shards = _plan_shards(opened.base_directory, dtype)
+    deltas = {f"{name}.weight": adapter.delta for name, adapter in opened.adapters.items()}
+    weight_map = {}
+    for number, (specs, sources) in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+
+        def read(tensor: str, sources: dict[str, Path] = sources) -> Tensor:
+            weight = _base_weight(sources[tensor], tensor, quantization, opened.dtype)
+            delta = deltas.get(tensor)
+            return (weight if delta is None else weight + delta().cpu()).to(dtype)
+
+        write_file(out / name, encode(specs, read))
+        weight_map.update(dict.fromkeys(specs, name))
+    if len(shards) > 1:
+        total = sum(dtype.itemsize * torch.Size(shape).numel() for specs, _ in shards for _, shape in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_config(opened.base_directory, out, dtype)
+    copy_companions(opened.base_directory, out)
+    template = opened.tokenizer_directory / "chat_template.jinja"
+    if template.is_file():  # the one it was trained with, where the base has none
+        shutil.copyfile(template, out / "chat_template.jinja")
+
+
+def _plan_shards(base: Path, dtype: torch.dtype) -> list[tuple[Specs, dict[str, Path]]]:
+    """Which tensors go into which new file, and where each comes from."""
+    shards: list[tuple[Specs, dict[str, Path]]] = [({}, {})]
+    size = 0
+    for path in shard_paths(base):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                shape = tuple(file.get_slice(name).get_shape())
+                added = torch.Size(shape).numel() * dtype.itemsize
+                if size and size + added > SHARD_BYTES:
+                    shards.append(({}, {}))
+                    size = 0
+                size += added
+                shards[-1][0][name], shards[-1][1][name] = (dtype, shape), path
+    return shards
+
+
+def _base_weight(path: Path, name: str, quantization: tuple[str, bool] | None, compute: torch.dtype) -> Tensor:
+    """One tensor of the base in float32; a block's linear as its 4-bit form gives it back, if asked."""
+    with safe_open(path, framework="pt") as file:
+        weight: Tensor = file.get_tensor(name).float()
+    if quantization and name.startswith("model.layers.") and weight.dim() == 2:
+        return Linear4bit(weight, None, *quantization, compute).dequantize().float()
+    return weight
+
+
+@torch.no_grad()
+def prove(opened: Opened, merged_directory: Path, prompts: list[list[int]], dtype: torch.dtype) -> Proof:
+    """Compare the merged model's logits with base + adapter, both computed in float32 on the CPU."""
+    merged = load_model(merged_directory, torch.device("cpu"), torch.float32).eval()
+    worst, spread, same, count = 0.0, 0.0, 0, 0
+    for ids in prompts:
+        row = torch.tensor([ids])
+        a, b = opened.model.logits(opened.model(row)), merged.logits(merged(row))
+        worst, spread = max(worst, (a - b).abs().max().item()), max(spread, a.std().item())
+        same, count = same + int((a.argmax(-1) == b.argmax(-1)).sum()), count + len(ids)
+    return Proof(worst, TOLERANCE[dtype] * max(spread, 1.0), same / count)
+
+
+def save_result(
+    out: Path,
+    model: Decoder,
+    adapters: dict[str, LoRALinear],
+    base: Path,
+    config: Config,
+    step: int,
+    dtype: torch.dtype,
+) -> Path:
+    """What a run ends with: `out`/adapter in PEFT's format, or `out`/model in Hugging Face's; with the tokenizer.
+
+    Args:
+        base: the directory of the model that training started from.
+        step: of the checkpoint that the weights are from.
+        dtype: what training computed in.
+    """
+    if not adapters:
+        save_model(model, base, out / "model", dtype)
+        return out / "model"
+    lora, q = config.lora, config.quantization
+    settings = {
+        "base_model_name_or_path": config.model.name,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.target_modules),
+    }
+    note = {
+        "quantization": {"type": q.type, "double": q.double} if q.bits == 4 else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "step": step,
+    }
+    save_adapter(out / "adapter", adapters, settings, note)
+    copy_companions(base, out / "adapter")
+    return out / "adapter"
+
+
+def copy_adapter(source: Path, out: Path) -> None:
+    """The adapter as it is: it is in PEFT's format already."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.is_symlink():
+            shutil.copyfile(file, out / file.name)

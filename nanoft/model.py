@@ -1,0 +1,437 @@
+"""The decoder: token ids in, hidden states out, and the cache that makes generation linear.
+
+One class serves Llama 2/3, Mistral, Qwen2 and Qwen3, because they differ only in a few switches: a bias on some
+projections, a norm on queries and keys, a sliding window, a way of stretching the rotary positions. `DecoderConfig`
+reads those switches from a Hugging Face `config.json`, in its classic and its current form, and refuses any field that
+it does not know: a setting that is silently ignored is a model that is silently wrong.
+
+Module names equal the names of the tensors in Hugging Face files, so loading is a look-up and an adapter saved here
+has the keys that other tools expect.
+
+Notation in comments: b batch, q and k positions that ask and answer, h query heads, g key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanoft import UserError
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+# Fields of a config.json that this module reads ...
+READ_FIELDS = frozenset(
+    """
+    architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings
+    tie_word_embeddings attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
+    hidden_act attention_dropout quantization_config pretraining_tp partial_rotary_factor
+    """.split()  # noqa: SIM905
+)
+# ... and fields that say nothing about the logits.
+HARMLESS_FIELDS = frozenset(
+    """
+    _name_or_path bos_token_id eos_token_id pad_token_id unk_token_id initializer_range torch_dtype dtype
+    transformers_version use_cache tokenizer_class is_encoder_decoder return_dict output_attentions
+    output_hidden_states chunk_size_feed_forward id2label label2id problem_type use_return_dict sep_token_id
+    decoder_start_token_id task_specific_params model_max_length
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How positions become angles (RoFormer, Su et al. 2021), and how a longer context stretches them."""
+
+    theta: float = 10000.0
+    kind: str = "default"  # default | linear | llama3 | yarn
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def angles(self, head_dim: int) -> tuple[Tensor, float]:
+        """Angular frequencies (head_dim / 2,) in radians per position, and the factor on cos and sin."""
+        frequency = self.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+        if self.kind == "linear":  # positions are squeezed by `factor` (Chen et al. 2023)
+            return frequency / self.parameters["factor"], 1.0
+        if self.kind == "llama3":
+            return _llama3_frequencies(frequency, self.parameters), 1.0
+        if self.kind == "yarn":
+            return _yarn_frequencies(frequency, self.theta, head_dim, self.parameters)
+        return frequency, 1.0
+
+
+def _llama3_frequencies(frequency: Tensor, p: Mapping[str, Any]) -> Tensor:
+    """Llama 3.1: slow frequencies divided by `factor`, fast ones kept, a linear blend between."""
+    old_context = p["original_max_position_embeddings"]
+    low, high = p["low_freq_factor"], p["high_freq_factor"]
+    turns = old_context * frequency / (2 * math.pi)  # full turns over the original context
+    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, 1: fast
+    return (1 - blend) * frequency / p["factor"] + blend * frequency
+
+
+def _yarn_frequencies(frequency: Tensor, theta: float, head_dim: int, p: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """YaRN (Peng et al. 2023, section 3.2-3.4): blend by the number of turns, and temper the attention."""
+    factor, old_context = p["factor"], p["original_max_position_embeddings"]
+
+    def dimension_of(turns: float) -> float:  # which frequency makes so many turns over the original context
+        return head_dim * math.log(old_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(p.get("beta_fast") or 32), dimension_of(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: keep, 1: divide
+    stretched = frequency * (1 - ramp) + frequency / factor * ramp
+    return stretched, _yarn_attention_factor(factor, p)
+
+
+def _yarn_attention_factor(factor: float, p: Mapping[str, Any]) -> float:
+    def magnitude(scale: float) -> float:  # YaRN eq. 22: sqrt(1/t) = 0.1 ln(s) + 1
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if p.get("attention_factor") is not None:
+        return float(p["attention_factor"])
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return magnitude(p["mscale"]) / magnitude(p["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder: what is left of a config.json once every convention is resolved."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: Rope
+    tied: bool  # the head is the embedding
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # RMSNorm over head_dim on queries and keys (Qwen3)
+    windows: tuple[int | None, ...]  # per layer: how far back a position sees; None: all the way
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
+        """Read a Hugging Face `config.json`.
+
+        Raises:
+            UserError: unknown architecture, or a field that may change the logits and is not known here.
+        """
+        family = _family(hf)
+        _refuse_unknown(hf)
+        try:
+            hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
+            bias = bool(hf.get("attention_bias", False))
+            return cls(
+                vocab_size=hf["vocab_size"],
+                hidden_size=hidden,
+                intermediate_size=hf["intermediate_size"],
+                num_layers=layers,
+                num_heads=heads,
+                num_kv_heads=hf.get("num_key_value_heads") or heads,
+                head_dim=hf.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
+                norm_eps=hf.get("rms_norm_eps", 1e-6),
+                rope=_read_rope(hf),
+                tied=bool(hf.get("tie_word_embeddings", False)),
+                qkv_bias=family == "qwen2" or (bias and family != "mistral"),
+                o_bias=bias and family in ("llama", "qwen3"),
+                mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
+                qk_norm=family == "qwen3",
+                windows=_read_windows(hf, family, layers),
+            )
+        except KeyError as error:
+            raise UserError(f"config.json: the field {error} is missing") from None
+
+
+def _family(hf: Mapping[str, Any]) -> str:
+    names = hf.get("architectures") or []
+    known = [ARCHITECTURES[name] for name in names if name in ARCHITECTURES]
+    if not known and not names and hf.get("model_type") in ARCHITECTURES.values():
+        known = [hf["model_type"]]
+    if not known:
+        raise UserError(
+            f"config.json: architectures: {', '.join(names) or 'none'} is not supported: "
+            f"there are {', '.join(ARCHITECTURES)}"
+        )
+    return known[0]
+
+
+def _refuse_unknown(hf: Mapping[str, Any]) -> None:
+    """Only what is understood may pass: every other field could change the logits."""
+    expected = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0}
+    for name, wanted in expected.items():
+        if hf.get(name, wanted) not in (wanted, None):
+            raise UserError(f"config.json: {name}: {hf[name]!r} is not supported: only {wanted!r} is")
+    if hf.get("attention_dropout"):
+        raise UserError(f"config.json: attention_dropout: {hf['attention_dropout']} is not supported: set it to 0.0")
+    if hf.get("quantization_config"):
+        raise UserError(
+            "config.json: quantization_config: weights quantised by another tool are not supported: "
+            "name the original model and set quantization.bits=4"
+        )
+    for name, value in hf.items():
+        if name not in READ_FIELDS | HARMLESS_FIELDS and value is not None:
+            raise UserError(
+                f"config.json: {name}: {value!r} is a field that nanoft does not know and that may change the model: "
+                "if it does not, remove it from config.json"
+            )
+
+
+def _read_rope(hf: Mapping[str, Any]) -> Rope:
+    """Classic form: rope_theta + rope_scaling; current form: rope_parameters holds both."""
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UserError(f"config.json: rope type {kind!r} is not supported: there are default, linear, llama3, yarn")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("config.json: rope: a partial_rotary_factor other than 1 is not supported")
+    theta = hf.get("rope_theta") or scaling.get("rope_theta") or 10000.0
+    parameters = dict(scaling)
+    if kind == "yarn" and not parameters.get("original_max_position_embeddings"):
+        parameters["original_max_position_embeddings"] = hf["max_position_embeddings"]
+    needed = {"linear": ["factor"], "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+    for name in needed.get(kind, []):
+        if name not in parameters:
+            raise UserError(f"config.json: rope type {kind} needs the field {name}")
+    return Rope(theta=float(theta), kind=kind, parameters=parameters)
+
+
+def _read_windows(hf: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+    """Mistral: 4096 unless the field says otherwise. Qwen: only if asked, from max_window_layers on. Llama: never."""
+    if family == "llama":
+        return (None,) * layers
+    if family == "mistral":
+        return (hf.get("sliding_window", 4096),) * layers
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    if hf.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in hf["layer_types"])
+    first = hf.get("max_window_layers", 28)
+    return tuple(window if index >= first else None for index in range(layers))
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, one pair a layer, in buffers of their final size."""
+
+    def __init__(self, config: DecoderConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.positions = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
+        self.segments = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
+        self.length = 0
+
+    def reserve(self, positions: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """Note what comes next; return positions and segments of all that may be attended to, (b, k)."""
+        start, self.length = self.length, self.length + positions.shape[1]
+        self.positions[:, start : self.length] = positions
+        self.segments[:, start : self.length] = segments
+        return self.positions[:, : self.length], self.segments[:, : self.length]
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (b, g, q, d) to a layer; return all of its keys and values, (b, g, k, d)."""
+        start = self.length - keys.shape[2]
+        self.keys[layer][:, :, start : self.length] = keys
+        self.values[layer][:, :, start : self.length] = values
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+
+
+@dataclass
+class Attention:
+    """What the layers of one forward pass share: the rotation of each position and who may see whom."""
+
+    cos: Tensor  # (b or 1, 1, q, d)
+    sin: Tensor  # (b or 1, 1, q, d)
+    masks: dict[int | None, Tensor | None]  # by window: (b, 1, q, k), True: may attend; None: plain causal
+    cache: KVCache | None
+
+
+def attention_mask(
+    positions: Tensor, segments: Tensor, key_positions: Tensor, key_segments: Tensor, window: int | None
+) -> Tensor:
+    """Who may see whom, (b, 1, q, k): the same document, not the future, not further back than the window."""
+    past = positions[:, :, None] - key_positions[:, None, :]  # (b, q, k): how far back the key lies
+    seen = (past >= 0) & (segments[:, :, None] == key_segments[:, None, :])
+    if window is not None:
+        seen &= past < window
+    return seen[:, None]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4), in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + d/2}) by its position's angle; x is (b, heads, q, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class SelfAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v with fewer key/value heads than query heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        c = config
+        self.layer, self.head_dim, self.window = layer, c.head_dim, c.windows[layer]
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (
+            projection(x).view(batch, length, -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, q, d)
+        q, k = rotate(q, attention.cos, attention.sin), rotate(k, attention.cos, attention.sin)
+        if attention.cache is not None:
+            k, v = attention.cache.extend(self.layer, k, v)
+        mask = attention.masks[self.window]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = SelfAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm; a module of its own because the tensor names say `model.`."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model up to its last hidden state; `head` is the matrix that turns it into logits."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The output embedding, (vocab, hidden)."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Last hidden states, (batch, seq, hidden).
+
+        Args:
+            ids: token ids, (batch, seq).
+            positions: of each token in its document, (batch, seq); None: 0, 1, 2, ...
+            segments: which document each token belongs to, (batch, seq); 0 is padding. None: one document a row,
+                padded on the right if at all (no token sees what comes after it, so such padding needs no mask).
+            cache: earlier positions, extended in place.
+        """
+        x = self.model.embed_tokens(ids)
+        attention = self._attention(ids, x, positions, segments, cache)
+        for block in self.model.layers:
+            x = block(x, attention)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""
+        return F.linear(hidden, self.head).float()
+
+    def _attention(
+        self, ids: Tensor, x: Tensor, positions: Tensor | None, segments: Tensor | None, cache: KVCache | None
+    ) -> Attention:
+        length = ids.shape[1]
+        windows = set(self.config.windows)
+        plain = segments is None and cache is None and all(w is None or w >= length for w in windows)
+        if positions is None:
+            positions = torch.arange(length, device=ids.device)[None]
+        cos, sin = self._rotation(positions, x.dtype)
+        if plain:
+            return Attention(cos, sin, dict.fromkeys(windows), None)
+        positions = positions.expand(ids.shape)
+        segments = torch.ones_like(ids) if segments is None else segments
+        keys = (positions, segments) if cache is None else cache.reserve(positions, segments)
+        masks: dict[int | None, Tensor | None] = {w: attention_mask(positions, segments, *keys, w) for w in windows}
+        return Attention(cos, sin, masks, cache)
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of position * frequency, (b, 1, q, d); angles in float32 whatever the model's dtype."""
+        frequency, factor = self.config.rope.angles(self.config.head_dim)
+        angles = positions[:, None, :, None].float() * frequency.to(positions.device)  # (b, 1, q, d/2)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+@torch.no_grad()
+def initialise(model: Decoder, seed: int) -> None:
+    """Random weights for pre-training: N(0, 0.02), outputs of each block scaled by 1/sqrt(2 layers) (GPT-2)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue  # norms stay 1, biases stay 0
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = 0.02 / math.sqrt(2 * model.config.num_layers) if residual else 0.02
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

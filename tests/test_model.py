@@ -1,0 +1,93 @@
+"""The decoder against transformers, architecture by architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import CASES, make_reference
+from nanoft import UserError
+from nanoft.model import Decoder, DecoderConfig, KVCache
+from nanoft.weights import load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_tokens_equal_transformers(case: str, tmp_path: Path) -> None:
+    reference = make_reference(case, tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32)
+    ids = torch.randint(0, 199, (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = model.logits(model(ids)), reference(ids).logits
+        assert (ours - theirs).abs().max() < 1e-4
+        assert theirs.std() > 0.1  # logits that say something
+        settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, 48:]
+    assert torch.equal(greedy(model, ids, 64, use_cache=True), expected)
+    assert torch.equal(greedy(model, ids, 64, use_cache=False), expected)
+
+
+@torch.no_grad()
+def greedy(model: Decoder, ids: torch.Tensor, count: int, use_cache: bool) -> torch.Tensor:
+    """Greedy decoding, spelled out: with the cache only the newest token goes through the model."""
+    batch, start = ids.shape
+    cache = KVCache(model.config, batch, start + count, CPU, torch.float32) if use_cache else None
+    feed, at = ids, 0
+    for _ in range(count):
+        positions = torch.arange(at, at + feed.shape[1])[None]
+        hidden = model(feed, positions=positions, cache=cache)
+        newest = model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
+        ids = torch.cat((ids, newest), dim=1)
+        feed, at = (newest, ids.shape[1] - 1) if use_cache else (ids, 0)
+    return ids[:, start:]
+
+
+def test_packed_documents_equal_the_same_documents_alone(tmp_path: Path) -> None:
+    make_reference("mistral-window", tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32)
+    first, second = torch.randint(0, 199, (1, 20)), torch.randint(0, 199, (1, 30))
+    positions = torch.cat((torch.arange(20), torch.arange(30)))[None]
+    segments = torch.cat((torch.full((20,), 1), torch.full((30,), 2)))[None]
+    with torch.no_grad():
+        packed = model(torch.cat((first, second), dim=1), positions, segments)
+        assert (packed[:, :20] - model(first)).abs().max() < 1e-5
+        assert (packed[:, 20:] - model(second)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("case", ["llama3-rope", "qwen2-window", "mistral-window"])
+def test_classic_and_current_config_give_the_same_shape(case: str, tmp_path: Path) -> None:
+    make_reference(case, tmp_path)
+    current = json.loads((tmp_path / "config.json").read_text())
+    classic = dict(current)
+    rope = classic.pop("rope_parameters")
+    classic["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        classic["rope_scaling"] = {("type" if k == "rope_type" else k): v for k, v in rope.items() if k != "rope_theta"}
+    classic.pop("layer_types", None)
+    classic["torch_dtype"] = classic.pop("dtype")
+    a, b = DecoderConfig.from_hf(current), DecoderConfig.from_hf(classic)
+    assert (a.windows, a.rope.theta, a.rope.kind) == (b.windows, b.rope.theta, b.rope.kind)
+    assert torch.equal(a.rope.angles(a.head_dim)[0], b.rope.angles(b.head_dim)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures: GPT2LMHeadModel"),
+        ({"logit_scale": 0.5}, "logit_scale"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_what_changes_the_maths_and_is_unknown_is_refused(change: dict[str, object], message: str) -> None:
+    base = {"architectures": ["MistralForCausalLM"], "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8}
+    base |= {"num_attention_heads": 2, "num_hidden_layers": 1}
+    assert DecoderConfig.from_hf(base).windows == (4096,)  # Mistral's default when the key is absent
+    with pytest.raises(UserError, match=message):
+        DecoderConfig.from_hf(base | change)

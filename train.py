@@ -1,0 +1,475 @@
+"""Fine-tune a causal language model: the whole loop, top to bottom.
+
+    python train.py                                       the embedded demo, configs/tiny.py
+    python train.py configs/tiny.py training.max_steps=20
+    python train.py my.yaml data.train_file=chats.jsonl model.name=mistralai/Mistral-7B-Instruct-v0.3
+
+An interrupted run goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nanoft import UserError, checkpoint, evaluate, runtime
+from nanoft.batches import Batch, Batches, make_samples
+from nanoft.chat import ChatTokenizer, Sample
+from nanoft.checkpoint import Checkpoints, Saved
+from nanoft.config import Config, check_same_run, load_config, questionable
+from nanoft.export import save_result
+from nanoft.guard import Guard, TrainingFailed, explain_out_of_memory
+from nanoft.lora import LoRALinear, adapter_tensors, disabled, inject_lora, load_adapter_tensors
+from nanoft.loss import target_nll
+from nanoft.metrics import Meter, Run, clock
+from nanoft.model import Decoder
+from nanoft.nf4 import Linear4bit
+from nanoft.optim import (
+    build_optimizer,
+    learning_rate_at,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+    warmup_length,
+)
+from nanoft.records import Conversation, read_splits
+from nanoft.weights import find_model, hash_files, load_model, shard_paths
+
+STOPPED_BY_SIGNAL = 75
+INTERRUPTED = 130  # the shell's code for a second Ctrl-C
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.py"
+
+
+@dataclass
+class State:
+    """Everything that changes while training, besides the weights and the optimizer's moments."""
+
+    step: int = 0  # completed optimizer steps
+    epoch: int = 0  # where the data stands: the window that comes next
+    window: int = 0
+    meter: Meter = field(default_factory=Meter)
+    best_step: int = 0
+    best_loss: float = float("inf")  # on the validation samples, nats per target token
+    evaluations_without_gain: int = 0
+
+
+@dataclass
+class Job:
+    """The parts of one training job, made once and used together."""
+
+    config: Config
+    run: Run
+    chat: ChatTokenizer
+    model: Decoder
+    adapters: dict[str, LoRALinear]  # empty when every parameter is trained
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    validation: list[Sample]
+    validation_chats: list[Conversation]
+    checkpoints: Checkpoints
+    base_directory: Path
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that learn, by name."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def autocast(self) -> Any:
+        """Full training keeps float32 weights and computes in model.dtype; adapters cast themselves."""
+        wanted = not self.adapters and self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if wanted else contextlib.nullcontext()
+
+
+def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -> None:
+    """The loop. When it returns, `state` says how far it came, and a checkpoint of that step is on the disk."""
+    t, model, optimizer, meter = job.config.training, job.model, job.optimizer, state.meter
+    guard, parameters = Guard(t.max_bad_steps), [p for _, p in job.trained]
+    warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
+    model.train()
+    with progress_bar(job, state, total_steps) as bar:
+        while state.step < total_steps and not stop and not out_of_patience(job, state):
+            started = time.perf_counter()
+            window = job.batches.next_window()  # all micro-batches of one optimizer step
+            window_targets = sum(micro_batch.target_tokens for micro_batch in window)
+
+            loss = torch.zeros((), device=job.device)
+            for micro_batch in window:
+                batch = micro_batch.to(job.device)
+                with job.autocast():
+                    hidden = model(batch.ids, batch.positions, batch.segments)  # (batch, seq, hidden)
+                    nll = target_nll(hidden, model.head, batch.rows, batch.targets, t.label_smoothing)
+                # sum over target tokens / target tokens of the WINDOW: the same however the window is split
+                micro_loss = nll / window_targets
+                micro_loss.backward()
+                loss += micro_loss.detach()
+
+            grad_norm = nn.utils.clip_grad_norm_(parameters, t.max_grad_norm or float("inf"))  # before clipping
+            verdict = guard.judge(loss.item(), grad_norm.item())
+            if verdict == "ok":
+                rate = learning_rate_at(
+                    state.step, total_steps, t.learning_rate, warmup_steps, t.lr_scheduler, t.min_lr_ratio
+                )
+                set_learning_rate(optimizer, rate)
+                optimizer.step()
+                state.step += 1
+            optimizer.zero_grad(set_to_none=True)
+            state.epoch, state.window = job.batches.epoch, job.batches.index
+            if verdict != "ok":
+                report_bad_step(job.run, state, window, loss.item(), grad_norm.item(), give_up=verdict == "stop")
+                continue
+
+            tokens = sum(micro_batch.tokens for micro_batch in window)
+            meter.add(loss.item() * window_targets, tokens, window_targets, time.perf_counter() - started)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {rate:.1e}, {meter.tokens_per_second():,.0f} tok/s", False)
+            bar.update()
+            if due(state.step, t.log_steps, total_steps):
+                memory = runtime.peak_memory_gb(job.device)
+                values = {"learning_rate": rate, "grad_norm": grad_norm.item(), "peak_memory_gb": memory}
+                job.run.log("train", state.step, **meter.line(), **values, epoch=state.epoch)
+            if due(state.step, t.eval_steps, total_steps):
+                evaluate_now(job, state)
+            if due(state.step, t.save_steps, total_steps) or state.best_step == state.step:
+                save(job, state)
+    if state.step and not job.checkpoints.path(state.step).is_dir():  # stopped between two saves
+        save(job, state)
+
+
+def due(step: int, every: int, total_steps: int) -> bool:
+    """Whether something happens after this step: every so many steps, and after the last."""
+    return step == total_steps or (every > 0 and step % every == 0)
+
+
+def out_of_patience(job: Job, state: State) -> bool:
+    """Early stopping: too many evaluations in a row without a gain."""
+    patience = job.config.training.early_stopping_patience
+    return patience > 0 and state.evaluations_without_gain >= patience
+
+
+def report_bad_step(run: Run, state: State, window: list[Batch], loss: float, norm: float, give_up: bool) -> None:
+    """Say which records were in a window whose loss or gradient was not finite; it is left out."""
+    records = [record for micro_batch in window for record in micro_batch.records]
+    run.log("warning", state.step, what="step skipped", loss=str(loss), grad_norm=str(norm), records=records)
+    run.say(f"warning: after step {state.step}: loss {loss}, gradient norm {norm}: skipped records {records[:8]}")
+    if give_up:
+        raise TrainingFailed(f"no finite loss any more after step {state.step}: lower training.learning_rate")
+
+
+def evaluate_now(job: Job, state: State) -> None:
+    """Loss on the validation samples; remember the best, and count the evaluations that were no better."""
+    if not job.validation:
+        return
+    size, threshold = job.config.evaluation.batch_size, job.config.training.early_stopping_threshold
+    with job.autocast():
+        loss, tokens = evaluate.validation_loss(job.model, job.validation, size, job.chat.pad_id)
+    gained = loss < state.best_loss - threshold
+    state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
+    if loss < state.best_loss:
+        state.best_loss, state.best_step = loss, state.step
+    perplexity = evaluate.safe_exp(loss)
+    job.run.log("eval", state.step, loss=loss, perplexity=perplexity, target_tokens=tokens)
+    best = " (best so far)" if state.best_step == state.step else ""
+    job.run.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
+
+
+def save(job: Job, state: State) -> None:
+    """Write a checkpoint; when it is on the disk, and only then, it may be called the best."""
+    started = time.perf_counter()
+    weights = adapter_tensors(job.adapters) if job.adapters else {name: p.detach() for name, p in job.trained}
+    tensors = {weights_file(job): weights, "optimizer": optimizer_tensors(job.optimizer, job.trained)}
+    contents = {**asdict(state), "rng": runtime.rng_state()}
+    best = (state.best_step, state.best_loss) if state.best_step else None
+    path = job.checkpoints.save(state.step, tensors, contents, best)
+    where = str(path.relative_to(job.run.directory))
+    job.run.log("checkpoint", state.step, path=where, seconds=time.perf_counter() - started)
+
+
+def weights_file(job: Job) -> str:
+    return "adapter" if job.adapters else "model"
+
+
+def restore(job: Job, saved: Saved) -> State:
+    """Put a checkpoint's weights, optimizer, position and random numbers back."""
+    values = dict(saved.state)
+    rng = values.pop("rng")
+    state = State(**{**values, "meter": Meter(**values["meter"])})
+    load_weights(job, saved)
+    load_optimizer_tensors(job.optimizer, job.trained, saved.tensors("optimizer"))
+    job.batches.seek(state.epoch, state.window)
+    runtime.set_rng_state(rng)
+    return state
+
+
+def load_weights(job: Job, saved: Saved) -> None:
+    """Only the weights of a checkpoint: to go on, or to take the best one as the result."""
+    tensors = saved.tensors(weights_file(job))
+    if job.adapters:
+        load_adapter_tensors(job.adapters, tensors, str(saved.path))
+        return
+    with torch.no_grad():
+        for name, parameter in job.trained:
+            parameter.copy_(tensors[name])
+
+
+def find_start(job: Job, resume: str) -> State:
+    """`auto`: the newest checkpoint that is whole, or a fresh start; `never`: a fresh start; PATH: that checkpoint."""
+    if resume == "never":
+        return State()
+    if resume != "auto":
+        try:
+            return restore(job, checkpoint.verify(Path(resume)))
+        except (checkpoint.Damaged, OSError) as reason:
+            raise UserError(f"--resume: {reason}") from None
+    saved, damage = job.checkpoints.newest()
+    for what in damage:
+        job.run.say(f"warning: {what}: going back to an earlier checkpoint")
+    return restore(job, saved) if saved else State()
+
+
+def prepare(config: Config, run: Run) -> Job:
+    """Everything before the first step, each part checked: data and tokenizer first, because they fail fastest."""
+    t, device = config.training, runtime.choose_device(config.system.device)
+    dtype = runtime.choose_dtype(config.model.dtype, device)
+    base = find_model(config.model.name)
+    chat = ChatTokenizer.from_directory(base)
+    samples, validation, validation_chats = load_data(config, chat, run)
+    model = load_base(config, base, device, dtype)
+    adapters: dict[str, LoRALinear] = {}
+    if t.method == "lora":
+        lora, seed = config.lora, config.system.seed
+        adapters = inject_lora(model, lora.target_modules, lora.rank, lora.alpha, lora.dropout, seed)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained, t.learning_rate, (t.beta1, t.beta2), t.epsilon, t.weight_decay)
+    batches = Batches(
+        samples,
+        t.micro_batch_size,
+        t.gradient_accumulation_steps,
+        config.system.seed,
+        chat.pad_id,
+        pack_length=config.model.max_seq_length if config.data.packing else None,
+    )
+    checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints)
+    return Job(
+        config, run, chat, model, adapters, optimizer, batches, validation, validation_chats, checkpoints, base, device,
+        dtype,
+    )  # fmt: skip
+
+
+def load_data(config: Config, chat: ChatTokenizer, run: Run) -> tuple[list[Sample], list[Sample], list[Conversation]]:
+    """Files to training samples, validation samples and validation conversations; says what became of every record."""
+    d, length, started = config.data, config.model.max_seq_length, time.perf_counter()
+    train_chats, validation_chats, reports = read_splits(
+        d.train_file, d.validation_file, d.validation_split, config.system.seed, d.max_samples, d.max_bad_records
+    )
+    samples, report = make_samples(train_chats, chat, length, d.truncation, d.max_bad_records)
+    validation: list[Sample] = []
+    if limited := validation_chats[: config.evaluation.max_samples]:
+        validation, _ = make_samples(limited, chat, length, d.truncation, d.max_bad_records)
+    for read in reports:
+        run.say(f"data      {read.kept:,} records read as {read.shape} from {read.file}")
+        for reason in read.bad[:5]:
+            run.say(f"warning: skipped {reason}")
+        if len(read.bad) > 5:
+            run.say(f"warning: and {len(read.bad) - 5} more malformed records")
+    run.say(f"          {len(train_chats):,} for training, {len(validation_chats):,} held out")
+    run.say(f"tokens    {report.describe(length, d.truncation)} ({time.perf_counter() - started:.1f} s)")
+    return samples, validation, validation_chats
+
+
+def load_base(config: Config, directory: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """The base model: as it is, quantised while it streams in, or random."""
+    if config.training.method == "full":
+        dtype = torch.float32  # AdamW's small updates are lost when they are added to bfloat16
+    q, seed = config.quantization, config.system.seed if config.model.random_init else None
+    return load_model(directory, device, dtype, (q.type, q.double) if q.bits == 4 else None, seed)
+
+
+def announce(job: Job, state: State, total_steps: int) -> None:
+    """Say what will happen before it happens: where, what is trained, how long it will take."""
+    c, say = job.config, job.run.say
+    packed = sum(m.in_features * m.out_features for m in job.model.modules() if isinstance(m, Linear4bit))
+    total = sum(p.numel() for p in job.model.parameters()) + packed
+    trainable = sum(p.numel() for _, p in job.trained)
+    kind = "every parameter" if c.training.method == "full" else f"LoRA rank {c.lora.rank}"
+    base = c.quantization.type.upper() + (", double quantisation" if c.quantization.double else "")
+    say(f"device    {runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
+    say(f"model     {c.model.name}" + (f"; base in {base}" if packed else ""))
+    say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    for warning in questionable(c):
+        say(f"warning: {warning}")
+    if c.logging.show_example:
+        say(f"example   {job.chat.mark(job.batches.samples[0], colour=sys.stdout.isatty())}")
+    if state.step:
+        say(f"resuming  after step {state.step} of {total_steps}")
+    left = total_steps - state.step
+    say(f"plan      {left:,} steps of {c.effective_batch_size()} rows, about {clock(left * rehearse(job))}")
+
+
+def rehearse(job: Job) -> float:
+    """Seconds that an optimizer step takes, from forward and backward over one micro-batch; it changes nothing."""
+    window = job.batches.window(job.batches.index)
+    batch = window[-1].to(job.device)  # the longest
+    with torch.random.fork_rng():
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            with job.autocast():
+                hidden = job.model(batch.ids, batch.positions, batch.segments)
+                nll = target_nll(hidden, job.model.head, batch.rows, batch.targets)
+            nll.backward()
+            nll.item()  # waits for the device
+            job.optimizer.zero_grad(set_to_none=True)
+    return (time.perf_counter() - started) * sum(part.tokens for part in window) / window[-1].tokens
+
+
+def progress_bar(job: Job, state: State, total_steps: int) -> Any:
+    hidden = not job.config.logging.progress_bar
+    return tqdm(total=total_steps, initial=state.step, unit="step", disable=hidden, dynamic_ncols=True, leave=False)
+
+
+def finish(job: Job, state: State) -> None:
+    """Take the best weights as the result, save them, measure base and tuned, and write the report."""
+    if state.best_step not in (0, state.step):
+        load_weights(job, checkpoint.verify(job.checkpoints.path(state.best_step)))
+    step, where = state.best_step or state.step, job.run.directory
+    result = save_result(where, job.model, job.adapters, job.base_directory, job.config, step, job.dtype)
+    training = {
+        "steps": state.step,
+        "best_step": state.best_step,
+        "seconds": round(state.meter.total_seconds, 3),
+        "tokens_per_second": round(state.meter.tokens_per_second(), 1),
+        "peak_memory_gb": round(runtime.peak_memory_gb(job.device), 3),
+    }
+    tuned, base = measure(job, job.model), None
+    if not job.config.model.random_init:
+        with base_model(job) as model:
+            base = measure(job, model)
+    values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
+    job.run.write_report(values, markdown)
+    job.run.log("done", state.step, **training)
+    job.run.say(terminal)
+    seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
+    job.run.say(
+        f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
+    )
+
+
+def measure(job: Job, model: Decoder) -> evaluate.Measured:
+    """Validation loss and answers to held-out prompts."""
+    e = job.config.evaluation
+    prompts = evaluate.held_out_prompts(job.validation_chats, e.prompts)
+    with job.autocast():
+        return evaluate.measure(
+            model, job.chat, job.validation, prompts, e.batch_size, e.prompt_batch_size, e.max_new_tokens
+        )
+
+
+@contextlib.contextmanager
+def base_model(job: Job) -> Iterator[Decoder]:
+    """The model as it was before training: adapters switched off, or read again if every parameter was trained."""
+    if job.adapters:
+        with disabled(job.adapters):
+            yield job.model
+    else:
+        job.optimizer.state.clear()  # its memory is needed for the second model
+        yield load_base(job.config, job.base_directory, job.device, job.dtype)
+
+
+def claim(config: Config, run: Run, resume: str) -> None:
+    """Make sure that the directory is this run's, fresh or to go on with; then write its config.json."""
+    base = find_model(config.model.name)
+    files = [Path(name) for name in (config.data.train_file, config.data.validation_file) if name]
+    weights = [] if config.model.random_init else shard_paths(base)
+    tokenizer = [base / name for name in ("config.json", "tokenizer.json") if (base / name).is_file()]
+    provenance = {
+        "versions": runtime.versions(),
+        "data_sha256": hash_files([file for file in files if file.is_file()]),
+        "base_sha256": hash_files([*tokenizer, *weights]),
+    }
+    recorded = run.recorded_config()
+    if recorded is not None:
+        if resume == "never":
+            raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
+        check_same_run(recorded, config, provenance, str(run.directory))
+    text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
+    checkpoint.replace_file(run.directory / "config.json", text.encode())
+
+
+def run_training(config: Config, resume: str, show_batch: bool) -> int:
+    """One run, from its directory to its report; returns the exit code."""
+    runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
+    with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
+        claim(config, run, resume)
+        job = prepare(config, run)
+        if show_batch:
+            show_first_window(job)
+            return 0
+        state = find_start(job, resume)
+        t = config.training
+        total_steps = t.max_steps or t.num_epochs * job.batches.windows_in_epoch()
+        if run.is_complete(state.step) and (state.step >= total_steps or out_of_patience(job, state)):
+            run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
+            return 0
+        run.begin(state.step)
+        try:
+            announce(job, state, total_steps)
+            train(job, state, stop, total_steps)
+        except (RuntimeError, MemoryError) as error:
+            raise explain_out_of_memory(error, t.micro_batch_size, config.model.max_seq_length) or error from None
+        if stop and state.step < total_steps:
+            run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
+            return STOPPED_BY_SIGNAL
+        finish(job, state)
+    return 0
+
+
+def show_first_window(job: Job) -> None:
+    """The samples of the first optimizer step as the model sees them."""
+    samples = {sample.record: sample for sample in job.batches.samples}
+    for number, micro_batch in enumerate(job.batches.window(0), start=1):
+        size = "x".join(str(n) for n in micro_batch.ids.shape)
+        print(f"micro-batch {number}: {size}, {micro_batch.tokens} tokens, {micro_batch.target_tokens} targets")
+        for record in micro_batch.records:
+            print(f"  [{record}] {job.chat.mark(samples[record], colour=sys.stdout.isatty())}")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Fine-tune a causal language model: LoRA, QLoRA, or every parameter.",
+        epilog="examples: python train.py configs/tiny.py; python train.py configs/tiny.py quantization.bits=4; "
+        "python train.py configs/tiny.py data.train_file=mine.jsonl training.max_steps=20",
+    )
+    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file; default: configs/tiny.py")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
+    parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
+    args = parser.parse_intermixed_args(argv)
+    positional = [args.config, *args.overrides] if args.config else args.overrides
+    path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
+    try:
+        return run_training(load_config(path, positional), args.resume, args.show_batch)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint stands", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
