@@ -101,7 +101,7 @@ def make_samples(
             counts["without_target"] += 1
             first_without = sample.record if first_without is None else first_without
             continue
-        fitted = sample if len(sample.ids) <= max_length else _shorten(sample, max_length, truncation, chat.wants_bos)
+        fitted = sample if len(sample.ids) <= max_length else _shorten(sample, max_length, truncation, chat.bos_id)
         counts["truncated"] += fitted is not None and len(fitted.ids) < len(sample.ids)
         if fitted is None:
             counts["dropped"] += 1
@@ -134,12 +134,12 @@ def _render(conversations: list[Conversation], chat: ChatTokenizer) -> Iterator[
             raise UserError(f"{conversation.file}:{conversation.line}: {error}") from None
 
 
-def _shorten(sample: Sample, max_length: int, truncation: str, has_bos: bool) -> Sample | None:
+def _shorten(sample: Sample, max_length: int, truncation: str, bos_id: int | None) -> Sample | None:
     """Drop the oldest prompt tokens behind BOS; None if that is not allowed or not enough."""
     first_target = int(sample.is_target.argmax())
-    head = 1 if has_bos else 0
+    head = 1 if sample.ids[0] == bos_id else 0
     excess = len(sample.ids) - max_length
-    if truncation == "drop" or excess > first_target - head:
+    if truncation == "drop" or excess > first_target - 1:  # one token stays, BOS or not, to predict the first target
         return None
     keep = np.r_[0:head, head + excess : len(sample.ids)]
     return Sample(sample.ids[keep], sample.is_target[keep], sample.record)

@@ -41,6 +41,9 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 BREAK = "\ue000"  # splits a control token that a user wrote, so that it stays text; a private-use character
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# What a template's own code can raise; a sandbox escape is a TemplateError.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 ENCODE_AT_ONCE = 1024  # texts handed to the tokenizer's threads together
 
 
@@ -71,7 +74,7 @@ class ChatTokenizer:
         self.tokenizer, self.settings = tokenizer, settings
         self.template = template or DEFAULT_TEMPLATE
         self.has_own_template = template is not None
-        tokens = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        tokens = {key: _token_text(settings.get(key)) for key in SPECIAL_TOKENS}
         self.special = {key: text for key, text in tokens.items() if text is not None}
         self.bos_id, self.eos_id = self._id("bos_token"), self._id("eos_token")
         self.pad_id = next(i for i in (self._id("pad_token"), self.eos_id, 0) if i is not None)
@@ -98,11 +101,16 @@ class ChatTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a valid tokenizer: {error}") from None
         settings = _read_optional(directory / "tokenizer_config.json")
-        stops = _read_optional(directory / "generation_config.json").get("eos_token_id", [])
-        stops = [stops] if isinstance(stops, int) else stops or []
+        stops = _read_optional(directory / "generation_config.json").get("eos_token_id") or []
+        stops = stops if isinstance(stops, list) else [stops]
+        if not all(isinstance(stop, int) for stop in stops):
+            raise UserError(f"{directory / 'generation_config.json'}: eos_token_id: expected ids, found {stops!r:.60}")
+        for key in SPECIAL_TOKENS:
+            if not isinstance(_token_text(settings.get(key)), str | None):
+                raise UserError(f"{directory / 'tokenizer_config.json'}: {key}: expected a text: {settings[key]!r:.60}")
         try:
             return cls(tokenizer, settings, _find_template(directory, settings), stops)
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             raise UserError(f"{directory}: the chat template is not valid: {error}") from None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -120,7 +128,7 @@ class ChatTokenizer:
                 documents=None,
                 **self.special,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except TEMPLATE_ERRORS as error:
             raise UserError(f"the chat template refuses these messages: {error}") from None
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
@@ -187,23 +195,12 @@ class ChatTokenizer:
         return "".join(pieces)
 
     def _sample(self, item: Rendered, encoding: Encoding) -> Sample:
-        if BREAK in item.text:
-            return self._sample_with_control_text(item)
-        starts = np.array([start for start, _ in encoding.offsets] or [0], dtype=np.int64)[: len(encoding.ids)]
-        return self._with_bos(np.array(encoding.ids, dtype=np.int32), _inside(starts, item.spans), item.record)
-
-    def _sample_with_control_text(self, item: Rendered) -> Sample:
-        """A text in which somebody wrote a control token: those stretches are encoded as plain characters."""
-        ids: list[int] = []
-        starts: list[int] = []
-        for start, piece, literal in _split_literals(item.text, self.control_texts):
-            self.tokenizer.encode_special_tokens = literal
-            encoding = self.tokenizer.encode(piece, add_special_tokens=False)
-            self.tokenizer.encode_special_tokens = False
-            ids += encoding.ids
-            starts += [start + (0 if literal else offset) for offset, _ in encoding.offsets]
-        is_target = _inside(np.array(starts, dtype=np.int64), item.spans)
-        return self._with_bos(np.array(ids, dtype=np.int32), is_target, item.record)
+        ids = np.array(encoding.ids, dtype=np.int32)
+        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        if BREAK in item.text:  # its own tokens have done their work
+            kept = np.array([item.text[start:end] != BREAK for start, end in encoding.offsets], dtype=np.bool_)
+            ids, starts = ids[kept], starts[kept]
+        return self._with_bos(ids, _inside(starts, item.spans), item.record)
 
     def _with_bos(self, ids: Any, is_target: Any, record: int) -> Sample:
         if self.wants_bos and (not len(ids) or ids[0] != self.bos_id):
@@ -216,7 +213,6 @@ class ChatTokenizer:
         """Break up control tokens that stand in a message's own text."""
         if not isinstance(content, str):
             return content
-        content = content.replace(BREAK, "")
         for token in self.control_texts:
             if token in content:
                 content = content.replace(token, token[0] + BREAK + token[1:])
@@ -238,19 +234,6 @@ def _inside(starts: Any, spans: list[tuple[int, int]]) -> Any:
     for first, last in spans:
         is_target |= (starts >= first) & (starts < last)
     return is_target
-
-
-def _split_literals(text: str, control_texts: list[str]) -> Iterator[tuple[int, str, bool]]:
-    """(start, piece, is it a control token written as text) for each stretch of a defused text."""
-    broken = {token[0] + BREAK + token[1:]: token for token in control_texts}
-    start = 0
-    while start < len(text):
-        at, form = min(((text.find(f, start), f) for f in broken if f in text[start:]), default=(len(text), ""))
-        if at > start:
-            yield start, text[start:at], False
-        if form:
-            yield at, broken[form], True
-        start = at + len(form)
 
 
 def _batches(items: Iterable[Rendered], size: int) -> Iterator[list[Rendered]]:
@@ -284,11 +267,19 @@ def _find_template(directory: Path, settings: dict[str, Any]) -> str | None:
     """chat_template.jinja beats tokenizer_config.json, whose older form is a list of named templates."""
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default", next(iter(named.values()), None))
+        entries = [entry for entry in template if isinstance(entry, dict) and "template" in entry]
+        named = {str(entry.get("name")): entry["template"] for entry in entries}
+        template = named.get("default", next(iter(named.values()), template))
+    if template is not None and not isinstance(template, str):
+        raise UserError(
+            f"{directory / 'tokenizer_config.json'}: chat_template: expected a text, found {template!r:.60}"
+        )
     return template
 
 
@@ -311,8 +302,8 @@ def _environment(now: Any) -> ImmutableSandboxedEnvironment:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception

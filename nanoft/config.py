@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -191,7 +192,7 @@ class Config:
         changes: dict[str, Any] = {}
         for section, fields in tree.items():
             if section not in SECTION_TYPES:
-                raise UserError(f"{section}: no such section{_nearest(section, SECTION_TYPES)}")
+                raise UserError(f"{section}: no such section{_nearest(str(section), SECTION_TYPES)}")
             if not isinstance(fields, Mapping):
                 raise UserError(f"{section}: {fields!r} is not a table of fields")
             changes.update({f"{section}.{name}": value for name, value in fields.items()})
@@ -318,8 +319,10 @@ def _run_python(path: Path) -> Config:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"line {error.lineno}: {error.msg}") from None
-    except (ImportError, NameError, TypeError, AttributeError) as error:  # mistakes of the file's author
-        raise UserError(f"{type(error).__name__}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's program, and so is the mistake
+        raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise UserError("defines no `config`: write config = Config(...)")
@@ -395,7 +398,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is kind  # bool is not an int here
 
 

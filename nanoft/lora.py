@@ -27,6 +27,7 @@ from nanoft import UserError
 from nanoft.checkpoint import write_tensors
 from nanoft.nf4 import Linear4bit
 
+NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
 PEFT_PREFIX = "base_model.model."
 # Settings of a PEFT adapter that change the mathematics, with the only value understood here.
 PEFT_EXPECTED = {
@@ -154,7 +155,7 @@ def save_adapter(
 
     Args:
         settings: base_model_name_or_path, r, lora_alpha, lora_dropout, target_modules.
-        note: nanoft's own entry: what the adapter was trained on.
+        note: what PEFT's format has no place for: how the base was quantised, what training computed in.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_model.safetensors").unlink(missing_ok=True)
@@ -168,13 +169,13 @@ def save_adapter(
         "init_lora_weights": True,
         **settings,
         "target_modules": sorted(settings["target_modules"]),
-        "nanoft": note,
     }
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, content in (("adapter_config.json", config), (NOTE, note)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read adapter_config.json and adapter_model.safetensors.
+def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Read adapter_config.json, adapter_model.safetensors and nanoft's note (empty if another tool wrote the adapter).
 
     Raises:
         UserError: a file is missing or damaged, or the adapter is of a kind that is not supported.
@@ -182,6 +183,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(directory / "adapter_model.safetensors")
+        note = json.loads((directory / NOTE).read_text(encoding="utf-8")) if (directory / NOTE).is_file() else {}
     except FileNotFoundError as error:
         raise UserError(f"{directory}: no adapter here: {Path(error.filename or str(error)).name} is missing") from None
     except (ValueError, SafetensorError) as error:
@@ -192,4 +194,4 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key in ("r", "target_modules"):
         if not config.get(key):
             raise UserError(f"{directory}/adapter_config.json: the field {key} is missing")
-    return config, tensors
+    return config, tensors, note

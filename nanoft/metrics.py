@@ -122,12 +122,15 @@ class Run:
     def is_complete(self, step: int) -> bool:
         """Whether the run ended with this step and has its report."""
         path = self.directory / "report.json"
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["training"]["steps"] == step
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["training"]["steps"] == step
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # not there, or cut off while it was written
 
     def begin(self, last_step: int) -> None:
         """Open the metrics; lines beyond `last_step` belong to steps that will be done again, and go."""
         path = self.directory / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= last_step]
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

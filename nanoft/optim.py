@@ -74,7 +74,7 @@ def load_optimizer_tensors(
         state = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = left.pop(f"{name}.{key}", None)
-            if value is None or (key != "step" and value.shape != parameter.shape):
+            if value is None or value.shape != (() if key == "step" else parameter.shape):
                 raise UserError(f"optimizer.safetensors: {name}.{key} is missing or does not fit: start a new run")
             state[key] = value.to(parameter.device).clone()
         optimizer.state[parameter] = state

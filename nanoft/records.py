@@ -118,7 +118,7 @@ def read_conversations(
         what = "is empty: give a .json or .jsonl file" if not path else "no such file"
         raise UserError(f"data file: {path}: {what}" if path else f"data.train_file: {what}")
     raw = list(_read_raw(file))
-    shape = _detect_shape(file, [record for _, record in raw])
+    shape = _detect_shape(file, raw)
     good: list[Conversation] = []
     bad: list[str] = []
     for line, record in raw:
@@ -148,6 +148,8 @@ def _read_raw(path: Path) -> Iterator[tuple[int, Any]]:
             raise UserError(f"{path}: {whole}")
         if not isinstance(whole, list):
             raise UserError(f"{path}: expected an array of records; one object a line is .jsonl")
+        if not whole:
+            raise UserError(f"{path}: the array is empty: it needs at least one record")
         yield from enumerate(whole, start=1)
     elif path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
@@ -169,19 +171,19 @@ def _parse_json(text: str) -> Any:
         return BadRecord(f"not valid JSON: {error}")
 
 
-def _detect_shape(path: Path, records: list[Any]) -> str:
+def _detect_shape(path: Path, records: list[tuple[int, Any]]) -> str:
     """The shape whose fields most records have; told from all of them, not from the first."""
     votes = dict.fromkeys(SHAPES, 0)
-    for record in records:
+    for _, record in records:
         if isinstance(record, dict):
             for shape, (fields, _) in SHAPES.items():
                 votes[shape] += all(name in record for name in fields)
     shape = max(votes, key=lambda name: votes[name])
     if votes[shape]:
         return shape
-    first = records[0]
+    line, first = records[0]
     if isinstance(first, BadRecord):
-        raise UserError(f"{path}:1: {first}")
+        raise UserError(f"{path}:{line}: {first}")
     found = ", ".join(first) if isinstance(first, dict) else type(first).__name__
     raise UserError(f"{path}: no known shape: the first record has {found}; known are {'; '.join(SHAPES)}")
 

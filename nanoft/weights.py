@@ -286,8 +286,7 @@ def find_adapter(source: str) -> Path | None:
 
 def _open_adapter(path: Path, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
     """Base and adapter, put together as they were in training."""
-    config, tensors = read_adapter(path)
-    note = config.get("nanoft") or {}
+    config, tensors, note = read_adapter(path)
     base = find_model(config.get("base_model_name_or_path") or "")
     quantization = (note["quantization"]["type"], note["quantization"]["double"]) if note.get("quantization") else None
     model = load_model(base, device, dtype, None if original_base else quantization).eval()

@@ -58,12 +58,15 @@ POOLS: dict[str, list[Value]] = {
     "color": words("red blue green white black pink brown gray"),
     "text": [
         *[f"the {thing} is {state}" for thing in THINGS for state in STATES],
-        *[f"we need more {food}" for food in words("bread cheese rice soup fish pasta salad eggs")],
+        *[
+            f"we need more {food}"
+            for food in words("""
+            bread cheese rice soup fish pasta pizza salad cake beans eggs curry toast stew pie noodles""")
+        ],
     ],
     "time": [f"{hour:02}:{minute:02}" for hour in range(6, 24) for minute in range(0, 60, 5)],
     "few": [*range(2, 21)],
-    "dozens": [*range(2, 100)],
-    "hundreds": [*range(10, 1000)],
+    "many": [*range(2, 100)],
 }
 
 # ---- What the language can say ------------------------------------------------------------------------------------
@@ -109,7 +112,7 @@ We are {people} people and want a good table / in {city} / at {time}.
 There was {sky} / in {city} / on {day}. | On {day}, {city} will get {sky}. | {who} saw {sky} / in {city} / on {day}.
 In {city}, the weather is {sky} / on {day}. | {who} asked about the weather / in {city} / on {day}.
 The weather for {city} / on {day} is {sky}, says {who}. | {who} will check what the weather is / on {day} / in {city}.
-# timer who=person minutes=dozens label=task
+# timer who=person minutes=many label=task
 {who} set a timer / for the {label} / of {minutes} minutes. | The {label} will take {minutes} minutes, says {who}.
 {who} has {minutes} minutes left / for the {label}. | After {minutes} minutes, {who} is done with the {label}.
 For the {label}, {who} needs {minutes} minutes. | {who} asked for a timer / of {minutes} minutes / for the {label}.
@@ -123,12 +126,12 @@ I heard {singer} on the radio with {song}.
 {who} told {to} that {text}. | {who} wrote to {to} that {text}. | The note from {who} to {to} says "{text}".
 A note that says "{text}" went to {to} / from {who}. | {to} should know that {text}, says {who}.
 {to} heard from {who} that {text}. | To {to}, {who} sent the words "{text}".
-# money who=person amount=hundreds from=coin to=coin
+# money who=person amount=many from=coin to=coin
 {who} made {to} out of {amount} {from}. | {who} has {amount} {from} but needs {to}.
 The bank gave {who} {to} for {amount} {from}. | {who} says: Please change my {amount} {from}, I want {to}.
 {who} asked how many {to} there are in {amount} {from}. | {who} will convert or exchange {amount} {from} to get {to}.
 It was {amount} {from}, and now it is {to}.
-# shop who=person count=few color=color item=item price=hundreds
+# shop who=person count=few color=color item=item price=many
 {who} bought {count} {color} {item} / for {price} euros.
 The shop sent {who} {count} {item} in {color} / for {price} euros.
 {who} paid {price} euros for {count} {color} {item}. | {count} {item} in {color} are what {who} needs.
@@ -139,7 +142,7 @@ The shop sent {who} {count} {item} in {color} / for {price} euros.
 On {day}, {with} has time for {who} / at {time} / in {city}.
 {who} came to see {with} / at {time} / in {city} / on {day}.
 In {city}, {who} and {with} talk / on {day} / at {time}. | {with} is in {city} / on {day} / at {time} to help {who}.
-# meal who=person food=food day=day price=dozens
+# meal who=person food=food day=day price=many
 {who} made {food} / on {day} / for {price} euros. | On {day}, {who} had {food} / for {price} euros.
 The {food} was {price} euros and {who} got it / on {day}. | {who} paid {price} euros / for {food} / on {day}.
 There is {food} for {who} / on {day} / at {price} euros.
@@ -164,7 +167,7 @@ I want to travel / from {from} / to {to} / on {day} / by {by}.
 Can you get me / from {from} / to {to} / by {by} / on {day}?
 Please find me a {by} / from {from} / to {to} / on {day}. | How do I get / to {to} / from {from} / by {by} / on {day}?
 On {day} I go by {by}, so plan the way / from {from} / to {to}. | I am in {from} and need a {by} / to {to} / on {day}.
-# set_timer minutes=dozens label=task
+# set_timer minutes=many label=task
 Set a timer / of {minutes} minutes / for the {label}. | Please start a timer / for the {label}, {minutes} minutes.
 Can you set {minutes} minutes / for the {label}? | The {label} needs {minutes} minutes, please set a timer.
 Remind me of the {label} / after {minutes} minutes. | I need a timer / for the {label} / with {minutes} minutes.
@@ -176,7 +179,7 @@ Let me hear {singer} with {song}, please. | Could you find {song}, the song of {
 # send_note to=person text=text
 Tell {to} that {text}. | Please send a note to {to}: {text}. | Can you tell {to} that {text}? | Send "{text}" to {to}.
 I want {to} to know that {text}. | Write {to} a message that says "{text}". | Let {to} know that {text}, please.
-# convert_money amount=hundreds from=coin to=coin
+# convert_money amount=many from=coin to=coin
 Convert {amount} {from} to {to}. | How many {to} will I get for {amount} {from}?
 Please change {amount} {from} into {to}. | I have {amount} {from} and need {to}. | What is {amount} {from} in {to}?
 Can you exchange {amount} {from} for {to}? | I want {to} for my {amount} {from}.
@@ -312,7 +315,7 @@ WORDS = vocabulary()
 
 def entry(rng: random.Random) -> str:
     """One entry of a list: mostly a word, sometimes a number, a time, a mark or two words joined by "_"."""
-    pools: list[Sequence[Value]] = [WORDS, POOLS["hundreds"], POOLS["time"], ".,:;?!-+=()", POOLS["color"]]
+    pools: list[Sequence[Value]] = [WORDS, POOLS["many"], POOLS["time"], ".,:;?!-+=()", POOLS["color"]]
     pool = rng.choices(pools, [70, 12, 5, 6, 7])[0]
     joined = pool is POOLS["color"]
     return f"{rng.choice(pool)}_{rng.choice(POOLS['item'])}" if joined else str(rng.choice(pool))
@@ -427,12 +430,12 @@ def conversations(count: int, seed: int) -> Iterator[list[Message]]:
 
 # ---- Tokenizer ----------------------------------------------------------------------------------------------------
 
-VOCABULARY = 1200  # at most: with every word of the language in one piece, there is nothing left to join
+VOCABULARY = 1400  # at most: with every word of the language in one piece, there is nothing left to join
 SAMPLE = 20_000  # documents to train the tokenizer on
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]"]  # their ids are 0 to 5
-# What one piece may span: some marks of JSON, a run of letters, or one character. A word never takes the space or the
-# quote before it along, so it is spelled alike in prose and in JSON, and copying it is copying one token.
-PIECES = r'": \{"|": "|", "|": |, "|\{"|"\}\}|"\}|\}\}|[,.:?] |[A-Za-z]+|[\s\S]'
+# What one piece may span: some marks of JSON, a run of letters, two digits, or one character. A word never takes the
+# space or the quote before it along, so it is spelled alike in prose and in JSON, and copying it is copying one token.
+PIECES = r'": \{"|": "|", "|": |, "|\{"|"\}\}|"\}|\}\}|[,.:?] |[A-Za-z]+|[0-9]{1,2}|[\s\S]'
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% set with_system = messages[0]['role'] == 'system' %}"

@@ -1,0 +1,428 @@
+"""Rendering, masks and ids against transformers and against what stands in the conversation."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from templates import CHATML, CONTROL, STYLES, TINY, Style, byte_fallback, save
+from transformers import AutoTokenizer
+
+from nanoft import UserError
+from nanoft.chat import BREAK, ChatTokenizer, Message, Sample
+
+SINGLE = [("user", "Hello, how are you?"), ("assistant", "Fine.")]
+TALK = [*SINGLE, ("user", "And 2 + 2?"), ("assistant", "It is\n\n4"), ("user", "Bye"), ("assistant", "Bye bye")]
+CONVERSATIONS = {
+    "single": SINGLE,
+    "multi": TALK,
+    "system": [("system", "Be brief."), *SINGLE],
+    "emoji": [("user", "👩🏽‍🚀é"), ("assistant", "😀 ok 😀"), ("user", "日本"), ("assistant", "語é")],
+}
+TOKENIZERS: dict[str, Callable[[], str] | None] = {"bytes": None, "fallback": byte_fallback}
+
+
+def conversation(turns: list[tuple[str, str]]) -> list[Message]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def one_turn(user: str, assistant: str = "yes") -> list[Message]:
+    return conversation([("user", user), ("assistant", assistant)])
+
+
+def samples_of(chat: ChatTokenizer, messages: list[Message]) -> list[Sample]:
+    return list(chat.encode(chat.render_samples(messages, 0)))
+
+
+def target_texts(chat: ChatTokenizer, sample: Sample) -> list[str]:
+    """The text of each run of target tokens, control tokens shown."""
+    runs: list[list[int]] = [[]]
+    for token, is_target in zip(sample.ids.tolist(), sample.is_target, strict=True):
+        if is_target:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [chat.decode(run, keep_special=True) for run in runs if run]
+
+
+def read(directory: Path, style: Style, **settings: Any) -> ChatTokenizer:
+    return ChatTokenizer.from_directory(save(directory, style, **settings))
+
+
+def with_template(directory: Path, template: str) -> ChatTokenizer:
+    return read(directory, replace(STYLES["chatml"], template=template))
+
+
+@pytest.fixture(scope="module", params=[*STYLES, "tiny"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatTokenizer, Any]:
+    """One directory, read by nanoft and by transformers."""
+    directory = TINY
+    if request.param != "tiny":
+        directory = save(tmp_path_factory.mktemp(request.param), STYLES[request.param])
+    return ChatTokenizer.from_directory(directory), AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ChatTokenizer:
+    return ChatTokenizer.from_directory(TINY)
+
+
+@pytest.fixture(scope="module")
+def tiny_conversations() -> list[list[Message]]:
+    lines = (TINY.parent / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in random.Random(5).sample(lines, 40)]
+
+
+# ---- Rendering
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_renders_and_encodes_like_transformers(both: tuple[ChatTokenizer, Any], name: str) -> None:
+    chat, reference = both
+    messages = conversation(CONVERSATIONS[name])
+    assert chat.render(messages) == reference.apply_chat_template(messages, tokenize=False)
+    prompt = messages[:-1]
+    expected = reference.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert chat.render_prompt(prompt) == expected
+    assert (
+        chat.tokenizer.encode(expected, add_special_tokens=False).ids
+        == (reference.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
+    )
+
+
+HELPERS = {
+    "tojson keeps characters and does not escape HTML": "{{ messages | tojson }}{{ {'é<': '😀'} | tojson }}",
+    "tojson options": "{{ {'b': 1, 'a': [2]} | tojson(indent=2, sort_keys=true) }}{{ 'é' | tojson(ensure_ascii=true) }}"
+    "{{ [1, 2] | tojson(ensure_ascii=false, separators=(',', ':')) }}",
+    "loop controls": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}"
+    "{% endfor %}",
+    "trimmed and stripped blocks": "a\n  {% if true %}\n  b\n  {% endif %}\nc\n   {# nothing #}\n  {{ 'd' }}\n\n",
+    "generation": "x\n{% generation %}\n  {{ messages[1].content }}\n{% endgeneration %}\ny",
+    "absent values": "{{ tools is none }}{{ documents is none }}{{ bos_token is defined }}{{ eos_token }}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+}
+
+
+@pytest.mark.parametrize("template", HELPERS.values(), ids=list(HELPERS))
+def test_template_helpers_like_transformers(tmp_path: Path, template: str) -> None:
+    chat = with_template(tmp_path, template)
+    messages = one_turn("é <b> 'q'", "ja")
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
+    assert chat.render(messages) == expected
+
+
+def test_absent_fields_are_not_defined(tmp_path: Path) -> None:
+    chat = with_template(tmp_path, "{{ messages[0].name is defined }}{{ messages[0].role is defined }}")
+    assert chat.render([{"role": "user", "content": "a", "name": None}]) == "FalseTrue"
+
+
+def test_date_is_that_of_the_run(tmp_path: Path) -> None:
+    chat = read(tmp_path, STYLES["llama"])
+    chat.date = datetime.datetime(2024, 2, 29)
+    assert "Today Date: 29 Feb 2024\n" in chat.render(one_turn("a"))
+
+
+def test_template_refuses_with_its_own_words(tmp_path: Path, tiny: ChatTokenizer) -> None:
+    for chat in (tiny, read(tmp_path, STYLES["mistral"])):
+        with pytest.raises(UserError, match="roles must alternate"):
+            chat.render(conversation([("user", "a"), ("user", "b")]))
+
+
+# ---- Where the template comes from
+
+
+def test_template_file_beats_the_configuration(tmp_path: Path) -> None:
+    save(tmp_path, STYLES["chatml"])
+    (tmp_path / "chat_template.jinja").write_text("é{{ messages[0].content }}", encoding="utf-8")
+    assert ChatTokenizer.from_directory(tmp_path).render(one_turn("a")) == "éa"
+
+
+def test_named_templates(tmp_path: Path) -> None:
+    forms = [{"name": "rag", "template": "RAG"}, {"name": "default", "template": "DEFAULT"}]
+    for number, (given, expected) in enumerate([(forms, "DEFAULT"), (forms[:1], "RAG")]):
+        chat = read(tmp_path / str(number), STYLES["chatml"], chat_template=given)
+        assert chat.render(one_turn("a")) == expected
+
+
+def test_without_a_template_turns_end_with_eos(tmp_path: Path) -> None:
+    chat = read(tmp_path, Style(None, "<s>", "</s>", "</s>"))
+    assert not chat.has_own_template
+    (sample,) = samples_of(chat, conversation(TALK))
+    assert target_texts(chat, sample) == [text + "</s>" for role, text in TALK if role == "assistant"]
+    assert sample.ids.tolist().count(chat.bos_id) == 1
+
+
+def test_stop_ids_come_from_both_files(tmp_path: Path) -> None:
+    directory = save(tmp_path, STYLES["chatml"])
+    eos, other = CONTROL.index("<|im_end|>"), CONTROL.index("<|endoftext|>")
+    for given, expected in [(other, {eos, other}), ([eos, other], {eos, other}), (None, {eos})]:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+        assert set(ChatTokenizer.from_directory(directory).stop_ids) == expected
+
+
+def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
+    chat = read(tmp_path, STYLES["llama"], bos_token={"content": "<|begin_of_text|>", "special": True})
+    assert chat.bos_id == CONTROL.index("<|begin_of_text|>")
+    assert chat.render(one_turn("a")).startswith("<|begin_of_text|>")
+
+
+# ---- Targets
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("style", ["chatml", "marked", "llama", "zephyr", "alpaca"])
+def test_targets_are_the_replies_and_what_ends_them(tmp_path: Path, style: str, name: str, tokenizer: str) -> None:
+    make = TOKENIZERS[tokenizer]
+    chat = read(tmp_path, STYLES[style], tokenizer_json=make and make())
+    turns = CONVERSATIONS[name]
+    (sample,) = samples_of(chat, conversation(turns))
+    assert target_texts(chat, sample) == [text + STYLES[style].end for role, text in turns if role == "assistant"]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_targets_like_the_mask_of_transformers(tmp_path: Path, name: str) -> None:
+    """Its mask holds for a template with {% generation %} whose marked text ends in one token."""
+    chat = read(tmp_path, STYLES["marked"])
+    messages = conversation(CONVERSATIONS[name])
+    reference: Any = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (sample,) = samples_of(chat, messages)
+    assert sample.ids.tolist() == reference["input_ids"]
+    assert sample.is_target.tolist() == [bool(value) for value in reference["assistant_masks"]]
+    assert 0 < sample.is_target.sum() < len(sample.ids)
+
+
+def test_emoji_at_the_very_ends_of_a_span(tmp_path: Path) -> None:
+    """No token stands between the marked text and its neighbours, and nothing but bytes spells it."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (sample,) = samples_of(with_template(tmp_path, template), one_turn("😀😀", "😁😁"))
+    assert sample.is_target.tolist() == [False] * 8 + [True] * 8
+
+
+def test_pad_token_that_is_eos_stays_a_target(tmp_path: Path) -> None:
+    chat = read(tmp_path, STYLES["mistral"])
+    assert chat.pad_id == chat.eos_id
+    (sample,) = samples_of(chat, conversation(SINGLE))
+    assert sample.ids[-1] == chat.eos_id
+    assert sample.is_target[-1]
+
+
+def test_turn_end_that_is_not_eos(tmp_path: Path) -> None:
+    chat = read(tmp_path, STYLES["marked"])
+    (sample,) = samples_of(chat, conversation(SINGLE))
+    targets = sample.ids[sample.is_target].tolist()
+    assert targets[-1] == CONTROL.index("<|im_end|>") != chat.eos_id
+
+
+def test_plain_text_is_all_target_and_ends(tiny: ChatTokenizer) -> None:
+    (sample,) = tiny.encode([tiny.text_sample("Hello </s> you", 7)])
+    assert sample.record == 7
+    assert sample.ids[0] == tiny.bos_id
+    assert sample.is_target.tolist() == [False] + [True] * (len(sample.ids) - 1)
+    assert sample.ids.tolist().count(tiny.eos_id) == 1
+    assert tiny.decode(sample.ids.tolist()) == "Hello </s> you"
+
+
+def test_plain_text_without_bos_has_nothing_to_predict_its_first_token(tmp_path: Path) -> None:
+    chat = read(tmp_path, STYLES["chatml"])
+    (sample,) = chat.encode([chat.text_sample("Hello there", 0)])
+    assert sample.is_target.tolist() == [False] + [True] * (len(sample.ids) - 1)
+
+
+def test_mark_shows_targets(tiny: ChatTokenizer) -> None:
+    (sample,) = samples_of(tiny, one_turn("Go?", "Yes."))
+    assert tiny.mark(sample, colour=False) == "<s>[INST]Go?[/INST]⟦Yes.</s>⟧"
+    assert tiny.mark(sample, colour=True) == "<s>[INST]Go?[/INST]\033[32mYes.</s>\033[0m"
+
+
+# ---- The first token
+
+
+@pytest.mark.parametrize("tokenizer_writes_it", [True, False])
+@pytest.mark.parametrize("template_writes_it", [True, False])
+def test_exactly_one_bos(tmp_path: Path, template_writes_it: bool, tokenizer_writes_it: bool) -> None:
+    template = ("{{ bos_token }}" if template_writes_it else "") + CHATML
+    style = Style(template, "<s>", "<|im_end|>", "<|im_end|>")
+    chat = read(tmp_path, style, adds_bos=tokenizer_writes_it)
+    expected = int(template_writes_it or tokenizer_writes_it)
+    (sample,) = samples_of(chat, conversation(TALK))
+    for ids in (sample.ids.tolist(), chat.encode_prompt(conversation(TALK[:1]))):
+        assert ids.count(CONTROL.index("<s>")) == expected
+        assert (ids[0] == chat.bos_id) == bool(expected)
+    assert target_texts(chat, sample) == [text + "<|im_end|>" for role, text in TALK if role == "assistant"]
+
+
+# ---- Training sees what use sees
+
+
+@pytest.mark.parametrize("name", [*STYLES, "tiny"])
+def test_prompt_is_a_prefix_of_the_training_ids(
+    tmp_path: Path, name: str, tiny_conversations: list[list[Message]]
+) -> None:
+    """For every assistant turn, the ids given in use are those before its targets in training."""
+    chat = ChatTokenizer.from_directory(TINY if name == "tiny" else save(tmp_path, STYLES[name]))
+    for messages in tiny_conversations:
+        samples = samples_of(chat, messages)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        starts = [
+            (sample, at)
+            for sample in samples
+            for at in range(1, len(sample.ids))
+            if sample.is_target[at] and not sample.is_target[at - 1]
+        ]
+        assert len(starts) == len(turns)
+        for turn, (sample, at) in zip(turns, starts, strict=True):
+            assert chat.encode_prompt(messages[:turn]) == sample.ids[:at].tolist()
+
+
+@pytest.mark.parametrize(("name", "style"), [("multi", "qwen"), ("emoji", "qwen"), ("system+", "mistral")])
+def test_rewritten_history_gives_a_sample_for_each_turn(tmp_path: Path, name: str, style: str) -> None:
+    chat = read(tmp_path, STYLES[style])
+    messages = conversation([("system", "Be brief."), *TALK] if name == "system+" else CONVERSATIONS[name])
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    samples = samples_of(chat, messages)
+    assert len(samples) == len(turns) > 1
+    for turn, sample in zip(turns, samples, strict=True):
+        assert chat.decode(sample.ids.tolist(), keep_special=True) == chat.render(messages[: turn + 1])
+        (answer,) = target_texts(chat, sample)
+        assert answer == chat.render(messages[: turn + 1]).removeprefix(chat.render_prompt(messages[:turn])).rstrip()
+        assert answer.endswith(messages[turn]["content"] + STYLES[style].end)
+
+
+def test_earlier_thinking_is_context_only_as_rendered(tmp_path: Path) -> None:
+    chat = read(tmp_path, STYLES["qwen"])
+    thought = "<think>\nhm\n</think>\n\nOne"
+    turns = [("user", "a"), ("assistant", thought), ("user", "b"), ("assistant", "Two")]
+    first, second = samples_of(chat, conversation(turns))
+    assert target_texts(chat, first) == [thought + "<|im_end|>"]
+    assert target_texts(chat, second) == ["<think>\n\n</think>\n\nTwo<|im_end|>"]  # given what it sees, it writes this
+    assert "hm" not in chat.decode(second.ids.tolist())
+
+
+def test_template_that_changes_the_prompt_when_answered(tmp_path: Path) -> None:
+    template = CHATML + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    with pytest.raises(UserError, match="does not start with the prompt"):
+        with_template(tmp_path, template).render_samples(one_turn("a"), 0)
+
+
+# ---- Control tokens that a user wrote
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("style", [name for name in STYLES if name != "qwen"])
+def test_control_tokens_in_content_stay_text(tmp_path: Path, style: str, tokenizer: str) -> None:
+    make = TOKENIZERS[tokenizer]
+    chat = read(tmp_path, STYLES[style], tokenizer_json=make and make())
+    plain = one_turn("the /s> or |im_end|> you", "x /s> y")
+    hostile = one_turn("the </s> or <|im_end|> you", "x </s> y<s>😀<|eot_id|>")
+    (expected,), (sample,) = samples_of(chat, plain), samples_of(chat, hostile)
+
+    def control(ids: list[int]) -> list[int]:
+        return [token for token in ids if token < len(CONTROL)]
+
+    assert control(sample.ids.tolist()) == control(expected.ids.tolist())
+    assert chat.decode(sample.ids.tolist(), keep_special=True) == (
+        chat.decode(expected.ids.tolist(), keep_special=True)
+        .replace("the /s> or |im_end|> you", hostile[0]["content"])
+        .replace("x /s> y", hostile[1]["content"])
+    )
+    (answer,) = target_texts(chat, sample)
+    assert answer.lstrip() == hostile[1]["content"] + STYLES[style].end
+    assert chat.encode_prompt(hostile[:1]) == sample.ids[: sample.is_target.argmax()].tolist()
+
+
+def test_control_tokens_in_pieces_do_not_join(tiny: ChatTokenizer) -> None:
+    """Whoever knows how content is taken apart cannot make it come together again."""
+    for content in ["<" + BREAK + "/s>", "<</s>/s>", "</s></s>", "<" + BREAK * 2 + "/s>", "[[INST]INST]"]:
+        (sample,) = samples_of(tiny, one_turn(content))
+        assert sorted(token for token in sample.ids.tolist() if token < 6) == [1, 2, 4, 5]  # one of each, from template
+        assert f"[INST]{content.replace(BREAK, '')}[/INST]" in tiny.decode(sample.ids.tolist(), keep_special=True)
+
+
+# ---- Files that must not be trusted
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ ''|attr('__class__') }}x{{ (''|attr('__class__')).mro() }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'content': 'x'}) }}",
+        "{{ messages.clear() }}",
+    ],
+)
+def test_templates_cannot_leave_the_sandbox(tmp_path: Path, template: str) -> None:
+    messages = one_turn("a")
+    with pytest.raises(UserError, match="chat template"):
+        with_template(tmp_path, template).render(messages)
+    assert messages == one_turn("a")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 // 0 }}",
+        "{{ messages[0].nothing.at_all }}",
+        "{{ 'a' + 1 }}",
+        "{{ 'a'.index('b') }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ strftime_now(3) }}",
+        "{{ messages | tojson(nothing=1) }}",
+    ],
+)
+def test_template_that_fails_is_one_line(tmp_path: Path, template: str) -> None:
+    with pytest.raises(UserError, match="chat template"):
+        with_template(tmp_path, template).render(one_turn("a"))
+
+
+BROKEN = {
+    "no tokenizer": ("tokenizer.json", None, "tokenizer.json"),
+    "tokenizer cut off": ("tokenizer.json", b'{"version": "1.0", "mod', "tokenizer.json"),
+    "tokenizer of another kind": ("tokenizer.json", b"{}", "tokenizer.json"),
+    "tokenizer with bytes": ("tokenizer.json", b"\xff\xfe\x00", "tokenizer.json"),
+    "configuration cut off": ("tokenizer_config.json", b'{"eos', "tokenizer_config.json"),
+    "configuration as a list": ("tokenizer_config.json", b"[]", "tokenizer_config.json"),
+    "configuration with bytes": ("tokenizer_config.json", b'{"a": "\xff"}', "tokenizer_config.json"),
+    "configuration nested": ("tokenizer_config.json", b'{"a": ' + b"[" * 100_000, "tokenizer_config.json"),
+    "template as a number": ("tokenizer_config.json", b'{"chat_template": 5}', "tokenizer_config.json"),
+    "templates without text": ("tokenizer_config.json", b'{"chat_template": [{"name": "a"}, 3]}', "chat_template"),
+    "template syntax": ("chat_template.jinja", b"{% for m in %}", "chat template"),
+    "template unknown filter": ("chat_template.jinja", b"{{ 1 | nothing }}", "chat template"),
+    "template with bytes": ("chat_template.jinja", b"caf\xe9", "chat_template.jinja"),
+    "generation cut off": ("generation_config.json", b"{", "generation_config.json"),
+    "stop token as a word": ("generation_config.json", b'{"eos_token_id": "</s>"}', "generation_config.json"),
+    "token as a number": ("tokenizer_config.json", b'{"eos_token": 2}', "tokenizer_config.json"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "named"), BROKEN.values(), ids=list(BROKEN))
+def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes | None, named: str) -> None:
+    save(tmp_path, STYLES["chatml"])
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        ChatTokenizer.from_directory(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert named in str(caught.value)
+
+
+def test_the_tiny_tokenizer_needs_nothing_but_its_files(tmp_path: Path, tiny: ChatTokenizer) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    copied = ChatTokenizer.from_directory(tmp_path)
+    assert copied.encode_prompt(one_turn("a")[:1]) == tiny.encode_prompt(one_turn("a")[:1])
+    assert copied.stop_ids == tiny.stop_ids == [2]

@@ -1,0 +1,223 @@
+"""The run directory: who owns it, what is kept in it, and the figures and tables it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanoft import UserError
+from nanoft.metrics import Meter, Run, clock, table
+
+HOLD = """
+import sys
+from nanoft.metrics import Run
+with Run.open(sys.argv[1]):
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def other_owner(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the run directory until the block ends."""
+    command = [sys.executable, "-c", HOLD, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mine\n"
+        yield process
+
+
+def lines(run: Run) -> list[dict[str, Any]]:
+    text = (run.directory / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n") if line]
+
+
+# --- the directory
+
+
+def test_one_process_owns_the_directory_at_a_time(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with other_owner(directory) as process:
+        with pytest.raises(UserError, match=rf"output\.dir: .*run: in use by process {process.pid} since"):
+            Run.open(directory)
+        assert directory.is_dir()  # whoever comes second takes nothing away
+    with Run.open(directory):
+        owner = (directory / ".lock").read_text()
+        assert owner.startswith(f"{os.getpid()} since")
+        assert len(owner.splitlines()) == 1
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    with other_owner(tmp_path / "run") as process:
+        process.kill()
+    with Run.open(tmp_path / "run") as run:
+        run.say("taken over")
+
+
+def test_a_directory_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="not empty and not a run"):
+        Run.open(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        Run.open(tmp_path / "thesis.tex")
+    with pytest.raises(UserError, match="cannot be written"):
+        Run.open(tmp_path / "thesis.tex" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def refuse(directory: Path, error: Exception, begin: bool = False) -> None:
+    with pytest.raises(type(error)), Run.open(directory) as run:  # noqa: PT012 (a run that begins, then fails)
+        run.say("hello")
+        if begin:
+            run.begin(0)
+        raise error
+
+
+def test_a_run_refused_before_it_began_leaves_nothing(tmp_path: Path) -> None:
+    refuse(tmp_path / "run", UserError("no"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_anything_else_that_ends_a_run_leaves_its_directory(tmp_path: Path) -> None:
+    refuse(tmp_path / "began", UserError("no"), begin=True)
+    refuse(tmp_path / "crashed", RuntimeError("a bug"))
+    with Run.open(tmp_path / "old") as run:
+        run.say("first")
+    refuse(tmp_path / "old", UserError("no"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["began", "crashed", "old"]
+    assert (tmp_path / "old" / "train.log").read_text() == "first\nhello\n"
+
+
+def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
+    with Run.open(tmp_path) as run:
+        assert run.recorded_config() is None
+        assert not run.is_complete(0)
+
+
+def test_the_recorded_config_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run") as run:
+        (run.directory / "config.json").write_text('{"lora": {"rank": 4}}')
+        assert run.recorded_config() == {"lora": {"rank": 4}}
+        (run.directory / "config.json").write_text('{"lora": ')
+        with pytest.raises(UserError, match=r"config\.json: damaged"):
+            run.recorded_config()
+
+
+def test_a_run_is_complete_when_its_report_says_so(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run") as run:
+        run.write_report({"training": {"steps": 7}}, "# Report\n")
+        assert run.is_complete(7)
+        assert not run.is_complete(6)
+        assert (run.directory / "report.md").read_text() == "# Report\n"
+        whole = (run.directory / "report.json").read_text()
+        (run.directory / "report.json").write_text(whole[:12])  # the power went while it was written
+        assert not run.is_complete(7)
+
+
+# --- metrics.jsonl and train.log
+
+
+def test_a_resumed_run_drops_what_will_be_done_again_and_torn_lines(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run") as run:
+        run.begin(0)
+        for step in (1, 2, 3):
+            run.log("train", step, loss=1 / step, text="a\u2028b\né")  # a line separator that JSON does not escape
+        run.log("eval", 2, loss=0.5)
+    with open(run.directory / "metrics.jsonl", "ab") as file:
+        file.write(b'[2]\n\n{"event": "train", "step": 1, "text": "\xc3')  # cut inside a letter
+    with Run.open(tmp_path / "run") as run:
+        run.begin(2)
+        run.log("train", 3, loss=9.0)
+        assert [(line["event"], line["step"]) for line in lines(run)] == [
+            ("train", 1), ("train", 2), ("eval", 2), ("train", 3),
+        ]  # fmt: skip
+        assert lines(run)[1]["loss"] == 0.5
+        assert lines(run)[1]["text"] == "a\u2028b\né"
+        assert lines(run)[3]["loss"] == 9.0
+
+
+def test_a_line_is_on_the_disk_when_it_is_logged(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run") as run:
+        run.begin(0)
+        run.log("train", 1, loss=2.0)
+        (line,) = lines(run)
+    assert list(line) == ["event", "step", "loss", "time"]
+
+
+def test_what_is_said_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Run.open(tmp_path / "run") as run:
+        run.say("Grüße")
+        run.say()
+    assert (run.directory / "train.log").read_text(encoding="utf-8") == "Grüße\n\n"
+    assert capsys.readouterr().out == "Grüße\n\n"
+
+
+def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path: Path) -> None:
+    code = "from nanoft.metrics import Run\nwith Run.open({!r}) as run:\n    for _ in range(3): run.say('x' * 9999)"
+    command = [sys.executable, "-u", "-c", code.format(str(tmp_path / "run"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert "Traceback" not in errors
+    assert len((tmp_path / "run" / "train.log").read_text().splitlines()) == 3
+
+
+# --- figures
+
+
+def test_a_meter_gives_token_weighted_means_and_starts_again() -> None:
+    meter = Meter()
+    meter.add(nats=6.0, tokens=100, target_tokens=2, seconds=1.0)
+    meter.add(nats=2.0, tokens=60, target_tokens=6, seconds=3.0)
+    assert meter.line() == {"loss": 1.0, "tokens_per_second": 40.0, "target_tokens_per_second": 2.0}
+    meter.add(nats=3.0, tokens=40, target_tokens=1, seconds=4.0)
+    assert meter.line() == {"loss": 3.0, "tokens_per_second": 10.0, "target_tokens_per_second": 0.25}
+    assert meter.tokens_per_second() == 25.0  # 200 tokens in 8 s
+
+
+def test_a_meter_goes_on_after_a_restart() -> None:
+    whole, first = Meter(), Meter()
+    for meter in (whole, first):
+        meter.add(6.0, 100, 2, 1.0)
+    second = Meter(**json.loads(json.dumps(vars(first))))
+    for meter in (whole, second):
+        meter.add(2.0, 60, 6, 3.0)
+    assert second == whole
+    assert Meter().tokens_per_second() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (125, "2 min 5 s"),
+        (3599.7, "1 h 0 min"),
+        (11_400, "3 h 10 min"),
+        (360_000, "100 h 0 min"),
+    ],
+)
+def test_a_duration_for_people(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_a_table_is_aligned_markdown() -> None:
+    text = table(["", "base", "tuned"], [["perplexity", "12.3", "4"], ["x", "1", "largest of all"]])
+    assert text == (
+        "|            | base | tuned          |\n"
+        "|------------|------|----------------|\n"
+        "| perplexity | 12.3 | 4              |\n"
+        "| x          | 1    | largest of all |"
+    )
+    assert table(["only"], []) == "| only |\n|------|"
