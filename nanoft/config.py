@@ -331,8 +331,10 @@ def _run_python(path: Path) -> Config:
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """NANOFT_SECTION__FIELD=value -> {"section.field": value}."""
-    named = {k.removeprefix(ENVIRONMENT_PREFIX): v for k, v in environment.items() if k.startswith(ENVIRONMENT_PREFIX)}
-    return {key.lower().replace("__", ".", 1): value for key, value in named.items() if "__" in key}
+    named = {k: v for k, v in environment.items() if k.startswith(ENVIRONMENT_PREFIX)}
+    if odd := sorted(key for key in named if "__" not in key.removeprefix(ENVIRONMENT_PREFIX)):
+        raise UserError(f"{odd[0]}: no such setting: write NANOFT_SECTION__FIELD (two underscores) or unset it")
+    return {k.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1): v for k, v in named.items()}
 
 
 def _from_command_line(overrides: Iterable[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import sys
@@ -74,7 +75,7 @@ class Run:
     def __init__(self, directory: Path):
         self.directory = directory
         self.checkpoints = directory / "checkpoints"
-        self._fresh = not directory.exists()
+        self._made = [path for path in (directory, *directory.parents) if not path.exists()]
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held while the run lasts)
@@ -104,8 +105,11 @@ class Run:
         if self._metrics is not None:
             self._metrics.close()
         started = (self.directory / "metrics.jsonl").exists()
-        if kind is not None and issubclass(kind, UserError) and self._fresh and not started:
+        if kind is not None and issubclass(kind, UserError) and self._made and not started:
             shutil.rmtree(self.directory, ignore_errors=True)  # it was refused before it began
+            with contextlib.suppress(OSError):
+                for parent in self._made[1:]:
+                    parent.rmdir()  # only if it is empty
         self._lock.close()
 
     def recorded_config(self) -> dict[str, Any] | None:
@@ -141,7 +145,7 @@ class Run:
         """Append one line to metrics.jsonl."""
         assert self._metrics is not None, "begin() comes first"
         line = {"event": event, "step": step, **values, "time": round(time.time(), 3)}
-        self._metrics.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._metrics.write(as_json(line) + "\n")
 
     def say(self, text: str = "") -> None:
         """Print to the terminal, above the progress bar if there is one, and to train.log."""
@@ -152,7 +156,7 @@ class Run:
 
     def write_report(self, report: dict[str, Any], markdown: str) -> None:
         """report.json for programs and report.md for people."""
-        (self.directory / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (self.directory / "report.json").write_text(as_json(report, indent=2) + "\n", encoding="utf-8")
         (self.directory / "report.md").write_text(markdown, encoding="utf-8")
 
     def _take_lock(self) -> None:
@@ -176,6 +180,17 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: it has no word for NaN and infinity, so they become null."""
+
+    def strict(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: strict(item) for key, item in part.items()}
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def clock(seconds: float) -> str:

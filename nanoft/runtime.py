@@ -115,7 +115,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    texts = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+    texts = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
 
 

@@ -292,7 +292,6 @@ def test_the_command_line_beats_the_environment_beats_the_file(tmp_path: Path) -
         "NANOFT_TRAINING__LOG_STEPS": "2",
         "NANOFT_TRAINING__EVAL_STEPS": "2",
         "NANOFT_TRAINING__SAVE_STEPS": "2",
-        "NANOFT_CACHE": "not a field: it has no section",
         "TRAINING__MAX_STEPS": "9",
     }
     t = load_config(file, ["training.eval_steps=3", " training.save_steps = 3 ", "training.save_steps=4"], environment)
@@ -313,6 +312,7 @@ def test_mistakes_in_overrides_are_refused(tmp_path: Path) -> None:
     refused(lambda: load_config(file, ["lora.rank"], {}), "'lora.rank' is not section.field=value")
     refused(lambda: load_config(file, ["=3"], {}), "no such section")
     refused(lambda: load_config(file, [], {"NANOFT_LORA__RNK": "3"}), "lora.rnk", "did you mean lora.rank?")
+    refused(lambda: load_config(file, [], {"NANOFT_LORA_RANK": "3"}), "NANOFT_LORA_RANK", "two underscores")
     assert load_config(file, ["model.name=a=b"], {}).model.name == "a=b"
 
 

@@ -86,6 +86,25 @@ def test_a_run_refused_before_it_began_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_refused_run_takes_the_parents_that_it_made_along_but_nothing_of_others(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "a" / "b" / "run")
+    run.__exit__(UserError, UserError("no"), None)
+    assert list(tmp_path.iterdir()) == []
+    run = Run.open(tmp_path / "a" / "b" / "run")
+    (tmp_path / "a" / "other").mkdir()
+    run.__exit__(UserError, UserError("no"), None)
+    assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "other"]
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run") as run:
+        run.begin(0)
+        run.log("eval", 1, loss=float("nan"), perplexity=float("inf"), tokens=2)
+        run.write_report({"tuned": {"perplexity": float("-inf"), "loss": 1.5}}, "")
+        assert [lines(run)[0][key] for key in ("loss", "perplexity", "tokens")] == [None, None, 2]
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == {"tuned": {"perplexity": None, "loss": 1.5}}
+
+
 def test_anything_else_that_ends_a_run_leaves_its_directory(tmp_path: Path) -> None:
     refuse(tmp_path / "began", UserError("no"), begin=True)
     refuse(tmp_path / "crashed", RuntimeError("a bug"))

@@ -115,6 +115,7 @@ def test_an_interrupt_after_another_signal_stops_at_once(first: signal.Signals) 
         (MemoryError(), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),  # text of the user's, not of a device
         (KeyboardInterrupt(), False),
