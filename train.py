@@ -319,18 +319,19 @@ def announce(job: Job, state: State, total_steps: int) -> None:
 
 def rehearse(job: Job) -> float:
     """Seconds that an optimizer step takes, from forward and backward over one micro-batch; it changes nothing."""
-    window = job.batches.window(job.batches.index)
+    window, seconds = job.batches.window(job.batches.index), []
     batch = window[-1].to(job.device)  # the longest
     with torch.random.fork_rng():
-        for _ in range(2):  # the first one warms up
+        for _ in range(3):  # the first one warms up
             started = time.perf_counter()
             with job.autocast():
                 hidden = job.model(batch.ids, batch.positions, batch.segments)
                 nll = target_nll(hidden, job.model.head, batch.rows, batch.targets)
             nll.backward()
             nll.item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
             job.optimizer.zero_grad(set_to_none=True)
-    return (time.perf_counter() - started) * sum(part.tokens for part in window) / window[-1].tokens
+    return min(seconds) * sum(part.tokens for part in window) / window[-1].tokens
 
 
 def progress_bar(job: Job, state: State, total_steps: int) -> Any:

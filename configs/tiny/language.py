@@ -6,6 +6,7 @@ teach copying, and events told in prose and then noted as records teach finding 
 corpus never shows a chat turn or a tool call; those come only with the conversations, which ask for eight tools in
 the same words but in other sentences. Fine-tuning therefore has to teach a format, not a language.
 
+    python configs/tiny/language.py build [--seed 0]          everything, and the base model itself (15 minutes)
     python configs/tiny/language.py corpus OUT.jsonl [--documents 60000] [--seed 0]
     python configs/tiny/language.py tokenizer OUT_DIR [--seed 0]
     python configs/tiny/language.py conversations OUT.jsonl [--count 2400] [--seed 0]
@@ -15,6 +16,9 @@ import argparse
 import json
 import random
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -484,6 +488,9 @@ def train_tokenizer(seed: int) -> Tokenizer:
 # ---- Command line -------------------------------------------------------------------------------------------------
 
 
+DOCUMENTS, CONVERSATIONS = 60_000, 2_400  # as many as the shipped files were made from
+
+
 def write_lines(path: Path, objects: Iterator[dict[str, object]]) -> None:
     """Write one JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -499,11 +506,35 @@ def write_tokenizer(directory: Path, seed: int) -> None:
     (directory / "tokenizer_config.json").write_text(config, encoding="utf-8", newline="\n")
 
 
+def write_corpus(path: Path, size: int, seed: int) -> None:
+    """Write the documents that the base is pre-trained on."""
+    write_lines(path, ({"text": text} for text in corpus(size, seed)))
+
+
+def write_conversations(path: Path, size: int, seed: int) -> None:
+    """Write the conversations that the base is fine-tuned on."""
+    write_lines(path, ({"messages": messages} for messages in conversations(size, seed)))
+
+
+def build(seed: int) -> None:
+    """Make everything in this directory again: corpus, tokenizer, conversations, and the base by pre-training it."""
+    here, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
+    write_corpus(here / "corpus.jsonl", DOCUMENTS, seed)
+    write_tokenizer(here / "base", seed)
+    write_conversations(here / "conversations.jsonl", CONVERSATIONS, seed)
+    run = root / "runs" / "tiny_base"
+    train = [root / "train.py", root / "configs" / "tiny_base.py", f"output.dir={run}", f"system.seed={seed}"]
+    if code := subprocess.run([sys.executable, *map(str, train)], check=False).returncode:
+        sys.exit(code)
+    shutil.copyfile(run / "model" / "model.safetensors", here / "base" / "model.safetensors")
+
+
 def parse_arguments() -> argparse.Namespace:
-    """Three commands, each with the place to write to and a seed."""
-    parser = argparse.ArgumentParser(description="Write the corpus, the tokenizer or the conversations of the model.")
+    """Four commands, each with a seed and all but one with the place to write to."""
+    parser = argparse.ArgumentParser(description="Write the corpus, the tokenizer or the conversations; or build all.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, size, default in [("corpus", "--documents", 60_000), ("conversations", "--count", 2_400)]:
+    commands.add_parser("build", help="everything in configs/tiny, with the base model (15 minutes)")
+    for name, size, default in [("corpus", "--documents", DOCUMENTS), ("conversations", "--count", CONVERSATIONS)]:
         command = commands.add_parser(name)
         command.add_argument("out", type=Path, metavar="OUT.jsonl")
         command.add_argument(size, dest="size", type=int, default=default)
@@ -516,10 +547,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run one command."""
     options = parse_arguments()
-    if options.command == "corpus":
-        write_lines(options.out, ({"text": text} for text in corpus(options.size, options.seed)))
+    if options.command == "build":
+        build(options.seed)
+    elif options.command == "corpus":
+        write_corpus(options.out, options.size, options.seed)
     elif options.command == "conversations":
-        write_lines(options.out, ({"messages": messages} for messages in conversations(options.size, options.seed)))
+        write_conversations(options.out, options.size, options.seed)
     else:
         write_tokenizer(options.out, options.seed)
 

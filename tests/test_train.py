@@ -1,0 +1,458 @@
+"""The whole of train.py: exact however a window is split, exact after every interruption, one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from nanoft import runtime
+from nanoft.config import Config, load_config
+from nanoft.metrics import Run
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs" / "tiny.py"
+BASE = ROOT / "configs" / "tiny" / "base"
+CONVERSATIONS = ROOT / "configs" / "tiny" / "conversations.jsonl"
+QUICK = {
+    "data.max_samples": "40",
+    "training.micro_batch_size": "4",
+    "training.gradient_accumulation_steps": "2",
+    "training.eval_steps": "4",
+    "training.save_steps": "3",
+    "training.log_steps": "1",
+    "training.max_steps": "8",
+    "evaluation.prompts": "2",
+    "evaluation.max_new_tokens": "4",
+    "logging.progress_bar": "false",
+}
+
+
+def quick(directory: Path, **changes: Any) -> list[str]:
+    """Arguments of a run of a few steps; `section__field=value` changes it."""
+    named = {key.replace("__", "."): str(value) for key, value in changes.items()}
+    settings = {**QUICK, "output.dir": str(directory), **named}
+    return [str(TINY), *(f"{key}={value}" for key, value in settings.items())]
+
+
+def losses(directory: Path, event: str = "train") -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if line["event"] == event]
+
+
+def result(directory: Path) -> dict[str, torch.Tensor]:
+    name = "adapter/adapter_model.safetensors" if (directory / "adapter").is_dir() else "model/model.safetensors"
+    return load_file(directory / name)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def command(arguments: list[str]) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *arguments]
+
+
+# --- exactness
+
+
+def gradients(directory: Path, micro_batch_size: int, accumulation: int, **changes: Any) -> dict[str, torch.Tensor]:
+    """What the real loop hands to the optimizer at its first step."""
+    changes |= {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
+    arguments = quick(directory, **changes, training__max_grad_norm=0, training__max_steps=1)
+    config = load_config(arguments[0], arguments[1:])
+    runtime.prepare(config.system.seed, 0, False)
+    taken: dict[str, torch.Tensor] = {}
+    with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
+        job = train.prepare(config, run)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in job.trained:
+            if "lora_B" in name:  # at zero, A would have no gradient
+                parameter.data.normal_(std=0.02, generator=generator)
+        step = job.optimizer.step
+
+        def capture() -> None:
+            taken.update({name: p.grad.clone() for name, p in job.trained if p.grad is not None})
+            step()
+
+        job.optimizer.step = capture  # type: ignore[method-assign, assignment]
+        run.begin(0)
+        train.train(job, train.State(), stop, 1)
+        assert len(taken) == len(job.trained)
+    return taken
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_window_has_one_gradient_however_it_is_split(tmp_path: Path, packing: bool) -> None:
+    changes = {"data__packing": packing, "model__max_seq_length": 160}
+    whole = gradients(tmp_path / "8x1", 8, 1, **changes)
+    for size, count in ((4, 2), (2, 4), (1, 8)):
+        split = gradients(tmp_path / f"{size}x{count}", size, count, **changes)
+        for name, expected in whole.items():
+            assert (split[name] - expected).norm() <= 1e-6 * expected.norm(), (size, name)
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Send this process a signal as soon as the step has been logged."""
+    log = Run.log
+
+    def signalling(self: Run, event: str, at: int, **values: Any) -> None:
+        log(self, event, at, **values)
+        if event == "train" and at == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Run, "log", signalling)
+
+
+VARIANTS = {
+    "lora-dropout": {"lora__dropout": 0.1},
+    "qlora": {"quantization__bits": 4},
+    "packed": {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1},
+    "full": {"training__method": "full", "training__learning_rate": 1e-4},
+    "full-bf16": {"training__method": "full", "training__learning_rate": 1e-4, "model__dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert train.main(quick(whole, **VARIANTS[variant])) == 0
+    with monkeypatch.context() as patch:
+        stop_after(5, patch, signal.SIGTERM)  # between two saves, in the second epoch
+        assert train.main(quick(halves, **VARIANTS[variant])) == train.STOPPED_BY_SIGNAL
+    assert not (halves / "report.json").exists()
+    assert train.main(quick(halves, **VARIANTS[variant])) == 0
+    assert losses(halves) == losses(whole)
+    assert len(losses(whole)) == 8
+    assert losses(halves, "eval") == losses(whole, "eval")
+    assert equal(result(halves), result(whole))
+    figures = [json.loads((run / "report.json").read_text()) for run in (whole, halves)]
+    assert figures[0]["tuned"] == figures[1]["tuned"]
+
+
+def test_killed_without_warning_it_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train.main(quick(whole)) == 0
+    process = subprocess.Popen(command(quick(killed)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints" / "step-000003").is_dir() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert train.main(quick(killed)) == 0
+    assert losses(killed) == losses(whole)
+    assert equal(result(killed), result(whole))
+
+
+def test_an_interrupt_from_the_keyboard_saves_and_ends_with_75(tmp_path: Path) -> None:
+    arguments = quick(tmp_path / "run", training__max_steps=1000, training__save_steps=0)
+    process = subprocess.Popen(command(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert err == ""
+    steps = losses(tmp_path / "run")[-1][0]
+    assert f"stopped   by SIGINT after step {steps}" in out
+    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}" / "manifest.json").is_file()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, directory = tmp_path / "whole", tmp_path / "run"
+    assert train.main(quick(whole)) == 0
+    assert train.main(quick(directory, training__max_steps=8)) == 0
+    (directory / "report.json").unlink()
+    damaged = directory / "checkpoints" / "step-000008" / "adapter.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 4
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    assert train.main(quick(directory)) == 0
+    said = capsys.readouterr().out
+    assert f"{damaged}: its content is not what was saved: going back" in said
+    assert "resuming  after step 6 of 8" in said
+    assert equal(result(directory), result(whole))
+
+
+def test_resume_takes_never_and_a_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "run"
+    assert train.main(quick(directory)) == 0
+    before = result(directory)
+    assert train.main([*quick(directory), "--resume", "never"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    earlier = directory / "checkpoints" / "step-000006"
+    assert train.main([*quick(directory), "--resume", str(earlier)]) == 0
+    assert "resuming  after step 6 of 8" in capsys.readouterr().out
+    assert equal(result(directory), before)
+    assert train.main([*quick(directory), "--resume", str(tmp_path / "nothing")]) == 2
+    assert "nothing" in one_line(capsys.readouterr().err)
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "run"
+    assert train.main(quick(directory, training__max_steps=4, training__lr_scheduler="constant")) == 0
+    before = (directory / "report.json").read_bytes()
+    capsys.readouterr()
+    assert train.main(quick(directory, training__max_steps=4, training__lr_scheduler="constant")) == 0
+    assert "complete" in capsys.readouterr().out
+    assert (directory / "report.json").read_bytes() == before
+    assert train.main(quick(directory, training__max_steps=6, training__lr_scheduler="constant")) == 0
+    assert [step for step, _ in losses(directory)] == [1, 2, 3, 4, 5, 6]
+
+
+# --- what a run does on its way
+
+
+def test_the_checkpoints_kept_are_the_last_and_the_best(tmp_path: Path) -> None:
+    changes = {"training__save_steps": 1, "training__keep_checkpoints": 2, "training__eval_steps": 2}
+    # a rate that makes the validation loss worse from some step on
+    assert train.main(quick(tmp_path / "run", **changes, training__learning_rate=0.05, training__warmup_ratio=0)) == 0
+    evaluations = losses(tmp_path / "run", "eval")
+    best = min(evaluations, key=lambda pair: pair[1])
+    assert best[0] < 8, "the test needs a run whose last evaluation is not its best"
+    noted = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert (noted["step"], noted["validation_loss"]) == best
+    kept = {int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {7, 8, best[0]}
+    saved = load_file(tmp_path / "run" / "checkpoints" / f"step-{best[0]:06d}" / "adapter.safetensors")
+    assert equal(result(tmp_path / "run"), saved), "the result is the best checkpoint's"
+    figures = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert figures["tuned"]["loss"] == pytest.approx(best[1], rel=1e-6)
+
+
+def test_it_stops_early_when_the_validation_loss_no_longer_falls(tmp_path: Path) -> None:
+    changes = {"training__early_stopping_patience": 2, "training__early_stopping_threshold": 5.0}
+    assert train.main(quick(tmp_path / "run", **changes, training__eval_steps=1, training__max_steps=50)) == 0
+    steps = [step for step, _ in losses(tmp_path / "run", "eval")]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert steps[-1] < 20
+    falls = [before - after for (_, before), (_, after) in zip(*(2 * [losses(tmp_path / "run", "eval")]), strict=True)]
+    assert falls  # the first evaluation is always a gain
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == steps[-1]
+
+
+def test_divergence_ends_with_3_and_names_the_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = train.main(quick(tmp_path / "run", training__learning_rate=1e30, training__max_steps=20))
+    captured = capsys.readouterr()
+    assert code == 3
+    assert one_line(captured.err).startswith("failed: no finite loss any more after step")
+    assert "skipped records" in captured.out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["event"] == "warning" for line in lines) == Config().training.max_bad_steps
+
+
+def test_full_training_gives_a_model_that_transformers_loads(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert train.main(quick(tmp_path / "run", **VARIANTS["full"])) == 0
+    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    before = load_file(BASE / "model.safetensors")
+    assert trained.keys() == before.keys()
+    assert not any(torch.equal(trained[name].float(), before[name].float()) for name in before)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    assert torch.equal(model.state_dict()["lm_head.weight"], trained["lm_head.weight"].float())
+
+
+def test_the_run_directory_holds_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = quick(tmp_path / "run")
+    assert train.main(arguments) == 0
+    out = capsys.readouterr().out
+    run = tmp_path / "run"
+    names = {path.name for path in run.iterdir()} - {".lock"}
+    assert names == {
+        "config.json", "metrics.jsonl", "train.log", "checkpoints", "best.json", "adapter", "report.md", "report.json",
+    }  # fmt: skip
+    assert (run / "train.log").read_text() == out
+    assert load_config(run / "config.json", []) == load_config(arguments[0], arguments[1:])
+    report = json.loads((run / "report.json").read_text())
+    for column in ("base", "tuned"):
+        assert {"perplexity", "exact_match", "stop_rate"} <= report[column].keys()
+    assert {"steps", "seconds", "tokens_per_second", "peak_memory_gb"} <= report["training"].keys()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {line["event"] for line in lines} <= {
+        "train", "eval", "sample", "checkpoint", "warning", "memory", "done",
+    }  # fmt: skip
+    fields = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "target_tokens_per_second", "peak_memory_gb"}
+    assert all(fields <= line.keys() for line in lines if line["event"] == "train")
+    checkpoint = {path.name for path in (run / "checkpoints" / "step-000008").iterdir()}
+    assert checkpoint == {"adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (run / "adapter").iterdir()
+    }
+
+
+def test_show_batch_prints_the_first_window_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*quick(tmp_path / "run"), "--show-batch"]) == 0
+    out = capsys.readouterr().out
+    assert "micro-batch 1: 4x" in out
+    assert "micro-batch 2: 4x" in out
+    assert out.count("[INST]") >= 8
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert train.main(quick(tmp_path / "run")) == 0  # and is no obstacle to the run itself
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    assert "examples: python train.py configs/tiny.py" in capsys.readouterr().out
+
+
+# --- mistakes: exit 2, one line, nothing left behind
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    assert text.endswith("\n"), text
+    assert "Traceback" not in text
+    return text.rstrip()
+
+
+def record(**fields: Any) -> str:
+    return json.dumps(fields) + "\n"
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def copy_base(tmp_path: Path, change: Callable[[Path], None]) -> str:
+    shutil.copytree(BASE, tmp_path / "base")
+    change(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def without_weights(base: Path) -> None:
+    (base / "model.safetensors").unlink()
+
+
+def truncated(base: Path) -> None:
+    content = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def renamed_tensor(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.gate.weight"] = tensors.pop("model.layers.0.mlp.gate_proj.weight")
+    save_file(tensors, base / "model.safetensors")
+
+
+def unknown_architecture(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "mamba", "architectures": ["Mamba"]}))
+
+
+def without_tokenizer(base: Path) -> None:
+    (base / "tokenizer.json").unlink()
+
+
+PAIR = record(prompt="one", completion="two")
+DATA = {
+    "missing": (lambda p: str(p / "nowhere.jsonl"), ["nowhere.jsonl", "no such file"]),
+    "directory": (lambda p: str(p), ["is a directory"]),
+    "empty": (lambda p: write(p / "d.jsonl", ""), ["d.jsonl", "empty"]),
+    "blank": (lambda p: write(p / "d.jsonl", "\n \n"), ["d.jsonl", "empty"]),
+    "wrong field": (lambda p: write(p / "d.jsonl", record(question="a", answer="b") * 9), ["d.jsonl", "question"]),
+    "one in ten bad": (
+        lambda p: write(p / "d.jsonl", PAIR * 9 + record(prompt=1, completion="two")),
+        ["d.jsonl", "10", "prompt"],
+    ),
+    "not json": (lambda p: write(p / "d.jsonl", PAIR + "{oops\n"), ["d.jsonl:2"]),
+    "nan": (lambda p: write(p / "d.jsonl", (PAIR + '{"prompt": "x", "completion": NaN}\n')), ["d.jsonl:2", "NaN"]),
+    "infinity": (lambda p: write(p / "d.json", '[{"instruction": "x", "output": Infinity}]'), ["d.json", "Infinity"]),
+    "no target": (lambda p: write(p / "d.jsonl", record(messages=[{"role": "user", "content": "hi"}]) * 9), ["d.jsonl"]),
+    "parquet": (lambda p: write(p / "d.parquet", "PAR1"), ["d.parquet"]),
+}
+MODELS = {
+    "without weights": (without_weights, ["no weights here"]),
+    "truncated": (truncated, ["model.safetensors", "damaged"]),
+    "renamed tensor": (renamed_tensor, ["missing model.layers.0.mlp.gate_proj.weight", "unexpected"]),
+    "unknown architecture": (unknown_architecture, ["config.json", "mamba"]),
+    "without tokenizer": (without_tokenizer, ["tokenizer.json"]),
+}
+SETTINGS = {
+    "rank 0": ({"lora__rank": 0}, ["lora.rank", "0"]),
+    "unknown target": ({"lora__target_modules": "q_proj,query"}, ["lora.target_modules", "'query'", "q_proj"]),
+    "misspelled": ({"training__lerning_rate": 1}, ["training.lerning_rate", "did you mean training.learning_rate"]),
+    "wrong type": ({"training__max_steps": "many"}, ["training.max_steps", "'many'"]),
+    "nan rate": ({"training__learning_rate": "nan"}, ["training.learning_rate", "nan"]),
+    "no such model": ({"model__name": "./nowhere"}, ["model.name", "./nowhere"]),
+    "nothing fits": ({"model__max_seq_length": 8}, ["model.max_seq_length=8"]),
+    "no gpu": ({"system__device": "mps"}, ["system.device", "mps"]),
+    "full on 4 bits": ({"training__method": "full", "quantization__bits": 4}, ["quantization.bits"]),
+}
+
+
+def refused(arguments: list[str], fragments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(arguments) == 2
+    error = one_line(capsys.readouterr().err)
+    assert error.startswith("error: ")
+    for fragment in fragments:
+        assert fragment in error
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_bad_data_is_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, fragments = DATA[case]
+    refused(quick(tmp_path / "runs" / "run", data__train_file=make(tmp_path)), fragments, capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_bad_model_is_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, fragments = MODELS[case]
+    refused(quick(tmp_path / "runs" / "run", model__name=copy_base(tmp_path, change)), fragments, capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_bad_setting_is_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes, fragments = SETTINGS[case]
+    refused(quick(tmp_path / "runs" / "run", **changes), fragments, capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_directory_of_another_run_is_refused_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "d.jsonl"
+    own.write_text("".join(record(prompt=f"say {n}", completion=f"{n}") for n in range(20)))
+    settings: dict[str, Any] = {"data__train_file": own, "training__max_steps": 2}
+    assert train.main(quick(tmp_path / "run", **settings)) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix}
+    capsys.readouterr()
+    refused(quick(tmp_path / "run", **settings, lora__rank=2), ["output.dir", "lora.rank: 16 -> 2"], capsys)
+    own.write_text(own.read_text() + record(prompt="more", completion="x"))
+    refused(quick(tmp_path / "run", **settings), ["output.dir", "the data changed"], capsys)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.suffix}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    refused(quick(tmp_path / "other", **settings), ["output.dir", "not a run of nanoft"], capsys)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_a_config_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["configs/nowhere.py"], ["configs/nowhere.py", "no such config file"], capsys)
