@@ -61,7 +61,7 @@ class ReadReport:
 
 def _messages(record: dict[str, Any]) -> list[dict[str, str]]:
     """{"messages": [{"role", "content"}, ...]}, as OpenAI writes it."""
-    return [{"role": str(m["role"]), "content": _text(m["content"])} for m in _list(record, "messages")]
+    return [{"role": str(m["role"]), "content": _text(m, "content")} for m in _list(record, "messages")]
 
 
 def _sharegpt(record: dict[str, Any]) -> list[dict[str, str]]:
@@ -70,25 +70,24 @@ def _sharegpt(record: dict[str, Any]) -> list[dict[str, str]]:
     unknown = [turn["from"] for turn in turns if turn["from"] not in SHAREGPT_ROLES]
     if unknown:
         raise BadRecord(f"unknown speaker {unknown[0]!r}")
-    return [{"role": SHAREGPT_ROLES[turn["from"]], "content": _text(turn["value"])} for turn in turns]
+    return [{"role": SHAREGPT_ROLES[turn["from"]], "content": _text(turn, "value")} for turn in turns]
 
 
 def _alpaca(record: dict[str, Any]) -> list[dict[str, str]]:
     """{"instruction", "input" (may be empty), "output", "system" (optional)}."""
-    question = _text(record["instruction"])
-    extra = _text(record.get("input") or "")
-    if extra:
-        question = f"{question}\n\n{extra}"
-    return _exchange(question, _text(record["output"]), record.get("system"))
+    question = _text(record, "instruction")
+    if record.get("input"):
+        question = f"{question}\n\n{_text(record, 'input')}"
+    return _exchange(record, question, _text(record, "output"))
 
 
 def _prompt_completion(record: dict[str, Any]) -> list[dict[str, str]]:
     """{"prompt", "completion"}, both texts."""
-    return _exchange(_text(record["prompt"]), _text(record["completion"]), record.get("system"))
+    return _exchange(record, _text(record, "prompt"), _text(record, "completion"))
 
 
-def _exchange(question: str, answer: str, system: Any = None) -> list[dict[str, str]]:
-    opening = [{"role": "system", "content": _text(system)}] if system else []
+def _exchange(record: dict[str, Any], question: str, answer: str) -> list[dict[str, str]]:
+    opening = [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
     return [*opening, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -115,8 +114,9 @@ def read_conversations(
     """
     file = Path(path)
     if not path or not file.is_file():
-        what = "is empty: give a .json or .jsonl file" if not path else "no such file"
-        raise UserError(f"data file: {path}: {what}" if path else f"data.train_file: {what}")
+        if not path:
+            raise UserError("data.train_file: is empty: give a .json or .jsonl file")
+        raise UserError(f"data file: {path}: " + ("is a directory: name a file" if file.is_dir() else "no such file"))
     raw = list(_read_raw(file))
     shape = _detect_shape(file, raw)
     good: list[Conversation] = []
@@ -196,7 +196,7 @@ def _convert(record: Any, shape: str, path: str, line: int) -> Conversation:
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise BadRecord(f"expected the fields {', '.join(fields)}, found {found}")
     if reader is None:
-        return Conversation([], _nonempty(_text(record["text"]), "text"), path, line)
+        return Conversation([], _nonempty(_text(record, "text"), "text"), path, line)
     try:
         messages = reader(record)
     except (KeyError, TypeError, AttributeError) as error:
@@ -227,13 +227,14 @@ def _list(record: dict[str, Any], name: str) -> list[Any]:
     return value
 
 
-def _text(value: Any) -> str:
+def _text(fields: dict[str, Any], name: str) -> str:
+    value = fields[name]
     if not isinstance(value, str):
-        raise BadRecord(f"{value!r:.60} stands where a text belongs")
+        raise BadRecord(f"{name}: {json.dumps(value):.60} is not a text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRecord("a text holds half a character (a lone surrogate)") from None
+        raise BadRecord(f"{name}: holds half a character (a lone surrogate)") from None
     return value
 
 

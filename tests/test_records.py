@@ -128,9 +128,9 @@ TURNS = '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "
 BAD = {
     "NaN": (TURNS % "NaN", "NaN is not JSON"),
     "Infinity": (TURNS % "-Infinity", "-Infinity is not JSON"),
-    "null": (TURNS % "null", "None stands where a text belongs"),
-    "number": (TURNS % "5", "5 stands where a text belongs"),
-    "parts": (TURNS % '[{"type": "text", "text": "A"}]', "stands where a text belongs"),
+    "null": (TURNS % "null", "content: null is not a text"),
+    "number": (TURNS % "5", "content: 5 is not a text"),
+    "parts": (TURNS % '[{"type": "text", "text": "A"}]', "is not a text"),
     "lone surrogate": (TURNS % r'"a\ud83d"', "half a character"),
     "empty reply": (TURNS % '""', "an assistant message is empty"),
     "blank reply": (TURNS % r'" \n\t "', "an assistant message is empty"),
@@ -138,7 +138,7 @@ BAD = {
     "two on a line": (TURNS % '"A"' + TURNS % '"A"', "not valid JSON"),
     "deep": (TURNS % ("[" * 100_000), "nested too deeply"),
     "deep and closed": (TURNS % ("[" * 100_000 + "]" * 100_000), "nested too deeply"),
-    "nested": (TURNS % ("[" * 500 + "]" * 500), "stands where a text belongs"),
+    "nested": (TURNS % ("[" * 500 + "]" * 500), "is not a text"),
     "long number": (TURNS % ("1" * 5000), "not valid JSON"),
     "null record": ("null", "expected the fields messages, found NoneType"),
     "text record": ('"hello"', "expected the fields messages, found str"),
@@ -175,12 +175,12 @@ OTHER_SHAPES = {
     "speaker": ({"conversations": [{"from": "alien", "value": "Q"}]}, "unknown speaker 'alien'"),
     "speaker as list": ({"conversations": [{"from": [], "value": "Q"}]}, "a turn is malformed"),
     "no value": ({"conversations": [{"from": "human"}]}, "a turn is malformed"),
-    "output null": ({"instruction": "Q", "output": None}, "None stands where a text belongs"),
-    "input list": ({"instruction": "Q", "input": ["X"], "output": "A"}, "['X'] stands where a text belongs"),
-    "system number": ({"instruction": "Q", "output": "A", "system": 3}, "3 stands where a text belongs"),
+    "output null": ({"instruction": "Q", "output": None}, "output: null is not a text"),
+    "input list": ({"instruction": "Q", "input": ["X"], "output": "A"}, 'input: ["X"] is not a text'),
+    "system number": ({"instruction": "Q", "output": "A", "system": 3}, "system: 3 is not a text"),
     "completion empty": ({"prompt": "Q", "completion": ""}, "an assistant message is empty"),
-    "prompt list": ({"prompt": [], "completion": "A"}, "[] stands where a text belongs"),
-    "text null": ({"text": None}, "None stands where a text belongs"),
+    "prompt list": ({"prompt": [], "completion": "A"}, "prompt: [] is not a text"),
+    "text null": ({"text": None}, "text: null is not a text"),
 }
 
 
@@ -235,8 +235,8 @@ def test_files_that_cannot_be_used(tmp_path: Path, name: str, content: bytes, re
 
 def test_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
-    for name in ("nothing.jsonl", "folder.json"):
-        with pytest.raises(UserError, match=f"{name}: no such file"):
+    for name, what in (("nothing.jsonl", "no such file"), ("folder.json", "is a directory")):
+        with pytest.raises(UserError, match=f"{name}: {what}"):
             read_conversations(str(tmp_path / name))
     with pytest.raises(UserError, match=r"data\.train_file: is empty"):
         read_conversations("")

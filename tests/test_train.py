@@ -100,8 +100,14 @@ def test_a_window_has_one_gradient_however_it_is_split(tmp_path: Path, packing: 
     whole = gradients(tmp_path / "8x1", 8, 1, **changes)
     for size, count in ((4, 2), (2, 4), (1, 8)):
         split = gradients(tmp_path / f"{size}x{count}", size, count, **changes)
-        for name, expected in whole.items():
-            assert (split[name] - expected).norm() <= 1e-6 * expected.norm(), (size, name)
+        assert distance(split, whole) <= 1e-6
+        assert max(distance({n: split[n]}, {n: g}) for n, g in whole.items()) <= 5e-6  # float32 rounds every sum
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference as a share of the norm, over all parameters together."""
+    a, b = (torch.cat([part[name].flatten().double() for name in sorted(expected)]) for part in (found, expected))
+    return ((a - b).norm() / b.norm()).item()
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -226,12 +232,15 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(tmp_path: Path, capsy
 
 
 def test_the_checkpoints_kept_are_the_last_and_the_best(tmp_path: Path) -> None:
+    # the base speaks in sentences; the more it learns to call tools, the worse it is at them
+    sentences = [f"{who} likes soup and {who} likes tea." for who in ("Ada", "Ben", "Eva", "Leo")]
+    said = "".join(record(prompt="How is the weather?", completion=text) for text in sentences)
     changes = {"training__save_steps": 1, "training__keep_checkpoints": 2, "training__eval_steps": 2}
-    # a rate that makes the validation loss worse from some step on
-    assert train.main(quick(tmp_path / "run", **changes, training__learning_rate=0.05, training__warmup_ratio=0)) == 0
+    changes |= {"data__validation_file": write(tmp_path / "sentences.jsonl", said), "training__learning_rate": 5e-3}
+    assert train.main(quick(tmp_path / "run", **changes)) == 0
     evaluations = losses(tmp_path / "run", "eval")
     best = min(evaluations, key=lambda pair: pair[1])
-    assert best[0] < 8, "the test needs a run whose last evaluation is not its best"
+    assert best[0] < 7, evaluations
     noted = json.loads((tmp_path / "run" / "best.json").read_text())
     assert (noted["step"], noted["validation_loss"]) == best
     kept = {int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir()}
@@ -380,19 +389,22 @@ DATA = {
     "wrong field": (lambda p: write(p / "d.jsonl", record(question="a", answer="b") * 9), ["d.jsonl", "question"]),
     "one in ten bad": (
         lambda p: write(p / "d.jsonl", PAIR * 9 + record(prompt=1, completion="two")),
-        ["d.jsonl", "10", "prompt"],
+        ["d.jsonl:10: prompt: 1 is not a text", "1 of 10 records"],
     ),
     "not json": (lambda p: write(p / "d.jsonl", PAIR + "{oops\n"), ["d.jsonl:2"]),
     "nan": (lambda p: write(p / "d.jsonl", (PAIR + '{"prompt": "x", "completion": NaN}\n')), ["d.jsonl:2", "NaN"]),
     "infinity": (lambda p: write(p / "d.json", '[{"instruction": "x", "output": Infinity}]'), ["d.json", "Infinity"]),
-    "no target": (lambda p: write(p / "d.jsonl", record(messages=[{"role": "user", "content": "hi"}]) * 9), ["d.jsonl"]),
+    "no target": (
+        lambda p: write(p / "d.jsonl", record(messages=[{"role": "user", "content": "hi"}]) * 9),
+        ["d.jsonl"],
+    ),
     "parquet": (lambda p: write(p / "d.parquet", "PAR1"), ["d.parquet"]),
 }
 MODELS = {
     "without weights": (without_weights, ["no weights here"]),
     "truncated": (truncated, ["model.safetensors", "damaged"]),
     "renamed tensor": (renamed_tensor, ["missing model.layers.0.mlp.gate_proj.weight", "unexpected"]),
-    "unknown architecture": (unknown_architecture, ["config.json", "mamba"]),
+    "unknown architecture": (unknown_architecture, ["config.json", "Mamba is not supported", "MistralForCausalLM"]),
     "without tokenizer": (without_tokenizer, ["tokenizer.json"]),
 }
 SETTINGS = {

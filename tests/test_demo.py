@@ -1,0 +1,119 @@
+"""The demo as a newcomer runs it: the command line, the figures it promises, and a quiet terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanoft.config import load_config
+from nanoft.records import read_splits
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs" / "tiny.py"
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_the_demo_teaches_tool_calls_and_says_so(bits: int, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), str(TINY), f"output.dir={tmp_path / 'run'}"]
+    done = subprocess.run([*command, f"quantization.bits={bits}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["base"]["exact_match"] <= 0.05
+    assert report["tuned"]["exact_match"] >= 0.90
+    assert report["tuned"]["stop_rate"] >= 0.99
+    assert report["tuned"]["prompts"] >= 200
+    assert report["base"]["target_tokens"] == report["tuned"]["target_tokens"]
+    assert report["tuned"]["perplexity"] < 1.1 < report["base"]["perplexity"]
+
+    # on stdout: what it will do, one example with its targets marked, and the comparison; nothing of other libraries
+    for line in (r"device    \w+", r"training  LoRA rank 16: [\d,]+ of [\d,]+ parameters", r"tokens    [\d,]+ in "):
+        assert re.search(line, done.stdout), line
+    assert re.search(r"plan      204 steps of 32 rows, about \d", done.stdout)
+    example = next(line for line in done.stdout.splitlines() if line.startswith("example"))
+    assert re.search(r'\[INST\].*\[/INST\]⟦\{"name": ".*\}\}</s>⟧$', example)
+    assert re.search(r"\| exact match +\| +\d+\.\d% +\| +\d+\.\d% +\|", done.stdout)
+    assert len(re.findall(r"^ +base: ", done.stdout, re.MULTILINE)) == 3
+    assert len(re.findall(r"^ +tuned: ", done.stdout, re.MULTILINE)) == 3
+    assert "warning" not in done.stdout
+
+    # on stderr: the bar, with loss, rate, speed and time left, and nothing else
+    frames = [frame for frame in re.split(r"[\r\n]", done.stderr) if frame.strip()]
+    assert len(frames) > 20
+    bar = r"\s*\d+%\|.*\| \d+/204 \[[\d:]+<[\d:?]+, .*step.*\]"
+    assert [frame for frame in frames if not re.fullmatch(bar, frame)] == []
+    assert re.search(r"loss \d\.\d{3}, lr \d\.\de-\d\d, [\d,]+ tok/s", frames[-1])
+
+
+def test_no_held_out_prompt_is_in_the_training_data() -> None:
+    config = load_config(TINY)
+    d = config.data
+    training, held_out, _ = read_splits(d.train_file, None, d.validation_split, config.system.seed, None, 0.0)
+    assert len(training) + len(held_out) >= 2000
+    assert len(held_out) >= 200
+    questions = {message["content"] for chat in training for message in chat.messages if message["role"] == "user"}
+    asked = [chat.messages[[m["role"] for m in chat.messages].index("user")]["content"] for chat in held_out]
+    assert questions.isdisjoint(asked)
+
+
+def test_the_conversations_are_tool_calls_some_with_system_messages_and_several_turns() -> None:
+    lines = (ROOT / "configs" / "tiny" / "conversations.jsonl").read_text().splitlines()
+    chats = [json.loads(line)["messages"] for line in lines]
+    for chat in chats:
+        for message in chat:
+            if message["role"] == "assistant":
+                call = json.loads(message["content"])
+                assert call.keys() == {"name", "arguments"}
+    assert sum(chat[0]["role"] == "system" for chat in chats) > 0.2 * len(chats)
+    assert sum(sum(m["role"] == "assistant" for m in chat) > 1 for chat in chats) > 0.2 * len(chats)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "conversations.jsonl"])
+def test_the_shipped_files_are_what_the_script_writes(name: str, tmp_path: Path) -> None:
+    kind = "conversations" if name == "conversations.jsonl" else "tokenizer"
+    out = tmp_path / name if kind == "conversations" else tmp_path
+    script = ROOT / "configs" / "tiny" / "language.py"
+    subprocess.run([sys.executable, str(script), kind, str(out)], check=True)
+    shipped = ROOT / "configs" / "tiny" / ("" if kind == "conversations" else "base") / name
+    assert (tmp_path / name).read_bytes() == shipped.read_bytes()
+
+
+def test_the_base_is_small_and_loads_in_transformers() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = ROOT / "configs" / "tiny" / "base"
+    assert sum(file.stat().st_size for file in base.iterdir()) <= 4 * 2**20
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text = "List: red, lamps, 14, Rome. Copy: red, lamps, 14, Rome"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<s>[INST]hello[/INST]yes</s>"
+
+
+def test_a_small_corpus_is_reproducible(tmp_path: Path) -> None:
+    script = ROOT / "configs" / "tiny" / "language.py"
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        command = [
+            sys.executable,
+            str(script),
+            "corpus",
+            str(tmp_path / name),
+            "--documents",
+            "50",
+            "--seed",
+            str(seed),
+        ]
+        subprocess.run(command, check=True)
+    a, b, c = ((tmp_path / name).read_text() for name in "abc")
+    assert a == b != c
+    texts = [json.loads(line)["text"] for line in a.splitlines()]
+    assert len(texts) == 50
+    assert not any("[INST]" in text or ('"arguments"' in text and '"name"' in text) for text in texts)
