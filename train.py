@@ -284,7 +284,9 @@ def load_data(config: Config, chat: ChatTokenizer, run: Run) -> tuple[list[Sampl
         if len(read.bad) > 5:
             run.say(f"warning: and {len(read.bad) - 5} more malformed records")
     run.say(f"          {len(train_chats):,} for training, {len(validation_chats):,} held out")
-    run.say(f"tokens    {report.describe(length, d.truncation)} ({time.perf_counter() - started:.1f} s)")
+    counts, rule = report.describe(length, d.truncation)
+    run.say(f"tokens    {counts} ({time.perf_counter() - started:.1f} s)")
+    run.say(f"          {rule}")
     return samples, validation, validation_chats
 
 
@@ -440,9 +442,9 @@ def show_first_window(job: Job) -> None:
     samples = {sample.record: sample for sample in job.batches.samples}
     for number, micro_batch in enumerate(job.batches.window(0), start=1):
         size = "x".join(str(n) for n in micro_batch.ids.shape)
-        print(f"micro-batch {number}: {size}, {micro_batch.tokens} tokens, {micro_batch.target_tokens} targets")
+        job.run.say(f"micro-batch {number}: {size}, {micro_batch.tokens} tokens, {micro_batch.target_tokens} targets")
         for record in micro_batch.records:
-            print(f"  [{record}] {job.chat.mark(samples[record], colour=sys.stdout.isatty())}")
+            job.run.say(f"  [{record}] {job.chat.mark(samples[record], colour=sys.stdout.isatty())}")
 
 
 def main(argv: list[str]) -> int:

@@ -38,17 +38,16 @@ class LengthReport:
     tokens: int
     longest: int
 
-    def describe(self, limit: int, truncation: str) -> str:
-        """What the rule did, in one line."""
-        text = (
-            f"{self.tokens:,} in {self.kept:,} samples, {self.target_tokens:,} of them targets, longest {self.longest}"
-        )
-        if self.truncated or self.dropped:
-            rule = {"prompt": "oldest prompt tokens cut", "drop": "over-long samples dropped"}[truncation]
-            text += f"; longer than {limit}: {self.truncated} truncated, {self.dropped} dropped"
-            text += f" (data.truncation={truncation}: {rule})"
+    def describe(self, limit: int, truncation: str) -> list[str]:
+        """Two lines: what there is, and what the rule did to it."""
+        rule = {"prompt": "oldest prompt tokens cut", "drop": "over-long samples dropped"}[truncation]
+        without = f"; {self.without_target:,} without a target left out" if self.without_target else ""
         lost = f"{self.target_tokens_lost:,} target tokens lost" if self.target_tokens_lost else "no target token lost"
-        return f"{text}; {lost}"
+        return [
+            f"{self.tokens:,} in {self.kept:,} samples, {self.target_tokens:,} of them targets, longest {self.longest}",
+            f"longer than {limit:,}: {self.truncated:,} truncated, {self.dropped:,} dropped "
+            f"(data.truncation={truncation}: {rule}){without}; {lost}",
+        ]
 
 
 @dataclass(frozen=True)

@@ -333,19 +333,16 @@ def test_a_record_that_the_template_refuses_is_named(chat: ChatTokenizer) -> Non
 
 
 def test_describe() -> None:
-    report = LengthReport(1200, 0, 0, 0, 34567, 0, 123456, 99)
-    assert report.describe(512, "drop") == (
-        "123,456 in 1,200 samples, 34,567 of them targets, longest 99; no target token lost"
-    )
-    report = LengthReport(10, 0, 3, 0, 50, 1234, 100, 12)
-    assert report.describe(12, "drop") == (
-        "100 in 10 samples, 50 of them targets, longest 12; longer than 12: 0 truncated, 3 dropped "
-        "(data.truncation=drop: over-long samples dropped); 1,234 target tokens lost"
-    )
-    report = LengthReport(10, 2, 0, 0, 50, 0, 100, 12)
-    assert report.describe(12, "prompt") == (
-        "100 in 10 samples, 50 of them targets, longest 12; longer than 12: 2 truncated, 0 dropped "
-        "(data.truncation=prompt: oldest prompt tokens cut); no target token lost"
+    report = LengthReport(1_500, 0, 0, 0, 4_000, 0, 123_456, 99)
+    assert report.describe(512, "drop") == [
+        "123,456 in 1,500 samples, 4,000 of them targets, longest 99",
+        "longer than 512: 0 truncated, 0 dropped (data.truncation=drop: over-long samples dropped); "
+        "no target token lost",
+    ]
+    report = LengthReport(10, 2, 3, 4, 50, 1_017, 70, 12)
+    assert report.describe(12, "prompt")[1] == (
+        "longer than 12: 2 truncated, 3 dropped (data.truncation=prompt: oldest prompt tokens cut); "
+        "4 without a target left out; 1,017 target tokens lost"
     )
 
 

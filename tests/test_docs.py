@@ -1,0 +1,93 @@
+"""README against the program: its commands run, its config loads, its field names and files exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanoft.config import SECTION_TYPES, Config, load_file
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAM = [*(ROOT / "nanoft").glob("*.py"), *ROOT.glob("*.py"), *(ROOT / "configs").glob("**/*.py")]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks("sh")).splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.startswith("python")]
+
+
+def run(command: str, directory: Path, *more: str) -> str:
+    """Run one of README's commands in another directory, as a user of this interpreter would."""
+    words = shlex.split(command)
+    assert words[0] == "python"
+    placed = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words[1:]]
+    done = subprocess.run([sys.executable, *placed, *more], cwd=directory, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), command
+    return done.stdout
+
+
+def test_the_commands_run(tmp_path: Path) -> None:
+    few = ["data.max_samples=60", "training.max_steps=2", "evaluation.prompts=3", "logging.progress_bar=false"]
+    run("python train.py configs/tiny.py", tmp_path, "output.dir=runs/tiny", *few)
+    known = {
+        "train.py": lambda command: run(command, tmp_path, *few),
+        "eval.py": lambda command: run(command, tmp_path),
+        "merge.py": lambda command: run(command, tmp_path),
+        "-m": lambda command: run(command, tmp_path),
+    }
+    seen = set()
+    for command in commands():
+        kind = command.split()[1]
+        seen.add(kind)
+        assert known[kind](command).strip(), command
+    assert seen == known.keys()
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_the_config_in_the_text_loads(tmp_path: Path) -> None:
+    (block,) = blocks("python")
+    (tmp_path / "mine.py").write_text(block)
+    config = load_file(tmp_path / "mine.py")
+    assert config.quantization.bits == 4
+    assert config.data.train_file == "chats.jsonl"
+
+
+@pytest.mark.parametrize("place", ["README.md", "the program"])
+def test_every_field_that_is_mentioned_exists(place: str) -> None:
+    text = README if place == "README.md" else "\n".join(path.read_text(encoding="utf-8") for path in PROGRAM)
+    fields = {f"{section}.{item.name}" for section, kind in SECTION_TYPES.items() for item in dataclasses.fields(kind)}
+    sections = "|".join(SECTION_TYPES)
+    mentioned = set(re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?==[\w.]|`)", text))
+    assert len(mentioned) > 5
+    assert mentioned - fields == set()
+
+
+def test_the_defaults_in_the_table_are_the_defaults() -> None:
+    defaults = Config()
+    rows = re.findall(r"^\| `(\w+)\.(\w+)` \| ([^|]+) \|", README, re.MULTILINE)
+    assert len(rows) >= 3
+    for section, name, shown in rows:
+        value = getattr(getattr(defaults, section), name)
+        if (section, name) != ("output", "dir"):
+            assert shown.strip(" `").lower() == str(value).lower(), f"{section}.{name}"
+
+
+def test_every_file_that_is_mentioned_exists() -> None:
+    names = set(re.findall(r"`((?:nanoft|tests|configs|docs|bench)/[\w/.]+)`", README))
+    assert len(names) > 8
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 150
