@@ -8,7 +8,6 @@ python eval.py mistralai/Mistral-7B-Instruct-v0.3 --data questions.jsonl
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,10 +16,15 @@ from nanoft import UserError, evaluate, runtime
 from nanoft.batches import make_samples
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import replace_file
-from nanoft.config import Config, load_config
+from nanoft.config import Config, load_config, read_overrides
 from nanoft.lora import disabled
+from nanoft.metrics import as_json
 from nanoft.records import Conversation, read_conversations, read_splits
-from nanoft.weights import Opened, is_run, load_model, open_model
+from nanoft.weights import Opened, find_model, is_run, load_model, open_model
+
+INTERRUPTED = 130
+# Settings that say what a model is: to change them here would measure something that nobody trained.
+FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.")
 
 
 def main(argv: list[str]) -> int:
@@ -30,49 +34,71 @@ def main(argv: list[str]) -> int:
         epilog="examples: python eval.py runs/tiny --compare-base; "
         "python eval.py runs/tiny --data questions.jsonl evaluation.prompts=50 --json figures.json",
     )
-    parser.add_argument("source", metavar="RUN|MODEL", help="run directory, model directory or Hub name")
+    parser.add_argument("source", metavar="RUN|MODEL", help="run directory, adapter, model directory or Hub name")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting of the run")
-    parser.add_argument(
-        "--data", metavar="FILE", help="measure on all of this file; default: the run's validation data"
-    )
+    parser.add_argument("--data", metavar="FILE", help="measure on this file; default: the run's validation data")
     parser.add_argument("--compare-base", action="store_true", help="measure the base as well")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
     args = parser.parse_intermixed_args(argv)
     try:
         return evaluate_source(args.source, args.overrides, args.data, args.compare_base, args.json)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return INTERRUPTED
 
 
 def evaluate_source(source: str, overrides: list[str], data: str | None, compare_base: bool, out: str | None) -> int:
     """Everything that eval.py does; returns the exit code."""
     config = settings(source, overrides)
+    check_destination(out)
+    if compare_base and is_run(source) and config.model.random_init:
+        raise UserError(f"--compare-base: {source} began with random weights: leave --compare-base out")
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     conversations = held_out(config, source, data)
     device = runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
     opened = open_model(source, device, dtype)
+    if opened.step is not None:
+        print(f"{source}: no result yet: this is its best checkpoint, after step {opened.step}\n")
+    if compare_base and not opened.adapters and not is_run(source):
+        raise UserError(f"--compare-base: {source} is a plain model, without a base: leave --compare-base out")
     chat = ChatTokenizer.from_directory(opened.tokenizer_directory)
 
     tuned = measure(config, opened, chat, conversations)
     base = None
     if compare_base:
-        base = measure_base(config, opened, source, chat, conversations)
+        base = measure_base(config, opened, chat, conversations)
     print(evaluate.comparison(base, tuned))
     samples = evaluate.side_by_side(base, tuned, config.evaluation.samples)
     print(f"\n{samples}" if samples else "")
     if out:
-        replace_file(Path(out), (json.dumps(evaluate.results(base, tuned), indent=2) + "\n").encode())
+        write_json(Path(out), as_json(evaluate.results(base, tuned), indent=2) + "\n")
     return 0
 
 
 def settings(source: str, overrides: list[str]) -> Config:
     """The run's own config, or defaults for a plain model; overrides on top."""
-    if is_run(Path(source)):
+    if fixed := [item for item in overrides if item.strip().startswith(FIXED)]:
+        raise UserError(f"{fixed[0]}: cannot be changed here: it says what {source} is, and that is what is measured")
+    if is_run(source):
         return load_config(Path(source) / "config.json", overrides)
-    changes = dict(item.split("=", 1) for item in overrides if "=" in item)
-    return Config().override({"model.name": source, **changes})
+    return Config().override({**read_overrides(overrides), "model.name": source})
+
+
+def check_destination(out: str | None) -> None:
+    """Find out before the work, not after it, that the figures have nowhere to go."""
+    if out and (os.path.isdir(out) or not os.path.isdir(Path(out).parent)):
+        raise UserError(f"--json: {out}: is a directory, or its directory does not exist: name a file")
+
+
+def write_json(path: Path, text: str) -> None:
+    try:
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise UserError(f"--json: {path}: cannot be written: {error.strerror}") from None
 
 
 def held_out(config: Config, source: str, data: str | None) -> list[Conversation]:
@@ -81,7 +107,8 @@ def held_out(config: Config, source: str, data: str | None) -> list[Conversation
     if data:
         return read_conversations(data, d.max_samples, d.max_bad_records)[0]
     if not d.train_file:
-        raise UserError(f"{source}: a plain model has no validation data: give --data FILE")
+        what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"
+        raise UserError(f"{source}: {what} has no validation data: give --data FILE")
     _, conversations, _ = read_splits(
         d.train_file, d.validation_file, d.validation_split, config.system.seed, d.max_samples, d.max_bad_records
     )
@@ -101,15 +128,13 @@ def measure(
 
 
 def measure_base(
-    config: Config, opened: Opened, source: str, chat: ChatTokenizer, conversations: list[Conversation]
+    config: Config, opened: Opened, chat: ChatTokenizer, conversations: list[Conversation]
 ) -> evaluate.Measured:
     """The same model with its adapters off; after full training, the model it started from."""
     if opened.adapters:
         with disabled(opened.adapters):
             return measure(config, opened, chat, conversations)
-    if not is_run(Path(source)):
-        raise UserError(f"--compare-base: {source} is a plain model: it has no base to compare with")
-    directory = Path(config.model.name)
+    directory = find_model(config.model.name)
     model = load_model(directory, opened.model.head.device, opened.dtype).eval()
     return measure(config, Opened(model, {}, directory, directory), chat, conversations)
 

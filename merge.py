@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from nanoft import UserError, evaluate, runtime
-from nanoft.chat import ChatTokenizer
+from nanoft import UserError, runtime
+from nanoft.chat import ChatTokenizer, Rendered
 from nanoft.config import load_config
-from nanoft.export import EXPORT_DTYPES, copy_adapter, merge, new_directory, prove
-from nanoft.records import read_splits
-from nanoft.weights import Opened, find_adapter, is_run, open_model, read_json
+from nanoft.export import EXPORT_DTYPES, copy_adapter, merge, new_directory, prove, write_adapter
+from nanoft.lora import read_json
+from nanoft.records import Conversation, read_splits
+from nanoft.weights import Opened, find_adapter, is_run, open_model
 
+INTERRUPTED = 130
 PROMPTS = 8
 PLAIN_TEXTS = ["The quick brown fox jumps over the lazy dog.", '{"city": "Oslo", "people": 4}', "1 2 3 4 5 6 7 8 9 10"]
 DTYPE_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -44,55 +48,93 @@ def main(argv: list[str]) -> int:
     try:
         return export(args.source, Path(args.out), args.format, args.dtype, args.base)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was kept", file=sys.stderr)
+        return INTERRUPTED
 
 
-def export(source: str, out: Path, form: str, dtype_name: str | None, onto: str) -> int:
+def export(source: str, out: Path, form: str, dtype_name: str | None, onto: Literal["original", "nf4"]) -> int:
     """Everything that merge.py does; returns the exit code."""
     runtime.quiet_libraries()
     adapter = find_adapter(source)
     if adapter is None:
-        raise UserError(f"{source}: no adapter here: give a finished LoRA run or an adapter directory")
-    if form == "peft":
-        with new_directory(out) as aside:
+        check_lora_run(source)
+    with new_directory(out) as aside:  # refused or gone, unless all of this succeeds
+        if form == "peft" and adapter:
             copy_adapter(adapter, aside)
-        print(f"{out}: the adapter in PEFT's format")
-        return 0
-    opened = open_model(source, torch.device("cpu"), torch.float32, original_base=onto == "original")
-    if onto == "nf4" and opened.quantization is None:
-        raise UserError(f"--base nf4: {adapter} was trained on the original weights: leave --base out")
-    stored = read_json(opened.base_directory / "config.json")
-    dtype = EXPORT_DTYPES[dtype_name or DTYPE_NAMES.get(stored.get("dtype") or stored.get("torch_dtype", ""), "bf16")]
-    with new_directory(out) as aside:
-        merge(opened, dtype, "nf4" if onto == "nf4" else "original", aside)
-        proof = prove(opened, aside, prompts(source, opened), dtype)
-        said = f"largest logit difference {proof.max_difference:.2g} (allowed {proof.allowed:.2g})"
-        if not proof.holds:
-            raise UserError(
-                f"--out: {out}: the merged model is not the adapter's: {said}: try --dtype f32; nothing was kept"
-            )
-    print(f"{out}: merged onto the {onto} weights in {str(dtype).removeprefix('torch.')}; proven against the adapter:")
-    print(f"{said}, same most likely token at {proof.same_top_token:.1%} of positions")
-    if opened.quantization and onto == "original":
-        print("note: this adapter was trained on 4-bit weights; --base nf4 merges onto those instead")
+            said = f"{out}: the adapter in PEFT's format"
+        else:
+            opened = open_model(source, torch.device("cpu"), torch.float32, original_base=onto == "original")
+            if opened.step is not None:
+                print(f"{source}: no result yet: this is its best checkpoint, after step {opened.step}")
+            if form == "peft":
+                config = load_config(Path(source) / "config.json")
+                write_adapter(aside, opened.adapters, opened.base_directory, config, opened.step or 0, opened.dtype)
+                said = f"{out}: the adapter in PEFT's format"
+            else:
+                said = merge_and_prove(opened, source, out, aside, dtype_name, onto)
+    print(said)
     return 0
+
+
+def check_lora_run(source: str) -> None:
+    """Refuse what cannot have an adapter, before anything is loaded."""
+    if not is_run(source):
+        raise UserError(f"{source}: no adapter here: give a LoRA run or an adapter directory")
+    if load_config(Path(source) / "config.json").training.method == "full":
+        raise UserError(f"{source}: this run trained every parameter: its result is a whole model already, in model/")
+
+
+def merge_and_prove(
+    opened: Opened, source: str, out: Path, aside: Path, dtype_name: str | None, onto: Literal["original", "nf4"]
+) -> str:
+    """Write the merged model aside, and make sure that it says what base and adapter say; returns what was proven."""
+    if onto == "nf4" and opened.quantization is None:
+        raise UserError(f"--base nf4: {source} was trained on the original weights: leave --base out")
+    stored = read_json(opened.base_directory / "config.json")
+    dtype = EXPORT_DTYPES[dtype_name or DTYPE_NAMES.get(str(stored.get("dtype") or stored.get("torch_dtype")), "bf16")]
+    merge(opened, dtype, onto, aside)
+    proof = prove(opened, aside, prompts(source, opened), dtype)
+    said = (
+        f"largest logit difference {proof.max_difference:.2g} (allowed {proof.allowed:.2g}; "
+        f"the adapter itself moves logits by {proof.effect:.2g})"
+    )
+    if not proof.holds:
+        raise UserError(
+            f"--out: {out}: the merged model is not the adapter's: {said}: try --dtype f32; nothing was kept"
+        )
+    name = str(dtype).removeprefix("torch.")
+    said = (
+        f"{out}: merged onto the {onto} weights in {name}; proven against the adapter:\n"
+        f"{said}, same most likely token at {proof.same_top_token:.1%} of positions"
+    )
+    if proof.effect < proof.allowed:
+        said += f"\nnote: rounding to {name} may drown so weak an adapter; --dtype f32 keeps it"
+    if opened.quantization and onto == "original":
+        said += "\nnote: this adapter was trained on 4-bit weights; --base nf4 merges onto those instead"
+    return said
 
 
 def prompts(source: str, opened: Opened) -> list[list[int]]:
     """Held-out prompts of the run with their answers, if its data is still there; else a few plain texts."""
     chat = ChatTokenizer.from_directory(opened.tokenizer_directory)
-    if is_run(Path(source)):
+    ids = [chat.tokenizer.encode(text).ids for text in PLAIN_TEXTS]
+    if is_run(source):
         config = load_config(Path(source) / "config.json")
-        d = config.data
-        if Path(d.train_file).is_file():
-            train, held_out, _ = read_splits(
-                d.train_file, d.validation_file, d.validation_split, config.system.seed, None, 1.0
-            )
-            chats = evaluate.held_out_prompts(held_out or train, PROMPTS)
-            if chats:
-                return [chat.encode_prompt(messages)[-config.model.max_seq_length :] for messages, _ in chats]
-    return [chat.tokenizer.encode(text).ids for text in PLAIN_TEXTS]
+        d, seed = config.data, config.system.seed
+        with suppress(UserError):
+            train, held_out, _ = read_splits(d.train_file, d.validation_file, d.validation_split, seed, None, 1.0)
+            limit = config.model.max_seq_length
+            ids += [s.ids[-limit:].tolist() for s in chat.encode(render(chat, held_out or train))]
+    return [row for row in ids if row]
+
+
+def render(chat: ChatTokenizer, conversations: list[Conversation]) -> list[Rendered]:
+    """The first few conversations as they were trained on."""
+    chats = [c for c in conversations if c.messages][:PROMPTS]
+    return [rendered for c in chats for rendered in chat.render_samples(c.messages, 0)]
 
 
 if __name__ == "__main__":

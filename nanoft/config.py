@@ -269,11 +269,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Ma
     Raises:
         UserError: anything wrong, naming the file or the field, the value and the fix.
     """
-    changes = {**_from_environment(environment), **_from_command_line(overrides)}
+    changes = read_overrides(overrides, environment)
     config = load_file(path).override(changes)
     if config.output.dir:
         return config
     return config.override({"output.dir": f"runs/{run_name(path, changes)}"})
+
+
+def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What the environment and then the command line change, as `section.field` -> value.
+
+    Raises:
+        UserError: something that is not section.field=value.
+    """
+    return {**_from_environment(environment), **_from_command_line(overrides)}
 
 
 def run_name(path: str | Path, changes: Mapping[str, str]) -> str:

@@ -9,25 +9,36 @@ proven before it gets its name: its logits are compared with those of base and a
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.checkpoint import Specs, encode, write_file
+from nanoft.checkpoint import Specs, encode, sync_directory, write_file
 from nanoft.config import Config
-from nanoft.lora import LoRALinear, save_adapter
+from nanoft.lora import NOTE, LoRALinear, disabled, read_adapter, save_adapter
 from nanoft.model import Decoder
 from nanoft.nf4 import Linear4bit
-from nanoft.weights import Opened, copy_companions, load_model, save_model, shard_paths, write_config
+from nanoft.weights import (
+    TOKENIZER_FILES,
+    Opened,
+    copy_companions,
+    is_spare,
+    load_model,
+    open_safetensors,
+    read_shape,
+    save_model,
+    shard_paths,
+    write_config,
+)
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 # How far merged logits may be from adapter logits, as a share of the logits' standard deviation: rounding every weight
@@ -42,6 +53,7 @@ class Proof:
 
     max_difference: float
     allowed: float
+    effect: float  # the largest difference that the adapter itself makes, for comparison
     same_top_token: float  # share of positions
 
     @property
@@ -56,15 +68,34 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises:
         UserError: `out` exists, or cannot be made.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"--out: {out}: exists already: choose another name or remove it")
-    aside = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    made = [parent for parent in out.parents if not parent.exists()]
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        os.rename(aside, out)
+        with _aside(out) as aside:
+            yield aside
     except OSError as error:
         raise UserError(f"--out: {out}: cannot be written: {error}") from None
+    finally:
+        if not out.exists():
+            with suppress(OSError):
+                for parent in made:
+                    parent.rmdir()  # only if it is empty
+
+
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that takes its name, and its place, when everything in it is on the disk."""
+    aside = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        sync_directory(aside)
+        if out.is_dir():
+            shutil.rmtree(out)
+        os.rename(aside, out)
+        sync_directory(out.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -86,7 +117,7 @@ def merge(opened: Opened, dtype: torch.dtype, onto: Literal["original", "nf4"], 
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
 
         def read(tensor: str, sources: dict[str, Path] = sources) -> Tensor:
-            weight = _base_weight(sources[tensor], tensor, quantization, opened.dtype)
+            weight = _base_weight(sources[tensor], tensor, quantization, opened.dtype)  # (out, in) float32
             delta = deltas.get(tensor)
             return (weight if delta is None else weight + delta().cpu()).to(dtype)
 
@@ -95,21 +126,24 @@ def merge(opened: Opened, dtype: torch.dtype, onto: Literal["original", "nf4"], 
     if len(shards) > 1:
         total = sum(dtype.itemsize * torch.Size(shape).numel() for specs, _ in shards for _, shape in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_file(out / "model.safetensors.index.json", [(json.dumps(index, indent=2) + "\n").encode()])
     write_config(opened.base_directory, out, dtype)
     copy_companions(opened.base_directory, out)
     template = opened.tokenizer_directory / "chat_template.jinja"
-    if template.is_file():  # the one it was trained with, where the base has none
+    if template.is_file():  # the one that it was trained with
         shutil.copyfile(template, out / "chat_template.jinja")
 
 
 def _plan_shards(base: Path, dtype: torch.dtype) -> list[tuple[Specs, dict[str, Path]]]:
     """Which tensors go into which new file, and where each comes from."""
+    config = read_shape(base)
     shards: list[tuple[Specs, dict[str, Path]]] = [({}, {})]
     size = 0
     for path in shard_paths(base):
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
+                if is_spare(name, config):
+                    continue
                 shape = tuple(file.get_slice(name).get_shape())
                 added = torch.Size(shape).numel() * dtype.itemsize
                 if size and size + added > SHARD_BYTES:
@@ -122,7 +156,7 @@ def _plan_shards(base: Path, dtype: torch.dtype) -> list[tuple[Specs, dict[str, 
 
 def _base_weight(path: Path, name: str, quantization: tuple[str, bool] | None, compute: torch.dtype) -> Tensor:
     """One tensor of the base in float32; a block's linear as its 4-bit form gives it back, if asked."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         weight: Tensor = file.get_tensor(name).float()
     if quantization and name.startswith("model.layers.") and weight.dim() == 2:
         return Linear4bit(weight, None, *quantization, compute).dequantize().float()
@@ -131,15 +165,27 @@ def _base_weight(path: Path, name: str, quantization: tuple[str, bool] | None, c
 
 @torch.no_grad()
 def prove(opened: Opened, merged_directory: Path, prompts: list[list[int]], dtype: torch.dtype) -> Proof:
-    """Compare the merged model's logits with base + adapter, both computed in float32 on the CPU."""
+    """Compare the merged model's logits with base + adapter, both computed in float32 on the CPU.
+
+    Args:
+        prompts: token ids, none empty, at least one.
+    """
     merged = load_model(merged_directory, torch.device("cpu"), torch.float32).eval()
-    worst, spread, same, count = 0.0, 0.0, 0, 0
+    worst, effect, spread, same, count = 0.0, 0.0, 0.0, 0, 0
     for ids in prompts:
         row = torch.tensor([ids])
-        a, b = opened.model.logits(opened.model(row)), merged.logits(merged(row))
-        worst, spread = max(worst, (a - b).abs().max().item()), max(spread, a.std().item())
-        same, count = same + int((a.argmax(-1) == b.argmax(-1)).sum()), count + len(ids)
-    return Proof(worst, TOLERANCE[dtype] * max(spread, 1.0), same / count)
+        with disabled(opened.adapters):
+            base = opened.model.logits(opened.model(row))  # (1, s, vocab)
+        wanted, found = opened.model.logits(opened.model(row)), merged.logits(merged(row))
+        worst, effect = max(worst, _farthest(found, wanted)), max(effect, _farthest(wanted, base))
+        spread, count = max(spread, wanted.std().item()), count + len(ids)
+        same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
+    return Proof(worst, TOLERANCE[dtype] * spread, effect, same / count)
+
+
+def _farthest(a: Tensor, b: Tensor) -> float:
+    """The largest difference; infinite if a weight became infinite on the way, so that NaN comes out."""
+    return (a - b).abs().nan_to_num(nan=math.inf).max().item()
 
 
 def save_result(
@@ -153,14 +199,28 @@ def save_result(
 ) -> Path:
     """What a run ends with: `out`/adapter in PEFT's format, or `out`/model in Hugging Face's; with the tokenizer.
 
+    It takes the place of an earlier result when it is complete.
+
     Args:
         base: the directory of the model that training started from.
         step: of the checkpoint that the weights are from.
         dtype: what training computed in.
     """
-    if not adapters:
-        save_model(model, base, out / "model", dtype)
-        return out / "model"
+    place = out / ("adapter" if adapters else "model")
+    for leftover in out.glob(f".tmp-{place.name}-*"):  # of a process that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
+    with _aside(place) as aside:
+        if adapters:
+            write_adapter(aside, adapters, base, config, step, dtype)
+        else:
+            save_model(model, base, aside, dtype)
+    return place
+
+
+def write_adapter(
+    out: Path, adapters: dict[str, LoRALinear], base: Path, config: Config, step: int, dtype: torch.dtype
+) -> None:
+    """The adapter of a run in PEFT's format, with the tokenizer; see `save_result`."""
     lora, q = config.lora, config.quantization
     settings = {
         "base_model_name_or_path": config.model.name,
@@ -174,13 +234,13 @@ def save_result(
         "dtype": str(dtype).removeprefix("torch."),
         "step": step,
     }
-    save_adapter(out / "adapter", adapters, settings, note)
-    copy_companions(base, out / "adapter")
-    return out / "adapter"
+    save_adapter(out, adapters, settings, note)
+    copy_companions(base, out)
 
 
 def copy_adapter(source: Path, out: Path) -> None:
-    """The adapter as it is: it is in PEFT's format already."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.is_symlink():
-            shutil.copyfile(file, out / file.name)
+    """An adapter directory as it is, for it is in PEFT's format already; checked, and without what else lies there."""
+    read_adapter(source)
+    for name in ("adapter_model.safetensors", "adapter_config.json", NOTE, *TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)

@@ -47,7 +47,7 @@ def generate(
     Args:
         prompts: token ids, none empty.
         temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled.
-        top_p: sample among the most likely tokens that together have this probability (Holtzman et al. 2020).
+        top_p: sample among the most likely tokens that together have this probability, above 0 (Holtzman et al. 2020).
     """
     device = model.head.device
     feed, positions, segments = _left_padded(prompts, pad_id, device)
@@ -120,14 +120,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     args = parser.parse_args(argv)
     try:
+        if args.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens: {args.max_new_tokens} is out of range: it must be >= 1")
         quiet_libraries()
         device = choose_device("auto")
         opened = open_model(args.source, device, choose_dtype("auto", device))
         chat = ChatTokenizer.from_directory(opened.tokenizer_directory)
         _talk(opened.model, chat, args.prompt, args.system, args.max_new_tokens)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

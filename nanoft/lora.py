@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,23 +25,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nanoft import UserError
-from nanoft.checkpoint import write_tensors
+from nanoft.checkpoint import write_file, write_tensors
 from nanoft.nf4 import Linear4bit
 
 NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
 PEFT_PREFIX = "base_model.model."
-# Settings of a PEFT adapter that change the mathematics, with the only value understood here.
-PEFT_EXPECTED = {
-    "peft_type": "LORA",
-    "use_dora": False,
-    "use_rslora": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
-    "trainable_token_indices": None,
+# Fields of adapter_config.json that are read here or say nothing about the result ...
+PEFT_FIELDS = frozenset(
+    """
+    base_model_name_or_path r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version inference_mode
+    megatron_core qalora_group_size runtime_config ensure_weight_tying
+    """.split()  # noqa: SIM905
+)
+# ... and fields that change it, with the only values understood here. Any other field must be unset.
+PEFT_VALUES: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # these leave the base's weights as they are
+    "revision": ("main",),
 }
 
 
@@ -77,18 +79,20 @@ def inject_lora(
 ) -> dict[str, LoRALinear]:
     """Freeze the model and put an adapter beside every linear whose name ends in one of `target_modules`.
 
+    Args:
+        target_modules: ends of dotted names: `q_proj`, `self_attn.q_proj`, or the whole name for one layer only.
     Returns:
         The adapters by module name, in the model's order.
     Raises:
         UserError: a target that names no linear.
     """
     model.requires_grad_(False)
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in target_modules and isinstance(module, (nn.Linear, Linear4bit))
-    }
-    _check_targets(model, target_modules, list(found))
+    linears = _linears(model)
+    for target in target_modules:
+        if not any(_ends_in(name, target) for name in linears):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+            raise UserError(f"lora.target_modules: {target!r} names no linear of this model: there are {known}")
+    found = {name: linear for name, linear in linears.items() if any(_ends_in(name, t) for t in target_modules)}
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
     for name, base in found.items():
@@ -98,15 +102,34 @@ def inject_lora(
     return adapters
 
 
-def _check_targets(model: nn.Module, target_modules: tuple[str, ...], found: list[str]) -> None:
-    hit = {name.rpartition(".")[2] for name in found}
-    linears = (n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Linear4bit)) and n != "lm_head")
-    known = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-    for target in target_modules:
-        if target not in hit or target == "lm_head":
-            raise UserError(
-                f"lora.target_modules: {target!r} names no linear of this model: there are {', '.join(known)}"
-            )
+def _linears(model: nn.Module) -> dict[str, nn.Linear | Linear4bit]:
+    """What can have an adapter: every linear of the blocks; not the head."""
+    kinds = (nn.Linear, Linear4bit)
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name != "lm_head"}
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def match_targets(model: nn.Module, target_modules: str | list[str]) -> tuple[str, ...]:
+    """The field of PEFT's name as `inject_lora` takes it: a list of names, "all-linear", or a regular expression.
+
+    Raises:
+        UserError: an expression that is not valid, or that matches nothing.
+    """
+    if isinstance(target_modules, list):
+        return tuple(target_modules)
+    names = tuple(_linears(model))
+    if target_modules == "all-linear":
+        return names
+    try:
+        matched = tuple(name for name in names if re.fullmatch(target_modules, name))
+    except re.error as error:
+        raise UserError(f"target_modules: {target_modules!r} is not a regular expression: {error}") from None
+    if not matched:
+        raise UserError(f"target_modules: {target_modules!r} matches no linear of this model, such as {names[0]}")
+    return matched
 
 
 @contextmanager
@@ -138,6 +161,8 @@ def load_adapter_tensors(adapters: dict[str, LoRALinear], tensors: dict[str, Ten
         UserError: missing, unexpected or mis-shaped tensors, by name.
     """
     expected = adapter_tensors(adapters)
+    if whole := sorted(n for n in tensors if n.startswith(PEFT_PREFIX) and ".lora_" not in n):
+        raise UserError(f"{source}: {whole[0]}: layers that are trained whole beside an adapter are not supported")
     if odd := sorted(expected.keys() ^ tensors.keys()):
         what = "missing" if odd[0] in expected else "unexpected"
         raise UserError(f"{source}: {len(odd)} tensors do not fit this model, first {odd[0]} ({what}): is it its base?")
@@ -154,11 +179,11 @@ def save_adapter(
     """Write adapter_model.safetensors and adapter_config.json as PEFT expects them.
 
     Args:
+        directory: made if it is missing; holds no adapter yet.
         settings: base_model_name_or_path, r, lora_alpha, lora_dropout, target_modules.
         note: what PEFT's format has no place for: how the base was quantised, what training computed in.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "adapter_model.safetensors").unlink(missing_ok=True)
     write_tensors(directory / "adapter_model.safetensors", adapter_tensors(adapters))
     config = {
         "peft_type": "LORA",
@@ -171,7 +196,7 @@ def save_adapter(
         "target_modules": sorted(settings["target_modules"]),
     }
     for name, content in (("adapter_config.json", config), (NOTE, note)):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_file(directory / name, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
@@ -180,18 +205,54 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], di
     Raises:
         UserError: a file is missing or damaged, or the adapter is of a kind that is not supported.
     """
+    config = read_json(directory / "adapter_config.json")
+    note = read_json(directory / NOTE) if (directory / NOTE).is_file() else {}
     try:
-        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(directory / "adapter_model.safetensors")
-        note = json.loads((directory / NOTE).read_text(encoding="utf-8")) if (directory / NOTE).is_file() else {}
-    except FileNotFoundError as error:
-        raise UserError(f"{directory}: no adapter here: {Path(error.filename or str(error)).name} is missing") from None
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"{directory}: the adapter is damaged: {error}") from None
-    for key, wanted in PEFT_EXPECTED.items():
-        if config.get(key, wanted) != wanted and config[key]:
-            raise UserError(f"{directory}/adapter_config.json: {key}: {config[key]!r} is not supported")
-    for key in ("r", "target_modules"):
-        if not config.get(key):
-            raise UserError(f"{directory}/adapter_config.json: the field {key} is missing")
+        _check_peft_config(config)
+    except UserError as error:
+        raise UserError(f"{directory / 'adapter_config.json'}: {error}") from None
+    weights = directory / "adapter_model.safetensors"
+    try:
+        tensors = load_file(weights)
+    except FileNotFoundError:
+        raise UserError(f"{directory}: {weights.name} is missing: copy the whole adapter directory") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights}: damaged ({error}): copy it again") from None
+    for name, tensor in tensors.items():
+        if ".lora_A." in name and tensor.shape[0] != config["r"]:
+            raise UserError(f"{weights}: {name} has rank {tensor.shape[0]}, but adapter_config.json says {config['r']}")
     return config, tensors, note
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: no such file, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged or not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
+    return value
+
+
+def _check_peft_config(config: dict[str, Any]) -> None:
+    """Only what is understood may pass: every other field could change what the adapter does."""
+    for key, value in config.items():
+        if value and key not in PEFT_FIELDS and value not in PEFT_VALUES.get(key, ()):
+            raise UserError(f"{key}: {value!r:.60} is not supported")
+    if not isinstance(config.get("base_model_name_or_path") or "", str):
+        raise UserError(f"base_model_name_or_path: {config['base_model_name_or_path']!r:.60} is not a name")
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha", 8), config.get("target_modules")
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"the field r: {rank!r:.60} is not a rank: expected a whole number from 1 on")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise UserError(f"lora_alpha: {alpha!r:.60} is not a positive number")
+    names = targets if isinstance(targets, list) else [targets]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"target_modules: {targets!r:.60} is not a list of module names")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,61 +21,77 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nanoft import UserError
-from nanoft.checkpoint import Specs, encode, write_file
-from nanoft.lora import LoRALinear, inject_lora, load_adapter_tensors, read_adapter
+from nanoft.chat import ChatTokenizer
+from nanoft.checkpoint import Damaged, Saved, Specs, encode, verify, write_file
+from nanoft.config import load_file
+from nanoft.lora import NOTE, LoRALinear, inject_lora, load_adapter_tensors, match_targets, read_adapter, read_json
 from nanoft.model import Decoder, DecoderConfig, initialise
 from nanoft.nf4 import Linear4bit
+from nanoft.runtime import DTYPES, choose_device, choose_dtype
 
-# What is fetched from the Hub: data only, never code, never pickles.
-HUB_FILES = ["*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
+# What is fetched from the Hub: data only, never code, never pickles. The pattern of the weights leaves out the second
+# copy of them that some models carry as consolidated.safetensors.
+HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
+TOKENIZER_FILES = [
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt",
+]  # fmt: skip
+FLOATS = {"F64", "F32", "F16", "BF16"}  # number formats, in safetensors' names, that mean what they say without a scale
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, field: str = "model.name") -> Path:
     """A local directory, or a Hub name fetched into the Hub's cache.
 
+    Args:
+        field: where the name comes from, for the message.
     Raises:
         UserError: neither a directory nor a model on the Hub that can be had.
     """
     if not name:
-        raise UserError("model.name: empty: give a directory in the Hugging Face layout or a Hub name")
-    if Path(name).is_dir():
+        raise UserError(f"{field}: empty: give a directory in the Hugging Face layout or a Hub name")
+    if os.path.isdir(name):
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name: {name}: no such directory")
+        raise UserError(f"{field}: {name}: no such directory: give a model's directory or its name on the Hub")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES + TOKENIZER_FILES))
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.name: {name}: no such directory, and the Hub says: {reason}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: no such file, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
+        raise UserError(f"{field}: {name}: no such directory, and not to be had from the Hub: {reason}") from None
 
 
 def read_shape(directory: Path) -> DecoderConfig:
     """The decoder's shape from the directory's config.json."""
+    path = directory / "config.json"
+    stored = read_json(path)
     try:
-        return DecoderConfig.from_hf(read_json(directory / "config.json"))
+        config = DecoderConfig.from_hf(stored)
+        _check_shape(config)
     except UserError as error:
-        message = str(error)
-        raise UserError(message if message.startswith(str(directory)) else f"{directory}/{message}") from None
+        raise UserError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path}: a field is missing or of the wrong kind ({error}): fetch the file again") from None
+    return config
+
+
+def _check_shape(config: DecoderConfig) -> None:
+    """Values that no decoder can have, found before they fail deep inside one."""
+    counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    for name in counts:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 on")
+    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
+        raise UserError("the heads do not divide: num_attention_heads by num_key_value_heads, and head_dim by 2")
+    if type(config.norm_eps) not in (int, float):
+        raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not a number")
+    windows = [window for window in config.windows if window is not None]
+    if len(config.windows) != config.num_layers or any(type(w) is not int or w < 1 for w in windows):
+        raise UserError(f"sliding_window, layer_types: not a window, or none, for each of {config.num_layers} layers")
+    if not config.rope.angles(config.head_dim)[0].isfinite().all():
+        raise UserError(f"rope: {config.rope.theta}, {dict(config.rope.parameters)} give no finite angles")
 
 
 def shard_paths(directory: Path) -> list[Path]:
@@ -91,27 +109,42 @@ def shard_paths(directory: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is missing or empty: fetch the file again")
-    for name in sorted(set(weight_map.values())):
+    for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{index}: weight_map: {name!r} leaves the model's directory: refused")
-        if not (directory / name).is_file():
-            raise UserError(f"{directory / name}: named in the index, but missing: fetch the model again")
-    return [directory / name for name in sorted(set(weight_map.values()))]
+            raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
+    shards = [directory / name for name in sorted(set(weight_map.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(f"{shard}: named in the index, but missing: fetch the model again")
+    return shards
 
 
 def stream_tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the files, one at a time.
+    """Every tensor of the files, one at a time; each is gone when the next one is asked for, unless it was copied.
 
     Raises:
         UserError: a file that is truncated or otherwise not whole.
     """
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged ({error}): fetch or copy it again") from None
+        with open_safetensors(path) as file:
+            names = list(file.keys())
+        for name in names:
+            with open_safetensors(path) as file:  # anew for each: an open file keeps in memory what was read through it
+                yield name, file.get_tensor(name)
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, open to read.
+
+    Raises:
+        UserError: truncated or otherwise not whole.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}): fetch or copy it again") from None
 
 
 def load_model(
@@ -120,6 +153,8 @@ def load_model(
     dtype: torch.dtype,
     quantization: tuple[str, bool] | None = None,
     random_seed: int | None = None,
+    unpacked_dtype: torch.dtype | None = None,
+    files: list[Path] | None = None,
 ) -> Decoder:
     """Build the decoder of a Hugging Face directory and fill it.
 
@@ -127,6 +162,8 @@ def load_model(
         dtype: of every weight that is not quantised.
         quantization: (nf4|fp4, double): pack the linears of the blocks in 4 bits as they arrive.
         random_seed: ignore the files' weights and draw random ones.
+        unpacked_dtype: what 4-bit weights stand for is rounded to this; None: `dtype`.
+        files: take the weights from these files instead of the directory's.
     Raises:
         UserError: missing, unexpected or mis-shaped tensors, all of them listed; damaged files; unknown architecture.
     """
@@ -142,15 +179,16 @@ def load_model(
                 nn.init.ones_(module.weight)  # type: ignore[arg-type]
         initialise(model, random_seed)
         return model
-    paths = shard_paths(directory)
+    paths = files or shard_paths(directory)
     _check_names(directory, model, paths)
     for name, tensor in stream_tensors(paths):
-        if not _is_spare(name, config):
-            _place(model, name, tensor.to(device=device, dtype=dtype), quantization, dtype)
+        if not is_spare(name, config):
+            copied = tensor.to(device=device, dtype=dtype, copy=True)  # never a view of a file that may change
+            _place(model, name, copied, quantization, unpacked_dtype or dtype)
     return model
 
 
-def _is_spare(name: str, config: DecoderConfig) -> bool:
+def is_spare(name: str, config: DecoderConfig) -> bool:
     """Tensors that some files carry although they follow from others: a tied head, old rotary buffers."""
     return (config.tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
 
@@ -159,14 +197,16 @@ def _check_names(directory: Path, model: Decoder, paths: list[Path]) -> None:
     """Compare the headers of all files with the model before the first tensor is read."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found: dict[str, tuple[int, ...]] = {}
+    odd: list[str] = []
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                found.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged ({error}): fetch or copy it again") from None
-    found = {name: shape for name, shape in found.items() if not _is_spare(name, model.config)}
-    faults = [f"missing {name}" for name in expected.keys() - found.keys()]
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                header = file.get_slice(name)
+                odd += [f"{name} is in two files"] if name in found else []
+                odd += [f"{name} is of type {header.get_dtype()}"] if header.get_dtype() not in FLOATS else []
+                found[name] = tuple(header.get_shape())
+    found = {name: shape for name, shape in found.items() if not is_spare(name, model.config)}
+    faults = odd + [f"missing {name}" for name in expected.keys() - found.keys()]
     faults += [f"unexpected {name}" for name in found.keys() - expected.keys()]
     both = expected.keys() & found.keys()
     faults += [f"{n} is {found[n]} instead of {expected[n]}" for n in both if found[n] != expected[n]]
@@ -176,7 +216,7 @@ def _check_names(directory: Path, model: Decoder, paths: list[Path]) -> None:
 
 
 def _place(
-    model: Decoder, name: str, tensor: Tensor, quantization: tuple[str, bool] | None, dtype: torch.dtype
+    model: Decoder, name: str, tensor: Tensor, quantization: tuple[str, bool] | None, unpacked_dtype: torch.dtype
 ) -> None:
     """Put one tensor where its name says; a block's linear becomes a 4-bit one on the way, if asked."""
     module_name, _, leaf = name.rpartition(".")
@@ -185,7 +225,7 @@ def _place(
     inside_block = module_name.startswith("model.layers.")
     if quantization and inside_block and leaf == "weight" and isinstance(module, nn.Linear):
         kind, double = quantization
-        packed = Linear4bit(tensor, None, kind, double, dtype)
+        packed = Linear4bit(tensor, None, kind, double, unpacked_dtype)
         packed.bias = module.bias  # arrived already, or still to come
         setattr(model.get_submodule(parent_name), last, packed)
         return
@@ -193,9 +233,7 @@ def _place(
 
 
 def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write a full model as a Hugging Face directory: weights in `dtype`, and the source's config and tokenizer."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "model.safetensors").unlink(missing_ok=True)
+    """Write a full model into an empty directory: weights in `dtype`, and the source's config and tokenizer."""
     parameters = dict(model.named_parameters())
     specs: Specs = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
     write_file(out / "model.safetensors", encode(specs, lambda name: parameters[name].to(dtype)))
@@ -210,21 +248,27 @@ def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
     `rope_parameters`. With one form only, the other reader silently takes a default.
     """
     config = read_json(source / "config.json")
-    config.pop("quantization_config", None)
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     rope = DecoderConfig.from_hf(config).rope
     scaling = {key: value for key, value in rope.parameters.items() if key not in ("type", "rope_type", "rope_theta")}
     config["rope_theta"] = rope.theta
     config["rope_parameters"] = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}
     config["rope_scaling"] = None if rope.kind == "default" else {**config["rope_parameters"], "type": rope.kind}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_file(out / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """The tokenizer's files and generation_config.json, byte for byte."""
+    """The tokenizer's files and generation_config.json, byte for byte.
+
+    Where the source has no chat template, the one that nanoft renders with goes along, so that others render alike.
+    """
     for name in [*TOKENIZER_FILES, "generation_config.json"]:
         if (source / name).is_file():
-            (out / name).write_bytes((source / name).read_bytes())
+            write_file(out / name, [(source / name).read_bytes()])
+    if (source / "tokenizer.json").is_file():
+        chat = ChatTokenizer.from_directory(source)
+        if not chat.has_own_template:
+            write_file(out / "chat_template.jinja", [chat.template.encode()])
 
 
 def hash_files(paths: list[Path]) -> str:
@@ -239,6 +283,21 @@ def hash_files(paths: list[Path]) -> str:
 
 
 @dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter as training left it, read from an adapter directory or from a run's checkpoint."""
+
+    place: Path  # where its tensors are, for messages
+    base: Path
+    tokenizer: Path
+    target_modules: str | list[str]
+    rank: int
+    alpha: float
+    tensors: dict[str, Tensor]
+    quantization: tuple[str, bool] | None  # the 4-bit form (kind, double) of the base in training
+    dtype: torch.dtype  # what training computed in
+
+
+@dataclass(frozen=True)
 class Opened:
     """A model ready to be asked, and what is known of how its adapter was trained."""
 
@@ -248,51 +307,106 @@ class Opened:
     tokenizer_directory: Path
     quantization: tuple[str, bool] | None = None  # the 4-bit form (kind, double) of the base in training
     dtype: torch.dtype = torch.float32  # what training computed in
+    step: int | None = None  # of the checkpoint that was opened, for a run that has no result yet
 
 
 def open_model(source: str, device: torch.device, dtype: torch.dtype, original_base: bool = False) -> Opened:
     """Load what a RUN, ADAPTER or MODEL argument names: a run directory, an adapter, a model directory, a Hub name.
 
     A run means its result: adapter/ on the base it was trained on (quantised if it was), or model/ for full training.
+    A run that has none yet means its best checkpoint.
 
     Args:
         original_base: put an adapter on the unquantised base, whatever it was trained on.
     Raises:
         UserError: none of these, or something in it does not fit.
     """
+    if not source:
+        raise UserError("RUN|MODEL: empty: give a run directory, a model directory or a Hub name")
     path = find_adapter(source)
     if path is not None:
-        return _open_adapter(path, device, dtype, original_base)
-    path = Path(source)
-    if is_run(path):
-        if not (path / "model").is_dir():
-            raise UserError(f"{path}: this run has no result yet: let it finish (run its train.py command again)")
-        path = path / "model"
-    directory = find_model(str(path) if path.is_dir() else source)
+        return _attach(_read_adapter_directory(path), device, dtype, original_base)
+    run = Path(source)
+    if is_run(source) and not (run / "model").is_dir():
+        return _open_checkpoint(run, device, dtype, original_base)
+    directory = find_model(str(run / "model") if is_run(source) else source, "RUN|MODEL")
     return Opened(load_model(directory, device, dtype).eval(), {}, directory, directory, dtype=dtype)
 
 
-def is_run(path: Path) -> bool:
+def is_run(source: str | Path) -> bool:
     """Whether a directory is a run's: it has the run's config and its checkpoints."""
-    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+    return os.path.isfile(Path(source) / "config.json") and os.path.isdir(Path(source) / "checkpoints")
 
 
 def find_adapter(source: str) -> Path | None:
     """The adapter directory that a RUN or ADAPTER argument means; None if it means none."""
     path = Path(source)
     candidates = [path / "adapter", path] if is_run(path) else [path]
-    return next((c for c in candidates if (c / "adapter_config.json").is_file()), None)
+    return next((c for c in candidates if os.path.isfile(c / "adapter_config.json")), None)
 
 
-def _open_adapter(path: Path, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
-    """Base and adapter, put together as they were in training."""
+def best_checkpoint(run: Path) -> Saved:
+    """The checkpoint that best.json names, every byte checked; without best.json, the newest that is whole.
+
+    Raises:
+        UserError: there is none yet, or it is damaged.
+    """
+    best = run / "best.json"
+    found = sorted((run / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
+    if best.is_file():
+        found = [run / "checkpoints" / Path(str(read_json(best).get("checkpoint"))).name]
+    damage = []
+    for path in found:
+        try:
+            return verify(path)
+        except (Damaged, OSError) as reason:
+            damage.append(str(reason))
+    if damage:
+        fix = f"remove {best} to take the newest checkpoint that is whole" if best.is_file() else "train again"
+        raise UserError(f"{damage[0]}: {fix}")
+    raise UserError(f"{run}: this run has no checkpoint yet: let it train (run its train.py command again)")
+
+
+def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
+    """The best checkpoint of a run on its base; after full training it holds every weight itself."""
+    config, saved = load_file(run / "config.json"), best_checkpoint(run)
+    base, step = find_model(config.model.name), saved.state["step"]
+    if config.training.method == "full":
+        model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
+        return Opened(model, {}, base, base, dtype=dtype, step=step)
+    lora, q = config.lora, config.quantization
+    quantization = (q.type, q.double) if q.bits == 4 else None
+    trained_on = choose_device("cpu" if config.system.device == "cpu" else "auto")
+    trained_in = choose_dtype(config.model.dtype, trained_on)
+    tensors, targets = saved.tensors("adapter"), list(lora.target_modules)
+    adapter = TrainedAdapter(saved.path, base, base, targets, lora.rank, lora.alpha, tensors, quantization, trained_in)
+    return replace(_attach(adapter, device, dtype, original_base), step=step)
+
+
+def _read_adapter_directory(path: Path) -> TrainedAdapter:
+    """An adapter in PEFT's format; what nanoft notes beside it says how the base was quantised."""
     config, tensors, note = read_adapter(path)
-    base = find_model(config.get("base_model_name_or_path") or "")
-    quantization = (note["quantization"]["type"], note["quantization"]["double"]) if note.get("quantization") else None
-    model = load_model(base, device, dtype, None if original_base else quantization).eval()
-    adapters = inject_lora(model, tuple(config["target_modules"]), config["r"], config.get("lora_alpha", 8), 0.0, 0)
-    load_adapter_tensors(adapters, tensors, str(path / "adapter_model.safetensors"))
-    model.eval()  # the adapters, too
+    field = f"{path / 'adapter_config.json'}: base_model_name_or_path"
+    base = find_model(config.get("base_model_name_or_path") or "", field)
     tokenizer = path if (path / "tokenizer.json").is_file() else base
-    trained_in = torch.bfloat16 if note.get("dtype") == "bfloat16" else torch.float32
-    return Opened(model, adapters, base, tokenizer, quantization, trained_in)
+    q = note.get("quantization")
+    try:
+        quantization = ({"nf4": "nf4", "fp4": "fp4"}[q["type"]], bool(q["double"])) if q else None
+        trained_in = DTYPES[note.get("dtype", "float32")]
+    except (KeyError, TypeError):
+        raise UserError(f"{path / NOTE}: damaged: copy the adapter again") from None
+    rank, alpha, targets = config["r"], config.get("lora_alpha", 8), config["target_modules"]
+    return TrainedAdapter(path, base, tokenizer, targets, rank, alpha, tensors, quantization, trained_in)
+
+
+def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
+    """Base and adapter, put together as they were in training."""
+    quantization = None if original_base else adapter.quantization
+    model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
+    try:
+        targets = match_targets(model, adapter.target_modules)
+        adapters = inject_lora(model, targets, adapter.rank, adapter.alpha, 0.0, 0)
+    except UserError as error:
+        raise UserError(f"{adapter.place}: {error}") from None
+    load_adapter_tensors(adapters, adapter.tensors, str(adapter.place))
+    return Opened(model.eval(), adapters, adapter.base, adapter.tokenizer, adapter.quantization, adapter.dtype)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from templates import STYLES, save
+from tokenizers import Tokenizer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,7 +22,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
+import train
+
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # for models this small, threads only wait for each other
 
 SMALL = {
     "vocab_size": 199,
@@ -63,11 +69,13 @@ CASES: dict[str, tuple[type, type, dict[str, Any]]] = {
 }
 
 
-def make_reference(case: str, directory: Path, shard_size: str = "5GB", seed: int = 0) -> PreTrainedModel:
+def make_reference(
+    case: str, directory: Path, shard_size: str = "5GB", seed: int = 0, **changes: Any
+) -> PreTrainedModel:
     """A transformers model with random weights (biases and norms too), saved in float32."""
     config_class, model_class, extra = CASES[case]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**SMALL, **extra})).eval()
+    model = model_class(config_class(**{**SMALL, **extra, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -77,3 +85,48 @@ def make_reference(case: str, directory: Path, shard_size: str = "5GB", seed: in
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory, max_shard_size=shard_size)
     return model
+
+
+def make_chat_model(directory: Path, case: str = "mistral", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A small random model with a byte-level tokenizer and ChatML's template, complete as on the Hub."""
+    save(directory, STYLES["chatml"])
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    return make_reference(case, directory, seed=seed, **{"vocab_size": tokenizer.get_vocab_size(), **sizes, **changes})
+
+
+def write_records(path: Path, count: int = 24) -> Path:
+    """Questions and answers of different lengths."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    turns = [(f"Say {n} {'and again ' * (n % 4)}please.", f"{n}, {n + 1}" + "!" * (n % 3)) for n in range(count)]
+    lines = [json.dumps({"prompt": question, "completion": reply}) for question, reply in turns]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def train_run(directory: Path, base: Path, records: Path, **changes: Any) -> Path:
+    """A finished run of a few steps, by train.py itself; `section__field=value` changes a setting."""
+    settings: dict[str, Any] = {
+        "model": {"name": str(base), "dtype": "float32", "max_seq_length": 256},
+        "lora": {"rank": 4, "alpha": 8.0},
+        "data": {"train_file": str(records), "validation_split": 0.25},
+        "training": {
+            "micro_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 4,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "learning_rate": 0.01,
+        },
+        "evaluation": {"prompts": 4, "max_new_tokens": 8},
+        "logging": {"progress_bar": False, "show_example": False},
+        "system": {"device": "cpu"},
+        "output": {"dir": str(directory)},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        settings.setdefault(section, {})[key] = value
+    config = directory.with_name(f"{directory.name}.json")
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    assert train.main([str(config)]) == 0
+    return directory

@@ -1,0 +1,257 @@
+"""eval.py as a user runs it: figures that agree with the run's report and with transformers, and one line a mistake."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eval as command
+from models import make_chat_model, train_run, write_records
+
+ROOT = Path(__file__).parent.parent
+FEW = ["evaluation.prompts=4", "evaluation.max_new_tokens=8"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, data and three finished runs."""
+    root = tmp_path_factory.mktemp("eval")
+    make_chat_model(root / "base")
+    records = write_records(root / "data.jsonl")
+    train_run(root / "lora", root / "base", records)
+    train_run(root / "qlora", root / "base", records, quantization__bits=4, model__dtype="bfloat16")
+    train_run(root / "full", root / "base", records, training__method="full", training__learning_rate=1e-3)
+    return root
+
+
+def figures(*arguments: Any, out: Path) -> dict[str, Any]:
+    """What --json holds after a run of the command that must succeed."""
+    assert command.main([*map(str, arguments), "--json", str(out)]) == 0
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "full"])
+def test_a_run_measures_what_its_report_says(name: str, runs: Path, tmp_path: Path) -> None:
+    reported = json.loads((runs / name / "report.json").read_text())
+    measured = figures(runs / name, "--compare-base", out=tmp_path / "figures.json")
+    assert measured.keys() == {"base", "tuned"}
+    for which in ("base", "tuned"):
+        assert {"perplexity", "exact_match", "stop_rate"} <= measured[which].keys()
+        assert measured[which] == pytest.approx(reported[which], rel=1e-5)
+    assert measured["tuned"]["perplexity"] < measured["base"]["perplexity"]
+    assert figures(runs / name, out=tmp_path / "alone.json") == {"tuned": measured["tuned"]}
+
+
+@torch.no_grad()
+def perplexity_of_transformers(directory: Path, records: Path) -> float:
+    """Over answers and the token that ends them, one record at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    nats = []
+    for line in records.read_text().splitlines():
+        record = json.loads(line)
+        messages = [{"role": "user", "content": record["prompt"]}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(f"{prompt}{record['completion']}<|im_end|>", add_special_tokens=False)["input_ids"]
+        logits = model(torch.tensor([ids])).logits[0, len(head) - 1 : -1]
+        nats.append(cross_entropy(logits, torch.tensor(ids[len(head) :]), reduction="none"))
+    return math.exp(torch.cat(nats).double().mean())
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_plain_model_has_the_perplexity_of_transformers(batch_size: int, runs: Path, tmp_path: Path) -> None:
+    arguments = (runs / "base", "--data", runs / "data.jsonl", f"evaluation.batch_size={batch_size}", *FEW)
+    measured = figures(*arguments, out=tmp_path / "figures.json")
+    assert measured.keys() == {"tuned"}
+    assert measured["tuned"]["prompts"] == 4
+    assert measured["tuned"]["perplexity"] == pytest.approx(
+        perplexity_of_transformers(runs / "base", runs / "data.jsonl"), rel=1e-5
+    )
+
+
+def test_other_data_and_overrides_are_used(runs: Path, tmp_path: Path) -> None:
+    other = write_records(tmp_path / "other.jsonl", 7)
+    own = figures(runs / "lora", out=tmp_path / "1.json")
+    given = figures(runs / "lora", "--data", other, "evaluation.prompts=2", out=tmp_path / "2.json")
+    assert (own["tuned"]["prompts"], given["tuned"]["prompts"]) == (4, 2)
+    assert own["tuned"]["target_tokens"] != given["tuned"]["target_tokens"]
+    none = figures(runs / "lora", "evaluation.prompts=0", out=tmp_path / "3.json")
+    assert none["tuned"].keys() == {"perplexity", "loss", "target_tokens"}
+    fewer = figures(runs / "lora", "evaluation.max_samples=2", out=tmp_path / "4.json")
+    assert fewer["tuned"]["target_tokens"] < own["tuned"]["target_tokens"]
+
+
+def test_an_adapter_directory_compares_with_its_base(runs: Path, tmp_path: Path) -> None:
+    whole = figures(runs / "lora", "--data", runs / "data.jsonl", "--compare-base", *FEW, out=tmp_path / "1.json")
+    adapter = runs / "lora" / "adapter"
+    assert figures(adapter, "--data", runs / "data.jsonl", "--compare-base", *FEW, out=tmp_path / "2.json") == whole
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_run_that_has_not_ended_is_its_best_checkpoint(
+    name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = figures(runs / name, out=tmp_path / "1.json")
+    shutil.copytree(runs / name, tmp_path / "run")
+    for result in ("adapter", "model"):
+        shutil.rmtree(tmp_path / "run" / result, ignore_errors=True)
+    capsys.readouterr()
+    assert figures(tmp_path / "run", out=tmp_path / "2.json") == expected
+    assert "best checkpoint, after step 4" in capsys.readouterr().out
+
+
+def test_the_command_prints_a_table_and_answers(runs: Path, tmp_path: Path) -> None:
+    line = [sys.executable, str(ROOT / "eval.py"), str(runs / "lora"), "--compare-base", "evaluation.samples=1"]
+    done = subprocess.run([*line, "--json", str(tmp_path / "figures.json")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in ("| perplexity  |", "| exact match |", "| stop rate   |", " prompt: ", " wanted: ", "  tuned: "):
+        assert done.stdout.count(part) == 1, done.stdout
+    assert json.loads((tmp_path / "figures.json").read_text()).keys() == {"base", "tuned"}
+
+
+def test_an_infinite_perplexity_is_still_json(runs: Path, tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "hopeless")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e5
+    save_file(tensors, tmp_path / "hopeless" / "model.safetensors")
+    arguments = (tmp_path / "hopeless", "--data", runs / "data.jsonl", "evaluation.prompts=0")
+    measured = figures(*arguments, out=tmp_path / "figures.json")
+    assert "Infinity" not in (tmp_path / "figures.json").read_text()
+    assert measured["tuned"]["perplexity"] is None
+    assert measured["tuned"]["loss"] > 700
+
+
+def test_the_environment_and_the_command_line_change_a_plain_model(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (runs / "base", "--data", runs / "data.jsonl", "evaluation.max_new_tokens=2")
+    monkeypatch.setenv("NANOFT_EVALUATION__PROMPTS", "3")
+    assert figures(*arguments, out=tmp_path / "1.json")["tuned"]["prompts"] == 3
+    assert figures(*arguments, "evaluation.prompts=5", out=tmp_path / "2.json")["tuned"]["prompts"] == 5
+
+
+def test_an_interrupt_ends_without_a_traceback(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupt)
+    assert command.main([str(runs / "lora")]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- mistakes
+
+
+def broken_tokenizer(root: Path) -> Path:
+    make_chat_model(root / "model")
+    (root / "model" / "tokenizer.json").unlink()
+    return root / "model"
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no such run": (["runs/no-such"], "runs/no-such: no such run"),
+    "no such directory": (["/no/such", "--data", "DATA"], "/no/such: no such directory"),
+    "empty": (["", "--data", "DATA"], "empty"),
+    "no data": (["BASE"], "base: not a run, and a model has no validation data: give --data FILE"),
+    "missing data": (["BASE", "--data", "/no/data.jsonl"], "/no/data.jsonl"),
+    "data of no use": (["BASE", "--data", "ROOT/base/config.json"], "config.json"),
+    "data missing for a run": (["RUN", "--data", "/no/data.jsonl"], "/no/data.jsonl"),
+    "no tokenizer": (["BROKEN", "--data", "DATA"], "tokenizer.json: no such file"),
+    "not an override": (["BASE", "prompts", "--data", "DATA"], "'prompts' is not section.field=value"),
+    "not an override of a run": (["RUN", "prompts"], "'prompts' is not section.field=value"),
+    "unknown field": (["BASE", "evaluation.prompt=3", "--data", "DATA"], "did you mean evaluation.prompts?"),
+    "unknown field of a run": (["RUN", "evaluation.prompt=3"], "did you mean evaluation.prompts?"),
+    "out of range": (["RUN", "evaluation.batch_size=0"], "evaluation.batch_size: 0 is out of range"),
+    "another rank": (["RUN", "lora.rank=3"], "lora.rank=3: cannot be changed here"),
+    "another model": (["RUN", "model.name=x"], "model.name=x: cannot be changed here"),
+    "json in no directory": (["RUN", "--json", "/no/such/figures.json"], "--json: /no/such/figures.json"),
+    "json is a directory": (["RUN", "--json", "ROOT"], "--json: "),
+    "no base to compare with": (["BASE", "--data", "DATA", "--compare-base"], "is a plain model"),
+    "nothing fits": (["RUN", "model.max_seq_length=8"], "model.max_seq_length"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_code_2(
+    mistake: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = MISTAKES[mistake]
+    places = {
+        "RUN": runs / "lora",
+        "BASE": runs / "base",
+        "DATA": runs / "data.jsonl",
+        "ROOT": runs,
+        "BROKEN": broken_tokenizer(tmp_path) if "BROKEN" in arguments else "",
+    }
+    for name, place in places.items():
+        arguments = [part.replace(name, str(place)) if name in part else part for part in arguments]
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    assert command.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert message in captured.err
+    assert captured.out == ""
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+
+
+def test_a_run_from_random_weights_has_no_base(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"training__method": "full", "training__learning_rate": 1e-3, "model__random_init": True}
+    run = train_run(tmp_path / "run", runs / "base", runs / "data.jsonl", **changes)
+    capsys.readouterr()
+    assert command.main([str(run), "--compare-base"]) == 2
+    assert "began with random weights" in capsys.readouterr().err
+    assert command.main([str(run)]) == 0
+
+
+def test_a_run_that_held_nothing_out_asks_for_data(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_run(tmp_path / "run", runs / "base", runs / "data.jsonl", data__validation_split=0.0)
+    capsys.readouterr()
+    assert command.main([str(run)]) == 2
+    assert "held nothing out (data.validation_split=0): give --data FILE" in capsys.readouterr().err
+
+
+def test_figures_that_cannot_be_written_at_the_end_are_an_error(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "replace_file", full_disk)
+    assert command.main([str(runs / "lora"), "--json", str(tmp_path / "figures.json")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: --json: {tmp_path}/figures.json: cannot be written: No space left on device\n"
+    assert "perplexity" in captured.out  # the work is not lost
+
+
+def test_a_mistake_in_a_process_of_its_own_has_no_traceback(runs: Path) -> None:
+    line = [sys.executable, str(ROOT / "eval.py"), str(runs / "base" / "model.safetensors")]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        command.main(["--help"])
+    assert left.value.code == 0
+    assert "python eval.py runs/tiny --compare-base" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,310 @@
+"""merge.py as a user runs it: proven models in every form, and nothing on disk when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import merge as command
+from models import make_chat_model, train_run, write_records
+from nanoft.chat import ChatTokenizer
+from nanoft.generate import generate
+from nanoft.model import Decoder
+from nanoft.weights import open_model
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 60)[None]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, data and finished runs."""
+    root = tmp_path_factory.mktemp("merge")
+    make_chat_model(root / "base")
+    records = write_records(root / "data.jsonl")
+    train_run(root / "lora", root / "base", records)
+    train_run(root / "qlora", root / "base", records, quantization__bits=4, model__dtype="bfloat16")
+    train_run(root / "full", root / "base", records, training__method="full", training__learning_rate=1e-3)
+    return root
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    result: torch.Tensor = model.logits(model(IDS)) if isinstance(model, Decoder) else model(IDS).logits
+    return result
+
+
+def run_merge(*arguments: Any) -> int:
+    return command.main([str(argument) for argument in arguments])
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize(("name", "base"), [("lora", "original"), ("qlora", "original"), ("qlora", "nf4")])
+def test_a_run_becomes_a_model_that_transformers_loads(
+    name: str, base: str, dtype: str | None, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    assert run_merge(runs / name, "--out", out, "--base", base, *(["--dtype", dtype] if dtype else [])) == 0
+    said = capsys.readouterr().out
+    assert names(tmp_path) == {"merged"}
+    companions = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert names(out) == {*companions, "config.json", "model.safetensors"}
+    for file in companions:
+        assert (out / file).read_bytes() == (runs / "base" / file).read_bytes()
+    stored = DTYPES[dtype or "f32"]  # without --dtype, the base's
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {stored}
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+    ours = open_model(str(runs / name), CPU, torch.float32, original_base=base == "original").model
+    difference = (logits(theirs) - logits(ours)).abs().max()
+    assert difference < {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}[stored]
+    for part in (f"merged onto the {base} weights in {str(stored).removeprefix('torch.')}", "proven", "allowed"):
+        assert part in said
+    assert ("--base nf4 merges onto those" in said) == ((name, base) == ("qlora", "original"))
+
+
+def test_the_merged_model_answers_as_the_run_does(runs: Path, tmp_path: Path) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "merged", "--dtype", "f32") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    messages = [{"role": "user", "content": "Say 4 please."}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    expected = theirs.generate(**ids, **settings)[0, ids["input_ids"].shape[1] :].tolist()
+    opened = open_model(str(runs / "lora"), CPU, torch.float32)
+    prompt = ChatTokenizer.from_directory(opened.tokenizer_directory).encode_prompt(messages)
+    assert prompt == ids["input_ids"][0].tolist()
+    assert generate(opened.model, [prompt], (), 24)[0].ids == expected
+
+
+def test_the_proof_is_made_on_the_runs_own_conversations(runs: Path) -> None:
+    opened = open_model(str(runs / "lora"), CPU, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(runs / "base")
+    texts = [tokenizer.decode(ids) for ids in command.prompts(str(runs / "lora"), opened)]
+    chats = [text for text in texts if "<|im_start|>" in text]
+    assert len(chats) == 6  # a quarter of 24 records is held out
+    assert all("<|im_start|>assistant\n" in text and text.endswith("<|im_end|>\n") for text in chats)
+    alone = command.prompts(str(runs / "lora" / "adapter"), opened)
+    assert [tokenizer.decode(ids) for ids in alone] == [text for text in texts if "<|im_start|>" not in text]
+    assert len(alone) >= 3
+
+
+@pytest.mark.parametrize("gone", ["data.jsonl", "damaged data"])
+def test_without_its_data_a_run_is_proven_on_plain_text(gone: str, runs: Path, tmp_path: Path) -> None:
+    records = write_records(tmp_path / "data.jsonl")
+    run = train_run(tmp_path / "run", runs / "base", records)
+    if gone == "data.jsonl":
+        records.unlink()
+    else:
+        records.write_text("garbage")
+    assert run_merge(run, "--out", tmp_path / "merged") == 0
+
+
+def test_an_adapter_directory_merges_like_its_run(runs: Path, tmp_path: Path) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "a") == 0
+    assert run_merge(runs / "lora" / "adapter", "--out", tmp_path / "b") == 0
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def unfinished(run: Path, out: Path) -> Path:
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "adapter")
+    return out
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_a_run_that_has_not_ended_is_its_best_checkpoint(
+    name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unfinished(runs / name, tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    for form in ("hf", "peft"):
+        assert run_merge(runs / name, "--out", tmp_path / "out" / f"{form}-whole", "--format", form) == 0
+        capsys.readouterr()
+        assert run_merge(run, "--out", tmp_path / "out" / f"{form}-best", "--format", form) == 0
+        assert "best checkpoint, after step 4" in capsys.readouterr().out
+        whole, best = tmp_path / "out" / f"{form}-whole", tmp_path / "out" / f"{form}-best"
+        assert names(whole) == names(best)
+        for file in names(whole):
+            assert (whole / file).read_bytes() == (best / file).read_bytes(), file
+
+
+def test_peft_loads_what_is_handed_out(runs: Path, tmp_path: Path) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "adapter", "--format", "peft") == 0
+    base = AutoModelForCausalLM.from_pretrained(runs / "base", attn_implementation="eager")
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ours = open_model(str(runs / "lora"), CPU, torch.float32).model
+    assert (logits(theirs) - logits(ours)).abs().max() < 1e-5
+    assert names(tmp_path) == {"adapter"}
+
+
+def test_the_command_in_a_process_of_its_own(runs: Path, tmp_path: Path) -> None:
+    line = [sys.executable, str(ROOT / "merge.py"), str(runs / "lora"), "--out"]
+    done = subprocess.run([*line, str(tmp_path / "a" / "out")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/a/out: merged onto the original weights in float32")
+    again = subprocess.run([*line, str(tmp_path / "a" / "out")], capture_output=True, text=True)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr == f"error: --out: {tmp_path}/a/out: exists already: choose another name or remove it\n"
+
+
+# --- the proof, and what is left when it fails
+
+
+def corrupt(out: Path) -> None:
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= -1
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wrong_model_is_not_kept(
+    dtype: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge = command.merge
+
+    def merge_wrongly(opened: Any, number_format: torch.dtype, onto: Any, out: Path) -> None:
+        merge(opened, number_format, onto, out)
+        corrupt(out)
+
+    monkeypatch.setattr(command, "merge", merge_wrongly)
+    assert run_merge(runs / "lora", "--out", tmp_path / "deep" / "out", "--dtype", dtype) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: --out: {tmp_path}/deep/out: the merged model is not the adapter's")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_overflow_are_not_kept(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "base", tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3] = 1e6  # beyond float16
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    shutil.copytree(runs / "lora" / "adapter", tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
+    assert run_merge(tmp_path / "adapter", "--out", tmp_path / "out", "--dtype", "f16") == 2
+    assert "largest logit difference inf" in capsys.readouterr().err
+    assert names(tmp_path) == {"base", "adapter"}
+    assert run_merge(tmp_path / "adapter", "--out", tmp_path / "out", "--dtype", "bf16") == 0
+
+
+def test_an_adapter_that_rounding_may_drown_is_mentioned(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "lora" / "adapter", tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    weak = {name: tensor * 1e-4 if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(weak, tmp_path / "adapter/adapter_model.safetensors", {"format": "pt"})
+    for dtype, drowned in (("bf16", True), ("f32", False)):
+        assert run_merge(tmp_path / "adapter", "--out", tmp_path / dtype, "--dtype", dtype) == 0
+        assert ("may drown so weak an adapter" in capsys.readouterr().out) == drowned
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_merge_that_is_cut_short_leaves_nothing(
+    error: BaseException, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(command, "prove", fail)
+    assert run_merge(runs / "lora", "--out", tmp_path / "out") == (2 if isinstance(error, OSError) else 130)
+    assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- mistakes
+
+
+def damaged(runs: Path, out: Path, damage: str) -> Path:
+    """A copy of the adapter, spoilt."""
+    shutil.copytree(runs / "lora" / "adapter", out)
+    weights, config = out / "adapter_model.safetensors", out / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif damage == "gone":
+        weights.unlink()
+    elif damage == "list":
+        config.write_text("[]")
+    elif damage == "other":
+        make_chat_model(out.parent / "other", hidden_size=64)
+        config.write_text(json.dumps({**settings, "base_model_name_or_path": str(out.parent / "other")}))
+    elif damage == "moved":
+        config.write_text(json.dumps({**settings, "base_model_name_or_path": "/no/such/base"}))
+    return out
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "nothing there": (["/no/such"], "/no/such: no adapter here"),
+    "empty": ([""], "no adapter here"),
+    "a plain model": (["ROOT/base"], "base: no adapter here"),
+    "a full run": (["ROOT/full"], "trained every parameter"),
+    "a full run as an adapter": (["ROOT/full", "--format", "peft"], "trained every parameter"),
+    "not quantised": (["ROOT/lora", "--base", "nf4"], "--base nf4: "),
+    "truncated": (["ADAPTER"], "adapter_model.safetensors: damaged"),
+    "truncated peft": (["ADAPTER", "--format", "peft"], "adapter_model.safetensors: damaged"),
+    "gone": (["ADAPTER"], "adapter_model.safetensors is missing"),
+    "list": (["ADAPTER", "--format", "peft"], "adapter_config.json: expected a JSON object"),
+    "other": (["ADAPTER"], "is (4, 32), but this model and rank need (4, 64)"),
+    "moved": (["ADAPTER"], "base_model_name_or_path: /no/such/base: no such directory"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    mistake: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = MISTAKES[mistake]
+    adapter = damaged(runs, tmp_path / "adapter", mistake.partition(" ")[0]) if "ADAPTER" in arguments else tmp_path
+    arguments = [part.replace("ROOT", str(runs)).replace("ADAPTER", str(adapter)) for part in arguments]
+    before = set(tmp_path.rglob("*")) | set(runs.rglob("*"))
+    assert run_merge(*arguments, "--out", tmp_path / "deep" / "out") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert message in captured.err
+    assert captured.out == ""
+    assert set(tmp_path.rglob("*")) | set(runs.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["out", "file/out", ""])
+def test_an_out_that_cannot_be_is_refused_before_any_work(
+    name: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(command, "open_model", lambda *_, **__: pytest.fail("loaded"))
+    assert run_merge(runs / "lora", "--out", tmp_path / name if name else "") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: --out: ")
+    assert captured.err.count("\n") == 1
+    assert names(tmp_path) == {"out", "file"}
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        command.main(["--help"])
+    assert left.value.code == 0
+    assert "python merge.py runs/tiny --out merged" in " ".join(capsys.readouterr().out.split())

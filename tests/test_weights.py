@@ -1,0 +1,767 @@
+"""Hugging Face directories in and out: against transformers, under a memory limit, and everything that may not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from models import make_chat_model, make_reference, train_run, write_records
+from nanoft import UserError
+from nanoft.lora import PEFT_PREFIX
+from nanoft.model import Decoder, DecoderConfig
+from nanoft.nf4 import Linear4bit
+from nanoft.weights import (
+    Opened,
+    find_model,
+    hash_files,
+    load_model,
+    open_model,
+    save_model,
+    write_config,
+)
+
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 199, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    result: torch.Tensor = model.logits(model(ids)) if isinstance(model, Decoder) else model(ids).logits
+    return result
+
+
+def load(directory: Path, **settings: Any) -> Decoder:
+    return load_model(directory, CPU, torch.float32, **settings)
+
+
+# --- loading
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "100KB"])
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3"])
+def test_single_and_sharded_files_give_the_logits_of_transformers(case: str, shard_size: str, tmp_path: Path) -> None:
+    reference = make_reference(case, tmp_path, shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "100KB")
+    assert (logits(load(tmp_path)) - logits(reference)).abs().max() < 1e-4
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Read the single weights file, change the dictionary, write it again."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_weights_do_not_follow_the_file_that_they_came_from(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    model = load(tmp_path)
+    before = logits(model)
+    with open(tmp_path / "model.safetensors", "r+b") as file:  # in place, as `cp new model.safetensors` does it
+        file.seek(20_000)
+        file.write(b"\0" * 100_000)
+    assert torch.equal(logits(model), before)
+
+
+def test_tensors_that_follow_from_others_may_stand_in_the_file(tmp_path: Path) -> None:
+    reference = make_reference("qwen2", tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": torch.zeros(199, 64)}))
+    rewrite(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}))
+    assert (logits(load(tmp_path)) - logits(reference)).abs().max() < 1e-4
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda t: (t.pop(UP), t.pop("model.norm.weight")),
+            [f"missing {UP}", "missing model.norm.weight", "2 tensors"],
+        ),
+        (lambda t: t.update(extra=torch.zeros(2)), ["unexpected extra", "1 tensors"]),
+        (lambda t: t.update({UP: torch.zeros(3, 4)}), [f"{UP} is (3, 4) instead of (128, 64)"]),
+        (lambda t: t.update({UP: torch.zeros(128, 64, dtype=torch.int8)}), [f"{UP} is of type I8"]),
+        (lambda t: t.clear(), ["30 tensors do not fit", "and 22 more"]),
+    ],
+)
+def test_tensors_that_do_not_fit_are_all_named(change: Any, expected: list[str], tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(UserError) as raised:
+        load(tmp_path)
+    for part in [*expected, str(tmp_path)]:
+        assert part in str(raised.value)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, "100KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    first, second = load_file(shards[0]), load_file(shards[1])
+    name = next(iter(first))
+    save_file({**second, name: first[name] + 1}, shards[1])
+    with pytest.raises(UserError, match=f"{name} is in two files"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_a_truncated_file_is_named(keep: int, tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", 3, ["x"], {"a": 1}, None]
+)
+def test_an_index_cannot_point_outside_its_directory(name: Any, tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path / "model")
+    shutil.move(tmp_path / "model" / "model.safetensors", tmp_path / "model.safetensors")  # loadable, were it read
+    (tmp_path / "model" / "sub").mkdir()
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "model" / "sub")
+    index = {"weight_map": {"model.norm.weight": name}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"leaves the model's directory|missing") as raised:
+        load(tmp_path / "model")
+    assert str(tmp_path / "model") in str(raised.value)
+
+
+def drop_shard(directory: Path) -> None:
+    next(iter(directory.glob("model-00002-*"))).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_shard, r"model-00002-of-\d+\.safetensors: named in the index, but missing"),
+        (lambda d: [f.unlink() for f in d.glob("model*")], "no weights here"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index.json: damaged or not JSON"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "index.json: expected a JSON object"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "weight_map is missing or empty"),
+        (lambda d: (d / "config.json").unlink(), "config.json: no such file"),
+        (lambda d: (d / "config.json").write_text("["), "config.json: damaged or not JSON"),
+        (lambda d: (d / "config.json").write_bytes(b'"\xff"'), "config.json: damaged or not JSON"),
+        (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json: damaged or not JSON"),
+    ],
+)
+def test_a_directory_that_is_not_whole_is_explained(damage: Any, message: str, tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, "100KB")
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message) as raised:
+        load(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def set_config(directory: Path, **changes: Any) -> dict[str, Any]:
+    """Change config.json; None takes a field out."""
+    stored = {**json.loads((directory / "config.json").read_text()), **changes}
+    stored = {name: value for name, value in stored.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(stored))
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architectures", ["GPT2LMHeadModel"]),
+        ("architectures", 7),
+        ("logit_scale", 0.5),
+        ("hidden_act", "gelu"),
+        ("hidden_size", "64"),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 3),
+        ("num_hidden_layers", -3),
+        ("num_hidden_layers", None),
+        ("head_dim", 1.5),
+        ("vocab_size", [199]),
+        ("rms_norm_eps", "small"),
+        ("rope_theta", "x"),
+        ("rope_theta", -1),
+        ("rope_scaling", {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+        ("rope_scaling", {"type": "linear", "factor": "8"}),
+        ("sliding_window", 0),
+        ("sliding_window", "wide"),
+    ],
+)
+def test_a_config_with_an_unknown_or_impossible_value_is_refused(field: str, value: Any, tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    set_config(tmp_path, **{field: value})
+    with pytest.raises(UserError, match=r"config\.json: ") as raised:
+        load(tmp_path)
+    assert str(raised.value).startswith(str(tmp_path))
+
+
+def test_quantising_while_loading_equals_quantising_afterwards(tmp_path: Path) -> None:
+    make_reference("qwen2", tmp_path)  # its biases arrive before or after their weights
+    streamed = load(tmp_path, quantization=("nf4", True))
+    whole = load(tmp_path)
+    for name, linear in list(whole.named_modules()):
+        if isinstance(linear, torch.nn.Linear) and name != "lm_head":
+            parent, _, last = name.rpartition(".")
+            bias = None if linear.bias is None else linear.bias.detach()
+            packed = Linear4bit(linear.weight.detach(), bias, "nf4", True, torch.float32)
+            setattr(whole.get_submodule(parent), last, packed)
+    assert sum(isinstance(module, Linear4bit) for module in streamed.modules()) == 21
+    assert torch.equal(logits(streamed), logits(whole))
+    assert (logits(streamed) - logits(load(tmp_path))).abs().max() > 0.01  # 4 bits are not 32
+
+
+# --- memory
+
+MEASURE = """
+    import sys, torch
+    from pathlib import Path
+    from nanoft.nf4 import Linear4bit
+    from nanoft.weights import load_model
+
+    def resident(field):
+        lines = open("/proc/self/status").read().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    torch.set_num_threads(1)
+    Linear4bit(torch.randn(64, 64), None, "nf4", True, torch.float32)  # the library is in memory before we look
+    for directory in sys.argv[1:]:
+        for dtype, quantization in ((torch.bfloat16, ("nf4", True)), (torch.bfloat16, None), (torch.float32, None)):
+            open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+            before = resident("VmRSS")
+            model = load_model(Path(directory), torch.device("cpu"), dtype, quantization)
+            peak = resident("VmHWM") - before
+            tensors = [*model.parameters(), *model.buffers()]
+            print(peak, sum(t.numel() * t.element_size() for t in tensors))
+            del model, tensors
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from /proc")
+def test_loading_needs_the_model_and_one_tensor(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "vocab_size": 8000}
+    config = AutoConfig.for_model("llama", num_attention_heads=8, num_key_value_heads=2, **sizes)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    state = {name: torch.rand(shape).to(torch.bfloat16) for name, shape in shapes.items()}
+    config.architectures = ["LlamaForCausalLM"]
+    for name, limit in (("single", 10**10), ("sharded", 60 * 10**6)):
+        config.save_pretrained(tmp_path / name)
+        write_sharded(tmp_path / name, state, limit)
+    said = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / "single"), str(tmp_path / "sharded")],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"},  # what is freed is given back, so that it counts
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [[int(word) for word in line.split()] for line in said.stdout.splitlines()]
+    file_bytes = sum(tensor.nbytes for tensor in state.values())
+    expected = [0.45 * file_bytes, file_bytes, 2 * file_bytes]  # embeddings and head stay in 16 bits beside NF4
+    # The largest tensors: 16 MB in the file, 8 MB of those that are quantised; bitsandbytes takes ten times as much.
+    for (peak, model), size, extra in zip(lines, 2 * expected, 2 * [90e6, 20e6, 52e6], strict=True):
+        assert 0.9 * size < model < 1.1 * size
+        assert 0.7 * model < peak < model + extra, f"{peak:,} for a model of {model:,} bytes"
+
+
+def write_sharded(directory: Path, state: dict[str, torch.Tensor], limit: int) -> None:
+    """One file, or several with an index, in the format's own writer."""
+    files: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in state.items():
+        if files[-1] and sum(t.nbytes for t in files[-1].values()) + tensor.nbytes > limit:
+            files.append({})
+        files[-1][name] = tensor
+    if len(files) == 1:
+        save_file(files[0], directory / "model.safetensors")
+        return
+    weight_map = {}
+    for number, part in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        save_file(part, directory / name)
+        weight_map.update(dict.fromkeys(part, name))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+# --- the Hub
+
+
+def etag(name: str) -> str:
+    return hashlib.sha1(name.encode()).hexdigest()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of huggingface.co as its client asks for: the list of files, and the files."""
+
+    files: Path
+    asked: list[str]
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_HEAD(self) -> None:
+        self.answer(False)
+
+    def do_GET(self) -> None:
+        self.answer(True)
+
+    def answer(self, with_body: bool) -> None:
+        path = self.path.partition("?")[0]
+        self.asked.append(path)
+        if path.startswith("/api/models/some/model"):
+            names = sorted(str(p.relative_to(self.files)) for p in self.files.rglob("*") if p.is_file())
+            listing = {"id": "some/model", "sha": self.commit, "siblings": [{"rfilename": name} for name in names]}
+            if "/tree/" in path:
+                sizes = {name: (self.files / name).stat().st_size for name in names}
+                entries = [{"type": "file", "path": n, "size": s, "oid": etag(n)} for n, s in sizes.items()]
+                return self.send(json.dumps(entries).encode(), with_body)
+            return self.send(json.dumps(listing).encode(), with_body)
+        if path.startswith("/some/model/resolve/"):
+            name = path.split("/", 5)[5]
+            return self.send((self.files / name).read_bytes(), with_body, name)
+        return self.send_error(404, "no such repository")
+
+    def send(self, body: bytes, with_body: bool, name: str = "") -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/octet-stream" if name else "application/json")
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{etag(name)}"')
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    handler = type("ThisHub", (Hub,), {"files": tmp_path / "remote", "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", address)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    yield handler
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_hub_name_is_fetched_once_and_only_as_data(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    make_chat_model(hub.files)
+    shutil.move(hub.files / "model.safetensors", hub.files / "model-00001-of-00001.safetensors")
+    (hub.files / "original").mkdir()
+    surplus = ["modeling_evil.py", "pytorch_model.bin", "consolidated.safetensors", "original/x.safetensors", "a.pkl"]
+    for name in surplus:
+        (hub.files / name).write_text("never read")
+    names = load_file(hub.files / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")
+    (hub.files / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    found = find_model("some/model")
+    fetched = {str(path.relative_to(found)) for path in found.rglob("*") if not path.is_dir()}
+    expected = {str(path.relative_to(hub.files)) for path in hub.files.rglob("*") if path.is_file()} - {*surplus}
+    assert fetched == expected
+    assert not [path for path in hub.asked if any(path.endswith(name) for name in surplus)]
+    ids = torch.arange(9)[None]
+    assert torch.equal(logits(load(found), ids), logits(load(hub.files), ids))
+
+    hub.asked.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert find_model("some/model") == found  # from the cache
+    assert hub.asked == []
+
+
+def test_a_hub_name_that_cannot_be_had_is_one_line(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^model.name: no/such: no such directory, and not .* the Hub: ") as raised:
+        find_model("no/such")
+    assert "\n" not in str(raised.value)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(UserError, match=r"^lora: some/model: ") as raised:
+        find_model("some/model", "lora")
+    assert "\n" not in str(raised.value)
+
+
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(hub: type[Hub]) -> None:
+    for name in ("./x", "/no/such/directory", "~/x", "a/b/c"):
+        with pytest.raises(UserError, match=f"{name}: no such directory"):
+            find_model(name)
+    with pytest.raises(UserError, match="empty"):
+        find_model("")
+    assert hub.asked == []
+
+
+# --- writing
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-linear", "llama3-rope", "llama-yarn", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("form", ["current", "classic"])
+def test_a_written_config_reads_alike_in_both_forms(case: str, form: str, tmp_path: Path) -> None:
+    make_reference(case, tmp_path / "source")
+    source = json.loads((tmp_path / "source" / "config.json").read_text())
+    if form == "classic":  # as transformers 4 wrote it
+        rope = source["rope_parameters"]
+        scaling = {"type" if k == "rope_type" else k: v for k, v in rope.items() if k != "rope_theta"}
+        classic = {"rope_theta": rope["rope_theta"], "torch_dtype": source["dtype"], "rope_parameters": None}
+        scaled = None if rope["rope_type"] == "default" else scaling
+        source = set_config(tmp_path / "source", **classic, rope_scaling=scaled, dtype=None)
+    (tmp_path / "out").mkdir()
+    write_config(tmp_path / "source", tmp_path / "out", torch.bfloat16)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+
+    original = AutoConfig.from_pretrained(tmp_path / "source")
+    both = AutoConfig.from_pretrained(tmp_path / "out")
+    parameters = written.pop("rope_parameters")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(written))  # what a reader of version 4 understands
+    old = AutoConfig.from_pretrained(tmp_path / "old")
+    assert parameters["rope_theta"] == written["rope_theta"] == original.rope_parameters["rope_theta"]
+    assert (written["dtype"], written["torch_dtype"], both.dtype) == ("bfloat16", "bfloat16", torch.bfloat16)
+    assert torch.equal(frequencies(original), frequencies(both))
+    assert torch.equal(frequencies(original), frequencies(old))
+    unchanged = {k: v for k, v in source.items() if k not in ("dtype", "torch_dtype", "rope_scaling")}
+    assert {k: v for k, v in written.items() if k in unchanged} == {k: v for k, v in unchanged.items() if k in written}
+    a, b = (DecoderConfig.from_hf(json.loads((tmp_path / d / "config.json").read_text())) for d in ("source", "out"))
+    assert torch.equal(a.rope.angles(a.head_dim)[0], b.rope.angles(b.head_dim)[0])
+    assert a.rope.angles(a.head_dim)[1] == b.rope.angles(b.head_dim)[1]
+
+
+def frequencies(config: Any) -> torch.Tensor:
+    """The rotary frequencies that transformers computes from a config."""
+    kind = config.rope_parameters["rope_type"]
+    if kind != "default":
+        frequency, factor = ROPE_INIT_FUNCTIONS[kind](config, CPU)
+        return torch.cat((frequency, torch.tensor([factor])))
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, size, 2).float() / size
+    return torch.cat((config.rope_parameters["rope_theta"] ** -exponents, torch.tensor([1.0])))
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2"])
+def test_a_saved_model_loads_in_transformers(case: str, tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "source", case)
+    model = load(tmp_path / "source")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    (tmp_path / "out").mkdir()
+    save_model(model, tmp_path / "source", tmp_path / "out", torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (logits(model, ids) - logits(theirs, ids)).abs().max() < 1e-4
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+
+
+def test_a_hash_tells_names_and_contents_apart(tmp_path: Path) -> None:
+    for name, content in (("a", "1"), ("b", "2"), ("ab", "1"), ("c", "1")):
+        (tmp_path / name).write_text(content)
+    groups = [["a"], ["b"], ["c"], ["ab"], ["a", "b"], ["b", "a"], []]
+    digests = [hash_files([tmp_path / name for name in group]) for group in groups]
+    assert len(set(digests)) == len(groups)
+    (tmp_path / "a").write_text("3")
+    assert hash_files([tmp_path / "a"]) != digests[0]
+
+
+# --- what a RUN, ADAPTER or MODEL means
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and three finished runs on it."""
+    root = tmp_path_factory.mktemp("runs")
+    make_chat_model(root / "base")
+    records = write_records(root / "data.jsonl")
+    train_run(root / "lora", root / "base", records)
+    train_run(root / "qlora", root / "base", records, quantization__bits=4, model__dtype="bfloat16")
+    train_run(root / "full", root / "base", records, training__method="full", training__learning_rate=1e-3)
+    return root
+
+
+def opened_logits(opened: Opened) -> torch.Tensor:
+    return logits(opened.model, torch.arange(5, 50)[None])
+
+
+def open_float32(source: Path | str, **settings: Any) -> Opened:
+    return open_model(str(source), CPU, torch.float32, **settings)
+
+
+def unfinished(run: Path, out: Path) -> Path:
+    """A copy of the run without its result, as a run is before it ends."""
+    shutil.copytree(run, out)
+    for name in ("adapter", "model", "report.json"):
+        shutil.rmtree(out / name, ignore_errors=True) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    return out
+
+
+def weights_of(checkpoint: Path) -> Path:
+    return next(path for path in checkpoint.glob("*.safetensors") if path.stem in ("adapter", "model"))
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "full"])
+def test_a_run_without_a_result_is_its_best_checkpoint(name: str, runs: Path, tmp_path: Path) -> None:
+    best = json.loads((runs / name / "best.json").read_text())["step"]
+    finished = open_float32(runs / name)
+    assert finished.step is None
+    run = unfinished(runs / name, tmp_path / "run")
+    opened = open_float32(run)
+    assert opened.step == best == 4
+    assert (opened.quantization, opened.dtype) == (finished.quantization, finished.dtype)
+    assert torch.equal(opened_logits(opened), opened_logits(finished))
+
+    (run / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/step-000002"}))
+    older = open_float32(run)
+    assert older.step == 2
+    assert not torch.equal(opened_logits(older), opened_logits(finished))
+    (run / "best.json").unlink()
+    assert open_float32(run).step == 4  # the newest
+    file = weights_of(run / "checkpoints" / "step-000004")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert torch.equal(opened_logits(open_float32(run)), opened_logits(older))  # the newest that is whole
+
+
+def test_a_checkpoint_of_full_training_gives_the_logits_of_transformers(runs: Path, tmp_path: Path) -> None:
+    run = unfinished(runs / "full", tmp_path / "run")
+    theirs = AutoModelForCausalLM.from_pretrained(runs / "base")
+    missing, unexpected = theirs.load_state_dict(
+        load_file(run / "checkpoints/step-000004/model.safetensors"), strict=False
+    )
+    assert (missing, unexpected) == ([], [])
+    difference = opened_logits(open_float32(run)) - logits(theirs, torch.arange(5, 50)[None])
+    assert difference.abs().max() < 1e-4
+
+
+def flip_weights(run: Path) -> None:
+    file = weights_of(run / "checkpoints" / "step-000004")
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_weights, "adapter.safetensors: its content is not what was saved: remove .*best.json"),
+        (lambda run: shutil.rmtree(run / "checkpoints" / "step-000004"), "step-000004.*remove .*best.json"),
+        (lambda run: (run / "best.json").write_text('{"checkpoint": "../../base"}'), "checkpoints/base.*remove .*best"),
+        (lambda run: (run / "best.json").write_text("[]"), "best.json: expected a JSON object"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json: expected a table"),
+        (lambda run: [(run / "best.json").unlink(), shutil.rmtree(run / "checkpoints"), (run / "checkpoints").mkdir()],
+         "no checkpoint yet: let it train"),
+    ],
+)  # fmt: skip
+def test_a_run_that_cannot_be_opened_says_what_to_do(damage: Any, message: str, runs: Path, tmp_path: Path) -> None:
+    run = unfinished(runs / "lora", tmp_path / "run")
+    damage(run)
+    with pytest.raises(UserError, match=message) as raised:
+        open_float32(run)
+    assert str(run) in str(raised.value)
+
+
+def test_a_run_an_adapter_and_a_model_open_as_what_they_are(runs: Path) -> None:
+    run, adapter = open_float32(runs / "qlora"), open_float32(runs / "qlora" / "adapter")
+    assert torch.equal(opened_logits(run), opened_logits(adapter))
+    assert (run.quantization, run.dtype, run.base_directory) == (("nf4", True), torch.bfloat16, runs / "base")
+    packed = [m for m in run.model.modules() if isinstance(m, Linear4bit)]
+    assert len(packed) == 14
+    assert {m.dequantize().dtype for m in packed} == {torch.bfloat16}  # rounded as it was in training
+    original = open_float32(runs / "qlora", original_base=True)
+    assert not any(isinstance(module, Linear4bit) for module in original.model.modules())
+    assert original.quantization == ("nf4", True)
+    base, full = open_float32(runs / "base"), open_float32(runs / "full")
+    assert (base.adapters, full.adapters) == ({}, {})
+    assert full.base_directory == runs / "full" / "model"
+    assert not any(opened.model.training for opened in (run, adapter, original, base, full))
+    assert not torch.equal(opened_logits(base), opened_logits(full))
+
+
+@pytest.mark.parametrize("source", ["", "/no/such", "a/b/c"])
+def test_what_is_nothing_is_an_error_even_in_a_run_directory(
+    source: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs / "lora")
+    with pytest.raises(UserError, match=r"empty|no such directory"):
+        open_float32(source)
+
+
+# --- adapters of other tools
+
+
+def peft_adapter(runs: Path, out: Path, **settings: Any) -> PeftModel:
+    """An adapter that PEFT made and saved, with random values in it."""
+    torch.manual_seed(5)
+    base = AutoModelForCausalLM.from_pretrained(runs / "base")
+    theirs = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings})).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    theirs.save_pretrained(out)
+    return theirs
+
+
+def set_adapter_config(adapter: Path, **changes: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("trained", "stored"),
+    [
+        ("all-linear", None),
+        ("all-linear", "all-linear"),
+        (r".*\.(q_proj|down_proj)", r".*\.(q_proj|down_proj)"),
+        (r"model\.layers\.1\.mlp\..*_proj", r"model\.layers\.1\.mlp\..*_proj"),
+        (["q_proj", "self_attn.v_proj"], None),
+        (["layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"], None),
+    ],
+)
+def test_target_modules_mean_what_they_mean_to_peft(trained: Any, stored: Any, runs: Path, tmp_path: Path) -> None:
+    theirs = peft_adapter(runs, tmp_path / "adapter", target_modules=trained)
+    if stored is not None:
+        set_adapter_config(tmp_path / "adapter", target_modules=stored)
+    opened = open_float32(tmp_path / "adapter")
+    named = {
+        name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
+        for name, _ in theirs.named_parameters()
+        if "lora_" in name
+    }
+    assert set(opened.adapters) == named
+    assert (opened_logits(opened) - logits(theirs, torch.arange(5, 50)[None])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}, "rank_pattern: .* is not supported"),
+        ({"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 2}}, "alpha_pattern: .* is not supported"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save: .*lm_head.* not supported"),
+        ({"target_modules": ["q_proj"], "use_rslora": True}, "use_rslora: True is not supported"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora: True is not supported"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' is not supported"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, r"layers_to_transform: \[0\] is not supported"),
+    ],
+)
+def test_what_peft_can_and_this_cannot_is_refused_by_name(
+    settings: Any, message: str, runs: Path, tmp_path: Path
+) -> None:
+    peft_adapter(runs, tmp_path / "adapter", **settings)
+    with pytest.raises(UserError, match=message) as raised:
+        open_float32(tmp_path / "adapter")
+    assert str(tmp_path / "adapter") in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_an_adapter_on_the_head_is_refused(runs: Path, tmp_path: Path) -> None:
+    peft_adapter(runs, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(UserError, match="'lm_head' names no linear of this model"):
+        open_float32(tmp_path / "adapter")
+
+
+def test_layers_saved_whole_beside_an_adapter_are_refused(runs: Path, tmp_path: Path) -> None:
+    theirs = peft_adapter(runs, tmp_path / "adapter", target_modules=["q_proj"])
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight.*not supported|lm_head\.weight.*not supported"):
+        open_float32(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": "x"}, "the field r: 'x' is not a rank"),
+        ({"r": True}, "the field r: True is not a rank"),
+        ({"r": 8}, "has rank 4, but adapter_config.json says 8"),
+        ({"r": 10**12}, "has rank 4, but"),  # before memory for it is asked for
+        ({"lora_alpha": "6"}, "lora_alpha: '6' is not a positive number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: nan is not a positive number"),
+        ({"target_modules": []}, r"target_modules: \[\] is not a list of module names"),
+        ({"target_modules": [3]}, r"target_modules: \[3\] is not a list"),
+        ({"target_modules": "("}, r"target_modules: '\(' is not a regular expression"),
+        (
+            {"target_modules": "q_proj"},
+            "'q_proj' matches no linear of this model, such as model.layers.0",
+        ),  # as in PEFT
+        ({"base_model_name_or_path": None}, "adapter_config.json: base_model_name_or_path: empty"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path: 3 is not a name"),
+        ({"base_model_name_or_path": "/no/such"}, "adapter_config.json: base_model_name_or_path: /no/such: no such"),
+        ({"peft_type": "IA3"}, "peft_type: 'IA3' is not supported"),
+        ({"revision": "v2"}, "revision: 'v2' is not supported"),
+        ({"lora_bias": True}, "lora_bias: True is not supported"),
+        ({"unheard_of": 1}, "unheard_of: 1 is not supported"),
+    ],
+)
+def test_an_adapter_config_of_the_wrong_kind_is_refused(
+    changes: dict[str, Any], message: str, runs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs / "lora" / "adapter", tmp_path / "adapter")
+    set_adapter_config(tmp_path / "adapter", **changes)
+    with pytest.raises(UserError, match=message) as raised:
+        open_float32(tmp_path / "adapter")
+    assert str(tmp_path / "adapter") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_config.json", "[]", "expected a JSON object"),
+        ("adapter_config.json", "{", "damaged or not JSON"),
+        ("adapter_model.safetensors", "garbage", "adapter_model.safetensors: damaged"),
+        ("nanoft.json", "[]", "nanoft.json: expected a JSON object"),
+        ("nanoft.json", '{"quantization": "nf4"}', "nanoft.json: damaged"),
+        ("nanoft.json", '{"quantization": {"type": "nf5", "double": true}}', "nanoft.json: damaged"),
+        ("nanoft.json", '{"dtype": []}', "nanoft.json: damaged"),
+    ],
+)
+def test_an_adapter_with_a_damaged_file_is_refused(
+    file: str, content: str, message: str, runs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs / "lora" / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_float32(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"hidden_size": 64}, r"is \(4, 32\), but this model"), ({"num_hidden_layers": 1}, "is it its base?")],
+)
+def test_an_adapter_on_another_base_is_refused(
+    changes: dict[str, int], message: str, runs: Path, tmp_path: Path
+) -> None:
+    make_chat_model(tmp_path / "other", **changes)
+    shutil.copytree(runs / "lora" / "adapter", tmp_path / "adapter")
+    set_adapter_config(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(UserError, match=message):
+        open_float32(tmp_path / "adapter")
+
+
+def test_random_weights_need_a_config_only_and_follow_the_seed(tmp_path: Path) -> None:
+    make_reference("qwen2", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    first, again, other = (load(tmp_path, random_seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(logits(first), logits(again))
+    assert not torch.equal(logits(first), logits(other))
+    for name, parameter in first.named_parameters():
+        if parameter.dim() == 1:
+            assert torch.equal(parameter, torch.full_like(parameter, float(not name.endswith("bias")))), name
+        else:
+            assert 0.001 < parameter.std() < 0.03, name
