@@ -7,7 +7,6 @@ python eval.py mistralai/Mistral-7B-Instruct-v0.3 --data questions.jsonl
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -22,13 +21,13 @@ from nanoft.metrics import as_json
 from nanoft.records import Conversation, read_conversations, read_splits
 from nanoft.weights import Opened, find_model, is_run, load_model, open_model
 
-INTERRUPTED = 130
 # Settings that say what a model is: to change them here would measure something that nobody trained.
 FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.")
 
 
+@runtime.command
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = runtime.Arguments(
         prog="eval.py",
         description="Perplexity, exact match and stop rate of a run or a model on held-out data.",
         epilog="examples: python eval.py runs/tiny --compare-base; "
@@ -40,14 +39,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--compare-base", action="store_true", help="measure the base as well")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
     args = parser.parse_intermixed_args(argv)
-    try:
-        return evaluate_source(args.source, args.overrides, args.data, args.compare_base, args.json)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return INTERRUPTED
+    return evaluate_source(args.source, args.overrides, args.data, args.compare_base, args.json)
 
 
 def evaluate_source(source: str, overrides: list[str], data: str | None, compare_base: bool, out: str | None) -> int:
@@ -140,9 +132,4 @@ def measure_base(
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except BrokenPipeError:  # `eval.py ... | head`: the reader has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+    sys.exit(main(sys.argv[1:]))

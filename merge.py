@@ -7,7 +7,6 @@ python merge.py runs/tiny --out adapter --format peft
 
 from __future__ import annotations
 
-import argparse
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,18 +18,16 @@ from nanoft import UserError, runtime
 from nanoft.chat import ChatTokenizer, Rendered
 from nanoft.config import load_config
 from nanoft.export import EXPORT_DTYPES, copy_adapter, merge, new_directory, prove, write_adapter
-from nanoft.lora import read_json
 from nanoft.records import Conversation, read_splits
-from nanoft.weights import Opened, find_adapter, is_run, open_model
+from nanoft.weights import Opened, find_adapter, is_run, open_model, stored_dtype
 
-INTERRUPTED = 130
 PROMPTS = 8
 PLAIN_TEXTS = ["The quick brown fox jumps over the lazy dog.", '{"city": "Oslo", "people": 4}', "1 2 3 4 5 6 7 8 9 10"]
-DTYPE_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
+@runtime.command
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = runtime.Arguments(
         prog="merge.py",
         description="Merge an adapter into its base as a Hugging Face model, or hand it out in PEFT's format.",
         epilog="examples: python merge.py runs/tiny --out merged; "
@@ -45,14 +42,7 @@ def main(argv: list[str]) -> int:
         help="merge onto the original weights, or onto the 4-bit weights it was trained against; default: original",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    try:
-        return export(args.source, Path(args.out), args.format, args.dtype, args.base)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was kept", file=sys.stderr)
-        return INTERRUPTED
+    return export(args.source, Path(args.out), args.format, args.dtype, args.base)
 
 
 def export(source: str, out: Path, form: str, dtype_name: str | None, onto: Literal["original", "nf4"]) -> int:
@@ -93,8 +83,7 @@ def merge_and_prove(
     """Write the merged model aside, and make sure that it says what base and adapter say; returns what was proven."""
     if onto == "nf4" and opened.quantization is None:
         raise UserError(f"--base nf4: {source} was trained on the original weights: leave --base out")
-    stored = read_json(opened.base_directory / "config.json")
-    dtype = EXPORT_DTYPES[dtype_name or DTYPE_NAMES.get(str(stored.get("dtype") or stored.get("torch_dtype")), "bf16")]
+    dtype = EXPORT_DTYPES[dtype_name] if dtype_name else stored_dtype(opened.base_directory)
     merge(opened, dtype, onto, aside)
     proof = prove(opened, aside, prompts(source, opened), dtype)
     said = (

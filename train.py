@@ -9,7 +9,6 @@ An interrupted run goes on when the same command is given again.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
@@ -23,13 +22,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import UserError, checkpoint, evaluate, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, runtime
 from nanoft.batches import Batch, Batches, make_samples
 from nanoft.chat import ChatTokenizer, Sample
 from nanoft.checkpoint import Checkpoints, Saved
 from nanoft.config import Config, check_same_run, load_config, questionable
 from nanoft.export import save_result
-from nanoft.guard import Guard, TrainingFailed, explain_out_of_memory
+from nanoft.guard import Guard, explain_out_of_memory
 from nanoft.lora import LoRALinear, adapter_tensors, disabled, inject_lora, load_adapter_tensors
 from nanoft.loss import target_nll
 from nanoft.metrics import Meter, Run, clock
@@ -44,10 +43,9 @@ from nanoft.optim import (
     warmup_length,
 )
 from nanoft.records import Conversation, read_splits
-from nanoft.weights import find_model, hash_files, load_model, shard_paths
+from nanoft.weights import find_model, hash_files, load_model, shard_paths, stored_dtype
 
 STOPPED_BY_SIGNAL = 75
-INTERRUPTED = 130  # the shell's code for a second Ctrl-C
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.py"
 
 
@@ -347,6 +345,9 @@ def finish(job: Job, state: State) -> None:
         load_weights(job, checkpoint.verify(job.checkpoints.path(state.best_step)))
     step, where = state.best_step or state.step, job.run.directory
     result = save_result(where, job.model, job.adapters, job.base_directory, job.config, step, job.dtype)
+    if not job.adapters:
+        for parameter in job.model.parameters():  # measure what is stored, not what was rounded to store it
+            parameter.data = parameter.data.to(stored_dtype(job.base_directory)).float()
     training = {
         "steps": state.step,
         "best_step": state.best_step,
@@ -395,8 +396,11 @@ def claim(config: Config, run: Run, resume: str) -> None:
     files = [Path(name) for name in (config.data.train_file, config.data.validation_file) if name]
     weights = [] if config.model.random_init else shard_paths(base)
     tokenizer = [base / name for name in ("config.json", "tokenizer.json") if (base / name).is_file()]
+    device = runtime.choose_device(config.system.device)
     provenance = {
         "versions": runtime.versions(),
+        "device": device.type,
+        "dtype": str(runtime.choose_dtype(config.model.dtype, device)).removeprefix("torch."),
         "data_sha256": hash_files([file for file in files if file.is_file()]),
         "base_sha256": hash_files([*tokenizer, *weights]),
     }
@@ -447,8 +451,9 @@ def show_first_window(job: Job) -> None:
             job.run.say(f"  [{record}] {job.chat.mark(samples[record], colour=sys.stdout.isatty())}")
 
 
+@runtime.command
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = runtime.Arguments(
         prog="train.py",
         description="Fine-tune a causal language model: LoRA, QLoRA, or every parameter.",
         epilog="examples: python train.py configs/tiny.py; python train.py configs/tiny.py quantization.bits=4; "
@@ -461,17 +466,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
-    try:
-        return run_training(load_config(path, positional), args.resume, args.show_batch)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrainingFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print("interrupted: the last checkpoint stands", file=sys.stderr)
-        return INTERRUPTED
+    return run_training(load_config(path, positional), args.resume, args.show_batch)
 
 
 if __name__ == "__main__":

@@ -5,3 +5,7 @@ __version__ = "0.1.0"
 
 class UserError(Exception):
     """Something the user must change: commands print it as one line (what, where, the fix) and exit with code 2."""
+
+
+class TrainingFailed(Exception):
+    """Training cannot go on, and what would help: commands print it as one line and exit with code 3."""

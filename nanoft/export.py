@@ -37,6 +37,7 @@ from nanoft.weights import (
     read_shape,
     save_model,
     shard_paths,
+    stored_dtype,
     write_config,
 )
 
@@ -199,12 +200,12 @@ def save_result(
 ) -> Path:
     """What a run ends with: `out`/adapter in PEFT's format, or `out`/model in Hugging Face's; with the tokenizer.
 
-    It takes the place of an earlier result when it is complete.
+    It takes the place of an earlier result when it is complete. A whole model is stored in its base's number format.
 
     Args:
         base: the directory of the model that training started from.
         step: of the checkpoint that the weights are from.
-        dtype: what training computed in.
+        dtype: what training computed in; noted with an adapter.
     """
     place = out / ("adapter" if adapters else "model")
     for leftover in out.glob(f".tmp-{place.name}-*"):  # of a process that was killed here
@@ -213,7 +214,7 @@ def save_result(
         if adapters:
             write_adapter(aside, adapters, base, config, step, dtype)
         else:
-            save_model(model, base, aside, dtype)
+            save_model(model, base, aside, stored_dtype(base))
     return place
 
 

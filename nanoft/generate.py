@@ -10,7 +10,6 @@ prompt's first real token.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from nanoft import UserError
 from nanoft.chat import ChatTokenizer, Message
 from nanoft.model import Decoder, KVCache
+from nanoft.runtime import Arguments, choose_device, choose_dtype, command, quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ def answer(model: Decoder, chat: ChatTokenizer, messages: Sequence[Message], max
     return chat.decode(reply.ids)
 
 
+@command
 def main(argv: list[str]) -> int:
     """`python -m nanoft.generate RUN|MODEL [--prompt TEXT]`: one answer, or a chat when no prompt is given."""
-    from nanoft.runtime import choose_device, choose_dtype, quiet_libraries
     from nanoft.weights import open_model
 
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m nanoft.generate",
         description="Talk to a fine-tuned run or to a model, rendered exactly as in training.",
         epilog='examples: python -m nanoft.generate runs/tiny --prompt "What is the weather in Oslo on Monday?"; '
@@ -119,19 +119,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     args = parser.parse_args(argv)
-    try:
-        if args.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens: {args.max_new_tokens} is out of range: it must be >= 1")
-        quiet_libraries()
-        device = choose_device("auto")
-        opened = open_model(args.source, device, choose_dtype("auto", device))
-        chat = ChatTokenizer.from_directory(opened.tokenizer_directory)
-        _talk(opened.model, chat, args.prompt, args.system, args.max_new_tokens)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: {args.max_new_tokens} is out of range: it must be >= 1")
+    quiet_libraries()
+    device = choose_device("auto")
+    opened = open_model(args.source, device, choose_dtype("auto", device))
+    chat = ChatTokenizer.from_directory(opened.tokenizer_directory)
+    _talk(opened.model, chat, args.prompt, args.system, args.max_new_tokens)
     return 0
 
 

@@ -10,13 +10,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from nanoft import TrainingFailed
 from nanoft.runtime import is_out_of_memory
 
 Verdict = Literal["ok", "skip", "stop"]
-
-
-class TrainingFailed(Exception):
-    """Training cannot go on, and what would help; commands exit with code 3."""
 
 
 class Guard:

@@ -5,6 +5,8 @@ Everything that asks "where am I running?" asks here, so that the other modules 
 
 from __future__ import annotations
 
+import argparse
+import functools
 import importlib.metadata
 import logging
 import os
@@ -14,17 +16,19 @@ import resource
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
-from nanoft import UserError, __version__
+from nanoft import TrainingFailed, UserError, __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INTERRUPTED = 130  # what shells report after Ctrl-C
 LIBRARIES = ("torch", "safetensors", "tokenizers", "bitsandbytes", "numpy")
 
 
@@ -134,6 +138,42 @@ def versions() -> dict[str, str]:
     """What a result depends on: Python and the libraries that compute."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"nanoft": __version__, "python": platform.python_version(), **libraries}
+
+
+class Arguments(argparse.ArgumentParser):
+    """Command-line arguments; a mistake in them is one line, like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Give a command's `main` its exit codes: 2 and 3 with one line on stderr, 130 for Ctrl-C, never a traceback."""
+
+    @functools.wraps(main)
+    def with_exit_code(argv: list[str]) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except TrainingFailed as error:
+            print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
+            return 3
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:  # `... | head`: the reader has gone, and that is no mistake
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:  # a full disk, a directory that may not be written
+            where = f"{error.filename}: " if error.filename else ""
+            print(
+                f"error: {where}{error.strerror or error}: put that right, then the same command again", file=sys.stderr
+            )
+            return 2
+
+    return with_exit_code
 
 
 class StopRequest:

@@ -27,7 +27,7 @@ from nanoft.config import load_file
 from nanoft.lora import NOTE, LoRALinear, inject_lora, load_adapter_tensors, match_targets, read_adapter, read_json
 from nanoft.model import Decoder, DecoderConfig, initialise
 from nanoft.nf4 import Linear4bit
-from nanoft.runtime import DTYPES, choose_device, choose_dtype
+from nanoft.runtime import DTYPES
 
 # What is fetched from the Hub: data only, never code, never pickles. The pattern of the weights leaves out the second
 # copy of them that some models carry as consolidated.safetensors.
@@ -241,6 +241,13 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
     copy_companions(source, out)
 
 
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The number format that config.json says the weights are stored in; bfloat16 if it does not say."""
+    config = read_json(directory / "config.json")
+    name = str(config.get("dtype") or config.get("torch_dtype"))
+    return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
+
+
 def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
     """The source's config.json with the new dtype, and with both forms of the dtype and rope fields.
 
@@ -376,8 +383,7 @@ def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, origin
         return Opened(model, {}, base, base, dtype=dtype, step=step)
     lora, q = config.lora, config.quantization
     quantization = (q.type, q.double) if q.bits == 4 else None
-    trained_on = choose_device("cpu" if config.system.device == "cpu" else "auto")
-    trained_in = choose_dtype(config.model.dtype, trained_on)
+    trained_in = DTYPES.get(read_json(run / "config.json")["provenance"]["dtype"], torch.float32)
     tensors, targets = saved.tensors("adapter"), list(lora.target_modules)
     adapter = TrainedAdapter(saved.path, base, base, targets, lora.rank, lora.alpha, tensors, quantization, trained_in)
     return replace(_attach(adapter, device, dtype, original_base), step=step)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from nanoft.guard import Guard, TrainingFailed, explain_out_of_memory
+from nanoft import TrainingFailed
+from nanoft.guard import Guard, explain_out_of_memory
 
 NAN, INFINITE = math.nan, math.inf
 

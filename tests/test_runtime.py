@@ -11,15 +11,17 @@ import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from nanoft import UserError, __version__, runtime
+from nanoft import TrainingFailed, UserError, __version__, runtime
 from nanoft.runtime import StopRequest, choose_device, choose_dtype, is_out_of_memory, peak_memory_gb
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 PRESENT = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
 
@@ -85,6 +87,53 @@ def test_libraries_are_quiet() -> None:
     runtime.quiet_libraries()
     assert not logging.getLogger("bitsandbytes").isEnabledFor(logging.WARNING)
     assert logging.getLogger("bitsandbytes").isEnabledFor(logging.ERROR)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("lora.rank: 0:\n  out of range"), 2, "error: lora.rank: 0: out of range"),
+        (TrainingFailed("diverged"), 3, "failed: diverged"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            OSError(28, "No space left on device", "/disk/x"),
+            2,
+            "error: /disk/x: No space left on device: put that right",
+        ),
+    ],
+)
+def test_what_ends_a_command_is_one_line_and_a_code(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @runtime.command
+    def main(argv: list[str]) -> int:
+        raise error
+
+    assert main([]) == code
+    said = capsys.readouterr().err
+    assert said.startswith(line)
+    assert said.count("\n") == 1
+
+
+def test_a_bug_is_not_hidden() -> None:
+    @runtime.command
+    def main(argv: list[str]) -> int:
+        return 1 // len(argv)
+
+    with pytest.raises(ZeroDivisionError):
+        main([])
+    assert main(["x"]) == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "merge.py", "-m nanoft.generate"])
+def test_a_mistake_in_the_arguments_is_one_line(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *script.split(), "a", "--nonsense"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

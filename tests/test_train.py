@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -183,6 +184,21 @@ def test_an_interrupt_from_the_keyboard_saves_and_ends_with_75(tmp_path: Path) -
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}" / "manifest.json").is_file()
 
 
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(tmp_path: Path) -> None:
+    def limit() -> None:  # no file may grow beyond what the adapter's takes, so the optimizer's cannot be written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (800_000, 800_000))
+
+    directory = tmp_path / "run"
+    assert train.main(quick(directory, training__max_steps=3, training__lr_scheduler="constant")) == 0
+    arguments = quick(directory, training__lr_scheduler="constant")
+    done = subprocess.run(command(arguments), capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2
+    assert "File too large" in one_line(done.stderr)
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-000003"]
+    assert train.main(arguments) == 0
+    assert [step for step, _ in losses(directory)] == list(range(1, 9))
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,7 +295,9 @@ def test_full_training_gives_a_model_that_transformers_loads(tmp_path: Path) -> 
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     before = load_file(BASE / "model.safetensors")
     assert trained.keys() == before.keys()
-    assert not any(torch.equal(trained[name].float(), before[name].float()) for name in before)
+    assert {tensor.dtype for tensor in trained.values()} == {torch.bfloat16}, "as its base"
+    matrices = [name for name, tensor in before.items() if tensor.dim() == 2]
+    assert not any(torch.equal(trained[name], before[name]) for name in matrices)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert torch.equal(model.state_dict()["lm_head.weight"], trained["lm_head.weight"].float())
 
