@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -76,6 +75,7 @@ class Checkpoints:
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(".tmp-step-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        self._put_back()
 
     def save(
         self,
@@ -147,16 +147,26 @@ class Checkpoints:
 
     def _publish(self, aside: Path, step: int) -> Path:
         """Give the finished directory its name; an older one of the same step (damaged, or redone) makes way."""
-        final = self.path(step)
-        if final.exists():
-            trash = self.directory / f".tmp-step-{step:06d}-{os.getpid()}-old"
-            os.rename(final, trash)
+        final, older = self.path(step), self.directory / f".old-step-{step:06d}"
+        try:
+            if final.exists():
+                os.rename(final, older)
             os.rename(aside, final)
-            shutil.rmtree(trash, ignore_errors=True)
-        else:
-            os.rename(aside, final)
+        except BaseException:
+            self._put_back()
+            raise
         sync_directory(self.directory)
+        shutil.rmtree(older, ignore_errors=True)
         return final
+
+    def _put_back(self) -> None:
+        """Undo the first half of replacing a checkpoint; if the second half was done, the older one goes."""
+        for older in self.directory.glob(".old-step-*"):
+            final = self.directory / older.name.removeprefix(".old-")
+            if final.exists():
+                shutil.rmtree(older, ignore_errors=True)
+            else:
+                os.rename(older, final)
 
     def _rotate(self, newest: int) -> None:
         """Remove what is older than the last `keep`, manifest first, so that what is half removed does not count.
@@ -188,9 +198,12 @@ def verify(path: Path) -> Saved:
         if hash_file(path / name) != expected:
             raise Damaged(f"{path / name}: its content is not what was saved")
     try:
-        return Saved(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
-    except (ValueError, KeyError, SafetensorError) as error:
-        raise Damaged(f"{path}: {error}") from None
+        state = json.loads((path / "state.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise Damaged(f"{path / 'state.json'}: missing or not a JSON object")
+    return Saved(path, state)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -201,10 +214,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         good = sealed["sha256"] == hashlib.sha256(_dump(body)).hexdigest()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise Damaged(f"{path / MANIFEST}: missing or not readable: the save was not finished") from None
-    if not good or body.get("format") != FORMAT:
+    if not good or not isinstance(body, dict) or body.get("format") != FORMAT:
         raise Damaged(f"{path / MANIFEST}: its content is not what was saved")
-    if any(Path(name).name != name for name in body["files"]):
-        raise Damaged(f"{path / MANIFEST}: names a file outside its directory")
+    if not isinstance(body.get("files"), dict) or any(Path(name).name != name for name in body["files"]):
+        raise Damaged(f"{path / MANIFEST}: does not list files of its directory")
     return body
 
 
