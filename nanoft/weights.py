@@ -383,7 +383,7 @@ def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, origin
         return Opened(model, {}, base, base, dtype=dtype, step=step)
     lora, q = config.lora, config.quantization
     quantization = (q.type, q.double) if q.bits == 4 else None
-    trained_in = DTYPES.get(read_json(run / "config.json")["provenance"]["dtype"], torch.float32)
+    trained_in = DTYPES.get(read_json(run / "config.json").get("provenance", {}).get("dtype"), torch.float32)
     tensors, targets = saved.tensors("adapter"), list(lora.target_modules)
     adapter = TrainedAdapter(saved.path, base, base, targets, lora.rank, lora.alpha, tensors, quantization, trained_in)
     return replace(_attach(adapter, device, dtype, original_base), step=step)

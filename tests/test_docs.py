@@ -15,6 +15,7 @@ from nanoft.config import SECTION_TYPES, Config, load_file
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 PROGRAM = [*(ROOT / "nanoft").glob("*.py"), *ROOT.glob("*.py"), *(ROOT / "configs").glob("**/*.py")]
 
 
@@ -84,9 +85,21 @@ def test_the_defaults_in_the_table_are_the_defaults() -> None:
 
 
 def test_every_file_that_is_mentioned_exists() -> None:
-    names = set(re.findall(r"`((?:nanoft|tests|configs|docs|bench)/[\w/.]+)`", README))
-    assert len(names) > 8
+    names = set(re.findall(r"`((?:nanoft|tests|configs|docs|bench)/[\w/.]+)`", README + TOUR))
+    assert len(names) > 12
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:
+    from nanoft.chat import ChatTokenizer
+
+    question = re.search(r'"user", "content": "(.*?)"', TOUR)
+    assert question
+    answer = '{"name": "convert_money", "arguments": {"amount": 55, "from": "euros", "to": "pesos"}}'
+    messages = [{"role": "user", "content": question[1]}, {"role": "assistant", "content": answer}]
+    chat = ChatTokenizer.from_directory(ROOT / "configs" / "tiny" / "base")
+    (sample,) = chat.encode(iter(chat.render_samples(messages, 0)))
+    assert f"{len(sample.ids)} tokens, {sample.is_target.sum()} of them targets" in TOUR
 
 
 def test_it_is_short() -> None:
