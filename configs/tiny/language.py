@@ -6,7 +6,7 @@ teach copying, and events told in prose and then noted as records teach finding 
 corpus never shows a chat turn or a tool call; those come only with the conversations, which ask for eight tools in
 the same words but in other sentences. Fine-tuning therefore has to teach a format, not a language.
 
-    python configs/tiny/language.py build [--seed 0]          everything, and the base model itself (12 minutes on 2 cores)
+    python configs/tiny/language.py build [--seed 0]  everything, with the base model (12 minutes on 2 cores)
     python configs/tiny/language.py corpus OUT.jsonl [--documents 60000] [--seed 0]
     python configs/tiny/language.py tokenizer OUT_DIR [--seed 0]
     python configs/tiny/language.py conversations OUT.jsonl [--count 2400] [--seed 0]
