@@ -132,7 +132,7 @@ def comparison(base: Measured | None, tuned: Measured) -> str:
         for name, form in forms.items()
         if any(name in c for c in columns.values())
     ]
-    return table(["", *columns], rows)
+    return table(["", *columns], rows) if rows else "nothing was measured: there is no validation data"
 
 
 def side_by_side(base: Measured | None, tuned: Measured, count: int) -> str:

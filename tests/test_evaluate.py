@@ -189,6 +189,7 @@ def test_the_table_shows_base_beside_tuned_and_a_dash_for_what_is_missing() -> N
         ["exact match", "-", "50.0%"],
         ["stop rate", "-", "50.0%"],
     ]
+    assert "nothing was measured" in evaluate.comparison(None, Measured())
     assert cells(evaluate.comparison(None, Measured(math.log(3), 9))) == [
         ["", "base", "tuned"],
         ["perplexity", "-", "3"],
