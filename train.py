@@ -95,7 +95,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
     """The loop. When it returns, `state` says how far it came, and a checkpoint of that step is on the disk."""
     t, model, optimizer, meter = job.config.training, job.model, job.optimizer, state.meter
     guard, parameters = Guard(t.max_bad_steps), [p for _, p in job.trained]
-    warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
+    warmup_steps, saved_step = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps), state.step
     model.train()
     with progress_bar(job, state, total_steps) as bar:
         while state.step < total_steps and not stop and not out_of_patience(job, state):
@@ -140,8 +140,8 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             if due(state.step, t.eval_steps, total_steps):
                 evaluate_now(job, state)
             if due(state.step, t.save_steps, total_steps) or state.best_step == state.step:
-                save(job, state)
-    if state.step and not job.checkpoints.path(state.step).is_dir():  # stopped between two saves
+                saved_step = save(job, state)
+    if state.step != saved_step:  # stopped between two saves
         save(job, state)
 
 
@@ -182,8 +182,8 @@ def evaluate_now(job: Job, state: State) -> None:
     job.run.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
 
 
-def save(job: Job, state: State) -> None:
-    """Write a checkpoint; when it is on the disk, and only then, it may be called the best."""
+def save(job: Job, state: State) -> int:
+    """Write a checkpoint; when it is on the disk, and only then, it may be called the best. Returns its step."""
     started = time.perf_counter()
     weights = adapter_tensors(job.adapters) if job.adapters else {name: p.detach() for name, p in job.trained}
     tensors = {weights_file(job): weights, "optimizer": optimizer_tensors(job.optimizer, job.trained)}
@@ -192,6 +192,7 @@ def save(job: Job, state: State) -> None:
     path = job.checkpoints.save(state.step, tensors, contents, best)
     where = str(path.relative_to(job.run.directory))
     job.run.log("checkpoint", state.step, path=where, seconds=time.perf_counter() - started)
+    return state.step
 
 
 def weights_file(job: Job) -> str:
@@ -226,6 +227,8 @@ def find_start(job: Job, resume: str) -> State:
     if resume == "never":
         return State()
     if resume != "auto":
+        if Path(resume).resolve().parent != job.run.checkpoints.resolve():
+            raise UserError(f"--resume: {resume}: is not in {job.run.checkpoints}: name a checkpoint of this run")
         try:
             return restore(job, checkpoint.verify(Path(resume)))
         except (checkpoint.Damaged, OSError) as reason:
@@ -341,9 +344,13 @@ def progress_bar(job: Job, state: State, total_steps: int) -> Any:
 
 def finish(job: Job, state: State) -> None:
     """Take the best weights as the result, save them, measure base and tuned, and write the report."""
-    if state.best_step not in (0, state.step):
-        load_weights(job, checkpoint.verify(job.checkpoints.path(state.best_step)))
     step, where = state.best_step or state.step, job.run.directory
+    if step != state.step:
+        try:
+            load_weights(job, checkpoint.verify(job.checkpoints.path(step)))
+        except checkpoint.Damaged as reason:
+            job.run.say(f"warning: {reason}: the result is not the best checkpoint, but the last")
+            step = state.step
     result = save_result(where, job.model, job.adapters, job.base_directory, job.config, step, job.dtype)
     if not job.adapters:
         for parameter in job.model.parameters():  # measure what is stored, not what was rounded to store it

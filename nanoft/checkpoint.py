@@ -89,7 +89,8 @@ class Checkpoints:
         Args:
             tensors: file name without suffix -> named tensors.
             state: JSON values.
-            best: step and validation loss of the best checkpoint, which may be this one; noted in best.json.
+            best: step and validation loss of the best checkpoint, which may be this one; noted in best.json. None:
+                nothing was evaluated yet.
         Raises:
             OSError: the disk refused; every earlier checkpoint is untouched.
         """
@@ -105,7 +106,9 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        if best is not None:
+        if best is None:
+            self.best_file.unlink(missing_ok=True)
+        else:
             self._mark_best(*best)
         self._rotate(step)
         return final
@@ -171,12 +174,12 @@ class Checkpoints:
     def _rotate(self, newest: int) -> None:
         """Remove what is older than the last `keep`, manifest first, so that what is half removed does not count.
 
-        Steps beyond `newest` were left by a run that went back; they are damaged or about to be redone, and must not
-        push out checkpoints that are whole.
+        Steps beyond `newest` go, too: the run went back behind them, because they were damaged or because it was told
+        to, and what it does now takes their place.
         """
         own = [step for step in self.steps() if step <= newest]
         spared = {*own[-self.keep :], self.best_step()}
-        for step in own:
+        for step in self.steps():
             if step not in spared:
                 (self.path(step) / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(self.path(step), ignore_errors=True)

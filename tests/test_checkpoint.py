@@ -181,19 +181,20 @@ def test_a_million_steps_are_still_in_order(tmp_path: Path) -> None:
     assert saved.state["step"] == 1_000_001
 
 
-def test_steps_beyond_the_one_gone_back_to_push_out_nothing(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    for step in (10, 20):
-        save(checkpoints, step)
-    (save(checkpoints, 30) / "manifest.json").unlink()
-    (save(checkpoints, 40) / "manifest.json").unlink()  # rotation left 30 and 40, both damaged now
-    shutil.copytree(save(Checkpoints(tmp_path / "other", 9), 20), checkpoints.path(20))
-    save(checkpoints, 25)
-    assert checkpoints.steps() == [20, 25, 30, 40]
+def test_a_run_that_went_back_leaves_no_later_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    for step in (10, 20, 30):
+        save(checkpoints, step, (30, 1.0))
+    (checkpoints.path(30) / "manifest.json").unlink()
+    save(checkpoints, 15, (10, 2.0))
+    assert checkpoints.steps() == [10, 15]
     saved, damage = checkpoints.newest()
     assert saved is not None
-    assert saved.path == checkpoints.path(25)
-    assert len(damage) == 2
+    assert (saved.path, damage) == (checkpoints.path(15), [])
+    assert checkpoints.best_step() == 10
+    save(checkpoints, 12)  # before the first evaluation
+    assert checkpoints.best_step() is None
+    assert not (tmp_path / "best.json").exists()
 
 
 def test_what_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:

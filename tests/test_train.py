@@ -229,8 +229,44 @@ def test_resume_takes_never_and_a_path(tmp_path: Path, capsys: pytest.CaptureFix
     assert train.main([*quick(directory), "--resume", str(earlier)]) == 0
     assert "resuming  after step 6 of 8" in capsys.readouterr().out
     assert equal(result(directory), before)
-    assert train.main([*quick(directory), "--resume", str(tmp_path / "nothing")]) == 2
+    assert train.main([*quick(directory), "--resume", str(directory / "checkpoints" / "nothing")]) == 2
     assert "nothing" in one_line(capsys.readouterr().err)
+    assert train.main([*quick(tmp_path / "other"), "--resume", str(earlier)]) == 2
+    assert "name a checkpoint of this run" in one_line(capsys.readouterr().err)
+
+
+def test_going_back_leaves_the_other_branch_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, changed = tmp_path / "run", {"training__max_steps": 20}
+    assert train.main(quick(directory)) == 0  # checkpoints of steps 4, 6 and 8
+    earlier = directory / "checkpoints" / "step-000006"
+    with monkeypatch.context() as patch:
+        stop_after(8, patch, signal.SIGTERM)  # step 8 again, at another learning rate
+        assert train.main([*quick(directory, **changed), "--resume", str(earlier)]) == train.STOPPED_BY_SIGNAL
+    redone = load_file(directory / "checkpoints" / "step-000008" / "adapter.safetensors")
+    assert not equal(redone, result(directory))
+    with monkeypatch.context() as patch:
+        stop_after(7, patch, signal.SIGTERM)
+        assert train.main([*quick(directory, **changed), "--resume", str(earlier)]) == train.STOPPED_BY_SIGNAL
+    assert max(path.name for path in (directory / "checkpoints").iterdir()) == "step-000007"
+
+
+def test_a_best_checkpoint_that_was_damaged_is_told_and_the_last_one_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience = {"training__early_stopping_threshold": 1e-9, "training__eval_steps": 2, "training__save_steps": 1}
+    patience |= {"data__validation_file": sentences(tmp_path), "training__learning_rate": 5e-3}
+    finish = train.finish
+
+    def damaging(job: Any, state: Any) -> None:
+        assert 0 < state.best_step < state.step
+        (job.checkpoints.path(state.best_step) / "state.json").write_bytes(b"{}")
+        finish(job, state)
+
+    monkeypatch.setattr(train, "finish", damaging)
+    assert train.main(quick(tmp_path / "run", **patience)) == 0
+    assert "the result is not the best checkpoint, but the last" in capsys.readouterr().out
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-000008" / "adapter.safetensors")
+    assert equal(result(tmp_path / "run"), saved)
 
 
 def test_a_finished_run_is_left_alone_and_more_steps_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,12 +284,16 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(tmp_path: Path, capsy
 # --- what a run does on its way
 
 
+def sentences(directory: Path) -> str:
+    """Validation data that the base is better at than the tuned model: the more tool calls, the less prose."""
+    texts = [f"{who} likes soup and {who} likes tea." for who in ("Ada", "Ben", "Eva", "Leo")]
+    said = "".join(record(prompt="How is the weather?", completion=text) for text in texts)
+    return write(directory / "sentences.jsonl", said)
+
+
 def test_the_checkpoints_kept_are_the_last_and_the_best(tmp_path: Path) -> None:
-    # the base speaks in sentences; the more it learns to call tools, the worse it is at them
-    sentences = [f"{who} likes soup and {who} likes tea." for who in ("Ada", "Ben", "Eva", "Leo")]
-    said = "".join(record(prompt="How is the weather?", completion=text) for text in sentences)
     changes = {"training__save_steps": 1, "training__keep_checkpoints": 2, "training__eval_steps": 2}
-    changes |= {"data__validation_file": write(tmp_path / "sentences.jsonl", said), "training__learning_rate": 5e-3}
+    changes |= {"data__validation_file": sentences(tmp_path), "training__learning_rate": 5e-3}
     assert train.main(quick(tmp_path / "run", **changes)) == 0
     evaluations = losses(tmp_path / "run", "eval")
     best = min(evaluations, key=lambda pair: pair[1])
