@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +16,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def _no_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("NANOFT_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, data, and three finished runs on them: lora, qlora (computed in bfloat16) and full."""
+    from models import make_chat_model, train_run, write_records
+
+    root = tmp_path_factory.mktemp("runs")
+    make_chat_model(root / "base")
+    records = write_records(root / "data.jsonl")
+    train_run(root / "lora", root / "base", records)
+    train_run(root / "qlora", root / "base", records, quantization__bits=4, model__dtype="bfloat16")
+    train_run(root / "full", root / "base", records, training__method="full", training__learning_rate=1e-3)
+    return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -365,24 +366,28 @@ class Fault(OSError):
 
 
 @contextmanager
-def every_operation(before: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Call `before` ahead of each operation that changes the disk."""
+def patched(around: Callable[..., Any]) -> Iterator[None]:
+    """Each operation that changes the disk becomes around(name, the real one, its arguments)."""
     real = {name: getattr(os, name) for name in OPERATIONS}
-
-    def wrap(name: str) -> Callable[..., Any]:
-        def operation(*args: Any, **options: Any) -> Any:
-            before(name, args)
-            return real[name](*args, **options)
-
-        return operation
-
     for name in OPERATIONS:
-        setattr(os, name, wrap(name))
+        setattr(os, name, functools.partial(around, name, real[name]))
     try:
         yield
     finally:
         for name in OPERATIONS:
             setattr(os, name, real[name])
+
+
+@contextmanager
+def every_operation(before: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Call `before` ahead of each operation that changes the disk."""
+
+    def around(name: str, real: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        before(name, args)
+        return real(*args, **options)
+
+    with patched(around):
+        yield
 
 
 def count_operations(action: Callable[[], Any]) -> list[str]:
@@ -537,25 +542,16 @@ class Disk:
 @contextmanager
 def recorded(disk: Disk, after: Callable[[], None], skip_fsync: Callable[[str], bool]) -> Iterator[None]:
     """Follow every operation on a model of the disk, and call `after` behind each."""
-    real = {name: getattr(os, name) for name in OPERATIONS}
 
-    def wrap(name: str) -> Callable[..., Any]:
-        def operation(*args: Any, **options: Any) -> Any:
-            result = real[name](*args, **options)
-            if not (name == "fsync" and skip_fsync(disk.open_files[args[0]])):
-                disk.note(name, args, options, result)
-            after()
-            return result
+    def around(name: str, real: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        result = real(*args, **options)
+        if not (name == "fsync" and skip_fsync(disk.open_files[args[0]])):
+            disk.note(name, args, options, result)
+        after()
+        return result
 
-        return operation
-
-    for name in OPERATIONS:
-        setattr(os, name, wrap(name))
-    try:
+    with patched(around):
         yield
-    finally:
-        for name in OPERATIONS:
-            setattr(os, name, real[name])
 
 
 def lose_power_everywhere(tmp_path: Path, skip_fsync: Callable[[str], bool] = lambda _: False) -> list[str]:

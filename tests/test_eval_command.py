@@ -23,18 +23,6 @@ ROOT = Path(__file__).parent.parent
 FEW = ["evaluation.prompts=4", "evaluation.max_new_tokens=8"]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, data and three finished runs."""
-    root = tmp_path_factory.mktemp("eval")
-    make_chat_model(root / "base")
-    records = write_records(root / "data.jsonl")
-    train_run(root / "lora", root / "base", records)
-    train_run(root / "qlora", root / "base", records, quantization__bits=4, model__dtype="bfloat16")
-    train_run(root / "full", root / "base", records, training__method="full", training__learning_rate=1e-3)
-    return root
-
-
 def figures(*arguments: Any, out: Path) -> dict[str, Any]:
     """What --json holds after a run of the command that must succeed."""
     assert command.main([*map(str, arguments), "--json", str(out)]) == 0

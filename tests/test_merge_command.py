@@ -27,18 +27,6 @@ CPU = torch.device("cpu")
 IDS = torch.arange(5, 60)[None]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, data and finished runs."""
-    root = tmp_path_factory.mktemp("merge")
-    make_chat_model(root / "base")
-    records = write_records(root / "data.jsonl")
-    train_run(root / "lora", root / "base", records)
-    train_run(root / "qlora", root / "base", records, quantization__bits=4, model__dtype="bfloat16")
-    train_run(root / "full", root / "base", records, training__method="full", training__learning_rate=1e-3)
-    return root
-
-
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     result: torch.Tensor = model.logits(model(IDS)) if isinstance(model, Decoder) else model(IDS).logits

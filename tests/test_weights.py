@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from models import make_chat_model, make_reference, train_run, write_records
+from models import make_chat_model, make_reference
 from nanoft import UserError
 from nanoft.lora import PEFT_PREFIX
 from nanoft.model import Decoder, DecoderConfig
@@ -482,18 +482,6 @@ def test_a_hash_tells_names_and_contents_apart(tmp_path: Path) -> None:
 
 
 # --- what a RUN, ADAPTER or MODEL means
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and three finished runs on it."""
-    root = tmp_path_factory.mktemp("runs")
-    make_chat_model(root / "base")
-    records = write_records(root / "data.jsonl")
-    train_run(root / "lora", root / "base", records)
-    train_run(root / "qlora", root / "base", records, quantization__bits=4, model__dtype="bfloat16")
-    train_run(root / "full", root / "base", records, training__method="full", training__learning_rate=1e-3)
-    return root
 
 
 def opened_logits(opened: Opened) -> torch.Tensor:
