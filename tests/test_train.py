@@ -330,6 +330,47 @@ def test_divergence_ends_with_3_and_names_the_records(tmp_path: Path, capsys: py
     assert sum(line["event"] == "warning" for line in lines) == Config().training.max_bad_steps
 
 
+def test_a_window_with_nan_changes_nothing_and_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = train.target_nll, []
+    snapshots: list[dict[str, torch.Tensor]] = []
+    bad_step = train.report_bad_step
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) - rehearsed == 6 else 1.0)
+
+    def noting(run: Run, state: train.State, *rest: Any, **options: Any) -> None:
+        snapshots.append({n: p.detach().clone() for n, p in jobs[0].trained})
+        moments.append({n: t.clone() for n, t in train.optimizer_tensors(jobs[0].optimizer, jobs[0].trained).items()})
+        bad_step(run, state, *rest, **options)
+
+    jobs: list[train.Job] = []
+    moments: list[dict[str, torch.Tensor]] = []
+    loop = train.train
+
+    def watched(job: train.Job, *args: Any) -> None:
+        nonlocal rehearsed
+        rehearsed = len(calls)
+        jobs.append(job)
+        loop(job, *args)
+
+    rehearsed = 0
+    monkeypatch.setattr(train, "target_nll", poisoned)
+    monkeypatch.setattr(train, "report_bad_step", noting)
+    monkeypatch.setattr(train, "train", watched)
+    assert train.main(quick(tmp_path / "run", training__save_steps=1, training__keep_checkpoints=9)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (warning,) = [line for line in lines if line["event"] == "warning"]
+    assert warning["step"] == 2  # the sixth micro-batch is in the third window
+    assert len(warning["records"]) == 8
+    before = tmp_path / "run" / "checkpoints" / "step-000002"  # parameters and moments of the step before
+    saved = load_file(before / "adapter.safetensors")
+    assert equal({f"base_model.model.{n}.weight": p for n, p in snapshots[0].items()}, saved)
+    assert equal(moments[0], load_file(before / "optimizer.safetensors"))
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 9))
+    assert all(tensor.isfinite().all() for tensor in result(tmp_path / "run").values())
+
+
 def test_full_training_gives_a_model_that_transformers_loads(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
