@@ -85,7 +85,8 @@ def merge_and_prove(
         raise UserError(f"--base nf4: {source} was trained on the original weights: leave --base out")
     dtype = EXPORT_DTYPES[dtype_name] if dtype_name else stored_dtype(opened.base_directory)
     merge(opened, dtype, onto, aside)
-    proof = prove(opened, aside, prompts(source, opened), dtype)
+    texts = prompts(source, opened)
+    proof = prove(opened, aside, texts, dtype)
     said = (
         f"largest logit difference {proof.max_difference:.2g} (allowed {proof.allowed:.2g}; "
         f"the adapter itself moves logits by {proof.effect:.2g})"
@@ -99,6 +100,8 @@ def merge_and_prove(
         f"{out}: merged onto the {onto} weights in {name}; proven against the adapter:\n"
         f"{said}, same most likely token at {proof.same_top_token:.1%} of positions"
     )
+    if len(texts) <= len(PLAIN_TEXTS):
+        said += "\nnote: proven on a few plain texts only, because the run's own data is not to be had from here"
     if proof.effect < proof.allowed:
         said += f"\nnote: rounding to {name} may drown so weak an adapter; --dtype f32 keeps it"
     if opened.quantization and onto == "original":
@@ -117,7 +120,7 @@ def prompts(source: str, opened: Opened) -> list[list[int]]:
             train, held_out, _ = read_splits(d.train_file, d.validation_file, d.validation_split, seed, None, 1.0)
             limit = config.model.max_seq_length
             ids += [s.ids[-limit:].tolist() for s in chat.encode(render(chat, held_out or train))]
-    return [row for row in ids if row]
+    return [row for row in ids if row]  # beyond PLAIN_TEXTS: the run's own
 
 
 def render(chat: ChatTokenizer, conversations: list[Conversation]) -> list[Rendered]:

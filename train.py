@@ -425,26 +425,31 @@ def run_training(config: Config, resume: str, show_batch: bool) -> int:
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         claim(config, run, resume)
-        job = prepare(config, run)
-        if show_batch:
-            show_first_window(job)
-            return 0
-        state = find_start(job, resume)
-        t = config.training
-        total_steps = t.max_steps or t.num_epochs * job.batches.windows_in_epoch()
-        if run.is_complete(state.step) and (state.step >= total_steps or out_of_patience(job, state)):
-            run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
-            return 0
-        run.begin(state.step)
         try:
-            announce(job, state, total_steps)
-            train(job, state, stop, total_steps)
-        except (RuntimeError, MemoryError) as error:
-            raise explain_out_of_memory(error, t.micro_batch_size, config.model.max_seq_length) or error from None
-        if stop and state.step < total_steps:
-            run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
-            return STOPPED_BY_SIGNAL
-        finish(job, state)
+            return run_claimed(config, run, stop, resume, show_batch)
+        except (RuntimeError, MemoryError) as error:  # while loading, training or evaluating
+            size, length = config.training.micro_batch_size, config.model.max_seq_length
+            raise explain_out_of_memory(error, size, length) or error from None
+
+
+def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, resume: str, show_batch: bool) -> int:
+    """Prepare, find where to begin, train, finish."""
+    job, t = prepare(config, run), config.training
+    if show_batch:
+        show_first_window(job)
+        return 0
+    state = find_start(job, resume)
+    total_steps = t.max_steps or t.num_epochs * job.batches.windows_in_epoch()
+    if run.is_complete(state.step) and (state.step >= total_steps or out_of_patience(job, state)):
+        run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
+        return 0
+    run.begin(state.step)
+    announce(job, state, total_steps)
+    train(job, state, stop, total_steps)
+    if stop and state.step < total_steps:
+        run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
+        return STOPPED_BY_SIGNAL
+    finish(job, state)
     return 0
 
 

@@ -383,7 +383,10 @@ def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, origin
         return Opened(model, {}, base, base, dtype=dtype, step=step)
     lora, q = config.lora, config.quantization
     quantization = (q.type, q.double) if q.bits == 4 else None
-    trained_in = DTYPES.get(read_json(run / "config.json").get("provenance", {}).get("dtype"), torch.float32)
+    try:
+        trained_in = DTYPES[read_json(run / "config.json")["provenance"]["dtype"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{run / 'config.json'}: provenance.dtype is missing or damaged: train again") from None
     tensors, targets = saved.tensors("adapter"), list(lora.target_modules)
     adapter = TrainedAdapter(saved.path, base, base, targets, lora.rank, lora.alpha, tensors, quantization, trained_in)
     return replace(_attach(adapter, device, dtype, original_base), step=step)

@@ -425,6 +425,18 @@ def test_show_batch_prints_the_first_window_and_trains_nothing(
     assert train.main(quick(tmp_path / "run")) == 0  # and is no obstacle to the run itself
 
 
+@pytest.mark.parametrize("part", ["load_base", "train", "measure"])
+def test_out_of_memory_anywhere_is_one_line_and_3(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def allocate(*_: Any, **__: Any) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(train, part, allocate)
+    assert train.main(quick(tmp_path / "run", training__max_steps=1)) == 3
+    assert one_line(capsys.readouterr().err).startswith("failed: out of memory with micro-batch 4: try ")
+
+
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
