@@ -70,7 +70,9 @@ def command(arguments: list[str]) -> list[str]:
 # --- exactness
 
 
-def gradients(directory: Path, micro_batch_size: int, accumulation: int, **changes: Any) -> dict[str, torch.Tensor]:
+def gradients(
+    directory: Path, micro_batch_size: int, accumulation: int, dtype: torch.dtype, **changes: Any
+) -> dict[str, torch.Tensor]:
     """What the real loop hands to the optimizer at its first step."""
     changes |= {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
     arguments = quick(directory, **changes, training__max_grad_norm=0, training__max_steps=1)
@@ -79,6 +81,7 @@ def gradients(directory: Path, micro_batch_size: int, accumulation: int, **chang
     taken: dict[str, torch.Tensor] = {}
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         job = train.prepare(config, run)
+        job.model.to(dtype)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in job.trained:
             if "lora_B" in name:  # at zero, A would have no gradient
@@ -97,13 +100,17 @@ def gradients(directory: Path, micro_batch_size: int, accumulation: int, **chang
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_window_has_one_gradient_however_it_is_split(tmp_path: Path, packing: bool) -> None:
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
+def test_a_window_has_one_gradient_however_it_is_split(
+    tmp_path: Path, packing: bool, dtype: torch.dtype, allowed: float
+) -> None:
     changes = {"data__packing": packing, "model__max_seq_length": 160}
-    whole = gradients(tmp_path / "8x1", 8, 1, **changes)
+    whole = gradients(tmp_path / "8x1", 8, 1, dtype, **changes)
     for size, count in ((4, 2), (2, 4), (1, 8)):
-        split = gradients(tmp_path / f"{size}x{count}", size, count, **changes)
-        assert distance(split, whole) <= 1e-6
-        assert max(distance({n: split[n]}, {n: g}) for n, g in whole.items()) <= 5e-6  # float32 rounds every sum
+        split = gradients(tmp_path / f"{size}x{count}", size, count, dtype, **changes)
+        assert distance(split, whole) <= allowed
+        if dtype == torch.float64:  # float32 rounds single small tensors by a little more than all of them together
+            assert max(distance({n: split[n]}, {n: g}) for n, g in whole.items()) <= allowed
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
