@@ -7,9 +7,14 @@ token that ends it. Both come from rendering, never from searching the text for 
     before = render(messages[:i], add_generation_prompt=True)      what the model is given
     after  = render(messages[:i + 1])                              the same, answered
 
-`before` must be a prefix of `after`, and `after` a prefix of the whole conversation; what lies between is the target. A
-template that rewrites history (it drops earlier reasoning, or moves the system text to the last turn) breaks the second
-condition: then each assistant turn becomes a sample of its own, rendered as it will be in use.
+`before` must be a prefix of `after`, and `after`, up to the end of the turn, a prefix of the whole conversation; what
+lies between is the target. A template that marks what the assistant says with {% generation %} has its marks used, and
+the same is verified. A template that rewrites history (it drops earlier reasoning, or moves the system text to the last
+turn) breaks the second condition: then each assistant turn becomes a sample of its own, rendered as it will be in use.
+
+What a template puts around an answer is learned once, by rendering an answer of one character that no text contains:
+text before it that nobody said (an empty <think></think>) is not a target, and the turn ends with the first control
+token behind it, whatever else follows.
 """
 
 from __future__ import annotations
@@ -17,19 +22,19 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Encoding, Tokenizer
 
 from nanoft import UserError
+from nanoft.template import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
 
 Message = dict[str, Any]
 
@@ -40,11 +45,15 @@ DEFAULT_TEMPLATE = (
     "{{ (eos_token if message.role == 'assistant' else '<|im_end|>') + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-BREAK = "\ue000"  # splits a control token that a user wrote, so that it stays text; a private-use character
+# Two more noncharacters: one splits a control token that a user wrote, so that it stays text; one is an answer.
+BREAK, ANSWER = "\ufdd0", "\ufdd3"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-# What a template's own code can raise; a sandbox escape is a TemplateError.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-ENCODE_AT_ONCE = 1024  # texts handed to the tokenizer's threads together
+TRAINING_FIELDS = ("train", "weight")  # of a message: whether it is learned; no template's business
+ENCODE_AT_ONCE = 64  # texts handed to the tokenizer's threads together
+
+
+class TemplateRefusal(UserError):
+    """The chat template cannot render these messages, or not so that they can be learned."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +78,39 @@ class ChatTokenizer:
     """A model's tokenizer and chat template, read from its directory without transformers."""
 
     def __init__(
-        self, tokenizer: Tokenizer, settings: dict[str, Any], template: str | None, stop_ids: Iterable[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        settings: dict[str, Any],
+        template: str | None,
+        stop_ids: Iterable[int] = (),
+        template_args: Mapping[str, Any] | None = None,
     ):
-        self.tokenizer, self.settings = tokenizer, settings
+        """
+        Args:
+            template_args: more variables for the template, for example enable_thinking.
+        """
+        self.tokenizer, self.settings, self.template_args = tokenizer, settings, dict(template_args or {})
         self.template = template or DEFAULT_TEMPLATE
         self.has_own_template = template is not None
         tokens = {key: _token_text(settings.get(key)) for key in SPECIAL_TOKENS}
         self.special = {key: text for key, text in tokens.items() if text is not None}
         self.bos_id, self.eos_id = self._id("bos_token"), self._id("eos_token")
         self.pad_id = next(i for i in (self._id("pad_token"), self.eos_id, 0) if i is not None)
-        self.stop_ids = sorted({*stop_ids, *([self.eos_id] if self.eos_id is not None else [])})
         self.wants_bos = self._wants_bos()
-        self.control_texts = sorted(
-            (token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special), key=len
-        )
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        self.control_texts = sorted((text for text in special if text), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, self.control_texts)) or "(?!)")
+        self._breakable = re.compile("|".join(re.escape(t) for t in self.control_texts if len(t) > 1) or "(?!)")
         self.date = datetime.datetime.now()  # the clock of this run's templates
-        self._compiled = _environment(lambda: self.date).from_string(self.template)
+        self._environment = BoundedEnvironment(lambda: self.date)
+        self._compiled = self._environment.compile_bounded(self.template)
+        self._lead, self._tail, ending = self._frame()
+        self.turn_end = self._control.search(ending)
+        end_id = tokenizer.token_to_id(self.turn_end[0]) if self.turn_end else None
+        self.stop_ids = sorted({*stop_ids, *(i for i in (end_id, self.eos_id) if i is not None)})
 
     @classmethod
-    def from_directory(cls, directory: Path) -> ChatTokenizer:
+    def from_directory(cls, directory: Path, template_args: Mapping[str, Any] | None = None) -> ChatTokenizer:
         """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json.
 
         Raises:
@@ -108,115 +131,231 @@ class ChatTokenizer:
         for key in SPECIAL_TOKENS:
             if not isinstance(_token_text(settings.get(key)), str | None):
                 raise UserError(f"{directory / 'tokenizer_config.json'}: {key}: expected a text: {settings[key]!r:.60}")
+        template = _find_template(directory, settings)
         try:
-            return cls(tokenizer, settings, _find_template(directory, settings), stops)
-        except (TemplateError, RecursionError) as error:
+            return cls(tokenizer, settings, template, stops, template_args)
+        except COMPILE_ERRORS as error:
             raise UserError(f"{directory}: the chat template is not valid: {error}") from None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    # ---- Messages to text
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None) -> str:
         """Messages to the one string that the model sees.
 
         Raises:
-            UserError: the template refuses these messages, or is broken.
+            TemplateRefusal: the template refuses these messages, or is broken.
         """
-        cleaned = [{k: self._defuse(v) for k, v in message.items() if v is not None} for message in messages]
-        try:
-            return self._compiled.render(
-                messages=cleaned,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.special,
-            )
-        except TEMPLATE_ERRORS as error:
-            raise UserError(f"the chat template refuses these messages: {error}") from None
+        return self._render_marked(messages, add_generation_prompt, tools)[0]
 
-    def render_prompt(self, messages: Sequence[Message]) -> str:
+    def render_prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """What the model is given when it is to answer `messages`."""
-        return self.render(messages, add_generation_prompt=True)
+        return self.render(messages, add_generation_prompt=True, tools=tools)
 
-    def render_samples(self, messages: Sequence[Message], record: int) -> list[Rendered]:
+    def render_samples(
+        self, messages: Sequence[Message], record: int, tools: Any = None, train_on: str = "assistant"
+    ) -> list[Rendered]:
         """A conversation as one text with a span for each assistant turn; several texts if history is rewritten.
 
+        Args:
+            train_on: `assistant`: every assistant turn; `last_assistant`: the last one; `all`: everything. A message
+                with `weight: 0` or `train: false` is left out.
         Raises:
-            UserError: the template cannot be used for training: an answered prompt does not start with the prompt.
+            TemplateRefusal: the template cannot be used for training on this conversation.
         """
-        whole = self.render(messages)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        pieces = [self._span(messages, index) for index in turns]
-        if all(whole.startswith(after) for after, _ in pieces):
-            return [Rendered(whole, [span for _, span in pieces], record)]
+        whole = self._render_marked(messages, tools=tools)
+        self._check_tools(whole[0], messages, tools)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if train_on == "all":
+            left_out = [self._turn(messages, i, tools, whole)[1] for i in answers if not is_trained(messages[i])]
+            return [Rendered(whole[0], _complement(left_out, len(whole[0])), record)]
+        turns = [i for i in (answers[-1:] if train_on == "last_assistant" else answers) if is_trained(messages[i])]
+        pieces = [self._turn(messages, index, tools, whole) for index in turns]
+        if all(whole[0].startswith(after[:end]) for after, (_, end) in pieces):
+            return [Rendered(whole[0], [span for _, span in pieces], record)]
         return [Rendered(after, [span], record) for after, span in pieces]
-
-    def _span(self, messages: Sequence[Message], index: int) -> tuple[str, tuple[int, int]]:
-        """The text up to and including turn `index`, and where in it that turn's targets lie."""
-        before = self.render_prompt(messages[:index])
-        after = self.render(messages[: index + 1])
-        if not after.startswith(before):
-            raise UserError(
-                "the chat template cannot be trained with: rendering the answered prompt does not start with the prompt"
-            )
-        return after, (len(before), self._end_of_turn(after, len(before)))
-
-    def _end_of_turn(self, text: str, start: int) -> int:
-        """Where the turn's last control token ends; what a template puts behind it (a newline) is nobody's to say."""
-        ends = [at + len(token) for token in self.control_texts if (at := text.rfind(token, start)) >= 0]
-        last = max(ends, default=0)
-        return last if last and not text[last:].strip() else len(text.rstrip())
 
     def text_sample(self, text: str, record: int) -> Rendered:
         """Plain text: everything is a target, and the end of the text is marked."""
         ended = self._defuse(text) + self.special.get("eos_token", "")
         return Rendered(ended, [(0, len(ended))], record)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _render_marked(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and what the template marks as said by the assistant (nothing, in most templates)."""
+        try:
+            text = self._environment.render(
+                self._compiled,
+                **self.template_args,
+                messages=[self._defuse(_without(message)) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=self._defuse(tools) if tools else None,
+                documents=None,
+                **self.special,
+            )
+        except TEMPLATE_ERRORS as error:
+            raise TemplateRefusal(f"the chat template refuses these messages: {error}") from None
+        return find_marks(text)
+
+    def _turn(
+        self, messages: Sequence[Message], index: int, tools: Any, whole: tuple[str, list[tuple[int, int]]]
+    ) -> tuple[str, tuple[int, int]]:
+        """The text up to and including turn `index`, and where in it that turn's targets lie."""
+        before = self.render_prompt(messages[:index], tools)
+        is_last = index == len(messages) - 1
+        after, marks = whole if is_last else self._render_marked(messages[: index + 1], tools=tools)
+        if not after.startswith(before):
+            raise TemplateRefusal(
+                "the chat template cannot be trained with: rendering the answered prompt does not start with the prompt"
+            )
+        marked = [mark for mark in marks if mark[1] > len(before)]
+        if marked:
+            return after, self._complete(after, max(marked[0][0], len(before)), marked[-1][1])
+        return after, (self._start_of_turn(after, len(before), messages[index]), self._end_of_turn(after, len(before)))
+
+    def _start_of_turn(self, text: str, start: int, message: Message) -> int:
+        """Behind what the template puts before every answer, unless this message says it itself."""
+        own = [value for value in message.values() if isinstance(value, str)]
+        said = any(value.lstrip().startswith(self._lead.strip()) for value in own)
+        injected = bool(self._lead.strip()) and text.startswith(self._lead, start) and not said
+        return start + len(self._lead) if injected else start
+
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """Behind the token that ends the turn; what a template puts after it (a newline) is nobody's to say."""
+        if self._tail and text.endswith(self._tail):
+            first = self.turn_end.end() if self.turn_end else len(self._tail.rstrip())
+            return len(text) - len(self._tail) + first
+        ends = [match.end() for match in self._control.finditer(text, start)]
+        return ends[-1] if ends and not text[ends[-1] :].strip() else len(text.rstrip())
+
+    def _complete(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """A marked span with the token that ends the turn, wherever the mark ends."""
+        inside = len(text[:end].rstrip())
+        if any(text.endswith(control, start, inside) for control in self.control_texts):
+            return start, inside
+        following = self._control.match(text, end)
+        return start, following.end() if following else end
+
+    def _frame(self) -> tuple[str, str, str]:
+        """(lead, tail, tail): what the template puts between the prompt and an answer, and behind the answer."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
+        try:
+            before, after = self.render_prompt(messages[:1]), self.render(messages)
+        except TemplateRefusal:
+            return "", "", ""
+        lead, answer, tail = after[len(before) :].partition(ANSWER)
+        return (lead, tail, tail) if after.startswith(before) and answer else ("", "", "")
+
+    def _check_tools(self, text: str, messages: Sequence[Message], tools: Any) -> None:
+        """Whoever trains on tool calls must see them in the text; many templates leave them out silently."""
+        functions = [call.get("function", {}) for m in messages for call in m.get("tool_calls") or []]
+        for kind, named in (("tool_calls", functions), ("tools", [tool.get("function", tool) for tool in tools or []])):
+            if missing := [f for f in named if self._defuse(str(f.get("name"))) not in text]:
+                name = missing[0].get("name")
+                raise TemplateRefusal(f"the chat template leaves {kind} out ({name!r:.40}): it is not made for tools")
+
+    # ---- Text to ids
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """The ids that the model is given when it is to answer `messages`; a prefix of what it was trained on."""
-        ids: list[int] = next(self.encode([Rendered(self.render_prompt(messages), [], 0)])).ids.tolist()
-        return ids
+        return self._first_bos(self._ids(self.render_prompt(messages, tools)))
 
     def encode(self, rendered: Iterable[Rendered]) -> Iterator[Sample]:
-        """Texts to samples, with the tokenizer's own threads; exactly one BOS if the tokenizer wants one."""
-        for batch in _batches(rendered, ENCODE_AT_ONCE):
-            encodings = self.tokenizer.encode_batch([item.text for item in batch], add_special_tokens=False)
-            for item, encoding in zip(batch, encodings, strict=True):
-                yield self._sample(item, encoding)
+        """Texts to samples; the tokenizer's threads encode one batch while the next ones are being rendered."""
+        with ThreadPoolExecutor(1) as pool:
+            under_way: deque[tuple[list[Rendered], Any]] = deque()
+            for batch in _batches(rendered, ENCODE_AT_ONCE):
+                under_way.append((batch, pool.submit(self._encode_batch, [item.text for item in batch])))
+                if len(under_way) > 2:
+                    yield from self._samples(*under_way.popleft())
+            while under_way:
+                yield from self._samples(*under_way.popleft())
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
 
     def mark(self, sample: Sample, colour: bool) -> str:
-        """A sample as the model sees it, its targets marked: green in a terminal, in brackets elsewhere."""
-        opening, closing = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
+        """A sample as the model sees it, its targets marked: green among dim text in a terminal, else in brackets."""
         changes = np.flatnonzero(np.diff(sample.is_target)) + 1
         pieces = []
         for start, end in itertools.pairwise([0, *changes.tolist(), len(sample.ids)]):
             text = self.decode(sample.ids[start:end].tolist(), keep_special=True)
-            pieces.append(f"{opening}{text}{closing}" if sample.is_target[start] else text)
+            if colour:
+                pieces.append(f"\033[{32 if sample.is_target[start] else 2}m{text}\033[0m")
+            else:
+                pieces.append(f"⟦{text}⟧" if sample.is_target[start] else text)
         return "".join(pieces)
 
-    def _sample(self, item: Rendered, encoding: Encoding) -> Sample:
-        ids = np.array(encoding.ids, dtype=np.int32)
-        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+    def _encode_batch(self, texts: list[str]) -> list[Encoding]:
+        return self.tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def _samples(self, batch: list[Rendered], encoding: Any) -> Iterator[Sample]:
+        for item, encoded in zip(batch, encoding.result(), strict=True):
+            edges = [(_edge(encoded, start), _edge(encoded, end)) for start, end in item.spans]
+            if any(is_inside for (_, is_inside), _ in edges):
+                yield from (self._sample_of_turn(item, span) for span in item.spans)
+            else:
+                yield self._sample(item, encoded, [(first, last + inside) for (first, _), (last, inside) in edges])
+
+    def _sample(self, item: Rendered, encoded: Encoding, spans: list[tuple[int, int]]) -> Sample:
+        """The sample of a text whose targets are the tokens of `spans`."""
+        ids = np.array(encoded.ids, dtype=np.int32)
+        is_target = np.zeros(len(ids), dtype=np.bool_)
+        for first, last in spans:
+            is_target[first:last] = True
         if BREAK in item.text:  # its own tokens have done their work
-            kept = np.array([item.text[start:end] != BREAK for start, end in encoding.offsets], dtype=np.bool_)
-            ids, starts = ids[kept], starts[kept]
-        return self._with_bos(ids, _inside(starts, item.spans), item.record)
+            kept = np.array([item.text[start:end] != BREAK for start, end in encoded.offsets], dtype=np.bool_)
+            ids, is_target = ids[kept], is_target[kept]
+        return self._with_bos(ids, is_target, item.record)
+
+    def _sample_of_turn(self, item: Rendered, span: tuple[int, int]) -> Sample:
+        """A turn whose first token would swallow the prompt's last characters: prompt and answer are encoded apart.
+
+        In use the model is given the ids of the prompt alone, so these are the ids that it is trained on.
+        """
+        start, end = span
+        prompt = self._ids(item.text[:start])
+        text = item.text[:start] + BREAK + item.text[start:end]
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        answer = [
+            token
+            for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True)
+            if first > start and text[first:last] != BREAK
+        ]
+        ids = np.array(prompt + answer, dtype=np.int32)
+        return self._with_bos(ids, np.arange(len(ids)) >= len(prompt), item.record)
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of a text, without those that only keep control tokens apart."""
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        if BREAK not in text:
+            return encoded.ids
+        pairs = zip(encoded.ids, encoded.offsets, strict=True)
+        return [token for token, (start, end) in pairs if text[start:end] != BREAK]
+
+    def _first_bos(self, ids: list[int]) -> list[int]:
+        """Exactly one BOS, if the tokenizer wants one."""
+        wanted = self.wants_bos and ids[:1] != [self.bos_id]
+        return [self.bos_id or 0, *ids] if wanted else ids
 
     def _with_bos(self, ids: Any, is_target: Any, record: int) -> Sample:
         if self.wants_bos and (not len(ids) or ids[0] != self.bos_id):
             ids, is_target = np.append(np.int32(self.bos_id or 0), ids), np.append(False, is_target)
         if len(is_target):
             is_target[0] = False  # nothing stands before the first token, so nothing predicts it
-        return Sample(ids.astype(np.int32), is_target.astype(np.bool_), record)
+        return Sample(ids, is_target, record)
 
-    def _defuse(self, content: Any) -> Any:
-        """Break up control tokens that stand in a message's own text."""
-        if not isinstance(content, str):
-            return content
-        for token in self.control_texts:
-            if token in content:
-                content = content.replace(token, token[0] + BREAK + token[1:])
-        return content
+    def _defuse(self, value: Any) -> Any:
+        """Break up control tokens that stand in a message's own texts, however deep."""
+        if isinstance(value, str):
+            while self._breakable.search(value):
+                value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
+            return value
+        if isinstance(value, dict):
+            return {self._defuse(key): self._defuse(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self._defuse(part) for part in value]
+        return value
 
     def _id(self, key: str) -> int | None:
         text = self.special.get(key)
@@ -228,12 +367,33 @@ class ChatTokenizer:
         return self.bos_id is not None and with_specials[:1] == [self.bos_id]
 
 
-def _inside(starts: Any, spans: list[tuple[int, int]]) -> Any:
-    """Which tokens begin inside a span; a character made of several tokens gives all of them its own start."""
-    is_target = np.zeros(len(starts), dtype=np.bool_)
-    for first, last in spans:
-        is_target |= (starts >= first) & (starts < last)
-    return is_target
+def is_trained(message: Message) -> bool:
+    """Whether a message's own fields let it be learned: OpenAI's `weight`, axolotl's `train`."""
+    return bool(message.get("train", True)) and message.get("weight", 1) != 0
+
+
+def _edge(encoded: Encoding, character: int) -> tuple[int, bool]:
+    """(the first token at or behind a character, False); if one begins before it and goes on behind it, (that, True).
+
+    A character made of several tokens gives all of them its own start, and the first of them is taken.
+    """
+    token = encoded.char_to_token(character)
+    if token is not None:
+        start = encoded.token_to_chars(token)
+        return token, start is not None and start[0] < character
+    behind = (at for at, (start, _) in enumerate(encoded.offsets) if start >= character)
+    return next(behind, len(encoded)), False
+
+
+def _complement(spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """What lies between and around the spans."""
+    edges = [0, *itertools.chain(*spans), length]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+
+
+def _without(message: Message) -> Message:
+    """What a template is to see of a message: no absent values, and nothing about training."""
+    return {key: value for key, value in message.items() if value is not None and key not in TRAINING_FIELDS}
 
 
 def _batches(items: Iterable[Rendered], size: int) -> Iterator[list[Rendered]]:
@@ -281,31 +441,3 @@ def _find_template(directory: Path, settings: dict[str, Any]) -> str | None:
             f"{directory / 'tokenizer_config.json'}: chat_template: expected a text, found {template!r:.60}"
         )
     return template
-
-
-class _GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}: marks assistant text in some templates; rendered as if not there."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own protocol)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment(now: Any) -> ImmutableSandboxedEnvironment:
-    """What templates are written for: a sandbox without write access, and the helpers that they call."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: now().strftime(form)
-    return environment

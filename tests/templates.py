@@ -88,7 +88,9 @@ QWEN = r"""{%- set ns = namespace(last=-1) %}
     {%- endif %}
     {{- answer + '<|im_end|>\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{% endif %}
+{%- endif %}"""
 
 # Roles are plain text here, only the end of a turn is a token.
 ZEPHYR = r"""{% for message in messages %}

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from templates import CHATML, CONTROL, STYLES, TINY, Style, byte_fallback, save
+from templates import CHATML, CONTROL, STYLES, TINY, Style, byte_fallback, byte_level, save
 from transformers import AutoTokenizer
 
 from nanoft import UserError
-from nanoft.chat import BREAK, ChatTokenizer, Message, Sample
+from nanoft.chat import BREAK, ChatTokenizer, Message, Sample, TemplateRefusal
 
 SINGLE = [("user", "Hello, how are you?"), ("assistant", "Fine.")]
 TALK = [*SINGLE, ("user", "And 2 + 2?"), ("assistant", "It is\n\n4"), ("user", "Bye"), ("assistant", "Bye bye")]
@@ -52,8 +52,8 @@ def target_texts(chat: ChatTokenizer, sample: Sample) -> list[str]:
     return [chat.decode(run, keep_special=True) for run in runs if run]
 
 
-def read(directory: Path, style: Style, **settings: Any) -> ChatTokenizer:
-    return ChatTokenizer.from_directory(save(directory, style, **settings))
+def read(directory: Path, style: Style, template_args: Any = None, **settings: Any) -> ChatTokenizer:
+    return ChatTokenizer.from_directory(save(directory, style, **settings), template_args)
 
 
 def with_template(directory: Path, template: str) -> ChatTokenizer:
@@ -241,7 +241,7 @@ def test_plain_text_without_bos_has_nothing_to_predict_its_first_token(tmp_path:
 def test_mark_shows_targets(tiny: ChatTokenizer) -> None:
     (sample,) = samples_of(tiny, one_turn("Go?", "Yes."))
     assert tiny.mark(sample, colour=False) == "<s>[INST]Go?[/INST]⟦Yes.</s>⟧"
-    assert tiny.mark(sample, colour=True) == "<s>[INST]Go?[/INST]\033[32mYes.</s>\033[0m"
+    assert tiny.mark(sample, colour=True) == "\033[2m<s>[INST]Go?[/INST]\033[0m\033[32mYes.</s>\033[0m"
 
 
 # ---- The first token
@@ -269,7 +269,8 @@ def test_prompt_is_a_prefix_of_the_training_ids(
     tmp_path: Path, name: str, tiny_conversations: list[list[Message]]
 ) -> None:
     """For every assistant turn, the ids given in use are those before its targets in training."""
-    chat = ChatTokenizer.from_directory(TINY if name == "tiny" else save(tmp_path, STYLES[name]))
+    directory = TINY if name == "tiny" else save(tmp_path, STYLES[name])
+    chat = ChatTokenizer.from_directory(directory, {"enable_thinking": False})
     for messages in tiny_conversations:
         samples = samples_of(chat, messages)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -294,8 +295,7 @@ def test_rewritten_history_gives_a_sample_for_each_turn(tmp_path: Path, name: st
     for turn, sample in zip(turns, samples, strict=True):
         assert chat.decode(sample.ids.tolist(), keep_special=True) == chat.render(messages[: turn + 1])
         (answer,) = target_texts(chat, sample)
-        assert answer == chat.render(messages[: turn + 1]).removeprefix(chat.render_prompt(messages[:turn])).rstrip()
-        assert answer.endswith(messages[turn]["content"] + STYLES[style].end)
+        assert answer.lstrip() == messages[turn]["content"] + STYLES[style].end
 
 
 def test_earlier_thinking_is_context_only_as_rendered(tmp_path: Path) -> None:
@@ -304,8 +304,20 @@ def test_earlier_thinking_is_context_only_as_rendered(tmp_path: Path) -> None:
     turns = [("user", "a"), ("assistant", thought), ("user", "b"), ("assistant", "Two")]
     first, second = samples_of(chat, conversation(turns))
     assert target_texts(chat, first) == [thought + "<|im_end|>"]
-    assert target_texts(chat, second) == ["<think>\n\n</think>\n\nTwo<|im_end|>"]  # given what it sees, it writes this
+    assert target_texts(chat, second) == ["Two<|im_end|>"]  # nobody said the empty thought before it
+    assert chat.decode(second.ids.tolist()).endswith("<think>\n\n</think>\n\nTwo\n")
     assert "hm" not in chat.decode(second.ids.tolist())
+
+
+def test_an_empty_thought_that_the_data_has_is_learned(tmp_path: Path) -> None:
+    chat = read(tmp_path, STYLES["qwen"])
+    (sample,) = samples_of(chat, one_turn("a", "<think>\n\n</think>\n\nOne"))
+    assert target_texts(chat, sample) == ["<think>\n\n</think>\n\nOne<|im_end|>"]
+
+
+def test_template_args_reach_the_template(tmp_path: Path) -> None:
+    prompts = [read(tmp_path, STYLES["qwen"], {"enable_thinking": on}).render_prompt(one_turn("a")) for on in (1, 0)]
+    assert prompts[0] + "<think>\n\n</think>\n\n" == prompts[1]
 
 
 def test_template_that_changes_the_prompt_when_answered(tmp_path: Path) -> None:
@@ -348,44 +360,135 @@ def test_control_tokens_in_pieces_do_not_join(tiny: ChatTokenizer) -> None:
         assert f"[INST]{content.replace(BREAK, '')}[/INST]" in tiny.decode(sample.ids.tolist(), keep_special=True)
 
 
+# ---- Whose turn it is
+
+
+@pytest.mark.parametrize("style", ["chatml", "marked", "mistral", "qwen", "alpaca"])
+@pytest.mark.parametrize(
+    ("train_on", "fields", "expected"),
+    [
+        ("assistant", {}, [1, 3, 5]),
+        ("last_assistant", {}, [5]),
+        ("assistant", {3: {"weight": 0}, 1: {"weight": 1}}, [1, 5]),
+        ("assistant", {1: {"train": False}, 3: {"train": True}}, [3, 5]),
+        ("last_assistant", {5: {"train": False}}, []),
+    ],
+)
+def test_which_turns_are_learned(
+    tmp_path: Path, style: str, train_on: str, fields: dict[int, Any], expected: list[int]
+) -> None:
+    chat = read(tmp_path, STYLES[style])
+    messages = [{**message, **fields.get(index, {})} for index, message in enumerate(conversation(TALK))]
+    samples = list(chat.encode(chat.render_samples(messages, 0, train_on=train_on)))
+    answers = [text.lstrip() for sample in samples for text in target_texts(chat, sample)]
+    assert answers == [TALK[index][1] + STYLES[style].end for index in expected]
+
+
+def test_everything_may_be_learned(tmp_path: Path) -> None:
+    chat = read(tmp_path, STYLES["chatml"])
+    messages = conversation(TALK)
+    (sample,) = chat.encode(chat.render_samples(messages, 0, train_on="all"))
+    assert sample.is_target.tolist() == [False] + [True] * (len(sample.ids) - 1)
+    messages[3]["weight"] = 0
+    (sample,) = chat.encode(chat.render_samples(messages, 0, train_on="all"))
+    assert chat.decode(sample.ids[1:][~sample.is_target[1:]].tolist(), keep_special=True) == "It is\n\n4<|im_end|>"
+
+
+# ---- Where a turn begins and ends
+
+
+@pytest.mark.parametrize("answer", ["\nYes", "\n\n\nYes", " Yes", "Yes\n"])
+def test_a_token_that_would_join_prompt_and_answer(tmp_path: Path, answer: str) -> None:
+    """The prompt ends in a newline and so the answer may begin: in use, the prompt's ids stand alone."""
+    tokenizer = json.loads(byte_level())
+    newline = "Ċ"
+    size = len(tokenizer["model"]["vocab"])
+    tokenizer["model"]["vocab"] |= {newline * 2: size, newline * 4: size + 1}
+    tokenizer["model"]["merges"][:0] = [[newline, newline], [newline * 2, newline * 2]]
+    chat = read(tmp_path, STYLES["alpaca"], tokenizer_json=json.dumps(tokenizer))
+    messages = conversation([("user", "a"), ("assistant", answer), ("user", "b"), ("assistant", answer)])
+    samples = samples_of(chat, messages)
+    assert len(samples) == (2 if answer.startswith("\n\n") else 1)
+    assert [text for sample in samples for text in target_texts(chat, sample)] == [answer + "</s>"] * 2
+    for sample, turn in zip(samples, (1, 3), strict=False):
+        first = int(sample.is_target.argmax())
+        assert sample.ids[:first].tolist() == chat.encode_prompt(messages[:turn])
+        assert chat.decode(sample.ids[first:].tolist(), keep_special=True).startswith(answer + "</s>")
+
+
+AROUND = {
+    "a mark within the turn": ("{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n", "", "X<|im_end|>"),
+    "a mark with the header": ("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n", "", "X<|im_end|>"),
+    "a mark too long": ("{% generation %}{{ m.content }}<|im_end|>\n\n{% endgeneration %}", "", "X<|im_end|>"),
+    "two ends": ("{{ m.content }}<|im_end|>\n<|endoftext|>", "", "X<|im_end|>"),
+    "a header that is always there": ("{{ m.content }}<|im_end|>\n<|im_start|>assistant\n", "", "X<|im_end|>"),
+    "a line between": ("{{ m.content }}\n<|im_end|>\n", "", "X\n<|im_end|>"),
+    "something before every answer": ("<think></think>{{ m.content }}<|im_end|>\n", "", "X<|im_end|>"),
+    "white space before the answer": (" {{ m.content }}<|im_end|>\n", "", " X<|im_end|>"),
+    "the prompt says it": ("<think></think>{{ m.content }}<|im_end|>\n", "<think></think>", "X<|im_end|>"),
+    "no token ends it": ("{{ m.content }}\n", "", "X"),
+    "words end it": ("{{ m.content }} END\n", "", "X END"),
+}
+
+
+@pytest.mark.parametrize(("answered", "prompted", "expected"), AROUND.values(), ids=list(AROUND))
+def test_targets_are_what_the_model_must_say(tmp_path: Path, answered: str, prompted: str, expected: str) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
+        "{% else %}{{ '<|im_start|>assistant\n' }}" + answered + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n" + prompted + "' }}{% endif %}"
+    )
+    chat = with_template(tmp_path, template)
+    for messages in (one_turn("a", "X"), conversation([("user", "a"), ("assistant", "X")] * 2)):
+        texts = [text for sample in samples_of(chat, messages) for text in target_texts(chat, sample)]
+        assert texts == [expected] * (len(messages) // 2)
+
+
+def test_the_end_of_the_templates_turn_stops_an_answer(tmp_path: Path) -> None:
+    chat = read(tmp_path, Style(CHATML, None, "<|endoftext|>", "<|im_end|>"))
+    assert chat.stop_ids == sorted([CONTROL.index("<|endoftext|>"), CONTROL.index("<|im_end|>")])
+
+
+# ---- Tools
+
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "</s>"}}}
+TOOL = {"type": "function", "function": {"name": "look_up", "description": "<|im_end|>", "parameters": {}}}
+TOOLED: list[Message] = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "look_up", "content": "found <|im_start|>"},
+    {"role": "assistant", "content": "b"},
+]
+WITH_TOOLS = r"""{%- if tools %}{{- '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' + message.content }}
+    {%- for call in message.tool_calls or [] %}{{- call.function | tojson }}{% endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def test_tool_calls_are_learned_and_tools_are_seen(tmp_path: Path) -> None:
+    chat = with_template(tmp_path, WITH_TOOLS)
+    (sample,) = chat.encode(chat.render_samples(TOOLED, 0, [TOOL]))
+    call = json.dumps(CALL["function"])
+    assert target_texts(chat, sample) == [call + "<|im_end|>", "b<|im_end|>"]
+    assert "look_up" in chat.decode(sample.ids[: sample.is_target.argmax()].tolist())
+    controls = [token for token in sample.ids.tolist() if token < len(CONTROL)]
+    assert len(controls) == 2 * 5  # system, user, assistant, tool, assistant; none from within a text
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(TOOLED, tools=[TOOL], tokenize=False)
+    assert chat.decode(sample.ids.tolist(), keep_special=True) == expected
+    assert chat.encode_prompt(TOOLED[:1], [TOOL]) == sample.ids[: sample.is_target.argmax()].tolist()
+
+
+@pytest.mark.parametrize(("tools", "what"), [([TOOL], "tools"), (None, "tool_calls")])
+def test_templates_that_leave_tools_out_are_refused(tmp_path: Path, tools: Any, what: str) -> None:
+    chat = read(tmp_path, STYLES["chatml"])
+    with pytest.raises(TemplateRefusal, match=f"leaves {what} out"):
+        chat.render_samples(TOOLED if tools is None else one_turn("a"), 0, tools)
+
+
 # ---- Files that must not be trusted
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.__class__.__base__.__subclasses__() }}",
-        "{{ raise_exception.__globals__['json'] }}",
-        "{{ ''|attr('__class__') }}x{{ (''|attr('__class__')).mro() }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].update({'content': 'x'}) }}",
-        "{{ messages.clear() }}",
-    ],
-)
-def test_templates_cannot_leave_the_sandbox(tmp_path: Path, template: str) -> None:
-    messages = one_turn("a")
-    with pytest.raises(UserError, match="chat template"):
-        with_template(tmp_path, template).render(messages)
-    assert messages == one_turn("a")
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ 1 // 0 }}",
-        "{{ messages[0].nothing.at_all }}",
-        "{{ 'a' + 1 }}",
-        "{{ 'a'.index('b') }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ strftime_now(3) }}",
-        "{{ messages | tojson(nothing=1) }}",
-    ],
-)
-def test_template_that_fails_is_one_line(tmp_path: Path, template: str) -> None:
-    with pytest.raises(UserError, match="chat template"):
-        with_template(tmp_path, template).render(one_turn("a"))
-
 
 BROKEN = {
     "no tokenizer": ("tokenizer.json", None, "tokenizer.json"),

@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports only what stands before it
-    "config", "runtime", "model", "loss", "optim", "checkpoint", "chat", "records", "nf4", "lora", "weights", "batches",
-    "guard", "metrics", "generate", "evaluate", "export",
+    "config", "runtime", "model", "loss", "optim", "checkpoint", "template", "chat", "records", "nf4", "lora",
+    "weights", "batches", "guard", "metrics", "generate", "evaluate", "export",
 ]  # fmt: skip
 COMMANDS = ["train.py", "eval.py", "merge.py"]
 MODULES = {path.stem: path for path in (ROOT / "nanoft").glob("*.py") if path.stem != "__init__"}
