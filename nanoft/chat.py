@@ -13,12 +13,13 @@ the same is verified. A template that rewrites history (it drops earlier reasoni
 turn) breaks the second condition: then each assistant turn becomes a sample of its own, rendered as it will be in use.
 
 What a template puts around an answer is learned once, by rendering an answer of one character that no text contains:
-text before it that nobody said (an empty <think></think>) is not a target, and the turn ends with the first control
+an empty thought before it that nobody said (<think></think>) is not a target, and the turn ends with the first control
 token behind it, whatever else follows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -48,6 +49,7 @@ DEFAULT_TEMPLATE = (
 # Two more noncharacters: one splits a control token that a user wrote, so that it stays text; one is an answer.
 BREAK, ANSWER = "\ufdd0", "\ufdd3"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
 TRAINING_FIELDS = ("train", "weight")  # of a message: whether it is learned; no template's business
 ENCODE_AT_ONCE = 64  # texts handed to the tokenizer's threads together
 
@@ -210,15 +212,19 @@ class ChatTokenizer:
             )
         marked = [mark for mark in marks if mark[1] > len(before)]
         if marked:
-            return after, self._complete(after, max(marked[0][0], len(before)), marked[-1][1])
-        return after, (self._start_of_turn(after, len(before), messages[index]), self._end_of_turn(after, len(before)))
+            start, end = self._complete(after, max(marked[0][0], len(before)), marked[-1][1])
+        else:
+            start = self._start_of_turn(after, len(before), messages[index])
+            end = self._end_of_turn(after, len(before))
+        if not after[start:end].strip():
+            raise TemplateRefusal("the chat template leaves the answer out: there is nothing to learn")
+        return after, (start, end)
 
     def _start_of_turn(self, text: str, start: int, message: Message) -> int:
-        """Behind what the template puts before every answer, unless this message says it itself."""
-        own = [value for value in message.values() if isinstance(value, str)]
-        said = any(value.lstrip().startswith(self._lead.strip()) for value in own)
-        injected = bool(self._lead.strip()) and text.startswith(self._lead, start) and not said
-        return start + len(self._lead) if injected else start
+        """Behind an empty thought that the template puts before every answer, unless this message says it itself."""
+        injected = EMPTY_THOUGHT.fullmatch(self._lead) and text.startswith(self._lead, start)
+        said = message["content"].lstrip().startswith(self._lead.strip())
+        return start + len(self._lead) if injected and not said else start
 
     def _end_of_turn(self, text: str, start: int) -> int:
         """Behind the token that ends the turn; what a template puts after it (a newline) is nobody's to say."""
@@ -246,13 +252,16 @@ class ChatTokenizer:
         lead, answer, tail = after[len(before) :].partition(ANSWER)
         return (lead, tail, tail) if after.startswith(before) and answer else ("", "", "")
 
-    def _check_tools(self, text: str, messages: Sequence[Message], tools: Any) -> None:
+    def _check_tools(self, whole: str, messages: Sequence[Message], tools: Any) -> None:
         """Whoever trains on tool calls must see them in the text; many templates leave them out silently."""
-        functions = [call.get("function", {}) for m in messages for call in m.get("tool_calls") or []]
-        for kind, named in (("tool_calls", functions), ("tools", [tool.get("function", tool) for tool in tools or []])):
-            if missing := [f for f in named if self._defuse(str(f.get("name"))) not in text]:
-                name = missing[0].get("name")
-                raise TemplateRefusal(f"the chat template leaves {kind} out ({name!r:.40}): it is not made for tools")
+        plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        for what, other, offered in (("tool_calls", plain, tools), ("tools", messages, None)):
+            if (other, offered) != (messages, tools):
+                same = False
+                with contextlib.suppress(TemplateRefusal):  # without them it does not even render: it uses them
+                    same = self.render(other, tools=offered) == whole
+                if same:
+                    raise TemplateRefusal(f"the chat template leaves {what} out: it is not made for tools")
 
     # ---- Text to ids
 
