@@ -7,19 +7,23 @@ python eval.py mistralai/Mistral-7B-Instruct-v0.3 --data questions.jsonl
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanoft import UserError, evaluate, runtime
-from nanoft.batches import make_samples
+from nanoft.batches import Samples
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import replace_file
-from nanoft.config import Config, load_config, read_overrides
+from nanoft.config import Config, DataConfig, load_config, read_overrides
+from nanoft.corpus import open_corpus
+from nanoft.files import find_files
 from nanoft.lora import disabled
 from nanoft.metrics import as_json
-from nanoft.records import Conversation, read_conversations, read_splits
-from nanoft.weights import Opened, find_model, is_run, load_model, open_model
+from nanoft.records import Conversation
+from nanoft.weights import Opened, find_model, is_run, load_model, open_chat, open_model
 
 # Settings that say what a model is: to change them here would measure something that nobody trained.
 FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.")
@@ -46,10 +50,10 @@ def evaluate_source(source: str, overrides: list[str], data: str | None, compare
     """Everything that eval.py does; returns the exit code."""
     config = settings(source, overrides)
     check_destination(out)
+    data_config = data_of(config, source, data)
     if compare_base and is_run(source) and config.model.random_init:
         raise UserError(f"--compare-base: {source} began with random weights: leave --compare-base out")
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
-    conversations = held_out(config, source, data)
     device = runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
     opened = open_model(source, device, dtype)
@@ -57,12 +61,13 @@ def evaluate_source(source: str, overrides: list[str], data: str | None, compare
         print(f"{source}: no result yet: this is its best checkpoint, after step {opened.step}\n")
     if compare_base and not opened.adapters and not is_run(source):
         raise UserError(f"--compare-base: {source} is a plain model, without a base: leave --compare-base out")
-    chat = ChatTokenizer.from_directory(opened.tokenizer_directory)
+    chat = open_chat(source, opened)
+    held = held_out(config, data_config, source, chat)
 
-    tuned = measure(config, opened, chat, conversations)
+    tuned = measure(config, opened, chat, held)
     base = None
     if compare_base:
-        base = measure_base(config, opened, chat, conversations)
+        base = measure_base(config, opened, chat, held)
     print(evaluate.comparison(base, tuned))
     samples = evaluate.side_by_side(base, tuned, config.evaluation.samples)
     print(f"\n{samples}" if samples else "")
@@ -93,42 +98,55 @@ def write_json(path: Path, text: str) -> None:
         raise UserError(f"--json: {path}: cannot be written: {error.strerror}") from None
 
 
-def held_out(config: Config, source: str, data: str | None) -> list[Conversation]:
-    """All of `--data`, or what the run held out."""
-    d = config.data
-    if data:
-        return read_conversations(data, d.max_samples, d.max_bad_records)[0]
-    if not d.train_file:
+def data_of(config: Config, source: str, data: str | None) -> DataConfig:
+    """Which data to measure on: all of `--data`, or the run's own; told before anything is loaded."""
+    chosen = everything_in(data, config.data) if data else config.data
+    if not chosen.train_file:
         what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"
         raise UserError(f"{source}: {what} has no validation data: give --data FILE")
-    _, conversations, _ = read_splits(
-        d.train_file, d.validation_file, d.validation_split, config.system.seed, d.max_samples, d.max_bad_records
-    )
-    if not conversations:
+    find_files(chosen.train_file, "--data" if data else "data.train_file")
+    return chosen
+
+
+def everything_in(file: str, settings: DataConfig) -> DataConfig:
+    """Settings that keep all of a file, read as the run reads its own."""
+    one_side = dataclasses.replace(settings, train_file=file, weights=(), validation_file=None, validation_split=0.0)
+    return dataclasses.replace(one_side, validation_size=None, deduplicate=False, near_duplicates=None)
+
+
+def held_out(config: Config, data: DataConfig, source: str, chat: ChatTokenizer) -> Held:
+    """The samples to measure the loss on, and the conversations to answer."""
+    corpus = open_corpus(data, config.model.max_seq_length, config.system.seed, chat, print)
+    samples = corpus.validation if data is config.data else corpus.training
+    if not len(samples):
         raise UserError(f"{source}: this run held nothing out (data.validation_split=0): give --data FILE")
-    return conversations
+    return Held(samples[: config.evaluation.max_samples], corpus.conversations(samples, config.evaluation.prompts))
 
 
-def measure(
-    config: Config, opened: Opened, chat: ChatTokenizer, conversations: list[Conversation]
-) -> evaluate.Measured:
-    c, e = config, config.evaluation
-    limited = conversations[: e.max_samples]
-    samples, _ = make_samples(limited, chat, c.model.max_seq_length, c.data.truncation, c.data.max_bad_records)
-    prompts = evaluate.held_out_prompts(conversations, e.prompts)
-    return evaluate.measure(opened.model, chat, samples, prompts, e.batch_size, e.prompt_batch_size, e.max_new_tokens)
+@dataclass(frozen=True)
+class Held:
+    """What is measured: the loss on samples, the answers to conversations."""
+
+    samples: Samples
+    conversations: list[Conversation]
 
 
-def measure_base(
-    config: Config, opened: Opened, chat: ChatTokenizer, conversations: list[Conversation]
-) -> evaluate.Measured:
+def measure(config: Config, opened: Opened, chat: ChatTokenizer, held: Held) -> evaluate.Measured:
+    e = config.evaluation
+    prompts = evaluate.held_out_prompts(held.conversations, e.prompts)
+    return evaluate.measure(
+        opened.model, chat, held.samples, prompts, e.batch_size, e.prompt_batch_size, e.max_new_tokens
+    )
+
+
+def measure_base(config: Config, opened: Opened, chat: ChatTokenizer, held: Held) -> evaluate.Measured:
     """The same model with its adapters off; after full training, the model it started from."""
     if opened.adapters:
         with disabled(opened.adapters):
-            return measure(config, opened, chat, conversations)
+            return measure(config, opened, chat, held)
     directory = find_model(config.model.name)
     model = load_model(directory, opened.model.head.device, opened.dtype).eval()
-    return measure(config, Opened(model, {}, directory, directory), chat, conversations)
+    return measure(config, Opened(model, {}, directory, directory), chat, held)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from typing import Literal
 import torch
 
 from nanoft import UserError, runtime
-from nanoft.chat import ChatTokenizer, Rendered
 from nanoft.config import load_config
+from nanoft.corpus import open_corpus
 from nanoft.export import EXPORT_DTYPES, copy_adapter, merge, new_directory, prove, write_adapter
-from nanoft.records import Conversation, read_splits
-from nanoft.weights import Opened, find_adapter, is_run, open_model, stored_dtype
+from nanoft.weights import Opened, find_adapter, is_run, open_chat, open_model, stored_dtype
 
 PROMPTS = 8
 PLAIN_TEXTS = ["The quick brown fox jumps over the lazy dog.", '{"city": "Oslo", "people": 4}', "1 2 3 4 5 6 7 8 9 10"]
@@ -110,23 +109,16 @@ def merge_and_prove(
 
 
 def prompts(source: str, opened: Opened) -> list[list[int]]:
-    """Held-out prompts of the run with their answers, if its data is still there; else a few plain texts."""
-    chat = ChatTokenizer.from_directory(opened.tokenizer_directory)
+    """A few samples of the run, held out if it held any, if its data is still there; and a few plain texts."""
+    chat = open_chat(source, opened)
     ids = [chat.tokenizer.encode(text).ids for text in PLAIN_TEXTS]
     if is_run(source):
         config = load_config(Path(source) / "config.json")
-        d, seed = config.data, config.system.seed
         with suppress(UserError):
-            train, held_out, _ = read_splits(d.train_file, d.validation_file, d.validation_split, seed, None, 1.0)
-            limit = config.model.max_seq_length
-            ids += [s.ids[-limit:].tolist() for s in chat.encode(render(chat, held_out or train))]
+            corpus = open_corpus(config.data, config.model.max_seq_length, config.system.seed, chat, print)
+            samples = corpus.validation if len(corpus.validation) else corpus.training
+            ids += [sample.ids.tolist() for sample in samples[:PROMPTS]]
     return [row for row in ids if row]  # beyond PLAIN_TEXTS: the run's own
-
-
-def render(chat: ChatTokenizer, conversations: list[Conversation]) -> list[Rendered]:
-    """The first few conversations as they were trained on."""
-    chats = [c for c in conversations if c.messages][:PROMPTS]
-    return [rendered for c in chats for rendered in chat.render_samples(c.messages, 0)]
 
 
 if __name__ == "__main__":

@@ -11,22 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from nanoft import TrainingFailed, UserError, checkpoint, evaluate, runtime
-from nanoft.batches import Batch, Batches, make_samples
-from nanoft.chat import ChatTokenizer, Sample
+from nanoft.batches import Batch, Batches, Samples
+from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Checkpoints, Saved
 from nanoft.config import Config, check_same_run, load_config, questionable
+from nanoft.corpus import REJECTED, Corpus, data_hash, describe, open_corpus
 from nanoft.export import save_result
 from nanoft.guard import Guard, explain_out_of_memory
 from nanoft.lora import LoRALinear, adapter_tensors, disabled, inject_lora, load_adapter_tensors
@@ -42,7 +47,7 @@ from nanoft.optim import (
     set_learning_rate,
     warmup_length,
 )
-from nanoft.records import Conversation, read_splits
+from nanoft.preflight import Check, check_data, check_disk, check_head, judge, preview, show_window
 from nanoft.weights import find_model, hash_files, load_model, shard_paths, stored_dtype
 
 STOPPED_BY_SIGNAL = 75
@@ -72,9 +77,9 @@ class Job:
     model: Decoder
     adapters: dict[str, LoRALinear]  # empty when every parameter is trained
     optimizer: torch.optim.Optimizer
+    corpus: Corpus
     batches: Batches
-    validation: list[Sample]
-    validation_chats: list[Conversation]
+    validation: Samples
     checkpoints: Checkpoints
     base_directory: Path
     device: torch.device
@@ -126,7 +131,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             optimizer.zero_grad(set_to_none=True)
             state.epoch, state.window = job.batches.epoch, job.batches.index
             if verdict != "ok":
-                report_bad_step(job.run, state, window, loss.item(), grad_norm.item(), give_up=verdict == "stop")
+                report_bad_step(job, state, window, loss.item(), grad_norm.item(), give_up=verdict == "stop")
                 continue
 
             tokens = sum(micro_batch.tokens for micro_batch in window)
@@ -156,18 +161,19 @@ def out_of_patience(job: Job, state: State) -> bool:
     return patience > 0 and state.evaluations_without_gain >= patience
 
 
-def report_bad_step(run: Run, state: State, window: list[Batch], loss: float, norm: float, give_up: bool) -> None:
+def report_bad_step(job: Job, state: State, window: list[Batch], loss: float, norm: float, give_up: bool) -> None:
     """Say which records were in a window whose loss or gradient was not finite; it is left out."""
-    records = [record for micro_batch in window for record in micro_batch.records]
-    run.log("warning", state.step, what="step skipped", loss=str(loss), grad_norm=str(norm), records=records)
-    run.say(f"warning: after step {state.step}: loss {loss}, gradient norm {norm}: skipped records {records[:8]}")
+    records = [job.corpus.place(record) for micro_batch in window for record in micro_batch.records]
+    job.run.log("warning", state.step, what="step skipped", loss=str(loss), grad_norm=str(norm), records=records)
+    first = ", ".join(records[:8])
+    job.run.say(f"warning: after step {state.step}: loss {loss}, gradient norm {norm}: left out {first}")
     if give_up:
         raise TrainingFailed(f"no finite loss any more after step {state.step}: lower training.learning_rate")
 
 
 def evaluate_now(job: Job, state: State) -> None:
     """Loss on the validation samples; remember the best, and count the evaluations that were no better."""
-    if not job.validation:
+    if not len(job.validation):
         return
     size, threshold = job.config.evaluation.batch_size, job.config.training.early_stopping_threshold
     with job.autocast():
@@ -239,13 +245,36 @@ def find_start(job: Job, resume: str) -> State:
     return restore(job, saved) if saved else State()
 
 
-def prepare(config: Config, run: Run) -> Job:
-    """Everything before the first step, each part checked: data and tokenizer first, because they fail fastest."""
+def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, Corpus, Batches]:
+    """The tokenizer, the samples and their order; says what became of every record."""
+    d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
+    chat = ChatTokenizer.from_directory(find_model(config.model.name), d.template_args)
+    chat.date = date
+    started = time.perf_counter()
+    corpus = open_corpus(d, length, seed, chat, run.say, config.logging.progress_bar)
+    batches = Batches(
+        corpus.training,
+        t.micro_batch_size,
+        t.gradient_accumulation_steps,
+        seed,
+        chat.pad_id,
+        pack_length=length if d.packing else None,
+        group_by_length=d.group_by_length,
+        pad_to_multiple_of=d.pad_to_multiple_of,
+    )
+    shutil.copyfile(corpus.directory / REJECTED, run.directory / REJECTED)
+    for line in describe(corpus.report):
+        run.say(line)
+    used, seconds = batches.utilisation(), time.perf_counter() - started
+    run.say(f"batches   {batches.windows_in_epoch():,} steps an epoch, {used:.1%} of them no padding ({seconds:.1f} s)")
+    return chat, corpus, batches
+
+
+def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batches: Batches) -> Job:
+    """Model, adapters and optimizer; the data is there already, because it fails fastest."""
     t, device = config.training, runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
-    chat = ChatTokenizer.from_directory(base)
-    samples, validation, validation_chats = load_data(config, chat, run)
     model = load_base(config, base, device, dtype)
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
@@ -253,42 +282,11 @@ def prepare(config: Config, run: Run) -> Job:
         adapters = inject_lora(model, lora.target_modules, lora.rank, lora.alpha, lora.dropout, seed)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, t.learning_rate, (t.beta1, t.beta2), t.epsilon, t.weight_decay)
-    batches = Batches(
-        samples,
-        t.micro_batch_size,
-        t.gradient_accumulation_steps,
-        config.system.seed,
-        chat.pad_id,
-        pack_length=config.model.max_seq_length if config.data.packing else None,
-    )
+    validation = corpus.validation[: config.evaluation.max_samples]
     checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints)
     return Job(
-        config, run, chat, model, adapters, optimizer, batches, validation, validation_chats, checkpoints, base, device,
-        dtype,
-    )  # fmt: skip
-
-
-def load_data(config: Config, chat: ChatTokenizer, run: Run) -> tuple[list[Sample], list[Sample], list[Conversation]]:
-    """Files to training samples, validation samples and validation conversations; says what became of every record."""
-    d, length, started = config.data, config.model.max_seq_length, time.perf_counter()
-    train_chats, validation_chats, reports = read_splits(
-        d.train_file, d.validation_file, d.validation_split, config.system.seed, d.max_samples, d.max_bad_records
+        config, run, chat, model, adapters, optimizer, corpus, batches, validation, checkpoints, base, device, dtype
     )
-    samples, report = make_samples(train_chats, chat, length, d.truncation, d.max_bad_records)
-    validation: list[Sample] = []
-    if limited := validation_chats[: config.evaluation.max_samples]:
-        validation, _ = make_samples(limited, chat, length, d.truncation, d.max_bad_records)
-    for read in reports:
-        run.say(f"data      {read.kept:,} records read as {read.shape} from {read.file}")
-        for reason in read.bad[:5]:
-            run.say(f"warning: skipped {reason}")
-        if len(read.bad) > 5:
-            run.say(f"warning: and {len(read.bad) - 5} more malformed records")
-    run.say(f"          {len(train_chats):,} for training, {len(validation_chats):,} held out")
-    counts, rule = report.describe(length, d.truncation)
-    run.say(f"tokens    {counts} ({time.perf_counter() - started:.1f} s)")
-    run.say(f"          {rule}")
-    return samples, validation, validation_chats
 
 
 def load_base(config: Config, directory: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
@@ -299,7 +297,7 @@ def load_base(config: Config, directory: Path, device: torch.device, dtype: torc
     return load_model(directory, device, dtype, (q.type, q.double) if q.bits == 4 else None, seed)
 
 
-def announce(job: Job, state: State, total_steps: int) -> None:
+def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) -> None:
     """Say what will happen before it happens: where, what is trained, how long it will take."""
     c, say = job.config, job.run.say
     packed = sum(m.in_features * m.out_features for m in job.model.modules() if isinstance(m, Linear4bit))
@@ -316,16 +314,38 @@ def announce(job: Job, state: State, total_steps: int) -> None:
         say(f"example   {job.chat.mark(job.batches.samples[0], colour=sys.stdout.isatty())}")
     if state.step:
         say(f"resuming  after step {state.step} of {total_steps}")
-    left = total_steps - state.step
-    say(f"plan      {left:,} steps of {c.effective_batch_size()} rows, about {clock(left * rehearse(job))}")
+    left, epochs = total_steps - state.step, total_steps / job.batches.windows_in_epoch()
+    duration = clock(left * seconds_a_step)
+    say(f"plan      {left:,} steps ({epochs:.3g} epochs) of {c.effective_batch_size()} rows, about {duration}")
+
+
+def preflight_checks(job: Job, forced: list[str]) -> float:
+    """Look at the data, the head, memory and disk before the first step; returns the seconds that a step takes.
+
+    Raises:
+        UserError: a check fails and is not forced.
+    """
+    checks = check_data(job.corpus, job.chat, job.config.data.train_on)
+    (job.run.directory / "preview.txt").write_text(
+        preview(job.corpus, job.chat, job.config.system.seed), encoding="utf-8"
+    )
+    if job.adapters and not job.config.model.random_init:
+        checks.append(check_head(job.model, job.chat, job.corpus.training))
+    for check in checks:
+        job.run.say(check.line())
+    judge(checks, forced)
+    seconds = rehearse(job)
+    last = check_disk(job.run.directory, dry_save(job), job.config.training.keep_checkpoints)
+    job.run.say(last.line())
+    judge([last], forced)
+    return seconds
 
 
 def rehearse(job: Job) -> float:
-    """Seconds that an optimizer step takes, from forward and backward over one micro-batch; it changes nothing."""
-    window, seconds = job.batches.window(job.batches.index), []
-    batch = window[-1].to(job.device)  # the longest
+    """Seconds that an optimizer step takes, from the longest micro-batch; it and an evaluation batch must fit."""
+    batch, seconds = job.batches.longest().to(job.device), []
     with torch.random.fork_rng():
-        for _ in range(3):  # the first one warms up
+        for _ in range(2):  # the first one warms up
             started = time.perf_counter()
             with job.autocast():
                 hidden = job.model(batch.ids, batch.positions, batch.segments)
@@ -334,7 +354,29 @@ def rehearse(job: Job) -> float:
             nll.item()  # waits for the device
             seconds.append(time.perf_counter() - started)
             job.optimizer.zero_grad(set_to_none=True)
-    return min(seconds) * sum(part.tokens for part in window) / window[-1].tokens
+    job.run.say(Check("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit").line())
+    if len(job.validation):
+        size = job.config.evaluation.batch_size
+        longest = job.validation[np.argsort(-job.validation.lengths, kind="stable")[:size]]
+        with job.autocast():
+            evaluate.validation_loss(job.model, longest, size, job.chat.pad_id)
+        job.run.say(Check("eval", True, f"{len(longest)} rows of up to {longest.lengths.max()} tokens fit").line())
+    a_step = job.batches.samples.lengths.sum() / job.batches.windows_in_epoch()
+    return float(min(seconds) * a_step / batch.tokens)
+
+
+def dry_save(job: Job) -> int:
+    """Write the weights that a checkpoint will hold, and take them away again; returns the bytes of a checkpoint."""
+    aside = job.run.directory / f".preflight-{os.getpid()}"
+    weights = adapter_tensors(job.adapters) if job.adapters else {name: p.detach() for name, p in job.trained}
+    try:
+        checkpoint.write_tensors(aside, weights)
+        size = aside.stat().st_size
+    except OSError as error:
+        raise UserError(f"output.dir: {aside.parent}: cannot be written: {error.strerror}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return size + 8 * sum(p.numel() for _, p in job.trained)  # and AdamW's two moments
 
 
 def progress_bar(job: Job, state: State, total_steps: int) -> Any:
@@ -367,7 +409,8 @@ def finish(job: Job, state: State) -> None:
         with base_model(job) as model:
             base = measure(job, model)
     values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
-    job.run.write_report(values, markdown)
+    data = "\n".join(describe(job.corpus.report))
+    job.run.write_report({**values, "data": job.corpus.report}, f"{markdown}\n## Data\n\n{data}\n")
     job.run.log("done", state.step, **training)
     job.run.say(terminal)
     seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
@@ -379,7 +422,7 @@ def finish(job: Job, state: State) -> None:
 def measure(job: Job, model: Decoder) -> evaluate.Measured:
     """Validation loss and answers to held-out prompts."""
     e = job.config.evaluation
-    prompts = evaluate.held_out_prompts(job.validation_chats, e.prompts)
+    prompts = evaluate.held_out_prompts(job.corpus.conversations(job.corpus.validation, e.prompts), e.prompts)
     with job.autocast():
         return evaluate.measure(
             model, job.chat, job.validation, prompts, e.batch_size, e.prompt_batch_size, e.max_new_tokens
@@ -397,54 +440,74 @@ def base_model(job: Job) -> Iterator[Decoder]:
         yield load_base(job.config, job.base_directory, job.device, job.dtype)
 
 
-def claim(config: Config, run: Run, resume: str) -> None:
-    """Make sure that the directory is this run's, fresh or to go on with; then write its config.json."""
+def claim(config: Config, run: Run, resume: str) -> datetime:
+    """Make sure that the directory is this run's, fresh or to go on with, and write its config.json.
+
+    Returns the date of the run, which a template may print: that of its first session.
+    """
     base = find_model(config.model.name)
-    files = [Path(name) for name in (config.data.train_file, config.data.validation_file) if name]
     weights = [] if config.model.random_init else shard_paths(base)
     tokenizer = [base / name for name in ("config.json", "tokenizer.json") if (base / name).is_file()]
     device = runtime.choose_device(config.system.device)
+    recorded = run.recorded_config()
+    date = str((recorded or {}).get("provenance", {}).get("date") or datetime.now().date().isoformat())
     provenance = {
         "versions": runtime.versions(),
         "device": device.type,
         "dtype": str(runtime.choose_dtype(config.model.dtype, device)).removeprefix("torch."),
-        "data_sha256": hash_files([file for file in files if file.is_file()]),
+        "data_sha256": data_hash(config.data),
         "base_sha256": hash_files([*tokenizer, *weights]),
+        "date": date,
     }
-    recorded = run.recorded_config()
     if recorded is not None:
         if resume == "never":
             raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
         check_same_run(recorded, config, provenance, str(run.directory))
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     checkpoint.replace_file(run.directory / "config.json", text.encode())
+    return datetime.fromisoformat(date)
 
 
-def run_training(config: Config, resume: str, show_batch: bool) -> int:
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asks for, besides the config."""
+
+    resume: str = "auto"
+    show_batch: bool = False
+    show_step: int | None = None
+    preflight: bool = False
+    force: list[str] = field(default_factory=list)
+
+
+def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
-        claim(config, run, resume)
+        date = claim(config, run, wish.resume)
         try:
-            return run_claimed(config, run, stop, resume, show_batch)
+            return run_claimed(config, run, stop, date, wish)
         except (RuntimeError, MemoryError) as error:  # while loading, training or evaluating
             size, length = config.training.micro_batch_size, config.model.max_seq_length
             raise explain_out_of_memory(error, size, length) or error from None
 
 
-def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, resume: str, show_batch: bool) -> int:
-    """Prepare, find where to begin, train, finish."""
-    job, t = prepare(config, run), config.training
-    if show_batch:
-        show_first_window(job)
+def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, date: datetime, wish: Wish) -> int:
+    """Load the data, prepare, find where to begin, look before the leap, train, finish."""
+    chat, corpus, batches = load_data(config, run, date)
+    if wish.show_batch or wish.show_step is not None:
+        show(run, batches, corpus, chat, wish.show_step)
         return 0
-    state = find_start(job, resume)
+    job, t = prepare(config, run, chat, corpus, batches), config.training
+    state = find_start(job, wish.resume)
     total_steps = t.max_steps or t.num_epochs * job.batches.windows_in_epoch()
     if run.is_complete(state.step) and (state.step >= total_steps or out_of_patience(job, state)):
         run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
         return 0
+    seconds_a_step = preflight_checks(job, wish.force)
+    announce(job, state, total_steps, seconds_a_step)
+    if wish.preflight:
+        return 0
     run.begin(state.step)
-    announce(job, state, total_steps)
     train(job, state, stop, total_steps)
     if stop and state.step < total_steps:
         run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
@@ -453,14 +516,16 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, resume: str
     return 0
 
 
-def show_first_window(job: Job) -> None:
-    """The samples of the first optimizer step as the model sees them."""
-    samples = {sample.record: sample for sample in job.batches.samples}
-    for number, micro_batch in enumerate(job.batches.window(0), start=1):
-        size = "x".join(str(n) for n in micro_batch.ids.shape)
-        job.run.say(f"micro-batch {number}: {size}, {micro_batch.tokens} tokens, {micro_batch.target_tokens} targets")
-        for record in micro_batch.records:
-            job.run.say(f"  [{record}] {job.chat.mark(samples[record], colour=sys.stdout.isatty())}")
+def show(run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: int | None) -> None:
+    """The window of an optimizer step (the first, if none is given) as the model sees it."""
+    if step is not None and step < 1:
+        raise UserError(f"--show-step: {step}: steps are counted from 1")
+    window = (step or 1) - 1 + run.skipped_before(step or 1)
+    epoch, index = divmod(window, batches.windows_in_epoch())
+    batches.seek(epoch, index)
+    run.say(f"step {step or 1}: window {index + 1:,} of {batches.windows_in_epoch():,} in epoch {epoch + 1}")
+    for line in show_window(batches, index, corpus, chat, colour=sys.stdout.isatty()):
+        run.say(line)
 
 
 @runtime.command
@@ -475,10 +540,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
+    parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")
+    parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
+    parser.add_argument("--force", action="append", default=[], metavar="NAME", help="go on although this check failed")
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
-    return run_training(load_config(path, positional), args.resume, args.show_batch)
+    wish = Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force)
+    return run_training(load_config(path, positional), wish)
 
 
 if __name__ == "__main__":

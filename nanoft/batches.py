@@ -1,4 +1,4 @@
-"""Samples to batches: length rules, order, packing, collation, and a position that can be resumed.
+"""Samples to batches: order, packing, collation, and a position that can be resumed.
 
 The unit of training is the window: all micro-batches of one optimizer step. Which samples a window holds is a pure
 function of (seed, epoch, index), so a run can go on from any window without replaying what came before, and a window
@@ -6,13 +6,15 @@ holds the same samples however it is cut into micro-batches. Inside a window row
 micro-batch pads little.
 
 A row is one sample, or several one behind another when packing; then each token carries its document's number
-(`segments`) and its place in that document (`positions`), and documents do not see each other.
+(`segments`) and its place in that document (`positions`), and documents do not see each other. Samples lie one behind
+another in one array of numbers, usually a file mapped into memory, so a million of them cost nothing until they are
+used; a token that is a target is stored as its complement, ~id, which is negative.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,34 +22,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoft import UserError
-from nanoft.chat import ChatTokenizer, Rendered, Sample
-from nanoft.records import Conversation
+from nanoft.chat import Sample
+
+Array = np.ndarray[Any, Any]
+MEGABATCH = 50  # windows among which rows are sorted when grouping by length
 
 
-@dataclass(frozen=True)
-class LengthReport:
-    """What the length rule did; printed, because tokens that are silently lost are how datasets shrink unnoticed."""
+class Samples(Sequence[Sample]):
+    """Many samples in one array; a selection of them shares it."""
 
-    kept: int
-    truncated: int
-    dropped: int
-    without_target: int
-    target_tokens: int
-    target_tokens_lost: int  # of dropped samples; truncation takes prompt tokens only
-    tokens: int
-    longest: int
+    def __init__(self, tokens: Array, starts: Array, records: Array, chosen: Array):
+        """
+        Args:
+            tokens: (total,) int32: ids, the targets among them as ~id.
+            starts: (n + 1,) int64: where each sample begins; the last one is the end.
+            records: (n,): the record that each sample came from.
+            chosen: (m,) int64: which of the n samples are in this selection, in order.
+        """
+        self.tokens, self.starts, self.chosen = tokens, starts, chosen
+        self.records = records[chosen]
+        self.begins = starts[chosen]
+        self.lengths = starts[chosen + 1] - self.begins
 
-    def describe(self, limit: int, truncation: str) -> list[str]:
-        """Two lines: what there is, and what the rule did to it."""
-        rule = {"prompt": "oldest prompt tokens cut", "drop": "over-long samples dropped"}[truncation]
-        without = f"; {self.without_target:,} without a target left out" if self.without_target else ""
-        lost = f"{self.target_tokens_lost:,} target tokens lost" if self.target_tokens_lost else "no target token lost"
-        return [
-            f"{self.tokens:,} in {self.kept:,} samples, {self.target_tokens:,} of them targets, longest {self.longest}",
-            f"longer than {limit:,}: {self.truncated:,} truncated, {self.dropped:,} dropped "
-            f"(data.truncation={truncation}: {rule}){without}; {lost}",
-        ]
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Samples:
+        """A few samples that are in memory."""
+        if isinstance(samples, Samples):
+            return samples
+        starts = np.cumsum([0, *(len(sample.ids) for sample in samples)])
+        records = np.array([sample.record for sample in samples], dtype=np.int64)
+        parts = [complement_targets(sample) for sample in samples]
+        return cls(np.concatenate([np.empty(0, np.int32), *parts]), starts, records, np.arange(len(samples)))
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, (int, np.integer)):
+            if not -len(self) <= at < len(self):
+                raise IndexError(at)
+            begin = int(self.begins[at])
+            ids, is_target = read_targets(np.asarray(self.tokens[begin : begin + int(self.lengths[at])]))
+            return Sample(ids, is_target, int(self.records[at]))
+        part = Samples.__new__(Samples)
+        part.tokens, part.starts, part.chosen = self.tokens, self.starts, self.chosen[at]
+        part.records, part.begins, part.lengths = self.records[at], self.begins[at], self.lengths[at]
+        return part
+
+
+def complement_targets(sample: Sample) -> Array:
+    """A sample as one array of numbers."""
+    return np.where(sample.is_target, ~sample.ids, sample.ids)
+
+
+def read_targets(tokens: Array) -> tuple[Array, Array]:
+    """(ids, is_target) of such an array: the sign says which, and turns the bits back."""
+    return tokens ^ (tokens >> 31), tokens < 0
 
 
 @dataclass(frozen=True)
@@ -80,98 +110,43 @@ class Batch:
         return dataclasses.replace(self, **{name: move(getattr(self, name)) for name in names})
 
 
-def make_samples(
-    conversations: list[Conversation], chat: ChatTokenizer, max_length: int, truncation: str, max_bad: float = 0.05
-) -> tuple[list[Sample], LengthReport]:
-    """Tokenise conversations and apply the length rule.
-
-    Args:
-        max_length: tokens that a sample may have.
-        truncation: "prompt" cuts the oldest prompt tokens of an over-long sample and keeps every target token;
-            "drop" leaves such a sample out. A sample whose targets alone are too long is dropped either way.
-    Raises:
-        UserError: no sample is left, a template that cannot be used, or more than `max_bad` samples without a target.
-    """
-    kept: list[Sample] = []
-    counts = dict.fromkeys(("truncated", "dropped", "without_target", "target_tokens_lost"), 0)
-    first_without: int | None = None
-    for sample in chat.encode(_render(conversations, chat)):
-        if not sample.is_target.any():
-            counts["without_target"] += 1
-            first_without = sample.record if first_without is None else first_without
-            continue
-        fitted = sample if len(sample.ids) <= max_length else _shorten(sample, max_length, truncation, chat.bos_id)
-        counts["truncated"] += fitted is not None and len(fitted.ids) < len(sample.ids)
-        if fitted is None:
-            counts["dropped"] += 1
-            counts["target_tokens_lost"] += int(sample.is_target.sum())
-        else:
-            kept.append(fitted)
-    if first_without is not None and counts["without_target"] > max_bad * len(conversations):
-        where = conversations[first_without]
-        raise UserError(
-            f"{where.file}:{where.line}: the sequence has no target token: nothing could be learned from it"
-        )
-    if not kept:
-        raise UserError(
-            f"data: none of {len(conversations)} samples fits model.max_seq_length={max_length}: raise it, or set "
-            "data.truncation=prompt"
-        )
-    lengths = [len(sample.ids) for sample in kept]
-    targets = sum(int(sample.is_target.sum()) for sample in kept)
-    return kept, LengthReport(len(kept), tokens=sum(lengths), longest=max(lengths), target_tokens=targets, **counts)
-
-
-def _render(conversations: list[Conversation], chat: ChatTokenizer) -> Iterator[Rendered]:
-    for record, conversation in enumerate(conversations):
-        if conversation.text is not None:
-            yield chat.text_sample(conversation.text, record)
-            continue
-        try:
-            yield from chat.render_samples(conversation.messages, record)
-        except UserError as error:
-            raise UserError(f"{conversation.file}:{conversation.line}: {error}") from None
-
-
-def _shorten(sample: Sample, max_length: int, truncation: str, bos_id: int | None) -> Sample | None:
-    """Drop the oldest prompt tokens behind BOS; None if that is not allowed or not enough."""
-    first_target = int(sample.is_target.argmax())
-    head = 1 if sample.ids[0] == bos_id else 0
-    excess = len(sample.ids) - max_length
-    if truncation == "drop" or excess > first_target - 1:  # one token stays, BOS or not, to predict the first target
-        return None
-    keep = np.r_[0:head, head + excess : len(sample.ids)]
-    return Sample(sample.ids[keep], sample.is_target[keep], sample.record)
-
-
 class Batches:
     """The samples of a run in the order of training: windows of micro-batches, epoch after epoch."""
 
     def __init__(
         self,
-        samples: list[Sample],
+        samples: Sequence[Sample],
         micro_batch_size: int,
         accumulation_steps: int,
         seed: int,
         pad_id: int,
         pack_length: int | None = None,
         shuffle: bool = True,
+        group_by_length: bool = False,
+        pad_to_multiple_of: int = 1,
     ):
         """
         Args:
             pack_length: tokens that a row of several samples may have; None: one sample a row.
             shuffle: a new order every epoch; otherwise the order given.
+            group_by_length: windows of rows that are about equally long; the order of the windows stays random.
+            pad_to_multiple_of: the width of a micro-batch is rounded up to it.
         """
-        self.samples, self.pad_id, self.seed = samples, pad_id, seed
+        self.samples, self.pad_id, self.seed = Samples.of(samples), pad_id, seed
         self.micro_batch_size, self.window_rows = micro_batch_size, micro_batch_size * accumulation_steps
-        self.pack_length, self.shuffle = pack_length, shuffle
-        self.lengths = np.array([len(sample.ids) for sample in samples])
+        self.shuffle, self.group_by_length, self.pad_to_multiple_of = shuffle, group_by_length, pad_to_multiple_of
+        lengths = self.samples.lengths
+        self.is_packed = pack_length is not None
+        slots, self._bounds = pack(lengths, pack_length) if pack_length is not None else one_a_row(len(lengths))
+        self._slots = slots  # (n,) the sample in each slot; row r has the slots bounds[r]:bounds[r + 1]
+        self._slots_by_length = np.argsort(lengths[slots], kind="stable")
+        self._row_lengths = np.add.reduceat(lengths[slots], self._bounds[:-1]) if len(slots) else np.empty(0, np.int64)
         self.epoch, self.index = 0, 0  # the window that comes next
-        self._rows = self._arrange(0)
+        self._members, self._order = self._arrange(0)
 
     def windows_in_epoch(self) -> int:
-        """Optimizer steps of the current epoch; the last window may be smaller than the others."""
-        return -(-len(self._rows) // self.window_rows)
+        """Optimizer steps of an epoch, the same in each; the last window may be smaller than the others."""
+        return -(-len(self._row_lengths) // self.window_rows)
 
     def next_window(self) -> list[Batch]:
         """All micro-batches of the next optimizer step, and one step further."""
@@ -183,78 +158,164 @@ class Batches:
 
     def window(self, index: int) -> list[Batch]:
         """The micro-batches of one window of the current epoch, short rows first."""
-        rows = self._rows[index * self.window_rows : (index + 1) * self.window_rows]
-        rows = sorted(rows, key=lambda row: int(self.lengths[row].sum()))
-        pieces = [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
-        return [collate([[self.samples[i] for i in row] for row in piece], self.pad_id) for piece in pieces]
+        return [self._collate(piece) for piece in self.rows(index)]
+
+    def rows(self, index: int) -> list[list[Array]]:
+        """The same as places in `samples`: of each micro-batch, of each of its rows."""
+        rows = self._order[index * self.window_rows : (index + 1) * self.window_rows]
+        return self._micro_batches(rows[np.argsort(self._row_lengths[rows], kind="stable")])
+
+    def longest(self) -> Batch:
+        """A micro-batch of the longest rows: what needs the most memory."""
+        longest = np.argsort(-self._row_lengths, kind="stable")[: self.micro_batch_size]
+        return self._collate(self._micro_batches(longest)[0])
+
+    def _micro_batches(self, rows: Array) -> list[list[Array]]:
+        members = [self._members[self._bounds[row] : self._bounds[row + 1]] for row in rows.tolist()]
+        return [members[at : at + self.micro_batch_size] for at in range(0, len(members), self.micro_batch_size)]
+
+    def _collate(self, rows: list[Array]) -> Batch:
+        return collate(self.samples, rows, self.pad_id, self.pad_to_multiple_of)
 
     def seek(self, epoch: int, index: int) -> None:
         """Go to a window; costs one shuffle, whatever was consumed before."""
         if epoch != self.epoch:
-            self._rows = self._arrange(epoch)
+            self._members, self._order = self._arrange(epoch)
         self.epoch, self.index = epoch, index
 
-    def _arrange(self, epoch: int) -> list[list[int]]:
-        """The rows of an epoch, each a list of sample numbers."""
-        count = len(self.samples)
-        order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        if self.pack_length is None:
-            return [[int(i)] for i in order]
-        return pack(order.tolist(), self.lengths, self.pack_length)
+    def utilisation(self) -> float:
+        """Share of the tokens of an epoch's micro-batches that are not padding."""
+        used = padded = 0
+        for index in range(self.windows_in_epoch()):
+            rows = np.sort(self._row_lengths[self._order[index * self.window_rows : (index + 1) * self.window_rows]])
+            used += int(rows.sum())
+            for at in range(0, len(rows), self.micro_batch_size):
+                piece = rows[at : at + self.micro_batch_size]
+                padded += int(_round_up(piece[-1], self.pad_to_multiple_of)) * len(piece)
+        return used / max(padded, 1)
+
+    def _arrange(self, epoch: int) -> tuple[Array, Array]:
+        """(samples by slot, order of the rows) of an epoch.
+
+        Rows are packed once, by length alone; every epoch deals samples of the same length anew among their slots. So
+        the number of windows never changes, and who shares a row with whom does.
+        """
+        if not self.shuffle:
+            return self._slots, np.arange(len(self._row_lengths))
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self._row_lengths))
+        members = self._slots
+        if self.is_packed:
+            members = np.empty_like(self._slots)
+            members[self._slots_by_length] = np.lexsort((rng.random(len(members)), self.samples.lengths))
+        return members, self._group(order, rng) if self.group_by_length else order
+
+    def _group(self, order: Array, rng: np.random.Generator) -> Array:
+        """Sort by length within some windows, so that each window's rows are alike; then shuffle those windows."""
+        size = self.window_rows
+        near = np.arange(len(order)) // (MEGABATCH * size)
+        order = order[np.lexsort((self._row_lengths[order], near))]
+        full = len(order) // size
+        windows = np.lexsort((rng.random(full), np.arange(full) // MEGABATCH))
+        return np.concatenate([order[: full * size].reshape(full, size)[windows].ravel(), order[full * size :]])
 
 
-def pack(order: list[int], lengths: Any, capacity: int, open_rows: int = 32) -> list[list[int]]:
-    """Put samples one behind another into rows of at most `capacity` tokens: each into the fullest row it fits."""
-    closed: list[list[int]] = []
-    rows: list[tuple[int, list[int]]] = []  # (tokens left, samples)
-    for sample in order:
+def one_a_row(count: int) -> tuple[Array, Array]:
+    """(slots, bounds) of rows with one sample each, in the order given."""
+    return np.arange(count), np.arange(count + 1)
+
+
+def pack(lengths: Array, capacity: int) -> tuple[Array, Array]:
+    """Best fit decreasing: the longest sample first, each into the fullest row that still has room for it.
+
+    A bin-packing heuristic that needs at most 11/9 of the fewest rows (Johnson 1974, "Fast algorithms for bin
+    packing"); on many short samples it leaves next to nothing empty. A number whose bit c says that a row with c free
+    tokens exists finds the fullest fitting row at once.
+
+    Returns:
+        slots: (n,) the samples, row behind row. bounds: (rows + 1,) where each row begins among them.
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens -> rows that have so many
+    free = 0  # bit c: with_room[c] is not empty
+    for sample in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[sample])
-        fitting = [row for row in rows if row[0] >= length]
-        left, members = min(fitting, key=lambda row: row[0], default=(capacity, []))
+        fitting = free >> length
         if fitting:
-            rows.remove((left, members))
-        rows.append((left - length, [*members, sample]))
-        if len(rows) > open_rows:
-            fullest = min(rows, key=lambda row: row[0])
-            rows.remove(fullest)
-            closed.append(fullest[1])
-    return closed + [members for _, members in rows]
+            room = length + (fitting & -fitting).bit_length() - 1  # the lowest bit: the fullest row
+            row = with_room[room].pop()
+            if not with_room[room]:
+                free ^= 1 << room
+            rows[row].append(sample)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([sample])
+        with_room[room - length].append(row)
+        free |= 1 << (room - length)
+    slots = np.array([sample for row in rows for sample in row], dtype=np.int64)
+    return slots, np.cumsum([0, *(len(row) for row in rows)])
 
 
-def collate(rows: list[list[Sample]], pad_id: int) -> Batch:
+def collate(samples: Samples, rows: Sequence[Any], pad_id: int, pad_to_multiple_of: int = 1) -> Batch:
     """Rows of samples to one batch, padded on the right to the longest row.
 
     A token's target is its next token, if that is a target of the same document: the first token of a document is
     predicted by nothing.
+
+    Args:
+        rows: of each row, the places of its samples in `samples`.
     """
-    width = max(sum(len(sample.ids) for sample in row) for row in rows)
-    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    positions = np.zeros((len(rows), width), dtype=np.int64)
-    segments = np.zeros((len(rows), width), dtype=np.int64)
-    is_target = np.zeros((len(rows), width), dtype=np.bool_)
-    for r, row in enumerate(rows):
-        start = 0
-        for number, sample in enumerate(row, start=1):
-            end = start + len(sample.ids)
-            ids[r, start:end], segments[r, start:end] = sample.ids, number
-            positions[r, start:end] = np.arange(end - start)
-            is_target[r, start + 1 : end] = sample.is_target[1:]
-            start = end
-    predicts = np.flatnonzero(np.append(is_target.ravel()[1:], False))  # shift left: who predicts a target
-    packed = any(len(row) > 1 for row in rows)
+    counts = [len(row) for row in rows]
+    members = np.concatenate(rows).astype(np.int64)
+    lengths = samples.lengths[members]
+    row_of = np.repeat(np.arange(len(rows)), counts)
+    row_lengths = np.bincount(row_of, lengths, len(rows)).astype(np.int64)
+    width = _round_up(int(row_lengths.max()), pad_to_multiple_of)
+
+    total = int(lengths.sum())
+    ends = np.cumsum(lengths)  # of each document, if there were no padding
+    position = np.arange(total) - np.repeat(ends - lengths, lengths)  # 0, 1, 2, ... in each document
+    source = np.repeat(samples.begins[members], lengths) + position
+    padding_before = row_of * width - (np.cumsum(row_lengths) - row_lengths)[row_of]
+    place = np.arange(total) + np.repeat(padding_before, lengths)  # in the flattened batch
+    ids, is_target = read_targets(samples.tokens[source])
+    is_target &= position > 0
+
+    shape = (len(rows), width)
+    batch_ids = np.full(shape, pad_id, dtype=np.int64)
+    batch_ids.ravel()[place] = ids
+    packed = max(counts) > 1
+    predicts = place[is_target] - 1  # who predicts a target: the token before it
     return Batch(
-        ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(positions) if packed else None,
-        segments=torch.from_numpy(segments) if packed else None,
+        ids=torch.from_numpy(batch_ids),
+        positions=_scattered(shape, place, position) if packed else None,
+        segments=_scattered(shape, place, np.repeat(_numbers(counts), lengths)) if packed else None,
         rows=torch.from_numpy(predicts),
-        targets=torch.from_numpy(ids.ravel()[predicts + 1]),
-        tokens=int((segments > 0).sum()),
-        records=[sample.record for row in rows for sample in row],
+        targets=torch.from_numpy(ids[is_target].astype(np.int64)),
+        tokens=total,
+        records=samples.records[members].tolist(),
     )
 
 
-def in_order(samples: list[Sample], batch_size: int, pad_id: int) -> Iterable[Batch]:
+def _scattered(shape: tuple[int, int], place: Array, values: Array) -> Tensor:
+    """Zeros with `values` at the flat places."""
+    filled = np.zeros(shape, dtype=np.int64)
+    filled.ravel()[place] = values
+    return torch.from_numpy(filled)
+
+
+def _numbers(counts: list[int]) -> Array:
+    """1, 2, 3, ... for the documents of each row."""
+    return np.concatenate([np.arange(1, count + 1) for count in counts])
+
+
+def _round_up(value: Any, multiple: int) -> Any:
+    return -(-value // multiple) * multiple
+
+
+def in_order(samples: Sequence[Sample], batch_size: int, pad_id: int) -> Iterable[Batch]:
     """Every sample once, sorted by length so that batches pad little: for evaluation."""
-    ordered = sorted(samples, key=lambda sample: len(sample.ids))
+    samples = Samples.of(samples)
+    ordered = np.argsort(samples.lengths, kind="stable")
     for start in range(0, len(ordered), batch_size):
-        yield collate([[sample] for sample in ordered[start : start + batch_size]], pad_id)
+        yield collate(samples, list(ordered[start : start + batch_size, None]), pad_id)

@@ -21,18 +21,20 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import hashlib
 import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, decoders
 
 from nanoft import UserError
 from nanoft.template import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
@@ -50,8 +52,8 @@ DEFAULT_TEMPLATE = (
 BREAK, ANSWER = "\ufdd0", "\ufdd3"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
-TRAINING_FIELDS = ("train", "weight")  # of a message: whether it is learned; no template's business
-ENCODE_AT_ONCE = 64  # texts handed to the tokenizer's threads together
+OUR_FIELDS = ("train", "weight")  # of a message: whether it is learned; no template's business
+ENCODE_AT_ONCE = 128  # texts handed to the tokenizer's threads together
 
 
 class TemplateRefusal(UserError):
@@ -65,6 +67,7 @@ class Sample:
     ids: np.ndarray[Any, np.dtype[np.int32]]
     is_target: np.ndarray[Any, np.dtype[np.bool_]]
     record: int
+    turn: int | None = None  # the only message of the record that is a target; None: as many as there are
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class Rendered:
     text: str
     spans: list[tuple[int, int]]
     record: int
+    turns: list[int] = field(default_factory=list)  # the messages that the spans belong to
+
+    @property
+    def turn(self) -> int | None:
+        return self.turns[0] if len(self.turns) == 1 else None
 
 
 class ChatTokenizer:
@@ -103,10 +111,13 @@ class ChatTokenizer:
         self.control_texts = sorted((text for text in special if text), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self.control_texts)) or "(?!)")
         self._breakable = re.compile("|".join(re.escape(t) for t in self.control_texts if len(t) > 1) or "(?!)")
+        self._widths = byte_widths(tokenizer)
+        self._shortest = min((len(text) for text in self.control_texts if len(text) > 1), default=0)
         self.date = datetime.datetime.now()  # the clock of this run's templates
         self._environment = BoundedEnvironment(lambda: self.date)
         self._compiled = self._environment.compile_bounded(self.template)
         self._lead, self._tail, ending = self._frame()
+        self._has_empty_thought = bool(EMPTY_THOUGHT.fullmatch(self._lead))
         self.turn_end = self._control.search(ending)
         end_id = tokenizer.token_to_id(self.turn_end[0]) if self.turn_end else None
         self.stop_ids = sorted({*stop_ids, *(i for i in (end_id, self.eos_id) if i is not None)})
@@ -139,6 +150,12 @@ class ChatTokenizer:
         except COMPILE_ERRORS as error:
             raise UserError(f"{directory}: the chat template is not valid: {error}") from None
 
+    def identity(self) -> str:
+        """Everything that ids depend on, as a text: the tokenizer, the template, what it is given, and its date."""
+        date = self.date.date().isoformat() if "strftime_now" in self.template else ""
+        given = json.dumps([self.template, self.template_args, self.special, date], sort_keys=True, default=str)
+        return given + hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
+
     # ---- Messages to text
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None) -> str:
@@ -147,7 +164,7 @@ class ChatTokenizer:
         Raises:
             TemplateRefusal: the template refuses these messages, or is broken.
         """
-        return self._render_marked(messages, add_generation_prompt, tools)[0]
+        return find_marks(self._render(self._clean(messages), add_generation_prompt, self._defuse(tools)))[0]
 
     def render_prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """What the model is given when it is to answer `messages`."""
@@ -164,48 +181,54 @@ class ChatTokenizer:
         Raises:
             TemplateRefusal: the template cannot be used for training on this conversation.
         """
-        whole = self._render_marked(messages, tools=tools)
-        self._check_tools(whole[0], messages, tools)
+        talk = _Talk(self, self._clean(messages), self._defuse(tools))
+        if tools or any("tool_calls" in message for message in messages):
+            self._check_tools(talk.text, messages, tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if train_on == "all":
-            left_out = [self._turn(messages, i, tools, whole)[1] for i in answers if not is_trained(messages[i])]
-            return [Rendered(whole[0], _complement(left_out, len(whole[0])), record)]
+            left_out = [self._turn(talk, index)[1] for index in answers if not is_trained(messages[index])]
+            return [Rendered(talk.text, _complement(left_out, len(talk.text)), record)]
         turns = [i for i in (answers[-1:] if train_on == "last_assistant" else answers) if is_trained(messages[i])]
-        pieces = [self._turn(messages, index, tools, whole) for index in turns]
-        if all(whole[0].startswith(after[:end]) for after, (_, end) in pieces):
-            return [Rendered(whole[0], [span for _, span in pieces], record)]
-        return [Rendered(after, [span], record) for after, span in pieces]
+        pieces = [self._turn(talk, index) for index in turns]
+        if all(after is talk.text or talk.text.startswith(after[:end]) for after, (_, end) in pieces):
+            return [Rendered(talk.text, [span for _, span in pieces], record, turns)]
+        return [Rendered(after, [span], record, [turn]) for turn, (after, span) in zip(turns, pieces, strict=True)]
 
     def text_sample(self, text: str, record: int) -> Rendered:
         """Plain text: everything is a target, and the end of the text is marked."""
         ended = self._defuse(text) + self.special.get("eos_token", "")
         return Rendered(ended, [(0, len(ended))], record)
 
-    def _render_marked(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and what the template marks as said by the assistant (nothing, in most templates)."""
+    def _clean(self, messages: Sequence[Message]) -> list[Message]:
+        """What a template is to see of messages: no control tokens in texts, nothing absent, nothing about training."""
+        return [
+            {key: self._defuse(value) for key, value in message.items() if value is not None and key not in OUR_FIELDS}
+            for message in messages
+        ]
+
+    def _render(self, cleaned: list[Message], add_generation_prompt: bool, tools: Any) -> str:
+        """The text, with generation marks if the template has any."""
         try:
-            text = self._environment.render(
+            return self._environment.render(
                 self._compiled,
                 **self.template_args,
-                messages=[self._defuse(_without(message)) for message in messages],
+                messages=cleaned,
                 add_generation_prompt=add_generation_prompt,
-                tools=self._defuse(tools) if tools else None,
+                tools=tools or None,
                 documents=None,
                 **self.special,
             )
         except TEMPLATE_ERRORS as error:
             raise TemplateRefusal(f"the chat template refuses these messages: {error}") from None
-        return find_marks(text)
 
-    def _turn(
-        self, messages: Sequence[Message], index: int, tools: Any, whole: tuple[str, list[tuple[int, int]]]
-    ) -> tuple[str, tuple[int, int]]:
-        """The text up to and including turn `index`, and where in it that turn's targets lie."""
-        before = self.render_prompt(messages[:index], tools)
-        is_last = index == len(messages) - 1
-        after, marks = whole if is_last else self._render_marked(messages[: index + 1], tools=tools)
+    def _turn(self, talk: _Talk, index: int) -> tuple[str, tuple[int, int]]:
+        """A text that begins with everything up to turn `index`, and where in it that turn's targets lie."""
+        before = find_marks(self._render(talk.messages[:index], True, talk.tools))[0]
+        if not talk.marks and (end := self._verbatim(talk, index, before)):
+            return talk.text, (self._start_of_turn(talk.text, len(before), talk.messages[index]), end)
+        after, marks = talk.text, talk.marks
+        if index < len(talk.messages) - 1:
+            after, marks = find_marks(self._render(talk.messages[: index + 1], False, talk.tools))
         if not after.startswith(before):
             raise TemplateRefusal(
                 "the chat template cannot be trained with: rendering the answered prompt does not start with the prompt"
@@ -214,16 +237,29 @@ class ChatTokenizer:
         if marked:
             start, end = self._complete(after, max(marked[0][0], len(before)), marked[-1][1])
         else:
-            start = self._start_of_turn(after, len(before), messages[index])
+            start = self._start_of_turn(after, len(before), talk.messages[index])
             end = self._end_of_turn(after, len(before))
         if not after[start:end].strip():
             raise TemplateRefusal("the chat template leaves the answer out: there is nothing to learn")
         return after, (start, end)
 
+    def _verbatim(self, talk: _Talk, index: int, before: str) -> int:
+        """Where the turn ends, if the whole text goes on behind the prompt with exactly the answer and its end; else 0.
+
+        This is so in most templates, and saves rendering the conversation up to each of its answers.
+        """
+        content = talk.messages[index].get("content", "")
+        ending = self._tail[: self.turn_end.end()] if self.turn_end else ""
+        if ending and content and talk.text.startswith(before):
+            for answer in (content, content.strip()):
+                if answer and talk.text.startswith(self._lead + answer + ending, len(before)):
+                    return len(before) + len(self._lead) + len(answer) + len(ending)
+        return 0
+
     def _start_of_turn(self, text: str, start: int, message: Message) -> int:
         """Behind an empty thought that the template puts before every answer, unless this message says it itself."""
-        injected = EMPTY_THOUGHT.fullmatch(self._lead) and text.startswith(self._lead, start)
-        said = message["content"].lstrip().startswith(self._lead.strip())
+        injected = self._has_empty_thought and text.startswith(self._lead, start)
+        said = message.get("content", "").lstrip().startswith(self._lead.strip())
         return start + len(self._lead) if injected and not said else start
 
     def _end_of_turn(self, text: str, start: int) -> int:
@@ -271,14 +307,15 @@ class ChatTokenizer:
 
     def encode(self, rendered: Iterable[Rendered]) -> Iterator[Sample]:
         """Texts to samples; the tokenizer's threads encode one batch while the next ones are being rendered."""
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(2) as pool:  # while one waits for Python's lock, the other has work for all threads
             under_way: deque[tuple[list[Rendered], Any]] = deque()
             for batch in _batches(rendered, ENCODE_AT_ONCE):
                 under_way.append((batch, pool.submit(self._encode_batch, [item.text for item in batch])))
-                if len(under_way) > 2:
-                    yield from self._samples(*under_way.popleft())
-            while under_way:
-                yield from self._samples(*under_way.popleft())
+                if len(under_way) > 4:
+                    batch, encodings = under_way.popleft()
+                    yield from self._samples(batch, encodings.result())
+            for batch, encodings in under_way:
+                yield from self._samples(batch, encodings.result())
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
@@ -296,28 +333,52 @@ class ChatTokenizer:
         return "".join(pieces)
 
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
-        return self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        """Ids; with each token's place in the text, unless it can be told from the tokens' widths."""
+        encode = self.tokenizer.encode_batch if self._widths is None else self.tokenizer.encode_batch_fast
+        return encode(texts, add_special_tokens=False)
 
-    def _samples(self, batch: list[Rendered], encoding: Any) -> Iterator[Sample]:
-        for item, encoded in zip(batch, encoding.result(), strict=True):
-            edges = [(_edge(encoded, start), _edge(encoded, end)) for start, end in item.spans]
+    def encode_now(self, rendered: list[Rendered]) -> list[Sample]:
+        """A few texts to samples, at once."""
+        return list(self._samples(rendered, self._encode_batch([item.text for item in rendered])))
+
+    def _samples(self, batch: list[Rendered], encodings: list[Encoding]) -> Iterator[Sample]:
+        for item, encoded in zip(batch, encodings, strict=True):
+            if self._widths is not None and BREAK in item.text:
+                encoded = self.tokenizer.encode(item.text, add_special_tokens=False)  # with places, for once
+            ids = np.array(encoded.ids, dtype=np.int32)
+            edge = self._edges(item.text, ids, encoded)
+            edges = [(edge(start), edge(end)) for start, end in item.spans]
             if any(is_inside for (_, is_inside), _ in edges):
-                yield from (self._sample_of_turn(item, span) for span in item.spans)
+                yield from map(self._sample_of_turn, itertools.repeat(item), item.spans, item.turns)
             else:
-                yield self._sample(item, encoded, [(first, last + inside) for (first, _), (last, inside) in edges])
+                spans = [(first, last + inside) for (first, _), (last, inside) in edges]
+                yield self._sample(item, ids, encoded, spans)
 
-    def _sample(self, item: Rendered, encoded: Encoding, spans: list[tuple[int, int]]) -> Sample:
+    def _edges(self, text: str, ids: Any, encoded: Encoding) -> Callable[[int], tuple[int, bool]]:
+        """Tells of a character: (the first token at or behind it, False), or (the token that it is inside of, True)."""
+        if self._widths is None or BREAK in text:
+            return functools.partial(_edge, encoded)
+        ends = np.cumsum(self._widths[ids])  # of each token, in bytes
+        is_ascii = text.isascii()
+
+        def edge(character: int) -> tuple[int, bool]:
+            byte = character if is_ascii else len(text[:character].encode())
+            token = int(np.searchsorted(ends, byte, side="right"))
+            return token, byte != (ends[token - 1] if token else 0)
+
+        return edge
+
+    def _sample(self, item: Rendered, ids: Any, encoded: Encoding, spans: list[tuple[int, int]]) -> Sample:
         """The sample of a text whose targets are the tokens of `spans`."""
-        ids = np.array(encoded.ids, dtype=np.int32)
         is_target = np.zeros(len(ids), dtype=np.bool_)
         for first, last in spans:
             is_target[first:last] = True
         if BREAK in item.text:  # its own tokens have done their work
             kept = np.array([item.text[start:end] != BREAK for start, end in encoded.offsets], dtype=np.bool_)
             ids, is_target = ids[kept], is_target[kept]
-        return self._with_bos(ids, is_target, item.record)
+        return self._with_bos(ids, is_target, item.record, item.turn)
 
-    def _sample_of_turn(self, item: Rendered, span: tuple[int, int]) -> Sample:
+    def _sample_of_turn(self, item: Rendered, span: tuple[int, int], turn: int) -> Sample:
         """A turn whose first token would swallow the prompt's last characters: prompt and answer are encoded apart.
 
         In use the model is given the ids of the prompt alone, so these are the ids that it is trained on.
@@ -332,7 +393,7 @@ class ChatTokenizer:
             if first > start and text[first:last] != BREAK
         ]
         ids = np.array(prompt + answer, dtype=np.int32)
-        return self._with_bos(ids, np.arange(len(ids)) >= len(prompt), item.record)
+        return self._with_bos(ids, np.arange(len(ids)) >= len(prompt), item.record, turn)
 
     def _ids(self, text: str) -> list[int]:
         """The ids of a text, without those that only keep control tokens apart."""
@@ -347,17 +408,17 @@ class ChatTokenizer:
         wanted = self.wants_bos and ids[:1] != [self.bos_id]
         return [self.bos_id or 0, *ids] if wanted else ids
 
-    def _with_bos(self, ids: Any, is_target: Any, record: int) -> Sample:
+    def _with_bos(self, ids: Any, is_target: Any, record: int, turn: int | None) -> Sample:
         if self.wants_bos and (not len(ids) or ids[0] != self.bos_id):
             ids, is_target = np.append(np.int32(self.bos_id or 0), ids), np.append(False, is_target)
         if len(is_target):
             is_target[0] = False  # nothing stands before the first token, so nothing predicts it
-        return Sample(ids, is_target, record)
+        return Sample(ids, is_target, record, turn)
 
     def _defuse(self, value: Any) -> Any:
         """Break up control tokens that stand in a message's own texts, however deep."""
         if isinstance(value, str):
-            while self._breakable.search(value):
+            while len(value) >= self._shortest and self._breakable.search(value):
                 value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
             return value
         if isinstance(value, dict):
@@ -374,6 +435,27 @@ class ChatTokenizer:
         """Whether the tokenizer itself puts BOS first: its post-processor decides."""
         with_specials = self.tokenizer.encode("a", add_special_tokens=True).ids
         return self.bos_id is not None and with_specials[:1] == [self.bos_id]
+
+
+def byte_widths(tokenizer: Tokenizer) -> np.ndarray[Any, Any] | None:
+    """(vocabulary,) the bytes of text that each token stands for; None if only the tokenizer knows.
+
+    A byte-level BPE (GPT-2, Llama 3) spells each byte with one character and changes nothing, so the places of its
+    tokens follow from their widths; to have the library track them makes it a third slower.
+    """
+    changes = tokenizer.normalizer is not None or not isinstance(tokenizer.decoder, decoders.ByteLevel)
+    added = tokenizer.get_added_tokens_decoder()
+    if (
+        changes
+        or "add_prefix_space=True" in str(tokenizer.pre_tokenizer)
+        or any(t.lstrip or t.rstrip for t in added.values())
+    ):
+        return None
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    widths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, number in vocabulary.items():
+        widths[number] = len(added[number].content.encode()) if number in added else len(token)
+    return widths
 
 
 def is_trained(message: Message) -> bool:
@@ -400,9 +482,12 @@ def _complement(spans: list[tuple[int, int]], length: int) -> list[tuple[int, in
     return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
 
 
-def _without(message: Message) -> Message:
-    """What a template is to see of a message: no absent values, and nothing about training."""
-    return {key: value for key, value in message.items() if value is not None and key not in TRAINING_FIELDS}
+class _Talk:
+    """A conversation ready to be rendered, and the whole of it rendered."""
+
+    def __init__(self, chat: ChatTokenizer, messages: list[Message], tools: Any):
+        self.messages, self.tools = messages, tools
+        self.text, self.marks = find_marks(chat._render(messages, False, tools))
 
 
 def _batches(items: Iterable[Rendered], size: int) -> Iterator[list[Rendered]]:

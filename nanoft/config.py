@@ -29,6 +29,10 @@ import yaml
 from nanoft import UserError
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Shape = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "summarization",
+    "extractive_qa", "text",
+]  # fmt: skip
 ENVIRONMENT_PREFIX = "NANOFT_"
 
 
@@ -77,13 +81,35 @@ class QuantizationConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    train_file: str = ""  # .json or .jsonl
+    # What is read
+    train_file: str = ""  # file, directory, glob or hf://datasets/owner/name; several by commas
+    weights: tuple[float, ...] = ()  # how often each of several train_files is seen in an epoch; empty: once
     validation_file: str | None = None  # none: split from train_file
-    validation_split: float = between(0.05, 0.0, 0.9)  # share of the records held out when there is no validation_file
+    format: Shape = "auto"  # shape of the records; auto: told from them
+    columns: dict[str, str] = field(default_factory=dict)  # {instruction: q}: name here -> name in the file
+    delimiter: str | None = None  # of CSV files; none: found in the header
+    label_field: str | None = None  # keep only records that this field calls desirable (true, 1, good, ...)
     max_samples: int | None = between(None, 1)  # keep only the first so many records of each file
-    packing: bool = False  # several short samples in one row; they never attend to each other
-    truncation: Literal["drop", "prompt"] = "drop"  # over-long: drop the sample, or cut its oldest prompt tokens
+    # What is kept
     max_bad_records: float = between(0.05, 0.0, 1.0)  # share of malformed records above which the run stops
+    deduplicate: bool = True  # leave out records that say exactly what an earlier one says
+    near_duplicates: float | None = between(None, 0.3, 1.0)  # leave out records with this share of 5-grams in common
+    min_characters: int = between(1, 1)  # of all messages of a record together
+    max_characters: int | None = between(None, 1)  # the same, at most
+    min_tokens: int = between(1, 1)  # of a sample
+    # What is held out, when there is no validation_file
+    validation_split: float = between(0.05, 0.0, 0.9)  # share of the prompts
+    validation_size: int | None = between(None, 1)  # so many records instead of a share
+    split_stratify: str | None = None  # a field, or `length`: each of its values gives its share; none: label_field
+    split_group: str | None = None  # a field: records with the same value stay on one side
+    split_time: str | None = None  # a field with dates or numbers: the newest records are held out
+    # What becomes of it
+    template_args: dict[str, Any] = field(default_factory=dict)  # more for the chat template: {enable_thinking: false}
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # whose tokens are targets
+    truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of over-long samples
+    packing: bool = False  # several short samples in one row; they never attend to each other
+    group_by_length: bool = False  # rows of like length together, so that batches pad little
+    pad_to_multiple_of: int = between(1, 1, 1024)  # widths of micro-batches are rounded up to it
 
 
 @dataclass(frozen=True)
@@ -168,6 +194,10 @@ class Config:
             raise UserError("lora.target_modules: empty: name at least one module, for example q_proj,v_proj")
         if self.data.validation_file and self.data.validation_file == self.data.train_file:
             raise UserError("data.validation_file: the same file as data.train_file: leave it out to split that file")
+        if self.data.split_time and (self.data.split_group or self.data.split_stratify):
+            raise UserError("data.split_time: holds out the newest records: leave split_group and split_stratify out")
+        if any(weight < 0 for weight in self.data.weights):
+            raise UserError(f"data.weights: {self.data.weights}: a weight is how often a file is seen: 0 or more")
 
     def override(self, changes: Mapping[str, Any]) -> Config:
         """Return a copy with `section.field` keys replaced; strings are parsed by the field's type.
@@ -389,12 +419,25 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         if get_origin(kind) is Literal:
             return next(choice for choice in get_args(kind) if str(choice) == text)
         if get_origin(kind) is tuple:
-            return tuple(part.strip() for part in text.strip("[]()").split(",") if part.strip())
+            return tuple(get_args(kind)[0](part) for part in text.strip("[]()").replace(",", " ").split())
+        if get_origin(kind) is dict:
+            return _parse_table(text)
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
     except (StopIteration, KeyError, ValueError):
         raise UserError(f"{key}: {text!r} is not {_describe(hint)}") from None
+
+
+def _parse_table(text: str) -> dict[str, Any]:
+    """`{instruction: q, response: a}`, as YAML writes a table on one line."""
+    try:
+        table = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError from error
+    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+        raise ValueError
+    return table
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -407,7 +450,11 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(kind))
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+        return isinstance(value, tuple) and all(_fits(part, get_args(kind)[0]) for part in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(part, get_args(kind)[1]) for part in value.values())
+    if kind is Any:
+        return True
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is kind  # bool is not an int here
@@ -419,6 +466,8 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:
-        return "a list of names"
+        return "a list of names" if get_args(hint)[0] is str else "a list of numbers"
+    if get_origin(hint) is dict:
+        return "a table like {name: value}"
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
     return names.get(hint, "none")

@@ -25,6 +25,15 @@ from nanoft.records import Conversation
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What is asked, the answer that the data has, and the tools on offer."""
+
+    messages: list[Message]
+    reference: str
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
 class Exchange:
     """A held-out prompt, the reference answer, and what the model said."""
 
@@ -69,7 +78,7 @@ def safe_exp(nats: float) -> float:
 
 
 @torch.no_grad()
-def validation_loss(model: Decoder, samples: list[Sample], batch_size: int, pad_id: int) -> tuple[float, int]:
+def validation_loss(model: Decoder, samples: Sequence[Sample], batch_size: int, pad_id: int) -> tuple[float, int]:
     """(nats per target token, target tokens) over all samples; sums in float64, on the CPU."""
     training, device = model.training, model.head.device
     model.eval()
@@ -83,27 +92,27 @@ def validation_loss(model: Decoder, samples: list[Sample], batch_size: int, pad_
     return nats / count, count
 
 
-def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[tuple[list[Message], str]]:
-    """(messages before the last answer, that answer) of the first `limit` conversations."""
-    chats = [c for c in conversations if c.messages][:limit]
-    return [(list(c.messages[:-1]), c.messages[-1]["content"]) for c in chats]
+def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[Prompt]:
+    """The last exchange of the first `limit` conversations that end in an answer, not in the call of a tool."""
+    chats = [c for c in conversations if c.messages and not c.messages[-1].get("tool_calls")][:limit]
+    return [Prompt(list(c.messages[:-1]), c.messages[-1]["content"], c.tools) for c in chats]
 
 
 def answer_all(
-    model: Decoder, chat: ChatTokenizer, prompts: Sequence[tuple[list[Message], str]], batch_size: int, max_new: int
+    model: Decoder, chat: ChatTokenizer, prompts: Sequence[Prompt], batch_size: int, max_new: int
 ) -> list[Exchange]:
     """Greedy answers to every prompt; prompts of like length together."""
     training = model.training
     model.eval()
-    encoded = [chat.encode_prompt(messages) for messages, _ in prompts]
+    encoded = [chat.encode_prompt(prompt.messages, prompt.tools) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     exchanges: dict[int, Exchange] = {}
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
         answers = generate(model, [encoded[i] for i in group], chat.stop_ids, max_new, chat.pad_id)
         for i, said in zip(group, answers, strict=True):
-            messages, reference = prompts[i]
-            exchanges[i] = Exchange(messages[-1]["content"], reference, chat.decode(said.ids), said.stopped)
+            asked = prompts[i].messages[-1]["content"]
+            exchanges[i] = Exchange(asked, prompts[i].reference, chat.decode(said.ids), said.stopped)
     model.train(training)
     return [exchanges[i] for i in range(len(prompts))]
 
@@ -111,14 +120,14 @@ def answer_all(
 def measure(
     model: Decoder,
     chat: ChatTokenizer,
-    samples: list[Sample],
-    prompts: Sequence[tuple[list[Message], str]],
+    samples: Sequence[Sample],
+    prompts: Sequence[Prompt],
     batch_size: int,
     prompt_batch_size: int,
     max_new_tokens: int,
 ) -> Measured:
     """Loss on the samples and answers to the prompts."""
-    loss, tokens = validation_loss(model, samples, batch_size, chat.pad_id) if samples else (None, 0)
+    loss, tokens = validation_loss(model, samples, batch_size, chat.pad_id) if len(samples) else (None, 0)
     exchanges = answer_all(model, chat, prompts, prompt_batch_size, max_new_tokens) if prompts else []
     return Measured(loss, tokens, exchanges)
 

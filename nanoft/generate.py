@@ -106,7 +106,7 @@ def answer(model: Decoder, chat: ChatTokenizer, messages: Sequence[Message], max
 @command
 def main(argv: list[str]) -> int:
     """`python -m nanoft.generate RUN|MODEL [--prompt TEXT]`: one answer, or a chat when no prompt is given."""
-    from nanoft.weights import open_model
+    from nanoft.weights import open_chat, open_model
 
     parser = Arguments(
         prog="python -m nanoft.generate",
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     device = choose_device("auto")
     opened = open_model(args.source, device, choose_dtype("auto", device))
-    chat = ChatTokenizer.from_directory(opened.tokenizer_directory)
+    chat = open_chat(args.source, opened)
     _talk(opened.model, chat, args.prompt, args.system, args.max_new_tokens)
     return 0
 

@@ -7,6 +7,8 @@
         checkpoints/     to go on from
         best.json        which checkpoint has the lowest validation loss
         adapter/         the result, in PEFT's format (model/ when every parameter was trained)
+        rejected.jsonl   the records that were left out, and why
+        preview.txt      a few samples as the model sees them
         report.md, report.json
 
 One process owns the directory at a time; a run that is refused before its first step leaves none behind.
@@ -113,9 +115,9 @@ class Run:
         self._lock.close()
 
     def recorded_config(self) -> dict[str, Any] | None:
-        """The config.json of the run that lives here, if one does."""
+        """The config.json of the run that lives here, if one does; one that took no step can still be changed."""
         path = self.directory / "config.json"
-        if not path.is_file():
+        if not path.is_file() or not (self.directory / "metrics.jsonl").is_file():
             return None
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
@@ -130,6 +132,12 @@ class Run:
             return json.loads(path.read_text(encoding="utf-8"))["training"]["steps"] == step
         except (OSError, ValueError, KeyError, TypeError):
             return False  # not there, or cut off while it was written
+
+    def skipped_before(self, step: int) -> int:
+        """How many windows were left out before that optimizer step, because their loss was not finite."""
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+        return sum('"step skipped"' in line and _step_of(line) < step for line in lines)
 
     def begin(self, last_step: int) -> None:
         """Open the metrics; lines beyond `last_step` belong to steps that will be done again, and go."""

@@ -21,8 +21,9 @@ from datetime import datetime
 from types import CodeType
 from typing import Any
 
-from jinja2 import Template, TemplateError, Undefined, nodes
+from jinja2 import Environment, Template, TemplateError, Undefined, nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -42,6 +43,7 @@ MAX_MADE = 64  # times the output: characters of all values on the way to it
 MAX_AT_ONCE = 16  # times the output: estimated characters of one value
 MAX_WIDTH = 999  # of a field in a format
 MAX_BITS = 256  # of an integer
+MAX_OPERATORS = 64  # + and ~ of an expression that are not checked one by one
 MAX_TURNS = 1_000_000  # of all loops, macros and filters of one rendering
 MAX_SECONDS = 5.0  # of this thread's processor time, per rendering
 
@@ -51,6 +53,8 @@ UNUSED_METHODS = ("encode", "to_bytes", "translate", "maketrans", "striptags", "
 # Filters and methods of texts whose result is larger than what they are given.
 GROWING = ("replace", "join", "indent", "center", "ljust", "rjust", "batch", "slice", "tojson", "truncate", "sum")
 
+MACHINERY = (Context, EvalContext, Environment)  # what Jinja itself passes to some filters
+
 
 class TooMuch(TemplateError):
     """The template asks for more than it may."""
@@ -59,7 +63,7 @@ class TooMuch(TemplateError):
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """What templates are written for: a sandbox without write access, bounds, and the helpers that they call."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**", "%"})
 
     def __init__(self, now: Callable[[], datetime]):
         """
@@ -70,10 +74,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationTag, loopcontrols],
-            finalize=self._made,
+            finalize=self.made_of,
             optimized=False,  # nothing is computed while compiling
         )
-        self._begin(0)
+        self._begin({})
         self.filters["tojson"] = self._to_json
         for name in UNUSED_FILTERS:
             del self.filters[name]
@@ -88,83 +92,98 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """A template with a count in each loop; raises one of COMPILE_ERRORS."""
         if len(source) > MAX_SOURCE:
             raise TooMuch(f"{len(source):,} characters: a template may have {MAX_SOURCE:,}")
-        self._begin(0)
+        self._begin({})
         code = self.compile(_Counted().visit(self.parse(source)))
         assert isinstance(code, CodeType)
         return Template.from_code(self, code, self.make_globals(None))
 
     def render(self, template: Template, **variables: Any) -> str:
         """Render under the bounds; raises one of TEMPLATE_ERRORS."""
-        self._begin(sum(_size(value) for value in variables.values()))
-        return template.render(**variables)
+        self._begin(variables)
+        return template.render(variables)
 
-    def _begin(self, given: int) -> None:
-        self.limit = MAX_OUTPUT + 4 * given
-        self.made, self.turns, self.deadline = 0, 0, time.thread_time() + MAX_SECONDS
+    def _begin(self, variables: dict[str, Any]) -> None:
+        self.given, self.limit, self.knows_limit = variables, MAX_OUTPUT, False
+        self.made, self.turns, self.deadline = 0, 0, float("inf")
 
     # ---- What is counted
 
-    def count_turn(self) -> str:
+    def count_turn(self) -> None:
         """Stands at the beginning of each loop's and macro's body."""
         self.turns += 1
-        self._require(self.turns <= MAX_TURNS, f"more than {MAX_TURNS:,} turns of its loops")
         if self.turns % 64 == 0:
-            self._require(time.thread_time() < self.deadline, f"more than {MAX_SECONDS:g} seconds")
-        return ""
+            now = time.thread_time()  # slow on some machines, and few templates come here
+            self.deadline = min(self.deadline, now + MAX_SECONDS)
+            if self.turns > MAX_TURNS or now > self.deadline:
+                raise TooMuch(f"it asks for more than {MAX_TURNS:,} turns of its loops, or {MAX_SECONDS:g} seconds")
 
-    def _made(self, value: Any) -> Any:
+    def made_of(self, value: Any) -> Any:
         """Count a value that the template has made; a list of lists of lists ... counts as it would be written out."""
         if isinstance(value, str):
             self.made += len(value)
         elif isinstance(value, (list, tuple, dict, Namespace)):
-            size = _size(value, self.limit)
-            self._require(size <= self.limit, f"a value of more than {self.limit:,} parts")
-            self.made += size
-        self._require(self.made <= MAX_MADE * self.limit, f"more than {MAX_MADE * self.limit:,} characters on its way")
+            size = _size(value, MAX_OUTPUT)
+            self.made += size if size <= MAX_OUTPUT else self._fits(_size(value, self._learn_limit()), 1)
+        if self.made > MAX_MADE * self.limit:
+            self._fits(self.made, MAX_MADE)
         return value
 
     def concat(self, pieces: Iterable[str]) -> str:  # (Jinja has "".join here)
         """Join output, or a macro's or a block's, as long as it is not too long."""
-        kept, length = [], 0
-        for piece in pieces:
-            length += len(piece)
-            self._require(length <= self.limit, f"more than {self.limit:,} characters")
-            kept.append(piece)
-        return "".join(kept)
+        pieces = list(pieces)
+        self._fits(sum(map(len, pieces)), 1)
+        return "".join(pieces)
+
+    def add(self, left: Any, right: Any) -> Any:
+        """The + operator, in an expression with many of them."""
+        return self.made_of(left + right)
 
     def concatenate(self, *values: Any) -> str:
         """The ~ operator."""
-        return self._made(self.concat([str(self._made(value)) for value in values]))
+        for value in values:
+            self.made_of(value)
+        return self.concat(map(str, values))
 
-    def literal(self, value: Any) -> Any:
-        """A list, tuple or dict that stands in the template."""
-        return self._made(value)
+    def _fits(self, size: int, times: int) -> int:
+        """The size, if it is not more than so many times the limit."""
+        if size > times * self.limit and size > times * self._learn_limit():
+            raise TooMuch(f"it asks for more than {times * self.limit:,} characters")
+        return size
+
+    def _learn_limit(self) -> int:
+        """What may be written grows with what there is to write; few renderings come so far that it must be known."""
+        if not self.knows_limit:
+            self.limit += 4 * sum(_size(value) for value in self.given.values())
+            self.knows_limit = True
+        return self.limit
 
     # ---- What is estimated before it is done
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """One of + * ** %."""
+        """One of * ** %."""
         if isinstance(left, str) and operator == "%":
-            self._checked_form(left, _size(right, self.limit))
+            self._checked_form(left, _size(right, MAX_AT_ONCE * MAX_OUTPUT))
         elif operator == "*" and (hasattr(left, "__len__") or hasattr(right, "__len__")):
             sizes = [_size(v) if hasattr(v, "__len__") else v if isinstance(v, int) else 1 for v in (left, right)]
-            self._require(sizes[0] * sizes[1] <= self.limit, f"a value of {sizes[0] * sizes[1]:,} parts")
+            self._fits(sizes[0] * sizes[1], 1)
         elif isinstance(left, int) and isinstance(right, int):
-            size = (
-                left.bit_length() * max(abs(right), 1) if operator == "**" else left.bit_length() + right.bit_length()
-            )
-            self._require(size <= MAX_BITS, f"a number of {size:,} bits")
-        return self._made(super().call_binop(context, operator, left, right))
+            bits = left.bit_length(), right.bit_length()
+            size = bits[0] * max(abs(right), 1) if operator == "**" else sum(bits)
+            if size > MAX_BITS:
+                raise TooMuch(f"it asks for a number of {size:,} bits")
+        return self.made_of(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of a macro, a helper, or a value's method."""
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if owner is self:
             return function(*args)  # what _Counted has put there
+        for value in (*args, *kwargs.values()):
+            self.made_of(value)
         if isinstance(owner, str) and name in GROWING:
             args = tuple(list(arg) if name == "join" else arg for arg in args)
             self._check_growth(name, owner, args)
-        return self._made(super().call(context, function, *args, **kwargs))
+        return self.made_of(super().call(context, function, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in UNUSED_METHODS and super().is_safe_attribute(obj, attr, value)
@@ -177,7 +196,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         @functools.wraps(wrapped)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            self._checked_form(value.__self__, _size([args, kwargs], self.limit))
+            self._checked_form(value.__self__, _size([args, kwargs], MAX_AT_ONCE * MAX_OUTPUT))
             return wrapped(*args, **kwargs)
 
         return checked
@@ -188,10 +207,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(function)  # keeps what Jinja has noted on the function
         def checked(*args: Any, **kwargs: Any) -> Any:
             self.count_turn()
-            given = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, (Context, BoundedEnvironment))]
-            given = [arg for arg in given if type(arg).__name__ != "EvalContext"]
+            given = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, MACHINERY)]
             if name == "format":
-                self._checked_form(str(given[0]), _size(given[1:], self.limit))
+                self._checked_form(str(given[0]), _size(given[1:], MAX_AT_ONCE * MAX_OUTPUT))
             if name in GROWING and given:
                 if isinstance(given[0], (Iterator, range)):
                     values = list(given[0])  # says how much it gives by giving it
@@ -199,31 +217,28 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                     given[0] = values
                 self._check_growth(name, given[0], given[1:])
             for arg in given:
-                self._require(_size(arg, self.limit) <= self.limit, f"a value of more than {self.limit:,} parts")
-            return self._made(function(*args, **kwargs))
+                if not isinstance(arg, str):
+                    self._fits(_size(arg, MAX_AT_ONCE * MAX_OUTPUT), 1)
+            return self.made_of(function(*args, **kwargs))
 
         return checked
 
     def _check_growth(self, name: str, subject: Any, others: Iterable[Any]) -> None:
         """At most as large as the subject times what is put to each of its parts."""
         others = list(others)[1:] if name == "replace" else list(others)
-        self._require(name != "sum" or not any(isinstance(o, (list, tuple)) for o in others), "a sum of lists")
-        each = sum(abs(other) if isinstance(other, int) else _size(other, self.limit) for other in others)
-        size = (_size(subject, self.limit) + 1) * (each + 1)
-        self._require(size <= MAX_AT_ONCE * self.limit, f"a value of up to {size:,} characters ({name})")
+        if name == "sum" and any(isinstance(other, (list, tuple)) for other in others):
+            raise TooMuch("it asks for a sum of lists")
+        each = sum(abs(other) if isinstance(other, int) else _size(other) for other in others)
+        self._fits((_size(subject) + 1) * (each + 1), MAX_AT_ONCE)
 
     def _checked_form(self, form: str, size: int) -> str:
         """A format whose fields are narrow and not too many for values of that size; `'%1000000000d' % 1` is not."""
-        widths = re.findall(r"\d+", form) if isinstance(form, str) else []
-        narrow = all(len(width) <= 3 for width in widths) and not re.search(r"%[^%a-zA-Z]*\*|:[^}]*\{", str(form))
         fields = str(form).count("%") + str(form).count("{")
-        fits = fields * (size + MAX_WIDTH) <= MAX_AT_ONCE * self.limit
-        self._require((narrow or not fields) and fits, f"the format {form!r:.40}")
+        wide = re.search(r"\d{4}|%[^%a-zA-Z]*\*|:[^}]*\{", str(form))
+        if fields and wide:
+            raise TooMuch(f"it formats with {form!r:.40}")
+        self._fits(fields * (size + MAX_WIDTH), MAX_AT_ONCE)
         return form
-
-    def _require(self, condition: bool, what: str) -> None:
-        if not condition:
-            raise TooMuch(f"it asks for {what}")
 
     def _to_json(self, value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
         """As transformers has it: characters as they are, nothing escaped for HTML."""
@@ -234,7 +249,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Counted(NodeTransformer):
-    """Put a count into each loop and macro, and make calls that can be checked of ~ and of literals."""
+    """Put a count into each loop and macro, and weigh what is kept: literals, and values that are given a name.
+
+    Between two of these an expression can only put together as many values as it has operators, so + and ~ need no
+    check of their own unless there are very many.
+    """
 
     def _count(self, node: Any) -> Any:
         self.generic_visit(node)
@@ -243,7 +262,22 @@ class _Counted(NodeTransformer):
 
     def _weigh(self, node: Any) -> Any:
         self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") != "load" else _call("literal", [node], node.lineno)
+        return node if getattr(node, "ctx", "load") != "load" else _call("made_of", [node], node.lineno)
+
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
+        self.generic_visit(node)
+        node.node = _call("made_of", [node.node], node.lineno)
+        return node
+
+    def visit_With(self, node: nodes.With) -> nodes.Node:
+        self.generic_visit(node)
+        node.values = [_call("made_of", [value], node.lineno) for value in node.values]
+        return node
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Node:
+        many = sum(1 for _ in node.find_all((nodes.Add, nodes.Concat))) >= MAX_OPERATORS
+        self.generic_visit(node)
+        return _call("add", [node.left, node.right], node.lineno) if many else node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)

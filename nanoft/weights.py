@@ -267,15 +267,24 @@ def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
 def copy_companions(source: Path, out: Path) -> None:
     """The tokenizer's files and generation_config.json, byte for byte.
 
-    Where the source has no chat template, the one that nanoft renders with goes along, so that others render alike.
+    Where the source has no chat template, the one that nanoft renders with goes along, so that others render alike;
+    where generation_config.json lacks the token that ends a turn, it is put there, so that others stop alike.
     """
-    for name in [*TOKENIZER_FILES, "generation_config.json"]:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             write_file(out / name, [(source / name).read_bytes()])
+    path = source / "generation_config.json"
+    content = path.read_bytes() if path.is_file() else b""
     if (source / "tokenizer.json").is_file():
         chat = ChatTokenizer.from_directory(source)
         if not chat.has_own_template:
             write_file(out / "chat_template.jinja", [chat.template.encode()])
+        settings = read_json(path) if content else {}
+        known = settings.get("eos_token_id", [])
+        if not set(chat.stop_ids) <= set(known if isinstance(known, list) else [known]):
+            content = (json.dumps({**settings, "eos_token_id": chat.stop_ids}, indent=2) + "\n").encode()
+    if content:
+        write_file(out / path.name, [content])
 
 
 def hash_files(paths: list[Path]) -> str:
@@ -315,6 +324,13 @@ class Opened:
     quantization: tuple[str, bool] | None = None  # the 4-bit form (kind, double) of the base in training
     dtype: torch.dtype = torch.float32  # what training computed in
     step: int | None = None  # of the checkpoint that was opened, for a run that has no result yet
+
+
+def open_chat(source: str, opened: Opened) -> ChatTokenizer:
+    """The tokenizer and template of an opened model, with the template's variables of the run that trained it."""
+    path = Path(source) / "config.json"
+    settings = read_json(path).get("data", {}) if is_run(source) else {}
+    return ChatTokenizer.from_directory(opened.tokenizer_directory, settings.get("template_args"))
 
 
 def open_model(source: str, device: torch.device, dtype: torch.dtype, original_base: bool = False) -> Opened:

@@ -92,7 +92,11 @@ def make_chat_model(directory: Path, case: str = "mistral", seed: int = 0, **cha
     save(directory, STYLES["chatml"])
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-    return make_reference(case, directory, seed=seed, **{"vocab_size": tokenizer.get_vocab_size(), **sizes, **changes})
+    model = make_reference(case, directory, seed=seed, **{"vocab_size": tokenizer.get_vocab_size(), **sizes, **changes})
+    model.generation_config.eos_token_id = tokenizer.token_to_id("<|im_end|>")
+    model.generation_config.save_pretrained(directory)
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def write_records(path: Path, count: int = 24) -> Path:

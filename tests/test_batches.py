@@ -1,4 +1,4 @@
-"""Batches against brute force: targets, windows, packing, the length rule, and a position that can be resumed."""
+"""Batches against brute force: targets, windows, packing, order, and a position that can be resumed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from templates import CHATML, STYLES, TINY, Style, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nanoft import UserError
-from nanoft.batches import Batch, Batches, LengthReport, collate, in_order, make_samples, pack
-from nanoft.chat import ChatTokenizer, Sample
-from nanoft.records import Conversation
+from models import make_reference
+from nanoft import batches
+from nanoft.batches import Batch, Batches, Samples, pack
+from nanoft.chat import Sample
+from nanoft.loss import target_nll
+from nanoft.weights import load_model
 
 PAD = 9
 
@@ -41,13 +44,11 @@ def describe(batch: Batch) -> list[Any]:
     return [None if tensor is None else tensor.tolist() for tensor in tensors] + [batch.tokens, batch.records]
 
 
-def talk(*turns: tuple[str, str], line: int = 1) -> Conversation:
-    return Conversation([{"role": role, "content": content} for role, content in turns], None, "data.jsonl", line)
-
-
-@pytest.fixture(scope="module")
-def chat() -> ChatTokenizer:
-    return ChatTokenizer.from_directory(TINY)
+def collate(rows: list[list[Sample]], pad_id: int, multiple: int = 1) -> Batch:
+    """Rows of samples that are in memory."""
+    counts = itertools.accumulate(map(len, rows), initial=0)
+    places = [np.arange(start, start + len(row)) for start, row in zip(counts, rows, strict=False)]
+    return batches.collate(Samples.of([sample for row in rows for sample in row]), places, pad_id, multiple)
 
 
 # ---- Collation
@@ -135,10 +136,11 @@ def test_windows_do_not_depend_on_how_they_are_cut(pack_length: int | None) -> N
             assert all(len(batch.ids) <= size for batch in window)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("pack_length", [None, 64])
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 50])
-def test_each_epoch_has_each_sample_once(count: int, pack_length: int | None) -> None:
-    run = Batches(make(random_lengths(count)), 4, 2, 0, PAD, pack_length)
+def test_each_epoch_has_each_sample_once(count: int, pack_length: int | None, grouped: bool) -> None:
+    run = Batches(make(random_lengths(count)), 4, 2, 0, PAD, pack_length, group_by_length=grouped)
     orders = []
     for epoch in range(3):
         windows = []
@@ -183,16 +185,17 @@ def test_without_shuffling_the_order_is_the_one_given() -> None:
         assert list(itertools.chain(*(records_of(run.next_window()) for _ in range(3)))) == list(range(10))
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("pack_length", [None, 64])
-def test_seek_is_the_same_as_consuming(pack_length: int | None) -> None:
+def test_seek_is_the_same_as_consuming(pack_length: int | None, grouped: bool) -> None:
     samples = make(random_lengths(45))
-    run = Batches(samples, 3, 2, 1, PAD, pack_length)
+    run = Batches(samples, 3, 2, 1, PAD, pack_length, group_by_length=grouped)
     positions, windows = [], []
     for _ in range(20):
         positions.append((run.epoch, run.index))
         windows.append([describe(batch) for batch in run.next_window()])
     assert positions[-1][0] >= 2
-    jumping = Batches(samples, 3, 2, 1, PAD, pack_length)
+    jumping = Batches(samples, 3, 2, 1, PAD, pack_length, group_by_length=grouped)
     for at in [7, 19, 0, 12, 3, 18]:
         jumping.seek(*positions[at])
         assert [describe(batch) for batch in jumping.next_window()] == windows[at]
@@ -203,22 +206,58 @@ def test_seek_is_the_same_as_consuming(pack_length: int | None) -> None:
 # ---- Packing
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_packing_keeps_each_sample_once_within_the_capacity(seed: int) -> None:
-    lengths = np.array([*random_lengths(300, seed, longest=64), 64, 64])
-    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
-    rows = pack(order, lengths, 64)
+def unpacked(slots: Any, bounds: Any) -> list[list[int]]:
+    return [slots[start:end].tolist() for start, end in itertools.pairwise(bounds.tolist())]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 64), max_size=200))
+def test_packing_keeps_each_sample_once_within_the_capacity(lengths: list[int]) -> None:
+    rows = unpacked(*pack(np.array(lengths, dtype=np.int64), 64))
     assert all(row for row in rows)
-    assert Counter(itertools.chain(*rows)) == Counter(order)
-    used = [int(lengths[row].sum()) for row in rows]
-    assert max(used) == 64
-    assert sum(used) / (64 * len(rows)) > 0.9  # little is left empty
+    assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
+    used = [sum(lengths[i] for i in row) for row in rows]
+    assert max(used, default=0) <= 64
+    fewest = -(-sum(lengths) // 64)
+    assert len(rows) <= 11 / 9 * max(fewest, sum(length > 32 for length in lengths)) + 4  # Johnson's bound
 
 
-def test_packing_takes_the_fullest_row_that_fits() -> None:
-    assert sorted(map(sorted, pack([0, 1, 2, 3], np.array([6, 5, 4, 5]), 10))) == [[0, 2], [1, 3]]
-    assert sorted(pack([0, 1, 2, 3], np.array([6, 5, 4, 5]), 10, open_rows=0)) == [[0], [1], [2], [3]]
-    assert pack([], np.array([]), 10) == []
+def brute_force_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        room = [capacity - sum(lengths[i] for i in row) for row in rows]
+        fitting = [r for r in range(len(rows)) if room[r] >= lengths[sample]]
+        if fitting:
+            rows[min(fitting, key=lambda r: room[r])].append(sample)
+        else:
+            rows.append([sample])
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_is_best_fit_decreasing(seed: int) -> None:
+    """Rows of equal room are interchangeable: the fill of the rows is compared."""
+    lengths = random_lengths(120, seed, longest=64)
+    fill = sorted(sum(lengths[i] for i in row) for row in unpacked(*pack(np.array(lengths), 64)))
+    assert fill == sorted(sum(lengths[i] for i in row) for row in brute_force_best_fit(lengths, 64))
+
+
+def test_packing_of_nothing_and_of_what_fills_a_row() -> None:
+    assert unpacked(*pack(np.array([], dtype=np.int64), 10)) == []
+    assert unpacked(*pack(np.array([10, 10]), 10)) == [[0], [1]]
+    assert sorted(map(sorted, unpacked(*pack(np.array([6, 5, 4, 5]), 10)))) == [[0, 2], [1, 3]]
+
+
+def test_who_shares_a_row_changes_and_the_number_of_windows_does_not() -> None:
+    run = Batches(make(random_lengths(200, longest=20)), 2, 2, 0, PAD, 64)
+    shared = []
+    for epoch in range(3):
+        run.seek(epoch, 0)
+        windows = run.windows_in_epoch()
+        rows = [row for index in range(windows) for piece in run.rows(index) for row in piece]
+        shared.append({frozenset(row.tolist()) for row in rows})
+    assert len(shared[0] & shared[1]) < len(shared[0]) / 4
+    assert len({len(rows) for rows in shared}) == 1
 
 
 def test_packed_and_unpacked_epochs_have_the_same_targets() -> None:
@@ -234,128 +273,106 @@ def test_packed_and_unpacked_epochs_have_the_same_targets() -> None:
     assert epoch(None) == epoch(80)
 
 
-# ---- Length rule
+def test_packed_logits_and_gradients_are_those_of_the_documents_alone(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, vocab_size=32)
+    samples = make([5, 9, 3, 1, 12, 7])
 
-LONG = talk(("user", "I want euros for my 921 rupees, " * 4), ("assistant", "Yes, please."), line=1)
-SHORT = talk(("user", "Go"), ("assistant", "Yes"), line=2)
+    def flow(rows: list[list[Sample]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Logits of all tokens in the order of the samples, and the gradient of the summed loss."""
+        model = load_model(tmp_path, torch.device("cpu"), torch.float32)
+        batch = collate(rows, PAD)
+        hidden = model(batch.ids, batch.positions, batch.segments)
+        target_nll(hidden, model.head, batch.rows, batch.targets).backward()
+        lengths = [sum(len(sample.ids) for sample in row) for row in rows]
+        logits = [row[:length] for row, length in zip(model.logits(hidden), lengths, strict=True)]
+        return torch.cat(logits).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
-
-def targets_of(sample: Sample) -> list[int]:
-    return sample.ids[sample.is_target].tolist()
-
-
-def test_samples_that_fit_are_untouched(chat: ChatTokenizer) -> None:
-    samples, report = make_samples([LONG, SHORT], chat, 512, "drop")
-    whole = [s for n, c in enumerate([LONG, SHORT]) for s in chat.encode(chat.render_samples(c.messages, n))]
-    assert [s.ids.tolist() for s in samples] == [s.ids.tolist() for s in whole]
-    lengths, targets = [len(s.ids) for s in whole], [len(targets_of(s)) for s in whole]
-    assert report == LengthReport(2, 0, 0, 0, sum(targets), 0, sum(lengths), max(lengths))
-    assert make_samples([LONG], chat, max(lengths), "drop")[1].kept == 1  # exactly the limit fits
-
-
-def test_drop_counts_what_is_lost(chat: ChatTokenizer) -> None:
-    (long, short), _ = make_samples([LONG, SHORT], chat, 512, "drop")
-    kept, report = make_samples([LONG, SHORT], chat, len(long.ids) - 1, "drop")
-    assert [sample.record for sample in kept] == [1]
-    lost = len(targets_of(long))
-    assert report == LengthReport(1, 0, 1, 0, len(targets_of(short)), lost, len(short.ids), len(short.ids))
-
-
-STARTS = {  # who writes BOS: template and tokenizer, tokenizer, template, nobody
-    "tiny": None,
-    "zephyr": STYLES["zephyr"],
-    "template only": Style("{{ bos_token }}" + CHATML, "<s>", "<|im_end|>", "<|im_end|>"),
-    "no BOS": STYLES["chatml"],
-}
+    logits, gradients = flow([[sample] for sample in samples])
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for rows in ([samples[:3], samples[3:]], [samples]):
+        packed_logits, packed_gradients = flow(rows)
+        assert (packed_logits - logits).abs().max() < 1e-5 * logits.abs().max()
+        assert packed_gradients.keys() == gradients.keys()
+        assert max(float((packed_gradients[n] - gradients[n]).abs().max()) for n in gradients) < 1e-5 * largest
+    model, batch = load_model(tmp_path, torch.device("cpu"), torch.float32), collate([samples], PAD)
+    seen = model.logits(model(batch.ids, None, None))[0]  # the test of the test: documents that see each other
+    assert (seen - logits).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_cutting_the_prompt_keeps_targets_and_bos(tmp_path: Path, start: str) -> None:
-    style = STARTS[start]
-    directory = save(tmp_path, style, adds_bos=start == "zephyr") if style else TINY
-    chat = ChatTokenizer.from_directory(directory)
-    (whole,), _ = make_samples([LONG], chat, 512, "prompt")
-    targets = targets_of(whole)
-    length = len(whole.ids)
-    least = length - int(whole.is_target.argmax()) + 1  # one token before the first target, and all from there on
-    for limit in range(length - 1, least - 1, -1):
-        (sample,), report = make_samples([LONG], chat, limit, "prompt")
-        assert len(sample.ids) == len(sample.is_target) == limit
-        assert targets_of(sample) == targets
-        assert not sample.is_target[0]
-        assert (report.truncated, report.dropped, report.target_tokens) == (1, 0, len(targets))
-        head = 0 if start == "no BOS" else 1
-        assert sample.ids[:head].tolist() == ([chat.bos_id] if head else [])
-        assert sample.ids[head:].tolist() == whole.ids[length - limit + head :].tolist()
-        assert collate([[sample]], PAD).targets.tolist() == targets  # none is lost to having nothing before it
-    with pytest.raises(UserError, match=f"none of 1 samples fits model.max_seq_length={least - 1}"):
-        make_samples([LONG], chat, least - 1, "prompt")
+# ---- Padding
 
 
-def test_targets_that_are_too_long_are_dropped_whole(chat: ChatTokenizer) -> None:
-    endless = talk(("user", "Go"), ("assistant", "Yes, please. " * 50))
-    kept, report = make_samples([endless, SHORT], chat, 32, "prompt")
-    assert [sample.record for sample in kept] == [1]
-    assert (report.truncated, report.dropped) == (0, 1)
-    assert report.target_tokens_lost > 100
+def test_grouping_by_length_pads_less_and_keeps_the_windows_random() -> None:
+    samples = make(random_lengths(1000, longest=200))
+    plain, grouped = (Batches(samples, 4, 2, 0, PAD, group_by_length=on) for on in (False, True))
+    assert plain.windows_in_epoch() == grouped.windows_in_epoch() == 125
+    assert grouped.utilisation() > 0.97 > 0.9 > plain.utilisation()
+    longest = [max(len(batch.ids[0]) for batch in grouped.window(index)) for index in range(50)]
+    assert longest != sorted(longest)
+    assert abs(np.corrcoef(longest, range(50))[0, 1]) < 0.5  # not from short to long
 
 
-def test_several_samples_of_one_record(tmp_path: Path) -> None:
-    chat = ChatTokenizer.from_directory(save(tmp_path, STYLES["qwen"]))
-    turns = talk(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    samples, report = make_samples([SHORT, turns], chat, 512, "drop")
-    assert [sample.record for sample in samples] == [0, 1, 1]
-    assert report.kept == 3
+@pytest.mark.parametrize("pack_length", [None, 64])
+def test_utilisation_is_what_the_batches_have(pack_length: int | None) -> None:
+    run = Batches(make(random_lengths(100)), 4, 2, 0, PAD, pack_length, pad_to_multiple_of=8)
+    batches_of_epoch = [batch for index in range(run.windows_in_epoch()) for batch in run.window(index)]
+    used = sum(batch.tokens for batch in batches_of_epoch)
+    assert run.utilisation() == used / sum(batch.ids.numel() for batch in batches_of_epoch)
+    assert all(batch.ids.shape[1] % 8 == 0 for batch in batches_of_epoch)
+    assert {len(batch.ids) for batch in batches_of_epoch[:-2]} == {4}
 
 
-def test_plain_text_becomes_a_sample(chat: ChatTokenizer) -> None:
-    text = Conversation([], "I would like to hear Summer.", "data.jsonl", 1)
-    (sample,), report = make_samples([text], chat, 512, "drop")
-    assert report.target_tokens == len(sample.ids) - 1
-    assert chat.decode(sample.ids.tolist()) == text.text
+def test_padding_to_a_multiple_changes_nothing_else() -> None:
+    rows = [[sample] for sample in make([7, 1, 12, 5])]
+    exact, wide = collate(rows, PAD), collate(rows, PAD, 16)
+    assert (exact.ids.shape, wide.ids.shape) == ((4, 12), (4, 16))
+    assert torch.equal(exact.ids, wide.ids[:, :12])
+    assert (wide.ids[:, 12:] == PAD).all()
+    assert torch.equal(exact.targets, wide.targets)
+    assert torch.equal(wide.ids.ravel()[wide.rows + 1], wide.targets)
 
 
-def test_samples_without_a_target(tmp_path: Path) -> None:
-    """A template that swallows an answer: few such records are counted, more stop the run and one is named."""
-    template = "{% for m in messages %}{% if m.content != 'nothing' %}{{ m.content + ' ' }}{% endif %}{% endfor %}"
-    chat = ChatTokenizer.from_directory(save(tmp_path, Style(template, None, "<|im_end|>", "<|im_end|>")))
-    swallowed = talk(("user", "Q"), ("assistant", "nothing"), line=77)
-    samples, report = make_samples([SHORT] * 19 + [swallowed], chat, 512, "drop")
-    assert (len(samples), report.kept, report.without_target, report.dropped) == (19, 19, 1, 0)
-    with pytest.raises(UserError, match=r"^data\.jsonl:77: the sequence has no target token"):
-        make_samples([SHORT] * 18 + [swallowed], chat, 512, "drop")
+def test_the_longest_micro_batch() -> None:
+    run = Batches(make([3, 9, 4, 8, 7, 2]), 2, 2, 0, PAD)
+    assert sorted(run.longest().records) == [1, 3]
 
 
-def test_a_record_that_the_template_refuses_is_named(chat: ChatTokenizer) -> None:
-    refused = talk(("user", "a"), ("user", "b"), ("assistant", "c"), line=12)
-    with pytest.raises(UserError, match=r"^data\.jsonl:12: the chat template refuses these messages: .*alternate"):
-        make_samples([SHORT, refused], chat, 512, "drop")
+# ---- Samples
 
 
-def test_describe() -> None:
-    report = LengthReport(1_500, 0, 0, 0, 4_000, 0, 123_456, 99)
-    assert report.describe(512, "drop") == [
-        "123,456 in 1,500 samples, 4,000 of them targets, longest 99",
-        "longer than 512: 0 truncated, 0 dropped (data.truncation=drop: over-long samples dropped); "
-        "no target token lost",
-    ]
-    report = LengthReport(10, 2, 3, 4, 50, 1_017, 70, 12)
-    assert report.describe(12, "prompt")[1] == (
-        "longer than 12: 2 truncated, 3 dropped (data.truncation=prompt: oldest prompt tokens cut); "
-        "4 without a target left out; 1,017 target tokens lost"
-    )
+def test_samples_in_one_array_are_those_put_in() -> None:
+    put_in = make(random_lengths(20))
+    samples = Samples.of(put_in)
+    for part, expected in ((samples, put_in), (samples[3:9], put_in[3:9]), (samples[[5, 2]], [put_in[5], put_in[2]])):
+        assert len(part) == len(expected)
+        for found, sample in zip(part, expected, strict=True):
+            assert found.ids.tolist() == sample.ids.tolist()
+            assert found.is_target.tolist() == sample.is_target.tolist()
+            assert (found.record, found.ids.dtype, found.is_target.dtype) == (sample.record, np.int32, np.bool_)
+        assert part.lengths.tolist() == [len(sample.ids) for sample in expected]
+    assert len(Samples.of([])) == 0
+    with pytest.raises(IndexError):
+        samples[20]
 
 
-# ---- Evaluation order
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    size=st.integers(1, 4),
+    steps=st.integers(1, 3),
+    packed=st.booleans(),
+    grouped=st.booleans(),
+    stop=st.integers(0, 60),
+)
+def test_a_run_that_is_resumed_anywhere_goes_on_as_if_it_had_not_stopped(
+    lengths: list[int], size: int, steps: int, packed: bool, grouped: bool, stop: int
+) -> None:
+    def fresh() -> Batches:
+        return Batches(make(lengths), size, steps, 7, PAD, 32 if packed else None, group_by_length=grouped)
 
-
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_in_order_covers_everything_once(batch_size: int) -> None:
-    samples = make(random_lengths(30))
-    batches = list(in_order(samples, batch_size, PAD))
-    records = [record for batch in batches for record in batch.records]
-    assert sorted(records) == list(range(30))
-    lengths = [len(samples[record].ids) for record in records]
-    assert lengths == sorted(lengths)
-    assert [len(batch.records) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
-    assert sum(batch.target_tokens for batch in batches) == sum(int(s.is_target[1:].sum()) for s in samples)
+    going, resumed = fresh(), fresh()
+    for _ in range(stop):
+        going.next_window()
+    resumed.seek(going.epoch, going.index)
+    for _ in range(3):
+        assert [describe(batch) for batch in resumed.next_window()] == [describe(b) for b in going.next_window()]

@@ -11,7 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from templates import CHATML, CONTROL, STYLES, TINY, Style, byte_fallback, byte_level, save
 from transformers import AutoTokenizer
 
@@ -146,8 +149,8 @@ def test_template_file_beats_the_configuration(tmp_path: Path) -> None:
 
 def test_named_templates(tmp_path: Path) -> None:
     forms = [{"name": "rag", "template": "RAG"}, {"name": "default", "template": "DEFAULT"}]
-    for number, (given, expected) in enumerate([(forms, "DEFAULT"), (forms[:1], "RAG")]):
-        chat = read(tmp_path / str(number), STYLES["chatml"], chat_template=given)
+    for number, (stored, expected) in enumerate([(forms, "DEFAULT"), (forms[:1], "RAG")]):
+        chat = read(tmp_path / str(number), STYLES["chatml"], chat_template=stored)
         assert chat.render(one_turn("a")) == expected
 
 
@@ -162,8 +165,8 @@ def test_without_a_template_turns_end_with_eos(tmp_path: Path) -> None:
 def test_stop_ids_come_from_both_files(tmp_path: Path) -> None:
     directory = save(tmp_path, STYLES["chatml"])
     eos, other = CONTROL.index("<|im_end|>"), CONTROL.index("<|endoftext|>")
-    for given, expected in [(other, {eos, other}), ([eos, other], {eos, other}), (None, {eos})]:
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    for stored, expected in [(other, {eos, other}), ([eos, other], {eos, other}), (None, {eos})]:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
         assert set(ChatTokenizer.from_directory(directory).stop_ids) == expected
 
 
@@ -358,6 +361,48 @@ def test_control_tokens_in_pieces_do_not_join(tiny: ChatTokenizer) -> None:
         (sample,) = samples_of(tiny, one_turn(content))
         assert sorted(token for token in sample.ids.tolist() if token < 6) == [1, 2, 4, 5]  # one of each, from template
         assert f"[INST]{content.replace(BREAK, '')}[/INST]" in tiny.decode(sample.ids.tolist(), keep_special=True)
+
+
+# ---- Any conversation
+
+
+@pytest.fixture(scope="module")
+def all_styles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatTokenizer]:
+    root = tmp_path_factory.mktemp("styles")
+    without_thoughts = {"enable_thinking": False}
+    return {name: read(root / name, style, without_thoughts) for name, style in STYLES.items()}
+
+
+pieces = st.sampled_from([*"ab é😀語\n\t<>[]|/", *CONTROL])
+said = st.lists(pieces, min_size=1, max_size=12).map("".join).filter(str.strip)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    style=st.sampled_from(sorted(STYLES)),
+    turns=st.lists(st.tuples(said, said, st.booleans()), min_size=1, max_size=3),
+    system=st.none() | said,
+)
+def test_whatever_is_said(
+    all_styles: dict[str, ChatTokenizer], style: str, turns: list[tuple[str, str, bool]], system: str | None
+) -> None:
+    """Exactly the trained answers and their ends are targets, and each stands behind exactly its prompt of use."""
+    chat = all_styles[style]
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer, trained in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer, "train": trained}]
+    expected = [answer.strip() for _, answer, trained in turns if trained]
+    samples = samples_of(chat, messages) if expected else []
+    texts = [text for sample in samples for text in target_texts(chat, sample)]
+    assert [text.removesuffix(STYLES[style].end).strip() for text in texts] == expected
+    assert all(text.endswith(STYLES[style].end) for text in texts)
+    indices = iter(i for i, m in enumerate(messages) if m.get("train"))
+    for sample in samples:
+        first = np.flatnonzero(np.diff(sample.is_target.astype(int)) == 1) + 1
+        for at in first:
+            assert sample.ids[:at].tolist() == chat.encode_prompt(messages[: next(indices)])
+        if chat.bos_id is not None:
+            assert sample.ids.tolist().count(chat.bos_id) == 1
 
 
 # ---- Whose turn it is

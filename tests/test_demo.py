@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from nanoft.chat import ChatTokenizer
 from nanoft.config import load_config
-from nanoft.records import read_splits
+from nanoft.corpus import open_corpus
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
@@ -32,9 +33,15 @@ def test_the_demo_teaches_tool_calls_and_says_so(bits: int, tmp_path: Path) -> N
     assert report["tuned"]["perplexity"] < 1.1 < report["base"]["perplexity"]
 
     # on stdout: what it will do, one example with its targets marked, and the comparison; nothing of other libraries
-    for line in (r"device    \w+", r"training  LoRA rank 16: [\d,]+ of [\d,]+ parameters", r"tokens    [\d,]+ in "):
+    for line in (
+        r"device    \w+",
+        r"training  LoRA rank 16: [\d,]+ of [\d,]+ parameters",
+        r"\| tokens +\| [\d,]+ +\| [\d,]+ +\|",
+    ):
         assert re.search(line, done.stdout), line
-    assert re.search(r"plan      204 steps of 32 rows, about \d", done.stdout)
+    assert re.search(r"plan      204 steps \(3 epochs\) of 32 rows, about \d", done.stdout)
+    checks = re.findall(r"^preflight (\w+) +ok ", done.stdout, re.MULTILINE)
+    assert checks == ["stop", "bos", "targets", "prompt", "head", "batch", "eval", "disk"]
     example = next(line for line in done.stdout.splitlines() if line.startswith("example"))
     assert re.search(r'\[INST\].*\[/INST\]⟦\{"name": ".*\}\}</s>⟧$', example)
     assert re.search(r"\| exact match +\| +\d+\.\d% +\| +\d+\.\d% +\|", done.stdout)
@@ -53,7 +60,10 @@ def test_the_demo_teaches_tool_calls_and_says_so(bits: int, tmp_path: Path) -> N
 def test_no_held_out_prompt_is_in_the_training_data() -> None:
     config = load_config(TINY)
     d = config.data
-    training, held_out, _ = read_splits(d.train_file, None, d.validation_split, config.system.seed, None, 0.0)
+    chat = ChatTokenizer.from_directory(Path(config.model.name))
+    corpus = open_corpus(d, config.model.max_seq_length, config.system.seed, chat, print)
+    sides = (corpus.training, corpus.validation)
+    training, held_out = (corpus.conversations(side, len(side)) for side in sides)
     assert len(training) + len(held_out) >= 2000
     assert len(held_out) >= 200
     questions = {message["content"] for chat in training for message in chat.messages if message["role"] == "user"}

@@ -16,6 +16,7 @@ from nanoft.config import SECTION_TYPES, Config, load_file
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 PROGRAM = [*(ROOT / "nanoft").glob("*.py"), *ROOT.glob("*.py"), *(ROOT / "configs").glob("**/*.py")]
 
 
@@ -64,9 +65,10 @@ def test_the_config_in_the_text_loads(tmp_path: Path) -> None:
     assert config.data.train_file == "chats.jsonl"
 
 
-@pytest.mark.parametrize("place", ["README.md", "the program"])
+@pytest.mark.parametrize("place", ["the documents", "the program"])
 def test_every_field_that_is_mentioned_exists(place: str) -> None:
-    text = README if place == "README.md" else "\n".join(path.read_text(encoding="utf-8") for path in PROGRAM)
+    program = "\n".join(path.read_text(encoding="utf-8") for path in PROGRAM)
+    text = README + TOUR + DATA if place == "the documents" else program
     fields = {f"{section}.{item.name}" for section, kind in SECTION_TYPES.items() for item in dataclasses.fields(kind)}
     sections = "|".join(SECTION_TYPES)
     mentioned = set(re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?==[\w.]|`)", text))
@@ -85,9 +87,19 @@ def test_the_defaults_in_the_table_are_the_defaults() -> None:
 
 
 def test_every_file_that_is_mentioned_exists() -> None:
-    names = set(re.findall(r"`((?:nanoft|tests|configs|docs|bench)/[\w/.]+)`", README + TOUR))
+    names = set(re.findall(r"`((?:nanoft|tests|configs|docs|bench)/[\w/.]+)`", README + TOUR + DATA))
     assert len(names) > 12
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_shapes_of_the_data_document_are_those_of_the_program() -> None:
+    from nanoft.records import SHAPES
+
+    rows = re.findall(r"^\| `(\w+)` \| (`.*) \|$", DATA, re.MULTILINE)
+    shown = {name: set(re.findall(r"`(\w+)`", fields)) for name, fields in rows if name in SHAPES}
+    assert shown.keys() == SHAPES.keys()
+    for name, (required, known, _) in SHAPES.items():
+        assert {*required, *known} <= shown[name], name
 
 
 def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:

@@ -13,9 +13,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from models import make_chat_model
 from nanoft import evaluate
-from nanoft.batches import make_samples
 from nanoft.chat import ChatTokenizer, Sample
-from nanoft.evaluate import Exchange, Measured
+from nanoft.evaluate import Exchange, Measured, Prompt
 from nanoft.lora import disabled, inject_lora
 from nanoft.model import Decoder
 from nanoft.records import Conversation
@@ -43,6 +42,10 @@ def unequal() -> list[Conversation]:
     return [*chats, conversation("One", "first answer", "Two", "second answer")]
 
 
+def encoded(chat: ChatTokenizer) -> list[Sample]:
+    return list(chat.encode(r for n, c in enumerate(unequal()) for r in chat.render_samples(c.messages, n)))
+
+
 @torch.no_grad()
 def nats_of_transformers(reference: PreTrainedModel, sample: Sample) -> list[float]:
     """The negative log-likelihood of each target token of one sample alone."""
@@ -55,7 +58,7 @@ def nats_of_transformers(reference: PreTrainedModel, sample: Sample) -> list[flo
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_the_loss_weighs_every_target_token_alike(parts: Any, batch_size: int) -> None:
     model, chat, reference, _ = parts
-    samples, _ = make_samples(unequal(), chat, 512, "drop")
+    samples = encoded(chat)
     nats = [nll for sample in samples for nll in nats_of_transformers(reference, sample)]
     loss, tokens = evaluate.validation_loss(model, samples, batch_size, chat.pad_id)
     assert tokens == len(nats)
@@ -66,7 +69,7 @@ def test_the_loss_weighs_every_target_token_alike(parts: Any, batch_size: int) -
 
 def test_measuring_leaves_the_model_as_it_was(parts: Any) -> None:
     model, chat, _, _ = parts
-    samples, _ = make_samples(unequal(), chat, 512, "drop")
+    samples = encoded(chat)
     prompts = evaluate.held_out_prompts(unequal(), 2)
     for training in (True, False):
         model.train(training)
@@ -84,7 +87,7 @@ def test_dropout_is_off_while_measuring(parts: Any) -> None:
     with torch.no_grad():
         for adapter in adapters.values():
             adapter.lora_B.normal_(std=0.5)
-    samples, _ = make_samples(unequal(), chat, 512, "drop")
+    samples = encoded(chat)
     model.train()
     first, second = (evaluate.validation_loss(model, samples, 4, chat.pad_id) for _ in range(2))
     assert first == second
@@ -95,9 +98,11 @@ def test_dropout_is_off_while_measuring(parts: Any) -> None:
 def test_held_out_prompts_are_all_but_the_last_answer() -> None:
     text = Conversation([], "plain text", "made.jsonl", 3)
     chats = [text, conversation("a", "b"), conversation("c", "d", "e", "f"), conversation("g", "h")]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    chats.insert(1, Conversation([{"role": "user", "content": "a"}, call], None, "made.jsonl", 4))
     assert evaluate.held_out_prompts(chats, 2) == [
-        ([{"role": "user", "content": "a"}], "b"),
-        ([{"role": r, "content": t} for r, t in (("user", "c"), ("assistant", "d"), ("user", "e"))], "f"),
+        Prompt([{"role": "user", "content": "a"}], "b"),
+        Prompt([{"role": r, "content": t} for r, t in (("user", "c"), ("assistant", "d"), ("user", "e"))], "f"),
     ]
     assert evaluate.held_out_prompts(chats, 0) == []
 
@@ -117,9 +122,9 @@ def test_answers_come_back_in_order_and_equal_transformers(parts: Any, batch_siz
     model, chat, reference, directory = parts
     prompts = evaluate.held_out_prompts(unequal(), 50)
     exchanges = evaluate.answer_all(model, chat, prompts, batch_size, 6)
-    assert [e.reference for e in exchanges] == [reply for _, reply in prompts]
-    assert [e.prompt for e in exchanges] == [messages[-1]["content"] for messages, _ in prompts]
-    expected = [answer_of_transformers(reference, directory, messages, 6) for messages, _ in prompts]
+    assert [e.reference for e in exchanges] == [prompt.reference for prompt in prompts]
+    assert [e.prompt for e in exchanges] == [prompt.messages[-1]["content"] for prompt in prompts]
+    expected = [answer_of_transformers(reference, directory, prompt.messages, 6) for prompt in prompts]
     assert [(e.answer, e.stopped) for e in exchanges] == expected
     assert len({e.answer for e in exchanges}) > 1
 

@@ -15,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports only what stands before it
-    "config", "runtime", "model", "loss", "optim", "checkpoint", "template", "chat", "records", "nf4", "lora",
-    "weights", "batches", "guard", "metrics", "generate", "evaluate", "export",
+    "config", "runtime", "model", "loss", "optim", "checkpoint", "metrics", "template", "chat", "files", "records",
+    "quality", "truncate", "nf4", "lora", "weights", "batches", "cache", "corpus", "preflight", "guard", "generate",
+    "evaluate", "export",
 ]  # fmt: skip
 COMMANDS = ["train.py", "eval.py", "merge.py"]
 MODULES = {path.stem: path for path in (ROOT / "nanoft").glob("*.py") if path.stem != "__init__"}
@@ -50,7 +51,7 @@ CORE = declared(PROJECT["dependencies"])
 EXTRAS = {
     name
     for extra, wanted in PROJECT["optional-dependencies"].items()
-    if extra != "test"
+    if extra not in ("test", "bench")
     for name in declared(wanted)
 }  # fmt: skip
 

@@ -121,9 +121,20 @@ def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
         assert not run.is_complete(0)
 
 
+def test_skipped_windows_are_counted(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run") as run:
+        assert run.skipped_before(5) == 0
+        run.begin(0)
+        for step, what in ((1, "step skipped"), (1, "step skipped"), (2, "other"), (3, "step skipped")):
+            run.log("warning", step, what=what)
+        assert [run.skipped_before(step) for step in (1, 2, 3, 4)] == [0, 2, 2, 3]
+
+
 def test_the_recorded_config_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
         (run.directory / "config.json").write_text('{"lora": {"rank": 4}}')
+        assert run.recorded_config() is None  # a run that took no step can still be changed
+        (run.directory / "metrics.jsonl").write_text("")
         assert run.recorded_config() == {"lora": {"rank": 4}}
         (run.directory / "config.json").write_text('{"lora": ')
         with pytest.raises(UserError, match=r"config\.json: damaged"):

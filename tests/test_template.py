@@ -96,7 +96,7 @@ BOMBS = {
 
 # Many at a time in one process whose memory and processor time the system limits.
 RUN = """
-import datetime, json, resource, sys, time
+import datetime, gc, json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (1_500_000_000, 1_500_000_000))
 from nanoft.template import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment
 for name, source in json.load(sys.stdin).items():
@@ -108,6 +108,7 @@ for name, source in json.load(sys.stdin).items():
         said = type(error).__name__
     assert messages == [{"role": "user", "content": "hi"}]
     print(json.dumps([name, said, time.process_time() - started]), flush=True)
+    gc.collect()
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from nanoft import runtime
+from nanoft import batches, runtime
 from nanoft.config import Config, load_config
 from nanoft.metrics import Run
 
@@ -80,7 +82,7 @@ def gradients(
     runtime.prepare(config.system.seed, 0, False)
     taken: dict[str, torch.Tensor] = {}
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
-        job = train.prepare(config, run)
+        job = train.prepare(config, run, *train.load_data(config, run, datetime.now()))
         job.model.to(dtype)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in job.trained:
@@ -332,7 +334,7 @@ def test_divergence_ends_with_3_and_names_the_records(tmp_path: Path, capsys: py
     captured = capsys.readouterr()
     assert code == 3
     assert one_line(captured.err).startswith("failed: no finite loss any more after step")
-    assert "skipped records" in captured.out
+    assert re.search(r"left out .*conversations\.jsonl:\d+, ", captured.out)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["event"] == "warning" for line in lines) == Config().training.max_bad_steps
 
@@ -369,7 +371,7 @@ def test_a_window_with_nan_changes_nothing_and_is_left_out(tmp_path: Path, monke
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (warning,) = [line for line in lines if line["event"] == "warning"]
     assert warning["step"] == 2  # the sixth micro-batch is in the third window
-    assert len(warning["records"]) == 8
+    assert len({record for record in warning["records"] if "conversations.jsonl:" in record}) == 8
     before = tmp_path / "run" / "checkpoints" / "step-000002"  # parameters and moments of the step before
     saved = load_file(before / "adapter.safetensors")
     assert equal({f"base_model.model.{n}.weight": p for n, p in snapshots[0].items()}, saved)
@@ -400,6 +402,7 @@ def test_the_run_directory_holds_what_it_says(tmp_path: Path, capsys: pytest.Cap
     names = {path.name for path in run.iterdir()} - {".lock"}
     assert names == {
         "config.json", "metrics.jsonl", "train.log", "checkpoints", "best.json", "adapter", "report.md", "report.json",
+        "rejected.jsonl", "preview.txt",
     }  # fmt: skip
     assert (run / "train.log").read_text() == out
     assert load_config(run / "config.json", []) == load_config(arguments[0], arguments[1:])
@@ -428,8 +431,91 @@ def test_show_batch_prints_the_first_window_and_trains_nothing(
     assert "micro-batch 1: 4x" in out
     assert "micro-batch 2: 4x" in out
     assert out.count("[INST]") >= 8
+    assert out.count("conversations.jsonl:") >= 8  # where each of them stands
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert train.main(quick(tmp_path / "run")) == 0  # and is no obstacle to the run itself
+
+
+def test_show_step_names_the_records_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the loop itself: a window whose loss is not finite says which records it had."""
+    arguments = quick(tmp_path / "run", training__max_steps=6)
+    assert train.main(arguments) == 0
+    seen: list[list[int]] = []
+    step = batches.Batches.next_window
+
+    def watch(self: batches.Batches) -> list[batches.Batch]:
+        window = step(self)
+        seen.append(sorted(record for batch in window for record in batch.records))
+        return window
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches.Batches, "next_window", watch)
+        assert train.main(quick(tmp_path / "again", training__max_steps=6)) == 0
+    for number in (1, 5, 6):  # the fifth window is the first of the second epoch, with 36 records in windows of 8
+        capsys.readouterr()
+        assert train.main([*arguments, "--show-step", str(number)]) == 0
+        out = capsys.readouterr().out
+        places = sorted(int(line) - 1 for line in re.findall(r"conversations\.jsonl:(\d+), ", out))
+        assert places == seen[number - 1]
+    refused([*arguments, "--show-step", "0"], ["--show-step: 0"], capsys)
+
+
+def test_skipped_windows_count_in_show_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = quick(tmp_path / "run", training__max_steps=3)
+    assert train.main(arguments) == 0
+    capsys.readouterr()
+    assert train.main([*arguments, "--show-step", "3"]) == 0
+    third = capsys.readouterr().out
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as metrics:
+        metrics.write(json.dumps({"event": "warning", "step": 1, "what": "step skipped"}) + "\n")
+    assert train.main([*arguments, "--show-step", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-12:] == third.splitlines()[-12:]
+
+
+def test_preflight_alone_trains_nothing_and_shows_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = quick(tmp_path / "run")
+    assert train.main([*arguments, "--preflight"]) == 0
+    out = capsys.readouterr().out
+    names = re.findall(r"^preflight (\w+) +ok ", out, re.MULTILINE)
+    assert names == ["stop", "bos", "targets", "prompt", "head", "batch", "eval", "disk"]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    shown = (tmp_path / "run" / "preview.txt").read_text()
+    assert re.findall(r"^==== (\w+): ", shown, re.MULTILINE) == ["shortest", "longest", *["random"] * 3]
+    assert train.main(quick(tmp_path / "run", lora__rank=2)) == 0  # what took no step can still be changed
+
+
+def test_a_check_that_fails_stops_the_run_unless_it_is_forced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def endless(base: Path) -> None:
+        settings = json.loads((base / "tokenizer_config.json").read_text())
+        settings["chat_template"] = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    arguments = quick(tmp_path / "run", model__name=copy_base(tmp_path, endless), training__max_steps=1)
+    refused(arguments, ["preflight: stop: 0 of ", "eos_token_id", "--force stop"], capsys)
+    assert not (tmp_path / "run").exists()
+    assert train.main([*arguments, "--force", "stop"]) == 0
+    assert "preflight stop      FAIL" in capsys.readouterr().out
+
+
+def test_a_template_that_prints_the_date_has_the_date_of_the_runs_first_session(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dated(base: Path) -> None:
+        settings = json.loads((base / "tokenizer_config.json").read_text())
+        settings["chat_template"] = "{{ strftime_now('%Y-%m-%d ') }}" + settings["chat_template"]
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    changes: dict[str, Any] = {"model__name": copy_base(tmp_path, dated)}
+    assert train.main(quick(tmp_path / "run", **changes, training__max_steps=2)) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["provenance"]["date"] = "2020-02-29"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert train.main(quick(tmp_path / "run", **changes, training__max_steps=3)) == 0
+    assert "2020-02-29" in (tmp_path / "run" / "preview.txt").read_text()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["provenance"]["date"] == "2020-02-29"
 
 
 @pytest.mark.parametrize("part", ["load_base", "train", "measure"])
@@ -503,10 +589,10 @@ def without_tokenizer(base: Path) -> None:
 PAIR = record(prompt="one", completion="two")
 DATA = {
     "missing": (lambda p: str(p / "nowhere.jsonl"), ["nowhere.jsonl", "no such file"]),
-    "directory": (lambda p: str(p), ["is a directory"]),
+    "directory": (lambda p: str(p), ["a directory without data files"]),
     "empty": (lambda p: write(p / "d.jsonl", ""), ["d.jsonl", "empty"]),
     "blank": (lambda p: write(p / "d.jsonl", "\n \n"), ["d.jsonl", "empty"]),
-    "wrong field": (lambda p: write(p / "d.jsonl", record(question="a", answer="b") * 9), ["d.jsonl", "question"]),
+    "wrong field": (lambda p: write(p / "d.jsonl", record(query="a", reply="b") * 9), ["d.jsonl", "query"]),
     "one in ten bad": (
         lambda p: write(p / "d.jsonl", PAIR * 9 + record(prompt=1, completion="two")),
         ["d.jsonl:10: prompt: 1 is not a text", "1 of 10 records"],

@@ -20,6 +20,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from templates import CONTROL, STYLES, save
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -30,6 +31,7 @@ from nanoft.model import Decoder, DecoderConfig
 from nanoft.nf4 import Linear4bit
 from nanoft.weights import (
     Opened,
+    copy_companions,
     find_model,
     hash_files,
     load_model,
@@ -469,6 +471,20 @@ def test_a_saved_model_loads_in_transformers(case: str, tmp_path: Path) -> None:
     assert (logits(model, ids) - logits(theirs, ids)).abs().max() < 1e-4
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+
+
+@pytest.mark.parametrize("stored", [None, {"temperature": 0.5}, {"eos_token_id": 3}, {"eos_token_id": [3, 4]}])
+def test_a_saved_model_stops_where_its_template_ends_a_turn(stored: dict[str, Any] | None, tmp_path: Path) -> None:
+    save(tmp_path / "source", STYLES["marked"])  # its turns end in <|im_end|>, its texts in <|endoftext|>
+    if stored is not None:
+        (tmp_path / "source" / "generation_config.json").write_text(json.dumps(stored))
+    (tmp_path / "out").mkdir()
+    copy_companions(tmp_path / "source", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    ends = {CONTROL.index("<|im_end|>"), CONTROL.index("<|endoftext|>")}
+    given = (stored or {}).get("eos_token_id", [])
+    assert set(written.pop("eos_token_id")) == ends | set(given if isinstance(given, list) else [given])
+    assert written == {key: value for key, value in (stored or {}).items() if key != "eos_token_id"}
 
 
 def test_a_hash_tells_names_and_contents_apart(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""Built once, kept, and checked: a directory of files under a hash of everything that they depend on.
+
+What takes minutes to make (a tokenised data set) is made once, in the user's cache directory. It is built aside and
+made real by one rename, with a hash of each file in a manifest that is written last. An entry that does not match its
+manifest, whatever happened to it, is built again and never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from nanoft import UserError
+from nanoft.checkpoint import MANIFEST, sync_directory
+
+KEEP = 16  # entries; the ones that were not used for longest go
+HASH_AT_ONCE = 8 << 20  # bytes
+DEAD_AFTER = 86400  # seconds after which a build that did not end is swept away
+
+
+def cached(key: str, build: Callable[[Path], None], say: Callable[[str], None]) -> Path:
+    """The entry of that key, built by `build(directory)` if it is not there, or not whole.
+
+    Raises:
+        UserError: the cache cannot be written; or whatever `build` raises.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
+    entry = home / hashlib.sha256(key.encode()).hexdigest()[:32]
+    try:
+        if not _is_whole(entry, say):
+            home.mkdir(parents=True, exist_ok=True)
+            _build(home, entry, build)
+            _prune(home, entry)
+        os.utime(entry)  # used now
+    except OSError as error:
+        raise UserError(f"{home}: the cache cannot be written ({error.strerror}): set XDG_CACHE_HOME") from None
+    return entry
+
+
+def _build(home: Path, entry: Path, build: Callable[[Path], None]) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
+    try:
+        build(aside)
+        hashes = {path.name: hash_files([path]) for path in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
+        for path in aside.iterdir():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        shutil.rmtree(entry, ignore_errors=True)  # one that is not whole
+        try:
+            os.rename(aside, entry)
+        except OSError:
+            if not (entry / MANIFEST).is_file():  # else another process has built the same meanwhile
+                raise
+        sync_directory(home)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_whole(entry: Path, say: Callable[[str], None]) -> bool:
+    """Whether the entry is there, every byte as it was written."""
+    if not entry.exists():
+        return False
+    try:
+        hashes = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
+        whole = {path.name for path in entry.iterdir()} == {MANIFEST, *hashes} and all(
+            hash_files([entry / name]) == digest for name, digest in hashes.items()
+        )
+    except (OSError, ValueError, UserError, TypeError):
+        whole = False
+    if not whole:
+        say(f"warning: {entry}: the cached data is damaged: it is built again")
+    return whole
+
+
+def _prune(home: Path, newest: Path) -> None:
+    """Let go of what was not used for longest, and of what builds that died left behind."""
+    entries = sorted((p for p in home.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    whole = [path for path in entries if not path.name.startswith(".tmp-")]
+    dead = [p for p in entries if p.name.startswith(".tmp-") and time.time() - p.stat().st_mtime > DEAD_AFTER]
+    for path in [*whole[KEEP:], *dead]:
+        if path != newest:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """One SHA-256 over sizes and contents, pieces of the files hashed side by side.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+
+    def hash_piece(piece: tuple[Path, int]) -> bytes:
+        with open(piece[0], "rb") as stream:
+            stream.seek(piece[1])
+            return hashlib.sha256(stream.read(HASH_AT_ONCE)).digest()
+
+    try:
+        sizes = [os.path.getsize(file) for file in files]
+        pieces = [(f, at) for f, size in zip(files, sizes, strict=True) for at in range(0, size, HASH_AT_ONCE)]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            digests = b"".join(pool.map(hash_piece, pieces))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return hashlib.sha256(json.dumps(sizes).encode() + digests).hexdigest()

@@ -1,0 +1,207 @@
+"""Before the first step: does the model see what you think it sees, and will it fit?
+
+Most failed fine-tunings were lost before they began: the turn never ends in a token that stops an answer, BOS stands
+twice, the prompt in use is not the prompt in training, the stop token's row of a frozen head was never trained, memory
+runs out at the longest batch after an hour, or the disk at the first save. Each of these is one check, one line, and
+one thing to do about it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanoft import UserError
+from nanoft.batches import Batches, Samples
+from nanoft.chat import ChatTokenizer, Sample
+from nanoft.corpus import Corpus
+from nanoft.model import Decoder
+
+LOOKED_AT = 2000  # samples, evenly spread
+RENDERED = 32  # conversations, rendered again
+WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median row
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, whether it is as it should be, what was found, and what to do if not."""
+
+    name: str
+    passed: bool
+    found: str
+    fix: str = ""
+
+    def line(self) -> str:
+        return f"preflight {self.name:9} {'ok  ' if self.passed else 'FAIL'}  {self.found}" + (
+            "" if self.passed else f": {self.fix} (or --force {self.name})"
+        )
+
+
+def judge(checks: Sequence[Check], forced: Sequence[str]) -> None:
+    """Stop at what failed, unless it is forced by name.
+
+    Raises:
+        UserError: names the first check that failed, and its fix.
+    """
+    failed = [check for check in checks if not check.passed and check.name not in forced]
+    if failed:
+        raise UserError(
+            f"preflight: {failed[0].name}: {failed[0].found}: {failed[0].fix} (or --force {failed[0].name})"
+        )
+
+
+def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check]:
+    """Everything that can be told from the tokens alone."""
+    spread = np.linspace(0, len(corpus.training) - 1, min(LOOKED_AT, len(corpus.training))).astype(int)
+    samples = [corpus.training[int(at)] for at in spread]
+    return [
+        _check_stop(samples, corpus, chat),
+        _check_bos(samples, chat),
+        _check_targets(samples, corpus),
+        _check_prompt(corpus, chat, train_on),
+    ]
+
+
+def _check_stop(samples: list[Sample], corpus: Corpus, chat: ChatTokenizer) -> Check:
+    """Every trained turn ends in a token that stops an answer; one that was cut has no end."""
+    last = [int(s.ids[s.is_target][-1]) for s in samples if s.is_target.any()]
+    stopping = sum(token in chat.stop_ids for token in last)
+    allowed = corpus.report["truncated"] if corpus.report["truncation"] in ("response", "proportional") else 0
+    unstopped = len(last) - stopping
+    passed = unstopped <= 1.5 * allowed * len(last) / max(len(corpus.training), 1) + bool(allowed)
+    odd = next((token for token in last if token not in chat.stop_ids), None)
+    shown = "" if odd is None else f"; one ends in {chat.decode([odd], keep_special=True)!r}"
+    stops = ", ".join(repr(chat.decode([token], keep_special=True)) for token in chat.stop_ids)
+    return Check(
+        "stop",
+        passed,
+        f"{stopping:,} of {len(last):,} samples end in a stop token ({stops}){shown}",
+        "the tuned model would not stop; put the template's end of turn into generation_config.json's eos_token_id",
+    )
+
+
+def _check_bos(samples: list[Sample], chat: ChatTokenizer) -> Check:
+    """BOS stands at the beginning only."""
+    if chat.bos_id is None:
+        return Check("bos", True, "the tokenizer has none")
+    doubled = sum(bool(len(s.ids) > 1 and s.ids[0] == s.ids[1] == chat.bos_id) for s in samples)
+    first = sum(bool(s.ids[0] == chat.bos_id) for s in samples)
+    fix = "take {{ bos_token }} out of the chat template, or the BOS out of the tokenizer's post-processor"
+    return Check(
+        "bos", not doubled, f"{first:,} of {len(samples):,} samples begin with one BOS, {doubled} with two", fix
+    )
+
+
+def _check_targets(samples: list[Sample], corpus: Corpus) -> Check:
+    """There is something to learn in every sample."""
+    without = sum(not s.is_target.any() for s in samples)
+    share = corpus.report["training"]["target_tokens"] / corpus.report["training"]["tokens"]
+    return Check(
+        "targets", not without, f"{share:.1%} of the tokens are targets; samples without any: {without}", "data"
+    )
+
+
+def _check_prompt(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
+    """What the model is given in use is what stood before its answers in training."""
+    looked_at, differing, extra = 0, 0, ""
+    for conversation in corpus.conversations(corpus.training, RENDERED):
+        answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+        if not answers or train_on == "all":
+            continue
+        messages = conversation.messages[: answers[0] + 1]
+        plain = [{key: value for key, value in m.items() if key not in ("weight", "train")} for m in messages]
+        (sample, *_) = chat.encode_now(chat.render_samples(plain, 0, conversation.tools))
+        before = sample.ids[: int(sample.is_target.argmax())].tolist()
+        prompt = chat.encode_prompt(plain[:-1], conversation.tools)
+        looked_at += 1
+        if before != prompt:
+            differing += 1
+            extra = chat.decode(before[len(prompt) :], keep_special=True)
+    found = f"{looked_at - differing} of {looked_at} prompts are the same in training and in use"
+    if extra:
+        found += f"; in training {extra!r:.60} follows"
+    return Check(
+        "prompt",
+        not differing,
+        found,
+        "the template adds it to the answers; for Qwen3 set data.template_args={enable_thinking: false}",
+    )
+
+
+def check_head(model: Decoder, chat: ChatTokenizer, samples: Samples) -> Check:
+    """A frozen head whose row for the stop token was never trained cannot learn to stop."""
+    ends = {
+        int(s.ids[s.is_target][-1]) for s in (samples[at] for at in range(min(100, len(samples)))) if s.is_target.any()
+    }
+    stops = sorted(ends & set(chat.stop_ids))
+    norms = model.head.detach().float().norm(dim=1)
+    median = norms.median().item()
+    ratios = {chat.decode([token], keep_special=True): norms[token].item() / median for token in stops}
+    found = ", ".join(f"{token!r}: {ratio:.2f}" for token, ratio in ratios.items()) or "no stop token in use"
+    return Check(
+        "head",
+        all(WEAK <= ratio <= STRONG for ratio in ratios.values()),
+        f"norm of the stop token's row of the head, relative to the median row: {found}",
+        "the base has not learned this token: use a template whose end of turn it knows, or training.method=full",
+    )
+
+
+def check_disk(directory: Path, size: int, keep: int) -> Check:
+    """Room for the checkpoints that will lie there at once."""
+    free, needed = shutil.disk_usage(directory).free, size * (keep + 2)
+    found = f"{needed / 1e9:.2f} GB for {keep + 2} checkpoints, {free / 1e9:.2f} GB free in {directory}"
+    return Check(
+        "disk", free > needed, found, "free some, lower training.keep_checkpoints, or choose another output.dir"
+    )
+
+
+# ---- For people to look at
+
+
+def show_window(batches: Batches, index: int, corpus: Corpus, chat: ChatTokenizer, colour: bool) -> Iterator[str]:
+    """A window of the current epoch as the model sees it: borders of documents, targets, special tokens, counts."""
+    for number, (rows, batch) in enumerate(zip(batches.rows(index), batches.window(index), strict=True), start=1):
+        height, width = batch.ids.shape
+        padding = height * width - batch.tokens
+        yield (
+            f"micro-batch {number}: {height}x{width}, {batch.tokens:,} tokens, {batch.target_tokens:,} targets, "
+            f"{padding:,} padding"
+        )
+        for row, members in enumerate(rows, start=1):
+            for document, place in enumerate(members.tolist(), start=1):
+                sample = batches.samples[place]
+                where = f"row {row}" + (f", document {document} of {len(members)}" if len(members) > 1 else "")
+                counts = f"{len(sample.ids):,} tokens, {int(sample.is_target[1:].sum()):,} targets"
+                yield f"  ── {where}: {corpus.place(sample.record)}, {counts}"
+                yield chat.mark(sample, colour)
+
+
+def preview(corpus: Corpus, chat: ChatTokenizer, seed: int) -> str:
+    """The shortest, the longest, a truncated and three random samples: ids, text and mask."""
+    samples = corpus.training
+    cut = np.flatnonzero(np.isin(samples.chosen, corpus.truncated))
+    chance = random.Random(seed)
+    chosen = [
+        ("shortest", int(samples.lengths.argmin())),
+        ("longest", int(samples.lengths.argmax())),
+        *(("truncated", int(place)) for place in cut[:1]),
+        *(("random", chance.randrange(len(samples))) for _ in range(3)),
+    ]
+    return "\n".join(itertools.chain.from_iterable(_describe(name, samples[at], corpus, chat) for name, at in chosen))
+
+
+def _describe(name: str, sample: Sample, corpus: Corpus, chat: ChatTokenizer) -> list[str]:
+    targets = int(sample.is_target.sum())
+    return [
+        f"==== {name}: {corpus.place(sample.record)}, {len(sample.ids)} tokens, {targets} targets",
+        chat.mark(sample, colour=False),
+        "ids   " + " ".join(map(str, sample.ids.tolist())),
+        "mask  " + " ".join(str(int(value)) for value in sample.is_target),
+        "",
+    ]

@@ -1,0 +1,166 @@
+"""Which records to learn from, and which to hold out: duplicates, near duplicates, cut-off answers, splits, leaks.
+
+A data set is never as large as its number of lines. Records repeat, word for word or nearly so, and one that stands on
+both sides of a split turns the validation loss into a memory test. Exact repetition is found by a hash of what is
+said. Near repetition is found by MinHash (Broder 1997, "On the resemblance and containment of documents"): two texts
+agree in a component of their signatures as often as their sets of word 5-grams overlap,
+
+    P(signature_i(A) = signature_i(B)) = |A ∩ B| / |A ∪ B|
+
+and banding (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", section 3.4) finds the pairs worth comparing
+without comparing all.
+
+A split goes by a hash of the seed and of what a record opens with, never by its place in the file: the same seed holds
+out the same records whatever their order, and a larger share holds out more, not others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from typing import Any
+
+import numpy as np
+
+from nanoft.records import Conversation
+
+Array = np.ndarray[Any, Any]
+
+SIGNATURE = 128  # components of a MinHash signature
+SHINGLE = 5  # words
+RECALL = 0.95  # share of the pairs at the threshold that banding must find
+WORD = re.compile(r"\w+")
+_random = np.random.default_rng(20)
+# Multiply-shift hashing (Dietzfelbinger et al. 1997): h(x) = (a x + b mod 2^64) >> 32, a odd.
+_FACTORS = _random.integers(0, 2**63, SIGNATURE, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+_OFFSETS = _random.integers(0, 2**63, SIGNATURE, dtype=np.uint64)
+
+
+def fingerprint(conversation: Conversation) -> int:
+    """64 bits of everything that is said: equal for equal records only (with 10^6 records, up to 3 in 10^8)."""
+    if conversation.text is not None:
+        said = conversation.text
+    else:
+        parts = [f"{m['role']}\0{m['content']}\0{m.get('tool_calls', '')}" for m in conversation.messages]
+        said = "\0".join([*parts, str(conversation.tools or "")])
+    return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "big")
+
+
+def rank(key: Any, seed: int) -> int:
+    """Where a prompt, or a group, stands in the order that a split goes by: 64 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
+
+
+def looks_cut_off(conversation: Conversation) -> bool:
+    """Whether the last answer has sentences and yet ends in the middle of one: a letter or a comma, no full stop."""
+    answer = conversation.messages[-1]["content"].rstrip() if conversation.messages else ""
+    in_sentence = answer[-1:].isalpha() or answer[-1:] == ","
+    return in_sentence and any(mark in answer for mark in ".!?") and len(answer.split()) >= 20
+
+
+# ---- Near duplicates
+
+
+def signature(text: str) -> Array:
+    """(SIGNATURE,) uint32: the smallest hash of the text's word 5-grams, under each of the hash functions."""
+    words = WORD.findall(text.lower())
+    count = max(1, len(words) - SHINGLE + 1)
+    shingles = {zlib.crc32(" ".join(words[i : i + SHINGLE]).encode()) for i in range(count)}
+    hashes = np.fromiter(shingles, dtype=np.uint64, count=len(shingles))
+    return ((hashes[:, None] * _FACTORS + _OFFSETS) >> np.uint64(32)).min(axis=0).astype(np.uint32)
+
+
+def rows_of_a_band(threshold: float) -> int:
+    """r of b = SIGNATURE / r bands of r rows; a pair is found with probability 1 - (1 - s^r)^b; the largest r that
+    finds RECALL of the pairs with similarity s = threshold compares the fewest others."""
+    found = [r for r in range(1, SIGNATURE + 1) if 1 - (1 - threshold**r) ** (SIGNATURE // r) >= RECALL]
+    return max(found, default=1)
+
+
+def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
+    """(n,) bool: which of the rows `kept` resemble an earlier one that stays.
+
+    Args:
+        signatures: (n, SIGNATURE) uint32.
+        threshold: share of the 5-grams of both texts that they have in common.
+    """
+    removed = np.zeros(len(signatures), dtype=np.bool_)
+    candidates = np.flatnonzero(kept)
+    for first, second in sorted(_similar(signatures, candidates, threshold), key=lambda pair: pair[::-1]):
+        removed[second] |= not removed[first]
+    return removed
+
+
+def resembling(signatures: Array, threshold: float, kept: Array, others: Array) -> Array:
+    """(n,) bool: which of the rows `kept` resemble one of the rows `others` (another part of the split)."""
+    found = np.zeros(len(signatures), dtype=np.bool_)
+    for first, second in _similar(signatures, np.flatnonzero(kept | others), threshold, others):
+        found[first] |= bool(kept[first] and others[second])
+        found[second] |= bool(kept[second] and others[first])
+    return found
+
+
+def _similar(signatures: Array, rows: Array, threshold: float, against: Array | None = None) -> set[tuple[int, int]]:
+    """Pairs of rows, the earlier first, that agree in a whole band and in `threshold` of all components.
+
+    In a group that agrees in a band, each row is compared with the one before it, with the first, and (if `against` is
+    given) with the first of those: a group of many copies costs no more than its size.
+    """
+    pairs: set[tuple[int, int]] = set()
+    height = rows_of_a_band(threshold)
+    for start in range(0, SIGNATURE - height + 1, height):
+        band = np.ascontiguousarray(signatures[rows, start : start + height])
+        keys = band.view(np.dtype((np.void, band.dtype.itemsize * height))).ravel()
+        order = np.argsort(keys, kind="stable")
+        alike = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1  # places in `order` that equal the one before
+        first = place = -1
+        for at in alike.tolist():
+            if at != place + 1:
+                first = int(rows[order[at - 1]])
+            place = at
+            before, here = int(rows[order[at - 1]]), int(rows[order[at]])
+            pairs |= {(before, here), (first, here)}
+            if against is not None and against[here] and not against[first]:
+                pairs.add((first, here))
+                first = here
+    return {pair for pair in pairs if (signatures[pair[0]] == signatures[pair[1]]).mean() >= threshold}
+
+
+# ---- Splits
+
+
+def hold_out(ranks: Array, strata: Array, share: float, size: int | None) -> Array:
+    """(n,) bool: the records whose rank is among the smallest of their stratum; equal ranks stay together.
+
+    Args:
+        ranks: (n,) uint64, of the prompt or the group.
+        strata: (n,) int: a share of each is held out; a rank belongs to the smallest stratum that it occurs in.
+        share: of the different ranks of a stratum.
+        size: so many records instead, whatever the share (as near as groups allow).
+    """
+    unique, inverse, counts = np.unique(ranks, return_inverse=True, return_counts=True)
+    home = np.full(len(unique), np.iinfo(np.int64).max)
+    np.minimum.at(home, inverse, strata)
+    chosen = np.zeros(len(unique), dtype=np.bool_)
+    total = len(ranks)
+    for stratum in np.unique(home):
+        members = np.flatnonzero(home == stratum)  # in the order of their ranks
+        if size is None:
+            count = round(share * len(members))
+        else:
+            wanted = size * counts[members].sum() / total
+            count = int(np.searchsorted(np.cumsum(counts[members]), wanted - 0.5)) + 1 if wanted >= 0.5 else 0
+        chosen[members[: min(count, len(members) - 1)]] = True
+    if not chosen.any() and len(unique) > 1 and (size or share):
+        chosen[0] = True  # asked for some, and too few for a share
+    return chosen[inverse]
+
+
+def hold_out_newest(times: Array, ranks: Array, share: float, size: int | None) -> Array:
+    """(n,) bool: the newest records; of those with the same time, the ones with the smaller rank."""
+    count = min(size if size is not None else max(1, round(share * len(times))), len(times) - 1)
+    newest = np.lexsort((ranks, -times))[:count]
+    held = np.zeros(len(times), dtype=np.bool_)
+    held[newest] = True
+    return held

@@ -1,0 +1,225 @@
+"""Duplicates, splits and leaks against brute force and closed forms."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoft import quality
+from nanoft.records import Conversation, Message
+
+WORDS = [f"w{n}" for n in range(2000)]
+
+
+def talk(*turns: str, **fields: Any) -> Conversation:
+    messages: list[Message] = [
+        {"role": ("user", "assistant")[n % 2], "content": text, **fields} for n, text in enumerate(turns)
+    ]
+    return Conversation(messages, None, "f", 1)
+
+
+def shingles(text: str) -> set[str]:
+    words = text.lower().split()
+    return {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
+
+
+def jaccard(a: str, b: str) -> float:
+    return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
+
+
+def texts(count: int, length: int = 120, seed: int = 0) -> list[str]:
+    chance = random.Random(seed)
+    return [" ".join(chance.choices(WORDS, k=length)) for _ in range(count)]
+
+
+# ---- Exact duplicates
+
+
+def test_a_fingerprint_tells_everything_that_is_said() -> None:
+    call = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    different = [
+        talk("a", "b"), talk("ab", ""), talk("a", "b", "c"), talk("b", "a"), talk("a", "B"), talk("a", "b "),
+        talk("a\0b"), talk("a", "b", **call), Conversation([], "a", "f", 1),
+        Conversation(talk("a", "b").messages, None, "f", 1, tools=[{"name": "t"}]),
+        Conversation([{"role": "system", "content": "a"}, *talk("b").messages], None, "f", 1),
+    ]  # fmt: skip
+    assert len({quality.fingerprint(c) for c in different}) == len(different)
+    again = Conversation(talk("a", "b").messages, None, "elsewhere", 99, fields={"user": "x"})
+    assert quality.fingerprint(again) == quality.fingerprint(talk("a", "b"))
+
+
+# ---- Near duplicates
+
+
+@pytest.mark.parametrize("cut", [0, 3, 10, 20, 40, 80])
+def test_signatures_agree_as_often_as_the_texts_overlap(cut: int) -> None:
+    """The estimate has the variance of 128 coin flips."""
+    errors = []
+    for text in texts(60, seed=cut):
+        other = " ".join(text.split()[cut:])
+        agree = (quality.signature(text) == quality.signature(other)).mean()
+        errors.append(agree - jaccard(text, other))
+    assert abs(np.mean(errors)) < 0.015
+    assert np.std(errors) < 0.055  # sqrt(0.25 / 128) = 0.044 at most
+
+
+def test_case_and_punctuation_do_not_matter_and_short_texts_have_signatures() -> None:
+    assert (quality.signature("A b, c d e f!") == quality.signature("a B c d, e f")).all()
+    assert (quality.signature("one two") == quality.signature("one two")).all()
+    assert (quality.signature("one two") != quality.signature("one three")).any()
+    assert quality.signature("").shape == (quality.SIGNATURE,)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9])
+def test_near_duplicates_against_brute_force(threshold: float) -> None:
+    """Of the pairs above the threshold, at least 95 % are found; of those well below, none."""
+    originals = texts(150, seed=3)
+    chance, copies = random.Random(7), []
+    for text in originals:
+        words = text.split()
+        for _ in range(chance.randrange(0, 25)):  # so many replaced words, each of which breaks five 5-grams
+            words[chance.randrange(len(words))] = chance.choice(WORDS)
+        copies.append(" ".join(words))
+    signatures = np.stack([quality.signature(text) for text in [*originals, *copies]])
+    removed = quality.near_duplicates(signatures, threshold, np.ones(300, dtype=np.bool_))
+    assert not removed[:150].any()  # the first of two stays
+    similarity = np.array([jaccard(a, b) for a, b in zip(originals, copies, strict=True)])
+    above, below = similarity > threshold + 0.05, similarity < threshold - 0.12
+    assert above.sum() >= 5
+    assert below.sum() >= 5
+    assert removed[150:][above].mean() >= 0.95
+    assert not removed[150:][below].any()
+
+
+def test_rows_of_a_band_find_95_percent_at_the_threshold() -> None:
+    for threshold in (0.3, 0.5, 0.8, 0.95, 1.0):
+        rows = quality.rows_of_a_band(threshold)
+        found = [1 - (1 - threshold**r) ** (quality.SIGNATURE // r) for r in (rows, rows + 1)]
+        assert found[0] >= 0.95
+        assert found[1] < 0.95 or rows == quality.SIGNATURE
+
+
+def test_a_chain_of_copies_keeps_its_first_and_what_is_not_like_it() -> None:
+    same = texts(1)[0]
+    signatures = np.stack([quality.signature(text) for text in [*texts(3, seed=9), same, same, same, same]])
+    kept = np.ones(7, dtype=np.bool_)
+    assert quality.near_duplicates(signatures, 0.8, kept).tolist() == [False] * 4 + [True] * 3
+    kept[3] = False  # it was left out before
+    assert quality.near_duplicates(signatures, 0.8, kept).tolist() == [False] * 5 + [True] * 2
+
+
+def test_resemblance_between_two_sides_only() -> None:
+    same, other = texts(2)
+    signatures = np.stack([quality.signature(text) for text in [same, same, other, same, other]])
+    training, validation = np.array([1, 1, 1, 0, 0], dtype=np.bool_), np.array([0, 0, 0, 1, 0], dtype=np.bool_)
+    assert quality.resembling(signatures, 0.8, training, validation).tolist() == [True, True, False, False, False]
+    assert not quality.resembling(signatures, 0.8, training, np.zeros(5, dtype=np.bool_)).any()
+
+
+# ---- Cut-off replies
+
+ENOUGH = "This answer has a first sentence. And here it goes on with more words than twenty so that"
+CUT_OFF = {
+    "in mid-sentence": (ENOUGH + " somebody could", True),
+    "at a comma": (ENOUGH + " somebody could,", True),
+    "full stop": (ENOUGH + " somebody could.", False),
+    "quote": (ENOUGH + ' somebody "could."', False),
+    "number": (ENOUGH + " it is = 72", False),
+    "code": (ENOUGH + " print(x)\n```", False),
+    "short": ("Yes. No", False),
+    "no sentences": ("apples, pears, " * 12 + "plums", False),
+}
+
+
+@pytest.mark.parametrize(("reply", "expected"), CUT_OFF.values(), ids=list(CUT_OFF))
+def test_replies_that_stop_in_mid_sentence(reply: str, expected: bool) -> None:
+    assert quality.looks_cut_off(talk("q", reply)) is expected
+
+
+# ---- Splits
+
+
+def ranks_of(questions: list[str], seed: int = 0) -> Any:
+    return np.array([quality.rank(question, seed) for question in questions], np.uint64)
+
+
+def held(questions: list[str], share: float, seed: int = 0, strata: list[int] | None = None, size: Any = None) -> Any:
+    groups = np.array(strata if strata is not None else [0] * len(questions))
+    return quality.hold_out(ranks_of(questions, seed), groups, share, size)
+
+
+QUESTIONS = [f"question {n % 400}" for n in range(1000)]  # each of 400 two or three times
+
+
+def chosen(mask: Any, questions: list[str]) -> set[str]:
+    return {question for question, out in zip(questions, mask, strict=True) if out}
+
+
+def test_a_split_leaks_nothing_and_has_its_share_of_the_questions() -> None:
+    mask = held(QUESTIONS, 0.1)
+    assert chosen(mask, QUESTIONS).isdisjoint(chosen(~mask, QUESTIONS))
+    assert len(chosen(mask, QUESTIONS)) == 40
+
+
+def test_a_split_depends_on_the_seed_and_not_on_the_order() -> None:
+    first = chosen(held(QUESTIONS, 0.1), QUESTIONS)
+    shuffled = random.Random(1).sample(QUESTIONS, len(QUESTIONS))
+    assert chosen(held(shuffled, 0.1), shuffled) == first
+    assert len(chosen(held(QUESTIONS, 0.1, seed=1), QUESTIONS) & first) < 20  # 4 by chance
+    assert first < chosen(held(QUESTIONS, 0.2), QUESTIONS)  # a larger share holds out more, not others
+
+
+@pytest.mark.parametrize(("count", "share", "expected"), [(1, 0.5, 0), (2, 0.01, 1), (2, 0.9, 1), (10, 0.0, 0)])
+def test_a_split_of_few(count: int, share: float, expected: int) -> None:
+    assert held([f"q{n}" for n in range(count)], share).sum() == expected
+
+
+def test_one_question_stays_in_training() -> None:
+    assert not held(["same"] * 5, 0.5).any()
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 900])
+def test_a_fixed_size(size: int) -> None:
+    questions = [f"q{n}" for n in range(1000)]
+    assert held(questions, 0.05, size=size).sum() == size
+    groups = held(QUESTIONS, 0.05, size=size)  # two or three at a time
+    assert abs(groups.sum() - size) <= 2
+
+
+@pytest.mark.parametrize("size", [None, 100])
+def test_each_stratum_gives_its_share(size: int | None) -> None:
+    questions = [f"q{n}" for n in range(2000)]
+    strata = [0] * 1400 + [1] * 500 + [2] * 100
+    mask = held(questions, 0.05, strata=strata, size=size)
+    assert Counter(np.array(strata)[mask].tolist()) == {0: 70, 1: 25, 2: 5}
+    order = random.Random(0).sample(range(2000), 2000)
+    again = held([questions[i] for i in order], 0.05, strata=[strata[i] for i in order], size=size)
+    assert {order[i] for i in np.flatnonzero(again)} == set(np.flatnonzero(mask).tolist())
+
+
+def test_the_newest_are_held_out() -> None:
+    times = np.array([5.0, 1.0, 9.0, 9.0, 3.0, 7.0])
+    ranks = np.arange(6).astype(np.uint64)
+    assert np.flatnonzero(quality.hold_out_newest(times, ranks, 0.5, None)).tolist() == [2, 3, 5]
+    assert np.flatnonzero(quality.hold_out_newest(times, ranks, 0.0, 1)).tolist() == [2]
+    assert quality.hold_out_newest(times, ranks, 0.0, 100).sum() == 5
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=120),
+    share=st.floats(0, 0.9),
+    size=st.none() | st.integers(1, 50),
+    seed=st.integers(0, 5),
+)
+def test_groups_never_stand_on_both_sides(rows: list[Any], share: float, size: int | None, seed: int) -> None:
+    questions = [str(question) for question, _ in rows]
+    mask = held(questions, share, seed, [stratum for _, stratum in rows], size)
+    assert chosen(mask, questions).isdisjoint(chosen(~mask, questions))
+    assert not mask.all()
