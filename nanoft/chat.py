@@ -52,6 +52,7 @@ DEFAULT_TEMPLATE = (
 BREAK, ANSWER = "\ufdd0", "\ufdd3"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # to every template
 OUR_FIELDS = ("train", "weight")  # of a message: whether it is learned; no template's business
 ENCODE_AT_ONCE = 128  # texts handed to the tokenizer's threads together
 
@@ -145,6 +146,8 @@ class ChatTokenizer:
             if not isinstance(_token_text(settings.get(key)), str | None):
                 raise UserError(f"{directory / 'tokenizer_config.json'}: {key}: expected a text: {settings[key]!r:.60}")
         template = _find_template(directory, settings)
+        if taken := sorted(set(template_args or ()) & {*GIVEN, *SPECIAL_TOKENS}):
+            raise UserError(f"data.template_args: {taken[0]}: every template is given this already: leave it out")
         try:
             return cls(tokenizer, settings, template, stops, template_args)
         except COMPILE_ERRORS as error:

@@ -138,6 +138,12 @@ def test_template_refuses_with_its_own_words(tmp_path: Path, tiny: ChatTokenizer
             chat.render(conversation([("user", "a"), ("user", "b")]))
 
 
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token"])
+def test_template_args_cannot_replace_what_every_template_is_given(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.template_args: {name}: "):
+        read(tmp_path, STYLES["qwen"], {name: 1})
+
+
 # ---- Where the template comes from
 
 

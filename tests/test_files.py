@@ -178,6 +178,7 @@ HUB_FILES = [
     "socratic/train-00001-of-00002.parquet",
     "socratic/constrained.parquet",
     "train_all/val.csv.gz",
+    "train_all/train.tsv",
     "other/a.tsv",
 ]
 HUB_SURPLUS = ["README.md", "data.py", "dataset_infos.json", "main/some_config.json", "weights.bin", "main/notes.txt"]
@@ -205,13 +206,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 # Part of the dataset -> (files that are used, files that are fetched).
 HUB_PARTS = {
-    "": ([HUB_FILES[0], *HUB_FILES[2:4], HUB_FILES[5]], HUB_FILES),
+    "": ([HUB_FILES[0], *HUB_FILES[2:4], *HUB_FILES[5:7]], HUB_FILES),
     "/main": (HUB_FILES[:1], HUB_FILES[:2]),
     "/main/": (HUB_FILES[:1], HUB_FILES[:2]),
     "/main/test.jsonl": (HUB_FILES[1:2], HUB_FILES[1:2]),
     "/socratic": (HUB_FILES[2:4], HUB_FILES[2:5]),
-    "/train_all": (HUB_FILES[5:6], HUB_FILES[5:6]),
-    "/other": (HUB_FILES[6:], HUB_FILES[6:]),
+    "/train_all": (HUB_FILES[6:7], HUB_FILES[5:7]),
+    "/other": (HUB_FILES[7:], HUB_FILES[7:]),
 }
 
 
@@ -374,6 +375,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "semicolon.json": (b"[" + GOOD + b";" + GOOD + b"]", "expected ',' between records, found ';'"),
     "garbage behind.json": (array(GOOD) + b" x", "something stands behind the array"),
     "two arrays.json": (array(GOOD) + b"\n" + array(GOOD), "something stands behind the array"),
+    "half a character behind.json": (array(GOOD) + b"\xf0\x9f", "something stands behind the array"),
     "nul behind.json": (array(GOOD) + b"\0", "something stands behind the array"),
     "object with an array.json": (b'{"version": 1, "data": ' + array(GOOD, GOOD) + b"}", (2,)),
     "object with two arrays.json": (b'{"train": [%s], "test": [%s]}' % (GOOD, GOOD), "found 2: 'train, test'"),
@@ -724,6 +726,14 @@ def test_a_line_of_100_megabytes_takes_little_time_and_memory(tmp_path: Path, na
     path.unlink()
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(expected, done.stdout.strip()), done.stdout[:300]
+
+
+def test_a_long_record_is_not_tried_at_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nanoft.files, "CHUNK", 1)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "x" * 1_000_000}] * 2))
+    with within(5):
+        assert [len(record["text"]) for _, record in read_raw(path)] == [1_000_000] * 2
 
 
 # ---- The same records in every kind of file

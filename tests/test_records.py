@@ -361,7 +361,7 @@ def test_the_shape_is_told_from_the_majority(path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_the_shape_is_told_from_the_first_thousand(tmp_path: Path, suffix: str) -> None:
-    records = [GOOD] * 501 + [ALPACA] * 499 + [ALPACA | {"system": "S"}] * 1000
+    records = [ALPACA] * 499 + [GOOD] * 501 + [ALPACA | {"system": "S"}] * 1000
     said, good, bad = read(tmp_path / f"data{suffix}", records)
     assert (said, len(good), len(bad)) == ("messages (messages)", 501, 1499)
     assert {item.reason for item in bad} >= {"expected the fields messages, found instruction, input, output"}
