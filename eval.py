@@ -7,7 +7,7 @@ python eval.py mistralai/Mistral-7B-Instruct-v0.3 --data questions.jsonl
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from nanoft.batches import Samples
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import replace_file
 from nanoft.config import Config, DataConfig, load_config, read_overrides
-from nanoft.corpus import open_corpus
+from nanoft.corpus import data_hash, open_corpus
 from nanoft.files import find_files
 from nanoft.lora import disabled
 from nanoft.metrics import as_json
@@ -61,7 +61,7 @@ def evaluate_source(source: str, overrides: list[str], data: str | None, compare
         print(f"{source}: no result yet: this is its best checkpoint, after step {opened.step}\n")
     if compare_base and not opened.adapters and not is_run(source):
         raise UserError(f"--compare-base: {source} is a plain model, without a base: leave --compare-base out")
-    chat = open_chat(source, opened)
+    chat = open_chat(source, opened, as_trained=True)
     held = held_out(config, data_config, source, chat)
 
     tuned = measure(config, opened, chat, held)
@@ -105,13 +105,29 @@ def data_of(config: Config, source: str, data: str | None) -> DataConfig:
         what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"
         raise UserError(f"{source}: {what} has no validation data: give --data FILE")
     find_files(chosen.train_file, "--data" if data else "data.train_file")
+    if not data:
+        check_held_out(config, source)
     return chosen
 
 
+def check_held_out(config: Config, source: str) -> None:
+    """Only the split that the run was trained with holds out what it was not trained on."""
+    path = Path(source) / "config.json"
+    recorded = load_config(path, environment={})
+    if (recorded.data, recorded.system.seed) != (config.data, config.system.seed):
+        raise UserError(
+            f"{source}: another seed or data setting would measure on what it was trained on: use --data FILE"
+        )
+    if json.loads(path.read_text(encoding="utf-8")).get("provenance", {}).get("data_sha256") != data_hash(config.data):
+        raise UserError(f"{source}: its data changed since it was trained: put it back, or give --data FILE")
+
+
 def everything_in(file: str, settings: DataConfig) -> DataConfig:
-    """Settings that keep all of a file, read as the run reads its own."""
-    one_side = dataclasses.replace(settings, train_file=file, weights=(), validation_file=None, validation_split=0.0)
-    return dataclasses.replace(one_side, validation_size=None, deduplicate=False, near_duplicates=None)
+    """Settings that keep all of a file that can be kept, read as the run reads its own."""
+    kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "train_on", "truncation")
+    return DataConfig(
+        train_file=file, validation_split=0.0, deduplicate=False, **{name: getattr(settings, name) for name in kept}
+    )
 
 
 def held_out(config: Config, data: DataConfig, source: str, chat: ChatTokenizer) -> Held:
@@ -120,7 +136,8 @@ def held_out(config: Config, data: DataConfig, source: str, chat: ChatTokenizer)
     samples = corpus.validation if data is config.data else corpus.training
     if not len(samples):
         raise UserError(f"{source}: this run held nothing out (data.validation_split=0): give --data FILE")
-    return Held(samples[: config.evaluation.max_samples], corpus.conversations(samples, config.evaluation.prompts))
+    conversations = corpus.conversations(corpus.whole(samples), config.evaluation.prompts)
+    return Held(samples[: config.evaluation.max_samples], conversations)
 
 
 @dataclass(frozen=True)

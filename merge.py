@@ -110,7 +110,7 @@ def merge_and_prove(
 
 def prompts(source: str, opened: Opened) -> list[list[int]]:
     """A few samples of the run, held out if it held any, if its data is still there; and a few plain texts."""
-    chat = open_chat(source, opened)
+    chat = open_chat(source, opened, as_trained=True)
     ids = [chat.tokenizer.encode(text).ids for text in PLAIN_TEXTS]
     if is_run(source):
         config = load_config(Path(source) / "config.json")

@@ -47,7 +47,7 @@ from nanoft.optim import (
     set_learning_rate,
     warmup_length,
 )
-from nanoft.preflight import Check, check_data, check_disk, check_head, judge, preview, show_window
+from nanoft.preflight import NAMES, Check, check_data, check_disk, check_head, judge, preview, show_window
 from nanoft.weights import find_model, hash_files, load_model, shard_paths, stored_dtype
 
 STOPPED_BY_SIGNAL = 75
@@ -344,16 +344,18 @@ def preflight_checks(job: Job, forced: list[str]) -> float:
 def rehearse(job: Job) -> float:
     """Seconds that an optimizer step takes, from the longest micro-batch; it and an evaluation batch must fit."""
     batch, seconds = job.batches.longest().to(job.device), []
+    moments = [torch.zeros_like(p) for _, p in job.trained for _ in range(2)]  # what AdamW will need besides
     with torch.random.fork_rng():
-        for _ in range(2):  # the first one warms up
+        for _ in range(2):  # the first one warms up, and leaves its gradients
             started = time.perf_counter()
             with job.autocast():
                 hidden = job.model(batch.ids, batch.positions, batch.segments)
-                nll = target_nll(hidden, job.model.head, batch.rows, batch.targets)
+                nll = target_nll(hidden, job.model.head, batch.rows, batch.targets, job.config.training.label_smoothing)
             nll.backward()
             nll.item()  # waits for the device
             seconds.append(time.perf_counter() - started)
-            job.optimizer.zero_grad(set_to_none=True)
+    job.optimizer.zero_grad(set_to_none=True)
+    del moments
     job.run.say(Check("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit").line())
     if len(job.validation):
         size = job.config.evaluation.batch_size
@@ -422,7 +424,8 @@ def finish(job: Job, state: State) -> None:
 def measure(job: Job, model: Decoder) -> evaluate.Measured:
     """Validation loss and answers to held-out prompts."""
     e = job.config.evaluation
-    prompts = evaluate.held_out_prompts(job.corpus.conversations(job.corpus.validation, e.prompts), e.prompts)
+    conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
+    prompts = evaluate.held_out_prompts(conversations, e.prompts)
     with job.autocast():
         return evaluate.measure(
             model, job.chat, job.validation, prompts, e.batch_size, e.prompt_batch_size, e.max_new_tokens
@@ -494,12 +497,12 @@ def run_training(config: Config, wish: Wish) -> int:
 def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, date: datetime, wish: Wish) -> int:
     """Load the data, prepare, find where to begin, look before the leap, train, finish."""
     chat, corpus, batches = load_data(config, run, date)
+    total_steps = config.training.max_steps or config.training.num_epochs * batches.windows_in_epoch()
     if wish.show_batch or wish.show_step is not None:
-        show(run, batches, corpus, chat, wish.show_step)
+        show(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0
-    job, t = prepare(config, run, chat, corpus, batches), config.training
+    job = prepare(config, run, chat, corpus, batches)
     state = find_start(job, wish.resume)
-    total_steps = t.max_steps or t.num_epochs * job.batches.windows_in_epoch()
     if run.is_complete(state.step) and (state.step >= total_steps or out_of_patience(job, state)):
         run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
         return 0
@@ -516,10 +519,10 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, date: datet
     return 0
 
 
-def show(run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: int | None) -> None:
+def show(run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: int | None, total_steps: int) -> None:
     """The window of an optimizer step (the first, if none is given) as the model sees it."""
-    if step is not None and step < 1:
-        raise UserError(f"--show-step: {step}: steps are counted from 1")
+    if step is not None and not 1 <= step <= total_steps:
+        raise UserError(f"--show-step: {step}: this run has the steps 1 to {total_steps}")
     window = (step or 1) - 1 + run.skipped_before(step or 1)
     epoch, index = divmod(window, batches.windows_in_epoch())
     batches.seek(epoch, index)
@@ -542,7 +545,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
     parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")
     parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
-    parser.add_argument("--force", action="append", default=[], metavar="NAME", help="go on although this check failed")
+    parser.add_argument("--force", action="append", default=[], choices=NAMES, help="go on although this check failed")
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG

@@ -34,7 +34,10 @@ def cached(key: str, build: Callable[[Path], None], say: Callable[[str], None]) 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
     entry = home / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
-        if not _is_whole(entry, say):
+        whole = _is_whole(entry)
+        if not whole and entry.exists():
+            say(f"warning: {entry}: the cached data is damaged: it is built again")
+        if not whole:
             home.mkdir(parents=True, exist_ok=True)
             _build(home, entry, build)
             _prune(home, entry)
@@ -53,31 +56,23 @@ def _build(home: Path, entry: Path, build: Callable[[Path], None]) -> None:
         for path in aside.iterdir():
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
-        shutil.rmtree(entry, ignore_errors=True)  # one that is not whole
-        try:
+        if not _is_whole(entry):  # else another process has built the same meanwhile
+            shutil.rmtree(entry, ignore_errors=True)
             os.rename(aside, entry)
-        except OSError:
-            if not (entry / MANIFEST).is_file():  # else another process has built the same meanwhile
-                raise
         sync_directory(home)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _is_whole(entry: Path, say: Callable[[str], None]) -> bool:
+def _is_whole(entry: Path) -> bool:
     """Whether the entry is there, every byte as it was written."""
-    if not entry.exists():
-        return False
     try:
         hashes = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
-        whole = {path.name for path in entry.iterdir()} == {MANIFEST, *hashes} and all(
+        return {path.name for path in entry.iterdir()} == {MANIFEST, *hashes} and all(
             hash_files([entry / name]) == digest for name, digest in hashes.items()
         )
     except (OSError, ValueError, UserError, TypeError):
-        whole = False
-    if not whole:
-        say(f"warning: {entry}: the cached data is damaged: it is built again")
-    return whole
+        return False
 
 
 def _prune(home: Path, newest: Path) -> None:

@@ -137,6 +137,8 @@ class ChatTokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a valid tokenizer: {error}") from None
+        tokenizer.no_truncation()  # some files say so: here nothing is cut or padded but by nanoft's own rules
+        tokenizer.no_padding()
         settings = _read_optional(directory / "tokenizer_config.json")
         stops = _read_optional(directory / "generation_config.json").get("eos_token_id") or []
         stops = stops if isinstance(stops, list) else [stops]
@@ -179,8 +181,8 @@ class ChatTokenizer:
         """A conversation as one text with a span for each assistant turn; several texts if history is rewritten.
 
         Args:
-            train_on: `assistant`: every assistant turn; `last_assistant`: the last one; `all`: everything. A message
-                with `weight: 0` or `train: false` is left out.
+            train_on: `assistant`: every assistant turn; `last_assistant`: the last one; `all`: everything. An assistant
+                message with `weight: 0` or `train: false` is left out.
         Raises:
             TemplateRefusal: the template cannot be used for training on this conversation.
         """
@@ -189,8 +191,12 @@ class ChatTokenizer:
             self._check_tools(talk.text, messages, tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if train_on == "all":
-            left_out = [self._turn(talk, index)[1] for index in answers if not is_trained(messages[index])]
-            return [Rendered(talk.text, _complement(left_out, len(talk.text)), record)]
+            left_out = [self._turn(talk, index) for index in answers if not is_trained(messages[index])]
+            if not all(talk.text.startswith(after[:end]) for after, (_, end) in left_out):
+                raise TemplateRefusal(
+                    "the chat template rewrites earlier turns: data.train_on=all cannot leave one out"
+                )
+            return [Rendered(talk.text, _complement([span for _, span in left_out], len(talk.text)), record)]
         turns = [i for i in (answers[-1:] if train_on == "last_assistant" else answers) if is_trained(messages[i])]
         pieces = [self._turn(talk, index) for index in turns]
         if all(after is talk.text or talk.text.startswith(after[:end]) for after, (_, end) in pieces):
@@ -346,30 +352,25 @@ class ChatTokenizer:
 
     def _samples(self, batch: list[Rendered], encodings: list[Encoding]) -> Iterator[Sample]:
         for item, encoded in zip(batch, encodings, strict=True):
-            if self._widths is not None and BREAK in item.text:
-                encoded = self.tokenizer.encode(item.text, add_special_tokens=False)  # with places, for once
             ids = np.array(encoded.ids, dtype=np.int32)
-            edge = self._edges(item.text, ids, encoded)
+            ends = self._ends(item.text, ids)
+            if self._widths is not None and ends is None:
+                encoded = self.tokenizer.encode(item.text, add_special_tokens=False)  # with places, for once
+            edge = functools.partial(_edge, encoded) if ends is None else _edge_by_width(item.text, ends)
             edges = [(edge(start), edge(end)) for start, end in item.spans]
-            if any(is_inside for (_, is_inside), _ in edges):
+            if item.turns and any(is_inside for (_, is_inside), _ in edges):
                 yield from map(self._sample_of_turn, itertools.repeat(item), item.spans, item.turns)
             else:
                 spans = [(first, last + inside) for (first, _), (last, inside) in edges]
                 yield self._sample(item, ids, encoded, spans)
 
-    def _edges(self, text: str, ids: Any, encoded: Encoding) -> Callable[[int], tuple[int, bool]]:
-        """Tells of a character: (the first token at or behind it, False), or (the token that it is inside of, True)."""
+    def _ends(self, text: str, ids: Any) -> Any:
+        """(n,) where each token ends, in bytes, if the widths of the tokens tell; None if only the library can."""
         if self._widths is None or BREAK in text:
-            return functools.partial(_edge, encoded)
-        ends = np.cumsum(self._widths[ids])  # of each token, in bytes
-        is_ascii = text.isascii()
-
-        def edge(character: int) -> tuple[int, bool]:
-            byte = character if is_ascii else len(text[:character].encode())
-            token = int(np.searchsorted(ends, byte, side="right"))
-            return token, byte != (ends[token - 1] if token else 0)
-
-        return edge
+            return None
+        ends = np.cumsum(self._widths[ids])
+        size = len(text) if text.isascii() else len(text.encode())
+        return ends if len(ends) and ends[-1] == size else None
 
     def _sample(self, item: Rendered, ids: Any, encoded: Encoding, spans: list[tuple[int, int]]) -> Sample:
         """The sample of a text whose targets are the tokens of `spans`."""
@@ -477,6 +478,17 @@ def _edge(encoded: Encoding, character: int) -> tuple[int, bool]:
         return token, start is not None and start[0] < character
     behind = (at for at, (start, _) in enumerate(encoded.offsets) if start >= character)
     return next(behind, len(encoded)), False
+
+
+def _edge_by_width(text: str, ends: Any) -> Callable[[int], tuple[int, bool]]:
+    """The same as `_edge`, from where each token ends."""
+
+    def edge(character: int) -> tuple[int, bool]:
+        byte = character if text.isascii() else len(text[:character].encode())
+        token = int(np.searchsorted(ends, byte, side="right"))
+        return token, byte != (ends[token - 1] if token else 0)
+
+    return edge
 
 
 def _complement(spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:

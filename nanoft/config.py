@@ -196,8 +196,12 @@ class Config:
             raise UserError("data.validation_file: the same file as data.train_file: leave it out to split that file")
         if self.data.split_time and (self.data.split_group or self.data.split_stratify):
             raise UserError("data.split_time: holds out the newest records: leave split_group and split_stratify out")
-        if any(weight < 0 for weight in self.data.weights):
-            raise UserError(f"data.weights: {self.data.weights}: a weight is how often a file is seen: 0 or more")
+        if any(not 0 <= weight <= 100 for weight in self.data.weights):
+            raise UserError(f"data.weights: {self.data.weights}: a weight is how often a file is seen: from 0 to 100")
+        try:
+            json.dumps([self.data.template_args, self.data.columns])
+        except (TypeError, ValueError):
+            raise UserError("data.template_args: a value is no text, number, true, false, list or table") from None
 
     def override(self, changes: Mapping[str, Any]) -> Config:
         """Return a copy with `section.field` keys replaced; strings are parsed by the field's type.

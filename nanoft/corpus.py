@@ -19,7 +19,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,6 +70,11 @@ class Corpus:
                 if isinstance(item, Conversation):
                     found[lines[item.line]] = item
         return [found[record] for record in records]
+
+    def whole(self, samples: Samples) -> Samples:
+        """Those that were not cut: the prompts of the others are longer than anything that was trained on."""
+        part: Samples = samples[~np.isin(samples.chosen, self.truncated)]
+        return part
 
     def place(self, record: int) -> str:
         """file:line of a record."""
@@ -149,9 +154,12 @@ class _Pass:
         self.read = self.cut_off = self.target_tokens_lost = 0
         self.seen: set[int] = set()  # fingerprints, the lowest bit says of which side
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
+        self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
+        self.samples_lost = 0
         # of each record
         self.file, self.line, self.part = array("l"), array("q"), array("l")
-        self.question, self.group, self.characters, self.time = array("Q"), array("Q"), array("q"), array("d")
+        self.question, self.prompt, self.asked = array("Q"), array("Q"), array("Q")
+        self.group, self.time = array("Q"), array("d")
         self.stratum: list[Any] = []
         # of each sample
         self.starts, self.record, self.truncated = array("q", [0]), array("l"), array("q")
@@ -160,7 +168,7 @@ class _Pass:
         self.rejected = open(aside / REJECTED, "w", encoding="utf-8")  # noqa: SIM115
         self.signatures: dict[str, IO[bytes]] = {}
         if data.near_duplicates:
-            self.signatures = {name: open(aside / f"{name}.sig", "wb") for name in ("whole", "question")}  # noqa: SIM115
+            self.signatures = {name: open(aside / f"{name}.sig", "wb") for name in ("whole", "prompt")}  # noqa: SIM115
 
     def run(self, parts: list[list[Path]], bar: bool) -> None:
         """All files, one after another."""
@@ -236,22 +244,23 @@ class _Pass:
 
     def _add(self, item: Conversation, file: int, part: int) -> int:
         """Note what the split needs to know of a record; returns its number."""
-        data, characters, question = self.data, item.characters(), item.question()
+        data, question, prompt = self.data, item.question(), item.prompt()
         self.file.append(file)
         self.line.append(item.line)
         self.part.append(part)
-        self.characters.append(characters)
         self.question.append(quality.rank(question, self.seed))
+        self.prompt.append(quality.rank(prompt, self.seed))
+        self.asked.append(quality.rank(" ".join(prompt.lower().split()), self.seed))
         if data.split_group:
             self.group.append(quality.rank(item.fields[data.split_group], self.seed))
         if data.split_time:
             self.time.append(_time(item, data.split_time))
         if strata := data.split_stratify or data.label_field:
-            value = _length_bin(characters) if strata == "length" else item.fields[strata]
+            value = _length_bin(item.characters()) if strata == "length" else item.fields[strata]
             self.stratum.append(value)
         for name, stream in self.signatures.items():
             said = "\n".join(m["content"] for m in item.messages) if item.text is None else item.text
-            stream.write(quality.signature(said if name == "whole" else question).tobytes())
+            stream.write(quality.signature(said if name == "whole" else prompt).tobytes())
         self.cut_off += quality.looks_cut_off(item)
         return len(self.file) - 1
 
@@ -271,20 +280,16 @@ class _Pass:
         while (oldest := next(iter(self.in_flight))) < sample.record:
             del self.in_flight[oldest]
         conversation = self.in_flight[sample.record]
-        where = (conversation.file, conversation.line)
+        fitted = self._fit(sample, conversation) if sample.is_target.any() else None
+        self.target_tokens_lost += int(sample.is_target.sum()) - (int(fitted.is_target.sum()) if fitted else 0)
         if not sample.is_target.any():
-            self.reject(MALFORMED, "the sequence has no target token: nothing could be learned from it", *where)
-            return
-        fitted = self._fit(sample, conversation)
-        lost = int(sample.is_target.sum()) - (int(fitted.is_target.sum()) if fitted else 0)
-        self.target_tokens_lost += lost
-        if fitted is None:
+            self._lose(sample, MALFORMED, "the sequence has no target token: nothing could be learned from it")
+        elif fitted is None:
             reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.limit}"
-            self.reject("too long", f"{reason} (data.truncation={self.data.truncation})", *where)
+            self._lose(sample, "too long", f"{reason} (data.truncation={self.data.truncation})")
         elif len(fitted.ids) < self.data.min_tokens:
-            self.reject(
-                "too few tokens", f"{len(fitted.ids)}, fewer than data.min_tokens={self.data.min_tokens}", *where
-            )
+            reason = f"{len(fitted.ids)} tokens, fewer than data.min_tokens={self.data.min_tokens}"
+            self._lose(sample, "too few tokens", reason)
         else:
             if len(fitted.ids) < len(sample.ids):
                 self.truncated.append(len(self.record))
@@ -292,6 +297,16 @@ class _Pass:
             self.starts.append(self.starts[-1] + len(fitted.ids))
             self.record.append(sample.record)
             self.targets.append(int(fitted.is_target.sum()))
+
+    def _lose(self, sample: Sample, kind: str, reason: str) -> None:
+        """One sample less; its record is left out if it has no other."""
+        self.samples_lost += 1
+        self.lost.setdefault(sample.record, (kind, reason))
+
+    def settle(self, files: list[str]) -> None:
+        """Count the records of which no sample is left."""
+        for record in sorted(self.lost.keys() - set(self.record)):
+            self.reject(*self.lost[record], files[self.file[record]], self.line[record])
 
     def _fit(self, sample: Sample, conversation: Conversation) -> Sample | None:
         try:
@@ -321,8 +336,11 @@ def _time(item: Conversation, name: str) -> float:
     """A number or an ISO 8601 date as seconds; later is larger."""
     value = item.fields[name]
     try:
-        return float(value) if isinstance(value, (int, float)) else datetime.fromisoformat(value).timestamp()
-    except ValueError:
+        with contextlib.suppress(ValueError):
+            return float(value)
+        date = datetime.fromisoformat(value)
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
         raise UserError(
             f"{item.file}:{item.line}: {name}: {value!r:.40} is neither a number nor a date like 2024-02-29 "
             "(data.split_time)"
@@ -341,14 +359,16 @@ def _build(aside: Path, passed: _Pass, parts: list[list[Path]], bar: bool) -> No
     """Everything that the cache keeps of a corpus, in a directory of its own."""
     with contextlib.closing(passed):
         passed.run(parts, bar)
+        passed.settle([str(file) for part in parts for file in part])
         passed.check_malformed()
         starts, record = np.array(passed.starts, np.int64), np.array(passed.record, np.int64)
         if not len(record):
             raise UserError(_none_left(passed))
         is_training, is_validation = _sides(aside, passed, record, [str(file) for part in parts for file in part])
-    if not is_training.any():
-        raise UserError("data: no record is left for training: see data.validation_split and the settings beside it")
     training = _weighted(np.flatnonzero(is_training[record]), record, passed)
+    if not len(training):
+        leaks = f" ({passed.removed['leak']} of them ask what validation asks)" if passed.removed["leak"] else ""
+        raise UserError(f"data: no record is left for training{leaks}: see the settings of data.validation_...")
     validation = np.flatnonzero(is_validation[record])
     for name, values in {
         "starts": starts,
@@ -381,8 +401,8 @@ def _none_left(passed: _Pass) -> str:
 
 def _sides(aside: Path, passed: _Pass, record: Array, files: list[str]) -> tuple[Array, Array]:
     """(is_training, is_validation) of each record: near duplicates removed, split, leaks removed."""
-    data, question = passed.data, np.array(passed.question, np.uint64)
-    used = np.zeros(len(question), dtype=np.bool_)
+    data, asked = passed.data, np.array(passed.asked, np.uint64)
+    used = np.zeros(len(asked), dtype=np.bool_)
     used[record] = True
     is_validation = np.array(passed.part) == passed.validation_part
     pool = used & ~is_validation
@@ -398,31 +418,37 @@ def _sides(aside: Path, passed: _Pass, record: Array, files: list[str]) -> tuple
         pool &= ~alike
     if data.validation_file is None:
         is_validation = np.zeros_like(pool)
-        is_validation[pool] = _hold_out(passed, pool, question, data)
+        is_validation[pool] = _hold_out(passed, pool, data)
     else:
         is_validation &= used
     is_training = pool & ~is_validation
-    leaks = is_training & np.isin(question, question[is_validation])
+    leaks = is_training & np.isin(asked, asked[is_validation])
     if data.near_duplicates:
-        asked = _signatures(aside / "question.sig")
-        leaks |= quality.resembling(asked, data.near_duplicates, is_training, is_validation)
+        leaks |= quality.resembling(_signatures(aside / "prompt.sig"), data.near_duplicates, is_training, is_validation)
     remove(leaks, "leak", "asks what a validation record asks")
     return is_training & ~leaks, is_validation
 
 
-def _hold_out(passed: _Pass, pool: Array, question: Array, data: DataConfig) -> Array:
+def _hold_out(passed: _Pass, pool: Array, data: DataConfig) -> Array:
     """Which records of the pool are held out."""
-    if data.validation_split == 0 and data.validation_size is None:
-        return np.zeros(int(pool.sum()), dtype=np.bool_)
+    count = int(pool.sum())
+    size = data.validation_size or round(data.validation_split * count)
+    if data.validation_size is None and data.validation_split and count > 1:
+        size = max(size, 1)  # asked for some, and too few for a share
+    if size >= count > 1:
+        raise UserError(f"data.validation_size: {size}: there are {count} records: leave some for training")
+    # Equal questions stay together; where a few questions are asked of many documents, equal prompts do.
+    question, prompt = np.array(passed.question, np.uint64)[pool], np.array(passed.prompt, np.uint64)[pool]
+    ranks = question if 2 * len(np.unique(question)) >= count else prompt
     if data.split_time:
-        times = np.array(passed.time)[pool]
-        return quality.hold_out_newest(times, question[pool], data.validation_split, data.validation_size)
+        return quality.hold_out_newest(np.array(passed.time)[pool], ranks, size)
     strata = np.zeros(len(pool), np.int64)
     if passed.stratum:
         values = {value: number for number, value in enumerate(sorted(set(passed.stratum), key=str))}
         strata = np.array([values[value] for value in passed.stratum])
-    ranks = np.array(passed.group, np.uint64) if data.split_group else question
-    return quality.hold_out(ranks[pool], strata[pool], data.validation_split, data.validation_size)
+    if data.split_group:
+        ranks = np.array(passed.group, np.uint64)[pool]
+    return quality.hold_out(ranks, strata[pool], size)
 
 
 def _signatures(path: Path) -> Array:
@@ -458,6 +484,7 @@ def _report(passed: _Pass, sides: dict[str, Samples]) -> dict[str, Any]:
         "truncated": len(passed.truncated),
         "truncation": passed.data.truncation,
         "max_seq_length": passed.limit,
+        "samples_lost": passed.samples_lost,
         "target_tokens_lost": passed.target_tokens_lost,
         "cut_off_replies": passed.cut_off,
         **{name: _describe_side(samples, passed) for name, samples in sides.items()},
@@ -500,6 +527,8 @@ def describe(report: dict[str, Any]) -> list[str]:
         rows.append([f"share of {value}", *shares])
     if report["truncated"]:
         rows.append([f"truncated ({report['truncation']})", f"{report['truncated']:,}", ""])
+    if report["samples_lost"]:
+        rows.append(["samples lost to length", f"{report['samples_lost']:,}", ""])
     if report["target_tokens_lost"]:
         rows.append(["target tokens lost to length", f"{report['target_tokens_lost']:,}", ""])
     return [*lines, table(["", "training", "validation"], rows)]

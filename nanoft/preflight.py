@@ -25,6 +25,7 @@ from nanoft.model import Decoder
 
 LOOKED_AT = 2000  # samples, evenly spread
 RENDERED = 32  # conversations, rendered again
+NAMES = ("stop", "bos", "targets", "prompt", "head", "disk")  # of checks that can be forced
 WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median row
 
 
@@ -61,27 +62,30 @@ def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check
     spread = np.linspace(0, len(corpus.training) - 1, min(LOOKED_AT, len(corpus.training))).astype(int)
     samples = [corpus.training[int(at)] for at in spread]
     return [
-        _check_stop(samples, corpus, chat),
+        _check_stop(samples, corpus, chat, train_on),
         _check_bos(samples, chat),
         _check_targets(samples, corpus),
         _check_prompt(corpus, chat, train_on),
     ]
 
 
-def _check_stop(samples: list[Sample], corpus: Corpus, chat: ChatTokenizer) -> Check:
+def _check_stop(samples: list[Sample], corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
     """Every trained turn ends in a token that stops an answer; one that was cut has no end."""
-    last = [int(s.ids[s.is_target][-1]) for s in samples if s.is_target.any()]
-    stopping = sum(token in chat.stop_ids for token in last)
-    allowed = corpus.report["truncated"] if corpus.report["truncation"] in ("response", "proportional") else 0
-    unstopped = len(last) - stopping
-    passed = unstopped <= 1.5 * allowed * len(last) / max(len(corpus.training), 1) + bool(allowed)
-    odd = next((token for token in last if token not in chat.stop_ids), None)
-    shown = "" if odd is None else f"; one ends in {chat.decode([odd], keep_special=True)!r}"
+    last: list[int] = []
+    for sample in samples:
+        after = np.append(sample.is_target[1:], False)
+        ends = sample.ids[sample.is_target & ~after].tolist()  # of each run of targets
+        if train_on == "all":
+            ends = [token for token in sample.ids[sample.is_target].tolist() if token in chat.stop_ids][-1:] or ends
+        last += ends
+    cut = corpus.report["truncated"] if corpus.report["truncation"] in ("response", "proportional") else 0
+    odd = [token for token in last if token not in chat.stop_ids]
+    shown = f"; one ends in {chat.decode(odd[:1], keep_special=True)!r}" if odd else ""
     stops = ", ".join(repr(chat.decode([token], keep_special=True)) for token in chat.stop_ids)
     return Check(
         "stop",
-        passed,
-        f"{stopping:,} of {len(last):,} samples end in a stop token ({stops}){shown}",
+        len(odd) <= cut,
+        f"{len(last) - len(odd):,} of {len(last):,} turns end in a stop token ({stops}){shown}",
         "the tuned model would not stop; put the template's end of turn into generation_config.json's eos_token_id",
     )
 
@@ -153,9 +157,10 @@ def check_head(model: Decoder, chat: ChatTokenizer, samples: Samples) -> Check:
 
 
 def check_disk(directory: Path, size: int, keep: int) -> Check:
-    """Room for the checkpoints that will lie there at once."""
-    free, needed = shutil.disk_usage(directory).free, size * (keep + 2)
-    found = f"{needed / 1e9:.2f} GB for {keep + 2} checkpoints, {free / 1e9:.2f} GB free in {directory}"
+    """Room for the checkpoints that will lie there at once, besides those that do."""
+    there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    free, needed = shutil.disk_usage(directory).free, max(size * (keep + 2) - there, 0)
+    found = f"{needed / 1e9:.2f} GB more for {keep + 2} checkpoints, {free / 1e9:.2f} GB free in {directory}"
     return Check(
         "disk", free > needed, found, "free some, lower training.keep_checkpoints, or choose another output.dir"
     )

@@ -17,6 +17,7 @@ out the same records whatever their order, and a larger share holds out more, no
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import zlib
 from typing import Any
@@ -38,12 +39,8 @@ _OFFSETS = _random.integers(0, 2**63, SIGNATURE, dtype=np.uint64)
 
 
 def fingerprint(conversation: Conversation) -> int:
-    """64 bits of everything that is said: equal for equal records only (with 10^6 records, up to 3 in 10^8)."""
-    if conversation.text is not None:
-        said = conversation.text
-    else:
-        parts = [f"{m['role']}\0{m['content']}\0{m.get('tool_calls', '')}" for m in conversation.messages]
-        said = "\0".join([*parts, str(conversation.tools or "")])
+    """64 bits of everything that is said and learned: equal for equal records (others: 3 in 10^8, of 10^6 records)."""
+    said = json.dumps([conversation.text, conversation.messages, conversation.tools], sort_keys=True)
     return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "big")
 
 
@@ -130,37 +127,42 @@ def _similar(signatures: Array, rows: Array, threshold: float, against: Array | 
 # ---- Splits
 
 
-def hold_out(ranks: Array, strata: Array, share: float, size: int | None) -> Array:
-    """(n,) bool: the records whose rank is among the smallest of their stratum; equal ranks stay together.
+def hold_out(ranks: Array, strata: Array, size: int) -> Array:
+    """(n,) bool: about `size` records, those whose rank is among the smallest of their stratum.
+
+    Equal ranks stay together, and a group that is larger than what is still wanted is passed over.
 
     Args:
         ranks: (n,) uint64, of the prompt or the group.
-        strata: (n,) int: a share of each is held out; a rank belongs to the smallest stratum that it occurs in.
-        share: of the different ranks of a stratum.
-        size: so many records instead, whatever the share (as near as groups allow).
+        strata: (n,) int: each gives its share; a rank belongs to the smallest stratum that it occurs in.
     """
     unique, inverse, counts = np.unique(ranks, return_inverse=True, return_counts=True)
     home = np.full(len(unique), np.iinfo(np.int64).max)
     np.minimum.at(home, inverse, strata)
     chosen = np.zeros(len(unique), dtype=np.bool_)
-    total = len(ranks)
-    for stratum in np.unique(home):
-        members = np.flatnonzero(home == stratum)  # in the order of their ranks
-        if size is None:
-            count = round(share * len(members))
-        else:
-            wanted = size * counts[members].sum() / total
-            count = int(np.searchsorted(np.cumsum(counts[members]), wanted - 0.5)) + 1 if wanted >= 0.5 else 0
-        chosen[members[: min(count, len(members) - 1)]] = True
-    if not chosen.any() and len(unique) > 1 and (size or share):
-        chosen[0] = True  # asked for some, and too few for a share
+    members = {stratum: np.flatnonzero(home == stratum) for stratum in np.unique(home).tolist()}  # by rank
+    for stratum, wanted in _allot(size, {s: int(counts[m].sum()) for s, m in members.items()}).items():
+        left = wanted
+        for group in members[stratum].tolist():
+            if left and counts[group] <= left:
+                chosen[group] = True
+                left -= counts[group]
     return chosen[inverse]
 
 
-def hold_out_newest(times: Array, ranks: Array, share: float, size: int | None) -> Array:
+def _allot(size: int, available: dict[int, int]) -> dict[int, int]:
+    """The whole numbers that add up to `size` and are nearest to each part's share (largest remainder)."""
+    total = sum(available.values())
+    exact = {part: size * count / total for part, count in available.items()}
+    shares = {part: int(share) for part, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda part: (shares[part] - exact[part], part))
+    for part in by_remainder[: size - sum(shares.values())]:
+        shares[part] += 1
+    return shares
+
+
+def hold_out_newest(times: Array, ranks: Array, size: int) -> Array:
     """(n,) bool: the newest records; of those with the same time, the ones with the smaller rank."""
-    count = min(size if size is not None else max(1, round(share * len(times))), len(times) - 1)
-    newest = np.lexsort((ranks, -times))[:count]
     held = np.zeros(len(times), dtype=np.bool_)
-    held[newest] = True
+    held[np.lexsort((ranks, -times))[:size]] = True
     return held

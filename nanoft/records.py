@@ -65,6 +65,13 @@ class Conversation:
             return self.text
         return next((m["content"] for m in self.messages if m["role"] == "user"), "")
 
+    def prompt(self) -> str:
+        """Everything before the first answer."""
+        if self.text is not None:
+            return self.text
+        before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
+        return "\n".join(message["content"] for message in before)
+
     def characters(self) -> int:
         """Of everything that is said."""
         return len(self.text) if self.text is not None else sum(len(m["content"]) for m in self.messages)

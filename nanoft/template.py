@@ -33,7 +33,9 @@ from jinja2.visitor import NodeTransformer
 # Noncharacters (Unicode 23.7): reserved for a program's own use, never part of a text.
 OPENING, CLOSING = "\ufdd1", "\ufdd2"
 # What a template's own code can raise; a sandbox escape is a TemplateError.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+TEMPLATE_ERRORS = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+)  # fmt: skip
 # What compiling one can raise: too many levels for Jinja's parser, or for Python's.
 COMPILE_ERRORS = (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError)
 
@@ -43,6 +45,7 @@ MAX_MADE = 64  # times the output: characters of all values on the way to it
 MAX_AT_ONCE = 16  # times the output: estimated characters of one value
 MAX_WIDTH = 999  # of a field in a format
 MAX_BITS = 256  # of an integer
+MAX_DIGITS = 20  # that a number may be rounded to
 MAX_OPERATORS = 64  # + and ~ of an expression that are not checked one by one
 MAX_TURNS = 1_000_000  # of all loops, macros and filters of one rendering
 MAX_SECONDS = 5.0  # of this thread's processor time, per rendering
@@ -53,6 +56,7 @@ UNUSED_METHODS = ("encode", "to_bytes", "translate", "maketrans", "striptags", "
 # Filters and methods of texts whose result is larger than what they are given.
 GROWING = ("replace", "join", "indent", "center", "ljust", "rjust", "batch", "slice", "tojson", "truncate", "sum")
 
+STRIPPING = ("strip", "lstrip", "rstrip", "trim")
 MACHINERY = (Context, EvalContext, Environment)  # what Jinja itself passes to some filters
 
 
@@ -97,7 +101,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         assert isinstance(code, CodeType)
         return Template.from_code(self, code, self.make_globals(None))
 
-    def render(self, template: Template, **variables: Any) -> str:
+    def render(self, template: Template, /, **variables: Any) -> str:
         """Render under the bounds; raises one of TEMPLATE_ERRORS."""
         self._begin(variables)
         return template.render(variables)
@@ -121,6 +125,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Count a value that the template has made; a list of lists of lists ... counts as it would be written out."""
         if isinstance(value, str):
             self.made += len(value)
+            if len(value) > self.limit:
+                self._fits(len(value), 1)
         elif isinstance(value, (list, tuple, dict, Namespace)):
             size = _size(value, MAX_OUTPUT)
             self.made += size if size <= MAX_OUTPUT else self._fits(_size(value, self._learn_limit()), 1)
@@ -180,6 +186,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return function(*args)  # what _Counted has put there
         for value in (*args, *kwargs.values()):
             self.made_of(value)
+        if isinstance(owner, str):
+            self._check_slow(name, owner, args)
         if isinstance(owner, str) and name in GROWING:
             args = tuple(list(arg) if name == "join" else arg for arg in args)
             self._check_growth(name, owner, args)
@@ -216,12 +224,23 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                     args = tuple(values if arg is given[0] else arg for arg in args)
                     given[0] = values
                 self._check_growth(name, given[0], given[1:])
+            if given:
+                self._check_slow(name, given[0], given[1:])
             for arg in given:
                 if not isinstance(arg, str):
                     self._fits(_size(arg, MAX_AT_ONCE * MAX_OUTPUT), 1)
             return self.made_of(function(*args, **kwargs))
 
         return checked
+
+    def _check_slow(self, name: str, subject: Any, others: Iterable[Any]) -> None:
+        """What takes long for large arguments, although what it gives is small."""
+        if name == "round" and any(isinstance(other, int) and abs(other) > MAX_DIGITS for other in others):
+            raise TooMuch(f"it asks for more than {MAX_DIGITS} digits")
+        if name == "int" and isinstance(subject, str) and len(subject) > MAX_WIDTH:
+            raise TooMuch(f"it asks for a number of {len(subject):,} digits")
+        if name in STRIPPING and any(isinstance(other, str) and len(other) > MAX_WIDTH for other in others):
+            raise TooMuch(f"it asks to strip more than {MAX_WIDTH} different characters")
 
     def _check_growth(self, name: str, subject: Any, others: Iterable[Any]) -> None:
         """At most as large as the subject times what is put to each of its parts."""
@@ -245,7 +264,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(value, Undefined):
             raise TemplateError("tojson of something undefined")
         encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, **options)
-        return self.concat(encoder.iterencode(value))
+        pieces, length = [], 0
+        for piece in encoder.iterencode(value):
+            pieces.append(piece)
+            length = self._fits(length + len(piece), 1)
+        return "".join(pieces)
 
 
 class _Counted(NodeTransformer):
@@ -282,6 +305,10 @@ class _Counted(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return _call("concatenate", node.nodes, node.lineno)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("made_of", [node], node.lineno) if isinstance(node.arg, nodes.Slice) else node
 
     visit_For = visit_Macro = visit_CallBlock = _count
     visit_List = visit_Tuple = visit_Dict = _weigh
@@ -344,4 +371,4 @@ def _size(value: Any, enough: int = 1 << 40) -> int:
 
 
 def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+    raise TemplateError(str(message)[:200])

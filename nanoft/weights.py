@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -326,11 +327,17 @@ class Opened:
     step: int | None = None  # of the checkpoint that was opened, for a run that has no result yet
 
 
-def open_chat(source: str, opened: Opened) -> ChatTokenizer:
-    """The tokenizer and template of an opened model, with the template's variables of the run that trained it."""
-    path = Path(source) / "config.json"
-    settings = read_json(path).get("data", {}) if is_run(source) else {}
-    return ChatTokenizer.from_directory(opened.tokenizer_directory, settings.get("template_args"))
+def open_chat(source: str, opened: Opened, as_trained: bool = False) -> ChatTokenizer:
+    """The tokenizer and template of an opened model, with the template's variables of the run that trained it.
+
+    Args:
+        as_trained: a template that prints the date prints that of the run, not today's.
+    """
+    run = read_json(Path(source) / "config.json") if is_run(source) else {}
+    chat = ChatTokenizer.from_directory(opened.tokenizer_directory, run.get("data", {}).get("template_args"))
+    if as_trained and "date" in run.get("provenance", {}):
+        chat.date = datetime.fromisoformat(run["provenance"]["date"])
+    return chat
 
 
 def open_model(source: str, device: torch.device, dtype: torch.dtype, original_base: bool = False) -> Opened:

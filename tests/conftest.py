@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # One thread, here and in every process that a test starts: two processes with two threads each on two cores wait for
 # one another most of the time. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# The same examples every time; pytest --hypothesis-profile=default draws new ones.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.load_profile("steady")
 
 
 @pytest.fixture(autouse=True, scope="session")

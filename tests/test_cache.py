@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,16 +129,19 @@ def test_the_entry_is_made_real_last(home: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_two_builders_of_the_same(home: Path) -> None:
-    """The second finds that the first was faster, and takes what it has made."""
-    outer, inner = Builder(), Builder()
+    """The second finds that the first was faster, and leaves in place what that one may be reading already."""
+    inner = Builder()
+    opened: list[Any] = []
 
     def slow(directory: Path) -> None:
-        outer(directory)
-        inner.get()
+        inner(directory)
+        opened.append(open(inner.get() / "b.txt"))  # noqa: SIM115 (held open while the other one ends)
 
-    entry = cached("k", slow, outer.said.append)
+    entry = cached("k", slow, inner.said.append)
     assert content(entry)["b.txt"] == b"hello"
-    assert content(inner.get()) == content(entry)
+    assert (entry / "b.txt").stat().st_ino == os.fstat(opened[0].fileno()).st_ino
+    opened[0].close()
+    assert [path.name for path in home.iterdir()] == [entry.name]
 
 
 def test_what_was_not_used_for_longest_goes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

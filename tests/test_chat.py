@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import CHATML, CONTROL, STYLES, TINY, Style, byte_fallback, byte_level, save
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
 from nanoft import UserError
@@ -367,6 +368,44 @@ def test_control_tokens_in_pieces_do_not_join(tiny: ChatTokenizer) -> None:
         (sample,) = samples_of(tiny, one_turn(content))
         assert sorted(token for token in sample.ids.tolist() if token < 6) == [1, 2, 4, 5]  # one of each, from template
         assert f"[INST]{content.replace(BREAK, '')}[/INST]" in tiny.decode(sample.ids.tolist(), keep_special=True)
+
+
+# ---- What a tokenizer's file may say
+
+
+@pytest.mark.parametrize("kind", ["truncation", "padding"])
+def test_a_tokenizer_file_neither_cuts_nor_pads(tmp_path: Path, kind: str) -> None:
+    tokenizer = Tokenizer.from_str(byte_level())
+    if kind == "truncation":
+        tokenizer.enable_truncation(12)
+    else:
+        tokenizer.enable_padding(pad_token="<s>", length=100)
+    plain, other = (
+        read(tmp_path / name, STYLES["chatml"], tokenizer_json=text)
+        for name, text in (("plain", None), ("other", tokenizer.to_str()))
+    )
+    for messages in (conversation(SINGLE), conversation(TALK)):
+        for expected, found in zip(samples_of(plain, messages), samples_of(other, messages), strict=True):
+            assert found.ids.tolist() == expected.ids.tolist()
+            assert found.is_target.tolist() == expected.is_target.tolist()
+        assert other.encode_prompt(messages[:1]) == plain.encode_prompt(messages[:1])
+
+
+def test_a_pre_tokenizer_that_drops_characters(tmp_path: Path) -> None:
+    """Then the widths of the tokens do not tell where they stand, and the library is asked."""
+    tokenizer = Tokenizer.from_str(byte_level())
+    drop = pre_tokenizers.Split("\r", "removed")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([drop, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    chat = read(tmp_path, STYLES["chatml"], tokenizer_json=tokenizer.to_str())
+    (sample,) = samples_of(chat, one_turn("a\r\nb\r\nc", "the answer"))
+    assert target_texts(chat, sample) == ["the answer<|im_end|>"]
+
+
+def test_a_turn_that_a_rewritten_history_does_not_show_cannot_be_left_out(tmp_path: Path) -> None:
+    chat = read(tmp_path, STYLES["qwen"])
+    messages = [{**m, "weight": int(i != 1)} for i, m in enumerate(conversation(TALK))]
+    with pytest.raises(TemplateRefusal, match=r"data\.train_on=all cannot leave one out"):
+        chat.render_samples(messages, 0, train_on="all")
 
 
 # ---- Any conversation

@@ -307,6 +307,57 @@ def test_a_validation_file_and_what_leaks_into_training(chat: ChatTokenizer, tmp
     assert {c.file for c in found.conversations(found.validation, 9)} == {validation}
 
 
+def test_a_leak_is_found_whatever_its_case_and_spacing(chat: ChatTokenizer, tmp_path: Path) -> None:
+    training = write(tmp_path / "a.jsonl", [pair("What is it?", "this"), pair("Who?", "me")])
+    found = build(chat, training, validation_file=write(tmp_path / "b.jsonl", [pair("what  is it? ", "that")]))
+    assert (questions(found, found.training), found.report["removed"]) == (["Who?"], {"leak": 1})
+
+
+def test_one_question_about_many_documents(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """The prompt is then the document and the question together."""
+    records = [
+        {"messages": [{"role": "system", "content": f"Document {n}"}, *talk("Summarize.", f"s{n}")]} for n in range(60)
+    ]
+    found = build(chat, write(tmp_path / "d.jsonl", records), validation_split=0.1)
+    assert (len(found.training), len(found.validation), found.report["removed"]) == (54, 6, {})
+
+
+def test_reasoning_and_weights_make_records_different(chat: ChatTokenizer, tmp_path: Path) -> None:
+    turns = talk("a", "b")
+    records = [
+        {"messages": [turns[0], {**turns[1], **more}]} for more in ({}, {"reasoning_content": "x"}, {"weight": 1})
+    ]
+    assert len(build(chat, write(tmp_path / "d.jsonl", records)).training) == 3
+
+
+def test_a_record_counts_once_however_many_samples_it_gives(tmp_path: Path) -> None:
+    chat = ChatTokenizer.from_directory(save(tmp_path / "qwen", STYLES["qwen"]))
+    long = "many words " * 30
+    records = [{"messages": talk(long, "b", "c", "d")}] * 2 + [{"messages": talk("a", "b", "c", long)}]
+    file = write(tmp_path / "d.jsonl", records)
+    found = build(chat, file, limit=100, deduplicate=False)
+    assert (found.report["removed"], found.report["samples_lost"]) == ({"too long": 2}, 5)
+    assert lines_of(found, found.training) == [3]
+    with pytest.raises(UserError, match=r"^data: none of 3 records is left \(3 too long\)"):
+        build(chat, file, limit=16, deduplicate=False)
+
+
+def test_times_may_be_numbers_in_texts_and_dates_are_utc(chat: ChatTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("prompt,completion,t\n" + "".join(f"q{n},a,{1700000000 + n}\n" for n in range(10)))
+    found = build(chat, tmp_path / "d.csv", validation_split=0.2, split_time="t")
+    assert lines_of(found, found.validation) == [10, 11]
+    dates = ["2024-01-01T00:30:00+02:00", "2023-12-31T22:45:00", "2023-12-31T22:00:00"]
+    file = write(tmp_path / "d.jsonl", [pair(f"q{n}", t=date) for n, date in enumerate(dates)])
+    newest = build(chat, file, validation_size=1, split_time="t")
+    assert lines_of(newest, newest.validation) == [2]
+
+
+def test_a_size_that_leaves_nothing(chat: ChatTokenizer, tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(5)])
+    with pytest.raises(UserError, match=r"data\.validation_size: 5: there are 5 records"):
+        build(chat, file, validation_size=5)
+
+
 def test_near_duplicates_and_near_leaks(chat: ChatTokenizer, tmp_path: Path) -> None:
     words = [f"w{n}" for n in range(500)]
     chance = random.Random(0)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as command
 from models import make_chat_model, train_run, write_records
+from nanoft.chat import ChatTokenizer
 
 ROOT = Path(__file__).parent.parent
 FEW = ["evaluation.prompts=4", "evaluation.max_new_tokens=8"]
@@ -40,6 +41,35 @@ def test_a_run_measures_what_its_report_says(name: str, runs: Path, tmp_path: Pa
         assert measured[which] == pytest.approx(reported[which], rel=1e-5)
     assert measured["tuned"]["perplexity"] < measured["base"]["perplexity"]
     assert figures(runs / name, out=tmp_path / "alone.json") == {"tuned": measured["tuned"]}
+
+
+def test_data_that_changed_since_is_noticed(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, whole = runs / "data.jsonl", (runs / "data.jsonl").read_text()
+    try:
+        records.write_text(whole + '{"prompt": "new", "completion": "x"}\n')
+        assert command.main([str(runs / "lora")]) == 2
+        assert "its data changed since it was trained" in capsys.readouterr().err
+    finally:
+        records.write_text(whole)
+    monkeypatch.setenv("NANOFT_SYSTEM__SEED", "5")
+    assert command.main([str(runs / "lora")]) == 2
+    assert "another seed or data setting" in capsys.readouterr().err
+
+
+def test_all_of_another_file_is_measured_whatever_the_run_left_out(tmp_path: Path, runs: Path) -> None:
+    """A run with a label, a group and a limit of records; a file that has none of these."""
+    lines = [{"prompt": f"Say {n}", "completion": f"{n}", "label": n % 4 > 0, "user": f"u{n % 7}"} for n in range(30)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {"data__label_field": "label", "data__split_group": "user", "data__max_samples": 15}
+    train_run(tmp_path / "run", runs / "base", tmp_path / "d.jsonl", **settings)
+    plain = write_records(tmp_path / "plain.jsonl", 40)
+    measured = figures(tmp_path / "run", "--data", plain, "evaluation.prompts=0", out=tmp_path / "figures.json")
+    chat = ChatTokenizer.from_directory(runs / "base")
+    pairs = [json.loads(line) for line in plain.read_text().splitlines()]
+    answers = [len(chat.tokenizer.encode(pair["completion"]).ids) + 1 for pair in pairs]
+    assert measured["tuned"]["target_tokens"] == sum(answers)
 
 
 @torch.no_grad()
@@ -167,6 +197,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown field of a run": (["RUN", "evaluation.prompt=3"], "did you mean evaluation.prompts?"),
     "out of range": (["RUN", "evaluation.batch_size=0"], "evaluation.batch_size: 0 is out of range"),
     "another rank": (["RUN", "lora.rank=3"], "lora.rank=3: cannot be changed here"),
+    "another split": (["RUN", "data.validation_split=0.5"], "another seed or data setting"),
+    "another seed": (["RUN", "system.seed=5"], "another seed or data setting"),
     "another model": (["RUN", "model.name=x"], "model.name=x: cannot be changed here"),
     "json in no directory": (["RUN", "--json", "/no/such/figures.json"], "--json: /no/such/figures.json"),
     "json is a directory": (["RUN", "--json", "ROOT"], "--json: "),

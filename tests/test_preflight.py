@@ -46,11 +46,11 @@ def test_sound_templates_pass(name: str, tmp_path: Path) -> None:
     checks = verdicts(chat, build(tmp_path / "d.jsonl", chat))
     assert list(checks) == ["stop", "bos", "targets", "prompt"]
     assert all(check.passed for check in checks.values()), [check.line() for check in checks.values()]
-    assert checks["stop"].found.startswith("20 of 20 samples end in a stop token")
+    assert checks["stop"].found.startswith("20 of 20 turns end in a stop token")
 
 
 WRONG = {
-    "stop": (Style(NO_END, None, "<|im_end|>", "<|im_end|>"), "0 of 20 samples end in a stop token"),
+    "stop": (Style(NO_END, None, "<|im_end|>", "<|im_end|>"), "0 of 20 turns end in a stop token"),
     "bos": (Style(TWO_BOS, "<s>", "<|im_end|>", "<|im_end|>"), "20 with two"),
     "prompt": (STYLES["qwen"], r"0 of 20 prompts are the same .* in training '<think>"),
 }
@@ -83,7 +83,7 @@ def test_answers_that_were_cut_need_no_end(tmp_path: Path) -> None:
 def test_training_on_everything_has_no_prompt_to_compare(tmp_path: Path) -> None:
     chat = read(tmp_path / "model", STYLES["chatml"])
     checks = verdicts(chat, build(tmp_path / "d.jsonl", chat, train_on="all"), "all")
-    assert checks["prompt"].passed
+    assert all(check.passed for check in checks.values()), [check.line() for check in checks.values()]
 
 
 @pytest.mark.parametrize(("factor", "passed"), [(1.0, True), (0.0, False), (0.05, False), (30.0, False), (0.5, True)])
@@ -105,7 +105,9 @@ def test_room_on_the_disk(tmp_path: Path) -> None:
     assert check_disk(tmp_path, 1000, 3).passed
     check = check_disk(tmp_path, 10**15, 3)
     assert not check.passed
-    assert "5000000.00 GB for 5 checkpoints" in check.found
+    assert "5000000.00 GB more for 5 checkpoints" in check.found
+    (tmp_path / "checkpoint").write_bytes(bytes(4_000_000))
+    assert "0.00 GB more for 5 checkpoints" in check_disk(tmp_path, 800_000, 3).found
 
 
 def test_what_fails_stops_unless_it_is_forced() -> None:

@@ -45,7 +45,8 @@ def test_a_fingerprint_tells_everything_that_is_said() -> None:
     call = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     different = [
         talk("a", "b"), talk("ab", ""), talk("a", "b", "c"), talk("b", "a"), talk("a", "B"), talk("a", "b "),
-        talk("a\0b"), talk("a", "b", **call), Conversation([], "a", "f", 1),
+        talk("a\0b"), talk("a", "b", **call), talk("a", "b", weight=0), talk("a", "b", train=False),
+        talk("a", "b", reasoning_content="c"), talk("a", "b", reasoning_content="d"), Conversation([], "a", "f", 1),
         Conversation(talk("a", "b").messages, None, "f", 1, tools=[{"name": "t"}]),
         Conversation([{"role": "system", "content": "a"}, *talk("b").messages], None, "f", 1),
     ]  # fmt: skip
@@ -149,9 +150,9 @@ def ranks_of(questions: list[str], seed: int = 0) -> Any:
     return np.array([quality.rank(question, seed) for question in questions], np.uint64)
 
 
-def held(questions: list[str], share: float, seed: int = 0, strata: list[int] | None = None, size: Any = None) -> Any:
+def held(questions: list[str], size: int, seed: int = 0, strata: list[int] | None = None) -> Any:
     groups = np.array(strata if strata is not None else [0] * len(questions))
-    return quality.hold_out(ranks_of(questions, seed), groups, share, size)
+    return quality.hold_out(ranks_of(questions, seed), groups, size)
 
 
 QUESTIONS = [f"question {n % 400}" for n in range(1000)]  # each of 400 two or three times
@@ -161,65 +162,64 @@ def chosen(mask: Any, questions: list[str]) -> set[str]:
     return {question for question, out in zip(questions, mask, strict=True) if out}
 
 
-def test_a_split_leaks_nothing_and_has_its_share_of_the_questions() -> None:
-    mask = held(QUESTIONS, 0.1)
-    assert chosen(mask, QUESTIONS).isdisjoint(chosen(~mask, QUESTIONS))
-    assert len(chosen(mask, QUESTIONS)) == 40
+def test_a_split_leaks_nothing_and_has_its_size() -> None:
+    for size in (1, 2, 7, 100, 900):
+        mask = held(QUESTIONS, size)
+        assert chosen(mask, QUESTIONS).isdisjoint(chosen(~mask, QUESTIONS))
+        assert size - 1 <= mask.sum() <= size or size == 1  # questions come two or three at a time
+        assert held([f"q{n}" for n in range(1000)], size).sum() == size
 
 
 def test_a_split_depends_on_the_seed_and_not_on_the_order() -> None:
-    first = chosen(held(QUESTIONS, 0.1), QUESTIONS)
+    first = chosen(held(QUESTIONS, 100), QUESTIONS)
     shuffled = random.Random(1).sample(QUESTIONS, len(QUESTIONS))
-    assert chosen(held(shuffled, 0.1), shuffled) == first
-    assert len(chosen(held(QUESTIONS, 0.1, seed=1), QUESTIONS) & first) < 20  # 4 by chance
-    assert first < chosen(held(QUESTIONS, 0.2), QUESTIONS)  # a larger share holds out more, not others
+    assert chosen(held(shuffled, 100), shuffled) == first
+    assert len(chosen(held(QUESTIONS, 100, seed=1), QUESTIONS) & first) < 20  # 4 by chance
+    assert len(first - chosen(held(QUESTIONS, 200), QUESTIONS)) <= 1  # a larger part holds out more, not others
 
 
-@pytest.mark.parametrize(("count", "share", "expected"), [(1, 0.5, 0), (2, 0.01, 1), (2, 0.9, 1), (10, 0.0, 0)])
-def test_a_split_of_few(count: int, share: float, expected: int) -> None:
-    assert held([f"q{n}" for n in range(count)], share).sum() == expected
+def test_a_group_that_is_larger_than_what_is_wanted_stays_in_training() -> None:
+    questions = ["Hello"] * 900 + [f"q{n}" for n in range(100)]
+    for seed in range(20):
+        mask = held(questions, 50, seed)
+        assert mask.sum() == 50
+        assert not mask[:900].any()
+    assert not held(["same"] * 5, 2).any()
 
 
-def test_one_question_stays_in_training() -> None:
-    assert not held(["same"] * 5, 0.5).any()
-
-
-@pytest.mark.parametrize("size", [1, 7, 100, 900])
-def test_a_fixed_size(size: int) -> None:
-    questions = [f"q{n}" for n in range(1000)]
-    assert held(questions, 0.05, size=size).sum() == size
-    groups = held(QUESTIONS, 0.05, size=size)  # two or three at a time
-    assert abs(groups.sum() - size) <= 2
-
-
-@pytest.mark.parametrize("size", [None, 100])
-def test_each_stratum_gives_its_share(size: int | None) -> None:
+def test_each_stratum_gives_its_share() -> None:
     questions = [f"q{n}" for n in range(2000)]
     strata = [0] * 1400 + [1] * 500 + [2] * 100
-    mask = held(questions, 0.05, strata=strata, size=size)
+    mask = held(questions, 100, strata=strata)
     assert Counter(np.array(strata)[mask].tolist()) == {0: 70, 1: 25, 2: 5}
     order = random.Random(0).sample(range(2000), 2000)
-    again = held([questions[i] for i in order], 0.05, strata=[strata[i] for i in order], size=size)
+    again = held([questions[i] for i in order], 100, strata=[strata[i] for i in order])
     assert {order[i] for i in np.flatnonzero(again)} == set(np.flatnonzero(mask).tolist())
+
+
+@pytest.mark.parametrize("size", [1, 90, 333])
+def test_many_small_strata_give_as_much_together(size: int) -> None:
+    questions = [f"q{n}" for n in range(1800)]
+    counts = Counter((np.flatnonzero(held(questions, size, strata=[n // 9 for n in range(1800)])) // 9).tolist())
+    assert sum(counts.values()) == size
+    assert max(counts.values()) - min(counts.get(n, 0) for n in range(200)) <= 1
 
 
 def test_the_newest_are_held_out() -> None:
     times = np.array([5.0, 1.0, 9.0, 9.0, 3.0, 7.0])
     ranks = np.arange(6).astype(np.uint64)
-    assert np.flatnonzero(quality.hold_out_newest(times, ranks, 0.5, None)).tolist() == [2, 3, 5]
-    assert np.flatnonzero(quality.hold_out_newest(times, ranks, 0.0, 1)).tolist() == [2]
-    assert quality.hold_out_newest(times, ranks, 0.0, 100).sum() == 5
+    assert np.flatnonzero(quality.hold_out_newest(times, ranks, 3)).tolist() == [2, 3, 5]
+    assert np.flatnonzero(quality.hold_out_newest(times, ranks, 1)).tolist() == [2]
 
 
 @settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=120),
-    share=st.floats(0, 0.9),
-    size=st.none() | st.integers(1, 50),
+    size=st.integers(0, 50),
     seed=st.integers(0, 5),
 )
-def test_groups_never_stand_on_both_sides(rows: list[Any], share: float, size: int | None, seed: int) -> None:
+def test_groups_never_stand_on_both_sides(rows: list[Any], size: int, seed: int) -> None:
     questions = [str(question) for question, _ in rows]
-    mask = held(questions, share, seed, [stratum for _, stratum in rows], size)
+    mask = held(questions, size, seed, [stratum for _, stratum in rows])
     assert chosen(mask, questions).isdisjoint(chosen(~mask, questions))
-    assert not mask.all()
+    assert mask.sum() <= size

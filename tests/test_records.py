@@ -717,11 +717,11 @@ def test_the_drawn_records_are_not_all_bad(scratch: Path) -> None:
     """Else the test above would test little."""
     counts = dict.fromkeys(SHAPES, 0)
 
-    @settings(ANY, max_examples=200, database=None)
+    @settings(ANY, max_examples=1000, database=None)
     @given(drawn=RECORDS)
     def count(drawn: tuple[str, list[Any]]) -> None:
         shape, records = drawn
         counts[shape] += len(read(scratch, records, shape=shape)[1])
 
     count()
-    assert min(counts.values()) >= 2, counts
+    assert min(counts.values()) >= 1, counts

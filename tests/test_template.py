@@ -15,6 +15,7 @@ from nanoft.template import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment,
 
 MESSAGES = [{"role": "user", "content": "Hé <b>"}, {"role": "assistant", "content": "ja"}]
 DOUBLING = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+BIG = "{% set ns = namespace(x='\\U0001f600') %}{% for i in range(19) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
 # Each asks for gigabytes, for hours, or for what is none of its business.
 BOMBS = {
     "width": "{{ '%1000000000d' % 1 }}",
@@ -67,6 +68,18 @@ BOMBS = {
     "join as a filter": "{{ range(90000) | join('x' * 90000) }}",
     "sum of lists": "{{ ([[1]] * 100000) | sum(start=[]) | length }}",
     "filler": "{{ lipsum(100000) }}",
+    "digits": "{{ 1 | round(-100000000) }}",
+    "digits up": "{{ 1 | round(100000000, 'ceil') }}",
+    "a long number": "{{ ('f' * 900000) | int(0, 16) // 3 }}",
+    "strip": "{{ ('a' * 990000).strip('b' * 990000 + 'a') }}",
+    "trim": "{{ ('a' * 990000) | trim('b' * 990000 + 'a') }}",
+    "a sum of long texts": BIG + "{{ " + "+".join(["ns.x"] * 60) + " }}",
+    "list of a text": BIG + "{{ [ns.x[1:], ns.x[2:], ns.x[3:], ns.x[4:]] * 60 }}",
+    "slices": "{% set x = '😀' * 900000 %}{{ [" + ", ".join(f"x[{n}:]" for n in range(1, 200)) + "] }}",
+    "sorted text": BIG + "{{ (ns.x ~ ns.x) | sort | join('') }}",
+    "deep indented JSON": "{% set ns = namespace(x=[1]) %}{% for i in range(200) %}{% set ns.x = [ns.x, 1] %}"
+    "{% endfor %}{{ ns.x | tojson(indent=70000) }}",
+    "a long refusal": "{{ raise_exception('x' * 900000) }}",
     "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "nested ifs": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
     "a long sum": "{{ " + "+".join(["1"] * 50000) + " }}",
@@ -131,7 +144,13 @@ def test_bombs_are_refused_in_little_memory_and_time() -> None:
     assert [name for name, _, _ in results] == list(BOMBS)
     assert {name: said for name, said, _ in results if said.startswith("made")} == {}
     assert {name: seconds for name, _, seconds in results if seconds > 8} == {}
-    assert peak < 500 * 1024  # kilobytes; a bomb wants gigabytes
+    assert peak < 1000 * 1024  # kilobytes; a bomb wants gigabytes
+
+
+def test_a_refusal_is_short() -> None:
+    with pytest.raises(TEMPLATE_ERRORS) as caught:
+        render(BOMBS["a long refusal"])
+    assert len(str(caught.value)) < 300
 
 
 def test_the_limit_on_the_output_grows_with_the_messages() -> None:
