@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import os
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 from hypothesis import settings
 
@@ -41,3 +46,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_run(root / "qlora", root / "base", records, quantization__bits=4, model__dtype="bfloat16")
     train_run(root / "full", root / "base", records, training__method="full", training__learning_rate=1e-3)
     return root
+
+
+@pytest.fixture
+def serve_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Puts a handler of HTTP requests in the place of the Hub, with an empty cache."""
+    servers: list[http.server.ThreadingHTTPServer] = []
+
+    def serve(handler: Any) -> None:
+        constants = huggingface_hub.constants
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[0].serve_forever, args=(0.01,)).start()
+        address = f"http://127.0.0.1:{servers[0].server_address[1]}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", address)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+
+    yield serve
+    for server in servers:
+        server.shutdown()  # ends its thread, too
+        server.server_close()
