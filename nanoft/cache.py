@@ -7,6 +7,7 @@ manifest, whatever happened to it, is built again and never used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,13 +17,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from nanoft import UserError
-from nanoft.checkpoint import MANIFEST, sync_directory
+from nanoft.checkpoint import MANIFEST, replace_file, sync_directory
 
 KEEP = 16  # entries; the ones that were not used for longest go
 HASH_AT_ONCE = 8 << 20  # bytes
 DEAD_AFTER = 86400  # seconds after which a build that did not end is swept away
+MEMO = "hashes.json"  # of files that have not changed since they were hashed
+SETTLED = 2_000_000_000  # nanoseconds: a file that changed later than this before it was hashed may change unnoticed
 
 
 def cached(key: str, build: Callable[[Path], None], say: Callable[[str], None]) -> Path:
@@ -31,7 +35,7 @@ def cached(key: str, build: Callable[[Path], None], say: Callable[[str], None]) 
     Raises:
         UserError: the cache cannot be written; or whatever `build` raises.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
+    home = _home()
     entry = home / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         whole = _is_whole(entry)
@@ -45,6 +49,10 @@ def cached(key: str, build: Callable[[Path], None], say: Callable[[str], None]) 
     except OSError as error:
         raise UserError(f"{home}: the cache cannot be written ({error.strerror}): set XDG_CACHE_HOME") from None
     return entry
+
+
+def _home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
 
 
 def _build(home: Path, entry: Path, build: Callable[[Path], None]) -> None:
@@ -83,6 +91,49 @@ def _prune(home: Path, newest: Path) -> None:
     for path in [*whole[KEEP:], *dead]:
         if path != newest:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def hash_unless_known(files: Sequence[Path]) -> str:
+    """One SHA-256 over the hashes of files; one that has not been touched since it was hashed is not read again.
+
+    As git does it: size, inode, and the times of the last change to content and to inode, in nanoseconds, must all be
+    those of the last time, and the file must have been at rest by then.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    memo, digests = _home() / MEMO, []
+    known = _read_memo(memo)
+    for file in files:
+        state, before = _state(file), known.get(os.path.abspath(file))
+        if state is not None and isinstance(before, list) and before[:-1] == state:
+            digests.append(str(before[-1]))
+            continue
+        digests.append(hash_files([file]))
+        if state is not None:
+            known[os.path.abspath(file)] = [*state, digests[-1]]
+    with contextlib.suppress(OSError):  # a memo that cannot be written only costs time
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(memo, json.dumps(known).encode())
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _state(file: Path) -> list[int] | None:
+    """What changes whenever a file does; None if it changed so recently that it may do so again unseen."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return None  # hash_files says it
+    at_rest = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] if at_rest else None
+
+
+def _read_memo(path: Path) -> dict[str, Any]:
+    try:
+        memo = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return memo if isinstance(memo, dict) else {}
 
 
 def hash_files(files: Sequence[Path]) -> str:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from nanoft import UserError, quality
 from nanoft.batches import Samples, complement_targets
-from nanoft.cache import cached, hash_files
+from nanoft.cache import cached, hash_unless_known
 from nanoft.chat import ChatTokenizer, Rendered, Sample, TemplateRefusal
 from nanoft.config import DataConfig
 from nanoft.files import find_files
@@ -113,7 +113,7 @@ def open_corpus(
 
 def data_hash(data: DataConfig) -> str:
     """One hash of the contents of all data files."""
-    return hash_files([file for part in _parts(data) for file in part])
+    return hash_unless_known([file for part in _parts(data) for file in part])
 
 
 def _parts(data: DataConfig) -> list[list[Path]]:
@@ -130,7 +130,7 @@ def _key(data: DataConfig, limit: int, seed: int, chat: ChatTokenizer, files: li
     """Everything that the samples depend on."""
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name not in NOT_IN_KEY}
     depends = [VERSION, tokenizers.__version__, settings, limit, seed, list(map(str, files)), chat.identity()]
-    return json.dumps(depends, sort_keys=True, default=str) + hash_files(files)
+    return json.dumps(depends, sort_keys=True, default=str) + hash_unless_known(files)
 
 
 def reading_of(data: DataConfig) -> Reading:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nanoft import UserError, cache
-from nanoft.cache import cached, hash_files
+from nanoft.cache import cached, hash_files, hash_unless_known
 
 
 @pytest.fixture
@@ -177,3 +177,36 @@ def test_hash_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert hash_files([tmp_path / "a", tmp_path / "b"]) != expected
     with pytest.raises(UserError, match="nothing: cannot be read"):
         hash_files([tmp_path / "nothing"])
+
+
+def test_a_file_at_rest_is_hashed_once_and_one_that_was_touched_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "SETTLED", 0)
+    read: list[str] = []
+    real = cache.hash_files
+    monkeypatch.setattr(cache, "hash_files", lambda files: read.extend(f.name for f in files) or real(files))
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text("one")
+    b.write_text("two")
+    first = hash_unless_known([a, b])
+    assert hash_unless_known([a, b]) == first != hash_unless_known([b, a])
+    assert read == ["a", "b"]
+    stat = a.stat()
+    a.write_text("ONE")
+    os.utime(a, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size, the same time: the inode's time tells
+    assert hash_unless_known([a, b]) != first
+    a.write_text("one")
+    assert hash_unless_known([a, b]) == first
+    assert read == ["a", "b", "a", "a"]
+    for damage in ("{", "[]", '{"x": 1}', "\\"):
+        (home / cache.MEMO).write_text(damage)
+        assert hash_unless_known([a, b]) == first
+    with pytest.raises(UserError, match="nothing: cannot be read"):
+        hash_unless_known([tmp_path / "nothing"])
+
+
+def test_a_file_that_has_just_changed_is_not_believed_to_be_at_rest(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one")
+    hash_unless_known([tmp_path / "a"])
+    assert (home / cache.MEMO).read_text() == "{}"
