@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -47,7 +45,17 @@ from nanoft.optim import (
     set_learning_rate,
     warmup_length,
 )
-from nanoft.preflight import NAMES, Check, check_data, check_disk, check_head, judge, preview, show_window
+from nanoft.preflight import (
+    NAMES,
+    check_data,
+    check_head,
+    judge,
+    preview,
+    rehearse,
+    rehearse_evaluation,
+    rehearse_save,
+    show_window,
+)
 from nanoft.weights import find_model, hash_files, load_model, shard_paths, stored_dtype
 
 STOPPED_BY_SIGNAL = 75
@@ -191,14 +199,17 @@ def evaluate_now(job: Job, state: State) -> None:
 def save(job: Job, state: State) -> int:
     """Write a checkpoint; when it is on the disk, and only then, it may be called the best. Returns its step."""
     started = time.perf_counter()
-    weights = adapter_tensors(job.adapters) if job.adapters else {name: p.detach() for name, p in job.trained}
-    tensors = {weights_file(job): weights, "optimizer": optimizer_tensors(job.optimizer, job.trained)}
+    tensors = {weights_file(job): trained_weights(job), "optimizer": optimizer_tensors(job.optimizer, job.trained)}
     contents = {**asdict(state), "rng": runtime.rng_state()}
     best = (state.best_step, state.best_loss) if state.best_step else None
     path = job.checkpoints.save(state.step, tensors, contents, best)
     where = str(path.relative_to(job.run.directory))
     job.run.log("checkpoint", state.step, path=where, seconds=time.perf_counter() - started)
     return state.step
+
+
+def trained_weights(job: Job) -> dict[str, torch.Tensor]:
+    return adapter_tensors(job.adapters) if job.adapters else {name: p.detach() for name, p in job.trained}
 
 
 def weights_file(job: Job) -> str:
@@ -262,11 +273,15 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
         group_by_length=d.group_by_length,
         pad_to_multiple_of=d.pad_to_multiple_of,
     )
+    windows = batches.windows_in_epoch()
+    steps = t.max_steps or t.num_epochs * windows
+    plan = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
+    corpus = replace(corpus, report={**corpus.report, **plan})
     shutil.copyfile(corpus.directory / REJECTED, run.directory / REJECTED)
     for line in describe(corpus.report):
         run.say(line)
     used, seconds = batches.utilisation(), time.perf_counter() - started
-    run.say(f"batches   {batches.windows_in_epoch():,} steps an epoch, {used:.1%} of them no padding ({seconds:.1f} s)")
+    run.say(f"batches   {windows:,} steps an epoch, {used:.1%} of them no padding ({seconds:.1f} s)")
     return chat, corpus, batches
 
 
@@ -314,7 +329,7 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
         say(f"example   {job.chat.mark(job.batches.samples[0], colour=sys.stdout.isatty())}")
     if state.step:
         say(f"resuming  after step {state.step} of {total_steps}")
-    left, epochs = total_steps - state.step, total_steps / job.batches.windows_in_epoch()
+    left, epochs = total_steps - state.step, job.corpus.report["epochs"]
     duration = clock(left * seconds_a_step)
     say(f"plan      {left:,} steps ({epochs:.3g} epochs) of {c.effective_batch_size()} rows, about {duration}")
 
@@ -334,51 +349,17 @@ def preflight_checks(job: Job, forced: list[str]) -> float:
     for check in checks:
         job.run.say(check.line())
     judge(checks, forced)
-    seconds = rehearse(job)
-    last = check_disk(job.run.directory, dry_save(job), job.config.training.keep_checkpoints)
-    job.run.say(last.line())
-    judge([last], forced)
-    return seconds
-
-
-def rehearse(job: Job) -> float:
-    """Seconds that an optimizer step takes, from the longest micro-batch; it and an evaluation batch must fit."""
-    batch, seconds = job.batches.longest().to(job.device), []
-    moments = [torch.zeros_like(p) for _, p in job.trained for _ in range(2)]  # what AdamW will need besides
-    with torch.random.fork_rng():
-        for _ in range(2):  # the first one warms up, and leaves its gradients
-            started = time.perf_counter()
-            with job.autocast():
-                hidden = job.model(batch.ids, batch.positions, batch.segments)
-                nll = target_nll(hidden, job.model.head, batch.rows, batch.targets, job.config.training.label_smoothing)
-            nll.backward()
-            nll.item()  # waits for the device
-            seconds.append(time.perf_counter() - started)
-    job.optimizer.zero_grad(set_to_none=True)
-    del moments
-    job.run.say(Check("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit").line())
+    t, batches = job.config.training, job.batches
+    longest = batches.longest()
+    fits, seconds = rehearse(job.model, longest, job.autocast, t.label_smoothing, fresh=not job.optimizer.state)
+    job.run.say(fits.line())
     if len(job.validation):
-        size = job.config.evaluation.batch_size
-        longest = job.validation[np.argsort(-job.validation.lengths, kind="stable")[:size]]
-        with job.autocast():
-            evaluate.validation_loss(job.model, longest, size, job.chat.pad_id)
-        job.run.say(Check("eval", True, f"{len(longest)} rows of up to {longest.lengths.max()} tokens fit").line())
-    a_step = job.batches.samples.lengths.sum() / job.batches.windows_in_epoch()
-    return float(min(seconds) * a_step / batch.tokens)
-
-
-def dry_save(job: Job) -> int:
-    """Write the weights that a checkpoint will hold, and take them away again; returns the bytes of a checkpoint."""
-    aside = job.run.directory / f".preflight-{os.getpid()}"
-    weights = adapter_tensors(job.adapters) if job.adapters else {name: p.detach() for name, p in job.trained}
-    try:
-        checkpoint.write_tensors(aside, weights)
-        size = aside.stat().st_size
-    except OSError as error:
-        raise UserError(f"output.dir: {aside.parent}: cannot be written: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
-    return size + 8 * sum(p.numel() for _, p in job.trained)  # and AdamW's two moments
+        size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
+        job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
+    saved = rehearse_save(job.run.directory, trained_weights(job), t.keep_checkpoints)
+    job.run.say(saved.line())
+    judge([saved], forced)
+    return float(seconds * batches.samples.lengths.sum() / batches.windows_in_epoch() / longest.tokens)
 
 
 def progress_bar(job: Job, state: State, total_steps: int) -> Any:
@@ -497,7 +478,7 @@ def run_training(config: Config, wish: Wish) -> int:
 def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, date: datetime, wish: Wish) -> int:
     """Load the data, prepare, find where to begin, look before the leap, train, finish."""
     chat, corpus, batches = load_data(config, run, date)
-    total_steps = config.training.max_steps or config.training.num_epochs * batches.windows_in_epoch()
+    total_steps = corpus.report["steps"]
     if wish.show_batch or wish.show_step is not None:
         show(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0

@@ -1,12 +1,12 @@
 """How fast data becomes training samples, and in how much memory: nanoft, datasets, and the library below both.
 
     python bench/data.py                              100,000 records, three rounds: 8 minutes on 2 cores
-    python bench/data.py --records 1000000 --rounds 1 --near-duplicates    the whole of it: 40 minutes, 3 GB of disk
+    python bench/data.py --records 1000000 --rounds 1 --near    the whole of it: 40 minutes, 3 GB of disk
     python bench/data.py --packing a.json b.jsonl --tokenizer DIR    only how full packed rows are, on your own data
 
 Every contender runs in a process of its own, one after another in each round, on the same file:
 
-    nanoft       read, check, de-duplicate, render, encode, mask the targets, write the cache
+    nanoft       read, check, de-duplicate, render, encode, mask the targets, write the cache (near search off)
     opened       the same command again: the cache is found, checked and mapped
     datasets     datasets.load_dataset("json") and .map with transformers' apply_chat_template: ids, no mask, no checks
     library      tokenizers' encode_batch on texts that are rendered already: what no user of that library can beat
@@ -97,14 +97,15 @@ def make_tokenizer(directory: Path, data: Path) -> None:
 # ---- The contenders: each prints one line of JSON
 
 
-def run_nanoft(work: Path, near_duplicates: float | None = None) -> dict[str, Any]:
+def run_nanoft(work: Path, near_duplicates: float | None = None, leaks: str = "ignore") -> dict[str, Any]:
     from nanoft.chat import ChatTokenizer
     from nanoft.config import DataConfig
     from nanoft.corpus import open_corpus
 
     started = time.perf_counter()
     chat = ChatTokenizer.from_directory(work / "model")
-    data = DataConfig(train_file=str(work / "data.jsonl"), near_duplicates=near_duplicates)
+    near: dict[str, Any] = {"near_duplicates": near_duplicates, "near_leaks": leaks}
+    data = DataConfig(train_file=str(work / "data.jsonl"), **near)
     corpus = open_corpus(data, LENGTH, 0, chat, print)
     return {"seconds": time.perf_counter() - started, "tokens": corpus.report["training"]["tokens"]}
 
@@ -174,11 +175,13 @@ CONTENDERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "datasets, a process for each core": lambda work: run_datasets(work, os.cpu_count() or 1),
     "library, with places": lambda work: run_library(work, True),
     "library, ids only": lambda work: run_library(work, False),
-    "nanoft, near duplicates": lambda work: run_nanoft(work, 0.8),
+    "nanoft, near leaks": lambda work: run_nanoft(work, None, "warn"),
+    "nanoft, near leaks and duplicates": lambda work: run_nanoft(work, 0.8, "warn"),
     "batches": lambda work: run_batches(work, False),
     "packed batches": lambda work: run_batches(work, True),
 }
 IN_EACH_ROUND = list(CONTENDERS)[:6]
+NEAR = ("nanoft, near leaks", "nanoft, near leaks and duplicates")
 
 
 def measure(name: str, work: Path) -> dict[str, Any]:
@@ -268,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--near-duplicates", action="store_true", help="measure near-duplicate search, too")
+    parser.add_argument("--near", action="store_true", help="measure the near searches, too")
     parser.add_argument("--out", type=Path, default=HERE / "data", help="without its suffix")
     parser.add_argument("--packing", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--tokenizer", type=Path, default=HERE.parent / "configs" / "tiny" / "base")
@@ -280,10 +283,10 @@ def main() -> None:
     elif args.packing:
         print_packing(args.packing, args.tokenizer)
     else:
-        run(args.records, args.rounds, args.near_duplicates, args.out)
+        run(args.records, args.rounds, args.near, args.out)
 
 
-def run(records: int, count: int, near_duplicates: bool, out: Path) -> None:
+def run(records: int, count: int, near: bool, out: Path) -> None:
     import tokenizers
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -294,9 +297,7 @@ def run(records: int, count: int, near_duplicates: bool, out: Path) -> None:
         for number in range(count):
             rounds.append({name: measure(name, work) for name in IN_EACH_ROUND})
             print(f"round {number + 1}:", {k: round(r["mb_per_second"], 2) for k, r in rounds[-1].items()}, flush=True)
-        more = {name: measure(name, work) for name in ("batches", "packed batches")}
-        if near_duplicates:
-            more["nanoft, near duplicates"] = measure("nanoft, near duplicates", work)
+        more = {name: measure(name, work) for name in ("batches", "packed batches", *(NEAR if near else ()))}
         settings = {
             "records": records,
             "rounds": count,

@@ -26,6 +26,7 @@ KEEP = 16  # entries; the ones that were not used for longest go
 HASH_AT_ONCE = 8 << 20  # bytes
 DEAD_AFTER = 86400  # seconds after which a build that did not end is swept away
 MEMO = "hashes.json"  # of files that have not changed since they were hashed
+KNOWN = 1000  # files whose hashes are kept
 SETTLED = 2_000_000_000  # nanoseconds: a file that changed later than this before it was hashed may change unnoticed
 
 
@@ -114,7 +115,7 @@ def hash_unless_known(files: Sequence[Path]) -> str:
             known[os.path.abspath(file)] = [*state, digests[-1]]
     with contextlib.suppress(OSError):  # a memo that cannot be written only costs time
         memo.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(memo, json.dumps(known).encode())
+        replace_file(memo, json.dumps(dict(list(known.items())[-KNOWN:])).encode())
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -94,6 +94,7 @@ class DataConfig(Section):
     max_bad_records: float = between(0.05, 0.0, 1.0)  # share of malformed records above which the run stops
     deduplicate: bool = True  # leave out records that say exactly what an earlier one says
     near_duplicates: float | None = between(None, 0.3, 1.0)  # leave out records with this share of 5-grams in common
+    near_leaks: Literal["warn", "remove", "ignore"] = "warn"  # prompts that nearly stand in the validation data
     min_characters: int = between(1, 1)  # of all messages of a record together
     max_characters: int | None = between(None, 1)  # the same, at most
     min_tokens: int = between(1, 1)  # of a sample

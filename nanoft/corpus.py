@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -44,6 +45,8 @@ NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batche
 PERCENTILES = (50, 90, 99, 100)
 MALFORMED = "malformed"
 TOKENS, REJECTED, REPORT = "tokens.bin", "rejected.jsonl", "report.json"
+NEAR = 0.8  # share of the 5-grams that two prompts have in common, unless data.near_duplicates says another
+WHOLE, PROMPT = "whole.sig", "prompt.sig"  # MinHash signatures, while building
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class _Pass:
         self.seen: set[int] = set()  # fingerprints, the lowest bit says of which side
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
-        self.samples_lost = 0
+        self.samples_lost = self.near_leaks = 0
         # of each record
         self.file, self.line, self.part = array("l"), array("q"), array("l")
         self.question, self.prompt, self.asked = array("Q"), array("Q"), array("Q")
@@ -166,9 +169,9 @@ class _Pass:
         self.targets = array("l")
         self.tokens = open(aside / TOKENS, "wb", buffering=1 << 20)  # noqa: SIM115 (see `close`)
         self.rejected = open(aside / REJECTED, "w", encoding="utf-8")  # noqa: SIM115
-        self.signatures: dict[str, IO[bytes]] = {}
-        if data.near_duplicates:
-            self.signatures = {name: open(aside / f"{name}.sig", "wb") for name in ("whole", "prompt")}  # noqa: SIM115
+        self.systems: set[int] = set()  # ranks of system texts that were seen
+        wanted = {WHOLE: data.near_duplicates, PROMPT: data.near_leaks != "ignore" and _holds_out(data)}
+        self.signatures = {name: open(aside / name, "wb") for name in wanted if wanted[name]}  # noqa: SIM115
 
     def run(self, parts: list[list[Path]], bar: bool) -> None:
         """All files, one after another."""
@@ -258,11 +261,22 @@ class _Pass:
         if strata := data.split_stratify or data.label_field:
             value = _length_bin(item.characters()) if strata == "length" else item.fields[strata]
             self.stratum.append(value)
-        for name, stream in self.signatures.items():
-            said = "\n".join(m["content"] for m in item.messages) if item.text is None else item.text
-            stream.write(quality.signature(said if name == "whole" else prompt).tobytes())
+        if self.signatures:
+            self._sign(item)
         self.cut_off += quality.looks_cut_off(item)
         return len(self.file) - 1
+
+    def _sign(self, item: Conversation) -> None:
+        """Signatures of what is said; a system text that an earlier record has, too, is no part of it."""
+        own = item
+        if item.messages and item.messages[0]["role"] == "system":
+            system = quality.rank(item.messages[0]["content"], self.seed)
+            if system in self.systems:
+                own = dataclasses.replace(item, messages=item.messages[1:])
+            self.systems.add(system)
+        for name, stream in self.signatures.items():
+            said = own.prompt() if name == PROMPT else own.said()
+            stream.write(quality.signature(said).tobytes())
 
     def _render_samples(self, conversation: Conversation, record: int) -> list[Rendered]:
         try:
@@ -305,7 +319,8 @@ class _Pass:
 
     def settle(self, files: list[str]) -> None:
         """Count the records of which no sample is left."""
-        for record in sorted(self.lost.keys() - set(self.record)):
+        used = set(self.record) if self.lost else set()
+        for record in sorted(self.lost.keys() - used):
             self.reject(*self.lost[record], files[self.file[record]], self.line[record])
 
     def _fit(self, sample: Sample, conversation: Conversation) -> Sample | None:
@@ -406,13 +421,13 @@ def _sides(aside: Path, passed: _Pass, record: Array, files: list[str]) -> tuple
     used[record] = True
     is_validation = np.array(passed.part) == passed.validation_part
     pool = used & ~is_validation
-    whole = _signatures(aside / "whole.sig")
 
     def remove(which: Array, kind: str, reason: str) -> None:
         for number in np.flatnonzero(which).tolist():
             passed.reject(kind, reason, files[passed.file[number]], passed.line[number])
 
     if data.near_duplicates:
+        whole = np.memmap(aside / WHOLE, dtype=np.uint32, mode="r").reshape(-1, quality.SIGNATURE)
         alike = quality.near_duplicates(whole, data.near_duplicates, pool)
         remove(alike, "near duplicate", f"shares {data.near_duplicates:.0%} of its 5-grams with an earlier record")
         pool &= ~alike
@@ -423,8 +438,12 @@ def _sides(aside: Path, passed: _Pass, record: Array, files: list[str]) -> tuple
         is_validation &= used
     is_training = pool & ~is_validation
     leaks = is_training & np.isin(asked, asked[is_validation])
-    if data.near_duplicates:
-        leaks |= quality.resembling(_signatures(aside / "prompt.sig"), data.near_duplicates, is_training, is_validation)
+    if PROMPT in passed.signatures:
+        read, threshold = functools.partial(_read_signatures, aside / PROMPT), data.near_duplicates or NEAR
+        near = quality.resembling(read, threshold, is_training & ~leaks, is_validation)
+        passed.near_leaks = int(near.sum())
+        if data.near_leaks == "remove":
+            leaks |= near
     remove(leaks, "leak", "asks what a validation record asks")
     return is_training & ~leaks, is_validation
 
@@ -451,10 +470,13 @@ def _hold_out(passed: _Pass, pool: Array, data: DataConfig) -> Array:
     return quality.hold_out(ranks, strata[pool], size)
 
 
-def _signatures(path: Path) -> Array:
-    if not path.is_file() or not path.stat().st_size:
-        return np.empty((0, quality.SIGNATURE), np.uint32)
-    return np.memmap(path, dtype=np.uint32, mode="r").reshape(-1, quality.SIGNATURE)
+def _holds_out(data: DataConfig) -> bool:
+    return bool(data.validation_file or data.validation_split or data.validation_size)
+
+
+def _read_signatures(path: Path, start: int, stop: int) -> Array:
+    width = quality.SIGNATURE
+    return np.fromfile(path, np.uint32, (stop - start) * width, offset=4 * start * width).reshape(-1, width)
 
 
 def _weighted(chosen: Array, record: Array, passed: _Pass) -> Array:
@@ -487,6 +509,8 @@ def _report(passed: _Pass, sides: dict[str, Samples]) -> dict[str, Any]:
         "samples_lost": passed.samples_lost,
         "target_tokens_lost": passed.target_tokens_lost,
         "cut_off_replies": passed.cut_off,
+        "near_leaks": passed.near_leaks,
+        "near_leaks_are": "removed" if passed.data.near_leaks == "remove" else "kept",
         **{name: _describe_side(samples, passed) for name, samples in sides.items()},
     }
 
@@ -514,6 +538,9 @@ def describe(report: dict[str, Any]) -> list[str]:
     lines += [f"warning: {reason}: left out" for reason in report["first_malformed"]]
     if report["cut_off_replies"]:
         lines.append(f"warning: {report['cut_off_replies']:,} records end in a reply that stops in mid-sentence")
+    if report["near_leaks"] and report["near_leaks_are"] == "kept":
+        said = "training records ask nearly what a validation record asks"
+        lines.append(f"warning: {report['near_leaks']:,} {said}: data.near_leaks=remove leaves them out")
     rows = [["records read", f"{report['read']:,}", ""]]
     rows += [[f"left out: {kind}", f"{count:,}", ""] for kind, count in report["removed"].items()]
     sides = [report["training"], report["validation"]]
@@ -525,6 +552,9 @@ def describe(report: dict[str, Any]) -> list[str]:
     for value in dict.fromkeys(value for side in sides for value in side.get("strata", {})):
         shares = [f"{side['strata'].get(value, 0) / max(side['records'], 1):.1%}" for side in sides]
         rows.append([f"share of {value}", *shares])
+    if "steps" in report:  # known to a run only
+        rows.append(["steps an epoch", f"{report['steps_per_epoch']:,}", ""])
+        rows.append(["steps, epochs", f"{report['steps']:,}, {report['epochs']:.3g}", ""])
     if report["truncated"]:
         rows.append([f"truncated ({report['truncation']})", f"{report['truncated']:,}", ""])
     if report["samples_lost"]:

@@ -9,22 +9,32 @@ one thing to do about it.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from nanoft import UserError
-from nanoft.batches import Batches, Samples
+from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer, Sample
+from nanoft.checkpoint import write_tensors
 from nanoft.corpus import Corpus
+from nanoft.evaluate import validation_loss
+from nanoft.loss import target_nll
 from nanoft.model import Decoder
 
 LOOKED_AT = 2000  # samples, evenly spread
 RENDERED = 32  # conversations, rendered again
+Autocast = Callable[[], AbstractContextManager[Any]]
 NAMES = ("stop", "bos", "targets", "prompt", "head", "disk")  # of checks that can be forced
 WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median row
 
@@ -154,6 +164,56 @@ def check_head(model: Decoder, chat: ChatTokenizer, samples: Samples) -> Check:
         f"norm of the stop token's row of the head, relative to the median row: {found}",
         "the base has not learned this token: use a template whose end of turn it knows, or training.method=full",
     )
+
+
+def rehearse(model: Decoder, batch: Batch, autocast: Autocast, smoothing: float, fresh: bool) -> tuple[Check, float]:
+    """Forward and backward over the longest micro-batch, and the seconds that it takes; nothing is changed.
+
+    Args:
+        fresh: the optimizer has no state yet: then as much memory as AdamW's two moments need is taken, too.
+    """
+    batch, seconds = batch.to(model.head.device), []
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    moments = [torch.zeros_like(parameter) for parameter in trained * 2 * fresh]
+    with torch.random.fork_rng():
+        for _ in range(2):  # the first one warms up, and leaves its gradients
+            started = time.perf_counter()
+            with autocast():
+                hidden = model(batch.ids, batch.positions, batch.segments)
+                nll = target_nll(hidden, model.head, batch.rows, batch.targets, smoothing)
+            nll.backward()
+            nll.item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+    for parameter in trained:
+        parameter.grad = None
+    del moments
+    return Check("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit"), min(seconds)
+
+
+def rehearse_evaluation(model: Decoder, samples: Samples, size: int, pad_id: int, autocast: Autocast) -> Check:
+    """The loss of the longest evaluation batch."""
+    longest = samples[np.argsort(-samples.lengths, kind="stable")[:size]]
+    with autocast():
+        validation_loss(model, longest, size, pad_id)
+    return Check("eval", True, f"{len(longest)} rows of up to {longest.lengths.max()} tokens fit")
+
+
+def rehearse_save(directory: Path, weights: dict[str, Tensor], keep: int) -> Check:
+    """Write what a checkpoint will hold and take it away again; then room for those that will lie there at once.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    aside = directory / f".preflight-{os.getpid()}"
+    try:
+        write_tensors(aside, weights)
+        size = aside.stat().st_size
+    except OSError as error:
+        raise UserError(f"output.dir: {directory}: cannot be written: {error.strerror}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    moments = 8 * sum(tensor.numel() for tensor in weights.values())  # AdamW's two, in float32
+    return check_disk(directory, size + moments, keep)
 
 
 def check_disk(directory: Path, size: int, keep: int) -> Check:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -89,26 +90,49 @@ def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
     return removed
 
 
-def resembling(signatures: Array, threshold: float, kept: Array, others: Array) -> Array:
-    """(n,) bool: which of the rows `kept` resemble one of the rows `others` (another part of the split)."""
-    found = np.zeros(len(signatures), dtype=np.bool_)
-    for first, second in _similar(signatures, np.flatnonzero(kept | others), threshold, others):
-        found[first] |= bool(kept[first] and others[second])
-        found[second] |= bool(kept[second] and others[first])
+def resembling(
+    read: Callable[[int, int], Array], threshold: float, kept: Array, others: Array, at_once: int = 50_000
+) -> Array:
+    """(n,) bool: which of the rows `kept` resemble one of the rows `others` (the other side of the split).
+
+    Args:
+        read: rows start to stop of the (n, SIGNATURE) signatures; only those of `others` are held in memory.
+        kept, others: (n,) bool.
+    """
+    found, height = np.zeros(len(kept), dtype=np.bool_), rows_of_a_band(threshold)
+    blocks = [(start, min(start + at_once, len(kept))) for start in range(0, len(kept), at_once)]
+    held = np.concatenate([np.empty((0, SIGNATURE), np.uint32), *(read(*b)[others[b[0] : b[1]]] for b in blocks)])
+    if not len(held):
+        return found
+    bands = [slice(start, start + height) for start in range(0, SIGNATURE - height + 1, height)]
+    orders = [np.argsort(_band_keys(held[:, band]), kind="stable") for band in bands]
+    for start, stop in blocks:
+        rows = np.flatnonzero(kept[start:stop])
+        block = read(start, stop)[rows]
+        for band, order in zip(bands, orders, strict=True):
+            known, keys = _band_keys(held[:, band])[order], _band_keys(block[:, band])
+            place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+            alike = np.flatnonzero(known[place] == keys)
+            agree = (block[alike] == held[order[place[alike]]]).mean(axis=1)
+            found[start + rows[alike[agree >= threshold]]] = True
     return found
 
 
-def _similar(signatures: Array, rows: Array, threshold: float, against: Array | None = None) -> set[tuple[int, int]]:
+def _band_keys(band: Array) -> Array:
+    """(n,) uint64: equal for equal rows of a band, and for hardly any others."""
+    return (band.astype(np.uint64) * _FACTORS[: band.shape[1]]).sum(axis=1, dtype=np.uint64)
+
+
+def _similar(signatures: Array, rows: Array, threshold: float) -> set[tuple[int, int]]:
     """Pairs of rows, the earlier first, that agree in a whole band and in `threshold` of all components.
 
-    In a group that agrees in a band, each row is compared with the one before it, with the first, and (if `against` is
-    given) with the first of those: a group of many copies costs no more than its size.
+    In a group that agrees in a band, each row is compared with the one before it and with the first: a group of many
+    copies costs no more than its size.
     """
     pairs: set[tuple[int, int]] = set()
     height = rows_of_a_band(threshold)
     for start in range(0, SIGNATURE - height + 1, height):
-        band = np.ascontiguousarray(signatures[rows, start : start + height])
-        keys = band.view(np.dtype((np.void, band.dtype.itemsize * height))).ravel()
+        keys = _band_keys(signatures[rows, start : start + height])
         order = np.argsort(keys, kind="stable")
         alike = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1  # places in `order` that equal the one before
         first = place = -1
@@ -118,9 +142,6 @@ def _similar(signatures: Array, rows: Array, threshold: float, against: Array | 
             place = at
             before, here = int(rows[order[at - 1]]), int(rows[order[at]])
             pairs |= {(before, here), (first, here)}
-            if against is not None and against[here] and not against[first]:
-                pairs.add((first, here))
-                first = here
     return {pair for pair in pairs if (signatures[pair[0]] == signatures[pair[1]]).mean() >= threshold}
 
 

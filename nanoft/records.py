@@ -72,6 +72,10 @@ class Conversation:
         before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
         return "\n".join(message["content"] for message in before)
 
+    def said(self) -> str:
+        """Everything."""
+        return "\n".join(m["content"] for m in self.messages) if self.text is None else self.text
+
     def characters(self) -> int:
         """Of everything that is said."""
         return len(self.text) if self.text is not None else sum(len(m["content"]) for m in self.messages)

@@ -358,20 +358,45 @@ def test_a_size_that_leaves_nothing(chat: ChatTokenizer, tmp_path: Path) -> None
         build(chat, file, validation_size=5)
 
 
-def test_near_duplicates_and_near_leaks(chat: ChatTokenizer, tmp_path: Path) -> None:
-    words = [f"w{n}" for n in range(500)]
+WORDS = [f"w{n}" for n in range(500)]
+
+
+def long_texts(count: int) -> list[str]:
     chance = random.Random(0)
-    texts = [" ".join(chance.choices(words, k=80)) for _ in range(30)]
+    return [" ".join(chance.choices(WORDS, k=80)) for _ in range(count)]
+
+
+def test_near_duplicates_and_near_leaks(chat: ChatTokenizer, tmp_path: Path) -> None:
+    texts = long_texts(30)
     records = [pair(text, "yes") for text in texts]
     records += [pair(texts[n] + " more", "yes") for n in range(5)]  # near duplicates of the first five
     held = [pair("very " + texts[9], "no")]
     file, validation = write(tmp_path / "a.jsonl", records), write(tmp_path / "b.jsonl", held)
-    plain = build(chat, file, limit=2048, validation_file=validation)
-    assert (len(plain.training), plain.report["removed"]) == (35, {})
-    found = build(chat, file, limit=2048, validation_file=validation, near_duplicates=0.8)
-    assert found.report["removed"] == {"near duplicate": 5, "leak": 1}
+    expected: dict[tuple[Any, str], dict[str, int]] = {
+        (None, "ignore"): {},
+        (None, "warn"): {},
+        (None, "remove"): {"leak": 1},
+        (0.8, "warn"): {"near duplicate": 5},
+        (0.8, "remove"): {"near duplicate": 5, "leak": 1},
+    }
+    for (duplicates, leaks), removed in expected.items():
+        changes = {"near_duplicates": duplicates, "near_leaks": leaks}
+        found = build(chat, file, limit=2048, validation_file=validation, **changes)
+        assert found.report["removed"] == removed
+        assert len(found.training) == 35 - sum(removed.values())
+        assert found.report["near_leaks"] == (leaks != "ignore")
+        warned = any("1 training records ask nearly what" in line for line in describe(found.report))
+        assert warned is (leaks == "warn")
+        assert not list(found.directory.glob("*.sig"))
     assert {line for _, line in rejected(found)} == {10, 31, 32, 33, 34, 35}
-    assert not list(found.directory.glob("*.sig"))
+
+
+def test_a_system_text_that_all_records_share_makes_none_of_them_alike(chat: ChatTokenizer, tmp_path: Path) -> None:
+    system, *asked = long_texts(41)
+    records = [{"messages": [{"role": "system", "content": system}, *talk(text[:60], "yes")]} for text in asked]
+    file = write(tmp_path / "d.jsonl", records)
+    found = build(chat, file, limit=2048, validation_split=0.2, near_duplicates=0.5, near_leaks="remove")
+    assert (len(found.training), len(found.validation), found.report["removed"]) == (32, 8, {})
 
 
 @pytest.mark.parametrize(

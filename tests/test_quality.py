@@ -115,12 +115,40 @@ def test_a_chain_of_copies_keeps_its_first_and_what_is_not_like_it() -> None:
     assert quality.near_duplicates(signatures, 0.8, kept).tolist() == [False] * 5 + [True] * 2
 
 
-def test_resemblance_between_two_sides_only() -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+def test_resemblance_between_two_sides_only(at_once: int) -> None:
     same, other = texts(2)
     signatures = np.stack([quality.signature(text) for text in [same, same, other, same, other]])
     training, validation = np.array([1, 1, 1, 0, 0], dtype=np.bool_), np.array([0, 0, 0, 1, 0], dtype=np.bool_)
-    assert quality.resembling(signatures, 0.8, training, validation).tolist() == [True, True, False, False, False]
-    assert not quality.resembling(signatures, 0.8, training, np.zeros(5, dtype=np.bool_)).any()
+
+    def found(others: Any) -> list[bool]:
+        read = lambda start, stop: signatures[start:stop]  # noqa: E731
+        return quality.resembling(read, 0.8, training, others, at_once).tolist()
+
+    assert found(validation) == [True, True, False, False, False]
+    assert found(np.zeros(5, dtype=np.bool_)) == [False] * 5
+    assert found(np.array([0, 0, 0, 1, 1], dtype=np.bool_)) == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_near_leaks_against_brute_force(threshold: float) -> None:
+    held = texts(80, seed=11)
+    chance, training = random.Random(5), []
+    for text in held:
+        words = text.split()
+        for _ in range(chance.randrange(0, 25)):
+            words[chance.randrange(len(words))] = chance.choice(WORDS)
+        training.append(" ".join(words))
+    signatures = np.stack([quality.signature(text) for text in [*training, *held]])
+    kept = np.arange(160) < 80
+    found = quality.resembling(lambda a, b: signatures[a:b], threshold, kept, ~kept, 37)
+    similarity = np.array([jaccard(a, b) for a, b in zip(training, held, strict=True)])
+    above, below = similarity > threshold + 0.05, similarity < threshold - 0.12
+    assert above.sum() >= 4
+    assert below.sum() >= 4
+    assert found[:80][above].mean() >= 0.95
+    assert not found[:80][below].any()
+    assert not found[80:].any()
 
 
 # ---- Cut-off replies
