@@ -578,15 +578,17 @@ def say(line: str) -> None:
 
 def report(cases: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """A Markdown table, one line a shape."""
+    columns = ["shape", "nanoft, tokens/s", "%", "peer, tokens/s", "%", "speedup"]
+    columns += ["nanoft, MB", "peer, MB", "memory", "losses differ by"]
     lines = [
         f"# One optimizer step: nanoft beside {settings['peer']}",
         "",
         f"{settings['machine']}; {settings['versions']}; rounds: {settings['rounds']}.",
         "Written by `bench/step.py`, which says what is compared. Speeds are medians (p10 to p90 of all steps), ratios",
-        "medians (and range) over the rounds; % is the share of what plain matrix products of the same sizes reach here.",
+        "medians (and range) over the rounds; % is the share of what plain matrix products of the same sizes reach.",
         "",
-        "| shape | nanoft, tokens/s | % | peer, tokens/s | % | speedup | nanoft, MB | peer, MB | memory | losses differ by |",
-        "|---" * 10 + "|",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     return "\n".join([*lines, *map(table_row, cases)]) + "\n"
 
