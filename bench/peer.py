@@ -5,20 +5,28 @@
 What a Trainer does, without its bookkeeping: autocast to bfloat16, float32 adapters, SDPA attention, logits of every
 position, fused AdamW, gradients clipped to 1. Conversations of different lengths are padded on the right, `--micro` of
 them together, with an attention mask; their losses are summed and divided by the target tokens of the whole step.
-With `--weights` and `--ids` it reads what bench/step.py has nanoft read; without them it draws its own.
+Weights and tokens are those that nanoft has in bench/step.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
-from step import ALL_LINEAR, ALPHA, IGNORE, LEARNING_RATE, MAX_GRAD_NORM, Text, add_step_options, hf_config
+from step import (
+    ALL_LINEAR,
+    ALPHA,
+    IGNORE,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    Text,
+    add_step_options,
+    hf_config,
+    random_weight,
+)
 from step import measure as measure_steps
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.utils import logging
@@ -32,8 +40,7 @@ def build(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
         torch.set_default_dtype(dtype)
         model = MistralForCausalLM(MistralConfig(**shape, attn_implementation="sdpa"))
         torch.set_default_dtype(torch.float32)
-    if args.weights:
-        copy_weights(dict(model.named_parameters()), args.weights / "model.safetensors")
+    draw_weights(args, dict(model.named_parameters()))
     if args.nf4:
         quantise(model, dtype, device)
     model.config.use_cache = False
@@ -44,20 +51,15 @@ def build(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
         r=args.r, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM"
     )
     adapted = get_peft_model(model, lora)  # its adapters are float32 whatever the base is
-    if args.weights:
-        names = {name.replace(".default", ""): p for name, p in adapted.named_parameters()}
-        copy_weights(names, args.weights / "adapter.safetensors")
+    draw_weights(args, {name.replace(".default", ""): p for name, p in adapted.named_parameters() if p.requires_grad})
     return adapted.train()
 
 
 @torch.no_grad()
-def copy_weights(parameters: dict[str, torch.nn.Parameter], path: Path) -> None:
-    """Fill parameters by name, one tensor in memory at a time."""
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-    for name in names:
-        with safe_open(path, framework="pt") as file:
-            parameters[name].copy_(file.get_tensor(name))
+def draw_weights(args: argparse.Namespace, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Fill parameters with what their names stand for, one at a time."""
+    for name, parameter in parameters.items():
+        parameter.copy_(random_weight(args, name, parameter.shape, parameter.device))
 
 
 def quantise(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -6,12 +6,12 @@
     python bench/step.py --shape all --rounds 5        every shape; writes bench/step.json and bench/step.md
     python bench/step.py --peer "python other.py"      another peer with the options and the JSON line of bench/peer.py
 
-Both sides run in fresh processes, one after another, in an order that turns every round. They read the same base
-weights, the same adapter and the same tokens from files, so losses and gradient norms must agree in every step: if they
-do not, no ratio is given. Warm-up steps are thrown away. Tokens a second count real tokens, never padding; the spread
-is p10 to p90 over all counted steps. Peak memory is the largest resident set of the process (ru_maxrss). A control
-multiplies matrices of the step's own sizes and nothing else, so that speeds can be given as a share of what the machine
-can do. This process imports no torch: a child's peak is never less than what its parent had when it was started.
+Both sides run in fresh processes, one after another, in an order that turns every round. They draw the same base
+weights, the same adapter and the same tokens from a seed, so losses and gradient norms must agree in every step: if
+they do not, no ratio is given. Warm-up steps are thrown away. Tokens a second count real tokens, never padding; the
+spread is p10 to p90 over all counted steps. Peak memory is the largest resident set of the process (ru_maxrss). A
+control multiplies matrices of the step's own sizes and nothing else, so that speeds can be given as a share of what the
+machine can do. This process imports no torch: a child's peak is never less than what its parent had at its start.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,9 +45,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 GRID = [("small", 0, 0), ("small", 1, 0), ("small", 0, 1), ("small", 1, 1), ("long", 0, 0), ("long", 0, 1)]
 GRID += [("long", 1, 1), ("masked", 0, 0), ("masked", 1, 0), ("packed", 0, 0), ("packed", 1, 0)]
-# Options that any peer must know, and those that only bench/peer.py knows.
+# Options that any peer must know, those that only bench/peer.py knows, and those that only nanoft has.
 EVERY_PEER = "hidden layers heads kv ffn vocab seq bs steps warmup dtype ckpt nf4 r".split()  # noqa: SIM905
-OWN_PEER = "masked packed micro threads seed".split()  # noqa: SIM905
+OWN_PEER = "masked packed micro threads seed ids".split()  # noqa: SIM905
+OURS = "compile dequant".split()  # noqa: SIM905
 # Median tokens of prompt and of reply, and the deviation of their logarithm: much like GSM8K in a chat template.
 PROMPT_LENGTH, REPLY_LENGTH = (130, 0.4), (110, 0.6)
 # bfloat16 has 8 bits: two right orders of the same sums differ by so much; a wrong mask or position by far more.
@@ -87,7 +89,8 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=0, help="0: torch's own choice")
     add("--seed", type=int, default=0)
     add("--ids", type=Path, help="a .npz of token ids, labels, lengths, steps and rows")
-    add("--weights", type=Path, help="a directory with config.json, model.safetensors and adapter.safetensors")
+    add("--compile", type=int, nargs="?", const=1, default=0, help="nanoft: torch.compile each block")
+    add("--dequant", choices=["per_use", "cached"], default="per_use", help="nanoft: unpack 4-bit weights once only")
 
 
 def read_steps(args: argparse.Namespace) -> list[list[Text]]:
@@ -107,6 +110,39 @@ def read_steps(args: argparse.Namespace) -> list[list[Text]]:
         steps[step].append(Text(stored["ids"][part].astype("int64"), stored["labels"][part].astype("int64"), int(row)))
         at += int(length)
     return steps
+
+
+def hf_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The model's shape, as a config.json has it."""
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv,
+        "intermediate_size": args.ffn,
+        "vocab_size": args.vocab,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    }
+
+
+def random_weight(args: argparse.Namespace, name: str, shape: Sequence[int], device: Any) -> Any:
+    """A tensor in float32 that depends on the seed and its name only, so that both sides have the same one.
+
+    Norms are 1 and matrices N(0, 0.02), as transformers begins; of the adapters B is 0 and A has Kaiming's variance.
+    """
+    import torch
+
+    if ".lora_B." in name or len(shape) == 1:
+        return torch.full(tuple(shape), float(len(shape) == 1), device=device)
+    generator = torch.Generator(device).manual_seed(2**32 * args.seed + zlib.crc32(name.encode()))
+    spread = (3 * shape[1]) ** -0.5 if ".lora_A." in name else 0.02
+    return torch.randn(tuple(shape), generator=generator, device=device).mul_(spread)
 
 
 def measure(
@@ -165,27 +201,29 @@ def peak_rss_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
-# ---- nanoft's side
+# ---- nanoft's side: all that this file knows of nanoft's model
 
 
 def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
-    """The step of train.py; all that this file knows of nanoft's model stands here."""
+    """The step of train.py."""
     import torch
-    from safetensors.torch import load_file
 
     from nanoft import runtime
-    from nanoft.lora import inject_lora, load_adapter_tensors
+    from nanoft.lora import adapter_tensors, inject_lora, load_adapter_tensors
     from nanoft.loss import target_nll
     from nanoft.optim import build_optimizer
-    from nanoft.weights import load_model
 
     runtime.prepare(args.seed, args.threads, deterministic=False)
-    device, dtype = runtime.choose_device("auto"), runtime.DTYPES[args.dtype]
-    model = load_model(args.weights, device, dtype, ("nf4", True) if args.nf4 else None)
+    device = runtime.choose_device("auto")
+    model = build_nanoft(args, device)
     adapters = inject_lora(model, ALL_LINEAR, args.r, ALPHA, 0.0, args.seed)
-    load_adapter_tensors(adapters, load_file(args.weights / "adapter.safetensors"), "adapter.safetensors")
+    shapes = {name: tensor.shape for name, tensor in adapter_tensors(adapters).items()}
+    load_adapter_tensors(adapters, {name: random_weight(args, name, shapes[name], device) for name in shapes}, "seed")
     if args.ckpt:
         checkpoint_blocks(model)
+    if args.compile:
+        for block in model.model.layers:
+            block.compile()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, LEARNING_RATE, (0.9, 0.999), 1e-8, 0.0)
     model.train()
@@ -203,10 +241,42 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
         optimizer.step()
         return loss, norm
 
-    result = measure(args, device, lambda texts: [pack_rows(texts).to(device)], train)
+    width = 64 if args.compile else 1  # few different shapes, few recompilations
+    result = measure(args, device, lambda texts: [pack_rows(texts, width).to(device)], train)
     without = [name for name, p in trained if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
     assert not without, f"no gradient: {without}"  # those of the last step, which are still there
     return {**result, "lora_tensors": len(trained)}
+
+
+def build_nanoft(args: argparse.Namespace, device: Any) -> Any:
+    """The base, one random tensor at a time, quantised as it arrives: never more than one tensor above its size."""
+    import torch
+
+    from nanoft.model import Decoder, DecoderConfig
+    from nanoft.nf4 import Linear4bit
+
+    dtype = getattr(torch, args.dtype)
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig.from_hf(hf_config(args)))
+    for name, shape in [(name, p.shape) for name, p in model.named_parameters()]:
+        weight = random_weight(args, name, shape, device).to(dtype)
+        place, _, leaf = name.rpartition(".")
+        if args.nf4 and name.startswith("model.layers.") and weight.dim() == 2:
+            packed = Linear4bit(weight, None, "nf4", True, dtype)
+            parent, _, last = place.rpartition(".")
+            setattr(model.get_submodule(parent), last, unpacked(packed) if args.dequant == "cached" else packed)
+        else:
+            setattr(model.get_submodule(place), leaf, torch.nn.Parameter(weight, requires_grad=False))
+    return model
+
+
+def unpacked(layer: Any) -> Any:
+    """The same product from the weight that four bits stand for, kept in 16: QLoRA's numbers at LoRA's speed."""
+    import torch
+
+    linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(layer.dequantize(), requires_grad=False)
+    return linear
 
 
 def checkpoint_blocks(model: Any) -> None:
@@ -219,72 +289,20 @@ def checkpoint_blocks(model: Any) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def pack_rows(texts: list[Text]) -> Any:
+def pack_rows(texts: list[Text], width: int) -> Any:
     """nanoft's batch of one step: each text in the row that it was packed into."""
     from nanoft.batches import Samples, collate
     from nanoft.chat import Sample
 
     samples = Samples.of([Sample(t.ids.astype("int32"), t.labels != IGNORE, n) for n, t in enumerate(texts)])
     rows = [[n for n, t in enumerate(texts) if t.row == row] for row in sorted({t.row for t in texts})]
-    return collate(samples, rows, pad_id=0)
+    return collate(samples, rows, pad_id=0, pad_to_multiple_of=width)
 
 
-# ---- What both sides read
+# ---- Packed shapes: which texts
 
 
-def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """Write a random base and adapter and, for packed shapes, the texts; the figures are those of the step's work."""
-    import torch
-    from safetensors.torch import save_file
-
-    from nanoft.lora import adapter_tensors, inject_lora
-    from nanoft.model import Decoder, DecoderConfig
-
-    shape = hf_config(args)
-    (args.weights / "config.json").write_text(json.dumps(shape), encoding="utf-8")
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def draw(size: Sequence[int], spread: float) -> Any:
-        return torch.randn(size, generator=generator) * spread
-
-    with torch.device("meta"):
-        model = Decoder(DecoderConfig.from_hf(shape))
-    dtype = getattr(torch, args.dtype)
-    tensors = {  # norms are 1, the rest N(0, 0.02), as transformers begins
-        name: (draw(p.shape, 0.02) if p.dim() > 1 else torch.ones(p.shape)).to(dtype)
-        for name, p in model.named_parameters()
-    }
-    save_file(tensors, args.weights / "model.safetensors")
-    adapters = adapter_tensors(inject_lora(model, ALL_LINEAR, args.r, ALPHA, 0.0, args.seed))
-    parts = {  # A of about Kaiming's variance 1 / (3 in), B zero
-        name: draw(p.shape, (3 * p.shape[1]) ** -0.5) if ".lora_A." in name else torch.zeros(p.shape)
-        for name, p in adapters.items()
-    }
-    save_file(parts, args.weights / "adapter.safetensors")
-    if args.packed:
-        write_packed(args)
-    return work_of(args)
-
-
-def hf_config(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "hidden_size": args.hidden,
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": args.heads,
-        "num_key_value_heads": args.kv,
-        "intermediate_size": args.ffn,
-        "vocab_size": args.vocab,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "sliding_window": None,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-    }
-
-
-def write_packed(args: argparse.Namespace) -> None:
+def write_packed(args: argparse.Namespace) -> dict[str, Any]:
     """Pack a data set as nanoft does and keep the windows of the steps; the peer pads the same texts."""
     import numpy as np
 
@@ -317,6 +335,7 @@ def write_packed(args: argparse.Namespace) -> None:
         steps=[step for step, _, _ in places],
         rows=[row for _, row, _ in places],
     )
+    return {"texts": len(texts)}
 
 
 def tokenised(args: argparse.Namespace) -> Any:
@@ -351,7 +370,7 @@ def drawn(args: argparse.Namespace) -> Any:
 # ---- The control: what the machine can do
 
 
-def work_of(args: argparse.Namespace) -> dict[str, float]:
+def gflop_of_step(args: argparse.Namespace) -> float:
     """Floating-point operations that a step cannot do without, as the median over the counted steps.
 
     A product with n weights costs 2 n a token forward and 2 n more for the gradient of its input; the frozen weights
@@ -372,11 +391,11 @@ def work_of(args: argparse.Namespace) -> dict[str, float]:
         seen = sum(len(text.ids) * (len(text.ids) + 1) for text in texts)
         attention = 3.5 * 2 * args.layers * queries * seen
         work.append(4 * linears * tokens + 6 * adapters * tokens + attention + 4 * args.vocab * args.hidden * targets)
-    return {"gflop": round(statistics.median(work) / 1e9, 3)}
+    return round(statistics.median(work) / 1e9, 3)
 
 
-def run_matmul(args: argparse.Namespace) -> dict[str, float]:
-    """GFLOP/s of the forward products of one block and of the head, without anything around them."""
+def run_matmul(args: argparse.Namespace) -> dict[str, Any]:
+    """GFLOP/s of a step's forward products of bare matrices, the work of a step, and what did it."""
     import torch
 
     if args.threads:
@@ -401,13 +420,17 @@ def run_matmul(args: argparse.Namespace) -> dict[str, float]:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return {"gflop_s": round(flop / 1e9 / statistics.median(seconds[args.warmup :]), 1)}
+    return {
+        "gflop_s": round(flop / 1e9 / statistics.median(seconds[args.warmup :]), 1),
+        "gflop": gflop_of_step(args),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+    }
 
 
 CONTENDERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "nanoft": run_nanoft,
     "matmul": run_matmul,
-    "prepare": prepare,
+    "pack": write_packed,
 }
 
 
@@ -467,15 +490,17 @@ def contest(args: argparse.Namespace) -> dict[str, Any]:
     """One shape: rounds of both sides, the control, and what follows from them; failures are part of the result."""
     foreign = args.peer != PEER
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        args.weights, args.ids = work, work / "ids.npz" if args.packed else None
-        os.environ["XDG_CACHE_HOME"] = str(work / "cache")  # the tokenised data, too, is gone afterwards
-        own = flags(args, [*EVERY_PEER, *OWN_PEER, "ids", "weights"])
-        theirs = flags(args, EVERY_PEER) if foreign else own
-        commands = {"nanoft": [*own_command("nanoft"), *own], "peer": [*shlex.split(args.peer), *theirs]}
+        args.ids = Path(temporary) / "ids.npz" if args.packed else None
+        os.environ["XDG_CACHE_HOME"] = temporary  # the tokenised data, too, is gone afterwards
+        own = flags(args, [*EVERY_PEER, *OWN_PEER])
+        commands = {
+            "nanoft": [*own_command("nanoft"), *own, *flags(args, OURS)],
+            "peer": [*shlex.split(args.peer), *(flags(args, EVERY_PEER) if foreign else own)],
+        }
         try:
-            step = in_process([*own_command("prepare"), *own, *flags(args, ["data"])], args.timeout_s)
-            step |= in_process([*own_command("matmul"), *own], args.timeout_s)
+            if args.packed:
+                in_process([*own_command("pack"), *own, *flags(args, ["data"])], args.timeout_s)
+            step = in_process([*own_command("matmul"), *own], args.timeout_s)
         except Failed as error:
             raise SystemExit(f"{case_name(args)}: {error}") from None
         if foreign and args.packed:
@@ -569,7 +594,9 @@ def compare(args: argparse.Namespace, ours: dict[str, Any], theirs: dict[str, An
 
 
 def case_name(args: argparse.Namespace) -> str:
-    return args.shape + " nf4" * args.nf4 + " ckpt" * args.ckpt
+    """The shape and the options that were switched on."""
+    switches = {"nf4": args.nf4, "cached": args.dequant == "cached", "ckpt": args.ckpt, "compile": args.compile}
+    return " ".join([args.shape, *(name for name, on in switches.items() if on)])
 
 
 def say(line: str) -> None:
