@@ -38,9 +38,9 @@ from step import (
 
 # Of each sweep: its points, those of --quick, and the degree of the curve through the times.
 SWEEPS: dict[str, tuple[list[int], list[int], int]] = {
-    "seq": ([512, 1024, 2048, 4096, 8192, 16384, 32768], [512, 1024, 2048, 4096], 2),
     "r": ([4, 8, 16, 32, 64, 128, 256], [4, 64, 256], 1),
     "layers": ([1, 2, 4, 8, 16], [1, 2, 4], 1),
+    "seq": ([512, 1024, 2048, 4096, 8192, 16384, 32768], [512, 1024, 2048, 4096], 2),
 }
 NAMES = {"seq": "tokens of a row", "r": "rank", "layers": "layers"}
 BAR = 30  # characters of the longest bar
@@ -72,7 +72,7 @@ def run_point(args: argparse.Namespace, name: str, value: int, command: list[str
         result = in_process([*command, *given], left_s)
     except Failed as error:
         return {"error": str(error)}
-    keys = ("tok_s", "step_s", "peak_rss_mb", "loaded_rss_mb", "peak_cuda_mb")
+    keys = ("tok_s", "step_s", "gflop_s", "peak_rss_mb", "loaded_rss_mb", "peak_cuda_mb")
     return {key: result[key] for key in keys if result[key] is not None}
 
 
@@ -83,7 +83,7 @@ def fits(rows: list[dict[str, Any]], degree: int) -> dict[str, dict[str, Any] | 
     return {
         key: fit([row["n"] for row in done], [row[key] for row in done], order)
         for key, order in wanted.items()
-        if all(key in row for row in done)
+        if done and all(key in row for row in done)
     }
 
 

@@ -145,6 +145,25 @@ def random_weight(args: argparse.Namespace, name: str, shape: Sequence[int], dev
     return torch.randn(tuple(shape), generator=generator, device=device).mul_(spread)
 
 
+def gflop_of_step(args: argparse.Namespace, texts: list[Text]) -> float:
+    """Floating-point operations, in 10^9, that a step cannot do without.
+
+    A product with n weights costs 2 n a token forward and 2 n more for the gradient of its input; the frozen weights
+    have no gradient, LoRA's have. Causal attention: 2 hidden (len + 1) a token forward, 2.5 times that backward, as
+    flash attention computes its scores again (Dao et al. 2022). The head: target tokens only. What is recomputed under
+    checkpointing, padded, or multiplied for tokens without a target is not useful, so it is not counted.
+    """
+    keys = args.kv * (args.hidden // args.heads)
+    shapes = [(args.hidden, args.hidden)] * 2 + [(keys, args.hidden)] * 2 + [(args.ffn, args.hidden)] * 3
+    linears = args.layers * sum(out * n for out, n in shapes)
+    adapters = args.layers * args.r * sum(out + n for out, n in shapes)
+    tokens = sum(len(text.ids) for text in texts)
+    targets = sum(int((text.labels[1:] != IGNORE).sum()) for text in texts)
+    pairs = sum(len(text.ids) * (len(text.ids) + 1) for text in texts)  # twice those that attention compares
+    attention = 3.5 * 2 * args.layers * args.hidden * pairs
+    return (4 * linears * tokens + 6 * adapters * tokens + attention + 4 * args.vocab * args.hidden * targets) / 1e9
+
+
 def measure(
     args: argparse.Namespace,
     device: Any,
@@ -164,7 +183,8 @@ def measure(
             torch.cuda.synchronize()
 
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # the step's peak, not that of building the model
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the steps' peak, not that of building the model
     loaded_mb = peak_rss_mb()
     steps = read_steps(args)
     seconds, losses, norms = [], [], []
@@ -177,12 +197,14 @@ def measure(
         seconds.append(time.perf_counter() - started)
         losses.append(float(loss))
         norms.append(float(norm))
-    tokens = [sum(len(text.ids) for text in texts) for texts in steps]
-    speeds = [t / s for t, s in zip(tokens, seconds, strict=True)][args.warmup :]
+    counted, seconds = steps[args.warmup :], seconds[args.warmup :]
+    speeds = [sum(len(text.ids) for text in texts) / s for texts, s in zip(counted, seconds, strict=True)]
+    work = [gflop_of_step(args, texts) for texts in counted]
     cuda = device.type == "cuda"
     return {
         "tok_s": round(statistics.median(speeds), 1),
-        "step_s": round(statistics.median(seconds[args.warmup :]), 4),
+        "step_s": round(statistics.median(seconds), 4),
+        "gflop_s": round(statistics.median(w / s for w, s in zip(work, seconds, strict=True)), 2),
         "loss": round(losses[-1], 4),
         "peak_rss_mb": peak_rss_mb(),
         "peak_cuda_mb": torch.cuda.max_memory_allocated() // 2**20 if cuda else None,
@@ -370,32 +392,8 @@ def drawn(args: argparse.Namespace) -> Any:
 # ---- The control: what the machine can do
 
 
-def gflop_of_step(args: argparse.Namespace) -> float:
-    """Floating-point operations that a step cannot do without, as the median over the counted steps.
-
-    A product with n weights costs 2 n a token forward and 2 n more for the gradient of its input; the frozen weights
-    have no gradient, LoRA's have. Causal attention: 2 hidden (len + 1) a token forward, 2.5 times that backward, as
-    flash attention computes its scores again (Dao et al. 2022). The head: target tokens only. What is recomputed under
-    checkpointing, padded, or multiplied for tokens without a target is not useful, so it is not counted.
-    """
-    head_dim = args.hidden // args.heads
-    queries, keys = args.hidden, args.kv * head_dim
-    shapes = [(queries, args.hidden), (keys, args.hidden), (keys, args.hidden), (args.hidden, queries)]
-    shapes += [(args.ffn, args.hidden), (args.ffn, args.hidden), (args.hidden, args.ffn)]
-    linears = args.layers * sum(out * n for out, n in shapes)
-    adapters = args.layers * args.r * sum(out + n for out, n in shapes)
-    work = []
-    for texts in read_steps(args)[args.warmup :]:
-        tokens = sum(len(text.ids) for text in texts)
-        targets = sum(int((text.labels[1:] != IGNORE).sum()) for text in texts)
-        seen = sum(len(text.ids) * (len(text.ids) + 1) for text in texts)
-        attention = 3.5 * 2 * args.layers * queries * seen
-        work.append(4 * linears * tokens + 6 * adapters * tokens + attention + 4 * args.vocab * args.hidden * targets)
-    return round(statistics.median(work) / 1e9, 3)
-
-
 def run_matmul(args: argparse.Namespace) -> dict[str, Any]:
-    """GFLOP/s of a step's forward products of bare matrices, the work of a step, and what did it."""
+    """GFLOP/s of a step's forward products as bare matrices, and the work of a step."""
     import torch
 
     if args.threads:
@@ -422,15 +420,21 @@ def run_matmul(args: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     return {
         "gflop_s": round(flop / 1e9 / statistics.median(seconds[args.warmup :]), 1),
-        "gflop": gflop_of_step(args),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "gflop_of_step": round(statistics.median(gflop_of_step(args, texts) for texts in read_steps(args)), 3),
     }
+
+
+def device_name(_: argparse.Namespace) -> dict[str, str]:
+    import torch
+
+    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
 
 
 CONTENDERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "nanoft": run_nanoft,
     "matmul": run_matmul,
     "pack": write_packed,
+    "device": device_name,
 }
 
 
@@ -450,9 +454,11 @@ def flags(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def in_process(command: list[str], timeout_s: float) -> dict[str, Any]:
+def in_process(command: list[str], timeout_s: float, bounded: bool = True) -> dict[str, Any]:
     """Run a command in a fresh process; its last line is JSON.
 
+    Args:
+        bounded: let it have no more than the memory that is free.
     Raises:
         Failed: it ended badly, ran too long or said something else.
     """
@@ -460,7 +466,12 @@ def in_process(command: list[str], timeout_s: float) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=timeout_s, preexec_fn=bound_memory
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=timeout_s,
+            preexec_fn=bound_memory if bounded else None,
         )
     except subprocess.TimeoutExpired:
         raise Failed(f"not done after {timeout_s:.0f} s") from None
@@ -479,8 +490,8 @@ def in_process(command: list[str], timeout_s: float) -> dict[str, Any]:
 
 
 def bound_memory() -> None:
-    """In a child on a CPU machine: fail with an error rather than make the machine swap or kill something else."""
-    if sys.platform == "linux" and not os.path.exists("/proc/driver/nvidia"):
+    """In a child: fail with an error rather than make the machine swap or kill something else."""
+    if sys.platform == "linux":
         with open("/proc/meminfo") as file:
             free_kb = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
         resource.setrlimit(resource.RLIMIT_DATA, (free_kb * 900, free_kb * 900))  # nine tenths of what is free
@@ -500,7 +511,7 @@ def contest(args: argparse.Namespace) -> dict[str, Any]:
         try:
             if args.packed:
                 in_process([*own_command("pack"), *own, *flags(args, ["data"])], args.timeout_s)
-            step = in_process([*own_command("matmul"), *own], args.timeout_s)
+            control = in_process([*own_command("matmul"), *own], args.timeout_s)
         except Failed as error:
             raise SystemExit(f"{case_name(args)}: {error}") from None
         if foreign and args.packed:
@@ -517,19 +528,20 @@ def contest(args: argparse.Namespace) -> dict[str, Any]:
                 except Failed as error:
                     errors[name] = str(error)
                     say(f"{case_name(args)}: {name}: {error}")
-    return summary(args, results, errors, step, foreign)
+    return summary(args, results, errors, control, foreign)
 
 
 def summary(
     args: argparse.Namespace,
     results: dict[str, list[dict[str, Any]]],
     errors: dict[str, str],
-    step: dict[str, float],
+    control: dict[str, Any],
     foreign: bool,
 ) -> dict[str, Any]:
     """The line of JSON: ratios are taken within each round, then their median."""
     sides = {
-        name: {"error": errors[name]} if name in errors else side_summary(runs, step) for name, runs in results.items()
+        name: {"error": errors[name]} if name in errors else side_summary(runs, control)
+        for name, runs in results.items()
     }
     if errors:
         check: dict[str, Any] = {"checked": False, "why": "a side failed"}
@@ -549,13 +561,13 @@ def summary(
         "speedups": [round(ratio, 3) for ratio in speedups],
         "memory_ratios": [round(ratio, 3) for ratio in memories],
         "losses": check,
-        "gflop_of_step": step["gflop"],
-        "matmul_gflop_s": step["gflop_s"],
+        "gflop_of_step": control["gflop_of_step"],
+        "matmul_gflop_s": control["gflop_s"],
         "rounds": args.rounds,
     }
 
 
-def side_summary(runs: list[dict[str, Any]], step: dict[str, float]) -> dict[str, Any]:
+def side_summary(runs: list[dict[str, Any]], control: dict[str, Any]) -> dict[str, Any]:
     """Medians over a side's rounds, and the spread over all of their steps."""
     median = {
         key: statistics.median(run[key] for run in runs)
@@ -564,12 +576,12 @@ def side_summary(runs: list[dict[str, Any]], step: dict[str, float]) -> dict[str
     }
     speeds = [speed for run in runs for speed in run.get("speeds", [run["tok_s"]])]
     low, high = spread(speeds)
-    achieved = step["gflop"] / median["step_s"]
+    achieved = statistics.median(run.get("gflop_s", control["gflop_of_step"] / run["step_s"]) for run in runs)
     return {
         **median,
         "tok_s_p10": low,
         "tok_s_p90": high,
-        "percent_of_matmul": round(100 * achieved / step["gflop_s"], 1),
+        "percent_of_matmul": round(100 * achieved / control["gflop_s"], 1),
     }
 
 
