@@ -120,7 +120,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             for micro_batch in window:
                 batch = micro_batch.to(job.device)
                 with job.autocast():
-                    hidden = model(batch.ids, batch.positions, batch.segments)  # (batch, seq, hidden)
+                    hidden = model(batch.ids, batch.positions, batch.documents)  # (batch, seq, hidden)
                     nll = target_nll(hidden, model.head, batch.rows, batch.targets, t.label_smoothing)
                 # sum over target tokens / target tokens of the WINDOW: the same however the window is split
                 micro_loss = nll / window_targets

@@ -179,7 +179,7 @@ def rehearse(model: Decoder, batch: Batch, autocast: Autocast, smoothing: float,
         for _ in range(2):  # the first one warms up, and leaves its gradients
             started = time.perf_counter()
             with autocast():
-                hidden = model(batch.ids, batch.positions, batch.segments)
+                hidden = model(batch.ids, batch.positions, batch.documents)
                 nll = target_nll(hidden, model.head, batch.rows, batch.targets, smoothing)
             nll.backward()
             nll.item()  # waits for the device
