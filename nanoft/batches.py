@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanoft.attention import Documents
 from nanoft.chat import Sample
-from nanoft.model import Documents
 
 Array = np.ndarray[Any, Any]
 MEGABATCH = 50  # windows among which rows are sorted when grouping by length

@@ -111,7 +111,7 @@ class Group:
 
     def weights(self) -> list[Tensor]:
         """A_1, B_1, A_2, B_2, ..."""
-        pairs = []
+        pairs: list[Tensor] = []
         for linear, base in zip(self.linears, self.bases, strict=True):
             if isinstance(linear, LoRALinear):
                 pairs += [linear.lora_A, linear.lora_B]
@@ -167,9 +167,10 @@ class _Adapted(torch.autograd.Function):
         return (None, *(tensor.grad for tensor in inputs), *d_weights)
 
 
-def _parted(group: Group, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+def _parted(group: Group, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The inputs, the A_i and the B_i."""
-    return tensors[: group.inputs], tensors[group.inputs :: 2], tensors[group.inputs + 1 :: 2]
+    weights = list(tensors[group.inputs :])
+    return list(tensors[: group.inputs]), weights[::2], weights[1::2]
 
 
 def _by_rank(u: Tensor, a: Sequence[Tensor]) -> tuple[Tensor, ...]:

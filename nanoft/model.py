@@ -8,9 +8,9 @@ it does not know: a setting that is silently ignored is a model that is silently
 Module names equal the names of the tensors in Hugging Face files, so loading is a look-up and an adapter saved here
 has the keys that other tools expect.
 
-What makes training fast and small is in three small functions: `project` (linears of one input share their work, and
-the input is computed again in backward instead of being kept), `attend` (packed documents are attended to one by one)
-and `run_block` (a block's activations may be computed again, or wait on the CPU).
+What makes training fast and small is in two small functions here, `project` (linears of one input share their work, and
+the input is computed again in backward instead of being kept) and `run_block` (a block's activations may be computed
+again, or wait on the CPU), and in nanoft/attention.py.
 
 Notation in comments: b batch, q and k positions that ask and answer, h query heads, g key/value heads, d head size.
 """
@@ -18,7 +18,6 @@ Notation in comments: b batch, q and k positions that ask and answer, h query he
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +30,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from nanoft import UserError
+from nanoft.attention import Documents, attend, attention_mask, rotate
 
-try:  # from PyTorch 2.10 on
-    from torch.nn.attention.varlen import varlen_attn as varlen_attention
-except ImportError:
-    varlen_attention = None
-VARLEN_OPTIONS = inspect.signature(varlen_attention).parameters if varlen_attention is not None else {}
 Keep = Literal["all", "input", "offloaded"]  # what of a block waits for backward: its activations, or its input only
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -265,34 +260,15 @@ class KVCache:
         return self.keys[layer][:, : self.length], self.values[layer][:, : self.length]
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Where each document of a packed batch lies when its rows stand one behind another; known on the CPU."""
-
-    lengths: tuple[int, ...]  # in order; the padding of a row is a document, too
-    bounds: Tensor  # (documents + 1,) int32, on the model's device: 0, and the end of each
-
-
 @dataclass
 class Attention:
     """What the layers of one forward pass share: the rotation of each position and who may see whom."""
 
     cos: Tensor  # (b or 1, q, 1, d / 2)
     sin: Tensor  # (b or 1, q, 1, d / 2)
-    masks: dict[int | None, Tensor | None]  # by window: (b, 1, q, k), True: may attend; None: plain causal
-    cache: KVCache | None = None
-    documents: Documents | None = None
-
-
-def attention_mask(
-    positions: Tensor, segments: Tensor, key_positions: Tensor, key_segments: Tensor, window: int | None
-) -> Tensor:
-    """Who may see whom, (b, 1, q, k): the same document, not the future, not further back than the window."""
-    past = positions[:, :, None] - key_positions[:, None, :]  # (b, q, k): how far back the key lies
-    seen = (past >= 0) & (segments[:, :, None] == key_segments[:, None, :])
-    if window is not None:
-        seen &= past < window
-    return seen[:, None]
+    documents: Documents | None  # of a packed batch
+    masks: dict[int | None, Tensor]  # by window, where positions alone do not say it: (b, 1, q, k), True: may attend
+    cache: KVCache | None
 
 
 class RMSNorm(nn.Module):
@@ -308,86 +284,16 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) by its position's angle; x is (b, q, heads, d)."""
-    if torch.compiler.is_compiling():  # the compiler fuses the formula by itself
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return _Rotation.apply(x, cos, sin)
-
-
-class _Rotation(torch.autograd.Function):
-    """Two passes over x instead of five. The gradient of a rotation is the rotation by the opposite angle."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        first, second = x.chunk(2, dim=-1)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        y_first, y_second = y.chunk(2, dim=-1)
-        torch.mul(first, cos, out=y_first).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=y_second).addcmul_(first, sin)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _Rotation.apply(grad_outputs[0], cos, -sin), None, None
-
-
 def project(linears: Sequence[nn.Module], prepare: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
     """Every linear's output for the same x = prepare(*inputs): a norm, or what stands between two linears.
 
     Linears with adapters do it together: `_Adapted` in nanoft/lora.py.
     """
     for linear in linears:
-        if hasattr(linear, "project"):
-            return linear.project(linears, prepare, *inputs)
+        if together := getattr(linear, "project", None):
+            return together(linears, prepare, *inputs)
     x = prepare(*inputs)
     return [linear(x) for linear in linears]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention, window: int | None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over what each position may see; q is (b, q, h, d), k and v (b, k, g, d)."""
-    if attention.documents is not None:
-        flat = (part.flatten(0, 1) for part in (q, k, v))  # (b * q, heads, d): every row behind the one before
-        return _attend_documents(*flat, attention.documents, window).view_as(q)
-    mask = attention.masks[window]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, q, d)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return y.transpose(1, 2)
-
-
-def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """Each document by itself, (tokens, heads, d): what it costs is the sum of squared lengths, not their square."""
-    if varlen_attention is not None and q.is_cuda and q.dtype != torch.float32:
-        return _attend_varlen(q, k, v, documents, window)
-    pieces = []
-    for parts in zip(*(part.split(documents.lengths) for part in (q, k, v)), strict=True):
-        one = Attention(q, q, {window: _window_mask(len(parts[0]), window, q.device)})
-        pieces.append(attend(*(part[None] for part in parts), one, window)[0])
-    return torch.cat(pieces)
-
-
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Of one document; None if all of it lies within the window."""
-    if window is None or length <= window:
-        return None
-    positions, same = torch.arange(length, device=device)[None], torch.ones(1, length, device=device)
-    return attention_mask(positions, same, positions, same, window)
-
-
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """One kernel for all documents (FlashAttention 2, Dao 2023). Its options have changed: causal was a flag once."""
-    bounds, longest = documents.bounds, max(documents.lengths)
-    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
-    if "window_size" not in VARLEN_OPTIONS:
-        options = {"is_causal": True}
-    if "enable_gqa" in VARLEN_OPTIONS:
-        options["enable_gqa"] = True
-    else:
-        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-    return varlen_attention(q, k, v, bounds, bounds, longest, longest, **options)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -418,7 +324,8 @@ class SelfAttention(nn.Module):
         q, k = rotate(q, attention.cos, attention.sin), rotate(k, attention.cos, attention.sin)
         if attention.cache is not None:
             k, v = attention.cache.extend(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, attention, self.window).flatten(2))
+        y = attend(q, k, v, self.window, attention.documents, attention.masks.get(self.window))
+        return self.o_proj(y.flatten(2))
 
 
 class MLP(nn.Module):
@@ -451,7 +358,7 @@ class Block(nn.Module):
         return x + self.mlp(x, self.post_attention_layernorm)
 
 
-def run_block(block: Block, x: Tensor, attention: Attention, keep: Keep) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, attention: Attention, keep: Keep) -> Tensor:
     """A block whose activations are kept for backward, or computed again there from x (Chen et al. 2016).
 
     `offloaded` lets x itself wait on the CPU, too: then no memory of the device grows with the number of layers.
@@ -527,19 +434,16 @@ class Decoder(nn.Module):
         segments: Tensor | None,
         cache: KVCache | None,
     ) -> Attention:
-        length = ids.shape[1]
-        windows = set(self.config.windows)
         if positions is None:
-            positions = torch.arange(length, device=ids.device)[None]
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
         cos, sin = self._rotation(positions, x.dtype)
-        plain = segments is None and cache is None and all(w is None or w >= length for w in windows)
-        if plain or documents is not None:
-            return Attention(cos, sin, dict.fromkeys(windows), None, documents)
+        if segments is None and cache is None:
+            return Attention(cos, sin, documents, {}, None)
         positions = positions.expand(ids.shape)
         segments = torch.ones_like(ids) if segments is None else segments
         keys = (positions, segments) if cache is None else cache.reserve(positions, segments)
-        masks: dict[int | None, Tensor | None] = {w: attention_mask(positions, segments, *keys, w) for w in windows}
-        return Attention(cos, sin, masks, cache)
+        masks = {window: attention_mask(positions, segments, *keys, window) for window in set(self.config.windows)}
+        return Attention(cos, sin, None, masks, cache)
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of position * frequency, (b, q, 1, d / 2); angles in float32 whatever the model's dtype."""

@@ -11,7 +11,8 @@ import torch
 
 from models import CASES, make_reference
 from nanoft import UserError
-from nanoft.model import Decoder, DecoderConfig, Documents, KVCache, rotate
+from nanoft.attention import Documents
+from nanoft.model import Decoder, DecoderConfig, KVCache
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
@@ -77,16 +78,6 @@ def test_activations_computed_again_give_the_same_gradients(keep: Any, tmp_path:
         plain, again = gradients(["all"] * 3, frozen), gradients(["all", keep, keep], frozen)
         assert plain.keys() == again.keys() == gradients([keep] * 3, frozen).keys()
         assert all(torch.equal(plain[name], again[name]) for name in plain)
-
-
-def test_rotation_is_the_formula_and_its_gradient_that_of_finite_differences() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=generator).requires_grad_()
-    angle = torch.randn(1, 5, 1, 4, dtype=torch.float64, generator=generator)
-    pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
-    y = rotate(x, angle.cos(), angle.sin())
-    assert torch.allclose(y, torch.cat((pairs.real, pairs.imag), dim=-1))
-    assert torch.autograd.gradcheck(lambda t: rotate(t, angle.cos(), angle.sin()), (x,))
 
 
 @pytest.mark.parametrize("case", ["llama3-rope", "qwen2-window", "mistral-window"])
