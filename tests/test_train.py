@@ -84,6 +84,7 @@ def gradients(
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         job = train.prepare(config, run, *train.load_data(config, run, datetime.now()))
         job.model.to(dtype)
+        job.optimizer.state.clear()  # laid out for float32; AdamW makes it again
         generator = torch.Generator().manual_seed(1)
         for name, parameter in job.trained:
             if "lora_B" in name:  # at zero, A would have no gradient
