@@ -39,6 +39,7 @@ from nanoft.model import Decoder
 from nanoft.nf4 import Linear4bit
 from nanoft.optim import (
     build_optimizer,
+    check_optimizer,
     learning_rate_at,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -120,7 +121,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             for micro_batch in window:
                 batch = micro_batch.to(job.device)
                 with job.autocast():
-                    hidden = model(batch.ids, batch.positions, batch.segments)  # (batch, seq, hidden)
+                    hidden = model(batch.ids, batch.positions, batch.documents)  # (batch, seq, hidden)
                     nll = target_nll(hidden, model.head, batch.rows, batch.targets, t.label_smoothing)
                 # sum over target tokens / target tokens of the WINDOW: the same however the window is split
                 micro_loss = nll / window_targets
@@ -131,7 +132,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             verdict = guard.judge(loss.item(), grad_norm.item())
             if verdict == "ok":
                 rate = learning_rate_at(
-                    state.step, total_steps, t.learning_rate, warmup_steps, t.lr_scheduler, t.min_lr_ratio
+                    state.step, total_steps, t.learning_rate, warmup_steps, t.lr_scheduler, t.min_lr_ratio, t.lr_power
                 )
                 set_learning_rate(optimizer, rate)
                 optimizer.step()
@@ -296,7 +297,7 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
         lora, seed = config.lora, config.system.seed
         adapters = inject_lora(model, lora.target_modules, lora.rank, lora.alpha, lora.dropout, seed)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = build_optimizer(trained, t.learning_rate, (t.beta1, t.beta2), t.epsilon, t.weight_decay)
+    optimizer = build_optimizer(trained, t)
     validation = corpus.validation[: config.evaluation.max_samples]
     checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints)
     return Job(
@@ -351,12 +352,13 @@ def preflight_checks(job: Job, forced: list[str]) -> float:
     judge(checks, forced)
     t, batches = job.config.training, job.batches
     longest = batches.longest()
-    fits, seconds = rehearse(job.model, longest, job.autocast, t.label_smoothing, fresh=not job.optimizer.state)
+    fits, seconds = rehearse(job.model, longest, job.autocast, t.label_smoothing)
     job.run.say(fits.line())
     if len(job.validation):
         size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
         job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
-    saved = rehearse_save(job.run.directory, trained_weights(job), t.keep_checkpoints)
+    moments = optimizer_tensors(job.optimizer, job.trained)
+    saved = rehearse_save(job.run.directory, trained_weights(job), moments, t.keep_checkpoints)
     job.run.say(saved.line())
     judge([saved], forced)
     return float(seconds * batches.samples.lengths.sum() / batches.windows_in_epoch() / longest.tokens)
@@ -466,6 +468,7 @@ class Wish:
 def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
+    check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         date = claim(config, run, wish.resume)
         try:

@@ -80,3 +80,15 @@ def packed_bytes(layer: Linear4bit) -> int:
     if state.nested:
         parts += [state.state2.absmax, state.state2.code, state.offset]
     return sum(part.numel() * part.element_size() for part in parts)
+
+
+def product(layer: nn.Linear | Linear4bit, x: Tensor) -> Tensor:
+    """x W^T."""
+    weight = layer.dequantize() if isinstance(layer, Linear4bit) else layer.weight
+    return x @ weight.to(x.dtype).T
+
+
+def gradient(layer: nn.Linear | Linear4bit, grad: Tensor) -> Tensor:
+    """grad W."""
+    weight = layer.dequantize() if isinstance(layer, Linear4bit) else layer.weight
+    return grad @ weight.to(grad.dtype)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from models import CASES, make_reference
 from nanoft import UserError
+from nanoft.attention import Documents
 from nanoft.model import Decoder, DecoderConfig, KVCache
 from nanoft.weights import load_model
 
@@ -47,15 +49,35 @@ def greedy(model: Decoder, ids: torch.Tensor, count: int, use_cache: bool) -> to
 
 
 def test_packed_documents_equal_the_same_documents_alone(tmp_path: Path) -> None:
-    make_reference("mistral-window", tmp_path)
+    make_reference("mistral-window", tmp_path)  # the second one is longer than the window
     model = load_model(tmp_path, CPU, torch.float32)
-    first, second = torch.randint(0, 199, (1, 20)), torch.randint(0, 199, (1, 30))
-    positions = torch.cat((torch.arange(20), torch.arange(30)))[None]
-    segments = torch.cat((torch.full((20,), 1), torch.full((30,), 2)))[None]
+    first, second = torch.randint(0, 199, (1, 10)), torch.randint(0, 199, (1, 30))
+    positions = torch.cat((torch.arange(10), torch.arange(30)))[None]
+    segments = torch.cat((torch.full((10,), 1), torch.full((30,), 2)))[None]
+    documents = Documents((10, 30), torch.tensor([0, 10, 40], dtype=torch.int32))
     with torch.no_grad():
-        packed = model(torch.cat((first, second), dim=1), positions, segments)
-        assert (packed[:, :20] - model(first)).abs().max() < 1e-5
-        assert (packed[:, 20:] - model(second)).abs().max() < 1e-5
+        for told in ({"documents": documents}, {"segments": segments}):
+            packed = model(torch.cat((first, second), dim=1), positions, **told)
+            assert (packed[:, :10] - model(first)).abs().max() < 1e-5
+            assert (packed[:, 10:] - model(second)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("keep", ["input", "offloaded"])
+def test_activations_computed_again_give_the_same_gradients(keep: Any, tmp_path: Path) -> None:
+    make_reference("qwen3", tmp_path)
+    ids = torch.randint(0, 199, (2, 20), generator=torch.Generator().manual_seed(1))
+
+    def gradients(kept: list[Any], frozen: bool) -> dict[str, torch.Tensor]:
+        model = load_model(tmp_path, CPU, torch.float32)
+        model.model.embed_tokens.requires_grad_(not frozen)
+        model.keep = kept
+        model(ids).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    for frozen in (False, True):
+        plain, again = gradients(["all"] * 3, frozen), gradients(["all", keep, keep], frozen)
+        assert plain.keys() == again.keys() == gradients([keep] * 3, frozen).keys()
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 @pytest.mark.parametrize("case", ["llama3-rope", "qwen2-window", "mistral-window"])

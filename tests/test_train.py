@@ -84,6 +84,7 @@ def gradients(
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         job = train.prepare(config, run, *train.load_data(config, run, datetime.now()))
         job.model.to(dtype)
+        job.optimizer.state.clear()  # laid out for float32; AdamW makes it again
         generator = torch.Generator().manual_seed(1)
         for name, parameter in job.trained:
             if "lora_B" in name:  # at zero, A would have no gradient
@@ -138,6 +139,14 @@ VARIANTS = {
     "qlora": {"quantization__bits": 4},
     "packed": {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1},
     "full": {"training__method": "full", "training__learning_rate": 1e-4},
+    "full-8bit": {"training__method": "full", "training__learning_rate": 1e-4, "training__optimizer": "adamw_8bit"},
+    "sgd": {
+        "training__optimizer": "sgd",
+        "training__learning_rate": 0.5,
+        "training__lora_plus_ratio": 4,
+        "training__lr_scheduler": "polynomial",
+        "training__lr_power": 2,
+    },
     "full-bf16": {"training__method": "full", "training__learning_rate": 1e-4, "model__dtype": "bfloat16"},
 }
 
@@ -622,6 +631,7 @@ SETTINGS = {
     "no such model": ({"model__name": "./nowhere"}, ["model.name", "./nowhere"]),
     "nothing fits": ({"model__max_seq_length": 8}, ["model.max_seq_length=8"]),
     "no gpu": ({"system__device": "mps"}, ["system.device", "mps"]),
+    "paged": ({"training__optimizer": "adamw_paged", "system__device": "cpu"}, ["training.optimizer", "adamw_paged"]),
     "full on 4 bits": ({"training__method": "full", "quantization__bits": 4}, ["quantization.bits"]),
 }
 
