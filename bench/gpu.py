@@ -31,6 +31,7 @@ from step import (
     Failed,
     add_step_options,
     compare,
+    difference,
     flags,
     in_process,
     own_command,
@@ -65,6 +66,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("nanoft", PACKED | {"bs": 2}),
     ("nanoft", PACKED | CKPT),
     ("nanoft", PACKED | NF4 | COMPILE | {"dequant": "cached"}),
+    ("nanoft", PACKED | NF4 | CKPT | {"offload": 1}),
 ]
 
 
@@ -140,7 +142,7 @@ def table_row(row: dict[str, Any]) -> str:
         f"{row['percent_of_matmul']:.0f}",
         f"{row.get('peak_cuda_mb', row['peak_rss_mb']):,.0f}",
         f"{row['reserved_cuda_mb']:,.0f}" if "reserved_cuda_mb" in row else "",
-        f"{check['largest_difference']:.0e}{'' if check['agree'] else ' DISAGREE'}" if check else "",
+        difference(check) if check else "",
         f"{row['speedup']:.2f}" if "speedup" in row else "",
     ]
     return "| " + " | ".join(cells) + " |"
