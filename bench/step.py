@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import statistics
@@ -473,9 +474,10 @@ def in_process(command: list[str], timeout_s: float, bounded: bool = True) -> di
         raise Failed(f"{command[0]}: {error.strerror}") from None
     if done.returncode < 0:
         raise Failed(f"ended by signal {-done.returncode}: out of memory?")
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
     if done.returncode:
-        raise Failed(lines[-1][:200] if lines else f"exit status {done.returncode}")
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]  # warnings may follow
+        raise Failed((errors or lines)[-1][:200])
     try:
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
