@@ -35,7 +35,7 @@ from nanoft.guard import Guard, explain_out_of_memory
 from nanoft.lora import LoRALinear, adapter_tensors, disabled, inject_lora, load_adapter_tensors
 from nanoft.loss import target_nll
 from nanoft.metrics import Meter, Run, clock
-from nanoft.model import Decoder
+from nanoft.model import Decoder, keep_by_policy
 from nanoft.nf4 import Linear4bit
 from nanoft.optim import (
     build_optimizer,
@@ -122,7 +122,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
                 batch = micro_batch.to(job.device)
                 with job.autocast():
                     hidden = model(batch.ids, batch.positions, batch.documents)  # (batch, seq, hidden)
-                    nll = target_nll(hidden, model.head, batch.rows, batch.targets, t.label_smoothing)
+                    nll = target_nll(hidden, model.head, batch.rows, batch.targets, t.label_smoothing, t.z_loss)
                 # sum over target tokens / target tokens of the WINDOW: the same however the window is split
                 micro_loss = nll / window_targets
                 micro_loss.backward()
@@ -292,10 +292,15 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
     model = load_base(config, base, device, dtype)
+    model.keep = keep_by_policy(t.checkpointing, t.checkpoint_every, model.config.num_layers)
+    model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
         lora, seed = config.lora, config.system.seed
         adapters = inject_lora(model, lora.target_modules, lora.rank, lora.alpha, lora.dropout, seed)
+    if t.compile:
+        for block in model.model.layers:
+            block.compile()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, t)
     validation = corpus.validation[: config.evaluation.max_samples]
@@ -352,7 +357,7 @@ def preflight_checks(job: Job, forced: list[str]) -> float:
     judge(checks, forced)
     t, batches = job.config.training, job.batches
     longest = batches.longest()
-    fits, seconds = rehearse(job.model, longest, job.autocast, t.label_smoothing)
+    fits, seconds = rehearse(job.model, longest, job.autocast)
     job.run.say(fits.line())
     if len(job.validation):
         size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
