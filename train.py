@@ -329,6 +329,7 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     say(f"device    {runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if packed else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    say(f"attention {job.model.attention_backend(job.dtype, job.config.model.max_seq_length, job.batches.is_packed)}")
     for warning in questionable(c):
         say(f"warning: {warning}")
     if c.logging.show_example:

@@ -30,7 +30,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from nanoft import UserError
-from nanoft.attention import Documents, attend, attention_mask, rotate
+from nanoft.attention import Documents, attend, attention_mask, backend, rotate
 
 Keep = Literal["all", "input", "offloaded"]  # what of a block waits for backward: its activations, or its input only
 ARCHITECTURES = {
@@ -436,6 +436,13 @@ class Decoder(nn.Module):
         for block, keep in zip(self.model.layers, self.keep, strict=True):
             x = run_block(block, x, attention, keep)
         return self.model.norm(x)
+
+    def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
+        """What computes attention over rows of so many tokens here, of each kind of layer that the model has."""
+        c = self.config
+        q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=self.head.device)
+        windows = dict.fromkeys(None if w is None or w >= length else w for w in c.windows)
+        return "; ".join(dict.fromkeys(backend(q, window, packed) for window in windows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""
