@@ -17,7 +17,8 @@ How far to trust the advice:
   (rank 16) the effective rank falls until step 10 and stays where it is from step 100 on: no advice before that.
 - AdamW moves parameters by the same amount whether their gradients are small or large. So a module can be dropped only
   if its gradients are negligible as well as its update, and only a run without it proves that.
-- Singular values know one run, not a higher learning rate, more data or another seed.
+- Singular values know one run, not a higher learning rate, more data or another seed; and "fine" is not "best". In the
+  demo rank 4 is advised to go up, 16 and 64 are fine; their validation losses are 0.012, 0.0046 and 0.0018.
 """
 
 from __future__ import annotations
