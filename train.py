@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, ranks, runtime
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Checkpoints, Saved
@@ -401,9 +401,10 @@ def finish(job: Job, state: State) -> None:
             base = measure(job, model)
     values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
     data = "\n".join(describe(job.corpus.report))
-    job.run.write_report({**values, "data": job.corpus.report}, f"{markdown}\n## Data\n\n{data}\n")
+    usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
+    job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
     job.run.log("done", state.step, **training)
-    job.run.say(terminal)
+    job.run.say(terminal + advice)
     seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
     job.run.say(
         f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
