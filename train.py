@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, ranks, runtime
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Checkpoints, Saved
@@ -35,7 +35,7 @@ from nanoft.guard import Guard, explain_out_of_memory
 from nanoft.lora import LoRALinear, adapter_tensors, disabled, inject_lora, load_adapter_tensors
 from nanoft.loss import target_nll
 from nanoft.metrics import Meter, Run, clock
-from nanoft.model import Decoder
+from nanoft.model import Decoder, keep_by_policy
 from nanoft.nf4 import Linear4bit
 from nanoft.optim import (
     build_optimizer,
@@ -122,7 +122,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
                 batch = micro_batch.to(job.device)
                 with job.autocast():
                     hidden = model(batch.ids, batch.positions, batch.documents)  # (batch, seq, hidden)
-                    nll = target_nll(hidden, model.head, batch.rows, batch.targets, t.label_smoothing)
+                    nll = target_nll(hidden, model.head, batch.rows, batch.targets, t.label_smoothing, t.z_loss)
                 # sum over target tokens / target tokens of the WINDOW: the same however the window is split
                 micro_loss = nll / window_targets
                 micro_loss.backward()
@@ -292,10 +292,15 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
     model = load_base(config, base, device, dtype)
+    model.keep = keep_by_policy(t.checkpointing, t.checkpoint_every, model.config.num_layers)
+    model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
         lora, seed = config.lora, config.system.seed
         adapters = inject_lora(model, lora.target_modules, lora.rank, lora.alpha, lora.dropout, seed)
+    if t.compile:
+        for block in model.model.layers:
+            block.compile()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, t)
     validation = corpus.validation[: config.evaluation.max_samples]
@@ -324,6 +329,7 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     say(f"device    {runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if packed else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    say(f"attention {job.model.attention_backend(job.dtype, job.config.model.max_seq_length, job.batches.is_packed)}")
     for warning in questionable(c):
         say(f"warning: {warning}")
     if c.logging.show_example:
@@ -352,7 +358,7 @@ def preflight_checks(job: Job, forced: list[str]) -> float:
     judge(checks, forced)
     t, batches = job.config.training, job.batches
     longest = batches.longest()
-    fits, seconds = rehearse(job.model, longest, job.autocast, t.label_smoothing)
+    fits, seconds = rehearse(job.model, longest, job.autocast)
     job.run.say(fits.line())
     if len(job.validation):
         size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
@@ -395,9 +401,10 @@ def finish(job: Job, state: State) -> None:
             base = measure(job, model)
     values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
     data = "\n".join(describe(job.corpus.report))
-    job.run.write_report({**values, "data": job.corpus.report}, f"{markdown}\n## Data\n\n{data}\n")
+    usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
+    job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
     job.run.log("done", state.step, **training)
-    job.run.say(terminal)
+    job.run.say(terminal + advice)
     seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
     job.run.say(
         f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"

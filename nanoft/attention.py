@@ -3,9 +3,9 @@
     y_i = sum_j softmax_j(q_i k_j^T / sqrt(d)) v_j     over j in the same document, not after i, within the window
 
 The weights of all pairs are never kept, so memory grows with the length and not with its square. On CUDA that is one
-kernel (FlashAttention, Dao 2023), with a form for many packed documents at once. Elsewhere packed documents are
-attended to one after another, which costs the sum of their squared lengths; a mask over the row would cost the square
-of the sum.
+kernel (FlashAttention, Dao 2023), with a form for many packed documents at once. Elsewhere packed documents of like
+length are attended to together, as a batch, which costs the sum of their squared lengths; a mask over the row would
+cost the square of the sum.
 Where there is no kernel for backward (Metal), or only a slow one (bfloat16 on a CPU), `_Chunked` says the formula in
 plain operations, some queries at a time.
 
@@ -15,6 +15,7 @@ Notation in comments: b batch, q and k positions that ask and answer, h query he
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ varlen_attention: Any = None
 with contextlib.suppress(ImportError):  # from PyTorch 2.10 on
     from torch.nn.attention.varlen import varlen_attn as varlen_attention
 VARLEN_OPTIONS = inspect.signature(varlen_attention).parameters if varlen_attention is not None else {}
+ALIKE = 0.8  # documents at least so long, relative to the longest of a group, are attended to together
 CHUNK = 128  # queries at once in `_Chunked`: the weights of so many fit into a CPU's cache
 
 
@@ -38,6 +40,29 @@ class Documents:
 
     lengths: tuple[int, ...]  # in order; the padding of a row is a document, too
     bounds: Tensor  # (documents + 1,) int32, on the model's device: 0, and the end of each
+
+    @functools.cached_property
+    def groups(self) -> list[tuple[Tensor, Tensor]]:
+        """Documents of like length: the places of their tokens, (n, width), and which of these are real, (tokens,).
+
+        A document that is shorter than its group goes on into the next one: nothing of it sees what comes after it.
+        """
+        lengths = torch.tensor(self.lengths)
+        starts = lengths.cumsum(0) - lengths
+        groups, left = [], lengths.argsort(descending=True, stable=True)
+        while len(left):
+            width = int(lengths[left[0]])
+            count = int((lengths[left] > ALIKE * width).sum())
+            chosen, left = left[:count], left[count:]
+            places = (starts[chosen, None] + torch.arange(width)).clamp(max=int(lengths.sum()) - 1)
+            real = torch.arange(width) < lengths[chosen, None]
+            groups.append((places, real.flatten().nonzero().squeeze(1)))
+        return [(places.to(self.bounds.device), real.to(self.bounds.device)) for places, real in groups]
+
+    @functools.cached_property
+    def order(self) -> Tensor:
+        """Where each token is found among the real tokens of all groups, (tokens,)."""
+        return torch.cat([places.flatten()[real] for places, real in self.groups]).argsort()
 
 
 def attention_mask(
@@ -51,6 +76,7 @@ def attention_mask(
     return seen[:, None]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # nothing to fuse with it, and its lengths keep changing
 def attend(
     q: Tensor,
     k: Tensor,
@@ -74,15 +100,24 @@ def attend(
     flat = [part.flatten(0, 1) for part in (q, k, v)]  # (b * q, heads, d): each row behind the one before
     if has_varlen(q, window):
         return _varlen(flat, documents, window).view_as(q)
-    each = zip(*(part[None].split(documents.lengths, dim=1) for part in flat), strict=True)  # (1, q, heads, d) of each
-    return torch.cat([_causal(q1, k1, v1, window) for q1, k1, v1 in each], dim=1).view_as(q)
+    return _by_groups(flat, documents, window).view_as(q)
+
+
+def _by_groups(flat: list[Tensor], documents: Documents, window: int | None) -> Tensor:
+    """Documents of like length as one batch, (tokens, h, d)."""
+    outputs = []
+    for places, real in documents.groups:
+        q, k, v = (part.index_select(0, places.flatten()).unflatten(0, places.shape) for part in flat)
+        within = None if window is None or window >= places.shape[1] else window
+        outputs.append(_causal(q, k, v, within).flatten(0, 1).index_select(0, real))
+    return torch.cat(outputs).index_select(0, documents.order)
 
 
 def backend(q: Tensor, window: int | None, packed: bool) -> str:
     """What computes such an attention, in a word or two for the log."""
     if packed and has_varlen(q, window):
         return "varlen kernel (FlashAttention)"
-    each = ", one document after another" if packed else ""
+    each = ", documents of like length together" if packed else ""
     if _needs_chunks(q, window):
         return f"chunks of {CHUNK} queries{each}"
     if q.device.type != "cuda":

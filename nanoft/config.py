@@ -136,6 +136,11 @@ class TrainingConfig(Section):
     momentum: float = between(0.9, 0.0, 0.99999)  # of sgd, which knows neither beta nor epsilon
     max_grad_norm: float = between(1.0, 0.0)  # clip the global gradient norm to this; 0: no clipping
     label_smoothing: float = between(0.0, 0.0, 0.99)  # probability spread evenly over the vocabulary
+    z_loss: float = between(0.0, 0.0, 1.0)  # weight of the squared log-normaliser; 1e-4 where it is used
+    neftune_alpha: float = between(0.0, 0.0)  # uniform noise on the embeddings while training (NEFTune); 5 is usual
+    checkpointing: Literal["auto", "none", "every_k", "full", "offload"] = "auto"  # activations computed again
+    checkpoint_every: int = between(2, 1)  # with every_k: of so many blocks, the activations of one are computed again
+    compile: bool = False  # compile each block: worth its minute on CUDA; a CPU needs a C++ compiler for it
     log_steps: int = between(10, 1)  # optimizer steps between two `train` lines of metrics.jsonl
     eval_steps: int = between(100, 0)  # optimizer steps between evaluations; 0: only at the end
     save_steps: int = between(500, 0)  # optimizer steps between checkpoints; 0: only at the end

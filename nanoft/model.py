@@ -30,7 +30,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from nanoft import UserError
-from nanoft.attention import Documents, attend, attention_mask, rotate
+from nanoft.attention import Documents, attend, attention_mask, backend, rotate
 
 Keep = Literal["all", "input", "offloaded"]  # what of a block waits for backward: its activations, or its input only
 ARCHITECTURES = {
@@ -358,6 +358,19 @@ class Block(nn.Module):
         return x + self.mlp(x, self.post_attention_layernorm)
 
 
+def embedding_noise(x: Tensor, alpha: float) -> Tensor:
+    """Uniform in +-alpha / sqrt(seq * hidden), (b, q, hidden) (NEFTune, Jain et al. 2023, algorithm 1)."""
+    bound = alpha / math.sqrt(x.shape[1] * x.shape[2])
+    return torch.empty_like(x).uniform_(-bound, bound)
+
+
+def keep_by_policy(policy: str, every: int, layers: int) -> list[Keep]:
+    """What each block keeps under none, every_k, full or offload."""
+    again: Keep = "offloaded" if policy == "offload" else "input"
+    step = {"auto": layers + 1, "none": layers + 1, "every_k": every, "full": 1, "offload": 1}[policy]
+    return [again if (layer + 1) % step == 0 else "all" for layer in range(layers)]
+
+
 def run_block(block: nn.Module, x: Tensor, attention: Attention, keep: Keep) -> Tensor:
     """A block whose activations are kept for backward, or computed again there from x (Chen et al. 2016).
 
@@ -391,6 +404,7 @@ class Decoder(nn.Module):
         self.model = Trunk(config)
         self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.keep: list[Keep] = ["all"] * config.num_layers  # of each block's activations
+        self.neftune_alpha = 0.0
 
     @property
     def head(self) -> Tensor:
@@ -416,10 +430,19 @@ class Decoder(nn.Module):
             cache: earlier positions, extended in place.
         """
         x = self.model.embed_tokens(ids)
+        if self.training and self.neftune_alpha:
+            x = x + embedding_noise(x, self.neftune_alpha)
         attention = self._attention(ids, x, positions, documents, segments, cache)
         for block, keep in zip(self.model.layers, self.keep, strict=True):
             x = run_block(block, x, attention, keep)
         return self.model.norm(x)
+
+    def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
+        """What computes attention over rows of so many tokens here, of each kind of layer that the model has."""
+        c = self.config
+        q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=self.head.device)
+        windows = dict.fromkeys(None if w is None or w >= length else w for w in c.windows)
+        return "; ".join(dict.fromkeys(backend(q, window, packed) for window in windows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""

@@ -166,7 +166,7 @@ def check_head(model: Decoder, chat: ChatTokenizer, samples: Samples) -> Check:
     )
 
 
-def rehearse(model: Decoder, batch: Batch, autocast: Autocast, smoothing: float) -> tuple[Check, float]:
+def rehearse(model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, float]:
     """Forward and backward over the longest micro-batch, and the seconds that it takes; nothing is changed.
 
     The optimizer's state is laid out already, so its memory is counted, whatever kind it is.
@@ -178,7 +178,7 @@ def rehearse(model: Decoder, batch: Batch, autocast: Autocast, smoothing: float)
             started = time.perf_counter()
             with autocast():
                 hidden = model(batch.ids, batch.positions, batch.documents)
-                nll = target_nll(hidden, model.head, batch.rows, batch.targets, smoothing)
+                nll = target_nll(hidden, model.head, batch.rows, batch.targets)
             nll.backward()
             nll.item()  # waits for the device
             seconds.append(time.perf_counter() - started)

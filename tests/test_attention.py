@@ -85,7 +85,7 @@ def test_in_bfloat16_on_a_cpu_chunks_stay_within_two_roundings_of_float64() -> N
 def test_the_log_names_what_computes_it() -> None:
     q = torch.zeros(1, 4, 2, 8)
     assert attention.backend(q, None, False) == "PyTorch's kernel for cpu"
-    assert attention.backend(q, None, True) == "PyTorch's kernel for cpu, one document after another"
+    assert attention.backend(q, None, True) == "PyTorch's kernel for cpu, documents of like length together"
     assert attention.backend(q, 2, False) == "chunks of 128 queries"
 
 

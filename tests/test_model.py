@@ -12,7 +12,7 @@ import torch
 from models import CASES, make_reference
 from nanoft import UserError
 from nanoft.attention import Documents
-from nanoft.model import Decoder, DecoderConfig, KVCache
+from nanoft.model import Decoder, DecoderConfig, KVCache, embedding_noise, keep_by_policy
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
@@ -60,6 +60,50 @@ def test_packed_documents_equal_the_same_documents_alone(tmp_path: Path) -> None
             packed = model(torch.cat((first, second), dim=1), positions, **told)
             assert (packed[:, :10] - model(first)).abs().max() < 1e-5
             assert (packed[:, 10:] - model(second)).abs().max() < 1e-5
+
+
+def test_policies_say_which_blocks_are_computed_again() -> None:
+    assert keep_by_policy("none", 2, 3) == ["all"] * 3
+    assert keep_by_policy("every_k", 2, 5) == ["all", "input", "all", "input", "all"]
+    assert keep_by_policy("full", 2, 2) == ["input"] * 2
+    assert keep_by_policy("offload", 2, 2) == ["offloaded"] * 2
+
+
+def test_neftune_noise_is_uniform_in_alpha_over_the_root_of_its_size_and_only_there_in_training(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    noise = embedding_noise(torch.zeros(2, 50, 100), 5.0)
+    bound = 5 / (50 * 100) ** 0.5
+    assert 0.99 * bound < noise.abs().max() <= bound
+    assert abs(noise.std() / bound - 3**-0.5) < 0.02  # of a uniform distribution
+    make_reference("llama", tmp_path)
+    model, ids = load_model(tmp_path, CPU, torch.float32), torch.arange(10)[None]
+    plain = model.eval()(ids)
+    model.neftune_alpha = 5.0
+    assert torch.equal(model(ids), plain)
+    assert not torch.equal(model.train()(ids), plain)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_blocks_have_the_loss_and_gradients_of_eager_ones(backend: str, tmp_path: Path) -> None:
+    make_reference("qwen3", tmp_path)
+    lengths = (12, 8, 20)
+    documents = Documents(lengths, torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0).int())
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 20)
+    ids = torch.randint(0, 199, (2, 20), generator=torch.Generator().manual_seed(1))
+
+    def gradients(compiled: bool, keep: Any) -> dict[str, torch.Tensor]:
+        model = load_model(tmp_path, CPU, torch.float32)
+        model.keep = ["all", keep, keep]
+        for block in model.model.layers if compiled else []:
+            block.compile(backend=backend)
+        model(ids, positions, documents).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(False, "all")
+    for keep in ("all", "input"):
+        found = gradients(True, keep)
+        assert all(torch.allclose(found[n], expected[n], rtol=1e-4, atol=1e-4) for n in expected)
 
 
 @pytest.mark.parametrize("keep", ["input", "offloaded"])
