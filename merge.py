@@ -60,7 +60,8 @@ def export(source: str, out: Path, form: str, dtype_name: str | None, onto: Lite
                 print(f"{source}: no result yet: this is its best checkpoint, after step {opened.step}")
             if form == "peft":
                 config = load_config(Path(source) / "config.json")
-                write_adapter(aside, opened.adapters, opened.base_directory, config, opened.step or 0, opened.dtype)
+                model, adapters, base = opened.model, opened.adapters, opened.base_directory
+                write_adapter(aside, model, adapters, base, config, opened.step or 0, opened.dtype)
                 said = f"{out}: the adapter in PEFT's format"
             else:
                 said = merge_and_prove(opened, source, out, aside, dtype_name, onto)

@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nanoft import TrainingFailed, UserError, checkpoint, evaluate, ranks, runtime
+from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Checkpoints, Saved
@@ -32,7 +33,7 @@ from nanoft.config import Config, check_same_run, load_config, questionable
 from nanoft.corpus import REJECTED, Corpus, data_hash, describe, open_corpus
 from nanoft.export import save_result
 from nanoft.guard import Guard, explain_out_of_memory
-from nanoft.lora import LoRALinear, adapter_tensors, disabled, inject_lora, load_adapter_tensors
+from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
 from nanoft.loss import target_nll
 from nanoft.metrics import Meter, Run, clock
 from nanoft.model import Decoder, keep_by_policy
@@ -296,8 +297,7 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
     model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
-        lora, seed = config.lora, config.system.seed
-        adapters = inject_lora(model, lora.target_modules, lora.rank, lora.alpha, lora.dropout, seed)
+        adapters = inject_lora(model, config.lora, config.system.seed)
     if t.compile:
         for block in model.model.layers:
             block.compile()
@@ -329,6 +329,8 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     say(f"device    {runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if packed else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    for line in describe_adapters(job.adapters):
+        say(f"          {line}")
     say(f"attention {job.model.attention_backend(job.dtype, job.config.model.max_seq_length, job.batches.is_packed)}")
     for warning in questionable(c):
         say(f"warning: {warning}")

@@ -235,15 +235,16 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from nanoft import runtime
-    from nanoft.config import TrainingConfig
-    from nanoft.lora import adapter_tensors, inject_lora, load_adapter_tensors
+    from nanoft.adapter import adapter_tensors, load_adapter_tensors
+    from nanoft.config import LoRAConfig, TrainingConfig
+    from nanoft.lora import inject_lora
     from nanoft.loss import target_nll
     from nanoft.optim import build_optimizer
 
     runtime.prepare(args.seed, args.threads, deterministic=False)
     device = runtime.choose_device("auto")
     model = build_nanoft(args, device)
-    adapters = inject_lora(model, ALL_LINEAR, args.r, ALPHA, 0.0, args.seed)
+    adapters = inject_lora(model, LoRAConfig(rank=args.r, alpha=ALPHA), args.seed)
     shapes = {name: tensor.shape for name, tensor in adapter_tensors(adapters).items()}
     load_adapter_tensors(adapters, {name: random_weight(args, name, shapes[name], device) for name in shapes}, "seed")
     if args.ckpt:

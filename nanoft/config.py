@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -28,13 +29,13 @@ import yaml
 
 from nanoft import UserError
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Shape = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "summarization",
     "extractive_qa", "text",
 ]  # fmt: skip
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "sgd"]
 ENVIRONMENT_PREFIX = "NANOFT_"
+NAMES = r"[\[(]?[\w.-]+([,\s]+[\w.-]+)*[\])]?"  # q_proj,v_proj
 
 
 def between(default: Any, low: float, high: float = math.inf) -> Any:
@@ -52,9 +53,10 @@ class Section:
             name = f"{SECTION_NAMES[type(self).__name__]}.{item.name}"
             _check_type(name, value, hints[item.name])
             low, high = item.metadata.get("low", -math.inf), item.metadata.get("high", math.inf)
-            if isinstance(value, (int, float)) and not low <= value <= high:
-                wanted = f">= {low}" if high == math.inf else f"between {low} and {high}"
-                raise UserError(f"{name}: {value} is out of range: it must be {wanted}")
+            for number in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(number, (int, float)) and not low <= number <= high:
+                    wanted = f">= {low}" if high == math.inf else f"between {low} and {high}"
+                    raise UserError(f"{name}: {number} is out of range: it must be {wanted}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,26 @@ class LoRAConfig(Section):
     rank: int = between(16, 1, 4096)  # width r of the update B A
     alpha: float = between(32.0, 1e-6)  # the update is scaled by alpha / rank
     dropout: float = between(0.0, 0.0, 0.99)  # probability, on the adapter's input only
-    target_modules: tuple[str, ...] = ALL_LINEAR  # last part of the module names that get an adapter
+    target_modules: tuple[str, ...] = ("all-linear",)  # or attention, mlp, names (q_proj), regular expressions
+    # {name or regular expression: rank} where it is another one, and the same for alpha; the first that fits
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"low": 1, "high": 4096})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"low": 1e-6})
+    rslora: bool = False  # scale by alpha / sqrt(rank), so that a higher rank learns as fast (rsLoRA)
+    dora: bool = False  # learn the length of each row of the weight by itself (DoRA)
+    freeze_a: bool = False  # train B only (LoRA-FA)
+    init: Literal["default", "pissa"] = "default"  # pissa: begin with the weight's principal directions (PiSSA)
+    bias: Literal["none", "all", "lora_only"] = "none"  # train all biases, or those of linears with adapters
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "rank_pattern", "alpha_pattern"):
+            for expression in getattr(self, name):
+                try:
+                    re.compile(expression)
+                except re.error as error:
+                    raise UserError(f"lora.{name}: {expression!r} is not a regular expression: {error}") from None
+        if self.init == "pissa" and max([self.rank, *self.rank_pattern.values()]) > 2048:
+            raise UserError("lora.init: pissa is saved as a LoRA of twice its rank: set lora.rank to 2048 at most")
 
 
 @dataclass(frozen=True)
@@ -437,6 +458,8 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         if get_origin(kind) is Literal:
             return next(choice for choice in get_args(kind) if str(choice) == text)
         if get_origin(kind) is tuple:
+            if get_args(kind)[0] is str and not re.fullmatch(NAMES, text):
+                return (text,) if text else ()  # one regular expression
             return tuple(get_args(kind)[0](part) for part in text.strip("[]()").replace(",", " ").split())
         if get_origin(kind) is dict:
             return _parse_table(text)
@@ -470,7 +493,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_fits(part, get_args(kind)[0]) for part in value)
     if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_fits(part, get_args(kind)[1]) for part in value.values())
+        fits = isinstance(value, dict) and all(_fits(part, get_args(kind)[1]) for part in value.values())
+        return fits and all(isinstance(key, str) for key in value)
     if kind is Any:
         return True
     if kind is float:

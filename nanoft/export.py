@@ -1,9 +1,10 @@
 """An adapter and its base become one model that any engine loads.
 
-Merging is  W' = W + (alpha / r) * B A,  done in float32, one tensor at a time, straight from the base's shards to the
-new ones; the sum is rounded once, at the end. An adapter that was trained on a 4-bit base learned to correct that base,
-so there are two honest choices for W: the original weights, or the 4-bit weights unpacked. Either way the result is
-proven before it gets its name: its logits are compared with those of base and adapter on real prompts.
+Merging is  W' = W + s B A  (in DoRA with rows of length m), and trained biases in the place of the old ones. It is done
+in float32, one tensor at a time, straight from the base's shards to the new ones; the result is rounded once, at the
+end. An adapter that was trained on a 4-bit base learned to correct that base, so there are two honest choices for W:
+the original weights, or the 4-bit weights unpacked. Either way the result is proven before it gets its name: its logits
+are compared with those of base and adapter on real prompts.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError
+from nanoft.adapter import NOTE, read_adapter, save_adapter
 from nanoft.checkpoint import Specs, encode, sync_directory, write_file
 from nanoft.config import Config
-from nanoft.lora import NOTE, LoRALinear, disabled, read_adapter, save_adapter
+from nanoft.lora import LoRALinear, disabled
 from nanoft.model import Decoder
 from nanoft.nf4 import Linear4bit
 from nanoft.weights import (
@@ -112,15 +114,17 @@ def merge(opened: Opened, dtype: torch.dtype, onto: Literal["original", "nf4"], 
     """
     quantization = opened.quantization if onto == "nf4" else None
     shards = _plan_shards(opened.base_directory, dtype)
-    deltas = {f"{name}.weight": adapter.delta for name, adapter in opened.adapters.items()}
+    merged = {f"{name}.weight": adapter.merged for name, adapter in opened.adapters.items()}
+    biases = {f"{name}.bias": adapter.bias for name, adapter in opened.adapters.items() if adapter.bias is not None}
     weight_map = {}
     for number, (specs, sources) in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
 
         def read(tensor: str, sources: dict[str, Path] = sources) -> Tensor:
             weight = _base_weight(sources[tensor], tensor, quantization, opened.dtype)  # (out, in) float32
-            delta = deltas.get(tensor)
-            return (weight if delta is None else weight + delta().cpu()).to(dtype)
+            if tensor in biases:
+                return biases[tensor].detach().to(dtype)
+            return (merged[tensor](weight) if tensor in merged else weight).to(dtype)
 
         write_file(out / name, encode(specs, read))
         weight_map.update(dict.fromkeys(specs, name))
@@ -212,30 +216,29 @@ def save_result(
         shutil.rmtree(leftover, ignore_errors=True)
     with _aside(place) as aside:
         if adapters:
-            write_adapter(aside, adapters, base, config, step, dtype)
+            write_adapter(aside, model, adapters, base, config, step, dtype)
         else:
             save_model(model, base, aside, stored_dtype(base))
     return place
 
 
 def write_adapter(
-    out: Path, adapters: dict[str, LoRALinear], base: Path, config: Config, step: int, dtype: torch.dtype
+    out: Path,
+    model: Decoder,
+    adapters: dict[str, LoRALinear],
+    base: Path,
+    config: Config,
+    step: int,
+    dtype: torch.dtype,
 ) -> None:
     """The adapter of a run in PEFT's format, with the tokenizer; see `save_result`."""
-    lora, q = config.lora, config.quantization
-    settings = {
-        "base_model_name_or_path": config.model.name,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": list(lora.target_modules),
-    }
+    q = config.quantization
     note = {
         "quantization": {"type": q.type, "double": q.double} if q.bits == 4 else None,
         "dtype": str(dtype).removeprefix("torch."),
         "step": step,
     }
-    save_adapter(out, adapters, settings, note)
+    save_adapter(out, model, adapters, config.lora, config.model.name, note)
     copy_companions(base, out)
 
 

@@ -1,58 +1,52 @@
 """LoRA (Hu et al. 2021): freeze W, learn a low-rank correction beside it.
 
-    y = W x + (alpha / r) * B A x,    A: (r, in) ~ Kaiming uniform,    B: (out, r) = 0
+    y = W x + s B A x + b,    A: (r, in) ~ Kaiming uniform,    B: (out, r) = 0,    s = alpha / r
 
 B starts at zero, so a fresh adapter changes nothing, and only r * (in + out) numbers per matrix are trained. A and
 B are kept in float32 whatever the base's number format, because updates of 1e-5 vanish when they are added in bfloat16.
 
+Variations, each a line or two below:
+
+- rsLoRA (Kalajdzievski 2023): s = alpha / sqrt(r), because alpha / r makes updates of a high rank too small.
+- LoRA-FA (Zhang et al. 2023): A stays as it was drawn; only B is trained.
+- DoRA (Liu et al. 2024): the length of each row of W + s B A is a parameter of its own, m.
+- PiSSA (Meng et al. 2024): A and B start as the r largest singular directions A0, B0 of W, which are taken out of W:
+  y = (W - s B0 A0) x + s B A x. Here W stays as it is, and -B0 A0 is a second, frozen half of the adapter. That is the
+  same function, up to rounding, on any base (of a quantised one, W is what it stands for); the base is still there to
+  compare with; and the adapter fits the original base, as a LoRA of rank 2r. Only rounding is added to a fresh model.
+- Biases can be trained, too, in float32.
+
 Nothing but A and B gets a gradient, so backward needs little: x for dA, x A^T (r numbers a token) for dB, and W, which
 is there anyway, to hand the gradient on. `_Adapted` keeps exactly that, for all the linears of one input together; and
 where that input is a cheap function of something that is kept anyway (a norm of the residual stream, silu(gate) * up),
-it is not kept, either, but computed again.
-
-The adapter is saved in the layout of the PEFT library, so that other tools read it and theirs are read here.
+it is not kept, either, but computed again. (DoRA keeps each output, too, for the gradient of m.)
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanoft import UserError
-from nanoft.checkpoint import write_file, write_tensors
+from nanoft.config import LoRAConfig
 from nanoft.nf4 import Linear4bit, gradient, product
 
 Frozen = nn.Linear | Linear4bit
 Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 
-NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
-PEFT_PREFIX = "base_model.model."
-# Fields of adapter_config.json that are read here or say nothing about the result ...
-PEFT_FIELDS = frozenset(
-    """
-    base_model_name_or_path r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version inference_mode
-    megatron_core qalora_group_size runtime_config ensure_weight_tying
-    """.split()  # noqa: SIM905
-)
-# ... and fields that change it, with the only values understood here. Any other field must be unset.
-PEFT_VALUES: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # these leave the base's weights as they are
-    "revision": ("main",),
-}
+GROUPS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # words for target_modules: part of the name
+EXACT_SVD = 1024  # a larger matrix is decomposed approximately
+SUBSPACE_ITERATIONS = 8
+SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros can be divided by its length
 
 
 def identity(x: Tensor) -> Tensor:
@@ -62,17 +56,38 @@ def identity(x: Tensor) -> Tensor:
 class LoRALinear(nn.Module):
     """A frozen linear with a low-rank correction; see the module's formula."""
 
-    def __init__(
-        self, base: nn.Linear | Linear4bit, rank: int, alpha: float, dropout: float, generator: torch.Generator
-    ):
+    def __init__(self, base: Frozen, lora: LoRAConfig, generator: torch.Generator):
+        """Put a fresh adapter beside `base`.
+
+        Args:
+            lora: with the rank and the alpha of this linear.
+        """
         super().__init__()
         device = next(t.device for t in (*base.parameters(), *base.buffers()))
-        self.base, self.scaling, self.dropout = base, alpha / rank, dropout
-        a = torch.empty(rank, base.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # U(-1/sqrt(in), 1/sqrt(in))
-        self.lora_A = nn.Parameter(a.to(device))  # (r, in)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))  # (out, r)
-        self.enabled = True
+        self.base, self.dropout, self.enabled = base, lora.dropout, True
+        self.scaling = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+        pissa = lora.init == "pissa"
+        if pissa:
+            b, a = (part / math.sqrt(self.scaling) for part in principal(weight_of(base), lora.rank, generator))
+        else:
+            a, b = torch.empty(lora.rank, base.in_features), torch.zeros(base.out_features, lora.rank)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # U(-1/sqrt(in), 1/sqrt(in))
+        self.lora_A = nn.Parameter(a.to(device), requires_grad=not lora.freeze_a)  # (r, in)
+        self.lora_B = nn.Parameter(b.to(device))  # (out, r)
+        self.lora_A0: Tensor | None
+        self.lora_B0: Tensor | None
+        self.register_buffer("lora_A0", self.lora_A.detach().clone() if pissa else None, persistent=False)
+        self.register_buffer("lora_B0", self.lora_B.detach().clone() if pissa else None, persistent=False)
+        self.bias: nn.Parameter | None = None
+        if lora.bias != "none" and base.bias is not None:
+            self.bias = nn.Parameter(base.bias.detach().to(torch.float32, copy=True))  # b': (out,)
+        self.norm_kept: Tensor | None = None
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        if lora.dora:
+            self.squares: Tensor  # |W|^2 of each row, (out,)
+            lengths = torch.linalg.vector_norm(weight_of(base).detach(), dim=1, dtype=torch.float32)
+            self.register_buffer("squares", lengths.square(), persistent=False)
+            self.lora_magnitude_vector = nn.Parameter(self.norm(torch.float32))  # m: (out,)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project((self,), identity, x)[0]
@@ -85,20 +100,75 @@ class LoRALinear(nn.Module):
             x = prepare(*inputs)
             return [linear.plain(x) if isinstance(linear, LoRALinear) else linear(x) for linear in linears]
         group = Group(prepare, len(inputs), linears, adapters[0].dropout if adapters[0].training else 0.0)
-        outputs = _Adapted.apply(group, *inputs, *group.weights())
-        return [y if base.bias is None else y + base.bias for y, base in zip(outputs, group.bases, strict=True)]
+        outputs = zip(linears, _Adapted.apply(group, *inputs, *group.weights()), strict=True)
+        return [linear.finish(y) if isinstance(linear, LoRALinear) else y for linear, y in outputs]
 
     def plain(self, x: Tensor) -> Tensor:
         """The module's formula as it stands there."""
         y = self.base(x)
         if not self.enabled:
             return y
-        small = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (b, s, r)
-        return y + self.scaling * F.linear(small, self.lora_B.to(x.dtype))
+        a, b = self.factors()
+        small = F.linear(F.dropout(x, self.dropout, self.training), a.to(x.dtype))  # (b, s, r)
+        return self.finish(y + self.scaling * F.linear(small, b.to(x.dtype)))
+
+    def finish(self, y: Tensor) -> Tensor:
+        """c (y - b) + b' of y = W x + s B A x + b, with c = m / |W + s B A| (DoRA, eq. 5) and the trained bias b'.
+
+        Written as c y + (b' - c b), which is y, bit for bit, as long as c = 1 and b' = b.
+        """
+        m, b = self.lora_magnitude_vector, self.base.bias
+        if m is None and self.bias is None:
+            return y
+        c = None if m is None else m / self.norm(y.dtype)  # (out,)
+        wide = y if c is None else c * y  # float32
+        if b is not None:
+            wide = wide + ((b if self.bias is None else self.bias) - (b if c is None else c * b))
+        return wide.to(y.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the change s B A; PiSSA's B A - B0 A0 is [B, -B0] [A; A0], of rank 2r."""
+        if self.lora_A0 is None or self.lora_B0 is None:
+            return self.lora_A, self.lora_B
+        return torch.cat((self.lora_A, self.lora_A0)), torch.cat((self.lora_B, -self.lora_B0), dim=1)
+
+    def norm(self, dtype: torch.dtype) -> Tensor:
+        """|w + s b A| for each row w of W and b of B, (out,), from |w|^2 + 2 s b (A w) + s^2 b A A^T b^T.
+
+        W + s B A itself, (out, in), is not formed; A W^T is computed in `dtype`. To backward, the norm is a constant
+        (DoRA, section 4.3). In use, when A and B do not change any more, it is computed once.
+        """
+        in_use = not self.training and not torch.is_grad_enabled()
+        if in_use and self.norm_kept is not None:
+            return self.norm_kept
+        with torch.no_grad():
+            a, b = self.factors()
+            aw = product(self.base, a.to(dtype)).float().T  # (out, r)
+            squares = self.squares + (self.scaling * b * (2 * aw + self.scaling * (b @ (a @ a.T)))).sum(1)
+            norm = squares.clamp(min=SMALLEST).sqrt()
+        self.norm_kept = norm if in_use else None
+        return norm
+
+    def train(self, mode: bool = True) -> Self:
+        self.norm_kept = None
+        return super().train(mode)
 
     def delta(self) -> Tensor:
-        """(alpha / r) * B A, the change of the weight, (out, in) float32."""
-        return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+        """s B A, the change of the weight (in DoRA, before its rows are scaled), (out, in) float32."""
+        a, b = (factor.detach().float() for factor in self.factors())
+        return self.scaling * (b @ a)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight of one linear that does the same: W + s B A, in DoRA with rows of length m; (out, in) float32.
+
+        Args:
+            weight: W, (out, in) float32, on any device.
+        """
+        merged = weight + self.delta().to(weight.device)
+        if self.lora_magnitude_vector is None:
+            return merged
+        lengths = torch.linalg.vector_norm(merged, dim=1).clamp(min=SMALLEST)
+        return merged * (self.lora_magnitude_vector.detach().to(weight.device) / lengths)[:, None]
 
 
 class Group:
@@ -111,19 +181,20 @@ class Group:
 
     def weights(self) -> list[Tensor]:
         """A_1, B_1, A_2, B_2, ..."""
+        like = next(linear.lora_A for linear in self.linears if isinstance(linear, LoRALinear))
         pairs: list[Tensor] = []
-        for linear, base in zip(self.linears, self.bases, strict=True):
+        for linear in self.linears:
             if isinstance(linear, LoRALinear):
-                pairs += [linear.lora_A, linear.lora_B]
+                pairs += linear.factors()
             else:
-                pairs += [torch.empty(0, base.in_features), torch.empty(base.out_features, 0)]
+                pairs += [like.new_empty(0, linear.in_features), like.new_empty(linear.out_features, 0)]
         return pairs
 
 
 class _Adapted(torch.autograd.Function):
     """Frozen linears of one input with their adapters. With the A_i one above another as A, and s_i the scalings:
 
-        u = d(x) A^T,   y_i = x W_i^T + s_i u_i B_i^T
+        u = d(x) A^T,   y_i = x W_i^T + b_i + s_i u_i B_i^T
         g_i = dL/dy_i,  du_i = s_i g_i B_i,  dB_i = s_i g_i^T u_i,  dA = du^T d(x),  dx = sum_i g_i W_i + d(du A)
 
     d is the dropout of the adapters' input: multiplication by a mask of 0 and 1 / (1 - p), one for the group.
@@ -138,7 +209,7 @@ class _Adapted(torch.autograd.Function):
         u = _masked(rows, mask) @ torch.cat(a).to(x.dtype).T  # (n, sum of ranks)
         outputs = []
         for base, scaling, u_i, b_i in zip(group.bases, group.scalings, _by_rank(u, a), b, strict=True):
-            y = product(base, rows)  # (n, out)
+            y = base(rows)  # (n, out)
             y.addmm_(u_i, b_i.to(y.dtype).T, alpha=scaling)
             outputs.append(y.unflatten(0, x.shape[:-1]))
         ctx.group = group
@@ -157,13 +228,15 @@ class _Adapted(torch.autograd.Function):
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
         with torch.enable_grad():
             x = group.prepare(*inputs)
-        da = (du.T @ _masked(x.detach().flatten(0, -2), mask)).split([len(a_i) for a_i in a])
+        da: Sequence[Tensor | None] = [None] * len(a)
+        if any(ctx.needs_input_grad[1 + group.inputs :: 2]):
+            da = (du.T @ _masked(x.detach().flatten(0, -2), mask)).split([len(a_i) for a_i in a])
         if x.requires_grad:
             dx = _masked(du @ torch.cat(a).to(du.dtype), mask)
             for base, g_i in zip(group.bases, g, strict=True):
                 dx += gradient(base, g_i)
             x.backward(dx.view_as(x))  # on to the inputs, and to parameters of `prepare` if they are trained
-        d_weights = [d.to(a[0].dtype) for pair in zip(da, db, strict=True) for d in pair]
+        d_weights = [None if d is None else d.to(a[0].dtype) for pair in zip(da, db, strict=True) for d in pair]
         return (None, *(tensor.grad for tensor in inputs), *d_weights)
 
 
@@ -185,62 +258,102 @@ def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
     return rows if mask is None else rows * mask
 
 
-def inject_lora(
-    model: nn.Module, target_modules: tuple[str, ...], rank: int, alpha: float, dropout: float, seed: int
-) -> dict[str, LoRALinear]:
-    """Freeze the model and put an adapter beside every linear whose name ends in one of `target_modules`.
+def weight_of(base: Frozen) -> Tensor:
+    """W, (out, in): of a quantised linear, what it really multiplies by."""
+    return base.dequantize() if isinstance(base, Linear4bit) else base.weight.detach()
+
+
+def principal(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """U sqrt(S), (out, rank), and sqrt(S) V^T, (rank, in), of the largest singular values of the weight.
+
+    Of a large matrix, approximately: by iterations that turn 2 * rank random directions towards the largest ones (Halko
+    et al. 2011, algorithm 4.4), and the decomposition of what the matrix does to those.
+    """
+    weight = weight.float()
+    if min(weight.shape) <= EXACT_SVD:
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        basis = torch.randn(weight.shape[1], min(2 * rank, *weight.shape), generator=generator).to(weight.device)
+        for _ in range(SUBSPACE_ITERATIONS):
+            basis = torch.linalg.qr(weight.T @ torch.linalg.qr(weight @ basis).Q).Q  # (in, 2 rank), orthonormal
+        u, s, vt = torch.linalg.svd(weight @ basis, full_matrices=False)
+        vt = vt @ basis.T
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, LoRALinear]:
+    """Freeze the model and put an adapter beside every linear that `lora.target_modules` names.
 
     Args:
-        target_modules: ends of dotted names: `q_proj`, `self_attn.q_proj`, or the whole name for one layer only.
+        seed: of the random A.
     Returns:
         The adapters by module name, in the model's order.
     Raises:
-        UserError: a target that names no linear.
+        UserError: a target that names no linear, a pattern that fits no adapter, a rank that PiSSA cannot have, a bias
+            that is to be trained and has no adapter.
     """
     model.requires_grad_(False)
-    linears = _linears(model)
-    for target in target_modules:
-        if not any(_ends_in(name, target) for name in linears):
+    linears = linears_of(model)
+    for target in lora.target_modules:
+        if not any(_is_meant(name, target) for name in linears):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-            raise UserError(f"lora.target_modules: {target!r} names no linear of this model: there are {known}")
-    found = {name: linear for name, linear in linears.items() if any(_ends_in(name, t) for t in target_modules)}
+            raise UserError(
+                f"lora.target_modules: {target!r} names no linear of this model: there are {known} "
+                "(head, embeddings and norms: training.method=full)"
+            )
+    found = {name: linear for name, linear in linears.items() if any(_is_meant(name, t) for t in lora.target_modules)}
+    for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for key in pattern:
+            if not any(_fits(key, name) for name in found):
+                raise UserError(f"lora.{field}: {key!r} fits no adapter (such as {next(iter(found))})")
+    if lora.bias == "all" and (bare := [n for n, m in linears.items() if m.bias is not None and n not in found]):
+        raise UserError(f"lora.bias: all: {bare[0]} has a bias, but no adapter: target it or set lora.bias=lora_only")
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
     for name, base in found.items():
+        rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
+        most = min(base.in_features, base.out_features)
+        if lora.init == "pissa" and rank > most:
+            raise UserError(f"lora.rank: {rank}: {name} has {most} singular values to begin with: set lora.rank={most}")
         parent, _, last = name.rpartition(".")
-        adapters[name] = LoRALinear(base, rank, alpha, dropout, generator)
+        adapters[name] = LoRALinear(base, replace(lora, rank=rank, alpha=alpha), generator)
         setattr(model.get_submodule(parent), last, adapters[name])
     return adapters
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear | Linear4bit]:
-    """What can have an adapter: every linear of the blocks; not the head."""
+def linears_of(model: nn.Module) -> dict[str, Frozen]:
+    """What can have an adapter: every linear of the blocks; not the head, whose matrix the loss takes by itself."""
     kinds = (nn.Linear, Linear4bit)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name != "lm_head"}
 
 
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+def _is_meant(name: str, target: str) -> bool:
+    """Whether a module is meant by a word of GROUPS, the end of its name, or an expression for all of its name."""
+    if target in GROUPS:
+        return GROUPS[target] in f".{name}"
+    return name == target or name.endswith(f".{target}") or re.fullmatch(target, name) is not None
 
 
-def match_targets(model: nn.Module, target_modules: str | list[str]) -> tuple[str, ...]:
-    """The field of PEFT's name as `inject_lora` takes it: a list of names, "all-linear", or a regular expression.
+def by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first expression that fits the module's name, as in PEFT."""
+    return next((value for key, value in pattern.items() if _fits(key, name)), default)
 
-    Raises:
-        UserError: an expression that is not valid, or that matches nothing.
-    """
-    if isinstance(target_modules, list):
-        return tuple(target_modules)
-    names = tuple(_linears(model))
-    if target_modules == "all-linear":
-        return names
-    try:
-        matched = tuple(name for name in names if re.fullmatch(target_modules, name))
-    except re.error as error:
-        raise UserError(f"target_modules: {target_modules!r} is not a regular expression: {error}") from None
-    if not matched:
-        raise UserError(f"target_modules: {target_modules!r} matches no linear of this model, such as {names[0]}")
-    return matched
+
+def _fits(expression: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({expression})$", name) is not None
+
+
+def describe_adapters(adapters: dict[str, LoRALinear]) -> list[str]:
+    """One line for each type of linear: how many there are, their shape, their rank, how many numbers are trained."""
+    trained: dict[tuple[str, str, str], list[int]] = {}
+    for name, adapter in adapters.items():
+        shape, rank = f"({adapter.base.in_features} -> {adapter.base.out_features})", f"rank {len(adapter.lora_A)}"
+        numbers = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        trained.setdefault((name.rpartition(".")[2], shape, rank), []).append(numbers)
+    lines = [(kind, f"{len(n)} x {shape}", rank, f"{sum(n):,}") for (kind, shape, rank), n in trained.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 @contextmanager
@@ -253,117 +366,3 @@ def disabled(adapters: dict[str, LoRALinear]) -> Iterator[None]:
     finally:
         for adapter in adapters.values():
             adapter.enabled = True
-
-
-def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
-    """The trained tensors under PEFT's names."""
-    return {
-        f"{PEFT_PREFIX}{name}.lora_{part}.weight": getattr(adapter, f"lora_{part}").detach()
-        for name, adapter in adapters.items()
-        for part in ("A", "B")
-    }
-
-
-@torch.no_grad()
-def load_adapter_tensors(adapters: dict[str, LoRALinear], tensors: dict[str, Tensor], source: str) -> None:
-    """Copy tensors with PEFT's names into the adapters; every one must be there and fit, and no other.
-
-    Raises:
-        UserError: missing, unexpected or mis-shaped tensors, by name.
-    """
-    expected = adapter_tensors(adapters)
-    if whole := sorted(n for n in tensors if n.startswith(PEFT_PREFIX) and ".lora_" not in n):
-        raise UserError(f"{source}: {whole[0]}: layers that are trained whole beside an adapter are not supported")
-    if odd := sorted(expected.keys() ^ tensors.keys()):
-        what = "missing" if odd[0] in expected else "unexpected"
-        raise UserError(f"{source}: {len(odd)} tensors do not fit this model, first {odd[0]} ({what}): is it its base?")
-    for name, own in expected.items():
-        if own.shape != tensors[name].shape:
-            have, want = tuple(tensors[name].shape), tuple(own.shape)
-            raise UserError(f"{source}: {name} is {have}, but this model and rank need {want}")
-        own.copy_(tensors[name])
-
-
-def save_adapter(
-    directory: Path, adapters: dict[str, LoRALinear], settings: dict[str, Any], note: dict[str, Any]
-) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT expects them.
-
-    Args:
-        directory: made if it is missing; holds no adapter yet.
-        settings: base_model_name_or_path, r, lora_alpha, lora_dropout, target_modules.
-        note: what PEFT's format has no place for: how the base was quantised, what training computed in.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / "adapter_model.safetensors", adapter_tensors(adapters))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        **settings,
-        "target_modules": sorted(settings["target_modules"]),
-    }
-    for name, content in (("adapter_config.json", config), (NOTE, note)):
-        write_file(directory / name, [(json.dumps(content, indent=2) + "\n").encode()])
-
-
-def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """Read adapter_config.json, adapter_model.safetensors and nanoft's note (empty if another tool wrote the adapter).
-
-    Raises:
-        UserError: a file is missing or damaged, or the adapter is of a kind that is not supported.
-    """
-    config = read_json(directory / "adapter_config.json")
-    note = read_json(directory / NOTE) if (directory / NOTE).is_file() else {}
-    try:
-        _check_peft_config(config)
-    except UserError as error:
-        raise UserError(f"{directory / 'adapter_config.json'}: {error}") from None
-    weights = directory / "adapter_model.safetensors"
-    try:
-        tensors = load_file(weights)
-    except FileNotFoundError:
-        raise UserError(f"{directory}: {weights.name} is missing: copy the whole adapter directory") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights}: damaged ({error}): copy it again") from None
-    for name, tensor in tensors.items():
-        if ".lora_A." in name and tensor.shape[0] != config["r"]:
-            raise UserError(f"{weights}: {name} has rank {tensor.shape[0]}, but adapter_config.json says {config['r']}")
-    return config, tensors, note
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: no such file, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged or not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
-    return value
-
-
-def _check_peft_config(config: dict[str, Any]) -> None:
-    """Only what is understood may pass: every other field could change what the adapter does."""
-    for key, value in config.items():
-        if value and key not in PEFT_FIELDS and value not in PEFT_VALUES.get(key, ()):
-            raise UserError(f"{key}: {value!r:.60} is not supported")
-    if not isinstance(config.get("base_model_name_or_path") or "", str):
-        raise UserError(f"base_model_name_or_path: {config['base_model_name_or_path']!r:.60} is not a name")
-    rank, alpha, targets = config.get("r"), config.get("lora_alpha", 8), config.get("target_modules")
-    if type(rank) is not int or rank < 1:
-        raise UserError(f"the field r: {rank!r:.60} is not a rank: expected a whole number from 1 on")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise UserError(f"lora_alpha: {alpha!r:.60} is not a positive number")
-    names = targets if isinstance(targets, list) else [targets]
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"target_modules: {targets!r:.60} is not a list of module names")

@@ -151,7 +151,7 @@ def gradient(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimize
 
 def measure(adapter: LoRALinear, optimizer: torch.optim.Optimizer) -> Usage:
     """All figures of one adapter."""
-    sigma = singular_values(adapter.lora_A, adapter.lora_B, adapter.scaling)
+    sigma = singular_values(*adapter.factors(), adapter.scaling)
     norm, base = sigma.norm().item(), weight_norm(adapter.base)
     return Usage(
         rank=len(sigma),
@@ -161,7 +161,7 @@ def measure(adapter: LoRALinear, optimizer: torch.optim.Optimizer) -> Usage:
         directions_90=directions(sigma, 0.90),
         directions_99=directions(sigma, 0.99),
         relative_update=norm / base if base else math.inf,
-        gradient=gradient((adapter.lora_A, adapter.lora_B), optimizer),
+        gradient=gradient([p for p in (adapter.lora_A, adapter.lora_B) if p.requires_grad], optimizer),
     )
 
 

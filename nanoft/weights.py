@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nanoft import UserError
+from nanoft.adapter import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, read_json
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Damaged, Saved, Specs, encode, verify, write_file
-from nanoft.config import load_file
-from nanoft.lora import NOTE, LoRALinear, inject_lora, load_adapter_tensors, match_targets, read_adapter, read_json
+from nanoft.config import LoRAConfig, load_file
+from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder, DecoderConfig, initialise
 from nanoft.nf4 import Linear4bit
 from nanoft.runtime import DTYPES
@@ -306,9 +307,7 @@ class TrainedAdapter:
     place: Path  # where its tensors are, for messages
     base: Path
     tokenizer: Path
-    target_modules: str | list[str]
-    rank: int
-    alpha: float
+    lora: LoRAConfig
     tensors: dict[str, Tensor]
     quantization: tuple[str, bool] | None  # the 4-bit form (kind, double) of the base in training
     dtype: torch.dtype  # what training computed in
@@ -404,22 +403,21 @@ def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, origin
     if config.training.method == "full":
         model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
         return Opened(model, {}, base, base, dtype=dtype, step=step)
-    lora, q = config.lora, config.quantization
+    q = config.quantization
     quantization = (q.type, q.double) if q.bits == 4 else None
     try:
         trained_in = DTYPES[read_json(run / "config.json")["provenance"]["dtype"]]
     except (KeyError, TypeError):
         raise UserError(f"{run / 'config.json'}: provenance.dtype is missing or damaged: train again") from None
-    tensors, targets = saved.tensors("adapter"), list(lora.target_modules)
-    adapter = TrainedAdapter(saved.path, base, base, targets, lora.rank, lora.alpha, tensors, quantization, trained_in)
+    lora, tensors = as_plain_lora(config.lora, saved.tensors("adapter"))
+    adapter = TrainedAdapter(saved.path, base, base, lora, tensors, quantization, trained_in)
     return replace(_attach(adapter, device, dtype, original_base), step=step)
 
 
 def _read_adapter_directory(path: Path) -> TrainedAdapter:
     """An adapter in PEFT's format; what nanoft notes beside it says how the base was quantised."""
-    config, tensors, note = read_adapter(path)
-    field = f"{path / 'adapter_config.json'}: base_model_name_or_path"
-    base = find_model(config.get("base_model_name_or_path") or "", field)
+    lora, base_name, tensors, note = read_adapter(path)
+    base = find_model(base_name, f"{path / 'adapter_config.json'}: base_model_name_or_path")
     tokenizer = path if (path / "tokenizer.json").is_file() else base
     q = note.get("quantization")
     try:
@@ -427,8 +425,7 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
         trained_in = DTYPES[note.get("dtype", "float32")]
     except (KeyError, TypeError):
         raise UserError(f"{path / NOTE}: damaged: copy the adapter again") from None
-    rank, alpha, targets = config["r"], config.get("lora_alpha", 8), config["target_modules"]
-    return TrainedAdapter(path, base, tokenizer, targets, rank, alpha, tensors, quantization, trained_in)
+    return TrainedAdapter(path, base, tokenizer, lora, tensors, quantization, trained_in)
 
 
 def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
@@ -436,8 +433,7 @@ def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, o
     quantization = None if original_base else adapter.quantization
     model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
     try:
-        targets = match_targets(model, adapter.target_modules)
-        adapters = inject_lora(model, targets, adapter.rank, adapter.alpha, 0.0, 0)
+        adapters = inject_lora(model, adapter.lora, seed=0)
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None
     load_adapter_tensors(adapters, adapter.tensors, str(adapter.place))

@@ -15,7 +15,6 @@ import pytest
 
 from nanoft import UserError
 from nanoft.config import (
-    ALL_LINEAR,
     Config,
     DataConfig,
     LoRAConfig,
@@ -230,7 +229,7 @@ config = Config().override({"training.learning_rate": 2e-4, "lora.rank": 4, "dat
 
 def test_a_list_written_as_one_text_is_a_list(tmp_path: Path) -> None:
     assert load_file(write(tmp_path / "c.yaml", "lora: {target_modules: q_proj}")).lora.target_modules == ("q_proj",)
-    assert load_file(write(tmp_path / "d.yaml", "lora: {}")).lora.target_modules == ALL_LINEAR
+    assert load_file(write(tmp_path / "d.yaml", "lora: {}")).lora.target_modules == ("all-linear",)
 
 
 BROKEN = {

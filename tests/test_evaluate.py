@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from models import make_chat_model
 from nanoft import evaluate
 from nanoft.chat import ChatTokenizer, Sample
+from nanoft.config import LoRAConfig
 from nanoft.evaluate import Exchange, Measured, Prompt
 from nanoft.lora import disabled, inject_lora
 from nanoft.model import Decoder
@@ -83,7 +84,7 @@ def test_measuring_leaves_the_model_as_it_was(parts: Any) -> None:
 def test_dropout_is_off_while_measuring(parts: Any) -> None:
     _, chat, _, directory = parts
     model = load_model(directory, CPU, torch.float32)
-    adapters = inject_lora(model, ("q_proj",), 4, 8.0, 0.5, seed=0)
+    adapters = inject_lora(model, LoRAConfig(rank=4, alpha=8.0, dropout=0.5, target_modules=("q_proj",)), seed=0)
     with torch.no_grad():
         for adapter in adapters.values():
             adapter.lora_B.normal_(std=0.5)

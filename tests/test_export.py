@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import make_chat_model
 from nanoft import UserError, export
+from nanoft.adapter import PEFT_PREFIX, save_adapter
 from nanoft.chat import ChatTokenizer
-from nanoft.config import ALL_LINEAR, Config
+from nanoft.config import Config, LoRAConfig
 from nanoft.export import TOLERANCE, copy_adapter, merge, new_directory, prove, save_result
-from nanoft.lora import PEFT_PREFIX, LoRALinear, inject_lora, save_adapter
+from nanoft.lora import LoRALinear, inject_lora
 from nanoft.weights import Opened, load_model, open_model
 
 CPU = torch.device("cpu")
@@ -32,6 +33,7 @@ IDS = torch.arange(5, 60)[None]
 PROMPTS = [list(range(5, 60)), list(range(300, 320))]
 CASES = ["llama", "llama-bias", "mistral", "qwen2", "qwen3"]
 RANK, ALPHA = 4, 6.0
+LORA = LoRAConfig(rank=RANK, alpha=ALPHA)
 UP = "model.layers.1.mlp.up_proj"
 
 
@@ -45,16 +47,9 @@ def randomise(adapters: dict[str, LoRALinear], std: float = 0.1) -> None:
 def make_adapter(base: Path, out: Path, std: float = 0.1, **note: Any) -> Path:
     """An adapter with random values on every linear, as training saves it."""
     model = load_model(base, CPU, torch.float32)
-    adapters = inject_lora(model, ALL_LINEAR, RANK, ALPHA, 0.0, seed=1)
+    adapters = inject_lora(model, LORA, seed=1)
     randomise(adapters, std)
-    settings = {
-        "base_model_name_or_path": str(base),
-        "r": RANK,
-        "lora_alpha": ALPHA,
-        "lora_dropout": 0.0,
-        "target_modules": ALL_LINEAR,
-    }
-    save_adapter(out, adapters, settings, note)
+    save_adapter(out, model, adapters, LORA, str(base), note)
     return out
 
 
@@ -432,7 +427,7 @@ def run_config(base: Path, **changes: Any) -> Config:
 
 def tuned(base: Path, std: float = 0.1) -> tuple[Any, dict[str, LoRALinear]]:
     model = load_model(base, CPU, torch.float32)
-    adapters = inject_lora(model, ALL_LINEAR, RANK, ALPHA, 0.0, seed=1)
+    adapters = inject_lora(model, LORA, seed=1)
     randomise(adapters, std)
     return model.eval(), adapters
 

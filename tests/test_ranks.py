@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import train
+from nanoft.config import LoRAConfig
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.nf4 import Linear4bit
 from nanoft.ranks import (
@@ -227,7 +228,7 @@ def adapters_on(linears: dict[str, nn.Module], rank: int, alpha: float) -> dict[
         if parent and not hasattr(model, parent):
             model.add_module(parent, nn.Module())
         model.get_submodule(parent).add_module(last, linear)
-    return inject_lora(model, tuple(linears), rank, alpha, 0.0, seed=0)
+    return inject_lora(model, LoRAConfig(rank=rank, alpha=alpha, target_modules=tuple(linears)), seed=0)
 
 
 def test_a_fresh_adapter_has_no_update_and_a_base_of_zeros_is_infinitely_changed() -> None:

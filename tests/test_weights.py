@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models import make_chat_model, make_reference
 from nanoft import UserError
-from nanoft.lora import PEFT_PREFIX
+from nanoft.adapter import PEFT_PREFIX
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.nf4 import Linear4bit
 from nanoft.weights import (
@@ -594,11 +594,8 @@ def test_target_modules_mean_what_they_mean_to_peft(trained: Any, stored: Any, r
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}, "rank_pattern: .* is not supported"),
-        ({"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 2}}, "alpha_pattern: .* is not supported"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save: .*lm_head.* not supported"),
-        ({"target_modules": ["q_proj"], "use_rslora": True}, "use_rslora: True is not supported"),
-        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora: True is not supported"),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias: True is not supported"),
         ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' is not supported"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, r"layers_to_transform: \[0\] is not supported"),
     ],
@@ -633,16 +630,19 @@ def test_layers_saved_whole_beside_an_adapter_are_refused(runs: Path, tmp_path: 
         ({"r": "x"}, "the field r: 'x' is not a rank"),
         ({"r": True}, "the field r: True is not a rank"),
         ({"r": 8}, "has rank 4, but adapter_config.json says 8"),
-        ({"r": 10**12}, "has rank 4, but"),  # before memory for it is asked for
+        ({"r": 10**12}, "lora.rank: 1000000000000 is out of range"),  # before memory for it is asked for
         ({"lora_alpha": "6"}, "lora_alpha: '6' is not a positive number"),
         ({"lora_alpha": float("nan")}, "lora_alpha: nan is not a positive number"),
         ({"target_modules": []}, r"target_modules: \[\] is not a list of module names"),
         ({"target_modules": [3]}, r"target_modules: \[3\] is not a list"),
         ({"target_modules": "("}, r"target_modules: '\(' is not a regular expression"),
-        (
-            {"target_modules": "q_proj"},
-            "'q_proj' matches no linear of this model, such as model.layers.0",
-        ),  # as in PEFT
+        ({"target_modules": "q_.*"}, r"target_modules: 'q_\.\*' names no linear of this model"),
+        ({"rank_pattern": {"q_proj": "x"}}, "lora.rank_pattern: .* is not a table"),
+        ({"rank_pattern": {"q_proj": 3}}, "q_proj.lora_A.weight has rank 4, but adapter_config.json says 3"),
+        ({"alpha_pattern": {"q_proj": 0}}, "lora.alpha_pattern: 0 is out of range"),
+        ({"alpha_pattern": {"(": 1}}, r"lora.alpha_pattern: '\(' is not a regular expression"),
+        ({"alpha_pattern": {"lm_head": 1}}, "lora.alpha_pattern: 'lm_head' fits no adapter"),
+        ({"bias": "some"}, "bias: 'some' is not supported"),
         ({"base_model_name_or_path": None}, "adapter_config.json: base_model_name_or_path: empty"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path: 3 is not a name"),
         ({"base_model_name_or_path": "/no/such"}, "adapter_config.json: base_model_name_or_path: /no/such: no such"),

@@ -1,0 +1,229 @@
+"""An adapter as files, in the layout of the PEFT library, so that other tools read it and theirs are read here.
+
+adapter_config.json says what the adapter is, adapter_model.safetensors holds its tensors under PEFT's names. PEFT's
+format has no place for how the base was quantised in training; that is noted in a file of its own.
+
+A checkpoint holds the same tensors, and PiSSA's A0 and B0 besides: they say what was taken out of the base, exactly,
+which a decomposition on another machine would not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nanoft import UserError
+from nanoft.checkpoint import write_file, write_tensors
+from nanoft.config import LoRAConfig
+from nanoft.lora import LoRALinear, by_pattern, linears_of
+
+NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
+PEFT_PREFIX = "base_model.model."
+# An adapter's tensors here and there. The base's bias is the trained one.
+TENSORS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "bias": "base_layer.bias",
+    "lora_A0": "lora_A0.weight",  # in checkpoints only
+    "lora_B0": "lora_B0.weight",
+}
+# Fields of adapter_config.json that are read here or say nothing about the result ...
+PEFT_FIELDS = frozenset(
+    """
+    base_model_name_or_path r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version inference_mode
+    megatron_core qalora_group_size runtime_config ensure_weight_tying rank_pattern alpha_pattern
+    """.split()  # noqa: SIM905
+)
+# ... and fields that change it, with the only values understood here. Any other field must be unset.
+PEFT_VALUES: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", "all", "lora_only"),
+    "use_rslora": (True,),
+    "use_dora": (True,),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # these leave the base's weights as they are
+    "revision": ("main",),
+}
+
+
+def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
+    """All that a checkpoint needs of the adapters, under PEFT's names."""
+    return {
+        f"{PEFT_PREFIX}{name}.{key}": tensor.detach()
+        for name, adapter in adapters.items()
+        for part, key in TENSORS.items()
+        if (tensor := getattr(adapter, part)) is not None
+    }
+
+
+def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The same adapter without PiSSA: B A - B0 A0 = [B, -B0] [A; A0] is a LoRA of rank 2r (Meng et al. 2024, app. C).
+
+    Args:
+        lora: what the adapter was trained as.
+        tensors: of a checkpoint.
+    Returns:
+        Settings with the same scaling, alpha / r or alpha / sqrt(r), for twice the rank; tensors as in PEFT's files.
+    """
+    if lora.init == "default":
+        return lora, tensors
+    more = math.sqrt(2) if lora.rslora else 2
+    ranks = {key: 2 * rank for key, rank in lora.rank_pattern.items()}
+    alphas = {key: more * alpha for key, alpha in lora.alpha_pattern.items()}
+    plain = dict(tensors)
+    for name in [name for name in tensors if name.endswith(TENSORS["lora_A0"])]:
+        a, b = (name.removesuffix(TENSORS["lora_A0"]) + TENSORS[part] for part in ("lora_A", "lora_B"))
+        b0 = name.removesuffix(TENSORS["lora_A0"]) + TENSORS["lora_B0"]
+        plain[a], plain[b] = torch.cat((plain[a], plain.pop(name))), torch.cat((plain[b], -plain.pop(b0)), dim=1)
+    wider = replace(
+        lora, init="default", rank=2 * lora.rank, alpha=more * lora.alpha, rank_pattern=ranks, alpha_pattern=alphas
+    )
+    return wider, plain
+
+
+@torch.no_grad()
+def load_adapter_tensors(adapters: dict[str, LoRALinear], tensors: dict[str, Tensor], source: str) -> None:
+    """Copy tensors with PEFT's names into the adapters; every one must be there and fit, and no other.
+
+    Raises:
+        UserError: missing, unexpected or mis-shaped tensors, by name.
+    """
+    expected = adapter_tensors(adapters)
+    known = (".lora_", ".base_layer.bias")
+    if whole := sorted(n for n in tensors if n.startswith(PEFT_PREFIX) and not any(part in n for part in known)):
+        raise UserError(f"{source}: {whole[0]}: layers that are trained whole beside an adapter are not supported")
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        what = "missing" if odd[0] in expected else "unexpected"
+        raise UserError(f"{source}: {len(odd)} tensors do not fit this model, first {odd[0]} ({what}): is it its base?")
+    for name, own in expected.items():
+        if own.shape != tensors[name].shape:
+            have, want = tuple(tensors[name].shape), tuple(own.shape)
+            raise UserError(f"{source}: {name} is {have}, but this model and rank need {want}")
+        own.copy_(tensors[name])
+    for adapter in adapters.values():
+        adapter.train(adapter.training)  # forgets the norm of what it was
+
+
+def save_adapter(
+    directory: Path,
+    model: nn.Module,
+    adapters: dict[str, LoRALinear],
+    lora: LoRAConfig,
+    base_name: str,
+    note: dict[str, Any],
+) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT expects them.
+
+    Args:
+        directory: made if it is missing; holds no adapter yet.
+        model: the adapters' own.
+        lora: what they were trained as.
+        base_name: a directory or a name on the Hub.
+        note: what PEFT's format has no place for: how the base was quantised, what training computed in.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    plain, tensors = as_plain_lora(lora, adapter_tensors(adapters))
+    write_tensors(directory / "adapter_model.safetensors", tensors)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": plain.rank,
+        "lora_alpha": plain.alpha,
+        "rank_pattern": plain.rank_pattern,
+        "alpha_pattern": plain.alpha_pattern,
+        "lora_dropout": plain.dropout,
+        "target_modules": _peft_targets(model, adapters),
+        "use_rslora": plain.rslora,
+        "use_dora": plain.dora,
+        "bias": plain.bias,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    for name, content in (("adapter_config.json", config), (NOTE, note)):
+        write_file(directory / name, [(json.dumps(content, indent=2) + "\n").encode()])
+
+
+def _peft_targets(model: nn.Module, adapters: dict[str, LoRALinear]) -> list[str]:
+    """The last parts of the names, as other tools like them; whole names where not all that end so have adapters."""
+    bare = {name.rpartition(".")[2] for name in linears_of(model)}
+    return sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in adapters})
+
+
+def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], dict[str, Any]]:
+    """What the files say: settings, the base's name, tensors, and nanoft's note (empty if another tool wrote them).
+
+    Raises:
+        UserError: a file is missing or damaged, or the adapter is of a kind that is not supported.
+    """
+    config = read_json(directory / "adapter_config.json")
+    note = read_json(directory / NOTE) if (directory / NOTE).is_file() else {}
+    try:
+        lora = _settings(config)
+    except UserError as error:
+        raise UserError(f"{directory / 'adapter_config.json'}: {error}") from None
+    weights = directory / "adapter_model.safetensors"
+    try:
+        tensors = load_file(weights)
+    except FileNotFoundError:
+        raise UserError(f"{directory}: {weights.name} is missing: copy the whole adapter directory") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights}: damaged ({error}): copy it again") from None
+    for name, tensor in tensors.items():
+        module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{TENSORS['lora_A']}")
+        if a and len(tensor) != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
+            raise UserError(f"{weights}: {name} has rank {len(tensor)}, but adapter_config.json says {rank}")
+    return lora, config.get("base_model_name_or_path") or "", tensors, note
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: no such file, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged or not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
+    return value
+
+
+def _settings(config: dict[str, Any]) -> LoRAConfig:
+    """The fields of adapter_config.json. Only what is understood may pass: any other could change what it does."""
+    for key, value in config.items():
+        if value and key not in PEFT_FIELDS and value not in PEFT_VALUES.get(key, ()):
+            raise UserError(f"{key}: {value!r:.60} is not supported")
+    if not isinstance(config.get("base_model_name_or_path") or "", str):
+        raise UserError(f"base_model_name_or_path: {config['base_model_name_or_path']!r:.60} is not a name")
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha", 8), config.get("target_modules")
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"the field r: {rank!r:.60} is not a rank: expected a whole number from 1 on")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise UserError(f"lora_alpha: {alpha!r:.60} is not a positive number")
+    names: list[Any] = targets if isinstance(targets, list) else [targets]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"target_modules: {targets!r:.60} is not a list of module names")
+    return LoRAConfig(
+        rank=rank,
+        alpha=alpha,
+        target_modules=tuple(names),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        bias=config.get("bias") or "none",
+    )
