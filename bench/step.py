@@ -238,6 +238,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     from nanoft.config import TrainingConfig
     from nanoft.lora import adapter_tensors, inject_lora, load_adapter_tensors
     from nanoft.loss import target_nll
+    from nanoft.model import compile_blocks
     from nanoft.optim import build_optimizer
 
     runtime.prepare(args.seed, args.threads, deterministic=False)
@@ -249,8 +250,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     if args.ckpt:
         model.keep = ["offloaded" if args.offload else "input"] * args.layers
     if args.compile:
-        for block in model.model.layers:
-            block.compile()
+        compile_blocks(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, TrainingConfig(learning_rate=LEARNING_RATE))
     model.train()

@@ -371,6 +371,16 @@ def keep_by_policy(policy: str, every: int, layers: int) -> list[Keep]:
     return [again if (layer + 1) % step == 0 else "all" for layer in range(layers)]
 
 
+def compile_blocks(model: Decoder) -> None:
+    """Fuse what stands between the matrix products, block by block; elementwise results are computed again in backward.
+
+    With the whole budget the compiler keeps them: 145 KiB a token and layer of Mistral-7B instead of 93.
+    """
+    torch._functorch.config.activation_memory_budget = 0.8
+    for block in model.model.layers:
+        block.compile()
+
+
 def run_block(block: nn.Module, x: Tensor, attention: Attention, keep: Keep) -> Tensor:
     """A block whose activations are kept for backward, or computed again there from x (Chen et al. 2016).
 
