@@ -272,7 +272,7 @@ class Attention:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4), in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4), in float32 inside; one kernel on CUDA."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -280,8 +280,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def project(linears: Sequence[nn.Module], prepare: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -324,6 +323,7 @@ class SelfAttention(nn.Module):
         q, k = rotate(q, attention.cos, attention.sin), rotate(k, attention.cos, attention.sin)
         if attention.cache is not None:
             k, v = attention.cache.extend(self.layer, k, v)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm's float32 weight has widened them
         y = attend(q, k, v, self.window, attention.documents, attention.masks.get(self.window))
         return self.o_proj(y.flatten(2))
 
