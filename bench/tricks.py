@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import contender
 import step
 
 HERE = Path(__file__).resolve().parent
@@ -38,7 +39,7 @@ def every_row() -> None:
     from nanoft import loss
 
     def target_nll(hidden: Any, head: Any, rows: Any, targets: Any) -> Any:
-        labels = torch.full((hidden.shape[0] * hidden.shape[1],), step.IGNORE)
+        labels = torch.full((hidden.shape[0] * hidden.shape[1],), contender.IGNORE)
         labels[rows] = targets
         return F.cross_entropy((hidden.flatten(0, 1) @ head.T).float(), labels, reduction="sum")
 
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
     for trick, plain, _, _ in TRICKS:
         if trick == name:
             plain()
-    return step.run_nanoft(args)
+    return contender.run_nanoft(args)
 
 
 def measure(shape: str, rounds: int, argv: Sequence[str]) -> list[dict[str, Any]]:
@@ -146,7 +147,7 @@ def measure(shape: str, rounds: int, argv: Sequence[str]) -> list[dict[str, Any]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         args.ids = Path(temporary) / "ids.npz" if args.packed else None
-        options = step.flags(args, [*step.EVERY_PEER, *step.OWN_PEER])
+        options = step.flags(args, [*contender.EVERY_PEER, *contender.OWN_PEER])
         if args.packed:
             step.in_process([*step.own_command("pack"), *options], 600)
         for number in range(rounds):
