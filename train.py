@@ -36,7 +36,7 @@ from nanoft.guard import Guard, explain_out_of_memory
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
 from nanoft.loss import target_nll
 from nanoft.metrics import Meter, Run, clock
-from nanoft.model import Decoder, keep_by_policy
+from nanoft.model import Decoder, compile_blocks, keep_by_policy
 from nanoft.nf4 import Linear4bit
 from nanoft.optim import (
     build_optimizer,
@@ -299,8 +299,7 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
     if t.method == "lora":
         adapters = inject_lora(model, config.lora, config.system.seed)
     if t.compile:
-        for block in model.model.layers:
-            block.compile()
+        compile_blocks(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, t)
     validation = corpus.validation[: config.evaluation.max_samples]

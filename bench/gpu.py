@@ -4,10 +4,10 @@
     python bench/gpu.py --smoke           tiny shapes, on the CPU if need be: does the script run?
     python bench/gpu.py --only nf4        the cases whose name contains a word
 
-Every case is a contender of bench/step.py in a fresh process: random weights drawn on the device, one tensor at a time,
-and quantised as they come. What fails, runs out of memory or of time, or needs a package that is not there is a row
-with the reason. Memory is the peak of the steps, without that of building the model. Where the peer ran on the same
-tokens, the largest difference of a step's loss is given, and with the same checkpointing the ratio of speeds.
+Every case is a contender (bench/contender.py) in a fresh process: random weights drawn on the device, one tensor at a
+time, and quantised as they come. What fails, runs out of memory or of time, or needs a package that is not there is a
+row with the reason. Memory is the peak of the steps, without that of building the model. Where the peer ran on the
+same tokens, the largest difference of a step's loss is given, and with the same checkpointing the ratio of speeds.
 """
 
 from __future__ import annotations
@@ -22,23 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from step import (
-    EVERY_PEER,
-    HERE,
-    OURS,
-    OWN_PEER,
-    PEER,
-    Failed,
-    add_step_options,
-    compare,
-    difference,
-    flags,
-    in_process,
-    own_command,
-    say,
-    side_summary,
-    versions,
-)
+from contender import EVERY_PEER, HERE, OURS, OWN_PEER, add_step_options
+from step import PEER, Failed, compare, difference, flags, in_process, own_command, say, side_summary, versions
 
 MISTRAL_7B = {"hidden": 4096, "layers": 32, "heads": 32, "kv": 8, "ffn": 14336, "seq": 4096, "bs": 1}
 TINY = {"hidden": 64, "layers": 2, "heads": 4, "kv": 2, "ffn": 128, "vocab": 1024, "seq": 256, "bs": 1, "steps": 2}

@@ -2,10 +2,10 @@
 
     python bench/growth.py                   512 to 32,768 tokens; a quarter of an hour or more on 2 cores
     python bench/growth.py --quick           a few small points
-    python bench/growth.py --nf4 --ckpt      any option of bench/step.py's contenders
+    python bench/growth.py --nf4 --ckpt      any option of bench/contender.py
     python bench/growth.py --with-peer       transformers + peft as well
 
-Every point is the contender of bench/step.py in a fresh process. Curves are fitted by least squares of the relative
+Every point is a contender (bench/contender.py) in a fresh process. Curves are fitted by least squares of the relative
 error: a + b n for memory, and for time where the work is linear; a + b n + c n^2 for the time of a sequence, whose
 attention compares all pairs. The fit's largest relative residual stands beside it: a curve that does not fit is seen.
 Points that run out of memory or time are rows, too. Results are written to bench/growth.json and bench/growth.md.
@@ -20,21 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from step import (
-    EVERY_PEER,
-    HERE,
-    OURS,
-    OWN_PEER,
-    PEER,
-    Failed,
-    add_step_options,
-    flags,
-    in_process,
-    machine,
-    own_command,
-    say,
-    versions,
-)
+from contender import EVERY_PEER, HERE, OURS, OWN_PEER, add_step_options
+from step import PEER, Failed, flags, in_process, machine, own_command, say, versions
 
 # Of each sweep: its points, those of --quick, and the degree of the curve through the times.
 SWEEPS: dict[str, tuple[list[int], list[int], int]] = {

@@ -5,7 +5,7 @@
 What a Trainer does, without its bookkeeping: autocast to bfloat16, float32 adapters, SDPA attention, logits of every
 position, fused AdamW, gradients clipped to 1. Conversations of different lengths are padded on the right, `--micro` of
 them together, with an attention mask; their losses are summed and divided by the target tokens of the whole step.
-Weights and tokens are those that nanoft has in bench/step.py.
+Weights and tokens are those that nanoft has in bench/contender.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import json
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from step import (
+from contender import (
     ALL_LINEAR,
     ALPHA,
     IGNORE,
@@ -27,7 +26,8 @@ from step import (
     hf_config,
     random_weight,
 )
-from step import measure as measure_steps
+from contender import measure as measure_steps
+from peft import LoraConfig, get_peft_model
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.utils import logging
 

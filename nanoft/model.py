@@ -272,7 +272,7 @@ class Attention:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4), in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4), in float32 inside; one kernel on CUDA."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -280,8 +280,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def project(linears: Sequence[nn.Module], prepare: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -324,6 +323,7 @@ class SelfAttention(nn.Module):
         q, k = rotate(q, attention.cos, attention.sin), rotate(k, attention.cos, attention.sin)
         if attention.cache is not None:
             k, v = attention.cache.extend(self.layer, k, v)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm's float32 weight has widened them
         y = attend(q, k, v, self.window, attention.documents, attention.masks.get(self.window))
         return self.o_proj(y.flatten(2))
 
@@ -369,6 +369,16 @@ def keep_by_policy(policy: str, every: int, layers: int) -> list[Keep]:
     again: Keep = "offloaded" if policy == "offload" else "input"
     step = {"auto": layers + 1, "none": layers + 1, "every_k": every, "full": 1, "offload": 1}[policy]
     return [again if (layer + 1) % step == 0 else "all" for layer in range(layers)]
+
+
+def compile_blocks(model: Decoder) -> None:
+    """Fuse what stands between the matrix products, block by block; elementwise results are computed again in backward.
+
+    With the whole budget the compiler keeps them: 145 KiB a token and layer of Mistral-7B instead of 93.
+    """
+    torch._functorch.config.activation_memory_budget = 0.8
+    for block in model.model.layers:
+        block.compile()
 
 
 def run_block(block: nn.Module, x: Tensor, attention: Attention, keep: Keep) -> Tensor:

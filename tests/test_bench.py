@@ -23,7 +23,7 @@ TINY = shlex.split("--hidden 64 --layers 2 --heads 4 --kv 2 --ffn 128 --vocab 51
 def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in ("step", "growth"):
+    for name in ("contender", "step", "growth"):
         sys.modules.pop(name, None)
 
 
@@ -112,17 +112,17 @@ def test_a_failure_is_a_row_with_its_reason() -> None:
 
 def test_the_work_of_a_step_is_that_of_the_shape() -> None:
     """Mistral-7B: 6.979 B weights in linears, 0.134 B in the head, 41.94 M in adapters of rank 16."""
-    import step
+    import contender
 
     shape = {"hidden": 4096, "layers": 32, "heads": 32, "kv": 8, "ffn": 14336, "vocab": 32768, "r": 16}
     args, n = options(**shape), 4096
     ids = np.zeros(n, dtype=np.int64)
-    half_learned = np.where(np.arange(n) < n // 2, step.IGNORE, ids)
+    half_learned = np.where(np.arange(n) < n // 2, contender.IGNORE, ids)
     attention = 3.5 * 4 * 32 * 4096 * (n * (n + 1) / 2)  # of causal pairs: two products forward, five backward
     linears, adapters, head = 4 * 6.979e9 * n, 6 * 41.94e6 * n, 4 * 0.1342e9
-    whole = step.gflop_of_step(args, [step.Text(ids, ids, 0)])
+    whole = contender.gflop_of_step(args, [contender.Text(ids, ids, 0)])
     assert whole == pytest.approx((linears + adapters + attention + head * (n - 1)) / 1e9, rel=1e-3)
-    masked = step.gflop_of_step(args, [step.Text(ids, half_learned, 0)])
+    masked = contender.gflop_of_step(args, [contender.Text(ids, half_learned, 0)])
     assert whole - masked == pytest.approx(head * (n // 2 - 1) / 1e9, rel=1e-3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from models import CASES, make_reference
 from nanoft import UserError
 from nanoft.attention import Documents
-from nanoft.model import Decoder, DecoderConfig, KVCache, embedding_noise, keep_by_policy
+from nanoft.config import LoRAConfig
+from nanoft.lora import inject_lora
+from nanoft.model import Decoder, DecoderConfig, KVCache, compile_blocks, embedding_noise, keep_by_policy
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
+COMPILE = torch.nn.Module.compile
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -85,7 +89,9 @@ def test_neftune_noise_is_uniform_in_alpha_over_the_root_of_its_size_and_only_th
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_blocks_have_the_loss_and_gradients_of_eager_ones(backend: str, tmp_path: Path) -> None:
+def test_compiled_blocks_have_the_gradients_of_eager_ones(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_reference("qwen3", tmp_path)
     lengths = (12, 8, 20)
     documents = Documents(lengths, torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0).int())
@@ -95,8 +101,9 @@ def test_compiled_blocks_have_the_loss_and_gradients_of_eager_ones(backend: str,
     def gradients(compiled: bool, keep: Any) -> dict[str, torch.Tensor]:
         model = load_model(tmp_path, CPU, torch.float32)
         model.keep = ["all", keep, keep]
-        for block in model.model.layers if compiled else []:
-            block.compile(backend=backend)
+        if compiled:
+            monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(COMPILE, backend=backend))
+            compile_blocks(model)
         model(ids, positions, documents).square().sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -157,3 +164,26 @@ def test_what_changes_the_maths_and_is_unknown_is_refused(change: dict[str, obje
     assert DecoderConfig.from_hf(base).windows == (4096,)  # Mistral's default when the key is absent
     with pytest.raises(UserError, match=message):
         DecoderConfig.from_hf(base | change)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("quantization", [None, ("nf4", True)])
+def test_compiled_blocks_on_cuda_have_the_gradients_of_eager_ones(quantization: Any, tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    ids = torch.randint(0, 199, (2, 64), generator=torch.Generator().manual_seed(1)).cuda()
+
+    def gradients(compiled: bool) -> list[torch.Tensor]:
+        model = load_model(tmp_path, torch.device("cuda"), torch.bfloat16, quantization)
+        adapters = inject_lora(model, LoRAConfig(rank=8, alpha=16.0), seed=1)
+        for number, adapter in enumerate(adapters.values()):
+            generator = torch.Generator("cuda").manual_seed(number)
+            torch.nn.init.normal_(adapter.lora_B, std=0.05, generator=generator)
+        if compiled:
+            compile_blocks(model)
+        model(ids).float().square().mean().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for own, other in zip(gradients(True), gradients(False), strict=True):
+        assert (own - other).norm() < 0.03 * other.norm()

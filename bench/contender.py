@@ -1,0 +1,424 @@
+"""One contender of a benchmark, alone in its process: nanoft's step, bare matrix products, the making of packed data.
+
+    python bench/contender.py nanoft --seq 4096 --bs 1 --nf4     prints one line of JSON
+
+What both sides share is here: the options, the seed that weights and tokens are drawn from, the stopwatch, and how much
+work a step is. bench/step.py, bench/growth.py, bench/tricks.py and bench/gpu.py start it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALPHA, LEARNING_RATE, MAX_GRAD_NORM = 32.0, 2e-4, 1.0
+IGNORE = -100  # the label of a token that is not learned
+# Options that any peer must know, those that only bench/peer.py knows, and those that only nanoft has.
+EVERY_PEER = "hidden layers heads kv ffn vocab seq bs steps warmup dtype ckpt nf4 r".split()  # noqa: SIM905
+OWN_PEER = "masked packed micro threads seed ids".split()  # noqa: SIM905
+OURS = "offload compile dequant".split()  # noqa: SIM905
+# Median tokens of prompt and of reply, and the deviation of their logarithm: much like GSM8K in a chat template.
+PROMPT_LENGTH, REPLY_LENGTH = (130, 0.4), (110, 0.6)
+# Of the loss, in nats, and of the gradient norm, relative: about ten times what two orders of the same sums differ by;
+# documents that see each other, or targets that are off by one, differ by several times as much again.
+TOLERANCE = {"bfloat16": (0.002, 0.02), "float32": (1e-4, 1e-3)}
+
+
+class Text(NamedTuple):
+    """A conversation as token ids; labels are the same ids, or IGNORE where nothing is learned."""
+
+    ids: Any  # (n,) int64
+    labels: Any  # (n,) int64
+    row: int  # of the packed batch
+
+
+# ---- What both sides share: options, tokens, the stopwatch
+
+
+def add_step_options(parser: argparse.ArgumentParser) -> None:
+    """What one contender is told; the names and the defaults are those of any peer."""
+    add = parser.add_argument
+    add("--hidden", type=int, default=512)
+    add("--layers", type=int, default=8)
+    add("--heads", type=int, default=8)
+    add("--kv", type=int, default=4)
+    add("--ffn", type=int, default=1408)
+    add("--vocab", type=int, default=32768)
+    add("--seq", type=int, default=1024, help="tokens of a row")
+    add("--bs", type=int, default=2, help="rows of a step")
+    add("--steps", type=int, default=6, help="counted steps")
+    add("--warmup", type=int, default=1, help="steps before them")
+    add("--dtype", default="bfloat16", choices=list(TOLERANCE))
+    add("--ckpt", type=int, nargs="?", const=1, default=0, help="activation checkpointing")
+    add("--nf4", type=int, nargs="?", const=1, default=0, help="4-bit base, double quantisation")
+    add("--r", type=int, default=16, help="rank")
+    add("--masked", type=float, default=0.0, help="share of prompt tokens, which are not learned")
+    add("--packed", type=int, default=0, help="conversations of different lengths instead of full rows")
+    add("--micro", type=int, default=8, help="conversations that the peer pads together (transformers' default)")
+    add("--threads", type=int, default=0, help="0: torch's own choice")
+    add("--seed", type=int, default=0)
+    add("--ids", type=Path, help="a .npz of token ids, labels, lengths, steps and rows")
+    add("--offload", type=int, nargs="?", const=1, default=0, help="nanoft: checkpoints wait on the CPU")
+    add("--compile", type=int, nargs="?", const=1, default=0, help="nanoft: torch.compile each block")
+    add("--dequant", choices=["per_use", "cached"], default="per_use", help="nanoft: unpack 4-bit weights once only")
+
+
+def read_steps(args: argparse.Namespace) -> list[list[Text]]:
+    """The texts of every optimizer step: from the file, or full rows of random ids."""
+    import numpy as np
+
+    count = args.warmup + args.steps
+    if args.ids is None:
+        ids = np.random.default_rng(args.seed).integers(0, args.vocab, (count, args.bs, args.seq))
+        labels = np.where(np.arange(args.seq) < round(args.masked * args.seq), IGNORE, ids)
+        return [[Text(ids[s, row], labels[s, row], row) for row in range(args.bs)] for s in range(count)]
+    stored = np.load(args.ids)
+    steps: list[list[Text]] = [[] for _ in range(count)]
+    at = 0
+    for length, step, row in zip(stored["lengths"], stored["steps"], stored["rows"], strict=True):
+        part = slice(at, at + int(length))
+        steps[step].append(Text(stored["ids"][part].astype("int64"), stored["labels"][part].astype("int64"), int(row)))
+        at += int(length)
+    return steps
+
+
+def hf_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The model's shape, as a config.json has it."""
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv,
+        "intermediate_size": args.ffn,
+        "vocab_size": args.vocab,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    }
+
+
+def random_weight(args: argparse.Namespace, name: str, shape: Sequence[int], device: Any) -> Any:
+    """A tensor in float32 that depends on the seed and its name only, so that both sides have the same one.
+
+    Norms are 1 and matrices N(0, 0.02), as transformers begins; of the adapters B is 0 and A has Kaiming's variance.
+    """
+    import torch
+
+    if ".lora_B." in name or len(shape) == 1:
+        return torch.full(tuple(shape), float(len(shape) == 1), device=device)
+    generator = torch.Generator(device).manual_seed(2**32 * args.seed + zlib.crc32(name.encode()))
+    spread = (3 * shape[1]) ** -0.5 if ".lora_A." in name else 0.02
+    return torch.randn(tuple(shape), generator=generator, device=device).mul_(spread)
+
+
+def gflop_of_step(args: argparse.Namespace, texts: list[Text]) -> float:
+    """Floating-point operations, in 10^9, that a step cannot do without.
+
+    A product with n weights costs 2 n a token forward and 2 n more for the gradient of its input; the frozen weights
+    have no gradient, LoRA's have. Causal attention: 2 hidden (len + 1) a token forward, 2.5 times that backward, as
+    flash attention computes its scores again (Dao et al. 2022). The head: target tokens only. What is recomputed under
+    checkpointing, padded, or multiplied for tokens without a target is not useful, so it is not counted.
+    """
+    keys = args.kv * (args.hidden // args.heads)
+    shapes = [(args.hidden, args.hidden)] * 2 + [(keys, args.hidden)] * 2 + [(args.ffn, args.hidden)] * 3
+    linears = args.layers * sum(out * n for out, n in shapes)
+    adapters = args.layers * args.r * sum(out + n for out, n in shapes)
+    tokens = sum(len(text.ids) for text in texts)
+    targets = sum(int((text.labels[1:] != IGNORE).sum()) for text in texts)
+    pairs = sum(len(text.ids) * (len(text.ids) + 1) for text in texts)  # twice those that attention compares
+    attention = 3.5 * 2 * args.layers * args.hidden * pairs
+    return (4 * linears * tokens + 6 * adapters * tokens + attention + 4 * args.vocab * args.hidden * targets) / 1e9
+
+
+def measure(
+    args: argparse.Namespace,
+    device: Any,
+    to_batches: Callable[[list[Text]], Any],
+    train: Callable[[Any], tuple[Any, Any]],
+) -> dict[str, Any]:
+    """Train on every step's texts and time it.
+
+    Args:
+        to_batches: texts to what `train` takes, on the device; not timed.
+        train: one optimizer step; its loss and its gradient norm.
+    """
+    import torch
+
+    def synchronise() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the steps' peak, not that of building the model
+    loaded_mb = peak_rss_mb()
+    steps = read_steps(args)
+    seconds, losses, norms = [], [], []
+    for texts in steps:
+        batches = to_batches(texts)
+        synchronise()
+        started = time.perf_counter()
+        loss, norm = train(batches)
+        synchronise()
+        seconds.append(time.perf_counter() - started)
+        losses.append(float(loss))
+        norms.append(float(norm))
+    counted, seconds = steps[args.warmup :], seconds[args.warmup :]
+    speeds = [sum(len(text.ids) for text in texts) / s for texts, s in zip(counted, seconds, strict=True)]
+    work = [gflop_of_step(args, texts) for texts in counted]
+    cuda = device.type == "cuda"
+    return {
+        "tok_s": round(statistics.median(speeds), 1),
+        "step_s": round(statistics.median(seconds), 4),
+        "gflop_s": round(statistics.median(w / s for w, s in zip(work, seconds, strict=True)), 2),
+        "loss": round(losses[-1], 4),
+        "peak_rss_mb": peak_rss_mb(),
+        "peak_cuda_mb": torch.cuda.max_memory_allocated() // 2**20 if cuda else None,
+        "reserved_cuda_mb": torch.cuda.max_memory_reserved() // 2**20 if cuda else None,
+        "loaded_rss_mb": loaded_mb,  # the peak before the first step
+        "threads": torch.get_num_threads(),
+        "speeds": [round(speed, 2) for speed in speeds],
+        "losses": [round(loss, 6) for loss in losses],
+        "grad_norms": [round(norm, 6) for norm in norms],
+        "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+    }
+
+
+def peak_rss_mb() -> int:
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+
+
+# ---- nanoft's side: all that this file knows of nanoft's model
+
+
+def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
+    """The step of train.py."""
+    import torch
+
+    from nanoft import runtime
+    from nanoft.adapter import adapter_tensors, load_adapter_tensors
+    from nanoft.config import LoRAConfig, TrainingConfig
+    from nanoft.lora import inject_lora
+    from nanoft.loss import target_nll
+    from nanoft.model import compile_blocks
+    from nanoft.optim import build_optimizer
+
+    runtime.prepare(args.seed, args.threads, deterministic=False)
+    device = runtime.choose_device("auto")
+    model = build_nanoft(args, device)
+    adapters = inject_lora(model, LoRAConfig(rank=args.r, alpha=ALPHA), args.seed)
+    shapes = {name: tensor.shape for name, tensor in adapter_tensors(adapters).items()}
+    load_adapter_tensors(adapters, {name: random_weight(args, name, shapes[name], device) for name in shapes}, "seed")
+    if args.ckpt:
+        model.keep = ["offloaded" if args.offload else "input"] * args.layers
+    if args.compile:
+        compile_blocks(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained, TrainingConfig(learning_rate=LEARNING_RATE))
+    model.train()
+
+    def train(batches: list[Any]) -> tuple[Any, Any]:
+        optimizer.zero_grad(set_to_none=True)
+        window_targets = sum(batch.target_tokens for batch in batches)
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            hidden = model(batch.ids, batch.positions, batch.documents)
+            micro_loss = target_nll(hidden, model.head, batch.rows, batch.targets) / window_targets
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in trained], MAX_GRAD_NORM)
+        optimizer.step()
+        return loss, norm
+
+    width = 64 if args.compile else 1  # few different shapes, few recompilations
+    result = measure(args, device, lambda texts: [pack_rows(texts, width).to(device)], train)
+    without = [name for name, p in trained if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    assert not without, f"no gradient: {without}"  # those of the last step, which are still there
+    return {**result, "lora_tensors": len(trained)}
+
+
+def build_nanoft(args: argparse.Namespace, device: Any) -> Any:
+    """The base, one random tensor at a time, quantised as it arrives: never more than one tensor above its size."""
+    import torch
+
+    from nanoft.model import Decoder, DecoderConfig
+    from nanoft.nf4 import Linear4bit
+
+    dtype = getattr(torch, args.dtype)
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig.from_hf(hf_config(args)))
+    for name, shape in [(name, p.shape) for name, p in model.named_parameters()]:
+        weight = random_weight(args, name, shape, device).to(dtype)
+        place, _, leaf = name.rpartition(".")
+        if args.nf4 and name.startswith("model.layers.") and weight.dim() == 2:
+            packed = Linear4bit(weight, None, "nf4", True, dtype)
+            parent, _, last = place.rpartition(".")
+            setattr(model.get_submodule(parent), last, unpacked(packed) if args.dequant == "cached" else packed)
+        else:
+            setattr(model.get_submodule(place), leaf, torch.nn.Parameter(weight, requires_grad=False))
+    return model
+
+
+def unpacked(layer: Any) -> Any:
+    """The same product from the weight that four bits stand for, kept in 16: QLoRA's numbers at LoRA's speed."""
+    import torch
+
+    linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(layer.dequantize(), requires_grad=False)
+    return linear
+
+
+def pack_rows(texts: list[Text], width: int) -> Any:
+    """nanoft's batch of one step: each text in the row that it was packed into."""
+    from nanoft.batches import Samples, collate
+    from nanoft.chat import Sample
+
+    samples = Samples.of([Sample(t.ids.astype("int32"), t.labels != IGNORE, n) for n, t in enumerate(texts)])
+    rows = [[n for n, t in enumerate(texts) if t.row == row] for row in sorted({t.row for t in texts})]
+    return collate(samples, rows, pad_id=0, pad_to_multiple_of=width)
+
+
+# ---- Packed shapes: which texts
+
+
+def write_packed(args: argparse.Namespace) -> dict[str, Any]:
+    """Pack a data set as nanoft does and keep the windows of the steps; the peer pads the same texts."""
+    import numpy as np
+
+    from nanoft.batches import Batches
+
+    samples = tokenised(args) if args.data else drawn(args)
+    batches = Batches(samples, args.bs, 1, args.seed, pad_id=0, pack_length=args.seq)
+    count = args.warmup + args.steps
+    if batches.windows_in_epoch() < count:
+        raise SystemExit(
+            f"--data: {batches.windows_in_epoch()} windows of {args.bs} x {args.seq} tokens: {count} needed"
+        )
+    places = [
+        (step, row, int(place))
+        for step in range(count)
+        for row, members in enumerate(batches.rows(step)[0])
+        for place in members
+    ]
+    # within a step in random order: a user's padded batches are not sorted by length
+    order = np.random.default_rng(args.seed).permutation(len(places))
+    places = [places[n] for n in order]
+    texts = [samples[place] for _, _, place in places]
+    if max(int(text.ids.max()) for text in texts) >= args.vocab:
+        raise SystemExit(f"--vocab: {args.vocab} is less than the tokenizer's")
+    np.savez(
+        args.ids,
+        ids=np.concatenate([text.ids for text in texts]),
+        labels=np.concatenate([np.where(text.is_target, text.ids, IGNORE) for text in texts]),
+        lengths=[len(text.ids) for text in texts],
+        steps=[step for step, _, _ in places],
+        rows=[row for _, row, _ in places],
+    )
+    return {"texts": len(texts)}
+
+
+def tokenised(args: argparse.Namespace) -> Any:
+    """The records of a file, in the tokens of the repository's own tokenizer."""
+    from nanoft.chat import ChatTokenizer
+    from nanoft.config import DataConfig
+    from nanoft.corpus import open_corpus
+
+    chat = ChatTokenizer.from_directory(HERE.parent / "configs" / "tiny" / "base")
+    data = DataConfig(train_file=str(args.data), validation_split=0.0)
+    return open_corpus(data, args.seq, args.seed, chat, lambda _: None).training
+
+
+def drawn(args: argparse.Namespace) -> Any:
+    """Two thousand conversations of random ids, as long as real ones: both parts are log-normal."""
+    import numpy as np
+
+    from nanoft.batches import Samples
+    from nanoft.chat import Sample
+
+    chance = np.random.default_rng(args.seed)
+    samples = []
+    for record in range(2000):
+        parts = [chance.lognormal(np.log(median), spread) for median, spread in (PROMPT_LENGTH, REPLY_LENGTH)]
+        prompt, reply = (max(2, int(part)) for part in parts)
+        length = min(prompt + reply, args.seq)
+        ids = chance.integers(0, args.vocab, length).astype(np.int32)
+        samples.append(Sample(ids, np.arange(length) >= min(prompt, length // 2), record))
+    return Samples.of(samples)
+
+
+# ---- The control: what the machine can do
+
+
+def run_matmul(args: argparse.Namespace) -> dict[str, Any]:
+    """GFLOP/s of a step's forward products as bare matrices, and the work of a step."""
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, tokens, keys = getattr(torch, args.dtype), args.bs * args.seq, args.kv * (args.hidden // args.heads)
+    shapes = [(args.hidden, args.hidden)] * 2 + [(args.hidden, keys)] * 2 + [(args.hidden, args.ffn)] * 2
+    shapes += [(args.ffn, args.hidden)]
+    chance = torch.Generator(device).manual_seed(args.seed)
+
+    def draw(*size: int) -> Any:
+        return torch.randn(size, generator=chance, device=device).to(dtype)
+
+    pairs = [(draw(tokens, n), draw(out, n)) for n, out in shapes] * args.layers
+    pairs += [(draw(tokens, args.hidden), draw(args.vocab, args.hidden))]
+    flop = sum(2 * x.shape[0] * x.shape[1] * weight.shape[0] for x, weight in pairs)
+    seconds = []
+    for _ in range(args.warmup + args.steps):
+        started = time.perf_counter()
+        for x, weight in pairs:
+            x @ weight.T
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {
+        "gflop_s": round(flop / 1e9 / statistics.median(seconds[args.warmup :]), 1),
+        "gflop_of_step": round(statistics.median(gflop_of_step(args, texts) for texts in read_steps(args)), 3),
+    }
+
+
+def device_name(_: argparse.Namespace) -> dict[str, str]:
+    import torch
+
+    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
+
+
+CONTENDERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "nanoft": run_nanoft,
+    "matmul": run_matmul,
+    "pack": write_packed,
+    "device": device_name,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contender", choices=list(CONTENDERS))
+    parser.add_argument("--data", type=Path, help="records, for pack; without it, lengths are drawn")
+    add_step_options(parser)
+    args = parser.parse_args(argv)
+    print(json.dumps(CONTENDERS[args.contender](args)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
