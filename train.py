@@ -323,7 +323,8 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     packed = sum(m.in_features * m.out_features for m in job.model.modules() if isinstance(m, Linear4bit))
     total = sum(p.numel() for p in job.model.parameters()) + packed
     trainable = sum(p.numel() for _, p in job.trained)
-    kind = "every parameter" if c.training.method == "full" else f"LoRA rank {c.lora.rank}"
+    adapter = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}"
+    kind = "every parameter" if c.training.method == "full" else adapter
     base = c.quantization.type.upper() + (", double quantisation" if c.quantization.double else "")
     say(f"device    {runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if packed else ""))

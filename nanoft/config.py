@@ -73,9 +73,9 @@ class LoRAConfig(Section):
     alpha: float = between(32.0, 1e-6)  # the update is scaled by alpha / rank
     dropout: float = between(0.0, 0.0, 0.99)  # probability, on the adapter's input only
     target_modules: tuple[str, ...] = ("all-linear",)  # or attention, mlp, names (q_proj), regular expressions
-    # {name or regular expression: rank} where it is another one, and the same for alpha; the first that fits
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"low": 1, "high": 4096})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"low": 1e-6})
+    # By module, for names or regular expressions; the first that fits:
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"low": 1, "high": 4096})  # {q_proj: 8}
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"low": 1e-6})  # {q_proj: 16}
     rslora: bool = False  # scale by alpha / sqrt(rank), so that a higher rank learns as fast (rsLoRA)
     dora: bool = False  # learn the length of each row of the weight by itself (DoRA)
     freeze_a: bool = False  # train B only (LoRA-FA)

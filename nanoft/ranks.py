@@ -151,7 +151,7 @@ def gradient(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimize
 
 def measure(adapter: LoRALinear, optimizer: torch.optim.Optimizer) -> Usage:
     """All figures of one adapter."""
-    sigma = singular_values(*adapter.factors(), adapter.scaling)
+    sigma = singular_values(adapter.lora_A, adapter.lora_B, adapter.scaling)
     norm, base = sigma.norm().item(), weight_norm(adapter.base)
     return Usage(
         rank=len(sigma),
@@ -247,10 +247,11 @@ def report(
     """How the adapters used their rank: an entry for report.json, two lines for the terminal, a section of report.md.
 
     Args:
-        adapters: by module name; without any, all that is returned is empty.
+        adapters: by module name; without any, or with PiSSA, whose change has twice the rank, all that is returned is
+            empty.
         step: of the weights; the optimizer's means may be those of a later one.
     """
-    if not adapters:
+    if not adapters or any(adapter.lora_A0 is not None for adapter in adapters.values()):
         return {}, "", ""
     values = summarise({name: measure(adapter, optimizer) for name, adapter in adapters.items()}, step)
     said, whole, means = values["summary"], values["all"], next(iter(values["modules"].values()))["gradient"]

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ from nanoft.weights import Opened, load_model, open_model
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 60)[None]
 PROMPTS = [list(range(5, 60)), list(range(300, 320))]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"mlp.*": 3.0}},
+    "dora": {"dora": True, "bias": "lora_only"},
+    "pissa": {"init": "pissa"},
+    "pissa-dora": {"init": "pissa", "dora": True, "rslora": True, "bias": "all"},
+}
 CASES = ["llama", "llama-bias", "mistral", "qwen2", "qwen3"]
 RANK, ALPHA = 4, 6.0
 LORA = LoRAConfig(rank=RANK, alpha=ALPHA)
@@ -42,21 +49,26 @@ def randomise(adapters: dict[str, LoRALinear], std: float = 0.1) -> None:
     with torch.no_grad():
         for adapter in adapters.values():
             adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator) * std)
+            for vector in (adapter.lora_magnitude_vector, adapter.bias):
+                if vector is not None:
+                    vector.mul_(1 + torch.randn(vector.shape, generator=generator) * std)
 
 
-def make_adapter(base: Path, out: Path, std: float = 0.1, **note: Any) -> Path:
+def make_adapter(base: Path, out: Path, std: float = 0.1, lora: LoRAConfig = LORA, **note: Any) -> Path:
     """An adapter with random values on every linear, as training saves it."""
     model = load_model(base, CPU, torch.float32)
-    adapters = inject_lora(model, LORA, seed=1)
+    adapters = inject_lora(model, lora, seed=1)
     randomise(adapters, std)
-    save_adapter(out, model, adapters, LORA, str(base), note)
+    save_adapter(out, model, adapters, lora, str(base), note)
     return out
 
 
-def make(root: Path, case: str = "mistral", original_base: bool = False, **note: Any) -> Opened:
+def make(
+    root: Path, case: str = "mistral", original_base: bool = False, lora: LoRAConfig = LORA, **note: Any
+) -> Opened:
     """Base and adapter, opened as merge.py opens them."""
     make_chat_model(root / "base", case)
-    return reopen(make_adapter(root / "base", root / "adapter", **note), original_base)
+    return reopen(make_adapter(root / "base", root / "adapter", lora=lora, **note), original_base)
 
 
 def reopen(adapter: Path, original_base: bool = False) -> Opened:
@@ -126,6 +138,35 @@ def test_every_merged_tensor_equals_what_peft_merges(case: str, tmp_path: Path) 
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variations_of_lora_merge_as_in_peft(variant: str, tmp_path: Path) -> None:
+    opened = make(tmp_path, "llama-bias", lora=replace(LORA, **VARIANTS[variant]))
+    out = merged(opened, tmp_path / "out")
+    ours, plain = tensors_of(out), AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).abs().max() < 1e-5, name
+        trained = (
+            name.startswith("model.layers.") and "proj" in name and ("weight" in name or "bias" in VARIANTS[variant])
+        )
+        assert torch.equal(tensor, before[name]) != trained, name
+    proof = prove(opened, out, PROMPTS, torch.float32)
+    assert proof.holds
+    assert proof.effect > 100 * proof.allowed
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variations_of_lora_merge_onto_nf4(variant: str, tmp_path: Path) -> None:
+    lora = replace(LORA, **VARIANTS[variant])
+    opened = make(tmp_path, "llama-bias", lora=lora, quantization={"type": "nf4", "double": True}, dtype="float32")
+    assert prove(opened, merged(opened, tmp_path / "out", onto="nf4"), PROMPTS, torch.float32).holds
+    original = reopen(tmp_path / "adapter", original_base=True)
+    assert prove(original, merged(original, tmp_path / "original"), PROMPTS, torch.float32).holds
+    assert not prove(original, tmp_path / "out", PROMPTS, torch.float32).holds
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 24), (torch.bfloat16, 8), (torch.float16, 11)])

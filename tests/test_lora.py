@@ -1,106 +1,180 @@
-"""LoRA against PEFT: the same initial adapter, batch, loss and gradients; files that load on both sides."""
+"""LoRA and its variations against PEFT (loss and every gradient), against their formulas, and in float64."""
 
 from __future__ import annotations
 
-import json
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from models import make_reference
-from nanoft import UserError
-from nanoft.config import ALL_LINEAR
-from nanoft.lora import (
-    LoRALinear,
-    adapter_tensors,
-    disabled,
-    inject_lora,
-    load_adapter_tensors,
-    read_adapter,
-    save_adapter,
-)
+from nanoft import UserError, lora
+from nanoft.adapter import adapter_tensors
+from nanoft.config import LoRAConfig
+from nanoft.lora import LoRALinear, describe_adapters, disabled, identity, inject_lora, principal
 from nanoft.loss import target_nll
-from nanoft.model import Decoder
+from nanoft.model import Block, Decoder, DecoderConfig, RMSNorm, swiglu
+from nanoft.nf4 import Linear4bit
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 199, (2, 24), generator=torch.Generator().manual_seed(3))
-SETTINGS = {
-    "base_model_name_or_path": "base",
-    "r": 8,
-    "lora_alpha": 20,
-    "lora_dropout": 0.0,
-    "target_modules": ALL_LINEAR,
+TARGETS = torch.tensor([b * 24 + s for b in range(2) for s in range(23)])
+PLAIN = LoRAConfig(rank=8, alpha=20.0)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "lora-fa": {"freeze_a": True},
+    "pissa": {"init": "pissa"},
+    "bias": {"bias": "lora_only"},
+    "patterns": {
+        "rank_pattern": {"self_attn.q_proj": 4, r"layers\.1\..*": 2, ".*": 6},
+        "alpha_pattern": {"down_proj": 3.0, "model.layers.0.mlp.up_proj": 40},
+    },
+    "together": {"rslora": True, "dora": True, "bias": "all", "rank_pattern": {"v_proj": 3}, "freeze_a": True},
+    "pissa-dora": {"rslora": True, "dora": True, "init": "pissa", "alpha_pattern": {"q_proj": 5.0}},
 }
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    make_reference("mistral", tmp_path / "base")
-    return tmp_path / "base"
+def variant(name: str, **changes: Any) -> LoRAConfig:
+    return LoRAConfig(**{"rank": 8, "alpha": 20.0, **VARIANTS[name], **changes})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama's shape with a bias on every linear of the blocks."""
+    directory = tmp_path_factory.mktemp("base")
+    make_reference("llama-bias", directory)
+    return directory
 
 
 def adapted(
-    base: Path, rank: int = 8, alpha: float = 20, quantization: Any = None
+    base: Path, lora: LoRAConfig = PLAIN, quantization: Any = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Decoder, dict[str, LoRALinear]]:
-    model = load_model(base, CPU, torch.float32, quantization)
-    return model, inject_lora(model, ALL_LINEAR, rank, alpha, 0.0, seed=1)
+    model = load_model(base, CPU, dtype, quantization)
+    return model, inject_lora(model, lora, seed=1)
 
 
 def randomise(adapters: dict[str, LoRALinear]) -> None:
+    """Move all that is trained, as training does."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for adapter in adapters.values():
-            adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator) * 0.1)
+            for p in adapter.parameters():
+                if p.requires_grad:
+                    noise = torch.randn(p.shape, generator=generator)
+                    p.add_(noise * 0.1 if p.dim() == 2 else p * noise * 0.2)
 
 
-def peft_model(base: Path) -> PeftModel:
+def peft_model(base: Path, lora: LoRAConfig = PLAIN) -> PeftModel:
     reference = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-    return get_peft_model(
-        reference, LoraConfig(r=8, lora_alpha=20, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules="all-linear",
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        bias=lora.bias,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        init_lora_weights="pissa" if lora.init == "pissa" else True,
+        task_type="CAUSAL_LM",
     )
+    return get_peft_model(reference, settings)
 
 
-def test_one_step_matches_peft_in_loss_and_every_gradient(base: Path) -> None:
-    model, adapters = adapted(base)
-    randomise(adapters)
-    theirs = peft_model(base)
+def peft_name(name: str) -> str:
+    """What PEFT calls a tensor of a file while it is in memory."""
+    for part in ("lora_A", "lora_B"):
+        name = name.replace(f"{part}.weight", f"{part}.default.weight")
+    return name.replace("lora_magnitude_vector", "lora_magnitude_vector.default.weight")
+
+
+def mean_loss(model: Decoder) -> Tensor:
+    return target_nll(model(IDS), model.head, TARGETS, IDS[:, 1:].flatten()) / len(TARGETS)
+
+
+def gradients(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
+    """By PEFT's names, of all that is trained."""
+    parts = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "bias": "base_layer.bias"}
+    return {
+        f"base_model.model.{name}.{parts.get(part, part)}": p.grad
+        for name, adapter in adapters.items()
+        for part, p in adapter.named_parameters()
+        if p.grad is not None
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern:UserWarning")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_step_matches_peft_in_loss_and_every_gradient(name: str, base: Path) -> None:
+    model, adapters = adapted(base, variant(name))
+    theirs = peft_model(base, variant(name))
     parameters = dict(theirs.named_parameters())
+    for key, tensor in adapter_tensors(adapters).items():  # DoRA begins with the lengths of the rows
+        if "magnitude" in key:
+            assert (parameters[peft_name(key)] - tensor).abs().max() < 1e-5
+    randomise(adapters)
     with torch.no_grad():
-        for name, tensor in adapter_tensors(adapters).items():
-            parameters[name.replace(".weight", ".default.weight")].copy_(tensor)
+        for key, tensor in adapter_tensors(adapters).items():
+            if "lora_A0" not in key and "lora_B0" not in key:
+                parameters[peft_name(key)].copy_(tensor)
 
     expected = theirs(input_ids=IDS, labels=IDS).loss
     expected.backward()
-    rows = torch.tensor([b * 24 + s for b in range(2) for s in range(23)])
-    loss = target_nll(model(IDS), model.head, rows, IDS[:, 1:].flatten()) / len(rows)
+    loss = mean_loss(model)
     loss.backward()
-    assert abs(loss.item() - expected.item()) < 1e-5
-    for name, adapter in adapters.items():
-        for part in ("lora_A", "lora_B"):
-            own, other = getattr(adapter, part).grad, parameters[f"base_model.model.{name}.{part}.default.weight"].grad
-            assert own.abs().max() > 1e-6
-            assert (own - other).abs().max() < 1e-5, (name, part)
-    assert all(p.grad is None for n, p in model.named_parameters() if "lora" not in n)
+    assert abs(loss.item() - expected.item()) < 2e-5
+    ours = gradients(adapters)
+    trained = {"lora_A", "lora_B"} if not variant(name).freeze_a else {"lora_B"}
+    trained |= {"lora_magnitude_vector"} if variant(name).dora else set()
+    trained |= {"base_layer.bias"} if variant(name).bias != "none" else set()
+    assert len(ours) == 3 * 7 * len(trained)
+    for key, gradient in ours.items():
+        reference = parameters[peft_name(key)].grad
+        assert gradient.abs().max() > 1e-6, key
+        assert (gradient - reference).norm() < 1e-4 * reference.norm() + 1e-6, key
+    assert all(p.grad is None for n, p in model.named_parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", [None, ("nf4", True), ("fp4", False)])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "pissa" not in name])
+def test_a_fresh_adapter_changes_not_one_bit(name: str, quantization: Any, dtype: torch.dtype, base: Path) -> None:
+    plain = load_model(base, CPU, dtype, quantization)
+    model, adapters = adapted(base, variant(name), quantization, dtype)
+    expected = plain.logits(plain(IDS))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(model.logits(model(IDS)), expected)
+    with torch.no_grad():
+        randomise(adapters)
+        assert not torch.equal(model.logits(model(IDS)), expected)
+        with disabled(adapters):
+            assert torch.equal(model.logits(model(IDS)), expected)
+        assert not torch.equal(model.logits(model(IDS)), expected)
 
 
 @pytest.mark.parametrize("quantization", [None, ("nf4", True)])
-def test_a_fresh_adapter_changes_not_one_bit(base: Path, quantization: Any) -> None:
+@pytest.mark.parametrize("name", ["pissa", "pissa-dora"])
+def test_fresh_pissa_changes_no_more_than_rounding_does(name: str, quantization: Any, base: Path) -> None:
     plain = load_model(base, CPU, torch.float32, quantization)
-    model, adapters = adapted(base, quantization=quantization)
+    model, adapters = adapted(base, variant(name), quantization)
     with torch.no_grad():
-        assert torch.equal(model.logits(model(IDS)), plain.logits(plain(IDS)))
-        randomise(adapters)
-        assert not torch.equal(model.logits(model(IDS)), plain.logits(plain(IDS)))
+        expected = plain.logits(plain(IDS))
+        assert (model.logits(model(IDS)) - expected).abs().max() < 1e-4 * expected.std()
         with disabled(adapters):
-            assert torch.equal(model.logits(model(IDS)), plain.logits(plain(IDS)))
+            assert torch.equal(model.logits(model(IDS)), expected)
 
 
-def test_only_adapters_train_and_A_is_uniform_in_one_over_root_in(base: Path) -> None:
+def test_only_adapters_train_and_a_is_uniform_in_one_over_root_in(base: Path) -> None:
     model, adapters = adapted(base)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"{name}.{part}" for name in adapters for part in ("lora_A", "lora_B")}
@@ -112,94 +186,339 @@ def test_only_adapters_train_and_A_is_uniform_in_one_over_root_in(base: Path) ->
         assert not adapter.lora_B.any()
 
 
-def test_our_file_loads_in_peft(base: Path, tmp_path: Path) -> None:
-    model, adapters = adapted(base)
+def test_pissa_begins_with_the_largest_singular_directions(base: Path) -> None:
+    _, adapters = adapted(base, variant("pissa"))
+    for adapter in adapters.values():
+        u, s, vt = torch.linalg.svd(adapter.base.weight.double())
+        best = u[:, :8] * s[:8] @ vt[:8]
+        assert (adapter.scaling * (adapter.lora_B @ adapter.lora_A) - best).abs().max() < 1e-4 * best.abs().max()
+        assert torch.allclose(adapter.lora_A @ adapter.lora_A.T, adapter.lora_B.T @ adapter.lora_B, atol=1e-4)
+        assert adapter.delta().abs().max() < 1e-6 * best.abs().max()
+
+
+def test_a_large_matrix_is_decomposed_approximately(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, r = (torch.linalg.qr(torch.randn(n, 90, generator=generator)).Q for n in (120, 90))
+    weight = q * 0.9 ** torch.arange(90.0) @ r.T
+    exact = [part.clone() for part in principal(weight, 8, generator)]
+    monkeypatch.setattr(lora, "EXACT_SVD", 64)
+    b, a = principal(weight, 8, generator)
+    assert (a.shape, b.shape) == ((8, 90), (120, 8))
+    assert not torch.equal(a, exact[1])
+    assert (b @ a - exact[0] @ exact[1]).abs().max() < 1e-3 * (exact[0] @ exact[1]).abs().max()
+
+
+# --- DoRA
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, "nf4"])
+def test_the_norm_of_each_row_is_that_of_the_sum(base_dtype: Any, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 256, generator=generator) * 0.02
+    weight[5] = 0
+    weight[6] *= 1e-8
+    weight[7] *= 1e8
+    linear: Any = nn.Linear(256, 96, bias=False)
+    linear.weight.data = weight.to(base_dtype) if base_dtype != "nf4" else weight
+    if base_dtype == "nf4":
+        linear = Linear4bit(weight, None, "nf4", False, torch.float32)
+    layer = LoRALinear(linear, variant("dora"), generator)
+    assert torch.equal(layer.norm(torch.float32), layer.lora_magnitude_vector)
+    with torch.no_grad():
+        layer.lora_B.copy_(torch.randn(96, 8, generator=generator) * 0.01 * size)
+    whole = lora.weight_of(linear).double() + layer.delta().double()
+    expected = whole.norm(dim=1)
+    found = layer.norm(torch.float32 if base_dtype != torch.bfloat16 else torch.bfloat16)
+    allowed = 1e-5 if base_dtype != torch.bfloat16 else 4e-3
+    assert ((found - expected).abs() <= allowed * expected).all()
+    assert layer.finish(torch.randn(3, 96)).isfinite().all()
+
+
+def test_a_row_that_vanishes_has_a_finite_norm() -> None:
+    linear = nn.Linear(64, 32, bias=False)
+    layer = LoRALinear(linear, variant("dora", rank=32), torch.Generator().manual_seed(0))
+    with torch.no_grad():  # s B A = -W, but for rounding
+        a = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1))).Q
+        linear.weight.copy_(torch.randn(32, 32, generator=torch.Generator().manual_seed(2)) @ a[:32])
+        layer.squares.copy_(linear.weight.square().sum(1))
+        layer.lora_A.copy_(a[:32])
+        layer.lora_B.copy_(-(linear.weight @ a[:32].T) / layer.scaling)
+    norm = layer.norm(torch.float32)
+    assert norm.isfinite().all()
+    assert (norm < 1e-2 * linear.weight.norm(dim=1)).all()
+    layer(torch.randn(2, 64)).sum().backward()
+    assert layer.lora_B.grad is not None
+    assert layer.lora_B.grad.isfinite().all()
+
+
+def test_the_norm_is_computed_once_in_use_and_anew_in_training(base: Path) -> None:
+    model, adapters = adapted(base, variant("dora"))
     randomise(adapters)
-    save_adapter(tmp_path / "adapter", adapters, SETTINGS, {"step": 3})
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
-    with torch.no_grad():
-        assert (model.logits(model(IDS)) - theirs(IDS).logits).abs().max() < 1e-5
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["target_modules"] == sorted(ALL_LINEAR)
 
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model.logits(model(IDS))
 
-def test_their_file_loads_in_ours(base: Path, tmp_path: Path) -> None:
-    theirs = peft_model(base)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
-    theirs.save_pretrained(tmp_path / "adapter")
-    config, tensors, note = read_adapter(tmp_path / "adapter")
-    assert note == {}
-    model = load_model(base, CPU, torch.float32)
-    adapters = inject_lora(model, tuple(config["target_modules"]), config["r"], config["lora_alpha"], 0.0, 0)
-    load_adapter_tensors(adapters, tensors, "theirs")
-    with torch.no_grad():
-        assert (model.logits(model(IDS)) - theirs(IDS).logits).abs().max() < 1e-5
+    adapter = next(iter(adapters.values()))
+    model.eval()
+    first = logits()
+    assert adapter.norm(torch.float32) is not adapter.norm_kept  # gradients are on
+    again = logits()
+    assert torch.equal(first, again)
+    assert adapter.norm_kept is not None
+    model.train()
+    assert adapter.norm_kept is None
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    for training in (True, False):  # also where someone forgets to say that this is training
+        model.train(training)
+        logits()
+        mean_loss(model).backward()
+        optimizer.step()
+        fresh = copy.deepcopy(model).train()
+        with torch.no_grad():
+            assert torch.equal(logits(), fresh.logits(fresh(IDS)))
 
 
 def test_dropout_acts_on_the_adapter_only_while_training(base: Path) -> None:
-    model = load_model(base, CPU, torch.float32)
-    adapters = inject_lora(model, ("q_proj",), 8, 20, 0.5, seed=1)
+    """In DoRA, too: c (W x + s B A d(x)); PEFT's (c - 1) W d(x) would cost a second product with W."""
+    x = torch.randn(1, 4, 64)
+    for name in ("lora", "dora"):
+        model, adapters = adapted(base, variant(name, dropout=0.5, target_modules=("q_proj",)))
+        randomise(adapters)
+        layer = next(iter(adapters.values()))
+        model.train()
+        assert not torch.equal(layer(x), layer(x))
+        torch.manual_seed(3)
+        found = layer(x)
+        torch.manual_seed(3)
+        mask = F.dropout(torch.ones(4, 64), 0.5)
+        merged = layer.merged(layer.base.weight)
+        c = merged.norm(dim=1) / (layer.base.weight + layer.delta()).norm(dim=1)
+        expected = c * (x @ layer.base.weight.T + (x * mask) @ layer.delta().T) + layer.base.bias
+        assert torch.allclose(found, expected, atol=1e-4)
+        model.eval()
+        assert torch.allclose(layer(x), x @ merged.T + layer.base.bias, atol=1e-4)
+
+
+# --- adapters of one input together
+
+
+def group(kind: str, freeze: bool = False, dropout: float = 0.0) -> tuple[list[Any], Any, list[Tensor]]:
+    """Linears of one input, what makes their input, and from what; float64, on a strip of tokens (2, 5)."""
+    generator = torch.Generator().manual_seed(0)
+    lora = LoRAConfig(rank=3, alpha=5.0, dropout=dropout, freeze_a=freeze, rank_pattern={"1": 2})
+    ranks, outs = (3, 2, 0), (7, 4, 6)
+    linears: list[Any] = []
+    for rank, out in zip(ranks, outs, strict=True):
+        linear: nn.Module = nn.Linear(8, out, bias=kind != "identity").requires_grad_(False)
+        if rank:
+            linear = LoRALinear(linear, LoRAConfig(**{**vars(lora), "rank": rank}), generator)  # type: ignore[arg-type]
+            nn.init.normal_(linear.lora_B, generator=generator)  # type: ignore[arg-type]
+        linears.append(linear.double())
+    linears.insert(1, linears.pop())  # the one without an adapter in the middle
+    prepare: Any = {"identity": identity, "norm": RMSNorm(8, 1e-6).double(), "swiglu": swiglu}[kind]
+    count = 2 if kind == "swiglu" else 1
+    inputs = [torch.randn(2, 5, 8, dtype=torch.float64, generator=generator) for _ in range(count)]
+    return linears, prepare, [x.requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("kind", ["identity", "norm", "swiglu"])
+def test_gradients_of_a_group_are_those_of_its_outputs(kind: str, freeze: bool, dropout: float) -> None:
+    linears, prepare, inputs = group(kind, freeze, dropout)
+    owners = [linear for linear in linears if isinstance(linear, LoRALinear)]
+    trained = [p for linear in owners for p in (linear.lora_A, linear.lora_B) if p.requires_grad]
+    if kind == "norm":
+        trained.append(prepare.weight)
+    assert len(trained) == (2 if freeze else 4) + (kind == "norm")
+
+    def outputs(*_: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)  # the same mask every time
+        return tuple(LoRALinear.project(linears, prepare, *inputs))
+
+    if kind != "norm":
+        assert torch.autograd.gradcheck(outputs, (*inputs, *trained))
+        return
+    # the norm's own weight gets its gradient beside the graph, where gradcheck does not look
+    assert torch.autograd.gradcheck(outputs, (*inputs, *trained[:-1]))
+    weights = [torch.randn(y.shape, dtype=torch.float64) for y in outputs()]
+    prepare.weight.grad = None
+    sum((y * w).sum() for y, w in zip(outputs(), weights, strict=True)).backward()  # type: ignore[union-attr]
+    torch.manual_seed(0)
+    mask = F.dropout(torch.ones(10, 8, dtype=torch.float64), dropout).view(2, 5, 8)
+    x = prepare(inputs[0])
+    total = torch.zeros((), dtype=torch.float64)
+    for linear, w in zip(linears, weights, strict=True):
+        owner = linear if isinstance(linear, LoRALinear) else None
+        y = x @ (owner.base if owner else linear).weight.T
+        y = y + owner.scaling * (x * mask) @ owner.lora_A.T @ owner.lora_B.T if owner else y
+        total = total + (y * w).sum()
+    (expected,) = torch.autograd.grad(total, prepare.weight)
+    assert torch.allclose(prepare.weight.grad, expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [(None, torch.float32), (None, torch.bfloat16), (("nf4", True), torch.bfloat16), (("fp4", False), torch.float32)],
+)
+def test_a_step_is_that_of_the_formula(
+    quantization: Any, dtype: torch.dtype, name: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = ("q_proj", "v_proj", "mlp") if variant(name).bias != "all" else ("all-linear",)
+    changes: dict[str, Any] = {"target_modules": targets}
+    if name == "patterns":
+        changes["alpha_pattern"] = {"down_proj": 3.0}
+    model, adapters = adapted(base, variant(name, **changes), quantization, dtype)
     randomise(adapters)
-    layer, x = next(iter(adapters.values())), torch.ones(1, 4, 64)
-    model.train()
-    assert not torch.equal(layer(x), layer(x))
-    model.eval()
-    expected = layer.base(x) + 20 / 8 * x @ layer.lora_A.T @ layer.lora_B.T
-    assert torch.allclose(layer(x), expected, atol=1e-6)
-    assert torch.allclose(layer.base(x) + x @ layer.delta().T, expected, atol=1e-5)
+    for keep in ("all", "input"):
+        model.keep = [keep] * 3  # type: ignore[list-item]
+        mean_loss(model).backward()
+        if keep == "all":
+            together = gradients(adapters)
+            model.zero_grad(set_to_none=True)
+    again = gradients(adapters)
+    assert again.keys() == together.keys()
+    assert all(torch.equal(together[key], again[key]) for key in together)  # computed again: the same bits
+    model.zero_grad(set_to_none=True)
+
+    def plain(linears: Any, prepare: Any, *inputs: Tensor) -> list[Tensor]:
+        x = prepare(*inputs)
+        return [linear.plain(x) if isinstance(linear, LoRALinear) else linear(x) for linear in linears]
+
+    monkeypatch.setattr(LoRALinear, "project", staticmethod(plain))
+    model.keep = ["all"] * 3
+    mean_loss(model).backward()
+    alone = gradients(adapters)
+    assert together.keys() == alone.keys()
+    allowed = 1e-4 if dtype == torch.float32 else 0.1  # bfloat16 has 8 bits, and the model is sharp
+    for key, gradient in together.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - alone[key]).norm() < allowed * alone[key].norm(), key
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("name", ["lora", "together", "pissa"])
+def test_a_compiled_block_has_the_gradients_of_an_eager_one(name: str, base: Path) -> None:
+    model, adapters = adapted(base, variant(name))
+    randomise(adapters)
+    mean_loss(model).backward()
+    eager = gradients(adapters)
+    model.zero_grad(set_to_none=True)
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
+    mean_loss(model).backward()
+    compiled = gradients(adapters)
+    assert compiled.keys() == eager.keys()
+    for key, gradient in compiled.items():
+        assert (gradient - eager[key]).norm() < 1e-4 * eager[key].norm(), key
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_block_keeps_what_the_docstring_says_and_nothing_else(dora: bool) -> None:
+    h, kv, m, r, n = 64, 32, 160, 4, 2 * 16  # sizes of the residual stream, of keys, of the MLP; rank; tokens
+    config = DecoderConfig.from_hf(
+        {"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": h, "intermediate_size": m}
+        | {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    )
+    model = Decoder(config).to(torch.bfloat16)
+    inject_lora(model, LoRAConfig(rank=r, alpha=8.0, dora=dora), seed=0)
+    block = model.model.layers[0]
+    assert isinstance(block, Block)
+    x = torch.randn(2, 16, h, dtype=torch.bfloat16, requires_grad=True)
+    attention = model._attention(torch.zeros(2, 16, dtype=torch.int64), x, None, None, None, None)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    known |= {attention.cos.untyped_storage().data_ptr(), attention.sin.untyped_storage().data_ptr()}
+    saved: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known and tensor.dim() > 1:  # DoRA's c: a vector
+            saved[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(x, attention)
+    residual, rotated, attended, mlp, u = 2 * h, h + 2 * kv, h, 2 * m, 7 * r
+    outputs = h + 2 * kv + 2 * h if dora else 0  # of q, k, v, o and down; gate and up are there
+    if dora:
+        outputs += 2 * m  # before they are scaled
+    floor = 2 * n * (residual + rotated + attended + mlp + u + outputs)  # bytes in bfloat16
+    assert sum(size for size, _ in saved.values()) == floor
 
 
 def test_bfloat16_base_keeps_float32_adapters(base: Path) -> None:
-    model = load_model(base, CPU, torch.bfloat16)
-    adapters = inject_lora(model, ALL_LINEAR, 8, 16, 0.0, seed=0)
+    model, adapters = adapted(base, variant("together"), dtype=torch.bfloat16)
     model(IDS).float().sum().backward()
+    found = gradients(adapters)
+    assert len(found) == 3 * 7 * 3
     for adapter in adapters.values():
-        assert adapter.lora_B.dtype == torch.float32
-        assert adapter.lora_B.grad is not None
-        assert adapter.lora_B.grad.dtype == torch.float32
+        assert {p.dtype for p in adapter.parameters() if p.requires_grad} == {torch.float32}
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("target", ["q_prj", "lm_head", "embed_tokens", "model"])
+# --- which linears
+
+
+@pytest.mark.parametrize("target", ["q_prj", "lm_head", "embed_tokens", "norm", "model", r".*\.[xy]_proj"])
 def test_a_target_that_names_no_linear_is_refused_with_the_names_there_are(base: Path, target: str) -> None:
-    model = load_model(base, CPU, torch.float32)
-    with pytest.raises(UserError, match=rf"target_modules: '{target}'.*q_proj, k_proj, v_proj"):
-        inject_lora(model, ("q_proj", target), 8, 16, 0.0, 0)
+    with pytest.raises(UserError, match=r"names no linear.*q_proj, k_proj, v_proj.*training.method=full") as raised:
+        adapted(base, LoRAConfig(target_modules=("q_proj", target)))
+    assert f"lora.target_modules: {target!r} " in str(raised.value)
 
 
-def change_config(path: Path, **changes: Any) -> None:
-    file = path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+ATTENTION, MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("targets", "wanted"),
     [
-        (lambda p: change_config(p, use_dora=True), "use_dora"),
-        (lambda p: change_config(p, bias="all"), "bias"),
-        (lambda p: change_config(p, r=None), "field r"),
-        (lambda p: (p / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
-        (lambda p: (p / "adapter_config.json").write_text("{"), "damaged"),
-        (lambda p: (p / "adapter_model.safetensors").write_bytes(b"\0" * 50), "damaged"),
+        (("all-linear",), ATTENTION | MLP),
+        (("attention",), ATTENTION),
+        (("mlp",), MLP),
+        (("mlp", "q_proj"), MLP | {"q_proj"}),
+        (("self_attn.v_proj", "k_proj"), {"v_proj", "k_proj"}),
+        ((r".*\.(q|o)_proj",), {"q_proj", "o_proj"}),
     ],
 )
-def test_an_adapter_that_is_not_understood_is_refused(base: Path, tmp_path: Path, damage: Any, message: str) -> None:
-    _, adapters = adapted(base)
-    save_adapter(tmp_path / "adapter", adapters, SETTINGS, {})
-    damage(tmp_path / "adapter")
+def test_words_names_and_expressions(targets: tuple[str, ...], wanted: set[str], base: Path) -> None:
+    _, adapters = adapted(base, LoRAConfig(target_modules=targets))
+    assert {name.rpartition(".")[2] for name in adapters} == wanted
+    assert len(adapters) == 3 * len(wanted)
+
+
+def test_one_layer_alone(base: Path) -> None:
+    for target in ("model.layers.1.mlp.up_proj", "layers.1.mlp.up_proj", r"model\.layers\.1\.mlp\.up_.*"):
+        assert list(adapted(base, LoRAConfig(target_modules=(target,)))[1]) == ["model.layers.1.mlp.up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"q_prj": 4}}, "lora.rank_pattern: 'q_prj' fits no adapter"),
+        ({"alpha_pattern": {"q_proj": 4}, "target_modules": ("mlp",)}, "lora.alpha_pattern: 'q_proj' fits no adapter"),
+        ({"bias": "all", "target_modules": ("mlp",)}, "lora.bias: all: model.layers.0.self_attn.q_proj has a bias"),
+        ({"init": "pissa", "rank": 33}, "lora.rank: 33: model.layers.0.self_attn.k_proj has 32 singular values"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(settings: Any, message: str, base: Path) -> None:
     with pytest.raises(UserError, match=message):
-        read_adapter(tmp_path / "adapter")
+        adapted(base, LoRAConfig(**settings))
 
 
-def test_tensors_that_do_not_fit_are_named(base: Path) -> None:
-    _model, adapters = adapted(base)
-    tensors = adapter_tensors(adapters)
-    name = next(iter(tensors))
-    with pytest.raises(UserError, match=f"{name} .*missing"):
-        load_adapter_tensors(adapters, {k: v for k, v in tensors.items() if k != name}, "x")
-    with pytest.raises(UserError, match="unexpected"):
-        load_adapter_tensors(adapters, {**tensors, "extra": tensors[name]}, "x")
-    with pytest.raises(UserError, match=f"{name} is"):
-        load_adapter_tensors(adapters, {**tensors, name: torch.zeros(3, 3)}, "x")
+def test_the_table_of_what_is_trained(base: Path) -> None:
+    _, adapters = adapted(base, LoRAConfig(rank=8, target_modules=("q_proj", "mlp"), rank_pattern={"1.mlp.up_proj": 2}))
+    assert describe_adapters(adapters) == [
+        "q_proj     3 x (64 -> 64)   rank 8  3,072",
+        "gate_proj  3 x (64 -> 128)  rank 8  4,608",
+        "up_proj    2 x (64 -> 128)  rank 8  3,072",
+        "down_proj  3 x (128 -> 64)  rank 8  4,608",
+        "up_proj    1 x (64 -> 128)  rank 2  384",
+    ]
+    _, adapters = adapted(
+        base, LoRAConfig(rank=8, target_modules=("v_proj",), freeze_a=True, dora=True, bias="lora_only")
+    )
+    assert describe_adapters(adapters) == ["v_proj  3 x (64 -> 32)  rank 8  960"]  # 3 * (32 * 8 + 32 + 32)
+    assert describe_adapters({}) == []

@@ -134,6 +134,38 @@ def test_a_run_that_has_not_ended_is_its_best_checkpoint(
             assert (whole / file).read_bytes() == (best / file).read_bytes(), file
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora__init": "pissa", "lora__dora": True, "lora__bias": "lora_only", "quantization__bits": 4},
+        {"lora__init": "pissa", "lora__rslora": True, "lora__rank_pattern": {"q_proj": 2}, "lora__freeze_a": True},
+    ],
+)
+def test_a_run_with_variations_is_the_same_in_every_form(
+    changes: dict[str, Any], runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_chat_model(tmp_path / "base", "qwen2")
+    finished = train_run(tmp_path / "run", tmp_path / "base", runs / "data.jsonl", **changes)
+    said = capsys.readouterr().out
+    assert "\n          k_proj     2 x (32 -> 32)  rank 4  " in said
+    assert "| perplexity  |" in said
+    run = unfinished(finished, tmp_path / "unfinished")
+    for source in (finished, run):
+        assert run_merge(source, "--out", tmp_path / f"{source.name}-peft", "--format", "peft") == 0
+        assert run_merge(source, "--out", tmp_path / f"{source.name}-hf") == 0
+    for form in ("peft", "hf"):
+        for file in names(tmp_path / f"run-{form}"):
+            assert (tmp_path / f"run-{form}" / file).read_bytes() == (
+                tmp_path / f"unfinished-{form}" / file
+            ).read_bytes()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    theirs = PeftModel.from_pretrained(base, tmp_path / "run-peft")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run-hf", attn_implementation="eager")
+    assert (logits(theirs) - logits(model)).abs().max() < 1e-4
+    if "quantization__bits" in changes:
+        assert run_merge(run, "--out", tmp_path / "nf4", "--base", "nf4") == 0
+
+
 def test_peft_loads_what_is_handed_out(runs: Path, tmp_path: Path) -> None:
     assert run_merge(runs / "lora", "--out", tmp_path / "adapter", "--format", "peft") == 0
     base = AutoModelForCausalLM.from_pretrained(runs / "base", attn_implementation="eager")

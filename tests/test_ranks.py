@@ -330,7 +330,18 @@ def test_words() -> None:
 
 
 def test_a_report_without_adapters_is_empty() -> None:
-    assert report({}, torch.optim.SGD([nn.Parameter(torch.ones(1))]), 500) == ({}, "", "")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    assert report({}, optimizer, 500) == ({}, "", "")
+    pissa = LoRALinear(nn.Linear(8, 8), LoRAConfig(rank=2, init="pissa"), torch.Generator())
+    assert report({"q_proj": pissa}, optimizer, 500) == ({}, "", "")
+
+
+def test_a_frozen_a_has_no_gradient_to_report() -> None:
+    adapter = LoRALinear(nn.Linear(8, 8), LoRAConfig(rank=2, freeze_a=True), torch.Generator())
+    optimizer = torch.optim.AdamW([adapter.lora_B])
+    adapter(torch.ones(3, 8)).sum().backward()
+    optimizer.step()
+    assert measure(adapter, optimizer).gradient == gradient([adapter.lora_B], optimizer)
 
 
 def test_a_report_says_what_the_optimizer_does_not_keep() -> None:

@@ -137,6 +137,8 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 VARIANTS = {
     "lora-dropout": {"lora__dropout": 0.1},
+    "dora": {"lora__dora": True, "lora__rslora": True, "lora__freeze_a": True, "lora__alpha": 4.0},
+    "pissa": {"lora__init": "pissa", "lora__rank_pattern": "{q_proj: 4}", "lora__alpha": 16.0},
     "qlora": {"quantization__bits": 4},
     "packed": {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1},
     "full": {"training__method": "full", "training__learning_rate": 1e-4},
