@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from nanoft import UserError
 from nanoft.checkpoint import write_file, write_tensors
-from nanoft.config import LoRAConfig
-from nanoft.lora import LoRALinear, by_pattern, linears_of
+from nanoft.config import LoRAConfig, check_expressions
+from nanoft.lora import LoRALinear, by_pattern, linears_of, widen
 
 NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
 PEFT_PREFIX = "base_model.model."
@@ -65,7 +65,7 @@ def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
 
 
 def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The same adapter without PiSSA: B A - B0 A0 = [B, -B0] [A; A0] is a LoRA of rank 2r (Meng et al. 2024, app. C).
+    """The same adapter without PiSSA, as a LoRA of rank 2r on the same base (Meng et al. 2024, appendix C).
 
     Args:
         lora: what the adapter was trained as.
@@ -79,14 +79,11 @@ def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
     ranks = {key: 2 * rank for key, rank in lora.rank_pattern.items()}
     alphas = {key: more * alpha for key, alpha in lora.alpha_pattern.items()}
     plain = dict(tensors)
-    for name in [name for name in tensors if name.endswith(TENSORS["lora_A0"])]:
-        a, b = (name.removesuffix(TENSORS["lora_A0"]) + TENSORS[part] for part in ("lora_A", "lora_B"))
-        b0 = name.removesuffix(TENSORS["lora_A0"]) + TENSORS["lora_B0"]
-        plain[a], plain[b] = torch.cat((plain[a], plain.pop(name))), torch.cat((plain[b], -plain.pop(b0)), dim=1)
-    wider = replace(
-        lora, init="default", rank=2 * lora.rank, alpha=more * lora.alpha, rank_pattern=ranks, alpha_pattern=alphas
-    )
-    return wider, plain
+    for module in [name.removesuffix(TENSORS["lora_A0"]) for name in tensors if name.endswith(TENSORS["lora_A0"])]:
+        a, b, a0, b0 = (module + TENSORS[part] for part in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
+        plain[a], plain[b] = widen(plain[a], plain[b], plain.pop(a0), plain.pop(b0))
+    rank, alpha = 2 * lora.rank, more * lora.alpha
+    return replace(lora, init="default", rank=rank, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas), plain
 
 
 @torch.no_grad()
@@ -217,7 +214,7 @@ def _settings(config: dict[str, Any]) -> LoRAConfig:
     names: list[Any] = targets if isinstance(targets, list) else [targets]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"target_modules: {targets!r:.60} is not a list of module names")
-    return LoRAConfig(
+    lora = LoRAConfig(
         rank=rank,
         alpha=alpha,
         target_modules=tuple(names),
@@ -227,3 +224,5 @@ def _settings(config: dict[str, Any]) -> LoRAConfig:
         dora=bool(config.get("use_dora")),
         bias=config.get("bias") or "none",
     )
+    check_expressions(lora)
+    return lora

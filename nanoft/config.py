@@ -82,17 +82,6 @@ class LoRAConfig(Section):
     init: Literal["default", "pissa"] = "default"  # pissa: begin with the weight's principal directions (PiSSA)
     bias: Literal["none", "all", "lora_only"] = "none"  # train all biases, or those of linears with adapters
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("target_modules", "rank_pattern", "alpha_pattern"):
-            for expression in getattr(self, name):
-                try:
-                    re.compile(expression)
-                except re.error as error:
-                    raise UserError(f"lora.{name}: {expression!r} is not a regular expression: {error}") from None
-        if self.init == "pissa" and max([self.rank, *self.rank_pattern.values()]) > 2048:
-            raise UserError("lora.init: pissa is saved as a LoRA of twice its rank: set lora.rank to 2048 at most")
-
 
 @dataclass(frozen=True)
 class QuantizationConfig(Section):
@@ -226,6 +215,9 @@ class Config:
             raise UserError("training.lora_plus_ratio: there is no B to speed up: set it to 1 or training.method=lora")
         if not self.lora.target_modules:
             raise UserError("lora.target_modules: empty: name at least one module, for example q_proj,v_proj")
+        check_expressions(self.lora)
+        if self.lora.init == "pissa" and max([self.lora.rank, *self.lora.rank_pattern.values()]) > 2048:
+            raise UserError("lora.init: pissa is saved as a LoRA of twice its rank: set lora.rank to 2048 at most")
         if self.data.validation_file and self.data.validation_file == self.data.train_file:
             raise UserError("data.validation_file: the same file as data.train_file: leave it out to split that file")
         if self.data.split_time and (self.data.split_group or self.data.split_stratify):
@@ -269,6 +261,20 @@ class Config:
     def effective_batch_size(self) -> int:
         """Rows per optimizer step."""
         return self.training.micro_batch_size * self.training.gradient_accumulation_steps
+
+
+def check_expressions(lora: LoRAConfig) -> None:
+    """Every name of a module may be a regular expression, and must be a valid one.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    for name in ("target_modules", "rank_pattern", "alpha_pattern"):
+        for expression in getattr(lora, name):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise UserError(f"lora.{name}: {expression!r} is not a regular expression: {error}") from None
 
 
 # What may differ when a run goes on: nothing of this changes what the steps already taken did.

@@ -11,9 +11,10 @@ Variations, each a line or two below:
 - LoRA-FA (Zhang et al. 2023): A stays as it was drawn; only B is trained.
 - DoRA (Liu et al. 2024): the length of each row of W + s B A is a parameter of its own, m.
 - PiSSA (Meng et al. 2024): A and B start as the r largest singular directions A0, B0 of W, which are taken out of W:
-  y = (W - s B0 A0) x + s B A x. Here W stays as it is, and -B0 A0 is a second, frozen half of the adapter. That is the
-  same function, up to rounding, on any base (of a quantised one, W is what it stands for); the base is still there to
-  compare with; and the adapter fits the original base, as a LoRA of rank 2r. Only rounding is added to a fresh model.
+  y = (W - s B0 A0) x + s B A x. Here W stays as it is, and the change is written as
+  B A - B0 A0 = (B - B0) A + B0 (A - A0): a LoRA of rank 2r, exactly zero at first, whose small differences are taken
+  in float32. So the base is still there to compare with, the adapter fits it, and it may be quantised (W is then what
+  it really multiplies by; QPiSSA, which quantises W - s B0 A0, is something else).
 - Biases can be trained, too, in float32.
 
 Nothing but A and B gets a gradient, so backward needs little: x for dA, x A^T (r numbers a token) for dB, and W, which
@@ -43,7 +44,7 @@ from nanoft.nf4 import Linear4bit, gradient, product
 Frozen = nn.Linear | Linear4bit
 Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 
-GROUPS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # words for target_modules: part of the name
+WORDS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
 EXACT_SVD = 1024  # a larger matrix is decomposed approximately
 SUBSPACE_ITERATIONS = 8
 SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros can be divided by its length
@@ -85,7 +86,7 @@ class LoRALinear(nn.Module):
         self.lora_magnitude_vector: nn.Parameter | None = None
         if lora.dora:
             self.squares: Tensor  # |W|^2 of each row, (out,)
-            lengths = torch.linalg.vector_norm(weight_of(base).detach(), dim=1, dtype=torch.float32)
+            lengths = torch.linalg.vector_norm(weight_of(base), dim=1, dtype=torch.float32)
             self.register_buffer("squares", lengths.square(), persistent=False)
             self.lora_magnitude_vector = nn.Parameter(self.norm(torch.float32))  # m: (out,)
 
@@ -127,10 +128,10 @@ class LoRALinear(nn.Module):
         return wide.to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of the change s B A; PiSSA's B A - B0 A0 is [B, -B0] [A; A0], of rank 2r."""
+        """A and B of the change s B A, in PiSSA of rank 2r."""
         if self.lora_A0 is None or self.lora_B0 is None:
             return self.lora_A, self.lora_B
-        return torch.cat((self.lora_A, self.lora_A0)), torch.cat((self.lora_B, -self.lora_B0), dim=1)
+        return widen(self.lora_A, self.lora_B, self.lora_A0, self.lora_B0)
 
     def norm(self, dtype: torch.dtype) -> Tensor:
         """|w + s b A| for each row w of W and b of B, (out,), from |w|^2 + 2 s b (A w) + s^2 b A A^T b^T.
@@ -260,7 +261,7 @@ def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
 
 def weight_of(base: Frozen) -> Tensor:
     """W, (out, in): of a quantised linear, what it really multiplies by."""
-    return base.dequantize() if isinstance(base, Linear4bit) else base.weight.detach()
+    return base.weight.detach() if isinstance(base, nn.Linear) else base.dequantize()
 
 
 def principal(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -280,6 +281,11 @@ def principal(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Te
         vt = vt @ basis.T
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def widen(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
+    """PiSSA's B A - B0 A0 as the product of two: [B - B0, B0] and [A; A - A0]."""
+    return torch.cat((a, a - a0)), torch.cat((b - b0, b0), dim=1)
 
 
 def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, LoRALinear]:
@@ -329,9 +335,9 @@ def linears_of(model: nn.Module) -> dict[str, Frozen]:
 
 
 def _is_meant(name: str, target: str) -> bool:
-    """Whether a module is meant by a word of GROUPS, the end of its name, or an expression for all of its name."""
-    if target in GROUPS:
-        return GROUPS[target] in f".{name}"
+    """Whether a module is meant by a word of WORDS, the end of its name, or an expression for all of its name."""
+    if target in WORDS:
+        return WORDS[target] in f".{name}"
     return name == target or name.endswith(f".{target}") or re.fullmatch(target, name) is not None
 
 

@@ -113,7 +113,9 @@ def test_pissa_becomes_the_lora_that_peft_makes_of_it(base: Path, tmp_path: Path
     save_adapter(tmp_path / "ours", model, adapters, lora, str(base), {})
     ours, reference = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == reference.keys()
-    assert all(torch.equal(ours[name], reference[name]) for name in ours)
+    for name in (name for name in ours if "lora_A" in name):  # they are the products of other factors, less exact ones
+        b = name.replace("lora_A", "lora_B")
+        assert (ours[b] @ ours[name] - reference[b] @ reference[name]).abs().max() < 1e-6
     configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")]
     assert all(config["r"] == 16 and config["lora_alpha"] == 40 for config in configs)
     assert (logits(reopened(base, tmp_path / "theirs")) - logits(model.eval())).abs().max() < 1e-4

@@ -595,7 +595,6 @@ def test_target_modules_mean_what_they_mean_to_peft(trained: Any, stored: Any, r
     ("settings", "message"),
     [
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save: .*lm_head.* not supported"),
-        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias: True is not supported"),
         ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' is not supported"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, r"layers_to_transform: \[0\] is not supported"),
     ],
