@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from models import make_reference
 from nanoft import UserError, lora
-from nanoft.adapter import adapter_tensors
+from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.config import LoRAConfig
 from nanoft.lora import LoRALinear, describe_adapters, disabled, identity, inject_lora, principal
 from nanoft.loss import target_nll
@@ -35,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa": {"init": "pissa"},
     "bias": {"bias": "lora_only"},
     "patterns": {
-        "rank_pattern": {"self_attn.q_proj": 4, r"layers\.1\..*": 2, ".*": 6},
+        "rank_pattern": {"self_attn.q_proj": 4, r"layers\.1\..*|v_proj": 2, ".*": 6},
         "alpha_pattern": {"down_proj": 3.0, "model.layers.0.mlp.up_proj": 40},
     },
     "together": {"rslora": True, "dora": True, "bias": "all", "rank_pattern": {"v_proj": 3}, "freeze_a": True},
@@ -362,6 +363,39 @@ def test_gradients_of_a_group_are_those_of_its_outputs(kind: str, freeze: bool, 
         total = total + (y * w).sum()
     (expected,) = torch.autograd.grad(total, prepare.weight)
     assert torch.allclose(prepare.weight.grad, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_on_cuda_a_step_is_that_of_the_cpu(name: str, base: Path) -> None:
+    changes: dict[str, Any] = {"target_modules": ("q_proj", "v_proj")} if name == "lora" else {}  # k_proj among them
+    lora, found = variant(name, **changes), []
+    for device in ("cpu", "cuda"):
+        model = load_model(base, torch.device(device), torch.float32)
+        adapters = inject_lora(model, lora, seed=1)
+        if found:
+            load_adapter_tensors(adapters, tensors, "cpu")
+        else:
+            randomise(adapters)
+            tensors = {key: tensor.clone() for key, tensor in adapter_tensors(adapters).items()}
+        model(IDS.to(device)).square().mean().backward()
+        found.append({key: gradient.cpu() for key, gradient in gradients(adapters).items()})
+    for key, gradient in found[0].items():
+        assert (found[1][key] - gradient).norm() < 1e-2 * gradient.norm(), key  # TF32
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_frozen_a_costs_no_product_for_its_gradient(freeze: bool) -> None:
+    n, inputs, outputs, r = 32, 64, 48, 8
+    linear = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+    layer = LoRALinear(linear, variant("lora", freeze_a=freeze), torch.Generator())
+    x = torch.randn(n, inputs, requires_grad=True)
+    y = layer(x)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    dx, db, da = n * outputs * (inputs + r) + n * r * inputs, n * outputs * r, n * r * inputs
+    assert counter.get_total_flops() == 2 * (dx + db + (0 if freeze else da))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
