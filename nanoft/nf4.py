@@ -276,18 +276,15 @@ def uses_bitsandbytes(device_type: str) -> bool:
 
 
 def _unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    import bitsandbytes  # noqa: F401 (its operators are in torch.ops then)
 
-    packed, absmax, *scales = parts
-    nested: dict[str, Any] = {}
-    if scales:
-        absmax_of_absmax, values, offset = scales
-        state = QuantState(absmax_of_absmax, code=values, blocksize=NESTED, dtype=torch.float32)
-        nested = {"offset": offset, "state2": state}
+    packed, absmax, *nested = parts
+    if nested:
+        scales, values, offset = nested
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, scales, values, NESTED, torch.float32) + offset
     # As rows of 64, whatever the weight's shape: with AVX-512, bitsandbytes 0.50 takes the wrong scales for a weight
     # whose rows are no multiple of that.
-    rows = torch.Size((len(absmax), BLOCK))
-    return dequantize_4bit(packed, QuantState(absmax, rows, blocksize=BLOCK, quant_type=kind, dtype=dtype, **nested))
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, kind, (len(absmax), BLOCK), dtype)
 
 
 def _unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
