@@ -47,6 +47,7 @@ class _Packed(nn.Module):
     """y = x W^T + bias with a frozen W that is stored in parts; what the 4-bit and the 8-bit linear share."""
 
     NAMES: tuple[str, ...]  # of the parts, in the order that `unpack` takes them
+    bias: nn.Parameter | None
 
     def __init__(self, parts: list[Tensor], shape: tuple[int, ...], kind: str, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
@@ -54,7 +55,7 @@ class _Packed(nn.Module):
         self.kind, self.dtype = kind, dtype
         for name, part in zip(self.NAMES, parts, strict=False):
             self.register_buffer(name, part, persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
 
     @classmethod
     def of_parts(cls, parts: list[Tensor], shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Self:
@@ -371,20 +372,19 @@ def packed_bytes(layer: Frozen) -> int:
 # --- weights that bitsandbytes packed and transformers saved
 
 
-def stored_tensors(shape: tuple[int, ...], quantization: tuple[str, bool]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What a file holds of a linear that was packed before: name after the module's -> number format and shape.
-
-    The note, `weight.quant_state...`, is JSON in bytes, of any length; its shape here is empty.
-    """
+def stored_tensors(
+    shape: tuple[int, ...], quantization: tuple[str, bool]
+) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """What a file holds of a packed linear: name after the module's -> number format and shape (None: any)."""
     (kind, double), weights = quantization, math.prod(shape)
     if kind == "int8":
         return {"weight": ("I8", shape), "SCB": ("F32", shape[:1])}
     blocks = weights // BLOCK
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+    tensors: dict[str, tuple[str, tuple[int, ...] | None]] = {
         "weight": ("U8", (weights // 2, 1)),
         "weight.absmax": ("U8" if double else "F32", (blocks,)),
         "weight.quant_map": ("F32", (16,)),
-        f"weight.quant_state.bitsandbytes__{kind}": ("U8", ()),
+        f"weight.quant_state.bitsandbytes__{kind}": ("U8", None),  # JSON
     }
     if double:
         tensors["weight.nested_absmax"] = ("F32", (math.ceil(blocks / NESTED),))
