@@ -175,7 +175,8 @@ def test_onto_nf4_is_the_unpacked_weight_plus_the_change(
         packed, state = bitsandbytes.functional.quantize_4bit(
             base[name].to(getattr(torch, trained_in)), blocksize=64, compress_statistics=double, quant_type=kind
         )
-        unpacked = bitsandbytes.functional.dequantize_4bit(packed, state)
+        state.shape = torch.Size((packed.numel() // 32, 64))  # with AVX-512, rows of 32 get the wrong scales
+        unpacked = bitsandbytes.functional.dequantize_4bit(packed, state).view(base[name].shape)
         assert unpacked.dtype == getattr(torch, trained_in)
         change = ALPHA / RANK * adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
         assert (tensor - (unpacked.float() + change)).abs().max() < 1e-6, name
