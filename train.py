@@ -56,7 +56,15 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
-from nanoft.weights import check_quantization, find_model, hash_files, load_model, shard_paths, stored_dtype
+from nanoft.weights import (
+    check_quantization,
+    find_model,
+    hash_files,
+    load_model,
+    quantization_of,
+    shard_paths,
+    stored_dtype,
+)
 
 STOPPED_BY_SIGNAL = 75
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.py"
@@ -308,9 +316,9 @@ def load_base(config: Config, directory: Path, device: torch.device, dtype: torc
     """The base model: as it is, quantised while it streams in, or random."""
     if config.training.method == "full":
         dtype = torch.float32  # AdamW's small updates are lost when they are added to bfloat16
-    q, seed = config.quantization, config.system.seed if config.model.random_init else None
-    model = load_model(directory, device, dtype, q.form, seed)
-    cache_weights(model, q.dequantize)
+    seed = config.system.seed if config.model.random_init else None
+    model = load_model(directory, device, dtype, quantization_of(config), seed)
+    cache_weights(model, config.quantization.dequantize)
     return model
 
 
@@ -322,7 +330,7 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     total = sum(p.numel() for p in job.model.parameters()) + packed
     trainable = sum(p.numel() for _, p in job.trained)
     kind = "every parameter" if c.training.method == "full" else f"LoRA rank {c.lora.rank}"
-    book, double = c.quantization.form or ("", False)
+    book, double = quantization_of(c) or ("", False)
     base = book.upper() + (", double quantisation" if double else "") + ("" if packed else ", unpacked once")
     say(f"device    {runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if book else ""))
@@ -434,7 +442,7 @@ def claim(config: Config, run: Run, resume: str) -> datetime:
     Returns the date of the run, which a template may print: that of its first session.
     """
     base = find_model(config.model.name)
-    check_quantization(base, config.quantization.form)
+    check_quantization(base, quantization_of(config))
     weights = [] if config.model.random_init else shard_paths(base)
     tokenizer = [base / name for name in ("config.json", "tokenizer.json") if (base / name).is_file()]
     device = runtime.choose_device(config.system.device)

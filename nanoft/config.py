@@ -79,11 +79,6 @@ class QuantizationConfig(Section):
     double: bool = True  # 4 bits: quantise the scales of the blocks too: 0.37 bit less per weight
     dequantize: Literal["auto", "per_use", "cached"] = "auto"  # cached: unpack once, if memory allows that: auto
 
-    @property
-    def form(self) -> tuple[str, bool] | None:
-        """(nf4 | fp4 | int8, double), or None for weights that are not quantised."""
-        return {4: (self.type, self.double), 8: ("int8", False), 16: None}[self.bits]
-
 
 @dataclass(frozen=True)
 class DataConfig(Section):

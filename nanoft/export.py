@@ -35,6 +35,7 @@ from nanoft.weights import (
     is_block_linear,
     load_model,
     open_weights,
+    quantization_of,
     save_model,
     stored_dtype,
     write_config,
@@ -219,7 +220,7 @@ def write_adapter(
     out: Path, adapters: dict[str, LoRALinear], base: Path, config: Config, step: int, dtype: torch.dtype
 ) -> None:
     """The adapter of a run in PEFT's format, with the tokenizer; see `save_result`."""
-    lora, form = config.lora, config.quantization.form
+    lora, form = config.lora, quantization_of(config)
     settings = {
         "base_model_name_or_path": config.model.name,
         "r": lora.rank,

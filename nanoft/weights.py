@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nanoft import UserError
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Damaged, Saved, Specs, encode, verify, write_file
-from nanoft.config import load_file
+from nanoft.config import Config, load_file
 from nanoft.lora import NOTE, LoRALinear, inject_lora, load_adapter_tensors, match_targets, read_adapter, read_json
 from nanoft.model import Decoder, DecoderConfig, initialise
 from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize, read_stored, stored_tensors
@@ -242,6 +242,12 @@ def is_spare(name: str, config: DecoderConfig) -> bool:
 def is_block_linear(name: str) -> bool:
     """Whether a parameter is what quantisation is for: the matrix of a linear in a block."""
     return name.startswith("model.layers.") and name.endswith("_proj.weight")
+
+
+def quantization_of(config: Config) -> tuple[str, bool] | None:
+    """The form (nf4 | fp4 | int8, double) that the settings ask for; None for weights that are not quantised."""
+    q = config.quantization
+    return {4: (q.type, q.double), 8: ("int8", False), 16: None}[q.bits]
 
 
 def stored_quantization(directory: Path) -> tuple[str, bool] | None:
@@ -507,7 +513,7 @@ def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, origin
     if config.training.method == "full":
         model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
         return Opened(model, {}, base, base, dtype=dtype, step=step)
-    lora, quantization = config.lora, config.quantization.form
+    lora, quantization = config.lora, quantization_of(config)
     try:
         trained_in = DTYPES[read_json(run / "config.json")["provenance"]["dtype"]]
     except (KeyError, TypeError):

@@ -404,16 +404,3 @@ def test_a_setting_that_has_no_effect_is_not_warned_about() -> None:
     from_scratch = TrainingConfig(method="full", learning_rate=2e-3)
     assert questionable(Config(training=ratio_is_beaten)) == []
     assert questionable(Config(training=from_scratch, model=ModelConfig(random_init=True))) == []
-
-
-@pytest.mark.parametrize(
-    ("fields", "form"),
-    [
-        ({}, None),
-        ({"bits": 8}, ("int8", False)),
-        ({"bits": 4}, ("nf4", True)),
-        ({"bits": 4, "type": "fp4", "double": False}, ("fp4", False)),
-    ],
-)
-def test_the_fields_of_quantisation_make_one_form(fields: dict[str, Any], form: Any) -> None:
-    assert QuantizationConfig(**fields).form == form

@@ -26,6 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models import make_chat_model, make_packed, make_reference
 from nanoft import UserError
+from nanoft.config import Config, QuantizationConfig
 from nanoft.lora import PEFT_PREFIX
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.nf4 import Linear4bit, Linear8bit, quantize
@@ -37,6 +38,7 @@ from nanoft.weights import (
     hash_files,
     load_model,
     open_model,
+    quantization_of,
     save_model,
     write_config,
 )
@@ -233,6 +235,19 @@ def test_quantising_while_loading_equals_quantising_afterwards(form: tuple[str, 
     assert sum(isinstance(module, kind) for module in streamed.modules()) == 21
     assert torch.equal(logits(streamed), logits(whole))
     assert (logits(streamed) - logits(load(tmp_path))).abs().max() > 0.01  # not what it was
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({}, None),
+        ({"bits": 8}, ("int8", False)),
+        ({"bits": 4}, ("nf4", True)),
+        ({"bits": 4, "type": "fp4", "double": False}, ("fp4", False)),
+    ],
+)
+def test_the_fields_of_quantisation_make_one_form(fields: dict[str, Any], form: Any) -> None:
+    assert quantization_of(Config(quantization=QuantizationConfig(**fields))) == form
 
 
 # --- models that bitsandbytes packed
