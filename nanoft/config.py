@@ -77,7 +77,7 @@ class QuantizationConfig(Section):
     bits: Literal[4, 8, 16] = 16  # frozen linears in 4 (QLoRA) or 8 bits; 16: as they are in model.dtype
     type: Literal["nf4", "fp4"] = "nf4"  # the 4-bit code book
     double: bool = True  # 4 bits: quantise the scales of the blocks too: 0.37 bit less per weight
-    dequantize: Literal["auto", "per_use", "cached"] = "auto"  # cached: unpack once, if memory allows that: auto
+    dequantize: Literal["auto", "per_use", "cached"] = "auto"  # at each use, or once; auto: if a GPU has room, once
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import functools
 import importlib.util
 import json
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 import torch
@@ -29,7 +30,9 @@ from nanoft import UserError
 
 BLOCK = 64  # weights that share one scale
 NESTED = 256  # scales that share a scale of their own (double quantisation)
-CHUNK = 1 << 20  # weights that are packed at a time: what bounds the memory it takes
+# Weights that are packed or unpacked at a time, which bounds the memory it takes: on a CPU what its caches hold,
+# elsewhere more, because every kernel costs its start.
+CHUNK, GPU_CHUNK = 1 << 20, 1 << 23
 CODES = {
     "nf4": (  # QLoRA, appendix E
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -122,7 +125,7 @@ def quantize(weight: Tensor, quantization: tuple[str, bool], dtype: torch.dtype)
 
 
 def product(layer: Frozen, x: Tensor) -> Tensor:
-    """x W^T, (..., in) -> (..., out), in x's number format, without the bias."""
+    """x W^T, (..., in) -> (..., out), in x's number format, without the bias; no part of autograd's graph if packed."""
     if isinstance(layer, nn.Linear):
         return x @ layer.weight.to(x.dtype).T
     shape = (layer.out_features, layer.in_features)
@@ -185,8 +188,7 @@ def pack_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     packed = torch.empty((len(blocks), BLOCK // 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(len(blocks), dtype=torch.float32, device=weight.device)
     first, steps = _steps(kind)
-    for start in range(0, len(blocks), CHUNK // BLOCK):
-        part = slice(start, start + CHUNK // BLOCK)
+    for part in _chunks(blocks):
         block = blocks[part].float()  # (blocks, 64)
         absmax[part] = scale = block.abs().amax(1)
         scaled = block * (1 / scale.clamp(min=1e-38))[:, None]  # in [-1, 1]
@@ -247,11 +249,15 @@ def pack_8bit(weight: Tensor) -> list[Tensor]:
     absmax = weight.detach().abs().amax(1).float()
     factor = 127 / absmax.clamp(min=1e-36)  # finite for a row of zeros
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    step = max(1, CHUNK // weight.shape[1])
-    for start in range(0, len(weight), step):
-        part = slice(start, start + step)
+    for part in _chunks(codes):
         codes[part] = torch.round(weight.detach()[part] * factor[part, None])
     return [codes, absmax]
+
+
+def _chunks(rows: Tensor) -> Iterator[slice]:
+    """Slices of the rows of a matrix, each of about a chunk of values, at least one row."""
+    step = max(1, (CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // rows.shape[1])
+    return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
 # --- unpacking
@@ -264,10 +270,17 @@ def unpack(parts: list[Tensor], kind: str, shape: tuple[int, ...] | list[int], d
         parts: nf4, fp4: codes and absmax, or codes and the four of `pack_scales`; int8: codes and absmax.
     """
     if kind == "int8":
-        codes, absmax = parts
-        return codes.to(dtype).mul_((absmax / 127)[:, None])
+        return _unpack_rows(parts, dtype)
     unpack_4bit = _unpack_bitsandbytes if uses_bitsandbytes(parts[0].device.type) else _unpack_table
     return unpack_4bit(parts, kind, dtype).view(*shape)
+
+
+def _unpack_rows(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    codes, absmax = parts
+    weight, scale = torch.empty(codes.shape, dtype=dtype, device=codes.device), (absmax / 127)[:, None]
+    for part in _chunks(codes):
+        torch.mul(codes[part], scale[part], out=weight[part])
+    return weight
 
 
 @functools.cache
@@ -282,10 +295,11 @@ def _unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> 
     packed, absmax, *nested = parts
     if nested:
         scales, values, offset = nested
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, scales, values, NESTED, torch.float32) + offset
+        unpack_scales = torch.ops.bitsandbytes.dequantize_blockwise.default
+        absmax = unpack_scales(absmax, scales, values, NESTED, torch.float32) + offset
     # As rows of 64, whatever the weight's shape: with AVX-512, bitsandbytes 0.50 takes the wrong scales for a weight
     # whose rows are no multiple of that.
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, kind, (len(absmax), BLOCK), dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, kind, (len(absmax), BLOCK), dtype)
 
 
 def _unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
@@ -294,8 +308,7 @@ def _unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
         absmax = _unpack_scales(absmax, *nested)
     table, packed = _pairs(kind, packed.device), packed.view(-1, BLOCK // 2)
     weight = torch.empty((len(absmax), BLOCK), dtype=dtype, device=packed.device)
-    for start in range(0, len(absmax), CHUNK // BLOCK):
-        part = slice(start, start + CHUNK // BLOCK)
+    for part in _chunks(weight):
         pairs = F.embedding(packed[part].int(), table)  # (blocks, 32, 2)
         weight[part] = pairs.view(-1, BLOCK) * absmax[part, None]
     return weight
