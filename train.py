@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, ranks, runtime
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Checkpoints, Saved
@@ -35,10 +35,11 @@ from nanoft.guard import Guard, explain_out_of_memory
 from nanoft.lora import LoRALinear, adapter_tensors, disabled, inject_lora, load_adapter_tensors
 from nanoft.loss import target_nll
 from nanoft.metrics import Meter, Run, clock
-from nanoft.model import Decoder
+from nanoft.model import Decoder, compile_blocks, keep_by_policy
 from nanoft.nf4 import Linear4bit, Linear8bit, cache_weights
 from nanoft.optim import (
     build_optimizer,
+    check_optimizer,
     learning_rate_at,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -128,8 +129,8 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             for micro_batch in window:
                 batch = micro_batch.to(job.device)
                 with job.autocast():
-                    hidden = model(batch.ids, batch.positions, batch.segments)  # (batch, seq, hidden)
-                    nll = target_nll(hidden, model.head, batch.rows, batch.targets, t.label_smoothing)
+                    hidden = model(batch.ids, batch.positions, batch.documents)  # (batch, seq, hidden)
+                    nll = target_nll(hidden, model.head, batch.rows, batch.targets, t.label_smoothing, t.z_loss)
                 # sum over target tokens / target tokens of the WINDOW: the same however the window is split
                 micro_loss = nll / window_targets
                 micro_loss.backward()
@@ -139,7 +140,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             verdict = guard.judge(loss.item(), grad_norm.item())
             if verdict == "ok":
                 rate = learning_rate_at(
-                    state.step, total_steps, t.learning_rate, warmup_steps, t.lr_scheduler, t.min_lr_ratio
+                    state.step, total_steps, t.learning_rate, warmup_steps, t.lr_scheduler, t.min_lr_ratio, t.lr_power
                 )
                 set_learning_rate(optimizer, rate)
                 optimizer.step()
@@ -299,12 +300,16 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
     model = load_base(config, base, device, dtype)
+    model.keep = keep_by_policy(t.checkpointing, t.checkpoint_every, model.config.num_layers)
+    model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
         lora, seed = config.lora, config.system.seed
         adapters = inject_lora(model, lora.target_modules, lora.rank, lora.alpha, lora.dropout, seed)
+    if t.compile:
+        compile_blocks(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = build_optimizer(trained, t.learning_rate, (t.beta1, t.beta2), t.epsilon, t.weight_decay)
+    optimizer = build_optimizer(trained, t)
     validation = corpus.validation[: config.evaluation.max_samples]
     checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints)
     return Job(
@@ -335,6 +340,7 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     say(f"device    {runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if book else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    say(f"attention {job.model.attention_backend(job.dtype, job.config.model.max_seq_length, job.batches.is_packed)}")
     for warning in questionable(c):
         say(f"warning: {warning}")
     if c.logging.show_example:
@@ -363,12 +369,13 @@ def preflight_checks(job: Job, forced: list[str]) -> float:
     judge(checks, forced)
     t, batches = job.config.training, job.batches
     longest = batches.longest()
-    fits, seconds = rehearse(job.model, longest, job.autocast, t.label_smoothing, fresh=not job.optimizer.state)
+    fits, seconds = rehearse(job.model, longest, job.autocast)
     job.run.say(fits.line())
     if len(job.validation):
         size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
         job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
-    saved = rehearse_save(job.run.directory, trained_weights(job), t.keep_checkpoints)
+    moments = optimizer_tensors(job.optimizer, job.trained)
+    saved = rehearse_save(job.run.directory, trained_weights(job), moments, t.keep_checkpoints)
     job.run.say(saved.line())
     judge([saved], forced)
     return float(seconds * batches.samples.lengths.sum() / batches.windows_in_epoch() / longest.tokens)
@@ -405,9 +412,10 @@ def finish(job: Job, state: State) -> None:
             base = measure(job, model)
     values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
     data = "\n".join(describe(job.corpus.report))
-    job.run.write_report({**values, "data": job.corpus.report}, f"{markdown}\n## Data\n\n{data}\n")
+    usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
+    job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
     job.run.log("done", state.step, **training)
-    job.run.say(terminal)
+    job.run.say(terminal + advice)
     seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
     job.run.say(
         f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
@@ -479,6 +487,7 @@ class Wish:
 def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
+    check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         date = claim(config, run, wish.resume)
         try:

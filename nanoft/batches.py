@@ -5,10 +5,10 @@ function of (seed, epoch, index), so a run can go on from any window without rep
 holds the same samples however it is cut into micro-batches. Inside a window rows are sorted by length, so that a
 micro-batch pads little.
 
-A row is one sample, or several one behind another when packing; then each token carries its document's number
-(`segments`) and its place in that document (`positions`), and documents do not see each other. Samples lie one behind
-another in one array of numbers, usually a file mapped into memory, so a million of them cost nothing until they are
-used; a token that is a target is stored as its complement, ~id, which is negative.
+A row is one sample, or several one behind another when packing; then each token carries its place in its document
+(`positions`), the model is told where the documents lie (`documents`), and they do not see each other. Samples lie one
+behind another in one array of numbers, usually a file mapped into memory, so a million of them cost nothing until they
+are used; a token that is a target is stored as its complement, ~id, which is negative.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanoft.attention import Documents
 from nanoft.chat import Sample
 
 Array = np.ndarray[Any, Any]
@@ -86,7 +87,7 @@ class Batch:
 
     ids: Tensor  # (b, s) int64
     positions: Tensor | None  # (b, s): place in its document; None: 0, 1, 2, ...
-    segments: Tensor | None  # (b, s): document, 0 for padding; None: one document a row
+    documents: Documents | None  # where they lie, if there are several in a row
     rows: Tensor  # (n,) int64: flat positions whose next token is a target
     targets: Tensor  # (n,) int64: those next tokens
     tokens: int  # without padding
@@ -106,8 +107,11 @@ class Batch:
                 return None
             return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-        names = ("ids", "positions", "segments", "rows", "targets")
-        return dataclasses.replace(self, **{name: move(getattr(self, name)) for name in names})
+        names = ("ids", "positions", "rows", "targets")
+        moved = {name: move(getattr(self, name)) for name in names}
+        if self.documents is not None:
+            moved["documents"] = Documents(self.documents.lengths, move(self.documents.bounds))
+        return dataclasses.replace(self, **moved)
 
 
 class Batches:
@@ -289,7 +293,7 @@ def collate(samples: Samples, rows: Sequence[Any], pad_id: int, pad_to_multiple_
     return Batch(
         ids=torch.from_numpy(batch_ids),
         positions=_scattered(shape, place, position) if packed else None,
-        segments=_scattered(shape, place, np.repeat(_numbers(counts), lengths)) if packed else None,
+        documents=_documents(lengths, row_lengths, counts, width) if packed else None,
         rows=torch.from_numpy(predicts),
         targets=torch.from_numpy(ids[is_target].astype(np.int64)),
         tokens=total,
@@ -304,9 +308,12 @@ def _scattered(shape: tuple[int, int], place: Array, values: Array) -> Tensor:
     return torch.from_numpy(filled)
 
 
-def _numbers(counts: list[int]) -> Array:
-    """1, 2, 3, ... for the documents of each row."""
-    return np.concatenate([np.arange(1, count + 1) for count in counts])
+def _documents(lengths: Array, row_lengths: Array, counts: list[int], width: int) -> Documents:
+    """The documents of rows laid one behind another, the padding at the end of each row among them."""
+    with_padding = np.insert(lengths, np.cumsum(counts), width - row_lengths)
+    with_padding = with_padding[with_padding > 0]
+    bounds = np.concatenate(([0], np.cumsum(with_padding))).astype(np.int32)
+    return Documents(tuple(with_padding.tolist()), torch.from_numpy(bounds))
 
 
 def _round_up(value: Any, multiple: int) -> Any:

@@ -33,6 +33,7 @@ Shape = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "summarization",
     "extractive_qa", "text",
 ]  # fmt: skip
+Optimizer = Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "sgd"]
 ENVIRONMENT_PREFIX = "NANOFT_"
 
 
@@ -121,17 +122,26 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: int = between(4, 1)  # micro-batches per optimizer step
     num_epochs: int = between(3, 1)  # passes over the training data
     max_steps: int | None = between(None, 1)  # stop after so many optimizer steps, whatever num_epochs says
+    optimizer: Optimizer = "adamw"  # 8bit: moments in 8 bits; paged: moments move to the CPU when the GPU is full
     learning_rate: float = between(2e-4, 0.0)  # peak
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"  # shape after the warm-up
+    lora_plus_ratio: float = between(1.0, 1.0)  # B learns so many times as fast as A (LoRA+); 16 is usual
+    lr_scheduler: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"  # shape after the warm-up
+    lr_power: float = between(1.0, 0.0)  # of polynomial: (1 - t)^power
     warmup_ratio: float = between(0.03, 0.0, 1.0)  # share of the steps spent on linear warm-up
     warmup_steps: int | None = between(None, 0)  # if given, beats warmup_ratio
     min_lr_ratio: float = between(0.0, 0.0, 1.0)  # the schedule ends at learning_rate * min_lr_ratio
-    weight_decay: float = between(0.0, 0.0)  # decoupled (AdamW); matrices only
+    weight_decay: float = between(0.0, 0.0)  # decoupled (sgd: added to the gradient); matrices only
     beta1: float = between(0.9, 0.0, 0.99999)  # decay of the gradient's running mean
     beta2: float = between(0.999, 0.0, 0.99999)  # decay of its running square
     epsilon: float = between(1e-8, 0.0)  # added to the root of the running square
+    momentum: float = between(0.9, 0.0, 0.99999)  # of sgd, which knows neither beta nor epsilon
     max_grad_norm: float = between(1.0, 0.0)  # clip the global gradient norm to this; 0: no clipping
     label_smoothing: float = between(0.0, 0.0, 0.99)  # probability spread evenly over the vocabulary
+    z_loss: float = between(0.0, 0.0, 1.0)  # weight of the squared log-normaliser; 1e-4 where it is used
+    neftune_alpha: float = between(0.0, 0.0)  # uniform noise on the embeddings while training (NEFTune); 5 is usual
+    checkpointing: Literal["auto", "none", "every_k", "full", "offload"] = "auto"  # activations computed again
+    checkpoint_every: int = between(2, 1)  # with every_k: of so many blocks, the activations of one are computed again
+    compile: bool = False  # compile each block: worth its minute on CUDA; a CPU needs a C++ compiler for it
     log_steps: int = between(10, 1)  # optimizer steps between two `train` lines of metrics.jsonl
     eval_steps: int = between(100, 0)  # optimizer steps between evaluations; 0: only at the end
     save_steps: int = between(500, 0)  # optimizer steps between checkpoints; 0: only at the end
@@ -192,6 +202,8 @@ class Config:
             )
         if self.model.random_init and self.training.method != "full":
             raise UserError("model.random_init: an adapter on random weights learns nothing: set training.method=full")
+        if self.training.lora_plus_ratio != 1 and self.training.method != "lora":
+            raise UserError("training.lora_plus_ratio: there is no B to speed up: set it to 1 or training.method=lora")
         if not self.lora.target_modules:
             raise UserError("lora.target_modules: empty: name at least one module, for example q_proj,v_proj")
         if self.data.validation_file and self.data.validation_file == self.data.train_file:
@@ -292,9 +304,10 @@ def questionable(config: Config) -> list[str]:
             f"effective batch size {config.effective_batch_size()}: gradients are noisy below 4; "
             "raise training.gradient_accumulation_steps"
         )
-    if training.method == "lora" and training.learning_rate > 5e-4:
+    adaptive = training.optimizer != "sgd"  # whose rates are of another order
+    if adaptive and training.method == "lora" and training.learning_rate > 5e-4:
         warnings.append(f"training.learning_rate={training.learning_rate}: above 5e-4, LoRA on a large model diverges")
-    if training.method == "full" and training.learning_rate > 1e-4 and not config.model.random_init:
+    if adaptive and training.method == "full" and training.learning_rate > 1e-4 and not config.model.random_init:
         warnings.append(f"training.learning_rate={training.learning_rate}: high for training every parameter")
     return warnings
 

@@ -94,6 +94,8 @@ def _fetch(part: str, name: str) -> list[Path]:
     if not named:
         raise UserError(f"{name}: {part}: write {HUB}owner/name, and a path behind it for a part of the dataset")
     owner, repository, revision, inside = named.groups(default="")
+    if ".." in f"{owner}/{repository}/{revision}/{inside}".split("/"):
+        raise UserError(f"{name}: {part}: .. leads out of the dataset: name a file or a directory in it")
     endings = [f"*{suffix}{packed}" for suffix in SUFFIXES for packed in ("", ".gz")]
     wanted = [inside, *(f"{inside}/{ending}" for ending in endings)] if inside else endings
     from huggingface_hub import snapshot_download

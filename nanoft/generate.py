@@ -57,7 +57,7 @@ def generate(
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     produced: list[Tensor] = []
     for _ in range(max_new_tokens):
-        hidden = model(feed, positions, segments, cache)  # (b, q, hidden); q is 1 after the first pass
+        hidden = model(feed, positions, segments=segments, cache=cache)  # (b, q, hidden); q is 1 after the first pass
         newest = _choose(model.logits(hidden[:, -1]), temperature, top_p, generator)  # (b,)
         produced.append(newest)
         finished |= torch.isin(newest, stops)

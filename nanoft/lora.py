@@ -5,6 +5,11 @@
 B starts at zero, so a fresh adapter changes nothing, and only r * (in + out) numbers per matrix are trained. A and
 B are kept in float32 whatever the base's number format, because updates of 1e-5 vanish when they are added in bfloat16.
 
+Nothing but A and B gets a gradient, so backward needs little: x for dA, x A^T (r numbers a token) for dB, and W, which
+is there anyway, to hand the gradient on. `_Adapted` keeps exactly that, for all the linears of one input together; and
+where that input is a cheap function of something that is kept anyway (a norm of the residual stream, silu(gate) * up),
+it is not kept, either, but computed again.
+
 The adapter is saved in the layout of the PEFT library, so that other tools read it and theirs are read here.
 """
 
@@ -13,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +28,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nanoft import UserError
 from nanoft.checkpoint import write_file, write_tensors
-from nanoft.nf4 import Linear4bit
+from nanoft.nf4 import Linear4bit, gradient, product
+
+Frozen = nn.Linear | Linear4bit
+Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 
 NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
 PEFT_PREFIX = "base_model.model."
@@ -46,6 +55,10 @@ PEFT_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
 class LoRALinear(nn.Module):
     """A frozen linear with a low-rank correction; see the module's formula."""
 
@@ -62,16 +75,114 @@ class LoRALinear(nn.Module):
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)  # (b, s, out)
+        return self.project((self,), identity, x)[0]
+
+    @staticmethod
+    def project(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor) -> list[Tensor]:
+        """The outputs of linears of one input prepare(*inputs), some or all of them with adapters."""
+        adapters = [linear for linear in linears if isinstance(linear, LoRALinear)]
+        if torch.compiler.is_compiling() or not adapters[0].enabled:  # the compiler chooses what to fuse and to keep
+            x = prepare(*inputs)
+            return [linear.plain(x) if isinstance(linear, LoRALinear) else linear(x) for linear in linears]
+        group = Group(prepare, len(inputs), linears, adapters[0].dropout if adapters[0].training else 0.0)
+        outputs = _Adapted.apply(group, *inputs, *group.weights())
+        return [y if base.bias is None else y + base.bias for y, base in zip(outputs, group.bases, strict=True)]
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The module's formula as it stands there."""
+        y = self.base(x)
         if not self.enabled:
             return y
-        x = F.dropout(x, self.dropout, self.training)
-        small = F.linear(x, self.lora_A.to(x.dtype))  # (b, s, r)
+        small = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (b, s, r)
         return y + self.scaling * F.linear(small, self.lora_B.to(x.dtype))
 
     def delta(self) -> Tensor:
         """(alpha / r) * B A, the change of the weight, (out, in) float32."""
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+
+
+class Group:
+    """Linears of one input x = prepare(*inputs); one without an adapter has an adapter of rank 0."""
+
+    def __init__(self, prepare: Prepare, inputs: int, linears: Sequence[Frozen | LoRALinear], dropout: float):
+        self.prepare, self.inputs, self.dropout, self.linears = prepare, inputs, dropout, linears
+        self.bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
+        self.scalings = [linear.scaling if isinstance(linear, LoRALinear) else 0.0 for linear in linears]
+
+    def weights(self) -> list[Tensor]:
+        """A_1, B_1, A_2, B_2, ..."""
+        pairs: list[Tensor] = []
+        for linear, base in zip(self.linears, self.bases, strict=True):
+            if isinstance(linear, LoRALinear):
+                pairs += [linear.lora_A, linear.lora_B]
+            else:
+                pairs += [torch.empty(0, base.in_features), torch.empty(base.out_features, 0)]
+        return pairs
+
+
+class _Adapted(torch.autograd.Function):
+    """Frozen linears of one input with their adapters. With the A_i one above another as A, and s_i the scalings:
+
+        u = d(x) A^T,   y_i = x W_i^T + s_i u_i B_i^T
+        g_i = dL/dy_i,  du_i = s_i g_i B_i,  dB_i = s_i g_i^T u_i,  dA = du^T d(x),  dx = sum_i g_i W_i + d(du A)
+
+    d is the dropout of the adapters' input: multiplication by a mask of 0 and 1 / (1 - p), one for the group.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs, a, b = _parted(group, tensors)
+        x = group.prepare(*inputs)
+        rows = x.flatten(0, -2)  # (n, in)
+        mask = _dropout_mask(rows, group.dropout)
+        u = _masked(rows, mask) @ torch.cat(a).to(x.dtype).T  # (n, sum of ranks)
+        outputs = []
+        for base, scaling, u_i, b_i in zip(group.bases, group.scalings, _by_rank(u, a), b, strict=True):
+            y = product(base, rows)  # (n, out)
+            y.addmm_(u_i, b_i.to(y.dtype).T, alpha=scaling)
+            outputs.append(y.unflatten(0, x.shape[:-1]))
+        ctx.group = group
+        ctx.save_for_backward(u, mask, *tensors)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        group: Group = ctx.group
+        u, mask, *tensors = ctx.saved_tensors
+        inputs, a, b = _parted(group, tensors)
+        g = [gradient.flatten(0, -2) for gradient in gradients]  # (n, out) each
+        du = torch.cat([s * (g_i @ b_i.to(g_i.dtype)) for g_i, b_i, s in zip(g, b, group.scalings, strict=True)], 1)
+        db = [s * (g_i.T @ u_i) for g_i, u_i, s in zip(g, _by_rank(u, a), group.scalings, strict=True)]
+        inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+        with torch.enable_grad():
+            x = group.prepare(*inputs)
+        da = (du.T @ _masked(x.detach().flatten(0, -2), mask)).split([len(a_i) for a_i in a])
+        if x.requires_grad:
+            dx = _masked(du @ torch.cat(a).to(du.dtype), mask)
+            for base, g_i in zip(group.bases, g, strict=True):
+                dx += gradient(base, g_i)
+            x.backward(dx.view_as(x))  # on to the inputs, and to parameters of `prepare` if they are trained
+        d_weights = [d.to(a[0].dtype) for pair in zip(da, db, strict=True) for d in pair]
+        return (None, *(tensor.grad for tensor in inputs), *d_weights)
+
+
+def _parted(group: Group, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The inputs, the A_i and the B_i."""
+    weights = list(tensors[group.inputs :])
+    return list(tensors[: group.inputs]), weights[::2], weights[1::2]
+
+
+def _by_rank(u: Tensor, a: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return u.split([len(a_i) for a_i in a], dim=1)
+
+
+def _dropout_mask(rows: Tensor, p: float) -> Tensor | None:
+    return F.dropout(torch.ones_like(rows), p) if p else None
+
+
+def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
+    return rows if mask is None else rows * mask
 
 
 def inject_lora(

@@ -8,22 +8,31 @@ it does not know: a setting that is silently ignored is a model that is silently
 Module names equal the names of the tensors in Hugging Face files, so loading is a look-up and an adapter saved here
 has the keys that other tools expect.
 
+What makes training fast and small is in two small functions here, `project` (linears of one input share their work, and
+the input is computed again in backward instead of being kept) and `run_block` (a block's activations may be computed
+again, or wait on the CPU), and in nanoft/attention.py.
+
 Notation in comments: b batch, q and k positions that ask and answer, h query heads, g key/value heads, d head size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from nanoft import UserError
+from nanoft.attention import Documents, attend, attention_mask, backend, rotate
 
+Keep = Literal["all", "input", "offloaded"]  # what of a block waits for backward: its activations, or its input only
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
@@ -229,7 +238,7 @@ class KVCache:
     """Keys and values of the positions seen so far, one pair a layer, in buffers of their final size."""
 
     def __init__(self, config: DecoderConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.positions = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
@@ -244,36 +253,26 @@ class KVCache:
         return self.positions[:, : self.length], self.segments[:, : self.length]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (b, g, q, d) to a layer; return all of its keys and values, (b, g, k, d)."""
-        start = self.length - keys.shape[2]
-        self.keys[layer][:, :, start : self.length] = keys
-        self.values[layer][:, :, start : self.length] = values
-        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+        """Append (b, q, g, d) to a layer; return all of its keys and values, (b, k, g, d)."""
+        start = self.length - keys.shape[1]
+        self.keys[layer][:, start : self.length] = keys
+        self.values[layer][:, start : self.length] = values
+        return self.keys[layer][:, : self.length], self.values[layer][:, : self.length]
 
 
 @dataclass
 class Attention:
     """What the layers of one forward pass share: the rotation of each position and who may see whom."""
 
-    cos: Tensor  # (b or 1, 1, q, d)
-    sin: Tensor  # (b or 1, 1, q, d)
-    masks: dict[int | None, Tensor | None]  # by window: (b, 1, q, k), True: may attend; None: plain causal
+    cos: Tensor  # (b or 1, q, 1, d / 2)
+    sin: Tensor  # (b or 1, q, 1, d / 2)
+    documents: Documents | None  # of a packed batch
+    masks: dict[int | None, Tensor]  # by window, where positions alone do not say it: (b, 1, q, k), True: may attend
     cache: KVCache | None
 
 
-def attention_mask(
-    positions: Tensor, segments: Tensor, key_positions: Tensor, key_segments: Tensor, window: int | None
-) -> Tensor:
-    """Who may see whom, (b, 1, q, k): the same document, not the future, not further back than the window."""
-    past = positions[:, :, None] - key_positions[:, None, :]  # (b, q, k): how far back the key lies
-    seen = (past >= 0) & (segments[:, :, None] == key_segments[:, None, :])
-    if window is not None:
-        seen &= past < window
-    return seen[:, None]
-
-
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4), in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4), in float32 inside; one kernel on CUDA."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -281,14 +280,24 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) by its position's angle; x is (b, heads, q, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def project(linears: Sequence[nn.Module], prepare: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """Every linear's output for the same x = prepare(*inputs): a norm, or what stands between two linears.
+
+    Linears with adapters do it together: `_Adapted` in nanoft/lora.py.
+    """
+    for linear in linears:
+        if together := getattr(linear, "project", None):
+            return together(linears, prepare, *inputs)
+    x = prepare(*inputs)
+    return [linear(x) for linear in linears]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020)."""
+    return F.silu(gate) * up
 
 
 class SelfAttention(nn.Module):
@@ -305,21 +314,18 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x: Tensor, attention: Attention) -> Tensor:
-        batch, length, _ = x.shape
-        q, k, v = (
-            projection(x).view(batch, length, -1, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def forward(self, x: Tensor, norm: RMSNorm, attention: Attention) -> Tensor:
+        """Attention over norm(x), (b, q, hidden)."""
+        parts = project((self.q_proj, self.k_proj, self.v_proj), norm, x)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # (b, q, heads, d)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, q, d)
         q, k = rotate(q, attention.cos, attention.sin), rotate(k, attention.cos, attention.sin)
         if attention.cache is not None:
             k, v = attention.cache.extend(self.layer, k, v)
-        mask = attention.masks[self.window]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm's float32 weight has widened them
+        y = attend(q, k, v, self.window, attention.documents, attention.masks.get(self.window))
+        return self.o_proj(y.flatten(2))
 
 
 class MLP(nn.Module):
@@ -331,12 +337,14 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """The MLP of norm(x), (b, q, hidden)."""
+        gate, up = project((self.gate_proj, self.up_proj), norm, x)
+        return project((self.down_proj,), swiglu, gate, up)[0]
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the norms go along, because they are computed twice."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
@@ -346,8 +354,45 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, attention: Attention) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(x, self.input_layernorm, attention)
+        return x + self.mlp(x, self.post_attention_layernorm)
+
+
+def embedding_noise(x: Tensor, alpha: float) -> Tensor:
+    """Uniform in +-alpha / sqrt(seq * hidden), (b, q, hidden) (NEFTune, Jain et al. 2023, algorithm 1)."""
+    bound = alpha / math.sqrt(x.shape[1] * x.shape[2])
+    return torch.empty_like(x).uniform_(-bound, bound)
+
+
+def keep_by_policy(policy: str, every: int, layers: int) -> list[Keep]:
+    """What each block keeps under none, every_k, full or offload."""
+    again: Keep = "offloaded" if policy == "offload" else "input"
+    step = {"auto": layers + 1, "none": layers + 1, "every_k": every, "full": 1, "offload": 1}[policy]
+    return [again if (layer + 1) % step == 0 else "all" for layer in range(layers)]
+
+
+def compile_blocks(model: Decoder) -> None:
+    """Fuse what stands between the matrix products, block by block; elementwise results are computed again in backward.
+
+    With the whole budget the compiler keeps them: 145 KiB a token and layer of Mistral-7B instead of 93.
+    """
+    torch._functorch.config.activation_memory_budget = 0.8
+    for block in model.model.layers:
+        block.compile()
+
+
+def run_block(block: nn.Module, x: Tensor, attention: Attention, keep: Keep) -> Tensor:
+    """A block whose activations are kept for backward, or computed again there from x (Chen et al. 2016).
+
+    `offloaded` lets x itself wait on the CPU, too: then no memory of the device grows with the number of layers.
+    """
+    if keep == "all" or not torch.is_grad_enabled():
+        return block(x, attention)
+    if not x.requires_grad:  # the first block's, when the embedding is frozen
+        x = x.detach().requires_grad_()
+    waiting = save_on_cpu(pin_memory=x.is_cuda) if keep == "offloaded" else contextlib.nullcontext()
+    with waiting:
+        return checkpoint(block, x, attention, use_reentrant=True)
 
 
 class Trunk(nn.Module):
@@ -368,6 +413,8 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.keep: list[Keep] = ["all"] * config.num_layers  # of each block's activations
+        self.neftune_alpha = 0.0
 
     @property
     def head(self) -> Tensor:
@@ -378,6 +425,7 @@ class Decoder(nn.Module):
         self,
         ids: Tensor,
         positions: Tensor | None = None,
+        documents: Documents | None = None,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
@@ -386,42 +434,54 @@ class Decoder(nn.Module):
         Args:
             ids: token ids, (batch, seq).
             positions: of each token in its document, (batch, seq); None: 0, 1, 2, ...
-            segments: which document each token belongs to, (batch, seq); 0 is padding. None: one document a row,
-                padded on the right if at all (no token sees what comes after it, so such padding needs no mask).
+            documents: of a packed batch, which do not see each other. None: one document a row, padded on the right
+                if at all (no token sees what comes after it, so such padding needs no mask).
+            segments: the same, token by token, where there is a cache: which document each belongs to, (batch, seq).
             cache: earlier positions, extended in place.
         """
         x = self.model.embed_tokens(ids)
-        attention = self._attention(ids, x, positions, segments, cache)
-        for block in self.model.layers:
-            x = block(x, attention)
+        if self.training and self.neftune_alpha:
+            x = x + embedding_noise(x, self.neftune_alpha)
+        attention = self._attention(ids, x, positions, documents, segments, cache)
+        for block, keep in zip(self.model.layers, self.keep, strict=True):
+            x = run_block(block, x, attention, keep)
         return self.model.norm(x)
+
+    def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
+        """What computes attention over rows of so many tokens here, of each kind of layer that the model has."""
+        c = self.config
+        q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=self.head.device)
+        windows = dict.fromkeys(None if w is None or w >= length else w for w in c.windows)
+        return "; ".join(dict.fromkeys(backend(q, window, packed) for window in windows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""
         return F.linear(hidden, self.head).float()
 
     def _attention(
-        self, ids: Tensor, x: Tensor, positions: Tensor | None, segments: Tensor | None, cache: KVCache | None
+        self,
+        ids: Tensor,
+        x: Tensor,
+        positions: Tensor | None,
+        documents: Documents | None,
+        segments: Tensor | None,
+        cache: KVCache | None,
     ) -> Attention:
-        length = ids.shape[1]
-        windows = set(self.config.windows)
-        plain = segments is None and cache is None and all(w is None or w >= length for w in windows)
         if positions is None:
-            positions = torch.arange(length, device=ids.device)[None]
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
         cos, sin = self._rotation(positions, x.dtype)
-        if plain:
-            return Attention(cos, sin, dict.fromkeys(windows), None)
+        if segments is None and cache is None:
+            return Attention(cos, sin, documents, {}, None)
         positions = positions.expand(ids.shape)
         segments = torch.ones_like(ids) if segments is None else segments
         keys = (positions, segments) if cache is None else cache.reserve(positions, segments)
-        masks: dict[int | None, Tensor | None] = {w: attention_mask(positions, segments, *keys, w) for w in windows}
-        return Attention(cos, sin, masks, cache)
+        masks = {window: attention_mask(positions, segments, *keys, window) for window in set(self.config.windows)}
+        return Attention(cos, sin, None, masks, cache)
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of position * frequency, (b, 1, q, d); angles in float32 whatever the model's dtype."""
+        """cos and sin of position * frequency, (b, q, 1, d / 2); angles in float32 whatever the model's dtype."""
         frequency, factor = self.config.rope.angles(self.config.head_dim)
-        angles = positions[:, None, :, None].float() * frequency.to(positions.device)  # (b, 1, q, d/2)
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = positions[:, :, None, None].float() * frequency.to(positions.device)
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 

@@ -166,27 +166,24 @@ def check_head(model: Decoder, chat: ChatTokenizer, samples: Samples) -> Check:
     )
 
 
-def rehearse(model: Decoder, batch: Batch, autocast: Autocast, smoothing: float, fresh: bool) -> tuple[Check, float]:
+def rehearse(model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, float]:
     """Forward and backward over the longest micro-batch, and the seconds that it takes; nothing is changed.
 
-    Args:
-        fresh: the optimizer has no state yet: then as much memory as AdamW's two moments need is taken, too.
+    The optimizer's state is laid out already, so its memory is counted, whatever kind it is.
     """
     batch, seconds = batch.to(model.head.device), []
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    moments = [torch.zeros_like(parameter) for parameter in trained * 2 * fresh]
     with torch.random.fork_rng():
         for _ in range(2):  # the first one warms up, and leaves its gradients
             started = time.perf_counter()
             with autocast():
-                hidden = model(batch.ids, batch.positions, batch.segments)
-                nll = target_nll(hidden, model.head, batch.rows, batch.targets, smoothing)
+                hidden = model(batch.ids, batch.positions, batch.documents)
+                nll = target_nll(hidden, model.head, batch.rows, batch.targets)
             nll.backward()
             nll.item()  # waits for the device
             seconds.append(time.perf_counter() - started)
     for parameter in trained:
         parameter.grad = None
-    del moments
     return Check("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit"), min(seconds)
 
 
@@ -198,8 +195,8 @@ def rehearse_evaluation(model: Decoder, samples: Samples, size: int, pad_id: int
     return Check("eval", True, f"{len(longest)} rows of up to {longest.lengths.max()} tokens fit")
 
 
-def rehearse_save(directory: Path, weights: dict[str, Tensor], keep: int) -> Check:
-    """Write what a checkpoint will hold and take it away again; then room for those that will lie there at once.
+def rehearse_save(directory: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int) -> Check:
+    """Write the weights of a checkpoint and take them away again; then room for those that will lie there at once.
 
     Raises:
         UserError: the directory cannot be written.
@@ -212,8 +209,7 @@ def rehearse_save(directory: Path, weights: dict[str, Tensor], keep: int) -> Che
         raise UserError(f"output.dir: {directory}: cannot be written: {error.strerror}") from None
     finally:
         aside.unlink(missing_ok=True)
-    moments = 8 * sum(tensor.numel() for tensor in weights.values())  # AdamW's two, in float32
-    return check_disk(directory, size + moments, keep)
+    return check_disk(directory, size + sum(tensor.nbytes for tensor in moments.values()), keep)
 
 
 def check_disk(directory: Path, size: int, keep: int) -> Check:

@@ -40,7 +40,8 @@ def records_of(window: list[Batch]) -> list[int]:
 
 
 def describe(batch: Batch) -> list[Any]:
-    tensors = (batch.ids, batch.positions, batch.segments, batch.rows, batch.targets)
+    bounds = None if batch.documents is None else batch.documents.bounds
+    tensors = (batch.ids, batch.positions, bounds, batch.rows, batch.targets)
     return [None if tensor is None else tensor.tolist() for tensor in tensors] + [batch.tokens, batch.records]
 
 
@@ -83,19 +84,21 @@ def test_collate_against_brute_force(grouping: list[int]) -> None:
     assert batch.target_tokens == len(found) == sum(int(sample.is_target[1:].sum()) for sample in samples)
     assert batch.tokens == sum(len(sample.ids) for sample in samples)
     assert batch.records == list(range(8))
-    assert (batch.segments is None) == (batch.positions is None) == (grouping == [1] * 8)
+    assert (batch.documents is None) == (batch.positions is None) == (grouping == [1] * 8)
     assert (batch.ids.dtype, batch.rows.dtype, batch.targets.dtype) == (torch.int64,) * 3
 
 
-def test_packed_rows_number_their_documents() -> None:
+def test_packed_rows_say_where_their_documents_lie() -> None:
     a, b, c = make([3, 2, 4])
     batch = collate([[a, b], [c]], PAD)
     assert batch.positions is not None
-    assert batch.segments is not None
+    assert batch.documents is not None
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
-    assert batch.segments.tolist() == [[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]]
+    assert batch.documents.lengths == (3, 2, 4, 1)  # the last one is padding
+    assert batch.documents.bounds.tolist() == [0, 3, 5, 9, 10]
+    assert batch.documents.bounds.dtype == torch.int32
     single = collate([[a], [b]], PAD)
-    assert (single.positions, single.segments) == (None, None)
+    assert (single.positions, single.documents) == (None, None)
 
 
 def test_first_token_of_a_document_is_never_predicted() -> None:
@@ -266,7 +269,7 @@ def test_packed_and_unpacked_epochs_have_the_same_targets() -> None:
     def epoch(pack_length: int | None) -> tuple[int, int, Counter[int]]:
         run = Batches(samples, 2, 2, 0, PAD, pack_length)
         batches = [batch for n in range(run.windows_in_epoch()) for batch in run.window(n)]
-        assert (pack_length is None) == all(batch.segments is None for batch in batches)
+        assert (pack_length is None) == all(batch.documents is None for batch in batches)
         targets = Counter(int(token) for batch in batches for token in batch.targets)
         return sum(b.tokens for b in batches), sum(b.target_tokens for b in batches), targets
 
@@ -281,7 +284,7 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(tmp_path: 
         """Logits of all tokens in the order of the samples, and the gradient of the summed loss."""
         model = load_model(tmp_path, torch.device("cpu"), torch.float32)
         batch = collate(rows, PAD)
-        hidden = model(batch.ids, batch.positions, batch.segments)
+        hidden = model(batch.ids, batch.positions, batch.documents)
         target_nll(hidden, model.head, batch.rows, batch.targets).backward()
         lengths = [sum(len(sample.ids) for sample in row) for row in rows]
         logits = [row[:length] for row, length in zip(model.logits(hidden), lengths, strict=True)]
@@ -295,7 +298,7 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(tmp_path: 
         assert packed_gradients.keys() == gradients.keys()
         assert max(float((packed_gradients[n] - gradients[n]).abs().max()) for n in gradients) < 1e-5 * largest
     model, batch = load_model(tmp_path, torch.device("cpu"), torch.float32), collate([samples], PAD)
-    seen = model.logits(model(batch.ids, None, None))[0]  # the test of the test: documents that see each other
+    seen = model.logits(model(batch.ids))[0]  # the test of the test: documents that see each other
     assert (seen - logits).abs().max() > 1e-2
 
 

@@ -166,6 +166,7 @@ def test_a_text_is_read_as_the_type_of_its_field(key: str, text: str, value: Any
     [
         ({"training.method": "full", "quantization.bits": 4}, "quantization.bits: 4 freezes the base"),
         ({"model.random_init": True}, "model.random_init: an adapter on random weights"),
+        ({"training.method": "full", "training.lora_plus_ratio": 4.0}, "training.lora_plus_ratio: there is no B"),
         ({"lora.target_modules": ()}, "lora.target_modules: empty"),
         ({"data.train_file": "a.jsonl", "data.validation_file": "a.jsonl"}, "data.validation_file: the same file"),
     ],
@@ -343,6 +344,10 @@ def test_a_run_name_depends_on_what_changes_the_result_only() -> None:
         ("training.learning_rate", 1e-3, "training.learning_rate: 0.0002 -> 0.001"),
         ("system.seed", 1, "system.seed: 0 -> 1"),
         ("lora.target_modules", ("q_proj",), "lora.target_modules"),
+        ("training.optimizer", "sgd", "training.optimizer: adamw -> sgd"),
+        ("training.momentum", 0.5, "training.momentum: 0.9 -> 0.5"),
+        ("training.lora_plus_ratio", 16.0, "training.lora_plus_ratio: 1.0 -> 16.0"),
+        ("training.lr_power", 2.0, "training.lr_power: 1.0 -> 2.0"),
         ("training.max_steps", 9, None),
         ("training.num_epochs", 9, None),
         ("quantization.dequantize", "cached", None),
@@ -403,4 +408,5 @@ def test_a_setting_that_has_no_effect_is_not_warned_about() -> None:
     ratio_is_beaten = TrainingConfig(warmup_ratio=0.9, warmup_steps=0)
     from_scratch = TrainingConfig(method="full", learning_rate=2e-3)
     assert questionable(Config(training=ratio_is_beaten)) == []
+    assert questionable(Config(training=TrainingConfig(optimizer="sgd", learning_rate=0.5))) == []
     assert questionable(Config(training=from_scratch, model=ModelConfig(random_init=True))) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoft.config import SECTION_TYPES, Config, load_file
+from nanoft.config import SECTION_NAMES, SECTION_TYPES, Config, load_file
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -42,7 +42,7 @@ def bindings(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
 
 
 def fields_read(source: str) -> set[str]:
-    """`section.field` for every `<...>.section.field`, and every `s.field` where `s = <...>.section`."""
+    """`section.field` for every `<...>.section.field`, and `s.field` if `s = <...>.section` or `s: SectionConfig`."""
     tree = ast.parse(source)
     dataclass_bodies = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Config")]
     definitions = {id(node) for body in dataclass_bodies for node in ast.walk(body) if body.name != "Config"}
@@ -50,6 +50,11 @@ def fields_read(source: str) -> set[str]:
         (name, value.attr)
         for name, value in bindings(tree)
         if isinstance(value, ast.Attribute) and value.attr in SECTION_TYPES
+    }
+    aliases |= {
+        (node.arg, SECTION_NAMES[node.annotation.id])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arg) and isinstance(node.annotation, ast.Name) and node.annotation.id in SECTION_NAMES
     }
     found = set()
     for node in ast.walk(tree):
@@ -68,11 +73,13 @@ class LoRAConfig:
     x = a.lora.alpha
 t, seed = config.training, config.system.seed
 print(t.max_steps, other.rank, f"{config.lora.rank}", "config.lora.dropout")
+def f(d: DataConfig, rank: int): return d.packing, rank.columns
 """
     assert fields_read(source) & {f"{s}.{f.name}" for s, c in SECTION_TYPES.items() for f in dataclasses.fields(c)} == {
         "training.max_steps",
         "system.seed",
         "lora.rank",
+        "data.packing",
     }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
-import http.server
 import io
 import json
 import re
@@ -20,6 +18,7 @@ from typing import Any
 import huggingface_hub.constants
 import pyarrow
 import pytest
+from hub import Hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -124,52 +123,6 @@ def test_files_that_are_not_there(tree: Path, spec: str) -> None:
 # ---- The Hub
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of huggingface.co as its client asks for: the list of a dataset's files, and the files."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_HEAD(self) -> None:
-        self.answer(False)
-
-    def do_GET(self) -> None:
-        self.answer(True)
-
-    def answer(self, with_body: bool) -> None:
-        path = self.path.partition("?")[0]
-        self.asked.append(path)
-        listing = path.startswith("/api/datasets/some/data/")
-        name = "" if listing else path.partition("/resolve/")[2].partition("/")[2]
-        if listing and "/tree/" in path:
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": etag(n)} for n, c in self.files.items()]
-            body = json.dumps(tree).encode()
-        elif listing:
-            siblings = [{"rfilename": n} for n in self.files]
-            body = json.dumps({"id": "some/data", "sha": self.commit, "siblings": siblings}).encode()
-        elif path.startswith("/datasets/some/data/resolve/") and name in self.files:
-            body = self.files[name]
-        else:
-            return self.send_error(404, "no such dataset")
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/json" if listing else "application/octet-stream")
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("ETag", f'"{etag(name)}"')
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-        return None
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def etag(name: str) -> str:
-    return hashlib.sha1(name.encode()).hexdigest()
-
-
 HUB_FILES = [
     "main/train.jsonl",
     "main/test.jsonl",
@@ -184,9 +137,11 @@ HUB_SURPLUS = ["README.md", "data.py", "dataset_infos.json", "main/some_config.j
 
 
 @pytest.fixture
-def hub(serve_hub: Callable[[Any], None]) -> type[Hub]:
-    files = {name: name.encode() for name in HUB_FILES + HUB_SURPLUS}
-    handler = type("ThisHub", (Hub,), {"files": files, "asked": []})
+def hub(tmp_path: Path, serve_hub: Callable[[Any], None]) -> type[Hub]:
+    for name in HUB_FILES + HUB_SURPLUS:
+        (tmp_path / "remote" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "remote" / name).write_text(name)
+    handler = type("ThisHub", (Hub,), {"repository": "datasets/some/data", "files": tmp_path / "remote", "asked": []})
     serve_hub(handler)
     return handler
 
@@ -244,7 +199,9 @@ def test_what_the_cache_holds_besides_the_data_is_not_read(hub: type[Hub]) -> No
 NOT_ON_THE_HUB = {
     "no/such": "hf://datasets/no/such: not to be had from the Hub: ",
     "some/data/nothing": "hf://datasets/some/data/nothing: a directory without data files",
-    "some/data@../..": "hf://datasets/some/data@../..: not to be had from the Hub: ",
+    "some/data@../..": "hf://datasets/some/data@../..: .. leads out of the dataset",
+    "some/data/a/../..": "hf://datasets/some/data/a/../..: .. leads out of the dataset",
+    "some/data@refs/pr/..": "hf://datasets/some/data@refs/pr/..: .. leads out of the dataset",
 }
 
 

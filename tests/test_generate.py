@@ -95,7 +95,7 @@ class Scripted(torch.nn.Module):
         self.config = type("Shape", (), {"num_kv_heads": 1, "head_dim": 2, "num_layers": 1})()
         self.head = torch.zeros(vocab, 2)
 
-    def forward(self, ids: torch.Tensor, *_: Any) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         self.turn += 1
         return torch.zeros(*ids.shape, 2)
 

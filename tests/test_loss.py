@@ -18,14 +18,16 @@ TARGETS = torch.tensor([4, 0, 10, 4, 2, 7, 1])
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1024])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_sum_and_both_gradients_equal_cross_entropy(
-    chunk: int, smoothing: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("z", [0.0, 0.01])
+def test_sum_and_both_gradients_equal_cross_entropy_on_all_logits(
+    chunk: int, smoothing: float, z: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(loss, "chunk_rows", lambda vocab, device: chunk)
     hidden, head = HIDDEN.clone().requires_grad_(), HEAD.clone().requires_grad_()
-    ours = target_nll(hidden, head, ROWS, TARGETS, smoothing)
+    ours = target_nll(hidden, head, ROWS, TARGETS, smoothing, z)
     logits = hidden.flatten(0, 1)[ROWS] @ head.T
     theirs = F.cross_entropy(logits, TARGETS, reduction="sum", label_smoothing=smoothing)
+    theirs = theirs + z * logits.logsumexp(-1).square().sum()
     assert torch.allclose(ours, theirs, rtol=1e-6)
     scaled = zip(
         torch.autograd.grad(ours / 3, [hidden, head]), torch.autograd.grad(theirs / 3, [hidden, head]), strict=True
@@ -66,3 +68,22 @@ def test_frozen_head_gets_no_gradient_and_memory_for_none() -> None:
     outside = [i for i in range(18) if i not in ROWS.tolist()]
     assert hidden.grad is not None
     assert not hidden.grad.flatten(0, 1)[outside].any()  # rows that are no targets learn nothing
+
+
+def test_gradients_are_those_of_finite_differences_in_float64() -> None:
+    hidden, head = HIDDEN.double().requires_grad_(), HEAD.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: target_nll(h, w, ROWS, TARGETS, 0.1, 0.01), (hidden, head))
+
+
+def test_a_target_whose_probability_is_no_float32_any_more_has_a_finite_loss() -> None:
+    hidden, head = torch.tensor([[[1.0]]]).requires_grad_(), torch.tensor([[300.0], [0.0], [-200.0]])
+    total = target_nll(hidden, head, torch.tensor([0]), torch.tensor([2]))  # exp(-500) is 0 in float32
+    total.backward()
+    assert total.item() == 500.0
+    assert hidden.grad is not None
+    assert hidden.grad.item() == 500.0
+
+
+@pytest.mark.parametrize(("vocab", "device", "rows"), [(32768, "cpu", 128), (32768, "cuda", 1024), (10**6, "cpu", 16)])
+def test_chunks_hold_so_many_bytes_and_never_too_few_rows(vocab: int, device: str, rows: int) -> None:
+    assert loss.chunk_rows(vocab, torch.device(device)) == rows

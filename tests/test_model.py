@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from models import CASES, make_reference
 from nanoft import UserError
-from nanoft.model import Decoder, DecoderConfig, KVCache
+from nanoft.attention import Documents
+from nanoft.config import ALL_LINEAR
+from nanoft.lora import inject_lora
+from nanoft.model import Decoder, DecoderConfig, KVCache, compile_blocks, embedding_noise, keep_by_policy
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
+COMPILE = torch.nn.Module.compile
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,15 +53,82 @@ def greedy(model: Decoder, ids: torch.Tensor, count: int, use_cache: bool) -> to
 
 
 def test_packed_documents_equal_the_same_documents_alone(tmp_path: Path) -> None:
-    make_reference("mistral-window", tmp_path)
+    make_reference("mistral-window", tmp_path)  # the second one is longer than the window
     model = load_model(tmp_path, CPU, torch.float32)
-    first, second = torch.randint(0, 199, (1, 20)), torch.randint(0, 199, (1, 30))
-    positions = torch.cat((torch.arange(20), torch.arange(30)))[None]
-    segments = torch.cat((torch.full((20,), 1), torch.full((30,), 2)))[None]
+    first, second = torch.randint(0, 199, (1, 10)), torch.randint(0, 199, (1, 30))
+    positions = torch.cat((torch.arange(10), torch.arange(30)))[None]
+    segments = torch.cat((torch.full((10,), 1), torch.full((30,), 2)))[None]
+    documents = Documents((10, 30), torch.tensor([0, 10, 40], dtype=torch.int32))
     with torch.no_grad():
-        packed = model(torch.cat((first, second), dim=1), positions, segments)
-        assert (packed[:, :20] - model(first)).abs().max() < 1e-5
-        assert (packed[:, 20:] - model(second)).abs().max() < 1e-5
+        for told in ({"documents": documents}, {"segments": segments}):
+            packed = model(torch.cat((first, second), dim=1), positions, **told)
+            assert (packed[:, :10] - model(first)).abs().max() < 1e-5
+            assert (packed[:, 10:] - model(second)).abs().max() < 1e-5
+
+
+def test_policies_say_which_blocks_are_computed_again() -> None:
+    assert keep_by_policy("none", 2, 3) == ["all"] * 3
+    assert keep_by_policy("every_k", 2, 5) == ["all", "input", "all", "input", "all"]
+    assert keep_by_policy("full", 2, 2) == ["input"] * 2
+    assert keep_by_policy("offload", 2, 2) == ["offloaded"] * 2
+
+
+def test_neftune_noise_is_uniform_in_alpha_over_the_root_of_its_size_and_only_there_in_training(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    noise = embedding_noise(torch.zeros(2, 50, 100), 5.0)
+    bound = 5 / (50 * 100) ** 0.5
+    assert 0.99 * bound < noise.abs().max() <= bound
+    assert abs(noise.std() / bound - 3**-0.5) < 0.02  # of a uniform distribution
+    make_reference("llama", tmp_path)
+    model, ids = load_model(tmp_path, CPU, torch.float32), torch.arange(10)[None]
+    plain = model.eval()(ids)
+    model.neftune_alpha = 5.0
+    assert torch.equal(model(ids), plain)
+    assert not torch.equal(model.train()(ids), plain)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_blocks_have_the_gradients_of_eager_ones(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_reference("qwen3", tmp_path)
+    lengths = (12, 8, 20)
+    documents = Documents(lengths, torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0).int())
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 20)
+    ids = torch.randint(0, 199, (2, 20), generator=torch.Generator().manual_seed(1))
+
+    def gradients(compiled: bool, keep: Any) -> dict[str, torch.Tensor]:
+        model = load_model(tmp_path, CPU, torch.float32)
+        model.keep = ["all", keep, keep]
+        if compiled:
+            monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(COMPILE, backend=backend))
+            compile_blocks(model)
+        model(ids, positions, documents).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(False, "all")
+    for keep in ("all", "input"):
+        found = gradients(True, keep)
+        assert all(torch.allclose(found[n], expected[n], rtol=1e-4, atol=1e-4) for n in expected)
+
+
+@pytest.mark.parametrize("keep", ["input", "offloaded"])
+def test_activations_computed_again_give_the_same_gradients(keep: Any, tmp_path: Path) -> None:
+    make_reference("qwen3", tmp_path)
+    ids = torch.randint(0, 199, (2, 20), generator=torch.Generator().manual_seed(1))
+
+    def gradients(kept: list[Any], frozen: bool) -> dict[str, torch.Tensor]:
+        model = load_model(tmp_path, CPU, torch.float32)
+        model.model.embed_tokens.requires_grad_(not frozen)
+        model.keep = kept
+        model(ids).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    for frozen in (False, True):
+        plain, again = gradients(["all"] * 3, frozen), gradients(["all", keep, keep], frozen)
+        assert plain.keys() == again.keys() == gradients([keep] * 3, frozen).keys()
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 @pytest.mark.parametrize("case", ["llama3-rope", "qwen2-window", "mistral-window"])
@@ -91,3 +164,26 @@ def test_what_changes_the_maths_and_is_unknown_is_refused(change: dict[str, obje
     assert DecoderConfig.from_hf(base).windows == (4096,)  # Mistral's default when the key is absent
     with pytest.raises(UserError, match=message):
         DecoderConfig.from_hf(base | change)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("quantization", [None, ("nf4", True)])
+def test_compiled_blocks_on_cuda_have_the_gradients_of_eager_ones(quantization: Any, tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    ids = torch.randint(0, 199, (2, 64), generator=torch.Generator().manual_seed(1)).cuda()
+
+    def gradients(compiled: bool) -> list[torch.Tensor]:
+        model = load_model(tmp_path, torch.device("cuda"), torch.bfloat16, quantization)
+        adapters = inject_lora(model, ALL_LINEAR, 8, 16, 0.0, seed=1)
+        for number, adapter in enumerate(adapters.values()):
+            generator = torch.Generator("cuda").manual_seed(number)
+            torch.nn.init.normal_(adapter.lora_B, std=0.05, generator=generator)
+        if compiled:
+            compile_blocks(model)
+        model(ids).float().square().mean().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for own, other in zip(gradients(True), gradients(False), strict=True):
+        assert (own - other).norm() < 0.03 * other.norm()

@@ -45,6 +45,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def weight(rows: int = 96, columns: int = 128, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
 
@@ -372,29 +377,28 @@ def test_a_weight_that_does_not_fill_blocks_is_refused() -> None:
 # --- unpacking once
 
 
-def small_model(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
-    first, second = (
-        Linear4bit(weight(), torch.arange(96.0), "nf4", True, dtype),
-        Linear8bit(weight(64, 96), None, dtype),
-    )
-    return nn.Sequential(first, nn.SiLU(), nn.Sequential(second), nn.Linear(64, 4, dtype=dtype))
+def small_model() -> nn.Sequential:
+    first = Linear4bit(weight(), None, "nf4", True, torch.bfloat16)
+    second = Linear8bit(weight(64, 96), torch.arange(64.0), torch.bfloat16)
+    return nn.Sequential(first, nn.SiLU(), nn.Sequential(second), nn.Linear(64, 4, dtype=torch.bfloat16))
 
 
 @torch.no_grad()
-def test_cached_weights_are_frozen_linears_with_the_same_product() -> None:
+def test_cached_weights_are_frozen_linears_with_the_same_products() -> None:
     model, x = small_model(), torch.randn(5, 128).bfloat16()
-    before, packed, head = model(x), product(model[0], x), model[3]
+    hidden, head, bias = model[:2](x), model[3], model[2][0].bias
+    products = [product(model[0], x), product(model[2][0], hidden), gradient(model[0], hidden)]
     assert cache_weights(model, "auto") == cache_weights(model, "per_use") == "per_use"  # on a CPU
     assert isinstance(model[0], Linear4bit)
     assert cache_weights(model, "cached") == "cached"
-    assert [type(module) for module in (model[0], model[2][0])] == [nn.Linear, nn.Linear]
-    assert torch.allclose(model(x), before, rtol=0.02)  # a bias is added before the rounding now
-    assert torch.equal(product(model[0], x), packed)
+    first, second = model[0], model[2][0]
+    assert type(first) is type(second) is nn.Linear
+    found = [product(first, x), product(second, hidden), gradient(first, hidden)]
+    assert all(torch.equal(own, other) for own, other in zip(found, products, strict=True))
+    assert (first.bias, second.bias) == (None, bias)
     assert model[3] is head
-    assert all(
-        not p.requires_grad and p.dtype == torch.bfloat16 for p in (*model[0].parameters(), *model[2].parameters())
-    )
-    assert packed_bytes(model[0]) == 2 * 96 * 128
+    assert all(not p.requires_grad and p.dtype == torch.bfloat16 for p in (first.weight, second.weight, bias))
+    assert packed_bytes(first) == 2 * 96 * 128
     assert cache_weights(model, "cached") == "per_use"  # nothing is packed any more
 
 

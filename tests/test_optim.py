@@ -1,24 +1,32 @@
-"""The optimizer against AdamW spelled out, the schedule against transformers', and a saved state against none."""
+"""Each optimizer against its formula and its library, the schedule against transformers, a saved state against none."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from bitsandbytes import optim as bnb
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
 )
 
 from nanoft import UserError
+from nanoft.checkpoint import write_tensors
+from nanoft.config import TrainingConfig
 from nanoft.optim import (
     build_optimizer,
+    check_optimizer,
     learning_rate_at,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -65,7 +73,15 @@ def test_min_ratio_equals_transformers() -> None:
     assert ours == pytest.approx(theirs[1:], rel=1e-12)
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear"])
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("min_ratio", [0.0, 0.1])
+def test_polynomial_equals_transformers(power: float, min_ratio: float) -> None:
+    theirs = their_rates(get_polynomial_decay_schedule_with_warmup, 5, 30, lr_end=min_ratio, power=power)
+    ours = [learning_rate_at(step, 29, 1.0, 4, "polynomial", min_ratio, power) for step in range(29)]
+    assert ours == pytest.approx(theirs[1:], rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "polynomial"])
 def test_the_ends(shape: str) -> None:
     def rate(step: int) -> float:
         return learning_rate_at(step, 100, 2.0, 10, shape, 0.25)
@@ -94,13 +110,25 @@ def test_warmup_is_steps_or_a_share_of_them() -> None:
     assert warmup_length(0, 0.5, 1000) == 0
 
 
-# --- AdamW
+# --- updates
+
+SHAPES = {"matrix": (3, 4), "vector": (5,), "large": (70, 60), "q.lora_A": (2, 6), "q.lora_B": (6, 2)}
+EMBEDDING = {"model.embed_tokens.weight": (50, 100)}
+COMMON: dict[str, Any] = {"learning_rate": 9.9, "beta2": 0.98, "epsilon": 1e-6, "weight_decay": 0.1}
+ON_CPU: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adamw_8bit": {"optimizer": "adamw_8bit"},
+    "sgd": {"optimizer": "sgd"},
+    "sgd-plain": {"optimizer": "sgd", "momentum": 0.0},
+    "lora-plus": {"lora_plus_ratio": 16.0},
+    "lora-plus-8bit": {"optimizer": "adamw_8bit", "lora_plus_ratio": 16.0},
+}
 
 
-def toy() -> Named:
+def toy(device: str = "cpu") -> Named:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"matrix": (3, 4), "vector": (5,), "other": (2, 2)}
-    return [(name, nn.Parameter(torch.randn(shape, generator=generator))) for name, shape in shapes.items()]
+    shapes = {**SHAPES, **EMBEDDING}
+    return [(n, nn.Parameter(torch.randn(shape, generator=generator).to(device))) for n, shape in shapes.items()]
 
 
 def gradient(name: str, shape: torch.Size, step: int) -> Tensor:
@@ -111,33 +139,130 @@ def gradient(name: str, shape: torch.Size, step: int) -> Tensor:
 def take_steps(named: Named, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         for name, parameter in named:
-            parameter.grad = gradient(name, parameter.shape, step)
+            parameter.grad = gradient(name, parameter.shape, step).to(parameter.device)
         set_learning_rate(optimizer, 0.01 * (step + 1))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def test_adamw_equals_its_paper_number_by_number() -> None:
-    beta1, beta2, epsilon, decay, steps = 0.9, 0.98, 1e-6, 0.1, 6
+def fresh(named: Named, **changes: Any) -> torch.optim.Optimizer:
+    return build_optimizer(named, TrainingConfig(**COMMON, **changes))
+
+
+def adamw(w: Tensor, gradients: list[Tensor], rates: list[float], decay: float) -> Tensor:
+    """Loshchilov & Hutter 2019, algorithm 2, in float64."""
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for t, (g, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g * g
+        w = w - rate * decay * w - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.98**t)).sqrt() + 1e-6)
+    return w
+
+
+def sgd(w: Tensor, gradients: list[Tensor], rates: list[float], decay: float, momentum: float) -> Tensor:
+    """Heavy ball: what is subtracted at step t is rate_t * sum over s <= t of momentum^(t - s) (g_s + decay w_s)."""
+    seen: list[Tensor] = []
+    for g, rate in zip(gradients, rates, strict=True):
+        seen.append(g + decay * w)
+        w = w - rate * sum(momentum ** (len(seen) - 1 - s) * past for s, past in enumerate(seen))
+    return w
+
+
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "adamw": adamw,
+    "lora-plus": adamw,
+    "sgd": lambda *values: sgd(*values, 0.9),
+    "sgd-plain": lambda *values: sgd(*values, 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_an_update_equals_its_formula(kind: str) -> None:
     named = toy()
-    start = [(name, p.detach().double().flatten().tolist(), p.shape) for name, p in named]
-    take_steps(named, build_optimizer(named, 9.9, (beta1, beta2), epsilon, decay), range(steps))
-    for (name, values, shape), (_, parameter) in zip(start, named, strict=True):
-        gradients = [gradient(name, shape, step).double().flatten().tolist() for step in range(steps)]
-        for i, w in enumerate(values):
-            m = v = 0.0
-            for t in range(1, steps + 1):  # Loshchilov & Hutter 2019, algorithm 2
-                g, rate = gradients[t - 1][i], 0.01 * t
-                m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-                w -= rate * decay * w if len(shape) > 1 else 0.0  # no decay on vectors
-                w -= rate * (m / (1 - beta1**t)) / (math.sqrt(v / (1 - beta2**t)) + epsilon)
-            assert parameter.flatten()[i].item() == pytest.approx(w, abs=1e-6)
+    start = {name: p.detach().double() for name, p in named}
+    take_steps(named, fresh(named, **ON_CPU[kind]), range(6))
+    for name, parameter in named:
+        gradients = [gradient(name, parameter.shape, step).double() for step in range(6)]
+        ratio = 16.0 if kind == "lora-plus" and name == "q.lora_B" else 1.0
+        rates = [0.01 * step * ratio for step in range(1, 7)]
+        expected = FORMULAS[kind](start[name], gradients, rates, 0.1 if parameter.dim() > 1 else 0.0)
+        assert torch.allclose(parameter.double(), expected, rtol=0, atol=1e-5), name
+        assert not torch.allclose(start[name], expected, rtol=0, atol=1e-2)
+
+
+def library(kind: str, named: Named) -> list[torch.optim.Optimizer]:
+    """The same, set up by hand: one optimizer for each sort of parameter, rates as the schedule's share."""
+    by_name = dict(named)
+    adam: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6}
+
+    def group(*names: str, decay: float = 0.1, scale: float = 1.0) -> list[dict[str, Any]]:
+        return [{"params": [by_name[name] for name in names], "weight_decay": decay, "scale": scale}]
+
+    rest = group("matrix", "large", "q.lora_A") + group("vector", decay=0.0)
+    rest += group("q.lora_B", scale=16.0 if kind.startswith("lora-plus") else 1.0)
+    embedding = group("model.embed_tokens.weight")
+    if kind.endswith("8bit"):
+        return [bnb.AdamW8bit(rest, **adam), bnb.AdamW32bit(embedding, **adam)]
+    if kind.startswith("sgd"):
+        return [torch.optim.SGD(rest + embedding, momentum=0.9 if kind == "sgd" else 0.0, fused=True)]
+    return [torch.optim.AdamW(rest + embedding, **adam, fused=True)]
+
+
+@pytest.mark.parametrize("kind", ON_CPU)
+def test_updates_and_state_equal_the_library_bit_for_bit(kind: str) -> None:
+    ours, theirs = toy(), toy()
+    optimizer = fresh(ours, **ON_CPU[kind])
+    take_steps(ours, optimizer, range(6))
+    for reference in library(kind, theirs):
+        members = {id(p) for group in reference.param_groups for p in group["params"]}
+        take_steps([(name, p) for name, p in theirs if id(p) in members], reference, range(6))
+        for (name, a), (_, b) in zip(ours, theirs, strict=True):
+            if id(b) not in members:
+                continue
+            assert torch.equal(a, b), name
+            held, expected = optimizer.state[a], reference.state.get(b, {})
+            assert held.keys() == expected.keys()
+            assert all(type(held[key]) is type(expected[key]) for key in held)
+            pairs = [(torch.as_tensor(held[key]), torch.as_tensor(expected[key])) for key in held]
+            assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)
+
+
+def test_eight_bits_are_near_adamw_and_small_tensors_and_embeddings_are_it() -> None:
+    plain, eight = toy(), toy()
+    take_steps(plain, fresh(plain), range(6))
+    optimizer = fresh(eight, optimizer="adamw_8bit")
+    take_steps(eight, optimizer, range(6))
+    for (name, a), (_, b), (_, start) in zip(plain, eight, toy(), strict=True):
+        error = ((a - b).norm() / (a - start).norm()).item()
+        assert 1e-4 < error < 0.05 if name == "large" else error < 1e-5, name
+    taken = {name: sum(t.nbytes for t in optimizer_tensors(optimizer, [(name, p)]).values()) for name, p in eight}
+    assert taken["large"] == 2 * (4200 + 4 * 17 + 4 * 256) + 8  # codes, a scale for each 256, the code book; the step
+    assert taken["model.embed_tokens.weight"] == 8 * 5000 + 8
+
+
+def test_lora_plus_equals_peft() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), LoraConfig(r=2, target_modules=["0"]))
+    theirs = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    ours = [(name.removesuffix(".default.weight"), nn.Parameter(p.detach().clone())) for name, p in theirs]
+    assert [name.rpartition(".")[2] for name, _ in ours] == ["lora_A", "lora_B"]
+    settings: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6, "fused": True}
+    reference = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=0.02, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1, **settings
+    )
+    optimizer = fresh(ours, lora_plus_ratio=8.0)
+    set_learning_rate(optimizer, 0.02)
+    for step in range(4):
+        for (_, a), (name, b) in zip(ours, theirs, strict=True):
+            a.grad, b.grad = gradient(name, a.shape, step), gradient(name, b.shape, step)
+        optimizer.step()
+        reference.step()
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
 
 
 def test_decay_without_a_gradient_shrinks_matrices_only() -> None:
     named = toy()
     before = {name: p.detach().clone() for name, p in named}
-    optimizer = build_optimizer(named, 0.5, (0.9, 0.999), 1e-8, 0.1)
+    optimizer = fresh(named)
+    set_learning_rate(optimizer, 0.5)
     for _, parameter in named:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -149,52 +274,83 @@ def test_decay_without_a_gradient_shrinks_matrices_only() -> None:
 @pytest.mark.parametrize("kept", [["matrix"], ["vector"]])
 def test_one_kind_of_parameter_is_enough(kept: list[str]) -> None:
     named = [(name, p) for name, p in toy() if name in kept]
-    optimizer = build_optimizer(named, 0.1, (0.9, 0.999), 1e-8, 0.1)
+    optimizer = fresh(named)
     assert [p for group in optimizer.param_groups for p in group["params"]] == [p for _, p in named]
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "message"),
+    [
+        ("adamw_paged", "cpu", "adamw_paged runs on cuda, and this is cpu: set training.optimizer=adamw"),
+        ("adamw_8bit_paged", "cpu", "runs on cuda, and this is cpu: set training.optimizer=adamw_8bit"),
+        ("adamw_8bit_paged", "mps", "runs on cuda, and this is mps: set training.optimizer=adamw"),
+        ("adamw_8bit", "mps", "runs on cuda or cpu, and this is mps: set training.optimizer=adamw"),
+    ],
+)
+def test_a_device_without_the_kernels_is_refused(kind: str, device: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^training.optimizer: .*{message}$"):
+        check_optimizer(kind, torch.device(device))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu", "mps"])
+def test_what_runs_everywhere_is_refused_nowhere(device: str) -> None:
+    for kind in ("adamw", "sgd"):
+        check_optimizer(kind, torch.device(device))
+    check_optimizer("adamw_8bit_paged", torch.device("cuda"))
 
 
 # --- state
 
 
-def fresh(named: Named) -> torch.optim.Optimizer:
-    return build_optimizer(named, 0.01, (0.9, 0.98), 1e-8, 0.1)
+def interrupted_equals_whole(device: str, **changes: Any) -> None:
+    whole = toy(device)
+    take_steps(whole, fresh(whole, **changes), range(6))
 
-
-def test_three_steps_and_three_more_are_six_bit_for_bit() -> None:
-    whole = toy()
-    take_steps(whole, fresh(whole), range(6))
-
-    first = toy()
-    optimizer = fresh(first)
+    first = toy(device)
+    optimizer = fresh(first, **changes)
     take_steps(first, optimizer, range(3))
     saved = save(optimizer_tensors(optimizer, first))
     second = [(name, nn.Parameter(p.detach().clone())) for name, p in reversed(first)]  # names count, not places
-    optimizer = fresh(second)
+    optimizer = fresh(second, **changes)
     load_optimizer_tensors(optimizer, second, load(saved))
     take_steps(second, optimizer, range(3, 6))
 
     for (name, a), (other, b) in zip(whole, reversed(second), strict=True):
         assert name == other
-        assert torch.equal(a, b)
+        assert torch.equal(a, b), name
     without = [(name, nn.Parameter(p.detach().clone())) for name, p in first]
-    take_steps(without, fresh(without), range(3, 6))
-    assert not torch.equal(without[0][1], whole[0][1])  # the state matters
+    take_steps(without, fresh(without, **changes), range(3, 6))
+    assert not torch.equal(without[0][1], whole[0][1]) or not load(saved)  # the state matters, if there is any
 
 
-def trained() -> tuple[Named, torch.optim.Optimizer, dict[str, Tensor]]:
+@pytest.mark.parametrize("kind", ON_CPU)
+def test_three_steps_and_three_more_are_six_bit_for_bit(kind: str) -> None:
+    interrupted_equals_whole("cpu", **ON_CPU[kind])
+
+
+def trained(**changes: Any) -> tuple[Named, torch.optim.Optimizer, dict[str, Tensor]]:
     named = toy()
-    optimizer = fresh(named)
+    optimizer = fresh(named, **changes)
     take_steps(named, optimizer, range(2))
     return named, optimizer, optimizer_tensors(optimizer, named)
 
 
 def test_state_is_named_by_parameter() -> None:
-    _, _, tensors = trained()
+    named, optimizer, tensors = trained()
     kinds = ("exp_avg", "exp_avg_sq", "step")
-    assert set(tensors) == {f"{name}.{kind}" for name in ("matrix", "vector", "other") for kind in kinds}
+    assert set(tensors) == {f"{name}.{kind}" for name, _ in named for kind in kinds}
     assert tensors["vector.exp_avg"].shape == (5,)
     assert tensors["vector.step"].item() == 2
-    assert optimizer_tensors(fresh(toy()), toy()) == {}  # before the first step there is none
+    assert tensors["vector.exp_avg"].data_ptr() == optimizer.state[named[1][1]]["exp_avg"].data_ptr()  # not copied
+
+
+@pytest.mark.parametrize("kind", ON_CPU)
+def test_before_the_first_step_the_state_is_there_and_empty(kind: str) -> None:
+    named = toy()
+    before = optimizer_tensors(fresh(named, **ON_CPU[kind]), named)
+    _, _, after = trained(**ON_CPU[kind])
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    assert not any(tensor.any() for name, tensor in before.items() if "qmap" not in name)
 
 
 def test_loaded_state_is_a_copy() -> None:
@@ -207,12 +363,66 @@ def test_loaded_state_is_a_copy() -> None:
     assert not torch.equal(optimizer_tensors(optimizer, named)["matrix.exp_avg"], before)
 
 
-@pytest.mark.parametrize("name", ["matrix.exp_avg", "vector.exp_avg_sq", "other.step"])
-def test_state_that_does_not_fit_is_refused_by_name(name: str) -> None:
-    named, optimizer, tensors = trained()
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("adamw", "matrix.exp_avg"),
+        ("adamw", "vector.exp_avg_sq"),
+        ("adamw", "q.lora_B.step"),
+        ("adamw_8bit", "large.absmax2"),
+        ("adamw_8bit", "large.step"),
+        ("adamw_8bit", "vector.state1"),
+        ("sgd", "large.momentum_buffer"),
+    ],
+)
+def test_state_that_does_not_fit_is_refused_by_name(kind: str, name: str) -> None:
+    named, optimizer, tensors = trained(**ON_CPU[kind])
     missing = {key: tensor for key, tensor in tensors.items() if key != name}
-    for bad in (missing, {**tensors, name: torch.zeros(7)}):
+    for bad in (missing, {**tensors, name: torch.zeros(7)}, {**tensors, name: tensors[name].to(torch.float64)}):
         with pytest.raises(UserError, match=f"optimizer.safetensors: {name} is missing or does not fit"):
             load_optimizer_tensors(optimizer, named, bad)
     with pytest.raises(UserError, match=r"stranger\.step belongs to no trained parameter"):
-        load_optimizer_tensors(optimizer, named, {**tensors, "stranger.step": tensors["matrix.step"]})
+        load_optimizer_tensors(optimizer, named, {**tensors, "stranger.step": tensors[name]})
+
+
+def test_one_kind_of_state_is_not_taken_for_another() -> None:
+    _, _, tensors = trained()
+    for kind in ("adamw_8bit", "sgd", "sgd-plain"):
+        named, optimizer, _ = trained(**ON_CPU[kind])
+        with pytest.raises(UserError, match="start a new run"):
+            load_optimizer_tensors(optimizer, named, tensors)
+
+
+def test_a_state_of_nothing_makes_a_file(tmp_path: Path) -> None:
+    named, optimizer, tensors = trained(**ON_CPU["sgd-plain"])
+    assert tensors == {}
+    write_tensors(tmp_path / "optimizer.safetensors", tensors)
+    load_optimizer_tensors(optimizer, named, load_file(tmp_path / "optimizer.safetensors"))
+
+
+# --- kinds that need a GPU
+
+PAGED = {"adamw_paged": bnb.AdamW32bit, "adamw_8bit_paged": bnb.AdamW8bit}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", PAGED)
+def test_paged_equals_unpaged_bit_for_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "large", (400, 300))  # pages begin at 100,000 values
+    ours, theirs = toy("cuda")[:-1], toy("cuda")[:-1]
+    optimizer = fresh(ours, optimizer=kind)
+    assert optimizer.state[ours[2][1]]["state1"].is_paged
+    groups = [{"params": [p], "weight_decay": 0.1 if p.dim() > 1 else 0.0, "scale": 1.0} for _, p in theirs]
+    reference = PAGED[kind](groups, betas=(0.9, 0.98), eps=1e-6)
+    take_steps(ours, optimizer, range(6))
+    take_steps(theirs, reference, range(6))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", [*ON_CPU, *PAGED])
+def test_on_a_gpu_three_steps_and_three_more_are_six(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "large", (400, 300))
+    interrupted_equals_whole("cuda", **ON_CPU.get(kind, {"optimizer": kind}))

@@ -17,7 +17,7 @@ from nanoft.batches import Batches
 from nanoft.chat import ChatTokenizer
 from nanoft.config import DataConfig
 from nanoft.corpus import Corpus, open_corpus
-from nanoft.preflight import Check, check_data, check_disk, check_head, judge, preview, show_window
+from nanoft.preflight import Check, check_data, check_disk, check_head, judge, preview, rehearse_save, show_window
 from nanoft.weights import load_model
 
 
@@ -108,6 +108,14 @@ def test_room_on_the_disk(tmp_path: Path) -> None:
     assert "5000000.00 GB more for 5 checkpoints" in check.found
     (tmp_path / "checkpoint").write_bytes(bytes(4_000_000))
     assert "0.00 GB more for 5 checkpoints" in check_disk(tmp_path, 800_000, 3).found
+
+
+def test_a_rehearsed_save_counts_the_weights_and_the_state_of_the_optimizer(tmp_path: Path) -> None:
+    weights = {"w": torch.zeros(1_000_000)}  # 4 MB
+    moments = {"w.state1": torch.zeros(1_000_000, dtype=torch.uint8), "w.absmax1": torch.zeros(500_000)}  # 3 MB
+    assert "0.02 GB more for 4 checkpoints" in rehearse_save(tmp_path, weights, {}, 2).found
+    assert "0.03 GB more for 4 checkpoints" in rehearse_save(tmp_path, weights, moments, 2).found
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_fails_stops_unless_it_is_forced() -> None:

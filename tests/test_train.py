@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from nanoft import batches, runtime
+from nanoft import batches, model, runtime
 from nanoft.config import Config, load_config
+from nanoft.lora import LoRALinear
 from nanoft.metrics import Run
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,7 @@ def gradients(
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         job = train.prepare(config, run, *train.load_data(config, run, datetime.now()))
         job.model.to(dtype)
+        job.optimizer.state.clear()  # laid out for float32; AdamW makes it again
         generator = torch.Generator().manual_seed(1)
         for name, parameter in job.trained:
             if "lora_B" in name:  # at zero, A would have no gradient
@@ -138,6 +140,14 @@ VARIANTS = {
     "qlora": {"quantization__bits": 4},
     "packed": {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1},
     "full": {"training__method": "full", "training__learning_rate": 1e-4},
+    "full-8bit": {"training__method": "full", "training__learning_rate": 1e-4, "training__optimizer": "adamw_8bit"},
+    "sgd": {
+        "training__optimizer": "sgd",
+        "training__learning_rate": 0.5,
+        "training__lora_plus_ratio": 4,
+        "training__lr_scheduler": "polynomial",
+        "training__lr_power": 2,
+    },
     "full-bf16": {"training__method": "full", "training__learning_rate": 1e-4, "model__dtype": "bfloat16"},
 }
 
@@ -622,6 +632,7 @@ SETTINGS = {
     "no such model": ({"model__name": "./nowhere"}, ["model.name", "./nowhere"]),
     "nothing fits": ({"model__max_seq_length": 8}, ["model.max_seq_length=8"]),
     "no gpu": ({"system__device": "mps"}, ["system.device", "mps"]),
+    "paged": ({"training__optimizer": "adamw_paged", "system__device": "cpu"}, ["training.optimizer", "adamw_paged"]),
     "full on 4 bits": ({"training__method": "full", "quantization__bits": 4}, ["quantization.bits"]),
 }
 
@@ -674,3 +685,69 @@ def test_the_directory_of_another_run_is_refused_and_kept(tmp_path: Path, capsys
 
 def test_a_config_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     refused(["configs/nowhere.py"], ["configs/nowhere.py", "no such config file"], capsys)
+
+
+@pytest.mark.parametrize("steps", [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_fast_step_has_the_loss_curve_of_the_plain_one(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded demo, packed; then with every trick replaced by the formula: linears one by one, the rotation as it
+    is written, a mask over all pairs, all logits at once."""
+
+    def curve(name: str) -> list[float]:
+        changes = {"data__packing": True, "model__max_seq_length": 256, "data__max_samples": "none"}
+        changes |= {"training__max_steps": steps, "training__eval_steps": 0, "evaluation__prompts": 0}
+        assert train.main(quick(tmp_path / name, **changes)) == 0
+        return [loss for _, loss in losses(tmp_path / name)]
+
+    fast = curve("fast")
+    patch_plain(monkeypatch)
+    plain = curve("plain")
+    assert len(fast) == len(plain) == steps
+    assert plain[-1] < 0.9 * plain[0]
+    if steps == 8:
+        assert max(abs(a - b) / b for a, b in zip(fast, plain, strict=True)) < 1e-4
+    assert abs(fast[-1] - plain[-1]) < 0.01 * plain[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("bits", [16, 4])
+def test_on_cuda_bfloat16_has_the_loss_curve_of_float32(bits: int, tmp_path: Path) -> None:
+    def curve(dtype: str) -> list[float]:
+        changes = {"model__dtype": dtype, "system__device": "cuda", "data__packing": True, "quantization__bits": bits}
+        changes |= {"training__max_steps": 60, "training__eval_steps": 0, "data__max_samples": "none"}
+        assert train.main(quick(tmp_path / dtype, **changes)) == 0
+        return [loss for _, loss in losses(tmp_path / dtype)]
+
+    rounded, exact = curve("bfloat16"), curve("float32")
+    assert exact[-1] < 0.5 * exact[0]
+    assert abs(sum(rounded[-10:]) / sum(exact[-10:]) - 1) < 0.05
+
+
+def patch_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def project(linears: Any, prepare: Any, *inputs: Any) -> Any:
+        return [linear.plain(prepare(*inputs)) for linear in linears]
+
+    def rotate(x: Any, cos: Any, sin: Any) -> Any:
+        first, second = x.chunk(2, dim=-1)
+        return x * torch.cat((cos, cos), -1) + torch.cat((-second, first), -1) * torch.cat((sin, sin), -1)
+
+    def attend(q: Any, k: Any, v: Any, window: Any, documents: Any, mask: Any) -> Any:
+        if mask is None:
+            lengths = documents.lengths if documents else (q.shape[1],) * len(q)
+            numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(q.shape[:2])
+            mask = (numbers[:, None, :, None] == numbers[:, None, None, :]) & torch.ones(
+                q.shape[1], q.shape[1]
+            ).tril().bool()
+        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+    def target_nll(hidden: Any, head: Any, rows: Any, targets: Any, *_: Any) -> Any:
+        return torch.nn.functional.cross_entropy(hidden.flatten(0, 1)[rows] @ head.T, targets, reduction="sum")
+
+    monkeypatch.setattr(LoRALinear, "project", staticmethod(project))
+    monkeypatch.setattr(model, "rotate", rotate)
+    monkeypatch.setattr(model, "attend", attend)
+    monkeypatch.setattr(train, "target_nll", target_nll)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
 import shutil
@@ -18,6 +16,7 @@ import bitsandbytes.functional
 import huggingface_hub
 import pytest
 import torch
+from hub import Hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from templates import CONTROL, STYLES, save
@@ -507,56 +506,9 @@ def write_sharded(directory: Path, state: dict[str, torch.Tensor], limit: int) -
 # --- the Hub
 
 
-def etag(name: str) -> str:
-    return hashlib.sha1(name.encode()).hexdigest()
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of huggingface.co as its client asks for: the list of files, and the files."""
-
-    files: Path
-    asked: list[str]
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_HEAD(self) -> None:
-        self.answer(False)
-
-    def do_GET(self) -> None:
-        self.answer(True)
-
-    def answer(self, with_body: bool) -> None:
-        path = self.path.partition("?")[0]
-        self.asked.append(path)
-        if path.startswith("/api/models/some/model"):
-            names = sorted(str(p.relative_to(self.files)) for p in self.files.rglob("*") if p.is_file())
-            listing = {"id": "some/model", "sha": self.commit, "siblings": [{"rfilename": name} for name in names]}
-            if "/tree/" in path:
-                sizes = {name: (self.files / name).stat().st_size for name in names}
-                entries = [{"type": "file", "path": n, "size": s, "oid": etag(n)} for n, s in sizes.items()]
-                return self.send(json.dumps(entries).encode(), with_body)
-            return self.send(json.dumps(listing).encode(), with_body)
-        if path.startswith("/some/model/resolve/"):
-            name = path.split("/", 5)[5]
-            return self.send((self.files / name).read_bytes(), with_body, name)
-        return self.send_error(404, "no such repository")
-
-    def send(self, body: bytes, with_body: bool, name: str = "") -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/octet-stream" if name else "application/json")
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("ETag", f'"{etag(name)}"')
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path: Path, serve_hub: Callable[[Any], None]) -> type[Hub]:
-    handler = type("ThisHub", (Hub,), {"files": tmp_path / "remote", "asked": []})
+    handler = type("ThisHub", (Hub,), {"repository": "models/some/model", "files": tmp_path / "remote", "asked": []})
     serve_hub(handler)
     return handler
 

@@ -1,0 +1,217 @@
+"""What each trick of the step is worth: the whole step, then the step with one of them replaced by the plain way.
+
+    python bench/tricks.py                     the peer's default shape, prompts masked, packed: 12 minutes on 2 cores
+    python bench/tricks.py --shape packed --rounds 1
+
+Every variant runs in a fresh process, in an order that turns every round, on the same weights and tokens; how far its
+loss is from that of the whole step stands beside it. What was expected was written down before the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import step
+
+HERE = Path(__file__).resolve().parent
+
+
+def large_chunks() -> None:
+    """Logits of 1,024 rows at once, whatever the cache."""
+    from nanoft import loss
+
+    loss.chunk_rows = lambda vocab, device: 1024
+
+
+def every_row() -> None:
+    """Logits of all rows, as a framework computes them: rows that are no targets weigh nothing."""
+    import torch
+    import torch.nn.functional as F
+
+    from nanoft import loss
+
+    def target_nll(hidden: Any, head: Any, rows: Any, targets: Any) -> Any:
+        labels = torch.full((hidden.shape[0] * hidden.shape[1],), step.IGNORE)
+        labels[rows] = targets
+        return F.cross_entropy((hidden.flatten(0, 1) @ head.T).float(), labels, reduction="sum")
+
+    loss.target_nll = target_nll
+
+
+def torch_loss() -> None:
+    """torch.nn.functional.linear_cross_entropy over the target rows (PyTorch 2.13)."""
+    import torch.nn.functional as F
+
+    from nanoft import loss
+
+    def target_nll(hidden: Any, head: Any, rows: Any, targets: Any) -> Any:
+        return F.linear_cross_entropy(hidden.flatten(0, 1).index_select(0, rows), head, targets, reduction="sum")
+
+    loss.target_nll = target_nll
+
+
+def plain_adapters() -> None:
+    """Every linear by itself, by the formula: W x + s B A x."""
+    from nanoft.lora import LoRALinear
+
+    def project(linears: Sequence[Any], prepare: Any, *inputs: Any) -> list[Any]:
+        x = prepare(*inputs)
+        return [linear.plain(x) for linear in linears]
+
+    LoRALinear.project = staticmethod(project)
+
+
+def kept_inputs() -> None:
+    """Adapters together, but what norms and silu(gate) * up give is kept for backward."""
+    from nanoft.lora import LoRALinear, identity
+
+    together = LoRALinear.project
+    LoRALinear.project = staticmethod(lambda linears, prepare, *inputs: together(linears, identity, prepare(*inputs)))
+
+
+def plain_rotation() -> None:
+    """x cos + (-x2, x1) sin, as it is written."""
+    import torch
+
+    from nanoft import model
+
+    def rotate(x: Any, cos: Any, sin: Any) -> Any:
+        first, second = x.chunk(2, dim=-1)
+        return x * torch.cat((cos, cos), -1) + torch.cat((-second, first), -1) * torch.cat((sin, sin), -1)
+
+    model.rotate = rotate
+
+
+def kernel_attention() -> None:
+    """PyTorch's kernel, also for bfloat16 on a CPU."""
+    from nanoft import attention
+
+    attention._needs_chunks = lambda q, window: window is not None
+
+
+def masked_attention() -> None:
+    """Packed rows under a mask over all pairs."""
+    import torch
+
+    from nanoft import model
+    from nanoft.attention import _by_kernel
+
+    by_documents = model.attend
+
+    def attend(q: Any, k: Any, v: Any, window: Any, documents: Any, mask: Any) -> Any:
+        if documents is None:
+            return by_documents(q, k, v, window, documents, mask)
+        segments = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths))
+        segments = segments.view(q.shape[:2])
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        return _by_kernel(q, k, v, same & torch.ones_like(same[0, 0]).tril())
+
+    model.attend = attend
+
+
+# The trick, the plain way instead of it, on which shape, and what was expected of taking it away.
+TRICKS: list[tuple[str, Callable[[], None], str, str]] = [
+    ("loss over target rows only", every_row, "masked", "0.7x: the head is 40 % of the products, and 70 % of it idle"),
+    ("logits in chunks that fit the cache", large_chunks, "small", "0.85x: six passes over 128 MB instead of 16 MB"),
+    ("the same, against linear_cross_entropy", torch_loss, "small", "about 1x: it is chunked as well"),
+    ("adapters of one input together", plain_adapters, "small", "0.85x; memory + 100 MB: three passes less a linear"),
+    ("inputs computed again", kept_inputs, "small", "1.03x; memory + 75 MB: 4.75 KiB a token and layer"),
+    ("rotation in two passes", plain_rotation, "small", "0.98x: it touches a tenth of what an MLP does"),
+    ("attention in chunks, bfloat16 on a CPU", kernel_attention, "small", "0.85x: the kernel was 38 % of a step"),
+    ("the same at 4,096 tokens", kernel_attention, "long", "0.7x: attention is half of the step"),
+    ("documents of like length together", masked_attention, "packed", "0.7x: 4 of 5 pairs are never looked at"),
+]
+
+
+def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """One contender: the step with the trick taken away, or with none (an empty name)."""
+    for trick, plain, _, _ in TRICKS:
+        if trick == name:
+            plain()
+    return step.run_nanoft(args)
+
+
+def measure(shape: str, rounds: int, argv: Sequence[str]) -> list[dict[str, Any]]:
+    """Every trick of a shape against the whole step."""
+    tricks = [trick for trick in TRICKS if trick[2] == shape]
+    names = ["", *(name for name, *_ in tricks)]
+    args = step.parse(argv, shape=shape)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as temporary:
+        args.ids = Path(temporary) / "ids.npz" if args.packed else None
+        options = step.flags(args, [*step.EVERY_PEER, *step.OWN_PEER])
+        if args.packed:
+            step.in_process([*step.own_command("pack"), *options], 600)
+        for number in range(rounds):
+            for at in range(len(names)):
+                name = names[(at + number) % len(names)]
+                command = [sys.executable, str(HERE / "tricks.py"), "--contender", name, "--shape", shape, *options]
+                results[name].append(step.in_process(command, 1800))
+                step.say(f"{shape}: round {number + 1}: without {name or 'none'}: {results[name][-1]['tok_s']:,.0f}")
+    rows = []
+    for name, _, _, expected in tricks:
+        pairs = list(zip(results[name], results[""], strict=True))
+        speeds = [without["tok_s"] / whole["tok_s"] for without, whole in pairs]
+        rows.append(
+            {
+                "trick": name,
+                "shape": shape,
+                "expected": expected,
+                "tok_s": statistics.median(r["tok_s"] for r in results[name]),
+                "tok_s_whole": statistics.median(r["tok_s"] for r in results[""]),
+                "speeds": [round(speed, 3) for speed in speeds],
+                "more_mb": statistics.median(a["peak_rss_mb"] - b["peak_rss_mb"] for a, b in pairs),
+                "loss_difference": round(max(abs(a["losses"][-1] - b["losses"][-1]) for a, b in pairs), 6),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    lines = [
+        "# Each trick of the step, taken away",
+        "",
+        f"{settings['machine']}; {settings['versions']}; rounds: {settings['rounds']}. Written by `bench/tricks.py`.",
+        "Speed without the trick, relative to the whole step: median (and range) over the rounds.",
+        "",
+        "| without | shape | expected | measured | more MB | losses differ by |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['trick']} | {r['shape']} | {r['expected']} | {step.ratio(r['speeds'])}x | {r['more_mb']:+,.0f} "
+        f"| {r['loss_difference']:.0e} |"
+        for r in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*step.SHAPES, "all"], default="all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=HERE / "tricks", help="without its suffix")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    args, rest = parser.parse_known_args()
+    if args.contender is not None:
+        print(json.dumps(run(step.parse(rest, shape=args.shape), args.contender)))
+        return 0
+    shapes = list(dict.fromkeys(shape for *_, shape, _ in TRICKS)) if args.shape == "all" else [args.shape]
+    rows = [row for shape in shapes for row in measure(shape, args.rounds, rest)]
+    settings = {"machine": step.machine(), "versions": step.versions(), "rounds": args.rounds}
+    text = table(rows, settings)
+    if args.shape == "all":
+        args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+        args.out.with_suffix(".json").write_text(json.dumps({**settings, "tricks": rows}, indent=2) + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

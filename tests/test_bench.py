@@ -1,0 +1,155 @@
+"""The benchmarks: both sides take the same step, the figures are those of the shape, and failures are rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+TINY = shlex.split("--hidden 64 --layers 2 --heads 4 --kv 2 --ffn 128 --vocab 512 --seq 256 --steps 2 --rounds 1")
+
+
+@pytest.fixture(autouse=True)
+def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield
+    for name in ("step", "growth"):
+        sys.modules.pop(name, None)
+
+
+def run(script: str, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(BENCH / script), *more], capture_output=True, text=True, check=False)
+
+
+def options(**changes: Any) -> argparse.Namespace:
+    import step
+
+    return step.parse([], **changes)
+
+
+def test_nanoft_and_the_peer_take_the_same_step() -> None:
+    """Packed documents beside padded ones, so a wrong mask, position, loss or accumulation would show."""
+    done = run("step.py", *TINY, "--shape", "packed", "--micro", "3", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert list(result)[:5] == ["shape", "nanoft", "peer", "speedup", "memory_ratio"]
+    assert result["losses"]["agree"]
+    assert result["losses"]["largest_difference"] < 1e-5
+    assert result["losses"]["of_grad_norm"] < 1e-4
+    ours, theirs = result["nanoft"], result["peer"]
+    assert result["speedup"] == pytest.approx(ours["tok_s"] / theirs["tok_s"], abs=1e-3)
+    assert result["memory_ratio"] == pytest.approx(ours["peak_rss_mb"] / theirs["peak_rss_mb"], abs=1e-3)
+    assert ours["tok_s_p10"] <= ours["tok_s"] <= ours["tok_s_p90"]
+
+
+def test_another_peer_is_told_what_every_peer_knows_and_its_losses_are_not_compared(tmp_path: Path) -> None:
+    peer = tmp_path / "other.py"
+    peer.write_text("import json, sys; print(json.dumps({'tok_s': 1, 'step_s': 1, 'peak_rss_mb': len(sys.argv) - 1}))")
+    done = run("step.py", *TINY, "--nf4", "--peer", f"{sys.executable} {peer}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["shape"] == "small nf4"
+    assert result["peer"]["peak_rss_mb"] == 2 * 14  # the options of a peer that knows nothing of ours
+    assert not result["losses"]["checked"]
+    assert result["speedup"] == result["nanoft"]["tok_s"]
+
+
+def side(**changes: Any) -> dict[str, Any]:
+    run = {"tok_s": 100.0, "step_s": 1.0, "gflop_s": 50.0, "peak_rss_mb": 10, "speeds": [90.0, 110.0]}
+    return {**run, "losses": [2.0, 1.0], "grad_norms": [3.0, 3.0], **changes}
+
+
+CONTROL = {"gflop_s": 200.0, "gflop_of_step": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "agree"),
+    [
+        ({"losses": [2.0, 1.0015], "grad_norms": [3.0, 3.05]}, True),
+        ({"losses": [2.0, 1.003]}, False),
+        ({"grad_norms": [3.0, 3.1]}, False),
+        ({"losses": [2.0, math.nan]}, False),
+        ({"grad_norms": [math.nan, 3.0]}, False),
+    ],
+)
+def test_no_ratio_where_the_losses_or_the_gradients_disagree(theirs: dict[str, Any], agree: bool) -> None:
+    import step
+
+    results = {"nanoft": [side(tok_s=150.0)], "peer": [side(**theirs)]}
+    summary = step.summary(options(), results, {}, CONTROL, foreign=False)
+    assert summary["losses"]["agree"] is agree
+    assert summary["speedup"] == (1.5 if agree else None)
+    assert summary["memory_ratio"] == (1.0 if agree else None)
+    assert summary["nanoft"]["percent_of_matmul"] == 25.0
+    assert ("DISAGREE" in step.table_row(summary)) is not agree
+
+
+def test_a_failure_is_a_row_with_its_reason() -> None:
+    import step
+
+    with pytest.raises(step.Failed, match=r"^ValueError: no such thing$"):
+        step.in_process([sys.executable, "-c", "raise ValueError('no such thing')"], 60)
+    with pytest.raises(step.Failed, match=r"not done after 0 s"):
+        step.in_process([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
+    with pytest.raises(step.Failed, match="MemoryError"):
+        step.in_process([sys.executable, "-c", "bytearray(1 << 50)"], 60)
+    summary = step.summary(options(), {"nanoft": [side()], "peer": []}, {"peer": "out | of"}, CONTROL, foreign=False)
+    assert summary["peer"] == {"error": "out | of"}
+    assert summary["speedup"] is None
+    assert "failed: out / of" in step.table_row(summary)
+
+
+def test_the_work_of_a_step_is_that_of_the_shape() -> None:
+    """Mistral-7B: 6.979 B weights in linears, 0.134 B in the head, 41.94 M in adapters of rank 16."""
+    import step
+
+    shape = {"hidden": 4096, "layers": 32, "heads": 32, "kv": 8, "ffn": 14336, "vocab": 32768, "r": 16}
+    args, n = options(**shape), 4096
+    ids = np.zeros(n, dtype=np.int64)
+    half_learned = np.where(np.arange(n) < n // 2, step.IGNORE, ids)
+    attention = 3.5 * 4 * 32 * 4096 * (n * (n + 1) / 2)  # of causal pairs: two products forward, five backward
+    linears, adapters, head = 4 * 6.979e9 * n, 6 * 41.94e6 * n, 4 * 0.1342e9
+    whole = step.gflop_of_step(args, [step.Text(ids, ids, 0)])
+    assert whole == pytest.approx((linears + adapters + attention + head * (n - 1)) / 1e9, rel=1e-3)
+    masked = step.gflop_of_step(args, [step.Text(ids, half_learned, 0)])
+    assert whole - masked == pytest.approx(head * (n // 2 - 1) / 1e9, rel=1e-3)
+
+
+def test_curves_are_found_again_and_what_is_no_curve_shows() -> None:
+    import growth
+
+    x = [512.0, 1024.0, 2048.0, 4096.0]
+    found = growth.fit(x, [3 + 0.5 * n + 2e-4 * n * n for n in x], 2)
+    assert found["coefficients"] == pytest.approx([3, 0.5, 2e-4], rel=1e-4)
+    assert found["largest_residual"] == 0
+    assert growth.fit(x, [1.0, 5.0, 1.0, 5.0], 1)["largest_residual"] > 0.5
+    assert growth.fit(x[:3], [1.0, 2.0, 3.0], 2) is None  # a parabola fits any three points
+
+
+def test_growth_writes_its_points_and_curves(tmp_path: Path) -> None:
+    done = run("growth.py", *TINY[:-2], "--quick", "--minutes", "0.05", "--out", str(tmp_path / "growth"))
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "growth.json").read_text())
+    points = [point for sides in written["sweeps"].values() for point in sides["nanoft"]["points"]]
+    assert [point for point in points if "error" in point]  # three seconds are not enough for all of them
+    assert all(("error" in point) != ("tok_s" in point) for point in points)
+    assert (tmp_path / "growth.md").read_text() in done.stdout
+
+
+def test_the_gpu_script_runs(tmp_path: Path) -> None:
+    done = run("gpu.py", "--smoke", "--only", "nanoft masked=0.7 nf4", "--out", str(tmp_path / "gpu"))
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads((tmp_path / "gpu.json").read_text())["cases"]
+    assert case["tok_s"] > 0
+    assert "| nanoft masked=0.7 nf4 |" in (tmp_path / "gpu.md").read_text()
