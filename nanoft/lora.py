@@ -32,9 +32,8 @@ from torch.autograd.function import once_differentiable
 
 from nanoft import UserError
 from nanoft.checkpoint import write_file, write_tensors
-from nanoft.nf4 import Linear4bit, gradient, product
+from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, gradient, product
 
-Frozen = nn.Linear | Linear4bit
 Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 
 NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
@@ -62,9 +61,7 @@ def identity(x: Tensor) -> Tensor:
 class LoRALinear(nn.Module):
     """A frozen linear with a low-rank correction; see the module's formula."""
 
-    def __init__(
-        self, base: nn.Linear | Linear4bit, rank: int, alpha: float, dropout: float, generator: torch.Generator
-    ):
+    def __init__(self, base: Frozen, rank: int, alpha: float, dropout: float, generator: torch.Generator):
         super().__init__()
         device = next(t.device for t in (*base.parameters(), *base.buffers()))
         self.base, self.scaling, self.dropout = base, alpha / rank, dropout
@@ -213,9 +210,9 @@ def inject_lora(
     return adapters
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear | Linear4bit]:
+def _linears(model: nn.Module) -> dict[str, Frozen]:
     """What can have an adapter: every linear of the blocks; not the head."""
-    kinds = (nn.Linear, Linear4bit)
+    kinds = (nn.Linear, Linear4bit, Linear8bit)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name != "lm_head"}
 
 
