@@ -18,7 +18,7 @@ from nanoft import UserError, runtime
 from nanoft.config import load_config
 from nanoft.corpus import open_corpus
 from nanoft.export import EXPORT_DTYPES, copy_adapter, merge, new_directory, prove, write_adapter
-from nanoft.weights import Opened, find_adapter, is_run, open_chat, open_model, stored_dtype
+from nanoft.weights import Opened, find_adapter, is_run, open_chat, open_model, stored_dtype, stored_quantization
 
 PROMPTS = 8
 PLAIN_TEXTS = ["The quick brown fox jumps over the lazy dog.", '{"city": "Oslo", "people": 4}', "1 2 3 4 5 6 7 8 9 10"]
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=list(EXPORT_DTYPES), help="of the merged weights; default: the base's")
     parser.add_argument(
         "--base", default="original", choices=["original", "nf4"],
-        help="merge onto the original weights, or onto the 4-bit weights it was trained against; default: original",
+        help="merge onto the original weights, or onto the quantised ones it was trained against; default: original",
     )  # fmt: skip
     args = parser.parse_args(argv)
     return export(args.source, Path(args.out), args.format, args.dtype, args.base)
@@ -83,6 +83,8 @@ def merge_and_prove(
     """Write the merged model aside, and make sure that it says what base and adapter say; returns what was proven."""
     if onto == "nf4" and opened.quantization is None:
         raise UserError(f"--base nf4: {source} was trained on the original weights: leave --base out")
+    stored = stored_quantization(opened.base_directory)
+    base = opened.quantization[0] if opened.quantization and (onto == "nf4" or stored) else "original"
     dtype = EXPORT_DTYPES[dtype_name] if dtype_name else stored_dtype(opened.base_directory)
     merge(opened, dtype, onto, aside)
     texts = prompts(source, opened)
@@ -97,15 +99,18 @@ def merge_and_prove(
         )
     name = str(dtype).removeprefix("torch.")
     said = (
-        f"{out}: merged onto the {onto} weights in {name}; proven against the adapter:\n"
+        f"{out}: merged onto the {base} weights in {name}; proven against the adapter:\n"
         f"{said}, same most likely token at {proof.same_top_token:.1%} of positions"
     )
     if len(texts) <= len(PLAIN_TEXTS):
         said += "\nnote: proven on a few plain texts only, because the run's own data is not to be had from here"
     if proof.effect < proof.allowed:
         said += f"\nnote: rounding to {name} may drown so weak an adapter; --dtype f32 keeps it"
-    if opened.quantization and onto == "original":
-        said += "\nnote: this adapter was trained on 4-bit weights; --base nf4 merges onto those instead"
+    if stored:
+        said += f"\nnote: the base is stored in {base}: there is no other original of it here"
+    elif opened.quantization and onto == "original":
+        bits = 8 if opened.quantization[0] == "int8" else 4
+        said += f"\nnote: this adapter was trained on {bits}-bit weights; --base nf4 merges onto those instead"
     return said
 
 

@@ -37,7 +37,7 @@ from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
 from nanoft.loss import target_nll
 from nanoft.metrics import Meter, Run, clock
 from nanoft.model import Decoder, compile_blocks, keep_by_policy
-from nanoft.nf4 import Linear4bit
+from nanoft.nf4 import Linear4bit, Linear8bit, cache_weights
 from nanoft.optim import (
     build_optimizer,
     check_optimizer,
@@ -58,7 +58,15 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
-from nanoft.weights import find_model, hash_files, load_model, shard_paths, stored_dtype
+from nanoft.weights import (
+    check_quantization,
+    find_model,
+    hash_files,
+    load_model,
+    quantization_of,
+    shard_paths,
+    stored_dtype,
+)
 
 STOPPED_BY_SIGNAL = 75
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.py"
@@ -313,21 +321,25 @@ def load_base(config: Config, directory: Path, device: torch.device, dtype: torc
     """The base model: as it is, quantised while it streams in, or random."""
     if config.training.method == "full":
         dtype = torch.float32  # AdamW's small updates are lost when they are added to bfloat16
-    q, seed = config.quantization, config.system.seed if config.model.random_init else None
-    return load_model(directory, device, dtype, (q.type, q.double) if q.bits == 4 else None, seed)
+    seed = config.system.seed if config.model.random_init else None
+    model = load_model(directory, device, dtype, quantization_of(config), seed)
+    cache_weights(model, config.quantization.dequantize)
+    return model
 
 
 def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) -> None:
     """Say what will happen before it happens: where, what is trained, how long it will take."""
     c, say = job.config, job.run.say
-    packed = sum(m.in_features * m.out_features for m in job.model.modules() if isinstance(m, Linear4bit))
+    kinds = (Linear4bit, Linear8bit)
+    packed = sum(m.in_features * m.out_features for m in job.model.modules() if isinstance(m, kinds))
     total = sum(p.numel() for p in job.model.parameters()) + packed
     trainable = sum(p.numel() for _, p in job.trained)
     adapter = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}"
     kind = "every parameter" if c.training.method == "full" else adapter
-    base = c.quantization.type.upper() + (", double quantisation" if c.quantization.double else "")
+    book, double = quantization_of(c) or ("", False)
+    base = book.upper() + (", double quantisation" if double else "") + ("" if packed else ", unpacked once")
     say(f"device    {runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
-    say(f"model     {c.model.name}" + (f"; base in {base}" if packed else ""))
+    say(f"model     {c.model.name}" + (f"; base in {base}" if book else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(job.adapters):
         say(f"          {line}")
@@ -441,6 +453,7 @@ def claim(config: Config, run: Run, resume: str) -> datetime:
     Returns the date of the run, which a template may print: that of its first session.
     """
     base = find_model(config.model.name)
+    check_quantization(base, quantization_of(config))
     weights = [] if config.model.random_init else shard_paths(base)
     tokenizer = [base / name for name in ("config.json", "tokenizer.json") if (base / name).is_file()]
     device = runtime.choose_device(config.system.device)

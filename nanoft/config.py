@@ -85,9 +85,10 @@ class LoRAConfig(Section):
 
 @dataclass(frozen=True)
 class QuantizationConfig(Section):
-    bits: Literal[4, 16] = 16  # 4: frozen linears as NF4/FP4 (QLoRA); 16: as they are in model.dtype
+    bits: Literal[4, 8, 16] = 16  # frozen linears in 4 (QLoRA) or 8 bits; 16: as they are in model.dtype
     type: Literal["nf4", "fp4"] = "nf4"  # the 4-bit code book
-    double: bool = True  # quantise the scales of the blocks too: 0.37 bit less per weight
+    double: bool = True  # 4 bits: quantise the scales of the blocks too: 0.37 bit less per weight
+    dequantize: Literal["auto", "per_use", "cached"] = "auto"  # at each use, or once; auto: if a GPU has room, once
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.training.method == "full" and self.quantization.bits != 16:
             raise UserError(
-                "quantization.bits: 4 freezes the base, so training.method=full cannot train it: "
+                f"quantization.bits: {self.quantization.bits} freezes the base, and training.method=full trains it: "
                 "set quantization.bits=16 or training.method=lora"
             )
         if self.model.random_init and self.training.method != "full":
@@ -281,7 +282,7 @@ def check_expressions(lora: LoRAConfig) -> None:
 MAY_CHANGE_ON_RESUME = frozenset(
     {"training.num_epochs", "training.max_steps", "training.log_steps", "training.eval_steps", "training.save_steps"}
     | {"training.keep_checkpoints", "training.early_stopping_patience", "training.early_stopping_threshold"}
-    | {"training.max_bad_steps", "system.device", "output.dir"}
+    | {"training.max_bad_steps", "system.device", "output.dir", "quantization.dequantize"}
 )
 
 SECTION_TYPES: dict[str, type] = typing.get_type_hints(Config)

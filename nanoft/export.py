@@ -28,17 +28,17 @@ from nanoft.checkpoint import Specs, encode, sync_directory, write_file
 from nanoft.config import Config
 from nanoft.lora import LoRALinear, disabled
 from nanoft.model import Decoder
-from nanoft.nf4 import Linear4bit
+from nanoft.nf4 import quantize
 from nanoft.weights import (
     TOKENIZER_FILES,
     Opened,
+    WeightFiles,
     copy_companions,
-    is_spare,
+    is_block_linear,
     load_model,
-    open_safetensors,
-    read_shape,
+    open_weights,
+    quantization_of,
     save_model,
-    shard_paths,
     stored_dtype,
     write_config,
 )
@@ -109,27 +109,30 @@ def merge(opened: Opened, dtype: torch.dtype, onto: Literal["original", "nf4"], 
     Args:
         opened: the adapter on its base; only the adapter and the base's path are used.
         dtype: of the merged weights.
-        onto: the base's original weights, or the 4-bit ones that the adapter was trained against, unpacked.
+        onto: the base's original weights, or the quantised ones that the adapter was trained against, unpacked.
         out: an existing, empty directory.
     """
     quantization = opened.quantization if onto == "nf4" else None
-    shards = _plan_shards(opened.base_directory, dtype)
+    with torch.device("meta"):
+        blank = Decoder(opened.model.config)
+    files = open_weights(opened.base_directory, blank)
+    shards = _plan_shards(files, dtype)
     merged = {f"{name}.weight": adapter.merged for name, adapter in opened.adapters.items()}
     biases = {f"{name}.bias": adapter.bias for name, adapter in opened.adapters.items() if adapter.bias is not None}
+
+    def read(tensor: str) -> Tensor:
+        if tensor in biases:
+            return biases[tensor].detach().to(dtype)
+        weight = _base_weight(files, tensor, quantization, opened.dtype)  # (out, in) float32
+        return (merged[tensor](weight) if tensor in merged else weight).to(dtype)
+
     weight_map = {}
-    for number, (specs, sources) in enumerate(shards, start=1):
+    for number, specs in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-
-        def read(tensor: str, sources: dict[str, Path] = sources) -> Tensor:
-            weight = _base_weight(sources[tensor], tensor, quantization, opened.dtype)  # (out, in) float32
-            if tensor in biases:
-                return biases[tensor].detach().to(dtype)
-            return (merged[tensor](weight) if tensor in merged else weight).to(dtype)
-
         write_file(out / name, encode(specs, read))
         weight_map.update(dict.fromkeys(specs, name))
     if len(shards) > 1:
-        total = sum(dtype.itemsize * torch.Size(shape).numel() for specs, _ in shards for _, shape in specs.values())
+        total = sum(dtype.itemsize * torch.Size(shape).numel() for specs in shards for _, shape in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_file(out / "model.safetensors.index.json", [(json.dumps(index, indent=2) + "\n").encode()])
     write_config(opened.base_directory, out, dtype)
@@ -139,32 +142,27 @@ def merge(opened: Opened, dtype: torch.dtype, onto: Literal["original", "nf4"], 
         shutil.copyfile(template, out / "chat_template.jinja")
 
 
-def _plan_shards(base: Path, dtype: torch.dtype) -> list[tuple[Specs, dict[str, Path]]]:
-    """Which tensors go into which new file, and where each comes from."""
-    config = read_shape(base)
-    shards: list[tuple[Specs, dict[str, Path]]] = [({}, {})]
+def _plan_shards(files: WeightFiles, dtype: torch.dtype) -> list[Specs]:
+    """Which weights go into which new file."""
+    shards: list[Specs] = [{}]
     size = 0
-    for path in shard_paths(base):
-        with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if is_spare(name, config):
-                    continue
-                shape = tuple(file.get_slice(name).get_shape())
-                added = torch.Size(shape).numel() * dtype.itemsize
-                if size and size + added > SHARD_BYTES:
-                    shards.append(({}, {}))
-                    size = 0
-                size += added
-                shards[-1][0][name], shards[-1][1][name] = (dtype, shape), path
+    for name, shape in files.shapes.items():
+        added = torch.Size(shape).numel() * dtype.itemsize
+        if size and size + added > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        size += added
+        shards[-1][name] = (dtype, shape)
     return shards
 
 
-def _base_weight(path: Path, name: str, quantization: tuple[str, bool] | None, compute: torch.dtype) -> Tensor:
-    """One tensor of the base in float32; a block's linear as its 4-bit form gives it back, if asked."""
-    with open_safetensors(path) as file:
-        weight: Tensor = file.get_tensor(name).float()
-    if quantization and name.startswith("model.layers.") and weight.dim() == 2:
-        return Linear4bit(weight, None, *quantization, compute).dequantize().float()
+def _base_weight(files: WeightFiles, name: str, quantization: tuple[str, bool] | None, compute: torch.dtype) -> Tensor:
+    """One weight of the base in float32; a block's linear as its packed form gives it back, if stored so, or asked."""
+    if files.is_packed(name):
+        return files.read_packed(name, compute, torch.device("cpu")).dequantize().float()
+    weight = files.read(name).float()
+    if quantization and not files.stored and is_block_linear(name):
+        return quantize(weight, quantization, compute).dequantize().float()
     return weight
 
 
@@ -232,9 +230,9 @@ def write_adapter(
     dtype: torch.dtype,
 ) -> None:
     """The adapter of a run in PEFT's format, with the tokenizer; see `save_result`."""
-    q = config.quantization
+    form = quantization_of(config)
     note = {
-        "quantization": {"type": q.type, "double": q.double} if q.bits == 4 else None,
+        "quantization": dict(zip(("type", "double"), form, strict=True)) if form else None,
         "dtype": str(dtype).removeprefix("torch."),
         "step": step,
     }

@@ -39,9 +39,8 @@ from torch.autograd.function import once_differentiable
 
 from nanoft import UserError
 from nanoft.config import LoRAConfig
-from nanoft.nf4 import Linear4bit, gradient, product
+from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, gradient, product
 
-Frozen = nn.Linear | Linear4bit
 Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 
 WORDS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
@@ -330,7 +329,7 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, LoRA
 
 def linears_of(model: nn.Module) -> dict[str, Frozen]:
     """What can have an adapter: every linear of the blocks; not the head, whose matrix the loss takes by itself."""
-    kinds = (nn.Linear, Linear4bit)
+    kinds = (nn.Linear, Linear4bit, Linear8bit)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name != "lm_head"}
 
 

@@ -189,9 +189,9 @@ def _refuse_unknown(hf: Mapping[str, Any]) -> None:
             raise UserError(f"config.json: {name}: {hf[name]!r} is not supported: only {wanted!r} is")
     if hf.get("attention_dropout"):
         raise UserError(f"config.json: attention_dropout: {hf['attention_dropout']} is not supported: set it to 0.0")
-    if hf.get("quantization_config"):
+    if (quantized := hf.get("quantization_config")) and quantized.get("quant_method") != "bitsandbytes":
         raise UserError(
-            "config.json: quantization_config: weights quantised by another tool are not supported: "
+            "config.json: quantization_config: weights quantised by another tool than bitsandbytes are not supported: "
             "name the original model and set quantization.bits=4"
         )
     for name, value in hf.items():

@@ -1,28 +1,89 @@
-"""Four-bit frozen linears (QLoRA, Dettmers et al. 2023, section 3).
+"""Frozen linears in 4 or 8 bits.
 
-The weight is cut into blocks of 64 values. Each block is divided by its largest magnitude (absmax) and every value is
-replaced by the nearest of 16 code points: NF4's are quantiles of a normal distribution, FP4's a tiny float. That is 4
-bits a weight plus 32 bits a block for absmax; double quantisation stores the absmax values themselves in 8 bits, which
-brings 4.5 bits a weight down to 4.13.
+Four bits (QLoRA, Dettmers et al. 2023, section 3): the weight is cut into blocks of 64 values. Each block is divided by
+its largest magnitude (absmax) and every value is replaced by the nearest of 16 code points: NF4's are quantiles of a
+normal distribution, FP4's a tiny float. That is 4 bits a weight plus 32 bits a block for absmax; double quantisation
+stores the absmax values themselves in 8 bits, which brings 4.5 bits a weight down to 4.13.
+
+Eight bits (LLM.int8(), Dettmers et al. 2022, section 2): each row is divided by its absmax and rounded to -127 ... 127.
+Only the weight is rounded here, never the activations.
 
 The frozen weight needs no gradient, so backward needs only  dL/dx = dL/dy W,  and W is unpacked again for that instead
-of being kept.
+of being kept. Packing is plain torch on every device, so that a weight has the same codes wherever it was packed.
+Unpacking is bitsandbytes' work on CUDA and the CPU, and a table look-up in plain torch elsewhere: the same bits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
 
-BLOCK = 64  # values that share one scale
+BLOCK = 64  # weights that share one scale
+NESTED = 256  # scales that share a scale of their own (double quantisation)
+# Weights that are packed or unpacked at a time, which bounds the memory it takes: on a CPU what its caches hold,
+# elsewhere more, because every kernel costs its start.
+CHUNK, GPU_CHUNK = 1 << 20, 1 << 23
+CODES = {
+    "nf4": (  # QLoRA, appendix E
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": (  # sign, two bits of exponent, one of mantissa, over the largest: 12
+        0, 1 / 192, 8 / 12, 1, 4 / 12, 6 / 12, 2 / 12, 3 / 12,
+        0, -1 / 192, -8 / 12, -1, -4 / 12, -6 / 12, -2 / 12, -3 / 12,
+    ),
+}  # fmt: skip
 
 
-class Linear4bit(nn.Module):
+class _Packed(nn.Module):
+    """y = x W^T + bias with a frozen W that is stored in parts; what the 4-bit and the 8-bit linear share."""
+
+    NAMES: tuple[str, ...]  # of the parts, in the order that `unpack` takes them
+    bias: nn.Parameter | None
+
+    def __init__(self, parts: list[Tensor], shape: tuple[int, ...], kind: str, bias: Tensor | None, dtype: torch.dtype):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.kind, self.dtype = kind, dtype
+        for name, part in zip(self.NAMES, parts, strict=False):
+            self.register_buffer(name, part, persistent=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
+
+    @classmethod
+    def of_parts(cls, parts: list[Tensor], shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Self:
+        """A linear that is packed already; see `unpack` for the parts."""
+        layer = cls.__new__(cls)
+        _Packed.__init__(layer, parts, shape, kind, None, dtype)
+        return layer
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [part for part in self._buffers.values() if part is not None]
+
+    def dequantize(self) -> Tensor:
+        """The weight that this layer really multiplies by, (out, in)."""
+        return unpack(self.parts, self.kind, (self.out_features, self.in_features), self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _FrozenProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias
+
+
+class Linear4bit(_Packed):
     """y = x W^T + bias with W packed in 4 bits and frozen; drop-in for a frozen nn.Linear."""
+
+    NAMES = ("packed", "absmax", "nested_absmax", "nested_map", "offset")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str, double: bool, dtype: torch.dtype):
         """Quantise `weight`, (out, in), on its device.
@@ -32,63 +93,355 @@ class Linear4bit(nn.Module):
             bias: (out,) or None, kept in `dtype`.
             kind: "nf4" or "fp4".
             double: quantise the blocks' scales to 8 bits as well.
-            dtype: what the weight is unpacked to and the product is computed in.
+            dtype: what the weight is rounded to before it is packed and when it is unpacked.
         """
-        super().__init__()
-        from bitsandbytes.functional import quantize_4bit
-
         if weight.numel() % BLOCK:
             raise UserError(f"quantization.bits: a weight of {tuple(weight.shape)} is no multiple of {BLOCK}: use 16")
-        self.out_features, self.in_features = weight.shape
-        packed, state = quantize_4bit(
-            weight.to(dtype).contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type=kind
-        )
-        self.packed: Tensor
-        self.register_buffer("packed", packed, persistent=False)  # (in * out / 2, 1) uint8
-        self.state = state
-        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
-
-    def dequantize(self) -> Tensor:
-        """The weight that this layer really multiplies by, (out, in)."""
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.packed, self.state)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = _FrozenMatmul.apply(x, self)
-        return y if self.bias is None else y + self.bias
+        packed, absmax = pack_4bit(weight.to(dtype), kind)
+        scales = pack_scales(absmax) if double else [absmax]
+        super().__init__([packed, *scales], weight.shape, kind, bias, dtype)
 
 
-class _FrozenMatmul(torch.autograd.Function):
-    """x W^T that remembers the packed W only: unpacked once for the product, once more for its gradient."""
+class Linear8bit(_Packed):
+    """y = x W^T + bias with W in 8 bits, a scale for each row, and frozen; drop-in for a frozen nn.Linear."""
+
+    NAMES = ("codes", "absmax")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        """Quantise `weight`, (out, in), on its device; `bias` and `dtype` as in Linear4bit."""
+        super().__init__(pack_8bit(weight.to(dtype)), weight.shape, "int8", bias, dtype)
+
+
+Frozen = nn.Linear | Linear4bit | Linear8bit  # a linear whose weight is not trained
+
+
+def quantize(weight: Tensor, quantization: tuple[str, bool], dtype: torch.dtype) -> Linear4bit | Linear8bit:
+    """The linear of `weight`, (out, in), in the form (nf4 | fp4 | int8, double), without a bias."""
+    kind, double = quantization
+    return Linear8bit(weight, None, dtype) if kind == "int8" else Linear4bit(weight, None, kind, double, dtype)
+
+
+# --- products: all that a linear with an adapter needs of its base
+
+
+def product(layer: Frozen, x: Tensor) -> Tensor:
+    """x W^T, (..., in) -> (..., out), in x's number format, without the bias; no part of autograd's graph if packed."""
+    if isinstance(layer, nn.Linear):
+        return x @ layer.weight.to(x.dtype).T
+    shape = (layer.out_features, layer.in_features)
+    return torch.ops.nanoft.frozen_matmul.default(x, layer.parts, layer.kind, shape, layer.dtype, False)
+
+
+def gradient(layer: Frozen, grad: Tensor) -> Tensor:
+    """dL/dx = dL/dy W, (..., out) -> (..., in), in grad's number format."""
+    if isinstance(layer, nn.Linear):
+        return grad @ layer.weight.to(grad.dtype)
+    shape = (layer.out_features, layer.in_features)
+    return torch.ops.nanoft.frozen_matmul.default(grad, layer.parts, layer.kind, shape, layer.dtype, True)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`product` with `gradient` for its backward; nothing is saved but the layer itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Linear4bit | Linear8bit) -> Tensor:
         ctx.layer = layer
-        return x @ layer.dequantize().to(x.dtype).T
+        return product(layer, x)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        grad = grad_outputs[0]
-        return grad @ ctx.layer.dequantize().to(grad.dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return gradient(ctx.layer, grads[0]), None
 
 
-def packed_bytes(layer: Linear4bit) -> int:
+# One operator, which torch.compile does not look into: were unpacking traced, the compiler would be free to keep the
+# unpacked weights from forward to backward, 14 GB of them at 7B. `define` costs 5 us a call, `custom_op` 25.
+torch.library.define(
+    "nanoft::frozen_matmul",
+    "(Tensor x, Tensor[] parts, str kind, int[] shape, ScalarType dtype, bool transposed) -> Tensor",
+)
+
+
+@torch.library.impl("nanoft::frozen_matmul", "default")
+def _frozen_matmul(
+    x: Tensor, parts: list[Tensor], kind: str, shape: list[int], dtype: torch.dtype, transposed: bool
+) -> Tensor:
+    weight = unpack(parts, kind, shape, dtype).to(x.dtype)  # (out, in)
+    return x @ (weight if transposed else weight.T)
+
+
+@torch.library.register_fake("nanoft::frozen_matmul")  # type: ignore[untyped-decorator]
+def _frozen_matmul_shape(
+    x: Tensor, parts: list[Tensor], kind: str, shape: list[int], dtype: torch.dtype, transposed: bool
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[1] if transposed else shape[0]))
+
+
+# --- packing
+
+
+def pack_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Codes, two in a byte, (numel / 2, 1) uint8, and the blocks' scales, (numel / 64,) float32.
+
+    A few chunks of memory are needed besides the result. Equal to bitsandbytes on the CPU, bit for bit.
+    """
+    blocks = weight.detach().reshape(-1, BLOCK)
+    packed = torch.empty((len(blocks), BLOCK // 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(len(blocks), dtype=torch.float32, device=weight.device)
+    first, steps = _steps(kind)
+    for part in _chunks(blocks):
+        block = blocks[part].float()  # (blocks, 64)
+        absmax[part] = scale = block.abs().amax(1)
+        scaled = block * (1 / scale.clamp(min=1e-38))[:, None]  # in [-1, 1]
+        codes = torch.full(scaled.shape, first, dtype=torch.uint8, device=weight.device)
+        for middle, step in steps:  # from the lowest code point up: past the middle, the next one is nearer
+            codes.add_(scaled > middle, alpha=step)
+        packed[part] = codes[:, ::2] * 16 + codes[:, 1::2]
+    return packed.view(-1, 1), absmax
+
+
+@functools.cache
+def _steps(kind: str) -> tuple[int, list[tuple[float, int]]]:
+    """The code of the lowest point, and on the way up each middle and what to add to the code there (modulo 256)."""
+    points, order = torch.tensor(CODES[kind], dtype=torch.float32).sort(stable=True)
+    middles = (points[:-1] + points[1:]) / 2
+    return int(order[0]), list(zip(middles.tolist(), (order.diff() % 256).tolist(), strict=True))
+
+
+def pack_scales(absmax: Tensor) -> list[Tensor]:
+    """Double quantisation: absmax less its mean, in blocks of 256, as 8-bit codes of a dynamic map.
+
+    Worked out on the CPU, whose mean differs in its last bit from other devices'.
+
+    Returns:
+        codes (blocks,) uint8, their blocks' scales (blocks / 256,), the map (256,), the mean ().
+    """
+    device, absmax = absmax.device, absmax.cpu()
+    offset = absmax.mean()
+    values = F.pad(absmax - offset, (0, -len(absmax) % NESTED)).view(-1, NESTED)
+    nested = values.abs().amax(1)
+    scaled = (values * (1 / nested.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    table = _nearest_dynamic()
+    codes = table[((scaled + 1) * 0.5 * (len(table) - 1) + 0.5).int()]  # nearest but for the grid's rounding
+    codes = (codes * (nested > 0)[:, None]).flatten()[: len(absmax)]
+    return [part.to(device) for part in (codes, nested, dynamic_map(), offset)]
+
+
+@functools.cache
+def dynamic_map() -> Tensor:
+    """256 values in [-1, 1] with more digits near one, more range near zero (Dettmers 2015, 8-bit Approximations)."""
+    values = [torch.tensor([0.0, 1.0])]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        means = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [means, -means]
+    return torch.cat(values).sort().values
+
+
+@functools.cache
+def _nearest_dynamic() -> Tensor:
+    """The code of the nearest value of the dynamic map for each of 65,536 points from -1 to 1."""
+    points, values = -1 + 2 * torch.arange(65536) / 65535, dynamic_map()
+    return torch.bucketize(points, (values[:-1] + values[1:]) * 0.5).to(torch.uint8)
+
+
+def pack_8bit(weight: Tensor) -> list[Tensor]:
+    """Codes (out, in) int8 and the rows' absmax (out,) float32: code = round(127 w / absmax)."""
+    absmax = weight.detach().abs().amax(1).float()
+    factor = 127 / absmax.clamp(min=1e-36)  # finite for a row of zeros
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for part in _chunks(codes):
+        codes[part] = torch.round(weight.detach()[part] * factor[part, None])
+    return [codes, absmax]
+
+
+def _chunks(rows: Tensor) -> Iterator[slice]:
+    """Slices of the rows of a matrix, each of about a chunk of values, at least one row."""
+    step = max(1, (CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // rows.shape[1])
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
+# --- unpacking
+
+
+def unpack(parts: list[Tensor], kind: str, shape: tuple[int, ...] | list[int], dtype: torch.dtype) -> Tensor:
+    """The weight that the parts stand for, (out, in): each code's value times its scale, rounded to `dtype`.
+
+    Args:
+        parts: nf4, fp4: codes and absmax, or codes and the four of `pack_scales`; int8: codes and absmax.
+    """
+    if kind == "int8":
+        return _unpack_rows(parts, dtype)
+    unpack_4bit = _unpack_bitsandbytes if uses_bitsandbytes(parts[0].device.type) else _unpack_table
+    return unpack_4bit(parts, kind, dtype).view(*shape)
+
+
+def _unpack_rows(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    codes, absmax = parts
+    weight, scale = torch.empty(codes.shape, dtype=dtype, device=codes.device), (absmax / 127)[:, None]
+    for part in _chunks(codes):
+        torch.mul(codes[part], scale[part], out=weight[part])
+    return weight
+
+
+@functools.cache
+def uses_bitsandbytes(device_type: str) -> bool:
+    """Which of the two ways to unpack 4 bits: bitsandbytes on CUDA and the CPU, where it is installed; else a table."""
+    return device_type in ("cuda", "cpu") and importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
+    import bitsandbytes  # noqa: F401 (its operators are in torch.ops then)
+
+    packed, absmax, *nested = parts
+    if nested:
+        scales, values, offset = nested
+        unpack_scales = torch.ops.bitsandbytes.dequantize_blockwise.default
+        absmax = unpack_scales(absmax, scales, values, NESTED, torch.float32) + offset
+    # As rows of 64, whatever the weight's shape: with AVX-512, bitsandbytes 0.50 takes the wrong scales for a weight
+    # whose rows are no multiple of that.
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, kind, (len(absmax), BLOCK), dtype)
+
+
+def _unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
+    packed, absmax, *nested = parts
+    if nested:
+        absmax = _unpack_scales(absmax, *nested)
+    table, packed = _pairs(kind, packed.device), packed.view(-1, BLOCK // 2)
+    weight = torch.empty((len(absmax), BLOCK), dtype=dtype, device=packed.device)
+    for part in _chunks(weight):
+        pairs = F.embedding(packed[part].int(), table)  # (blocks, 32, 2)
+        weight[part] = pairs.view(-1, BLOCK) * absmax[part, None]
+    return weight
+
+
+def _unpack_scales(codes: Tensor, nested: Tensor, values: Tensor, offset: Tensor) -> Tensor:
+    nested = nested.repeat_interleave(NESTED)[: len(codes)]
+    return torch.index_select(values, 0, codes.int()) * nested + offset
+
+
+@functools.cache
+def _pairs(kind: str, device: torch.device) -> Tensor:
+    """What the two codes in each byte stand for, (256, 2) float32; the first is in the high bits."""
+    codes = torch.tensor(CODES[kind], dtype=torch.float32)
+    return torch.cartesian_prod(codes, codes).to(device)
+
+
+# --- unpacking once instead
+
+
+def choose_dequantize(policy: str, device_type: str, extra_bytes: int, free_bytes: int) -> Literal["per_use", "cached"]:
+    """auto: cached on CUDA if that takes at most a third of the free memory, for activations are worth more; else not.
+
+    Args:
+        policy: `quantization.dequantize`.
+        extra_bytes: by which the model grows if its weights are kept unpacked.
+    """
+    if policy == "auto":
+        return "cached" if device_type == "cuda" and 3 * extra_bytes <= free_bytes else "per_use"
+    return "cached" if policy == "cached" else "per_use"
+
+
+def cache_weights(model: nn.Module, policy: str) -> Literal["per_use", "cached"]:
+    """Where the policy says so, unpack every weight once: its linear becomes a frozen nn.Linear with the same product.
+
+    Returns:
+        What was chosen.
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))]
+    if not layers:
+        return "per_use"
+    device = layers[0][1].parts[0].device
+    unpacked = sum(layer.out_features * layer.in_features * layer.dtype.itemsize for _, layer in layers)
+    extra = unpacked - sum(packed_bytes(layer) for _, layer in layers)
+    chosen = choose_dequantize(policy, device.type, extra, _free_bytes(device))
+    while chosen == "cached" and layers:
+        name, layer = layers.pop()  # the packed weight is gone before the next one is unpacked
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, _unpacked(layer))
+    return chosen
+
+
+def _unpacked(layer: Linear4bit | Linear8bit) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
+    linear.register_parameter("bias", layer.bias)
+    return linear
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What the GPU has left, with what torch holds there and does not use."""
+    if device.type != "cuda":
+        return 0
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def packed_bytes(layer: Frozen) -> int:
     """Bytes that the layer's weight really takes: codes, scales and the scales of the scales."""
-    state = layer.state
-    parts = [layer.packed, state.absmax, state.code]
-    if state.nested:
-        parts += [state.state2.absmax, state.state2.code, state.offset]
+    parts = [layer.weight] if isinstance(layer, nn.Linear) else layer.parts
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def product(layer: nn.Linear | Linear4bit, x: Tensor) -> Tensor:
-    """x W^T."""
-    weight = layer.dequantize() if isinstance(layer, Linear4bit) else layer.weight
-    return x @ weight.to(x.dtype).T
+# --- weights that bitsandbytes packed and transformers saved
 
 
-def gradient(layer: nn.Linear | Linear4bit, grad: Tensor) -> Tensor:
-    """grad W."""
-    weight = layer.dequantize() if isinstance(layer, Linear4bit) else layer.weight
-    return grad @ weight.to(grad.dtype)
+def stored_tensors(
+    shape: tuple[int, ...], quantization: tuple[str, bool]
+) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """What a file holds of a packed linear: name after the module's -> number format and shape (None: any)."""
+    (kind, double), weights = quantization, math.prod(shape)
+    if kind == "int8":
+        return {"weight": ("I8", shape), "SCB": ("F32", shape[:1])}
+    blocks = weights // BLOCK
+    tensors: dict[str, tuple[str, tuple[int, ...] | None]] = {
+        "weight": ("U8", (weights // 2, 1)),
+        "weight.absmax": ("U8" if double else "F32", (blocks,)),
+        "weight.quant_map": ("F32", (16,)),
+        f"weight.quant_state.bitsandbytes__{kind}": ("U8", None),  # JSON
+    }
+    if double:
+        tensors["weight.nested_absmax"] = ("F32", (math.ceil(blocks / NESTED),))
+        tensors["weight.nested_quant_map"] = ("F32", (256,))
+    return tensors
+
+
+def read_stored(
+    tensors: dict[str, Tensor], shape: tuple[int, ...], quantization: tuple[str, bool], dtype: torch.dtype
+) -> Linear4bit | Linear8bit:
+    """The linear, (out, in), of the tensors that `stored_tensors` names; for 8 bits, a `weight_format` as well.
+
+    Raises:
+        UserError: what the tensors say of themselves is not what is expected.
+    """
+    kind, double = quantization
+    if kind == "int8":
+        if int(tensors.get("weight_format", torch.tensor(0))) != 0:
+            raise UserError("weight_format: not in rows: save the model again with bitsandbytes 0.45 or newer")
+        return Linear8bit.of_parts([tensors["weight"], tensors["SCB"]], shape, kind, dtype)
+    offset = _check_note(tensors[f"weight.quant_state.bitsandbytes__{kind}"], shape, quantization)
+    if not torch.allclose(tensors["weight.quant_map"].cpu(), torch.tensor(CODES[kind]), atol=1e-4):
+        raise UserError(f"weight.quant_map: not the code points of {kind}")
+    scales = [tensors["weight.absmax"]]
+    if double:
+        scales += [tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"]]
+        scales += [torch.tensor(offset, dtype=torch.float32, device=scales[0].device)]
+    return Linear4bit.of_parts([tensors["weight"], *scales], shape, kind, dtype)
+
+
+def _check_note(note: Tensor, shape: tuple[int, ...], quantization: tuple[str, bool]) -> float:
+    """The mean that was taken from the scales, out of the note beside a 4-bit weight."""
+    try:
+        said = json.loads(note.cpu().numpy().tobytes())
+    except (ValueError, RecursionError):
+        raise UserError("weight.quant_state: damaged: fetch or copy the model again") from None
+    (kind, double), said = quantization, said if isinstance(said, dict) else {}
+    expected: dict[str, Any] = {"quant_type": kind, "blocksize": BLOCK, "shape": list(shape)}
+    if double:
+        expected |= {"nested_blocksize": NESTED, "nested_dtype": "float32"}
+    for name, wanted in expected.items():
+        if said.get(name) != wanted:
+            raise UserError(f"weight.quant_state: {name} is {said.get(name)!r:.60} instead of {wanted!r}")
+    offset: Any = said.get("nested_offset") if double else 0.0
+    if type(offset) not in (int, float) or not abs(offset) < torch.finfo(torch.float32).max:
+        raise UserError(f"weight.quant_state: nested_offset: {offset!r:.60} is no number")
+    return float(offset)

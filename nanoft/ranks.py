@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from nanoft.lora import LoRALinear
 from nanoft.metrics import table
-from nanoft.nf4 import Linear4bit
+from nanoft.nf4 import Frozen
 
 FEWEST_STEPS = 100  # no advice before: see above
 FEWEST_DIRECTIONS = 4  # a spectrum of fewer values has no tail to look at
@@ -119,9 +119,9 @@ def directions(sigma: Tensor, share: float) -> int:
     return int((energy < share * energy[-1]).sum()) + 1 if sigma.any() else 0
 
 
-def weight_norm(linear: nn.Linear | Linear4bit) -> float:
+def weight_norm(linear: Frozen) -> float:
     """|W|_F, in one pass over the weight, as every micro-batch makes two; a packed weight is unpacked for it."""
-    weight = linear.dequantize() if isinstance(linear, Linear4bit) else linear.weight.detach()
+    weight = linear.weight.detach() if isinstance(linear, nn.Linear) else linear.dequantize()
     # a few rows at a time: on a CPU, a float32 sum over 60 million squares is off by half a per cent
     part = torch.empty_like(weight[:64], dtype=torch.float32)  # one for all: new memory costs more than the sum
     norms = [part[: len(rows)].copy_(rows).norm() for rows in weight.split(64)]

@@ -25,10 +25,10 @@ from nanoft import UserError
 from nanoft.adapter import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, read_json
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Damaged, Saved, Specs, encode, verify, write_file
-from nanoft.config import LoRAConfig, load_file
+from nanoft.config import Config, LoRAConfig, load_file
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder, DecoderConfig, initialise
-from nanoft.nf4 import Linear4bit
+from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize, read_stored, stored_tensors
 from nanoft.runtime import DTYPES
 
 # What is fetched from the Hub: data only, never code, never pickles. The pattern of the weights leaves out the second
@@ -39,6 +39,7 @@ TOKENIZER_FILES = [
     "tokenizer.model", "vocab.json", "merges.txt",
 ]  # fmt: skip
 FLOATS = {"F64", "F32", "F16", "BF16"}  # number formats, in safetensors' names, that mean what they say without a scale
+FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
 
 
 def find_model(name: str, field: str = "model.name") -> Path:
@@ -121,20 +122,6 @@ def shard_paths(directory: Path) -> list[Path]:
     return shards
 
 
-def stream_tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the files, one at a time; each is gone when the next one is asked for, unless it was copied.
-
-    Raises:
-        UserError: a file that is truncated or otherwise not whole.
-    """
-    for path in paths:
-        with open_safetensors(path) as file:
-            names = list(file.keys())
-        for name in names:
-            with open_safetensors(path) as file:  # anew for each: an open file keeps in memory what was read through it
-                yield name, file.get_tensor(name)
-
-
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """A safetensors file, open to read.
@@ -147,6 +134,156 @@ def open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged ({error}): fetch or copy it again") from None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of one of its tensors."""
+
+    path: Path
+    form: str  # F32, BF16, U8, ...
+    shape: tuple[int, ...]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, a view of the file; that is opened anew, for an open one keeps in memory what was read of it."""
+        with open_safetensors(self.path) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+def read_headers(paths: list[Path]) -> dict[str, Header]:
+    """Every tensor of the files by name, in their order.
+
+    Raises:
+        UserError: a file that is truncated or otherwise not whole; a name that is in two files.
+    """
+    headers: dict[str, Header] = {}
+    for path in paths:
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name in headers:
+                    raise UserError(f"{path}: {name} is in two files: fetch the model again")
+                part = file.get_slice(name)
+                headers[name] = Header(path, part.get_dtype(), tuple(part.get_shape()))
+    return headers
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weights of a model as its files hold them: plain, or a linear's packed by bitsandbytes in several tensors."""
+
+    headers: dict[str, Header]
+    shapes: dict[str, tuple[int, ...]]  # of every weight, in the files' order
+    stored: tuple[str, bool] | None  # (nf4 | fp4 | int8, double) of those that are packed
+
+    def is_packed(self, name: str) -> bool:
+        found = self.headers.get(name)
+        return bool(self.stored and found and found.form in ("U8", "I8") and is_block_linear(name))
+
+    def read(self, name: str) -> Tensor:
+        """A plain weight, a view of its file."""
+        return self.headers[name].read(name)
+
+    def read_packed(self, name: str, dtype: torch.dtype, device: torch.device) -> Linear4bit | Linear8bit:
+        """The linear of a packed weight, without its bias.
+
+        Raises:
+            UserError: its tensors are not what they should be.
+        """
+        assert self.stored is not None
+        place = name.removesuffix("weight")
+        parts = [*stored_tensors(self.shapes[name], self.stored), FORMAT]
+        names = {part: place + part for part in parts if place + part in self.headers}
+        tensors = {part: self.headers[n].read(n).to(device, copy=True) for part, n in names.items()}
+        try:
+            return read_stored(tensors, self.shapes[name], self.stored, dtype)
+        except UserError as error:
+            raise UserError(f"{self.headers[name].path}: {place}{error}") from None
+
+
+def open_weights(directory: Path, model: Decoder, paths: list[Path] | None = None) -> WeightFiles:
+    """Compare the headers of a model's files with the model, before any tensor is read.
+
+    Args:
+        model: on any device, for the names and shapes of its parameters.
+        paths: the files; None: the directory's.
+    Raises:
+        UserError: missing, unexpected or mis-shaped tensors, all of them listed; damaged files.
+    """
+    headers = read_headers(paths or shard_paths(directory))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    present = {name: shapes[name] for name in headers if name in shapes}
+    files = WeightFiles(headers, present, stored_quantization(directory))
+    expected: dict[str, tuple[set[str], tuple[int, ...] | None]] = {}
+    for name, shape in shapes.items():
+        if files.stored and files.is_packed(name):
+            place, parts = name.removesuffix("weight"), stored_tensors(shape, files.stored)
+            expected |= {place + part: ({form}, of) for part, (form, of) in parts.items()}
+        else:
+            expected[name] = (FLOATS, shape)
+    faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
+    for name, found in headers.items():
+        if name in expected:
+            forms, wanted = expected[name]
+            faults += [] if found.form in forms else [f"{name} is of type {found.form}"]
+            faults += [] if wanted in (None, found.shape) else [f"{name} is {found.shape} instead of {wanted}"]
+        elif not is_spare(name, model.config):
+            faults.append(f"unexpected {name}")
+    if faults:
+        shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise UserError(f"{directory}: {len(faults)} tensors do not fit config.json: {shown}")
+    return files
+
+
+def is_spare(name: str, config: DecoderConfig) -> bool:
+    """Tensors that some files carry although they follow from others (a tied head, old rotary buffers), or describe."""
+    return (config.tied and name == "lm_head.weight") or name.endswith(("rotary_emb.inv_freq", f"_proj.{FORMAT}"))
+
+
+def is_block_linear(name: str) -> bool:
+    """Whether a parameter is what quantisation is for: the matrix of a linear in a block."""
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+
+
+def quantization_of(config: Config) -> tuple[str, bool] | None:
+    """The form (nf4 | fp4 | int8, double) that the settings ask for; None for weights that are not quantised."""
+    q = config.quantization
+    return {4: (q.type, q.double), 8: ("int8", False), 16: None}[q.bits]
+
+
+def stored_quantization(directory: Path) -> tuple[str, bool] | None:
+    """The form (nf4 | fp4 | int8, double) in which bitsandbytes packed the model; None if it did not.
+
+    Raises:
+        UserError: a form that is not supported.
+    """
+    path = directory / "config.json"
+    q = read_json(path).get("quantization_config")
+    if not q:
+        return None
+    kind = q.get("bnb_4bit_quant_type", "fp4")
+    if q.get("load_in_8bit"):
+        return "int8", False
+    if not q.get("load_in_4bit") or kind not in CODES or q.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+        raise UserError(f"{path}: quantization_config: neither 8 bits nor nf4 or fp4 stored as uint8: not supported")
+    return kind, bool(q.get("bnb_4bit_use_double_quant"))
+
+
+def check_quantization(directory: Path, asked: tuple[str, bool] | None) -> None:
+    """Refuse settings that are not what the model is, if it was packed before.
+
+    Raises:
+        UserError: with the settings that are.
+    """
+    stored = stored_quantization(directory)
+    if stored in (None, asked):
+        return
+    kind, double = stored
+    fields = "bits=8" if kind == "int8" else f"bits=4 quantization.type={kind} quantization.double={double}".lower()
+    raise UserError(
+        f"quantization.bits: {directory} is stored in {kind} and can only be trained on like that: "
+        f"set quantization.{fields}, or name the original model"
+    )
 
 
 def load_model(
@@ -162,9 +299,9 @@ def load_model(
 
     Args:
         dtype: of every weight that is not quantised.
-        quantization: (nf4|fp4, double): pack the linears of the blocks in 4 bits as they arrive.
+        quantization: (nf4 | fp4 | int8, double): pack the linears of the blocks as they arrive; None: not now.
         random_seed: ignore the files' weights and draw random ones.
-        unpacked_dtype: what 4-bit weights stand for is rounded to this; None: `dtype`.
+        unpacked_dtype: what packed weights stand for is rounded to this; None: `dtype`.
         files: take the weights from these files instead of the directory's.
     Raises:
         UserError: missing, unexpected or mis-shaped tensors, all of them listed; damaged files; unknown architecture.
@@ -181,57 +318,28 @@ def load_model(
                 nn.init.ones_(module.weight)  # type: ignore[arg-type]
         initialise(model, random_seed)
         return model
-    paths = files or shard_paths(directory)
-    _check_names(directory, model, paths)
-    for name, tensor in stream_tensors(paths):
-        if not is_spare(name, config):
-            copied = tensor.to(device=device, dtype=dtype, copy=True)  # never a view of a file that may change
-            _place(model, name, copied, quantization, unpacked_dtype or dtype)
+    if quantization:
+        check_quantization(directory, quantization)
+    weights = open_weights(directory, model, files)
+    for name in weights.shapes:
+        if weights.is_packed(name):
+            _replace(model, name, weights.read_packed(name, unpacked_dtype or dtype, device))
+            continue
+        tensor = weights.read(name).to(device=device, dtype=dtype, copy=True)  # no view of a file that may change
+        if quantization and not weights.stored and is_block_linear(name):
+            _replace(model, name, quantize(tensor, quantization, unpacked_dtype or dtype))
+            continue
+        place, _, leaf = name.rpartition(".")
+        model.get_submodule(place)._parameters[leaf] = nn.Parameter(tensor, requires_grad=True)
     return model
 
 
-def is_spare(name: str, config: DecoderConfig) -> bool:
-    """Tensors that some files carry although they follow from others: a tied head, old rotary buffers."""
-    return (config.tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
-
-
-def _check_names(directory: Path, model: Decoder, paths: list[Path]) -> None:
-    """Compare the headers of all files with the model before the first tensor is read."""
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found: dict[str, tuple[int, ...]] = {}
-    odd: list[str] = []
-    for path in paths:
-        with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                header = file.get_slice(name)
-                odd += [f"{name} is in two files"] if name in found else []
-                odd += [f"{name} is of type {header.get_dtype()}"] if header.get_dtype() not in FLOATS else []
-                found[name] = tuple(header.get_shape())
-    found = {name: shape for name, shape in found.items() if not is_spare(name, model.config)}
-    faults = odd + [f"missing {name}" for name in expected.keys() - found.keys()]
-    faults += [f"unexpected {name}" for name in found.keys() - expected.keys()]
-    both = expected.keys() & found.keys()
-    faults += [f"{n} is {found[n]} instead of {expected[n]}" for n in both if found[n] != expected[n]]
-    if faults:
-        shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise UserError(f"{directory}: {len(faults)} tensors do not fit config.json: {shown}")
-
-
-def _place(
-    model: Decoder, name: str, tensor: Tensor, quantization: tuple[str, bool] | None, unpacked_dtype: torch.dtype
-) -> None:
-    """Put one tensor where its name says; a block's linear becomes a 4-bit one on the way, if asked."""
-    module_name, _, leaf = name.rpartition(".")
-    parent_name, _, last = module_name.rpartition(".")
-    module = model.get_submodule(module_name)
-    inside_block = module_name.startswith("model.layers.")
-    if quantization and inside_block and leaf == "weight" and isinstance(module, nn.Linear):
-        kind, double = quantization
-        packed = Linear4bit(tensor, None, kind, double, unpacked_dtype)
-        packed.bias = module.bias  # arrived already, or still to come
-        setattr(model.get_submodule(parent_name), last, packed)
-        return
-    module._parameters[leaf] = nn.Parameter(tensor, requires_grad=True)
+def _replace(model: Decoder, name: str, linear: nn.Module) -> None:
+    """Put a packed linear in the place of the one whose weight has this name; the bias arrived, or is still to come."""
+    place, _, last = name.removesuffix(".weight").rpartition(".")
+    parent = model.get_submodule(place)
+    linear.register_parameter("bias", getattr(parent, last).bias)
+    setattr(parent, last, linear)
 
 
 def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> None:
@@ -251,12 +359,13 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """The source's config.json with the new dtype, and with both forms of the dtype and rope fields.
+    """The source's config.json with the new dtype, not quantised, and with both forms of the dtype and rope fields.
 
     Readers of transformers 4 know `torch_dtype`, `rope_theta`, `rope_scaling`; version 5 writes `dtype` and
     `rope_parameters`. With one form only, the other reader silently takes a default.
     """
     config = read_json(source / "config.json")
+    config.pop("quantization_config", None)
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     rope = DecoderConfig.from_hf(config).rope
     scaling = {key: value for key, value in rope.parameters.items() if key not in ("type", "rope_type", "rope_theta")}
@@ -309,7 +418,7 @@ class TrainedAdapter:
     tokenizer: Path
     lora: LoRAConfig
     tensors: dict[str, Tensor]
-    quantization: tuple[str, bool] | None  # the 4-bit form (kind, double) of the base in training
+    quantization: tuple[str, bool] | None  # the form (nf4 | fp4 | int8, double) of the base in training
     dtype: torch.dtype  # what training computed in
 
 
@@ -321,7 +430,7 @@ class Opened:
     adapters: dict[str, LoRALinear]  # empty for a plain model
     base_directory: Path
     tokenizer_directory: Path
-    quantization: tuple[str, bool] | None = None  # the 4-bit form (kind, double) of the base in training
+    quantization: tuple[str, bool] | None = None  # the form (nf4 | fp4 | int8, double) of the base in training
     dtype: torch.dtype = torch.float32  # what training computed in
     step: int | None = None  # of the checkpoint that was opened, for a run that has no result yet
 
@@ -346,7 +455,7 @@ def open_model(source: str, device: torch.device, dtype: torch.dtype, original_b
     A run that has none yet means its best checkpoint.
 
     Args:
-        original_base: put an adapter on the unquantised base, whatever it was trained on.
+        original_base: put an adapter on the base as it is stored, whatever it was trained on.
     Raises:
         UserError: none of these, or something in it does not fit.
     """
@@ -403,8 +512,7 @@ def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, origin
     if config.training.method == "full":
         model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
         return Opened(model, {}, base, base, dtype=dtype, step=step)
-    q = config.quantization
-    quantization = (q.type, q.double) if q.bits == 4 else None
+    quantization = quantization_of(config)
     try:
         trained_in = DTYPES[read_json(run / "config.json")["provenance"]["dtype"]]
     except (KeyError, TypeError):
@@ -421,7 +529,7 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
     tokenizer = path if (path / "tokenizer.json").is_file() else base
     q = note.get("quantization")
     try:
-        quantization = ({"nf4": "nf4", "fp4": "fp4"}[q["type"]], bool(q["double"])) if q else None
+        quantization = ({"nf4": "nf4", "fp4": "fp4", "int8": "int8"}[q["type"]], bool(q["double"])) if q else None
         trained_in = DTYPES[note.get("dtype", "float32")]
     except (KeyError, TypeError):
         raise UserError(f"{path / NOTE}: damaged: copy the adapter again") from None
@@ -429,7 +537,8 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
 
 
 def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
-    """Base and adapter, put together as they were in training."""
+    """Base and adapter, put together as they were in training; a base that is stored packed is its own original."""
+    trained_on = adapter.quantization or stored_quantization(adapter.base)
     quantization = None if original_base else adapter.quantization
     model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
     try:
@@ -437,4 +546,4 @@ def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, o
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None
     load_adapter_tensors(adapters, adapter.tensors, str(adapter.place))
-    return Opened(model.eval(), adapters, adapter.base, adapter.tokenizer, adapter.quantization, adapter.dtype)
+    return Opened(model.eval(), adapters, adapter.base, adapter.tokenizer, trained_on, adapter.dtype)

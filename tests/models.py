@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from templates import STYLES, save
 from tokenizers import Tokenizer
 from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -96,6 +99,16 @@ def make_chat_model(directory: Path, case: str = "mistral", seed: int = 0, **cha
     model.generation_config.eos_token_id = tokenizer.token_to_id("<|im_end|>")
     model.generation_config.save_pretrained(directory)
     model.generation_config.eos_token_id = None
+    return model
+
+
+def make_packed(source: Path, out: Path, **settings: Any) -> PreTrainedModel:
+    """The model of a directory as transformers and bitsandbytes pack and save it; with its tokenizer, if it has one."""
+    quantization = BitsAndBytesConfig(**settings)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=quantization, attn_implementation="eager")
+    model.save_pretrained(out)
+    for file in source.glob("*token*"):
+        shutil.copy(file, out)
     return model
 
 

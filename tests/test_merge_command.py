@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge as command
-from models import make_chat_model, train_run, write_records
+from models import make_chat_model, make_packed, train_run, write_records
 from nanoft.chat import ChatTokenizer
 from nanoft.generate import generate
+from nanoft.lora import disabled
 from nanoft.model import Decoder
 from nanoft.weights import open_model
 
@@ -66,6 +67,36 @@ def test_a_run_becomes_a_model_that_transformers_loads(
     for part in (f"merged onto the {base} weights in {str(stored).removeprefix('torch.')}", "proven", "allowed"):
         assert part in said
     assert ("--base nf4 merges onto those" in said) == ((name, base) == ("qlora", "original"))
+
+
+def test_a_run_on_a_packed_base_merges_onto_that(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_packed(runs / "base", tmp_path / "base", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with pytest.raises(AssertionError):
+        train_run(tmp_path / "run", tmp_path / "base", runs / "data.jsonl")
+    fields = "quantization.bits=4 quantization.type=nf4 quantization.double=false"
+    assert f"{tmp_path / 'base'} is stored in nf4" in (said := capsys.readouterr().err)
+    assert f"set {fields}, or name the original model" in said
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+    settings = {"quantization__bits": 4, "quantization__double": False}
+    run = train_run(tmp_path / "run", tmp_path / "base", runs / "data.jsonl", **settings)
+    assert "base in NF4" in capsys.readouterr().out
+    tensors = []
+    for base in ("original", "nf4"):
+        assert run_merge(run, "--out", tmp_path / base, "--base", base, "--dtype", "f32") == 0
+        said = capsys.readouterr().out
+        assert "merged onto the nf4 weights" in said
+        assert "the base is stored in nf4: there is no other original" in said
+        tensors.append(load_file(tmp_path / base / "model.safetensors"))
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "original", attn_implementation="eager")
+    ours = open_model(str(run), CPU, torch.float32)
+    assert (logits(theirs) - logits(ours.model)).abs().max() < 1e-4
+    with disabled(ours.adapters):
+        assert (logits(theirs) - logits(ours.model)).abs().max() > 1e-3
 
 
 def test_the_merged_model_answers_as_the_run_does(runs: Path, tmp_path: Path) -> None:
