@@ -146,7 +146,7 @@ def test_one_step_matches_peft_in_loss_and_every_gradient(name: str, base: Path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("quantization", [None, ("nf4", True), ("fp4", False)])
+@pytest.mark.parametrize("quantization", [None, ("nf4", True), ("fp4", False), ("int8", False)])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_fresh_adapter_changes_not_one_bit(name: str, quantization: Any, dtype: torch.dtype, base: Path) -> None:
     plain = load_model(base, CPU, dtype, quantization)
