@@ -122,7 +122,11 @@ for name, source in json.load(sys.stdin).items():
     assert messages == [{"role": "user", "content": "hi"}]
     print(json.dumps([name, said, time.process_time() - started]), flush=True)
     gc.collect()
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+if sys.platform == "linux":  # of this program: ru_maxrss knows the process that started it, too
+    with open("/proc/self/status") as status:
+        print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")))
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
