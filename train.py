@@ -36,7 +36,7 @@ from nanoft.guard import Guard, explain_out_of_memory
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
 from nanoft.loss import target_nll
 from nanoft.metrics import Meter, Run, clock
-from nanoft.model import Decoder, compile_blocks, keep_by_policy
+from nanoft.model import Decoder, compile_blocks
 from nanoft.nf4 import Linear4bit, Linear8bit, cache_weights
 from nanoft.optim import (
     build_optimizer,
@@ -47,6 +47,7 @@ from nanoft.optim import (
     set_learning_rate,
     warmup_length,
 )
+from nanoft.plan import Plan, choose_activations, decide_rows, kept, show_plan
 from nanoft.preflight import (
     NAMES,
     check_data,
@@ -102,6 +103,7 @@ class Job:
     base_directory: Path
     device: torch.device
     dtype: torch.dtype
+    plan: Plan
 
     @property
     def trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -275,7 +277,7 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
     corpus = open_corpus(d, length, seed, chat, run.say, config.logging.progress_bar)
     batches = Batches(
         corpus.training,
-        t.micro_batch_size,
+        config.micro_batch_rows(),
         t.gradient_accumulation_steps,
         seed,
         chat.pad_id,
@@ -301,7 +303,7 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
     model = load_base(config, base, device, dtype)
-    model.keep = keep_by_policy(t.checkpointing, t.checkpoint_every, model.config.num_layers)
+    model.keep, plan = choose_activations(config, *batches.longest().ids.shape)
     model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
@@ -313,7 +315,20 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
     validation = corpus.validation[: config.evaluation.max_samples]
     checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints)
     return Job(
-        config, run, chat, model, adapters, optimizer, corpus, batches, validation, checkpoints, base, device, dtype
+        config,
+        run,
+        chat,
+        model,
+        adapters,
+        optimizer,
+        corpus,
+        batches,
+        validation,
+        checkpoints,
+        base,
+        device,
+        dtype,
+        plan,
     )
 
 
@@ -374,6 +389,8 @@ def preflight_checks(job: Job, forced: list[str]) -> float:
     longest = batches.longest()
     fits, seconds = rehearse(job.model, longest, job.autocast)
     job.run.say(fits.line())
+    measured, predicted = runtime.peak_memory_gb(job.device), job.plan.peak / 1e9
+    job.run.say(f"memory    {kept(job.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(job.validation):
         size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
         job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
@@ -492,11 +509,12 @@ def run_training(config: Config, wish: Wish) -> int:
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
+        config = decide_rows(config, run.recorded_config())
         date = claim(config, run, wish.resume)
         try:
             return run_claimed(config, run, stop, date, wish)
         except (RuntimeError, MemoryError) as error:  # while loading, training or evaluating
-            size, length = config.training.micro_batch_size, config.model.max_seq_length
+            size, length = config.micro_batch_rows(), config.model.max_seq_length
             raise explain_out_of_memory(error, size, length) or error from None
 
 
@@ -517,6 +535,8 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, date: datet
     if wish.preflight:
         return 0
     run.begin(state.step)
+    parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
+    run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=runtime.peak_memory_gb(job.device))
     train(job, state, stop, total_steps)
     if stop and state.step < total_steps:
         run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
@@ -550,11 +570,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
     parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")
+    parser.add_argument("--plan", action="store_true", help="print memory and time before anything is loaded and stop")
     parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
     parser.add_argument("--force", action="append", default=[], choices=NAMES, help="go on although this check failed")
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
+    if args.plan:
+        return show_plan(load_config(path, positional))
     wish = Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force)
     return run_training(load_config(path, positional), wish)
 

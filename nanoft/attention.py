@@ -204,8 +204,8 @@ class _Chunked(torch.autograd.Function):
 
 
 def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """(queries, the keys that any of them sees)."""
-    for start in range(0, length, CHUNK):
+    """(queries, the keys that any of them sees); the last ones first, for the others fit into the memory they leave."""
+    for start in reversed(range(0, length, CHUNK)):
         first = 0 if window is None else max(0, start - window + 1)
         end = min(start + CHUNK, length)
         yield slice(start, end), slice(first, end)

@@ -128,8 +128,8 @@ class DataConfig(Section):
 @dataclass(frozen=True)
 class TrainingConfig(Section):
     method: Literal["lora", "full"] = "lora"  # train adapters, or every parameter
-    micro_batch_size: int = between(4, 1)  # rows per forward pass
-    gradient_accumulation_steps: int = between(4, 1)  # micro-batches per optimizer step
+    micro_batch_size: int | Literal["auto"] = between(4, 1)  # rows per forward pass; auto: as many as fit into memory
+    gradient_accumulation_steps: int = between(4, 1)  # micro-batches per optimizer step; with auto: rows of a step
     num_epochs: int = between(3, 1)  # passes over the training data
     max_steps: int | None = between(None, 1)  # stop after so many optimizer steps, whatever num_epochs says
     optimizer: Optimizer = "adamw"  # 8bit: moments in 8 bits; paged: moments move to the CPU when the GPU is full
@@ -261,7 +261,12 @@ class Config:
 
     def effective_batch_size(self) -> int:
         """Rows per optimizer step."""
-        return self.training.micro_batch_size * self.training.gradient_accumulation_steps
+        return self.micro_batch_rows() * self.training.gradient_accumulation_steps
+
+    def micro_batch_rows(self) -> int:
+        """Rows per forward pass; 1 as long as `auto` has not been decided."""
+        size = self.training.micro_batch_size
+        return 1 if size == "auto" else size
 
 
 def check_expressions(lora: LoRAConfig) -> None:
@@ -457,9 +462,11 @@ def _listed(changed: dict[str, Any]) -> dict[str, Any]:
 
 def _parse(key: str, text: str, hint: Any) -> Any:
     """Read `text` as the field's type; `none` stands for no value where that is allowed."""
-    options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = _options(hint)
     if type(None) in options and text.lower() in ("none", "null", ""):
         return None
+    if len(options) > 1 and any(text in get_args(option) for option in options):  # auto, beside numbers
+        return text
     kind = next(option for option in options if option is not type(None))
     try:
         if get_origin(kind) is Literal:
@@ -488,9 +495,13 @@ def _parse_table(text: str) -> dict[str, Any]:
     return table
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that a field may have."""
+    return get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if not any(_fits(value, option) for option in options):
+    if not any(_fits(value, option) for option in _options(hint)):
         raise UserError(f"{name}: {value!r} is not {_describe(hint)}")
 
 
@@ -510,8 +521,8 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint))
+    if len(_options(hint)) > 1:
+        return " or ".join(_describe(option) for option in _options(hint))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:

@@ -115,6 +115,20 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def memory_limit_bytes(device: torch.device) -> float:
+    """What this process may have in all: what it has, and what is free."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory())
+    return float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+
+
+def resident_bytes(device: torch.device) -> float:
+    """What the process has before anything is loaded; on a GPU, nothing."""
+    return float(psutil.Process().memory_info().rss) if device.type == "cpu" else 0.0
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -1,0 +1,309 @@
+"""Memory and time of a run before anything is loaded: by arithmetic from the model's shape and the settings.
+
+Most of what a step takes can be counted: the frozen weights; adapters with their gradients and the optimizer's moments;
+the activations that backward waits for, so many numbers a token and layer; one chunk of logits. With LoRA a block keeps
+
+    2 hidden + 2 q + 2 k + 2 intermediate + the u of each adapter        numbers a token
+
+(residual stream twice, queries, keys, values and the attention's output, gate and up), for Mistral-7B in bfloat16
+92 KiB; a block that is computed again keeps `hidden`, 8 KiB. What cannot be counted, the memory of kernels and what an
+allocator cannot use again, is a constant and a share, measured (`bench/plan.md`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nanoft import UserError
+from nanoft.config import Config
+from nanoft.lora import inject_lora, linears_of
+from nanoft.loss import chunk_rows
+from nanoft.model import Decoder, DecoderConfig, Keep, keep_by_policy
+from nanoft.runtime import choose_device, choose_dtype, memory_limit_bytes, resident_bytes
+from nanoft.weights import find_model, read_shape
+
+MiB = 2**20
+# Beside what is counted, bytes that kernels, caches and threads bring, and tensors of (tokens, intermediate) that backward
+# through an MLP has at once: silu, the product, three gradients and two sums of them.
+KERNELS, TRANSIENT = 300 * MiB, 7
+# On a CPU, by the bytes of a number: the allocator cannot use everything again that was freed, as if there were more of
+# them; measured (bench/plan.md).
+KERNELS_CPU, TRANSIENT_CPU = {2: 105 * MiB, 4: 50 * MiB}, {2: 23, 4: 17}
+MARGIN = 0.9  # of the memory that this process may have: what a plan may fill
+MOMENTS = {"adamw": 8.0, "adamw_paged": 8.0, "adamw_8bit": 2.04, "adamw_8bit_paged": 2.04}  # bytes a parameter
+EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
+ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
+ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by part, in the order in which they come, and what is at its peak when."""
+
+    parts: dict[str, float]
+    device_type: str
+    rows: int
+    length: int
+    keep: list[Keep]
+
+    @property
+    def peak(self) -> float:
+        """When backward begins: everything is there at once."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of the model, without storage: linears of the blocks, the other weights, and what is trained."""
+
+    linears: int
+    scales: float  # bytes beside the codes of packed linears
+    others: int
+    trained: int
+    ranks: int  # of all adapters of a block together
+
+
+def count(decoder: DecoderConfig, config: Config) -> Counts:
+    """Build the model on the `meta` device, adapters and all, and count what it has."""
+    with torch.device("meta"):
+        model = Decoder(decoder)
+    linears = list(linears_of(model).values())
+    weights = sum(int(linear.in_features * linear.out_features) for linear in linears)
+    others = sum(p.numel() for p in model.parameters()) - weights
+    block_scales = 1 + 4 / 256 if config.quantization.double else 4  # bytes
+    scales = {4: weights / 64 * block_scales, 8: 4.0 * sum(int(linear.out_features) for linear in linears)}
+    if config.training.method == "full":
+        return Counts(weights, 0.0, others, weights + others, 0)
+    adapters = inject_lora(model, replace(config.lora, init="default", dora=False), 0).values()
+    trained = sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
+    magnitudes = sum(adapter.base.out_features for adapter in adapters) * config.lora.dora
+    ranks = sum(len(adapter.lora_A) for adapter in adapters) // decoder.num_layers
+    return Counts(weights, scales.get(config.quantization.bits, 0.0), others, trained + magnitudes, ranks)
+
+
+def estimate(
+    decoder: DecoderConfig,
+    counts: Counts,
+    config: Config,
+    device_type: str,
+    dtype: torch.dtype,
+    rows: int,
+    length: int,
+    keep: Sequence[Keep],
+    baseline: float,
+    target_share: float = 1.0,
+) -> Plan:
+    """What one micro-batch of rows x length tokens takes in training.
+
+    Args:
+        dtype: that the model computes in.
+        keep: of each block's activations, as in Decoder.keep.
+        baseline: bytes of the process before anything is loaded, on a CPU.
+        target_share: of the tokens that are targets.
+    """
+    full, e = config.training.method == "full", dtype.itemsize
+    stored = 4 if full else e
+    tokens = rows * length
+    bits = 16 if full else config.quantization.bits
+    moments = MOMENTS.get(config.training.optimizer, 4.0 * (config.training.momentum > 0))
+    block = kept_by_block(decoder, counts, config, e) * tokens
+    waiting = {"all": block, "input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
+    cpu = device_type == "cpu"
+    transient, kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
+    again = max((block for one in keep if one != "all"), default=0.0)  # one of these at a time
+    targets = tokens * target_share
+    parts = {
+        "process": baseline + kernels,
+        "linears": counts.linears * (stored if bits == 16 else bits / 8) + counts.scales,
+        "head, embedding": float(counts.others * stored),
+        "adapters": 0.0 if full else 4.0 * counts.trained,
+        "gradients": 4.0 * counts.trained,
+        "optimizer": moments * counts.trained,
+        "activations": sum(waiting[one] for one in keep) + again,
+        "backward": transient * tokens * decoder.intermediate_size * e + _unpacked(decoder, bits, e),
+        "loss": loss_bytes(decoder, device_type, e, targets) + 8.0 * tokens * decoder.hidden_size,
+    }
+    return Plan(parts, device_type, rows, length, list(keep))
+
+
+def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> float:
+    """Bytes a token that a block keeps for backward; e is those of a number."""
+    q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    kept = 2 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size + counts.ranks
+    if config.training.method == "full":  # normed inputs, silu(gate) and the product, too; norms keep float32
+        kept += 2 * c.hidden_size + 2 * c.intermediate_size + 4 * c.hidden_size * 4 // e
+    if c.qk_norm:
+        kept += (q + k) * (1 + 8 // e)
+    if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
+        kept += 2 * q + 2 * k + 2 * c.intermediate_size + c.hidden_size
+    return float(kept * e)
+
+
+def _unpacked(c: DecoderConfig, bits: int, e: int) -> float:
+    """The largest weight, unpacked for its product."""
+    return float(c.hidden_size * c.intermediate_size * e) if bits < 16 else 0.0
+
+
+def loss_bytes(c: DecoderConfig, device_type: str, e: int, targets: float) -> float:
+    """A chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these."""
+    chunk = min(chunk_rows(c.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
+    return chunk * c.vocab_size * (2 * e + 4) + 2.0 * targets * c.hidden_size * e
+
+
+# ---- Decisions
+
+
+def choose_keep(peak_of: Callable[[list[Keep]], float], layers: int, room: float) -> list[Keep]:
+    """Everything if it fits into `room` bytes; else as few blocks computed again as make it fit; at most all."""
+    for again in range(layers + 1):
+        keep: list[Keep] = [*["input"] * again, *["all"] * (layers - again)]  # type: ignore[list-item]
+        if peak_of(keep) <= room:
+            break
+    return keep
+
+
+def choose_rows(peak_of: Callable[[int], float], step_rows: int, room: float) -> int:
+    """The largest divisor of a step's rows that fits into `room` bytes as a micro-batch.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    fitting = [rows for rows in range(1, step_rows + 1) if step_rows % rows == 0 and peak_of(rows) <= room]
+    if not fitting:
+        raise UserError(
+            f"model.max_seq_length: one row takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free: "
+            "lower it, or set quantization.bits=4"
+        )
+    return fitting[-1]
+
+
+# ---- Time
+
+
+def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, length: int, again: float) -> float:
+    """Floating-point operations of a token in training, in 10^9, if half of the tokens are targets.
+
+    A product with n weights costs 2 n forward, 2 n for the gradient of its input, 2 n for its own if it is trained.
+    Causal attention: 2 q (length + 1) forward, 2.5 times that backward.
+
+    Args:
+        again: the share of the blocks that are computed twice.
+    """
+    attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * (length + 1)
+    frozen = counts.linears * (2 + 2 + 2 * again) + attention * (3.5 + again)
+    head = 0.5 * decoder.vocab_size * decoder.hidden_size
+    if config.training.method == "full":
+        return (frozen + 2 * counts.linears + 6 * head) / 1e9
+    return (frozen + 6 * counts.trained + 4 * head) / 1e9
+
+
+def matmul_gflop_s(device: torch.device, dtype: torch.dtype, decoder: DecoderConfig, seconds: float = 0.5) -> float:
+    """What bare products of the MLP's shape reach here, in 10^9 operations a second."""
+    x = torch.randn(2048, decoder.hidden_size, device=device).to(dtype)
+    weight = torch.randn(decoder.intermediate_size, decoder.hidden_size, device=device).to(dtype)
+    flop, done, started = 2 * x.numel() * len(weight), 0, 0.0
+    while done < 3 or time.perf_counter() - started < seconds:
+        if done == 2:  # the first ones warm up
+            started = time.perf_counter()
+        (x @ weight.T)[0, 0].item()  # waits for the device
+        done += 1
+    return (done - 2) * flop / 1e9 / (time.perf_counter() - started)
+
+
+# ---- For train.py
+
+
+def planner(config: Config) -> Callable[[int, int, list[Keep]], Plan]:
+    """From rows, their length, and what each block keeps, to the memory of a step."""
+    device = choose_device(config.system.device)
+    dtype, decoder = choose_dtype(config.model.dtype, device), read_shape(find_model(config.model.name))
+    counts, baseline = count(decoder, config), resident_bytes(device)
+
+    def plan(rows: int, length: int, keep: list[Keep]) -> Plan:
+        return estimate(decoder, counts, config, device.type, dtype, rows, length, keep, baseline)
+
+    return plan
+
+
+def room(config: Config) -> float:
+    """Bytes that a plan may fill here."""
+    return MARGIN * memory_limit_bytes(choose_device(config.system.device))
+
+
+def decide_rows(config: Config, recorded: dict[str, Any] | None) -> Config:
+    """Put numbers in the place of training.micro_batch_size=auto: those of the run's first session, or what fits now.
+
+    Args:
+        recorded: the config.json of the run directory, if there is one.
+    """
+    t = config.training
+    if t.micro_batch_size != "auto":
+        return config
+    if recorded is not None:
+        return config.override({name: recorded["training"][name.partition(".")[2]] for name in ROWS})
+    plan, length = planner(config), config.model.max_seq_length
+    layers = read_shape(find_model(config.model.name)).num_layers
+    keep = keep_by_policy("full" if t.checkpointing == "auto" else t.checkpointing, t.checkpoint_every, layers)
+    rows = choose_rows(lambda n: plan(n, length, keep).peak, t.gradient_accumulation_steps, room(config))
+    return config.override(dict(zip(ROWS, (rows, t.gradient_accumulation_steps // rows), strict=True)))
+
+
+def choose_activations(config: Config, rows: int, length: int) -> tuple[list[Keep], Plan]:
+    """What each block keeps for backward, by the policy or, if that is auto, by what fits; and the plan of it."""
+    t, plan = config.training, planner(config)
+    layers = read_shape(find_model(config.model.name)).num_layers
+    if t.checkpointing == "auto":
+        keep = choose_keep(lambda keep: plan(rows, length, keep).peak, layers, room(config))
+    else:
+        keep = keep_by_policy(t.checkpointing, t.checkpoint_every, layers)
+    return keep, plan(rows, length, keep)
+
+
+def kept(plan: Plan) -> str:
+    """What backward waits for, in words."""
+    again = sum(one != "all" for one in plan.keep)
+    return f"activations of {again} of {len(plan.keep)} blocks computed again" if again else "all activations kept"
+
+
+def show_plan(config: Config) -> int:
+    """Print memory by part, and time, before anything is loaded.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    device = choose_device(config.system.device)
+    dtype = choose_dtype(config.model.dtype, device)
+    if config.system.threads:
+        torch.set_num_threads(config.system.threads)
+    config = decide_rows(config, None)
+    decoder, length, free = read_shape(find_model(config.model.name)), config.model.max_seq_length, room(config)
+    keep, plan = choose_activations(config, config.micro_batch_rows(), length)
+    for name, size in plan.parts.items():
+        print(f"{name:16} {size / 1e9:9.3f} GB")
+    print(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {free / 1e9:.1f} that it may have; {kept(plan)}")
+    again = sum(one != "all" for one in keep) / len(keep)
+    work = gflop_per_token(decoder, count(decoder, config), config, length, again)
+    reached = matmul_gflop_s(device, dtype, decoder)
+    print(f"{'work':16} {work:9.3g} GFLOP a token; bare matrix products reach {reached:,.0f} GFLOP/s here")
+    share, step = EFFICIENCY.get(device.type), config.effective_batch_size() * length
+    if share:
+        speed = share * reached / work
+        print(f"{'speed':16} {speed:9,.0f} tokens/s if {share:.0%} of that is reached; {step / speed:,.1f} s a step")
+    else:
+        print(f"{'speed':16} at most {reached / work:,.0f} tokens/s; what is reached on {device.type}: not measured")
+    peaks, full = planner(config), keep_by_policy("full", 1, decoder.num_layers)
+    fitting = [rows for rows in ROWS_TRIED if peaks(rows, length, full).peak <= free]
+    most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
+    print(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block computed again")
+    if plan.peak > free:
+        raise UserError(
+            f"training.micro_batch_size: {plan.rows} rows of {length} tokens take {plan.peak / 1e9:.2f} GB, "
+            f"and {free / 1e9:.2f} GB are there: set training.micro_batch_size=auto, or lower model.max_seq_length"
+        )
+    return 0
