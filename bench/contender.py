@@ -220,6 +220,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
 
     runtime.prepare(args.seed, args.threads, deterministic=False)
     device = runtime.choose_device("auto")
+    bare_mb = peak_rss_mb()  # libraries only
     model = build_nanoft(args, device)
     adapters = inject_lora(model, LoRAConfig(rank=args.r, alpha=ALPHA), args.seed)
     shapes = {name: tensor.shape for name, tensor in adapter_tensors(adapters).items()}
@@ -249,7 +250,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     result = measure(args, device, lambda texts: [pack_rows(texts, width).to(device)], train)
     without = [name for name, p in trained if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
     assert not without, f"no gradient: {without}"  # those of the last step, which are still there
-    return {**result, "lora_tensors": len(trained)}
+    return {**result, "lora_tensors": len(trained), "bare_rss_mb": bare_mb}
 
 
 def build_nanoft(args: argparse.Namespace, device: Any) -> Any:

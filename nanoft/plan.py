@@ -29,12 +29,12 @@ from nanoft.runtime import choose_device, choose_dtype, memory_limit_bytes, resi
 from nanoft.weights import find_model, read_shape
 
 MiB = 2**20
-# Beside what is counted, bytes that kernels, caches and threads bring, and tensors of (tokens, intermediate) that backward
-# through an MLP has at once: silu, the product, three gradients and two sums of them.
-KERNELS, TRANSIENT = 300 * MiB, 7
+# Beside what is counted: bytes that kernels, caches and threads bring, and how many tensors of (tokens, intermediate)
+# backward through an MLP has at once: silu, the product, three gradients and two sums of them.
+KERNELS, TRANSIENT = 64 * MiB, 7
 # On a CPU, by the bytes of a number: the allocator cannot use everything again that was freed, as if there were more of
 # them; measured (bench/plan.md).
-KERNELS_CPU, TRANSIENT_CPU = {2: 105 * MiB, 4: 50 * MiB}, {2: 23, 4: 17}
+KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 100 * MiB}, {2: 23, 4: 17}
 MARGIN = 0.9  # of the memory that this process may have: what a plan may fill
 MOMENTS = {"adamw": 8.0, "adamw_paged": 8.0, "adamw_8bit": 2.04, "adamw_8bit_paged": 2.04}  # bytes a parameter
 EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
@@ -54,8 +54,8 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """When backward begins: everything is there at once."""
-        return sum(self.parts.values())
+        """Everything at once, but the loss and the backward pass through the last block come one after the other."""
+        return sum(self.parts.values()) - min(self.parts["backward"], self.parts["loss"])
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def estimate(
         "adapters": 0.0 if full else 4.0 * counts.trained,
         "gradients": 4.0 * counts.trained,
         "optimizer": moments * counts.trained,
-        "activations": sum(waiting[one] for one in keep) + again,
-        "backward": transient * tokens * decoder.intermediate_size * e + _unpacked(decoder, bits, e),
+        "activations": sum(waiting[one] for one in keep),
+        "backward": again + transient * tokens * decoder.intermediate_size * e + _unpacked(decoder, bits, e),
         "loss": loss_bytes(decoder, device_type, e, targets) + 8.0 * tokens * decoder.hidden_size,
     }
     return Plan(parts, device_type, rows, length, list(keep))

@@ -1,0 +1,198 @@
+"""The plan against what a model, its optimizer and a step really take, and against published figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from models import make_chat_model, make_reference, write_records
+from nanoft import UserError
+from nanoft.config import Config, LoRAConfig, QuantizationConfig, TrainingConfig
+from nanoft.lora import inject_lora, linears_of
+from nanoft.model import Decoder, DecoderConfig
+from nanoft.nf4 import packed_bytes
+from nanoft.optim import build_optimizer, optimizer_tensors
+from nanoft.plan import Plan, choose_keep, choose_rows, count, estimate, gflop_per_token
+from nanoft.weights import load_model, read_shape
+
+CPU = torch.device("cpu")
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "vocab_size": 32768,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "sliding_window": None,
+}
+QLORA = Config(quantization=QuantizationConfig(bits=4))
+
+
+def mistral_7b(length: int, keep: Any, config: Config = QLORA) -> Plan:
+    decoder = DecoderConfig.from_hf(MISTRAL_7B)
+    counts = count(decoder, config)
+    return estimate(decoder, counts, config, "cuda", torch.bfloat16, 1, length, [keep] * 32, 0.0)
+
+
+@pytest.mark.parametrize(("length", "keep", "gb"), [(2048, "input", 6.1), (4096, "input", 7.1), (4096, "all", 17.9)])
+def test_the_peaks_of_a_7b_on_a_gpu_are_the_known_ones(length: int, keep: str, gb: float) -> None:
+    """Static 4.81 GB: codes 3.49, scales 0.11, head and embedding 0.54, adapters with their optimizer 0.67."""
+    plan = mistral_7b(length, keep)
+    static = sum(plan.parts[n] for n in ("linears", "head, embedding", "adapters", "gradients", "optimizer"))
+    assert static == pytest.approx(4.81e9, rel=0.01)
+    assert plan.peak == pytest.approx(gb * 1e9, rel=0.1)
+
+
+def test_the_work_of_a_token_is_the_known_one() -> None:
+    """Linears 13.96 GFLOP forward and as much backward, head 0.27 twice, LoRA, causal attention 1.07 forward."""
+    decoder, config = DecoderConfig.from_hf(MISTRAL_7B), Config()
+    counts = count(decoder, config)
+    assert (counts.linears, counts.trained) == (6_979_321_856, 41_943_040)
+    assert gflop_per_token(decoder, counts, config, 4096, 0.0) == pytest.approx(32.5, rel=0.02)
+    assert gflop_per_token(decoder, counts, config, 4096, 1.0) == pytest.approx(47.6, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"quantization": QuantizationConfig(bits=4)},
+        {"quantization": QuantizationConfig(bits=4, double=False)},
+        {"quantization": QuantizationConfig(bits=8)},
+        {"lora": LoRAConfig(rank=4, dora=True, target_modules=("attention",))},
+        {"training": TrainingConfig(optimizer="adamw_8bit"), "lora": LoRAConfig(rank=64)},
+        {"training": TrainingConfig(optimizer="sgd")},
+        {"training": TrainingConfig(method="full")},
+    ],
+    ids=str,
+)
+def test_static_parts_are_the_bytes_of_a_real_model_and_its_optimizer(settings: dict[str, Any], tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    config, decoder = Config(**settings), read_shape(tmp_path)
+    bits, full = config.quantization.bits, config.training.method == "full"
+    form = {4: ("nf4", config.quantization.double), 8: ("int8", False)}.get(bits)
+    model = load_model(tmp_path, CPU, torch.float32 if full else torch.bfloat16, form)
+    linears = sum(packed_bytes(linear) for linear in linears_of(model).values())
+    plan = estimate(decoder, count(decoder, config), config, "cpu", torch.bfloat16, 1, 16, ["all"] * 3, 0.0)
+    others = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "proj" not in n)
+    if not full:
+        inject_lora(model, config.lora, 0)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained, config.training)
+    # bitsandbytes keeps maps of 256 values with each tensor; they are shared on the CPU
+    state = {n: t for n, t in optimizer_tensors(optimizer, trained).items() if "qmap" not in n}
+    expected = {
+        "linears": linears,
+        "head, embedding": others,
+        "gradients": sum(p.numel() * 4 for _, p in trained),
+        "optimizer": sum(t.numel() * t.element_size() for t in state.values()),
+    }
+    for name, size in expected.items():
+        assert plan.parts[name] == pytest.approx(size, rel=0.04, abs=2000), name
+
+
+@pytest.mark.parametrize("keep", ["all", "input"])
+def test_activations_are_the_bytes_that_autograd_keeps(keep: Any, tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, hidden_size=128, intermediate_size=320, num_attention_heads=4)
+    config, decoder = Config(), read_shape(tmp_path)
+    model = load_model(tmp_path, CPU, torch.bfloat16)
+    inject_lora(model, config.lora, 0)
+    model.keep = [keep] * 3
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(0, 199, (2, 256))
+    alive = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: alive.append(t) or note(t), lambda t: t):
+        hidden = model(ids)
+    final_norm = 2 * 256 * 128 * (4 + 4)  # at most: what PyTorch's norm keeps, in float32
+    plan = estimate(decoder, count(decoder, config), config, "cpu", torch.bfloat16, 2, 256, [keep] * 3, 0.0)
+    assert hidden.requires_grad
+    assert -0.03 < sum(kept.values()) / plan.parts["activations"] - 1 < 0.03 + final_norm / plan.parts["activations"]
+
+
+def test_blocks_are_computed_again_only_as_far_as_memory_asks_for_it() -> None:
+    def peak(keep: list[Any]) -> float:
+        return 10 + 3 * keep.count("all") + keep.count("input")
+
+    for room in range(8, 30):
+        keep = choose_keep(peak, 4, room)
+        fitting = [n for n in range(5) if peak(["input"] * n + ["all"] * (4 - n)) <= room]
+        assert keep == ["input"] * min(fitting, default=4) + ["all"] * (4 - min(fitting, default=4))
+
+
+def test_the_micro_batch_is_the_largest_divisor_that_fits() -> None:
+    assert choose_rows(lambda rows: 10.0 * rows, 12, 59) == 4
+    assert choose_rows(lambda rows: 10.0 * rows, 12, 60) == 6
+    assert choose_rows(lambda rows: 10.0 * rows, 7, 60) == 1
+    with pytest.raises(UserError, match=r"^model.max_seq_length: one row takes 0.00 GB and 0.00 GB are free"):
+        choose_rows(lambda rows: 10.0 * rows, 12, 9)
+
+
+def test_the_plan_of_a_step_is_near_what_a_process_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    import plan as bench_plan
+
+    try:
+        assert abs(bench_plan.compare("--seq 512 --bs 1")["error"]) < 0.1
+    finally:
+        for name in ("plan", "step", "contender"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("plan")
+    make_chat_model(root / "base")
+    records = write_records(root / "data.jsonl")
+    settings = {"model": {"name": str(root / "base"), "max_seq_length": 256}, "data": {"train_file": str(records)}}
+    (root / "mine.json").write_text(json.dumps({**settings, "system": {"device": "cpu"}}))
+    return [str(root / "mine.json"), f"output.dir={root / 'run'}", "logging.progress_bar=false"]
+
+
+def test_plan_prints_parts_and_peak_and_loads_nothing(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "to_empty", None)
+    monkeypatch.setattr("nanoft.weights.stream_tensors", None, raising=False)
+    assert train.main([*arguments, "--plan"]) == 0
+    said = capsys.readouterr().out
+    for part in ("process", "linears", "adapters", "gradients", "optimizer", "activations", "backward", "loss", "peak"):
+        assert f"\n{part} " in f"\n{said}"
+    assert "all activations kept" in said
+    assert not Path(arguments[1].removeprefix("output.dir=")).exists()
+
+
+def test_what_cannot_fit_is_one_line_with_the_fix(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*arguments, "--plan", "model.max_seq_length=100000000"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "training.micro_batch_size: 4 rows of 100000000 tokens take" in error
+
+
+def test_auto_keeps_the_rows_of_a_step_and_a_run_goes_on_with_what_was_decided(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = ["training.micro_batch_size=auto", "training.gradient_accumulation_steps=6", "evaluation.prompts=0"]
+    run = Path(arguments[1].removeprefix("output.dir="))
+    assert train.main([*arguments, *auto, "training.max_steps=1"]) == 0
+    decided = json.loads((run / "config.json").read_text())["training"]
+    assert (decided["micro_batch_size"], decided["gradient_accumulation_steps"]) == (6, 1)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert next(line for line in lines if line["event"] == "memory")["predicted_gb"].keys() >= {"linears", "loss"}
+    monkeypatch.setattr("nanoft.plan.memory_limit_bytes", lambda device: 1.0)  # less memory than the first time
+    assert train.main([*arguments, *auto, "training.max_steps=2", "training.checkpointing=none"]) == 0
+    assert json.loads((run / "config.json").read_text())["training"]["micro_batch_size"] == 6
