@@ -287,7 +287,14 @@ def check_expressions(lora: LoRAConfig) -> None:
 MAY_CHANGE_ON_RESUME = frozenset(
     {"training.num_epochs", "training.max_steps", "training.log_steps", "training.eval_steps", "training.save_steps"}
     | {"training.keep_checkpoints", "training.early_stopping_patience", "training.early_stopping_threshold"}
-    | {"training.max_bad_steps", "system.device", "output.dir", "quantization.dequantize"}
+    | {
+        "training.max_bad_steps",
+        "training.checkpointing",
+        "training.checkpoint_every",
+        "system.device",
+        "output.dir",
+        "quantization.dequantize",
+    }
 )
 
 SECTION_TYPES: dict[str, type] = typing.get_type_hints(Config)
