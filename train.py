@@ -132,8 +132,8 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             for micro_batch in window:
                 batch = micro_batch.to(job.device)
                 with job.autocast():
-                    hidden = model(batch.ids, batch.positions, batch.documents)  # (batch, seq, hidden)
-                    nll = target_nll(hidden, model.head, batch.rows, batch.targets, t.label_smoothing, t.z_loss)
+                    hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
+                    nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
                 # sum over target tokens / target tokens of the WINDOW: the same however the window is split
                 micro_loss = nll / window_targets
                 micro_loss.backward()

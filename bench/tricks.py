@@ -37,10 +37,19 @@ def every_row() -> None:
     import torch.nn.functional as F
 
     from nanoft import loss
+    from nanoft.model import Decoder
 
-    def target_nll(hidden: Any, head: Any, rows: Any, targets: Any) -> Any:
+    forward, wanted = Decoder.forward, []
+
+    def decode(self: Any, *args: Any, rows: Any = None) -> Any:
+        wanted[:] = [rows]
+        return forward(self, *args)
+
+    Decoder.forward = decode
+
+    def target_nll(hidden: Any, head: Any, targets: Any) -> Any:
         labels = torch.full((hidden.shape[0] * hidden.shape[1],), contender.IGNORE)
-        labels[rows] = targets
+        labels[wanted[0]] = targets
         return F.cross_entropy((hidden.flatten(0, 1) @ head.T).float(), labels, reduction="sum")
 
     loss.target_nll = target_nll
@@ -52,10 +61,18 @@ def torch_loss() -> None:
 
     from nanoft import loss
 
-    def target_nll(hidden: Any, head: Any, rows: Any, targets: Any) -> Any:
-        return F.linear_cross_entropy(hidden.flatten(0, 1).index_select(0, rows), head, targets, reduction="sum")
+    def target_nll(hidden: Any, head: Any, targets: Any) -> Any:
+        return F.linear_cross_entropy(hidden.flatten(0, 1), head, targets, reduction="sum")
 
     loss.target_nll = target_nll
+
+
+def whole_last_block() -> None:
+    """The last block for every row; only the head for those of targets."""
+    from nanoft.model import Decoder, select_rows
+
+    forward = Decoder.forward
+    Decoder.forward = lambda self, *args, rows=None: select_rows(forward(self, *args), rows)
 
 
 def plain_adapters() -> None:
@@ -120,6 +137,7 @@ def masked_attention() -> None:
 # The trick, the plain way instead of it, on which shape, and what was expected of taking it away.
 TRICKS: list[tuple[str, Callable[[], None], str, str]] = [
     ("loss over target rows only", every_row, "masked", "0.7x: the head is 40 % of the products, and 70 % of it idle"),
+    ("the last block's MLP for target rows only", whole_last_block, "masked", "0.95x: 70 % of an eighth of the MLPs"),
     ("logits in chunks that fit the cache", large_chunks, "small", "0.85x: six passes over 128 MB instead of 16 MB"),
     ("the same, against linear_cross_entropy", torch_loss, "small", "about 1x: it is chunked as well"),
     ("adapters of one input together", plain_adapters, "small", "0.85x; memory + 100 MB: three passes less a linear"),

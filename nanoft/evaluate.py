@@ -85,8 +85,8 @@ def validation_loss(model: Decoder, samples: Sequence[Sample], batch_size: int, 
     nats, count = 0.0, 0
     for batch in in_order(samples, batch_size, pad_id):
         placed = batch.to(device)
-        hidden = model(placed.ids, placed.positions, placed.documents)
-        nats += token_nll(hidden, model.head, placed.rows, placed.targets).double().sum().item()
+        hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
+        nats += token_nll(hidden, model.head, placed.targets).double().sum().item()
         count += batch.target_tokens
     model.train(training)
     return nats / count, count

@@ -2,9 +2,10 @@
 
 For a vocabulary of 32,768 and 4,096 positions the logits alone take 0.5 GB in float32, and their gradient as much
 again, although only the rows of target tokens matter (in instruction data often one in five), each of them once. So:
-take the hidden states of the target rows only, a chunk at a time; compute logits, loss and gradient of that chunk; keep
-only the gradient with respect to the hidden states. Nothing of size (rows, vocab) outlives its chunk, and a chunk is
-small enough to stay near the processor: on a CPU in its cache, where the passes over it are several times faster.
+the model gives the hidden states of those rows only, and of these one takes a chunk at a time; compute logits, loss and
+gradient of that chunk; keep only the gradient with respect to the hidden states. Nothing of size (rows, vocab) outlives
+its chunk, and a chunk is small enough to stay near the processor: on a CPU in its cache, where the passes over it are
+several times faster.
 
 With logits l = h W^T, p = softmax(l) and lse = log sum exp(l), the negative log-likelihood is  L = lse - l[target],
 dL/dl = p - onehot(target),  dL/dh = (p - onehot) W,  dL/dW = (p - onehot)^T h.
@@ -24,28 +25,26 @@ CHUNK_BYTES_ELSEWHERE = 128 << 20  # 1,024 rows of a vocabulary of 32,768: enoug
 
 
 def target_nll(
-    hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+    hidden: Tensor, head: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> Tensor:
     """Sum the negative log-likelihood over target tokens (Bengio et al. 2003, eq. 2), in chunks.
 
     Args:
-        hidden: last hidden states, (batch, seq, hidden), compute dtype.
+        hidden: last hidden states of the tokens whose NEXT token is a target, (..., hidden), n in all; n may be 0.
         head: output embedding, (vocab, hidden); gets a gradient if it wants one.
-        rows: flat positions b * seq + s whose NEXT token is a target, (n,) int64; n may be 0.
         targets: those next tokens, (n,) int64.
         label_smoothing: probability spread evenly over the vocabulary.
         z_loss: weight of the squared log-normaliser.
     Returns:
         Scalar float32, in nats, not divided.
     """
-    selected = hidden.flatten(0, 1).index_select(0, rows)  # (n, hidden)
-    return _SummedNLL.apply(selected, head, targets, label_smoothing, z_loss)
+    return _SummedNLL.apply(hidden.flatten(0, -2), head, targets, label_smoothing, z_loss)
 
 
 @torch.no_grad()
-def token_nll(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+def token_nll(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """The negative log-likelihood of each target token, (n,) float32 in nats: for evaluation."""
-    selected = hidden.flatten(0, 1).index_select(0, rows)
+    selected = hidden.flatten(0, -2)
     pieces = [_chunk_nll(h @ head.T, t, 0.0)[0] for h, t in _chunks(selected, targets, len(head))]
     return torch.cat(pieces) if pieces else selected.new_zeros(0, dtype=torch.float32)
 

@@ -314,8 +314,8 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x: Tensor, norm: RMSNorm, attention: Attention) -> Tensor:
-        """Attention over norm(x), (b, q, hidden)."""
+    def forward(self, x: Tensor, norm: RMSNorm, attention: Attention, rows: Tensor | None) -> Tensor:
+        """Attention over norm(x), (b, q, hidden); of some rows only, (1, n, hidden)."""
         parts = project((self.q_proj, self.k_proj, self.v_proj), norm, x)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # (b, q, heads, d)
         if self.q_norm is not None and self.k_norm is not None:
@@ -325,7 +325,7 @@ class SelfAttention(nn.Module):
             k, v = attention.cache.extend(self.layer, k, v)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm's float32 weight has widened them
         y = attend(q, k, v, self.window, attention.documents, attention.masks.get(self.window))
-        return self.o_proj(y.flatten(2))
+        return self.o_proj(select_rows(y.flatten(2), rows))
 
 
 class MLP(nn.Module):
@@ -344,7 +344,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the norms go along, because they are computed twice."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the norms go along, because they are computed twice.
+
+    If only some rows of the result are wanted, the others are left behind as soon as attention has seen them.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
@@ -353,9 +356,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attention: Attention) -> Tensor:
-        x = x + self.self_attn(x, self.input_layernorm, attention)
+    def forward(self, x: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
+        x = select_rows(x, rows) + self.self_attn(x, self.input_layernorm, attention, rows)
         return x + self.mlp(x, self.post_attention_layernorm)
+
+
+def select_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Positions b * seq + s of x, (b, seq, hidden), as (1, n, hidden); None: x."""
+    return x if rows is None else x.flatten(0, 1).index_select(0, rows)[None]
 
 
 def embedding_noise(x: Tensor, alpha: float) -> Tensor:
@@ -381,18 +389,18 @@ def compile_blocks(model: Decoder) -> None:
         block.compile()
 
 
-def run_block(block: nn.Module, x: Tensor, attention: Attention, keep: Keep) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, attention: Attention, rows: Tensor | None, keep: Keep) -> Tensor:
     """A block whose activations are kept for backward, or computed again there from x (Chen et al. 2016).
 
     `offloaded` lets x itself wait on the CPU, too: then no memory of the device grows with the number of layers.
     """
     if keep == "all" or not torch.is_grad_enabled():
-        return block(x, attention)
+        return block(x, attention, rows)
     if not x.requires_grad:  # the first block's, when the embedding is frozen
         x = x.detach().requires_grad_()
     waiting = save_on_cpu(pin_memory=x.is_cuda) if keep == "offloaded" else contextlib.nullcontext()
     with waiting:
-        return checkpoint(block, x, attention, use_reentrant=True)
+        return checkpoint(block, x, attention, rows, use_reentrant=True)
 
 
 class Trunk(nn.Module):
@@ -428,8 +436,9 @@ class Decoder(nn.Module):
         documents: Documents | None = None,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states, (batch, seq, hidden).
+        """Last hidden states, (batch, seq, hidden); of some rows only, (1, n, hidden).
 
         Args:
             ids: token ids, (batch, seq).
@@ -438,13 +447,16 @@ class Decoder(nn.Module):
                 if at all (no token sees what comes after it, so such padding needs no mask).
             segments: the same, token by token, where there is a cache: which document each belongs to, (batch, seq).
             cache: earlier positions, extended in place.
+            rows: flat positions b * seq + s that are wanted, (n,); None: all.
         """
         x = self.model.embed_tokens(ids)
         if self.training and self.neftune_alpha:
             x = x + embedding_noise(x, self.neftune_alpha)
         attention = self._attention(ids, x, positions, documents, segments, cache)
-        for block, keep in zip(self.model.layers, self.keep, strict=True):
-            x = run_block(block, x, attention, keep)
+        *earlier, last = zip(self.model.layers, self.keep, strict=True)
+        for block, keep in earlier:
+            x = run_block(block, x, attention, None, keep)
+        x = run_block(last[0], x, attention, rows, last[1])
         return self.model.norm(x)
 
     def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:

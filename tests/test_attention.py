@@ -75,7 +75,7 @@ def test_in_bfloat16_on_a_cpu_chunks_stay_within_two_roundings_of_float64() -> N
     towards = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = torch.autograd.grad(expected, exact, towards)
 
-    assert attention.backend(parts[0], None, False) == "chunks of 128 queries"
+    assert attention.backend(parts[0], None, False) == "chunks of 256 queries"
     y = attend(*parts)
     found = [y, *torch.autograd.grad(y, parts, towards.bfloat16())]
     for own, other in zip(found, [expected, *wanted], strict=True):
@@ -86,7 +86,7 @@ def test_the_log_names_what_computes_it() -> None:
     q = torch.zeros(1, 4, 2, 8)
     assert attention.backend(q, None, False) == "PyTorch's kernel for cpu"
     assert attention.backend(q, None, True) == "PyTorch's kernel for cpu, documents of like length together"
-    assert attention.backend(q, 2, False) == "chunks of 128 queries"
+    assert attention.backend(q, 2, False) == "chunks of 256 queries"
 
 
 @pytest.mark.gpu

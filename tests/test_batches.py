@@ -18,6 +18,7 @@ from nanoft import batches
 from nanoft.batches import Batch, Batches, Samples, pack
 from nanoft.chat import Sample
 from nanoft.loss import target_nll
+from nanoft.model import select_rows
 from nanoft.weights import load_model
 
 PAD = 9
@@ -285,7 +286,7 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(tmp_path: 
         model = load_model(tmp_path, torch.device("cpu"), torch.float32)
         batch = collate(rows, PAD)
         hidden = model(batch.ids, batch.positions, batch.documents)
-        target_nll(hidden, model.head, batch.rows, batch.targets).backward()
+        target_nll(select_rows(hidden, batch.rows), model.head, batch.targets).backward()
         lengths = [sum(len(sample.ids) for sample in row) for row in rows]
         logits = [row[:length] for row, length in zip(model.logits(hidden), lengths, strict=True)]
         return torch.cat(logits).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

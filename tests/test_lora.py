@@ -99,7 +99,7 @@ def peft_name(name: str) -> str:
 
 
 def mean_loss(model: Decoder) -> Tensor:
-    return target_nll(model(IDS), model.head, TARGETS, IDS[:, 1:].flatten()) / len(TARGETS)
+    return target_nll(model(IDS, rows=TARGETS), model.head, IDS[:, 1:].flatten()) / len(TARGETS)
 
 
 def gradients(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:

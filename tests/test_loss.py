@@ -16,6 +16,10 @@ ROWS = torch.tensor([0, 3, 5, 6, 7, 10, 17])
 TARGETS = torch.tensor([4, 0, 10, 4, 2, 7, 1])
 
 
+def at(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return hidden.flatten(0, 1)[rows]
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1024])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z", [0.0, 0.01])
@@ -24,7 +28,7 @@ def test_sum_and_both_gradients_equal_cross_entropy_on_all_logits(
 ) -> None:
     monkeypatch.setattr(loss, "chunk_rows", lambda vocab, device: chunk)
     hidden, head = HIDDEN.clone().requires_grad_(), HEAD.clone().requires_grad_()
-    ours = target_nll(hidden, head, ROWS, TARGETS, smoothing, z)
+    ours = target_nll(at(hidden, ROWS), head, TARGETS, smoothing, z)
     logits = hidden.flatten(0, 1)[ROWS] @ head.T
     theirs = F.cross_entropy(logits, TARGETS, reduction="sum", label_smoothing=smoothing)
     theirs = theirs + z * logits.logsumexp(-1).square().sum()
@@ -37,33 +41,33 @@ def test_sum_and_both_gradients_equal_cross_entropy_on_all_logits(
 
 
 def test_token_nll_is_the_same_loss_token_by_token() -> None:
-    each = token_nll(HIDDEN, HEAD, ROWS, TARGETS)
+    each = token_nll(at(HIDDEN, ROWS), HEAD, TARGETS)
     expected = F.cross_entropy(HIDDEN.flatten(0, 1)[ROWS] @ HEAD.T, TARGETS, reduction="none")
     assert torch.allclose(each, expected, atol=1e-6)
-    assert torch.allclose(each.sum(), target_nll(HIDDEN, HEAD, ROWS, TARGETS))
+    assert torch.allclose(each.sum(), target_nll(at(HIDDEN, ROWS), HEAD, TARGETS))
 
 
 def test_no_target_is_a_loss_of_zero_with_a_zero_gradient() -> None:
     hidden = HIDDEN.clone().requires_grad_()
     none = torch.zeros(0, dtype=torch.int64)
-    total = target_nll(hidden, HEAD, none, none)
+    total = target_nll(at(hidden, none), HEAD, none)
     total.backward()
     assert total.item() == 0.0
     assert hidden.grad is not None
     assert not hidden.grad.any()
-    assert token_nll(HIDDEN, HEAD, none, none).shape == (0,)
+    assert token_nll(at(HIDDEN, none), HEAD, none).shape == (0,)
 
 
 def test_bfloat16_stays_near_float32() -> None:
-    exact = target_nll(HIDDEN, HEAD, ROWS, TARGETS)
-    rounded = target_nll(HIDDEN.bfloat16(), HEAD.bfloat16(), ROWS, TARGETS)
+    exact = target_nll(at(HIDDEN, ROWS), HEAD, TARGETS)
+    rounded = target_nll(at(HIDDEN, ROWS).bfloat16(), HEAD.bfloat16(), TARGETS)
     assert rounded.dtype == torch.float32
     assert torch.allclose(rounded, exact, rtol=0.02)
 
 
 def test_frozen_head_gets_no_gradient_and_memory_for_none() -> None:
     hidden, head = HIDDEN.clone().requires_grad_(), HEAD.clone()
-    target_nll(hidden, head, ROWS, TARGETS).backward()
+    target_nll(at(hidden, ROWS), head, TARGETS).backward()
     assert head.grad is None
     outside = [i for i in range(18) if i not in ROWS.tolist()]
     assert hidden.grad is not None
@@ -72,12 +76,12 @@ def test_frozen_head_gets_no_gradient_and_memory_for_none() -> None:
 
 def test_gradients_are_those_of_finite_differences_in_float64() -> None:
     hidden, head = HIDDEN.double().requires_grad_(), HEAD.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w: target_nll(h, w, ROWS, TARGETS, 0.1, 0.01), (hidden, head))
+    assert torch.autograd.gradcheck(lambda h, w: target_nll(at(h, ROWS), w, TARGETS, 0.1, 0.01), (hidden, head))
 
 
 def test_a_target_whose_probability_is_no_float32_any_more_has_a_finite_loss() -> None:
     hidden, head = torch.tensor([[[1.0]]]).requires_grad_(), torch.tensor([[300.0], [0.0], [-200.0]])
-    total = target_nll(hidden, head, torch.tensor([0]), torch.tensor([2]))  # exp(-500) is 0 in float32
+    total = target_nll(hidden, head, torch.tensor([2]))  # exp(-500) is 0 in float32
     total.backward()
     assert total.item() == 500.0
     assert hidden.grad is not None

@@ -15,7 +15,7 @@ from nanoft import UserError
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
 from nanoft.lora import inject_lora
-from nanoft.model import Decoder, DecoderConfig, KVCache, compile_blocks, embedding_noise, keep_by_policy
+from nanoft.model import Decoder, DecoderConfig, KVCache, compile_blocks, embedding_noise, keep_by_policy, select_rows
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
@@ -64,6 +64,27 @@ def test_packed_documents_equal_the_same_documents_alone(tmp_path: Path) -> None
             packed = model(torch.cat((first, second), dim=1), positions, **told)
             assert (packed[:, :10] - model(first)).abs().max() < 1e-5
             assert (packed[:, 10:] - model(second)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("keep", ["all", "input", "offloaded"])
+@pytest.mark.parametrize("case", ["mistral", "qwen3", "llama-bias"])
+def test_some_rows_are_those_of_all_and_so_are_their_gradients(case: str, keep: Any, tmp_path: Path) -> None:
+    make_reference(case, tmp_path)
+    ids = torch.randint(0, 199, (2, 12), generator=torch.Generator().manual_seed(1))
+
+    def run(rows: torch.Tensor, chosen: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model = load_model(tmp_path, CPU, torch.float32)
+        model.keep = [keep] * 3
+        hidden = model(ids, rows=rows) if chosen else select_rows(model(ids), rows)
+        hidden.sin().sum().backward()
+        return hidden, {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+    for rows in (torch.tensor([3, 4, 11, 17]), torch.arange(24), torch.zeros(0, dtype=torch.int64)):
+        (few, own), (all_, other) = run(rows, True), run(rows, False)
+        assert few.shape == (1, len(rows), 64)
+        assert torch.allclose(few, all_, atol=1e-5)
+        assert own.keys() == other.keys()
+        assert all(torch.allclose(own[name], other[name], atol=1e-4, rtol=1e-4) for name in own)
 
 
 def test_policies_say_which_blocks_are_computed_again() -> None:

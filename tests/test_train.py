@@ -747,10 +747,16 @@ def patch_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
         return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
 
-    def target_nll(hidden: Any, head: Any, rows: Any, targets: Any, *_: Any) -> Any:
-        return torch.nn.functional.cross_entropy(hidden.flatten(0, 1)[rows] @ head.T, targets, reduction="sum")
+    forward = model.Decoder.forward
+
+    def decode(self: Any, *args: Any, rows: Any = None, **more: Any) -> Any:
+        return model.select_rows(forward(self, *args, **more), rows)
+
+    def target_nll(hidden: Any, head: Any, targets: Any, *_: Any) -> Any:
+        return torch.nn.functional.cross_entropy(hidden.flatten(0, 1) @ head.T, targets, reduction="sum")
 
     monkeypatch.setattr(LoRALinear, "project", staticmethod(project))
     monkeypatch.setattr(model, "rotate", rotate)
     monkeypatch.setattr(model, "attend", attend)
+    monkeypatch.setattr(model.Decoder, "forward", decode)
     monkeypatch.setattr(train, "target_nll", target_nll)
