@@ -9,8 +9,9 @@
 Both sides run in fresh processes, one after another, in an order that turns every round. They draw the same base
 weights, the same adapter and the same tokens from a seed, so losses and gradient norms must agree in every step: if
 they do not, no ratio is given. Warm-up steps are thrown away. Tokens a second count real tokens, never padding; the
-spread is p10 to p90 over all counted steps. Peak memory is the largest resident set of the process. A control multiplies
-matrices of the step's own sizes and nothing else, so that speeds can be given as a share of what the machine can do.
+spread is p10 to p90 over all counted steps. Peak memory is the largest resident set of the process. A control
+multiplies matrices of the step's own sizes and nothing else, so that speeds can be given as a share of what the
+machine can do.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ KERNELS, TRANSIENT = 64 * MiB, 7
 # On a CPU, by the bytes of a number: the allocator cannot use everything again that was freed, as if there were more of
 # them; measured (bench/plan.md).
 KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 100 * MiB}, {2: 23, 4: 17}
+BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
 MARGIN = 0.9  # of the memory that this process may have: what a plan may fill
 MOMENTS = {"adamw": 8.0, "adamw_paged": 8.0, "adamw_8bit": 2.04, "adamw_8bit_paged": 2.04}  # bytes a parameter
 EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
@@ -119,7 +120,7 @@ def estimate(
     again = max((block for one in keep if one != "all"), default=0.0)  # one of these at a time
     targets = tokens * target_share
     parts = {
-        "process": baseline + kernels,
+        "process": baseline + kernels + BITSANDBYTES * (cpu and bits == 4),
         "linears": counts.linears * (stored if bits == 16 else bits / 8) + counts.scales,
         "head, embedding": float(counts.others * stored),
         "adapters": 0.0 if full else 4.0 * counts.trained,
