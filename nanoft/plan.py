@@ -7,7 +7,7 @@ the activations that backward waits for, so many numbers a token and layer; one 
 
 (residual stream twice, queries, keys, values and the attention's output, gate and up), for Mistral-7B in bfloat16
 92 KiB; a block that is computed again keeps `hidden`, 8 KiB. What cannot be counted, the memory of kernels and what an
-allocator cannot use again, is a constant and a share, measured (`bench/plan.md`).
+allocator cannot use again, is a constant and a share, measured with `bench/plan.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MiB = 2**20
 # backward through an MLP has at once: silu, the product, three gradients and two sums of them.
 KERNELS, TRANSIENT = 64 * MiB, 7
 # On a CPU, by the bytes of a number: the allocator cannot use everything again that was freed, as if there were more of
-# them; measured (bench/plan.md).
+# them; measured with bench/plan.py.
 KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 100 * MiB}, {2: 23, 4: 17}
 BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
 MARGIN = 0.9  # of the memory that this process may have: what a plan may fill
