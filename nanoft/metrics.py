@@ -137,17 +137,37 @@ class Run:
         """How many windows were left out before that optimizer step, because their loss was not finite."""
         path = self.directory / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-        return sum('"step skipped"' in line and _step_of(line) < step for line in lines)
+        return sum('"step skipped"' in line and _values(line)["step"] < step for line in lines)
 
-    def begin(self, last_step: int) -> None:
-        """Open the metrics; lines beyond `last_step` belong to steps that will be done again, and go."""
+    def begin(self, step: int, position: list[int], left_out: list[list[int]], rolled_back: bool = False) -> None:
+        """Open the metrics after `step`; what will be done again, and so logged again, goes.
+
+        Args:
+            position: (epoch, window) that comes next.
+            left_out: windows that will be passed over: what was said of them is not said again.
+            rolled_back: in the same process: warnings of anything but windows stay.
+        """
         path = self.directory / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= last_step]
+        kept = []
+        for line in lines:
+            values = _values(line)
+            if "window" in values:
+                stays = values["window"] < position or values["window"] in left_out
+            else:
+                stays = values["step"] <= step or (rolled_back and values["event"] == "warning")
+            if stays:
+                kept.append(f"{line}\n")
         aside = path.with_suffix(".tmp")
-        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        aside.write_text("".join(kept), encoding="utf-8")
+        if self._metrics is not None:
+            self._metrics.close()
         os.replace(aside, path)
         self._metrics = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in __exit__)
+
+    @property
+    def begun(self) -> bool:
+        return self._metrics is not None
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -182,12 +202,13 @@ class Run:
         self._lock.flush()
 
 
-def _step_of(line: str) -> float:
-    """The step of a metrics line; infinite for a line that was cut off."""
+def _values(line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl; one that was cut off is of a step that never was."""
     try:
-        return float(json.loads(line)["step"])
+        values = json.loads(line)
+        return {**values, "step": float(values["step"]), "event": str(values["event"])}
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return {"step": math.inf, "event": ""}
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib.metadata
 import logging
 import os
@@ -17,7 +18,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -135,6 +136,44 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     texts = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+
+
+class Shortage:
+    """`with Shortage(device) as short:` swallows an out-of-memory error and is true then; everything else passes.
+
+    When the block is left, nothing holds its tensors any more (a caught error would hold the frames that do), and what
+    the allocator had kept for itself is given back.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.happened = device, False
+
+    def __enter__(self) -> Shortage:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> bool:
+        self.happened = error is not None and is_out_of_memory(error)
+        if error is not None and self.happened:
+            error.__traceback__ = error.__context__ = None
+            free_memory(self.device)
+        return self.happened
+
+    def __bool__(self) -> bool:
+        return self.happened
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody uses any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def free_host_bytes() -> float:
+    """Main memory that this process could still take."""
+    return float(psutil.virtual_memory().available)
 
 
 def describe(device: torch.device) -> str:

@@ -77,7 +77,7 @@ def refuse(directory: Path, error: Exception, begin: bool = False) -> None:
     with pytest.raises(type(error)), Run.open(directory) as run:  # noqa: PT012 (a run that begins, then fails)
         run.say("hello")
         if begin:
-            run.begin(0)
+            run.begin(0, [0, 0], [])
         raise error
 
 
@@ -98,7 +98,7 @@ def test_a_refused_run_takes_the_parents_that_it_made_along_but_nothing_of_other
 
 def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         run.log("eval", 1, loss=float("nan"), perplexity=float("inf"), tokens=2)
         run.write_report({"tuned": {"perplexity": float("-inf"), "loss": 1.5}}, "")
         assert [lines(run)[0][key] for key in ("loss", "perplexity", "tokens")] == [None, None, 2]
@@ -124,7 +124,7 @@ def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
 def test_skipped_windows_are_counted(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
         assert run.skipped_before(5) == 0
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         for step, what in ((1, "step skipped"), (1, "step skipped"), (2, "other"), (3, "step skipped")):
             run.log("warning", step, what=what)
         assert [run.skipped_before(step) for step in (1, 2, 3, 4)] == [0, 2, 2, 3]
@@ -157,14 +157,14 @@ def test_a_run_is_complete_when_its_report_says_so(tmp_path: Path) -> None:
 
 def test_a_resumed_run_drops_what_will_be_done_again_and_torn_lines(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         for step in (1, 2, 3):
             run.log("train", step, loss=1 / step, text="a\u2028b\né")  # a line separator that JSON does not escape
         run.log("eval", 2, loss=0.5)
     with open(run.directory / "metrics.jsonl", "ab") as file:
         file.write(b'[2]\n\n{"event": "train", "step": 1, "text": "\xc3')  # cut inside a letter
     with Run.open(tmp_path / "run") as run:
-        run.begin(2)
+        run.begin(2, [0, 0], [])
         run.log("train", 3, loss=9.0)
         assert [(line["event"], line["step"]) for line in lines(run)] == [
             ("train", 1), ("train", 2), ("eval", 2), ("train", 3),
@@ -176,7 +176,7 @@ def test_a_resumed_run_drops_what_will_be_done_again_and_torn_lines(tmp_path: Pa
 
 def test_a_line_is_on_the_disk_when_it_is_logged(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         run.log("train", 1, loss=2.0)
         (line,) = lines(run)
     assert list(line) == ["event", "step", "loss", "time"]
