@@ -643,7 +643,7 @@ def claim(config: Config, run: Run, resume: str) -> Provenance:
     device = runtime.choose_device(config.system.device)
     recorded = run.recorded_config()
     date = str((recorded or {}).get("provenance", {}).get("date") or datetime.now().date().isoformat())
-    provenance = {
+    provenance: Provenance = {
         "versions": runtime.versions(),
         "device": device.type,
         "dtype": str(runtime.choose_dtype(config.model.dtype, device)).removeprefix("torch."),
