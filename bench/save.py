@@ -11,6 +11,7 @@ all, so what a save takes is the difference between medians.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -56,7 +57,7 @@ def run(save_steps: int, wait: bool, steps: int) -> dict[str, list[float]]:
     times = [line["time"] for line in lines if line["event"] == "train"][5:-1]  # without warming up and the end
     saves = [line for line in lines if line["event"] == "checkpoint" and line["step"] > 5]
     return {
-        "step": [later - earlier for earlier, later in zip(times, times[1:], strict=False)],
+        "step": [later - earlier for earlier, later in itertools.pairwise(times)],
         "waited": [line["waited_seconds"] for line in saves],
         "seconds": [line["seconds"] for line in saves],
     }
