@@ -7,11 +7,10 @@ step is judged before it is taken, from its loss and from the norm of its gradie
     far above the rest  warned, then left out, then taken back, as far as guard.on_spike allows
 
 Far above is measured with numbers that an outlier cannot move: the distance from the median of the last steps in units
-of their median absolute deviation (Hampel 1974; Leys et al. 2013), of logarithms, because losses and gradient norms vary
-by factors, the more so the smaller they are. Too many windows
-left out in a row mean that the weights are no good any more: the run goes back to its last checkpoint, learns more
-slowly, and passes over the windows that did it (as Chowdhery et al. 2022, section 5.1, did by hand); if that does not
-help, it ends, and says where the first NaN arises.
+of their median absolute deviation (Hampel 1974; Leys et al. 2013). Of logarithms, because losses and gradient norms
+vary by factors, the more so the smaller they are. Too many windows left out in a row mean that the weights are no good
+any more: the run goes back to its last checkpoint, learns more slowly, and passes over the windows that did it (as
+Chowdhery et al. 2022, section 5.1, did by hand); if that does not help, it ends, and says where the first NaN arises.
 """
 
 from __future__ import annotations
