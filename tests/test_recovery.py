@@ -151,7 +151,7 @@ def test_a_nan_in_a_weight_is_found(tmp_path: Path, monkeypatch: Patch, capsys: 
 def test_a_spike_is_warned_of_and_by_policy_left_out(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     def spiking(number: int, real: Any, *args: Any) -> Any:
         loss, norm = real(*args)
-        return (loss * 1e5, norm) if number in (25, 26) else (loss, norm)
+        return (loss * 1e9, norm) if number in (25, 26) else (loss, norm)
 
     in_the_loop(monkeypatch, "accumulate", spiking)
     changes = {"training__max_steps": 28, "guard__on_spike": "skip", "training__eval_steps": 0}
