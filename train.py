@@ -10,11 +10,12 @@ An interrupted run goes on when the same command is given again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,12 +25,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, ranks, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, parallel, ranks, runtime
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Background, Checkpoints, Outcome, Saved
-from nanoft.config import Config, check_same_run, load_config, questionable, settled_hash
+from nanoft.config import Config, check_same_run, load_config, questionable, settled, settled_hash
 from nanoft.corpus import REJECTED, Corpus, data_hash, describe, open_corpus
 from nanoft.export import save_result
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
@@ -128,7 +129,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
     with job.saves, progress_bar(job, state, total_steps) as bar:
         if state.step == 0:
             save(job, state)  # something to go back to; and whether saving works is known at once
-        while state.step < total_steps and not stop and not out_of_patience(job, state):
+        while state.step < total_steps and not parallel.asked_to_stop(stop) and not out_of_patience(job, state):
             started = time.perf_counter()
             here = [job.batches.epoch, job.batches.index]
             window = job.batches.next_window()  # all micro-batches of one optimizer step
@@ -148,7 +149,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
                     state.step, total_steps, t.learning_rate, warmup_steps, t.lr_scheduler, t.min_lr_ratio, t.lr_power
                 )
                 set_learning_rate(optimizer, rate)
-                with runtime.Shortage(job.device) as short_of_memory:
+                with runtime.Shortage(job.device) as short_of_memory, parallel.alike(job.device):
                     optimizer.step()
                 if short_of_memory:
                     state = go_back(job, state, state.guard)  # half of a step may be done; a checkpoint has whole ones
@@ -178,12 +179,12 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             report_save(job, state, job.saves.collect())
             if due(state.step, t.save_steps, total_steps) or state.best_step == state.step or job.saves.overdue():
                 save(job, state)
-        make_sure_of_the_last_save(job, state)
+        parallel.tell(lambda: make_sure_of_the_last_save(job, state))
     return state
 
 
 def accumulate(job: Job, window: list[Batch]) -> tuple[float, float]:
-    """Forward and backward over a window: leaves its gradient, clipped.
+    """Forward and backward over a window, this rank's micro-batches of it: leaves the window's gradient, clipped.
 
     Returns:
         The loss, in nats per target token of the window, and the norm of the gradient before clipping.
@@ -191,16 +192,20 @@ def accumulate(job: Job, window: list[Batch]) -> tuple[float, float]:
     t, model = job.config.training, job.model
     window_targets = sum(micro_batch.target_tokens for micro_batch in window)
     loss = torch.zeros((), device=job.device)
-    for micro_batch in window:
-        batch = micro_batch.to(job.device)
-        with job.autocast():
-            hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
-            nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
-        # sum over target tokens / target tokens of the WINDOW: the same however the window is split
-        micro_loss = nll / window_targets
-        micro_loss.backward()
-        loss += micro_loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_([p for _, p in job.trained], t.max_grad_norm or float("inf"))
+    parallel.reseed(job.config.system.seed, job.batches.epoch, job.batches.index)
+    with parallel.alike(job.device):
+        for micro_batch in parallel.share(window):
+            batch = micro_batch.to(job.device)
+            with job.autocast():
+                hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
+                nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
+            # sum over target tokens / target tokens of the WINDOW: the same however the window is split
+            micro_loss = nll / window_targets
+            micro_loss.backward()
+            loss += micro_loss.detach()
+    parameters = [p for _, p in job.trained]
+    parallel.add_up(loss, parameters)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, t.max_grad_norm or float("inf"))
     return loss.item(), grad_norm.item()
 
 
@@ -235,17 +240,22 @@ def go_back(job: Job, state: State, history: guard.History) -> State:
 
     If the last rollback led to that one, and not one step could be taken from it, it is no good: the one before it.
     """
-    report_save(job, state, job.saves.collect(wait=True))
+
+    def whole() -> State:
+        report_save(job, state, job.saves.collect(wait=True))
+        try:
+            again = history.rollbacks > state.guard.rollbacks and state.step == state.guard.back_at
+            stuck = again and job.checkpoints.newest(before=state.step)[0] is not None
+            saved, _ = job.checkpoints.newest(before=state.step if stuck else float("inf"))
+        except UserError as reason:
+            raise TrainingFailed(f"after step {state.step} the run had to go back, and could not: {reason}") from None
+        if saved is None:
+            why = "no checkpoint could be saved before"
+            raise TrainingFailed(f"after step {state.step} the run had to go back, and {why}")
+        return restore(job, saved)
+
     job.optimizer.zero_grad(set_to_none=True)
-    try:
-        again = history.rollbacks > state.guard.rollbacks and state.step == state.guard.back_at
-        stuck = again and job.checkpoints.newest(before=state.step)[0] is not None
-        saved, _ = job.checkpoints.newest(before=state.step if stuck else float("inf"))
-    except UserError as reason:
-        raise TrainingFailed(f"after step {state.step} the run had to go back, and could not: {reason}") from None
-    if saved is None:
-        raise TrainingFailed(f"after step {state.step} the run had to go back, and no checkpoint could be saved before")
-    back = replace(restore(job, saved), guard=history, micro_batch_rows=state.micro_batch_rows)
+    back = replace(on_every_rank(job, whole), guard=history, micro_batch_rows=state.micro_batch_rows)
     back.guard.back_at = back.step
     job.model.train()
     job.run.begin(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
@@ -299,6 +309,7 @@ def evaluate_now(job: Job, state: State) -> None:
         job.model.train()
         report_failure(job, state, "evaluation", error)
         return
+    state.best_step, state.best_loss = parallel.tell(lambda: (state.best_step, state.best_loss))  # if it was saved
     gained = loss < state.best_loss - job.config.training.early_stopping_threshold
     state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
     if loss < state.best_loss:
@@ -375,13 +386,28 @@ def restore(job: Job, saved: Saved) -> State:
     """Put a checkpoint's weights, optimizer, position and random numbers back."""
     values = dict(saved.state)
     rng = values.pop("rng")
-    state = State(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**values["guard"])})
     load_weights(job, saved)
     load_optimizer_tensors(job.optimizer, job.trained, saved.tensors("optimizer"))
+    runtime.set_rng_state(rng)
+    return resume(job, values)
+
+
+def resume(job: Job, values: dict[str, Any]) -> State:
+    """The state with these values, and the data at its place."""
+    state = State(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**values["guard"])})
     if state.micro_batch_rows:  # what fitted into memory
         job.batches.micro_batch_size = min(job.batches.micro_batch_size, state.micro_batch_rows)
     job.batches.seek(state.epoch, state.window)
-    runtime.set_rng_state(rng)
+    return state
+
+
+def on_every_rank(job: Job, find: Callable[[], State]) -> State:
+    """What find() makes of rank 0 (state, weights, moments), on every rank."""
+    state = resume(job, parallel.tell(lambda: asdict(find())))
+    moments = optimizer_tensors(job.optimizer, job.trained)
+    parallel.broadcast([p.detach() for _, p in job.trained])
+    parallel.broadcast(moments.values())
+    load_optimizer_tensors(job.optimizer, job.trained, moments)
     return state
 
 
@@ -417,11 +443,13 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
     chat = ChatTokenizer.from_directory(find_model(config.model.name), d.template_args)
     chat.date = date
     started = time.perf_counter()
-    corpus = open_corpus(d, length, seed, chat, run.say, config.logging.progress_bar)
+    bar = config.logging.progress_bar and not parallel.rank()
+    corpus = parallel.rank_0_first(lambda: open_corpus(d, length, seed, chat, run.say, bar))
+    parallel.check_alike({"data.train_file": corpus.directory.name})
     batches = Batches(
         corpus.training,
         config.micro_batch_rows(),
-        t.gradient_accumulation_steps,
+        t.gradient_accumulation_steps * config.system.ranks,
         seed,
         chat.pad_id,
         pack_length=length if d.packing else None,
@@ -432,7 +460,8 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
     steps = t.max_steps or t.num_epochs * windows
     plan = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **plan})
-    shutil.copyfile(corpus.directory / REJECTED, run.directory / REJECTED)
+    if not parallel.rank():
+        shutil.copyfile(corpus.directory / REJECTED, run.directory / REJECTED)
     for line in describe(corpus.report):
         run.say(line)
     used, seconds = batches.utilisation(), time.perf_counter() - started
@@ -448,7 +477,8 @@ def prepare(
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
     model = load_base(config, base, device, dtype)
-    model.keep, plan = choose_activations(config, *batches.longest().ids.shape)
+    keep, plan = choose_activations(config, *batches.longest().ids.shape)
+    model.keep = parallel.tell(lambda: keep)
     model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
@@ -459,7 +489,8 @@ def prepare(
     optimizer = build_optimizer(trained, t)
     validation = corpus.validation[: config.evaluation.max_samples]
     identity = {"config_sha256": settled_hash(config)} | {name: provenance[name] for name in IDENTITY}
-    checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints, t.keep_every, identity)
+    saves = parallel.NoSaves if parallel.rank() else Background
+    checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=not parallel.rank())
     return Job(
         config,
         run,
@@ -471,7 +502,7 @@ def prepare(
         batches,
         validation,
         checkpoints,
-        Background(checkpoints, runtime.free_host_bytes),
+        saves(checkpoints, runtime.free_host_bytes),
         base,
         device,
         dtype,
@@ -500,7 +531,8 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     kind = "every parameter" if c.training.method == "full" else adapter
     book, double = quantization_of(c) or ("", False)
     base = book.upper() + (", double quantisation" if double else "") + ("" if packed else ", unpacked once")
-    say(f"device    {runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
+    many = f"{parallel.ranks()} x " if parallel.ranks() > 1 else ""
+    say(f"device    {many}{runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if book else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(job.adapters):
@@ -523,15 +555,7 @@ def preflight_checks(job: Job, state: State, forced: list[str]) -> float:
     Raises:
         UserError: a check fails and is not forced.
     """
-    checks = check_data(job.corpus, job.chat, job.config.data.train_on)
-    (job.run.directory / "preview.txt").write_text(
-        preview(job.corpus, job.chat, job.config.system.seed), encoding="utf-8"
-    )
-    if job.adapters and not job.config.model.random_init:
-        checks.append(check_head(job.model, job.chat, job.corpus.training))
-    for check in checks:
-        job.run.say(check.line())
-    judge(checks, forced)
+    parallel.tell(lambda: check_samples(job, forced))
     seconds_a_token, batches = rehearse_step(job, state), job.batches
     measured, predicted = runtime.peak_memory_gb(job.device), job.plan.peak / 1e9
     job.run.say(f"memory    {kept(job.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
@@ -541,19 +565,36 @@ def preflight_checks(job: Job, state: State, forced: list[str]) -> float:
             job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
         if short_of_memory:
             job.run.say(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be taken")
+    parallel.tell(lambda: check_saving(job, forced))
+    seconds = seconds_a_token * batches.samples.lengths.sum() / batches.windows_in_epoch()
+    return float(seconds / parallel.ranks())
+
+
+def check_samples(job: Job, forced: list[str]) -> None:
+    checks = check_data(job.corpus, job.chat, job.config.data.train_on)
+    (job.run.directory / "preview.txt").write_text(
+        preview(job.corpus, job.chat, job.config.system.seed), encoding="utf-8"
+    )
+    if job.adapters and not job.config.model.random_init:
+        checks.append(check_head(job.model, job.chat, job.corpus.training))
+    for check in checks:
+        job.run.say(check.line())
+    judge(checks, forced)
+
+
+def check_saving(job: Job, forced: list[str]) -> None:
     moments = optimizer_tensors(job.optimizer, job.trained)
     keep = job.config.training.keep_checkpoints
     saved = rehearse_save(job.run.directory, trained_weights(job), moments, keep)
     job.run.say(saved.line())
     judge([saved], forced)
-    return float(seconds_a_token * batches.samples.lengths.sum() / batches.windows_in_epoch())
 
 
 def rehearse_step(job: Job, state: State) -> float:
     """Forward and backward over the longest micro-batch, with fewer rows if memory is short; seconds a token."""
     while True:
         longest = job.batches.longest()
-        with runtime.Shortage(job.device):
+        with runtime.Shortage(job.device), parallel.alike(job.device):
             fits, seconds = rehearse(job.model, longest, job.autocast)
             job.run.say(fits.line())
             return seconds / longest.tokens
@@ -561,20 +602,16 @@ def rehearse_step(job: Job, state: State) -> float:
 
 
 def progress_bar(job: Job, state: State, total_steps: int) -> Any:
-    hidden = not job.config.logging.progress_bar
+    hidden = not job.config.logging.progress_bar or parallel.rank() > 0
     return tqdm(total=total_steps, initial=state.step, unit="step", disable=hidden, dynamic_ncols=True, leave=False)
 
 
 def finish(job: Job, state: State) -> None:
     """Take the best weights as the result, save them, measure base and tuned, and write the report."""
-    step, where = state.best_step or state.step, job.run.directory
-    if step != state.step:
-        try:
-            load_weights(job, job.checkpoints.verify(job.checkpoints.path(step)))
-        except checkpoint.Damaged as reason:
-            job.run.say(f"warning: {reason}: the result is not the best checkpoint, but the last")
-            step = state.step
-    result = save_result(where, job.model, job.adapters, job.base_directory, job.config, step, job.dtype)
+    where, step = job.run.directory, parallel.tell(lambda: take_best(job, state))
+    parallel.broadcast([p.detach() for _, p in job.trained])
+    save = functools.partial(save_result, where, job.model, job.adapters, job.base_directory, job.config)
+    result = parallel.tell(lambda: str(save(step, job.dtype)))
     if not job.adapters:
         for parameter in job.model.parameters():  # measure what is stored, not what was rounded to store it
             parameter.data = parameter.data.to(stored_dtype(job.base_directory)).float()
@@ -589,6 +626,8 @@ def finish(job: Job, state: State) -> None:
     if not job.config.model.random_init:
         with base_model(job) as model:
             base = measure(job, state, model)
+    if parallel.rank():
+        return
     values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
@@ -601,6 +640,18 @@ def finish(job: Job, state: State) -> None:
     )
 
 
+def take_best(job: Job, state: State) -> int:
+    """Load the best weights that were saved; returns their step."""
+    step = state.best_step or state.step
+    if step != state.step:
+        try:
+            load_weights(job, job.checkpoints.verify(job.checkpoints.path(step)))
+        except checkpoint.Damaged as reason:
+            job.run.say(f"warning: {reason}: the result is not the best checkpoint, but the last")
+            return state.step
+    return step
+
+
 def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
     """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
     e = job.config.evaluation
@@ -609,7 +660,7 @@ def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
         conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
         prompts = evaluate.held_out_prompts(conversations, e.prompts)
         while rows or prompt_rows:
-            with runtime.Shortage(job.device), job.autocast():
+            with runtime.Shortage(job.device), parallel.alike(job.device), job.autocast():
                 return evaluate.measure(
                     model, job.chat, job.validation, prompts, max(1, rows), max(1, prompt_rows), e.max_new_tokens
                 )
@@ -679,10 +730,13 @@ class Wish:
 def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
-    check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
-    with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
-        config = decide_rows(config, run.recorded_config())
-        provenance = claim(config, run, wish.resume)
+    device, config = runtime.choose_device(config.system.device), parallel.settle_ranks(config)
+    check_optimizer(config.training.optimizer, device)
+    parallel.take_device(device)
+    parallel.check_alike({"device": runtime.describe(device), **runtime.versions(), **settled(config)})
+    with parallel.open_run(config.output.dir) as run, runtime.StopRequest() as stop:
+        config = Config.from_dict(parallel.tell(lambda: decide_rows(config, run.recorded_config()).to_dict()))
+        provenance = parallel.tell(lambda: claim(config, run, wish.resume))
         try:
             return run_claimed(config, run, stop, provenance, wish)
         except (RuntimeError, MemoryError) as error:
@@ -699,8 +753,9 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
         show(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0
     job = prepare(config, run, provenance, chat, corpus, batches)
-    state = find_start(job, wish.resume)
-    if run.is_complete(state.step) and (state.step >= total_steps or out_of_patience(job, state)):
+    state = on_every_rank(job, lambda: find_start(job, wish.resume))
+    done = state.step >= total_steps or out_of_patience(job, state)
+    if done and parallel.tell(lambda: run.is_complete(state.step)):
         run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
         return 0
     seconds_a_step = preflight_checks(job, state, wish.force)
@@ -711,7 +766,7 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
     parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
     run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=runtime.peak_memory_gb(job.device))
     state = train(job, state, stop, total_steps)
-    if stop and state.step < total_steps:
+    if parallel.asked_to_stop(stop) and state.step < total_steps:
         run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
         return STOPPED_BY_SIGNAL
     finish(job, state)
@@ -731,6 +786,7 @@ def show(run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: 
 
 
 @runtime.command
+@parallel.together
 def main(argv: list[str]) -> int:
     parser = runtime.Arguments(
         prog="train.py",

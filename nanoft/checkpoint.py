@@ -73,7 +73,14 @@ class Saved:
 class Checkpoints:
     """The checkpoints of one run, in one directory."""
 
-    def __init__(self, directory: Path, keep: int, keep_every: int = 0, identity: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        keep_every: int = 0,
+        identity: Mapping[str, Any] | None = None,
+        owner: bool = True,
+    ):
         """
         Args:
             directory: made if it is missing; half-written leftovers of killed saves are removed.
@@ -81,13 +88,15 @@ class Checkpoints:
             keep_every: steps that are multiples of it stay for good; 0: no others do.
             identity: what the checkpoints belong to (hashes of config, base and data, versions of libraries), as JSON
                 values; what ends in _sha256 must be the same when they are read again.
+            owner: whether this process may write there; of several, one may.
         """
         self.directory, self.keep, self.keep_every = directory, keep, keep_every
         self.identity = dict(identity or {})
         self.best_file = directory.parent / "best.json"
-        directory.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        self._put_back()
+        if owner:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            self._put_back()
 
     def save(
         self,

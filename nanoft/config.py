@@ -190,6 +190,7 @@ class SystemConfig(Section):
     seed: int = between(0, 0, 2**32 - 1)  # data order, adapter initialisation, dropout
     deterministic: bool = False  # deterministic CUDA kernels (slower); the CPU always is
     threads: int = between(0, 0)  # CPU threads; 0: PyTorch's choice
+    ranks: int = between(1, 1)  # processes that share each optimizer step: as many as torchrun starts
 
 
 @dataclass(frozen=True)
@@ -273,8 +274,8 @@ class Config:
         return cls().override(changes)
 
     def effective_batch_size(self) -> int:
-        """Rows per optimizer step."""
-        return self.micro_batch_rows() * self.training.gradient_accumulation_steps
+        """Rows per optimizer step, on all ranks together."""
+        return self.micro_batch_rows() * self.training.gradient_accumulation_steps * self.system.ranks
 
     def micro_batch_rows(self) -> int:
         """Rows per forward pass; 1 as long as `auto` has not been decided."""
@@ -325,7 +326,11 @@ WHY_NOT = {
     "training": "the steps already taken would have been others",
     "system": "order, dropout or rounding would be others",
 }
-SPLIT = ("training.micro_batch_size", "training.gradient_accumulation_steps")  # only their product counts
+SPLIT = (  # only their product counts
+    "training.micro_batch_size",
+    "training.gradient_accumulation_steps",
+    "system.ranks",
+)
 
 SECTION_TYPES: dict[str, type] = typing.get_type_hints(Config)
 SECTION_NAMES: dict[str, str] = {hint.__name__: name for name, hint in SECTION_TYPES.items()}
@@ -362,14 +367,34 @@ def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping
     Raises:
         UserError: names the first thing that differs.
     """
-    sections = {name: fields for name, fields in recorded.items() if name != "provenance"}
-    difference = first_difference(Config.from_dict(sections), config)
+    before = Config.from_dict({name: fields for name, fields in recorded.items() if name != "provenance"})
+    if before.system.ranks != config.system.ranks:
+        check_ranks(before.effective_batch_size(), config)
+    difference = first_difference(before, config)
     fix = "choose another output.dir"
     if difference:
         raise UserError(f"output.dir: {where}: holds another run ({difference}): {fix}, or set the field back")
     for key, what in (("data_sha256", "data"), ("base_sha256", "base model")):
         if recorded.get("provenance", {}).get(key) != provenance[key]:
             raise UserError(f"output.dir: {where}: the {what} changed since that run began: {fix}, or put it back")
+
+
+def check_ranks(rows: int, config: Config) -> None:
+    """A run goes on with another number of processes if a step has as many rows as before.
+
+    Raises:
+        UserError: it has not; how to split them.
+    """
+    size, ranks = config.micro_batch_rows(), config.system.ranks
+    if config.effective_batch_size() != rows:
+        fitting = next(size for size in range(min(size, rows), 0, -1) if rows % (size * ranks) == 0 or size == 1)
+        steps, left = divmod(rows, fitting * ranks)
+        fix = f"set training.micro_batch_size={fitting} training.gradient_accumulation_steps={steps}"
+        raise UserError(
+            f"torchrun: a step of this run has {rows} rows, and {ranks} processes with {size} x "
+            f"{config.training.gradient_accumulation_steps} would take {config.effective_batch_size()}: "
+            + ("start as many processes as divide them" if left else fix)
+        )
 
 
 def questionable(config: Config) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nanoft import parallel
 from nanoft.batches import in_order
 from nanoft.chat import ChatTokenizer, Message, Sample
 from nanoft.generate import generate
@@ -83,13 +84,15 @@ def validation_loss(model: Decoder, samples: Sequence[Sample], batch_size: int, 
     training, device = model.training, model.head.device
     model.eval()
     nats, count = 0.0, 0
-    for batch in in_order(samples, batch_size, pad_id):
-        placed = batch.to(device)
-        hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
-        nats += token_nll(hidden, model.head, placed.targets).double().sum().item()
-        count += batch.target_tokens
+    with parallel.alike(device):
+        for batch in parallel.share(in_order(samples, batch_size, pad_id)):
+            placed = batch.to(device)
+            hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
+            nats += token_nll(hidden, model.head, placed.targets).double().sum().item()
+            count += batch.target_tokens
     model.train(training)
-    return nats / count, count
+    nats, tokens = parallel.total(nats, count)
+    return nats / tokens, int(tokens)
 
 
 def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[Prompt]:

@@ -243,17 +243,25 @@ def decide_rows(config: Config, recorded: dict[str, Any] | None) -> Config:
 
     Args:
         recorded: the config.json of the run directory, if there is one.
+    Raises:
+        UserError: the ranks cannot share a step's rows evenly.
     """
     t = config.training
     if t.micro_batch_size != "auto":
         return config
-    if recorded is not None:
+    rows_a_rank, left = divmod(t.gradient_accumulation_steps, config.system.ranks)
+    if left:
+        raise UserError(
+            f"training.gradient_accumulation_steps: {t.gradient_accumulation_steps} rows a step cannot be split evenly "
+            f"over {config.system.ranks} processes: set it to {config.system.ranks * max(rows_a_rank, 1)}"
+        )
+    if recorded is not None and recorded["system"].get("ranks", 1) == config.system.ranks:
         return config.override({name: recorded["training"][name.partition(".")[2]] for name in ROWS})
     plan, length = planner(config), config.model.max_seq_length
     layers = read_shape(find_model(config.model.name)).num_layers
     keep = keep_by_policy("full" if t.checkpointing == "auto" else t.checkpointing, t.checkpoint_every, layers)
-    rows = choose_rows(lambda n: plan(n, length, keep).peak, t.gradient_accumulation_steps, room(config))
-    return config.override(dict(zip(ROWS, (rows, t.gradient_accumulation_steps // rows), strict=True)))
+    rows = choose_rows(lambda n: plan(n, length, keep).peak, rows_a_rank, room(config))
+    return config.override(dict(zip(ROWS, (rows, rows_a_rank // rows), strict=True)))
 
 
 def choose_activations(config: Config, rows: int, length: int) -> tuple[list[Keep], Plan]:
@@ -326,7 +334,7 @@ def show_plan(config: Config) -> int:
     work = gflop_per_token(decoder, count(decoder, config), config, length, again)
     reached = matmul_gflop_s(device, dtype, decoder)
     print(f"{'work':16} {work:9.3g} GFLOP a token; bare matrix products reach {reached:,.0f} GFLOP/s here")
-    share, step = EFFICIENCY.get(device.type), config.effective_batch_size() * length
+    share, step = EFFICIENCY.get(device.type), config.effective_batch_size() // config.system.ranks * length
     if share:
         speed = share * reached / work
         print(f"{'speed':16} {speed:9,.0f} tokens/s if {share:.0%} of that is reached; {step / speed:,.1f} s a step")
