@@ -177,6 +177,7 @@ class Follower(Run):
 
     def __init__(self, directory: Path):
         self.directory, self.checkpoints = directory, directory / "checkpoints"
+        self._metrics = None
 
     def __exit__(self, *_: object) -> None:
         pass
