@@ -10,7 +10,6 @@ An interrupted run goes on when the same command is given again.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import shutil
 import sys
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, parallel, ranks, runtime
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
-from nanoft.batches import Batch, Batches, Samples
+from nanoft.batches import Batch, Batches, Samples, even
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Background, Checkpoints, Outcome, Saved
 from nanoft.config import Config, check_same_run, load_config, questionable, settled, settled_hash
@@ -50,6 +49,7 @@ from nanoft.optim import (
 from nanoft.plan import Plan, choose_activations, decide_rows, kept, show_plan, too_little
 from nanoft.preflight import (
     NAMES,
+    Check,
     check_data,
     check_head,
     judge,
@@ -70,6 +70,7 @@ from nanoft.weights import (
 )
 
 STOPPED_BY_SIGNAL = 75
+Tensors = dict[str, torch.Tensor]
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data and base, device, date
 IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.py"
@@ -112,7 +113,8 @@ class Job:
 
     @property
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that learn, by name."""
+        """The parameters that learn, by name; if they are split over the ranks, this rank's parts."""
+        parallel.split_up(self.model)
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def autocast(self) -> Any:
@@ -177,9 +179,10 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             if due(state.step, t.eval_steps, total_steps):
                 evaluate_now(job, state)
             report_save(job, state, job.saves.collect())
-            if due(state.step, t.save_steps, total_steps) or state.best_step == state.step or job.saves.overdue():
+            again = parallel.on_any_rank(job.saves.overdue())
+            if due(state.step, t.save_steps, total_steps) or state.best_step == state.step or again:
                 save(job, state)
-        parallel.tell(lambda: make_sure_of_the_last_save(job, state))
+        make_sure_of_the_last_save(job, state)
     return state
 
 
@@ -194,7 +197,7 @@ def accumulate(job: Job, window: list[Batch]) -> tuple[float, float]:
     loss = torch.zeros((), device=job.device)
     parallel.reseed(job.config.system.seed, job.batches.epoch, job.batches.index)
     with parallel.alike(job.device):
-        for micro_batch in parallel.share(window):
+        for micro_batch in parallel.share(even(window, parallel.ranks())):
             batch = micro_batch.to(job.device)
             with job.autocast():
                 hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
@@ -206,7 +209,7 @@ def accumulate(job: Job, window: list[Batch]) -> tuple[float, float]:
     parameters = [p for _, p in job.trained]
     parallel.add_up(loss, parameters)
     grad_norm = nn.utils.clip_grad_norm_(parameters, t.max_grad_norm or float("inf"))
-    return loss.item(), grad_norm.item()
+    return loss.item(), parallel.whole(grad_norm).item()
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
@@ -241,7 +244,7 @@ def go_back(job: Job, state: State, history: guard.History) -> State:
     If the last rollback led to that one, and not one step could be taken from it, it is no good: the one before it.
     """
 
-    def whole() -> State:
+    def whole() -> Saved:
         report_save(job, state, job.saves.collect(wait=True))
         try:
             again = history.rollbacks > state.guard.rollbacks and state.step == state.guard.back_at
@@ -252,10 +255,10 @@ def go_back(job: Job, state: State, history: guard.History) -> State:
         if saved is None:
             why = "no checkpoint could be saved before"
             raise TrainingFailed(f"after step {state.step} the run had to go back, and {why}")
-        return restore(job, saved)
+        return saved
 
     job.optimizer.zero_grad(set_to_none=True)
-    back = replace(on_every_rank(job, whole), guard=history, micro_batch_rows=state.micro_batch_rows)
+    back = replace(start_from(job, whole), guard=history, micro_batch_rows=state.micro_batch_rows)
     back.guard.back_at = back.step
     job.model.train()
     job.run.begin(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
@@ -268,8 +271,10 @@ def go_back(job: Job, state: State, history: guard.History) -> State:
 def diverged(job: Job, state: State, window: list[Batch]) -> TrainingFailed:
     """What to say when nothing helped: where the first bad number arises, and what to change."""
     batch, seen, rate = window[-1].to(job.device), state.guard, job.config.training.learning_rate
-    with job.autocast():
-        where = guard.diagnose(job.model, batch.ids, batch.positions, batch.documents, rows=batch.rows)
+    where = "which weight or output is the first was not looked for, because the model is split"
+    if job.config.training.sharding == "none":
+        with job.autocast():
+            where = guard.diagnose(job.model, batch.ids, batch.positions, batch.documents, rows=batch.rows)
     return TrainingFailed(
         f"{seen.skips} windows in a row could not be used after step {state.step}, and {seen.rollbacks} rollbacks "
         f"did not help: {where}: lower training.learning_rate ({rate:g}), or look at the records in train.log"
@@ -340,6 +345,7 @@ def save(job: Job, state: State) -> None:
     """Begin to write a checkpoint; when it is on the disk, and only then, it may be called the best."""
     report_save(job, state, job.saves.collect(wait=True))
     tensors = {weights_file(job): trained_weights(job), "optimizer": optimizer_tensors(job.optimizer, job.trained)}
+    tensors = {name: parallel.gathered(named) for name, named in tensors.items()}
     contents = {**asdict(state), "rng": runtime.rng_state()}
     best = (state.best_step, state.best_loss) if state.best_step else None
     job.saves.start(state.step, tensors, contents, best)
@@ -365,13 +371,17 @@ def make_sure_of_the_last_save(job: Job, state: State) -> None:
     Raises:
         OSError: the disk refuses; what was saved before is untouched.
     """
-    report_save(job, state, job.saves.collect(wait=True))
-    if job.saves.last_step != state.step:
-        save(job, state)
+
+    def last_saved(refused: bool) -> int:
         outcome = job.saves.collect(wait=True)
         report_save(job, state, outcome)
-        if outcome is not None and outcome.error is not None:
+        if refused and outcome is not None and outcome.error is not None:
             raise outcome.error
+        return job.saves.last_step
+
+    if parallel.tell(lambda: last_saved(False)) != state.step:
+        save(job, state)
+        parallel.tell(lambda: last_saved(True))
 
 
 def trained_weights(job: Job) -> dict[str, torch.Tensor]:
@@ -386,55 +396,52 @@ def restore(job: Job, saved: Saved) -> State:
     """Put a checkpoint's weights, optimizer, position and random numbers back."""
     values = dict(saved.state)
     rng = values.pop("rng")
-    load_weights(job, saved)
-    load_optimizer_tensors(job.optimizer, job.trained, saved.tensors("optimizer"))
-    runtime.set_rng_state(rng)
-    return resume(job, values)
-
-
-def resume(job: Job, values: dict[str, Any]) -> State:
-    """The state with these values, and the data at its place."""
     state = State(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**values["guard"])})
+    load_weights(job, saved)
+    moments = parallel.parted(saved.tensors("optimizer"), optimizer_tensors(job.optimizer, job.trained))
+    load_optimizer_tensors(job.optimizer, job.trained, moments)
     if state.micro_batch_rows:  # what fitted into memory
         job.batches.micro_batch_size = min(job.batches.micro_batch_size, state.micro_batch_rows)
     job.batches.seek(state.epoch, state.window)
+    runtime.set_rng_state(rng)
     return state
 
 
-def on_every_rank(job: Job, find: Callable[[], State]) -> State:
-    """What find() makes of rank 0 (state, weights, moments), on every rank."""
-    state = resume(job, parallel.tell(lambda: asdict(find())))
-    moments = optimizer_tensors(job.optimizer, job.trained)
-    parallel.broadcast([p.detach() for _, p in job.trained])
-    parallel.broadcast(moments.values())
-    load_optimizer_tensors(job.optimizer, job.trained, moments)
-    return state
+def start_from(job: Job, choose: Callable[[], Saved | None]) -> State:
+    """On every rank, the checkpoint that rank 0 chooses (its state is told, its tensors are read); None: fresh."""
+
+    def chosen() -> tuple[str, dict[str, Any]]:
+        saved = choose()
+        return (str(saved.path), saved.state) if saved else ("", {})
+
+    path, state = parallel.tell(chosen)
+    return restore(job, Saved(Path(path), state)) if path else State()
 
 
 def load_weights(job: Job, saved: Saved) -> None:
     """Only the weights of a checkpoint: to go on, or to take the best one as the result."""
-    tensors = saved.tensors(weights_file(job))
+    tensors = parallel.parted(saved.tensors(weights_file(job)), trained_weights(job))
     if job.adapters:
         load_adapter_tensors(job.adapters, tensors, str(saved.path))
         return
     checkpoint.fill({name: parameter.detach() for name, parameter in job.trained}, tensors, str(saved.path))
 
 
-def find_start(job: Job, resume: str) -> State:
+def find_start(job: Job, resume: str) -> Saved | None:
     """`auto`: the newest checkpoint that is whole, or a fresh start; `never`: a fresh start; PATH: that checkpoint."""
     if resume == "never":
-        return State()
+        return None
     if resume != "auto":
         if Path(resume).resolve().parent != job.run.checkpoints.resolve():
             raise UserError(f"--resume: {resume}: is not in {job.run.checkpoints}: name a checkpoint of this run")
         try:
-            return restore(job, job.checkpoints.verify(Path(resume)))
+            return job.checkpoints.verify(Path(resume))
         except (checkpoint.Damaged, OSError) as reason:
             raise UserError(f"--resume: {reason}") from None
     saved, damage = job.checkpoints.newest()
     for what in damage:
         job.run.say(f"warning: {what}: going back to an earlier checkpoint")
-    return restore(job, saved) if saved else State()
+    return saved
 
 
 def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, Corpus, Batches]:
@@ -476,7 +483,7 @@ def prepare(
     t, device = config.training, runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
-    model = load_base(config, base, device, dtype)
+    model = load_base(config, base, torch.device("cpu") if t.sharding == "full" else device, dtype)
     keep, plan = choose_activations(config, *batches.longest().ids.shape)
     model.keep = parallel.tell(lambda: keep)
     model.neftune_alpha = t.neftune_alpha
@@ -485,6 +492,8 @@ def prepare(
         adapters = inject_lora(model, config.lora, config.system.seed)
     if t.compile:
         compile_blocks(model)
+    if t.sharding == "full":
+        parallel.shard(model, device)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, t)
     validation = corpus.validation[: config.evaluation.max_samples]
@@ -555,7 +564,10 @@ def preflight_checks(job: Job, state: State, forced: list[str]) -> float:
     Raises:
         UserError: a check fails and is not forced.
     """
-    parallel.tell(lambda: check_samples(job, forced))
+    head = []
+    if job.adapters and not job.config.model.random_init:
+        head.append(check_head(job.model, job.chat, job.corpus.training))
+    parallel.tell(lambda: check_samples(job, forced, head))
     seconds_a_token, batches = rehearse_step(job, state), job.batches
     measured, predicted = runtime.peak_memory_gb(job.device), job.plan.peak / 1e9
     job.run.say(f"memory    {kept(job.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
@@ -565,27 +577,27 @@ def preflight_checks(job: Job, state: State, forced: list[str]) -> float:
             job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
         if short_of_memory:
             job.run.say(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be taken")
-    parallel.tell(lambda: check_saving(job, forced))
+    weights = parallel.gathered(trained_weights(job))
+    moments = parallel.gathered(optimizer_tensors(job.optimizer, job.trained))
+    parallel.tell(lambda: check_saving(job, forced, weights, moments))
     seconds = seconds_a_token * batches.samples.lengths.sum() / batches.windows_in_epoch()
     return float(seconds / parallel.ranks())
 
 
-def check_samples(job: Job, forced: list[str]) -> None:
-    checks = check_data(job.corpus, job.chat, job.config.data.train_on)
+def check_samples(job: Job, forced: list[str], head: list[Check]) -> None:
+    """What the model will see: said, judged, and written down."""
+    checks = [*check_data(job.corpus, job.chat, job.config.data.train_on), *head]
     (job.run.directory / "preview.txt").write_text(
         preview(job.corpus, job.chat, job.config.system.seed), encoding="utf-8"
     )
-    if job.adapters and not job.config.model.random_init:
-        checks.append(check_head(job.model, job.chat, job.corpus.training))
     for check in checks:
         job.run.say(check.line())
     judge(checks, forced)
 
 
-def check_saving(job: Job, forced: list[str]) -> None:
-    moments = optimizer_tensors(job.optimizer, job.trained)
-    keep = job.config.training.keep_checkpoints
-    saved = rehearse_save(job.run.directory, trained_weights(job), moments, keep)
+def check_saving(job: Job, forced: list[str], weights: Tensors, moments: Tensors) -> None:
+    """Whether a checkpoint can be written: said, and judged."""
+    saved = rehearse_save(job.run.directory, weights, moments, job.config.training.keep_checkpoints)
     job.run.say(saved.line())
     judge([saved], forced)
 
@@ -608,13 +620,14 @@ def progress_bar(job: Job, state: State, total_steps: int) -> Any:
 
 def finish(job: Job, state: State) -> None:
     """Take the best weights as the result, save them, measure base and tuned, and write the report."""
-    where, step = job.run.directory, parallel.tell(lambda: take_best(job, state))
-    parallel.broadcast([p.detach() for _, p in job.trained])
-    save = functools.partial(save_result, where, job.model, job.adapters, job.base_directory, job.config)
-    result = parallel.tell(lambda: str(save(step, job.dtype)))
+    where, step = job.run.directory, parallel.tell(lambda: best_step(job, state))
+    if step != state.step:
+        load_weights(job, Saved(job.checkpoints.path(step), {}))
+    result = parallel.tell(lambda: str(export(job, step)))
     if not job.adapters:
-        for parameter in job.model.parameters():  # measure what is stored, not what was rounded to store it
-            parameter.data = parameter.data.to(stored_dtype(job.base_directory)).float()
+        with torch.no_grad():
+            for _, parameter in job.trained:  # measure what is stored, not what was rounded to store it
+                parameter.copy_(parameter.to(stored_dtype(job.base_directory)))
     training = {
         "steps": state.step,
         "best_step": state.best_step,
@@ -630,7 +643,8 @@ def finish(job: Job, state: State) -> None:
         return
     values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
     data = "\n".join(describe(job.corpus.report))
-    usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
+    adapters = job.adapters if job.config.training.sharding == "none" else {}
+    usage, advice, section = ranks.report(adapters, job.optimizer, step)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
     job.run.log("done", state.step, **training)
     job.run.say(terminal + advice)
@@ -640,16 +654,29 @@ def finish(job: Job, state: State) -> None:
     )
 
 
-def take_best(job: Job, state: State) -> int:
-    """Load the best weights that were saved; returns their step."""
+def best_step(job: Job, state: State) -> int:
+    """The step of the best checkpoint that is whole, or of the last."""
     step = state.best_step or state.step
     if step != state.step:
         try:
-            load_weights(job, job.checkpoints.verify(job.checkpoints.path(step)))
+            job.checkpoints.verify(job.checkpoints.path(step))
         except checkpoint.Damaged as reason:
             job.run.say(f"warning: {reason}: the result is not the best checkpoint, but the last")
             return state.step
     return step
+
+
+def export(job: Job, step: int) -> Path:
+    """Write the result: the weights of that step, which the model has.
+
+    One that is split is put together on the CPU, from the base and the checkpoint.
+    """
+    if job.config.training.sharding == "full":
+        model = load_base(job.config, job.base_directory, torch.device("cpu"), job.dtype)
+        adapters = inject_lora(model, job.config.lora, job.config.system.seed) if job.adapters else {}
+        job = replace(job, model=model, adapters=adapters)
+        load_weights(job, Saved(job.checkpoints.path(step), {}))
+    return save_result(job.run.directory, job.model, job.adapters, job.base_directory, job.config, step, job.dtype)
 
 
 def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
@@ -679,7 +706,11 @@ def base_model(job: Job) -> Iterator[Decoder]:
             yield job.model
     else:
         job.optimizer.state.clear()  # its memory is needed for the second model
-        yield load_base(job.config, job.base_directory, job.device, job.dtype)
+        split = job.config.training.sharding == "full"
+        model = load_base(job.config, job.base_directory, torch.device("cpu") if split else job.device, job.dtype)
+        if split:
+            parallel.shard(model, job.device)
+        yield model
 
 
 def claim(config: Config, run: Run, resume: str) -> Provenance:
@@ -732,7 +763,7 @@ def run_training(config: Config, wish: Wish) -> int:
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     device, config = runtime.choose_device(config.system.device), parallel.settle_ranks(config)
     check_optimizer(config.training.optimizer, device)
-    parallel.take_device(device)
+    parallel.take_device(device, config.training.sharding)
     parallel.check_alike({"device": runtime.describe(device), **runtime.versions(), **settled(config)})
     with parallel.open_run(config.output.dir) as run, runtime.StopRequest() as stop:
         config = Config.from_dict(parallel.tell(lambda: decide_rows(config, run.recorded_config()).to_dict()))
@@ -753,7 +784,7 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
         show(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0
     job = prepare(config, run, provenance, chat, corpus, batches)
-    state = on_every_rank(job, lambda: find_start(job, wish.resume))
+    state = start_from(job, lambda: find_start(job, wish.resume))
     done = state.step >= total_steps or out_of_patience(job, state)
     if done and parallel.tell(lambda: run.is_complete(state.step)):
         run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")

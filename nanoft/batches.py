@@ -14,7 +14,7 @@ are used; a token that is a target is stored as its complement, ~id, which is ne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -318,6 +318,16 @@ def _documents(lengths: Array, row_lengths: Array, counts: list[int], width: int
 
 def _round_up(value: Any, multiple: int) -> Any:
     return -(-value // multiple) * multiple
+
+
+def even(batches: Iterable[Batch], multiple: int) -> Iterator[Batch]:
+    """The same, and behind them as many without a target as make their number a multiple."""
+    count = 0
+    for count, batch in enumerate(batches, start=1):  # noqa: B007
+        yield batch
+    none = torch.empty(0, dtype=torch.int64)
+    for _ in range(-count % multiple):
+        yield dataclasses.replace(batch, rows=none, targets=none, tokens=0, records=[])
 
 
 def in_order(samples: Sequence[Sample], batch_size: int, pad_id: int) -> Iterable[Batch]:

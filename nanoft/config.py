@@ -151,6 +151,7 @@ class TrainingConfig(Section):
     neftune_alpha: float = between(0.0, 0.0)  # uniform noise on the embeddings while training (NEFTune); 5 is usual
     checkpointing: Literal["auto", "none", "every_k", "full", "offload"] = "auto"  # activations computed again
     checkpoint_every: int = between(2, 1)  # with every_k: of so many blocks, the activations of one are computed again
+    sharding: Literal["none", "full"] = "none"  # full: weights, gradients and moments split over the ranks (torchrun)
     compile: bool = False  # compile each block: worth its minute on CUDA; a CPU needs a C++ compiler for it
     log_steps: int = between(10, 1)  # optimizer steps between two `train` lines of metrics.jsonl
     eval_steps: int = between(100, 0)  # optimizer steps between evaluations; 0: only at the end
@@ -224,6 +225,8 @@ class Config:
                 f"quantization.bits: {self.quantization.bits} freezes the base, and training.method=full trains it: "
                 "set quantization.bits=16 or training.method=lora"
             )
+        if self.training.sharding == "full":
+            self._check_sharding()
         if self.model.random_init and self.training.method != "full":
             raise UserError("model.random_init: an adapter on random weights learns nothing: set training.method=full")
         if self.training.lora_plus_ratio != 1 and self.training.method != "lora":
@@ -243,6 +246,21 @@ class Config:
             json.dumps([self.data.template_args, self.data.columns])
         except (TypeError, ValueError):
             raise UserError("data.template_args: a value is no text, number, true, false, list or table") from None
+
+    def _check_sharding(self) -> None:
+        """FSDP2 splits parameters of one tensor each, and bitsandbytes keeps packed weights and moments elsewhere."""
+        if self.quantization.bits != 16:
+            raise UserError(
+                f"quantization.bits: {self.quantization.bits}: packed weights are no parameters that can be split: "
+                "set quantization.bits=16 (each of N processes holds an Nth of it) or training.sharding=none"
+            )
+        if self.training.optimizer not in ("adamw", "sgd"):
+            raise UserError(
+                f"training.optimizer: {self.training.optimizer} cannot split its state: set training.optimizer=adamw "
+                "(each of N processes holds an Nth of it) or training.sharding=none"
+            )
+        if self.training.compile:
+            raise UserError("training.compile: not with training.sharding=full: set one of them back")
 
     def override(self, changes: Mapping[str, Any]) -> Config:
         """Return a copy with `section.field` keys replaced; strings are parsed by the field's type.
@@ -310,6 +328,7 @@ MAY_CHANGE_ON_RESUME = {
     "training.early_stopping_threshold": "where the run ends",
     "training.checkpointing": "when activations are computed, not which",
     "training.checkpoint_every": "when activations are computed, not which",
+    "training.sharding": "where the weights lie",
     "quantization.dequantize": "when weights are unpacked, not to what",
     "system.device": "where it is computed",
     "output.dir": "where it lies",

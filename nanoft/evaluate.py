@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nanoft import parallel
-from nanoft.batches import in_order
+from nanoft.batches import even, in_order
 from nanoft.chat import ChatTokenizer, Message, Sample
 from nanoft.generate import generate
 from nanoft.loss import token_nll
@@ -85,7 +85,7 @@ def validation_loss(model: Decoder, samples: Sequence[Sample], batch_size: int, 
     model.eval()
     nats, count = 0.0, 0
     with parallel.alike(device):
-        for batch in parallel.share(in_order(samples, batch_size, pad_id)):
+        for batch in parallel.share(even(in_order(samples, batch_size, pad_id), parallel.ranks())):
             placed = batch.to(device)
             hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
             nats += token_nll(hidden, model.head, placed.targets).double().sum().item()

@@ -11,6 +11,9 @@ then clip by the same norm and take the same optimizer step: their weights stay 
 arithmetic is rank 0's: it alone reads and writes the run directory and talks, and tells the others what it found out
 (`tell`). Decisions that change the control flow are made from numbers that all ranks have in common.
 
+With training.sharding=full, PyTorch's FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3) splits every
+parameter, gradient and moment over the ranks, and puts a block's weights together only while the block is computed.
+
 Here are only the few words that ranks say to one another, on top of torch.distributed: gloo on a CPU, NCCL between
 GPUs. Without torchrun there is one rank, and nothing here does anything.
 """
@@ -21,6 +24,7 @@ import functools
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,12 +35,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanoft import TrainingFailed, UserError
 from nanoft.checkpoint import Background
 from nanoft.config import Config
 from nanoft.metrics import Run
+from nanoft.model import Decoder
 from nanoft.runtime import StopRequest, free_memory, is_out_of_memory
 
 T = TypeVar("T")
@@ -45,6 +53,7 @@ PATIENCE = timedelta(days=1)  # with what rank 0 does alone: a large corpus take
 BUCKET_BYTES = 64 << 20  # of gradients in one message
 ERRORS = {"UserError": UserError, "TrainingFailed": TrainingFailed}
 
+_sharded = False  # whether the model's parameters are split
 _store: Any = None  # a dist.Store, where ranks leave notes for one another; lives in torchrun's own process
 _notes = map("nanoft {}".format, itertools.count())  # their names; every rank counts alike
 
@@ -105,12 +114,17 @@ def settle_ranks(config: Config) -> Config:
     return config.override({"system.ranks": ranks()})
 
 
-def take_device(device: torch.device) -> None:
+def take_device(device: torch.device, sharding: str) -> None:
     """Make this process's own GPU the one that `cuda` means.
 
     Raises:
-        UserError: there are fewer GPUs than processes, or it is a Mac's.
+        UserError: there are fewer GPUs than processes, or it is a Mac's; or there is nobody to share with.
     """
+    if sharding == "full" and ranks() == 1:
+        raise UserError(
+            "training.sharding: full splits the model over processes, and this is the only one: start it with "
+            "torchrun --nproc-per-node N train.py, or set training.sharding=none"
+        )
     if ranks() > 1 and device.type == "mps":
         raise UserError("system.device: Metal is used by one process: start train.py without torchrun")
     if ranks() > 1 and device.type == "cuda":
@@ -210,6 +224,49 @@ def open_run(directory: str) -> Run:
     return opened[0] if opened else Follower(Path(directory))
 
 
+def shard(model: Decoder, device: torch.device) -> None:
+    """Split the parameters of each block, and those outside of the blocks, over the ranks and their devices."""
+    global _sharded
+    mesh = init_device_mesh(device.type, (ranks(),))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    _sharded = True
+
+
+def split_up(model: nn.Module) -> None:
+    """After a forward pass, FSDP keeps what lies outside of the blocks together: split it again."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which each rank has a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each of them whole, one after the other, in rank 0's main memory; as they are if they are not split."""
+    if not _sharded:
+        return tensors
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        found[name] = full.cpu() if rank() == 0 else full.new_empty(0)
+    return found
+
+
+def parted(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of whole tensors, this rank's parts, wherever those of the same name in `like` are split."""
+
+    def part(tensor: Tensor, own: Tensor | None) -> Tensor:
+        if not isinstance(own, DTensor):
+            return tensor
+        return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+
+    return {name: part(tensor, like.get(name)) for name, tensor in tensors.items()}
+
+
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Rank 0's values, on every rank."""
     if ranks() > 1:
@@ -238,16 +295,18 @@ def reseed(seed: int, epoch: int, index: int) -> None:
 
 @torch.no_grad()
 def add_up(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the loss and each gradient by its sum over the ranks; none counts as zeros.
+    """Replace the loss and each gradient by its sum over the ranks.
 
-    In a few large messages: many small ones would each wait for the network.
+    In a few large messages: many small ones would each wait for the network. Where parameters are split, FSDP has
+    summed the gradients during backward, and divided them by the number of ranks.
     """
     if ranks() == 1:
         return
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    for bucket in _buckets([loss, *(p.grad for p in parameters if p.grad is not None)]):
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if _sharded:
+        torch._foreach_mul_([gradient.to_local() for gradient in gradients], float(ranks()))  # type: ignore[attr-defined]
+        gradients = []
+    for bucket in _buckets([loss, *gradients]):
         flat = torch.cat([tensor.flatten() for tensor in bucket])
         with _connected():
             dist.all_reduce(flat)
@@ -298,12 +357,28 @@ def _reduced(values: Sequence[float], operation: Any) -> list[float]:
 def alike(device: torch.device) -> Iterator[None]:
     """What fails on one rank fails on all, at the end of the block; memory that is short on one is short on all.
 
+    Where parameters are split, ranks wait for one another inside the block: if memory is short on one, it ends, and
+    torchrun ends the others.
+
     Raises:
         MemoryError: memory was short on some rank.
         TrainingFailed: something else went wrong on another rank; this one's own error passes.
     """
     if ranks() == 1:
         yield
+        return
+    if _sharded:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print(
+                f"failed: out of memory on rank {rank()}; with training.sharding=full nothing is taken in halves: "
+                "lower training.micro_batch_size (with more accumulation), or set training.checkpointing=full",
+                file=sys.stderr,
+            )
+            os._exit(3)  # at once: whoever tidies up waits for the others
         return
     failure: Exception | None = None
     try:

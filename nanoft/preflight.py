@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoft import UserError
+from nanoft import UserError, parallel
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer, Sample
 from nanoft.checkpoint import write_tensors
@@ -154,7 +154,7 @@ def check_head(model: Decoder, chat: ChatTokenizer, samples: Samples) -> Check:
         int(s.ids[s.is_target][-1]) for s in (samples[at] for at in range(min(100, len(samples)))) if s.is_target.any()
     }
     stops = sorted(ends & set(chat.stop_ids))
-    norms = model.head.detach().float().norm(dim=1)
+    norms = parallel.whole(model.head.detach()).float().norm(dim=1)
     median = norms.median().item()
     ratios = {chat.decode([token], keep_special=True): norms[token].item() / median for token in stops}
     found = ", ".join(f"{token!r}: {ratio:.2f}" for token, ratio in ratios.items()) or "no stop token in use"
