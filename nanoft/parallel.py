@@ -35,10 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanoft import TrainingFailed, UserError
 from nanoft.checkpoint import Background
@@ -226,6 +223,9 @@ def open_run(directory: str) -> Run:
 
 def shard(model: Decoder, device: torch.device) -> None:
     """Split the parameters of each block, and those outside of the blocks, over the ranks and their devices."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     global _sharded
     mesh = init_device_mesh(device.type, (ranks(),))
     for block in model.model.layers:
@@ -234,15 +234,15 @@ def shard(model: Decoder, device: torch.device) -> None:
     _sharded = True
 
 
-def split_up(model: nn.Module) -> None:
+def split_up(model: Any) -> None:
     """After a forward pass, FSDP keeps what lies outside of the blocks together: split it again."""
-    if isinstance(model, FSDPModule):
+    if _sharded:
         model.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor of which each rank has a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_part(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -259,12 +259,24 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def parted(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of whole tensors, this rank's parts, wherever those of the same name in `like` are split."""
 
-    def part(tensor: Tensor, own: Tensor | None) -> Tensor:
-        if not isinstance(own, DTensor):
+    if not _sharded:
+        return tensors
+    from torch.distributed.tensor import distribute_tensor
+
+    def part(tensor: Tensor, own: Any) -> Tensor:
+        if not _is_part(own):
             return tensor
         return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
 
     return {name: part(tensor, like.get(name)) for name, tensor in tensors.items()}
+
+
+def _is_part(tensor: Any) -> bool:
+    if not _sharded:
+        return False
+    from torch.distributed.tensor import DTensor  # half a second that other runs need not wait
+
+    return isinstance(tensor, DTensor)
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

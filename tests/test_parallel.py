@@ -231,6 +231,116 @@ def test_resumed_with_dropout_on_two_ranks_equals_uninterrupted(tmp_path: Path) 
     assert equal(result(halves), result(whole))
 
 
+# --- split over the ranks
+
+
+SHARDED = {"training__sharding": "full", "training__gradient_accumulation_steps": 1}
+PARTS_ONLY = """
+prepare = train.prepare
+def preparing(*args):
+    job = prepare(*args)
+    held = sum(p.to_local().numel() for p in job.model.parameters())
+    every = sum(p.numel() for p in job.model.parameters())
+    assert held < 0.6 * every, (held, every)
+    assert all(p.device.type == "cpu" and type(p).__name__ == "DTensor" for p in job.model.parameters())
+    return job
+train.prepare = preparing
+"""
+
+
+def test_split_over_two_ranks_it_learns_the_same_and_goes_on_with_one(alone: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    stop = PARTS_ONLY + AFTER_STEP_5.format(what="os.kill(os.getppid(), 15)")
+    _, err = run(2, directory, stop, **SHARDED, training__checkpointing="full")
+    assert codes(directory) == {0: 75, 1: 75}, err
+    assert train.main(quick(directory, **EXACT)) == 0
+    assert [loss for _, loss in losses(directory)] == pytest.approx([loss for _, loss in losses(alone)], abs=1e-6)
+    close(result(directory), result(alone), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__method": "full", "training__learning_rate": 1e-4},
+        {"training__method": "full", "training__learning_rate": 1e-4, "model__dtype": "bfloat16"},
+        {"lora__dora": True, "lora__rank": 5, "model__dtype": "bfloat16"},
+        {"lora__init": "pissa", "lora__alpha": 16.0, "training__optimizer": "sgd", "training__learning_rate": 0.5},
+        {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1},
+    ],
+    ids=["full", "full-bf16", "dora-bf16", "pissa-sgd", "packed"],
+)
+def test_other_methods_split_over_three_ranks(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Of one process with six micro-batches of 2 rows; begun there, gone on with on three, ended on one again."""
+    size = {"training__micro_batch_size": 2, **changes}
+    six, two = ({**size, "training__gradient_accumulation_steps": n} for n in (6, 2))
+    constant = {"training__lr_scheduler": "constant", "training__warmup_ratio": 0.0}
+    assert train.main(quick(tmp_path / "alone", **EXACT, **six, **constant)) == 0
+    directory = tmp_path / "run"
+    assert train.main(quick(directory, **EXACT, **six, **constant, training__max_steps=3)) == 0
+    _, err = run(3, directory, **two, **constant, training__sharding="full")
+    assert codes(directory) == {0: 0, 1: 0, 2: 0}, err
+    allowed = 0.02 if changes.get("model__dtype") == "bfloat16" else 2e-6
+    pairs = zip(losses(directory), losses(tmp_path / "alone"), strict=True)
+    assert max(abs(a - b) for (_, a), (_, b) in pairs) <= allowed
+    close(result(directory), result(tmp_path / "alone"), 1e-2 if allowed > 0.01 else 1e-5)
+    figures = [json.loads((where / "report.json").read_text()) for where in (directory, tmp_path / "alone")]
+    assert figures[0]["base"]["perplexity"] == pytest.approx(figures[1]["base"]["perplexity"], rel=allowed)
+    assert figures[0]["tuned"]["perplexity"] == pytest.approx(figures[1]["tuned"]["perplexity"], rel=max(allowed, 1e-4))
+
+
+@pytest.mark.slow
+def test_split_it_goes_back_and_takes_the_best_weights(tmp_path: Path) -> None:
+    """Rank 1's loss is NaN twice in a row; then the rate grows until the last evaluation is not the best."""
+    changes = {**SHARDED, "guard__max_skips": 2, "training__max_steps": 12, "training__learning_rate": 0.1}
+    out, err = run(2, tmp_path / "run", BAD_ON_ONE, **changes)
+    assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
+    assert out.count("warning: back from step") == 1
+    evaluations = losses(tmp_path / "run", "eval")
+    best = min(evaluations, key=lambda line: line[1])
+    assert best != evaluations[-1]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["training"]["best_step"] == best[0]
+    assert report["tuned"]["perplexity"] == pytest.approx(torch.tensor(best[1]).exp().item(), rel=1e-4)
+
+
+SHORT_ANYWHERE = """
+loop, real, calls = train.train, train.target_nll, [0]
+def failing(*args):
+    calls[0] += 1
+    return torch.empty(2**60, dtype=torch.uint8) if rank == 1 and calls[0] == 4 else real(*args)
+def looping(*args):
+    train.target_nll = failing
+    return loop(*args)
+train.train = looping
+"""
+
+
+@pytest.mark.slow
+def test_split_and_short_of_memory_it_ends_with_what_would_help(tmp_path: Path) -> None:
+    _, err = run(2, tmp_path / "run", SHORT_ANYWHERE, **SHARDED)
+    assert "failed: out of memory on rank 1; with training.sharding=full nothing is taken in halves: lower " in err
+    assert codes(tmp_path / "run").get(0, 3) in (3, 75)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization.bits": 4}, "quantization.bits: 4: packed weights are no parameters that can be split: set "),
+        ({"training.optimizer": "adamw_8bit"}, "training.optimizer: adamw_8bit cannot split its state: set "),
+        ({"training.compile": True}, "training.compile: not with training.sharding=full"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        Config().override({"training.sharding": "full", **changes})
+
+
+def test_alone_there_is_nobody_to_share_with() -> None:
+    with pytest.raises(UserError, match=r"training.sharding: full .* --nproc-per-node N"):
+        parallel.take_device(torch.device("cpu"), "full")
+
+
 # --- refused
 
 
@@ -316,9 +426,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(parallel, "ranks", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="4 processes for 2 GPUs: set --nproc-per-node 2"):
-        parallel.take_device(torch.device("cuda"))
+        parallel.take_device(torch.device("cuda"), "none")
     with pytest.raises(UserError, match="Metal"):
-        parallel.take_device(torch.device("mps"))
+        parallel.take_device(torch.device("mps"), "none")
 
 
 # --- the words, one by one
@@ -369,11 +479,10 @@ def main(argv):
     chance = torch.Generator().manual_seed(0)
     grads = [[torch.randn(shape, generator=chance) for shape in shapes] for _ in range(3)]
     for i, p in enumerate(parameters):
-        p.grad = None if (me, i) == (2, 1) else grads[me][i].clone()
+        p.grad = grads[me][i].clone()
     loss = torch.tensor(float(me))
     parallel.add_up(loss, parameters)
     assert loss == 3
-    grads[2][1].zero_()
     for i, p in enumerate(parameters):
         torch.testing.assert_close(p.grad, sum(grads[r][i].double() for r in range(3)).float())
     values = torch.full((4,), float(me))
