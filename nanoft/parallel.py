@@ -236,7 +236,7 @@ def shard(model: Decoder, device: torch.device) -> None:
 
 def split_up(model: Any) -> None:
     """After a forward pass, FSDP keeps what lies outside of the blocks together: split it again."""
-    if _sharded:
+    if _sharded and hasattr(model, "reshard"):
         model.reshard()
 
 

@@ -120,13 +120,17 @@ def estimate(
     transient, kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
     again = max((block for one in keep if one != "all"), default=0.0)  # one of these at a time
     targets = tokens * target_share
+    split = config.training.sharding == "full"
+    part = 1 / config.system.ranks if split else 1.0  # of weights, gradients and moments, on each rank
+    gathered = stored * (2 * counts.linears / decoder.num_layers + counts.others)  # this block, the next, and the rest
     parts = {
         "process": baseline + kernels + BITSANDBYTES * (cpu and bits == 4),
-        "linears": counts.linears * (stored if bits == 16 else bits / 8) + counts.scales,
-        "head, embedding": float(counts.others * stored),
-        "adapters": 0.0 if full else 4.0 * counts.trained,
-        "gradients": 4.0 * counts.trained,
-        "optimizer": moments * counts.trained,
+        "linears": part * counts.linears * (stored if bits == 16 else bits / 8) + counts.scales,
+        "head, embedding": part * counts.others * stored,
+        "gathered": gathered * split * (2 if full else 1),  # with their gradients
+        "adapters": 0.0 if full else part * 4.0 * counts.trained,
+        "gradients": part * 4.0 * counts.trained,
+        "optimizer": part * moments * counts.trained,
         "activations": sum(waiting[one] for one in keep),
         "backward": again + transient * tokens * decoder.intermediate_size * e + _unpacked(decoder, bits, e),
         "loss": loss_bytes(decoder, device_type, e, targets) + 8.0 * tokens * decoder.hidden_size,

@@ -153,3 +153,20 @@ def test_the_gpu_script_runs(tmp_path: Path) -> None:
     (case,) = json.loads((tmp_path / "gpu.json").read_text())["cases"]
     assert case["tok_s"] > 0
     assert "| nanoft masked=0.7 nf4 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_the_model_of_many_gpus_has_the_limits_that_it_must_have() -> None:
+    """A network without cost leaves the compute; one without end leaves what is sent, twice or three times."""
+    from scaling import Job, Network, data_parallel_s, sharded_s
+
+    job = Job(layers=5, micro_batches=3, tokens=1, forward_s=1.0, backward_s=2.0, block_bytes=8.0, gradient_bytes=2.0)
+    free, slow = Network(8, 1e30, 1e30, 0.0), Network(4, 1e-3, 1e-4, 0.0)
+    assert data_parallel_s(job, free, 8) == pytest.approx(45.0)
+    assert sharded_s(job, free, 8, again=True) == pytest.approx(45.0)
+    assert data_parallel_s(job, slow, 4) == pytest.approx(45 + 2 * 3 / 4 * 10 / 1e-3)
+    assert data_parallel_s(job, slow, 8) == pytest.approx(45 + 2 * 7 / 8 * 10 / 1e-4), "the slowest link counts"
+    for again in (False, True):
+        sent = 3 * 5 * 3 / 4 * (8 * (2 + again) + 2) / 1e-3
+        assert sharded_s(job, slow, 4, again) == pytest.approx(sent, rel=1e-3)
+    latency = Network(8, 1e30, 1e30, 1.0)
+    assert latency.ring_s(1.0, 8, rounds=2) == pytest.approx(14.0)

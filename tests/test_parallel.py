@@ -179,6 +179,7 @@ train.Run.log = telling
 """
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_on_two_ranks_it_goes_on_with_one(alone: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     stop = AFTER_STEP_5.format(what="os.kill(os.getppid(), 15)")  # torchrun, which tells all ranks
@@ -194,6 +195,7 @@ def test_stopped_by_a_signal_on_two_ranks_it_goes_on_with_one(alone: Path, tmp_p
 NOTE_PID = "pathlib.Path(sys.argv[0]).with_name(f'pid-{rank}').write_text(str(os.getpid()))"
 
 
+@pytest.mark.slow
 def test_when_one_rank_is_killed_the_others_end_and_the_run_goes_on(alone: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     constant = {"training__lr_scheduler": "constant", "training__warmup_ratio": 0.0, "training__eval_steps": 0}
@@ -344,6 +346,7 @@ def test_alone_there_is_nobody_to_share_with() -> None:
 # --- refused
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
     older = "real = runtime.versions\nif rank == 1:\n    runtime.versions = lambda: {**real(), 'torch': '1.0'}"
     _, err = run(2, tmp_path / "run", older)
@@ -509,6 +512,7 @@ raise SystemExit(main([]))
 """
 
 
+@pytest.mark.slow
 def test_the_words_that_ranks_say_to_one_another(tmp_path: Path) -> None:
     script = tmp_path / "words.py"
     script.write_text(WORDS)
