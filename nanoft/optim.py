@@ -57,7 +57,8 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], t: TrainingC
 
 def _make(groups: list[dict[str, Any]], t: TrainingConfig) -> torch.optim.Optimizer:
     if t.optimizer == "sgd":  # m <- momentum * m + g + decay * w,   w <- w - rate * m
-        return torch.optim.SGD(groups, momentum=t.momentum, fused=True)
+        fused = t.sharding == "none"  # PyTorch has the fused kernel of AdamW for split parameters, but not this one
+        return torch.optim.SGD(groups, momentum=t.momentum, fused=fused)
     adam = {"betas": (t.beta1, t.beta2), "eps": t.epsilon}
     if t.optimizer == "adamw":
         return torch.optim.AdamW(groups, **adam, fused=True)  # type: ignore[arg-type]

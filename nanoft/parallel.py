@@ -228,6 +228,8 @@ def shard(model: Decoder, device: torch.device) -> None:
 
     global _sharded
     mesh = init_device_mesh(device.type, (ranks(),))
+    for parameter in model.parameters():  # PiSSA's A is a transposed matrix
+        parameter.data = parameter.data.contiguous()
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
