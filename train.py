@@ -29,7 +29,7 @@ from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples, even
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Background, Checkpoints, Outcome, Saved
-from nanoft.config import Config, check_same_run, load_config, questionable, settled, settled_hash
+from nanoft.config import Config, check_same_run, load_config, questionable, settled_hash
 from nanoft.corpus import REJECTED, Corpus, data_hash, describe, open_corpus
 from nanoft.export import save_result
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
@@ -415,7 +415,10 @@ def start_from(job: Job, choose: Callable[[], Saved | None]) -> State:
         return (str(saved.path), saved.state) if saved else ("", {})
 
     path, state = parallel.tell(chosen)
-    return restore(job, Saved(Path(path), state)) if path else State()
+    if path:
+        return restore(job, Saved(Path(path), state))
+    parallel.broadcast(trained_weights(job).values())
+    return State()
 
 
 def load_weights(job: Job, saved: Saved) -> None:
@@ -541,6 +544,7 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     book, double = quantization_of(c) or ("", False)
     base = book.upper() + (", double quantisation" if double else "") + ("" if packed else ", unpacked once")
     many = f"{parallel.ranks()} x " if parallel.ranks() > 1 else ""
+    many = f"model split over {many}" if c.training.sharding == "full" else many
     say(f"device    {many}{runtime.describe(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if book else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
@@ -764,7 +768,9 @@ def run_training(config: Config, wish: Wish) -> int:
     device, config = runtime.choose_device(config.system.device), parallel.settle_ranks(config)
     check_optimizer(config.training.optimizer, device)
     parallel.take_device(device, config.training.sharding)
-    parallel.check_alike({"device": runtime.describe(device), **runtime.versions(), **settled(config)})
+    settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
+    name = runtime.describe(device).partition(",")[0]
+    parallel.check_alike({"the device": name, **runtime.versions(), **settings})
     with parallel.open_run(config.output.dir) as run, runtime.StopRequest() as stop:
         config = Config.from_dict(parallel.tell(lambda: decide_rows(config, run.recorded_config()).to_dict()))
         provenance = parallel.tell(lambda: claim(config, run, wish.resume))

@@ -135,7 +135,7 @@ def check_alike(facts: dict[str, Any]) -> None:
     """Refuse ranks that differ: their results would, too.
 
     Args:
-        facts: versions, settings, ...: JSON values by name.
+        facts: versions, settings, ...: JSON values by name; the same names on every rank of the same version.
     Raises:
         UserError: the same one on every rank: who differs, in what.
     """
@@ -147,9 +147,9 @@ def check_alike(facts: dict[str, Any]) -> None:
         everyone = [json.loads(_read(f"{mine} {other}")) for other in range(ranks())]
     for other, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
-            if theirs[name] != value:
+            if theirs.get(name) != value:
                 raise UserError(
-                    f"torchrun: {name} is {theirs[name]} on rank {other} and {value} on rank 0: make them the same"
+                    f"torchrun: {name} is {theirs.get(name)} on rank {other} and {value} on rank 0: make them the same"
                 )
 
 
@@ -282,11 +282,14 @@ def _is_part(tensor: Any) -> bool:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Rank 0's values, on every rank."""
-    if ranks() > 1:
-        with torch.no_grad(), _connected():
-            for tensor in tensors:
-                dist.broadcast(tensor, 0)
+    """Rank 0's values, on every rank; tensors that are split stay as they are."""
+    if ranks() == 1 or _sharded:
+        return
+    for tensor in tensors:
+        sent = tensor.detach().contiguous()
+        with _connected():
+            dist.broadcast(sent, 0)
+        tensor.detach().copy_(sent)
 
 
 # ---- One window, many ranks

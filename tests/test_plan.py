@@ -50,6 +50,18 @@ def test_the_peaks_of_a_7b_on_a_gpu_are_the_known_ones(length: int, keep: str, g
     assert plan.peak == pytest.approx(gb * 1e9, rel=0.1)
 
 
+def test_split_over_ranks_each_holds_its_part_and_two_blocks() -> None:
+    """7.25 billion weights in bfloat16 and 42 million adapter numbers in 16 bytes, over 4 ranks."""
+    alone = mistral_7b(2048, "input", Config())
+    split = mistral_7b(2048, "input", Config().override({"training.sharding": "full", "system.ranks": 4}))
+    for name in ("linears", "head, embedding", "adapters", "gradients", "optimizer"):
+        assert split.parts[name] == pytest.approx(alone.parts[name] / 4)
+    block = 2 * 218_103_808  # q, k, v, o: 41.9 million; gate, up, down: 176.2 million
+    assert split.parts["gathered"] == pytest.approx(2 * block + alone.parts["head, embedding"])
+    assert alone.parts["gathered"] == 0
+    assert alone.peak - split.peak == pytest.approx(0.75 * (14.5e9 + 16 * 41.9e6) - split.parts["gathered"], rel=0.01)
+
+
 def test_the_work_of_a_token_is_the_known_one() -> None:
     """Linears 13.96 GFLOP forward and as much backward, head 0.27 twice, LoRA, causal attention 1.07 forward."""
     decoder, config = DecoderConfig.from_hf(MISTRAL_7B), Config()
