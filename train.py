@@ -332,6 +332,7 @@ def validation_loss(job: Job) -> tuple[float, int]:
         with runtime.Shortage(job.device), job.autocast():
             return evaluate.validation_loss(job.model, job.validation, rows, job.chat.pad_id)
         rows //= 2
+        job.model.train()  # the attempt that failed has left it in evaluation, and dropout off
     raise TrainingFailed("out of memory with one validation sample")
 
 

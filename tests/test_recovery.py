@@ -244,17 +244,21 @@ def test_out_of_memory_at_the_rehearsal_halves_too(tmp_path: Path, monkeypatch: 
 
 def test_out_of_memory_in_evaluation_takes_smaller_batches(tmp_path: Path, monkeypatch: Patch) -> None:
     whole, short = tmp_path / "whole", tmp_path / "short"
-    assert train.main(quick(whole)) == 0
+    dropout = {"lora__dropout": 0.1}  # stays on afterwards
+    assert train.main(quick(whole, **dropout)) == 0
     measured, sizes = evaluate.validation_loss, []
 
     def failing(model: Any, samples: Any, size: int, pad_id: int) -> Any:
         sizes.append(size)
-        return no_memory() if size > 4 else measured(model, samples, size, pad_id)
+        if size > 4:
+            model.eval()  # as the real one has done when it fails
+            return no_memory()
+        return measured(model, samples, size, pad_id)
 
     with monkeypatch.context() as patch:
         in_the_loop(patch, "validation_loss", lambda _, real, job: real(job))
         patch.setattr(train.evaluate, "validation_loss", failing)
-        assert train.main(quick(short)) == 0
+        assert train.main(quick(short, **dropout)) == 0
     assert sizes[:4] == [32, 16, 8, 4]
     assert [loss for _, loss in losses(short, "eval")] == pytest.approx([loss for _, loss in losses(whole, "eval")])
 
