@@ -211,6 +211,7 @@ def evaluate_now(job: Job, state: State) -> None:
 def save(job: Job, state: State) -> int:
     """Write a checkpoint; when it is on the disk, and only then, it may be called the best. Returns its step."""
     started = time.perf_counter()
+    job.run.sync()
     tensors = {weights_file(job): trained_weights(job), "optimizer": optimizer_tensors(job.optimizer, job.trained)}
     contents = {**asdict(state), "rng": runtime.rng_state()}
     best = (state.best_step, state.best_loss) if state.best_step else None
@@ -506,6 +507,7 @@ class Wish:
 
 def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
+    runtime.forgive_output()
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
