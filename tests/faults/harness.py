@@ -222,7 +222,7 @@ class Strike:
     def happen(self, name: str, args: tuple[Any, ...]) -> None:
         what = self.fault.what
         if what == "slow":
-            time.sleep(0.05)
+            time.sleep(0.02)
         elif what in ("kill", "torn"):
             if what == "torn" and name == "write":
                 self.real["write"](args[0], bytes(args[1])[: len(args[1]) // 2])

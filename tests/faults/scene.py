@@ -119,9 +119,10 @@ def one_line(text: str) -> str:
     return text
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, text: str = "") -> None:
+    """Until the file is there, and holds the text."""
     deadline = time.monotonic() + 60
-    while not path.exists():
+    while not (path.exists() and text in path.read_text("utf-8")):
         assert time.monotonic() < deadline, path
         time.sleep(0.002)
 
