@@ -24,15 +24,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, ranks, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, ranks, runtime
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
-from nanoft.checkpoint import Checkpoints, Saved
-from nanoft.config import Config, check_same_run, load_config, questionable
+from nanoft.checkpoint import Background, Checkpoints, Outcome, Saved
+from nanoft.config import Config, check_same_run, load_config, questionable, settled_hash
 from nanoft.corpus import REJECTED, Corpus, data_hash, describe, open_corpus
 from nanoft.export import save_result
-from nanoft.guard import Guard, explain_out_of_memory
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
 from nanoft.loss import target_nll
 from nanoft.metrics import Meter, Run, clock
@@ -47,7 +46,7 @@ from nanoft.optim import (
     set_learning_rate,
     warmup_length,
 )
-from nanoft.plan import Plan, choose_activations, decide_rows, kept, show_plan
+from nanoft.plan import Plan, choose_activations, decide_rows, kept, show_plan, too_little
 from nanoft.preflight import (
     NAMES,
     check_data,
@@ -70,6 +69,8 @@ from nanoft.weights import (
 )
 
 STOPPED_BY_SIGNAL = 75
+Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data and base, device, date
+IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.py"
 
 
@@ -84,6 +85,8 @@ class State:
     best_step: int = 0
     best_loss: float = float("inf")  # on the validation samples, nats per target token
     evaluations_without_gain: int = 0
+    micro_batch_rows: int = 0  # fewer than configured, since memory was short; 0: as configured
+    guard: guard.History = field(default_factory=guard.History)
 
 
 @dataclass
@@ -100,6 +103,7 @@ class Job:
     batches: Batches
     validation: Samples
     checkpoints: Checkpoints
+    saves: Background
     base_directory: Path
     device: torch.device
     dtype: torch.dtype
@@ -116,58 +120,88 @@ class Job:
         return torch.autocast(self.device.type, self.dtype) if wanted else contextlib.nullcontext()
 
 
-def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -> None:
-    """The loop. When it returns, `state` says how far it came, and a checkpoint of that step is on the disk."""
-    t, model, optimizer, meter = job.config.training, job.model, job.optimizer, state.meter
-    guard, parameters = Guard(t.max_bad_steps), [p for _, p in job.trained]
-    warmup_steps, saved_step = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps), state.step
+def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -> State:
+    """The loop. Returns how far it came; a checkpoint of that step is on the disk."""
+    t, model, optimizer = job.config.training, job.model, job.optimizer
+    warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
     model.train()
-    with progress_bar(job, state, total_steps) as bar:
+    with job.saves, progress_bar(job, state, total_steps) as bar:
+        if state.step == 0:
+            save(job, state)  # something to go back to; and whether saving works is known at once
         while state.step < total_steps and not stop and not out_of_patience(job, state):
             started = time.perf_counter()
+            here = [job.batches.epoch, job.batches.index]
             window = job.batches.next_window()  # all micro-batches of one optimizer step
-            window_targets = sum(micro_batch.target_tokens for micro_batch in window)
+            if here in state.guard.left_out:
+                continue
 
-            loss = torch.zeros((), device=job.device)
-            for micro_batch in window:
-                batch = micro_batch.to(job.device)
-                with job.autocast():
-                    hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
-                    nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
-                # sum over target tokens / target tokens of the WINDOW: the same however the window is split
-                micro_loss = nll / window_targets
-                micro_loss.backward()
-                loss += micro_loss.detach()
-
-            grad_norm = nn.utils.clip_grad_norm_(parameters, t.max_grad_norm or float("inf"))  # before clipping
-            verdict = guard.judge(loss.item(), grad_norm.item())
-            if verdict == "ok":
-                rate = learning_rate_at(
+            with runtime.Shortage(job.device) as short_of_memory:
+                loss, grad_norm = accumulate(job, window)
+            if short_of_memory:
+                halve(job, state)  # the same window again, in smaller pieces
+                continue
+            verdict = guard.judge(job.config.guard, state.guard, loss, grad_norm, here)
+            if verdict.reason:
+                report_bad_step(job, state, window, here, loss, grad_norm, verdict)
+            if verdict.action == "take":
+                rate = state.guard.rate * learning_rate_at(
                     state.step, total_steps, t.learning_rate, warmup_steps, t.lr_scheduler, t.min_lr_ratio, t.lr_power
                 )
                 set_learning_rate(optimizer, rate)
-                optimizer.step()
+                with runtime.Shortage(job.device) as short_of_memory:
+                    optimizer.step()
+                if short_of_memory:
+                    state = go_back(job, state, state.guard)  # half of a step may be done; a checkpoint has whole ones
+                    halve(job, state)
+                    continue
                 state.step += 1
             optimizer.zero_grad(set_to_none=True)
             state.epoch, state.window = job.batches.epoch, job.batches.index
-            if verdict != "ok":
-                report_bad_step(job, state, window, loss.item(), grad_norm.item(), give_up=verdict == "stop")
+            if verdict.action == "stop":
+                raise diverged(job, state, window)
+            if verdict.action == "roll back":
+                state = go_back(job, state, guard.rolled_back(job.config.guard, state.guard))
+                bar.update(state.step - bar.n)
+            if verdict.action != "take":
                 continue
 
-            tokens = sum(micro_batch.tokens for micro_batch in window)
-            meter.add(loss.item() * window_targets, tokens, window_targets, time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {rate:.1e}, {meter.tokens_per_second():,.0f} tok/s", False)
+            targets, tokens = (sum(getattr(m, kind) for m in window) for kind in ("target_tokens", "tokens"))
+            state.meter.add(loss * targets, tokens, targets, time.perf_counter() - started)
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {state.meter.tokens_per_second():,.0f} tok/s", False)
             bar.update()
             if due(state.step, t.log_steps, total_steps):
                 memory = runtime.peak_memory_gb(job.device)
-                values = {"learning_rate": rate, "grad_norm": grad_norm.item(), "peak_memory_gb": memory}
-                job.run.log("train", state.step, **meter.line(), **values, epoch=state.epoch)
+                values = {"learning_rate": rate, "grad_norm": grad_norm, "peak_memory_gb": memory}
+                job.run.log("train", state.step, **state.meter.line(), **values, epoch=state.epoch)
             if due(state.step, t.eval_steps, total_steps):
                 evaluate_now(job, state)
-            if due(state.step, t.save_steps, total_steps) or state.best_step == state.step:
-                saved_step = save(job, state)
-    if state.step != saved_step:  # stopped between two saves
-        save(job, state)
+            report_save(job, state, job.saves.collect())
+            if due(state.step, t.save_steps, total_steps) or state.best_step == state.step or job.saves.overdue():
+                save(job, state)
+        make_sure_of_the_last_save(job, state)
+    return state
+
+
+def accumulate(job: Job, window: list[Batch]) -> tuple[float, float]:
+    """Forward and backward over a window: leaves its gradient, clipped.
+
+    Returns:
+        The loss, in nats per target token of the window, and the norm of the gradient before clipping.
+    """
+    t, model = job.config.training, job.model
+    window_targets = sum(micro_batch.target_tokens for micro_batch in window)
+    loss = torch.zeros((), device=job.device)
+    for micro_batch in window:
+        batch = micro_batch.to(job.device)
+        with job.autocast():
+            hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
+            nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
+        # sum over target tokens / target tokens of the WINDOW: the same however the window is split
+        micro_loss = nll / window_targets
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_([p for _, p in job.trained], t.max_grad_norm or float("inf"))
+    return loss.item(), grad_norm.item()
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
@@ -181,24 +215,91 @@ def out_of_patience(job: Job, state: State) -> bool:
     return patience > 0 and state.evaluations_without_gain >= patience
 
 
-def report_bad_step(job: Job, state: State, window: list[Batch], loss: float, norm: float, give_up: bool) -> None:
-    """Say which records were in a window whose loss or gradient was not finite; it is left out."""
+# ---- When a step goes wrong
+
+
+def report_bad_step(
+    job: Job, state: State, window: list[Batch], here: list[int], loss: float, grad_norm: float, verdict: guard.Verdict
+) -> None:
+    """Say which records were in a window whose loss or gradient is not what it should be."""
     records = [job.corpus.place(record) for micro_batch in window for record in micro_batch.records]
-    job.run.log("warning", state.step, what="step skipped", loss=str(loss), grad_norm=str(norm), records=records)
-    first = ", ".join(records[:8])
-    job.run.say(f"warning: after step {state.step}: loss {loss}, gradient norm {norm}: left out {first}")
-    if give_up:
-        raise TrainingFailed(f"no finite loss any more after step {state.step}: lower training.learning_rate")
+    what = "spike" if verdict.action == "take" else "step skipped"
+    figures = {"loss": str(loss), "grad_norm": str(grad_norm), "window": here}
+    job.run.log("warning", state.step, what=what, **figures, records=records)
+    first, done = ", ".join(records[:8]), "taken all the same" if what == "spike" else "left out"
+    job.run.say(f"warning: after step {state.step}: {verdict.reason}: {done}: {first}")
+
+
+def go_back(job: Job, state: State, history: guard.History) -> State:
+    """Take everything from the newest checkpoint that is whole; what the guard has learned since then stays.
+
+    If the last rollback led to that one, and not one step could be taken from it, it is no good: the one before it.
+    """
+    report_save(job, state, job.saves.collect(wait=True))
+    job.optimizer.zero_grad(set_to_none=True)
+    try:
+        again = history.rollbacks > state.guard.rollbacks and state.step == state.guard.back_at
+        stuck = again and job.checkpoints.newest(before=state.step)[0] is not None
+        saved, _ = job.checkpoints.newest(before=state.step if stuck else float("inf"))
+    except UserError as reason:
+        raise TrainingFailed(f"after step {state.step} the run had to go back, and could not: {reason}") from None
+    if saved is None:
+        raise TrainingFailed(f"after step {state.step} the run had to go back, and no checkpoint could be saved before")
+    back = replace(restore(job, saved), guard=history, micro_batch_rows=state.micro_batch_rows)
+    back.guard.back_at = back.step
+    job.model.train()
+    job.run.begin(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
+    rate = f", at {history.rate:g} of the learning rate" if history.rate < 1 else ""
+    job.run.log("warning", back.step, what="rolled back", since=state.step, rate=history.rate)
+    job.run.say(f"warning: back from step {state.step} to the checkpoint of step {back.step}{rate}")
+    return back
+
+
+def diverged(job: Job, state: State, window: list[Batch]) -> TrainingFailed:
+    """What to say when nothing helped: where the first bad number arises, and what to change."""
+    batch, seen, rate = window[-1].to(job.device), state.guard, job.config.training.learning_rate
+    with job.autocast():
+        where = guard.diagnose(job.model, batch.ids, batch.positions, batch.documents, rows=batch.rows)
+    return TrainingFailed(
+        f"{seen.skips} windows in a row could not be used after step {state.step}, and {seen.rollbacks} rollbacks "
+        f"did not help: {where}: lower training.learning_rate ({rate:g}), or look at the records in train.log"
+    )
+
+
+def halve(job: Job, state: State) -> None:
+    """Out of memory: go on from where `state` stands with micro-batches of half the rows; the window stays the same.
+
+    Raises:
+        TrainingFailed: they have one row; says what would help.
+    """
+    rows = job.batches.micro_batch_size
+    if rows == 1:
+        raise too_little(job.config, rows)
+    job.optimizer.zero_grad(set_to_none=True)
+    job.batches.micro_batch_size = state.micro_batch_rows = (rows + 1) // 2
+    job.batches.seek(state.epoch, state.window)
+    if job.run.begun:
+        job.run.log("warning", state.step, what="out of memory", micro_batch_rows=state.micro_batch_rows)
+    job.run.say(
+        f"warning: out of memory after step {state.step} with micro-batches of {rows} rows: again with "
+        f"{state.micro_batch_rows}; same samples a step, same loss"
+    )
+
+
+# ---- Evaluating and saving
 
 
 def evaluate_now(job: Job, state: State) -> None:
     """Loss on the validation samples; remember the best, and count the evaluations that were no better."""
     if not len(job.validation):
         return
-    size, threshold = job.config.evaluation.batch_size, job.config.training.early_stopping_threshold
-    with job.autocast():
-        loss, tokens = evaluate.validation_loss(job.model, job.validation, size, job.chat.pad_id)
-    gained = loss < state.best_loss - threshold
+    try:
+        loss, tokens = validation_loss(job)
+    except Exception as error:  # a run is worth more than a look at it
+        job.model.train()
+        report_failure(job, state, "evaluation", error)
+        return
+    gained = loss < state.best_loss - job.config.training.early_stopping_threshold
     state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
@@ -208,17 +309,59 @@ def evaluate_now(job: Job, state: State) -> None:
     job.run.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
 
 
-def save(job: Job, state: State) -> int:
-    """Write a checkpoint; when it is on the disk, and only then, it may be called the best. Returns its step."""
-    started = time.perf_counter()
+def validation_loss(job: Job) -> tuple[float, int]:
+    """(nats per target token, target tokens), in smaller batches if memory is short."""
+    rows = job.config.evaluation.batch_size
+    while rows:
+        with runtime.Shortage(job.device), job.autocast():
+            return evaluate.validation_loss(job.model, job.validation, rows, job.chat.pad_id)
+        rows //= 2
+    raise TrainingFailed("out of memory with one validation sample")
+
+
+def report_failure(job: Job, state: State, what: str, error: Exception) -> None:
+    """Something that training can do without went wrong."""
+    job.run.log("warning", state.step, what=f"{what} failed", error=f"{type(error).__name__}: {error}")
+    job.run.say(f"warning: {what} failed after step {state.step}: {type(error).__name__}: {error}")
+
+
+def save(job: Job, state: State) -> None:
+    """Begin to write a checkpoint; when it is on the disk, and only then, it may be called the best."""
     job.run.sync()
+    report_save(job, state, job.saves.collect(wait=True))
     tensors = {weights_file(job): trained_weights(job), "optimizer": optimizer_tensors(job.optimizer, job.trained)}
     contents = {**asdict(state), "rng": runtime.rng_state()}
     best = (state.best_step, state.best_loss) if state.best_step else None
-    path = job.checkpoints.save(state.step, tensors, contents, best)
-    where = str(path.relative_to(job.run.directory))
-    job.run.log("checkpoint", state.step, path=where, seconds=time.perf_counter() - started)
-    return state.step
+    job.saves.start(state.step, tensors, contents, best)
+
+
+def report_save(job: Job, state: State, outcome: Outcome | None) -> None:
+    """Log what became of a save. One that failed is no end of training, and there will be another."""
+    if outcome is None:
+        return
+    if outcome.error is None:
+        where = str(outcome.path.relative_to(job.run.directory))
+        seconds = {"seconds": outcome.seconds, "waited_seconds": outcome.waited_seconds}
+        job.run.log("checkpoint", outcome.step, path=where, **seconds)
+        return
+    if state.best_step == outcome.step:  # its weights are lost: let the next evaluation decide
+        state.best_step, state.best_loss = 0, float("inf")
+    report_failure(job, state, f"saving step {outcome.step}", outcome.error)
+
+
+def make_sure_of_the_last_save(job: Job, state: State) -> None:
+    """A checkpoint of where the run stands, whatever was saved before.
+
+    Raises:
+        OSError: the disk refuses; what was saved before is untouched.
+    """
+    report_save(job, state, job.saves.collect(wait=True))
+    if job.saves.last_step != state.step:
+        save(job, state)
+        outcome = job.saves.collect(wait=True)
+        report_save(job, state, outcome)
+        if outcome is not None and outcome.error is not None:
+            raise outcome.error
 
 
 def trained_weights(job: Job) -> dict[str, torch.Tensor]:
@@ -233,9 +376,11 @@ def restore(job: Job, saved: Saved) -> State:
     """Put a checkpoint's weights, optimizer, position and random numbers back."""
     values = dict(saved.state)
     rng = values.pop("rng")
-    state = State(**{**values, "meter": Meter(**values["meter"])})
+    state = State(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**values["guard"])})
     load_weights(job, saved)
     load_optimizer_tensors(job.optimizer, job.trained, saved.tensors("optimizer"))
+    if state.micro_batch_rows:  # what fitted into memory
+        job.batches.micro_batch_size = min(job.batches.micro_batch_size, state.micro_batch_rows)
     job.batches.seek(state.epoch, state.window)
     runtime.set_rng_state(rng)
     return state
@@ -247,9 +392,7 @@ def load_weights(job: Job, saved: Saved) -> None:
     if job.adapters:
         load_adapter_tensors(job.adapters, tensors, str(saved.path))
         return
-    with torch.no_grad():
-        for name, parameter in job.trained:
-            parameter.copy_(tensors[name])
+    checkpoint.fill({name: parameter.detach() for name, parameter in job.trained}, tensors, str(saved.path))
 
 
 def find_start(job: Job, resume: str) -> State:
@@ -260,7 +403,7 @@ def find_start(job: Job, resume: str) -> State:
         if Path(resume).resolve().parent != job.run.checkpoints.resolve():
             raise UserError(f"--resume: {resume}: is not in {job.run.checkpoints}: name a checkpoint of this run")
         try:
-            return restore(job, checkpoint.verify(Path(resume)))
+            return restore(job, job.checkpoints.verify(Path(resume)))
         except (checkpoint.Damaged, OSError) as reason:
             raise UserError(f"--resume: {reason}") from None
     saved, damage = job.checkpoints.newest()
@@ -298,7 +441,9 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
     return chat, corpus, batches
 
 
-def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batches: Batches) -> Job:
+def prepare(
+    config: Config, run: Run, provenance: Provenance, chat: ChatTokenizer, corpus: Corpus, batches: Batches
+) -> Job:
     """Model, adapters and optimizer; the data is there already, because it fails fastest."""
     t, device = config.training, runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
@@ -314,7 +459,8 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, t)
     validation = corpus.validation[: config.evaluation.max_samples]
-    checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints)
+    identity = {"config_sha256": settled_hash(config)} | {name: provenance[name] for name in IDENTITY}
+    checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints, t.keep_every, identity)
     return Job(
         config,
         run,
@@ -326,6 +472,7 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
         batches,
         validation,
         checkpoints,
+        Background(checkpoints, runtime.free_host_bytes),
         base,
         device,
         dtype,
@@ -371,7 +518,7 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     say(f"plan      {left:,} steps ({epochs:.3g} epochs) of {c.effective_batch_size()} rows, about {duration}")
 
 
-def preflight_checks(job: Job, forced: list[str]) -> float:
+def preflight_checks(job: Job, state: State, forced: list[str]) -> float:
     """Look at the data, the head, memory and disk before the first step; returns the seconds that a step takes.
 
     Raises:
@@ -386,20 +533,32 @@ def preflight_checks(job: Job, forced: list[str]) -> float:
     for check in checks:
         job.run.say(check.line())
     judge(checks, forced)
-    t, batches = job.config.training, job.batches
-    longest = batches.longest()
-    fits, seconds = rehearse(job.model, longest, job.autocast)
-    job.run.say(fits.line())
+    seconds_a_token, batches = rehearse_step(job, state), job.batches
     measured, predicted = runtime.peak_memory_gb(job.device), job.plan.peak / 1e9
     job.run.say(f"memory    {kept(job.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(job.validation):
         size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
-        job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
+        with runtime.Shortage(job.device) as short_of_memory:
+            job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
+        if short_of_memory:
+            job.run.say(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be taken")
     moments = optimizer_tensors(job.optimizer, job.trained)
-    saved = rehearse_save(job.run.directory, trained_weights(job), moments, t.keep_checkpoints)
+    keep = job.config.training.keep_checkpoints
+    saved = rehearse_save(job.run.directory, trained_weights(job), moments, keep)
     job.run.say(saved.line())
     judge([saved], forced)
-    return float(seconds * batches.samples.lengths.sum() / batches.windows_in_epoch() / longest.tokens)
+    return float(seconds_a_token * batches.samples.lengths.sum() / batches.windows_in_epoch())
+
+
+def rehearse_step(job: Job, state: State) -> float:
+    """Forward and backward over the longest micro-batch, with fewer rows if memory is short; seconds a token."""
+    while True:
+        longest = job.batches.longest()
+        with runtime.Shortage(job.device):
+            fits, seconds = rehearse(job.model, longest, job.autocast)
+            job.run.say(fits.line())
+            return seconds / longest.tokens
+        halve(job, state)
 
 
 def progress_bar(job: Job, state: State, total_steps: int) -> Any:
@@ -412,7 +571,7 @@ def finish(job: Job, state: State) -> None:
     step, where = state.best_step or state.step, job.run.directory
     if step != state.step:
         try:
-            load_weights(job, checkpoint.verify(job.checkpoints.path(step)))
+            load_weights(job, job.checkpoints.verify(job.checkpoints.path(step)))
         except checkpoint.Damaged as reason:
             job.run.say(f"warning: {reason}: the result is not the best checkpoint, but the last")
             step = state.step
@@ -427,10 +586,10 @@ def finish(job: Job, state: State) -> None:
         "tokens_per_second": round(state.meter.tokens_per_second(), 1),
         "peak_memory_gb": round(runtime.peak_memory_gb(job.device), 3),
     }
-    tuned, base = measure(job, job.model), None
+    tuned, base = measure(job, state, job.model), None
     if not job.config.model.random_init:
         with base_model(job) as model:
-            base = measure(job, model)
+            base = measure(job, state, model)
     values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
@@ -443,15 +602,23 @@ def finish(job: Job, state: State) -> None:
     )
 
 
-def measure(job: Job, model: Decoder) -> evaluate.Measured:
-    """Validation loss and answers to held-out prompts."""
+def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
+    """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
     e = job.config.evaluation
-    conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
-    prompts = evaluate.held_out_prompts(conversations, e.prompts)
-    with job.autocast():
-        return evaluate.measure(
-            model, job.chat, job.validation, prompts, e.batch_size, e.prompt_batch_size, e.max_new_tokens
-        )
+    rows, prompt_rows = e.batch_size, e.prompt_batch_size
+    try:
+        conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
+        prompts = evaluate.held_out_prompts(conversations, e.prompts)
+        while rows or prompt_rows:
+            with runtime.Shortage(job.device), job.autocast():
+                return evaluate.measure(
+                    model, job.chat, job.validation, prompts, max(1, rows), max(1, prompt_rows), e.max_new_tokens
+                )
+            rows, prompt_rows = rows // 2, prompt_rows // 2
+        raise TrainingFailed("out of memory with one row")
+    except Exception as error:
+        report_failure(job, state, "evaluation", error)
+        return evaluate.Measured()
 
 
 @contextlib.contextmanager
@@ -465,10 +632,10 @@ def base_model(job: Job) -> Iterator[Decoder]:
         yield load_base(job.config, job.base_directory, job.device, job.dtype)
 
 
-def claim(config: Config, run: Run, resume: str) -> datetime:
+def claim(config: Config, run: Run, resume: str) -> Provenance:
     """Make sure that the directory is this run's, fresh or to go on with, and write its config.json.
 
-    Returns the date of the run, which a template may print: that of its first session.
+    Returns what the run depends on; the date, which a template may print, is that of its first session.
     """
     base = find_model(config.model.name)
     check_quantization(base, quantization_of(config))
@@ -477,7 +644,7 @@ def claim(config: Config, run: Run, resume: str) -> datetime:
     device = runtime.choose_device(config.system.device)
     recorded = run.recorded_config()
     date = str((recorded or {}).get("provenance", {}).get("date") or datetime.now().date().isoformat())
-    provenance = {
+    provenance: Provenance = {
         "versions": runtime.versions(),
         "device": device.type,
         "dtype": str(runtime.choose_dtype(config.model.dtype, device)).removeprefix("torch."),
@@ -489,9 +656,14 @@ def claim(config: Config, run: Run, resume: str) -> datetime:
         if resume == "never":
             raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
         check_same_run(recorded, config, provenance, str(run.directory))
+        if (before := recorded["provenance"].get("versions")) != provenance["versions"]:
+            changed = {
+                name: value for name, value in provenance["versions"].items() if (before or {}).get(name) != value
+            }
+            run.say(f"warning: other versions than when the run began: {changed}: last bits may differ")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     checkpoint.replace_file(run.directory / "config.json", text.encode())
-    return datetime.fromisoformat(date)
+    return provenance
 
 
 @dataclass(frozen=True)
@@ -512,34 +684,35 @@ def run_training(config: Config, wish: Wish) -> int:
     check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         config = decide_rows(config, run.recorded_config())
-        date = claim(config, run, wish.resume)
+        provenance = claim(config, run, wish.resume)
         try:
-            return run_claimed(config, run, stop, date, wish)
-        except (RuntimeError, MemoryError) as error:  # while loading, training or evaluating
-            size, length = config.micro_batch_rows(), config.model.max_seq_length
-            raise explain_out_of_memory(error, size, length) or error from None
+            return run_claimed(config, run, stop, provenance, wish)
+        except (RuntimeError, MemoryError) as error:
+            if runtime.is_out_of_memory(error):
+                raise too_little(config, config.micro_batch_rows()) from None
+            raise
 
 
-def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, date: datetime, wish: Wish) -> int:
+def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance: Provenance, wish: Wish) -> int:
     """Load the data, prepare, find where to begin, look before the leap, train, finish."""
-    chat, corpus, batches = load_data(config, run, date)
+    chat, corpus, batches = load_data(config, run, datetime.fromisoformat(provenance["date"]))
     total_steps = corpus.report["steps"]
     if wish.show_batch or wish.show_step is not None:
         show(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0
-    job = prepare(config, run, chat, corpus, batches)
+    job = prepare(config, run, provenance, chat, corpus, batches)
     state = find_start(job, wish.resume)
     if run.is_complete(state.step) and (state.step >= total_steps or out_of_patience(job, state)):
         run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
         return 0
-    seconds_a_step = preflight_checks(job, wish.force)
+    seconds_a_step = preflight_checks(job, state, wish.force)
     announce(job, state, total_steps, seconds_a_step)
     if wish.preflight:
         return 0
-    run.begin(state.step)
+    run.begin(state.step, [state.epoch, state.window], state.guard.left_out)
     parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
     run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=runtime.peak_memory_gb(job.device))
-    train(job, state, stop, total_steps)
+    state = train(job, state, stop, total_steps)
     if stop and state.step < total_steps:
         run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
         return STOPPED_BY_SIGNAL

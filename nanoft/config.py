@@ -158,7 +158,19 @@ class TrainingConfig(Section):
     keep_checkpoints: int = between(3, 1)  # the newest so many, and the best
     early_stopping_patience: int = between(0, 0)  # stop after so many evaluations without improvement; 0: never
     early_stopping_threshold: float = between(0.0, 0.0)  # what counts as improvement, in nats per target token
-    max_bad_steps: int = between(5, 1)  # give up after so many steps in a row with a NaN or infinite loss or gradient
+    keep_every: int = between(0, 0)  # and those of steps that are multiples of this, for good; 0: no others
+
+
+@dataclass(frozen=True)
+class GuardConfig(Section):
+    """What happens when a loss or gradient is not finite, or far above those before."""
+
+    max_skips: int = between(5, 1)  # windows left out in a row before the run goes back to its last checkpoint
+    max_rollbacks: int = between(3, 0)  # so often; then it ends with exit code 3
+    rollback_rate: float = between(0.5, 0.001, 1.0)  # factor on the learning rate at each rollback
+    on_spike: Literal["warn", "skip", "rollback"] = "warn"  # the strongest measure against a spike
+    spike_score: float = between(10.0, 1.0)  # robust deviations above the median that make a spike
+    spike_window: int = between(100, 20)  # steps that it is compared with
 
 
 @dataclass(frozen=True)
@@ -199,6 +211,7 @@ class Config:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
@@ -283,32 +296,60 @@ def check_expressions(lora: LoRAConfig) -> None:
                 raise UserError(f"lora.{name}: {expression!r} is not a regular expression: {error}") from None
 
 
-# What may differ when a run goes on: nothing of this changes what the steps already taken did.
-MAY_CHANGE_ON_RESUME = frozenset(
-    {"training.num_epochs", "training.max_steps", "training.log_steps", "training.eval_steps", "training.save_steps"}
-    | {"training.keep_checkpoints", "training.early_stopping_patience", "training.early_stopping_threshold"}
-    | {
-        "training.max_bad_steps",
-        "training.checkpointing",
-        "training.checkpoint_every",
-        "system.device",
-        "output.dir",
-        "quantization.dequantize",
-    }
-)
+# What may differ when a run goes on: none of it changes what the steps already taken did.
+MAY_CHANGE_ON_RESUME = {
+    "training.num_epochs": "where the run ends",
+    "training.max_steps": "where the run ends",
+    "training.log_steps": "what is told",
+    "training.eval_steps": "what is told",
+    "training.save_steps": "what is kept",
+    "training.keep_checkpoints": "what is kept",
+    "training.keep_every": "what is kept",
+    "training.early_stopping_patience": "where the run ends",
+    "training.early_stopping_threshold": "where the run ends",
+    "training.checkpointing": "when activations are computed, not which",
+    "training.checkpoint_every": "when activations are computed, not which",
+    "quantization.dequantize": "when weights are unpacked, not to what",
+    "system.device": "where it is computed",
+    "output.dir": "where it lies",
+    "guard": "what happens next time",
+    "evaluation": "what is measured",
+    "logging": "what is shown",
+}
+# Why the others may not, by section.
+WHY_NOT = {
+    "model": "other weights, or computed otherwise",
+    "lora": "the adapter would have another shape, scale or beginning",
+    "quantization": "the adapter corrects another base",
+    "data": "other samples, or in another order",
+    "training": "the steps already taken would have been others",
+    "system": "order, dropout or rounding would be others",
+}
+SPLIT = ("training.micro_batch_size", "training.gradient_accumulation_steps")  # only their product counts
 
 SECTION_TYPES: dict[str, type] = typing.get_type_hints(Config)
 SECTION_NAMES: dict[str, str] = {hint.__name__: name for name, hint in SECTION_TYPES.items()}
 
 
+def settled(config: Config) -> dict[str, Any]:
+    """Every field that must stay as it is when a run goes on, by its full name."""
+    fields = {f"{section}.{name}": value for section, fs in config.to_dict().items() for name, value in fs.items()}
+    free = {*MAY_CHANGE_ON_RESUME, *SPLIT}
+    kept = {name: value for name, value in fields.items() if not {name, name.partition(".")[0]} & free}
+    return {**kept, "training.micro_batch_size x gradient_accumulation_steps": config.effective_batch_size()}
+
+
+def settled_hash(config: Config) -> str:
+    """SHA-256 of `settled`: checkpoints of the same run have the same."""
+    return hashlib.sha256(json.dumps(settled(config), sort_keys=True).encode()).hexdigest()
+
+
 def first_difference(old: Config, new: Config) -> str | None:
-    """The first field that forbids going on with `old`'s run under `new`, as `field: old -> new`; None if all fit."""
-    for section, fields in old.to_dict().items():
-        for name, before in fields.items():
-            after = new.to_dict()[section][name]
-            free = f"{section}.{name}" in MAY_CHANGE_ON_RESUME or section in ("evaluation", "logging")
-            if before != after and not free:
-                return f"{section}.{name}: {before} -> {after}"
+    """The first field that forbids going on with `old`'s run under `new`, and why; None if all fit."""
+    before, after = settled(old), settled(new)
+    for name, value in before.items():
+        if value != after[name]:
+            return f"{name}: {value} -> {after[name]}; {WHY_NOT[name.partition('.')[0]]}"
     return None
 
 

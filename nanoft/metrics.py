@@ -23,6 +23,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -39,7 +40,7 @@ from tqdm import tqdm
 from nanoft import UserError
 from nanoft.checkpoint import replace_file
 
-OUR_LEFTOVERS = (".tmp-*", ".preflight-*")  # what a killed process was writing; the lock says that it is gone
+LEFTOVER = re.compile(r"\.(tmp-.+|preflight)-\d+")  # what a process of nanoft was writing when it was killed
 
 
 @dataclass
@@ -137,7 +138,7 @@ class Run:
         except OSError as error:
             raise UserError(f"output.dir: {directory}: cannot be written: {error.strerror}") from None
         self._take_lock()
-        for leftover in (path for pattern in OUR_LEFTOVERS for path in directory.glob(pattern)):
+        for leftover in [path for path in directory.iterdir() if LEFTOVER.fullmatch(path.name)]:
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
@@ -196,15 +197,37 @@ class Run:
         """How many windows were left out before that optimizer step, because their loss was not finite."""
         path = self.directory / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-        return sum('"step skipped"' in line and _step_of(line) < step for line in lines)
+        return sum('"step skipped"' in line and _values(line)["step"] < step for line in lines)
 
-    def begin(self, last_step: int) -> None:
-        """Open the metrics; lines beyond `last_step` belong to steps that will be done again, and go."""
+    def begin(self, step: int, position: list[int], left_out: list[list[int]], rolled_back: bool = False) -> None:
+        """Open the metrics after `step`; what will be done again, and so logged again, goes.
+
+        Args:
+            position: (epoch, window) that comes next.
+            left_out: windows that will be passed over: what was said of them is not said again.
+            rolled_back: in the same process: warnings of anything but windows stay.
+        """
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         path = self.directory / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= last_step and not _is_end(line)]
-        replace_file(path, "".join(f"{line}\n" for line in kept).encode())
+        kept = []
+        for line in lines:
+            values = _values(line)
+            if "window" in values:
+                stays = values["window"] < position or values["window"] in left_out
+            else:
+                stays = values["step"] <= step or (rolled_back and values["event"] == "warning")
+                stays &= values["event"] != "done"  # it is not
+            if stays:
+                kept.append(f"{line}\n")
+        replace_file(path, "".join(kept).encode())
         self._metrics = Lines(path)
+
+    @property
+    def begun(self) -> bool:
+        return self._metrics is not None
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl; a disk that refuses it is warned of once, and asked again next time."""
@@ -293,16 +316,13 @@ def _may_be_running(note: str) -> bool:
         return False
 
 
-def _step_of(line: str) -> float:
-    """The step of a metrics line; infinite for a line that was cut off."""
+def _values(line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl; one that was cut off is of a step that never was."""
     try:
-        return float(json.loads(line)["step"])
+        values = json.loads(line)
+        return {**values, "step": float(values["step"]), "event": str(values["event"])}
     except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def _is_end(line: str) -> bool:
-    return bool(json.loads(line).get("event") == "done")
+        return {"step": math.inf, "event": ""}
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -12,6 +12,7 @@ allocator cannot use again, is a constant and a share, measured with `bench/plan
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from nanoft import UserError
+from nanoft import TrainingFailed, UserError
 from nanoft.config import Config
 from nanoft.lora import inject_lora, linears_of
 from nanoft.loss import chunk_rows
@@ -270,6 +271,39 @@ def kept(plan: Plan) -> str:
     """What backward waits for, in words."""
     again = sum(one != "all" for one in plan.keep)
     return f"activations of {again} of {len(plan.keep)} blocks computed again" if again else "all activations kept"
+
+
+def too_little(config: Config, rows: int) -> TrainingFailed:
+    """Out of memory with micro-batches of so many rows: the three changes that would lower the peak most.
+
+    Returns:
+        The error to raise; what a change would save is the plan's word.
+    """
+    t, length = config.training, config.model.max_seq_length
+    changes = {
+        "model.max_seq_length": length // 2,
+        "training.micro_batch_size": rows // 2,
+        "training.checkpointing": "full",
+        "quantization.bits": 4,
+        "training.method": "lora",
+        "training.optimizer": "adamw_8bit",
+        "lora.rank": config.lora.rank // 2,
+        "lora.target_modules": ("attention",),
+    }
+    if t.method == "full":
+        del changes["quantization.bits"], changes["lora.rank"], changes["lora.target_modules"]
+    before, saved = _peak(config, rows, length), {}
+    for name, value in changes.items():
+        with contextlib.suppress(UserError):  # out of range: a row cannot be halved
+            changed = config.override({name: value})
+            saved[f"{name}={value}"] = before - _peak(changed, min(rows, changed.micro_batch_rows()), length)
+    best = sorted((name for name in saved if saved[name] > 0), key=lambda name: -saved[name])[:3]
+    said = ", or ".join(f"{name} (saves about {saved[name] / 1e9:.2g} GB)" for name in best)
+    return TrainingFailed(f"out of memory with micro-batches of {rows} rows: try {said or 'a smaller model'}")
+
+
+def _peak(config: Config, rows: int, length: int) -> float:
+    return choose_activations(config, rows, min(length, config.model.max_seq_length))[1].peak
 
 
 def show_plan(config: Config) -> int:

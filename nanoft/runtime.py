@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import io
 import itertools
@@ -26,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -133,12 +134,7 @@ def memory_limit_bytes(device: torch.device) -> float:
         return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     if device.type == "mps":
         return float(torch.mps.recommended_max_memory())
-    return float(available_bytes() + psutil.Process().memory_info().rss)
-
-
-def available_bytes() -> int:
-    """What this process may still take without swapping: what the machine has, or a cgroup grants, the less."""
-    return min([psutil.virtual_memory().available, *(limit - used for limit, used in cgroup_memory())])
+    return free_host_bytes() + psutil.Process().memory_info().rss
 
 
 def cgroup_memory() -> Iterator[tuple[int, int]]:
@@ -178,6 +174,44 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     texts = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+
+
+class Shortage:
+    """`with Shortage(device) as short:` swallows an out-of-memory error and is true then; everything else passes.
+
+    When the block is left, nothing holds its tensors any more (a caught error would hold the frames that do), and what
+    the allocator had kept for itself is given back.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.happened = device, False
+
+    def __enter__(self) -> Shortage:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> bool:
+        self.happened = error is not None and is_out_of_memory(error)
+        if error is not None and self.happened:
+            error.__traceback__ = error.__context__ = None
+            free_memory(self.device)
+        return self.happened
+
+    def __bool__(self) -> bool:
+        return self.happened
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody uses any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def free_host_bytes() -> float:
+    """Main memory that this process could still take without swapping: the machine's, or what a cgroup grants."""
+    return float(min([psutil.virtual_memory().available, *(limit - used for limit, used in cgroup_memory())]))
 
 
 def describe(device: torch.device) -> str:
@@ -334,7 +368,7 @@ class Memory:
 def memory_now(device: torch.device) -> Memory:
     """Look at the machine; some tens of microseconds."""
     held = float(psutil.Process().memory_info().rss)
-    limit = float(available_bytes() + held)
+    limit = free_host_bytes() + held
     if device.type == "cuda":
         return Memory(float(torch.cuda.memory_reserved(device)), memory_limit_bytes(device), held, limit)
     if device.type == "mps":

@@ -126,7 +126,7 @@ def refuse(directory: Path, error: Exception, begin: bool = False) -> None:
     with pytest.raises(type(error)), Run.open(directory) as run:  # noqa: PT012 (a run that begins, then fails)
         run.say("hello")
         if begin:
-            run.begin(0)
+            run.begin(0, [0, 0], [])
         raise error
 
 
@@ -147,7 +147,7 @@ def test_a_refused_run_takes_the_parents_that_it_made_along_but_nothing_of_other
 
 def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         run.log("eval", 1, loss=float("nan"), perplexity=float("inf"), tokens=2)
         run.write_report({"tuned": {"perplexity": float("-inf"), "loss": 1.5}}, "")
         assert [lines(run)[0][key] for key in ("loss", "perplexity", "tokens")] == [None, None, 2]
@@ -173,7 +173,7 @@ def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
 def test_skipped_windows_are_counted(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
         assert run.skipped_before(5) == 0
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         for step, what in ((1, "step skipped"), (1, "step skipped"), (2, "other"), (3, "step skipped")):
             run.log("warning", step, what=what)
         assert [run.skipped_before(step) for step in (1, 2, 3, 4)] == [0, 2, 2, 3]
@@ -206,14 +206,14 @@ def test_a_run_is_complete_when_its_report_says_so(tmp_path: Path) -> None:
 
 def test_a_resumed_run_drops_what_will_be_done_again_and_torn_lines(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         for step in (1, 2, 3):
             run.log("train", step, loss=1 / step, text="a\u2028b\né")  # a line separator that JSON does not escape
         run.log("eval", 2, loss=0.5)
     with open(run.directory / "metrics.jsonl", "ab") as file:
         file.write(b'[2]\n\n{"event": "train", "step": 1, "text": "\xc3')  # cut inside a letter
     with Run.open(tmp_path / "run") as run:
-        run.begin(2)
+        run.begin(2, [0, 0], [])
         run.log("train", 3, loss=9.0)
         assert [(line["event"], line["step"]) for line in lines(run)] == [
             ("train", 1), ("train", 2), ("eval", 2), ("train", 3),
@@ -225,7 +225,7 @@ def test_a_resumed_run_drops_what_will_be_done_again_and_torn_lines(tmp_path: Pa
 
 def test_a_line_is_on_the_disk_when_it_is_logged(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         run.log("train", 1, loss=2.0)
         (line,) = lines(run)
     assert list(line) == ["event", "step", "loss", "time"]
@@ -289,7 +289,7 @@ def test_a_disk_that_refuses_a_line_is_told_once_and_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         run.log("train", 1, loss=2.0)
         with no_file_longer_than(0):
             for step in (2, 3):
@@ -308,7 +308,7 @@ def test_a_disk_that_refuses_a_line_is_told_once_and_stops_nothing(
 def test_a_directory_that_is_no_longer_ours_is_noticed_before_a_save(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with Run.open(directory) as run:
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         run.sync()
         directory.rename(tmp_path / "elsewhere")
         run.say("still here")
@@ -322,19 +322,19 @@ def test_a_directory_that_is_no_longer_ours_is_noticed_before_a_save(tmp_path: P
 def test_what_a_killed_process_was_writing_is_swept(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run"):
         pass
-    for name in (".tmp-best.json-1", ".tmp-config.json-99", ".preflight-1", "mine", ".mine"):
+    for name in (".tmp-best.json-1", ".tmp-config.json-99", ".preflight-1", ".tmp-mine", ".mine"):
         (tmp_path / "run" / name).write_text("x")
     (tmp_path / "run" / ".tmp-adapter-1").mkdir()
     (tmp_path / "run" / ".tmp-adapter-1" / "half").write_text("x")
     with Run.open(tmp_path / "run"):
-        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "mine", ".mine"}
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".tmp-mine", ".mine"}
 
 
 def test_a_run_that_begins_again_has_not_ended(tmp_path: Path) -> None:
     """Killed after its last line, before its report: the last line is written again, once."""
     for _ in range(2):
         with Run.open(tmp_path / "run") as run:
-            run.begin(1)
+            run.begin(1, [0, 0], [])
             run.log("done", 1, steps=1)
             assert [line["event"] for line in lines(run)] == ["done"]
 
@@ -342,7 +342,7 @@ def test_a_run_that_begins_again_has_not_ended(tmp_path: Path) -> None:
 def test_half_a_letter_in_a_name_stops_no_line(tmp_path: Path) -> None:
     name = os.fsdecode(b"l\xe4ufe")  # Latin-1, as old archives have it
     with Run.open(tmp_path / name) as run:
-        run.begin(0)
+        run.begin(0, [0, 0], [])
         run.log("train", 1, path=name)
         run.say(name)
         run.write_report({"name": name}, name)

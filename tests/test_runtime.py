@@ -295,7 +295,7 @@ def test_the_limits_of_every_cgroup_above_count(tmp_path: Path, monkeypatch: pyt
     cgroup(tmp_path, "slurm", memory__max="9000\n", memory__current="5000\n", memory__stat="anon 5\n")
     cgroup(tmp_path.parent, "", memory__max="1\n", memory__current="1\n", memory__stat="")  # no cgroup at all
     assert list(runtime.cgroup_memory()) == [(4000, 700), (9000, 5000)]
-    assert runtime.available_bytes() == 3300
+    assert runtime.free_host_bytes() == 3300
     held = psutil.Process().memory_info().rss
     assert runtime.memory_limit_bytes(CPU) == pytest.approx(held + 3300, rel=0.01)
     (tmp_path / "cgroup").write_text("5:cpuset:/a\n4:cpu,memory:/docker/abc\n1:name=systemd:/b\n0::/\n")
@@ -304,13 +304,13 @@ def test_the_limits_of_every_cgroup_above_count(tmp_path: Path, monkeypatch: pyt
     assert list(runtime.cgroup_memory()) == [(2000, 550)]
     unlimited = str(2**63 - 4096)
     cgroup(tmp_path, "memory", memory__limit_in_bytes=unlimited, **names)
-    assert runtime.available_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.05)
+    assert runtime.free_host_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.05)
 
 
 def test_the_cgroups_of_this_machine_are_read() -> None:
     for limit, used in runtime.cgroup_memory():
         assert 0 < used < limit
-    assert 0 < runtime.available_bytes() <= psutil.virtual_memory().total
+    assert 0 < runtime.free_host_bytes() <= psutil.virtual_memory().total
 
 
 def test_memory_is_warned_of_at_each_level_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
