@@ -14,7 +14,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 MICRO_BATCHES = 2 * STEPS - 1  # an epoch of 18 samples ends with a smaller window
 MOMENTS = ["micro-batch 2", "micro-batch 9", "eval 1", "save 2"]  # inside a window, the last of an epoch, ...
 EVERY_MOMENT = [f"micro-batch {n}" for n in range(1, MICRO_BATCHES)] + [f"step {n}" for n in range(1, STEPS)]
-EVERY_MOMENT += ["eval 1", "save 1", "save 2", "save 3"]
+EVERY_MOMENT += ["eval 1", *(f"save {n}" for n in range(1, 5))]
 
 
 def stop_and_go_on(scene: Scene, directory: Path, moment: str, number: signal.Signals) -> None:
@@ -53,7 +53,7 @@ def test_stopped_after_each_step_in_turn(scene: Scene, tmp_path: Path) -> None:
 
 
 def test_a_second_interrupt_ends_at_once_and_tears_nothing(scene: Scene, tmp_path: Path) -> None:
-    for moments in (("micro-batch 5", "micro-batch 6"), ("micro-batch 8", "save 3")):
+    for moments in (("micro-batch 5", "micro-batch 6"), ("micro-batch 8", "save 4")):
         directory = tmp_path / moments[1]
         done = scene.run(directory, fault=Fault(signals=dict.fromkeys(moments, signal.SIGINT)))
         assert done.code == 130

@@ -37,7 +37,6 @@ def test_it_goes_on_from_each_checkpoint_to_the_same_end(scene: Scene, every_che
         scene.check_result(directory)
 
 
-@pytest.mark.xfail(reason="training.micro_batch_size may not change on resume yet", strict=True)
 @pytest.mark.parametrize(("size", "count"), [(1, 4), (4, 1)])
 def test_it_goes_on_with_another_micro_batch_size(scene: Scene, size: int, count: int, tmp_path: Path) -> None:
     """The effective batch stays the same, so the losses do; without dropout, whose draws depend on the shape."""
