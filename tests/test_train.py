@@ -219,7 +219,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(tmp_path: Path
     assert done.returncode == 2
     assert "File too large" in one_line(done.stderr)
     assert "warning: saving step 6 failed after step 7: OSError: [Errno 27] File too large" in done.stdout
-    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-000000", "step-000003"]
+    assert sorted(os.listdir(directory / "checkpoints")) == ["step-000000", "step-000003"]
     assert train.main(arguments) == 0
     assert [step for step, _ in losses(directory)] == list(range(1, 9))
 
