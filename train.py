@@ -13,6 +13,7 @@ import contextlib
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, ranks, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, ranks, runtime, selftest
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
@@ -545,6 +546,29 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, date: datet
     return 0
 
 
+def go_on(job: Job, total_steps: int) -> None:
+    """The loop from the newest checkpoint, or from the beginning: what the self-test tests."""
+    train(job, find_start(job, "auto"), runtime.StopRequest(), total_steps)
+
+
+def run_selftest(config: Config) -> int:
+    """Try what is promised on this config, model and data, in a directory that goes away again."""
+    runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
+    check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    check_quantization(find_model(config.model.name), quantization_of(config))
+    with tempfile.TemporaryDirectory(prefix="nanoft-") as aside:
+        config = selftest.shorten(decide_rows(config, None), Path(aside))
+        try:
+            with Run.open(config.output.dir) as run:
+                job = prepare(config, run, *load_data(config, run, datetime.now()))
+                run.begin(0)
+                selftest.run(job, go_on)
+        except (RuntimeError, MemoryError) as error:
+            size, length = config.micro_batch_rows(), config.model.max_seq_length
+            raise explain_out_of_memory(error, size, length) or error from None
+    return 0
+
+
 def show(run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: int | None, total_steps: int) -> None:
     """The window of an optimizer step (the first, if none is given) as the model sees it."""
     if step is not None and not 1 <= step <= total_steps:
@@ -572,12 +596,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")
     parser.add_argument("--plan", action="store_true", help="print memory and time before anything is loaded and stop")
     parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
+    parser.add_argument("--selftest", action="store_true", help="try here what is promised, in minutes, and stop")
     parser.add_argument("--force", action="append", default=[], choices=NAMES, help="go on although this check failed")
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
     if args.plan:
         return show_plan(load_config(path, positional))
+    if args.selftest:
+        return run_selftest(load_config(path, positional))
     wish = Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force)
     return run_training(load_config(path, positional), wish)
 
