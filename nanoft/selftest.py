@@ -7,9 +7,9 @@ computes both sides and measures how far they are apart, as a share of the norm:
     |found - expected| / |expected|
 
 What is allowed follows from the number format, and is nothing at all where the same operations are done twice. The
-gradients are those that train.py's own loop hands to its optimizer. The work is bounded by eight documents, pieces of
-the user's samples, that together are no larger than a micro-batch; the memory by what training takes. Kernels are the
-ones that training uses, but for `training.compile`, which is off here.
+gradients are those that train.py's own loop hands to its optimizer, and the tests use the same functions. The work is
+bounded by eight documents, pieces of the user's samples, that together are no larger than a micro-batch; the memory by
+what training takes; the disk (TMPDIR) by three checkpoints. `training.compile` is off here.
 
     python train.py CONFIG --selftest
 """
@@ -156,7 +156,8 @@ def checks(job: Job, go_on: GoOn, documents: Samples) -> list[Check]:
             lambda: files_apart(job, place),
             none,
         ),
-        Check("with a cache = without", "greedy tokens", near, in_use(answers_apart, model, prompts, pad)),
+        # both the likeliest token's logit and that of the one taken may be off
+        Check("with a cache = without", "greedy tokens", 2 * near, in_use(answers_apart, model, prompts, pad)),
         Check(
             f"{STEPS} + {STEPS} steps = {2 * STEPS} steps",
             f"weights, optimizer, random numbers{unsure}",
@@ -243,7 +244,7 @@ def cut(samples: Sequence[Sample], tokens: int) -> list[Sample]:
     pieces = []
     for i in range(DOCUMENTS):
         sample = samples[i * len(samples) // DOCUMENTS]
-        end = int(np.flatnonzero(sample.is_target)[-1]) + 1
+        end = int(np.flatnonzero(sample.is_target).max(initial=-1)) + 1 or len(sample.ids)
         begin = max(0, end - max(2, longest * (i + 1) // DOCUMENTS))
         pieces.append(Sample(sample.ids[begin:end], sample.is_target[begin:end], sample.record))
     return pieces
@@ -292,7 +293,7 @@ def packed_apart(model: Decoder, documents: Samples, pad_id: int) -> float:
         alone = model(one.ids)
         farthest = max(farthest, apart(model.logits(together), model.logits(alone)))
         for i, hidden in enumerate((together, alone)):
-            losses[i] += token_nll(hidden[0, one.rows], model.head, one.targets).double().sum().cpu()
+            losses[i] += token_nll(hidden[0, one.rows], model.head, one.targets).sum().cpu()
     return max(farthest, apart(losses[0], losses[1]))
 
 
