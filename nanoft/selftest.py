@@ -151,9 +151,9 @@ def checks(job: Job, go_on: GoOn, documents: Samples) -> list[Check]:
         Check("merged = adapter", f"logits{onto}", near, in_use(merged_apart, model, adapters, ids), none),
         Check(
             "adapter saved = read",
-            "bytes of the files, s B A of each linear",
-            1e-6 if lora.init == "pissa" else 0.0,  # its file has twice the rank and another alpha
-            lambda: files_apart(job, place),
+            "bytes of the files, products of each linear",
+            nearer if lora.init == "pissa" else 0.0,  # its files have twice the rank and another alpha
+            in_use(files_apart, job, place),
             none,
         ),
         # both the likeliest token's logit and that of the one taken may be off
@@ -171,13 +171,14 @@ def checks(job: Job, go_on: GoOn, documents: Samples) -> list[Check]:
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference as a share of the norm; infinite if something is no number, so that NaN fails."""
+    """The norm of the difference as a share of the norm; 0 for the same numbers only, infinite where one is none."""
     wide = torch.promote_types(expected.dtype, torch.float32)
     found, expected = found.to(wide), expected.to(wide)
-    difference, norm = (torch.linalg.vector_norm(t).item() for t in (found - expected, expected))
-    if not math.isfinite(difference) or not math.isfinite(norm):
-        return math.inf
-    return difference / norm if norm else (math.inf if difference else 0.0)
+    if torch.equal(found, expected) and expected.isfinite().all():
+        return 0.0
+    size = expected.abs().amax()  # without it the squares of small numbers would be 0
+    difference, norm = (torch.linalg.vector_norm(t / size).item() for t in (found - expected, expected))
+    return difference / norm if math.isfinite(difference) and math.isfinite(norm) else math.inf
 
 
 def gradients_apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -348,14 +349,17 @@ def merged_product(adapter: LoRALinear, x: Tensor) -> Tensor:
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def examples(adapters: dict[str, LoRALinear]) -> Iterator[tuple[str, LoRALinear, Tensor]]:
+    """Each adapter by name, with an input of random numbers, (DOCUMENTS, in)."""
+    generator = torch.Generator().manual_seed(0)
+    for name, adapter in adapters.items():
+        x = torch.randn(DOCUMENTS, adapter.base.in_features, generator=generator)
+        yield name, adapter, x.to(weight_of(adapter.base))
+
+
 def products_apart(adapters: dict[str, LoRALinear]) -> float:
     """Each linear merged against itself with its adapter; the farthest."""
-    generator, farthest = torch.Generator().manual_seed(0), 0.0
-    for adapter in adapters.values():
-        weight = weight_of(adapter.base)
-        x = torch.randn(DOCUMENTS, adapter.base.in_features, generator=generator).to(weight)
-        farthest = max(farthest, apart(merged_product(adapter, x), adapter(x)))
-    return farthest
+    return max(apart(merged_product(adapter, x), adapter(x)) for _, adapter, x in examples(adapters))
 
 
 def merged_apart(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor) -> float:
@@ -375,9 +379,9 @@ def merged_apart(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor) -
 
 
 def files_apart(job: Job, directory: Path) -> float:
-    """The adapter's files, read into other adapters on the same base and written again: the same bytes, the same s B A.
+    """The adapter's files, read into other adapters on the same base: those give the same products.
 
-    Infinite if a byte differs.
+    Infinite if a byte differs when they are written again.
     """
     first, second = directory / "first", directory / "second"
     save_adapter(first, job.model, job.adapters, job.config.lora, job.config.model.name, {})
@@ -386,12 +390,12 @@ def files_apart(job: Job, directory: Path) -> float:
     again, generator = {}, torch.Generator()
     for name, adapter in job.adapters.items():
         rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-        again[name] = LoRALinear(adapter.base, replace(lora, rank=rank, alpha=alpha), generator)
+        again[name] = LoRALinear(adapter.base, replace(lora, rank=rank, alpha=alpha), generator).eval()
     load_adapter_tensors(again, tensors, str(first))
     save_adapter(second, job.model, again, lora, base, note)
     if any((second / path.name).read_bytes() != path.read_bytes() for path in first.iterdir()):
         return math.inf
-    return max(apart(again[name].delta(), adapter.delta()) for name, adapter in job.adapters.items())
+    return max(apart(again[name](x), adapter(x)) for name, adapter, x in examples(job.adapters))
 
 
 def answers_apart(model: Decoder, prompts: list[list[int]], pad_id: int) -> float:

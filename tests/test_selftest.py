@@ -32,6 +32,7 @@ MORE: dict[str, dict[str, Any]] = {
     "bf16": {"model__dtype": "bfloat16"},
     "qlora-bf16": {"model__dtype": "bfloat16", "quantization__bits": 4, "quantization__dequantize": "cached"},
     "smoothed": {"training__label_smoothing": 0.1, "training__z_loss": 1e-3, "training__checkpointing": "offload"},
+    "patterns": {"lora__bias": "lora_only", "lora__rank_pattern": "{q_proj: 3}", "lora__alpha_pattern": "{mlp.*: 4}"},
     "pissa-dora": {"lora__init": "pissa", "lora__dora": True, "lora__rslora": True, "lora__dropout": 0.2},
     "one-row": {
         "training__micro_batch_size": "auto",
@@ -169,6 +170,16 @@ def save_rounded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(adapter, "write_tensors", lambda path, t: real(path, {n: p.bfloat16() for n, p in t.items()}))
 
 
+def save_small_ones_rounded(patch: pytest.MonkeyPatch) -> None:
+    """Vectors only: biases, DoRA's lengths."""
+    real = adapter.write_tensors
+
+    def write(path: Path, tensors: dict[str, Tensor]) -> Any:
+        return real(path, {name: t.bfloat16().float() if t.dim() == 1 else t for name, t in tensors.items()})
+
+    patch.setattr(adapter, "write_tensors", write)
+
+
 def save_another_alpha(patch: pytest.MonkeyPatch) -> None:
     real = adapter.as_plain_lora
 
@@ -221,6 +232,8 @@ BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], set[str
     (merge_twice, BF16, MERGED),
     (merge_without_lengths, VARIANTS["dora"], MERGED),
     (save_rounded, {}, {"adapter saved = read"}),
+    (save_small_ones_rounded, {"lora__bias": "lora_only"}, {"adapter saved = read"}),
+    (save_small_ones_rounded, VARIANTS["dora"], {"adapter saved = read"}),
     (save_another_alpha, {}, {"adapter saved = read"}),
     (leave_a_chunk_out, {}, {"loss in chunks = at once"}),
     (other_dropout_the_second_time, DROPOUT, {"computed again = kept"}),
@@ -259,6 +272,7 @@ def test_what_is_no_number_is_infinitely_far() -> None:
     one = torch.tensor([3.0, 4.0])
     assert selftest.apart(torch.tensor([3.0, 4.5]), one) == pytest.approx(0.1)
     assert selftest.apart(one, one) == 0.0
+    assert selftest.apart(1e-30 * one, 1.1e-30 * one) == pytest.approx(1 / 11, rel=1e-4)  # small as Adam's are
     for odd in (float("nan"), float("inf")):
         broken = torch.tensor([odd, 4.0])
         assert selftest.apart(broken, one) == selftest.apart(one, broken) == selftest.apart(broken, broken) == torch.inf
@@ -285,5 +299,6 @@ def test_pieces_end_in_a_target_and_are_of_all_lengths() -> None:
             assert piece.ids.tolist() == whole.ids[end - len(piece.ids) : end].tolist()
 
 
+@pytest.mark.slow
 def test_the_demo_passes(tmp_path: Path) -> None:
     assert train.main([str(TINY), f"output.dir={tmp_path / 'run'}", "--selftest"]) == 0
