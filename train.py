@@ -556,7 +556,7 @@ def run_selftest(config: Config) -> int:
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
     check_quantization(find_model(config.model.name), quantization_of(config))
-    with tempfile.TemporaryDirectory(prefix="nanoft-") as aside:
+    with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as aside:
         config = selftest.shorten(decide_rows(config, None), Path(aside))
         try:
             with Run.open(config.output.dir) as run:

@@ -114,8 +114,9 @@ def run(job: Job, go_on: GoOn) -> list[Check]:
         if len(done) == 1:
             stir(job.adapters)  # from here on every adapter says something
     if failed := [check for check in done if not check.passed]:
-        what = failed[0].trouble or f"{failed[0].compared} are {failed[0].measured:.2g} apart"
-        raise TrainingFailed(f"self-test: {failed[0].name}: {what} ({len(failed)} of {len(done)} checks failed)")
+        first = failed[0]
+        what = first.trouble or f"{first.compared}: {first.measured:.2g} apart, {first.allowed:.2g} allowed"
+        raise TrainingFailed(f"self-test: {first.name}: {what} ({len(failed)} of {len(done)} checks failed)")
     return done
 
 
