@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, ranks, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, ranks, runtime, scores
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
@@ -59,6 +59,7 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
+from nanoft.report import Findings, leakage_of_run, report
 from nanoft.weights import (
     check_quantization,
     find_model,
@@ -430,7 +431,7 @@ def finish(job: Job, state: State) -> None:
     if not job.config.model.random_init:
         with base_model(job) as model:
             base = measure(job, model)
-    values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
+    values, terminal, markdown = report(findings(job, base, tuned, training))
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
@@ -444,13 +445,44 @@ def finish(job: Job, state: State) -> None:
 
 def measure(job: Job, model: Decoder) -> evaluate.Measured:
     """Validation loss and answers to held-out prompts."""
-    e = job.config.evaluation
-    conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
-    prompts = evaluate.held_out_prompts(conversations, e.prompts)
+    c = job.config
+    conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), c.evaluation.prompts)
+    prompts = evaluate.held_out_prompts(conversations, c.evaluation.prompts)
+    metrics, length = scores.choose(c.evaluation.metrics), c.model.max_seq_length
     with job.autocast():
         return evaluate.measure(
-            model, job.chat, job.validation, prompts, e.batch_size, e.prompt_batch_size, e.max_new_tokens
+            model, job.chat, job.validation, prompts, c.evaluation, length, metrics, seed=c.system.seed
         )
+
+
+def findings(
+    job: Job, base: evaluate.Measured | None, tuned: evaluate.Measured, training: dict[str, float]
+) -> Findings:
+    """What the report is made of."""
+    e, groups = job.config.evaluation, {}
+    if e.by_field and len(job.validation):
+        try:
+            groups = {e.by_field: job.corpus.values(job.validation, e.by_field)}
+        except UserError as reason:  # the run is done: no reason to lose its report
+            job.run.say(f"warning: {reason}")
+    recorded = job.run.recorded_config() or {}
+    return Findings(
+        job.run.directory.name,
+        tuned,
+        base,
+        primary=next(iter(e.metrics), "exact_match"),
+        limit=e.max_new_tokens,
+        groups=groups,
+        leakage=leakage_of_run(job.corpus.report, job.config.data.near_leaks) if len(job.validation) else {},
+        training=training,
+        provenance={
+            "base": job.config.model.name,
+            "data": job.config.data.train_file,
+            **recorded.get("provenance", {}),
+        },
+        shown=e.samples,
+        seed=job.config.system.seed,
+    )
 
 
 @contextlib.contextmanager
@@ -508,6 +540,7 @@ def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    scores.choose(config.evaluation.metrics)  # a metric that is not there is told now, not after hours
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         config = decide_rows(config, run.recorded_config())
         date = claim(config, run, wish.resume)
