@@ -303,7 +303,7 @@ def base_of(config: Config, opened: Opened) -> Iterator[Opened]:
 def provenance(config: Config, wish: Wish) -> dict[str, Any]:
     """Enough to do it again: what was measured, on what, with what."""
     recorded = recorded_provenance(wish.source) if is_run(wish.source) else {}
-    kept = {name: recorded[name] for name in ("base_sha256", "data_sha256", "date") if name in recorded}
+    kept: dict[str, Any] = {name: recorded[name] for name in ("base_sha256", "data_sha256", "date") if name in recorded}
     settings = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if value is not None}
     return {
         "base": config.model.name,

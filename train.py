@@ -465,7 +465,7 @@ def findings(
             groups = {e.by_field: job.corpus.values(job.validation, e.by_field)}
         except UserError as reason:  # the run is done: no reason to lose its report
             job.run.say(f"warning: {reason}")
-    recorded = job.run.recorded_config() or {}
+    provenance = (job.run.recorded_config() or {}).get("provenance", {})
     return Findings(
         job.run.directory.name,
         tuned,
@@ -478,7 +478,7 @@ def findings(
         provenance={
             "base": job.config.model.name,
             "data": job.config.data.train_file,
-            **recorded.get("provenance", {}),
+            **provenance,
         },
         shown=e.samples,
         seed=job.config.system.seed,

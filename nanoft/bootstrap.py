@@ -77,7 +77,7 @@ class Comparison:
 
 def interval(figure: Figure, seed: int = 0) -> Interval:
     """The percentile interval of one figure."""
-    drawn = [figure.of_sums(counts @ figure.parts) for counts in _draws(len(figure.parts), seed)]
+    drawn = [figure.of_sums(counts @ figure.parts) for counts in _draws(seed, figure)]
     return _interval(figure.value, drawn)
 
 
@@ -88,7 +88,7 @@ def compare(base: Figure, tuned: Figure, seed: int = 0) -> Comparison:
     it is never 0 (Davison & Hinkley 1997, section 4.2).
     """
     drawn: tuple[list[Array], list[Array]] = [], []
-    for counts in _draws(len(base.parts), seed):
+    for counts in _draws(seed, base, tuned):
         drawn[0].append(base.of_sums(counts @ base.parts))
         drawn[1].append(tuned.of_sums(counts @ tuned.parts))
     changes = [after - before for before, after in zip(*drawn, strict=True)]
@@ -109,9 +109,13 @@ def _interval(value: float, drawn: list[Array]) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def _draws(n: int, seed: int) -> Iterator[Array]:
-    """(rows, n) blocks of how often each sample comes up in a draw of n; DRAWS rows in all, none for one sample."""
-    if n < 2:
+def _draws(seed: int, *figures: Figure) -> Iterator[Array]:
+    """(rows, n) blocks of how often each sample comes up in a draw of n; DRAWS rows in all.
+
+    None where they would say nothing: of one sample, or of parts that are not finite.
+    """
+    n = len(figures[0].parts)
+    if n < 2 or not all(np.isfinite(figure.parts).all() for figure in figures):
         return
     rng, rows = np.random.default_rng(seed), max(1, AT_ONCE // n)
     for start in range(0, DRAWS, rows):

@@ -16,6 +16,7 @@ out the same records whatever their order, and a larger share holds out more, no
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -135,9 +136,13 @@ def leaks(asked: Sequence[str], trained_on: Iterable[str], threshold: float, at_
         exact |= known & {" ".join(text.lower().split()) for text in block}
         both = np.concatenate([own, *(signature(text)[None] for text in block)])
         is_own = np.arange(len(both)) < len(own)
-        near |= resembling(lambda start, stop, rows=both: rows[start:stop], threshold, is_own, ~is_own)[: len(own)]
+        near |= resembling(functools.partial(_rows, both), threshold, is_own, ~is_own)[: len(own)]
     is_exact = np.array([text in exact for text in words], np.bool_)
     return int(is_exact.sum()), int((near & ~is_exact).sum())
+
+
+def _rows(signatures: Array, start: int, stop: int) -> Array:
+    return signatures[start:stop]
 
 
 def _band_keys(band: Array) -> Array:

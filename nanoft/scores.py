@@ -76,9 +76,11 @@ def _find(name: str) -> Metric:
         return _bleu()
     if FUNCTION.fullmatch(name):
         return Metric.mean(name, _own(name), unit="number")
-    known = [*SCORES, *ROUGE, "bleu", *(f"{kind}:{argument}" for kind, (argument, _) in CONSTRAINTS.items())]
-    near = difflib.get_close_matches(kind, [*known, *CONSTRAINTS], n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)} and package.module:function"
+    forms = {kind: f"{kind}:{argument}" for kind, (argument, _) in CONSTRAINTS.items()}
+    known = {**dict.fromkeys(SCORES), **dict.fromkeys(ROUGE), "bleu": None, **forms}
+    near = difflib.get_close_matches(kind, known, n=1, cutoff=0.5)
+    listed = [forms.get(each, each) for each in near or known]
+    hint = f"did you mean {listed[0]}?" if near else f"there are {', '.join(listed)} and package.module:function"
     raise UserError(f"evaluation.metrics: {name!r}: no such metric: {hint}")
 
 
@@ -246,7 +248,7 @@ def _bleu() -> Metric:
 
     def of_sums(sums: Array) -> Array:
         rows = np.rint(sums).astype(int).reshape(-1, 10).tolist()
-        scores = [BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9]).score for row in rows]
+        scores = [BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score for row in rows]
         return np.array(scores).reshape(sums.shape[:-1])
 
     return Metric("bleu", parts, of_sums, unit="number")
