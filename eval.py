@@ -34,7 +34,7 @@ from nanoft.lora import disabled, weight_of
 from nanoft.metrics import as_json, table
 from nanoft.nf4 import quantize
 from nanoft.records import Conversation, read_file
-from nanoft.report import Findings, leakage_of_run, report
+from nanoft.report import Findings, leakage_of_run, report, settings_of
 from nanoft.weights import Opened, find_model, is_run, load_model, open_chat, open_model, stored_quantization
 
 # Settings that say what a model is: to change them here would measure something that nobody trained.
@@ -304,14 +304,14 @@ def provenance(config: Config, wish: Wish) -> dict[str, Any]:
     """Enough to do it again: what was measured, on what, with what."""
     recorded = recorded_provenance(wish.source) if is_run(wish.source) else {}
     kept: dict[str, Any] = {name: recorded[name] for name in ("base_sha256", "data_sha256", "date") if name in recorded}
-    settings = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if value is not None}
+    how = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if value is not None}
     return {
         "base": config.model.name,
         "data": wish.data or config.data.validation_file or config.data.train_file,
         **kept,
-        "seed": config.system.seed,
+        "settings": settings_of(config),
+        "evaluation": how,
         "versions": runtime.versions(),
-        "evaluation": settings,
     }
 
 

@@ -59,7 +59,7 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
-from nanoft.report import Findings, leakage_of_run, report
+from nanoft.report import Findings, leakage_of_run, report, settings_of
 from nanoft.weights import (
     check_quantization,
     find_model,
@@ -478,6 +478,7 @@ def findings(
         provenance={
             "base": job.config.model.name,
             "data": job.config.data.train_file,
+            "settings": settings_of(job.config),
             **provenance,
         },
         shown=e.samples,

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from nanoft.bootstrap import Comparison, Figure, Interval, compare, interval
+from nanoft.config import Config
 from nanoft.evaluate import PERPLEXITIES, Measured, safe_exp
 from nanoft.metrics import clock, table
 from nanoft.scores import token_f1
@@ -67,12 +68,11 @@ def report(found: Findings) -> tuple[dict[str, Any], str, str]:
     said, warned = verdict(found, compared), warnings(found, compared)
     outcome = outcomes(found)
     values = {
-        **results(found.base, found.tuned),
         "verdict": said,
         "warnings": warned,
         "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
         "by": breakdowns(found),
-        "answers": {"metric": found.primary, **Counter(outcome), "each": answers(found, outcome)} if outcome else {},
+        "answers": answers(found, outcome) if outcome else {},
         "leakage": found.leakage,
         "training": found.training,
         "cost": cost(found),
@@ -81,7 +81,8 @@ def report(found: Findings) -> tuple[dict[str, Any], str, str]:
     head = "\n".join([f"verdict   {said}", *(f"warning: {line}" for line in warned)])
     main, samples = comparison(found, compared), side_by_side(found.base, found.tuned, range(found.shown))
     terminal = f"\n{main}\n\n{head}\n\n{samples}".rstrip()
-    return {name: value for name, value in values.items() if value}, terminal, _markdown(found, main, said, warned)
+    measured = results(found.base, found.tuned) | {name: value for name, value in values.items() if value}
+    return measured, terminal, _markdown(found, main, said, warned)
 
 
 # ---- The verdict
@@ -161,7 +162,8 @@ def comparison(found: Findings, compared: dict[str, Comparison]) -> str:
 
 def _cells(c: Comparison, unit: str) -> list[str]:
     """Base, tuned, change, its interval, p."""
-    span = "-" if math.isnan(c.change.low) else f"{_change(c.change.low, unit)} to {_change(c.change.high, unit)}"
+    low, high = _change(c.change.low, unit).removesuffix(" points"), _change(c.change.high, unit)
+    span = "-" if math.isnan(c.change.low) else f"{low} to {high}"
     p = "-" if math.isnan(c.p) else "< 0.001" if c.p < 0.001 else f"{c.p:.3f}"
     return [_shown(c.base.value, unit), _shown(c.tuned.value, unit), _change(c.change.value, unit), span, p]
 
@@ -241,14 +243,16 @@ def outcomes(found: Findings) -> list[str]:
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 
-def answers(found: Findings, outcome: Sequence[str]) -> list[dict[str, Any]]:
-    """Every prompt with both answers, for report.json."""
+def answers(found: Findings, outcome: Sequence[str]) -> dict[str, Any]:
+    """How many won and lost, and every prompt with both answers, for report.json."""
     assert found.base is not None
     both = zip(outcome, found.base.exchanges, found.tuned.exchanges, strict=True)
-    return [
+    each = [
         {"prompt": t.prompt, "reference": t.reference, "base": b.answer, "tuned": t.answer, "outcome": word}
         for word, b, t in both
     ]
+    counts = {word: outcome.count(word) for word in ("wins", "losses", "ties")}
+    return {"metric": found.primary, **counts, "each": each}
 
 
 def worst(found: Findings) -> list[int]:
@@ -324,6 +328,18 @@ def cost(found: Findings) -> dict[str, float]:
     seconds = {"training_seconds": found.training["seconds"]} if "seconds" in found.training else {}
     measured = [one for one in (found.base, found.tuned) if one]
     return seconds | {"evaluation_seconds": round(sum(one.seconds for one in measured), 3)}
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What a config has that is not the default, but for names of places."""
+    plain = Config().to_dict()
+    return {
+        f"{section}.{name}": value
+        for section, fields in config.to_dict().items()
+        if section not in ("evaluation", "logging", "output")
+        for name, value in fields.items()
+        if value != plain[section][name] and not name.endswith(("name", "file"))
+    }
 
 
 def _provenance(provenance: dict[str, Any]) -> list[list[str]]:
