@@ -88,6 +88,7 @@ class Held:
     general: list[Sample] = field(default_factory=list)
     metrics: list[scores.Metric] = field(default_factory=list)
     groups: dict[str, list[str]] = field(default_factory=dict)
+    places: list[str] = field(default_factory=list)
     leakage: dict[str, Any] = field(default_factory=dict)
 
 
@@ -136,8 +137,9 @@ def compare(
         tuned,
         base,
         primary=next(iter(config.evaluation.metrics), "exact_match"),
-        limit=config.evaluation.max_new_tokens if has_base else None,
+        limit=config.evaluation.max_new_tokens if opened.adapters or is_run(wish.source) else None,
         groups=held.groups,
+        places=held.places,
         leakage=held.leakage,
         provenance=provenance(config, wish),
         shown=config.evaluation.samples,
@@ -224,7 +226,8 @@ def held_out(config: Config, data: DataConfig, wish: Wish, chat: ChatTokenizer, 
     samples = samples[: e.max_samples]
     general = read_general(wish.general, chat, e.max_samples) if wish.general else []
     groups = {e.by_field: corpus.values(samples, e.by_field)} if e.by_field else {}
-    return Held(samples, prompts, general, metrics, groups, leakage(config, wish, corpus, samples, chat))
+    places = [corpus.place(record) for record in samples.records.tolist()]
+    return Held(samples, prompts, general, metrics, groups, places, leakage(config, wish, corpus, samples, chat))
 
 
 def is_text(data: DataConfig) -> bool:

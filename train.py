@@ -473,6 +473,7 @@ def findings(
         primary=next(iter(e.metrics), "exact_match"),
         limit=e.max_new_tokens,
         groups=groups,
+        places=[job.corpus.place(record) for record in job.validation.records.tolist()],
         leakage=leakage_of_run(job.corpus.report, job.config.data.near_leaks) if len(job.validation) else {},
         training=training,
         provenance={

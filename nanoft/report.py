@@ -44,6 +44,7 @@ class Findings:
     primary: str = "exact_match"  # the metric by which an answer wins
     limit: int | None = None  # evaluation.max_new_tokens, if a model that was trained is to be judged by its stops
     groups: dict[str, list[str]] = field(default_factory=dict)  # a field -> its value for each sample
+    places: list[str] = field(default_factory=list)  # file:line of each sample
     leakage: dict[str, Any] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +73,7 @@ def report(found: Findings) -> tuple[dict[str, Any], str, str]:
         "warnings": warned,
         "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
         "by": breakdowns(found),
+        "hardest": hardest(found),
         "answers": answers(found, outcome) if outcome else {},
         "leakage": found.leakage,
         "training": found.training,
@@ -220,16 +222,26 @@ def _group(found: Findings, rows: Any) -> dict[str, Any]:
 
 
 def _breakdown_tables(found: Findings) -> str:
+    titled = {f"Perplexity by {_cell(heading)}": (heading, rows) for heading, rows in breakdowns(found).items()}
+    titled |= {"The samples of the highest perplexity": ("sample", hardest(found))}
+    columns = ["base", "tuned"] if found.base else ["tuned"]
     text = ""
-    for heading, rows in breakdowns(found).items():
-        columns = ["base", "tuned"] if found.base else ["tuned"]
-        cells = [
+    for title, (heading, groups) in titled.items():
+        rows = [
             [_cell(name), f"{row['samples']:,}", f"{row['tokens']:,}"]
             + [f"{row[column]:.4g}" if column in row else "-" for column in columns]
-            for name, row in rows.items()
+            for name, row in groups.items()
         ]
-        text += f"\n## Perplexity by {heading}\n\n{table([_cell(heading), 'samples', 'tokens', *columns], cells)}\n"
+        text += f"\n## {title}\n\n{table([_cell(heading), 'samples', 'tokens', *columns], rows)}\n" if rows else ""
     return text
+
+
+def hardest(found: Findings) -> dict[str, dict[str, Any]]:
+    """The samples that the tuned model finds least likely, by place: wrong references are often among them."""
+    if "loss" not in found.tuned.figures or not found.places:
+        return {}
+    order = np.argsort(-np.nan_to_num(found.tuned.figures["loss"].each()), kind="stable")[:WORST]
+    return {found.places[at]: _group(found, np.arange(len(found.places)) == at) for at in order.tolist()}
 
 
 # ---- Answers

@@ -182,6 +182,22 @@ def test_a_field_with_many_values_shows_the_most_frequent() -> None:
     assert rows["(others)"]["samples"] == 31
 
 
+def test_the_samples_that_are_hardest_are_named() -> None:
+    places = [f"f.jsonl:{n}" for n in range(8)]
+    values, _, markdown = reported(measured(HARD - 1), measured(HARD), places=places)
+    order = sorted(range(8), key=lambda n: -HARD[n])
+    assert list(values["hardest"]) == [places[n] for n in order]
+    first = values["hardest"][places[order[0]]]
+    assert first == {
+        "samples": 1,
+        "tokens": 5,
+        "base": pytest.approx(math.exp(2.3)),
+        "tuned": pytest.approx(math.exp(1.3)),
+    }
+    assert "## The samples of the highest perplexity" in markdown
+    assert "highest perplexity" not in reported(measured(HARD))[2]
+
+
 def exchange(answer: str, reference: str) -> Exchange:
     return Exchange("prompt", reference, answer, True)
 
