@@ -95,13 +95,9 @@ class Held:
 def evaluate_source(wish: Wish, overrides: list[str]) -> int:
     """Everything that eval.py does; returns the exit code."""
     config = settings(wish.source, overrides)
-    check_destination(wish.out)
+    check_wish(wish, config)
     metrics = scores.choose(config.evaluation.metrics)
     data_config = data_of(config, wish.source, wish.data)
-    if wish.general and not os.path.isfile(wish.general):
-        raise UserError(f"--general: {wish.general}: no such file")
-    if wish.compare_base and is_run(wish.source) and config.model.random_init:
-        raise UserError(f"--compare-base: {wish.source} began with random weights: leave --compare-base out")
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     device = runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
@@ -159,10 +155,14 @@ def settings(source: str, overrides: list[str]) -> Config:
     return Config().override({**read_overrides(overrides), "model.name": source})
 
 
-def check_destination(out: str | None) -> None:
-    """Find out before the work, not after it, that the figures have nowhere to go."""
-    if out and (os.path.isdir(out) or not os.path.isdir(Path(out).parent)):
-        raise UserError(f"--json: {out}: is a directory, or its directory does not exist: name a file")
+def check_wish(wish: Wish, config: Config) -> None:
+    """Find out before the work, not after it, that something is not there or the figures have nowhere to go."""
+    if wish.out and (os.path.isdir(wish.out) or not os.path.isdir(Path(wish.out).parent)):
+        raise UserError(f"--json: {wish.out}: is a directory, or its directory does not exist: name a file")
+    if wish.general and not os.path.isfile(wish.general):
+        raise UserError(f"--general: {wish.general}: no such file")
+    if wish.compare_base and is_run(wish.source) and config.model.random_init:
+        raise UserError(f"--compare-base: {wish.source} began with random weights: leave --compare-base out")
 
 
 def write_json(path: Path, text: str) -> None:

@@ -82,7 +82,8 @@ def report(found: Findings) -> tuple[dict[str, Any], str, str]:
     }
     head = "\n".join([f"verdict   {said}", *(f"warning: {line}" for line in warned)])
     main, samples = comparison(found, compared), side_by_side(found.base, found.tuned, range(found.shown))
-    terminal = f"\n{main}\n\n{head}\n\n{samples}".rstrip()
+    asked = _breakdowns(found, list(found.groups))
+    terminal = f"\n{main}\n\n{head}\n{asked}\n{samples}".rstrip()
     measured = results(found.base, found.tuned) | {name: value for name, value in values.items() if value}
     return measured, terminal, _markdown(found, main, said, warned)
 
@@ -105,7 +106,13 @@ def verdict(found: Findings, compared: dict[str, Comparison]) -> str:
 
 
 def _direction(name: str, c: Comparison) -> int:
-    """1: the whole interval is on the better side of no change; -1: on the worse one; 0: it holds no change."""
+    """1: the whole interval is on the better side of no change; -1: on the worse one; 0: it holds no change.
+
+    A loss that is not finite is worse than any that is.
+    """
+    finite = [math.isfinite(one.value) for one in (c.base, c.tuned)]
+    if not all(finite):
+        return finite[1] - finite[0]
     sign = -1 if name in PERPLEXITIES else 1
     return sign * ((c.change.low > 0) - (c.change.high < 0))
 
@@ -221,19 +228,22 @@ def _group(found: Findings, rows: Any) -> dict[str, Any]:
     return line
 
 
-def _breakdown_tables(found: Findings) -> str:
-    titled = {f"Perplexity by {_cell(heading)}": (heading, rows) for heading, rows in breakdowns(found).items()}
-    titled |= {"The samples of the highest perplexity": ("sample", hardest(found))}
+def _breakdown(found: Findings, title: str, heading: str, groups: dict[str, dict[str, Any]]) -> str:
+    """A breakdown under its title; nothing where there is nothing to tell."""
     columns = ["base", "tuned"] if found.base else ["tuned"]
-    text = ""
-    for title, (heading, groups) in titled.items():
-        rows = [
-            [_cell(name), f"{row['samples']:,}", f"{row['tokens']:,}"]
-            + [f"{row[column]:.4g}" if column in row else "-" for column in columns]
-            for name, row in groups.items()
-        ]
-        text += f"\n## {title}\n\n{table([_cell(heading), 'samples', 'tokens', *columns], rows)}\n" if rows else ""
-    return text
+    rows = [
+        [_cell(name), f"{row['samples']:,}", f"{row['tokens']:,}"]
+        + [f"{row[column]:.4g}" if column in row else "-" for column in columns]
+        for name, row in groups.items()
+    ]
+    return f"\n## {title}\n\n{table([_cell(heading), 'samples', 'tokens', *columns], rows)}\n" if rows else ""
+
+
+def _breakdowns(found: Findings, only: Sequence[str] | None = None) -> str:
+    parts = {heading: groups for heading, groups in breakdowns(found).items() if only is None or heading in only}
+    return "".join(
+        _breakdown(found, f"Perplexity by {_cell(heading)}", heading, groups) for heading, groups in parts.items()
+    )
 
 
 def hardest(found: Findings) -> dict[str, dict[str, Any]]:
@@ -371,7 +381,8 @@ def _markdown(found: Findings, main: str, said: str, warned: Sequence[str]) -> s
         took = clock(cost(found)["evaluation_seconds"])
         rows = [[key.replace("_", " "), value] for key, value in figures.items()]
         text += f"\n{table(['training', ''], [*rows, ['evaluation', took]])}\n"
-    text += _breakdown_tables(found) + _answers_section(found)
+    text += _breakdowns(found) + _breakdown(found, "The samples of the highest perplexity", "sample", hardest(found))
+    text += _answers_section(found)
     if found.leakage:
         text += f"\n## Leakage\n\n{found.leakage['said'][0].upper()}{found.leakage['said'][1:]}.\n"
     if found.provenance:

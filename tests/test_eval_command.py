@@ -271,6 +271,7 @@ def test_perplexity_by_a_field_of_the_records(runs: Path, tmp_path: Path, capsys
     few = ("evaluation.prompts=0",)
     whole = figures(runs / "lora", "--data", data, "--by", "topic", *few, out=tmp_path / "1.json")["by"]["topic"]
     assert {name: row["samples"] for name, row in whole.items()} == {"even": 12, "odd": 11, "(none)": 1}
+    assert "| even   | 12 " in capsys.readouterr().out
     lines = data.read_text().splitlines()
     (tmp_path / "even.jsonl").write_text("\n".join(line for line in lines if "even" in line) + "\n")
     even = figures(runs / "lora", "--data", tmp_path / "even.jsonl", *few, out=tmp_path / "2.json")["tuned"]

@@ -122,6 +122,18 @@ def test_a_model_that_does_not_stop_or_forgets_is_warned_of() -> None:
     assert reported(tuned, base, leakage=leak)[0]["warnings"] == [leak["said"]]
 
 
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_worse_than_any(loss: float) -> None:
+    broken, whole = measured(np.full(8, loss)), measured(HARD)
+    values, terminal, _ = reported(broken, whole)
+    assert cells(terminal)[1][2:] == [str(loss), "x inf" if loss == math.inf else "-", "-", "-"]
+    assert values["verdict"].startswith("worse: perplexity from ")
+    assert "perplexity is not finite" in values["warnings"]
+    assert json.loads(as_json(values))["tuned"]["perplexity"] is None
+    assert reported(whole, broken)[0]["verdict"].startswith("better: perplexity from ")
+    assert reported(broken, broken)[0]["verdict"].startswith("no clear difference: ")
+
+
 def test_wins_losses_and_ties_are_counted_and_listed() -> None:
     values, _, markdown = reported(measured(None, "rrxxr"), measured(None, "xrrxr"))
     found = values["answers"]
