@@ -90,6 +90,7 @@ class Held:
     groups: dict[str, list[str]] = field(default_factory=dict)
     places: list[str] = field(default_factory=list)
     leakage: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate_source(wish: Wish, overrides: list[str]) -> int:
@@ -137,7 +138,7 @@ def compare(
         groups=held.groups,
         places=held.places,
         leakage=held.leakage,
-        provenance=provenance(config, wish),
+        provenance=held.provenance,
         shown=config.evaluation.samples,
         seed=config.system.seed,
     )
@@ -227,7 +228,8 @@ def held_out(config: Config, data: DataConfig, wish: Wish, chat: ChatTokenizer, 
     general = read_general(wish.general, chat, e.max_samples) if wish.general else []
     groups = {e.by_field: corpus.values(samples, e.by_field)} if e.by_field else {}
     places = [corpus.place(record) for record in samples.records.tolist()]
-    return Held(samples, prompts, general, metrics, groups, places, leakage(config, wish, corpus, samples, chat))
+    leaks, origin = leakage(config, wish, corpus, samples, chat), provenance(config, wish, data)
+    return Held(samples, prompts, general, metrics, groups, places, leaks, origin)
 
 
 def is_text(data: DataConfig) -> bool:
@@ -303,14 +305,15 @@ def base_of(config: Config, opened: Opened) -> Iterator[Opened]:
         yield Opened(model, {}, directory, directory)
 
 
-def provenance(config: Config, wish: Wish) -> dict[str, Any]:
+def provenance(config: Config, wish: Wish, data: DataConfig) -> dict[str, Any]:
     """Enough to do it again: what was measured, on what, with what."""
     recorded = recorded_provenance(wish.source) if is_run(wish.source) else {}
-    kept: dict[str, Any] = {name: recorded[name] for name in ("base_sha256", "data_sha256", "date") if name in recorded}
+    kept: dict[str, Any] = {name: recorded[name] for name in ("base_sha256", "date") if name in recorded}
     how = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if value is not None}
     return {
         "base": config.model.name,
         "data": wish.data or config.data.validation_file or config.data.train_file,
+        "data_sha256": data_hash(data),
         **kept,
         "settings": settings_of(config),
         "evaluation": how,

@@ -364,12 +364,13 @@ def settings_of(config: Config) -> dict[str, Any]:
     }
 
 
-def _provenance(provenance: dict[str, Any]) -> list[list[str]]:
-    rows = []
+def _provenance(provenance: dict[str, Any]) -> str:
+    """A list: one entry a line, however long."""
+    text = "\n## Provenance\n\n"
     for key, value in provenance.items():
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        rows.append([key.replace("_", " "), _cell(text)])
-    return rows
+        pairs = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+        text += f"- {key.replace('_', ' ')}: {' '.join(str(pairs).split())}\n"
+    return text
 
 
 def _markdown(found: Findings, main: str, said: str, warned: Sequence[str]) -> str:
@@ -386,7 +387,7 @@ def _markdown(found: Findings, main: str, said: str, warned: Sequence[str]) -> s
     if found.leakage:
         text += f"\n## Leakage\n\n{found.leakage['said'][0].upper()}{found.leakage['said'][1:]}.\n"
     if found.provenance:
-        text += f"\n## Provenance\n\n{table(['', ''], _provenance(found.provenance))}\n"
+        text += _provenance(found.provenance)
     return text
 
 

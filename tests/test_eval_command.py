@@ -42,6 +42,8 @@ def test_a_run_measures_what_its_report_says(name: str, runs: Path, tmp_path: Pa
     assert measured["tuned"]["perplexity"] < measured["base"]["perplexity"]
     assert measured["verdict"].split(":")[0] == reported["verdict"].split(":")[0] == "better"
     assert measured["leakage"] == reported["leakage"]
+    for key in ("base_sha256", "data_sha256", "date", "settings", "versions"):
+        assert measured["provenance"][key] == reported["provenance"][key]
     alone = figures(runs / name, out=tmp_path / "alone.json")
     assert alone["tuned"] == measured["tuned"]
     assert "base" not in alone
@@ -306,6 +308,7 @@ def test_prompts_that_were_trained_on_are_found(runs: Path, tmp_path: Path, caps
     )
     found = figures(runs / "lora", "--data", fresh, "evaluation.prompts=0", out=tmp_path / "2.json")
     assert (found["leakage"]["exact"], found["leakage"]["near"]) == (0, 0)
+    assert found["provenance"]["data_sha256"] != whole["provenance"]["data_sha256"]
     assert "warnings" not in found
 
 

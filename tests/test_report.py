@@ -241,7 +241,7 @@ def test_a_report_holds_everything_that_it_was_given() -> None:
     assert values["provenance"] == provenance
     assert values["cost"] == {"training_seconds": 3.5, "evaluation_seconds": 3.0}
     assert "wanted: r" in terminal
-    for part in ("| steps ", "1,200", "12,345.6", "some/model", "torch 2.9, numpy 2.1", "Nothing leaks.", "wanted: r"):
+    for part in ("| steps ", "1,200", "12,345.6", "some/model", "torch=2.9, numpy=2.1", "Nothing leaks.", "wanted: r"):
         assert part in markdown
     assert json.loads(as_json(values)) == json.loads(json.dumps(values))
 
