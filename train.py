@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, ranks, runtime, selftest
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, ranks, runtime, scores, selftest
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
@@ -59,6 +59,7 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
+from nanoft.report import Findings, leakage_of_run, report, settings_of
 from nanoft.weights import (
     check_quantization,
     find_model,
@@ -590,7 +591,7 @@ def finish(job: Job, state: State) -> None:
     if not job.config.model.random_init:
         with base_model(job) as model:
             base = measure(job, state, model)
-    values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
+    values, terminal, markdown = report(findings(job, base, tuned, training))
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
@@ -604,21 +605,54 @@ def finish(job: Job, state: State) -> None:
 
 def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
     """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
-    e = job.config.evaluation
-    rows, prompt_rows = e.batch_size, e.prompt_batch_size
+    c, e = job.config, job.config.evaluation
     try:
         conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
-        prompts = evaluate.held_out_prompts(conversations, e.prompts)
-        while rows or prompt_rows:
+        prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), scores.choose(e.metrics)
+        while True:
             with runtime.Shortage(job.device), job.autocast():
                 return evaluate.measure(
-                    model, job.chat, job.validation, prompts, max(1, rows), max(1, prompt_rows), e.max_new_tokens
+                    model, job.chat, job.validation, prompts, e, c.model.max_seq_length, metrics, seed=c.system.seed
                 )
-            rows, prompt_rows = rows // 2, prompt_rows // 2
-        raise TrainingFailed("out of memory with one row")
+            if e.batch_size == e.prompt_batch_size == 1:
+                raise TrainingFailed("out of memory with one row")
+            halves = {name: max(1, getattr(e, name) // 2) for name in ("batch_size", "prompt_batch_size")}
+            e = replace(e, **halves)
     except Exception as error:
         report_failure(job, state, "evaluation", error)
         return evaluate.Measured()
+
+
+def findings(
+    job: Job, base: evaluate.Measured | None, tuned: evaluate.Measured, training: dict[str, float]
+) -> Findings:
+    """What the report is made of."""
+    e, groups = job.config.evaluation, {}
+    if e.by_field and len(job.validation):
+        try:
+            groups = {e.by_field: job.corpus.values(job.validation, e.by_field)}
+        except UserError as reason:  # the run is done: no reason to lose its report
+            job.run.say(f"warning: {reason}")
+    provenance = (job.run.recorded_config() or {}).get("provenance", {})
+    return Findings(
+        job.run.directory.name,
+        tuned,
+        base,
+        primary=next(iter(e.metrics), "exact_match"),
+        limit=e.max_new_tokens,
+        groups=groups,
+        places=[job.corpus.place(record) for record in job.validation.records.tolist()],
+        leakage=leakage_of_run(job.corpus.report, job.config.data.near_leaks) if len(job.validation) else {},
+        training=training,
+        provenance={
+            "base": job.config.model.name,
+            "data": job.config.data.train_file,
+            "settings": settings_of(job.config),
+            **provenance,
+        },
+        shown=e.samples,
+        seed=job.config.system.seed,
+    )
 
 
 @contextlib.contextmanager
@@ -681,6 +715,7 @@ def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    scores.choose(config.evaluation.metrics)  # a metric that is not there is told now, not after hours
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         config = decide_rows(config, run.recorded_config())
         provenance = claim(config, run, wish.resume)
