@@ -13,6 +13,7 @@ import contextlib
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, ranks, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, ranks, runtime, scores, selftest
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
@@ -58,6 +59,7 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
+from nanoft.report import Findings, leakage_of_run, report, settings_of
 from nanoft.weights import (
     check_quantization,
     find_model,
@@ -126,7 +128,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
     warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
     model.train()
     with job.saves, progress_bar(job, state, total_steps) as bar:
-        if state.step == 0:
+        if state.step == 0 and job.config.guard.max_rollbacks:
             save(job, state)  # something to go back to; and whether saving works is known at once
         while state.step < total_steps and not stop and not out_of_patience(job, state):
             started = time.perf_counter()
@@ -590,7 +592,7 @@ def finish(job: Job, state: State) -> None:
     if not job.config.model.random_init:
         with base_model(job) as model:
             base = measure(job, state, model)
-    values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
+    values, terminal, markdown = report(findings(job, base, tuned, training))
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
@@ -604,21 +606,54 @@ def finish(job: Job, state: State) -> None:
 
 def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
     """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
-    e = job.config.evaluation
-    rows, prompt_rows = e.batch_size, e.prompt_batch_size
+    c, e = job.config, job.config.evaluation
     try:
         conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
-        prompts = evaluate.held_out_prompts(conversations, e.prompts)
-        while rows or prompt_rows:
+        prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), scores.choose(e.metrics)
+        while True:
             with runtime.Shortage(job.device), job.autocast():
                 return evaluate.measure(
-                    model, job.chat, job.validation, prompts, max(1, rows), max(1, prompt_rows), e.max_new_tokens
+                    model, job.chat, job.validation, prompts, e, c.model.max_seq_length, metrics, seed=c.system.seed
                 )
-            rows, prompt_rows = rows // 2, prompt_rows // 2
-        raise TrainingFailed("out of memory with one row")
+            if e.batch_size == e.prompt_batch_size == 1:
+                raise TrainingFailed("out of memory with one row")
+            halves = {name: max(1, getattr(e, name) // 2) for name in ("batch_size", "prompt_batch_size")}
+            e = replace(e, **halves)
     except Exception as error:
         report_failure(job, state, "evaluation", error)
         return evaluate.Measured()
+
+
+def findings(
+    job: Job, base: evaluate.Measured | None, tuned: evaluate.Measured, training: dict[str, float]
+) -> Findings:
+    """What the report is made of."""
+    e, groups = job.config.evaluation, {}
+    if e.by_field and len(job.validation):
+        try:
+            groups = {e.by_field: job.corpus.values(job.validation, e.by_field)}
+        except UserError as reason:  # the run is done: no reason to lose its report
+            job.run.say(f"warning: {reason}")
+    provenance = (job.run.recorded_config() or {}).get("provenance", {})
+    return Findings(
+        job.run.directory.name,
+        tuned,
+        base,
+        primary=next(iter(e.metrics), "exact_match"),
+        limit=e.max_new_tokens,
+        groups=groups,
+        places=[job.corpus.place(record) for record in job.validation.records.tolist()],
+        leakage=leakage_of_run(job.corpus.report, job.config.data.near_leaks) if len(job.validation) else {},
+        training=training,
+        provenance={
+            "base": job.config.model.name,
+            "data": job.config.data.train_file,
+            "settings": settings_of(job.config),
+            **provenance,
+        },
+        shown=e.samples,
+        seed=job.config.system.seed,
+    )
 
 
 @contextlib.contextmanager
@@ -682,15 +717,23 @@ def run_training(config: Config, wish: Wish) -> int:
     runtime.forgive_output()
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    scores.choose(config.evaluation.metrics)  # a metric that is not there is told now, not after hours
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         config = decide_rows(config, run.recorded_config())
         provenance = claim(config, run, wish.resume)
-        try:
+        with explained(config):
             return run_claimed(config, run, stop, provenance, wish)
-        except (RuntimeError, MemoryError) as error:
-            if runtime.is_out_of_memory(error):
-                raise too_little(config, config.micro_batch_rows()) from None
-            raise
+
+
+@contextlib.contextmanager
+def explained(config: Config) -> Iterator[None]:
+    """Out of memory where nothing can be halved: while loading, and the like."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if runtime.is_out_of_memory(error):
+            raise too_little(config, config.micro_batch_rows()) from None
+        raise
 
 
 def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance: Provenance, wish: Wish) -> int:
@@ -717,6 +760,25 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
         run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
         return STOPPED_BY_SIGNAL
     finish(job, state)
+    return 0
+
+
+def go_on(job: Job, total_steps: int) -> None:
+    """The loop from the newest checkpoint, or from the beginning: what the self-test tests."""
+    train(job, find_start(job, "auto"), runtime.StopRequest(), total_steps)
+
+
+def run_selftest(config: Config) -> int:
+    """Try what is promised on this config, model and data, in a directory that goes away again."""
+    runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
+    check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as aside:
+        config = selftest.shorten(decide_rows(config, None), Path(aside))
+        with explained(config), Run.open(config.output.dir) as run:
+            provenance = claim(config, run, "never")
+            job = prepare(config, run, provenance, *load_data(config, run, datetime.now()))
+            run.begin(0, [0, 0], [])
+            selftest.run(job, go_on)
     return 0
 
 
@@ -747,12 +809,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")
     parser.add_argument("--plan", action="store_true", help="print memory and time before anything is loaded and stop")
     parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
+    parser.add_argument("--selftest", action="store_true", help="try here what is promised, in minutes, and stop")
     parser.add_argument("--force", action="append", default=[], choices=NAMES, help="go on although this check failed")
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
     if args.plan:
         return show_plan(load_config(path, positional))
+    if args.selftest:
+        return run_selftest(load_config(path, positional))
     wish = Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force)
     return run_training(load_config(path, positional), wish)
 

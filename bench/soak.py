@@ -192,7 +192,7 @@ def kept(found: dict[str, Any], steps: int) -> dict[str, bool]:
         "every step once, every line whole": found["wrong_lines"] == 0 and found["steps"] == steps,
         "memory flat (below 1 MB in 1,000 steps)": flat,
         "open files and threads constant": found["open_files_change"] == found["threads_change"] == 0,
-        "no exit code but 0, 75, 2 (asked to stop while the disk was full) and -9": not any(
+        "no exit code but 0, 75, -9, and 2 for the full disk": not any(
             name.startswith("processes_exit") for name in found
         ),
     }

@@ -35,7 +35,8 @@ Shape = Literal[
 ]  # fmt: skip
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "sgd"]
 ENVIRONMENT_PREFIX = "NANOFT_"
-NAMES = r"[\[(]?[\w.-]+([,\s]+[\w.-]+)*[\])]?"  # q_proj,v_proj
+NAMES = r"[\[(]?[\w.:-]+([,\s]+[\w.:-]+)*[\])]?"  # q_proj,v_proj
+FUNCTION = re.compile(r"(?!regex:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function, a metric of the user's own
 
 
 def between(default: Any, low: float, high: float = math.inf) -> Any:
@@ -199,6 +200,11 @@ class EvaluationConfig(Section):
     prompts: int = between(200, 0)  # held-out prompts answered by base and tuned at the end; 0: none
     prompt_batch_size: int = between(64, 1)  # prompts answered at once
     max_new_tokens: int = between(128, 1)  # per answer
+    temperature: float = between(0.0, 0.0)  # of the answers; 0: always the most likely token
+    top_p: float = between(1.0, 1e-6, 1.0)  # with a temperature: among the likeliest tokens with this probability
+    metrics: tuple[str, ...] = ()  # of the answers, besides exact match: docs/evaluation.md; the first decides who wins
+    by_field: str | None = None  # a field of the records: perplexity for each of its values
+    stride: int | None = between(None, 1)  # of the windows over texts longer than the context; none: half the context
     samples: int = between(3, 0)  # answers shown side by side
 
 
@@ -236,6 +242,11 @@ class Config:
             raise UserError("data.validation_file: the same file as data.train_file: leave it out to split that file")
         if self.data.split_time and (self.data.split_group or self.data.split_stratify):
             raise UserError("data.split_time: holds out the newest records: leave split_group and split_stratify out")
+        if self.evaluation.stride and self.evaluation.stride >= self.model.max_seq_length:
+            raise UserError(
+                f"evaluation.stride: {self.evaluation.stride}: windows of model.max_seq_length="
+                f"{self.model.max_seq_length} tokens must overlap: make it smaller"
+            )
         if any(not 0 <= weight <= 100 for weight in self.data.weights):
             raise UserError(f"data.weights: {self.data.weights}: a weight is how often a file is seen: from 0 to 100")
         try:
@@ -430,10 +441,22 @@ def load_file(path: str | Path) -> Config:
         if path.suffix == ".py":
             return _run_python(path)
         tree = _read_tree(path)
-        tree.pop("provenance", None)  # what a run directory's config.json adds
-        return Config.from_dict(tree)
+        is_of_run = tree.pop("provenance", None) is not None  # what a run directory's config.json adds
+        return _without_functions(Config.from_dict(tree), is_of_run)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _without_functions(config: Config, is_of_run: bool) -> Config:
+    """To import a function is to run its module, and no file of data may ask for that: a run's list goes on without."""
+    functions = [name for name in config.evaluation.metrics if FUNCTION.fullmatch(name)]
+    if functions and not is_of_run:
+        raise UserError(
+            f"evaluation.metrics: {functions[0]}: would run code, which only a config in Python may ask for: "
+            f"write one, or give evaluation.metrics={functions[0]} on the command line"
+        )
+    kept = tuple(name for name in config.evaluation.metrics if name not in functions)
+    return config.override({"evaluation.metrics": kept}) if functions else config
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

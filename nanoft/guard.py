@@ -6,11 +6,11 @@ step is judged before it is taken, from its loss and from the norm of its gradie
     not finite          the window is left out: parameters, optimizer and schedule stay as they are
     far above the rest  warned, then left out, then taken back, as far as guard.on_spike allows
 
-Far above is measured as engineers of long runs do it, with numbers that an outlier cannot move: the distance from the
-median of the last steps in units of their median absolute deviation (Hampel 1974; Leys et al. 2013). Too many windows
-left out in a row mean that the weights are no good any more: the run goes back to its last checkpoint, learns more
-slowly, and passes over the windows that did it (as Chowdhery et al. 2022, section 5.1, did by hand); if that does not
-help, it ends, and says where the first NaN arises.
+Far above is measured with numbers that an outlier cannot move: the distance from the median of the last steps in units
+of their median absolute deviation (Hampel 1974; Leys et al. 2013). Of logarithms, because losses and gradient norms
+vary by factors, the more so the smaller they are. Too many windows left out in a row mean that the weights are no good
+any more: the run goes back to its last checkpoint, learns more slowly, and passes over the windows that did it (as
+Chowdhery et al. 2022, section 5.1, did by hand); if that does not help, it ends, and says where the first NaN arises.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nanoft.config import GuardConfig
 
 Action = Literal["take", "skip", "roll back", "stop"]
 ENOUGH = 20  # steps before a spike can be told from the run's own noise
-LEAST = {"loss": (0.05, 0.02), "gradient norm": (0.05, 1e-6)}  # least deviation: relative to the median, and absolute
+LEAST = 0.05  # a deviation below this counts as this: a run of equal values has none
 
 
 @dataclass
@@ -97,22 +97,18 @@ def _leave_out(config: GuardConfig, history: History, reason: str, where: list[i
 def _spike(config: GuardConfig, history: History, loss: float, grad_norm: float) -> str:
     """Which value is far above those before, and how far; empty if none is."""
     for name, value, before in (("loss", loss, history.losses), ("gradient norm", grad_norm, history.norms)):
-        if len(before) >= ENOUGH and (score := robust_score(value, before, *LEAST[name])) > config.spike_score:
+        if len(before) >= ENOUGH and (score := robust_score(value, before)) > config.spike_score:
             middle = statistics.median(before)
             return f"{name} {value:.4g} is {score:.0f} deviations above the median {middle:.4g} of the last steps"
     return ""
 
 
-def robust_score(value: float, before: list[float], least_relative: float, least_absolute: float) -> float:
-    """(value - median) / (1.4826 MAD): of normal numbers, how many standard deviations (Leys et al. 2013, eq. 1).
-
-    Args:
-        least_relative, least_absolute: a deviation below these (the first times the median) counts as these, because
-            a run of equal values has none.
-    """
-    median = statistics.median(before)
-    deviation = 1.4826 * statistics.median([abs(x - median) for x in before])
-    return (value - median) / max(deviation, least_relative * abs(median), least_absolute)
+def robust_score(value: float, before: list[float]) -> float:
+    """(x - median) / (1.4826 MAD), x = log value: of normal numbers, standard deviations (Leys et al. 2013, eq. 1)."""
+    x, *others = (math.log(max(number, 1e-12)) for number in (value, *before))
+    median = statistics.median(others)
+    deviation = 1.4826 * statistics.median([abs(other - median) for other in others])
+    return (x - median) / max(deviation, LEAST)
 
 
 # ---- Where does it come from?

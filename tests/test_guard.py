@@ -66,21 +66,30 @@ def test_no_rollback_may_be_allowed() -> None:
 def test_the_score_is_that_of_normal_numbers() -> None:
     """The median absolute deviation of normal numbers is 0.6745 of their standard deviation."""
     chance = random.Random(0)
-    before = [chance.gauss(3.0, 0.2) for _ in range(100_000)]
-    assert robust_score(4.0, before, 0.0, 0.0) == pytest.approx(5.0, rel=0.02)
+    before = [math.exp(chance.gauss(3.0, 0.2)) for _ in range(100_000)]
+    assert robust_score(math.exp(4.0), before) == pytest.approx(5.0, rel=0.02)
 
 
 def test_the_score_against_a_count_by_hand() -> None:
-    # median 3, distances 2 1 0 1 2, their median 1: (10 - 3) / 1.4826
-    assert robust_score(10.0, [1.0, 2.0, 3.0, 4.0, 5.0], 0.0, 0.0) == pytest.approx(7 / 1.4826)
-    assert robust_score(3.3, [3.0] * 9, 0.05, 0.02) == pytest.approx(0.3 / 0.15), "no deviation counts as 5 %"
-    assert robust_score(0.1, [0.0] * 9, 0.05, 0.02) == pytest.approx(5.0), "and as 0.02 at least"
+    # of logarithms to the base 2: median 3, distances 2 1 0 1 2, their median 1: (10 - 3) / 1.4826
+    assert robust_score(2.0**10, [2.0, 4.0, 8.0, 16.0, 32.0]) == pytest.approx(7 / 1.4826)
+    assert robust_score(3.0 * math.exp(0.3), [3.0] * 9) == pytest.approx(0.3 / 0.05), "no deviation counts as 5 %"
+    assert math.isfinite(robust_score(0.1, [0.0] * 9))
 
 
 def test_a_tenth_of_outliers_does_not_hide_a_spike() -> None:
     before = [1.0 + 0.01 * (at % 7) for at in range(90)] + [50.0] * 10
-    assert robust_score(5.0, before, 0.0, 0.0) > 50
+    assert robust_score(5.0, before) > 20
     assert (5.0 - statistics.mean(before)) / statistics.stdev(before) < 1, "mean and deviation would have hidden it"
+
+
+def test_what_has_converged_may_vary_by_factors() -> None:
+    """As at the end of the demo: most gradients are next to nothing, and some are not."""
+    chance = random.Random(0)
+    config, history = GuardConfig(), History()
+    for at in range(300):
+        norm = math.exp(chance.gauss(-2.8, 1.2))
+        assert judge(config, history, norm / 20, norm, [0, at]).reason == ""
 
 
 STEADY = [2.0 + 0.1 * math.sin(at) for at in range(2 * ENOUGH)]
