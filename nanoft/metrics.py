@@ -40,7 +40,7 @@ from tqdm import tqdm
 from nanoft import UserError
 from nanoft.checkpoint import replace_file
 
-LEFTOVER = re.compile(r"\.(tmp-.+|preflight)-\d+")  # what a process of nanoft was writing when it was killed
+LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.md|adapter|model)|preflight)-\d+")  # of a killed process
 
 
 @dataclass

@@ -322,12 +322,12 @@ def test_a_directory_that_is_no_longer_ours_is_noticed_before_a_save(tmp_path: P
 def test_what_a_killed_process_was_writing_is_swept(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run"):
         pass
-    for name in (".tmp-best.json-1", ".tmp-config.json-99", ".preflight-1", ".tmp-mine", ".mine"):
+    for name in (".tmp-best.json-1", ".tmp-config.json-99", ".preflight-1", ".tmp-mine-7", ".mine"):
         (tmp_path / "run" / name).write_text("x")
     (tmp_path / "run" / ".tmp-adapter-1").mkdir()
     (tmp_path / "run" / ".tmp-adapter-1" / "half").write_text("x")
     with Run.open(tmp_path / "run"):
-        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".tmp-mine", ".mine"}
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".tmp-mine-7", ".mine"}
 
 
 def test_a_run_that_begins_again_has_not_ended(tmp_path: Path) -> None:
