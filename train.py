@@ -127,6 +127,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
     t, model, optimizer = job.config.training, job.model, job.optimizer
     warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
     model.train()
+    watch = runtime.MemoryWatch(job.device)
     with job.saves, progress_bar(job, state, total_steps) as bar:
         if state.step == 0 and job.config.guard.max_rollbacks:
             save(job, state)  # something to go back to; and whether saving works is known at once
@@ -174,9 +175,11 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             if due(state.step, t.log_steps, total_steps):
                 memory = runtime.peak_memory_gb(job.device)
                 values = {"learning_rate": rate, "grad_norm": grad_norm, "peak_memory_gb": memory}
+                values |= runtime.memory_now(job.device).figures()
                 job.run.log("train", state.step, **state.meter.line(), **values, epoch=state.epoch)
             if due(state.step, t.eval_steps, total_steps):
                 evaluate_now(job, state)
+            watch_memory(job, state, watch)
             report_save(job, state, job.saves.collect())
             if due(state.step, t.save_steps, total_steps) or state.best_step == state.step or job.saves.overdue():
                 save(job, state)
@@ -215,6 +218,18 @@ def out_of_patience(job: Job, state: State) -> bool:
     """Early stopping: too many evaluations in a row without a gain."""
     patience = job.config.training.early_stopping_patience
     return patience > 0 and state.evaluations_without_gain >= patience
+
+
+def watch_memory(job: Job, state: State, watch: runtime.MemoryWatch) -> None:
+    """Say so before memory runs out, and when it grows and grows."""
+    for warning in watch.check(state.step):
+        job.run.log("warning", state.step, what="memory", text=warning)
+        job.run.say(f"warning: memory after step {state.step}: {warning}")
+
+
+def log_memory(job: Job, state: State, stage: str) -> None:
+    """What is held and what may be, at a stage of the run."""
+    job.run.log("memory", state.step, stage=stage, **runtime.memory_now(job.device).figures())
 
 
 # ---- When a step goes wrong
@@ -305,6 +320,7 @@ def evaluate_now(job: Job, state: State) -> None:
     state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
+    log_memory(job, state, "evaluated")
     perplexity = evaluate.safe_exp(loss)
     job.run.log("eval", state.step, loss=loss, perplexity=perplexity, target_tokens=tokens)
     best = " (best so far)" if state.best_step == state.step else ""
@@ -596,6 +612,7 @@ def finish(job: Job, state: State) -> None:
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
+    log_memory(job, state, "finished")
     job.run.log("done", state.step, **training)
     job.run.say(terminal + advice)
     seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
@@ -755,6 +772,7 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
     run.begin(state.step, [state.epoch, state.window], state.guard.left_out)
     parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
     run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=runtime.peak_memory_gb(job.device))
+    log_memory(job, state, "prepared")
     state = train(job, state, stop, total_steps)
     if stop and state.step < total_steps:
         run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")

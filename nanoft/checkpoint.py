@@ -190,9 +190,9 @@ class Checkpoints:
         return final
 
     def _sweep(self) -> None:
-        """Remove what a killed process of nanoft left half-written; the run's lock says that none is alive."""
-        for leftover in [*self.directory.glob(".tmp-step-*"), *self.directory.parent.iterdir()]:
-            if re.fullmatch(r"\.(tmp-(step-\d+|best\.json|config\.json)|preflight)-\d+", leftover.name):
+        """Remove what a killed save left half-written; the run's lock says that none is alive."""
+        for leftover in self.directory.iterdir():
+            if re.fullmatch(r"\.tmp-step-\d+-\d+", leftover.name):
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
