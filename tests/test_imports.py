@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports only what stands before it
-    "config", "guard", "runtime", "attention", "model", "loss", "optim", "checkpoint", "metrics", "template", "chat",
+    "aliases", "config", "guard", "runtime", "attention", "model", "loss", "optim", "checkpoint", "metrics", "template", "chat",
     "files", "records", "quality", "truncate", "nf4", "lora", "adapter", "ranks", "weights", "plan", "batches", "cache",
     "corpus", "generate", "evaluate", "preflight", "export",
 ]  # fmt: skip
