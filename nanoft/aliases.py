@@ -253,9 +253,9 @@ def meaning(name: str, value: Any) -> Settings:
         return {}
     setting = alias.values(value) if callable(alias.values) else value
     if isinstance(alias.values, Mapping):
-        value = value[0] if isinstance(value, list) and len(value) == 1 else value  # report_to: [none]
-        if isinstance(value, (list, dict)) or value not in alias.values:
+        one = value[0] if isinstance(value, list) and len(value) == 1 else value  # report_to: [none]
+        if isinstance(one, (list, dict)) or one not in alias.values:
             known = f"is none of {', '.join(map(str, alias.values))}" if alias.values else "has no counterpart"
             raise UserError(f"{name}: {value!r:.60} {known}" + (f": {alias.otherwise}" if alias.otherwise else ""))
-        setting = alias.values[value]
+        setting = alias.values[one]
     return setting if isinstance(setting, dict) and alias.values is not None else {alias.field: setting}

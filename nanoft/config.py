@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from nanoft import UserError
-from nanoft.aliases import translate
+from nanoft.aliases import ALIASES, translate
 
 Shape = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "summarization",
@@ -452,8 +452,9 @@ def _read_tree(path: Path) -> dict[str, Any]:
 
 
 def _is_flat(tree: Mapping[str, Any]) -> bool:
-    """Whether there are settings at the top, and no section."""
-    return not tree.keys() & SECTION_TYPES.keys() and any(not isinstance(value, Mapping) for value in tree.values())
+    """Whether there is no section, but a setting at the top."""
+    settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
+    return settings and not tree.keys() & SECTION_TYPES.keys()
 
 
 def _from_flat(tree: Mapping[str, Any]) -> Config:
