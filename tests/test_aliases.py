@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,20 @@ def test_defaults_are_those_of_nanoft(tmp_path: Path) -> None:
     assert TrainingConfig().learning_rate == 2e-4
 
 
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "configs.md").read_text(encoding="utf-8")
+
+
 def test_the_document_lists_every_name() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "configs.md").read_text(encoding="utf-8")
-    assert [name for name in ALIASES if f"`{name}`" not in text] == []
+    assert [name for name in ALIASES if f"`{name}`" not in DOCUMENT] == []
+    rows = re.findall(r"^\| (`.*`) \| `([\w.]+)` \|$", DOCUMENT, re.MULTILINE)
+    shown = {name: field for names, field in rows for name in re.findall(r"`(\w+)`", names)}
+    assert shown == {name: alias.field for name, alias in ALIASES.items() if alias.field}
+
+
+def test_the_examples_of_the_document_say_the_same(tmp_path: Path) -> None:
+    configs = []
+    for language in ("yaml", "json"):
+        (block,) = re.findall(rf"```{language}\n(.*?)```", DOCUMENT, re.DOTALL)
+        (tmp_path / f"mine.{language}").write_text(block)
+        configs.append(load_file(tmp_path / f"mine.{language}"))
+    assert configs[0] == configs[1] != Config()

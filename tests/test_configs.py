@@ -122,6 +122,13 @@ def test_a_plan_needs_no_weights_and_finds_what_the_config_says(
     assert (plan.peak - (0 if on_a_gpu else plan.parts["process"])) / 1e9 == pytest.approx(least, rel=0.05)
 
 
+def test_the_table_of_the_document_has_the_figures_of_the_configs() -> None:
+    text = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(configs/[\w/.]+)` \| .* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    shown = {ROOT / path: tuple(map(float, figures)) for path, *figures in rows}
+    assert shown == {path: claimed(path) for path in SITUATIONS}
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny_base"])
 def test_the_plan_of_the_demo(name: str) -> None:
     assert train.main([str(ROOT / "configs" / f"{name}.py"), "--plan"]) == 0
