@@ -13,6 +13,8 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
+import train
+from models import make_chat_model, write_records
 from nanoft import UserError
 from nanoft.aliases import ALIASES, OPTIMIZERS, SCHEDULES, translate
 from nanoft.config import SECTION_TYPES, Config, TrainingConfig, load_file
@@ -227,6 +229,27 @@ def test_the_trainer_has_the_names_that_are_said_to_be_its_own() -> None:
     earlier = {"warmup_ratio"}  # of transformers 4
     assert len(names) > 15
     assert names - earlier <= {item.name for item in dataclasses.fields(TrainingArguments)}
+
+
+def test_a_flat_file_runs(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "base")
+    flat = {
+        "model_name_or_path": str(tmp_path / "base"),
+        "train_file": str(write_records(tmp_path / "data.jsonl")),
+        "max_seq_length": 256,
+        "lora_r": 4,
+        "use_4bit": True,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "constant",
+        "eval_split": 0.1,
+        "max_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "flat.json").write_text(json.dumps(flat))
+    assert train.main([str(tmp_path / "flat.json"), "evaluation.prompts=2"]) == 0
+    assert load_file(tmp_path / "run" / "config.json").quantization.bits == 4
 
 
 def test_defaults_are_those_of_nanoft(tmp_path: Path) -> None:

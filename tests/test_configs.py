@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,17 @@ def test_a_device_that_is_not_here_is_one_line(
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_an_extra_that_is_not_installed_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_chat_model(tmp_path / "base")
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    own = [f"model.name={tmp_path / 'base'}", f"data.train_file={tmp_path / 'data.parquet'}"]
+    assert train.main([str(ROOT / "configs" / "cpu.py"), *own, f"output.dir={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err.endswith("data.parquet: Parquet needs pyarrow: pip install 'nanoft[parquet]'\n")
 
 
 # --- auto
