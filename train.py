@@ -3,6 +3,7 @@
     python train.py                                       the embedded demo, configs/tiny.py
     python train.py configs/tiny.py training.max_steps=20
     python train.py my.yaml data.train_file=chats.jsonl model.name=mistralai/Mistral-7B-Instruct-v0.3
+    python train.py auto data.train_file=chats.jsonl      the config for this machine, from configs/
 
 An interrupted run goes on when the same command is given again.
 """
@@ -30,7 +31,7 @@ from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Background, Checkpoints, Outcome, Saved
-from nanoft.config import Config, check_same_run, load_config, questionable, settled_hash
+from nanoft.config import Config, check_same_run, load_config, questionable, read_overrides, settled_hash
 from nanoft.corpus import REJECTED, Corpus, data_hash, describe, open_corpus
 from nanoft.export import save_result
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
@@ -73,7 +74,9 @@ from nanoft.weights import (
 STOPPED_BY_SIGNAL = 75
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data and base, device, date
 IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.py"
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = CONFIGS / "tiny.py"
+GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # GB that each needs
 
 
 @dataclass
@@ -466,8 +469,9 @@ def prepare(
     t, device = config.training, runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
+    keep, plan = choose_activations(config, *batches.longest().ids.shape)  # from what is free before loading
     model = load_base(config, base, device, dtype)
-    model.keep, plan = choose_activations(config, *batches.longest().ids.shape)
+    model.keep = keep
     model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
@@ -812,15 +816,30 @@ def show(run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: 
         run.say(line)
 
 
+def config_for(device_type: str, memory_gb: float) -> Path:
+    """The config in configs/ for a device with so much memory."""
+    if device_type == "cuda":
+        return CONFIGS / next(name for name, least in GPU_CONFIGS.items() if memory_gb >= least)
+    return CONFIGS / {"mps": "m4.py", "cpu": "cpu.py"}[device_type]
+
+
+def pick_config(overrides: list[str]) -> Path:
+    """`auto`: the config for this machine, and a line that says which and why."""
+    device = runtime.choose_device(read_overrides(overrides).get("system.device", "auto"))
+    path = config_for(device.type, runtime.total_memory_gb(device))
+    print(f"auto      configs/{path.name}, because this is {runtime.describe(device)}")
+    return path
+
+
 @runtime.command
 def main(argv: list[str]) -> int:
     parser = runtime.Arguments(
         prog="train.py",
         description="Fine-tune a causal language model: LoRA, QLoRA, or every parameter.",
         epilog="examples: python train.py configs/tiny.py; python train.py configs/tiny.py quantization.bits=4; "
-        "python train.py configs/tiny.py data.train_file=mine.jsonl training.max_steps=20",
+        "python train.py auto model.name=Qwen/Qwen2.5-3B-Instruct data.train_file=mine.jsonl",
     )
-    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file; default: configs/tiny.py")
+    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file, or auto; default: configs/tiny.py")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
@@ -832,6 +851,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
+    if path == "auto":
+        path = pick_config(positional)
     if args.plan:
         return show_plan(load_config(path, positional))
     if args.selftest:

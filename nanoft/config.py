@@ -1,10 +1,11 @@
 """Every setting of a run, in one typed tree.
 
 A config is a value: frozen dataclasses, one per concern, that check themselves when they are made and never change.
-A config file is a small Python module that defines `config`, or YAML/JSON with the same sections; one builds on another
-with `base.override({"training.learning_rate": 1e-4})`. Later sources win: the file, then the environment
-(`NANOFT_TRAINING__MAX_STEPS=20`), then the command line (`training.max_steps=20`). A name that does not exist is an
-error with the nearest name that does, because a misspelled setting that is silently ignored costs a GPU day.
+A config file is a small Python module that defines `config`, or YAML/JSON with the same sections, or a flat one with
+Hugging Face's names (nanoft/aliases.py); one builds on another with `base.override({"training.learning_rate": 1e-4})`.
+Later sources win: the file, then the environment (`NANOFT_TRAINING__MAX_STEPS=20`), then the command line
+(`training.max_steps=20`). A name that does not exist is an error with the nearest name that does, because a misspelled
+setting that is silently ignored costs a GPU day.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from nanoft import UserError
+from nanoft.aliases import ALIASES, translate
 
 Shape = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "summarization",
@@ -191,6 +193,7 @@ class SystemConfig(Section):
     seed: int = between(0, 0, 2**32 - 1)  # data order, adapter initialisation, dropout
     deterministic: bool = False  # deterministic CUDA kernels (slower); the CPU always is
     threads: int = between(0, 0)  # CPU threads; 0: PyTorch's choice
+    memory_gb: float | None = between(None, 0.1)  # of the device, for --plan where it is not; where it is, it counts
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,7 @@ MAY_CHANGE_ON_RESUME = {
     "training.checkpoint_every": "when activations are computed, not which",
     "quantization.dequantize": "when weights are unpacked, not to what",
     "system.device": "where it is computed",
+    "system.memory_gb": "what a plan goes by",
     "output.dir": "where it lies",
     "guard": "what happens next time",
     "evaluation": "what is measured",
@@ -442,7 +446,7 @@ def load_file(path: str | Path) -> Config:
             return _run_python(path)
         tree = _read_tree(path)
         is_of_run = tree.pop("provenance", None) is not None  # what a run directory's config.json adds
-        return _without_functions(Config.from_dict(tree), is_of_run)
+        return _without_functions(_from_flat(tree) if _is_flat(tree) else Config.from_dict(tree), is_of_run)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -468,6 +472,22 @@ def _read_tree(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError("expected a table of sections (model, data, training, ...)")
     return tree
+
+
+def _is_flat(tree: Mapping[str, Any]) -> bool:
+    """Whether there is no section, but a setting at the top."""
+    settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
+    return settings and not tree.keys() & SECTION_TYPES.keys()
+
+
+def _from_flat(tree: Mapping[str, Any]) -> Config:
+    """A config from Hugging Face's names; a mistake is reported by the name that the file has."""
+    found = translate(tree)
+    try:
+        return Config().override({field: value for field, (_, value) in found.items()})
+    except UserError as error:
+        name, _ = found.get(str(error).partition(":")[0], ("", None))
+        raise UserError(f"{name}: {error}" if name else str(error)) from None
 
 
 def _run_python(path: Path) -> Config:

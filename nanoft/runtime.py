@@ -163,6 +163,13 @@ def _limits(root: Path, path: str, limit: str, usage: str, cache: str) -> Iterat
             yield most, used - int(statistic.get(cache, 0))
 
 
+def total_memory_gb(device: torch.device) -> float:
+    """What the device has in all, in 10^9 bytes; on a Mac and a CPU, the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    return psutil.virtual_memory().total / 1e9
+
+
 def resident_bytes(device: torch.device) -> float:
     """What the process has before anything is loaded; on a GPU, nothing."""
     return float(psutil.Process().memory_info().rss) if device.type == "cpu" else 0.0
@@ -216,10 +223,9 @@ def free_host_bytes() -> float:
 
 def describe(device: torch.device) -> str:
     """One phrase for the terminal: the device, its memory, the threads."""
+    memory = total_memory_gb(device)
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
-    memory = psutil.virtual_memory().total / 1e9
+        return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GB"
     if device.type == "mps":
         return f"Metal, {memory:.0f} GB unified memory"
     return f"CPU, {torch.get_num_threads()} threads, {memory:.0f} GB"

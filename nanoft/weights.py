@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -42,11 +42,12 @@ FLOATS = {"F64", "F32", "F16", "BF16"}  # number formats, in safetensors' names,
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
 
 
-def find_model(name: str, field: str = "model.name") -> Path:
+def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HUB_FILES, *TOKENIZER_FILES)) -> Path:
     """A local directory, or a Hub name fetched into the Hub's cache.
 
     Args:
         field: where the name comes from, for the message.
+        files: patterns of what is fetched.
     Raises:
         UserError: neither a directory nor a model on the Hub that can be had.
     """
@@ -59,7 +60,7 @@ def find_model(name: str, field: str = "model.name") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES + TOKENIZER_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{field}: {name}: no such directory, and not to be had from the Hub: {reason}") from None
@@ -77,6 +78,11 @@ def read_shape(directory: Path) -> DecoderConfig:
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path}: a field is missing or of the wrong kind ({error}): fetch the file again") from None
     return config
+
+
+def find_shape(name: str) -> DecoderConfig:
+    """The shape of a model by its directory or Hub name; of the latter nothing but config.json is fetched."""
+    return read_shape(find_model(name, files=["config.json"]))
 
 
 def _check_shape(config: DecoderConfig) -> None:
