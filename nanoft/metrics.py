@@ -33,6 +33,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from nanoft import UserError
+from nanoft.untrusted import redact
 
 
 @dataclass
@@ -153,10 +154,11 @@ class Run:
         """Append one line to metrics.jsonl."""
         assert self._metrics is not None, "begin() comes first"
         line = {"event": event, "step": step, **values, "time": round(time.time(), 3)}
-        self._metrics.write(as_json(line) + "\n")
+        self._metrics.write(redact(as_json(line)) + "\n")
 
     def say(self, text: str = "") -> None:
         """Print to the terminal, above the progress bar if there is one, and to train.log."""
+        text = redact(text)
         with contextlib.suppress(BrokenPipeError, UnicodeEncodeError):  # the reader has gone; train.log still has it
             tqdm.write(text, file=sys.stdout)
         with open(self.directory / "train.log", "a", encoding="utf-8") as log:
@@ -164,8 +166,8 @@ class Run:
 
     def write_report(self, report: dict[str, Any], markdown: str) -> None:
         """report.json for programs and report.md for people."""
-        (self.directory / "report.json").write_text(as_json(report, indent=2) + "\n", encoding="utf-8")
-        (self.directory / "report.md").write_text(markdown, encoding="utf-8")
+        (self.directory / "report.json").write_text(redact(as_json(report, indent=2)) + "\n", encoding="utf-8")
+        (self.directory / "report.md").write_text(redact(markdown), encoding="utf-8")
 
     def _take_lock(self) -> None:
         try:
