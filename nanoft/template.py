@@ -278,7 +278,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Counted(NodeTransformer):
-    """Put a count into each loop, macro and comparison, and weigh what is kept: literals, and values that are given a name.
+    """Put a count into loops, macros and comparisons, and weigh what is kept: literals, and values that get a name.
 
     Between two of these an expression can only put together as many values as it has operators, so + and ~ need no
     check of their own unless there are very many.

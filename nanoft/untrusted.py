@@ -128,7 +128,7 @@ def parse_json(content: bytes, unique: bool = False) -> Any:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repetition if unique else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    level = [[value]]
+    level: list[Any] = [[value]]
     for _ in range(DEEPEST + 1):
         parts = (part for item in level for part in (item.values() if isinstance(item, dict) else item))
         level = [part for part in parts if isinstance(part, (dict, list))]
