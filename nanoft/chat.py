@@ -581,9 +581,7 @@ def _growth(part: dict[str, Any]) -> float:
         return max(1, len(part["content"]) / taken if taken else 1 + len(part["content"]))
     if part["type"] == "Prepend":
         return 1 + len(part["prepend"])
-    if (
-        part["type"] == "Precompiled"
-    ):  # 4 bytes, the size of a look-up table; the table; replacements that end in a zero
+    if part["type"] == "Precompiled":  # 4 bytes: the size of a look-up table; that table; texts that end in a zero
         chart = base64.b64decode(part["precompiled_charsmap"])
         return max(map(len, chart[4 + int.from_bytes(chart[:4], "little") :].split(b"\0")))
     return factor

@@ -1,0 +1,97 @@
+"""Models, tokenizers, adapters, runs and configs that mean harm: each is refused in one line, in bounded time and memory.
+
+The cases are in hostile.py. They run in one process, whose memory and processor time the system limits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hostile import CANARY, CASES, SECRET, TOKEN, Case, Payload, stolen
+
+from models import make_chat_model, train_run, write_records
+
+SECONDS = 12  # of processor time for a case; the time limits inside are 5 seconds
+LONGEST = 2200  # characters of a refusal
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+
+
+def prepare(case: Case, path: Path, good: Path) -> str:
+    """A copy of something good, changed; returns how it is to be read."""
+    kind = "merge" if case.kind == "merge_stolen" else case.kind
+    if kind == "config":
+        path.mkdir()
+        (path / "c.yaml").touch()
+    elif kind == "run":
+        shutil.copytree(good / "run", path, ignore=shutil.ignore_patterns("adapter"))
+    else:
+        shutil.copytree(good / "run" / "adapter" if kind in ("adapter", "merge", "eval") else good / "model", path)
+    if case.kind == "merge_stolen":
+        base = path.with_name(f"{path.name}-base")
+        shutil.copytree(good / "model", base)
+        stolen(base)
+        settings = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    case.change(path)
+    return kind
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, data, and a finished run, whose best checkpoint is its last."""
+    root = tmp_path_factory.mktemp("good")
+    make_chat_model(root / "model")
+    train_run(root / "run", root / "model", write_records(root / "data.jsonl"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def refusals(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[str, float]]]:
+    """What every case is refused with, and the seconds that it took."""
+    root = tmp_path_factory.mktemp("hostile")
+    places = {name: root / f"case{number}" for number, name in enumerate(CASES)}
+    cases = [(name, prepare(case, places[name], good), str(places[name])) for name, case in CASES.items()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RUST_BACKTRACE": "0"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "hostile.py"],
+        input=json.dumps([str(good), cases]),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [name for name, _, _ in results] == list(CASES), done.stderr[-1000:]
+    yield {name: (said, seconds) for name, said, seconds in results}
+    found = [path for path in root.rglob("*") if path.is_file() and SECRET in path.read_text(errors="replace")]
+    assert [path.name.rpartition("-")[2] for path in found] == ["key"]  # and nowhere else
+    assert not CANARY.exists()
+
+
+@linux
+@pytest.mark.parametrize("name", CASES)
+def test_refused_in_one_line(name: str, refusals: dict[str, tuple[str, float]]) -> None:
+    said, seconds = refusals[name]
+    assert re.search(CASES[name].says, said), said
+    assert not said.startswith(("accepted", "escaped", "exit code"))
+    assert len(said) < LONGEST
+    assert said.isprintable()
+    assert TOKEN not in said
+    assert seconds < SECONDS
+
+
+def test_the_payload_would_be_noticed() -> None:
+    pickle.loads(pickle.dumps(Payload()))
+    assert CANARY.exists()
+    CANARY.rmdir()
