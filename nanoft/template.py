@@ -222,6 +222,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         def checked(*args: Any, **kwargs: Any) -> Any:
             self.count_turn()
             given = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, MACHINERY)]
+            for arg in given:
+                if not isinstance(arg, str) and _size(arg, MAX_OUTPUT) > MAX_OUTPUT:
+                    self._fits(_size(arg, self._learn_limit()), 1)
             if name == "format":
                 self._checked_form(str(given[0]), _size(given[1:], MAX_AT_ONCE * MAX_OUTPUT))
             if name in GROWING and given:
@@ -232,9 +235,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 self._check_growth(name, given[0], given[1:])
             if given:
                 self._check_slow(name, given[0], given[1:])
-            for arg in given:
-                if not isinstance(arg, str):
-                    self._fits(_size(arg, MAX_AT_ONCE * MAX_OUTPUT), 1)
             return self.made_of(function(*args, **kwargs))
 
         return checked

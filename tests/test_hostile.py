@@ -1,4 +1,4 @@
-"""Models, tokenizers, adapters, runs and configs that mean harm: each is refused in one line, in bounded time and memory.
+"""Models, tokenizers, adapters, runs and configs that mean harm: each is refused in one line, within bounds.
 
 The cases are in hostile.py. They run in one process, whose memory and processor time the system limits.
 """
@@ -20,7 +20,7 @@ from hostile import CANARY, CASES, SECRET, TOKEN, Case, Payload, stolen
 
 from models import make_chat_model, train_run, write_records
 
-SECONDS = 12  # of processor time for a case; the time limits inside are 5 seconds
+SECONDS = 8  # of processor time for a case
 LONGEST = 2200  # characters of a refusal
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
@@ -74,7 +74,8 @@ def refusals(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [name for name, _, _ in results] == list(CASES), done.stderr[-1000:]
     yield {name: (said, seconds) for name, said, seconds in results}
-    found = [path for path in root.rglob("*") if path.is_file() and SECRET in path.read_text(errors="replace")]
+    small = [path for path in root.rglob("*") if path.is_file() and path.stat().st_size < 1 << 20]
+    found = [path for path in small if SECRET in path.read_text(errors="replace")]
     assert [path.name.rpartition("-")[2] for path in found] == ["key"]  # and nowhere else
     assert not CANARY.exists()
 
