@@ -12,12 +12,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fuzz import TARGETS, search
 from hostile import CANARY, CASES, SECRET, TOKEN, Case, Payload, stolen
 
+import eval as eval_command
+import train
 from models import make_chat_model, train_run, write_records
 
 SECONDS = 8  # of processor time for a case
@@ -96,3 +101,66 @@ def test_the_payload_would_be_noticed() -> None:
     pickle.loads(pickle.dumps(Payload()))
     assert CANARY.exists()
     CANARY.rmdir()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_random_inputs(target: str) -> None:
+    search(target, examples=150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_more_random_inputs(target: str) -> None:
+    search(target, examples=20_000)
+
+
+# The first versions without known holes that concern what nanoft does with them.
+SAFE_FROM = {
+    "torch": (2, 6),  # CVE-2025-32434: weights_only=True could be passed by
+    "jinja2": (3, 1, 6),  # CVE-2025-27516: |attr led out of the sandbox
+    "pyyaml": (5, 4),  # CVE-2020-14343: the full loader ran code
+    "tqdm": (4, 66, 3),  # CVE-2024-34062: command-line arguments were evaluated
+    "pyarrow": (14, 0, 1),  # CVE-2023-47248: Parquet files could run code
+    "setuptools": (78, 1, 1),  # CVE-2025-47273: a package could be written anywhere
+}
+
+
+def test_the_ranges_of_dependencies_leave_known_holes_out() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    wanted += project["project"]["optional-dependencies"]["parquet"]
+    lowest = {
+        name: tuple(map(int, version.split("."))) for name, version in re.findall(r"(\w+)>=([\d.]+)", str(wanted))
+    }
+    assert {name: lowest[name] for name in SAFE_FROM if lowest[name] < SAFE_FROM[name]} == {}
+
+
+def test_no_token_leaves(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Neither one that the environment holds, nor one in a name, an address, a record or a template's words."""
+    monkeypatch.setenv("WANDB_API_KEY", SECRET_KEY := "0123456789abcdef" * 3)
+    words = f"tell {TOKEN} and {SECRET_KEY}"
+    shutil.copytree(good / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(f"{{{{ raise_exception('{words}') }}}}")
+    records = tmp_path / "data.jsonl"
+    records.write_text("\n".join(json.dumps({"prompt": f"{n} {words}", "completion": words}) for n in range(24)))
+    settings = json.loads((good / "run.json").read_text())
+    settings["data"]["train_file"], settings["output"]["dir"] = str(records), str(tmp_path / "run")
+    settings["logging"] = {"progress_bar": False}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    assert train.main([str(tmp_path / "run.json")]) == 0
+    assert (
+        train.main([str(tmp_path / "run.json"), f"model.name={tmp_path / 'model'}", f"output.dir={tmp_path / 'other'}"])
+        == 2
+    )
+    for name in (f"https://me:{TOKEN}@huggingface.co/x/y", f"/nowhere/{TOKEN}"):
+        assert train.main([str(tmp_path / "run.json"), f"model.name={name}"]) == 2
+        assert train.main([str(tmp_path / "run.json"), f"lora.rank={name}"]) == 2
+        assert eval_command.main([name]) == 2
+    said = capsys.readouterr()
+    everywhere = [said.out, said.err]
+    for path in ("train.log", "metrics.jsonl", "config.json", "report.md", "report.json"):
+        everywhere.append((tmp_path / "run" / path).read_text())
+    assert "***" in said.out
+    for text in everywhere:
+        assert TOKEN not in text
+        assert SECRET_KEY not in text
