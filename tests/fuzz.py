@@ -238,7 +238,8 @@ FILTERS = [
     "tojson", "join", "join('a')", "list", "length", "replace('a', 'bb')", "map('upper')", "map(attribute='role')",
     "selectattr('role')", "sort", "format(1)", "batch(3)", "trim", "round(2)", "int", "float", "sum", "indent(4)",
     "attr('__class__')", "string", "first", "last", "unique", "groupby('role')", "items", "dictsort", "reverse",
-    "slice(2)", "center(9)", "title", "urlencode", "xmlattr", "default('a')", "safe", "escape", "truncate(3)", "max", "min",
+    "slice(2)", "center(9)", "title", "urlencode", "xmlattr", "default('a')", "safe", "escape", "truncate(3)", "max",
+    "min",
 ]  # fmt: skip
 CALLS = [
     "range",

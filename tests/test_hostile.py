@@ -79,7 +79,8 @@ def refusals(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [name for name, _, _ in results] == list(CASES), done.stderr[-1000:]
     yield {name: (said, seconds) for name, said, seconds in results}
-    small = [path for path in root.rglob("*") if path.is_file() and path.stat().st_size < 1 << 20]
+    files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+    small = [path for path in files if path.stat().st_size < 1 << 20]
     found = [path for path in small if SECRET in path.read_text(errors="replace")]
     assert [path.name.rpartition("-")[2] for path in found] == ["key"]  # and nowhere else
     assert not CANARY.exists()
@@ -105,7 +106,7 @@ def test_the_payload_would_be_noticed() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_random_inputs(target: str) -> None:
-    search(target, examples=150)
+    search(target, examples=80)
 
 
 @pytest.mark.slow
