@@ -69,6 +69,7 @@ MAX_TOKENIZER = 100 << 20  # bytes of a tokenizer.json; the largest in use have 
 MAX_ID = 1 << 22  # of a token; the largest vocabularies have 2^18
 MAX_SPECIAL = 20_000  # control tokens; each is looked for in every text
 MAX_GROWTH = 64  # how many times longer a normalizer or a decoder may make a text
+CANNOT_ENCODE = "tokenizer.json: a text that this tokenizer cannot encode"
 ENCODE_AT_ONCE = 128  # texts handed to the tokenizer's threads together
 
 
@@ -362,8 +363,13 @@ class ChatTokenizer:
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
         """Ids; with each token's place in the text, unless it can be told from the tokens' widths."""
         encode = self.tokenizer.encode_batch if self._widths is None else self.tokenizer.encode_batch_fast
-        with _explained("tokenizer.json: a text that this tokenizer cannot encode"):
+        with _explained(CANNOT_ENCODE):
             return encode(texts, add_special_tokens=False)
+
+    def _encode(self, text: str) -> Encoding:
+        """Ids, with each token's place in the text."""
+        with _explained(CANNOT_ENCODE):
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_now(self, rendered: list[Rendered]) -> list[Sample]:
         """A few texts to samples, at once."""
@@ -374,7 +380,7 @@ class ChatTokenizer:
             ids = np.array(encoded.ids, dtype=np.int32)
             ends = self._ends(item.text, ids)
             if self._widths is not None and ends is None:
-                encoded = self.tokenizer.encode(item.text, add_special_tokens=False)  # with places, for once
+                encoded = self._encode(item.text)  # with places, for once
             edge = functools.partial(_edge, encoded) if ends is None else _edge_by_width(item.text, ends)
             edges = [(edge(start), edge(end)) for start, end in item.spans]
             if item.turns and any(is_inside for (_, is_inside), _ in edges):
@@ -409,7 +415,7 @@ class ChatTokenizer:
         start, end = span
         prompt = self._ids(item.text[:start])
         text = item.text[:start] + BREAK + item.text[start:end]
-        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        encoded = self._encode(text)
         answer = [
             token
             for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True)
@@ -420,8 +426,7 @@ class ChatTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         """The ids of a text, without those that only keep control tokens apart."""
-        with _explained("tokenizer.json: a text that this tokenizer cannot encode"):
-            encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        encoded = self._encode(text)
         if BREAK not in text:
             return encoded.ids
         pairs = zip(encoded.ids, encoded.offsets, strict=True)

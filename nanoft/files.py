@@ -30,6 +30,7 @@ HUB_NAME = re.compile(r"([^/@]+)/([^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?
 METADATA = ["dataset_info.json", "dataset_infos.json", "*config.json"]  # about a dataset, beside its data
 TRAIN = re.compile("(?<![a-z])train", re.IGNORECASE)  # in a path: "train", "my_train"; not "constrained"
 LONGEST_RECORD = 64 << 20  # bytes; a longer line is not a record but a file without line ends
+LONGEST_OBJECT = 512 << 20  # bytes of a file that is one object, unpacked; it is read as a whole
 CHUNK = 1 << 20
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -193,7 +194,12 @@ def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator
         lines = (line for line in _lines(stream) if line.strip())
         is_lines = isinstance(_parse_line(next(lines)), dict) and next(lines, None) is not None
         stream.seek(start)
-        yield from _read_lines(stream, path, delimiter) if is_lines else _read_object(stream.read(), path)
+        if is_lines:
+            yield from _read_lines(stream, path, delimiter)
+        elif len(content := stream.read(LONGEST_OBJECT + 1)) > LONGEST_OBJECT:  # a small .gz can hold a terabyte
+            raise UserError(f"{path}: one object of more than {LONGEST_OBJECT >> 20} MiB: give JSON Lines instead")
+        else:
+            yield from _read_object(content, path)
 
 
 def _read_array(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Raw]]:

@@ -5,6 +5,7 @@ The cases are in hostile.py. They run in one process, whose memory and processor
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
@@ -24,6 +25,8 @@ from hostile import CANARY, CASES, SECRET, TOKEN, Case, Payload, stolen
 import eval as eval_command
 import train
 from models import make_chat_model, train_run, write_records
+from nanoft import UserError
+from nanoft.files import read_raw
 
 SECONDS = 8  # of processor time for a case
 LONGEST = 2200  # characters of a refusal
@@ -165,3 +168,15 @@ def test_no_token_leaves(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for text in everywhere:
         assert TOKEN not in text
         assert SECRET_KEY not in text
+
+
+def test_a_small_file_that_unpacks_to_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanoft.files.LONGEST_OBJECT", 1 << 20)
+    for size, refused in ((1 << 19, False), (1 << 20, True)):
+        with gzip.open(tmp_path / "a.json.gz", "wb") as file:
+            file.write(b'{"text": "' + b"x" * size + b'"}')
+        if refused:
+            with pytest.raises(UserError, match=r"a\.json\.gz: one object of more than 1 MiB"):
+                list(read_raw(tmp_path / "a.json.gz"))
+        else:
+            assert list(read_raw(tmp_path / "a.json.gz")) == [(1, {"text": "x" * size})]
