@@ -15,6 +15,7 @@ import datetime
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,7 @@ def search(name: str, examples: int, derandomize: bool = True) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
+    warnings.simplefilter("ignore", SyntaxWarning)  # Python's, at `{{ 1[0] }}`; the commands ignore it, too
     end, counts = time.monotonic() + 60 * parser.parse_args().minutes, dict.fromkeys(TARGETS, 0)
     while time.monotonic() < end:
         for name in TARGETS:
