@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nanoft import UserError
 from nanoft.checkpoint import write_file, write_tensors
 from nanoft.config import LoRAConfig, check_expressions
-from nanoft.lora import LoRALinear, by_pattern, linears_of, widen
+from nanoft.lora import MATCHING_SECONDS, LoRALinear, by_pattern, linears_of, widen
+from nanoft.tensorfile import load_tensors
+from nanoft.untrusted import read_json, time_limit
 
 NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
 PEFT_PREFIX = "base_model.model."
@@ -104,6 +104,8 @@ def load_adapter_tensors(adapters: dict[str, LoRALinear], tensors: dict[str, Ten
         if own.shape != tensors[name].shape:
             have, want = tuple(tensors[name].shape), tuple(own.shape)
             raise UserError(f"{source}: {name} is {have}, but this model and rank need {want}")
+        if not tensors[name].is_floating_point():
+            raise UserError(f"{source}: {name} holds {tensors[name].dtype}, where weights are floating-point numbers")
         own.copy_(tensors[name])
     for adapter in adapters.values():
         adapter.train(adapter.training)  # forgets the norm of what it was
@@ -169,34 +171,26 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
     except UserError as error:
         raise UserError(f"{directory / 'adapter_config.json'}: {error}") from None
     weights = directory / "adapter_model.safetensors"
-    try:
-        tensors = load_file(weights)
-    except FileNotFoundError:
-        raise UserError(f"{directory}: {weights.name} is missing: copy the whole adapter directory") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights}: damaged ({error}): copy it again") from None
-    for name, tensor in tensors.items():
-        module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{TENSORS['lora_A']}")
-        if a and len(tensor) != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
-            raise UserError(f"{weights}: {name} has rank {len(tensor)}, but adapter_config.json says {rank}")
+    if not weights.is_file() and (directory / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{directory / 'adapter_model.bin'}: a pickle, which can run code, is not read: "
+            "save the adapter again with PEFT, which writes adapter_model.safetensors"
+        )
+    if not weights.is_file():
+        raise UserError(f"{directory}: {weights.name} is missing: copy the whole adapter directory")
+    tensors = load_tensors(weights)
+    with time_limit(MATCHING_SECONDS, f"{directory / 'adapter_config.json'}: rank_pattern"):
+        _check_ranks(lora, tensors, weights)
     return lora, config.get("base_model_name_or_path") or "", tensors, note
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: no such file, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged or not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
-    return value
+def _check_ranks(lora: LoRAConfig, tensors: dict[str, Tensor], weights: Path) -> None:
+    """Every A, (rank, in), has the rank that the settings say, before memory is asked for what they say."""
+    for name, tensor in tensors.items():
+        module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{TENSORS['lora_A']}")
+        have = tensor.shape[0] if tensor.dim() else 0
+        if a and have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
+            raise UserError(f"{weights}: {name} has rank {have}, but adapter_config.json says {rank}")
 
 
 def _settings(config: dict[str, Any]) -> LoRAConfig:

@@ -33,10 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nanoft import UserError
+from nanoft.tensorfile import load_tensors
+from nanoft.untrusted import parse_json, read_bytes
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -67,7 +68,7 @@ class Saved:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.path / f"{name}.safetensors")
+        return load_tensors(self.path / f"{name}.safetensors")
 
 
 class Checkpoints:
@@ -326,8 +327,8 @@ def verify(path: Path) -> Saved:
         if hash_file(path / name) != expected:
             raise Damaged(f"{path / name}: its content is not what was saved")
     try:
-        state = json.loads((path / "state.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        state = parse_json(read_bytes(path / "state.json"))
+    except (UserError, ValueError):
         state = None
     if not isinstance(state, dict):
         raise Damaged(f"{path / 'state.json'}: missing or not a JSON object")
@@ -337,10 +338,10 @@ def verify(path: Path) -> Saved:
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest's body, if its own hash is right and its names stay inside the directory."""
     try:
-        sealed = json.loads((path / MANIFEST).read_bytes())
+        sealed = parse_json(read_bytes(path / MANIFEST))
         body: dict[str, Any] = sealed["body"]
         good = sealed["sha256"] == hashlib.sha256(_dump(body)).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, ValueError, KeyError, TypeError):
         raise Damaged(f"{path / MANIFEST}: missing or not readable: the save was not finished") from None
     if not good or not isinstance(body, dict):
         raise Damaged(f"{path / MANIFEST}: its content is not what was saved")

@@ -26,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
-
 from nanoft import UserError
 from nanoft.aliases import ALIASES, translate
+from nanoft.untrusted import parse_json, parse_yaml, read_bytes, redact
 
 Shape = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "summarization",
@@ -55,6 +54,8 @@ class Section:
             value = getattr(self, item.name)
             name = f"{SECTION_NAMES[type(self).__name__]}.{item.name}"
             _check_type(name, value, hints[item.name])
+            if redact(repr(value)) != repr(value):  # a run's config.json is for everyone
+                raise UserError(f"{name}: holds an access token: take it out, and set HF_TOKEN or WANDB_API_KEY")
             low, high = item.metadata.get("low", -math.inf), item.metadata.get("high", math.inf)
             for number in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(number, (int, float)) and not low <= number <= high:
@@ -282,7 +283,7 @@ class Config:
             if section not in SECTION_TYPES:
                 raise UserError(f"{section}: no such section{_nearest(str(section), SECTION_TYPES)}")
             if not isinstance(fields, Mapping):
-                raise UserError(f"{section}: {fields!r} is not a table of fields")
+                raise UserError(f"{section}: {fields!r:.100} is not a table of fields")
             changes.update({f"{section}.{name}": value for name, value in fields.items()})
         return cls().override(changes)
 
@@ -306,8 +307,9 @@ def check_expressions(lora: LoRAConfig) -> None:
         for expression in getattr(lora, name):
             try:
                 re.compile(expression)
-            except re.error as error:
-                raise UserError(f"lora.{name}: {expression!r} is not a regular expression: {error}") from None
+                re.compile(rf"(.*\.)?({expression})$")  # as a pattern's key is used
+            except (re.error, RecursionError, OverflowError) as error:
+                raise UserError(f"lora.{name}: {expression!r:.100} is not a regular expression: {error}") from None
 
 
 # What may differ when a run goes on: none of it changes what the steps already taken did.
@@ -445,10 +447,13 @@ def load_file(path: str | Path) -> Config:
         if path.suffix == ".py":
             return _run_python(path)
         tree = _read_tree(path)
-        is_of_run = tree.pop("provenance", None) is not None  # what a run directory's config.json adds
-        return _without_functions(_from_flat(tree) if _is_flat(tree) else Config.from_dict(tree), is_of_run)
+        provenance = tree.pop("provenance", None)  # what a run directory's config.json adds
+        if not isinstance(provenance, dict | None):
+            raise UserError("provenance: not a table: the file is damaged")
+        config = _from_flat(tree) if _is_flat(tree) else Config.from_dict(tree)
+        return _without_functions(config, is_of_run=provenance is not None)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def _without_functions(config: Config, is_of_run: bool) -> Config:
@@ -464,11 +469,11 @@ def _without_functions(config: Config, is_of_run: bool) -> Config:
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
+    content = read_bytes(path, confined=False)
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"not valid {path.suffix.lstrip('.').upper()}: {' '.join(str(error).split())}") from None
+        tree = parse_json(content) if path.suffix == ".json" else parse_yaml(content.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"not valid {path.suffix.lstrip('.').upper()}: {error}") from None
     if not isinstance(tree, dict):
         raise UserError("expected a table of sections (model, data, training, ...)")
     return tree
@@ -572,15 +577,12 @@ def _parse(key: str, text: str, hint: Any) -> Any:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
     except (StopIteration, KeyError, ValueError):
-        raise UserError(f"{key}: {text!r} is not {_describe(hint)}") from None
+        raise UserError(f"{key}: {text!r:.100} is not {_describe(hint)}") from None
 
 
 def _parse_table(text: str) -> dict[str, Any]:
     """`{instruction: q, response: a}`, as YAML writes a table on one line."""
-    try:
-        table = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError from error
+    table = parse_yaml(text)
     if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
         raise ValueError
     return table
@@ -593,7 +595,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if not any(_fits(value, option) for option in _options(hint)):
-        raise UserError(f"{name}: {value!r} is not {_describe(hint)}")
+        raise UserError(f"{name}: {value!r:.100} is not {_describe(hint)}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

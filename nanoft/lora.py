@@ -40,10 +40,12 @@ from torch.autograd.function import once_differentiable
 from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, gradient, product
+from nanoft.untrusted import time_limit
 
 Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 
 WORDS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
+MATCHING_SECONDS = 5.0  # for regular expressions, which may be a stranger's: `(.+)+!` would take for ever
 EXACT_SVD = 1024  # a larger matrix is decomposed approximately
 SUBSPACE_ITERATIONS = 8
 SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros can be divided by its length
@@ -300,6 +302,25 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, LoRA
     """
     model.requires_grad_(False)
     linears = linears_of(model)
+    with time_limit(MATCHING_SECONDS, "lora.target_modules, lora.rank_pattern, lora.alpha_pattern"):
+        settings = _settings_by_name(linears, lora)
+    generator = torch.Generator().manual_seed(seed)
+    adapters = {}
+    for name, own in settings.items():
+        base = linears[name]
+        most = min(base.in_features, base.out_features)
+        if own.init == "pissa" and own.rank > most:
+            raise UserError(
+                f"lora.rank: {own.rank}: {name} has {most} singular values to begin with: set lora.rank={most}"
+            )
+        parent, _, last = name.rpartition(".")
+        adapters[name] = LoRALinear(base, own, generator)
+        setattr(model.get_submodule(parent), last, adapters[name])
+    return adapters
+
+
+def _settings_by_name(linears: dict[str, Frozen], lora: LoRAConfig) -> dict[str, LoRAConfig]:
+    """The settings of each adapter, with its own rank and alpha, by the name of its linear."""
     for target in lora.target_modules:
         if not any(_is_meant(name, target) for name in linears):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
@@ -314,17 +335,9 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, LoRA
                 raise UserError(f"lora.{field}: {key!r} fits no adapter (such as {next(iter(found))})")
     if lora.bias == "all" and (bare := [n for n, m in linears.items() if m.bias is not None and n not in found]):
         raise UserError(f"lora.bias: all: {bare[0]} has a bias, but no adapter: target it or set lora.bias=lora_only")
-    generator = torch.Generator().manual_seed(seed)
-    adapters = {}
-    for name, base in found.items():
-        rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-        most = min(base.in_features, base.out_features)
-        if lora.init == "pissa" and rank > most:
-            raise UserError(f"lora.rank: {rank}: {name} has {most} singular values to begin with: set lora.rank={most}")
-        parent, _, last = name.rpartition(".")
-        adapters[name] = LoRALinear(base, replace(lora, rank=rank, alpha=alpha), generator)
-        setattr(model.get_submodule(parent), last, adapters[name])
-    return adapters
+    ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in found}
+    alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in found}
+    return {name: replace(lora, rank=ranks[name], alpha=alphas[name]) for name in found}
 
 
 def linears_of(model: nn.Module) -> dict[str, Frozen]:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from nanoft import UserError
 from nanoft.checkpoint import replace_file
+from nanoft.untrusted import redact
 
 LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.md|adapter|model)|preflight)-\d+")  # of a killed process
 
@@ -234,12 +235,13 @@ class Run:
         assert self._metrics is not None, "begin() comes first"
         line = {"event": event, "step": step, **values, "time": round(time.time(), 3)}
         try:
-            self._metrics.append(as_json(line))
+            self._metrics.append(redact(as_json(line)))
         except OSError as error:
             self._warn_once("metrics.jsonl", error)
 
     def say(self, text: str = "") -> None:
         """Print to the terminal, above the progress bar if there is one, and to train.log."""
+        text = redact(text)
         with contextlib.suppress(OSError, ValueError):  # the reader has gone; train.log still has it
             tqdm.write(text, file=sys.stdout)
         try:
@@ -250,8 +252,8 @@ class Run:
 
     def write_report(self, report: dict[str, Any], markdown: str) -> None:
         """report.md for people and, last, report.json for programs, which says that the run is done."""
-        replace_file(self.directory / "report.md", as_utf8(markdown))
-        replace_file(self.directory / "report.json", as_utf8(as_json(report, indent=2) + "\n"))
+        replace_file(self.directory / "report.md", as_utf8(redact(markdown)))
+        replace_file(self.directory / "report.json", as_utf8(redact(as_json(report, indent=2)) + "\n"))
 
     def sync(self) -> None:
         """Before a checkpoint: make what was logged survive a power loss.

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from nanoft import TrainingFailed, UserError, __version__
+from nanoft.untrusted import one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -255,10 +256,10 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             sys.stdout.flush()  # here, and not at the interpreter's end, a reader that has gone is noticed
             return code
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
             return 2
         except TrainingFailed as error:
-            print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"failed: {one_line(error)}", file=sys.stderr)
             return 3
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -268,9 +269,8 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             return 0
         except OSError as error:  # a full disk, a directory that may not be written
             where = f"{error.filename}: " if error.filename else ""
-            print(
-                f"error: {where}{error.strerror or error}: put that right, then the same command again", file=sys.stderr
-            )
+            what = one_line(f"{where}{error.strerror or error}")
+            print(f"error: {what}: put that right, then the same command again", file=sys.stderr)
             return 2
 
     return with_exit_code

@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nanoft import UserError
-from nanoft.adapter import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, read_json
-from nanoft.chat import ChatTokenizer
+from nanoft.adapter import NOTE, as_plain_lora, load_adapter_tensors, read_adapter
+from nanoft.chat import MAX_TOKENIZER, ChatTokenizer
 from nanoft.checkpoint import Damaged, Saved, Specs, encode, verify, write_file
 from nanoft.config import Config, LoRAConfig, load_file
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder, DecoderConfig, initialise
 from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize, read_stored, stored_tensors
 from nanoft.runtime import DTYPES
+from nanoft.tensorfile import Header, load_tensors, read_header
+from nanoft.untrusted import plain_file, read_bytes, read_json, refuse_code
 
 # What is fetched from the Hub: data only, never code, never pickles. The pattern of the weights leaves out the second
 # copy of them that some models carry as consolidated.safetensors.
@@ -40,6 +41,19 @@ TOKENIZER_FILES = [
 ]  # fmt: skip
 FLOATS = {"F64", "F32", "F16", "BF16"}  # number formats, in safetensors' names, that mean what they say without a scale
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
+PICKLES = (
+    "pytorch_model*.bin",
+    "model*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+)  # weights that can run code when read
+# The most that a config.json may ask for: several times the largest model there is.
+MOST = {
+    "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
+}  # fmt: skip
+WIDEST_WINDOW = 1 << 31
 
 
 def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HUB_FILES, *TOKENIZER_FILES)) -> Path:
@@ -71,11 +85,13 @@ def read_shape(directory: Path) -> DecoderConfig:
     path = directory / "config.json"
     stored = read_json(path)
     try:
+        refuse_code(stored)
+        _check_sizes(stored)
         config = DecoderConfig.from_hf(stored)
         _check_shape(config)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: a field is missing or of the wrong kind ({error}): fetch the file again") from None
     return config
 
@@ -85,22 +101,27 @@ def find_shape(name: str) -> DecoderConfig:
     return read_shape(find_model(name, files=["config.json"]))
 
 
+def _check_sizes(stored: dict[str, Any]) -> None:
+    """Sizes that no model has, found before anything of that size is made."""
+    for name, most in MOST.items():
+        value = stored.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
+
+
 def _check_shape(config: DecoderConfig) -> None:
     """Values that no decoder can have, found before they fail deep inside one."""
-    counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    for name in counts:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 on")
-    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
+    if config.num_heads % config.num_kv_heads or config.head_dim % 2 or config.head_dim < 1:
         raise UserError("the heads do not divide: num_attention_heads by num_key_value_heads, and head_dim by 2")
-    if type(config.norm_eps) not in (int, float):
-        raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not a number")
+    if type(config.norm_eps) not in (int, float) or not 0 <= config.norm_eps < 1:
+        raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not a small number")
     windows = [window for window in config.windows if window is not None]
-    if len(config.windows) != config.num_layers or any(type(w) is not int or w < 1 for w in windows):
+    wrong = any(type(window) is not int or not 1 <= window <= WIDEST_WINDOW for window in windows)
+    if wrong or len(config.windows) != config.num_layers:
         raise UserError(f"sliding_window, layer_types: not a window, or none, for each of {config.num_layers} layers")
-    if not config.rope.angles(config.head_dim)[0].isfinite().all():
-        raise UserError(f"rope: {config.rope.theta}, {dict(config.rope.parameters)} give no finite angles")
+    frequencies, factor = config.rope.angles(config.head_dim)
+    if not frequencies.isfinite().all() or not math.isfinite(factor):
+        raise UserError(f"rope: {config.rope.theta}, {dict(config.rope.parameters)!r:.200} give no finite angles")
 
 
 def shard_paths(directory: Path) -> list[Path]:
@@ -113,48 +134,26 @@ def shard_paths(directory: Path) -> list[Path]:
     single = directory / "model.safetensors"
     if not index.is_file():
         if single.is_file():
+            plain_file(single)
             return [single]
+        if pickles := [path for pattern in PICKLES for path in sorted(directory.glob(pattern))]:
+            raise UserError(
+                f"{pickles[0]}: weights in a pickle, which can run code, are not read: use a copy of the model in "
+                "safetensors, or convert it once (torch.load with weights_only=True, safetensors.torch.save_file)"
+            )
         raise UserError(f"{directory}: no weights here: expected model.safetensors or model.safetensors.index.json")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is missing or empty: fetch the file again")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
             raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
     shards = [directory / name for name in sorted(set(weight_map.values()))]
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"{shard}: named in the index, but missing: fetch the model again")
+        plain_file(shard)
     return shards
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, open to read.
-
-    Raises:
-        UserError: truncated or otherwise not whole.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}): fetch or copy it again") from None
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says of one of its tensors."""
-
-    path: Path
-    form: str  # F32, BF16, U8, ...
-    shape: tuple[int, ...]
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, a view of the file; that is opened anew, for an open one keeps in memory what was read of it."""
-        with open_safetensors(self.path) as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
 
 
 def read_headers(paths: list[Path]) -> dict[str, Header]:
@@ -165,12 +164,10 @@ def read_headers(paths: list[Path]) -> dict[str, Header]:
     """
     headers: dict[str, Header] = {}
     for path in paths:
-        with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in headers:
-                    raise UserError(f"{path}: {name} is in two files: fetch the model again")
-                part = file.get_slice(name)
-                headers[name] = Header(path, part.get_dtype(), tuple(part.get_shape()))
+        for name, header in read_header(path).items():
+            if name in headers:
+                raise UserError(f"{path}: {name} is in two files: fetch the model again")
+            headers[name] = header
     return headers
 
 
@@ -267,7 +264,9 @@ def stored_quantization(directory: Path) -> tuple[str, bool] | None:
     q = read_json(path).get("quantization_config")
     if not q:
         return None
-    kind = q.get("bnb_4bit_quant_type", "fp4")
+    if not isinstance(q, dict):
+        raise UserError(f"{path}: quantization_config: {q!r:.60} is not a table")
+    kind = str(q.get("bnb_4bit_quant_type", "fp4"))
     if q.get("load_in_8bit"):
         return "int8", False
     if not q.get("load_in_4bit") or kind not in CODES or q.get("bnb_4bit_quant_storage", "uint8") != "uint8":
@@ -389,9 +388,9 @@ def copy_companions(source: Path, out: Path) -> None:
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            write_file(out / name, [(source / name).read_bytes()])
+            write_file(out / name, [read_bytes(source / name, MAX_TOKENIZER)])
     path = source / "generation_config.json"
-    content = path.read_bytes() if path.is_file() else b""
+    content = read_bytes(path) if path.is_file() else b""
     if (source / "tokenizer.json").is_file():
         chat = ChatTokenizer.from_directory(source)
         if not chat.has_own_template:
@@ -447,10 +446,16 @@ def open_chat(source: str, opened: Opened, as_trained: bool = False) -> ChatToke
     Args:
         as_trained: a template that prints the date prints that of the run, not today's.
     """
-    run = read_json(Path(source) / "config.json") if is_run(source) else {}
-    chat = ChatTokenizer.from_directory(opened.tokenizer_directory, run.get("data", {}).get("template_args"))
-    if as_trained and "date" in run.get("provenance", {}):
-        chat.date = datetime.fromisoformat(run["provenance"]["date"])
+    if not is_run(source):
+        return ChatTokenizer.from_directory(opened.tokenizer_directory)
+    path = Path(source) / "config.json"
+    chat = ChatTokenizer.from_directory(opened.tokenizer_directory, load_file(path).data.template_args)
+    date = read_json(path).get("provenance", {}).get("date")
+    if as_trained and date is not None:
+        try:
+            chat.date = datetime.fromisoformat(date)
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: provenance.date: {date!r:.60} is not a date: the file is damaged") from None
     return chat
 
 
@@ -514,7 +519,9 @@ def best_checkpoint(run: Path) -> Saved:
 def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
     """The best checkpoint of a run on its base; after full training it holds every weight itself."""
     config, saved = load_file(run / "config.json"), best_checkpoint(run)
-    base, step = find_model(config.model.name), saved.state["step"]
+    base, step = find_model(config.model.name), saved.state.get("step")
+    if type(step) is not int:
+        raise UserError(f"{saved.path / 'state.json'}: step: {step!r:.60} is not a step: train again")
     if config.training.method == "full":
         model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
         return Opened(model, {}, base, base, dtype=dtype, step=step)
@@ -523,7 +530,11 @@ def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, origin
         trained_in = DTYPES[read_json(run / "config.json")["provenance"]["dtype"]]
     except (KeyError, TypeError):
         raise UserError(f"{run / 'config.json'}: provenance.dtype is missing or damaged: train again") from None
-    lora, tensors = as_plain_lora(config.lora, saved.tensors("adapter"))
+    path = saved.path / "adapter.safetensors"
+    try:
+        lora, tensors = as_plain_lora(config.lora, load_tensors(path))
+    except (KeyError, RuntimeError):  # one of A, B, A0, B0 is missing, or does not fit the others
+        raise UserError(f"{path}: not the tensors of an adapter with lora.init={config.lora.init}") from None
     adapter = TrainedAdapter(saved.path, base, base, lora, tensors, quantization, trained_in)
     return replace(_attach(adapter, device, dtype, original_base), step=step)
 
