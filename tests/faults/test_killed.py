@@ -53,15 +53,16 @@ def test_killed_at_every_operation_of_a_run(scene: Scene, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_instants(scene: Scene, count: int, tmp_path: Path) -> None:
-    chance, killed = random.Random(count), 0
-    for number in range(count):
-        directory = tmp_path / str(number)
+    chance, killed, runs = random.Random(count), 0, 0
+    while killed < count:
+        directory = tmp_path / str(runs)
         running = scene.start(directory)
         time.sleep(chance.uniform(0, scene.seconds))
         killed += running.kill().code == -signal.SIGKILL
         scene.goes_on(directory)
-    print(f"\n{killed} of {count} were killed before their end")
-    assert killed > count / 2
+        runs += 1
+        assert runs < 10 * count
+    print(f"\n{killed} of {runs} runs were killed before their end; all completed")
 
 
 @pytest.mark.parametrize("storms", [1, pytest.param(20, marks=pytest.mark.slow)])
