@@ -109,7 +109,7 @@ def answer_all(
     exchanges: dict[int, Exchange] = {}
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
-        answers = generate(model, [encoded[i] for i in group], chat.stop_ids, max_new, chat.pad_id)
+        answers = generate(model, [encoded[i] for i in group], chat.stop_ids, max_new)
         for i, said in zip(group, answers, strict=True):
             asked = prompts[i].messages[-1]["content"]
             exchanges[i] = Exchange(asked, prompts[i].reference, chat.decode(said.ids), said.stopped)

@@ -30,7 +30,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from nanoft import UserError
-from nanoft.attention import Documents, attend, attention_mask, backend, rotate
+from nanoft.attention import Documents, attend, attend_newest, backend, rotate
 
 Keep = Literal["all", "input", "offloaded"]  # what of a block waits for backward: its activations, or its input only
 ARCHITECTURES = {
@@ -235,29 +235,66 @@ def _read_windows(hf: Mapping[str, Any], family: str, layers: int) -> tuple[int 
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, one pair a layer, in buffers of their final size."""
+    """Keys and values of what was read and said so far, a pair a layer, in buffers of their final size.
 
-    def __init__(self, config: DecoderConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.positions = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
-        self.segments = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
-        self.length = 0
+    The prompts come packed into one row, as in training. They are kept in a row each, and all of them end in the same
+    slot, so that the next token has the same slot in every row; those before a shorter prompt are empty, and masked.
+    Within a row slots differ by as much as positions do, so a window of positions is one of slots.
+    """
 
-    def reserve(self, positions: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-        """Note what comes next; return positions and segments of all that may be attended to, (b, k)."""
-        start, self.length = self.length, self.length + positions.shape[1]
-        self.positions[:, start : self.length] = positions
-        self.segments[:, start : self.length] = segments
-        return self.positions[:, : self.length], self.segments[:, : self.length]
+    def __init__(
+        self, config: DecoderConfig, prompts: Sequence[int], more: int, device: torch.device, dtype: torch.dtype
+    ):
+        """
+        Args:
+            prompts: their lengths, in order.
+            more: tokens that may follow each.
+        """
+        self.windows, self.dtype = config.windows, dtype
+        self.longest, self.length = max(prompts), 0  # slots in use
+        self.empty = [self.longest - length for length in prompts]  # slots before each prompt
+        shape = (len(prompts), config.num_kv_heads, self.longest + more, config.head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        rows = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(prompts))
+        slots = torch.cat([torch.arange(empty, self.longest) for empty in self.empty])
+        self.places = rows.to(device), slots.to(device)  # of the prompts' tokens
+        self._build_mask()
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (b, q, g, d) to a layer; return all of its keys and values, (b, k, g, d)."""
-        start = self.length - keys.shape[1]
-        self.keys[layer][:, start : self.length] = keys
-        self.values[layer][:, start : self.length] = values
-        return self.keys[layer][:, : self.length], self.values[layer][:, : self.length]
+    def _build_mask(self) -> None:
+        """(b, 1, 1, slots): -inf for the slots before each prompt."""
+        slots = torch.arange(self.keys[0].shape[2])
+        before = slots < torch.tensor(self.empty)[:, None]
+        mask = torch.zeros(before.shape, dtype=self.dtype).masked_fill(before, -torch.inf)
+        self.mask = mask[:, None, None].to(self.keys[0].device)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its length changes with every token
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        """Keep the keys and values of a layer, (b, q, g, d); attention of q, (b, q, h, d), to all of them."""
+        keys, values, window = self.keys[layer], self.values[layer], self.windows[layer]
+        if self.length == 0:  # the prompts
+            rows, slots = self.places
+            keys[rows, :, slots], values[rows, :, slots] = k[0].to(self.dtype), v[0].to(self.dtype)
+            return attend(q, k, v, window, documents)
+        keys[:, :, self.length], values[:, :, self.length] = k[:, 0], v[:, 0]
+        end = self.length + 1
+        seen = slice(0 if window is None else max(0, end - window), end)
+        mask = self.mask[..., seen] if seen.start < max(self.empty) else None
+        return attend_newest(q.to(self.dtype), keys[:, :, seen], values[:, :, seen], mask)
+
+    def advance(self) -> None:
+        """All layers have kept what the last pass brought."""
+        self.length = self.length + 1 if self.length else self.longest
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Leave the other rows behind, and the slots that are empty in all that stay."""
+        chosen = torch.tensor(rows, device=self.mask.device)
+        cut = min(self.empty[row] for row in rows)
+        self.keys = [part[chosen, :, cut:] for part in self.keys]
+        self.values = [part[chosen, :, cut:] for part in self.values]
+        self.empty = [self.empty[row] - cut for row in rows]
+        self.length -= cut
+        self._build_mask()
 
 
 @dataclass
@@ -267,7 +304,6 @@ class Attention:
     cos: Tensor  # (b or 1, q, 1, d / 2)
     sin: Tensor  # (b or 1, q, 1, d / 2)
     documents: Documents | None  # of a packed batch
-    masks: dict[int | None, Tensor]  # by window, where positions alone do not say it: (b, 1, q, k), True: may attend
     cache: KVCache | None
 
 
@@ -321,10 +357,11 @@ class SelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, attention.cos, attention.sin), rotate(k, attention.cos, attention.sin)
-        if attention.cache is not None:
-            k, v = attention.cache.extend(self.layer, k, v)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm's float32 weight has widened them
-        y = attend(q, k, v, self.window, attention.documents, attention.masks.get(self.window))
+        if attention.cache is not None:
+            y = attention.cache.attend(self.layer, q, k, v, attention.documents)
+        else:
+            y = attend(q, k, v, self.window, attention.documents)
         return self.o_proj(select_rows(y.flatten(2), rows))
 
 
@@ -434,7 +471,6 @@ class Decoder(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         documents: Documents | None = None,
-        segments: Tensor | None = None,
         cache: KVCache | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
@@ -445,18 +481,19 @@ class Decoder(nn.Module):
             positions: of each token in its document, (batch, seq); None: 0, 1, 2, ...
             documents: of a packed batch, which do not see each other. None: one document a row, padded on the right
                 if at all (no token sees what comes after it, so such padding needs no mask).
-            segments: the same, token by token, where there is a cache: which document each belongs to, (batch, seq).
-            cache: earlier positions, extended in place.
+            cache: earlier positions, extended in place: first by prompts, packed into one row, then by a token a row.
             rows: flat positions b * seq + s that are wanted, (n,); None: all.
         """
         x = self.model.embed_tokens(ids)
         if self.training and self.neftune_alpha:
             x = x + embedding_noise(x, self.neftune_alpha)
-        attention = self._attention(ids, x, positions, documents, segments, cache)
+        attention = self._attention(ids, x, positions, documents, cache)
         *earlier, last = zip(self.model.layers, self.keep, strict=True)
         for block, keep in earlier:
             x = run_block(block, x, attention, None, keep)
         x = run_block(last[0], x, attention, rows, last[1])
+        if cache is not None:
+            cache.advance()
         return self.model.norm(x)
 
     def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
@@ -476,19 +513,12 @@ class Decoder(nn.Module):
         x: Tensor,
         positions: Tensor | None,
         documents: Documents | None,
-        segments: Tensor | None,
         cache: KVCache | None,
     ) -> Attention:
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         cos, sin = self._rotation(positions, x.dtype)
-        if segments is None and cache is None:
-            return Attention(cos, sin, documents, {}, None)
-        positions = positions.expand(ids.shape)
-        segments = torch.ones_like(ids) if segments is None else segments
-        keys = (positions, segments) if cache is None else cache.reserve(positions, segments)
-        masks = {window: attention_mask(positions, segments, *keys, window) for window in set(self.config.windows)}
-        return Attention(cos, sin, None, masks, cache)
+        return Attention(cos, sin, documents, cache)
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of position * frequency, (b, q, 1, d / 2); angles in float32 whatever the model's dtype."""

@@ -39,16 +39,19 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str, tmp_path: Path) 
 
 @torch.no_grad()
 def greedy(model: Decoder, ids: torch.Tensor, count: int, use_cache: bool) -> torch.Tensor:
-    """Greedy decoding, spelled out: with the cache only the newest token goes through the model."""
+    """Greedy decoding, spelled out: with the cache the prompts go in packed, and then only the newest tokens."""
     batch, start = ids.shape
-    cache = KVCache(model.config, batch, start + count, CPU, torch.float32) if use_cache else None
-    feed, at = ids, 0
-    for _ in range(count):
-        positions = torch.arange(at, at + feed.shape[1])[None]
-        hidden = model(feed, positions=positions, cache=cache)
+    packed = Documents((start,) * batch, torch.arange(batch + 1, dtype=torch.int32) * start)
+    cache = KVCache(model.config, [start] * batch, count, CPU, torch.float32) if use_cache else None
+    for step in range(count):
+        if cache is None:
+            hidden = model(ids)
+        elif step == 0:
+            hidden = model(ids.view(1, -1), torch.arange(start).repeat(batch)[None], packed, cache).view(*ids.shape, -1)
+        else:
+            hidden = model(ids[:, -1:], torch.full((batch, 1), ids.shape[1] - 1), cache=cache)
         newest = model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
         ids = torch.cat((ids, newest), dim=1)
-        feed, at = (newest, ids.shape[1] - 1) if use_cache else (ids, 0)
     return ids[:, start:]
 
 
@@ -57,13 +60,11 @@ def test_packed_documents_equal_the_same_documents_alone(tmp_path: Path) -> None
     model = load_model(tmp_path, CPU, torch.float32)
     first, second = torch.randint(0, 199, (1, 10)), torch.randint(0, 199, (1, 30))
     positions = torch.cat((torch.arange(10), torch.arange(30)))[None]
-    segments = torch.cat((torch.full((10,), 1), torch.full((30,), 2)))[None]
     documents = Documents((10, 30), torch.tensor([0, 10, 40], dtype=torch.int32))
     with torch.no_grad():
-        for told in ({"documents": documents}, {"segments": segments}):
-            packed = model(torch.cat((first, second), dim=1), positions, **told)
-            assert (packed[:, :10] - model(first)).abs().max() < 1e-5
-            assert (packed[:, 10:] - model(second)).abs().max() < 1e-5
+        packed = model(torch.cat((first, second), dim=1), positions, documents)
+        assert (packed[:, :10] - model(first)).abs().max() < 1e-5
+        assert (packed[:, 10:] - model(second)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("keep", ["all", "input", "offloaded"])
