@@ -130,18 +130,6 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def attend_newest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one position a row, (b, 1, h, d), to all that was kept, k and v (b, g, k, d): (b, 1, h, d).
-
-    The h / g query heads of a key head stand as so many queries of it, so that nothing is repeated.
-
-    Args:
-        mask: (b, 1, 1, k), 0 or -inf, added to the scores; None: everything is seen.
-    """
-    queries = q.view(k.shape[0], k.shape[1], -1, k.shape[3])  # (b, g, h / g, d)
-    return F.scaled_dot_product_attention(queries, k, v, attn_mask=mask).reshape(q.shape)
-
-
 def _varlen(flat: list[Tensor], documents: Documents, window: int | None) -> Tensor:
     """One kernel for all documents, (tokens, h, d). What its options are called depends on PyTorch's version."""
     q, k, v = flat

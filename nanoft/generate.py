@@ -18,13 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nanoft import UserError
 from nanoft.adapter import read_json
-from nanoft.attention import Documents
 from nanoft.chat import ChatTokenizer, Message
-from nanoft.model import Decoder, KVCache
+from nanoft.decode import Decoding
+from nanoft.model import Decoder
 from nanoft.runtime import Arguments, choose_device, choose_dtype, command, quiet_libraries
 from nanoft.sampling import GREEDY, Sampler, Sampling
 from nanoft.talk import Talk
@@ -80,12 +79,10 @@ def steps(
     generator: torch.Generator | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """(row, token) of every answer that goes on, step by step; the stop id that ends one is its last token."""
-    device, stops, lengths = model.head.device, set(stop_ids), [len(prompt) for prompt in prompts]
-    cache = KVCache(model.config, lengths, max_new_tokens, device, model.head.dtype)
-    sampler = Sampler(sampling, prompts, len(model.head), max_new_tokens, device, generator)
-    positions = torch.tensor(lengths, device=device)[:, None]  # (b, 1), of the token to come
-    rows = list(range(len(prompts)))  # whose answer each row of the batch is; -1: it has ended
-    hidden = _read(model, prompts, cache)
+    stops, rows = set(stop_ids), list(range(len(prompts)))  # rows: whose answer each row is; -1: it has ended
+    decoding = Decoding(model, prompts, max_new_tokens)
+    sampler = Sampler(sampling, prompts, len(model.head), max_new_tokens, model.head.device, generator)
+    hidden = decoding.read()
     for left in reversed(range(max_new_tokens)):
         newest = sampler.choose(model.logits(hidden))  # (b,)
         said = [(row, token) for row, token in zip(rows, newest.tolist(), strict=True) if row >= 0]
@@ -96,26 +93,11 @@ def steps(
         if not going or not left:
             return
         if len(going) <= CROWD * len(rows):
-            rows, chosen = [rows[place] for place in going], torch.tensor(going, device=device)
-            newest, positions = newest[chosen], positions[chosen]
-            cache.keep(going)
+            rows, chosen = [rows[place] for place in going], torch.tensor(going, device=newest.device)
+            newest = newest[chosen]
+            decoding.keep(going)
             sampler.keep(chosen)
-        hidden = model(newest[:, None], positions, cache=cache)[:, 0]
-        positions = positions + 1
-
-
-def _read(model: Decoder, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """The last hidden state of each prompt, (b, hidden); none is padded, and none sees another."""
-    device, lengths = model.head.device, torch.tensor([len(prompt) for prompt in prompts])
-    ids = torch.tensor([token for prompt in prompts for token in prompt])
-    positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
-    ends = lengths.cumsum(0)
-    documents = None
-    if len(prompts) > 1:
-        bounds = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(device, torch.int32)
-        documents = Documents(tuple(lengths.tolist()), bounds)
-    last = (ends - 1).to(device)
-    return model(ids[None].to(device), positions[None].to(device), documents, cache=cache, rows=last)[0]
+        hidden = decoding.step(newest)
 
 
 def answer(

@@ -1,4 +1,4 @@
-"""The decoder: token ids in, hidden states out, and the cache that makes generation linear.
+"""The decoder: token ids in, hidden states out.
 
 One class serves Llama 2/3, Mistral, Qwen2 and Qwen3, because they differ only in a few switches: a bias on some
 projections, a norm on queries and keys, a sliding window, a way of stretching the rotary positions. `DecoderConfig`
@@ -30,7 +30,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from nanoft import UserError
-from nanoft.attention import Documents, attend, attend_newest, backend, rotate
+from nanoft.attention import Documents, attend, backend, rotate
 
 Keep = Literal["all", "input", "offloaded"]  # what of a block waits for backward: its activations, or its input only
 ARCHITECTURES = {
@@ -234,67 +234,7 @@ def _read_windows(hf: Mapping[str, Any], family: str, layers: int) -> tuple[int 
     return tuple(window if index >= first else None for index in range(layers))
 
 
-class KVCache:
-    """Keys and values of what was read and said so far, a pair a layer, in buffers of their final size.
-
-    The prompts come packed into one row, as in training. They are kept in a row each, and all of them end in the same
-    slot, so that the next token has the same slot in every row; those before a shorter prompt are empty, and masked.
-    Within a row slots differ by as much as positions do, so a window of positions is one of slots.
-    """
-
-    def __init__(
-        self, config: DecoderConfig, prompts: Sequence[int], more: int, device: torch.device, dtype: torch.dtype
-    ):
-        """
-        Args:
-            prompts: their lengths, in order.
-            more: tokens that may follow each.
-        """
-        self.windows, self.dtype = config.windows, dtype
-        self.longest, self.length = max(prompts), 0  # slots in use
-        self.empty = [self.longest - length for length in prompts]  # slots before each prompt
-        shape = (len(prompts), config.num_kv_heads, self.longest + more, config.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        rows = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(prompts))
-        slots = torch.cat([torch.arange(empty, self.longest) for empty in self.empty])
-        self.places = rows.to(device), slots.to(device)  # of the prompts' tokens
-        self._build_mask()
-
-    def _build_mask(self) -> None:
-        """(b, 1, 1, slots): -inf for the slots before each prompt."""
-        slots = torch.arange(self.keys[0].shape[2])
-        before = slots < torch.tensor(self.empty)[:, None]
-        mask = torch.zeros(before.shape, dtype=self.dtype).masked_fill(before, -torch.inf)
-        self.mask = mask[:, None, None].to(self.keys[0].device)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its length changes with every token
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        """Keep the keys and values of a layer, (b, q, g, d); attention of q, (b, q, h, d), to all of them."""
-        keys, values, window = self.keys[layer], self.values[layer], self.windows[layer]
-        if self.length == 0:  # the prompts
-            rows, slots = self.places
-            keys[rows, :, slots], values[rows, :, slots] = k[0].to(self.dtype), v[0].to(self.dtype)
-            return attend(q, k, v, window, documents)
-        keys[:, :, self.length], values[:, :, self.length] = k[:, 0], v[:, 0]
-        end = self.length + 1
-        seen = slice(0 if window is None else max(0, end - window), end)
-        mask = self.mask[..., seen] if seen.start < max(self.empty) else None
-        return attend_newest(q.to(self.dtype), keys[:, :, seen], values[:, :, seen], mask)
-
-    def advance(self) -> None:
-        """All layers have kept what the last pass brought."""
-        self.length = self.length + 1 if self.length else self.longest
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Leave the other rows behind, and the slots that are empty in all that stay."""
-        chosen = torch.tensor(rows, device=self.mask.device)
-        cut = min(self.empty[row] for row in rows)
-        self.keys = [part[chosen, :, cut:] for part in self.keys]
-        self.values = [part[chosen, :, cut:] for part in self.values]
-        self.empty = [self.empty[row] - cut for row in rows]
-        self.length -= cut
-        self._build_mask()
+KeepPair = Callable[[int, Tensor, Tensor], None]  # is given each layer's keys and values, (b, q, g, d)
 
 
 @dataclass
@@ -304,7 +244,7 @@ class Attention:
     cos: Tensor  # (b or 1, q, 1, d / 2)
     sin: Tensor  # (b or 1, q, 1, d / 2)
     documents: Documents | None  # of a packed batch
-    cache: KVCache | None
+    keep_pair: KeepPair | None  # where the text is to go on: nanoft/decode.py
 
 
 class RMSNorm(nn.Module):
@@ -358,10 +298,9 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, attention.cos, attention.sin), rotate(k, attention.cos, attention.sin)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm's float32 weight has widened them
-        if attention.cache is not None:
-            y = attention.cache.attend(self.layer, q, k, v, attention.documents)
-        else:
-            y = attend(q, k, v, self.window, attention.documents)
+        if attention.keep_pair is not None:
+            attention.keep_pair(self.layer, k, v)
+        y = attend(q, k, v, self.window, attention.documents)
         return self.o_proj(select_rows(y.flatten(2), rows))
 
 
@@ -471,8 +410,8 @@ class Decoder(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         documents: Documents | None = None,
-        cache: KVCache | None = None,
         rows: Tensor | None = None,
+        keep_pair: KeepPair | None = None,
     ) -> Tensor:
         """Last hidden states, (batch, seq, hidden); of some rows only, (1, n, hidden).
 
@@ -481,19 +420,17 @@ class Decoder(nn.Module):
             positions: of each token in its document, (batch, seq); None: 0, 1, 2, ...
             documents: of a packed batch, which do not see each other. None: one document a row, padded on the right
                 if at all (no token sees what comes after it, so such padding needs no mask).
-            cache: earlier positions, extended in place: first by prompts, packed into one row, then by a token a row.
             rows: flat positions b * seq + s that are wanted, (n,); None: all.
+            keep_pair: is given the keys and values of each layer.
         """
         x = self.model.embed_tokens(ids)
         if self.training and self.neftune_alpha:
             x = x + embedding_noise(x, self.neftune_alpha)
-        attention = self._attention(ids, x, positions, documents, cache)
+        attention = self._attention(ids, x, positions, documents, keep_pair)
         *earlier, last = zip(self.model.layers, self.keep, strict=True)
         for block, keep in earlier:
             x = run_block(block, x, attention, None, keep)
         x = run_block(last[0], x, attention, rows, last[1])
-        if cache is not None:
-            cache.advance()
         return self.model.norm(x)
 
     def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
@@ -513,14 +450,14 @@ class Decoder(nn.Module):
         x: Tensor,
         positions: Tensor | None,
         documents: Documents | None,
-        cache: KVCache | None,
+        keep_pair: KeepPair | None,
     ) -> Attention:
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        cos, sin = self._rotation(positions, x.dtype)
-        return Attention(cos, sin, documents, cache)
+        cos, sin = self.rotation(positions, x.dtype)
+        return Attention(cos, sin, documents, keep_pair)
 
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of position * frequency, (b, q, 1, d / 2); angles in float32 whatever the model's dtype."""
         frequency, factor = self.config.rope.angles(self.config.head_dim)
         angles = positions[:, :, None, None].float() * frequency.to(positions.device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanoft import attention
-from nanoft.attention import Documents, attend, attend_newest, rotate
+from nanoft.attention import Documents, attend, rotate
 
 
 def tensors(lengths: tuple[int, ...], dtype: torch.dtype, heads: int = 4, groups: int = 2) -> list[torch.Tensor]:
@@ -63,17 +63,6 @@ def test_output_and_gradients_are_those_of_the_plain_formula(
         torch.autograd.grad(y, parts, towards), torch.autograd.grad(expected, parts, towards), strict=True
     ):
         assert torch.allclose(own, other, atol=1e-6)  # dk and dv are summed in float32
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("heads", [2, 4, 6])
-def test_one_position_sees_what_was_kept_but_not_the_empty_places(heads: int, masked: bool) -> None:
-    q, k, v = tensors((3, 7), torch.float64, heads=heads)
-    seen = torch.arange(7) >= torch.tensor([[0], [4], [6]]) if masked else torch.ones(3, 7, dtype=torch.bool)
-    expected = plainly(q[:, -1:], k, v, seen[:, None, None])
-    mask = torch.zeros(3, 1, 1, 7, dtype=torch.float64).masked_fill(~seen[:, None, None], -torch.inf)
-    y = attend_newest(q[:, -1:], k.transpose(1, 2), v.transpose(1, 2), mask if masked else None)
-    assert torch.allclose(y, expected, atol=1e-12)
 
 
 def test_in_bfloat16_on_a_cpu_chunks_stay_within_two_roundings_of_float64() -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports only what stands before it
     "config", "runtime", "attention", "model", "loss", "optim", "checkpoint", "metrics", "template", "chat",
     "files", "records", "quality", "truncate", "nf4", "lora", "adapter", "ranks", "weights", "plan", "batches", "cache",
-    "corpus", "guard", "sampling", "talk", "generate", "evaluate", "preflight", "export",
+    "corpus", "guard", "sampling", "decode", "talk", "generate", "evaluate", "preflight", "export",
 ]  # fmt: skip
 COMMANDS = ["train.py", "eval.py", "merge.py"]
 MODULES = {path.stem: path for path in (ROOT / "nanoft").glob("*.py") if path.stem != "__init__"}

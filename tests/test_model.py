@@ -15,7 +15,7 @@ from nanoft import UserError
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
 from nanoft.lora import inject_lora
-from nanoft.model import Decoder, DecoderConfig, KVCache, compile_blocks, embedding_noise, keep_by_policy, select_rows
+from nanoft.model import Decoder, DecoderConfig, compile_blocks, embedding_noise, keep_by_policy, select_rows
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
@@ -33,25 +33,15 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str, tmp_path: Path) 
         assert theirs.std() > 0.1  # logits that say something
         settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
         expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, 48:]
-    assert torch.equal(greedy(model, ids, 64, use_cache=True), expected)
-    assert torch.equal(greedy(model, ids, 64, use_cache=False), expected)
+    assert torch.equal(greedy(model, ids, 64), expected)
 
 
 @torch.no_grad()
-def greedy(model: Decoder, ids: torch.Tensor, count: int, use_cache: bool) -> torch.Tensor:
-    """Greedy decoding, spelled out: with the cache the prompts go in packed, and then only the newest tokens."""
-    batch, start = ids.shape
-    packed = Documents((start,) * batch, torch.arange(batch + 1, dtype=torch.int32) * start)
-    cache = KVCache(model.config, [start] * batch, count, CPU, torch.float32) if use_cache else None
-    for step in range(count):
-        if cache is None:
-            hidden = model(ids)
-        elif step == 0:
-            hidden = model(ids.view(1, -1), torch.arange(start).repeat(batch)[None], packed, cache).view(*ids.shape, -1)
-        else:
-            hidden = model(ids[:, -1:], torch.full((batch, 1), ids.shape[1] - 1), cache=cache)
-        newest = model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
-        ids = torch.cat((ids, newest), dim=1)
+def greedy(model: Decoder, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy decoding, spelled out; nanoft/decode.py does it with a cache."""
+    start = ids.shape[1]
+    for _ in range(count):
+        ids = torch.cat((ids, model.logits(model(ids)[:, -1]).argmax(-1, keepdim=True)), dim=1)
     return ids[:, start:]
 
 

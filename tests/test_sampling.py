@@ -73,7 +73,7 @@ def test_all_together_are_what_transformers_builds_for_generate(left_out: str | 
         LlamaConfig(vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     wanted = GenerationConfig(do_sample=True, **{"top_k": 0, "top_p": 1.0, **settings})
-    chain = theirs._get_logits_processor(wanted, logits_processor=LogitsProcessorList())
+    chain = theirs._get_logits_processor(wanted, input_ids_seq_length=12, logits_processor=LogitsProcessorList())
     seen, prompts = seen_and_prompts()
     own = warp(penalise(logits(), seen, settings.get("repetition_penalty", 1.0)), Sampling(**settings))
     assert len(chain) == len(ALL) - (left_out is not None)
