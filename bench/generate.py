@@ -5,13 +5,15 @@
     python bench/generate.py --side nanoft --model tiny --batch 32      one side, alone; prints one line of JSON
 
 Both sides run in fresh processes, one after another, in an order that turns every round, on one thread, with the same
-weights, prompts, stop ids and limit. Prompts have different lengths; they are answered in batches, in the order in
-which they come. A token counts if it belongs to an answer, its stop id included; padding, and what is computed for
-answers that have ended, does not. Reading the prompts is part of the time. A short call before the first round is not.
+weights, prompts, stop ids and limit. Prompts have different lengths; they are answered in one batch, or four of
+them alone. A token counts if it belongs to an answer, its stop id included; padding, and what is computed for
+answers that have ended, does not. Reading the prompts is part of the time; a short call before that is not. Time is the
+process's CPU time, which on one thread is that of a clock, but for what else the machine does.
 
 - tiny: the repository's base model (configs/tiny/base) asked the questions of its data set, in its chat template.
-- small: 41 million random weights, 8 layers of 512, 32,768 tokens; random prompts of 16 to 128 tokens. One token in a
-  hundred ends an answer, since a random model has no idea of an end; "no stop": none does, and all answers are as long.
+- small: 41 million random weights, 8 layers of 512, 32,768 tokens; random prompts of 16 to 128 tokens, answers of up
+  to 96. Its head holds the embedding in another order, so that it is as sure of the next token as a trained model and
+  does not repeat itself; one token in forty ends an answer. "no stop": a random head, and all answers are as long.
 
 Tokens must be equal. In bfloat16 two orders of the same sum differ by a rounding, so there answers may part where the
 peer's own two best logits are nearly equal: the largest such gap is reported, and a larger one than TOLERANCE means
@@ -56,7 +58,7 @@ def task(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
     """Prompts and stop ids."""
     import numpy as np
 
-    count = args.prompts if args.batch > 1 else max(1, args.prompts // 8)
+    count = max(args.batch, 4)
     if args.model == "tiny":
         from nanoft.chat import ChatTokenizer
 
@@ -67,8 +69,21 @@ def task(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
     chance = np.random.default_rng(args.seed)
     lengths = chance.integers(16, 129, count)
     prompts = [chance.integers(0, args.vocab, length).tolist() for length in lengths]
-    stops = chance.choice(args.vocab, args.vocab // 100, replace=False).tolist()
+    stops = chance.choice(args.vocab, args.vocab // 40, replace=False).tolist()
     return prompts, sorted(stops) if args.stops else []
+
+
+def make_sure(args: argparse.Namespace, head: Any, embedding: Any) -> None:
+    """Let each token be followed by another one, in long circles: the head is the embedding, reordered.
+
+    The embedding is made large, so that what the layers add to it does not hide it.
+    """
+    import torch
+
+    order = torch.randperm(len(head), generator=torch.Generator().manual_seed(args.seed))
+    with torch.no_grad():
+        head[order] = embedding
+        embedding.mul_(50)
 
 
 def measure(
@@ -104,6 +119,8 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     device, dtype = torch.device("cpu"), getattr(torch, args.dtype)
     model = (load_model(TINY, device, dtype) if args.model == "tiny" else build_nanoft(args, device)).eval()
+    if args.model == "small" and args.stops:
+        make_sure(args, model.head, model.model.embed_tokens.weight)
 
     def answer(prompts: list[list[int]], stops: list[int], limit: int) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts]
@@ -133,6 +150,8 @@ def run_peer(args: argparse.Namespace) -> dict[str, Any]:
         shape = {key: value for key, value in hf_config(args).items() if key not in ("architectures", "model_type")}
         model = MistralForCausalLM(MistralConfig(**shape, attn_implementation="sdpa")).to(dtype)
         draw_weights(args, dict(model.named_parameters()))
+        if args.stops:
+            make_sure(args, model.lm_head.weight, model.model.embed_tokens.weight)
     model.eval()
 
     def answer(prompts: list[list[int]], stops: list[int], limit: int) -> list[list[int]]:
@@ -170,7 +189,7 @@ def contest(args: argparse.Namespace, case: tuple[str, str, int, bool]) -> dict[
     """One case: rounds of both sides and what follows from them; a failure is part of the result."""
     model, dtype, batch, stops = case
     options = ["--model", model, "--dtype", dtype, "--batch", str(batch), "--stops", str(int(stops))]
-    options += ["--prompts", str(args.prompts), "--repeats", str(args.repeats)]
+    options += ["--repeats", str(args.repeats)]
     results: dict[str, list[dict[str, Any]]] = {"nanoft": [], "peer": []}
     errors: dict[str, str] = {}
     for number in range(args.rounds):
@@ -232,8 +251,8 @@ def report(cases: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "",
         f"{settings['machine']}, one thread; {settings['versions']}; rounds: {settings['rounds']}. {settings['note']}",
         "Written by `bench/generate.py`, which says what is compared. Speeds are medians (p10 to p90 of all calls),",
-        "ratios medians (and range) over the rounds. Answers that part do so where the peer's two best logits differ by less",
-        f"than {TOLERANCE['bfloat16']:.0%} of the largest (bfloat16) or {TOLERANCE['float32']:.0e} of it (float32).",
+        "ratios medians (and range) over the rounds. Answers that part do so where the peer's two best logits differ",
+        f"by less than {TOLERANCE['bfloat16']:.0%} (bfloat16) or {TOLERANCE['float32']:.0e} (float32) of the largest.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -262,7 +281,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--case", help="only this one, as the table has it; prints its line of JSON")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2, help="times that all prompts are answered in a round")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts of a case; at batch 1 an eighth of them")
     parser.add_argument("--note", default="", help="a sentence for the report, such as what else the machine did")
     parser.add_argument("--out", type=Path, default=HERE / "generate", help="without its suffix")
     parser.add_argument("--timeout-s", type=float, default=900, help="for each process")

@@ -104,7 +104,8 @@ class Talk:
         if room < 1:
             raise UserError(f"the prompt has {len(prompt)} tokens, the model's context {self.context}: shorten it")
         if forgotten:
-            note(f"the oldest {forgotten} of the questions no longer fit into {self.context} tokens: forgotten")
+            what = "question no longer fits" if forgotten == 1 else f"{forgotten} questions no longer fit"
+            note(f"the oldest {what} into {self.context} tokens: forgotten")
         return prompt, int(min(room, self.max_new_tokens))
 
     def say(self, speak: Speak, prompt: list[int], limit: int, name: str) -> str:

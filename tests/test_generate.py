@@ -16,10 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from models import make_chat_model, make_reference, train_run, write_records
 from nanoft import generate
 from nanoft.chat import ChatTokenizer
-from nanoft.config import LoRAConfig
 from nanoft.decode import Decoding
 from nanoft.generate import Answer, answer
-from nanoft.lora import disabled, inject_lora, linears_of
 from nanoft.model import Decoder
 from nanoft.sampling import Sampling
 from nanoft.weights import load_model
@@ -103,32 +101,6 @@ def test_rows_that_leave_change_nothing_for_the_others(
         expected.append(Answer(ids[:end], end is not None))
     assert len({len(said.ids) for said in expected}) > 2
     assert generate.generate(model, PROMPTS, stops, 40) == expected
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_answers_on_a_packed_base_are_those_of_its_unpacked_weights(bits: int, tmp_path: Path) -> None:
-    make_reference("mistral-window", tmp_path)
-    packed = load_model(tmp_path, CPU, torch.float32, ("int8", False) if bits == 8 else ("nf4", True)).eval()
-    plain = load_model(tmp_path, CPU, torch.float32).eval()
-    for name, linear in linears_of(plain).items():
-        linear.weight.data = packed.get_submodule(name).dequantize()
-    assert generate.generate(packed, PROMPTS, (), 24) == generate.generate(plain, PROMPTS, (), 24)
-
-
-@pytest.mark.parametrize("case", ["mistral-window", "qwen2"])
-def test_answers_with_adapters_are_those_of_the_merged_model(case: str, tmp_path: Path) -> None:
-    model, _ = model_and_reference(case, tmp_path)
-    merged = load_model(tmp_path, CPU, torch.float32).eval()
-    before = generate.generate(model, PROMPTS, (), 24)
-    adapters = inject_lora(model, LoRAConfig(rank=4, target_modules=("all-linear",)), seed=0)
-    for number, (name, adapter) in enumerate(adapters.items()):
-        torch.nn.init.normal_(adapter.lora_B, std=0.3, generator=torch.Generator().manual_seed(number))
-        linear = merged.get_submodule(name)
-        linear.weight.data = adapter.merged(linear.weight.data)
-    model.eval()
-    assert generate.generate(model, PROMPTS, (), 24) == generate.generate(merged, PROMPTS, (), 24) != before
-    with disabled(adapters):
-        assert generate.generate(model, PROMPTS, (), 24) == before
 
 
 def test_an_answer_ends_before_the_first_stop_id_and_the_others_go_on(tmp_path: Path) -> None:
