@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from models import make_chat_model
 from nanoft import UserError, generate
@@ -42,10 +43,8 @@ def chat(directory: Path) -> ChatTokenizer:
 
 def byte_tokens(chat: ChatTokenizer, text: str) -> list[int]:
     """One token a byte, whatever merges the tokenizer has."""
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
-
-    spelled = bytes_to_unicode()
-    ids = [chat.tokenizer.token_to_id(spelled[byte]) for byte in text.encode()]
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    ids = [chat.tokenizer.token_to_id(spelled) for piece, _ in pieces for spelled in piece]
     assert None not in ids
     return ids
 
