@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,10 +23,8 @@ from torch import Tensor, nn
 from nanoft.attention import Documents
 from nanoft.lora import LoRALinear
 from nanoft.model import Block, Decoder
-from nanoft.nf4 import Linear4bit, Linear8bit
 
 Product = Callable[[Tensor], Tensor]  # (b, in) -> (b, out)
-SHARE = 0.5  # of the free memory that unpacked weights may take
 
 
 class Decoding:
@@ -46,8 +43,7 @@ class Decoding:
         self.empty = [self.longest - len(prompt) for prompt in prompts]  # slots before each prompt
         self.keys: list[Tensor] = []  # of each layer, (b, g, slots, d)
         self.values: list[Tensor] = []
-        unpack = has_room(model)
-        self.layers = [Layer(block, unpack) for block in model.model.layers if isinstance(block, Block)]
+        self.layers = [Layer(block) for block in model.model.layers if isinstance(block, Block)]
 
     def read(self) -> Tensor:
         """Take in the prompts; the last hidden state of each, (b, n). None is padded, and none sees another."""
@@ -61,7 +57,6 @@ class Decoding:
         rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(self.device)
         slots = positions + torch.tensor(self.empty, device=self.device)[rows]
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def keep_pair(_: int, k: Tensor, v: Tensor) -> None:
             shape = (len(lengths), k.shape[2], self.slots, k.shape[3])
             for part, kept in ((k, self.keys), (v, self.values)):
@@ -69,7 +64,8 @@ class Decoding:
                 kept[-1][rows, :, slots] = part[0]
 
         last = (ends - 1).to(self.device)
-        hidden = self.model(ids[None], positions[None], documents, rows=last, keep_pair=keep_pair)[0]
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled again for every length
+            hidden = self.model(ids[None], positions[None], documents, rows=last, keep_pair=keep_pair)[0]
         self._prepare_slots()
         return hidden
 
@@ -120,12 +116,12 @@ class Decoding:
 class Layer:
     """A block for one position a row: the functions of its linears, and what stands between them."""
 
-    def __init__(self, block: Block, unpack: bool):
+    def __init__(self, block: Block):
         attention, mlp = block.self_attn, block.mlp
         self.norms = block.input_layernorm, block.post_attention_layernorm
         self.q_norm, self.k_norm, self.head_dim = attention.q_norm, attention.k_norm, attention.head_dim
         self.q, self.k, self.v, self.o, self.gate, self.up, self.down = (
-            as_function(linear, unpack)
+            as_function(linear)
             for linear in (
                 *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
                 *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
@@ -152,21 +148,18 @@ class Layer:
         return x + self.down(F.silu(self.gate(y)).mul_(self.up(y)))
 
 
-def as_function(linear: nn.Module, unpack: bool) -> Product:
+def as_function(linear: nn.Module) -> Product:
     """A linear without the module around it: the plain product, with its adapter if that is switched on."""
     if isinstance(linear, LoRALinear):
-        return adapted(linear, unpack) if linear.enabled else as_function(linear.base, unpack)
-    if isinstance(linear, (Linear4bit, Linear8bit)) and unpack:
-        weight, bias = linear.dequantize(), linear.bias
-        return lambda x: F.linear(x, weight, bias)
+        return adapted(linear) if linear.enabled else as_function(linear.base)
     if isinstance(linear, nn.Linear):
         return lambda x, weight=linear.weight, bias=linear.bias: F.linear(x, weight, bias)  # type: ignore[misc]
     return linear
 
 
-def adapted(linear: LoRALinear, unpack: bool) -> Product:
+def adapted(linear: LoRALinear) -> Product:
     """y = W x + s B A x + b, as in nanoft/lora.py; A and B are rounded to the model's number format once."""
-    base, (a, b), scaling = as_function(linear.base, unpack), linear.factors(), linear.scaling
+    base, (a, b), scaling = as_function(linear.base), linear.factors(), linear.scaling
     rounded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def product(x: Tensor) -> Tensor:
@@ -177,12 +170,3 @@ def adapted(linear: LoRALinear, unpack: bool) -> Product:
         return linear.finish(y.addmm_(x.to(y.dtype) @ a_t, b_t, alpha=scaling))
 
     return product
-
-
-def has_room(model: Decoder) -> bool:
-    """Whether a packed base may be unpacked for as long as the answers take; the products stay the same."""
-    packed = [layer for layer in model.modules() if isinstance(layer, (Linear4bit, Linear8bit))]
-    needed = sum(layer.out_features * layer.in_features * layer.dtype.itemsize for layer in packed)
-    device = model.head.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return needed <= SHARE * free

@@ -17,16 +17,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from nanoft import UserError
 from nanoft.adapter import read_json
 from nanoft.chat import ChatTokenizer, Message
 from nanoft.decode import Decoding
+from nanoft.lora import linears_of
 from nanoft.model import Decoder
+from nanoft.nf4 import cache_weights
 from nanoft.runtime import Arguments, choose_device, choose_dtype, command, quiet_libraries
 from nanoft.sampling import GREEDY, Sampler, Sampling
-from nanoft.talk import Talk
+from nanoft.talk import Talk, check_text
 from nanoft.weights import open_chat, open_model
 
 EXAMPLES = """examples:
@@ -34,6 +37,7 @@ EXAMPLES = """examples:
   python -m nanoft.generate runs/tiny --base                                  a chat, with the base's answers
   python -m nanoft.generate runs/tiny --temperature 0.7 --top-p 0.9 --seed 1  drawn, and the same again next time
   python -m nanoft.generate runs/tiny < questions.txt                         an answer for each line"""
+SHARE = 0.5  # of the free memory that unpacked weights may take
 CROWD = 0.75  # ended rows leave when at most this share goes on: to leave is to copy the others' cache
 
 
@@ -118,11 +122,14 @@ def main(argv: list[str]) -> int:
     """`python -m nanoft.generate RUN|MODEL [--prompt TEXT]`: one answer, or a chat when no prompt is given."""
     args = build_parser().parse_args(argv)
     sampling = read_sampling(args)
+    check_text("--prompt", args.prompt or "")
+    check_text("--system", args.system or "")
     quiet_libraries()
     device = choose_device("auto")
     opened = open_model(args.source, device, choose_dtype("auto", device))
     if args.base and not opened.adapters:
         raise UserError(f"--base: {args.source} has no adapter to switch off: talk to its base by the base's own name")
+    cache_weights(opened.model, "cached" if device.type == "cpu" and has_room(opened.model) else "auto")
     chat = open_chat(args.source, opened)
     generator = torch.Generator()
     if args.seed is None:
@@ -142,6 +149,12 @@ def main(argv: list[str]) -> int:
     else:
         talk.ask(args.prompt)
     return 0
+
+
+def has_room(model: Decoder) -> bool:
+    """Whether the weights of a packed base may lie there unpacked, which makes a token several times as fast."""
+    needed = sum(layer.out_features * layer.in_features for layer in linears_of(model).values()) * 4  # bytes, at most
+    return needed <= SHARE * psutil.virtual_memory().available
 
 
 def build_parser() -> Arguments:

@@ -79,6 +79,7 @@ class Talk:
         Raises:
             UserError: it does not fit into the context, or the template refuses it; it is then not part of the talk.
         """
+        check_text("stdin", question)
         self.messages.append({"role": "user", "content": question})
         try:
             prompt, limit = self.fit()
@@ -197,6 +198,12 @@ class Talk:
         else:
             prompt = self.chat.encode_prompt(self.messages[:-1])
             self.say(self.base, prompt, int(min(self.context - len(prompt), self.max_new_tokens)), "base: ")
+
+
+def check_text(where: str, text: str) -> None:
+    """Refuse what came as bytes that are no UTF-8: Python passes them on as half characters."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where}: not UTF-8: convert it, for example with iconv")
 
 
 def note(text: str) -> None:

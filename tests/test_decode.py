@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from models import CASES, make_reference
-from nanoft import decode
 from nanoft.config import LoRAConfig
 from nanoft.decode import Decoding
 from nanoft.generate import generate
 from nanoft.lora import disabled, inject_lora, linears_of
 from nanoft.model import Decoder
+from nanoft.nf4 import cache_weights
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
@@ -38,6 +38,22 @@ def largest_difference(model: Decoder, decoding: Decoding, rows: list[int], step
             staying = rows
         hidden = decoding.step(MORE[step, staying])
     return worst
+
+
+def test_compiled_blocks_are_not_compiled_again_for_prompts(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32).eval()
+    expected = generate(model, PROMPTS, (), 8)
+    compiled = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    for block in model.model.layers:
+        block.compile(backend=backend)
+    assert generate(model, PROMPTS, (), 8) == expected
+    assert not compiled
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,19 +89,16 @@ def test_under_autocast_a_step_is_a_pass_too(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_answers_on_a_packed_base_are_those_of_its_unpacked_weights(
-    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_on_a_packed_base_are_those_of_its_unpacked_weights(bits: int, tmp_path: Path) -> None:
     make_reference("mistral-window", tmp_path)
     packed = load_model(tmp_path, CPU, torch.float32, ("int8", False) if bits == 8 else ("nf4", True)).eval()
     plain = load_model(tmp_path, CPU, torch.float32).eval()
     for name, linear in linears_of(plain).items():
         linear.weight.data = packed.get_submodule(name).dequantize()
     expected = generate(plain, PROMPTS, (), 24)
-    for share in (decode.SHARE, 0.0):  # unpacked for the time of the answers, and at every step
-        monkeypatch.setattr(decode, "SHARE", share)
-        assert decode.has_room(packed) is (share > 0)
-        assert generate(packed, PROMPTS, (), 24) == expected
+    assert generate(packed, PROMPTS, (), 24) == expected
+    cache_weights(packed, "cached")
+    assert generate(packed, PROMPTS, (), 24) == expected
 
 
 KINDS: list[dict[str, Any]] = [{}, {"dora": True, "rslora": True}, {"init": "pissa"}, {"bias": "lora_only"}]

@@ -252,6 +252,7 @@ REFUSING = "{{ raise_exception('first line\\nsecond line') }}"
         (["MODEL", "--seed", "-3"], "--seed: -3 is out of range"),
         (["MODEL", "--top-p", "0.9"], "--top-p: nothing is drawn at temperature 0: add --temperature 0.7"),
         (["MODEL", "--base"], "has no adapter to switch off"),
+        (["MODEL", "--system", "\udcff"], "--system: not UTF-8"),
         (["MODEL", "--system", "S"], "the chat template refuses these messages: first line second line"),
     ],
 )

@@ -214,6 +214,8 @@ def test_input_that_is_no_text_is_one_line(chat: ChatTokenizer, monkeypatch: pyt
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     with pytest.raises(UserError, match="stdin: not UTF-8"):
         talk_of(chat, Script(chat, [], {})).run()
+    with pytest.raises(UserError, match="stdin: not UTF-8"):  # in the C locale it comes like this
+        talk_of(chat, Script(chat, [], {})).ask(b"\xff".decode(errors="surrogateescape"))
 
 
 class Interrupted(Script):
