@@ -205,7 +205,10 @@ class EvaluationConfig(Section):
     prompt_batch_size: int = between(64, 1)  # prompts answered at once
     max_new_tokens: int = between(128, 1)  # per answer
     temperature: float = between(0.0, 0.0)  # of the answers; 0: always the most likely token
+    top_k: int = between(0, 0)  # with a temperature: among so many of the likeliest tokens; 0: all
     top_p: float = between(1.0, 1e-6, 1.0)  # with a temperature: among the likeliest tokens with this probability
+    min_p: float = between(0.0, 0.0, 1.0)  # with a temperature: among tokens with this share of the likeliest one's
+    repetition_penalty: float = between(1.0, 0.01)  # makes tokens that were there less likely; 1: it does not
     metrics: tuple[str, ...] = ()  # of the answers, besides exact match: docs/evaluation.md; the first decides who wins
     by_field: str | None = None  # a field of the records: perplexity for each of its values
     stride: int | None = between(None, 1)  # of the windows over texts longer than the context; none: half the context

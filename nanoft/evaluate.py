@@ -34,6 +34,7 @@ from nanoft.generate import generate
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
 from nanoft.records import Conversation
+from nanoft.sampling import GREEDY, Sampling
 from nanoft.scores import Metric, exact_match
 
 # Losses, by figure, and what exp of them is called; in the order of the report.
@@ -226,20 +227,18 @@ def answer_all(
     prompts: Sequence[Prompt],
     batch_size: int,
     max_new: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[Exchange]:
-    """Answers to every prompt, greedy unless there is a temperature; prompts of like length together."""
-    training, generator = model.training, torch.Generator(model.head.device).manual_seed(seed)
+    """Answers to every prompt; prompts of like length together."""
+    training, generator = model.training, torch.Generator().manual_seed(seed)
     model.eval()
     encoded = [chat.encode_prompt(prompt.messages, prompt.tools) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "generator": generator}
     exchanges: dict[int, Exchange] = {}
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
-        answers = generate(model, [encoded[i] for i in group], chat.stop_ids, max_new, chat.pad_id, **sampling)
+        answers = generate(model, [encoded[i] for i in group], chat.stop_ids, max_new, sampling, generator)
         for i, said in zip(group, answers, strict=True):
             asked = prompts[i].messages[-1]["content"]
             exchanges[i] = Exchange(asked, prompts[i].reference, chat.decode(said.ids), said.stopped)
@@ -265,7 +264,7 @@ def measure(
     chat: ChatTokenizer,
     samples: Sequence[Sample],
     prompts: Sequence[Prompt],
-    settings: EvaluationConfig,
+    e: EvaluationConfig,
     context: int,
     metrics: Sequence[Metric] = (),
     general: Sequence[Sample] = (),
@@ -278,7 +277,7 @@ def measure(
         metrics: of the answers, besides exact match and stop rate.
         seed: of sampled answers.
     """
-    e, started = settings, time.perf_counter()
+    started = time.perf_counter()
     figures: dict[str, Figure] = {}
     if len(samples):
         figures |= likelihoods(model, chat, samples, e.batch_size, context, e.stride).figures()
@@ -287,7 +286,7 @@ def measure(
         figures["general_loss"] = probe["loss"]
     exchanges: list[Exchange] = []
     if prompts:
-        sampling = (e.temperature, e.top_p, seed)
-        exchanges = answer_all(model, chat, prompts, e.prompt_batch_size, e.max_new_tokens, *sampling)
+        sampling = Sampling(e.temperature, e.top_k, e.top_p, e.min_p, e.repetition_penalty)
+        exchanges = answer_all(model, chat, prompts, e.prompt_batch_size, e.max_new_tokens, sampling, seed)
     figures |= answer_figures(exchanges, metrics)
     return Measured(figures, exchanges, time.perf_counter() - started)

@@ -158,7 +158,7 @@ def checks(job: Job, go_on: GoOn, documents: Samples) -> list[Check]:
             none,
         ),
         # both the likeliest token's logit and that of the one taken may be off
-        Check("with a cache = without", "greedy tokens", 2 * near, in_use(answers_apart, model, prompts, pad)),
+        Check("with a cache = without", "greedy tokens", 2 * near, in_use(answers_apart, model, prompts)),
         Check(
             f"{STEPS} + {STEPS} steps = {2 * STEPS} steps",
             f"weights, optimizer, random numbers{unsure}",
@@ -407,13 +407,13 @@ def files_apart(job: Job, directory: Path) -> float:
     return max(apart(again[name](x), adapter(x)) for name, adapter, x in examples(job.adapters))
 
 
-def answers_apart(model: Decoder, prompts: list[list[int]], pad_id: int) -> float:
+def answers_apart(model: Decoder, prompts: list[list[int]]) -> float:
     """Greedy answers to all prompts at once, with a cache, against one pass over each prompt and answer without one.
 
     How far the likeliest token is ahead of the one in the answer, in deviations of the logits: 0 if it is the same.
     """
     farthest = 0.0
-    for prompt, answer in zip(prompts, generate(model, prompts, (), ANSWER, pad_id), strict=True):
+    for prompt, answer in zip(prompts, generate(model, prompts, (), ANSWER), strict=True):
         ids = torch.tensor([[*prompt, *answer.ids]], device=model.head.device)
         logits = model.logits(model(ids)[0, len(prompt) - 1 : -1])  # (answer, vocab)
         ahead = logits.amax(-1) - logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]

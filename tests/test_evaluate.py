@@ -22,6 +22,7 @@ from nanoft.evaluate import Exchange, Measured, Prompt
 from nanoft.lora import disabled, inject_lora
 from nanoft.model import Decoder
 from nanoft.records import Conversation
+from nanoft.sampling import Sampling
 from nanoft.scores import choose
 from nanoft.weights import load_model
 
@@ -289,7 +290,7 @@ def test_sampled_answers_follow_the_seed(parts: Any) -> None:
     prompts = evaluate.held_out_prompts(unequal(), 5)
 
     def said(temperature: float, seed: int) -> list[str]:
-        return [e.answer for e in evaluate.answer_all(model, chat, prompts, 2, 6, temperature, 1.0, seed)]
+        return [e.answer for e in evaluate.answer_all(model, chat, prompts, 2, 6, Sampling(temperature), seed)]
 
     assert said(1.5, 1) == said(1.5, 1) != said(1.5, 2)
     assert said(0.0, 1) == said(0.0, 2)

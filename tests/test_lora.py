@@ -481,7 +481,7 @@ def test_a_block_keeps_what_the_docstring_says_and_nothing_else(dora: bool) -> N
     block = model.model.layers[0]
     assert isinstance(block, Block)
     x = torch.randn(2, 16, h, dtype=torch.bfloat16, requires_grad=True)
-    attention = model._attention(torch.zeros(2, 16, dtype=torch.int64), x, None, None, None, None)
+    attention = model._attention(torch.zeros(2, 16, dtype=torch.int64), x, None, None, None)
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     known |= {attention.cos.untyped_storage().data_ptr(), attention.sin.untyped_storage().data_ptr()}
     saved: dict[int, tuple[int, Tensor]] = {}
