@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge as command
 from models import make_chat_model, make_packed, train_run, write_records
+from nanoft import export
 from nanoft.chat import ChatTokenizer
 from nanoft.generate import generate
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.weights import open_model
+from nanoft.weights import open_chat, open_model
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -42,6 +45,9 @@ def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
+TOLD = {"README.md", "parity.json", "provenance.json"}  # of every export, beside what its format has
+
+
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -55,7 +61,7 @@ def test_a_run_becomes_a_model_that_transformers_loads(
     said = capsys.readouterr().out
     assert names(tmp_path) == {"merged"}
     companions = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-    assert names(out) == {*companions, "config.json", "model.safetensors"}
+    assert names(out) == {*companions, *TOLD, "config.json", "model.safetensors"}
     for file in companions:
         assert (out / file).read_bytes() == (runs / "base" / file).read_bytes()
     stored = DTYPES[dtype or "f32"]  # without --dtype, the base's
@@ -66,7 +72,7 @@ def test_a_run_becomes_a_model_that_transformers_loads(
     assert difference < {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}[stored]
     for part in (f"merged onto the {base} weights in {str(stored).removeprefix('torch.')}", "proven", "allowed"):
         assert part in said
-    assert ("--base nf4 merges onto those" in said) == ((name, base) == ("qlora", "original"))
+    assert ("recommended: onto the " in said) == (name == "qlora")
 
 
 def test_a_run_on_a_packed_base_merges_onto_that(
@@ -116,11 +122,16 @@ def test_the_merged_model_answers_as_the_run_does(runs: Path, tmp_path: Path) ->
 def test_the_proof_is_made_on_the_runs_own_conversations(runs: Path) -> None:
     opened = open_model(str(runs / "lora"), CPU, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(runs / "base")
-    texts = [tokenizer.decode(ids) for ids in command.prompts(str(runs / "lora"), opened)]
+
+    def prompts(source: Path) -> list[list[int]]:
+        chat = open_chat(str(source), opened, as_trained=True)
+        return command.prompts(chat, command.held_out(str(source), chat)[0])
+
+    texts = [tokenizer.decode(ids) for ids in prompts(runs / "lora")]
     chats = [text for text in texts if "<|im_start|>" in text]
     assert len(chats) == 6  # a quarter of 24 records is held out
     assert all("<|im_start|>assistant\n" in text and text.endswith("<|im_end|>\n") for text in chats)
-    alone = command.prompts(str(runs / "lora" / "adapter"), opened)
+    alone = prompts(runs / "lora" / "adapter")
     assert [tokenizer.decode(ids) for ids in alone] == [text for text in texts if "<|im_start|>" not in text]
     assert len(alone) >= 3
 
@@ -161,7 +172,7 @@ def test_a_run_that_has_not_ended_is_its_best_checkpoint(
         assert "best checkpoint, after step 4" in capsys.readouterr().out
         whole, best = tmp_path / "out" / f"{form}-whole", tmp_path / "out" / f"{form}-best"
         assert names(whole) == names(best)
-        for file in names(whole):
+        for file in names(whole) - TOLD:  # which say where it is from
             assert (whole / file).read_bytes() == (best / file).read_bytes(), file
 
 
@@ -185,7 +196,7 @@ def test_a_run_with_variations_is_the_same_in_every_form(
         assert run_merge(source, "--out", tmp_path / f"{source.name}-peft", "--format", "peft") == 0
         assert run_merge(source, "--out", tmp_path / f"{source.name}-hf") == 0
     for form in ("peft", "hf"):
-        for file in names(tmp_path / f"run-{form}"):
+        for file in names(tmp_path / f"run-{form}") - TOLD:
             assert (tmp_path / f"run-{form}" / file).read_bytes() == (
                 tmp_path / f"unfinished-{form}" / file
             ).read_bytes()
@@ -231,8 +242,8 @@ def test_a_wrong_model_is_not_kept(
 ) -> None:
     merge = command.merge
 
-    def merge_wrongly(opened: Any, number_format: torch.dtype, onto: Any, out: Path) -> None:
-        merge(opened, number_format, onto, out)
+    def merge_wrongly(opened: Any, number_format: torch.dtype, onto: Any, out: Path, *more: Any) -> None:
+        merge(opened, number_format, onto, out, *more)
         corrupt(out)
 
     monkeypatch.setattr(command, "merge", merge_wrongly)
@@ -253,10 +264,15 @@ def test_weights_that_overflow_are_not_kept(runs: Path, tmp_path: Path, capsys: 
     settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(tmp_path / "base")
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
-    assert run_merge(tmp_path / "adapter", "--out", tmp_path / "out", "--dtype", "f16") == 2
+    line = (tmp_path / "adapter", "--out", tmp_path / "out", "--dtype")
+    assert run_merge(*line, "f16") == 2
+    said = capsys.readouterr().err
+    assert "its files are not those that" in said
+    assert "--any-base" in said
+    assert run_merge(*line, "f16", "--any-base") == 2
     assert "largest logit difference inf" in capsys.readouterr().err
     assert names(tmp_path) == {"base", "adapter"}
-    assert run_merge(tmp_path / "adapter", "--out", tmp_path / "out", "--dtype", "bf16") == 0
+    assert run_merge(*line, "bf16", "--any-base") == 0
 
 
 def test_an_adapter_that_rounding_may_drown_is_mentioned(
@@ -271,18 +287,68 @@ def test_an_adapter_that_rounding_may_drown_is_mentioned(
         assert ("may drown so weak an adapter" in capsys.readouterr().out) == drowned
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_merge_that_is_cut_short_leaves_nothing(
-    error: BaseException, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    def fail(*_: Any) -> None:
-        raise error
+FULL = """
+    import resource, sys
+    import merge
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+    sys.exit(merge.main(sys.argv[1:]))
+"""
 
-    monkeypatch.setattr(command, "prove", fail)
-    assert run_merge(runs / "lora", "--out", tmp_path / "out") == (2 if isinstance(error, OSError) else 130)
-    assert capsys.readouterr().err.count("\n") == 1
+
+@pytest.mark.parametrize("bytes_there", [0, 100, 60_000])
+def test_a_disk_that_is_full_leaves_nothing(bytes_there: int, runs: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-c", textwrap.dedent(FULL), str(bytes_there), str(runs / "lora"), "--out"]
+    settings = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    done = subprocess.run([*line, str(tmp_path / "deep" / "out")], **settings)  # type: ignore[call-overload]
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: --out: {tmp_path}/deep/out: cannot be written: ")
+    assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_that_is_interrupted_goes_on_with_the_shards_that_it_finished(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = (runs / "lora", "--shard-size", "20KB", "--out")
+    assert run_merge(*line, tmp_path / "whole") == 0
+    shards = sorted(path.name for path in (tmp_path / "whole").glob("model-*.safetensors"))
+    assert len(shards) > 4
+    write_file, written = export.write_file, []
+
+    def interrupt(path: Path, pieces: Any) -> Any:
+        if path.name.endswith(".safetensors"):
+            written.append(path.name)
+            if len(written) == 3:
+                path.write_bytes(b"half")
+                raise KeyboardInterrupt
+        return write_file(path, pieces)
+
+    monkeypatch.setattr(export, "write_file", interrupt)
+    assert run_merge(*line, tmp_path / "out") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    (aside,) = tmp_path.glob(".tmp-out-*")
+    (aside / shards[1]).write_bytes(b"damaged meanwhile")
+    written += ["not to be interrupted again"]
+    assert run_merge(*line, tmp_path / "out") == 0
+    assert written[4:] == shards[1:]  # the first one was whole
+    assert names(tmp_path) == {"whole", "out"}
+    for name in names(tmp_path / "whole"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+    written.clear()
+    assert run_merge(*line, tmp_path / "other") == 130
+    assert run_merge(runs / "lora", "--out", tmp_path / "other") == 0  # another command does not want them
+    assert names(tmp_path) == {"whole", "out", "other"}
+
+
+def test_two_processes_do_not_write_one_directory(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with export.new_directory(tmp_path / "out"):
+        assert run_merge(runs / "lora", "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert said == f"error: --out: {tmp_path}/out: another process is writing it: wait for it, or choose another\n"
+    assert names(tmp_path) == {"out"}
 
 
 # --- mistakes
@@ -346,7 +412,7 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "file").write_text("kept")
-    monkeypatch.setattr(command, "open_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(command, "open_adapter", lambda *_, **__: pytest.fail("loaded"))
     assert run_merge(runs / "lora", "--out", tmp_path / name if name else "") == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: --out: ")
