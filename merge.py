@@ -46,7 +46,7 @@ from nanoft.export import (
     write_peft,
 )
 from nanoft.metrics import table
-from nanoft.stream import StreamedDecoder, open_rows
+from nanoft.stream import StreamedDecoder, give_back_freed_memory, open_rows
 from nanoft.weights import (
     Opened,
     TrainedAdapter,
@@ -102,6 +102,7 @@ def main(argv: list[str]) -> int:
 def export(args: argparse.Namespace) -> int:
     """Everything that merge.py does; returns the exit code."""
     runtime.quiet_libraries()
+    give_back_freed_memory()
     check_arguments(args)
     adapter, hashes = choose_adapter(args)
     with new_directory(Path(args.out), key_of(args, adapter, hashes)) as aside:  # gone, unless all of this succeeds

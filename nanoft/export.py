@@ -52,7 +52,7 @@ SHARD_BYTES = 5 * 10**9
 PROGRESS = ".finished.json"  # beside shards that are finished: size and SHA-256 of each
 PROOF_TOKENS = 64  # of each prompt: every weight has its part in any token
 PASS_TOKENS = 640  # that go through a model together, which reads all of its weights each time
-LOGIT_ROWS = 128  # positions whose logits are held at a time
+LOGIT_ROWS = 64  # positions whose logits are held at a time
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,8 @@ def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden
     for rows in (slice(at, at + LOGIT_ROWS) for at in range(0, len(targets), LOGIT_ROWS)):
         found, wanted = model.logits(hidden[rows]), wanted_model.logits(wanted_hidden[rows])  # (n, vocab)
         farthest = max(farthest, _farthest(found, wanted))
-        total, squares = total + wanted.double().sum().item(), squares + wanted.double().square().sum().item()
+        total += wanted.sum(dtype=torch.float64).item()
+        squares += wanted.square().sum(dtype=torch.float64).item()
         numbers += wanted.numel()
         same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
         found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)

@@ -16,8 +16,10 @@ and to try a merge without writing it, a decoder can be put on them.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,6 +89,12 @@ def open_rows(
     return Weights(config, open_weights(directory, blank), quantization, unpacked)
 
 
+def give_back_freed_memory() -> None:
+    """Have the C library return a large block to the system when it is freed, rather than keep it for later (glibc)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MB
+
+
 class StreamedLinear(nn.Linear):
     """y = x W^T + b with a W that is read anew each time."""
 
@@ -120,8 +128,13 @@ class StreamedEmbedding(nn.Module):
         self.weights, self.name = weights, f"{name}.weight"
 
     def forward(self, ids: Tensor) -> Tensor:
-        table = self.weights.files.read(self.name)  # a view of the file: only what is looked up is read
-        return F.embedding(ids, table).to(self.weights.dtype).float()
+        wanted, places = ids.unique(return_inverse=True)
+        rows = torch.cat([self._row(row) for row in wanted.tolist()])
+        return F.embedding(places, rows.to(self.weights.dtype).float())
+
+    def _row(self, row: int) -> Tensor:
+        """One row, copied: a view keeps what the kernel read around it, up to megabytes, in memory."""
+        return self.weights.files.headers[self.name].read_rows(self.name, slice(row, row + 1)).clone()
 
 
 class StreamedDecoder(Decoder):
