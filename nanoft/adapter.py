@@ -259,13 +259,17 @@ def save_mlx(directory: Path, adapters: dict[str, LoRALinear], layers: int, base
     """Write adapters.safetensors and adapter_config.json as mlx-lm expects them.
 
     There A and B are transposed, lora_a (in, r) and lora_b (r, out), and one rank and one scale serve all modules: a
-    smaller rank is filled up with zeros, another scale goes into lora_b. A trained bias lies in the linear beneath.
+    smaller rank is filled up with zeros, another scale goes into lora_b.
 
     Args:
         directory: holds no adapter yet.
         layers: of the model.
         base_name: a directory or a name on the Hub.
+    Raises:
+        UserError: the adapter trained biases, for which mlx-lm has no place.
     """
+    if any(adapter.bias is not None for adapter in adapters.values()):
+        raise UserError("--format mlx: an adapter of mlx-lm cannot hold trained biases: merge it with --format hf")
     rank = max(len(adapter.factors()[0]) for adapter in adapters.values())
     scale = next(iter(adapters.values())).scaling
     dora = any(adapter.lora_magnitude_vector is not None for adapter in adapters.values())
@@ -277,8 +281,6 @@ def save_mlx(directory: Path, adapters: dict[str, LoRALinear], layers: int, base
         tensors[f"{name}.lora_b"] = F.pad(b * (adapter.scaling / scale), (0, more)).T.contiguous()  # (r, out)
         if adapter.lora_magnitude_vector is not None:
             tensors[f"{name}.m"] = adapter.lora_magnitude_vector.detach()
-        if adapter.bias is not None:
-            tensors[f"{name}.linear.bias"] = adapter.bias.detach()
     write_tensors(directory / "adapters.safetensors", tensors)
     inside = sorted({name.split(".", 3)[3] for name in adapters})  # without model.layers.N.
     config = {

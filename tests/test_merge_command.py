@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -227,6 +228,157 @@ def test_the_command_in_a_process_of_its_own(runs: Path, tmp_path: Path) -> None
     assert again.stderr == f"error: --out: {tmp_path}/a/out: exists already: choose another name or remove it\n"
 
 
+# --- parts, sums, and back
+
+
+@pytest.fixture(scope="module")
+def second(runs: Path) -> Path:
+    """Another run on the same base."""
+    settings = {"system__seed": 5, "lora__rslora": True, "lora__rank": 2}
+    return train_run(runs / "second", runs / "base", runs / "data.jsonl", **settings)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def test_only_a_part_is_merged(runs: Path, tmp_path: Path) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "all") == 0
+    assert run_merge(runs / "lora", "--out", tmp_path / "part", "--only", "attention,.*1.*down_proj") == 0
+    base, whole, part = (weights(place) for place in (runs / "base", tmp_path / "all", tmp_path / "part"))
+    for name, tensor in part.items():
+        meant = "self_attn" in name or "1.mlp.down_proj" in name
+        assert torch.equal(tensor, (whole if meant else base)[name]), name
+    assert run_merge(runs / "lora", "--out", tmp_path / "peft", "--format", "peft", "--only", "mlp") == 0
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(runs / "base"), tmp_path / "peft")
+    changed = {name.rpartition(".")[2] for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    assert changed == {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("form", ["hf", "peft"])
+def test_several_runs_add_up(form: str, runs: Path, second: Path, tmp_path: Path) -> None:
+    line = (runs / "lora", second, "--weights", "0.7,0.3", "--format", form, "--out")
+    assert run_merge(*line, tmp_path / "sum") == 0
+    base = AutoModelForCausalLM.from_pretrained(runs / "base", attn_implementation="eager")
+    theirs = PeftModel.from_pretrained(base, runs / "lora" / "adapter", adapter_name="one")
+    theirs.load_adapter(second / "adapter", adapter_name="two")
+    theirs.add_weighted_adapter(["one", "two"], [0.7, 0.3], "sum", combination_type="cat")
+    theirs.set_adapter("sum")
+    wanted = logits(theirs)
+    theirs.set_adapter("one")
+    assert (logits(theirs) - wanted).abs().max() > 0.01
+    if form == "hf":
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "sum", attn_implementation="eager")
+    else:
+        ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(runs / "base"), tmp_path / "sum")
+    assert (logits(ours) - wanted).abs().max() < 1e-4
+    said = json.loads((tmp_path / "sum" / "provenance.json").read_text())["adapters"]
+    assert [item["weight"] for item in said] == [0.7, 0.3]
+
+
+def test_what_was_merged_can_be_taken_out_again(
+    runs: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "merged") == 0
+    assert run_merge(runs / "lora", "--unmerge", tmp_path / "merged", "--out", tmp_path / "back") == 0
+    said = capsys.readouterr().out
+    assert "taken out of" in said
+    assert "largest difference of a weight from" in said
+    base, back = weights(runs / "base"), weights(tmp_path / "back")
+    assert base.keys() == back.keys()
+    assert all((back[name] - tensor).abs().max() < 1e-6 for name, tensor in base.items())
+    assert not torch.equal(back[name := "model.layers.0.mlp.up_proj.weight"], weights(tmp_path / "merged")[name])
+
+    assert run_merge(runs / "lora", "--out", tmp_path / "half", "--dtype", "bf16") == 0
+    line = ("--unmerge", tmp_path / "half", "--dtype", "f32", "--out", tmp_path / "nearly")
+    assert run_merge(runs / "lora", *line) == 0
+    assert "had been rounded to bfloat16" in capsys.readouterr().out
+    merged, nearly = weights(tmp_path / "merged"), weights(tmp_path / "nearly")
+    for name, tensor in base.items():  # rounding moved the merged weight by at most half a step of 8 bits
+        allowed = merged[name].abs() * 2.0**-8 + 1e-6
+        assert ((nearly[name] - tensor).abs() <= allowed).all(), name
+
+    assert run_merge(second, "--unmerge", tmp_path / "merged", "--out", tmp_path / "x") == 2
+    assert "was not merged from" in capsys.readouterr().err
+    assert run_merge(runs / "lora", "--unmerge", tmp_path / "none", "--out", tmp_path / "x") == 2
+    assert "--unmerge: " in capsys.readouterr().err
+
+
+def test_what_cannot_be_taken_out_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_chat_model(tmp_path / "base", "qwen2")
+    for name, changes, message in (
+        ("dora", {"lora__dora": True}, "DoRA gives each row"),
+        ("bias", {"lora__bias": "lora_only"}, "replaced biases"),
+    ):
+        run = train_run(tmp_path / name, tmp_path / "base", runs / "data.jsonl", **changes)
+        assert run_merge(run, "--out", tmp_path / f"{name}-merged") == 0
+        capsys.readouterr()
+        assert run_merge(run, "--unmerge", tmp_path / f"{name}-merged", "--out", tmp_path / "x") == 2
+        assert message in capsys.readouterr().err
+    assert run_merge(tmp_path / "dora", tmp_path / "bias", "--out", tmp_path / "x") == 2
+    assert "merge a DoRA by itself" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+# --- both bases, measured
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_verify_measures_what_transformers_measures(
+    dtype: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for base in ("original", "nf4"):
+        line = ("--base", base, "--dtype", dtype, "--verify", "--out", tmp_path / base)
+        assert run_merge(runs / "qlora", *line) == 0
+    shown = capsys.readouterr().out
+    said = json.loads((tmp_path / "original" / "provenance.json").read_text())["verify"]
+    assert json.loads((tmp_path / "nf4" / "provenance.json").read_text())["verify"] == said
+
+    opened = open_model(str(runs / "qlora"), CPU, torch.float32)
+    chat = open_chat(str(runs / "qlora"), opened, as_trained=True)
+    samples, _ = command.held_out(str(runs / "qlora"), chat)
+    assert said["tokens"] == sum(len(sample.ids) for sample in samples)
+    for base in ("original", "nf4"):
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / base, dtype=torch.float32, attn_implementation="eager")
+        divergence, nats, count, same = 0.0, 0.0, 0, 0
+        with torch.no_grad():
+            for sample in samples:
+                ids = torch.tensor(sample.ids.tolist())[None]
+                wanted = opened.model.logits(opened.model(ids))[0].double().log_softmax(-1)
+                found = theirs(ids).logits[0].double().log_softmax(-1)
+                divergence += torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True).item()
+                same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
+                targets = torch.tensor(sample.is_target.tolist())[1:]
+                nats -= found[:-1].gather(1, ids[0, 1:, None])[targets].sum().item()
+                count += int(targets.sum())
+        assert said[base]["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+        assert said[base]["divergence"] == pytest.approx(divergence / said["tokens"], rel=0.02, abs=1e-7)
+        assert said[base]["same_top_token"] == pytest.approx(same / said["tokens"], abs=0.01)
+    assert said["nf4"]["divergence"] < said["original"]["divergence"]
+    best = export.recommended({name: export.Agreement(**said[name]) for name in ("original", "nf4")})
+    assert f"recommended: onto the {best} weights" in shown
+
+
+def test_the_lower_perplexity_is_recommended_and_of_two_alike_the_nearer() -> None:
+    def said(perplexity: float, divergence: float) -> export.Agreement:
+        return export.Agreement(0.1, 1.0, 1.0, divergence, perplexity, 5.0)
+
+    assert export.recommended({"original": said(4.9, 0.1), "nf4": said(5.0, 0.0)}) == "original"
+    assert export.recommended({"original": said(4.999, 0.1), "nf4": said(5.0, 0.0)}) == "nf4"
+    assert export.recommended({"original": said(5.1, 0.1), "nf4": said(5.0, 0.2)}) == "nf4"
+    assert export.recommended({"original": said(math.inf, math.nan), "nf4": said(math.inf, math.nan)}) in (
+        "original",
+        "nf4",
+    )
+
+
+def test_an_adapter_for_mlx(runs: Path, tmp_path: Path) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "out", "--format", "mlx") == 0
+    mine = {"adapters.safetensors", "adapter_config.json"}
+    companions = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert names(tmp_path / "out") == {*mine, *companions, *TOLD}
+
+
 # --- the proof, and what is left when it fails
 
 
@@ -290,19 +442,21 @@ def test_an_adapter_that_rounding_may_drown_is_mentioned(
 FULL = """
     import resource, sys
     import merge
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
-    sys.exit(merge.main(sys.argv[1:]))
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for there in (0, 100, 60_000):  # bytes that a file may have
+        resource.setrlimit(resource.RLIMIT_FSIZE, (there, most))
+        print(merge.main(sys.argv[1:]), flush=True)
 """
 
 
-@pytest.mark.parametrize("bytes_there", [0, 100, 60_000])
-def test_a_disk_that_is_full_leaves_nothing(bytes_there: int, runs: Path, tmp_path: Path) -> None:
-    line = [sys.executable, "-c", textwrap.dedent(FULL), str(bytes_there), str(runs / "lora"), "--out"]
-    settings = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
-    done = subprocess.run([*line, str(tmp_path / "deep" / "out")], **settings)  # type: ignore[call-overload]
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"error: --out: {tmp_path}/deep/out: cannot be written: ")
-    assert done.stderr.count("\n") == 1
+def test_a_disk_that_is_full_leaves_nothing(runs: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-c", textwrap.dedent(FULL), str(runs / "lora"), "--out", str(tmp_path / "deep" / "out")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.split() == ["2", "2", "2"]
+    said = done.stderr.splitlines()
+    assert len(said) == 3
+    assert all(text.startswith(f"error: --out: {tmp_path}/deep/out: cannot be written: ") for text in said)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -368,6 +522,14 @@ def damaged(runs: Path, out: Path, damage: str) -> Path:
     elif damage == "other":
         make_chat_model(out.parent / "other", hidden_size=64)
         config.write_text(json.dumps({**settings, "base_model_name_or_path": str(out.parent / "other")}))
+    elif damage in ("changed", "shard"):
+        model = AutoModelForCausalLM.from_pretrained(runs / "base")
+        model.model.norm.weight.data[0] += 0.001
+        model.save_pretrained(out.parent / "other", max_shard_size="100KB" if damage == "shard" else "1GB")
+        shutil.copy(runs / "base" / "tokenizer.json", out.parent / "other")
+        if damage == "shard":
+            (out.parent / "other" / "model-00002-of-00002.safetensors").unlink()
+        config.write_text(json.dumps({**settings, "base_model_name_or_path": str(out.parent / "other")}))
     elif damage == "moved":
         config.write_text(json.dumps({**settings, "base_model_name_or_path": "/no/such/base"}))
     return out
@@ -386,6 +548,17 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "list": (["ADAPTER", "--format", "peft"], "adapter_config.json: expected a JSON object"),
     "other": (["ADAPTER"], "is (4, 32), but this model and rank need (4, 64)"),
     "moved": (["ADAPTER"], "base_model_name_or_path: /no/such/base: no such directory"),
+    "changed base": (["ADAPTER"], "its files are not those that"),
+    "shard gone": (["ADAPTER"], "model-00002-of-00002.safetensors: named in the index, but missing"),
+    "onnx": (["ROOT/lora", "--format", "onnx"], "optimum-cli export onnx --model "),
+    "tensorrt": (["ROOT/lora", "--format", "tensorrt"], "trtllm-serve "),
+    "no size": (["ROOT/lora", "--shard-size", "big"], "--shard-size: 'big' is no size: write one like 500MB"),
+    "one weight": (["ROOT/lora", "ROOT/lora", "--weights", "1"], "give 2 numbers, one for each adapter"),
+    "weight is text": (["ROOT/lora", "--weights", "half"], "give 1 numbers, one for each adapter"),
+    "no module": (["ROOT/lora", "--only", "w_proj"], "--only: 'w_proj' names nothing"),
+    "other base": (["ROOT/lora", "ADAPTER"], "no sum of the two"),
+    "dtype of an adapter": (["ROOT/lora", "--format", "mlx", "--dtype", "f32"], "--dtype: is about a merged model"),
+    "nf4 of an unmerge": (["ROOT/qlora", "--unmerge", "x", "--base", "nf4"], "leave --base and --verify out"),
 }
 
 
