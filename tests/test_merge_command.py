@@ -452,7 +452,7 @@ FULL = """
 def test_a_disk_that_is_full_leaves_nothing(runs: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-c", textwrap.dedent(FULL), str(runs / "lora"), "--out", str(tmp_path / "deep" / "out")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "2", "2"]
     said = done.stderr.splitlines()
     assert len(said) == 3
