@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -158,10 +159,14 @@ def select(lora: LoRAConfig, tensors: dict[str, Tensor], only: Sequence[str]) ->
     """A part of an adapter in PEFT's layout: the modules that `only` means, in the words of lora.target_modules.
 
     Raises:
-        UserError: a word that means no module of the adapter.
+        UserError: a word that means no module of the adapter, or is no regular expression.
     """
     modules = _by_module(tensors)
     for word in only:
+        try:
+            re.compile(word)
+        except re.error as error:
+            raise UserError(f"--only: {word!r:.60} is neither a name nor a regular expression: {error}") from None
         if not any(is_meant(name, word) for name in modules):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
             raise UserError(f"--only: {word!r} names nothing that this adapter changes: it has {known}")

@@ -31,6 +31,12 @@ PARITY_PROMPTS = 4
 PARITY_TOKENS = 256  # of a prompt: longer ones are left out
 PLAIN_PROMPTS = ["What is the capital of Norway?", "Count from 1 to 5."]  # where there is no data to take them from
 LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx"}
+USE = {  # how each is loaded, from the directory that it lies in
+    "hf": 'model = transformers.AutoModelForCausalLM.from_pretrained(".")',
+    "peft": 'base = transformers.AutoModelForCausalLM.from_pretrained("{base}")\n'
+    'model = peft.PeftModel.from_pretrained(base, ".")',
+    "mlx": 'model, tokenizer = mlx_lm.load("{base}", adapter_path=".")',
+}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -105,6 +111,8 @@ def card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base: Path
         front["license"] = licence
     front["tags"] = ["nanoft", method]
     lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {Path(name).name}, fine-tuned", *proven]
+    if form in USE:
+        lines.append(f"```python\n{USE[form].format(base=hub or name)}\n```")
     settings = run.get("config", {})
     if settings:
         training, lora = settings["training"], settings["lora"]

@@ -555,6 +555,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no size": (["ROOT/lora", "--shard-size", "big"], "--shard-size: 'big' is no size: write one like 500MB"),
     "one weight": (["ROOT/lora", "ROOT/lora", "--weights", "1"], "give 2 numbers, one for each adapter"),
     "weight is text": (["ROOT/lora", "--weights", "half"], "give 1 numbers, one for each adapter"),
+    "no expression": (["ROOT/lora", "--only", "(q"], "--only: '(q' is neither a name nor a regular expression"),
     "no module": (["ROOT/lora", "--only", "w_proj"], "--only: 'w_proj' names nothing"),
     "other base": (["ROOT/lora", "ADAPTER"], "no sum of the two"),
     "dtype of an adapter": (["ROOT/lora", "--format", "mlx", "--dtype", "f32"], "--dtype: is about a merged model"),
