@@ -354,12 +354,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
-def encode(specs: Specs, read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+def encode(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
     """Tensors in the safetensors format, one at a time: 8 bytes of header size, JSON header, raw data.
 
     Args:
         specs: name -> (dtype, shape) of every tensor of the file.
-        read: gives a tensor by name; called once each, and only one is held.
+        read: gives a tensor by name, or its rows some at a time; called once each, and only one is held.
     """
     ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -372,8 +372,10 @@ def encode(specs: Specs, read: Callable[[str], Tensor]) -> Iterator[bytes | memo
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in ordered:
-        host = read(name).detach().cpu().contiguous()
-        yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        found = read(name)
+        for part in [found] if isinstance(found, Tensor) else found:
+            host = part.detach().cpu().contiguous()
+            yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

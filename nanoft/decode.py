@@ -84,7 +84,7 @@ class Decoding:
         trunk, here = self.model.model, self.length
         self.length += 1
         cos, sin = self.cos[:, here, None], self.sin[:, here, None]  # (b, 1, d)
-        x = F.embedding(newest, trunk.embed_tokens.weight)
+        x = trunk.embed_tokens(newest)
         for number, layer in enumerate(self.layers):
             q, k, v = layer.queries_keys_values(x, cos, sin)
             keys, values, window = self.keys[number], self.values[number], self.config.windows[number]
@@ -152,7 +152,7 @@ def as_function(linear: nn.Module) -> Product:
     """A linear without the module around it: the plain product, with its adapter if that is switched on."""
     if isinstance(linear, LoRALinear):
         return adapted(linear) if linear.enabled else as_function(linear.base)
-    if isinstance(linear, nn.Linear):
+    if type(linear) is nn.Linear:  # not one whose weight lies elsewhere
         return lambda x, weight=linear.weight, bias=linear.bias: F.linear(x, weight, bias)  # type: ignore[misc]
     return linear
 

@@ -21,7 +21,6 @@ import psutil
 import torch
 
 from nanoft import UserError
-from nanoft.adapter import read_json
 from nanoft.chat import ChatTokenizer, Message
 from nanoft.decode import Decoding
 from nanoft.lora import linears_of
@@ -30,6 +29,7 @@ from nanoft.nf4 import cache_weights
 from nanoft.runtime import Arguments, choose_device, choose_dtype, command, quiet_libraries
 from nanoft.sampling import GREEDY, Sampler, Sampling
 from nanoft.talk import Talk, check_text
+from nanoft.untrusted import read_json
 from nanoft.weights import open_chat, open_model
 
 EXAMPLES = """examples:

@@ -65,7 +65,7 @@ class LoRALinear(nn.Module):
             lora: with the rank and the alpha of this linear.
         """
         super().__init__()
-        device = next(t.device for t in (*base.parameters(), *base.buffers()))
+        device = next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
         self.base, self.dropout, self.enabled = base, lora.dropout, True
         self.scaling = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
         pissa = lora.init == "pissa"
@@ -160,17 +160,19 @@ class LoRALinear(nn.Module):
         a, b = (factor.detach().float() for factor in self.factors())
         return self.scaling * (b @ a)
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """The weight of one linear that does the same: W + s B A, in DoRA with rows of length m; (out, in) float32.
 
         Args:
-            weight: W, (out, in) float32, on any device.
+            weight: W, (out, in) float32, on any device; or some of its rows.
+            rows: which they are; each is merged by itself.
         """
-        merged = weight + self.delta().to(weight.device)
+        a, b = (factor.detach().float().to(weight.device) for factor in self.factors())
+        merged = torch.addmm(weight, b[rows], a, alpha=self.scaling)
         if self.lora_magnitude_vector is None:
             return merged
         lengths = torch.linalg.vector_norm(merged, dim=1).clamp(min=SMALLEST)
-        return merged * (self.lora_magnitude_vector.detach().to(weight.device) / lengths)[:, None]
+        return merged.mul_((self.lora_magnitude_vector.detach()[rows].to(weight.device) / lengths)[:, None])
 
 
 class Group:
@@ -322,13 +324,13 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, LoRA
 def _settings_by_name(linears: dict[str, Frozen], lora: LoRAConfig) -> dict[str, LoRAConfig]:
     """The settings of each adapter, with its own rank and alpha, by the name of its linear."""
     for target in lora.target_modules:
-        if not any(_is_meant(name, target) for name in linears):
+        if not any(is_meant(name, target) for name in linears):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
             raise UserError(
                 f"lora.target_modules: {target!r} names no linear of this model: there are {known} "
                 "(head, embeddings and norms: training.method=full)"
             )
-    found = {name: linear for name, linear in linears.items() if any(_is_meant(name, t) for t in lora.target_modules)}
+    found = {name: linear for name, linear in linears.items() if any(is_meant(name, t) for t in lora.target_modules)}
     for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for key in pattern:
             if not any(_fits(key, name) for name in found):
@@ -346,7 +348,7 @@ def linears_of(model: nn.Module) -> dict[str, Frozen]:
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name != "lm_head"}
 
 
-def _is_meant(name: str, target: str) -> bool:
+def is_meant(name: str, target: str) -> bool:
     """Whether a module is meant by a word of WORDS, the end of its name, or an expression for all of its name."""
     if target in WORDS:
         return WORDS[target] in f".{name}"

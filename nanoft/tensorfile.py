@@ -49,6 +49,12 @@ class Header:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of the tensor."""
+        with open_safetensors(self.path) as file:
+            part: Tensor = file.get_slice(name)[rows]
+            return part
+
 
 def read_header(path: Path) -> dict[str, Header]:
     """Every tensor of a file by name, in the order of their bytes; nothing of them is read.

@@ -403,6 +403,12 @@ def copy_companions(source: Path, out: Path) -> None:
         write_file(out / path.name, [content])
 
 
+def base_files(directory: Path) -> list[Path]:
+    """The files of a model that decide what an adapter was trained on: config, tokenizer, weights."""
+    described = [directory / name for name in ("config.json", "tokenizer.json") if (directory / name).is_file()]
+    return [*described, *shard_paths(directory)]
+
+
 def hash_files(paths: list[Path]) -> str:
     """One SHA-256 over names and contents, so that a run can tell whether its base or its data changed."""
     digest = hashlib.sha256()
@@ -420,11 +426,14 @@ class TrainedAdapter:
 
     place: Path  # where its tensors are, for messages
     base: Path
+    base_name: str  # as the run's config or the adapter has it: a directory or a name on the Hub
     tokenizer: Path
     lora: LoRAConfig
     tensors: dict[str, Tensor]
     quantization: tuple[str, bool] | None  # the form (nf4 | fp4 | int8, double) of the base in training
     dtype: torch.dtype  # what training computed in
+    base_sha256: str | None = None  # of the base's files in training, if that is known
+    step: int | None = None  # of the checkpoint that it is, for a run that has no result yet
 
 
 @dataclass(frozen=True)
@@ -518,25 +527,52 @@ def best_checkpoint(run: Path) -> Saved:
 
 def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
     """The best checkpoint of a run on its base; after full training it holds every weight itself."""
-    config, saved = load_file(run / "config.json"), best_checkpoint(run)
-    base, step = find_model(config.model.name), saved.state.get("step")
+    config = load_file(run / "config.json")
+    if config.training.method != "full":
+        adapter = _read_checkpoint(run)
+        return replace(_attach(adapter, device, dtype, original_base), step=adapter.step)
+    saved, base = best_checkpoint(run), find_model(config.model.name)
+    model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
+    return Opened(model, {}, base, base, dtype=dtype, step=step_of(saved))
+
+
+def step_of(saved: Saved) -> int:
+    """The optimizer step of a checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    step = saved.state.get("step")
     if type(step) is not int:
         raise UserError(f"{saved.path / 'state.json'}: step: {step!r:.60} is not a step: train again")
-    if config.training.method == "full":
-        model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
-        return Opened(model, {}, base, base, dtype=dtype, step=step)
-    quantization = quantization_of(config)
+    return step
+
+
+def read_trained(source: str) -> TrainedAdapter:
+    """The adapter that a RUN or ADAPTER argument names: the run's result or else its best checkpoint, or a directory.
+
+    Raises:
+        UserError: something in it is missing, damaged or not supported.
+    """
+    path = find_adapter(source)
+    return _read_checkpoint(Path(source)) if path is None else _read_adapter_directory(path)
+
+
+def _read_checkpoint(run: Path) -> TrainedAdapter:
+    """The adapter in the best checkpoint of a run."""
+    config, saved = load_file(run / "config.json"), best_checkpoint(run)
     try:
-        trained_in = DTYPES[read_json(run / "config.json")["provenance"]["dtype"]]
-    except (KeyError, TypeError):
+        provenance = read_json(run / "config.json")["provenance"]
+        trained_in, base_sha256 = DTYPES[provenance["dtype"]], provenance.get("base_sha256")
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run / 'config.json'}: provenance.dtype is missing or damaged: train again") from None
-    path = saved.path / "adapter.safetensors"
+    path, step = saved.path / "adapter.safetensors", step_of(saved)
     try:
         lora, tensors = as_plain_lora(config.lora, load_tensors(path))
     except (KeyError, RuntimeError):  # one of A, B, A0, B0 is missing, or does not fit the others
         raise UserError(f"{path}: not the tensors of an adapter with lora.init={config.lora.init}") from None
-    adapter = TrainedAdapter(saved.path, base, base, lora, tensors, quantization, trained_in)
-    return replace(_attach(adapter, device, dtype, original_base), step=step)
+    base, name, quantization = find_model(config.model.name), config.model.name, quantization_of(config)
+    return TrainedAdapter(saved.path, base, name, base, lora, tensors, quantization, trained_in, base_sha256, step)
 
 
 def _read_adapter_directory(path: Path) -> TrainedAdapter:
@@ -550,17 +586,26 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
         trained_in = DTYPES[note.get("dtype", "float32")]
     except (KeyError, TypeError):
         raise UserError(f"{path / NOTE}: damaged: copy the adapter again") from None
-    return TrainedAdapter(path, base, tokenizer, lora, tensors, quantization, trained_in)
+    base_sha256 = note.get("base_sha256")
+    return TrainedAdapter(path, base, base_name, tokenizer, lora, tensors, quantization, trained_in, base_sha256)
 
 
 def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
     """Base and adapter, put together as they were in training; a base that is stored packed is its own original."""
-    trained_on = adapter.quantization or stored_quantization(adapter.base)
     quantization = None if original_base else adapter.quantization
-    model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
+    return attach(adapter, load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype))
+
+
+def attach(adapter: TrainedAdapter, model: Decoder) -> Opened:
+    """Put an adapter on a model, in place.
+
+    Raises:
+        UserError: it does not fit this model.
+    """
     try:
         adapters = inject_lora(model, adapter.lora, seed=0)
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None
     load_adapter_tensors(adapters, adapter.tensors, str(adapter.place))
+    trained_on = adapter.quantization or stored_quantization(adapter.base)
     return Opened(model.eval(), adapters, adapter.base, adapter.tokenizer, trained_on, adapter.dtype)

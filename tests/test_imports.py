@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports only what stands before it
     "untrusted", "aliases", "config", "guard", "runtime", "attention", "model", "loss", "optim", "tensorfile",
     "checkpoint", "metrics", "template", "chat", "files", "records", "quality", "truncate", "nf4", "lora", "adapter",
-    "ranks", "weights", "plan", "batches", "cache", "corpus", "sampling", "decode", "talk", "generate", "bootstrap",
-    "scores", "evaluate", "report", "preflight", "export", "selftest",
+    "ranks", "weights", "stream", "plan", "batches", "cache", "corpus", "sampling", "decode", "talk", "generate",
+    "bootstrap", "scores", "evaluate", "report", "preflight", "export", "card", "selftest",
 ]  # fmt: skip
 COMMANDS = ["train.py", "eval.py", "merge.py"]
 MODULES = {path.stem: path for path in (ROOT / "nanoft").glob("*.py") if path.stem != "__init__"}
