@@ -3,6 +3,7 @@
 python merge.py runs/tiny --out merged
 python merge.py runs/tiny --out merged --dtype f32 --base nf4
 python merge.py runs/tiny --out adapter --format peft
+python merge.py runs/tiny --out tiny.gguf --format gguf --dtype q8_0
 """
 
 from __future__ import annotations
@@ -15,9 +16,21 @@ from typing import Literal
 import torch
 
 from nanoft import UserError, runtime
+from nanoft.chat import ChatTokenizer, Message
 from nanoft.config import load_config
 from nanoft.corpus import open_corpus
+from nanoft.evaluate import held_out_prompts
 from nanoft.export import EXPORT_DTYPES, copy_adapter, merge, new_directory, prove, write_adapter
+from nanoft.gguf_export import (
+    GGUF_DTYPES,
+    modelfile,
+    new_gguf,
+    parity,
+    prove_gguf,
+    write_companions,
+    write_gguf,
+    write_gguf_lora,
+)
 from nanoft.weights import Opened, find_adapter, is_run, open_chat, open_model, stored_dtype, stored_quantization
 
 PROMPTS = 8
@@ -33,9 +46,15 @@ def main(argv: list[str]) -> int:
         "python merge.py runs/tiny --out merged --dtype f32 --base nf4",
     )
     parser.add_argument("source", metavar="RUN|ADAPTER", help="run directory or adapter directory")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a directory that does not exist yet")
-    parser.add_argument("--format", default="hf", choices=["hf", "peft"], help="default: hf, a merged model")
-    parser.add_argument("--dtype", choices=list(EXPORT_DTYPES), help="of the merged weights; default: the base's")
+    parser.add_argument("--out", required=True, metavar="DIR", help="that does not exist yet; for GGUF, or FILE.gguf")
+    parser.add_argument(
+        "--format", default="hf", choices=["hf", "peft", "gguf", "gguf-lora"],
+        help="hf: merged (default); gguf: merged, for llama.cpp and Ollama; peft, gguf-lora: the adapter alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=[*EXPORT_DTYPES, *(form for form in GGUF_DTYPES if form not in EXPORT_DTYPES)],
+        help="of the weights, some for GGUF only; default: the base's, of a GGUF file f16, of a GGUF adapter f32",
+    )  # fmt: skip
     parser.add_argument(
         "--base", default="original", choices=["original", "nf4"],
         help="merge onto the original weights, or onto the quantised ones it was trained against; default: original",
@@ -47,6 +66,10 @@ def main(argv: list[str]) -> int:
 def export(source: str, out: Path, form: str, dtype_name: str | None, onto: Literal["original", "nf4"]) -> int:
     """Everything that merge.py does; returns the exit code."""
     runtime.quiet_libraries()
+    if form.startswith("gguf"):
+        return export_gguf(source, out, form, dtype_name or ("f16" if form == "gguf" else "f32"), onto)
+    if dtype_name and dtype_name not in EXPORT_DTYPES:
+        raise UserError(f"--dtype: {dtype_name}: only --format gguf has it")
     adapter = find_adapter(source)
     if adapter is None:
         check_lora_run(source)
@@ -67,6 +90,49 @@ def export(source: str, out: Path, form: str, dtype_name: str | None, onto: Lite
                 said = merge_and_prove(opened, source, out, aside, dtype_name, onto)
     print(said)
     return 0
+
+
+def export_gguf(source: str, out: Path, form: str, dtype: str, onto: Literal["original", "nf4"]) -> int:
+    """A GGUF file of the merged model (or of a model that needs no merging), or of the adapter alone."""
+    if form == "gguf-lora" and find_adapter(source) is None:
+        check_lora_run(source)
+    with new_gguf(out, f"{'model' if form == 'gguf' else 'adapter'}-{dtype}.gguf") as path:
+        opened = open_model(source, torch.device("cpu"), torch.float32, original_base=onto == "original")
+        if onto == "nf4" and opened.quantization is None:
+            raise UserError(f"--base nf4: {source} was trained on the original weights: leave --base out")
+        chat = open_chat(source, opened, as_trained=True)
+        name = Path(source).resolve().name
+        if form == "gguf":
+            notes = write_gguf(opened, chat, name, dtype, onto, path)
+            proof = prove_gguf(opened, path, prompts(source, opened), dtype)
+            said = (
+                f"{out}: read back and compared: largest logit difference {proof.max_difference:.2g} "
+                f"(the adapter itself moves logits by {proof.effect:.2g}), "
+                f"same most likely token at {proof.same_top_token:.1%} of positions"
+            )
+            if not proof.holds:
+                raise UserError(f"{said}: allowed is {proof.allowed:.2g}: try --dtype f32; nothing was kept")
+            recipe = modelfile(path.name, chat)
+        else:
+            write_gguf_lora(opened, name, dtype, path)
+            notes, said = [], f"{out}: the adapter as GGUF, for a GGUF file of {opened.base_directory}"
+            recipe = modelfile(path.name, chat, str(opened.base_directory))
+        write_companions(path, out, recipe, parity(opened.model, chat, questions(source, chat)))
+    print("\n".join([said, *(f"note: {note}" for note in notes)]))
+    return 0
+
+
+def questions(source: str, chat: ChatTokenizer) -> list[list[Message]]:
+    """A few conversations of the run to answer, held out if it held any; else plain texts as questions."""
+    found: list[list[Message]] = []
+    if is_run(source):
+        config = load_config(Path(source) / "config.json")
+        with suppress(UserError):
+            corpus = open_corpus(config.data, config.model.max_seq_length, config.system.seed, chat, print)
+            samples = corpus.validation if len(corpus.validation) else corpus.training
+            held = held_out_prompts(corpus.conversations(corpus.whole(samples), PROMPTS), PROMPTS)
+            found = [prompt.messages for prompt in held if not prompt.tools]
+    return found or [[{"role": "user", "content": text}] for text in PLAIN_TEXTS]
 
 
 def check_lora_run(source: str) -> None:

@@ -18,6 +18,7 @@ ORDER = [  # a module imports only what stands before it
     "config", "runtime", "attention", "model", "loss", "optim", "checkpoint", "metrics", "template", "chat",
     "files", "records", "quality", "truncate", "nf4", "lora", "adapter", "ranks", "weights", "plan", "batches", "cache",
     "corpus", "guard", "generate", "evaluate", "preflight", "export",
+    "gguf_tokenizer", "gguf_export",
 ]  # fmt: skip
 COMMANDS = ["train.py", "eval.py", "merge.py"]
 MODULES = {path.stem: path for path in (ROOT / "nanoft").glob("*.py") if path.stem != "__init__"}
