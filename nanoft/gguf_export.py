@@ -79,7 +79,7 @@ def write_gguf(opened: Opened, chat: ChatTokenizer, name: str, dtype: str, onto:
     writer.add_type("model")
     writer.add_name(name)
     notes = _add_shape(writer, config, read_json(opened.base_directory / "config.json"))
-    _add_tokenizer(writer, chat, config)
+    notes += _add_tokenizer(writer, chat, config)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     if dtype not in TORCH_DTYPES:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -217,6 +217,10 @@ def architecture(config: DecoderConfig) -> str:
     """
     name = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias and not config.o_bias else "llama"
     rope = config.rope
+    if name == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
+        raise UserError(
+            "--format gguf: head_dim: llama.cpp's qwen2 has hidden_size / num_attention_heads: use --format hf"
+        )
     if name == "qwen3" and config.qkv_bias:
         raise UserError("--format gguf: attention_bias: llama.cpp's qwen3 has no biases: use --format hf")
     if rope.kind == "llama3" and name != "llama":
@@ -276,8 +280,8 @@ def _rope_factors(config: DecoderConfig) -> Tensor | None:
     return plain / rope.angles(config.head_dim)[0]
 
 
-def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> None:
-    """Tokens, how to use them, and the chat template."""
+def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> list[str]:
+    """Tokens, how to use them, and the chat template; returns notes."""
     vocabulary = read_vocabulary(chat, config.vocab_size)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -297,6 +301,7 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> N
         if number is not None:
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
     writer.add_chat_template(chat.template)
+    return vocabulary.notes
 
 
 # ---- Tensors

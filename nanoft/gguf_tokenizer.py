@@ -64,6 +64,7 @@ class Vocabulary:
     merges: list[str]  # of gpt2, "left right"
     scores: list[float]  # of llama
     space_prefix: bool  # whether a text, and what follows a control token, begins with a space that nobody wrote
+    notes: list[str]  # where llama.cpp does not do quite the same
 
 
 def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
@@ -91,10 +92,12 @@ def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
     if len(set(tokens)) < vocab_size:
         _refuse("two of its tokens have the same text")
     if spelled:
-        return Vocabulary(
-            "llama", "default", tokens, types, [], _scores(tokens, merges), _space_prefix(tokenizer, chat)
-        )
-    return Vocabulary("gpt2", _pre(tokenizer), tokens, types, [f"{a} {b}" for a, b in merges], [], False)
+        space = _space_prefix(tokenizer, chat)
+        return Vocabulary("llama", "default", tokens, types, [], _scores(tokens, merges), space, [])
+    pre = _pre(tokenizer)
+    notes = ["llama.cpp cuts words of scripts with combining marks (Khmer, Hindi) differently"] * (pre == "tekken")
+    notes += ["llama.cpp does not normalise texts to NFC: send them so"] * bool(tokenizer["normalizer"])
+    return Vocabulary("gpt2", pre, tokens, types, [f"{a} {b}" for a, b in merges], [], False, notes)
 
 
 def _refuse(reason: str) -> None:
