@@ -17,6 +17,7 @@ from templates import STYLES, save
 from test_export import LORA, VARIANTS, make_adapter
 from transformers import AutoModelForCausalLM
 
+import merge as command
 from models import CASES, LLAMA3, make_chat_model, make_packed
 from nanoft import UserError
 from nanoft.chat import ChatTokenizer
@@ -431,3 +432,74 @@ def test_a_modelfile_names_the_file_the_stops_and_the_adapter(tmp_path: Path) ->
     assert lines[3].startswith('TEMPLATE """{{ range')
     adapter = modelfile("a.gguf", chat, "meta-llama/Some-Model").splitlines()
     assert adapter[1:4] == ["# The base as GGUF: meta-llama/Some-Model", "FROM ./base.gguf", "ADAPTER ./a.gguf"]
+
+
+# --- merge.py
+
+
+def run_merge(*arguments: Any) -> int:
+    return command.main([str(argument) for argument in arguments])
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments"),
+    [("lora", ["--dtype", "q8_0"]), ("qlora", ["--base", "nf4"]), ("full", []), ("base", ["--dtype", "bf16"])],
+)
+def test_runs_and_models_become_gguf_files(
+    run: str, arguments: list[str], runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run_merge(runs / run, "--out", out, "--format", "gguf", *arguments) == 0
+    said = capsys.readouterr().out
+    assert "read back and compared: largest logit difference" in said
+    dtype = arguments[1] if "--dtype" in arguments else "f16"
+    assert names(tmp_path) == {"out"}
+    assert names(out) == {f"model-{dtype}.gguf", "Modelfile", "parity.json"}
+    expected = json.loads((out / "parity.json").read_text())
+    assert len(expected["greedy"]) == (3 if run == "base" else 6)  # the run's validation prompts, or plain texts
+    llama = in_llama_cpp(out / f"model-{dtype}.gguf")
+    assert llama.metadata["general.name"] == run
+    for case in expected["greedy"]:
+        assert llama.tokenize(case["prompt"].encode(), add_bos=False, special=True) == case["prompt_ids"]
+        if dtype == "f16":
+            found = greedy(llama, case["prompt_ids"], 32)
+            assert found[: len(case["answer_ids"])] == case["answer_ids"]
+
+
+def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "a.gguf", "--format", "gguf-lora") == 0
+    assert f"the adapter as GGUF, for a GGUF file of {runs / 'base'}" in capsys.readouterr().out
+    assert names(tmp_path) == {"a.gguf", "a.Modelfile", "a.parity.json"}
+    assert "ADAPTER ./a.gguf" in (tmp_path / "a.Modelfile").read_text()
+    assert {tensor.tensor_type.name for tensor in stored(tmp_path / "a.gguf").values()} == {"F32"}
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "reason"),
+    [
+        ("lora", ["--dtype", "q8_0"], "--dtype: q8_0: only --format gguf has it"),
+        ("lora", ["--format", "gguf-lora", "--dtype", "q4_0"], "--dtype: q4_0: an adapter is not quantised"),
+        ("lora", ["--format", "gguf", "--base", "nf4"], "was trained on the original weights: leave --base out"),
+        ("full", ["--format", "gguf-lora"], "this run trained every parameter"),
+        ("base", ["--format", "gguf-lora"], "no adapter here"),
+    ],
+)
+def test_mistakes_leave_one_line_and_no_file(
+    run: str, arguments: list[str], reason: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_merge(runs / run, "--out", tmp_path / "out.gguf", *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert reason in said
+    assert names(tmp_path) == set()
+
+
+def test_what_is_there_is_not_overwritten(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.Modelfile").write_text("mine")
+    assert run_merge(runs / "lora", "--out", tmp_path / "out.gguf", "--format", "gguf") == 2
+    assert "out.Modelfile: exists already" in capsys.readouterr().err
+    assert names(tmp_path) == {"out.Modelfile"}
