@@ -105,9 +105,9 @@ def export_gguf(source: str, out: Path, form: str, dtype: str, onto: Literal["or
         if form == "gguf":
             notes = write_gguf(opened, chat, name, dtype, onto, path)
             proof = prove_gguf(opened, path, prompts(source, opened), dtype)
+            effect = f" (the adapter itself moves logits by {proof.effect:.2g})" if opened.adapters else ""
             said = (
-                f"{out}: read back and compared: largest logit difference {proof.max_difference:.2g} "
-                f"(the adapter itself moves logits by {proof.effect:.2g}), "
+                f"{out}: read back and compared: largest logit difference {proof.max_difference:.2g}{effect}, "
                 f"same most likely token at {proof.same_top_token:.1%} of positions"
             )
             if not proof.holds:

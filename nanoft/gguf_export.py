@@ -46,7 +46,7 @@ WRITTEN = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")  # by the gguf package
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: its LLAMA_FTYPE_MOSTLY_..., include/llama.h
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
 TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-BLOCK = 32  # numbers that share a scale in Q8_0, Q5_0 and Q4_0
+BLOCK, K_BLOCK = 32, 256  # numbers of a row in one block: Q8_0, Q5_0, Q4_0; K-quants
 # How far a quantised model's logits may be from the adapter's, as a share of the logits' standard deviation. A wrong
 # order of rows moves them by several; four bits alone may move them by one.
 QUANTISED_TOLERANCE = {"q8_0": 0.5}
@@ -73,6 +73,10 @@ def write_gguf(opened: Opened, chat: ChatTokenizer, name: str, dtype: str, onto:
         notes = write_gguf(opened, chat, name, "f16", onto, whole)
         _quantise(llama_cpp, whole, out, K_QUANTS[dtype])
         whole.unlink()
+        if any(size % K_BLOCK for size in (opened.model.config.hidden_size, opened.model.config.intermediate_size)):
+            notes.append(
+                f"rows that do not divide into blocks of {K_BLOCK} are in the nearest format that has smaller ones"
+            )
         return notes
     gguf, config = _package(), opened.model.config
     writer = gguf.GGUFWriter(out, architecture(config))
@@ -199,7 +203,7 @@ def _write(gguf: Any, writer: Any, entries: list[Entry]) -> None:
 
 def _quantise(llama_cpp: Any, source: Path, out: Path, ftype: int) -> None:
     """llama.cpp's own quantiser, without what it prints about each tensor."""
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype, settings.nthread = ftype, torch.get_num_threads()
     if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), settings) != 0:

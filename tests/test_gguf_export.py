@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from templates import STYLES, save
+from templates import STYLES, TINY, save
 from test_export import LORA, VARIANTS, make_adapter
 from transformers import AutoModelForCausalLM
 
@@ -294,6 +294,21 @@ def test_llama_cpp_renders_the_template_of_training(made: Any, tmp_path: Path) -
     answer = llama.create_chat_completion(HELLO, temperature=0.0, repeat_penalty=1.0, max_tokens=12)
     assert answer["choices"][0]["message"]["content"] == expected
     assert answer["usage"]["prompt_tokens"] == len(chat.encode_prompt(HELLO))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0", "q4_0"])
+def test_the_tiny_demos_base_in_llama_cpp(dtype: str, tmp_path: Path) -> None:
+    opened = open_model(str(TINY), CPU, torch.float32)
+    chat = open_chat(str(TINY), opened)
+    write_gguf(opened, chat, "tiny", dtype, "original", tmp_path / "model.gguf")
+    llama = in_llama_cpp(tmp_path / "model.gguf")
+    text = "List: red, lamps, 14, Rome. Copy: red, lamps, 14, Rome. List: Oslo, 3, blue. Copy: Oslo, 3, blue."
+    ids = chat.tokenizer.encode(text).ids
+    assert llama.tokenize(text.encode(), add_bos=True, special=True) == ids
+    share = {"f32": 1e-5, "f16": 1e-3, "q8_0": 0.01, "q4_0": 0.1}[dtype]
+    assert perplexity(llama, ids) == pytest.approx(perplexity(opened.model, ids), rel=share)
+    if dtype in ("f32", "f16"):
+        assert greedy(llama, ids[:-6], 24) == ours(opened, ids[:-6], 24, [chat.eos_id or 0])
 
 
 # --- refusals

@@ -172,6 +172,14 @@ def test_a_space_before_the_first_word_only_is_none_where_chats_open_with_a_cont
         read_vocabulary(ChatTokenizer.from_directory(tmp_path / "other"), 1000)
 
 
+def test_the_tiny_demos_ids_are_llama_cpps(tmp_path: Path) -> None:
+    llama, chat = in_llama_cpp(tmp_path, (TINY / "tokenizer.json").read_text(), "mistral")
+    lines = (TINY.parent / "conversations.jsonl").read_text().splitlines()[:200]
+    talks = [chat.tokenizer.decode(chat.tokenizer.encode(line).ids, skip_special_tokens=False) for line in lines]
+    for text in [*TEXTS, *lines, *talks]:
+        assert ids_of(llama, text) == chat.tokenizer.encode(text, add_special_tokens=False).ids, text
+
+
 def edited(text: str, **changes: Any) -> str:
     """A tokenizer.json with values replaced; `model__x` is inside the model."""
     tokenizer = json.loads(text)
@@ -190,7 +198,7 @@ def stripping(text: str) -> str:
 BERT_WORDS = {"type": "Whitespace"}
 PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 REFUSED = {
-    "the tiny demo's own way to cut": ((TINY / "tokenizer.json").read_text(), "in a way that has no name there"),
+    "an expression of its own": (trained(split(r"[a-z]+|.")), "in a way that has no name there"),
     "other words": (edited(byte_level(), pre_tokenizer=BERT_WORDS), "in a way that has no name there"),
     "space before words": (edited(byte_level(), pre_tokenizer=PREFIXED), "in a way that has no name there"),
     "GPT-2's words taken whole": (edited(byte_level(), model__ignore_merges=True), "in a way that has no name"),
