@@ -208,6 +208,8 @@ def _quantise(llama_cpp: Any, source: Path, out: Path, ftype: int) -> None:
     settings.ftype, settings.nthread = ftype, torch.get_num_threads()
     if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), settings) != 0:
         raise UserError(f"--out: {out.name}: llama.cpp's quantiser failed: is the disk full? --dtype q8_0 needs none")
+    with open(out, "rb") as file:
+        os.fsync(file.fileno())
 
 
 # ---- Facts
@@ -298,14 +300,21 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> l
     writer.add_add_space_prefix(vocabulary.space_prefix)
     writer.add_add_bos_token(chat.wants_bos)
     writer.add_add_eos_token(False)
-    unknown = chat.tokenizer.token_to_id(chat.special.get("unk_token", ""))
+    unknown, padding = (chat.tokenizer.token_to_id(chat.special.get(key, "")) for key in ("unk_token", "pad_token"))
     turn_end = chat.tokenizer.token_to_id(chat.turn_end[0]) if chat.turn_end else None
-    numbers = {"bos": chat.bos_id, "eos": chat.eos_id, "eot": turn_end, "padding": chat.pad_id, "unknown": unknown}
-    for name, number in numbers.items():
+    other, *more = [stop for stop in chat.stop_ids if stop not in (chat.eos_id, turn_end)] or [None]
+    # llama.cpp stops on three ids, and on a few texts that it knows: the ends of text, of turn and of message.
+    stops = {"eos": chat.eos_id, "eot": turn_end, "eom": other}
+    for key, number in {"bos": chat.bos_id, **stops, "padding": padding, "unknown": unknown}.items():
         if number is not None:
-            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
+            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", number)
     writer.add_chat_template(chat.template)
-    return vocabulary.notes
+    notes = list(vocabulary.notes)
+    if more:
+        notes.append(f"llama.cpp may not stop on the ids {more}: give it their texts as stop strings")
+    if chat.template_args:
+        notes.append(f"the chat template was trained with {chat.template_args}: llama-server --chat-template-kwargs")
+    return notes
 
 
 # ---- Tensors

@@ -113,7 +113,9 @@ def in_llama_cpp(root: Path, tokenizer_json: str, style: str = "chatml", **setti
     base = save(root / "base", STYLES[style], tokenizer_json=tokenizer_json, **settings)
     chat = ChatTokenizer.from_directory(base)
     size = max(chat.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    make_reference("llama", base, vocab_size=size + 3, hidden_size=32, num_hidden_layers=1)
+    make_reference("llama", root / "weights", vocab_size=size + 3, hidden_size=32, num_hidden_layers=1)
+    for name in ("config.json", "model.safetensors"):
+        (root / "weights" / name).rename(base / name)
     write_gguf(open_model(str(base), *CPU), chat, "tokenizer", "f16", "original", root / "model.gguf")
     return llama_cpp.Llama(str(root / "model.gguf"), vocab_only=True, verbose=False), chat
 
@@ -146,6 +148,18 @@ def test_rendered_prompts_have_the_ids_that_we_train_on(style: str, tmp_path: Pa
     assert int(llama.metadata["tokenizer.ggml.eos_token_id"]) == chat.eos_id
     stops = {llama.token_eos(), int(llama.metadata["tokenizer.ggml.eot_token_id"])}
     assert stops == set(chat.stop_ids)
+
+
+def test_every_stop_id_ends_an_answer(tmp_path: Path) -> None:
+    """The tokenizer's end of text, the template's end of turn, and one more from generation_config.json."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    (tmp_path / "base").mkdir()
+    number = Tokenizer.from_str(byte_level()).token_to_id("[INST]")
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [number]}))
+    llama, chat = in_llama_cpp(tmp_path, byte_level(), "marked")
+    assert len(chat.stop_ids) == 3
+    vocabulary = llama_cpp.llama_model_get_vocab(llama.model)
+    assert [id for id in chat.stop_ids if not llama_cpp.llama_vocab_is_eog(vocabulary, id)] == []
 
 
 @pytest.mark.parametrize("scheme", [None, "always", "never"])
