@@ -302,16 +302,16 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> l
     writer.add_add_eos_token(False)
     unknown, padding = (chat.tokenizer.token_to_id(chat.special.get(key, "")) for key in ("unk_token", "pad_token"))
     turn_end = chat.tokenizer.token_to_id(chat.turn_end[0]) if chat.turn_end else None
-    other, *more = [stop for stop in chat.stop_ids if stop not in (chat.eos_id, turn_end)] or [None]
+    others = [stop for stop in chat.stop_ids if stop not in (chat.eos_id, turn_end)]
     # llama.cpp stops on three ids, and on a few texts that it knows: the ends of text, of turn and of message.
-    stops = {"eos": chat.eos_id, "eot": turn_end, "eom": other}
+    stops = {"eos": chat.eos_id, "eot": turn_end, "eom": next(iter(others), None)}
     for key, number in {"bos": chat.bos_id, **stops, "padding": padding, "unknown": unknown}.items():
         if number is not None:
             writer.add_uint32(f"tokenizer.ggml.{key}_token_id", number)
     writer.add_chat_template(chat.template)
     notes = list(vocabulary.notes)
-    if more:
-        notes.append(f"llama.cpp may not stop on the ids {more}: give it their texts as stop strings")
+    if others[1:]:
+        notes.append(f"llama.cpp may not stop on the ids {others[1:]}: give it their texts as stop strings")
     if chat.template_args:
         notes.append(f"the chat template was trained with {chat.template_args}: llama-server --chat-template-kwargs")
     return notes
