@@ -4,6 +4,7 @@ python merge.py runs/tiny --out merged
 python merge.py runs/tiny --out merged --dtype f32 --base nf4 --verify
 python merge.py runs/tiny --out adapter --format peft
 python merge.py runs/one runs/two --weights 0.7,0.3 --out both
+python merge.py runs/tiny --out tiny.gguf --format gguf --dtype q8_0
 """
 
 from __future__ import annotations
@@ -45,6 +46,15 @@ from nanoft.export import (
     verify,
     write_peft,
 )
+from nanoft.gguf_export import (
+    GGUF_DTYPES,
+    modelfile,
+    new_gguf,
+    prove_gguf,
+    write_companions,
+    write_gguf,
+    write_gguf_lora,
+)
 from nanoft.metrics import table
 from nanoft.stream import StreamedDecoder, give_back_freed_memory, open_rows
 from nanoft.untrusted import read_json
@@ -56,6 +66,7 @@ from nanoft.weights import (
     hash_files,
     is_run,
     open_chat,
+    open_model,
     read_trained,
     stored_dtype,
     stored_quantization,
@@ -65,6 +76,7 @@ PROMPTS = 8
 VERIFY_TOKENS = 4096  # of held-out samples, that --verify measures on
 PLAIN_TEXTS = ["The quick brown fox jumps over the lazy dog.", '{"city": "Oslo", "people": 4}', "1 2 3 4 5 6 7 8 9 10"]
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+GGUF = ("gguf", "gguf-lora")  # files rather than directories
 # What is not written here, and the one command of the tool that makes it from a merged directory.
 ELSEWHERE = {"onnx": "optimum-cli export onnx --model {out} {out}-onnx", "tensorrt": "trtllm-serve {out}"}
 
@@ -81,9 +93,12 @@ def main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("sources", nargs="+", metavar="RUN|ADAPTER", help="run or adapter directories; several are added up")
-    add("--out", required=True, metavar="DIR", help="a directory that does not exist yet")
-    add("--format", default="hf", choices=[*FORMATS, *ELSEWHERE], help="default: hf, a merged model")
-    add("--dtype", choices=list(EXPORT_DTYPES), help="of the merged weights; default: the base's")
+    add("--out", required=True, metavar="DIR", help="that does not exist yet; for GGUF, or FILE.gguf")
+    add("--format", default="hf", choices=[*FORMATS, *GGUF, *ELSEWHERE], help="default: hf, a merged model")
+    add(
+        "--dtype", choices=list(dict.fromkeys([*EXPORT_DTYPES, *GGUF_DTYPES])),
+        help="of the weights, some for GGUF only; default: the base's, of a GGUF file f16, of a GGUF adapter f32",
+    )  # fmt: skip
     add(
         "--base", default="original", choices=["original", "nf4"],
         help="merge onto the original weights, or onto the quantised ones it was trained against; default: original",
@@ -105,6 +120,8 @@ def export(args: argparse.Namespace) -> int:
     runtime.quiet_libraries()
     give_back_freed_memory()
     check_arguments(args)
+    if args.format in GGUF:
+        return export_gguf(args)
     adapter, hashes = choose_adapter(args)
     with new_directory(Path(args.out), key_of(args, adapter, hashes)) as aside:  # gone, unless all of this succeeds
         job = open_job(args, adapter)
@@ -124,23 +141,75 @@ def check_arguments(args: argparse.Namespace) -> None:
         command = ELSEWHERE[args.format].format(out=args.out)
         raise UserError(f"--format: {args.format} is not written here: merge with --format hf first, then: {command}")
     for source in args.sources:
-        if find_adapter(source) is None:
+        if find_adapter(source) is None and args.format != "gguf":
             check_lora_run(source)
+    if args.dtype and args.format == "hf" and args.dtype not in EXPORT_DTYPES:
+        raise UserError(f"--dtype: {args.dtype}: only --format gguf has it")
     if args.format != "hf":
-        given = {"--dtype": args.dtype, "--unmerge": args.unmerge, "--verify": args.verify}
+        given = {"--dtype": args.dtype and args.format not in GGUF, "--unmerge": args.unmerge, "--verify": args.verify}
         for flag in (flag for flag, value in given.items() if value):
             raise UserError(f"{flag}: is about a merged model, not about an adapter: leave it out, or --format hf")
     if args.unmerge and (args.base != "original" or args.verify):
         raise UserError("--unmerge: takes the adapter out of that model as it is: leave --base and --verify out")
+    if args.push and args.format in GGUF:
+        raise UserError("--push: uploads directories with a card, not GGUF files: hf upload does it")
     if args.push:
         check_repository(args.push)
+
+
+def export_gguf(args: argparse.Namespace) -> int:
+    """A GGUF file of the merged model (or of a model that needs no merging), or of the adapter alone."""
+    source, out = args.sources[0], Path(args.out)
+    dtype, name = args.dtype or ("f16" if args.format == "gguf" else "f32"), Path(source).resolve().name
+    with new_gguf(out, f"{'model' if args.format == 'gguf' else 'adapter'}-{dtype}.gguf") as path:
+        opened = open_for_gguf(args)
+        chat = open_chat(source, opened, as_trained=True)
+        samples, asked = held_out(source, chat)
+        if args.format == "gguf":
+            notes = write_gguf(opened, chat, name, dtype, args.base, path)
+            proof = prove_gguf(opened, path, prompts(chat, samples), dtype)
+            effect = f" (the adapter itself moves logits by {proof.effect:.2g})" if opened.adapters else ""
+            said = (
+                f"{out}: read back and compared: largest logit difference {proof.max_difference:.2g}{effect}, "
+                f"same most likely token at {proof.same_top_token:.1%} of positions"
+            )
+            if not proof.holds:
+                raise UserError(f"{said}: allowed is {proof.allowed:.2g}: try --dtype f32; nothing was kept")
+            recipe = modelfile(path.name, chat)
+        else:
+            write_gguf_lora(opened, name, dtype, path)
+            notes, said = [], f"{out}: the adapter as GGUF, for a GGUF file of {opened.base_directory}"
+            recipe = modelfile(path.name, chat, str(opened.base_directory))
+        expected = parity(opened.model, chat, asked, max(0, args.parity_tokens))
+        write_companions(path, out, recipe, expected)
+    print("\n".join([said, *(f"note: {note}" for note in notes)]))
+    return 0
+
+
+def open_for_gguf(args: argparse.Namespace) -> Opened:
+    """The adapter on its base, which stays on the disk; or a model without one, whole in memory."""
+    source = args.sources[0]
+    if find_adapter(source) is None and not (is_run(source) and is_lora_run(source)):
+        given = {"--only": args.only, "--weights": args.weights, "--base": args.base != "original"}
+        for flag in (flag for flag, value in given.items() if value):
+            raise UserError(f"{flag}: {source} has no adapter: leave it out")
+        return open_model(source, torch.device("cpu"), torch.float32)
+    adapter, _ = choose_adapter(args)
+    opened = open_adapter(adapter, args.base)
+    if not args.any_base:
+        check_base(adapter)
+    return opened
+
+
+def is_lora_run(source: str) -> bool:
+    return load_config(Path(source) / "config.json").training.method == "lora"
 
 
 def check_lora_run(source: str) -> None:
     """Refuse what cannot have an adapter, before anything is loaded."""
     if not is_run(source):
         raise UserError(f"{source}: no adapter here: give a LoRA run or an adapter directory")
-    if load_config(Path(source) / "config.json").training.method == "full":
+    if not is_lora_run(source):
         raise UserError(f"{source}: this run trained every parameter: its result is a whole model already, in model/")
 
 
