@@ -3,6 +3,7 @@
     python train.py                                       the embedded demo, configs/tiny.py
     python train.py configs/tiny.py training.max_steps=20
     python train.py my.yaml data.train_file=chats.jsonl model.name=mistralai/Mistral-7B-Instruct-v0.3
+    python train.py auto data.train_file=chats.jsonl      the config for this machine, from configs/
 
 An interrupted run goes on when the same command is given again.
 """
@@ -13,6 +14,7 @@ import contextlib
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -24,12 +26,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, ranks, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, ranks, runtime, scores, selftest
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Background, Checkpoints, Outcome, Saved
-from nanoft.config import Config, check_same_run, load_config, questionable, settled_hash
+from nanoft.config import Config, check_same_run, load_config, questionable, read_overrides, settled_hash
 from nanoft.corpus import REJECTED, Corpus, data_hash, describe, open_corpus
 from nanoft.export import save_result
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
@@ -58,6 +60,7 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
+from nanoft.report import Findings, leakage_of_run, report, settings_of
 from nanoft.weights import (
     check_quantization,
     find_model,
@@ -71,7 +74,9 @@ from nanoft.weights import (
 STOPPED_BY_SIGNAL = 75
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data and base, device, date
 IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.py"
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = CONFIGS / "tiny.py"
+GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # GB that each needs
 
 
 @dataclass
@@ -125,8 +130,9 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
     t, model, optimizer = job.config.training, job.model, job.optimizer
     warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
     model.train()
+    watch = runtime.MemoryWatch(job.device)
     with job.saves, progress_bar(job, state, total_steps) as bar:
-        if state.step == 0:
+        if state.step == 0 and job.config.guard.max_rollbacks:
             save(job, state)  # something to go back to; and whether saving works is known at once
         while state.step < total_steps and not stop and not out_of_patience(job, state):
             started = time.perf_counter()
@@ -172,9 +178,11 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             if due(state.step, t.log_steps, total_steps):
                 memory = runtime.peak_memory_gb(job.device)
                 values = {"learning_rate": rate, "grad_norm": grad_norm, "peak_memory_gb": memory}
+                values |= runtime.memory_now(job.device).figures()
                 job.run.log("train", state.step, **state.meter.line(), **values, epoch=state.epoch)
             if due(state.step, t.eval_steps, total_steps):
                 evaluate_now(job, state)
+            watch_memory(job, state, watch)
             report_save(job, state, job.saves.collect())
             if due(state.step, t.save_steps, total_steps) or state.best_step == state.step or job.saves.overdue():
                 save(job, state)
@@ -213,6 +221,18 @@ def out_of_patience(job: Job, state: State) -> bool:
     """Early stopping: too many evaluations in a row without a gain."""
     patience = job.config.training.early_stopping_patience
     return patience > 0 and state.evaluations_without_gain >= patience
+
+
+def watch_memory(job: Job, state: State, watch: runtime.MemoryWatch) -> None:
+    """Say so before memory runs out, and when it grows and grows."""
+    for warning in watch.check(state.step):
+        job.run.log("warning", state.step, what="memory", text=warning)
+        job.run.say(f"warning: memory after step {state.step}: {warning}")
+
+
+def log_memory(job: Job, state: State, stage: str) -> None:
+    """What is held and what may be, at a stage of the run."""
+    job.run.log("memory", state.step, stage=stage, **runtime.memory_now(job.device).figures())
 
 
 # ---- When a step goes wrong
@@ -303,6 +323,7 @@ def evaluate_now(job: Job, state: State) -> None:
     state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
+    log_memory(job, state, "evaluated")
     perplexity = evaluate.safe_exp(loss)
     job.run.log("eval", state.step, loss=loss, perplexity=perplexity, target_tokens=tokens)
     best = " (best so far)" if state.best_step == state.step else ""
@@ -327,6 +348,7 @@ def report_failure(job: Job, state: State, what: str, error: Exception) -> None:
 
 def save(job: Job, state: State) -> None:
     """Begin to write a checkpoint; when it is on the disk, and only then, it may be called the best."""
+    job.run.sync()
     report_save(job, state, job.saves.collect(wait=True))
     tensors = {weights_file(job): trained_weights(job), "optimizer": optimizer_tensors(job.optimizer, job.trained)}
     contents = {**asdict(state), "rng": runtime.rng_state()}
@@ -447,8 +469,9 @@ def prepare(
     t, device = config.training, runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
+    keep, plan = choose_activations(config, *batches.longest().ids.shape)  # from what is free before loading
     model = load_base(config, base, device, dtype)
-    model.keep, plan = choose_activations(config, *batches.longest().ids.shape)
+    model.keep = keep
     model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
@@ -589,10 +612,11 @@ def finish(job: Job, state: State) -> None:
     if not job.config.model.random_init:
         with base_model(job) as model:
             base = measure(job, state, model)
-    values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
+    values, terminal, markdown = report(findings(job, base, tuned, training))
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
+    log_memory(job, state, "finished")
     job.run.log("done", state.step, **training)
     job.run.say(terminal + advice)
     seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
@@ -603,21 +627,54 @@ def finish(job: Job, state: State) -> None:
 
 def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
     """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
-    e = job.config.evaluation
-    rows, prompt_rows = e.batch_size, e.prompt_batch_size
+    c, e = job.config, job.config.evaluation
     try:
         conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
-        prompts = evaluate.held_out_prompts(conversations, e.prompts)
-        while rows or prompt_rows:
+        prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), scores.choose(e.metrics)
+        while True:
             with runtime.Shortage(job.device), job.autocast():
                 return evaluate.measure(
-                    model, job.chat, job.validation, prompts, max(1, rows), max(1, prompt_rows), e.max_new_tokens
+                    model, job.chat, job.validation, prompts, e, c.model.max_seq_length, metrics, seed=c.system.seed
                 )
-            rows, prompt_rows = rows // 2, prompt_rows // 2
-        raise TrainingFailed("out of memory with one row")
+            if e.batch_size == e.prompt_batch_size == 1:
+                raise TrainingFailed("out of memory with one row")
+            halves = {name: max(1, getattr(e, name) // 2) for name in ("batch_size", "prompt_batch_size")}
+            e = replace(e, **halves)
     except Exception as error:
         report_failure(job, state, "evaluation", error)
         return evaluate.Measured()
+
+
+def findings(
+    job: Job, base: evaluate.Measured | None, tuned: evaluate.Measured, training: dict[str, float]
+) -> Findings:
+    """What the report is made of."""
+    e, groups = job.config.evaluation, {}
+    if e.by_field and len(job.validation):
+        try:
+            groups = {e.by_field: job.corpus.values(job.validation, e.by_field)}
+        except UserError as reason:  # the run is done: no reason to lose its report
+            job.run.say(f"warning: {reason}")
+    provenance = (job.run.recorded_config() or {}).get("provenance", {})
+    return Findings(
+        job.run.directory.name,
+        tuned,
+        base,
+        primary=next(iter(e.metrics), "exact_match"),
+        limit=e.max_new_tokens,
+        groups=groups,
+        places=[job.corpus.place(record) for record in job.validation.records.tolist()],
+        leakage=leakage_of_run(job.corpus.report, job.config.data.near_leaks) if len(job.validation) else {},
+        training=training,
+        provenance={
+            "base": job.config.model.name,
+            "data": job.config.data.train_file,
+            "settings": settings_of(job.config),
+            **provenance,
+        },
+        shown=e.samples,
+        seed=job.config.system.seed,
+    )
 
 
 @contextlib.contextmanager
@@ -678,17 +735,26 @@ class Wish:
 
 def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
+    runtime.forgive_output()
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    scores.choose(config.evaluation.metrics)  # a metric that is not there is told now, not after hours
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         config = decide_rows(config, run.recorded_config())
         provenance = claim(config, run, wish.resume)
-        try:
+        with explained(config):
             return run_claimed(config, run, stop, provenance, wish)
-        except (RuntimeError, MemoryError) as error:
-            if runtime.is_out_of_memory(error):
-                raise too_little(config, config.micro_batch_rows()) from None
-            raise
+
+
+@contextlib.contextmanager
+def explained(config: Config) -> Iterator[None]:
+    """Out of memory where nothing can be halved: while loading, and the like."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if runtime.is_out_of_memory(error):
+            raise too_little(config, config.micro_batch_rows()) from None
+        raise
 
 
 def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance: Provenance, wish: Wish) -> int:
@@ -710,11 +776,31 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
     run.begin(state.step, [state.epoch, state.window], state.guard.left_out)
     parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
     run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=runtime.peak_memory_gb(job.device))
+    log_memory(job, state, "prepared")
     state = train(job, state, stop, total_steps)
     if stop and state.step < total_steps:
         run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
         return STOPPED_BY_SIGNAL
     finish(job, state)
+    return 0
+
+
+def go_on(job: Job, total_steps: int) -> None:
+    """The loop from the newest checkpoint, or from the beginning: what the self-test tests."""
+    train(job, find_start(job, "auto"), runtime.StopRequest(), total_steps)
+
+
+def run_selftest(config: Config) -> int:
+    """Try what is promised on this config, model and data, in a directory that goes away again."""
+    runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
+    check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as aside:
+        config = selftest.shorten(decide_rows(config, None), Path(aside))
+        with explained(config), Run.open(config.output.dir) as run:
+            provenance = claim(config, run, "never")
+            job = prepare(config, run, provenance, *load_data(config, run, datetime.now()))
+            run.begin(0, [0, 0], [])
+            selftest.run(job, go_on)
     return 0
 
 
@@ -730,27 +816,47 @@ def show(run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: 
         run.say(line)
 
 
+def config_for(device_type: str, memory_gb: float) -> Path:
+    """The config in configs/ for a device with so much memory."""
+    if device_type == "cuda":
+        return CONFIGS / next(name for name, least in GPU_CONFIGS.items() if memory_gb >= least)
+    return CONFIGS / {"mps": "m4.py", "cpu": "cpu.py"}[device_type]
+
+
+def pick_config(overrides: list[str]) -> Path:
+    """`auto`: the config for this machine, and a line that says which and why."""
+    device = runtime.choose_device(read_overrides(overrides).get("system.device", "auto"))
+    path = config_for(device.type, runtime.total_memory_gb(device))
+    print(f"auto      configs/{path.name}, because this is {runtime.describe(device)}")
+    return path
+
+
 @runtime.command
 def main(argv: list[str]) -> int:
     parser = runtime.Arguments(
         prog="train.py",
         description="Fine-tune a causal language model: LoRA, QLoRA, or every parameter.",
         epilog="examples: python train.py configs/tiny.py; python train.py configs/tiny.py quantization.bits=4; "
-        "python train.py configs/tiny.py data.train_file=mine.jsonl training.max_steps=20",
+        "python train.py auto model.name=Qwen/Qwen2.5-3B-Instruct data.train_file=mine.jsonl",
     )
-    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file; default: configs/tiny.py")
+    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file, or auto; default: configs/tiny.py")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
     parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")
     parser.add_argument("--plan", action="store_true", help="print memory and time before anything is loaded and stop")
     parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
+    parser.add_argument("--selftest", action="store_true", help="try here what is promised, in minutes, and stop")
     parser.add_argument("--force", action="append", default=[], choices=NAMES, help="go on although this check failed")
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
+    if path == "auto":
+        path = pick_config(positional)
     if args.plan:
         return show_plan(load_config(path, positional))
+    if args.selftest:
+        return run_selftest(load_config(path, positional))
     wish = Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force)
     return run_training(load_config(path, positional), wish)
 

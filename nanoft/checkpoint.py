@@ -33,10 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nanoft import UserError
+from nanoft.tensorfile import load_tensors
+from nanoft.untrusted import parse_json, read_bytes
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -67,7 +68,7 @@ class Saved:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.path / f"{name}.safetensors")
+        return load_tensors(self.path / f"{name}.safetensors")
 
 
 class Checkpoints:
@@ -190,9 +191,9 @@ class Checkpoints:
         return final
 
     def _sweep(self) -> None:
-        """Remove what a killed process of nanoft left half-written; the run's lock says that none is alive."""
-        for leftover in [*self.directory.glob(".tmp-step-*"), *self.directory.parent.iterdir()]:
-            if re.fullmatch(r"\.(tmp-(step-\d+|best\.json|config\.json)|preflight)-\d+", leftover.name):
+        """Remove what a killed save left half-written; the run's lock says that none is alive."""
+        for leftover in self.directory.iterdir():
+            if re.fullmatch(r"\.tmp-step-\d+-\d+", leftover.name):
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
@@ -326,8 +327,8 @@ def verify(path: Path) -> Saved:
         if hash_file(path / name) != expected:
             raise Damaged(f"{path / name}: its content is not what was saved")
     try:
-        state = json.loads((path / "state.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        state = parse_json(read_bytes(path / "state.json"))
+    except (UserError, ValueError):
         state = None
     if not isinstance(state, dict):
         raise Damaged(f"{path / 'state.json'}: missing or not a JSON object")
@@ -337,10 +338,10 @@ def verify(path: Path) -> Saved:
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest's body, if its own hash is right and its names stay inside the directory."""
     try:
-        sealed = json.loads((path / MANIFEST).read_bytes())
+        sealed = parse_json(read_bytes(path / MANIFEST))
         body: dict[str, Any] = sealed["body"]
         good = sealed["sha256"] == hashlib.sha256(_dump(body)).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, ValueError, KeyError, TypeError):
         raise Damaged(f"{path / MANIFEST}: missing or not readable: the save was not finished") from None
     if not good or not isinstance(body, dict):
         raise Damaged(f"{path / MANIFEST}: its content is not what was saved")
@@ -353,12 +354,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
-def encode(specs: Specs, read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+def encode(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
     """Tensors in the safetensors format, one at a time: 8 bytes of header size, JSON header, raw data.
 
     Args:
         specs: name -> (dtype, shape) of every tensor of the file.
-        read: gives a tensor by name; called once each, and only one is held.
+        read: gives a tensor by name, or its rows some at a time; called once each, and only one is held.
     """
     ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -371,8 +372,10 @@ def encode(specs: Specs, read: Callable[[str], Tensor]) -> Iterator[bytes | memo
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in ordered:
-        host = read(name).detach().cpu().contiguous()
-        yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        found = read(name)
+        for part in [found] if isinstance(found, Tensor) else found:
+            host = part.detach().cpu().contiguous()
+            yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

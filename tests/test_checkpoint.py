@@ -218,18 +218,16 @@ def test_every_kth_stays_for_good(tmp_path: Path) -> None:
 
 
 def test_only_our_own_leftovers_are_swept(tmp_path: Path) -> None:
-    run, inside = tmp_path, tmp_path / "checkpoints"
+    inside = tmp_path / "checkpoints"
     (inside / ".tmp-step-000007-4711").mkdir(parents=True)
-    ours = [".tmp-config.json-4711", ".tmp-best.json-1", ".preflight-99"]
-    others = [".tmp-config.json", ".tmp-mine-12", ".preflight", "tmp-step-1-2", ".lock"]
-    for name in [*ours, *others]:
-        (run / name).write_bytes(b"x")
+    others = [".tmp-step-mine", ".tmp-mine-12", "tmp-step-1-2"]
+    for name in others:
+        (inside / name).write_bytes(b"x")
     (tmp_path.parent / "elsewhere").mkdir()
     (tmp_path.parent / "elsewhere" / "kept").write_bytes(b"x")
     (inside / ".tmp-step-000008-1").symlink_to(tmp_path.parent / "elsewhere")
     Checkpoints(inside, keep=1)
-    assert sorted(path.name for path in run.iterdir()) == sorted([*others, "checkpoints"])
-    assert list(inside.iterdir()) == []
+    assert sorted(path.name for path in inside.iterdir()) == sorted(others)
     assert (tmp_path.parent / "elsewhere" / "kept").is_file()
 
 

@@ -318,6 +318,21 @@ def test_going_back_with_nothing_to_go_back_to_ends_with_3(tmp_path: Path, monke
     assert "no checkpoint could be saved before" in capsys.readouterr().err
 
 
+# --- memory is watched
+
+
+def test_memory_is_told_at_every_stage_and_warned_of(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(train.runtime.MemoryWatch, "LEVELS", (1e-4,))
+    assert train.main(quick(tmp_path / "run")) == 0
+    stages = [line["stage"] for line in events(tmp_path / "run", "memory") if "stage" in line]
+    assert stages == ["prepared", "evaluated", "evaluated", "finished"]
+    assert all(0.05 < line["host_held_gb"] < line["host_limit_gb"] for line in events(tmp_path / "run", "train"))
+    (warning,) = events(tmp_path / "run")
+    assert (warning["what"], warning["step"]) == ("memory", 1)
+    assert "of the" in warning["text"]
+    assert "warning: memory after step 1: the process holds" in capsys.readouterr().out
+
+
 # --- what may change when a run goes on
 
 

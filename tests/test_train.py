@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from nanoft import batches, model, runtime
+from nanoft import batches, model, runtime, selftest
 from nanoft.config import load_config
 from nanoft.lora import LoRALinear
 from nanoft.metrics import Run
@@ -78,29 +78,17 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     """What the real loop hands to the optimizer at its first step."""
     changes |= {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
-    arguments = quick(directory, **changes, training__max_grad_norm=0, training__max_steps=1)
+    arguments = quick(directory, **changes)
     config = load_config(arguments[0], arguments[1:])
     runtime.prepare(config.system.seed, 0, False)
-    taken: dict[str, torch.Tensor] = {}
-    with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
+    with Run.open(config.output.dir) as run:
         provenance = train.claim(config, run, "auto")
         job = train.prepare(config, run, provenance, *train.load_data(config, run, datetime.now()))
         job.model.to(dtype)
-        job.optimizer.state.clear()  # laid out for float32; AdamW makes it again
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in job.trained:
-            if "lora_B" in name:  # at zero, A would have no gradient
-                parameter.data.normal_(std=0.02, generator=generator)
-        step = job.optimizer.step
-
-        def capture() -> None:
-            taken.update({name: p.grad.clone() for name, p in job.trained if p.grad is not None})
-            step()
-
-        job.optimizer.step = capture  # type: ignore[method-assign, assignment]
+        selftest.stir(job.adapters)  # at its start, A has no gradient
         run.begin(0, [0, 0], [])
-        train.train(job, train.State(), stop, 1)
-        assert len(taken) == len(job.trained)
+        taken = selftest.gradient(job, train.go_on, job.batches)
+        assert {name: len(part) for name, part in taken.items()} == {name: p.numel() for name, p in job.trained}
     return taken
 
 
@@ -113,15 +101,9 @@ def test_a_window_has_one_gradient_however_it_is_split(
     whole = gradients(tmp_path / "8x1", 8, 1, dtype, **changes)
     for size, count in ((4, 2), (2, 4), (1, 8)):
         split = gradients(tmp_path / f"{size}x{count}", size, count, dtype, **changes)
-        assert distance(split, whole) <= allowed
+        assert selftest.gradients_apart(split, whole) <= allowed
         if dtype == torch.float64:  # float32 rounds single small tensors by a little more than all of them together
-            assert max(distance({n: split[n]}, {n: g}) for n, g in whole.items()) <= allowed
-
-
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The norm of the difference as a share of the norm, over all parameters together."""
-    a, b = (torch.cat([part[name].flatten().double() for name in sorted(expected)]) for part in (found, expected))
-    return ((a - b).norm() / b.norm()).item()
+            assert max(selftest.apart(split[name], gradient) for name, gradient in whole.items()) <= allowed
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
