@@ -38,7 +38,7 @@ def cached(key: str, build: Callable[[Path], None], say: Callable[[str], None]) 
     Raises:
         UserError: the cache cannot be written; or whatever `build` raises.
     """
-    home = _home()
+    home = cache_home()
     entry = home / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         if not _is_whole(entry):
@@ -59,7 +59,7 @@ def cached(key: str, build: Callable[[Path], None], say: Callable[[str], None]) 
     return entry
 
 
-def _home() -> Path:
+def cache_home() -> Path:
     """In the user's cache directory; for a user without a home a place where nothing can be kept."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
@@ -120,7 +120,7 @@ def hash_unless_known(files: Sequence[Path]) -> str:
     Raises:
         UserError: a file cannot be read.
     """
-    memo, digests = _home() / MEMO, []
+    memo, digests = cache_home() / MEMO, []
     known = _read_memo(memo)
     for file in files:
         state, before = _state(file), known.get(os.path.abspath(file))

@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -27,17 +28,18 @@ import torch
 from huggingface_hub import constants
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanoft import UserError, nf4
+from nanoft import UserError
 from nanoft.attention import has_varlen
-from nanoft.cache import writable_home
+from nanoft.cache import cache_home
 from nanoft.config import Config, load_config
-from nanoft.nf4 import pack_4bit, uses_bitsandbytes
+from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
 from nanoft.optim import check_optimizer
-from nanoft.plan import choose_activations, decide_rows, kept, matmul_gflop_s, room
+from nanoft.plan import choose_activations, decide_rows, find_machine, kept, matmul_gflop_s
 from nanoft.runtime import (
     Arguments,
     choose_device,
     choose_dtype,
+    command,
     describe,
     memory_limit_bytes,
     quiet_libraries,
@@ -47,7 +49,6 @@ from nanoft.weights import check_quantization, find_model, quantization_of, read
 Colour = Literal["green", "yellow", "red"]
 CODES = {"green": "32", "yellow": "33", "red": "31"}
 TESTED = {"torch": ((2, 8), (2, 14)), "python": ((3, 11), (3, 15))}  # from, and below
-EXTRAS = {".parquet": ("pyarrow", "parquet")}  # what a file name asks for: module, extra of nanoft
 GB_ON_DISK = 10  # below this a checkpoint or a model may not fit
 
 
@@ -104,9 +105,13 @@ def precision(device: torch.device) -> Iterator[Line]:
             if torch.equal(x @ x, x):
                 able.append(str(dtype).removeprefix("torch."))
     chosen = str(choose_dtype("auto", device)).removeprefix("torch.")
-    capability = f"; compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}" if _cuda(device) else ""
+    capability = (
+        f"; compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+        if device.type == "cuda"
+        else ""
+    )
     yield Line("green", "precision", f"{', '.join(able)} work; model.dtype=auto takes {chosen}{capability}")
-    if _cuda(device) and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield Line("yellow", "bfloat16", "this GPU has none", "model.dtype stays float32: slower, twice the memory")
 
 
@@ -122,7 +127,7 @@ def memory(device: torch.device) -> Iterator[Line]:
 
 def disk() -> Iterator[Line]:
     """Room where runs, the Hub's models and tokenised data go."""
-    home = writable_home()
+    home = cache_home()
     places = {"disk here": Path.cwd(), "Hub cache": Path(constants.HF_HUB_CACHE), "data cache": home}
     for name, place in places.items():
         there = next(path for path in (place, *place.parents) if path.exists())
@@ -152,16 +157,13 @@ def attention(device: torch.device) -> Iterator[Line]:
 def four_bits(device: torch.device) -> Line:
     """Pack and unpack a weight in NF4: bitsandbytes must give what the plain table gives."""
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    layer = nf4.Linear4bit.quantize(weight, ("nf4", False), torch.float32) if False else None
-    del layer
-    codes, scales = pack_4bit(weight, "nf4")
-    parts = [codes.to(device), scales.to(device)]
-    plain = nf4._unpack_table(parts, "nf4", torch.float32).reshape(weight.shape).cpu()
+    parts = [part.to(device) for part in pack_4bit(weight, "nf4")]
+    plain = unpack_table(parts, "nf4", torch.float32).view(weight.shape).cpu()
     error = ((plain - weight).norm() / weight.norm()).item()
     if not uses_bitsandbytes(device.type):
         return Line("green", "4-bit weights", f"by table lookup in plain PyTorch (error {error:.1%}, as NF4 has)")
     try:
-        found = nf4._unpack_bitsandbytes(parts, "nf4", torch.float32).reshape(weight.shape).cpu()
+        found = unpack_bitsandbytes(parts, "nf4", torch.float32).view(weight.shape).cpu()
     except Exception as problem:  # whatever a library that does not fit the machine raises
         return Line("red", "4-bit weights", f"bitsandbytes fails ({problem})", "reinstall it, or quantization.bits=16")
     if not torch.allclose(found, plain, atol=1e-6):
@@ -190,9 +192,9 @@ def hub() -> Line:
 
 def check_config(config: Config) -> Iterator[Line]:
     """What this config needs: device, files, kernels, memory; a red line for what is missing."""
-    device = choose_device(config.system.device)
     trials: dict[str, Callable[[], str]] = {
-        "optimizer": lambda: _optimizer(config, device),
+        "for it": lambda: choose_device(config.system.device).type,
+        "optimizer": lambda: _optimizer(config),
         "model": lambda: _model(config),
         "data": lambda: _data(config),
         "fits": lambda: _fits(config),
@@ -204,7 +206,8 @@ def check_config(config: Config) -> Iterator[Line]:
             yield Line("red", name, " ".join(str(error).split()))
 
 
-def _optimizer(config: Config, device: torch.device) -> str:
+def _optimizer(config: Config) -> str:
+    device = find_machine(config).device
     check_optimizer(config.training.optimizer, device)
     return f"{config.training.optimizer} works on {device.type}"
 
@@ -220,9 +223,8 @@ def _data(config: Config) -> str:
     """Files that are there, and the libraries that read them."""
     names = [name for name in (config.data.train_file, config.data.validation_file or "") if name]
     for name in names:
-        for ending, (module, extra) in EXTRAS.items():
-            if name.removesuffix(".gz").endswith(ending) and importlib.util.find_spec(module) is None:
-                raise UserError(f"data: {name}: needs {module}: pip install 'nanoft[{extra}]'")
+        if name.endswith(".parquet") and importlib.util.find_spec("pyarrow") is None:
+            raise UserError(f"data.train_file: {name}: needs pyarrow: pip install 'nanoft[parquet]'")
     local = [name for name in names if "://" not in name and not set("*?,") & set(name)]
     for name in local:
         if not Path(name).exists():
@@ -233,30 +235,29 @@ def _data(config: Config) -> str:
 def _fits(config: Config) -> str:
     config = decide_rows(config, None)
     _, plan = choose_activations(config, config.micro_batch_rows(), config.model.max_seq_length)
-    free = room(config)
+    free = find_machine(config).room
     if plan.peak > free:
-        raise UserError(f"{plan.peak / 1e9:.2f} GB are needed by the plan and {free / 1e9:.2f} GB are there: see --plan")
+        raise UserError(
+            f"{plan.peak / 1e9:.2f} GB are needed by the plan and {free / 1e9:.2f} GB are there: see --plan"
+        )
     return f"{plan.peak / 1e9:.2f} GB by the plan, of {free / 1e9:.2f} GB; {kept(plan)}"
 
 
-def _cuda(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
+@command
 def main(argv: list[str]) -> int:
+    """`python -m nanoft.runtime [CONFIG]`: a line for each trial; 2 if one of them is red."""
     parser = Arguments(
         prog="python -m nanoft.runtime",
         description="Try what this machine can do, and whether a config can run on it.",
         epilog="examples: python -m nanoft.runtime; python -m nanoft.runtime configs/tiny.py quantization.bits=4",
     )
     parser.add_argument("config", nargs="?", help="Python, YAML or JSON file")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting")
     args = parser.parse_intermixed_args(argv)
     quiet_libraries()
     config = load_config(args.config, args.overrides) if args.config else None
-    device = choose_device(config.system.device if config else "auto")
-    red = 0
-    for line in [*look_around(device)] if config is None else [*look_around(device), *check_config(config)]:
-        print(line.coloured() if sys.stdout.isatty() else line)
-        red += line.colour == "red"
+    red = False
+    for line in chain(look_around(choose_device("auto")), check_config(config) if config else ()):
+        print(line.coloured() if sys.stdout.isatty() else line, flush=True)
+        red |= line.colour == "red"
     return 2 if red else 0

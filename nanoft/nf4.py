@@ -272,7 +272,7 @@ def unpack(parts: list[Tensor], kind: str, shape: tuple[int, ...] | list[int], d
     """
     if kind == "int8":
         return _unpack_rows(parts, dtype)
-    unpack_4bit = _unpack_bitsandbytes if uses_bitsandbytes(parts[0].device.type) else _unpack_table
+    unpack_4bit = unpack_bitsandbytes if uses_bitsandbytes(parts[0].device.type) else unpack_table
     return unpack_4bit(parts, kind, dtype).view(*shape)
 
 
@@ -290,7 +290,7 @@ def uses_bitsandbytes(device_type: str) -> bool:
     return device_type in ("cuda", "cpu") and importlib.util.find_spec("bitsandbytes") is not None
 
 
-def _unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
+def unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
     import bitsandbytes  # noqa: F401 (its operators are in torch.ops then)
 
     packed, absmax, *nested = parts
@@ -303,7 +303,7 @@ def _unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> 
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, kind, (len(absmax), BLOCK), dtype)
 
 
-def _unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
+def unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
     packed, absmax, *nested = parts
     if nested:
         absmax = _unpack_scales(absmax, *nested)

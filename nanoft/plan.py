@@ -208,10 +208,10 @@ def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, leng
     return (frozen + 6 * counts.trained + 4 * head) / 1e9
 
 
-def matmul_gflop_s(device: torch.device, dtype: torch.dtype, decoder: DecoderConfig, seconds: float = 0.5) -> float:
-    """What bare products of the MLP's shape reach here, in 10^9 operations a second."""
-    x = torch.randn(2048, decoder.hidden_size, device=device).to(dtype)
-    weight = torch.randn(decoder.intermediate_size, decoder.hidden_size, device=device).to(dtype)
+def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: int, seconds: float = 0.5) -> float:
+    """What bare products x W^T reach here, x (2048, inner), W (outer, inner), in 10^9 operations a second."""
+    x = torch.randn(2048, inner, device=device).to(dtype)
+    weight = torch.randn(outer, inner, device=device).to(dtype)
     flop, done, started = 2 * x.numel() * len(weight), 0, 0.0
     while done < 3 or time.perf_counter() - started < seconds:
         if done == 2:  # the first ones warm up
@@ -345,7 +345,8 @@ def _peak(config: Config, rows: int, length: int) -> float:
 
 def show_speed(machine: Machine, decoder: DecoderConfig, work: float, step_tokens: int) -> None:
     """Print what this device could reach, from bare matrix products on it."""
-    reached, kind = matmul_gflop_s(machine.device, machine.dtype, decoder), machine.device.type
+    sizes, kind = (decoder.hidden_size, decoder.intermediate_size), machine.device.type
+    reached = matmul_gflop_s(machine.device, machine.dtype, *sizes)
     share = EFFICIENCY.get(kind)
     print(f"{'products':16} {reached:9,.0f} GFLOP/s in bare matrix products here")
     if share:

@@ -459,3 +459,9 @@ def slope(points: list[tuple[float, float]]) -> tuple[float, float]:
     """Median of the slopes between all pairs of points (Theil, 1950; Sen, 1968), and the share of them that rise."""
     slopes = [(y - b) / (x - a) for (a, b), (x, y) in itertools.combinations(points, 2) if x != a]
     return (statistics.median(slopes), sum(s > 0 for s in slopes) / len(slopes)) if slopes else (0.0, 0.0)
+
+
+if __name__ == "__main__":
+    from nanoft.environment import main
+
+    sys.exit(main(sys.argv[1:]))
