@@ -35,6 +35,7 @@ from nanoft.metrics import as_json, table
 from nanoft.nf4 import quantize
 from nanoft.records import Conversation, read_file
 from nanoft.report import Findings, leakage_of_run, report, settings_of
+from nanoft.untrusted import redact
 from nanoft.weights import Opened, find_model, is_run, load_model, open_chat, open_model, stored_quantization
 
 # Settings that say what a model is: to change them here would measure something that nobody trained.
@@ -114,9 +115,9 @@ def evaluate_source(wish: Wish, overrides: list[str]) -> int:
         values, text = quantization_report(config, wish.source, opened, chat, held)
     else:
         values, text = compare(config, wish, opened, chat, held, has_base)
-    print(text)
+    print(redact(text))
     if wish.out:
-        write_json(Path(wish.out), as_json(values, indent=2) + "\n")
+        write_json(Path(wish.out), redact(as_json(values, indent=2)) + "\n")
     return 0
 
 

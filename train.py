@@ -53,6 +53,7 @@ from nanoft.preflight import (
     NAMES,
     check_data,
     check_head,
+    check_ids,
     judge,
     preview,
     rehearse,
@@ -67,6 +68,7 @@ from nanoft.weights import (
     hash_files,
     load_model,
     quantization_of,
+    read_shape,
     shard_paths,
     stored_dtype,
 )
@@ -394,16 +396,24 @@ def weights_file(job: Job) -> str:
 
 
 def restore(job: Job, saved: Saved) -> State:
-    """Put a checkpoint's weights, optimizer, position and random numbers back."""
+    """Put a checkpoint's weights, optimizer, position and random numbers back.
+
+    Raises:
+        Damaged: its hashes are right, and yet it is no checkpoint.
+    """
     values = dict(saved.state)
-    rng = values.pop("rng")
-    state = State(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**values["guard"])})
+    try:
+        rng = values.pop("rng")
+        state = State(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**values["guard"])})
+        runtime.set_rng_state(rng)
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise checkpoint.Damaged(f"{saved.path / 'state.json'}: {type(error).__name__}: {error}") from None
     load_weights(job, saved)
     load_optimizer_tensors(job.optimizer, job.trained, saved.tensors("optimizer"))
     if state.micro_batch_rows:  # what fitted into memory
         job.batches.micro_batch_size = min(job.batches.micro_batch_size, state.micro_batch_rows)
     job.batches.seek(state.epoch, state.window)
-    runtime.set_rng_state(rng)
+    job.saves.last_step = state.step
     return state
 
 
@@ -430,7 +440,10 @@ def find_start(job: Job, resume: str) -> State:
     saved, damage = job.checkpoints.newest()
     for what in damage:
         job.run.say(f"warning: {what}: going back to an earlier checkpoint")
-    return restore(job, saved) if saved else State()
+    try:
+        return restore(job, saved) if saved else State()
+    except checkpoint.Damaged as reason:
+        raise UserError(f"{reason}: start anew with another output.dir") from None
 
 
 def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, Corpus, Batches]:
@@ -469,6 +482,7 @@ def prepare(
     t, device = config.training, runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
+    check_ids(corpus, read_shape(base).vocab_size)
     keep, plan = choose_activations(config, *batches.longest().ids.shape)  # from what is free before loading
     model = load_base(config, base, device, dtype)
     model.keep = keep
@@ -588,8 +602,11 @@ def progress_bar(job: Job, state: State, total_steps: int) -> Any:
     return tqdm(total=total_steps, initial=state.step, unit="step", disable=hidden, dynamic_ncols=True, leave=False)
 
 
-def finish(job: Job, state: State) -> None:
-    """Take the best weights as the result, save them, measure base and tuned, and write the report."""
+def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
+    """Take the best weights as the result, save them, measure base and tuned, and write the report.
+
+    Returns whether it got that far; a signal ends it after a measurement, and the same command does it again.
+    """
     step, where = state.best_step or state.step, job.run.directory
     if step != state.step:
         try:
@@ -608,10 +625,10 @@ def finish(job: Job, state: State) -> None:
         "tokens_per_second": round(state.meter.tokens_per_second(), 1),
         "peak_memory_gb": round(runtime.peak_memory_gb(job.device), 3),
     }
-    tuned, base = measure(job, state, job.model), None
-    if not job.config.model.random_init:
-        with base_model(job) as model:
-            base = measure(job, state, model)
+    tuned = measure(job, state, job.model)
+    base = None if stop or job.config.model.random_init else measure_base(job, state)
+    if stop:
+        return False
     values, terminal, markdown = report(findings(job, base, tuned, training))
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
@@ -623,6 +640,7 @@ def finish(job: Job, state: State) -> None:
     job.run.say(
         f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
     )
+    return True
 
 
 def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
@@ -643,6 +661,16 @@ def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
     except Exception as error:
         report_failure(job, state, "evaluation", error)
         return evaluate.Measured()
+
+
+def measure_base(job: Job, state: State) -> evaluate.Measured | None:
+    """The same of the model as it was before training."""
+    try:
+        with base_model(job) as model:
+            return measure(job, state, model)
+    except Exception as error:
+        report_failure(job, state, "evaluation of the base", error)
+        return None
 
 
 def findings(
@@ -713,10 +741,7 @@ def claim(config: Config, run: Run, resume: str) -> Provenance:
             raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
         check_same_run(recorded, config, provenance, str(run.directory))
         if (before := recorded["provenance"].get("versions")) != provenance["versions"]:
-            changed = {
-                name: value for name, value in provenance["versions"].items() if (before or {}).get(name) != value
-            }
-            run.say(f"warning: other versions than when the run began: {changed}: last bits may differ")
+            run.say(f"warning: other versions than when the run began ({before}): last bits may differ")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     checkpoint.replace_file(run.directory / "config.json", text.encode())
     return provenance
@@ -781,7 +806,9 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
     if stop and state.step < total_steps:
         run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
         return STOPPED_BY_SIGNAL
-    finish(job, state)
+    if not finish(job, state, stop):
+        run.say(f"stopped   by {stop.signal_name} before the report: the same command writes it")
+        return STOPPED_BY_SIGNAL
     return 0
 
 

@@ -171,9 +171,11 @@ class Checkpoints:
         replace_file(self.best_file, _dump(record))
 
     def best_step(self) -> int | None:
-        if not self.best_file.is_file():
+        """The best so far, if its checkpoint is there; a best.json that says nothing names none."""
+        try:
+            step = int(json.loads(self.best_file.read_bytes())["step"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        step = json.loads(self.best_file.read_text(encoding="utf-8"))["step"]
         return step if self.path(step).is_dir() else None
 
     def _publish(self, aside: Path, step: int) -> Path:

@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -182,9 +183,12 @@ class Run:
             return None
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
-            return tree if isinstance(tree, dict) else None
-        except ValueError:
-            raise UserError(f"{path}: damaged: remove the directory or choose another output.dir") from None
+            if isinstance(tree["provenance"], dict):
+                datetime.fromisoformat(tree["provenance"]["date"])
+                return dict(tree)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise UserError(f"{path}: damaged: remove the directory or choose another output.dir")
 
     def is_complete(self, step: int) -> bool:
         """Whether the run ended with this step and has its report."""

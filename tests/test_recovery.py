@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from test_train import equal, losses, quick, result
 
 import train
+from models import make_chat_model, write_records
 from nanoft import evaluate
 from nanoft.checkpoint import Checkpoints
 
@@ -374,6 +377,87 @@ def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path, capsys: Captur
     said = capsys.readouterr().out
     assert "step-000006: belongs to another run: its config is not this one's: going back" in said
     assert "resuming  after step 3 of 8" in said
+
+
+# --- the end of a run
+
+
+def test_a_signal_while_the_report_is_made_ends_with_75_and_the_same_command_makes_it(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    measure = train.measure
+
+    def interrupted(*args: Any) -> Any:
+        os.kill(os.getpid(), 15)
+        return measure(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "measure", interrupted)
+        assert train.main(quick(tmp_path / "run")) == train.STOPPED_BY_SIGNAL
+    assert "stopped   by SIGTERM before the report" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "report.json").exists()
+    before = (tmp_path / "run" / "checkpoints" / "step-000008").stat().st_ino
+    assert train.main(quick(tmp_path / "run")) == 0
+    assert (tmp_path / "run" / "report.json").exists()
+    steps_are_all_there(tmp_path / "run", 8)
+    assert (tmp_path / "run" / "checkpoints" / "step-000008").stat().st_ino == before, (
+        "what is there is not saved again"
+    )
+
+
+def test_a_base_that_cannot_be_measured_costs_no_report(tmp_path: Path, monkeypatch: Patch) -> None:
+    def gone(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(train, "base_model", gone)
+    assert train.main(quick(tmp_path / "run")) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "perplexity" in report["tuned"]
+    assert "perplexity" not in report.get("base", {})
+    assert [w["what"] for w in events(tmp_path / "run")] == ["evaluation of the base failed"]
+
+
+# --- what is there is not what it should be
+
+
+@pytest.mark.parametrize("damage", [{"provenance": 5}, {"provenance": {"date": "yesterday"}}, {"lora": {}}, 7])
+def test_a_damaged_config_of_a_run_is_one_line(damage: Any, tmp_path: Path, capsys: Capture) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    for name, text in (("config.json", json.dumps(damage)), ("metrics.jsonl", ""), (".lock", "")):
+        (directory / name).write_text(text)
+    assert train.main(quick(directory)) == 2
+    assert "config.json: damaged: remove the directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"rng": {}}, {"meter": 3}, {"guard": None}, {"surprise": 1}])
+def test_a_sealed_state_that_is_none_is_one_line(change: dict[str, Any], tmp_path: Path, capsys: Capture) -> None:
+    """As an attacker would write it: all hashes are right."""
+    directory = tmp_path / "run"
+    assert train.main(quick(directory, training__max_steps=1)) == 0
+    (directory / "report.json").unlink()
+    shutil.rmtree(directory / "checkpoints" / "step-000000")
+    path = directory / "checkpoints" / "step-000001"
+    state = json.dumps({**json.loads((path / "state.json").read_text()), **change}).encode()
+    (path / "state.json").write_bytes(state)
+    body = json.loads((path / "manifest.json").read_text())["body"]
+    body["files"]["state.json"] = {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+    text = json.dumps(body, indent=1, sort_keys=True).encode()
+    sealed = {"body": body, "sha256": hashlib.sha256(text).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(sealed))
+    capsys.readouterr()
+    assert train.main(quick(directory, training__max_steps=1)) == 2
+    captured = capsys.readouterr()
+    assert "state.json: " in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_loaded(tmp_path: Path, capsys: Capture) -> None:
+    base = tmp_path / "base"
+    make_chat_model(base, vocab_size=64)
+    changes = {"model__name": base, "data__train_file": write_records(tmp_path / "data.jsonl")}
+    assert train.main(quick(tmp_path / "run", **changes)) == 2
+    assert "its vocabulary has 64 tokens, and its tokenizer gives the id " in capsys.readouterr().err
 
 
 # --- on CUDA

@@ -200,7 +200,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(tmp_path: Path
     done = subprocess.run(command(arguments), capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2
     assert "File too large" in one_line(done.stderr)
-    assert "warning: saving step 6 failed after step 7: OSError: [Errno 27] File too large" in done.stdout
+    assert re.search(r"warning: saving step 6 failed after step \d: OSError: \[Errno 27\] File too large", done.stdout)
     assert {path.name for path in (directory / "checkpoints").iterdir()} == {"step-000000", "step-000003"}
     assert train.main(arguments) == 0
     assert [step for step, _ in losses(directory)] == list(range(1, 9))
@@ -263,10 +263,10 @@ def test_a_best_checkpoint_that_was_damaged_is_told_and_the_last_one_taken(
     patience |= {"data__validation_file": sentences(tmp_path), "training__learning_rate": 5e-3}
     finish = train.finish
 
-    def damaging(job: Any, state: Any) -> None:
+    def damaging(job: Any, state: Any, stop: Any) -> bool:
         assert 0 < state.best_step < state.step
         (job.checkpoints.path(state.best_step) / "state.json").write_bytes(b"{}")
-        finish(job, state)
+        return finish(job, state, stop)
 
     monkeypatch.setattr(train, "finish", damaging)
     assert train.main(quick(tmp_path / "run", **patience)) == 0
