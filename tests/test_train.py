@@ -712,13 +712,11 @@ def patch_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         first, second = x.chunk(2, dim=-1)
         return x * torch.cat((cos, cos), -1) + torch.cat((-second, first), -1) * torch.cat((sin, sin), -1)
 
-    def attend(q: Any, k: Any, v: Any, window: Any, documents: Any, mask: Any) -> Any:
-        if mask is None:
-            lengths = documents.lengths if documents else (q.shape[1],) * len(q)
-            numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(q.shape[:2])
-            mask = (numbers[:, None, :, None] == numbers[:, None, None, :]) & torch.ones(
-                q.shape[1], q.shape[1]
-            ).tril().bool()
+    def attend(q: Any, k: Any, v: Any, window: Any, documents: Any) -> Any:
+        lengths = documents.lengths if documents else (q.shape[1],) * len(q)
+        numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(q.shape[:2])
+        same = numbers[:, None, :, None] == numbers[:, None, None, :]
+        mask = same & torch.ones(q.shape[1], q.shape[1]).tril().bool()
         k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
         return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
