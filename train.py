@@ -3,6 +3,7 @@
     python train.py                                       the embedded demo, configs/tiny.py
     python train.py configs/tiny.py training.max_steps=20
     python train.py my.yaml data.train_file=chats.jsonl model.name=mistralai/Mistral-7B-Instruct-v0.3
+    python train.py auto data.train_file=chats.jsonl      the config for this machine, from configs/
 
 An interrupted run goes on when the same command is given again.
 """
@@ -13,6 +14,7 @@ import contextlib
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -24,15 +26,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, ranks, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, ranks, runtime, scores, selftest
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer
-from nanoft.checkpoint import Checkpoints, Saved
-from nanoft.config import Config, check_same_run, load_config, questionable
+from nanoft.checkpoint import Background, Checkpoints, Outcome, Saved
+from nanoft.config import Config, check_same_run, load_config, questionable, read_overrides, settled_hash
 from nanoft.corpus import REJECTED, Corpus, data_hash, describe, open_corpus
 from nanoft.export import save_result
-from nanoft.guard import Guard, explain_out_of_memory
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
 from nanoft.loss import target_nll
 from nanoft.metrics import Meter, Run, clock
@@ -47,11 +48,12 @@ from nanoft.optim import (
     set_learning_rate,
     warmup_length,
 )
-from nanoft.plan import Plan, choose_activations, decide_rows, kept, show_plan
+from nanoft.plan import Plan, choose_activations, decide_rows, kept, show_plan, too_little
 from nanoft.preflight import (
     NAMES,
     check_data,
     check_head,
+    check_ids,
     judge,
     preview,
     rehearse,
@@ -59,18 +61,24 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
+from nanoft.report import Findings, leakage_of_run, report, settings_of
 from nanoft.weights import (
     check_quantization,
     find_model,
     hash_files,
     load_model,
     quantization_of,
+    read_shape,
     shard_paths,
     stored_dtype,
 )
 
 STOPPED_BY_SIGNAL = 75
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.py"
+Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data and base, device, date
+IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = CONFIGS / "tiny.py"
+GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # GB that each needs
 
 
 @dataclass
@@ -84,6 +92,8 @@ class State:
     best_step: int = 0
     best_loss: float = float("inf")  # on the validation samples, nats per target token
     evaluations_without_gain: int = 0
+    micro_batch_rows: int = 0  # fewer than configured, since memory was short; 0: as configured
+    guard: guard.History = field(default_factory=guard.History)
 
 
 @dataclass
@@ -100,6 +110,7 @@ class Job:
     batches: Batches
     validation: Samples
     checkpoints: Checkpoints
+    saves: Background
     base_directory: Path
     device: torch.device
     dtype: torch.dtype
@@ -116,58 +127,91 @@ class Job:
         return torch.autocast(self.device.type, self.dtype) if wanted else contextlib.nullcontext()
 
 
-def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -> None:
-    """The loop. When it returns, `state` says how far it came, and a checkpoint of that step is on the disk."""
-    t, model, optimizer, meter = job.config.training, job.model, job.optimizer, state.meter
-    guard, parameters = Guard(t.max_bad_steps), [p for _, p in job.trained]
-    warmup_steps, saved_step = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps), state.step
+def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -> State:
+    """The loop. Returns how far it came; a checkpoint of that step is on the disk."""
+    t, model, optimizer = job.config.training, job.model, job.optimizer
+    warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
     model.train()
-    with progress_bar(job, state, total_steps) as bar:
+    watch = runtime.MemoryWatch(job.device)
+    with job.saves, progress_bar(job, state, total_steps) as bar:
+        if state.step == 0 and job.config.guard.max_rollbacks:
+            save(job, state)  # something to go back to; and whether saving works is known at once
         while state.step < total_steps and not stop and not out_of_patience(job, state):
             started = time.perf_counter()
+            here = [job.batches.epoch, job.batches.index]
             window = job.batches.next_window()  # all micro-batches of one optimizer step
-            window_targets = sum(micro_batch.target_tokens for micro_batch in window)
+            if here in state.guard.left_out:
+                continue
 
-            loss = torch.zeros((), device=job.device)
-            for micro_batch in window:
-                batch = micro_batch.to(job.device)
-                with job.autocast():
-                    hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
-                    nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
-                # sum over target tokens / target tokens of the WINDOW: the same however the window is split
-                micro_loss = nll / window_targets
-                micro_loss.backward()
-                loss += micro_loss.detach()
-
-            grad_norm = nn.utils.clip_grad_norm_(parameters, t.max_grad_norm or float("inf"))  # before clipping
-            verdict = guard.judge(loss.item(), grad_norm.item())
-            if verdict == "ok":
-                rate = learning_rate_at(
+            with runtime.Shortage(job.device) as short_of_memory:
+                loss, grad_norm = accumulate(job, window)
+            if short_of_memory:
+                halve(job, state)  # the same window again, in smaller pieces
+                continue
+            verdict = guard.judge(job.config.guard, state.guard, loss, grad_norm, here)
+            if verdict.reason:
+                report_bad_step(job, state, window, here, loss, grad_norm, verdict)
+            if verdict.action == "take":
+                rate = state.guard.rate * learning_rate_at(
                     state.step, total_steps, t.learning_rate, warmup_steps, t.lr_scheduler, t.min_lr_ratio, t.lr_power
                 )
                 set_learning_rate(optimizer, rate)
-                optimizer.step()
+                with runtime.Shortage(job.device) as short_of_memory:
+                    optimizer.step()
+                if short_of_memory:
+                    state = go_back(job, state, state.guard)  # half of a step may be done; a checkpoint has whole ones
+                    halve(job, state)
+                    continue
                 state.step += 1
             optimizer.zero_grad(set_to_none=True)
             state.epoch, state.window = job.batches.epoch, job.batches.index
-            if verdict != "ok":
-                report_bad_step(job, state, window, loss.item(), grad_norm.item(), give_up=verdict == "stop")
+            if verdict.action == "stop":
+                raise diverged(job, state, window)
+            if verdict.action == "roll back":
+                state = go_back(job, state, guard.rolled_back(job.config.guard, state.guard))
+                bar.update(state.step - bar.n)
+            if verdict.action != "take":
                 continue
 
-            tokens = sum(micro_batch.tokens for micro_batch in window)
-            meter.add(loss.item() * window_targets, tokens, window_targets, time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {rate:.1e}, {meter.tokens_per_second():,.0f} tok/s", False)
+            targets, tokens = (sum(getattr(m, kind) for m in window) for kind in ("target_tokens", "tokens"))
+            state.meter.add(loss * targets, tokens, targets, time.perf_counter() - started)
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {state.meter.tokens_per_second():,.0f} tok/s", False)
             bar.update()
             if due(state.step, t.log_steps, total_steps):
                 memory = runtime.peak_memory_gb(job.device)
-                values = {"learning_rate": rate, "grad_norm": grad_norm.item(), "peak_memory_gb": memory}
-                job.run.log("train", state.step, **meter.line(), **values, epoch=state.epoch)
+                values = {"learning_rate": rate, "grad_norm": grad_norm, "peak_memory_gb": memory}
+                values |= runtime.memory_now(job.device).figures()
+                job.run.log("train", state.step, **state.meter.line(), **values, epoch=state.epoch)
             if due(state.step, t.eval_steps, total_steps):
                 evaluate_now(job, state)
-            if due(state.step, t.save_steps, total_steps) or state.best_step == state.step:
-                saved_step = save(job, state)
-    if state.step != saved_step:  # stopped between two saves
-        save(job, state)
+            watch_memory(job, state, watch)
+            report_save(job, state, job.saves.collect())
+            if due(state.step, t.save_steps, total_steps) or state.best_step == state.step or job.saves.overdue():
+                save(job, state)
+        make_sure_of_the_last_save(job, state)
+    return state
+
+
+def accumulate(job: Job, window: list[Batch]) -> tuple[float, float]:
+    """Forward and backward over a window: leaves its gradient, clipped.
+
+    Returns:
+        The loss, in nats per target token of the window, and the norm of the gradient before clipping.
+    """
+    t, model = job.config.training, job.model
+    window_targets = sum(micro_batch.target_tokens for micro_batch in window)
+    loss = torch.zeros((), device=job.device)
+    for micro_batch in window:
+        batch = micro_batch.to(job.device)
+        with job.autocast():
+            hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
+            nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
+        # sum over target tokens / target tokens of the WINDOW: the same however the window is split
+        micro_loss = nll / window_targets
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_([p for _, p in job.trained], t.max_grad_norm or float("inf"))
+    return loss.item(), grad_norm.item()
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
@@ -181,43 +225,166 @@ def out_of_patience(job: Job, state: State) -> bool:
     return patience > 0 and state.evaluations_without_gain >= patience
 
 
-def report_bad_step(job: Job, state: State, window: list[Batch], loss: float, norm: float, give_up: bool) -> None:
-    """Say which records were in a window whose loss or gradient was not finite; it is left out."""
+def watch_memory(job: Job, state: State, watch: runtime.MemoryWatch) -> None:
+    """Say so before memory runs out, and when it grows and grows."""
+    for warning in watch.check(state.step):
+        job.run.log("warning", state.step, what="memory", text=warning)
+        job.run.say(f"warning: memory after step {state.step}: {warning}")
+
+
+def log_memory(job: Job, state: State, stage: str) -> None:
+    """What is held and what may be, at a stage of the run."""
+    job.run.log("memory", state.step, stage=stage, **runtime.memory_now(job.device).figures())
+
+
+# ---- When a step goes wrong
+
+
+def report_bad_step(
+    job: Job, state: State, window: list[Batch], here: list[int], loss: float, grad_norm: float, verdict: guard.Verdict
+) -> None:
+    """Say which records were in a window whose loss or gradient is not what it should be."""
     records = [job.corpus.place(record) for micro_batch in window for record in micro_batch.records]
-    job.run.log("warning", state.step, what="step skipped", loss=str(loss), grad_norm=str(norm), records=records)
-    first = ", ".join(records[:8])
-    job.run.say(f"warning: after step {state.step}: loss {loss}, gradient norm {norm}: left out {first}")
-    if give_up:
-        raise TrainingFailed(f"no finite loss any more after step {state.step}: lower training.learning_rate")
+    what = "spike" if verdict.action == "take" else "step skipped"
+    figures = {"loss": str(loss), "grad_norm": str(grad_norm), "window": here}
+    job.run.log("warning", state.step, what=what, **figures, records=records)
+    first, done = ", ".join(records[:8]), "taken all the same" if what == "spike" else "left out"
+    job.run.say(f"warning: after step {state.step}: {verdict.reason}: {done}: {first}")
+
+
+def go_back(job: Job, state: State, history: guard.History) -> State:
+    """Take everything from the newest checkpoint that is whole; what the guard has learned since then stays.
+
+    If the last rollback led to that one, and not one step could be taken from it, it is no good: the one before it.
+    """
+    report_save(job, state, job.saves.collect(wait=True))
+    job.optimizer.zero_grad(set_to_none=True)
+    try:
+        again = history.rollbacks > state.guard.rollbacks and state.step == state.guard.back_at
+        stuck = again and job.checkpoints.newest(before=state.step)[0] is not None
+        saved, _ = job.checkpoints.newest(before=state.step if stuck else float("inf"))
+    except UserError as reason:
+        raise TrainingFailed(f"after step {state.step} the run had to go back, and could not: {reason}") from None
+    if saved is None:
+        raise TrainingFailed(f"after step {state.step} the run had to go back, and no checkpoint could be saved before")
+    back = replace(restore(job, saved), guard=history, micro_batch_rows=state.micro_batch_rows)
+    back.guard.back_at = back.step
+    job.model.train()
+    job.run.begin(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
+    rate = f", at {history.rate:g} of the learning rate" if history.rate < 1 else ""
+    job.run.log("warning", back.step, what="rolled back", since=state.step, rate=history.rate)
+    job.run.say(f"warning: back from step {state.step} to the checkpoint of step {back.step}{rate}")
+    return back
+
+
+def diverged(job: Job, state: State, window: list[Batch]) -> TrainingFailed:
+    """What to say when nothing helped: where the first bad number arises, and what to change."""
+    batch, seen, rate = window[-1].to(job.device), state.guard, job.config.training.learning_rate
+    with job.autocast():
+        where = guard.diagnose(job.model, batch.ids, batch.positions, batch.documents, rows=batch.rows)
+    return TrainingFailed(
+        f"{seen.skips} windows in a row could not be used after step {state.step}, and {seen.rollbacks} rollbacks "
+        f"did not help: {where}: lower training.learning_rate ({rate:g}), or look at the records in train.log"
+    )
+
+
+def halve(job: Job, state: State) -> None:
+    """Out of memory: go on from where `state` stands with micro-batches of half the rows; the window stays the same.
+
+    Raises:
+        TrainingFailed: they have one row; says what would help.
+    """
+    rows = job.batches.micro_batch_size
+    if rows == 1:
+        raise too_little(job.config, rows)
+    job.optimizer.zero_grad(set_to_none=True)
+    job.batches.micro_batch_size = state.micro_batch_rows = (rows + 1) // 2
+    job.batches.seek(state.epoch, state.window)
+    if job.run.begun:
+        job.run.log("warning", state.step, what="out of memory", micro_batch_rows=state.micro_batch_rows)
+    job.run.say(
+        f"warning: out of memory after step {state.step} with micro-batches of {rows} rows: again with "
+        f"{state.micro_batch_rows}; same samples a step, same loss"
+    )
+
+
+# ---- Evaluating and saving
 
 
 def evaluate_now(job: Job, state: State) -> None:
     """Loss on the validation samples; remember the best, and count the evaluations that were no better."""
     if not len(job.validation):
         return
-    size, threshold = job.config.evaluation.batch_size, job.config.training.early_stopping_threshold
-    with job.autocast():
-        loss, tokens = evaluate.validation_loss(job.model, job.validation, size, job.chat.pad_id)
-    gained = loss < state.best_loss - threshold
+    try:
+        loss, tokens = validation_loss(job)
+    except Exception as error:  # a run is worth more than a look at it
+        job.model.train()
+        report_failure(job, state, "evaluation", error)
+        return
+    gained = loss < state.best_loss - job.config.training.early_stopping_threshold
     state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
+    log_memory(job, state, "evaluated")
     perplexity = evaluate.safe_exp(loss)
     job.run.log("eval", state.step, loss=loss, perplexity=perplexity, target_tokens=tokens)
     best = " (best so far)" if state.best_step == state.step else ""
     job.run.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
 
 
-def save(job: Job, state: State) -> int:
-    """Write a checkpoint; when it is on the disk, and only then, it may be called the best. Returns its step."""
-    started = time.perf_counter()
+def validation_loss(job: Job) -> tuple[float, int]:
+    """(nats per target token, target tokens), in smaller batches if memory is short."""
+    rows = job.config.evaluation.batch_size
+    while rows:
+        with runtime.Shortage(job.device), job.autocast():
+            return evaluate.validation_loss(job.model, job.validation, rows, job.chat.pad_id)
+        rows //= 2
+    raise TrainingFailed("out of memory with one validation sample")
+
+
+def report_failure(job: Job, state: State, what: str, error: Exception) -> None:
+    """Something that training can do without went wrong."""
+    job.run.log("warning", state.step, what=f"{what} failed", error=f"{type(error).__name__}: {error}")
+    job.run.say(f"warning: {what} failed after step {state.step}: {type(error).__name__}: {error}")
+
+
+def save(job: Job, state: State) -> None:
+    """Begin to write a checkpoint; when it is on the disk, and only then, it may be called the best."""
+    job.run.sync()
+    report_save(job, state, job.saves.collect(wait=True))
     tensors = {weights_file(job): trained_weights(job), "optimizer": optimizer_tensors(job.optimizer, job.trained)}
     contents = {**asdict(state), "rng": runtime.rng_state()}
     best = (state.best_step, state.best_loss) if state.best_step else None
-    path = job.checkpoints.save(state.step, tensors, contents, best)
-    where = str(path.relative_to(job.run.directory))
-    job.run.log("checkpoint", state.step, path=where, seconds=time.perf_counter() - started)
-    return state.step
+    job.saves.start(state.step, tensors, contents, best)
+
+
+def report_save(job: Job, state: State, outcome: Outcome | None) -> None:
+    """Log what became of a save. One that failed is no end of training, and there will be another."""
+    if outcome is None:
+        return
+    if outcome.error is None:
+        where = str(outcome.path.relative_to(job.run.directory))
+        seconds = {"seconds": outcome.seconds, "waited_seconds": outcome.waited_seconds}
+        job.run.log("checkpoint", outcome.step, path=where, **seconds)
+        return
+    if state.best_step == outcome.step:  # its weights are lost: let the next evaluation decide
+        state.best_step, state.best_loss = 0, float("inf")
+    report_failure(job, state, f"saving step {outcome.step}", outcome.error)
+
+
+def make_sure_of_the_last_save(job: Job, state: State) -> None:
+    """A checkpoint of where the run stands, whatever was saved before.
+
+    Raises:
+        OSError: the disk refuses; what was saved before is untouched.
+    """
+    report_save(job, state, job.saves.collect(wait=True))
+    if job.saves.last_step != state.step:
+        save(job, state)
+        outcome = job.saves.collect(wait=True)
+        report_save(job, state, outcome)
+        if outcome is not None and outcome.error is not None:
+            raise outcome.error
 
 
 def trained_weights(job: Job) -> dict[str, torch.Tensor]:
@@ -229,14 +396,24 @@ def weights_file(job: Job) -> str:
 
 
 def restore(job: Job, saved: Saved) -> State:
-    """Put a checkpoint's weights, optimizer, position and random numbers back."""
+    """Put a checkpoint's weights, optimizer, position and random numbers back.
+
+    Raises:
+        Damaged: its hashes are right, and yet it is no checkpoint.
+    """
     values = dict(saved.state)
-    rng = values.pop("rng")
-    state = State(**{**values, "meter": Meter(**values["meter"])})
+    try:
+        rng = values.pop("rng")
+        state = State(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**values["guard"])})
+        runtime.set_rng_state(rng)
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise checkpoint.Damaged(f"{saved.path / 'state.json'}: {type(error).__name__}: {error}") from None
     load_weights(job, saved)
     load_optimizer_tensors(job.optimizer, job.trained, saved.tensors("optimizer"))
+    if state.micro_batch_rows:  # what fitted into memory
+        job.batches.micro_batch_size = min(job.batches.micro_batch_size, state.micro_batch_rows)
     job.batches.seek(state.epoch, state.window)
-    runtime.set_rng_state(rng)
+    job.saves.last_step = state.step
     return state
 
 
@@ -246,9 +423,7 @@ def load_weights(job: Job, saved: Saved) -> None:
     if job.adapters:
         load_adapter_tensors(job.adapters, tensors, str(saved.path))
         return
-    with torch.no_grad():
-        for name, parameter in job.trained:
-            parameter.copy_(tensors[name])
+    checkpoint.fill({name: parameter.detach() for name, parameter in job.trained}, tensors, str(saved.path))
 
 
 def find_start(job: Job, resume: str) -> State:
@@ -259,13 +434,16 @@ def find_start(job: Job, resume: str) -> State:
         if Path(resume).resolve().parent != job.run.checkpoints.resolve():
             raise UserError(f"--resume: {resume}: is not in {job.run.checkpoints}: name a checkpoint of this run")
         try:
-            return restore(job, checkpoint.verify(Path(resume)))
+            return restore(job, job.checkpoints.verify(Path(resume)))
         except (checkpoint.Damaged, OSError) as reason:
             raise UserError(f"--resume: {reason}") from None
     saved, damage = job.checkpoints.newest()
     for what in damage:
         job.run.say(f"warning: {what}: going back to an earlier checkpoint")
-    return restore(job, saved) if saved else State()
+    try:
+        return restore(job, saved) if saved else State()
+    except checkpoint.Damaged as reason:
+        raise UserError(f"{reason}: start anew with another output.dir") from None
 
 
 def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, Corpus, Batches]:
@@ -297,13 +475,17 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
     return chat, corpus, batches
 
 
-def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batches: Batches) -> Job:
+def prepare(
+    config: Config, run: Run, provenance: Provenance, chat: ChatTokenizer, corpus: Corpus, batches: Batches
+) -> Job:
     """Model, adapters and optimizer; the data is there already, because it fails fastest."""
     t, device = config.training, runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
+    check_ids(corpus, read_shape(base).vocab_size)
+    keep, plan = choose_activations(config, *batches.longest().ids.shape)  # from what is free before loading
     model = load_base(config, base, device, dtype)
-    model.keep, plan = choose_activations(config, *batches.longest().ids.shape)
+    model.keep = keep
     model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
@@ -313,7 +495,8 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, t)
     validation = corpus.validation[: config.evaluation.max_samples]
-    checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints)
+    identity = {"config_sha256": settled_hash(config)} | {name: provenance[name] for name in IDENTITY}
+    checkpoints = Checkpoints(run.checkpoints, t.keep_checkpoints, t.keep_every, identity)
     return Job(
         config,
         run,
@@ -325,6 +508,7 @@ def prepare(config: Config, run: Run, chat: ChatTokenizer, corpus: Corpus, batch
         batches,
         validation,
         checkpoints,
+        Background(checkpoints, runtime.free_host_bytes),
         base,
         device,
         dtype,
@@ -370,7 +554,7 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     say(f"plan      {left:,} steps ({epochs:.3g} epochs) of {c.effective_batch_size()} rows, about {duration}")
 
 
-def preflight_checks(job: Job, forced: list[str]) -> float:
+def preflight_checks(job: Job, state: State, forced: list[str]) -> float:
     """Look at the data, the head, memory and disk before the first step; returns the seconds that a step takes.
 
     Raises:
@@ -385,20 +569,32 @@ def preflight_checks(job: Job, forced: list[str]) -> float:
     for check in checks:
         job.run.say(check.line())
     judge(checks, forced)
-    t, batches = job.config.training, job.batches
-    longest = batches.longest()
-    fits, seconds = rehearse(job.model, longest, job.autocast)
-    job.run.say(fits.line())
+    seconds_a_token, batches = rehearse_step(job, state), job.batches
     measured, predicted = runtime.peak_memory_gb(job.device), job.plan.peak / 1e9
     job.run.say(f"memory    {kept(job.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(job.validation):
         size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
-        job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
+        with runtime.Shortage(job.device) as short_of_memory:
+            job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
+        if short_of_memory:
+            job.run.say(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be taken")
     moments = optimizer_tensors(job.optimizer, job.trained)
-    saved = rehearse_save(job.run.directory, trained_weights(job), moments, t.keep_checkpoints)
+    keep = job.config.training.keep_checkpoints
+    saved = rehearse_save(job.run.directory, trained_weights(job), moments, keep)
     job.run.say(saved.line())
     judge([saved], forced)
-    return float(seconds * batches.samples.lengths.sum() / batches.windows_in_epoch() / longest.tokens)
+    return float(seconds_a_token * batches.samples.lengths.sum() / batches.windows_in_epoch())
+
+
+def rehearse_step(job: Job, state: State) -> float:
+    """Forward and backward over the longest micro-batch, with fewer rows if memory is short; seconds a token."""
+    while True:
+        longest = job.batches.longest()
+        with runtime.Shortage(job.device):
+            fits, seconds = rehearse(job.model, longest, job.autocast)
+            job.run.say(fits.line())
+            return seconds / longest.tokens
+        halve(job, state)
 
 
 def progress_bar(job: Job, state: State, total_steps: int) -> Any:
@@ -406,12 +602,15 @@ def progress_bar(job: Job, state: State, total_steps: int) -> Any:
     return tqdm(total=total_steps, initial=state.step, unit="step", disable=hidden, dynamic_ncols=True, leave=False)
 
 
-def finish(job: Job, state: State) -> None:
-    """Take the best weights as the result, save them, measure base and tuned, and write the report."""
+def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
+    """Take the best weights as the result, save them, measure base and tuned, and write the report.
+
+    Returns whether it got that far; a signal ends it after a measurement, and the same command does it again.
+    """
     step, where = state.best_step or state.step, job.run.directory
     if step != state.step:
         try:
-            load_weights(job, checkpoint.verify(job.checkpoints.path(step)))
+            load_weights(job, job.checkpoints.verify(job.checkpoints.path(step)))
         except checkpoint.Damaged as reason:
             job.run.say(f"warning: {reason}: the result is not the best checkpoint, but the last")
             step = state.step
@@ -426,31 +625,84 @@ def finish(job: Job, state: State) -> None:
         "tokens_per_second": round(state.meter.tokens_per_second(), 1),
         "peak_memory_gb": round(runtime.peak_memory_gb(job.device), 3),
     }
-    tuned, base = measure(job, job.model), None
-    if not job.config.model.random_init:
-        with base_model(job) as model:
-            base = measure(job, model)
-    values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
+    tuned = measure(job, state, job.model)
+    base = None if stop or job.config.model.random_init else measure_base(job, state)
+    if stop:
+        return False
+    values, terminal, markdown = report(findings(job, base, tuned, training))
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
+    log_memory(job, state, "finished")
     job.run.log("done", state.step, **training)
     job.run.say(terminal + advice)
     seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
     job.run.say(
         f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
     )
+    return True
 
 
-def measure(job: Job, model: Decoder) -> evaluate.Measured:
-    """Validation loss and answers to held-out prompts."""
-    e = job.config.evaluation
-    conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
-    prompts = evaluate.held_out_prompts(conversations, e.prompts)
-    with job.autocast():
-        return evaluate.measure(
-            model, job.chat, job.validation, prompts, e.batch_size, e.prompt_batch_size, e.max_new_tokens
-        )
+def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
+    """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
+    c, e = job.config, job.config.evaluation
+    try:
+        conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
+        prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), scores.choose(e.metrics)
+        while True:
+            with runtime.Shortage(job.device), job.autocast():
+                return evaluate.measure(
+                    model, job.chat, job.validation, prompts, e, c.model.max_seq_length, metrics, seed=c.system.seed
+                )
+            if e.batch_size == e.prompt_batch_size == 1:
+                raise TrainingFailed("out of memory with one row")
+            halves = {name: max(1, getattr(e, name) // 2) for name in ("batch_size", "prompt_batch_size")}
+            e = replace(e, **halves)
+    except Exception as error:
+        report_failure(job, state, "evaluation", error)
+        return evaluate.Measured()
+
+
+def measure_base(job: Job, state: State) -> evaluate.Measured | None:
+    """The same of the model as it was before training."""
+    try:
+        with base_model(job) as model:
+            return measure(job, state, model)
+    except Exception as error:
+        report_failure(job, state, "evaluation of the base", error)
+        return None
+
+
+def findings(
+    job: Job, base: evaluate.Measured | None, tuned: evaluate.Measured, training: dict[str, float]
+) -> Findings:
+    """What the report is made of."""
+    e, groups = job.config.evaluation, {}
+    if e.by_field and len(job.validation):
+        try:
+            groups = {e.by_field: job.corpus.values(job.validation, e.by_field)}
+        except UserError as reason:  # the run is done: no reason to lose its report
+            job.run.say(f"warning: {reason}")
+    provenance = (job.run.recorded_config() or {}).get("provenance", {})
+    return Findings(
+        job.run.directory.name,
+        tuned,
+        base,
+        primary=next(iter(e.metrics), "exact_match"),
+        limit=e.max_new_tokens,
+        groups=groups,
+        places=[job.corpus.place(record) for record in job.validation.records.tolist()],
+        leakage=leakage_of_run(job.corpus.report, job.config.data.near_leaks) if len(job.validation) else {},
+        training=training,
+        provenance={
+            "base": job.config.model.name,
+            "data": job.config.data.train_file,
+            "settings": settings_of(job.config),
+            **provenance,
+        },
+        shown=e.samples,
+        seed=job.config.system.seed,
+    )
 
 
 @contextlib.contextmanager
@@ -464,10 +716,10 @@ def base_model(job: Job) -> Iterator[Decoder]:
         yield load_base(job.config, job.base_directory, job.device, job.dtype)
 
 
-def claim(config: Config, run: Run, resume: str) -> datetime:
+def claim(config: Config, run: Run, resume: str) -> Provenance:
     """Make sure that the directory is this run's, fresh or to go on with, and write its config.json.
 
-    Returns the date of the run, which a template may print: that of its first session.
+    Returns what the run depends on; the date, which a template may print, is that of its first session.
     """
     base = find_model(config.model.name)
     check_quantization(base, quantization_of(config))
@@ -476,7 +728,7 @@ def claim(config: Config, run: Run, resume: str) -> datetime:
     device = runtime.choose_device(config.system.device)
     recorded = run.recorded_config()
     date = str((recorded or {}).get("provenance", {}).get("date") or datetime.now().date().isoformat())
-    provenance = {
+    provenance: Provenance = {
         "versions": runtime.versions(),
         "device": device.type,
         "dtype": str(runtime.choose_dtype(config.model.dtype, device)).removeprefix("torch."),
@@ -488,9 +740,11 @@ def claim(config: Config, run: Run, resume: str) -> datetime:
         if resume == "never":
             raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
         check_same_run(recorded, config, provenance, str(run.directory))
+        if (before := recorded["provenance"].get("versions")) != provenance["versions"]:
+            run.say(f"warning: other versions than when the run began ({before}): last bits may differ")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     checkpoint.replace_file(run.directory / "config.json", text.encode())
-    return datetime.fromisoformat(date)
+    return provenance
 
 
 @dataclass(frozen=True)
@@ -506,42 +760,74 @@ class Wish:
 
 def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
+    runtime.forgive_output()
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    scores.choose(config.evaluation.metrics)  # a metric that is not there is told now, not after hours
     with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
         config = decide_rows(config, run.recorded_config())
-        date = claim(config, run, wish.resume)
-        try:
-            return run_claimed(config, run, stop, date, wish)
-        except (RuntimeError, MemoryError) as error:  # while loading, training or evaluating
-            size, length = config.micro_batch_rows(), config.model.max_seq_length
-            raise explain_out_of_memory(error, size, length) or error from None
+        provenance = claim(config, run, wish.resume)
+        with explained(config):
+            return run_claimed(config, run, stop, provenance, wish)
 
 
-def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, date: datetime, wish: Wish) -> int:
+@contextlib.contextmanager
+def explained(config: Config) -> Iterator[None]:
+    """Out of memory where nothing can be halved: while loading, and the like."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if runtime.is_out_of_memory(error):
+            raise too_little(config, config.micro_batch_rows()) from None
+        raise
+
+
+def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance: Provenance, wish: Wish) -> int:
     """Load the data, prepare, find where to begin, look before the leap, train, finish."""
-    chat, corpus, batches = load_data(config, run, date)
+    chat, corpus, batches = load_data(config, run, datetime.fromisoformat(provenance["date"]))
     total_steps = corpus.report["steps"]
     if wish.show_batch or wish.show_step is not None:
         show(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0
-    job = prepare(config, run, chat, corpus, batches)
+    job = prepare(config, run, provenance, chat, corpus, batches)
     state = find_start(job, wish.resume)
     if run.is_complete(state.step) and (state.step >= total_steps or out_of_patience(job, state)):
         run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
         return 0
-    seconds_a_step = preflight_checks(job, wish.force)
+    seconds_a_step = preflight_checks(job, state, wish.force)
     announce(job, state, total_steps, seconds_a_step)
     if wish.preflight:
         return 0
-    run.begin(state.step)
+    run.begin(state.step, [state.epoch, state.window], state.guard.left_out)
     parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
     run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=runtime.peak_memory_gb(job.device))
-    train(job, state, stop, total_steps)
+    log_memory(job, state, "prepared")
+    state = train(job, state, stop, total_steps)
     if stop and state.step < total_steps:
         run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
         return STOPPED_BY_SIGNAL
-    finish(job, state)
+    if not finish(job, state, stop):
+        run.say(f"stopped   by {stop.signal_name} before the report: the same command writes it")
+        return STOPPED_BY_SIGNAL
+    return 0
+
+
+def go_on(job: Job, total_steps: int) -> None:
+    """The loop from the newest checkpoint, or from the beginning: what the self-test tests."""
+    train(job, find_start(job, "auto"), runtime.StopRequest(), total_steps)
+
+
+def run_selftest(config: Config) -> int:
+    """Try what is promised on this config, model and data, in a directory that goes away again."""
+    runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
+    check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as aside:
+        config = selftest.shorten(decide_rows(config, None), Path(aside))
+        with explained(config), Run.open(config.output.dir) as run:
+            provenance = claim(config, run, "never")
+            job = prepare(config, run, provenance, *load_data(config, run, datetime.now()))
+            run.begin(0, [0, 0], [])
+            selftest.run(job, go_on)
     return 0
 
 
@@ -557,27 +843,47 @@ def show(run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: 
         run.say(line)
 
 
+def config_for(device_type: str, memory_gb: float) -> Path:
+    """The config in configs/ for a device with so much memory."""
+    if device_type == "cuda":
+        return CONFIGS / next(name for name, least in GPU_CONFIGS.items() if memory_gb >= least)
+    return CONFIGS / {"mps": "m4.py", "cpu": "cpu.py"}[device_type]
+
+
+def pick_config(overrides: list[str]) -> Path:
+    """`auto`: the config for this machine, and a line that says which and why."""
+    device = runtime.choose_device(read_overrides(overrides).get("system.device", "auto"))
+    path = config_for(device.type, runtime.total_memory_gb(device))
+    print(f"auto      configs/{path.name}, because this is {runtime.describe(device)}")
+    return path
+
+
 @runtime.command
 def main(argv: list[str]) -> int:
     parser = runtime.Arguments(
         prog="train.py",
         description="Fine-tune a causal language model: LoRA, QLoRA, or every parameter.",
         epilog="examples: python train.py configs/tiny.py; python train.py configs/tiny.py quantization.bits=4; "
-        "python train.py configs/tiny.py data.train_file=mine.jsonl training.max_steps=20",
+        "python train.py auto model.name=Qwen/Qwen2.5-3B-Instruct data.train_file=mine.jsonl",
     )
-    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file; default: configs/tiny.py")
+    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file, or auto; default: configs/tiny.py")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
     parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")
     parser.add_argument("--plan", action="store_true", help="print memory and time before anything is loaded and stop")
     parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
+    parser.add_argument("--selftest", action="store_true", help="try here what is promised, in minutes, and stop")
     parser.add_argument("--force", action="append", default=[], choices=NAMES, help="go on although this check failed")
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
+    if path == "auto":
+        path = pick_config(positional)
     if args.plan:
         return show_plan(load_config(path, positional))
+    if args.selftest:
+        return run_selftest(load_config(path, positional))
     wish = Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force)
     return run_training(load_config(path, positional), wish)
 

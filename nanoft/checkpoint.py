@@ -5,34 +5,44 @@ never be trained on. So a checkpoint is written aside and made real by one atomi
 does not match its hash:
 
     .tmp-step-000100-<pid>/   each file is streamed, hashed on the way, and fsynced
-    manifest.json             size and SHA-256 of every file; written last, fsynced; then the directory is fsynced
+    manifest.json             size and SHA-256 of every file, and whose they are; written last, fsynced
+    verification              every byte is read again; then the directory is fsynced
     rename to step-000100     atomic; then the parent directory is fsynced
     rotation                  only now may an older checkpoint go; never the best, never the newest
 
-Loading verifies every byte, and falls back to the newest checkpoint that is whole. Nothing is ever unpickled.
+Loading verifies every byte, and falls back to the newest checkpoint that is whole. Nothing is ever unpickled. Training
+does not wait for the disk: `Background` copies what is to be saved, and a thread of its own does the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nanoft import UserError
+from nanoft.tensorfile import load_tensors
+from nanoft.untrusted import parse_json, read_bytes
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+RETRY_S = 60.0  # after a save that failed
+Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> named tensors
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the tensors of a file: dtype and shape by name
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -58,36 +68,38 @@ class Saved:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.path / f"{name}.safetensors")
+        return load_tensors(self.path / f"{name}.safetensors")
 
 
 class Checkpoints:
     """The checkpoints of one run, in one directory."""
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: Path, keep: int, keep_every: int = 0, identity: Mapping[str, Any] | None = None):
         """
         Args:
             directory: made if it is missing; half-written leftovers of killed saves are removed.
             keep: so many of the newest stay, and the best besides.
+            keep_every: steps that are multiples of it stay for good; 0: no others do.
+            identity: what the checkpoints belong to (hashes of config, base and data, versions of libraries), as JSON
+                values; what ends in _sha256 must be the same when they are read again.
         """
-        self.directory, self.keep = directory, keep
+        self.directory, self.keep, self.keep_every = directory, keep, keep_every
+        self.identity = dict(identity or {})
         self.best_file = directory.parent / "best.json"
         directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob(".tmp-step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._sweep()
         self._put_back()
 
     def save(
         self,
         step: int,
-        tensors: dict[str, dict[str, Tensor]],
+        tensors: Tensors,
         state: dict[str, Any],
         best: tuple[int, float] | None = None,
     ) -> Path:
         """Write checkpoint `step`; when this returns it is on the disk, whole.
 
         Args:
-            tensors: file name without suffix -> named tensors.
             state: JSON values.
             best: step and validation loss of the best checkpoint, which may be this one; noted in best.json. None:
                 nothing was evaluated yet.
@@ -100,7 +112,9 @@ class Checkpoints:
         try:
             files = {f"{n}.safetensors": write_tensors(aside / f"{n}.safetensors", t) for n, t in tensors.items()}
             files["state.json"] = write_file(aside / "state.json", [_dump(state)])
-            write_file(aside / MANIFEST, [_sealed({"format": FORMAT, "step": step, "files": files})])
+            body = {"format": FORMAT, "step": step, "belongs_to": self.identity, "files": files}
+            write_file(aside / MANIFEST, [_sealed(body)])
+            read_back(aside)
             sync_directory(aside)
             final = self._publish(aside, step)
         except BaseException:
@@ -113,21 +127,35 @@ class Checkpoints:
         self._rotate(step)
         return final
 
-    def newest(self) -> tuple[Saved | None, list[str]]:
+    def newest(self, before: float = math.inf) -> tuple[Saved | None, list[str]]:
         """The newest checkpoint that is whole (None if there is none at all), and what is wrong with newer ones.
 
+        Args:
+            before: only those of earlier steps.
         Raises:
             UserError: there are checkpoints, and every one is damaged.
         """
         damage: list[str] = []
-        for step in sorted(self.steps(), reverse=True):
+        for step in sorted((step for step in self.steps() if step < before), reverse=True):
             try:
-                return verify(self.path(step)), damage
+                return self.verify(self.path(step)), damage
             except Damaged as reason:
                 damage.append(str(reason))
         if damage:
             raise UserError(f"{damage[0]}; no other checkpoint is whole: start anew with another output.dir")
         return None, []
+
+    def verify(self, path: Path) -> Saved:
+        """Check every file of a checkpoint, and that it is one of this run.
+
+        Raises:
+            Damaged: it must not be used, and why.
+        """
+        saved, found = verify(path), _read_manifest(path).get("belongs_to", {})
+        for key, value in self.identity.items():
+            if key.endswith("_sha256") and found.get(key) != value:
+                raise Damaged(f"{path}: belongs to another run: its {key.removesuffix('_sha256')} is not this one's")
+        return saved
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in rising order."""
@@ -143,9 +171,11 @@ class Checkpoints:
         replace_file(self.best_file, _dump(record))
 
     def best_step(self) -> int | None:
-        if not self.best_file.is_file():
+        """The best so far, if its checkpoint is there; a best.json that says nothing names none."""
+        try:
+            step = int(json.loads(self.best_file.read_bytes())["step"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        step = json.loads(self.best_file.read_text(encoding="utf-8"))["step"]
         return step if self.path(step).is_dir() else None
 
     def _publish(self, aside: Path, step: int) -> Path:
@@ -161,6 +191,15 @@ class Checkpoints:
         sync_directory(self.directory)
         shutil.rmtree(older, ignore_errors=True)
         return final
+
+    def _sweep(self) -> None:
+        """Remove what a killed save left half-written; the run's lock says that none is alive."""
+        for leftover in self.directory.iterdir():
+            if re.fullmatch(r"\.tmp-step-\d+-\d+", leftover.name):
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
 
     def _put_back(self) -> None:
         """Undo the first half of replacing a checkpoint; if the second half was done, the older one goes."""
@@ -179,10 +218,99 @@ class Checkpoints:
         """
         own = [step for step in self.steps() if step <= newest]
         spared = {*own[-self.keep :], self.best_step()}
+        if self.keep_every:
+            spared |= {step for step in own if step and step % self.keep_every == 0}
         for step in self.steps():
             if step not in spared:
                 (self.path(step) / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(self.path(step), ignore_errors=True)
+
+
+@dataclass
+class Outcome:
+    """What became of a save that ran in the background."""
+
+    step: int
+    path: Path = Path()
+    error: Exception | None = None
+    seconds: float = 0.0  # from its beginning until it was on the disk
+    waited_seconds: float = 0.0  # that training waited for it
+
+
+class Background:
+    """Saves in a thread of its own, one at a time, from copies: training goes on while the disk works.
+
+    As a context manager it waits for the last one, unless the process is told to leave at once.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, free_bytes: Callable[[], float]):
+        """
+        Args:
+            free_bytes: what copies may take; a save that needs more than half of it is done while training waits.
+        """
+        self.checkpoints, self.free_bytes = checkpoints, free_bytes
+        self.last_step = -1  # of the last save that worked
+        self._failed_at = math.inf
+        self._outcome = Outcome(-1)
+        self._thread: threading.Thread | None = None
+
+    def start(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None) -> None:
+        """Begin to save, as Checkpoints.save does; the save before must have been collected."""
+        started = time.perf_counter()
+        self._outcome = outcome = Outcome(step)
+        copied = sum(t.nbytes for named in tensors.values() for t in named.values()) < self.free_bytes() / 2
+        if copied:
+            tensors = {
+                file: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for file, ts in tensors.items()
+            }
+
+        def work() -> None:
+            try:
+                outcome.path = self.checkpoints.save(step, tensors, state, best)
+            except Exception as error:  # whatever it is, it surfaces in collect()
+                outcome.error = error
+            outcome.seconds = time.perf_counter() - started
+
+        self._thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
+        self._thread.start()
+        if not copied:
+            self._thread.join()
+        outcome.waited_seconds = time.perf_counter() - started
+
+    def collect(self, wait: bool = False) -> Outcome | None:
+        """What became of the last save; None if that was told already, or, without `wait`, while it runs."""
+        if self._thread is None or (self._thread.is_alive() and not wait):
+            return None
+        self._thread.join()
+        self._thread = None
+        if self._outcome.error is None:
+            self.last_step, self._failed_at = self._outcome.step, math.inf
+        else:
+            self._failed_at = time.monotonic()
+        return self._outcome
+
+    def overdue(self) -> bool:
+        """Whether the last save failed, and it is time to try again."""
+        return time.monotonic() - self._failed_at > RETRY_S
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._thread is not None and (kind is None or issubclass(kind, Exception)):
+            self._thread.join()
+
+
+def read_back(path: Path) -> None:
+    """Verify a checkpoint that was just written, before anything older makes way for it.
+
+    Raises:
+        OSError: the disk gives back something else than what was written.
+    """
+    try:
+        verify(path)
+    except Damaged as reason:
+        raise OSError(errno.EIO, f"{reason} (read back after writing)") from None
 
 
 def verify(path: Path) -> Saved:
@@ -201,8 +329,8 @@ def verify(path: Path) -> Saved:
         if hash_file(path / name) != expected:
             raise Damaged(f"{path / name}: its content is not what was saved")
     try:
-        state = json.loads((path / "state.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        state = parse_json(read_bytes(path / "state.json"))
+    except (UserError, ValueError):
         state = None
     if not isinstance(state, dict):
         raise Damaged(f"{path / 'state.json'}: missing or not a JSON object")
@@ -212,24 +340,28 @@ def verify(path: Path) -> Saved:
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest's body, if its own hash is right and its names stay inside the directory."""
     try:
-        sealed = json.loads((path / MANIFEST).read_bytes())
+        sealed = parse_json(read_bytes(path / MANIFEST))
         body: dict[str, Any] = sealed["body"]
         good = sealed["sha256"] == hashlib.sha256(_dump(body)).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, ValueError, KeyError, TypeError):
         raise Damaged(f"{path / MANIFEST}: missing or not readable: the save was not finished") from None
-    if not good or not isinstance(body, dict) or body.get("format") != FORMAT:
+    if not good or not isinstance(body, dict):
         raise Damaged(f"{path / MANIFEST}: its content is not what was saved")
+    if body.get("format") != FORMAT:
+        raise Damaged(f"{path / MANIFEST}: format {body.get('format')!r}, and this nanoft reads {FORMAT}")
+    if not isinstance(body.get("belongs_to", {}), dict):
+        raise Damaged(f"{path / MANIFEST}: does not say whose it is")
     if not isinstance(body.get("files"), dict) or any(Path(name).name != name for name in body["files"]):
         raise Damaged(f"{path / MANIFEST}: does not list files of its directory")
     return body
 
 
-def encode(specs: Specs, read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+def encode(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
     """Tensors in the safetensors format, one at a time: 8 bytes of header size, JSON header, raw data.
 
     Args:
         specs: name -> (dtype, shape) of every tensor of the file.
-        read: gives a tensor by name; called once each, and only one is held.
+        read: gives a tensor by name, or its rows some at a time; called once each, and only one is held.
     """
     ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -242,8 +374,10 @@ def encode(specs: Specs, read: Callable[[str], Tensor]) -> Iterator[bytes | memo
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in ordered:
-        host = read(name).detach().cpu().contiguous()
-        yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        found = read(name)
+        for part in [found] if isinstance(found, Tensor) else found:
+            host = part.detach().cpu().contiguous()
+            yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -264,7 +398,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, An
             rest = memoryview(piece)
             while len(rest):
                 rest = rest[os.write(descriptor, rest) :]  # a write may be short
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
     return {"size": size, "sha256": digest.hexdigest()}
@@ -287,12 +421,40 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power loss."""
+    """Make the names in a directory survive a power loss, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not sync directories
+            raise
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    """fsync; on macOS that leaves the drive's own cache, and F_FULLFSYNC does not."""
+    os.fsync(descriptor)
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):  # not every volume knows it
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+
+
+def fill(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into those of the same name; every one must be there, with its shape and dtype, and no other.
+
+    Raises:
+        UserError: names the first that does not fit.
+    """
+    for name in sorted(own.keys() | saved.keys()):
+        have, want = (
+            f"{tuple(t.shape)} {t.dtype}" if t is not None else "missing" for t in (saved.get(name), own.get(name))
+        )
+        if have != want:
+            raise UserError(f"{where}: {name}: {have}, but this run needs {want}: start anew with another output.dir")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
 
 
 def _dump(value: Any) -> bytes:

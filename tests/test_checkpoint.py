@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,9 +25,11 @@ from torch import Tensor
 from nanoft import UserError
 from nanoft.checkpoint import (
     SAFETENSORS_DTYPES,
+    Background,
     Checkpoints,
     Damaged,
     encode,
+    fill,
     hash_file,
     replace_file,
     verify,
@@ -207,6 +210,155 @@ def test_what_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"step-12", "step-abcdef", "notes", "step-000007"}
 
 
+def test_every_kth_stays_for_good(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, keep_every=4)
+    for step in range(10):
+        save(checkpoints, step)
+    assert checkpoints.steps() == [4, 8, 9]
+
+
+def test_only_our_own_leftovers_are_swept(tmp_path: Path) -> None:
+    inside = tmp_path / "checkpoints"
+    (inside / ".tmp-step-000007-4711").mkdir(parents=True)
+    others = [".tmp-step-mine", ".tmp-mine-12", "tmp-step-1-2"]
+    for name in others:
+        (inside / name).write_bytes(b"x")
+    (tmp_path.parent / "elsewhere").mkdir()
+    (tmp_path.parent / "elsewhere" / "kept").write_bytes(b"x")
+    (inside / ".tmp-step-000008-1").symlink_to(tmp_path.parent / "elsewhere")
+    Checkpoints(inside, keep=1)
+    assert sorted(path.name for path in inside.iterdir()) == sorted(others)
+    assert (tmp_path.parent / "elsewhere" / "kept").is_file()
+
+
+def test_a_checkpoint_says_whose_it_is_and_another_runs_is_not_taken(tmp_path: Path) -> None:
+    mine = {"config_sha256": "1", "base_sha256": "2", "versions": {"torch": "2.8"}}
+    path = save(Checkpoints(tmp_path / "a", 3, identity=mine), 5)
+    assert json.loads((path / "manifest.json").read_text())["body"]["belongs_to"] == mine
+    newer = Checkpoints(tmp_path / "a", 3, identity={**mine, "versions": {"torch": "2.13"}})
+    assert newer.newest()[0] is not None, "other versions may go on"
+    other = Checkpoints(tmp_path / "a", 3, identity={**mine, "base_sha256": "3"})
+    with pytest.raises(UserError, match="belongs to another run: its base is not this one's"):
+        other.newest()
+
+
+def test_what_reads_back_otherwise_never_gets_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that keeps something else than it was given, and says nothing."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    save(checkpoints, 1)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data).replace(b"exp_avg", b"exp_avh")))
+    with pytest.raises(OSError, match="read back after writing"):
+        save(checkpoints, 2)
+    monkeypatch.undo()
+    assert checkpoints.steps() == [1]
+    assert is_whole(checkpoints.path(1), 1)
+
+
+def test_tensors_are_put_back_by_name_and_only_if_all_fit() -> None:
+    def fresh() -> dict[str, Tensor]:
+        return {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}
+
+    saved = {"b": torch.ones(4, dtype=torch.bfloat16), "a": torch.full((2, 3), 2.0)}
+    own = fresh()
+    fill(own, saved, "here")
+    assert all(torch.equal(own[name], saved[name]) for name in own)
+    wrong = {
+        "a: missing": {"b": saved["b"]},
+        "c: ": {**saved, "c": torch.zeros(1)},
+        r"a: \(3, 2\)": {**saved, "a": torch.zeros(3, 2)},
+        "b: .*float32, but this run needs .*bfloat16": {**saved, "b": torch.ones(4)},
+    }
+    for message, tensors in wrong.items():
+        own = fresh()
+        with pytest.raises(UserError, match=f"here: {message}"):
+            fill(own, tensors, "here")
+        assert not any(tensor.any() for tensor in own.values()), "nothing was changed"
+
+
+# --- in the background
+
+
+def plenty() -> float:
+    return 1e12
+
+
+def begin(saves: Background, step: int, changed: Tensor | None = None) -> None:
+    named = tensors(step)
+    if changed is not None:
+        named["adapter"]["a"] = changed
+    saves.start(step, named, {"step": step}, None)
+
+
+def hold_writes(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Writes wait until the event is set."""
+    write, free = os.write, threading.Event()
+    monkeypatch.setattr(os, "write", lambda fd, data: (free.wait(60), write(fd, data))[1])
+    return free
+
+
+def test_training_goes_on_while_a_save_is_written_and_what_is_saved_stays_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = hold_writes(monkeypatch)
+    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty)
+    weight = tensors(1)["adapter"]["a"].clone()
+    with saves:
+        begin(saves, 1, weight)
+        weight += 100  # the next optimizer step
+        assert saves.collect() is None
+        assert saves.last_step == -1
+        disk.set()
+        outcome = saves.collect(wait=True)
+    assert outcome is not None
+    assert (outcome.step, outcome.error, saves.last_step) == (1, None, 1)
+    assert is_whole(outcome.path, 1)
+    assert outcome.waited_seconds <= outcome.seconds
+    assert saves.collect(wait=True) is None, "it was told already"
+
+
+def test_a_failed_save_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty)
+
+    def full(_fd: int, _data: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        begin(saves, 1)
+        outcome = saves.collect(wait=True)
+    assert outcome is not None
+    assert isinstance(outcome.error, OSError)
+    assert saves.last_step == -1
+    assert not saves.overdue(), "not at once"
+    monkeypatch.setattr("nanoft.checkpoint.RETRY_S", -1.0)
+    assert saves.overdue()
+    begin(saves, 2)
+    saves.collect(wait=True)
+    assert (saves.last_step, saves.overdue()) == (2, False)
+
+
+def test_what_does_not_fit_twice_into_memory_is_saved_while_training_waits(tmp_path: Path) -> None:
+    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), lambda: 1.0)
+    begin(saves, 1)
+    assert is_whole(tmp_path / "checkpoints" / "step-000001", 1), "it is there when start() returns"
+
+
+@pytest.mark.parametrize(("leaving", "waits"), [(None, True), (UserError, True), (KeyboardInterrupt, False)])
+def test_leaving_waits_unless_told_to_leave_at_once(
+    leaving: Any, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = hold_writes(monkeypatch)
+    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty)
+    threading.Timer(0.3, disk.set).start()
+    with suppress(UserError, KeyboardInterrupt), saves:
+        begin(saves, 1)
+        if leaving:
+            raise leaving("")
+    assert (tmp_path / "checkpoints" / "step-000001").is_dir() is waits
+    saves.collect(wait=True)
+
+
 # --- damage
 
 
@@ -295,19 +447,20 @@ def test_the_seal_of_these_tests_is_the_real_one(path: Path) -> None:
 
 HASH = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
 MANIFESTS = {
-    "outside": seal({"format": 1, "step": 5, "files": {"../x": HASH}}),
-    "absolute": seal({"format": 1, "step": 5, "files": {"/etc/hostname": HASH}}),
-    "below": seal({"format": 1, "step": 5, "files": {"a/b": HASH}}),
-    "dots": seal({"format": 1, "step": 5, "files": {"..": HASH}}),
-    "no name": seal({"format": 1, "step": 5, "files": {"": HASH}}),
-    "null byte": seal({"format": 1, "step": 5, "files": {"a\0": HASH}}),
-    "no files": seal({"format": 1, "step": 5, "files": {}}),
-    "files a list": seal({"format": 1, "step": 5, "files": ["state.json"]}),
-    "files null": seal({"format": 1, "step": 5, "files": None}),
-    "files missing": seal({"format": 1, "step": 5}),
-    "another format": seal({"format": 2, "step": 5, "files": {}}),
+    "outside": seal({"format": 2, "step": 5, "files": {"../x": HASH}}),
+    "absolute": seal({"format": 2, "step": 5, "files": {"/etc/hostname": HASH}}),
+    "below": seal({"format": 2, "step": 5, "files": {"a/b": HASH}}),
+    "dots": seal({"format": 2, "step": 5, "files": {"..": HASH}}),
+    "no name": seal({"format": 2, "step": 5, "files": {"": HASH}}),
+    "null byte": seal({"format": 2, "step": 5, "files": {"a\0": HASH}}),
+    "no files": seal({"format": 2, "step": 5, "files": {}}),
+    "files a list": seal({"format": 2, "step": 5, "files": ["state.json"]}),
+    "files null": seal({"format": 2, "step": 5, "files": None}),
+    "files missing": seal({"format": 2, "step": 5}),
+    "another format": seal({"format": 1, "step": 5, "files": {}}),
     "body a list": seal([1]),
     "body null": seal(None),
+    "owner a list": seal({"format": 2, "step": 5, "belongs_to": [1], "files": {}}),
     "a number": b"5",
     "null": b"null",
     "a list": b"[]",

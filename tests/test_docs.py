@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 PROGRAM = [*(ROOT / "nanoft").glob("*.py"), *ROOT.glob("*.py"), *(ROOT / "configs").glob("**/*.py")]
 
 
@@ -68,7 +69,7 @@ def test_the_config_in_the_text_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["the documents", "the program"])
 def test_every_field_that_is_mentioned_exists(place: str) -> None:
     program = "\n".join(path.read_text(encoding="utf-8") for path in PROGRAM)
-    text = README + TOUR + DATA if place == "the documents" else program
+    text = README + TOUR + DATA + EVALUATION if place == "the documents" else program
     fields = {f"{section}.{item.name}" for section, kind in SECTION_TYPES.items() for item in dataclasses.fields(kind)}
     sections = "|".join(SECTION_TYPES)
     mentioned = set(re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?==[\w.]|`)", text))
@@ -87,7 +88,7 @@ def test_the_defaults_in_the_table_are_the_defaults() -> None:
 
 
 def test_every_file_that_is_mentioned_exists() -> None:
-    names = set(re.findall(r"`((?:nanoft|tests|configs|docs|bench)/[\w/.]+)`", README + TOUR + DATA))
+    names = set(re.findall(r"`((?:nanoft|tests|configs|docs|bench)/[\w/.]+)`", README + TOUR + DATA + EVALUATION))
     assert len(names) > 12
     assert [name for name in names if not (ROOT / name).exists()] == []
 
@@ -100,6 +101,14 @@ def test_the_shapes_of_the_data_document_are_those_of_the_program() -> None:
     assert shown.keys() == SHAPES.keys()
     for name, (required, known, _) in SHAPES.items():
         assert {*required, *known} <= shown[name], name
+
+
+def test_every_metric_is_in_the_document_and_every_one_there_is_a_metric() -> None:
+    from nanoft.scores import CONSTRAINTS, ROUGE, SCORES
+
+    table = EVALUATION[EVALUATION.index("## Metrics of the answers") : EVALUATION.index("## How to read it")]
+    named = set(re.findall(r"`(\w+)[`:]", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))))
+    assert named == {*SCORES, *ROUGE, *CONSTRAINTS, "bleu"} - {"exact_match"}
 
 
 def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:
@@ -115,4 +124,4 @@ def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:
 
 
 def test_it_is_short() -> None:
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 160

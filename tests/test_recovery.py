@@ -1,0 +1,498 @@
+"""What train.py does when a step, an evaluation or a save goes wrong: nothing is lost, and the result is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import equal, losses, quick, result
+
+import train
+from models import make_chat_model, write_records
+from nanoft import evaluate
+from nanoft.checkpoint import Checkpoints
+
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+
+
+def events(directory: Path, event: str = "warning") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def in_the_loop(patch: Patch, name: str, around: Callable[..., Any]) -> None:
+    """While the loop runs, and not before, `train.<name>(...)` becomes around(call number, the real one, ...)."""
+    loop, real = train.train, getattr(train, name)
+    calls = [0]
+
+    def replaced(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        return around(calls[0], real, *args, **options)
+
+    def looping(*args: Any) -> Any:
+        setattr(train, name, replaced)
+        try:
+            return loop(*args)
+        finally:
+            setattr(train, name, real)
+
+    patch.setattr(train, "train", looping)
+
+
+def no_memory(*_: Any, **__: Any) -> Any:
+    """The error that torch itself raises."""
+    return torch.empty(2**60, dtype=torch.uint8)
+
+
+def nan_in(*numbers: int) -> Callable[..., Any]:
+    """The loss of these windows is NaN."""
+
+    def around(number: int, real: Any, *args: Any) -> Any:
+        loss, norm = real(*args)
+        return (float("nan"), norm) if number in numbers else (loss, norm)
+
+    return around
+
+
+def steps_are_all_there(directory: Path, last: int) -> None:
+    assert [step for step, _ in losses(directory)] == list(range(1, last + 1))
+
+
+# --- not finite
+
+
+NO_EVALUATION = {"training__eval_steps": 0}  # so that a checkpoint of step 4, the best so far, is not saved
+
+
+def test_after_too_many_bad_windows_it_goes_back_learns_more_slowly_and_passes_them_over(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Windows 5 to 7 are bad; the last checkpoint is that of step 3; so 3, 4, then 8, 9, ... make steps 4, 5, 6, ..."""
+    in_the_loop(monkeypatch, "accumulate", nan_in(6, 7, 8))
+    directory = tmp_path / "run"
+    assert train.main(quick(directory, **NO_EVALUATION, guard__max_skips=3, training__lr_scheduler="constant")) == 0
+    said = capsys.readouterr().out
+    assert "back from step 5 to the checkpoint of step 3, at 0.5 of the learning rate" in said
+    steps_are_all_there(directory, 8)
+    skipped = [(w["step"], w["window"]) for w in events(directory) if w["what"] == "step skipped"]
+    places = [window for _, window in skipped]
+    assert [step for step, _ in skipped] == [5, 5, 5]
+    rates = [line["learning_rate"] for line in events(directory, "train")]
+    assert rates[4] == pytest.approx(rates[2] / 2)
+    assert rates[3] == pytest.approx(rates[2] / 2), "step 4 was done again"
+    saved = json.loads((directory / "checkpoints" / "step-000008" / "state.json").read_text())
+    assert saved["guard"]["left_out"] == places
+    assert (saved["guard"]["rollbacks"], saved["guard"]["rate"]) == (1, 0.5)
+    windows = 5  # of an epoch: 40 records less those held out, 8 a window
+    assert saved["epoch"] * windows + saved["window"] == 8 + 3, "three windows were passed over"
+
+
+def test_going_back_and_resumed_equals_going_back(tmp_path: Path, monkeypatch: Patch) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    changes = {**NO_EVALUATION, "guard__max_skips": 3, "training__max_steps": 12}
+    with monkeypatch.context() as patch:
+        in_the_loop(patch, "accumulate", nan_in(6, 7, 8))
+        assert train.main(quick(whole, **changes)) == 0
+    with monkeypatch.context() as patch:  # 3 + 2 windows, 3 bad ones, back at 3; stopped with step 7, the 12th call
+
+        def stopping(number: int, real: Any, *args: Any) -> Any:
+            if number == 12:
+                os.kill(os.getpid(), 15)
+            return nan_in(6, 7, 8)(number, real, *args)
+
+        in_the_loop(patch, "accumulate", stopping)
+        assert train.main(quick(killed, **changes)) == train.STOPPED_BY_SIGNAL
+    assert losses(killed)[-1][0] == 7
+    assert train.main(quick(killed, **changes)) == 0
+    assert losses(killed) == losses(whole)
+    assert equal(result(killed), result(whole))
+    assert [w["window"] for w in events(killed) if "window" in w] == [
+        w["window"] for w in events(whole) if "window" in w
+    ]
+
+
+def test_what_rollbacks_do_not_help_ends_with_3_and_a_diagnosis(tmp_path: Path, capsys: Capture) -> None:
+    changes = {"training__learning_rate": 1e30, "training__max_steps": 20, "guard__max_rollbacks": 2}
+    assert train.main(quick(tmp_path / "run", **changes, guard__rollback_rate=1.0)) == 3
+    captured = capsys.readouterr()
+    assert captured.err.startswith("failed: 5 windows in a row could not be used after step")
+    assert "2 rollbacks did not help: the " in captured.err
+    assert "lower training.learning_rate (1e+30)" in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out.count("warning: back from step") == 2
+    assert "conversations.jsonl:" in captured.out
+
+
+def test_a_rollback_gets_over_a_learning_rate_that_was_too_high(tmp_path: Path) -> None:
+    """1e30 diverges at once, and at some rate below only after a checkpoint; far below that it does not."""
+    changes = {"training__learning_rate": 1e30, "guard__rollback_rate": 0.001, "guard__max_rollbacks": 12}
+    assert train.main(quick(tmp_path / "run", **changes, training__max_steps=20, guard__max_skips=1)) == 0
+    steps_are_all_there(tmp_path / "run", 20)
+    assert all(tensor.isfinite().all() for tensor in result(tmp_path / "run").values())
+
+
+def test_a_nan_in_a_weight_is_found(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def poisoning(number: int, real: Any, job: train.Job, window: Any) -> Any:
+        if number == 1:
+            with torch.no_grad():
+                job.model.model.layers[1].mlp.down_proj.base.weight[3, 5] = float("nan")
+        return real(job, window)
+
+    in_the_loop(monkeypatch, "accumulate", poisoning)
+    assert train.main(quick(tmp_path / "run", guard__max_skips=2)) == 3
+    assert "the weight model.layers.1.mlp.down_proj" in capsys.readouterr().err
+
+
+def test_a_spike_is_warned_of_and_by_policy_left_out(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def spiking(number: int, real: Any, *args: Any) -> Any:
+        loss, norm = real(*args)
+        return (loss * 1e9, norm) if number in (25, 26) else (loss, norm)
+
+    in_the_loop(monkeypatch, "accumulate", spiking)
+    changes = {"training__max_steps": 28, "guard__on_spike": "skip", "training__eval_steps": 0}
+    assert train.main(quick(tmp_path / "run", **changes)) == 0
+    assert [(w["what"], w["step"]) for w in events(tmp_path / "run")] == [("spike", 24), ("step skipped", 25)]
+    assert "deviations above the median" in capsys.readouterr().out
+    steps_are_all_there(tmp_path / "run", 28)
+
+
+# --- out of memory
+
+
+SMALL_WINDOW = {"lora__dropout": 0.0}
+
+
+@pytest.mark.parametrize("part", ["target_nll", "accumulate"])
+def test_out_of_memory_in_a_window_takes_the_same_window_again_in_halves(
+    part: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """target_nll: in forward, with a graph half built; accumulate: after backward, with the gradient there."""
+    whole, short = tmp_path / "whole", tmp_path / "short"
+    assert train.main(quick(whole, **SMALL_WINDOW)) == 0
+
+    def failing(number: int, real: Any, *args: Any) -> Any:
+        done = real(*args)
+        return no_memory() if number in (4, 7) else done
+
+    with monkeypatch.context() as patch:
+        in_the_loop(patch, part, failing)
+        assert train.main(quick(short, **SMALL_WINDOW)) == 0
+    assert "out of memory after step" in capsys.readouterr().out
+    rows = [w["micro_batch_rows"] for w in events(short) if w["what"] == "out of memory"]
+    assert rows == [2, 1]
+    for (step, loss), (same, expected) in zip(losses(short), losses(whole), strict=True):
+        assert (step, loss) == (same, pytest.approx(expected, rel=1e-5))
+    state = json.loads((short / "checkpoints" / "step-000008" / "state.json").read_text())
+    assert state["micro_batch_rows"] == 1, "a resumed run begins with what fits"
+
+
+def test_out_of_memory_with_one_row_ends_with_3_and_what_would_help_most(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    in_the_loop(monkeypatch, "accumulate", no_memory)
+    assert train.main(quick(tmp_path / "run")) == 3
+    captured = capsys.readouterr()
+    assert captured.err.startswith("failed: out of memory with micro-batches of 1 rows: try ")
+    assert captured.err.count(" (saves about ") == 3
+    assert captured.out.count("warning: out of memory after step 0") == 2  # 4 rows, 2 rows
+
+
+def test_out_of_memory_in_the_optimizer_step_leaves_no_half_step(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Some parameters are changed already when it fails."""
+    whole, short = tmp_path / "whole", tmp_path / "short"
+    assert train.main(quick(whole, **SMALL_WINDOW)) == 0
+    prepare, calls = train.prepare, [0]
+
+    def preparing(*args: Any) -> train.Job:
+        job = prepare(*args)
+        step = job.optimizer.step
+
+        def half() -> Any:
+            calls[0] += 1
+            if calls[0] == 5:
+                with torch.no_grad():
+                    job.trained[0][1].add_(1.0)
+                return no_memory()
+            return step()
+
+        monkeypatch.setattr(job.optimizer, "step", half)
+        return job
+
+    monkeypatch.setattr(train, "prepare", preparing)
+    assert train.main(quick(short, **SMALL_WINDOW)) == 0
+    for (step, loss), (same, expected) in zip(losses(short), losses(whole), strict=True):
+        assert (step, loss) == (same, pytest.approx(expected, rel=1e-5))
+    assert [w["what"] for w in events(short)] == ["rolled back", "out of memory"]
+
+
+def test_out_of_memory_at_the_rehearsal_halves_too(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    rehearse, calls = train.rehearse, [0]
+
+    def failing(*args: Any) -> Any:
+        calls[0] += 1
+        return no_memory() if calls[0] == 1 else rehearse(*args)
+
+    monkeypatch.setattr(train, "rehearse", failing)
+    assert train.main(quick(tmp_path / "run")) == 0
+    assert "with micro-batches of 4 rows: again with 2" in capsys.readouterr().out
+
+
+def test_out_of_memory_in_evaluation_takes_smaller_batches(tmp_path: Path, monkeypatch: Patch) -> None:
+    whole, short = tmp_path / "whole", tmp_path / "short"
+    assert train.main(quick(whole)) == 0
+    measured, sizes = evaluate.validation_loss, []
+
+    def failing(model: Any, samples: Any, size: int, pad_id: int) -> Any:
+        sizes.append(size)
+        return no_memory() if size > 4 else measured(model, samples, size, pad_id)
+
+    with monkeypatch.context() as patch:
+        in_the_loop(patch, "validation_loss", lambda _, real, job: real(job))
+        patch.setattr(train.evaluate, "validation_loss", failing)
+        assert train.main(quick(short)) == 0
+    assert sizes[:4] == [32, 16, 8, 4]
+    assert [loss for _, loss in losses(short, "eval")] == pytest.approx([loss for _, loss in losses(whole, "eval")])
+
+
+# --- evaluation and saves that fail
+
+
+def test_an_evaluation_that_fails_is_an_event(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def failing(number: int, real: Any, job: train.Job) -> Any:
+        if number == 1:
+            raise ValueError("no such thing")
+        return real(job)
+
+    in_the_loop(monkeypatch, "validation_loss", failing)
+    assert train.main(quick(tmp_path / "run")) == 0
+    assert "warning: evaluation failed after step 4: ValueError: no such thing" in capsys.readouterr().out
+    assert [(w["what"], w["error"]) for w in events(tmp_path / "run")] == [
+        ("evaluation failed", "ValueError: no such thing")
+    ]
+    assert [step for step, _ in losses(tmp_path / "run", "eval")] == [8]
+
+
+def refuse_saves(patch: Patch, *steps: int) -> None:
+    save = Checkpoints.save
+
+    def failing(self: Checkpoints, step: int, *rest: Any) -> Path:
+        if step in steps:
+            raise OSError(28, "No space left on device")
+        return save(self, step, *rest)
+
+    patch.setattr(Checkpoints, "save", failing)
+
+
+def test_training_goes_on_after_a_save_that_failed(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    whole, short = tmp_path / "whole", tmp_path / "short"
+    assert train.main(quick(whole)) == 0
+    refuse_saves(monkeypatch, 0, 3, 4)  # 4 is the best so far
+    assert train.main(quick(short)) == 0
+    said = capsys.readouterr().out
+    assert "warning: saving step 3 failed after step 4: OSError: [Errno 28] No space left on device" in said
+    assert equal(result(short), result(whole))
+    assert [w["what"] for w in events(short)] == [f"saving step {step} failed" for step in (0, 3, 4)]
+    assert json.loads((short / "best.json").read_text())["step"] == 8
+
+
+def test_if_the_last_save_never_worked_the_exit_code_says_so(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    refuse_saves(monkeypatch, 8)
+    assert train.main(quick(tmp_path / "run")) == 2
+    assert capsys.readouterr().err == ("error: No space left on device: put that right, then the same command again\n")
+    monkeypatch.undo()
+    assert train.main(quick(tmp_path / "run")) == 0
+    steps_are_all_there(tmp_path / "run", 8)
+
+
+def test_going_back_with_nothing_to_go_back_to_ends_with_3(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    refuse_saves(monkeypatch, 0)
+    in_the_loop(monkeypatch, "accumulate", nan_in(1, 2))
+    assert train.main(quick(tmp_path / "run", guard__max_skips=2)) == 3
+    assert "no checkpoint could be saved before" in capsys.readouterr().err
+
+
+# --- memory is watched
+
+
+def test_memory_is_told_at_every_stage_and_warned_of(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(train.runtime.MemoryWatch, "LEVELS", (1e-4,))
+    assert train.main(quick(tmp_path / "run")) == 0
+    stages = [line["stage"] for line in events(tmp_path / "run", "memory") if "stage" in line]
+    assert stages == ["prepared", "evaluated", "evaluated", "finished"]
+    assert all(0.05 < line["host_held_gb"] < line["host_limit_gb"] for line in events(tmp_path / "run", "train"))
+    (warning,) = events(tmp_path / "run")
+    assert (warning["what"], warning["step"]) == ("memory", 1)
+    assert "of the" in warning["text"]
+    assert "warning: memory after step 1: the process holds" in capsys.readouterr().out
+
+
+# --- what may change when a run goes on
+
+
+def test_another_split_of_the_same_rows_may_go_on(tmp_path: Path) -> None:
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    constant = {"training__lr_scheduler": "constant", "training__learning_rate": 1e-3, "lora__dropout": 0.0}
+    assert train.main(quick(whole, **constant)) == 0
+    assert train.main(quick(other, **constant, training__max_steps=4)) == 0
+    split = {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 8}
+    assert train.main(quick(other, **constant, **split)) == 0
+    assert [loss for _, loss in losses(other)] == pytest.approx([loss for _, loss in losses(whole)], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lora__rank": 4}, "lora.rank: 16 -> 4; the adapter would have another shape"),
+        ({"training__micro_batch_size": 1}, "gradient_accumulation_steps: 8 -> 2; the steps already taken"),
+        ({"system__seed": 5}, "system.seed: 0 -> 5; order, dropout"),
+        ({"data__packing": True}, "data.packing: False -> True; other samples, or in another order"),
+    ],
+)
+def test_what_may_not_change_is_said_with_the_reason(
+    changes: dict[str, Any], reason: str, tmp_path: Path, capsys: Capture
+) -> None:
+    assert train.main(quick(tmp_path / "run", training__max_steps=1)) == 0
+    capsys.readouterr()
+    assert train.main(quick(tmp_path / "run", **changes)) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path, capsys: Capture) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    assert train.main(quick(mine, training__max_steps=3)) == 0
+    assert train.main(quick(other, training__max_steps=6, training__learning_rate=1e-5)) == 0
+    os.rename(other / "checkpoints" / "step-000006", mine / "checkpoints" / "step-000006")
+    capsys.readouterr()
+    assert train.main(quick(mine)) == 0
+    said = capsys.readouterr().out
+    assert "step-000006: belongs to another run: its config is not this one's: going back" in said
+    assert "resuming  after step 3 of 8" in said
+
+
+# --- the end of a run
+
+
+def test_a_signal_while_the_report_is_made_ends_with_75_and_the_same_command_makes_it(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    measure = train.measure
+
+    def interrupted(*args: Any) -> Any:
+        os.kill(os.getpid(), 15)
+        return measure(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "measure", interrupted)
+        assert train.main(quick(tmp_path / "run")) == train.STOPPED_BY_SIGNAL
+    assert "stopped   by SIGTERM before the report" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "report.json").exists()
+    before = (tmp_path / "run" / "checkpoints" / "step-000008").stat().st_ino
+    assert train.main(quick(tmp_path / "run")) == 0
+    assert (tmp_path / "run" / "report.json").exists()
+    steps_are_all_there(tmp_path / "run", 8)
+    assert (tmp_path / "run" / "checkpoints" / "step-000008").stat().st_ino == before, (
+        "what is there is not saved again"
+    )
+
+
+def test_a_base_that_cannot_be_measured_costs_no_report(tmp_path: Path, monkeypatch: Patch) -> None:
+    def gone(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(train, "base_model", gone)
+    assert train.main(quick(tmp_path / "run")) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "perplexity" in report["tuned"]
+    assert "perplexity" not in report.get("base", {})
+    assert [w["what"] for w in events(tmp_path / "run")] == ["evaluation of the base failed"]
+
+
+# --- what is there is not what it should be
+
+
+@pytest.mark.parametrize("damage", [{"provenance": 5}, {"provenance": {"date": "yesterday"}}, {"lora": {}}, 7])
+def test_a_damaged_config_of_a_run_is_one_line(damage: Any, tmp_path: Path, capsys: Capture) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    for name, text in (("config.json", json.dumps(damage)), ("metrics.jsonl", ""), (".lock", "")):
+        (directory / name).write_text(text)
+    assert train.main(quick(directory)) == 2
+    assert "config.json: damaged: remove the directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"rng": {}}, {"meter": 3}, {"guard": None}, {"surprise": 1}])
+def test_a_sealed_state_that_is_none_is_one_line(change: dict[str, Any], tmp_path: Path, capsys: Capture) -> None:
+    """As an attacker would write it: all hashes are right."""
+    directory = tmp_path / "run"
+    assert train.main(quick(directory, training__max_steps=1)) == 0
+    (directory / "report.json").unlink()
+    shutil.rmtree(directory / "checkpoints" / "step-000000")
+    path = directory / "checkpoints" / "step-000001"
+    state = json.dumps({**json.loads((path / "state.json").read_text()), **change}).encode()
+    (path / "state.json").write_bytes(state)
+    body = json.loads((path / "manifest.json").read_text())["body"]
+    body["files"]["state.json"] = {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+    text = json.dumps(body, indent=1, sort_keys=True).encode()
+    sealed = {"body": body, "sha256": hashlib.sha256(text).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(sealed))
+    capsys.readouterr()
+    assert train.main(quick(directory, training__max_steps=1)) == 2
+    captured = capsys.readouterr()
+    assert "state.json: " in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_loaded(tmp_path: Path, capsys: Capture) -> None:
+    base = tmp_path / "base"
+    make_chat_model(base, vocab_size=64)
+    changes = {"model__name": base, "data__train_file": write_records(tmp_path / "data.jsonl")}
+    assert train.main(quick(tmp_path / "run", **changes)) == 2
+    assert "its vocabulary has 64 tokens, and its tokenizer gives the id " in capsys.readouterr().err
+
+
+# --- on CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("bits", [16, 4])
+def test_on_cuda_two_deterministic_runs_are_one(bits: int, tmp_path: Path) -> None:
+    changes = {"system__device": "cuda", "system__deterministic": True, "quantization__bits": bits}
+    for name in ("a", "b"):
+        assert train.main(quick(tmp_path / name, **changes, lora__dropout=0.1)) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert equal(result(tmp_path / "a"), result(tmp_path / "b"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_memory_that_really_runs_out_halves_the_micro_batch(tmp_path: Path, capsys: Capture) -> None:
+    changes = {"system__device": "cuda", "training__micro_batch_size": 32, "training__gradient_accumulation_steps": 1}
+    peaks = {}
+    for rows in (4, 32):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        split = {"training__micro_batch_size": rows, "training__gradient_accumulation_steps": 32 // rows}
+        assert train.main(quick(tmp_path / str(rows), **{**changes, **split})) == 0
+        peaks[rows] = torch.cuda.max_memory_reserved()
+    capsys.readouterr()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((peaks[4] + peaks[32]) / 2 / total)
+    try:
+        assert train.main(quick(tmp_path / "short", **changes)) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory" in capsys.readouterr().out
+    same = [loss for _, loss in losses(tmp_path / "4")]
+    assert [loss for _, loss in losses(tmp_path / "short")] == pytest.approx(same, rel=1e-2)
