@@ -167,7 +167,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._metrics is not None:
             self._metrics.close()
-        started = (self.directory / "metrics.jsonl").exists()
+        started = self.begun or (self.directory / "metrics.jsonl").exists()
         if kind is not None and issubclass(kind, UserError) and self._made and not started:
             shutil.rmtree(self.directory, ignore_errors=True)  # it was refused before it began
             with contextlib.suppress(OSError):
