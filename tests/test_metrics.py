@@ -330,12 +330,17 @@ def test_a_directory_that_is_no_longer_ours_is_noticed_before_a_save(tmp_path: P
 
 def test_what_took_the_place_of_a_run_that_had_begun_is_kept(tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    with pytest.raises(UserError, match="removed or replaced"), Run.open(directory) as run:
-        run.begin(0, [0, 0], [])
-        directory.rename(tmp_path / "moved")
-        directory.mkdir()
-        (directory / "precious.txt").write_text("of somebody else")
-        run.sync()
+
+    def replaced_meanwhile() -> None:
+        with Run.open(directory) as run:
+            run.begin(0, [0, 0], [])
+            directory.rename(tmp_path / "moved")
+            directory.mkdir()
+            (directory / "precious.txt").write_text("of somebody else")
+            run.sync()
+
+    with pytest.raises(UserError, match="removed or replaced"):
+        replaced_meanwhile()
     assert (directory / "precious.txt").exists()
 
 
