@@ -619,6 +619,9 @@ def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
         except checkpoint.Damaged as reason:
             job.run.say(f"warning: {reason}: the result is not the best checkpoint, but the last")
             step = state.step
+    if bad := next((name for name, p in job.trained if not p.isfinite().all()), None):
+        rate = job.config.training.learning_rate
+        raise TrainingFailed(f"after step {step} {bad} is not finite: lower training.learning_rate ({rate:g})")
     result = save_result(where, job.model, job.adapters, job.base_directory, job.config, step, job.dtype)
     if not job.adapters:
         for parameter in job.model.parameters():  # measure what is stored, not what was rounded to store it
@@ -636,7 +639,7 @@ def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
         return False
     values, terminal, markdown = report(findings(job, base, tuned, training))
     data = "\n".join(describe(job.corpus.report))
-    usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
+    usage, advice, section = rank_usage(job, state, step)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
     log_memory(job, state, "finished")
     job.run.log("done", state.step, **training)
@@ -646,6 +649,15 @@ def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
         f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
     )
     return True
+
+
+def rank_usage(job: Job, state: State, step: int) -> tuple[dict[str, Any], str, str]:
+    """What `ranks.report` says of the adapters; nothing, and an event, if that fails."""
+    try:
+        return ranks.report(job.adapters, job.optimizer, step)
+    except Exception as error:  # a decomposition need not converge
+        report_failure(job, state, "the adapters' report", error)
+        return {}, "", ""
 
 
 def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:

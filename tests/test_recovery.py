@@ -476,6 +476,24 @@ def test_a_signal_while_the_report_is_made_ends_with_75_and_the_same_command_mak
     )
 
 
+def test_a_last_step_that_diverges_is_no_result(tmp_path: Path, capsys: Capture) -> None:
+    """No step follows that could be judged."""
+    changes = {"training__learning_rate": 1e38, "training__max_steps": 1, "training__warmup_ratio": 0.0}
+    assert train.main(quick(tmp_path / "run", **changes)) == 3
+    assert "is not finite: lower training.learning_rate (1e+38)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_ranks_that_cannot_be_computed_cost_no_report(tmp_path: Path, monkeypatch: Patch) -> None:
+    def not_converging(*_: Any) -> Any:
+        raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+
+    monkeypatch.setattr(train.ranks, "report", not_converging)
+    assert train.main(quick(tmp_path / "run")) == 0
+    assert [w["what"] for w in events(tmp_path / "run")] == ["the adapters' report failed"]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == 8
+
+
 def test_a_base_that_cannot_be_measured_costs_no_report(tmp_path: Path, monkeypatch: Patch) -> None:
     def gone(*_: Any) -> Any:
         raise OSError(5, "Input/output error")
