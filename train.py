@@ -159,7 +159,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
                 with runtime.Shortage(job.device) as short_of_memory:
                     optimizer.step()
                 if short_of_memory:
-                    state = go_back(job, state, state.guard)  # half of a step may be done; a checkpoint has whole ones
+                    state = go_back(job, state)  # half of a step may be done; a checkpoint has whole ones
                     halve(job, state)
                     continue
                 state.step += 1
@@ -252,24 +252,29 @@ def report_bad_step(
     job.run.say(f"warning: after step {state.step}: {verdict.reason}: {done}: {first}")
 
 
-def go_back(job: Job, state: State, history: guard.History) -> State:
+def go_back(job: Job, state: State, history: guard.History | None = None) -> State:
     """Take everything from the newest checkpoint that is whole; what the guard has learned since then stays.
 
     If the last rollback led to that one, and not one step could be taken from it, it is no good: the one before it.
+
+    Args:
+        history: of a rollback; None: the guard has nothing to do with it.
     """
     report_save(job, state, job.saves.collect(wait=True))
     job.optimizer.zero_grad(set_to_none=True)
     try:
-        again = history.rollbacks > state.guard.rollbacks and state.step == state.guard.back_at
+        again = history is not None and state.step == state.guard.back_at
         stuck = again and job.checkpoints.newest(before=state.step)[0] is not None
         saved, _ = job.checkpoints.newest(before=state.step if stuck else float("inf"))
     except UserError as reason:
         raise TrainingFailed(f"after step {state.step} the run had to go back, and could not: {reason}") from None
     if saved is None:
         raise TrainingFailed(f"after step {state.step} the run had to go back, and no checkpoint could be saved before")
-    back = replace(restore(job, saved), guard=history, micro_batch_rows=state.micro_batch_rows)
-    back.guard.back_at = back.step
+    back = replace(restore(job, saved), micro_batch_rows=state.micro_batch_rows)
+    back.guard = replace(history, back_at=back.step) if history else guard.taken_back(back.guard, state.guard)
+    history = back.guard
     job.model.train()
+    job.checkpoints.forget_after(back.step)
     job.run.begin(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
     rate = f", at {history.rate:g} of the learning rate" if history.rate < 1 else ""
     job.run.log("warning", back.step, what="rolled back", since=state.step, rate=history.rate)
@@ -367,8 +372,8 @@ def report_save(job: Job, state: State, outcome: Outcome | None) -> None:
         seconds = {"seconds": outcome.seconds, "waited_seconds": outcome.waited_seconds}
         job.run.log("checkpoint", outcome.step, path=where, **seconds)
         return
-    if state.best_step == outcome.step:  # its weights are lost: let the next evaluation decide
-        state.best_step, state.best_loss = 0, float("inf")
+    if state.best_step == outcome.step:  # its weights are lost: the best is the one before, whose are not
+        state.best_step, state.best_loss = job.checkpoints.best() or (0, float("inf"))
     report_failure(job, state, f"saving step {outcome.step}", outcome.error)
 
 
@@ -614,6 +619,9 @@ def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
         except checkpoint.Damaged as reason:
             job.run.say(f"warning: {reason}: the result is not the best checkpoint, but the last")
             step = state.step
+    if bad := next((name for name, p in job.trained if not p.isfinite().all()), None):
+        rate = job.config.training.learning_rate
+        raise TrainingFailed(f"after step {step} {bad} is not finite: lower training.learning_rate ({rate:g})")
     result = save_result(where, job.model, job.adapters, job.base_directory, job.config, step, job.dtype)
     if not job.adapters:
         for parameter in job.model.parameters():  # measure what is stored, not what was rounded to store it
@@ -631,7 +639,7 @@ def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
         return False
     values, terminal, markdown = report(findings(job, base, tuned, training))
     data = "\n".join(describe(job.corpus.report))
-    usage, advice, section = ranks.report(job.adapters, job.optimizer, step)
+    usage, advice, section = rank_usage(job, state, step)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
     log_memory(job, state, "finished")
     job.run.log("done", state.step, **training)
@@ -641,6 +649,15 @@ def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
         f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
     )
     return True
+
+
+def rank_usage(job: Job, state: State, step: int) -> tuple[dict[str, Any], str, str]:
+    """What `ranks.report` says of the adapters; nothing, and an event, if that fails."""
+    try:
+        return ranks.report(job.adapters, job.optimizer, step)
+    except Exception as error:  # a decomposition need not converge
+        report_failure(job, state, "the adapters' report", error)
+        return {}, "", ""
 
 
 def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
@@ -798,6 +815,7 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
     announce(job, state, total_steps, seconds_a_step)
     if wish.preflight:
         return 0
+    job.checkpoints.forget_after(state.step)
     run.begin(state.step, [state.epoch, state.window], state.guard.left_out)
     parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
     run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=runtime.peak_memory_gb(job.device))

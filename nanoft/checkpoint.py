@@ -170,13 +170,21 @@ class Checkpoints:
         record = {"step": step, "validation_loss": validation_loss, "checkpoint": f"checkpoints/step-{step:06d}"}
         replace_file(self.best_file, _dump(record))
 
-    def best_step(self) -> int | None:
-        """The best so far, if its checkpoint is there; a best.json that says nothing names none."""
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the best so far, if its checkpoint is there; a best.json that says nothing names none."""
         try:
-            step = int(json.loads(self.best_file.read_bytes())["step"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            record = json.loads(self.best_file.read_bytes())
+            step, loss = int(record["step"]), float(record["validation_loss"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
-        return step if self.path(step).is_dir() else None
+        return (step, loss) if self.path(step).is_dir() else None
+
+    def forget_after(self, step: int) -> None:
+        """The run goes on from `step`: what it saved beyond will be done again, perhaps otherwise, and goes."""
+        best = self.best()
+        if best is not None and best[0] > step:
+            self.best_file.unlink()
+        self._remove(later for later in self.steps() if later > step)
 
     def _publish(self, aside: Path, step: int) -> Path:
         """Give the finished directory its name; an older one of the same step (damaged, or redone) makes way."""
@@ -217,13 +225,15 @@ class Checkpoints:
         to, and what it does now takes their place.
         """
         own = [step for step in self.steps() if step <= newest]
-        spared = {*own[-self.keep :], self.best_step()}
+        spared = {*own[-self.keep :], *(self.best() or ())[:1]}
         if self.keep_every:
             spared |= {step for step in own if step and step % self.keep_every == 0}
-        for step in self.steps():
-            if step not in spared:
-                (self.path(step) / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(self.path(step), ignore_errors=True)
+        self._remove(step for step in self.steps() if step not in spared)
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            (self.path(step) / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(self.path(step), ignore_errors=True)
 
 
 @dataclass
@@ -260,9 +270,12 @@ class Background:
         self._outcome = outcome = Outcome(step)
         copied = sum(t.nbytes for named in tensors.values() for t in named.values()) < self.free_bytes() / 2
         if copied:
-            tensors = {
-                file: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for file, ts in tensors.items()
-            }
+            try:
+                tensors = {
+                    file: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for file, ts in tensors.items()
+                }
+            except (RuntimeError, MemoryError):  # less was free than was said
+                copied = False
 
         def work() -> None:
             try:
@@ -326,7 +339,11 @@ def verify(path: Path) -> Saved:
     for name, expected in body["files"].items():
         if (path / name).is_symlink() or not (path / name).is_file():
             raise Damaged(f"{path / name}: not a plain file")
-        if hash_file(path / name) != expected:
+        try:
+            found = hash_file(path / name)
+        except OSError as error:  # a bad sector
+            raise Damaged(f"{path / name}: cannot be read: {error.strerror}") from None
+        if found != expected:
             raise Damaged(f"{path / name}: its content is not what was saved")
     try:
         state = parse_json(read_bytes(path / "state.json"))

@@ -140,12 +140,14 @@ def validation_loss(model: Decoder, samples: Sequence[Sample], batch_size: int, 
     training, device = model.training, model.head.device
     model.eval()
     nats, count = 0.0, 0
-    for batch in in_order(samples, batch_size, pad_id):
-        placed = batch.to(device)
-        hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
-        nats += token_nll(hidden, model.head, placed.targets).cpu().double().sum().item()
-        count += batch.target_tokens
-    model.train(training)
+    try:
+        for batch in in_order(samples, batch_size, pad_id):
+            placed = batch.to(device)
+            hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
+            nats += token_nll(hidden, model.head, placed.targets).cpu().double().sum().item()
+            count += batch.target_tokens
+    finally:
+        model.train(training)  # also when memory runs out: whoever tries again, and training, find the mode they left
     if not count:
         raise UserError("validation data: it has no target token, so there is nothing to measure: see data.train_on")
     return nats / count, count

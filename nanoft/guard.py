@@ -19,7 +19,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -84,6 +84,11 @@ def rolled_back(config: GuardConfig, history: History) -> History:
         rate=history.rate * config.rollback_rate,
         left_out=[*history.left_out, *history.suspects],
     )
+
+
+def taken_back(then: History, now: History) -> History:
+    """The history to go on with where steps are taken back for another reason: their losses will be seen again."""
+    return replace(then, rollbacks=now.rollbacks, back_at=now.back_at, rate=now.rate, left_out=now.left_out)
 
 
 def _leave_out(config: GuardConfig, history: History, reason: str, where: list[int]) -> Verdict:

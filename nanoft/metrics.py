@@ -156,7 +156,8 @@ class Run:
         path = Path(directory)
         if path.exists() and not path.is_dir():
             raise UserError(f"output.dir: {path}: is a file: choose another output.dir")
-        if path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists():
+        known = (".lock", "metrics.jsonl")  # a lock may have been removed, as a message of `_take_lock` says
+        if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in known):
             raise UserError(f"output.dir: {path}: is not empty and not a run of nanoft: choose another output.dir")
         return cls(path)
 
@@ -166,7 +167,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._metrics is not None:
             self._metrics.close()
-        started = (self.directory / "metrics.jsonl").exists()
+        started = self.begun or (self.directory / "metrics.jsonl").exists()
         if kind is not None and issubclass(kind, UserError) and self._made and not started:
             shutil.rmtree(self.directory, ignore_errors=True)  # it was refused before it began
             with contextlib.suppress(OSError):
@@ -215,6 +216,7 @@ class Run:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+        (self.directory / "report.json").unlink(missing_ok=True)  # it would say that the run is done
         path = self.directory / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
         kept = []

@@ -110,7 +110,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_from_hex(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_from_hex(s) for s in state["cuda"]])
+        here = state["cuda"][: torch.cuda.device_count()]  # the run may have begun on a machine with more
+        torch.cuda.set_rng_state_all([_from_hex(s) for s in here])
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(_from_hex(state["mps"]))
 

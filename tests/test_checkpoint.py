@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -22,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanoft import UserError
+from nanoft import UserError, checkpoint
 from nanoft.checkpoint import (
     SAFETENSORS_DTYPES,
     Background,
@@ -161,7 +162,7 @@ def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     for step, best in ((1, (1, 3.0)), (2, (2, 2.0)), (3, (2, 2.0)), (4, (2, 2.0)), (5, (2, 2.0)), (6, (6, 1.0))):
         save(checkpoints, step, best)
-        assert checkpoints.best_step() == best[0]
+        assert checkpoints.best() == best
         last = {step - 1, step} - {0}
         assert set(checkpoints.steps()) == last | {best[0]}
     noted = json.loads((tmp_path / "best.json").read_text())
@@ -195,9 +196,13 @@ def test_a_run_that_went_back_leaves_no_later_checkpoint_to_go_on_from(tmp_path:
     saved, damage = checkpoints.newest()
     assert saved is not None
     assert (saved.path, damage) == (checkpoints.path(15), [])
-    assert checkpoints.best_step() == 10
+    assert checkpoints.best() == (10, 2.0)
+    checkpoints.forget_after(12)  # so does one that has only begun to
+    assert (checkpoints.steps(), checkpoints.best()) == ([10], (10, 2.0))
+    checkpoints.forget_after(5)
+    assert (checkpoints.steps(), (tmp_path / "best.json").exists()) == ([], False)
     save(checkpoints, 12)  # before the first evaluation
-    assert checkpoints.best_step() is None
+    assert checkpoints.best() is None
     assert not (tmp_path / "best.json").exists()
 
 
@@ -344,6 +349,22 @@ def test_what_does_not_fit_twice_into_memory_is_saved_while_training_waits(tmp_p
     assert is_whole(tmp_path / "checkpoints" / "step-000001", 1), "it is there when start() returns"
 
 
+def test_copies_that_do_not_fit_after_all_cost_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves, weight, copy = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty), tensors(1), Tensor.to
+
+    def second_fails(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        full = options.get("copy") and tensor.shape == weight["adapter"]["b"].shape
+        return copy(torch.empty(2**60, dtype=torch.uint8) if full else tensor, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "to", second_fails)
+        saves.start(1, weight, {"step": 1, "note": "é"}, None)
+    assert is_whole(tmp_path / "checkpoints" / "step-000001", 1), "it is there when start() returns"
+    outcome = saves.collect()
+    assert outcome is not None
+    assert outcome.error is None
+
+
 @pytest.mark.parametrize(("leaving", "waits"), [(None, True), (UserError, True), (KeyboardInterrupt, False)])
 def test_leaving_waits_unless_told_to_leave_at_once(
     leaving: Any, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -487,6 +508,19 @@ def test_a_state_that_is_no_object_does_not_pass(content: bytes, path: Path) -> 
     damaged(path)
 
 
+def test_a_file_that_the_disk_cannot_read_is_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint.hash_file
+
+    def bad_sector(file: Path) -> Any:
+        if file.name == "optimizer.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return real(file)
+
+    monkeypatch.setattr(checkpoint, "hash_file", bad_sector)
+    with pytest.raises(Damaged, match=r"optimizer\.safetensors: cannot be read: Input/output error"):
+        verify(path)
+
+
 def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
     damaged(tmp_path / "nothing")
     (tmp_path / "file").write_bytes(b"x")
@@ -585,9 +619,10 @@ def check_what_is_left(tmp_path: Path, redo: bool) -> int:
     assert newest in ((3,) if redo else (3, 4))
     assert is_whole(saved.path, newest)
     assert not list((tmp_path / "checkpoints").glob(".*")), "leftovers are swept"
-    best = checkpoints.best_step()
-    assert best in (1, 3, 4)
-    assert is_whole(verify(checkpoints.path(best)).path, best)
+    best = checkpoints.best()
+    assert best is not None
+    assert best[0] in (1, 3, 4)
+    assert is_whole(verify(checkpoints.path(best[0])).path, best[0])
     save(checkpoints, 5, (5, 0.1))
     saved, damage = checkpoints.newest()
     assert saved is not None

@@ -111,6 +111,14 @@ def test_without_locks_a_dead_process_holds_nothing_either(tmp_path: Path) -> No
             assert (tmp_path / ".lock").read_text() == note(os.getpid())
 
 
+def test_a_lock_that_was_removed_as_the_message_says_is_made_anew(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run") as run:
+        run.begin(0, [0, 0], [])
+    (tmp_path / "run" / ".lock").unlink()
+    Run.open(tmp_path / "run")
+    assert (tmp_path / "run" / ".lock").exists()
+
+
 def test_a_directory_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="not empty and not a run"):
@@ -181,10 +189,11 @@ def test_skipped_windows_are_counted(tmp_path: Path) -> None:
 
 def test_the_recorded_config_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        (run.directory / "config.json").write_text('{"lora": {"rank": 4}}')
+        recorded = {"lora": {"rank": 4}, "provenance": {"date": "2025-01-31"}}
+        (run.directory / "config.json").write_text(json.dumps(recorded))
         assert run.recorded_config() is None  # a run that took no step can still be changed
         (run.directory / "metrics.jsonl").write_text("")
-        assert run.recorded_config() == {"lora": {"rank": 4}}
+        assert run.recorded_config() == recorded
         (run.directory / "config.json").write_text('{"lora": ')
         with pytest.raises(UserError, match=r"config\.json: damaged"):
             run.recorded_config()
@@ -317,6 +326,22 @@ def test_a_directory_that_is_no_longer_ours_is_noticed_before_a_save(tmp_path: P
         with Run.open(directory), pytest.raises(UserError, match="was removed or replaced"):
             run.sync()
         shutil.rmtree(directory)
+
+
+def test_what_took_the_place_of_a_run_that_had_begun_is_kept(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+
+    def replaced_meanwhile() -> None:
+        with Run.open(directory) as run:
+            run.begin(0, [0, 0], [])
+            directory.rename(tmp_path / "moved")
+            directory.mkdir()
+            (directory / "precious.txt").write_text("of somebody else")
+            run.sync()
+
+    with pytest.raises(UserError, match="removed or replaced"):
+        replaced_meanwhile()
+    assert (directory / "precious.txt").exists()
 
 
 def test_what_a_killed_process_was_writing_is_swept(tmp_path: Path) -> None:

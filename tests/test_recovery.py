@@ -231,6 +231,9 @@ def test_out_of_memory_in_the_optimizer_step_leaves_no_half_step(tmp_path: Path,
     for (step, loss), (same, expected) in zip(losses(short), losses(whole), strict=True):
         assert (step, loss) == (same, pytest.approx(expected, rel=1e-5))
     assert [w["what"] for w in events(short)] == ["rolled back", "out of memory"]
+    histories = [json.loads((d / "checkpoints" / "step-000008" / "state.json").read_text()) for d in (whole, short)]
+    seen, expected = ([len(h["guard"][name]) for name in ("losses", "norms")] for h in reversed(histories))
+    assert seen == expected, "what was done again counts once"
 
 
 def test_out_of_memory_at_the_rehearsal_halves_too(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
@@ -260,6 +263,27 @@ def test_out_of_memory_in_evaluation_takes_smaller_batches(tmp_path: Path, monke
         assert train.main(quick(short)) == 0
     assert sizes[:4] == [32, 16, 8, 4]
     assert [loss for _, loss in losses(short, "eval")] == pytest.approx([loss for _, loss in losses(whole, "eval")])
+
+
+def test_out_of_memory_inside_an_evaluation_leaves_the_mode_as_it_was(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Dropout shows whether the model trains on in training mode."""
+    whole, short, calls = tmp_path / "whole", tmp_path / "short", [0]
+    assert train.main(quick(whole, lora__dropout=0.2)) == 0
+    real = evaluate.token_nll
+
+    def failing(*args: Any) -> Any:
+        calls[0] += 1
+        return no_memory() if calls[0] == 1 else real(*args)
+
+    def evaluating(_: int, validation_loss: Any, job: train.Job) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "token_nll", failing)
+            return validation_loss(job)
+
+    in_the_loop(monkeypatch, "validation_loss", evaluating)
+    assert train.main(quick(short, lora__dropout=0.2)) == 0
+    assert calls[0] > 1
+    assert losses(short) == losses(whole)
 
 
 # --- evaluation and saves that fail
@@ -301,6 +325,17 @@ def test_training_goes_on_after_a_save_that_failed(tmp_path: Path, monkeypatch: 
     assert equal(result(short), result(whole))
     assert [w["what"] for w in events(short)] == [f"saving step {step} failed" for step in (0, 3, 4)]
     assert json.loads((short / "best.json").read_text())["step"] == 8
+
+
+def test_the_best_so_far_is_not_forgotten_when_a_better_one_cannot_be_saved(tmp_path: Path, monkeypatch: Patch) -> None:
+    found = iter([2.2, 2.0, 2.5, 2.4])  # after steps 2, 4, 6, 8
+    in_the_loop(monkeypatch, "validation_loss", lambda *_: (next(found), 10))
+    refuse_saves(monkeypatch, 4)
+    assert train.main(quick(tmp_path / "run", training__eval_steps=2, training__keep_checkpoints=1)) == 0
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 2
+    steps = [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert steps == ["step-000002", "step-000008"]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["best_step"] == 2
 
 
 def test_if_the_last_save_never_worked_the_exit_code_says_so(
@@ -379,6 +414,42 @@ def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path, capsys: Captur
     assert "resuming  after step 3 of 8" in said
 
 
+def test_going_back_by_hand_and_killed_the_later_steps_are_gone(tmp_path: Path, monkeypatch: Patch) -> None:
+    """What was done after step 2 is done again: nothing of it may be taken for this run's, not even its report."""
+    directory = tmp_path / "run"
+    changes = {"training__save_steps": 2, "training__keep_checkpoints": 100}
+    assert train.main(quick(directory, **changes)) == 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(number: int, real: Any, *args: Any) -> Any:
+        if number == 2:
+            raise Killed
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        in_the_loop(patch, "accumulate", dying)
+        with pytest.raises(Killed):
+            train.main([*quick(directory, **changes), "--resume", str(directory / "checkpoints" / "step-000002")])
+    assert [step for step, _ in losses(directory)] == [1, 2, 3]
+    assert train.main(quick(directory, **changes)) == 0
+    steps_are_all_there(directory, 8)
+    assert [line["step"] for line in events(directory, "done")] == [8]
+
+
+def test_an_older_report_does_not_stand_for_a_run_that_was_done_again(tmp_path: Path, monkeypatch: Patch) -> None:
+    directory = tmp_path / "run"
+    changes = {"training__save_steps": 2, "training__keep_checkpoints": 100}
+    assert train.main(quick(directory, **changes)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", lambda *_: os.kill(os.getpid(), 15))
+        earlier = str(directory / "checkpoints" / "step-000002")
+        assert train.main([*quick(directory, **changes), "--resume", earlier]) == train.STOPPED_BY_SIGNAL
+    assert train.main(quick(directory, **changes)) == 0
+    assert len(events(directory, "done")) == 1
+
+
 # --- the end of a run
 
 
@@ -403,6 +474,24 @@ def test_a_signal_while_the_report_is_made_ends_with_75_and_the_same_command_mak
     assert (tmp_path / "run" / "checkpoints" / "step-000008").stat().st_ino == before, (
         "what is there is not saved again"
     )
+
+
+def test_a_last_step_that_diverges_is_no_result(tmp_path: Path, capsys: Capture) -> None:
+    """No step follows that could be judged."""
+    changes = {"training__learning_rate": 1e38, "training__max_steps": 1, "training__warmup_ratio": 0.0}
+    assert train.main(quick(tmp_path / "run", **changes)) == 3
+    assert "is not finite: lower training.learning_rate (1e+38)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_ranks_that_cannot_be_computed_cost_no_report(tmp_path: Path, monkeypatch: Patch) -> None:
+    def not_converging(*_: Any) -> Any:
+        raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+
+    monkeypatch.setattr(train.ranks, "report", not_converging)
+    assert train.main(quick(tmp_path / "run")) == 0
+    assert [w["what"] for w in events(tmp_path / "run")] == ["the adapters' report failed"]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == 8
 
 
 def test_a_base_that_cannot_be_measured_costs_no_report(tmp_path: Path, monkeypatch: Patch) -> None:

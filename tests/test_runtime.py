@@ -63,6 +63,15 @@ def test_random_state_goes_through_json_and_comes_back() -> None:
     assert draw() == second
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_random_state_of_a_machine_with_more_gpus_is_taken() -> None:
+    state = runtime.rng_state()
+    expected = torch.rand(3, device="cuda")
+    runtime.set_rng_state({**state, "cuda": [*state["cuda"], *state["cuda"]]})
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
 def test_a_seed_settles_every_generator() -> None:
     threads = torch.get_num_threads()
     runtime.prepare(3, 1, False)
