@@ -248,7 +248,10 @@ def report_bad_step(
     what = "spike" if verdict.action == "take" else "step skipped"
     figures = {"loss": str(loss), "grad_norm": str(grad_norm), "window": here}
     job.run.log("warning", state.step, what=what, **figures, records=records)
-    first, done = ", ".join(records[:8]), "taken all the same" if what == "spike" else "left out"
+    first, done = (
+        ", ".join(Path(record).name for record in records[:4]),
+        "taken all the same" if what == "spike" else "left out",
+    )
     job.run.say(f"warning: after step {state.step}: {verdict.reason}: {done}: {first}")
 
 
@@ -266,11 +269,11 @@ def go_back(job: Job, state: State, history: guard.History | None = None) -> Sta
         again = history is not None and state.step == state.guard.back_at
         stuck = again and job.checkpoints.newest(before=state.step)[0] is not None
         saved, _ = job.checkpoints.newest(before=state.step if stuck else float("inf"))
-    except UserError as reason:
+        if saved is None:
+            raise UserError("no checkpoint could be saved before")
+        back = replace(restore(job, saved), micro_batch_rows=state.micro_batch_rows)
+    except (UserError, checkpoint.Damaged) as reason:
         raise TrainingFailed(f"after step {state.step} the run had to go back, and could not: {reason}") from None
-    if saved is None:
-        raise TrainingFailed(f"after step {state.step} the run had to go back, and no checkpoint could be saved before")
-    back = replace(restore(job, saved), micro_batch_rows=state.micro_batch_rows)
     back.guard = replace(history, back_at=back.step) if history else guard.taken_back(back.guard, state.guard)
     history = back.guard
     job.model.train()
@@ -438,6 +441,10 @@ def find_start(job: Job, resume: str) -> State:
     if resume != "auto":
         if Path(resume).resolve().parent != job.run.checkpoints.resolve():
             raise UserError(f"--resume: {resume}: is not in {job.run.checkpoints}: name a checkpoint of this run")
+        if not Path(resume).is_dir():
+            raise UserError(
+                f"--resume: {resume}: no such checkpoint: there are those of steps {job.checkpoints.steps()}"
+            )
         try:
             return restore(job, job.checkpoints.verify(Path(resume)))
         except (checkpoint.Damaged, OSError) as reason:
@@ -739,6 +746,7 @@ def claim(config: Config, run: Run, resume: str) -> Provenance:
     Returns what the run depends on; the date, which a template may print, is that of its first session.
     """
     base = find_model(config.model.name)
+    read_shape(base)  # a model that cannot be used is refused before its weights are hashed and the data is read
     check_quantization(base, quantization_of(config))
     weights = [] if config.model.random_init else shard_paths(base)
     tokenizer = [base / name for name in ("config.json", "tokenizer.json") if (base / name).is_file()]

@@ -263,6 +263,7 @@ class Background:
         self._failed_at = math.inf
         self._outcome = Outcome(-1)
         self._thread: threading.Thread | None = None
+        self._told = True  # what became of it
 
     def start(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None) -> None:
         """Begin to save, as Checkpoints.save does; the save before must have been collected."""
@@ -284,18 +285,24 @@ class Background:
                 outcome.error = error
             outcome.seconds = time.perf_counter() - started
 
-        self._thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
-        self._thread.start()
-        if not copied:
-            self._thread.join()
+        self._thread = None
+        if copied:
+            with contextlib.suppress(RuntimeError):  # no thread to be had
+                thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
+                thread.start()
+                self._thread = thread
+        if self._thread is None:
+            work()
+        self._told = False
         outcome.waited_seconds = time.perf_counter() - started
 
     def collect(self, wait: bool = False) -> Outcome | None:
         """What became of the last save; None if that was told already, or, without `wait`, while it runs."""
-        if self._thread is None or (self._thread.is_alive() and not wait):
+        if self._told or (self._thread is not None and self._thread.is_alive() and not wait):
             return None
-        self._thread.join()
-        self._thread = None
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, self._told = None, True
         if self._outcome.error is None:
             self.last_step, self._failed_at = self._outcome.step, math.inf
         else:

@@ -360,8 +360,13 @@ def settled(config: Config) -> dict[str, Any]:
 
 
 def settled_hash(config: Config) -> str:
-    """SHA-256 of `settled`: checkpoints of the same run have the same."""
-    return hashlib.sha256(json.dumps(settled(config), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of what `settled` has beyond the defaults: checkpoints of the same run have the same.
+
+    A field that a later version brings does not change it.
+    """
+    usual = settled(Config())
+    chosen = {name: value for name, value in settled(config).items() if value != usual[name]}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def first_difference(old: Config, new: Config) -> str | None:

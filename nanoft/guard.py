@@ -63,7 +63,7 @@ def judge(config: GuardConfig, history: History, loss: float, grad_norm: float, 
         where: epoch and window of the step.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return _leave_out(config, history, f"loss {loss}, gradient norm {grad_norm}", where)
+        return _leave_out(config, history, f"loss {loss:.6g}, gradient norm {grad_norm:.6g}", where)
     spike = _spike(config, history, loss, grad_norm)
     history.spikes = history.spikes + 1 if spike else 0
     if history.spikes > 1 and config.on_spike != "warn":  # the first one is only warned of

@@ -365,6 +365,21 @@ def test_copies_that_do_not_fit_after_all_cost_no_save(tmp_path: Path, monkeypat
     assert outcome.error is None
 
 
+def test_without_a_thread_to_be_had_it_is_saved_while_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty)
+    begin(saves, 1)
+    outcome = saves.collect()
+    assert outcome is not None
+    assert is_whole(outcome.path, 1)
+    assert saves.collect() is None
+
+
 @pytest.mark.parametrize(("leaving", "waits"), [(None, True), (UserError, True), (KeyboardInterrupt, False)])
 def test_leaving_waits_unless_told_to_leave_at_once(
     leaving: Any, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
