@@ -222,35 +222,70 @@ def test_each_trouble_has_a_symptom_a_cause_a_check_and_a_fix() -> None:
         assert is_ours(check[1]), row
 
 
+# What is quoted there, and the command that makes the program say it.
 ERRORS = {
-    "no such field: did you mean lora.rank?": ["lora.rnk=8"],
-    "no such directory": ["model.name=/no/such"],
-    "no known shape: its first record has the fields q, a": ["data.train_file=odd.jsonl"],
-    "records are malformed, more than data.max_bad_records": ["data.train_file=bad.jsonl"],
-    "no message of it is to be learned": ["data.train_file=unlearned.jsonl"],
-    "quantization.bits: 4 freezes the base": ["quantization.bits=4", "training.method=full"],
-    "adamw_paged runs on cuda": ["training.optimizer=adamw_paged", "system.device=cpu"],
-    "holds another run (lora.rank: 16 -> 8; ": ["lora.rank=8", "output.dir=runs/tiny"],
+    "no such field: did you mean lora.rank?": "train.py CONFIG lora.rnk=8",
+    "no known shape: its first record has the fields q, a": "train.py CONFIG data.train_file=odd.jsonl",
+    "records are malformed, more than data.max_bad_records": "train.py CONFIG data.train_file=bad.jsonl",
+    "no message of it is to be learned": "train.py CONFIG data.train_file=unlearned.jsonl",
+    "quantization.bits: 4 freezes the base": "train.py CONFIG quantization.bits=4 training.method=full",
+    "adamw_paged runs on cuda": "train.py CONFIG training.optimizer=adamw_paged system.device=cpu",
+    "this model brings Python code of its own": "train.py CONFIG --plan model.name=code",
+    "is not supported": "train.py CONFIG --plan model.name=architecture",
+    "are not read": "train.py CONFIG model.name=pickle",
+    "its tokenizer gives the id": "train.py CONFIG model.name=vocabulary",
+    "take {{ bos_token }} out of the chat template": "train.py CONFIG --preflight model.name=doubled",
+    "holds another run (lora.rank: 16 -> 8; ": "train.py CONFIG lora.rank=8 output.dir=runs/tiny",
+    "this run has no checkpoint yet": "eval.py runs/empty",
+    "exists already": "merge.py RUN --out runs",
+    "its files are not those that": "merge.py adapter --out merged",
 }
+
+
+def write_bad_files(place: Path) -> None:
+    """Data and models with what is wrong with them in their names."""
+    good = [{"prompt": f"Say {n}.", "completion": "yes"} for n in range(20)]
+    unlearned = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
+    data = {"odd": [{"q": "a", "a": "b"}], "bad": [*good, {"prompt": ""}, {}], "unlearned": [unlearned]}
+    for name, records in data.items():
+        (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    changes: dict[str, tuple[str, str, str]] = {  # a file, what stands there, and what instead
+        "code": ("config.json", "{", '{"auto_map": {"AutoModel": "a.B"},'),
+        "architecture": ("config.json", "MistralForCausalLM", "PhiForCausalLM"),
+        "vocabulary": ("config.json", '"vocab_size": 1212', '"vocab_size": 100'),
+        "doubled": ("tokenizer_config.json", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"),
+    }
+    for name in ("other", "pickle"):  # spoilt below
+        changes[name] = ("config.json", "{", "{")
+    base = ROOT / "configs" / "tiny" / "base"
+    for name, (file, old, new) in changes.items():
+        shutil.copytree(base, place / name)
+        text = (base / file).read_text()
+        assert old in text, name
+        (place / name / file).write_text(text.replace(old, new, 1))
+    (place / "pickle" / "model.safetensors").rename(place / "pickle" / "pytorch_model.bin")
+    weights = (base / "model.safetensors").read_bytes()
+    (place / "other" / "model.safetensors").write_bytes(weights[:-2] + bytes(2))  # its last number is another
+    shutil.copytree(place / "runs" / "tiny" / "adapter", place / "adapter")
+    path = place / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "other"}))
+    (place / "runs" / "empty" / "checkpoints").mkdir(parents=True)
+    shutil.copy(place / "runs" / "tiny" / "config.json", place / "runs" / "empty")
 
 
 @pytest.mark.parametrize("said", ERRORS)
 def test_a_symptom_is_what_the_program_says(
     said: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in TROUBLES or said == "no such directory"
+    assert said in TROUBLES.replace("`", "")
     ready(demo, tmp_path)
-    good = [{"prompt": f"Say {n}.", "completion": "yes"} for n in range(20)]
-    unlearned = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
-    for name, records in {
-        "odd": [{"q": "a", "a": "b"}],
-        "bad": [*good, {"prompt": ""}, {}],
-        "unlearned": [unlearned],
-    }.items():
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_bad_files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    main, arguments = main_of(["python", "train.py", str(ROOT / "configs" / "tiny.py"), "output.dir=runs/other", *FEW])
-    assert main([*arguments, *ERRORS[said]]) == 2
+    main, arguments = main_of(["python", *words_of(ERRORS[said])])
+    given = [word for word in arguments if word.startswith("output.dir=")]
+    if ERRORS[said].startswith("train.py"):
+        arguments += [*FEW, *(given or ["output.dir=runs/other"])]
+    assert main(arguments) == 2
     message = capfd.readouterr().err
     assert said in message
     assert message.count("\n") == 1
