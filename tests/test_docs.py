@@ -61,21 +61,22 @@ NOT_RUN = {
 
 
 def blocks(language: str, text: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    """What stands in fences of a language; of none, if it is empty."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [block for name, block in fenced if name == language]
 
 
 def commands(text: str) -> list[str]:
     """Lines of shell blocks, and commands within the text, in backticks."""
     shell = [
         re.split(r"(?:^|\s)#\s", line)[0].strip()
-        for block in blocks("sh", text)
+        for block in [*blocks("sh", text), *blocks("bash", text), *blocks("", text)]
         for line in block.replace("\\\n", " ").splitlines()
     ]
     plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", plain)]
-    lines = [part for line in shell for part in line.split(" && ")]
-    said = [code for code in inline if code.startswith(tuple(f"{tool} " for tool in TOOLS))]
-    return [re.sub(r"^([A-Z_]+=\S+ )+", "", line) for line in [*lines, *said] if line]
+    lines = [re.sub(r"^([A-Z_]+=\S+ )+", "", part) for line in [*shell, *inline] for part in line.split(" && ")]
+    return [line for line in lines if line.startswith(tuple(f"{tool} " for tool in TOOLS)) or line == "pytest"]
 
 
 COMMANDS = [(name, command) for name, text in TEXTS.items() for command in commands(text)]
