@@ -224,7 +224,7 @@ def _data(config: Config) -> str:
     names = [name for name in (config.data.train_file, config.data.validation_file or "") if name]
     for name in names:
         if name.endswith(".parquet") and importlib.util.find_spec("pyarrow") is None:
-            raise UserError(f"data.train_file: {name}: needs pyarrow: pip install 'nanoft[parquet]'")
+            raise UserError(f"data.train_file: {name}: needs pyarrow: pip install -e '.[parquet]'")
     local = [name for name in names if "://" not in name and not set("*?,") & set(name)]
     for name in local:
         if not Path(name).exists():

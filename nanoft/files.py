@@ -335,7 +335,7 @@ def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Itera
     try:
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow: pip install 'nanoft[parquet]'") from None
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install -e '.[parquet]'") from None
     try:
         table = parquet.ParquetFile(stream)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(1024))

@@ -156,7 +156,7 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UserError("--format gguf: it needs the package gguf: pip install 'nanoft[gguf]'") from None
+        raise UserError("--format gguf: it needs the package gguf: pip install -e '.[gguf]'") from None
     return gguf
 
 

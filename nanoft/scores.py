@@ -33,7 +33,7 @@ from nanoft.bootstrap import Array, Figure, ratio
 from nanoft.config import FUNCTION
 
 Score = Callable[[str, str], float]
-EXTRA = "pip install 'nanoft[metrics]'"
+EXTRA = "pip install -e '.[metrics]'"
 
 
 @dataclass(frozen=True)

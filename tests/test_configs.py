@@ -179,7 +179,7 @@ def test_an_extra_that_is_not_installed_is_one_line(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     own = [f"model.name={tmp_path / 'base'}", f"data.train_file={tmp_path / 'data.parquet'}"]
     assert train.main([str(ROOT / "configs" / "cpu.py"), *own, f"output.dir={tmp_path / 'run'}"]) == 2
-    assert capsys.readouterr().err.endswith("data.parquet: Parquet needs pyarrow: pip install 'nanoft[parquet]'\n")
+    assert capsys.readouterr().err.endswith("data.parquet: Parquet needs pyarrow: pip install -e '.[parquet]'\n")
 
 
 # --- auto
