@@ -360,7 +360,7 @@ def test_missing_packages_are_named(made: Any, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"--dtype q4_k_m: it needs llama\.cpp's own quantiser: pip install"):
         write(made("mistral"), tmp_path / "model.gguf", "q4_k_m")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"pip install 'nanoft\[gguf\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]'"):
         write(made("mistral"), tmp_path / "model.gguf")
 
 

@@ -195,7 +195,7 @@ def test_an_unknown_metric_is_one_line_with_the_nearest(name: str, message: str)
 )
 def test_a_missing_extra_is_named(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"pip install 'nanoft\[metrics\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[metrics\]'"):
         choose([name])
 
 
