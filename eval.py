@@ -1,79 +1,151 @@
-"""Measure a run or a model: perplexity, exact match and stop rate on held-out data, base against tuned.
+"""Measure a run or a model on held-out data: likelihood, answers, forgetting, base against tuned, with intervals.
 
 python eval.py runs/tiny --compare-base
-python eval.py runs/tiny --data questions.jsonl --json figures.json
+python eval.py runs/tiny --data questions.jsonl --by topic --json figures.json evaluation.metrics=token_f1,rouge_l
+python eval.py runs/tiny --general wikitext.txt
+python eval.py runs/tiny --quantization
 python eval.py mistralai/Mistral-7B-Instruct-v0.3 --data questions.jsonl
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import math
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from nanoft import UserError, evaluate, runtime
+import torch
+from torch import nn
+
+from nanoft import UserError, evaluate, quality, runtime, scores
 from nanoft.batches import Samples
-from nanoft.chat import ChatTokenizer
+from nanoft.chat import ChatTokenizer, Sample
 from nanoft.checkpoint import replace_file
 from nanoft.config import Config, DataConfig, load_config, read_overrides
-from nanoft.corpus import data_hash, open_corpus
+from nanoft.corpus import NEAR, Corpus, data_hash, open_corpus, reading_of
 from nanoft.files import find_files
-from nanoft.lora import disabled
-from nanoft.metrics import as_json
-from nanoft.records import Conversation
-from nanoft.weights import Opened, find_model, is_run, load_model, open_chat, open_model
+from nanoft.lora import disabled, weight_of
+from nanoft.metrics import as_json, table
+from nanoft.nf4 import quantize
+from nanoft.records import Conversation, read_file
+from nanoft.report import Findings, leakage_of_run, report, settings_of
+from nanoft.untrusted import redact
+from nanoft.weights import Opened, find_model, is_run, load_model, open_chat, open_model, stored_quantization
 
 # Settings that say what a model is: to change them here would measure something that nobody trained.
 FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.")
+NO_LIMIT = 2**31 - 1  # tokens of a plain text, which is read through windows
 
 
 @runtime.command
 def main(argv: list[str]) -> int:
     parser = runtime.Arguments(
         prog="eval.py",
-        description="Perplexity, exact match and stop rate of a run or a model on held-out data.",
+        description="Perplexity, metrics of answers and stop rate of a run or a model on held-out data.",
         epilog="examples: python eval.py runs/tiny --compare-base; "
-        "python eval.py runs/tiny --data questions.jsonl evaluation.prompts=50 --json figures.json",
+        "python eval.py runs/tiny --data questions.jsonl evaluation.metrics=token_f1 --json figures.json; "
+        "all of it: docs/evaluation.md",
     )
     parser.add_argument("source", metavar="RUN|MODEL", help="run directory, adapter, model directory or Hub name")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting of the run")
     parser.add_argument("--data", metavar="FILE", help="measure on this file; default: the run's validation data")
     parser.add_argument("--compare-base", action="store_true", help="measure the base as well")
+    parser.add_argument("--by", metavar="FIELD", help="perplexity for each value of a field of the records")
+    parser.add_argument(
+        "--general", metavar="FILE", help="has it forgotten? perplexity of this text; compares the base"
+    )
+    parser.add_argument("--quantization", action="store_true", help="base and adapter on original and 4-bit weights")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
     args = parser.parse_intermixed_args(argv)
-    return evaluate_source(args.source, args.overrides, args.data, args.compare_base, args.json)
+    wish = Wish(args.source, args.data, args.compare_base, args.general, args.quantization, args.json)
+    overrides = args.overrides + ([f"evaluation.by_field={args.by}"] if args.by else [])
+    return evaluate_source(wish, overrides)
 
 
-def evaluate_source(source: str, overrides: list[str], data: str | None, compare_base: bool, out: str | None) -> int:
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asks for, besides settings."""
+
+    source: str
+    data: str | None = None
+    compare_base: bool = False
+    general: str | None = None
+    quantization: bool = False
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is measured: the likelihood of samples, the answers to prompts, the loss on a general text."""
+
+    samples: Samples
+    prompts: list[evaluate.Prompt] = field(default_factory=list)
+    general: list[Sample] = field(default_factory=list)
+    metrics: list[scores.Metric] = field(default_factory=list)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    places: list[str] = field(default_factory=list)
+    leakage: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate_source(wish: Wish, overrides: list[str]) -> int:
     """Everything that eval.py does; returns the exit code."""
-    config = settings(source, overrides)
-    check_destination(out)
-    data_config = data_of(config, source, data)
-    if compare_base and is_run(source) and config.model.random_init:
-        raise UserError(f"--compare-base: {source} began with random weights: leave --compare-base out")
+    config = settings(wish.source, overrides)
+    check_wish(wish, config)
+    metrics = scores.choose(config.evaluation.metrics)
+    data_config = data_of(config, wish.source, wish.data)
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     device = runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
-    opened = open_model(source, device, dtype)
+    opened = open_model(wish.source, device, dtype, original_base=wish.quantization)
     if opened.step is not None:
-        print(f"{source}: no result yet: this is its best checkpoint, after step {opened.step}\n")
-    if compare_base and not opened.adapters and not is_run(source):
-        raise UserError(f"--compare-base: {source} is a plain model, without a base: leave --compare-base out")
-    chat = open_chat(source, opened, as_trained=True)
-    held = held_out(config, data_config, source, chat)
-
-    tuned = measure(config, opened, chat, held)
-    base = None
-    if compare_base:
-        base = measure_base(config, opened, chat, held)
-    print(evaluate.comparison(base, tuned))
-    samples = evaluate.side_by_side(base, tuned, config.evaluation.samples)
-    print(f"\n{samples}" if samples else "")
-    if out:
-        write_json(Path(out), as_json(evaluate.results(base, tuned), indent=2) + "\n")
+        print(f"{wish.source}: no result yet: this is its best checkpoint, after step {opened.step}\n")
+    has_base = bool(opened.adapters) or (is_run(wish.source) and not config.model.random_init)
+    if wish.compare_base and not has_base:
+        raise UserError(f"--compare-base: {wish.source} is a plain model, without a base: leave --compare-base out")
+    chat = open_chat(wish.source, opened, as_trained=True)
+    held = held_out(config, data_config, wish, chat, metrics)
+    if wish.quantization:
+        values, text = quantization_report(config, wish.source, opened, chat, held)
+    else:
+        values, text = compare(config, wish, opened, chat, held, has_base)
+    print(redact(text))
+    if wish.out:
+        write_json(Path(wish.out), redact(as_json(values, indent=2)) + "\n")
     return 0
+
+
+def compare(
+    config: Config, wish: Wish, opened: Opened, chat: ChatTokenizer, held: Held, has_base: bool
+) -> tuple[dict[str, Any], str]:
+    """Figures and text of the ordinary report."""
+    tuned, base = measure(config, opened, chat, held), None
+    if has_base and (wish.compare_base or wish.general):
+        with base_of(config, opened) as model:
+            base = measure(config, model, chat, held)
+    check_finite(tuned, wish.source)
+    found = Findings(
+        wish.source,
+        tuned,
+        base,
+        primary=next(iter(config.evaluation.metrics), "exact_match"),
+        limit=config.evaluation.max_new_tokens if opened.adapters or is_run(wish.source) else None,
+        groups=held.groups,
+        places=held.places,
+        leakage=held.leakage,
+        provenance=held.provenance,
+        shown=config.evaluation.samples,
+        seed=config.system.seed,
+    )
+    values, text, _ = report(found)
+    said = f"\nleakage   {held.leakage['said']}" if held.leakage else ""
+    return values, text.removeprefix("\n") + f"\n{said}"
 
 
 def settings(source: str, overrides: list[str]) -> Config:
@@ -85,10 +157,14 @@ def settings(source: str, overrides: list[str]) -> Config:
     return Config().override({**read_overrides(overrides), "model.name": source})
 
 
-def check_destination(out: str | None) -> None:
-    """Find out before the work, not after it, that the figures have nowhere to go."""
-    if out and (os.path.isdir(out) or not os.path.isdir(Path(out).parent)):
-        raise UserError(f"--json: {out}: is a directory, or its directory does not exist: name a file")
+def check_wish(wish: Wish, config: Config) -> None:
+    """Find out before the work, not after it, that something is not there or the figures have nowhere to go."""
+    if wish.out and (os.path.isdir(wish.out) or not os.path.isdir(Path(wish.out).parent)):
+        raise UserError(f"--json: {wish.out}: is a directory, or its directory does not exist: name a file")
+    if wish.general and not os.path.isfile(wish.general):
+        raise UserError(f"--general: {wish.general}: no such file")
+    if wish.compare_base and is_run(wish.source) and config.model.random_init:
+        raise UserError(f"--compare-base: {wish.source} began with random weights: leave --compare-base out")
 
 
 def write_json(path: Path, text: str) -> None:
@@ -118,8 +194,17 @@ def check_held_out(config: Config, source: str) -> None:
         raise UserError(
             f"{source}: another seed or data setting would measure on what it was trained on: use --data FILE"
         )
-    if json.loads(path.read_text(encoding="utf-8")).get("provenance", {}).get("data_sha256") != data_hash(config.data):
+    check_unchanged(config, source)
+
+
+def check_unchanged(config: Config, source: str) -> None:
+    if recorded_provenance(source).get("data_sha256") != data_hash(config.data):
         raise UserError(f"{source}: its data changed since it was trained: put it back, or give --data FILE")
+
+
+def recorded_provenance(source: str) -> dict[str, Any]:
+    """What a run noted of its data, its base and its libraries."""
+    return json.loads((Path(source) / "config.json").read_text(encoding="utf-8")).get("provenance", {})
 
 
 def everything_in(file: str, settings: DataConfig) -> DataConfig:
@@ -130,40 +215,155 @@ def everything_in(file: str, settings: DataConfig) -> DataConfig:
     )
 
 
-def held_out(config: Config, data: DataConfig, source: str, chat: ChatTokenizer) -> Held:
-    """The samples to measure the loss on, and the conversations to answer."""
-    corpus = open_corpus(data, config.model.max_seq_length, config.system.seed, chat, print)
-    samples = corpus.validation if data is config.data else corpus.training
+def held_out(config: Config, data: DataConfig, wish: Wish, chat: ChatTokenizer, metrics: list[scores.Metric]) -> Held:
+    """Everything to measure on, and what is known of it."""
+    e, own = config.evaluation, data is config.data
+    limit = config.model.max_seq_length if own or not is_text(data) else NO_LIMIT
+    corpus = open_corpus(data, limit, config.system.seed, chat, print)
+    samples = corpus.validation if own else corpus.training
     if not len(samples):
-        raise UserError(f"{source}: this run held nothing out (data.validation_split=0): give --data FILE")
-    conversations = corpus.conversations(corpus.whole(samples), config.evaluation.prompts)
-    return Held(samples[: config.evaluation.max_samples], conversations)
+        raise UserError(f"{wish.source}: this run held nothing out (data.validation_split=0): give --data FILE")
+    whole = corpus.whole(samples)
+    prompts = evaluate.held_out_prompts(corpus.conversations(whole, e.prompts), e.prompts)
+    samples = samples[: e.max_samples]
+    general = read_general(wish.general, chat, e.max_samples) if wish.general else []
+    groups = {e.by_field: corpus.values(samples, e.by_field)} if e.by_field else {}
+    places = [corpus.place(record) for record in samples.records.tolist()]
+    leaks, origin = leakage(config, wish, corpus, samples, chat), provenance(config, wish, data)
+    return Held(samples, prompts, general, metrics, groups, places, leaks, origin)
 
 
-@dataclass(frozen=True)
-class Held:
-    """What is measured: the loss on samples, the answers to conversations."""
+def is_text(data: DataConfig) -> bool:
+    """Whether all files are plain texts: these are measured whole, whatever their length."""
+    files = [file for part in find_files(data.train_file, "--data") for file in part]
+    return all(str(next(iter(read_file(file, reading_of(data))))).startswith("text ") for file in files)
 
-    samples: Samples
-    conversations: list[Conversation]
+
+def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Sample]:
+    """The texts of a file: a .txt file is one; of records, what is said in each."""
+    if Path(file).suffix == ".txt":
+        try:
+            texts = [Path(file).read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--general: {file}: cannot be read as UTF-8 text: {error}") from None
+    else:
+        records = read_file(Path(file), reading_of(DataConfig(train_file=file)))
+        texts = [record.said() for record in records if isinstance(record, Conversation)]
+    samples = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts[:limit]) if text.strip()])
+    if not any(sample.is_target.any() for sample in samples):
+        raise UserError(f"--general: {file}: there is no text in it")
+    return samples
+
+
+def leakage(config: Config, wish: Wish, corpus: Corpus, samples: Samples, chat: ChatTokenizer) -> dict[str, Any]:
+    """Whether prompts that are measured stand among those that the run was trained on."""
+    if not wish.data:
+        return leakage_of_run(corpus.report, config.data.near_leaks)
+    if not is_run(wish.source):
+        return {"said": "not checked: it is not known what the model was trained on: name the run"}
+    try:
+        recorded = load_config(Path(wish.source) / "config.json", environment={})
+        check_unchanged(recorded, wish.source)
+        trained = open_corpus(recorded.data, recorded.model.max_seq_length, recorded.system.seed, chat, print)
+    except UserError as reason:
+        return {"said": f"not checked: {reason}"}
+    asked = list(corpus.questions(samples))
+    exact, near = quality.leaks(asked, trained.questions(trained.training), NEAR)
+    said = f"of {len(asked):,} prompts, {exact:,} stand in the training data word for word and {near:,} nearly so"
+    return {"prompts": len(asked), "exact": exact, "near": near, "said": said}
 
 
 def measure(config: Config, opened: Opened, chat: ChatTokenizer, held: Held) -> evaluate.Measured:
-    e = config.evaluation
-    prompts = evaluate.held_out_prompts(held.conversations, e.prompts)
     return evaluate.measure(
-        opened.model, chat, held.samples, prompts, e.batch_size, e.prompt_batch_size, e.max_new_tokens
+        opened.model,
+        chat,
+        held.samples,
+        held.prompts,
+        config.evaluation,
+        config.model.max_seq_length,
+        held.metrics,
+        held.general,
+        config.system.seed,
     )
 
 
-def measure_base(config: Config, opened: Opened, chat: ChatTokenizer, held: Held) -> evaluate.Measured:
+def check_finite(measured: evaluate.Measured, source: str) -> None:
+    """A model without a finite loss has no figures worth printing."""
+    for name, figure in measured.figures.items():
+        if not math.isfinite(figure.value):
+            raise UserError(f"{source}: {name} is {figure.value}: its weights are broken or overflow in model.dtype")
+
+
+@contextlib.contextmanager
+def base_of(config: Config, opened: Opened) -> Iterator[Opened]:
     """The same model with its adapters off; after full training, the model it started from."""
     if opened.adapters:
         with disabled(opened.adapters):
-            return measure(config, opened, chat, held)
-    directory = find_model(config.model.name)
-    model = load_model(directory, opened.model.head.device, opened.dtype).eval()
-    return measure(config, Opened(model, {}, directory, directory), chat, held)
+            yield opened
+    else:
+        directory = find_model(config.model.name)
+        model = load_model(directory, opened.model.head.device, opened.dtype).eval()
+        yield Opened(model, {}, directory, directory)
+
+
+def provenance(config: Config, wish: Wish, data: DataConfig) -> dict[str, Any]:
+    """Enough to do it again: what was measured, on what, with what."""
+    recorded = recorded_provenance(wish.source) if is_run(wish.source) else {}
+    kept: dict[str, Any] = {name: recorded[name] for name in ("base_sha256", "date") if name in recorded}
+    how = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if value is not None}
+    return {
+        "base": config.model.name,
+        "data": wish.data or config.data.validation_file or config.data.train_file,
+        "data_sha256": data_hash(data),
+        **kept,
+        "settings": settings_of(config),
+        "evaluation": how,
+        "versions": runtime.versions(),
+    }
+
+
+# ---- Four bits or not
+
+
+def quantization_report(
+    config: Config, source: str, opened: Opened, chat: ChatTokenizer, held: Held
+) -> tuple[dict[str, Any], str]:
+    """Perplexity of base and adapter on the original weights, and on those in 4 bits (or as the run packed them)."""
+    form = opened.quantization or ("nf4", True)
+    if not opened.adapters:
+        raise UserError(f"--quantization: {source} has no adapter: there is nothing to put on other weights")
+    if stored_quantization(opened.base_directory):
+        raise UserError(f"--quantization: {opened.base_directory} is stored packed: its original weights are not there")
+    held = Held(held.samples)  # likelihood alone
+    figures = {"original": both(config, opened, chat, held)}
+    pack(opened, form)
+    figures[form[0]] = both(config, opened, chat, held)
+    rows = [[name, *(f"{perplexity:.5g}" for perplexity in pair.values())] for name, pair in figures.items()]
+    was = f"in {opened.quantization[0]}" if opened.quantization else "as they are stored"
+    text = f"{table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on weights {was}"
+    return {"quantization": figures}, text
+
+
+def both(config: Config, opened: Opened, chat: ChatTokenizer, held: Held) -> dict[str, float | None]:
+    """Perplexity of the base, adapters off, and with them."""
+    with disabled(opened.adapters):
+        base = measure(config, opened, chat, held).perplexity
+    return {"base": base, "tuned": measure(config, opened, chat, held).perplexity}
+
+
+def pack(opened: Opened, form: tuple[str, bool]) -> None:
+    """Quantise the linears of the blocks where they stand, one after another; the adapters stay."""
+    for name, linear in list(opened.model.named_modules()):
+        place, _, leaf = name.rpartition(".")
+        if isinstance(linear, nn.Linear) and name.startswith("model.layers."):
+            packed = quantize(linear.weight.detach(), form, opened.dtype)
+            packed.register_parameter("bias", linear.bias)
+            setattr(opened.model.get_submodule(place), leaf, packed)
+    for adapter in opened.adapters.values():
+        if adapter.lora_magnitude_vector is not None:  # DoRA knows the lengths of its base's rows
+            lengths = torch.linalg.vector_norm(weight_of(adapter.base), dim=1, dtype=torch.float32)
+            adapter.squares.copy_(lengths.square())
+        adapter.train(adapter.training)  # forgets the norm of what it was
 
 
 if __name__ == "__main__":

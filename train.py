@@ -3,6 +3,7 @@
     python train.py                                       the embedded demo, configs/tiny.py
     python train.py configs/tiny.py training.max_steps=20
     python train.py my.yaml data.train_file=chats.jsonl model.name=mistralai/Mistral-7B-Instruct-v0.3
+    python train.py auto data.train_file=chats.jsonl      the config for this machine, from configs/
 
 An interrupted run goes on when the same command is given again.
 """
@@ -13,6 +14,7 @@ import contextlib
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -24,12 +26,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, parallel, ranks, runtime
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, parallel, ranks, runtime, scores, selftest
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batch, Batches, Samples, even
 from nanoft.chat import ChatTokenizer
 from nanoft.checkpoint import Background, Checkpoints, Outcome, Saved
-from nanoft.config import Config, check_same_run, load_config, questionable, settled_hash
+from nanoft.config import Config, check_same_run, load_config, questionable, read_overrides, settled_hash
 from nanoft.corpus import REJECTED, Corpus, data_hash, describe, open_corpus
 from nanoft.export import save_result
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
@@ -52,6 +54,7 @@ from nanoft.preflight import (
     Check,
     check_data,
     check_head,
+    check_ids,
     judge,
     preview,
     rehearse,
@@ -59,12 +62,14 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
+from nanoft.report import Findings, leakage_of_run, report, settings_of
 from nanoft.weights import (
     check_quantization,
     find_model,
     hash_files,
     load_model,
     quantization_of,
+    read_shape,
     shard_paths,
     stored_dtype,
 )
@@ -73,7 +78,9 @@ STOPPED_BY_SIGNAL = 75
 Tensors = dict[str, torch.Tensor]
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data and base, device, date
 IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.py"
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = CONFIGS / "tiny.py"
+GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # GB that each needs
 
 
 @dataclass
@@ -128,8 +135,9 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
     t, model, optimizer = job.config.training, job.model, job.optimizer
     warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
     model.train()
+    watch = runtime.MemoryWatch(job.device)
     with job.saves, progress_bar(job, state, total_steps) as bar:
-        if state.step == 0:
+        if state.step == 0 and job.config.guard.max_rollbacks:
             save(job, state)  # something to go back to; and whether saving works is known at once
         while state.step < total_steps and not parallel.asked_to_stop(stop) and not out_of_patience(job, state):
             started = time.perf_counter()
@@ -154,7 +162,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
                 with runtime.Shortage(job.device) as short_of_memory, parallel.alike(job.device):
                     optimizer.step()
                 if short_of_memory:
-                    state = go_back(job, state, state.guard)  # half of a step may be done; a checkpoint has whole ones
+                    state = go_back(job, state)  # half of a step may be done; a checkpoint has whole ones
                     halve(job, state)
                     continue
                 state.step += 1
@@ -175,9 +183,11 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             if due(state.step, t.log_steps, total_steps):
                 memory = runtime.peak_memory_gb(job.device)
                 values = {"learning_rate": rate, "grad_norm": grad_norm, "peak_memory_gb": memory}
+                values |= runtime.memory_now(job.device).figures()
                 job.run.log("train", state.step, **state.meter.line(), **values, epoch=state.epoch)
             if due(state.step, t.eval_steps, total_steps):
                 evaluate_now(job, state)
+            watch_memory(job, state, watch)
             report_save(job, state, job.saves.collect())
             again = parallel.on_any_rank(job.saves.overdue())
             if due(state.step, t.save_steps, total_steps) or state.best_step == state.step or again:
@@ -223,6 +233,18 @@ def out_of_patience(job: Job, state: State) -> bool:
     return patience > 0 and state.evaluations_without_gain >= patience
 
 
+def watch_memory(job: Job, state: State, watch: runtime.MemoryWatch) -> None:
+    """Say so before memory runs out, and when it grows and grows."""
+    for warning in watch.check(state.step):
+        job.run.log("warning", state.step, what="memory", text=warning)
+        job.run.say(f"warning: memory after step {state.step}: {warning}")
+
+
+def log_memory(job: Job, state: State, stage: str) -> None:
+    """What is held and what may be, at a stage of the run."""
+    job.run.log("memory", state.step, stage=stage, **runtime.memory_now(job.device).figures())
+
+
 # ---- When a step goes wrong
 
 
@@ -234,33 +256,40 @@ def report_bad_step(
     what = "spike" if verdict.action == "take" else "step skipped"
     figures = {"loss": str(loss), "grad_norm": str(grad_norm), "window": here}
     job.run.log("warning", state.step, what=what, **figures, records=records)
-    first, done = ", ".join(records[:8]), "taken all the same" if what == "spike" else "left out"
+    first, done = (
+        ", ".join(Path(record).name for record in records[:4]),
+        "taken all the same" if what == "spike" else "left out",
+    )
     job.run.say(f"warning: after step {state.step}: {verdict.reason}: {done}: {first}")
 
 
-def go_back(job: Job, state: State, history: guard.History) -> State:
+def go_back(job: Job, state: State, history: guard.History | None = None) -> State:
     """Take everything from the newest checkpoint that is whole; what the guard has learned since then stays.
 
     If the last rollback led to that one, and not one step could be taken from it, it is no good: the one before it.
+
+    Args:
+        history: of a rollback; None: the guard has nothing to do with it.
     """
 
     def whole() -> Saved:
         report_save(job, state, job.saves.collect(wait=True))
-        try:
-            again = history.rollbacks > state.guard.rollbacks and state.step == state.guard.back_at
-            stuck = again and job.checkpoints.newest(before=state.step)[0] is not None
-            saved, _ = job.checkpoints.newest(before=state.step if stuck else float("inf"))
-        except UserError as reason:
-            raise TrainingFailed(f"after step {state.step} the run had to go back, and could not: {reason}") from None
+        again = history is not None and state.step == state.guard.back_at
+        stuck = again and job.checkpoints.newest(before=state.step)[0] is not None
+        saved, _ = job.checkpoints.newest(before=state.step if stuck else float("inf"))
         if saved is None:
-            why = "no checkpoint could be saved before"
-            raise TrainingFailed(f"after step {state.step} the run had to go back, and {why}")
+            raise UserError("no checkpoint could be saved before")
         return saved
 
     job.optimizer.zero_grad(set_to_none=True)
-    back = replace(start_from(job, whole), guard=history, micro_batch_rows=state.micro_batch_rows)
-    back.guard.back_at = back.step
+    try:
+        back = replace(start_from(job, whole), micro_batch_rows=state.micro_batch_rows)
+    except (UserError, checkpoint.Damaged) as reason:
+        raise TrainingFailed(f"after step {state.step} the run had to go back, and could not: {reason}") from None
+    back.guard = replace(history, back_at=back.step) if history else guard.taken_back(back.guard, state.guard)
+    history = back.guard
     job.model.train()
+    job.checkpoints.forget_after(back.step)
     job.run.begin(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
     rate = f", at {history.rate:g} of the learning rate" if history.rate < 1 else ""
     job.run.log("warning", back.step, what="rolled back", since=state.step, rate=history.rate)
@@ -319,6 +348,7 @@ def evaluate_now(job: Job, state: State) -> None:
     state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
+    log_memory(job, state, "evaluated")
     perplexity = evaluate.safe_exp(loss)
     job.run.log("eval", state.step, loss=loss, perplexity=perplexity, target_tokens=tokens)
     best = " (best so far)" if state.best_step == state.step else ""
@@ -344,6 +374,7 @@ def report_failure(job: Job, state: State, what: str, error: Exception) -> None:
 
 def save(job: Job, state: State) -> None:
     """Begin to write a checkpoint; when it is on the disk, and only then, it may be called the best."""
+    job.run.sync()
     report_save(job, state, job.saves.collect(wait=True))
     tensors = {weights_file(job): trained_weights(job), "optimizer": optimizer_tensors(job.optimizer, job.trained)}
     tensors = {name: parallel.gathered(named) for name, named in tensors.items()}
@@ -361,8 +392,8 @@ def report_save(job: Job, state: State, outcome: Outcome | None) -> None:
         seconds = {"seconds": outcome.seconds, "waited_seconds": outcome.waited_seconds}
         job.run.log("checkpoint", outcome.step, path=where, **seconds)
         return
-    if state.best_step == outcome.step:  # its weights are lost: let the next evaluation decide
-        state.best_step, state.best_loss = 0, float("inf")
+    if state.best_step == outcome.step:  # its weights are lost: the best is the one before, whose are not
+        state.best_step, state.best_loss = job.checkpoints.best() or (0, float("inf"))
     report_failure(job, state, f"saving step {outcome.step}", outcome.error)
 
 
@@ -394,17 +425,25 @@ def weights_file(job: Job) -> str:
 
 
 def restore(job: Job, saved: Saved) -> State:
-    """Put a checkpoint's weights, optimizer, position and random numbers back."""
+    """Put a checkpoint's weights, optimizer, position and random numbers back.
+
+    Raises:
+        Damaged: its hashes are right, and yet it is no checkpoint.
+    """
     values = dict(saved.state)
-    rng = values.pop("rng")
-    state = State(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**values["guard"])})
+    try:
+        rng = values.pop("rng")
+        state = State(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**values["guard"])})
+        runtime.set_rng_state(rng)
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise checkpoint.Damaged(f"{saved.path / 'state.json'}: {type(error).__name__}: {error}") from None
     load_weights(job, saved)
     moments = parallel.parted(saved.tensors("optimizer"), optimizer_tensors(job.optimizer, job.trained))
     load_optimizer_tensors(job.optimizer, job.trained, moments)
     if state.micro_batch_rows:  # what fitted into memory
         job.batches.micro_batch_size = min(job.batches.micro_batch_size, state.micro_batch_rows)
     job.batches.seek(state.epoch, state.window)
-    runtime.set_rng_state(rng)
+    job.saves.last_step = state.step
     return state
 
 
@@ -431,6 +470,18 @@ def load_weights(job: Job, saved: Saved) -> None:
     checkpoint.fill({name: parameter.detach() for name, parameter in job.trained}, tensors, str(saved.path))
 
 
+def starting_state(job: Job, resume: str) -> State:
+    """Where the run begins, on every rank.
+
+    Raises:
+        UserError: `resume` names no checkpoint of this run, or none is whole.
+    """
+    try:
+        return start_from(job, lambda: find_start(job, resume))
+    except checkpoint.Damaged as reason:
+        raise UserError(f"{reason}: start anew with another output.dir") from None
+
+
 def find_start(job: Job, resume: str) -> Saved | None:
     """`auto`: the newest checkpoint that is whole, or a fresh start; `never`: a fresh start; PATH: that checkpoint."""
     if resume == "never":
@@ -438,6 +489,10 @@ def find_start(job: Job, resume: str) -> Saved | None:
     if resume != "auto":
         if Path(resume).resolve().parent != job.run.checkpoints.resolve():
             raise UserError(f"--resume: {resume}: is not in {job.run.checkpoints}: name a checkpoint of this run")
+        if not Path(resume).is_dir():
+            raise UserError(
+                f"--resume: {resume}: no such checkpoint: there are those of steps {job.checkpoints.steps()}"
+            )
         try:
             return job.checkpoints.verify(Path(resume))
         except (checkpoint.Damaged, OSError) as reason:
@@ -487,8 +542,9 @@ def prepare(
     t, device = config.training, runtime.choose_device(config.system.device)
     dtype = runtime.choose_dtype(config.model.dtype, device)
     base = find_model(config.model.name)
+    check_ids(corpus, read_shape(base).vocab_size)
+    keep, plan = choose_activations(config, *batches.longest().ids.shape)  # from what is free before loading
     model = load_base(config, base, torch.device("cpu") if t.sharding == "full" else device, dtype)
-    keep, plan = choose_activations(config, *batches.longest().ids.shape)
     model.keep = parallel.tell(lambda: keep)
     model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
@@ -623,11 +679,17 @@ def progress_bar(job: Job, state: State, total_steps: int) -> Any:
     return tqdm(total=total_steps, initial=state.step, unit="step", disable=hidden, dynamic_ncols=True, leave=False)
 
 
-def finish(job: Job, state: State) -> None:
-    """Take the best weights as the result, save them, measure base and tuned, and write the report."""
+def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
+    """Take the best weights as the result, save them, measure base and tuned, and write the report.
+
+    Returns whether it got that far; a signal ends it after a measurement, and the same command does it again.
+    """
     where, step = job.run.directory, parallel.tell(lambda: best_step(job, state))
     if step != state.step:
         load_weights(job, Saved(job.checkpoints.path(step), {}))
+    if bad := next((name for name, p in job.trained if not parallel.whole(p.isfinite().all())), None):
+        rate = job.config.training.learning_rate
+        raise TrainingFailed(f"after step {step} {bad} is not finite: lower training.learning_rate ({rate:g})")
     result = parallel.tell(lambda: str(export(job, step)))
     if not job.adapters:
         with torch.no_grad():
@@ -640,23 +702,36 @@ def finish(job: Job, state: State) -> None:
         "tokens_per_second": round(state.meter.tokens_per_second(), 1),
         "peak_memory_gb": round(runtime.peak_memory_gb(job.device), 3),
     }
-    tuned, base = measure(job, state, job.model), None
-    if not job.config.model.random_init:
-        with base_model(job) as model:
-            base = measure(job, state, model)
+    tuned = measure(job, state, job.model)
+    base = None
+    if not parallel.asked_to_stop(stop) and not job.config.model.random_init:
+        base = measure_base(job, state)
+    if parallel.asked_to_stop(stop):
+        return False
     if parallel.rank():
-        return
-    values, terminal, markdown = evaluate.report(where.name, base, tuned, training, job.config.evaluation.samples)
+        return True
+    values, terminal, markdown = report(findings(job, base, tuned, training))
     data = "\n".join(describe(job.corpus.report))
-    adapters = job.adapters if job.config.training.sharding == "none" else {}
-    usage, advice, section = ranks.report(adapters, job.optimizer, step)
+    usage, advice, section = rank_usage(job, state, step)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
+    log_memory(job, state, "finished")
     job.run.log("done", state.step, **training)
     job.run.say(terminal + advice)
     seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
     job.run.say(
         f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
     )
+    return True
+
+
+def rank_usage(job: Job, state: State, step: int) -> tuple[dict[str, Any], str, str]:
+    """What `ranks.report` says of the adapters; nothing, and an event, if that fails."""
+    try:
+        adapters = job.adapters if job.config.training.sharding == "none" else {}
+        return ranks.report(adapters, job.optimizer, step)
+    except Exception as error:  # a decomposition need not converge
+        report_failure(job, state, "the adapters' report", error)
+        return {}, "", ""
 
 
 def best_step(job: Job, state: State) -> int:
@@ -686,21 +761,64 @@ def export(job: Job, step: int) -> Path:
 
 def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
     """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
-    e = job.config.evaluation
-    rows, prompt_rows = e.batch_size, e.prompt_batch_size
+    c, e = job.config, job.config.evaluation
     try:
         conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
-        prompts = evaluate.held_out_prompts(conversations, e.prompts)
-        while rows or prompt_rows:
+        prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), scores.choose(e.metrics)
+        while True:
             with runtime.Shortage(job.device), parallel.alike(job.device), job.autocast():
                 return evaluate.measure(
-                    model, job.chat, job.validation, prompts, max(1, rows), max(1, prompt_rows), e.max_new_tokens
+                    model, job.chat, job.validation, prompts, e, c.model.max_seq_length, metrics, seed=c.system.seed
                 )
-            rows, prompt_rows = rows // 2, prompt_rows // 2
-        raise TrainingFailed("out of memory with one row")
+            if e.batch_size == e.prompt_batch_size == 1:
+                raise TrainingFailed("out of memory with one row")
+            halves = {name: max(1, getattr(e, name) // 2) for name in ("batch_size", "prompt_batch_size")}
+            e = replace(e, **halves)
     except Exception as error:
         report_failure(job, state, "evaluation", error)
         return evaluate.Measured()
+
+
+def measure_base(job: Job, state: State) -> evaluate.Measured | None:
+    """The same of the model as it was before training."""
+    try:
+        with base_model(job) as model:
+            return measure(job, state, model)
+    except Exception as error:
+        report_failure(job, state, "evaluation of the base", error)
+        return None
+
+
+def findings(
+    job: Job, base: evaluate.Measured | None, tuned: evaluate.Measured, training: dict[str, float]
+) -> Findings:
+    """What the report is made of."""
+    e, groups = job.config.evaluation, {}
+    if e.by_field and len(job.validation):
+        try:
+            groups = {e.by_field: job.corpus.values(job.validation, e.by_field)}
+        except UserError as reason:  # the run is done: no reason to lose its report
+            job.run.say(f"warning: {reason}")
+    provenance = (job.run.recorded_config() or {}).get("provenance", {})
+    return Findings(
+        job.run.directory.name,
+        tuned,
+        base,
+        primary=next(iter(e.metrics), "exact_match"),
+        limit=e.max_new_tokens,
+        groups=groups,
+        places=[job.corpus.place(record) for record in job.validation.records.tolist()],
+        leakage=leakage_of_run(job.corpus.report, job.config.data.near_leaks) if len(job.validation) else {},
+        training=training,
+        provenance={
+            "base": job.config.model.name,
+            "data": job.config.data.train_file,
+            "settings": settings_of(job.config),
+            **provenance,
+        },
+        shown=e.samples,
+        seed=job.config.system.seed,
+    )
 
 
 @contextlib.contextmanager
@@ -724,6 +842,7 @@ def claim(config: Config, run: Run, resume: str) -> Provenance:
     Returns what the run depends on; the date, which a template may print, is that of its first session.
     """
     base = find_model(config.model.name)
+    read_shape(base)  # a model that cannot be used is refused before its weights are hashed and the data is read
     check_quantization(base, quantization_of(config))
     weights = [] if config.model.random_init else shard_paths(base)
     tokenizer = [base / name for name in ("config.json", "tokenizer.json") if (base / name).is_file()]
@@ -743,10 +862,7 @@ def claim(config: Config, run: Run, resume: str) -> Provenance:
             raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
         check_same_run(recorded, config, provenance, str(run.directory))
         if (before := recorded["provenance"].get("versions")) != provenance["versions"]:
-            changed = {
-                name: value for name, value in provenance["versions"].items() if (before or {}).get(name) != value
-            }
-            run.say(f"warning: other versions than when the run began: {changed}: last bits may differ")
+            run.say(f"warning: other versions than when the run began ({before}): last bits may differ")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     checkpoint.replace_file(run.directory / "config.json", text.encode())
     return provenance
@@ -765,9 +881,11 @@ class Wish:
 
 def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
+    runtime.forgive_output()
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     device, config = runtime.choose_device(config.system.device), parallel.settle_ranks(config)
     check_optimizer(config.training.optimizer, device)
+    scores.choose(config.evaluation.metrics)  # a metric that is not there is told now, not after hours
     parallel.take_device(device, config.training.sharding)
     settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
     name = runtime.describe(device).partition(",")[0]
@@ -775,12 +893,19 @@ def run_training(config: Config, wish: Wish) -> int:
     with parallel.open_run(config.output.dir) as run, runtime.StopRequest() as stop:
         config = Config.from_dict(parallel.tell(lambda: decide_rows(config, run.recorded_config()).to_dict()))
         provenance = parallel.tell(lambda: claim(config, run, wish.resume))
-        try:
+        with explained(config):
             return run_claimed(config, run, stop, provenance, wish)
-        except (RuntimeError, MemoryError) as error:
-            if runtime.is_out_of_memory(error):
-                raise too_little(config, config.micro_batch_rows()) from None
-            raise
+
+
+@contextlib.contextmanager
+def explained(config: Config) -> Iterator[None]:
+    """Out of memory where nothing can be halved: while loading, and the like."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if runtime.is_out_of_memory(error):
+            raise too_little(config, config.micro_batch_rows()) from None
+        raise
 
 
 def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance: Provenance, wish: Wish) -> int:
@@ -791,7 +916,7 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
         show(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0
     job = prepare(config, run, provenance, chat, corpus, batches)
-    state = start_from(job, lambda: find_start(job, wish.resume))
+    state = starting_state(job, wish.resume)
     done = state.step >= total_steps or out_of_patience(job, state)
     if done and parallel.tell(lambda: run.is_complete(state.step)):
         run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
@@ -800,14 +925,37 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
     announce(job, state, total_steps, seconds_a_step)
     if wish.preflight:
         return 0
+    job.checkpoints.forget_after(state.step)
     run.begin(state.step, [state.epoch, state.window], state.guard.left_out)
     parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
     run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=runtime.peak_memory_gb(job.device))
+    log_memory(job, state, "prepared")
     state = train(job, state, stop, total_steps)
     if parallel.asked_to_stop(stop) and state.step < total_steps:
         run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
         return STOPPED_BY_SIGNAL
-    finish(job, state)
+    if not finish(job, state, stop):
+        run.say(f"stopped   by {stop.signal_name} before the report: the same command writes it")
+        return STOPPED_BY_SIGNAL
+    return 0
+
+
+def go_on(job: Job, total_steps: int) -> None:
+    """The loop from the newest checkpoint, or from the beginning: what the self-test tests."""
+    train(job, starting_state(job, "auto"), runtime.StopRequest(), total_steps)
+
+
+def run_selftest(config: Config) -> int:
+    """Try what is promised on this config, model and data, in a directory that goes away again."""
+    runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
+    check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as aside:
+        config = selftest.shorten(decide_rows(config, None), Path(aside))
+        with explained(config), Run.open(config.output.dir) as run:
+            provenance = claim(config, run, "never")
+            job = prepare(config, run, provenance, *load_data(config, run, datetime.now()))
+            run.begin(0, [0, 0], [])
+            selftest.run(job, go_on)
     return 0
 
 
@@ -823,6 +971,21 @@ def show(run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: 
         run.say(line)
 
 
+def config_for(device_type: str, memory_gb: float) -> Path:
+    """The config in configs/ for a device with so much memory."""
+    if device_type == "cuda":
+        return CONFIGS / next(name for name, least in GPU_CONFIGS.items() if memory_gb >= least)
+    return CONFIGS / {"mps": "m4.py", "cpu": "cpu.py"}[device_type]
+
+
+def pick_config(overrides: list[str]) -> Path:
+    """`auto`: the config for this machine, and a line that says which and why."""
+    device = runtime.choose_device(read_overrides(overrides).get("system.device", "auto"))
+    path = config_for(device.type, runtime.total_memory_gb(device))
+    print(f"auto      configs/{path.name}, because this is {runtime.describe(device)}")
+    return path
+
+
 @runtime.command
 @parallel.together
 def main(argv: list[str]) -> int:
@@ -830,21 +993,26 @@ def main(argv: list[str]) -> int:
         prog="train.py",
         description="Fine-tune a causal language model: LoRA, QLoRA, or every parameter.",
         epilog="examples: python train.py configs/tiny.py; python train.py configs/tiny.py quantization.bits=4; "
-        "python train.py configs/tiny.py data.train_file=mine.jsonl training.max_steps=20",
+        "python train.py auto model.name=Qwen/Qwen2.5-3B-Instruct data.train_file=mine.jsonl",
     )
-    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file; default: configs/tiny.py")
+    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file, or auto; default: configs/tiny.py")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
     parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")
     parser.add_argument("--plan", action="store_true", help="print memory and time before anything is loaded and stop")
     parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
+    parser.add_argument("--selftest", action="store_true", help="try here what is promised, in minutes, and stop")
     parser.add_argument("--force", action="append", default=[], choices=NAMES, help="go on although this check failed")
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
+    if path == "auto":
+        path = pick_config(positional)
     if args.plan:
         return show_plan(load_config(path, positional))
+    if args.selftest:
+        return run_selftest(load_config(path, positional))
     wish = Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force)
     return run_training(load_config(path, positional), wish)
 

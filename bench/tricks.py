@@ -119,17 +119,19 @@ def masked_attention() -> None:
     import torch
 
     from nanoft import model
-    from nanoft.attention import _by_kernel
 
     by_documents = model.attend
 
-    def attend(q: Any, k: Any, v: Any, window: Any, documents: Any, mask: Any) -> Any:
+    def attend(q: Any, k: Any, v: Any, window: Any, documents: Any) -> Any:
         if documents is None:
-            return by_documents(q, k, v, window, documents, mask)
+            return by_documents(q, k, v, window, documents)
         segments = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths))
         segments = segments.view(q.shape[:2])
         same = segments[:, None, :, None] == segments[:, None, None, :]
-        return _by_kernel(q, k, v, same & torch.ones_like(same[0, 0]).tril())
+        mask = same & torch.ones_like(same[0, 0]).tril()
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return y.transpose(1, 2)
 
     model.attend = attend
 

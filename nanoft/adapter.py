@@ -9,21 +9,26 @@ which a decomposition on another machine would not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
 from nanoft.checkpoint import write_file, write_tensors
 from nanoft.config import LoRAConfig, check_expressions
-from nanoft.lora import LoRALinear, by_pattern, linears_of, widen
+from nanoft.lora import MATCHING_SECONDS, LoRALinear, by_pattern, is_meant, linears_of, widen
+from nanoft.tensorfile import load_tensors
+from nanoft.untrusted import read_json, time_limit
 
 NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
 PEFT_PREFIX = "base_model.model."
@@ -104,6 +109,8 @@ def load_adapter_tensors(adapters: dict[str, LoRALinear], tensors: dict[str, Ten
         if own.shape != tensors[name].shape:
             have, want = tuple(tensors[name].shape), tuple(own.shape)
             raise UserError(f"{source}: {name} is {have}, but this model and rank need {want}")
+        if not tensors[name].is_floating_point():
+            raise UserError(f"{source}: {name} holds {tensors[name].dtype}, where weights are floating-point numbers")
         own.copy_(tensors[name])
     for adapter in adapters.values():
         adapter.train(adapter.training)  # forgets the norm of what it was
@@ -150,6 +157,148 @@ def save_adapter(
         write_file(directory / name, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
+def select(lora: LoRAConfig, tensors: dict[str, Tensor], only: Sequence[str]) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """A part of an adapter in PEFT's layout: the modules that `only` means, in the words of lora.target_modules.
+
+    Raises:
+        UserError: a word that means no module of the adapter, or is no regular expression.
+    """
+    modules = _by_module(tensors)
+    for word in only:
+        try:
+            re.compile(word)
+        except re.error as error:
+            raise UserError(f"--only: {word!r:.60} is neither a name nor a regular expression: {error}") from None
+        if not any(is_meant(name, word) for name in modules):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+            raise UserError(f"--only: {word!r} names nothing that this adapter changes: it has {known}")
+    kept = [name for name in modules if any(is_meant(name, word) for word in only)]
+    tensors = {f"{PEFT_PREFIX}{name}.{key}": tensor for name in kept for key, tensor in modules[name].items()}
+    ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in kept}
+    alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in kept}
+    has_bias = any(TENSORS["bias"] in modules[name] for name in kept)
+    return _by_name(replace(lora, bias="lora_only" if has_bias else "none"), ranks, alphas), tensors
+
+
+def combine(
+    parts: Sequence[tuple[LoRAConfig, dict[str, Tensor]]],
+    weights: Sequence[float],
+    base_bias: Callable[[str], Tensor | None],
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The sum of adapters of one base, w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ..., as one adapter, exactly.
+
+    It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so that the ranks add up. A trained bias
+    is b + w_1 (b_1 - b) + w_2 (b_2 - b) + ... What DoRA does to a weight, m (W + s B A) / |W + s B A|, is no sum.
+
+    Args:
+        parts: settings and tensors in PEFT's layout (see `as_plain_lora`).
+        base_bias: the base's bias of a module, (out,) or None.
+    Raises:
+        UserError: one of them is a DoRA.
+    """
+    if any(lora.dora for lora, _ in parts):
+        raise UserError(
+            "--weights: DoRA gives each row of W + s B A a length of its own, which is no change that could be added, "
+            "weighted or taken away: merge a DoRA by itself"
+        )
+    modules = [_by_module(tensors) for _, tensors in parts]
+    names = list(dict.fromkeys(name for part in modules for name in part))
+    with_bias = any(lora.bias != "none" for lora, _ in parts)
+    combined: dict[str, Tensor] = {}
+    for name in names:
+        a, b, bias = [], [], base_bias(name) if with_bias else None
+        change = 0 if bias is None else torch.zeros_like(bias)
+        for (lora, _), part, weight in zip(parts, modules, weights, strict=True):
+            if name in part:
+                a.append(part[name][TENSORS["lora_A"]].float())
+                b.append(part[name][TENSORS["lora_B"]].float() * (weight * _scaling(lora, name)))
+                if bias is not None and TENSORS["bias"] in part[name]:
+                    change = change + weight * (part[name][TENSORS["bias"]].float() - bias)
+        place = f"{PEFT_PREFIX}{name}."
+        combined[place + TENSORS["lora_A"]], combined[place + TENSORS["lora_B"]] = torch.cat(a), torch.cat(b, dim=1)
+        if bias is not None:
+            combined[place + TENSORS["bias"]] = bias + change
+    ranks = {name: len(combined[f"{PEFT_PREFIX}{name}.{TENSORS['lora_A']}"]) for name in names}
+    plain = LoRAConfig(bias="lora_only" if with_bias else "none")
+    return _by_name(plain, ranks, dict(ranks)), combined  # alpha / r = 1
+
+
+def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors with PEFT's names by module, and there by the last part of the name."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        key = next((key for key in TENSORS.values() if name.endswith(f".{key}")), None)
+        if key is None:
+            raise UserError(f"{name}: layers that are trained whole beside an adapter are not supported")
+        modules.setdefault(name.removeprefix(PEFT_PREFIX).removesuffix(f".{key}"), {})[key] = tensor
+    return modules
+
+
+def _by_name(lora: LoRAConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoRAConfig:
+    """The settings of an adapter whose modules are told by name; what most of them have is the default."""
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    return replace(
+        lora,
+        rank=rank,
+        alpha=alpha,
+        rank_pattern={name: value for name, value in ranks.items() if value != rank},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        target_modules=tuple(ranks),
+    )
+
+
+def _scaling(lora: LoRAConfig, name: str) -> float:
+    """s of one module: alpha / r, or alpha / sqrt(r)."""
+    rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
+    return alpha / (math.sqrt(rank) if lora.rslora else rank)
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """One SHA-256 over names and values, whatever file they come from."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0")
+        digest.update(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_mlx(directory: Path, adapters: dict[str, LoRALinear], layers: int, base_name: str) -> None:
+    """Write adapters.safetensors and adapter_config.json as mlx-lm expects them.
+
+    There A and B are transposed, lora_a (in, r) and lora_b (r, out), and one rank and one scale serve all modules: a
+    smaller rank is filled up with zeros, another scale goes into lora_b.
+
+    Args:
+        directory: holds no adapter yet.
+        layers: of the model.
+        base_name: a directory or a name on the Hub.
+    Raises:
+        UserError: the adapter trained biases, for which mlx-lm has no place.
+    """
+    if any(adapter.bias is not None for adapter in adapters.values()):
+        raise UserError("--format mlx: an adapter of mlx-lm cannot hold trained biases: merge it with --format hf")
+    rank = max(len(adapter.factors()[0]) for adapter in adapters.values())
+    scale = next(iter(adapters.values())).scaling
+    dora = any(adapter.lora_magnitude_vector is not None for adapter in adapters.values())
+    tensors: dict[str, Tensor] = {}
+    for name, adapter in adapters.items():
+        a, b = (factor.detach() for factor in adapter.factors())
+        more = rank - len(a)
+        tensors[f"{name}.lora_a"] = F.pad(a, (0, 0, 0, more)).T.contiguous()  # (in, r)
+        tensors[f"{name}.lora_b"] = F.pad(b * (adapter.scaling / scale), (0, more)).T.contiguous()  # (r, out)
+        if adapter.lora_magnitude_vector is not None:
+            tensors[f"{name}.m"] = adapter.lora_magnitude_vector.detach()
+    write_tensors(directory / "adapters.safetensors", tensors)
+    inside = sorted({name.split(".", 3)[3] for name in adapters})  # without model.layers.N.
+    config = {
+        "fine_tune_type": "dora" if dora else "lora",
+        "num_layers": layers,
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": inside},
+        "model": base_name,
+    }
+    write_file(directory / "adapter_config.json", [(json.dumps(config, indent=2) + "\n").encode()])
+
+
 def _peft_targets(model: nn.Module, adapters: dict[str, LoRALinear]) -> list[str]:
     """The last parts of the names, as other tools like them; whole names where not all that end so have adapters."""
     bare = {name.rpartition(".")[2] for name in linears_of(model)}
@@ -169,34 +318,26 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
     except UserError as error:
         raise UserError(f"{directory / 'adapter_config.json'}: {error}") from None
     weights = directory / "adapter_model.safetensors"
-    try:
-        tensors = load_file(weights)
-    except FileNotFoundError:
-        raise UserError(f"{directory}: {weights.name} is missing: copy the whole adapter directory") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights}: damaged ({error}): copy it again") from None
-    for name, tensor in tensors.items():
-        module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{TENSORS['lora_A']}")
-        if a and len(tensor) != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
-            raise UserError(f"{weights}: {name} has rank {len(tensor)}, but adapter_config.json says {rank}")
+    if not weights.is_file() and (directory / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{directory / 'adapter_model.bin'}: a pickle, which can run code, is not read: "
+            "save the adapter again with PEFT, which writes adapter_model.safetensors"
+        )
+    if not weights.is_file():
+        raise UserError(f"{directory}: {weights.name} is missing: copy the whole adapter directory")
+    tensors = load_tensors(weights)
+    with time_limit(MATCHING_SECONDS, f"{directory / 'adapter_config.json'}: rank_pattern"):
+        _check_ranks(lora, tensors, weights)
     return lora, config.get("base_model_name_or_path") or "", tensors, note
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: no such file, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged or not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
-    return value
+def _check_ranks(lora: LoRAConfig, tensors: dict[str, Tensor], weights: Path) -> None:
+    """Every A, (rank, in), has the rank that the settings say, before memory is asked for what they say."""
+    for name, tensor in tensors.items():
+        module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{TENSORS['lora_A']}")
+        have = tensor.shape[0] if tensor.dim() else 0
+        if a and have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
+            raise UserError(f"{weights}: {name} has rank {have}, but adapter_config.json says {rank}")
 
 
 def _settings(config: dict[str, Any]) -> LoRAConfig:

@@ -65,17 +65,6 @@ class Documents:
         return torch.cat([places.flatten()[real] for places, real in self.groups]).argsort()
 
 
-def attention_mask(
-    positions: Tensor, segments: Tensor, key_positions: Tensor, key_segments: Tensor, window: int | None
-) -> Tensor:
-    """Who may see whom, (b, 1, q, k): the same document, not the future, not further back than the window."""
-    past = positions[:, :, None] - key_positions[:, None, :]  # (b, q, k): how far back the key lies
-    seen = (past >= 0) & (segments[:, :, None] == key_segments[:, None, :])
-    if window is not None:
-        seen &= past < window
-    return seen[:, None]
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # nothing to fuse with it, and its lengths keep changing
 def attend(
     q: Tensor,
@@ -83,17 +72,13 @@ def attend(
     v: Tensor,
     window: int | None = None,
     documents: Documents | None = None,
-    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of q, (b, q, h, d), to k and v, (b, k, g, d), h a multiple of g (Ainslie et al. 2023): (b, q, h, d).
 
     Args:
         window: how many positions back a query sees, its own among them; None: all the way.
         documents: of a packed batch; None: each row is one.
-        mask: (b, 1, q, k), True: may attend, where there is a cache or padding on the left; rules out the other two.
     """
-    if mask is not None:
-        return _by_kernel(q, k, v, mask)
     window = None if window is None or window >= q.shape[1] else window
     if documents is None:
         return _causal(q, k, v, window)
@@ -141,13 +126,8 @@ def _needs_chunks(q: Tensor, window: int | None) -> bool:
 def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     if _needs_chunks(q, window):
         return _Chunked.apply(q, k, v, window)
-    return _by_kernel(q, k, v, None)
-
-
-def _by_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, q, d)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return y.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def _varlen(flat: list[Tensor], documents: Documents, window: int | None) -> Tensor:

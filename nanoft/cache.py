@@ -2,11 +2,13 @@
 
 What takes minutes to make (a tokenised data set) is made once, in the user's cache directory. It is built aside and
 made real by one rename, with a hash of each file in a manifest that is written last. An entry that does not match its
-manifest, whatever happened to it, is built again and never used.
+manifest, whatever happened to it, is built again and never used. A user without a home, or with one that may not be
+written, has it made for this process alone.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -36,28 +38,43 @@ def cached(key: str, build: Callable[[Path], None], say: Callable[[str], None]) 
     Raises:
         UserError: the cache cannot be written; or whatever `build` raises.
     """
-    home = _home()
+    home = cache_home()
     entry = home / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
-        whole = _is_whole(entry)
-        if not whole and entry.exists():
-            say(f"warning: {entry}: the cached data is damaged: it is built again")
-        if not whole:
-            home.mkdir(parents=True, exist_ok=True)
-            _build(home, entry, build)
+        if not _is_whole(entry):
+            if os.path.lexists(entry):
+                say(f"warning: {entry}: the cached data is damaged: it is built again")
+            try:
+                home.mkdir(parents=True, exist_ok=True)
+                aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
+            except OSError as error:
+                say(f"warning: {home}: the cache cannot be written ({error.strerror}): the data is prepared for once")
+                return _build_for_once(build)
+            _build(aside, entry, build)
             _prune(home, entry)
-        os.utime(entry)  # used now
+        with contextlib.suppress(OSError):  # a cache that somebody else keeps
+            os.utime(entry)  # used now
     except OSError as error:
         raise UserError(f"{home}: the cache cannot be written ({error.strerror}): set XDG_CACHE_HOME") from None
     return entry
 
 
-def _home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
+def cache_home() -> Path:
+    """In the user's cache directory; for a user without a home a place where nothing can be kept."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
+    except RuntimeError:  # no fixed name in the shared temporary directory: others could put data there
+        return Path(os.devnull) / "nanoft"
 
 
-def _build(home: Path, entry: Path, build: Callable[[Path], None]) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
+def _build_for_once(build: Callable[[Path], None]) -> Path:
+    entry = Path(tempfile.mkdtemp(prefix="nanoft-"))
+    atexit.register(shutil.rmtree, entry, ignore_errors=True)
+    build(entry)
+    return entry
+
+
+def _build(aside: Path, entry: Path, build: Callable[[Path], None]) -> None:
     try:
         build(aside)
         hashes = {path.name: hash_files([path]) for path in sorted(aside.iterdir())}
@@ -68,7 +85,7 @@ def _build(home: Path, entry: Path, build: Callable[[Path], None]) -> None:
         if not _is_whole(entry):  # else another process has built the same meanwhile
             shutil.rmtree(entry, ignore_errors=True)
             os.rename(aside, entry)
-        sync_directory(home)
+        sync_directory(entry.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -103,7 +120,7 @@ def hash_unless_known(files: Sequence[Path]) -> str:
     Raises:
         UserError: a file cannot be read.
     """
-    memo, digests = _home() / MEMO, []
+    memo, digests = cache_home() / MEMO, []
     known = _read_memo(memo)
     for file in files:
         state, before = _state(file), known.get(os.path.abspath(file))

@@ -19,12 +19,14 @@ token behind it, whatever else follows.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,7 +39,16 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders
 
 from nanoft import UserError
-from nanoft.template import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
+from nanoft.template import (
+    CLOSING,
+    COMPILE_ERRORS,
+    MAX_SOURCE,
+    OPENING,
+    TEMPLATE_ERRORS,
+    BoundedEnvironment,
+    find_marks,
+)
+from nanoft.untrusted import read_bytes, read_json, refuse_code
 
 Message = dict[str, Any]
 
@@ -54,6 +65,11 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # to every template
 OUR_FIELDS = ("train", "weight")  # of a message: whether it is learned; no template's business
+MAX_TOKENIZER = 100 << 20  # bytes of a tokenizer.json; the largest in use have 33 MB
+MAX_ID = 1 << 22  # of a token; the largest vocabularies have 2^18
+MAX_SPECIAL = 20_000  # control tokens; each is looked for in every text
+MAX_GROWTH = 64  # how many times longer a normalizer or a decoder may make a text
+CANNOT_ENCODE = "tokenizer.json: a text that this tokenizer cannot encode"
 ENCODE_AT_ONCE = 128  # texts handed to the tokenizer's threads together
 
 
@@ -133,16 +149,19 @@ class ChatTokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{path}: no such file: a model needs its tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path}: not a valid tokenizer: {error}") from None
-        tokenizer.no_truncation()  # some files say so: here nothing is cut or padded but by nanoft's own rules
-        tokenizer.no_padding()
+        with _explained(f"{path}: not a valid tokenizer"):
+            tokenizer = Tokenizer.from_buffer(read_bytes(path, MAX_TOKENIZER))
+            tokenizer.no_truncation()  # some files say so: here nothing is cut or padded but by nanoft's own rules
+            tokenizer.no_padding()
+            _check_tokenizer(tokenizer)
         settings = _read_optional(directory / "tokenizer_config.json")
+        try:
+            refuse_code(settings)
+        except UserError as error:
+            raise UserError(f"{directory / 'tokenizer_config.json'}: {error}") from None
         stops = _read_optional(directory / "generation_config.json").get("eos_token_id") or []
         stops = stops if isinstance(stops, list) else [stops]
-        if not all(isinstance(stop, int) for stop in stops):
+        if not all(type(stop) is int and 0 <= stop < MAX_ID for stop in stops):
             raise UserError(f"{directory / 'generation_config.json'}: eos_token_id: expected ids, found {stops!r:.60}")
         for key in SPECIAL_TOKENS:
             if not isinstance(_token_text(settings.get(key)), str | None):
@@ -344,7 +363,13 @@ class ChatTokenizer:
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
         """Ids; with each token's place in the text, unless it can be told from the tokens' widths."""
         encode = self.tokenizer.encode_batch if self._widths is None else self.tokenizer.encode_batch_fast
-        return encode(texts, add_special_tokens=False)
+        with _explained(CANNOT_ENCODE):
+            return encode(texts, add_special_tokens=False)
+
+    def _encode(self, text: str) -> Encoding:
+        """Ids, with each token's place in the text."""
+        with _explained(CANNOT_ENCODE):
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_now(self, rendered: list[Rendered]) -> list[Sample]:
         """A few texts to samples, at once."""
@@ -355,7 +380,7 @@ class ChatTokenizer:
             ids = np.array(encoded.ids, dtype=np.int32)
             ends = self._ends(item.text, ids)
             if self._widths is not None and ends is None:
-                encoded = self.tokenizer.encode(item.text, add_special_tokens=False)  # with places, for once
+                encoded = self._encode(item.text)  # with places, for once
             edge = functools.partial(_edge, encoded) if ends is None else _edge_by_width(item.text, ends)
             edges = [(edge(start), edge(end)) for start, end in item.spans]
             if item.turns and any(is_inside for (_, is_inside), _ in edges):
@@ -390,7 +415,7 @@ class ChatTokenizer:
         start, end = span
         prompt = self._ids(item.text[:start])
         text = item.text[:start] + BREAK + item.text[start:end]
-        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        encoded = self._encode(text)
         answer = [
             token
             for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True)
@@ -401,7 +426,7 @@ class ChatTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         """The ids of a text, without those that only keep control tokens apart."""
-        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        encoded = self._encode(text)
         if BREAK not in text:
             return encoded.ids
         pairs = zip(encoded.ids, encoded.offsets, strict=True)
@@ -520,16 +545,55 @@ def _token_text(value: Any) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """What the tokenizers library raises as a UserError: a bare Exception, and at some files a panic, not even that."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {error}") from None
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Refuse one that would fill the memory or never end, or that cannot encode a letter.
+
+    Raises:
+        ValueError: says why; or whatever the library raises.
+    """
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= MAX_ID:
+        raise ValueError(f"a token has the number {largest:,}")
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    if len(special) > MAX_SPECIAL:
+        raise ValueError(f"{len(special):,} control tokens: {MAX_SPECIAL:,} are allowed")
+    if reserved := [text for text in special if {OPENING, CLOSING, BREAK, ANSWER} & set(text)]:
+        raise ValueError(f"the control token {reserved[0]!r:.60} has a character that is no character")
+    for part in (tokenizer.normalizer, tokenizer.decoder):
+        if part is not None and _growth(json.loads(part.__getstate__())) > MAX_GROWTH:
+            raise ValueError(f"its {type(part).__name__} makes a text more than {MAX_GROWTH} times as long")
+    tokenizer.encode("a 1", add_special_tokens=True)
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """How many times as long a text may become by a normalizer or decoder, given as the library writes it."""
+    factor = math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or []))
+    if part["type"] == "Replace":
+        taken = len(part["pattern"].get("String", ""))  # a regular expression, and an empty text, take nothing away
+        return max(1, len(part["content"]) / taken if taken else 1 + len(part["content"]))
+    if part["type"] == "Prepend":
+        return 1 + len(part["prepend"])
+    if part["type"] == "Precompiled":  # 4 bytes: the size of a look-up table; that table; texts that end in a zero
+        chart = base64.b64decode(part["precompiled_charsmap"])
+        return max(map(len, chart[4 + int.from_bytes(chart[:4], "little") :].split(b"\0")))
+    return factor
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _find_template(directory: Path, settings: dict[str, Any]) -> str | None:
@@ -537,7 +601,7 @@ def _find_template(directory: Path, settings: dict[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            return read_bytes(file, 4 * MAX_SOURCE).decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
     template = settings.get("chat_template")

@@ -33,10 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nanoft import UserError
+from nanoft.tensorfile import load_tensors
+from nanoft.untrusted import parse_json, read_bytes
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -67,7 +68,7 @@ class Saved:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.path / f"{name}.safetensors")
+        return load_tensors(self.path / f"{name}.safetensors")
 
 
 class Checkpoints:
@@ -93,6 +94,7 @@ class Checkpoints:
         self.directory, self.keep, self.keep_every = directory, keep, keep_every
         self.identity = dict(identity or {})
         self.best_file = directory.parent / "best.json"
+        self.owner = owner
         if owner:
             directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -178,11 +180,23 @@ class Checkpoints:
         record = {"step": step, "validation_loss": validation_loss, "checkpoint": f"checkpoints/step-{step:06d}"}
         replace_file(self.best_file, _dump(record))
 
-    def best_step(self) -> int | None:
-        if not self.best_file.is_file():
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the best so far, if its checkpoint is there; a best.json that says nothing names none."""
+        try:
+            record = json.loads(self.best_file.read_bytes())
+            step, loss = int(record["step"]), float(record["validation_loss"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
-        step = json.loads(self.best_file.read_text(encoding="utf-8"))["step"]
-        return step if self.path(step).is_dir() else None
+        return (step, loss) if self.path(step).is_dir() else None
+
+    def forget_after(self, step: int) -> None:
+        """The run goes on from `step`: what it saved beyond will be done again, perhaps otherwise, and goes."""
+        if not self.owner:
+            return
+        best = self.best()
+        if best is not None and best[0] > step:
+            self.best_file.unlink()
+        self._remove(later for later in self.steps() if later > step)
 
     def _publish(self, aside: Path, step: int) -> Path:
         """Give the finished directory its name; an older one of the same step (damaged, or redone) makes way."""
@@ -199,9 +213,9 @@ class Checkpoints:
         return final
 
     def _sweep(self) -> None:
-        """Remove what a killed process of nanoft left half-written; the run's lock says that none is alive."""
-        for leftover in [*self.directory.glob(".tmp-step-*"), *self.directory.parent.iterdir()]:
-            if re.fullmatch(r"\.(tmp-(step-\d+|best\.json|config\.json)|preflight)-\d+", leftover.name):
+        """Remove what a killed save left half-written; the run's lock says that none is alive."""
+        for leftover in self.directory.iterdir():
+            if re.fullmatch(r"\.tmp-step-\d+-\d+", leftover.name):
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
@@ -223,13 +237,15 @@ class Checkpoints:
         to, and what it does now takes their place.
         """
         own = [step for step in self.steps() if step <= newest]
-        spared = {*own[-self.keep :], self.best_step()}
+        spared = {*own[-self.keep :], *(self.best() or ())[:1]}
         if self.keep_every:
             spared |= {step for step in own if step and step % self.keep_every == 0}
-        for step in self.steps():
-            if step not in spared:
-                (self.path(step) / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(self.path(step), ignore_errors=True)
+        self._remove(step for step in self.steps() if step not in spared)
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            (self.path(step) / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(self.path(step), ignore_errors=True)
 
 
 @dataclass
@@ -259,6 +275,7 @@ class Background:
         self._failed_at = math.inf
         self._outcome = Outcome(-1)
         self._thread: threading.Thread | None = None
+        self._told = True  # what became of it
 
     def start(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None) -> None:
         """Begin to save, as Checkpoints.save does; the save before must have been collected."""
@@ -266,9 +283,12 @@ class Background:
         self._outcome = outcome = Outcome(step)
         copied = sum(t.nbytes for named in tensors.values() for t in named.values()) < self.free_bytes() / 2
         if copied:
-            tensors = {
-                file: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for file, ts in tensors.items()
-            }
+            try:
+                tensors = {
+                    file: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for file, ts in tensors.items()
+                }
+            except (RuntimeError, MemoryError):  # less was free than was said
+                copied = False
 
         def work() -> None:
             try:
@@ -277,18 +297,24 @@ class Background:
                 outcome.error = error
             outcome.seconds = time.perf_counter() - started
 
-        self._thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
-        self._thread.start()
-        if not copied:
-            self._thread.join()
+        self._thread = None
+        if copied:
+            with contextlib.suppress(RuntimeError):  # no thread to be had
+                thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
+                thread.start()
+                self._thread = thread
+        if self._thread is None:
+            work()
+        self._told = False
         outcome.waited_seconds = time.perf_counter() - started
 
     def collect(self, wait: bool = False) -> Outcome | None:
         """What became of the last save; None if that was told already, or, without `wait`, while it runs."""
-        if self._thread is None or (self._thread.is_alive() and not wait):
+        if self._told or (self._thread is not None and self._thread.is_alive() and not wait):
             return None
-        self._thread.join()
-        self._thread = None
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, self._told = None, True
         if self._outcome.error is None:
             self.last_step, self._failed_at = self._outcome.step, math.inf
         else:
@@ -332,11 +358,15 @@ def verify(path: Path) -> Saved:
     for name, expected in body["files"].items():
         if (path / name).is_symlink() or not (path / name).is_file():
             raise Damaged(f"{path / name}: not a plain file")
-        if hash_file(path / name) != expected:
+        try:
+            found = hash_file(path / name)
+        except OSError as error:  # a bad sector
+            raise Damaged(f"{path / name}: cannot be read: {error.strerror}") from None
+        if found != expected:
             raise Damaged(f"{path / name}: its content is not what was saved")
     try:
-        state = json.loads((path / "state.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        state = parse_json(read_bytes(path / "state.json"))
+    except (UserError, ValueError):
         state = None
     if not isinstance(state, dict):
         raise Damaged(f"{path / 'state.json'}: missing or not a JSON object")
@@ -346,10 +376,10 @@ def verify(path: Path) -> Saved:
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest's body, if its own hash is right and its names stay inside the directory."""
     try:
-        sealed = json.loads((path / MANIFEST).read_bytes())
+        sealed = parse_json(read_bytes(path / MANIFEST))
         body: dict[str, Any] = sealed["body"]
         good = sealed["sha256"] == hashlib.sha256(_dump(body)).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, ValueError, KeyError, TypeError):
         raise Damaged(f"{path / MANIFEST}: missing or not readable: the save was not finished") from None
     if not good or not isinstance(body, dict):
         raise Damaged(f"{path / MANIFEST}: its content is not what was saved")
@@ -362,12 +392,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
-def encode(specs: Specs, read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+def encode(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
     """Tensors in the safetensors format, one at a time: 8 bytes of header size, JSON header, raw data.
 
     Args:
         specs: name -> (dtype, shape) of every tensor of the file.
-        read: gives a tensor by name; called once each, and only one is held.
+        read: gives a tensor by name, or its rows some at a time; called once each, and only one is held.
     """
     ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -380,8 +410,10 @@ def encode(specs: Specs, read: Callable[[str], Tensor]) -> Iterator[bytes | memo
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in ordered:
-        host = read(name).detach().cpu().contiguous()
-        yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        found = read(name)
+        for part in [found] if isinstance(found, Tensor) else found:
+            host = part.detach().cpu().contiguous()
+            yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Every setting of a run, in one typed tree.
 
 A config is a value: frozen dataclasses, one per concern, that check themselves when they are made and never change.
-A config file is a small Python module that defines `config`, or YAML/JSON with the same sections; one builds on another
-with `base.override({"training.learning_rate": 1e-4})`. Later sources win: the file, then the environment
-(`NANOFT_TRAINING__MAX_STEPS=20`), then the command line (`training.max_steps=20`). A name that does not exist is an
-error with the nearest name that does, because a misspelled setting that is silently ignored costs a GPU day.
+A config file is a small Python module that defines `config`, or YAML/JSON with the same sections, or a flat one with
+Hugging Face's names (nanoft/aliases.py); one builds on another with `base.override({"training.learning_rate": 1e-4})`.
+Later sources win: the file, then the environment (`NANOFT_TRAINING__MAX_STEPS=20`), then the command line
+(`training.max_steps=20`). A name that does not exist is an error with the nearest name that does, because a misspelled
+setting that is silently ignored costs a GPU day.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
-
 from nanoft import UserError
+from nanoft.aliases import ALIASES, translate
+from nanoft.untrusted import parse_json, parse_yaml, read_bytes, redact
 
 Shape = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "summarization",
@@ -35,7 +36,8 @@ Shape = Literal[
 ]  # fmt: skip
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "sgd"]
 ENVIRONMENT_PREFIX = "NANOFT_"
-NAMES = r"[\[(]?[\w.-]+([,\s]+[\w.-]+)*[\])]?"  # q_proj,v_proj
+NAMES = r"[\[(]?[\w.:-]+([,\s]+[\w.:-]+)*[\])]?"  # q_proj,v_proj
+FUNCTION = re.compile(r"(?!regex:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function, a metric of the user's own
 
 
 def between(default: Any, low: float, high: float = math.inf) -> Any:
@@ -52,6 +54,8 @@ class Section:
             value = getattr(self, item.name)
             name = f"{SECTION_NAMES[type(self).__name__]}.{item.name}"
             _check_type(name, value, hints[item.name])
+            if redact(repr(value)) != repr(value):  # a run's config.json is for everyone
+                raise UserError(f"{name}: holds an access token: take it out, and set HF_TOKEN or WANDB_API_KEY")
             low, high = item.metadata.get("low", -math.inf), item.metadata.get("high", math.inf)
             for number in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(number, (int, float)) and not low <= number <= high:
@@ -191,6 +195,7 @@ class SystemConfig(Section):
     seed: int = between(0, 0, 2**32 - 1)  # data order, adapter initialisation, dropout
     deterministic: bool = False  # deterministic CUDA kernels (slower); the CPU always is
     threads: int = between(0, 0)  # CPU threads; 0: PyTorch's choice
+    memory_gb: float | None = between(None, 0.1)  # of the device, for --plan where it is not; where it is, it counts
     ranks: int = between(1, 1)  # processes that share each optimizer step: as many as torchrun starts
 
 
@@ -201,6 +206,14 @@ class EvaluationConfig(Section):
     prompts: int = between(200, 0)  # held-out prompts answered by base and tuned at the end; 0: none
     prompt_batch_size: int = between(64, 1)  # prompts answered at once
     max_new_tokens: int = between(128, 1)  # per answer
+    temperature: float = between(0.0, 0.0)  # of the answers; 0: always the most likely token
+    top_k: int = between(0, 0)  # with a temperature: among so many of the likeliest tokens; 0: all
+    top_p: float = between(1.0, 1e-6, 1.0)  # with a temperature: among the likeliest tokens with this probability
+    min_p: float = between(0.0, 0.0, 1.0)  # with a temperature: among tokens with this share of the likeliest one's
+    repetition_penalty: float = between(1.0, 0.01)  # makes tokens that were there less likely; 1: it does not
+    metrics: tuple[str, ...] = ()  # of the answers, besides exact match: docs/evaluation.md; the first decides who wins
+    by_field: str | None = None  # a field of the records: perplexity for each of its values
+    stride: int | None = between(None, 1)  # of the windows over texts longer than the context; none: half the context
     samples: int = between(3, 0)  # answers shown side by side
 
 
@@ -240,6 +253,11 @@ class Config:
             raise UserError("data.validation_file: the same file as data.train_file: leave it out to split that file")
         if self.data.split_time and (self.data.split_group or self.data.split_stratify):
             raise UserError("data.split_time: holds out the newest records: leave split_group and split_stratify out")
+        if self.evaluation.stride and self.evaluation.stride >= self.model.max_seq_length:
+            raise UserError(
+                f"evaluation.stride: {self.evaluation.stride}: windows of model.max_seq_length="
+                f"{self.model.max_seq_length} tokens must overlap: make it smaller"
+            )
         if any(not 0 <= weight <= 100 for weight in self.data.weights):
             raise UserError(f"data.weights: {self.data.weights}: a weight is how often a file is seen: from 0 to 100")
         try:
@@ -287,7 +305,7 @@ class Config:
             if section not in SECTION_TYPES:
                 raise UserError(f"{section}: no such section{_nearest(str(section), SECTION_TYPES)}")
             if not isinstance(fields, Mapping):
-                raise UserError(f"{section}: {fields!r} is not a table of fields")
+                raise UserError(f"{section}: {fields!r:.100} is not a table of fields")
             changes.update({f"{section}.{name}": value for name, value in fields.items()})
         return cls().override(changes)
 
@@ -311,8 +329,9 @@ def check_expressions(lora: LoRAConfig) -> None:
         for expression in getattr(lora, name):
             try:
                 re.compile(expression)
-            except re.error as error:
-                raise UserError(f"lora.{name}: {expression!r} is not a regular expression: {error}") from None
+                re.compile(rf"(.*\.)?({expression})$")  # as a pattern's key is used
+            except (re.error, RecursionError, OverflowError) as error:
+                raise UserError(f"lora.{name}: {expression!r:.100} is not a regular expression: {error}") from None
 
 
 # What may differ when a run goes on: none of it changes what the steps already taken did.
@@ -331,6 +350,7 @@ MAY_CHANGE_ON_RESUME = {
     "training.sharding": "where the weights lie",
     "quantization.dequantize": "when weights are unpacked, not to what",
     "system.device": "where it is computed",
+    "system.memory_gb": "what a plan goes by",
     "output.dir": "where it lies",
     "guard": "what happens next time",
     "evaluation": "what is measured",
@@ -364,8 +384,13 @@ def settled(config: Config) -> dict[str, Any]:
 
 
 def settled_hash(config: Config) -> str:
-    """SHA-256 of `settled`: checkpoints of the same run have the same."""
-    return hashlib.sha256(json.dumps(settled(config), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of what `settled` has beyond the defaults: checkpoints of the same run have the same.
+
+    A field that a later version brings does not change it.
+    """
+    usual = settled(Config())
+    chosen = {name: value for name, value in settled(config).items() if value != usual[name]}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def first_difference(old: Config, new: Config) -> str | None:
@@ -474,21 +499,52 @@ def load_file(path: str | Path) -> Config:
         if path.suffix == ".py":
             return _run_python(path)
         tree = _read_tree(path)
-        tree.pop("provenance", None)  # what a run directory's config.json adds
-        return Config.from_dict(tree)
+        provenance = tree.pop("provenance", None)  # what a run directory's config.json adds
+        if not isinstance(provenance, dict | None):
+            raise UserError("provenance: not a table: the file is damaged")
+        config = _from_flat(tree) if _is_flat(tree) else Config.from_dict(tree)
+        return _without_functions(config, is_of_run=provenance is not None)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _without_functions(config: Config, is_of_run: bool) -> Config:
+    """To import a function is to run its module, and no file of data may ask for that: a run's list goes on without."""
+    functions = [name for name in config.evaluation.metrics if FUNCTION.fullmatch(name)]
+    if functions and not is_of_run:
+        raise UserError(
+            f"evaluation.metrics: {functions[0]}: would run code, which only a config in Python may ask for: "
+            f"write one, or give evaluation.metrics={functions[0]} on the command line"
+        )
+    kept = tuple(name for name in config.evaluation.metrics if name not in functions)
+    return config.override({"evaluation.metrics": kept}) if functions else config
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
+    content = read_bytes(path, confined=False)
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"not valid {path.suffix.lstrip('.').upper()}: {' '.join(str(error).split())}") from None
+        tree = parse_json(content) if path.suffix == ".json" else parse_yaml(content.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"not valid {path.suffix.lstrip('.').upper()}: {error}") from None
     if not isinstance(tree, dict):
         raise UserError("expected a table of sections (model, data, training, ...)")
     return tree
+
+
+def _is_flat(tree: Mapping[str, Any]) -> bool:
+    """Whether there is no section, but a setting at the top."""
+    settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
+    return settings and not tree.keys() & SECTION_TYPES.keys()
+
+
+def _from_flat(tree: Mapping[str, Any]) -> Config:
+    """A config from Hugging Face's names; a mistake is reported by the name that the file has."""
+    found = translate(tree)
+    try:
+        return Config().override({field: value for field, (_, value) in found.items()})
+    except UserError as error:
+        name, _ = found.get(str(error).partition(":")[0], ("", None))
+        raise UserError(f"{name}: {error}" if name else str(error)) from None
 
 
 def _run_python(path: Path) -> Config:
@@ -573,15 +629,12 @@ def _parse(key: str, text: str, hint: Any) -> Any:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
     except (StopIteration, KeyError, ValueError):
-        raise UserError(f"{key}: {text!r} is not {_describe(hint)}") from None
+        raise UserError(f"{key}: {text!r:.100} is not {_describe(hint)}") from None
 
 
 def _parse_table(text: str) -> dict[str, Any]:
     """`{instruction: q, response: a}`, as YAML writes a table on one line."""
-    try:
-        table = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError from error
+    table = parse_yaml(text)
     if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
         raise ValueError
     return table
@@ -594,7 +647,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if not any(_fits(value, option) for option in _options(hint)):
-        raise UserError(f"{name}: {value!r} is not {_describe(hint)}")
+        raise UserError(f"{name}: {value!r:.100} is not {_describe(hint)}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -33,7 +33,7 @@ from nanoft.batches import Samples, complement_targets
 from nanoft.cache import cached, hash_unless_known
 from nanoft.chat import ChatTokenizer, Rendered, Sample, TemplateRefusal
 from nanoft.config import DataConfig
-from nanoft.files import find_files
+from nanoft.files import find_files, read_raw
 from nanoft.metrics import table
 from nanoft.records import UNDESIRABLE, Conversation, Reading, Rejected, read_file
 from nanoft.truncate import fit
@@ -73,6 +73,34 @@ class Corpus:
                 if isinstance(item, Conversation):
                     found[lines[item.line]] = item
         return [found[record] for record in records]
+
+    def questions(self, samples: Samples) -> Iterator[str]:
+        """What each record that samples came from opens with, file by file, never all of them in memory."""
+        for number, file in enumerate(self.files):
+            records = np.unique(samples.records)
+            lines = set(self.record_line[records[self.record_file[records] == number]].tolist())
+            for item in read_file(file, self.reading, only=lines) if lines else ():
+                if isinstance(item, Conversation):
+                    yield item.question()
+
+    def values(self, samples: Samples, name: str) -> list[str]:
+        """A field of the record that each sample came from, as its file has it; `(none)` where it is missing.
+
+        Raises:
+            UserError: no record has the field.
+        """
+        found: dict[int, str] = {}
+        fields: dict[str, None] = {}
+        wanted = {(int(self.record_file[r]), int(self.record_line[r])): r for r in samples.records.tolist()}
+        for number, file in enumerate(self.files):
+            for line, record in read_raw(file, self.reading.delimiter):
+                if (number, line) in wanted and isinstance(record, dict):
+                    fields |= dict.fromkeys(record)
+                    if record.get(name) is not None:
+                        found[wanted[number, line]] = str(record[name])
+        if not found:
+            raise UserError(f"evaluation.by_field: {name}: no record has this field: there are {', '.join(fields)}")
+        return [found.get(record, "(none)") for record in samples.records.tolist()]
 
     def whole(self, samples: Samples) -> Samples:
         """Those that were not cut: the prompts of the others are longer than anything that was trained on."""

@@ -1,28 +1,49 @@
 """Did it help? The same questions to the base and to the tuned model.
 
 Perplexity is exp of the mean negative log-likelihood over all target tokens, summed over the whole set before it is
-divided: a mean of batch means would weigh a short batch like a long one. Exact match asks what users ask: is the
-generated answer the right one, character by character? The stop rate, the share of answers that the model ended itself,
-shows what the loss hides: a model that never learned to stop.
+divided: a mean of batch means would weigh a short batch like a long one. Beside it stand the perplexity of the prompts,
+which shows whether the model still reads as it did, and bits per byte, which does not depend on the tokenizer. Exact
+match asks what users ask: is the generated answer the right one, character by character? The stop rate, the share of
+answers that the model ended itself, shows what the loss hides: a model that never learned to stop.
+
+A text longer than the context is read through windows that overlap. Each token is counted once, in the window where it
+has the longest history, so the first window counts all its tokens and each later one its last `stride`:
+
+    context 6, stride 2:   [. 1 2 3 4 5]
+                               [. . . . 6 7]
+                                   [. . . . 8 9]
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
-from nanoft import parallel
-from nanoft.batches import even, in_order
+from nanoft import UserError, parallel
+from nanoft.batches import Samples, collate, even, in_order
+from nanoft.bootstrap import Array, Figure
 from nanoft.chat import ChatTokenizer, Message, Sample
+from nanoft.config import EvaluationConfig
 from nanoft.generate import generate
 from nanoft.loss import token_nll
-from nanoft.metrics import table
 from nanoft.model import Decoder
 from nanoft.records import Conversation
+from nanoft.sampling import GREEDY, Sampling
+from nanoft.scores import Metric, exact_match
+
+# Losses, by figure, and what exp of them is called; in the order of the report.
+PERPLEXITIES = {
+    "loss": "perplexity",
+    "prompt_loss": "prompt_perplexity",
+    "overall_loss": "overall_perplexity",
+    "general_loss": "general_perplexity",
+}
 
 
 @dataclass(frozen=True)
@@ -45,16 +66,45 @@ class Exchange:
 
     @property
     def exact(self) -> bool:
-        return self.answer.strip() == self.reference.strip()
+        return bool(exact_match(self.answer, self.reference))
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """How likely a model finds each of n samples: sums over its target tokens and over all its others."""
+
+    nats: Array  # (n, 2) float64
+    tokens: Array  # (n, 2)
+    text_bytes: Array  # (n,) of the targets as text: a token that only ends a turn has none
+
+    def figures(self) -> dict[str, Figure]:
+        """Losses in nats per token, and bits per byte of the targets; without what no token counts for."""
+        columns = {
+            "loss": (self.nats[:, 0], self.tokens[:, 0]),
+            "prompt_loss": (self.nats[:, 1], self.tokens[:, 1]),
+            "overall_loss": (self.nats.sum(axis=1), self.tokens.sum(axis=1)),
+            "bits_per_byte": (self.nats[:, 0] / math.log(2), self.text_bytes),
+        }
+        units: dict[str, Any] = {"bits_per_byte": "number"}
+        return {
+            name: Figure(np.stack(pair, axis=1).astype(np.float64), unit=units.get(name, "nats"))
+            for name, pair in columns.items()
+            if pair[1].sum() > 0
+        }
 
 
 @dataclass(frozen=True)
 class Measured:
     """One model on one validation set."""
 
-    loss: float | None = None  # nats per target token
-    target_tokens: int = 0
+    figures: dict[str, Figure] = field(default_factory=dict)
     exchanges: list[Exchange] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> float | None:
+        """Nats per target token."""
+        return self.figures["loss"].value if "loss" in self.figures else None
 
     @property
     def perplexity(self) -> float | None:
@@ -63,36 +113,110 @@ class Measured:
     def to_dict(self) -> dict[str, Any]:
         """What was measured, and nothing else."""
         result: dict[str, Any] = {}
-        if self.loss is not None:
-            result |= {"perplexity": self.perplexity, "loss": self.loss, "target_tokens": self.target_tokens}
-        if self.exchanges:
-            count = len(self.exchanges)
-            result["exact_match"] = sum(e.exact for e in self.exchanges) / count
-            result["stop_rate"] = sum(e.stopped for e in self.exchanges) / count
-            result["prompts"] = count
-        return result
+        for name, figure in self.figures.items():
+            result |= {PERPLEXITIES[name]: safe_exp(figure.value)} if name in PERPLEXITIES else {}
+            result[name] = figure.value
+        for name, key in (("loss", "target_tokens"), ("prompt_loss", "prompt_tokens")):
+            if name in self.figures:
+                result[key] = int(self.figures[name].parts[:, 1].sum())
+        return result | ({"prompts": len(self.exchanges)} if self.exchanges else {})
 
 
 def safe_exp(nats: float) -> float:
     """exp that gives infinity where Python would raise."""
-    return math.exp(nats) if nats < 700 else math.inf
+    return math.exp(nats) if not nats >= 700 else math.inf
+
+
+# ---- How likely is what is known
 
 
 @torch.no_grad()
 def validation_loss(model: Decoder, samples: Sequence[Sample], batch_size: int, pad_id: int) -> tuple[float, int]:
-    """(nats per target token, target tokens) over all samples; sums in float64, on the CPU."""
+    """(nats per target token, target tokens) over all samples; sums in float64, on the CPU.
+
+    Raises:
+        UserError: no sample has a target.
+    """
     training, device = model.training, model.head.device
     model.eval()
     nats, count = 0.0, 0
-    with parallel.alike(device):
-        for batch in parallel.share(even(in_order(samples, batch_size, pad_id), parallel.ranks())):
-            placed = batch.to(device)
-            hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
-            nats += token_nll(hidden, model.head, placed.targets).double().sum().item()
-            count += batch.target_tokens
-    model.train(training)
+    try:
+        with parallel.alike(device):
+            for batch in parallel.share(even(in_order(samples, batch_size, pad_id), parallel.ranks())):
+                placed = batch.to(device)
+                hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
+                nats += token_nll(hidden, model.head, placed.targets).cpu().double().sum().item()
+                count += batch.target_tokens
+    finally:
+        model.train(training)  # also when memory runs out: whoever tries again, and training, find the mode they left
     nats, tokens = parallel.total(nats, count)
+    if not tokens:
+        raise UserError("validation data: it has no target token, so there is nothing to measure: see data.train_on")
     return nats / tokens, int(tokens)
+
+
+@torch.no_grad()
+def likelihoods(
+    model: Decoder,
+    chat: ChatTokenizer,
+    samples: Sequence[Sample],
+    batch_size: int,
+    context: int,
+    stride: int | None = None,
+) -> Likelihoods:
+    """How likely every token of every sample is, but for the first, which nothing predicts.
+
+    Args:
+        context: tokens that the model sees at once; longer samples are read through windows.
+        stride: tokens that each further window counts, below `context`; None: half of the context.
+    """
+    training, device, samples = model.training, model.head.device, Samples.of(samples)
+    model.eval()
+    nats, tokens = np.zeros((len(samples), 2)), np.zeros((len(samples), 2), np.int64)
+    pieces = [(number, *w) for number, size in enumerate(samples.lengths) for w in windows(int(size), context, stride)]
+    pieces.sort(key=lambda piece: piece[3] - piece[1])
+    for at in range(0, len(pieces), batch_size):
+        group = pieces[at : at + batch_size]
+        cut = [_window(samples[number], start, first, end) for number, start, first, end in group]
+        batch = collate(Samples.of(cut), list(np.arange(len(cut))[:, None]), chat.pad_id).to(device)
+        hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
+        nll = token_nll(hidden, model.head, batch.targets).cpu().double().numpy()  # row behind row
+        for (number, _, first, end), own in zip(group, np.split(nll, _ends(group)), strict=True):
+            is_target = samples[number].is_target[first:end]
+            nats[number] += own[is_target].sum(), own[~is_target].sum()
+            tokens[number] += is_target.sum(), (~is_target).sum()
+    model.train(training)
+    return Likelihoods(nats, tokens, np.array([_text_bytes(chat, sample) for sample in samples], np.int64))
+
+
+def windows(length: int, context: int, stride: int | None = None) -> list[tuple[int, int, int]]:
+    """(start, first, end) of each window over a sample: it sees [start, end) and counts [first, end)."""
+    stride = stride or max(1, context // 2)
+    found, start = [(0, 1, min(context, length))], 0
+    while (counted := found[-1][2]) < length:
+        start += stride
+        found.append((start, counted, min(start + context, length)))
+    return found
+
+
+def _window(sample: Sample, start: int, first: int, end: int) -> Sample:
+    """What a window sees, with the tokens that it counts as targets."""
+    return Sample(sample.ids[start:end], np.arange(start, end) >= first, sample.record)
+
+
+def _ends(group: Sequence[tuple[int, int, int, int]]) -> Array:
+    """Where the counted tokens of each window end among those of all, without the last."""
+    return np.cumsum([end - first for _, _, first, end in group])[:-1]
+
+
+def _text_bytes(chat: ChatTokenizer, sample: Sample) -> int:
+    """Bytes of the targets as UTF-8 text."""
+    bounds = np.flatnonzero(np.diff(sample.is_target, prepend=False, append=False)).tolist()
+    sizes = [len(chat.decode(sample.ids[:bound].tolist()).encode()) for bound in bounds]  # up to each end of a run
+    return sum(sizes[1::2]) - sum(sizes[::2])
+
+
+# ---- What it says
 
 
 def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[Prompt]:
@@ -102,17 +226,23 @@ def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[
 
 
 def answer_all(
-    model: Decoder, chat: ChatTokenizer, prompts: Sequence[Prompt], batch_size: int, max_new: int
+    model: Decoder,
+    chat: ChatTokenizer,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    max_new: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
 ) -> list[Exchange]:
-    """Greedy answers to every prompt; prompts of like length together."""
-    training = model.training
+    """Answers to every prompt; prompts of like length together."""
+    training, generator = model.training, torch.Generator().manual_seed(seed)
     model.eval()
     encoded = [chat.encode_prompt(prompt.messages, prompt.tools) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     exchanges: dict[int, Exchange] = {}
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
-        answers = generate(model, [encoded[i] for i in group], chat.stop_ids, max_new, chat.pad_id)
+        answers = generate(model, [encoded[i] for i in group], chat.stop_ids, max_new, sampling, generator)
         for i, said in zip(group, answers, strict=True):
             asked = prompts[i].messages[-1]["content"]
             exchanges[i] = Exchange(asked, prompts[i].reference, chat.decode(said.ids), said.stopped)
@@ -120,61 +250,47 @@ def answer_all(
     return [exchanges[i] for i in range(len(prompts))]
 
 
+def answer_figures(exchanges: Sequence[Exchange], metrics: Sequence[Metric]) -> dict[str, Figure]:
+    """Exact match, stop rate, and the metrics that were asked for."""
+    if not exchanges:
+        return {}
+    pairs = [(exchange.answer, exchange.reference) for exchange in exchanges]
+    own = {metric.name: metric.figure(pairs) for metric in metrics if metric.name != "exact_match"}
+    exact, stopped = (Figure.mean([getattr(e, name) for e in exchanges]) for name in ("exact", "stopped"))
+    return {"exact_match": exact, "stop_rate": stopped, **own}
+
+
+# ---- Both
+
+
 def measure(
     model: Decoder,
     chat: ChatTokenizer,
     samples: Sequence[Sample],
     prompts: Sequence[Prompt],
-    batch_size: int,
-    prompt_batch_size: int,
-    max_new_tokens: int,
+    e: EvaluationConfig,
+    context: int,
+    metrics: Sequence[Metric] = (),
+    general: Sequence[Sample] = (),
+    seed: int = 0,
 ) -> Measured:
-    """Loss on the samples and answers to the prompts."""
-    loss, tokens = validation_loss(model, samples, batch_size, chat.pad_id) if len(samples) else (None, 0)
-    exchanges = answer_all(model, chat, prompts, prompt_batch_size, max_new_tokens) if prompts else []
-    return Measured(loss, tokens, exchanges)
+    """Likelihood of the samples, answers to the prompts, and loss on a general text.
 
-
-def comparison(base: Measured | None, tuned: Measured) -> str:
-    """Base beside tuned, as a table; what was not measured is a dash."""
-    columns = {"base": base.to_dict() if base else {}, "tuned": tuned.to_dict()}
-    forms = {"perplexity": "{:.4g}", "exact_match": "{:.1%}", "stop_rate": "{:.1%}"}
-    rows = [
-        [name.replace("_", " "), *(form.format(c[name]) if name in c else "-" for c in columns.values())]
-        for name, form in forms.items()
-        if any(name in c for c in columns.values())
-    ]
-    return table(["", *columns], rows) if rows else "nothing was measured: there is no validation data"
-
-
-def side_by_side(base: Measured | None, tuned: Measured, count: int) -> str:
-    """The first few prompts with the reference and both answers."""
-    blocks = []
-    for index, exchange in enumerate(tuned.exchanges[:count]):
-        lines = [("prompt", exchange.prompt), ("wanted", exchange.reference)]
-        if base and index < len(base.exchanges):
-            lines.append(("base", base.exchanges[index].answer))
-        lines.append(("tuned", exchange.answer))
-        blocks.append("\n".join(f"{name:>7}: {_one_line(text)}" for name, text in lines))
-    return "\n\n".join(blocks)
-
-
-def report(
-    name: str, base: Measured | None, tuned: Measured, training: dict[str, float], count: int
-) -> tuple[dict[str, Any], str, str]:
-    """What a run ends with: report.json's object, the text for the terminal, and report.md."""
-    comparing, samples = comparison(base, tuned), side_by_side(base, tuned, count)
-    figures = table(["training", ""], [[key.replace("_", " "), f"{value:,}"] for key, value in training.items()])
-    terminal = f"\n{comparing}\n\n{samples}".rstrip()
-    markdown = f"# {name}\n\n{comparing}\n\n{figures}\n" + (f"\n```\n{samples}\n```\n" if samples else "")
-    return {**results(base, tuned), "training": training}, terminal, markdown
-
-
-def _one_line(text: str, limit: int = 200) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def results(base: Measured | None, tuned: Measured) -> dict[str, Any]:
-    """The `base` and `tuned` objects of report.json and of eval.py --json."""
-    return {**({"base": base.to_dict()} if base else {}), "tuned": tuned.to_dict()}
+    Args:
+        context: tokens that the model sees at once (model.max_seq_length).
+        metrics: of the answers, besides exact match and stop rate.
+        seed: of sampled answers.
+    """
+    started = time.perf_counter()
+    figures: dict[str, Figure] = {}
+    if len(samples):
+        figures |= likelihoods(model, chat, samples, e.batch_size, context, e.stride).figures()
+    if len(general):
+        probe = likelihoods(model, chat, general, e.batch_size, context, e.stride).figures()
+        figures["general_loss"] = probe["loss"]
+    exchanges: list[Exchange] = []
+    if prompts:
+        sampling = Sampling(e.temperature, e.top_k, e.top_p, e.min_p, e.repetition_penalty)
+        exchanges = answer_all(model, chat, prompts, e.prompt_batch_size, e.max_new_tokens, sampling, seed)
+    figures |= answer_figures(exchanges, metrics)
+    return Measured(figures, exchanges, time.perf_counter() - started)

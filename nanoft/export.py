@@ -1,42 +1,44 @@
 """An adapter and its base become one model that any engine loads.
 
 Merging is  W' = W + s B A  (in DoRA with rows of length m), and trained biases in the place of the old ones. It is done
-in float32, one tensor at a time, straight from the base's shards to the new ones; the result is rounded once, at the
+in float32, a few rows at a time, straight from the base's shards to the new ones; the result is rounded once, at the
 end. An adapter that was trained on a 4-bit base learned to correct that base, so there are two honest choices for W:
 the original weights, or the 4-bit weights unpacked. Either way the result is proven before it gets its name: its logits
-are compared with those of base and adapter on real prompts.
+are compared with those of base and adapter on real prompts. No model is in memory for any of this; see
+nanoft/stream.py.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.adapter import NOTE, read_adapter, save_adapter
-from nanoft.checkpoint import Specs, encode, sync_directory, write_file
+from nanoft.adapter import NOTE, combine, read_adapter, save_adapter, select
+from nanoft.checkpoint import Specs, encode, hash_file, replace_file, sync_directory, write_file
 from nanoft.config import Config
+from nanoft.evaluate import safe_exp
 from nanoft.lora import LoRALinear, disabled
 from nanoft.model import Decoder
-from nanoft.nf4 import quantize
+from nanoft.stream import StreamedDecoder, Weights, open_rows
+from nanoft.untrusted import read_json
 from nanoft.weights import (
     TOKENIZER_FILES,
     Opened,
-    WeightFiles,
+    TrainedAdapter,
+    attach,
     copy_companions,
-    is_block_linear,
-    load_model,
-    open_weights,
     quantization_of,
     save_model,
     stored_dtype,
@@ -48,6 +50,10 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.floa
 # to 8 (bf16) or 11 (f16) significant bits moves the logits by about this much; a wrong merge moves them by whole units.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 SHARD_BYTES = 5 * 10**9
+PROGRESS = ".finished.json"  # beside shards that are finished: size and SHA-256 of each
+PROOF_TOKENS = 64  # of each prompt: every weight has its part in any token
+PASS_TOKENS = 640  # that go through a model together, which reads all of its weights each time
+LOGIT_ROWS = 64  # positions whose logits are held at a time
 
 
 @dataclass(frozen=True)
@@ -65,18 +71,40 @@ class Proof:
 
 
 @contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
+def new_directory(out: Path, key: str = "") -> Iterator[Path]:
     """Write into a directory aside that gets its name at the end, or vanishes if anything fails.
 
+    Args:
+        key: of what is being made. When that is interrupted (Ctrl-C, a signal, power), the shards that `PROGRESS` names
+            stay, and the next call with this key goes on with them; a call with another key removes them.
     Raises:
-        UserError: `out` exists, or cannot be made.
+        UserError: `out` exists, or cannot be made, or another process is making it.
     """
     if os.path.lexists(out):
         raise UserError(f"--out: {out}: exists already: choose another name or remove it")
     made = [parent for parent in out.parents if not parent.exists()]
+    aside = out.with_name(f".tmp-{out.name}-{key or 'new'}")
+    kept = False
     try:
-        with _aside(out) as aside:
-            yield aside
+        for other in out.parent.glob(".tmp-*"):
+            if other.name.rpartition("-")[0] == f".tmp-{out.name}" and other != aside:
+                with _claimed(other, out):
+                    shutil.rmtree(other, ignore_errors=True)
+        aside.mkdir(parents=True, exist_ok=True)
+        with _claimed(aside, out):
+            try:
+                _keep_finished(aside)
+                yield aside
+                (aside / PROGRESS).unlink(missing_ok=True)
+                sync_directory(aside)
+                os.rename(aside, out)
+                sync_directory(out.parent)
+            except KeyboardInterrupt:
+                kept = (aside / PROGRESS).exists()
+                raise
+            finally:
+                if not kept:
+                    shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise UserError(f"--out: {out}: cannot be written: {error}") from None
     finally:
@@ -84,6 +112,39 @@ def new_directory(out: Path) -> Iterator[Path]:
             with suppress(OSError):
                 for parent in made:
                     parent.rmdir()  # only if it is empty
+
+
+@contextmanager
+def _claimed(directory: Path, out: Path) -> Iterator[None]:
+    """Hold the lock of a directory aside; the kernel lets go of it when its process ends, however it ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out: {out}: another process is writing it: wait for it, or choose another") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _keep_finished(aside: Path) -> None:
+    """Remove what an interrupted call left but the shards that it finished."""
+    finished = _finished(aside / PROGRESS)
+    for path in aside.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in finished and path.name != PROGRESS:
+            path.unlink()
+
+
+def _finished(progress: Path | None) -> dict[str, Any]:
+    """Size and SHA-256 of each finished shard; a file that is not readable names none."""
+    try:
+        found = json.loads(progress.read_bytes()) if progress else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -103,92 +164,258 @@ def _aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def merge(opened: Opened, dtype: torch.dtype, onto: Literal["original", "nf4"], out: Path) -> None:
+def weights_of(opened: Opened, onto: Literal["original", "nf4"]) -> Weights:
+    """The base's weights: as they are stored, or the quantised ones that the adapter was trained on, unpacked."""
+    return open_rows(opened.base_directory, opened.quantization if onto == "nf4" else None, opened.dtype)
+
+
+def merge(
+    opened: Opened,
+    dtype: torch.dtype,
+    onto: Literal["original", "nf4"],
+    out: Path,
+    shard_bytes: int | None = None,
+    progress: Path | None = None,
+) -> dict[str, Any]:
     """Write base + adapter as a Hugging Face directory: shards, index, config, tokenizer, generation_config.
 
     Args:
         opened: the adapter on its base; only the adapter and the base's path are used.
         dtype: of the merged weights.
         onto: the base's original weights, or the quantised ones that the adapter was trained against, unpacked.
-        out: an existing, empty directory.
+        out: an existing directory, empty but for shards that `progress` names.
+        shard_bytes: how large a shard may be; None: `SHARD_BYTES`.
+        progress: a file that names the shards as they are finished; those that it names already, and whose hash is
+            still theirs, are not written again.
+    Returns:
+        Size in bytes and SHA-256 of each shard.
+    Raises:
+        UserError: the disk has no room for it.
     """
-    quantization = opened.quantization if onto == "nf4" else None
-    with torch.device("meta"):
-        blank = Decoder(opened.model.config)
-    files = open_weights(opened.base_directory, blank)
-    shards = _plan_shards(files, dtype)
-    merged = {f"{name}.weight": adapter.merged for name, adapter in opened.adapters.items()}
-    biases = {f"{name}.bias": adapter.bias for name, adapter in opened.adapters.items() if adapter.bias is not None}
-
-    def read(tensor: str) -> Tensor:
-        if tensor in biases:
-            return biases[tensor].detach().to(dtype)
-        weight = _base_weight(files, tensor, quantization, opened.dtype)  # (out, in) float32
-        return (merged[tensor](weight) if tensor in merged else weight).to(dtype)
-
-    weight_map = {}
-    for number, specs in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(out / name, encode(specs, read))
-        weight_map.update(dict.fromkeys(specs, name))
+    weights = replace(weights_of(opened, onto), adapters=opened.adapters, dtype=dtype)
+    shards = _plan_shards(weights, shard_bytes or SHARD_BYTES)
+    finished = {name: was for name, was in _finished(progress).items() if name in shards and _is(out / name, was)}
+    _check_room(out, [specs for name, specs in shards.items() if name not in finished])
+    for name, specs in shards.items():
+        if name not in finished:
+            (out / name).unlink(missing_ok=True)
+            finished[name] = write_file(out / name, encode(specs, weights.rows))
+            if progress:
+                replace_file(progress, json.dumps(finished).encode())
     if len(shards) > 1:
-        total = sum(dtype.itemsize * torch.Size(shape).numel() for specs in shards for _, shape in specs.values())
+        total = sum(_bytes(specs) for specs in shards.values())
+        weight_map = {tensor: name for name, specs in shards.items() for tensor in specs}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_file(out / "model.safetensors.index.json", [(json.dumps(index, indent=2) + "\n").encode()])
     write_config(opened.base_directory, out, dtype)
+    copy_tokenizer(opened, out)
+    return finished
+
+
+def copy_tokenizer(opened: Opened, out: Path) -> None:
+    """The base's tokenizer and generation_config, and the template that the adapter was trained with."""
     copy_companions(opened.base_directory, out)
     template = opened.tokenizer_directory / "chat_template.jinja"
-    if template.is_file():  # the one that it was trained with
+    if template.is_file():
         shutil.copyfile(template, out / "chat_template.jinja")
 
 
-def _plan_shards(files: WeightFiles, dtype: torch.dtype) -> list[Specs]:
-    """Which weights go into which new file."""
+def _plan_shards(weights: Weights, shard_bytes: int) -> dict[str, Specs]:
+    """Which weights go into which new file, in the order of the old ones."""
     shards: list[Specs] = [{}]
-    size = 0
-    for name, shape in files.shapes.items():
-        added = torch.Size(shape).numel() * dtype.itemsize
-        if size and size + added > SHARD_BYTES:
+    for name, shape in weights.files.shapes.items():
+        added: Specs = {name: (weights.dtype, shape)}
+        if shards[-1] and _bytes(shards[-1]) + _bytes(added) > shard_bytes:
             shards.append({})
-            size = 0
-        size += added
-        shards[-1][name] = (dtype, shape)
-    return shards
+        shards[-1].update(added)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": specs for i, specs in enumerate(shards, start=1)}
 
 
-def _base_weight(files: WeightFiles, name: str, quantization: tuple[str, bool] | None, compute: torch.dtype) -> Tensor:
-    """One weight of the base in float32; a block's linear as its packed form gives it back, if stored so, or asked."""
-    if files.is_packed(name):
-        return files.read_packed(name, compute, torch.device("cpu")).dequantize().float()
-    weight = files.read(name).float()
-    if quantization and not files.stored and is_block_linear(name):
-        return quantize(weight, quantization, compute).dequantize().float()
-    return weight
+def _bytes(specs: Specs) -> int:
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
+
+
+def _is(path: Path, was: Any) -> bool:
+    return path.is_file() and hash_file(path) == was
+
+
+def _check_room(out: Path, shards: list[Specs]) -> None:
+    """Find out before the work that the disk will be full."""
+    needed, free = sum(map(_bytes, shards)), shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(f"--out: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there: make room")
+
+
+# --- which adapter
+
+
+def combined(
+    adapters: Sequence[TrainedAdapter], weights: Sequence[float], only: Sequence[str], base: Path | None = None
+) -> TrainedAdapter:
+    """One adapter that does what several do together, each with its weight; or a part of it.
+
+    Args:
+        only: modules, in the words of lora.target_modules; empty: all.
+        base: another base than their own.
+    Raises:
+        UserError: they have different bases, or are of a kind that cannot be added, or `only` names nothing.
+    """
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.base.resolve() != first.base.resolve():
+            raise UserError(f"{other.place}: its base is {other.base_name}, not {first.base_name}: no sum of the two")
+    lora, tensors = first.lora, first.tensors
+    if len(adapters) > 1 or weights[0] != 1:
+        files = open_rows(base or first.base)
+
+        def base_bias(module: str) -> Tensor | None:
+            return files.whole(f"{module}.bias") if f"{module}.bias" in files.files.shapes else None
+
+        lora, tensors = combine([(a.lora, a.tensors) for a in adapters], weights, base_bias)
+    if only:
+        lora, tensors = select(lora, tensors, only)
+    same = all((a.quantization, a.dtype) == (first.quantization, first.dtype) for a in adapters)
+    quantization = first.quantization if same and base is None else None
+    return replace(first, lora=lora, tensors=tensors, quantization=quantization, base=base or first.base)
+
+
+def open_adapter(adapter: TrainedAdapter, onto: Literal["original", "nf4"]) -> Opened:
+    """An adapter on its base, which stays on the disk.
+
+    Raises:
+        UserError: the adapter does not fit the base.
+    """
+    quantization = adapter.quantization if onto == "nf4" else None
+    opened = attach(adapter, StreamedDecoder(open_rows(adapter.base, quantization, adapter.dtype)))
+    return replace(opened, step=adapter.step)
+
+
+# --- the proof
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What one model says beside what another says, on the same tokens."""
+
+    max_difference: float  # of a logit
+    spread: float  # standard deviation of the other's logits
+    same_top_token: float  # share of positions
+    divergence: float  # KL from the other's distribution of the next token to this one's, nats a position
+    perplexity: float
+    wanted_perplexity: float  # the other's
 
 
 @torch.no_grad()
-def prove(opened: Opened, merged_directory: Path, prompts: list[list[int]], dtype: torch.dtype) -> Proof:
-    """Compare the merged model's logits with base + adapter, both computed in float32 on the CPU.
+def hidden_states(model: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Last hidden states of every position of every row, one after another, (tokens, hidden)."""
+    found: list[Tensor] = []
+    start = 0
+    while start < len(rows):
+        stop = start + 1
+        while stop < len(rows) and (stop + 1 - start) * max(map(len, rows[start : stop + 1])) <= PASS_TOKENS:
+            stop += 1
+        group = rows[start:stop]
+        ids = torch.zeros(len(group), max(map(len, group)), dtype=torch.int64)
+        for at, row in enumerate(group):
+            ids[at, : len(row)] = torch.tensor(row)  # padding on the right: no token sees it
+        hidden = model(ids)  # (b, longest, hidden)
+        found += [hidden[at, : len(row)] for at, row in enumerate(group)]
+        start = stop
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden: Tensor, targets: Tensor) -> Agreement:
+    """Two models' predictions from their last hidden states, (tokens, hidden), some positions at a time.
 
     Args:
-        prompts: token ids, none empty, at least one.
+        targets: the token that follows, (tokens,); -1 where it does not count for perplexity.
     """
-    merged = load_model(merged_directory, torch.device("cpu"), torch.float32).eval()
-    worst, effect, spread, same, count = 0.0, 0.0, 0.0, 0, 0
-    for ids in prompts:
-        row = torch.tensor([ids])
-        with disabled(opened.adapters):
-            base = opened.model.logits(opened.model(row))  # (1, s, vocab)
-        wanted, found = opened.model.logits(opened.model(row)), merged.logits(merged(row))
-        worst, effect = max(worst, _farthest(found, wanted)), max(effect, _farthest(wanted, base))
-        spread, count = max(spread, wanted.std().item()), count + len(ids)
-        same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
-    return Proof(worst, TOLERANCE[dtype] * spread, effect, same / count)
+    farthest, total, squares, numbers = 0.0, 0.0, 0.0, 0
+    same, divergence, nats, wanted_nats, count = 0, 0.0, 0.0, 0.0, int((targets >= 0).sum())
+    for rows in (slice(at, at + LOGIT_ROWS) for at in range(0, len(targets), LOGIT_ROWS)):
+        found, wanted = model.logits(hidden[rows]), wanted_model.logits(wanted_hidden[rows])  # (n, vocab)
+        farthest = max(farthest, _farthest(found, wanted))
+        total += wanted.sum(dtype=torch.float64).item()
+        squares += wanted.square().sum(dtype=torch.float64).item()
+        numbers += wanted.numel()
+        same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
+        found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
+        divergence += (wanted.exp() * (wanted - found)).sum().item()  # sum of p log(p / q)
+        targeted = targets[rows] >= 0
+        chosen = targets[rows][targeted][:, None]
+        nats -= found[targeted].gather(1, chosen).double().sum().item()
+        wanted_nats -= wanted[targeted].gather(1, chosen).double().sum().item()
+    spread = math.sqrt(max(0.0, squares - total * total / numbers) / max(1, numbers - 1))
+    perplexities = [safe_exp(n / count) if count else math.nan for n in (nats, wanted_nats)]
+    return Agreement(farthest, spread, same / len(targets), max(0.0, divergence / len(targets)), *perplexities)
 
 
 def _farthest(a: Tensor, b: Tensor) -> float:
     """The largest difference; infinite if a weight became infinite on the way, so that NaN comes out."""
     return (a - b).abs().nan_to_num(nan=math.inf).max().item()
+
+
+def next_tokens(rows: Sequence[Sequence[int]], targeted: Sequence[Sequence[bool]] | None = None) -> Tensor:
+    """What follows each position of each row, (tokens,); -1 at a row's end, and where the next token is no target."""
+    found: list[int] = []
+    for at, row in enumerate(rows):
+        follows = [True] * len(row) if targeted is None else targeted[at]
+        found += [token if counts else -1 for token, counts in zip(row[1:], follows[1:], strict=True)] + [-1]
+    return torch.tensor(found)
+
+
+def prove(opened: Opened, merged_directory: Path, prompts: list[list[int]], dtype: torch.dtype) -> Proof:
+    """Compare the merged model's logits with base + adapter, both computed in float32 on the CPU.
+
+    Args:
+        prompts: token ids, none empty, at least one; the first `PROOF_TOKENS` of each are used.
+    """
+    rows = [ids[:PROOF_TOKENS] for ids in prompts]
+    targets = next_tokens(rows)
+    model, merged = opened.model, StreamedDecoder(open_rows(merged_directory))
+    wanted = hidden_states(model, rows)
+    with disabled(opened.adapters):
+        base = hidden_states(model, rows)
+    effect = compare(model, base, model, wanted, targets).max_difference
+    found = compare(merged, hidden_states(merged, rows), model, wanted, targets)
+    return Proof(found.max_difference, TOLERANCE[dtype] * found.spread, effect, found.same_top_token)
+
+
+def verify(
+    adapter: TrainedAdapter, dtype: torch.dtype, rows: list[list[int]], targeted: list[list[bool]]
+) -> dict[str, Agreement]:
+    """How near each possible merge is to the model that was trained: base as in training, adapter beside it.
+
+    Nothing is written: the merged weights are made, and rounded to `dtype`, as they are asked for.
+
+    Args:
+        rows: token ids of held-out samples.
+        targeted: which of them are targets, for perplexity.
+    Returns:
+        By base, `original` and, if the adapter was trained on a quantised one, `nf4`.
+    """
+    trained = open_adapter(adapter, "nf4")
+    wanted, targets = hidden_states(trained.model, rows), next_tokens(rows, targeted)
+    found: dict[str, Agreement] = {}
+    bases: tuple[Literal["original", "nf4"], ...] = ("original", "nf4") if adapter.quantization else ("original",)
+    for onto in bases:
+        weights = weights_of(trained, onto)
+        merged = StreamedDecoder(replace(weights, adapters=trained.adapters, dtype=dtype))
+        found[onto] = compare(merged, hidden_states(merged, rows), trained.model, wanted, targets)
+    return found
+
+
+def recommended(found: dict[str, Agreement]) -> str:
+    """The base with the lower perplexity; where they are within 0.1 %, the one nearer to what was trained."""
+    lowest = min(agreement.perplexity for agreement in found.values())
+    near = {name: a for name, a in found.items() if a.perplexity <= 1.001 * lowest}
+    return min(near or found, key=lambda name: found[name].divergence)
+
+
+# --- what a run ends with, and adapters
 
 
 def save_result(
@@ -214,10 +441,17 @@ def save_result(
         shutil.rmtree(leftover, ignore_errors=True)
     with _aside(place) as aside:
         if adapters:
-            write_adapter(aside, model, adapters, base, config, step, dtype)
+            write_adapter(aside, model, adapters, base, config, step, dtype, _base_hash(out))
         else:
             save_model(model, base, aside, stored_dtype(base))
     return place
+
+
+def _base_hash(run: Path) -> str | None:
+    """What the run's config.json says of its base's files."""
+    with suppress(UserError, AttributeError):
+        return read_json(run / "config.json").get("provenance", {}).get("base_sha256")
+    return None
 
 
 def write_adapter(
@@ -228,16 +462,31 @@ def write_adapter(
     config: Config,
     step: int,
     dtype: torch.dtype,
+    base_sha256: str | None,
 ) -> None:
     """The adapter of a run in PEFT's format, with the tokenizer; see `save_result`."""
-    form = quantization_of(config)
-    note = {
-        "quantization": dict(zip(("type", "double"), form, strict=True)) if form else None,
-        "dtype": str(dtype).removeprefix("torch."),
-        "step": step,
-    }
+    note = _note(quantization_of(config), dtype, step, base_sha256)
     save_adapter(out, model, adapters, config.lora, config.model.name, note)
     copy_companions(base, out)
+
+
+def _note(
+    form: tuple[str, bool] | None, dtype: torch.dtype, step: int | None, base_sha256: str | None
+) -> dict[str, Any]:
+    """What PEFT's format has no place for; see nanoft/adapter.py."""
+    return {
+        "quantization": dict(zip(("type", "double"), form, strict=True)) if form else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        **({} if step is None else {"step": step}),
+        **({"base_sha256": base_sha256} if base_sha256 else {}),
+    }
+
+
+def write_peft(out: Path, opened: Opened, adapter: TrainedAdapter) -> None:
+    """An adapter that is open in PEFT's format, with the tokenizer."""
+    note = _note(adapter.quantization, adapter.dtype, adapter.step, adapter.base_sha256)
+    save_adapter(out, opened.model, opened.adapters, adapter.lora, adapter.base_name, note)
+    copy_tokenizer(opened, out)
 
 
 def copy_adapter(source: Path, out: Path) -> None:

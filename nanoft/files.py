@@ -30,6 +30,7 @@ HUB_NAME = re.compile(r"([^/@]+)/([^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?
 METADATA = ["dataset_info.json", "dataset_infos.json", "*config.json"]  # about a dataset, beside its data
 TRAIN = re.compile("(?<![a-z])train", re.IGNORECASE)  # in a path: "train", "my_train"; not "constrained"
 LONGEST_RECORD = 64 << 20  # bytes; a longer line is not a record but a file without line ends
+LONGEST_OBJECT = 512 << 20  # bytes of a file that is one object, unpacked; it is read as a whole
 CHUNK = 1 << 20
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -175,7 +176,7 @@ def _read_lines(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterato
             yield number, _parse_line(line)
 
 
-def _parse_line(line: bytes) -> Raw:
+def _parse_line(line: bytes | bytearray) -> Raw:
     try:
         return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -193,7 +194,17 @@ def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator
         lines = (line for line in _lines(stream) if line.strip())
         is_lines = isinstance(_parse_line(next(lines)), dict) and next(lines, None) is not None
         stream.seek(start)
-        yield from _read_lines(stream, path, delimiter) if is_lines else _read_object(stream.read(), path)
+        yield from _read_lines(stream, path, delimiter) if is_lines else _read_object(_read_whole(stream, path), path)
+
+
+def _read_whole(stream: IO[bytes], path: Path) -> bytearray:
+    """All of a file, within bounds: a small .gz can hold a terabyte."""
+    content = bytearray()
+    while piece := stream.read(CHUNK):
+        content += piece
+        if len(content) > LONGEST_OBJECT:
+            raise UserError(f"{path}: one object of more than {LONGEST_OBJECT >> 20} MiB: give JSON Lines instead")
+    return content
 
 
 def _read_array(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Raw]]:
@@ -264,7 +275,7 @@ class _JsonText:
         return bool(read)
 
 
-def _read_object(content: bytes, path: Path) -> Iterator[tuple[int, Raw]]:
+def _read_object(content: bytearray, path: Path) -> Iterator[tuple[int, Raw]]:
     """{"version": ..., "data": [...]}: the records are those of the only array; without one, or of turns: a record."""
     whole = _parse_line(content)
     if isinstance(whole, BadRecord):
@@ -324,7 +335,7 @@ def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Itera
     try:
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow: pip install 'nanoft[parquet]'") from None
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install -e '.[parquet]'") from None
     try:
         table = parquet.ParquetFile(stream)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(1024))

@@ -1,26 +1,44 @@
 """Answers: one token after another, with a cache, many prompts at once.
 
 Without a cache, the n-th token costs a forward pass over n tokens. With it, keys and values of earlier positions are
-kept and each new token costs one position. Prompts of different lengths are padded on the LEFT, so that all of them end
-where the answers begin; the padding is a document of its own that nobody attends to, and positions count from each
-prompt's first real token.
+kept and each new token costs one position. Prompts of different lengths are read as training reads packed documents,
+one behind another in a single row, so none is padded. From then on every row adds a token a pass, and rows whose answer
+has ended leave the batch.
 
-    python -m nanoft.generate runs/tiny --prompt "Please book a table ..."
+    python -m nanoft.generate runs/tiny --prompt "Please book a table ..."       one answer
+    python -m nanoft.generate runs/tiny                                          a chat: nanoft/talk.py
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
-from torch import Tensor
 
 from nanoft import UserError
 from nanoft.chat import ChatTokenizer, Message
-from nanoft.model import Decoder, KVCache
+from nanoft.decode import Decoding
+from nanoft.lora import linears_of
+from nanoft.model import Decoder
+from nanoft.nf4 import cache_weights
 from nanoft.runtime import Arguments, choose_device, choose_dtype, command, quiet_libraries
+from nanoft.sampling import GREEDY, Sampler, Sampling
+from nanoft.talk import Talk, check_text
+from nanoft.untrusted import read_json
+from nanoft.weights import open_chat, open_model
+
+EXAMPLES = """examples:
+  python -m nanoft.generate runs/tiny --prompt "What is the weather in Oslo on Monday?"
+  python -m nanoft.generate runs/tiny --base                                  a chat, with the base's answers
+  python -m nanoft.generate runs/tiny --temperature 0.7 --top-p 0.9 --seed 1  drawn, and the same again next time
+  python -m nanoft.generate runs/tiny < questions.txt                         an answer for each line"""
+SHARE = 0.5  # of the free memory that unpacked weights may take
+CROWD = 0.75  # ended rows leave when at most this share goes on: to leave is to copy the others' cache
 
 
 @dataclass(frozen=True)
@@ -31,122 +49,159 @@ class Answer:
     stopped: bool
 
 
-@torch.no_grad()
 def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     stop_ids: Sequence[int],
     max_new_tokens: int,
-    pad_id: int = 0,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
 ) -> list[Answer]:
     """Continue every prompt until a stop id or `max_new_tokens`.
 
     Args:
         prompts: token ids, none empty.
-        temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled.
-        top_p: sample among the most likely tokens that together have this probability, above 0 (Holtzman et al. 2020).
+        generator: of the draws, on the CPU; None: torch's own.
     """
-    device = model.head.device
-    feed, positions, segments = _left_padded(prompts, pad_id, device)
-    batch, width = feed.shape
-    cache = KVCache(model.config, batch, width + max_new_tokens, device, model.head.dtype)
-    stops = torch.tensor(list(stop_ids), device=device, dtype=torch.int64)
-    finished = torch.zeros(batch, dtype=torch.bool, device=device)
-    produced: list[Tensor] = []
-    for _ in range(max_new_tokens):
-        hidden = model(feed, positions, segments=segments, cache=cache)  # (b, q, hidden); q is 1 after the first pass
-        newest = _choose(model.logits(hidden[:, -1]), temperature, top_p, generator)  # (b,)
-        produced.append(newest)
-        finished |= torch.isin(newest, stops)
-        if bool(finished.all()):
-            break
-        feed, positions, segments = newest[:, None], positions[:, -1:] + 1, torch.ones_like(newest[:, None])
-    rows = torch.stack(produced, dim=1).tolist() if produced else [[] for _ in prompts]
-    return [_cut(row, set(stop_ids)) for row in rows]
+    stops, answers = set(stop_ids), [Answer([], False) for _ in prompts]
+    for said in steps(model, prompts, stop_ids, max_new_tokens, sampling, generator):
+        for row, token in said:
+            if token in stops:
+                answers[row] = Answer(answers[row].ids, True)
+            else:
+                answers[row].ids.append(token)
+    return answers
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, positions and segments, each (b, longest prompt)."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
-    segments = torch.zeros((len(prompts), width), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.int64)
-        segments[row, width - len(prompt) :] = 1
-    positions = (segments.cumsum(dim=1) - 1).clamp(min=0)
-    return ids.to(device), positions.to(device), segments.to(device)
+@torch.inference_mode()
+def steps(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[tuple[int, int]]]:
+    """(row, token) of every answer that goes on, step by step; the stop id that ends one is its last token."""
+    stops, rows = set(stop_ids), list(range(len(prompts)))  # rows: whose answer each row is; -1: it has ended
+    decoding = Decoding(model, prompts, max_new_tokens)
+    sampler = Sampler(sampling, prompts, len(model.head), max_new_tokens, model.head.device, generator)
+    hidden = decoding.read()
+    for left in reversed(range(max_new_tokens)):
+        newest = sampler.choose(model.logits(hidden))  # (b,)
+        said = [(row, token) for row, token in zip(rows, newest.tolist(), strict=True) if row >= 0]
+        yield said
+        ended = {row for row, token in said if token in stops}
+        rows = [-1 if row in ended else row for row in rows]
+        going = [place for place, row in enumerate(rows) if row >= 0]
+        if not going or not left:
+            return
+        if len(going) <= CROWD * len(rows):
+            rows, chosen = [rows[place] for place in going], torch.tensor(going, device=newest.device)
+            newest = newest[chosen]
+            decoding.keep(going)
+            sampler.keep(chosen)
+        hidden = decoding.step(newest)
 
 
-def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """The next token of each row, (b,), from logits (b, vocab)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    outside = probabilities.cumsum(-1) - probabilities >= top_p  # what comes before already has top_p
-    drawn = torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)
-    return order.gather(-1, drawn).squeeze(-1)
-
-
-def _cut(ids: list[int], stops: set[int]) -> Answer:
-    for place, token in enumerate(ids):
-        if token in stops:
-            return Answer(ids[:place], True)
-    return Answer(ids, False)
-
-
-def answer(model: Decoder, chat: ChatTokenizer, messages: Sequence[Message], max_new_tokens: int) -> str:
-    """The model's greedy answer to a conversation, rendered as it was in training."""
-    reply = generate(model, [chat.encode_prompt(messages)], chat.stop_ids, max_new_tokens, chat.pad_id)[0]
-    return chat.decode(reply.ids)
+def answer(
+    model: Decoder,
+    chat: ChatTokenizer,
+    messages: Sequence[Message],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    generator: torch.Generator | None = None,
+) -> str:
+    """The model's answer to a conversation, rendered as it was in training."""
+    prompt = chat.encode_prompt(messages)
+    return chat.decode(generate(model, [prompt], chat.stop_ids, max_new_tokens, sampling, generator)[0].ids)
 
 
 @command
 def main(argv: list[str]) -> int:
     """`python -m nanoft.generate RUN|MODEL [--prompt TEXT]`: one answer, or a chat when no prompt is given."""
-    from nanoft.weights import open_chat, open_model
-
-    parser = Arguments(
-        prog="python -m nanoft.generate",
-        description="Talk to a fine-tuned run or to a model, rendered exactly as in training.",
-        epilog='examples: python -m nanoft.generate runs/tiny --prompt "What is the weather in Oslo on Monday?"; '
-        "python -m nanoft.generate runs/tiny",
-    )
-    parser.add_argument("source", metavar="RUN|MODEL", help="run directory, model directory or Hub name")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and stop; without it, chat (an empty line ends)")
-    parser.add_argument("--system", metavar="TEXT", help="a system message")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    args = parser.parse_args(argv)
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: {args.max_new_tokens} is out of range: it must be >= 1")
+    args = build_parser().parse_args(argv)
+    sampling = read_sampling(args)
+    check_text("--prompt", args.prompt or "")
+    check_text("--system", args.system or "")
     quiet_libraries()
     device = choose_device("auto")
     opened = open_model(args.source, device, choose_dtype("auto", device))
+    if args.base and not opened.adapters:
+        raise UserError(f"--base: {args.source} has no adapter to switch off: talk to its base by the base's own name")
+    cache_weights(opened.model, "cached" if device.type == "cpu" and has_room(opened.model) else "auto")
     chat = open_chat(args.source, opened)
-    _talk(opened.model, chat, args.prompt, args.system, args.max_new_tokens)
+    generator = torch.Generator()
+    if args.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(args.seed)
+
+    def speak(prompt: list[int], limit: int) -> Iterator[int]:
+        for said in steps(opened.model, [prompt], chat.stop_ids, limit, sampling, generator):
+            if said[0][1] not in chat.stop_ids:
+                yield said[0][1]
+
+    context = read_json(opened.base_directory / "config.json").get("max_position_embeddings") or math.inf
+    talk = Talk(chat, speak, opened.adapters, args.base, context, args.max_new_tokens, args.system)
+    if args.prompt is None:
+        talk.run()
+    else:
+        talk.ask(args.prompt)
     return 0
 
 
-def _talk(model: Decoder, chat: ChatTokenizer, prompt: str | None, system: str | None, max_new_tokens: int) -> None:
-    opening: list[Message] = [{"role": "system", "content": system}] if system else []
-    if prompt is not None:
-        print(answer(model, chat, [*opening, {"role": "user", "content": prompt}], max_new_tokens))
-        return
-    messages = opening
-    shown = "> " if sys.stdin.isatty() else ""
-    while line := _read_line(shown):
-        messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": answer(model, chat, messages, max_new_tokens)})
-        print(messages[-1]["content"], flush=True)
+def has_room(model: Decoder) -> bool:
+    """Whether the weights of a packed base may lie there unpacked, which makes a token several times as fast."""
+    needed = sum(layer.out_features * layer.in_features for layer in linears_of(model).values()) * 4  # bytes, at most
+    return needed <= SHARE * psutil.virtual_memory().available
 
 
-def _read_line(shown: str) -> str:
-    try:
-        return input(shown).strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
+def build_parser() -> Arguments:
+    parser = Arguments(
+        prog="python -m nanoft.generate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Talk to a fine-tuned run or to a model, rendered exactly as in training.",
+        epilog=EXAMPLES,
+    )
+    add = parser.add_argument
+    add("source", metavar="RUN|MODEL", help="run directory, adapter, model directory or Hub name")
+    add("--prompt", metavar="TEXT", help="answer this and stop; without it, chat: a line a question, /help for more")
+    add("--system", metavar="TEXT", help="a system message")
+    add("--base", action="store_true", help="after each answer, what the base says, without the adapter")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="an answer's limit (256)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 (the default): always the likeliest token")
+    add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens")
+    add("--top-p", type=float, default=1.0, metavar="P", help="... among the likeliest with probability P together")
+    add("--min-p", type=float, default=0.0, metavar="P", help="... among those P times as likely as the likeliest")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: what was said gets less likely")
+    add("--seed", type=int, metavar="N", help="of the draws; without it, another one every time")
+    return parser
+
+
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    """The command's sampling options.
+
+    Raises:
+        UserError: one is out of its range, or has no effect.
+    """
+    ranges = {
+        "max_new_tokens": (args.max_new_tokens >= 1, ">= 1"),
+        "temperature": (0 <= args.temperature < math.inf, "a number >= 0"),
+        "top_k": (args.top_k >= 0, ">= 0, and 0 means all tokens"),
+        "top_p": (0 < args.top_p <= 1, "above 0 and at most 1"),
+        "min_p": (0 <= args.min_p <= 1, "between 0 and 1"),
+        "repetition_penalty": (0 < args.repetition_penalty < math.inf, "a number above 0"),
+        "seed": (args.seed is None or 0 <= args.seed < 2**63, "between 0 and 2^63 - 1"),
+    }
+    for name, (fits, wanted) in ranges.items():
+        if not fits:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is out of range: it must be {wanted}")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    for name in ("top_k", "top_p", "min_p"):
+        if sampling.temperature == 0 and getattr(sampling, name) != getattr(GREEDY, name):
+            raise UserError(f"--{name.replace('_', '-')}: nothing is drawn at temperature 0: add --temperature 0.7")
+    return sampling
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -63,7 +63,7 @@ def judge(config: GuardConfig, history: History, loss: float, grad_norm: float, 
         where: epoch and window of the step.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return _leave_out(config, history, f"loss {loss}, gradient norm {grad_norm}", where)
+        return _leave_out(config, history, f"loss {loss:.6g}, gradient norm {grad_norm:.6g}", where)
     spike = _spike(config, history, loss, grad_norm)
     history.spikes = history.spikes + 1 if spike else 0
     if history.spikes > 1 and config.on_spike != "warn":  # the first one is only warned of
@@ -84,6 +84,11 @@ def rolled_back(config: GuardConfig, history: History) -> History:
         rate=history.rate * config.rollback_rate,
         left_out=[*history.left_out, *history.suspects],
     )
+
+
+def taken_back(then: History, now: History) -> History:
+    """The history to go on with where steps are taken back for another reason: their losses will be seen again."""
+    return replace(then, rollbacks=now.rollbacks, back_at=now.back_at, rate=now.rate, left_out=now.left_out)
 
 
 def _leave_out(config: GuardConfig, history: History, reason: str, where: list[int]) -> Verdict:

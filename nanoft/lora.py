@@ -40,10 +40,12 @@ from torch.autograd.function import once_differentiable
 from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, gradient, product
+from nanoft.untrusted import time_limit
 
 Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 
 WORDS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
+MATCHING_SECONDS = 5.0  # for regular expressions, which may be a stranger's: `(.+)+!` would take for ever
 EXACT_SVD = 1024  # a larger matrix is decomposed approximately
 SUBSPACE_ITERATIONS = 8
 SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros can be divided by its length
@@ -63,7 +65,7 @@ class LoRALinear(nn.Module):
             lora: with the rank and the alpha of this linear.
         """
         super().__init__()
-        device = next(t.device for t in (*base.parameters(), *base.buffers()))
+        device = next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
         self.base, self.dropout, self.enabled = base, lora.dropout, True
         self.scaling = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
         pissa = lora.init == "pissa"
@@ -158,17 +160,19 @@ class LoRALinear(nn.Module):
         a, b = (factor.detach().float() for factor in self.factors())
         return self.scaling * (b @ a)
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """The weight of one linear that does the same: W + s B A, in DoRA with rows of length m; (out, in) float32.
 
         Args:
-            weight: W, (out, in) float32, on any device.
+            weight: W, (out, in) float32, on any device; or some of its rows.
+            rows: which they are; each is merged by itself.
         """
-        merged = weight + self.delta().to(weight.device)
+        a, b = (factor.detach().float().to(weight.device) for factor in self.factors())
+        merged = torch.addmm(weight, b[rows], a, alpha=self.scaling)
         if self.lora_magnitude_vector is None:
             return merged
         lengths = torch.linalg.vector_norm(merged, dim=1).clamp(min=SMALLEST)
-        return merged * (self.lora_magnitude_vector.detach().to(weight.device) / lengths)[:, None]
+        return merged.mul_((self.lora_magnitude_vector.detach()[rows].to(weight.device) / lengths)[:, None])
 
 
 class Group:
@@ -300,31 +304,42 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, LoRA
     """
     model.requires_grad_(False)
     linears = linears_of(model)
+    with time_limit(MATCHING_SECONDS, "lora.target_modules, lora.rank_pattern, lora.alpha_pattern"):
+        settings = _settings_by_name(linears, lora)
+    generator = torch.Generator().manual_seed(seed)
+    adapters = {}
+    for name, own in settings.items():
+        base = linears[name]
+        most = min(base.in_features, base.out_features)
+        if own.init == "pissa" and own.rank > most:
+            raise UserError(
+                f"lora.rank: {own.rank}: {name} has {most} singular values to begin with: set lora.rank={most}"
+            )
+        parent, _, last = name.rpartition(".")
+        adapters[name] = LoRALinear(base, own, generator)
+        setattr(model.get_submodule(parent), last, adapters[name])
+    return adapters
+
+
+def _settings_by_name(linears: dict[str, Frozen], lora: LoRAConfig) -> dict[str, LoRAConfig]:
+    """The settings of each adapter, with its own rank and alpha, by the name of its linear."""
     for target in lora.target_modules:
-        if not any(_is_meant(name, target) for name in linears):
+        if not any(is_meant(name, target) for name in linears):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
             raise UserError(
                 f"lora.target_modules: {target!r} names no linear of this model: there are {known} "
                 "(head, embeddings and norms: training.method=full)"
             )
-    found = {name: linear for name, linear in linears.items() if any(_is_meant(name, t) for t in lora.target_modules)}
+    found = {name: linear for name, linear in linears.items() if any(is_meant(name, t) for t in lora.target_modules)}
     for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for key in pattern:
             if not any(_fits(key, name) for name in found):
                 raise UserError(f"lora.{field}: {key!r} fits no adapter (such as {next(iter(found))})")
     if lora.bias == "all" and (bare := [n for n, m in linears.items() if m.bias is not None and n not in found]):
         raise UserError(f"lora.bias: all: {bare[0]} has a bias, but no adapter: target it or set lora.bias=lora_only")
-    generator = torch.Generator().manual_seed(seed)
-    adapters = {}
-    for name, base in found.items():
-        rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-        most = min(base.in_features, base.out_features)
-        if lora.init == "pissa" and rank > most:
-            raise UserError(f"lora.rank: {rank}: {name} has {most} singular values to begin with: set lora.rank={most}")
-        parent, _, last = name.rpartition(".")
-        adapters[name] = LoRALinear(base, replace(lora, rank=rank, alpha=alpha), generator)
-        setattr(model.get_submodule(parent), last, adapters[name])
-    return adapters
+    ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in found}
+    alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in found}
+    return {name: replace(lora, rank=ranks[name], alpha=alphas[name]) for name in found}
 
 
 def linears_of(model: nn.Module) -> dict[str, Frozen]:
@@ -333,7 +348,7 @@ def linears_of(model: nn.Module) -> dict[str, Frozen]:
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name != "lm_head"}
 
 
-def _is_meant(name: str, target: str) -> bool:
+def is_meant(name: str, target: str) -> bool:
     """Whether a module is meant by a word of WORDS, the end of its name, or an expression for all of its name."""
     if target in WORDS:
         return WORDS[target] in f".{name}"

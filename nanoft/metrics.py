@@ -11,7 +11,9 @@
         preview.txt      a few samples as the model sees them
         report.md, report.json
 
-One process owns the directory at a time; a run that is refused before its first step leaves none behind.
+One process owns the directory at a time; a run that is refused before its first step leaves none behind. What is
+written for people must not cost what is computed: when the disk refuses a line, training goes on, metrics.jsonl keeps
+whole lines only, and those that are missing are written as soon as they can be.
 """
 
 from __future__ import annotations
@@ -21,18 +23,26 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any, NoReturn
 
+import psutil
 from tqdm import tqdm
 
 from nanoft import UserError
+from nanoft.checkpoint import replace_file
+from nanoft.untrusted import redact
+
+LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.md|adapter|model)|preflight)-\d+")  # of a killed process
 
 
 @dataclass
@@ -71,6 +81,50 @@ class Meter:
         return self.total_tokens / max(self.total_seconds, 1e-9)
 
 
+class Lines:
+    """A file that only ever grows by whole lines, whatever the disk does."""
+
+    def __init__(self, path: Path):
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._end = os.fstat(self._file).st_size  # of the last whole line
+        self._waiting = b""  # what the disk has refused so far
+
+    def append(self, line: str) -> None:
+        """Write a line, and before it those that are waiting.
+
+        Raises:
+            OSError: the disk refused; nothing of it is in the file, and it waits for the next call.
+        """
+        self._waiting += as_utf8(line + "\n")
+        self._write()
+
+    def sync(self) -> None:
+        """Write what is waiting, and fsync.
+
+        Raises:
+            OSError: as `append`.
+        """
+        self._write()
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._write()
+        os.close(self._file)
+
+    def _write(self) -> None:
+        try:
+            rest = memoryview(self._waiting)
+            while len(rest):
+                rest = rest[os.write(self._file, rest) :]  # a write may be short
+        except OSError:
+            with contextlib.suppress(OSError):  # else `begin` drops the torn line when the run goes on
+                os.ftruncate(self._file, self._end)
+            raise
+        self._end += len(self._waiting)
+        self._waiting = b""
+
+
 class Run:
     """An open run directory: the lock on it, and the places to write to."""
 
@@ -78,13 +132,19 @@ class Run:
         self.directory = directory
         self.checkpoints = directory / "checkpoints"
         self._made = [path for path in (directory, *directory.parents) if not path.exists()]
+        self._metrics: Lines | None = None
+        self._refused: set[str] = set()  # files that the disk refused to write; each is warned of once
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held while the run lasts)
+            self._lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # held while the run lasts
         except OSError as error:
             raise UserError(f"output.dir: {directory}: cannot be written: {error.strerror}") from None
         self._take_lock()
-        self._metrics: IO[str] | None = None
+        for leftover in [path for path in directory.iterdir() if LEFTOVER.fullmatch(path.name)]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
@@ -96,7 +156,8 @@ class Run:
         path = Path(directory)
         if path.exists() and not path.is_dir():
             raise UserError(f"output.dir: {path}: is a file: choose another output.dir")
-        if path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists():
+        known = (".lock", "metrics.jsonl")  # a lock may have been removed, as a message of `_take_lock` says
+        if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in known):
             raise UserError(f"output.dir: {path}: is not empty and not a run of nanoft: choose another output.dir")
         return cls(path)
 
@@ -106,13 +167,15 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._metrics is not None:
             self._metrics.close()
-        started = (self.directory / "metrics.jsonl").exists()
+        started = self.begun or (self.directory / "metrics.jsonl").exists()
         if kind is not None and issubclass(kind, UserError) and self._made and not started:
             shutil.rmtree(self.directory, ignore_errors=True)  # it was refused before it began
             with contextlib.suppress(OSError):
                 for parent in self._made[1:]:
                     parent.rmdir()  # only if it is empty
-        self._lock.close()
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._lock, 0)  # nobody's
+        os.close(self._lock)
 
     def recorded_config(self) -> dict[str, Any] | None:
         """The config.json of the run that lives here, if one does; one that took no step can still be changed."""
@@ -121,9 +184,12 @@ class Run:
             return None
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
-            return tree if isinstance(tree, dict) else None
-        except ValueError:
-            raise UserError(f"{path}: damaged: remove the directory or choose another output.dir") from None
+            if isinstance(tree["provenance"], dict):
+                datetime.fromisoformat(tree["provenance"]["date"])
+                return dict(tree)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise UserError(f"{path}: damaged: remove the directory or choose another output.dir")
 
     def is_complete(self, step: int) -> bool:
         """Whether the run ended with this step and has its report."""
@@ -147,6 +213,10 @@ class Run:
             left_out: windows that will be passed over: what was said of them is not said again.
             rolled_back: in the same process: warnings of anything but windows stay.
         """
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        (self.directory / "report.json").unlink(missing_ok=True)  # it would say that the run is done
         path = self.directory / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
         kept = []
@@ -156,50 +226,102 @@ class Run:
                 stays = values["window"] < position or values["window"] in left_out
             else:
                 stays = values["step"] <= step or (rolled_back and values["event"] == "warning")
+                stays &= values["event"] != "done"  # it is not
             if stays:
                 kept.append(f"{line}\n")
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(kept), encoding="utf-8")
-        if self._metrics is not None:
-            self._metrics.close()
-        os.replace(aside, path)
-        self._metrics = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in __exit__)
+        replace_file(path, "".join(kept).encode())
+        self._metrics = Lines(path)
 
     @property
     def begun(self) -> bool:
         return self._metrics is not None
 
     def log(self, event: str, step: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; a disk that refuses it is warned of once, and asked again next time."""
         assert self._metrics is not None, "begin() comes first"
         line = {"event": event, "step": step, **values, "time": round(time.time(), 3)}
-        self._metrics.write(as_json(line) + "\n")
+        try:
+            self._metrics.append(redact(as_json(line)))
+        except OSError as error:
+            self._warn_once("metrics.jsonl", error)
 
     def say(self, text: str = "") -> None:
         """Print to the terminal, above the progress bar if there is one, and to train.log."""
-        with contextlib.suppress(BrokenPipeError, UnicodeEncodeError):  # the reader has gone; train.log still has it
+        text = redact(text)
+        with contextlib.suppress(OSError, ValueError):  # the reader has gone; train.log still has it
             tqdm.write(text, file=sys.stdout)
-        with open(self.directory / "train.log", "a", encoding="utf-8") as log:
-            log.write(text + "\n")
+        try:
+            with open(self.directory / "train.log", "ab") as log:
+                log.write(as_utf8(text + "\n"))
+        except OSError as error:
+            self._warn_once("train.log", error)
 
     def write_report(self, report: dict[str, Any], markdown: str) -> None:
-        """report.json for programs and report.md for people."""
-        (self.directory / "report.json").write_text(as_json(report, indent=2) + "\n", encoding="utf-8")
-        (self.directory / "report.md").write_text(markdown, encoding="utf-8")
+        """report.md for people and, last, report.json for programs, which says that the run is done."""
+        replace_file(self.directory / "report.md", as_utf8(redact(markdown)))
+        replace_file(self.directory / "report.json", as_utf8(redact(as_json(report, indent=2)) + "\n"))
+
+    def sync(self) -> None:
+        """Before a checkpoint: make what was logged survive a power loss.
+
+        Raises:
+            UserError: the directory was removed or renamed, or another process has made one in its place.
+        """
+        assert self._metrics is not None, "begin() comes first"
+        try:
+            there = os.path.samestat(os.stat(self.directory / ".lock"), os.fstat(self._lock))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise UserError(f"output.dir: {self.directory}: was removed or replaced while the run went on: start anew")
+        try:
+            self._metrics.sync()
+        except OSError as error:
+            self._warn_once("metrics.jsonl", error)
+
+    def _warn_once(self, name: str, error: OSError) -> None:
+        if name not in self._refused:
+            self._refused.add(name)
+            self.say(f"warning: {self.directory / name}: {error.strerror}: training goes on, lines wait or are missing")
 
     def _take_lock(self) -> None:
+        """Own the directory, or say who does.
+
+        The kernel lets go of the lock of a process that died. Where the file system has no locks (some network mounts
+        refuse `flock`), the note in the file decides: a process of this computer that no longer runs owns nothing, and
+        one of another computer cannot be asked. Two that start in the same instant are not told apart there.
+        """
+        note = os.pread(self._lock, 1000, 0).decode(errors="replace").strip()
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._refuse(note, "wait for it")
         except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            raise UserError(
-                f"output.dir: {self.directory}: in use by process {owner}: wait for it or choose another output.dir"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        self._lock.flush()
+            if _may_be_running(note):
+                self._refuse(note, f"wait for it or, if it has ended, remove {self.directory / '.lock'}")
+        owner = f"{os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.pwrite(self._lock, owner, 0)
+            os.ftruncate(self._lock, len(owner))
+
+    def _refuse(self, note: str, what_to_do: str) -> NoReturn:
+        os.close(self._lock)
+        owner = note or "unknown"
+        raise UserError(
+            f"output.dir: {self.directory}: in use by process {owner}: {what_to_do} or choose another output.dir"
+        ) from None
+
+
+def _may_be_running(note: str) -> bool:
+    """Whether the process of a lock's note may still be there; one with its number that began later is another."""
+    words = note.split(maxsplit=4)  # 1234 on host since 2025-01-31 12:00:00
+    if len(words) < 5 or words[2] != socket.gethostname():
+        return bool(note)
+    try:
+        since = time.mktime(time.strptime(words[4], "%Y-%m-%d %H:%M:%S"))
+        return psutil.Process(int(words[0])).create_time() <= since + 60  # clocks are set now and then
+    except (ValueError, psutil.NoSuchProcess):
+        return False
 
 
 def _values(line: str) -> dict[str, Any]:
@@ -220,6 +342,11 @@ def as_json(value: Any, indent: int | None = None) -> str:
         return None if isinstance(part, float) and not math.isfinite(part) else part
 
     return json.dumps(strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def as_utf8(text: str) -> bytes:
+    """UTF-8; half a character, as in the name of a file that is not UTF-8, becomes \\udcNN, which JSON reads back."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The decoder: token ids in, hidden states out, and the cache that makes generation linear.
+"""The decoder: token ids in, hidden states out.
 
 One class serves Llama 2/3, Mistral, Qwen2 and Qwen3, because they differ only in a few switches: a bias on some
 projections, a norm on queries and keys, a sliding window, a way of stretching the rotary positions. `DecoderConfig`
@@ -30,7 +30,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from nanoft import UserError
-from nanoft.attention import Documents, attend, attention_mask, backend, rotate
+from nanoft.attention import Documents, attend, backend, rotate
 
 Keep = Literal["all", "input", "offloaded"]  # what of a block waits for backward: its activations, or its input only
 ARCHITECTURES = {
@@ -234,30 +234,7 @@ def _read_windows(hf: Mapping[str, Any], family: str, layers: int) -> tuple[int 
     return tuple(window if index >= first else None for index in range(layers))
 
 
-class KVCache:
-    """Keys and values of the positions seen so far, one pair a layer, in buffers of their final size."""
-
-    def __init__(self, config: DecoderConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.positions = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
-        self.segments = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
-        self.length = 0
-
-    def reserve(self, positions: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-        """Note what comes next; return positions and segments of all that may be attended to, (b, k)."""
-        start, self.length = self.length, self.length + positions.shape[1]
-        self.positions[:, start : self.length] = positions
-        self.segments[:, start : self.length] = segments
-        return self.positions[:, : self.length], self.segments[:, : self.length]
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (b, q, g, d) to a layer; return all of its keys and values, (b, k, g, d)."""
-        start = self.length - keys.shape[1]
-        self.keys[layer][:, start : self.length] = keys
-        self.values[layer][:, start : self.length] = values
-        return self.keys[layer][:, : self.length], self.values[layer][:, : self.length]
+KeepPair = Callable[[int, Tensor, Tensor], None]  # is given each layer's keys and values, (b, q, g, d)
 
 
 @dataclass
@@ -267,8 +244,7 @@ class Attention:
     cos: Tensor  # (b or 1, q, 1, d / 2)
     sin: Tensor  # (b or 1, q, 1, d / 2)
     documents: Documents | None  # of a packed batch
-    masks: dict[int | None, Tensor]  # by window, where positions alone do not say it: (b, 1, q, k), True: may attend
-    cache: KVCache | None
+    keep_pair: KeepPair | None  # where the text is to go on: nanoft/decode.py
 
 
 class RMSNorm(nn.Module):
@@ -321,10 +297,10 @@ class SelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, attention.cos, attention.sin), rotate(k, attention.cos, attention.sin)
-        if attention.cache is not None:
-            k, v = attention.cache.extend(self.layer, k, v)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm's float32 weight has widened them
-        y = attend(q, k, v, self.window, attention.documents, attention.masks.get(self.window))
+        if attention.keep_pair is not None:
+            attention.keep_pair(self.layer, k, v)
+        y = attend(q, k, v, self.window, attention.documents)
         return self.o_proj(select_rows(y.flatten(2), rows))
 
 
@@ -434,9 +410,8 @@ class Decoder(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         documents: Documents | None = None,
-        segments: Tensor | None = None,
-        cache: KVCache | None = None,
         rows: Tensor | None = None,
+        keep_pair: KeepPair | None = None,
     ) -> Tensor:
         """Last hidden states, (batch, seq, hidden); of some rows only, (1, n, hidden).
 
@@ -445,14 +420,13 @@ class Decoder(nn.Module):
             positions: of each token in its document, (batch, seq); None: 0, 1, 2, ...
             documents: of a packed batch, which do not see each other. None: one document a row, padded on the right
                 if at all (no token sees what comes after it, so such padding needs no mask).
-            segments: the same, token by token, where there is a cache: which document each belongs to, (batch, seq).
-            cache: earlier positions, extended in place.
             rows: flat positions b * seq + s that are wanted, (n,); None: all.
+            keep_pair: is given the keys and values of each layer.
         """
         x = self.model.embed_tokens(ids)
         if self.training and self.neftune_alpha:
             x = x + embedding_noise(x, self.neftune_alpha)
-        attention = self._attention(ids, x, positions, documents, segments, cache)
+        attention = self._attention(ids, x, positions, documents, keep_pair)
         *earlier, last = zip(self.model.layers, self.keep, strict=True)
         for block, keep in earlier:
             x = run_block(block, x, attention, None, keep)
@@ -476,21 +450,14 @@ class Decoder(nn.Module):
         x: Tensor,
         positions: Tensor | None,
         documents: Documents | None,
-        segments: Tensor | None,
-        cache: KVCache | None,
+        keep_pair: KeepPair | None,
     ) -> Attention:
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        cos, sin = self._rotation(positions, x.dtype)
-        if segments is None and cache is None:
-            return Attention(cos, sin, documents, {}, None)
-        positions = positions.expand(ids.shape)
-        segments = torch.ones_like(ids) if segments is None else segments
-        keys = (positions, segments) if cache is None else cache.reserve(positions, segments)
-        masks = {window: attention_mask(positions, segments, *keys, window) for window in set(self.config.windows)}
-        return Attention(cos, sin, None, masks, cache)
+        cos, sin = self.rotation(positions, x.dtype)
+        return Attention(cos, sin, documents, keep_pair)
 
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of position * frequency, (b, q, 1, d / 2); angles in float32 whatever the model's dtype."""
         frequency, factor = self.config.rope.angles(self.config.head_dim)
         angles = positions[:, :, None, None].float() * frequency.to(positions.device)

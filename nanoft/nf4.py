@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import math
 from collections.abc import Iterator
 from typing import Any, Literal, Self
@@ -27,9 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
+from nanoft.untrusted import parse_json
 
 BLOCK = 64  # weights that share one scale
 NESTED = 256  # scales that share a scale of their own (double quantisation)
+MAX_NOTE = 4096  # bytes of what bitsandbytes notes beside a weight; it needs 200
 # Weights that are packed or unpacked at a time, which bounds the memory it takes: on a CPU what its caches hold,
 # elsewhere more, because every kernel costs its start.
 CHUNK, GPU_CHUNK = 1 << 20, 1 << 23
@@ -271,7 +272,7 @@ def unpack(parts: list[Tensor], kind: str, shape: tuple[int, ...] | list[int], d
     """
     if kind == "int8":
         return _unpack_rows(parts, dtype)
-    unpack_4bit = _unpack_bitsandbytes if uses_bitsandbytes(parts[0].device.type) else _unpack_table
+    unpack_4bit = unpack_bitsandbytes if uses_bitsandbytes(parts[0].device.type) else unpack_table
     return unpack_4bit(parts, kind, dtype).view(*shape)
 
 
@@ -289,7 +290,7 @@ def uses_bitsandbytes(device_type: str) -> bool:
     return device_type in ("cuda", "cpu") and importlib.util.find_spec("bitsandbytes") is not None
 
 
-def _unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
+def unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
     import bitsandbytes  # noqa: F401 (its operators are in torch.ops then)
 
     packed, absmax, *nested = parts
@@ -302,7 +303,7 @@ def _unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> 
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, kind, (len(absmax), BLOCK), dtype)
 
 
-def _unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
+def unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
     packed, absmax, *nested = parts
     if nested:
         absmax = _unpack_scales(absmax, *nested)
@@ -415,7 +416,7 @@ def read_stored(
     """
     kind, double = quantization
     if kind == "int8":
-        if int(tensors.get("weight_format", torch.tensor(0))) != 0:
+        if (tensors.get("weight_format", torch.tensor(0)) != 0).any():
             raise UserError("weight_format: not in rows: save the model again with bitsandbytes 0.45 or newer")
         return Linear8bit.of_parts([tensors["weight"], tensors["SCB"]], shape, kind, dtype)
     offset = _check_note(tensors[f"weight.quant_state.bitsandbytes__{kind}"], shape, quantization)
@@ -431,8 +432,8 @@ def read_stored(
 def _check_note(note: Tensor, shape: tuple[int, ...], quantization: tuple[str, bool]) -> float:
     """The mean that was taken from the scales, out of the note beside a 4-bit weight."""
     try:
-        said = json.loads(note.cpu().numpy().tobytes())
-    except (ValueError, RecursionError):
+        said = parse_json(note[:MAX_NOTE].cpu().numpy().tobytes())
+    except ValueError:
         raise UserError("weight.quant_state: damaged: fetch or copy the model again") from None
     (kind, double), said = quantization, said if isinstance(said, dict) else {}
     expected: dict[str, Any] = {"quant_type": kind, "blocksize": BLOCK, "shape": list(shape)}

@@ -202,6 +202,9 @@ class Follower(Run):
     def say(self, text: str = "") -> None:
         pass
 
+    def sync(self) -> None:
+        pass
+
 
 class NoSaves(Background):
     """Their saves: rank 0's are those of all."""

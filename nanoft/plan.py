@@ -26,8 +26,10 @@ from nanoft.config import Config
 from nanoft.lora import inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import Decoder, DecoderConfig, Keep, keep_by_policy
-from nanoft.runtime import choose_device, choose_dtype, memory_limit_bytes, resident_bytes
-from nanoft.weights import find_model, read_shape
+from nanoft.nf4 import choose_dequantize
+from nanoft.optim import check_optimizer
+from nanoft.runtime import DTYPES, choose_device, choose_dtype, memory_limit_bytes, resident_bytes
+from nanoft.weights import find_shape
 
 MiB = 2**20
 # Beside what is counted: bytes that kernels, caches and threads bring, and how many tensors of (tokens, intermediate)
@@ -112,7 +114,7 @@ def estimate(
     full, e = config.training.method == "full", dtype.itemsize
     stored = 4 if full else e
     tokens = rows * length
-    bits = 16 if full else config.quantization.bits
+    bits = 16 if full or config.quantization.dequantize == "cached" else config.quantization.bits
     moments = MOMENTS.get(config.training.optimizer, 4.0 * (config.training.momentum > 0))
     block = kept_by_block(decoder, counts, config, e) * tokens
     waiting = {"all": block, "input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
@@ -125,10 +127,11 @@ def estimate(
     gathered = stored * (2 * counts.linears / decoder.num_layers + counts.others)  # this block, the next, and the rest
     parts = {
         "process": baseline + kernels + BITSANDBYTES * (cpu and bits == 4),
-        "linears": part * counts.linears * (stored if bits == 16 else bits / 8) + counts.scales,
+        "linears": part * counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16),
         "head, embedding": part * counts.others * stored,
         "gathered": gathered * split * (2 if full else 1),  # with their gradients
         "adapters": 0.0 if full else part * 4.0 * counts.trained,
+        "cast weights": part * counts.linears * e if full and e < 4 else 0.0,  # for the products, by autocast
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
         "activations": sum(waiting[one] for one in keep),
@@ -209,10 +212,10 @@ def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, leng
     return (frozen + 6 * counts.trained + 4 * head) / 1e9
 
 
-def matmul_gflop_s(device: torch.device, dtype: torch.dtype, decoder: DecoderConfig, seconds: float = 0.5) -> float:
-    """What bare products of the MLP's shape reach here, in 10^9 operations a second."""
-    x = torch.randn(2048, decoder.hidden_size, device=device).to(dtype)
-    weight = torch.randn(decoder.intermediate_size, decoder.hidden_size, device=device).to(dtype)
+def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: int, seconds: float = 0.5) -> float:
+    """What bare products x W^T reach here, x (2048, inner), W (outer, inner), in 10^9 operations a second."""
+    x = torch.randn(2048, inner, device=device).to(dtype)
+    weight = torch.randn(outer, inner, device=device).to(dtype)
     flop, done, started = 2 * x.numel() * len(weight), 0, 0.0
     while done < 3 or time.perf_counter() - started < seconds:
         if done == 2:  # the first ones warm up
@@ -225,21 +228,54 @@ def matmul_gflop_s(device: torch.device, dtype: torch.dtype, decoder: DecoderCon
 # ---- For train.py
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    room: float  # bytes that a plan may fill
+    here: bool  # or only described, by system.device and system.memory_gb
+
+
+def find_machine(config: Config) -> Machine:
+    """This machine, or the one that the config describes if its device is not here.
+
+    Raises:
+        UserError: the device is not here, and nothing says how much memory it has.
+    """
+    wanted, memory_gb = config.system.device, config.system.memory_gb
+    try:
+        device = choose_device(wanted)
+    except UserError as error:
+        if memory_gb is None:
+            raise UserError(f"{error}, or give its system.memory_gb to --plan for it") from None
+        dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
+        return Machine(torch.device(wanted), dtype, MARGIN * memory_gb * 1e9, here=False)
+    dtype = choose_dtype(config.model.dtype, device)
+    return Machine(device, dtype, MARGIN * memory_limit_bytes(device), here=True)
+
+
 def planner(config: Config) -> Callable[[int, int, list[Keep]], Plan]:
     """From rows, their length, and what each block keeps, to the memory of a step."""
-    device = choose_device(config.system.device)
-    dtype, decoder = choose_dtype(config.model.dtype, device), read_shape(find_model(config.model.name))
-    counts, baseline = count(decoder, config), resident_bytes(device)
+    machine, decoder = find_machine(config), find_shape(config.model.name)
+    device, dtype, counts = machine.device, machine.dtype, count(decoder, config)
+    settled, baseline = decide_dequantize(config, counts, machine), resident_bytes(device)
 
     def plan(rows: int, length: int, keep: list[Keep]) -> Plan:
-        return estimate(decoder, counts, config, device.type, dtype, rows, length, keep, baseline)
+        return estimate(decoder, counts, settled, device.type, dtype, rows, length, keep, baseline)
 
     return plan
 
 
-def room(config: Config) -> float:
-    """Bytes that a plan may fill here."""
-    return MARGIN * memory_limit_bytes(choose_device(config.system.device))
+def decide_dequantize(config: Config, counts: Counts, machine: Machine) -> Config:
+    """Say for quantization.dequantize=auto whether the base will be unpacked once: what loading it will find."""
+    e = machine.dtype.itemsize
+    packed = counts.linears * config.quantization.bits / 8 + counts.scales
+    left = machine.room / MARGIN - packed - counts.others * e
+    extra = counts.linears * e - packed
+    chosen = choose_dequantize(config.quantization.dequantize, machine.device.type, int(extra), int(left))
+    return config.override({"quantization.dequantize": chosen})
 
 
 def decide_rows(config: Config, recorded: dict[str, Any] | None) -> Config:
@@ -262,18 +298,19 @@ def decide_rows(config: Config, recorded: dict[str, Any] | None) -> Config:
     if recorded is not None and recorded["system"].get("ranks", 1) == config.system.ranks:
         return config.override({name: recorded["training"][name.partition(".")[2]] for name in ROWS})
     plan, length = planner(config), config.model.max_seq_length
-    layers = read_shape(find_model(config.model.name)).num_layers
+    layers = find_shape(config.model.name).num_layers
     keep = keep_by_policy("full" if t.checkpointing == "auto" else t.checkpointing, t.checkpoint_every, layers)
-    rows = choose_rows(lambda n: plan(n, length, keep).peak, rows_a_rank, room(config))
+    rows = choose_rows(lambda n: plan(n, length, keep).peak, rows_a_rank, find_machine(config).room)
     return config.override(dict(zip(ROWS, (rows, rows_a_rank // rows), strict=True)))
 
 
 def choose_activations(config: Config, rows: int, length: int) -> tuple[list[Keep], Plan]:
     """What each block keeps for backward, by the policy or, if that is auto, by what fits; and the plan of it."""
     t, plan = config.training, planner(config)
-    layers = read_shape(find_model(config.model.name)).num_layers
+    layers = find_shape(config.model.name).num_layers
     if t.checkpointing == "auto":
-        keep = choose_keep(lambda keep: plan(rows, length, keep).peak, layers, room(config))
+        room = find_machine(config).room
+        keep = choose_keep(lambda keep: plan(rows, length, keep).peak, layers, room)
     else:
         keep = keep_by_policy(t.checkpointing, t.checkpoint_every, layers)
     return keep, plan(rows, length, keep)
@@ -318,32 +355,45 @@ def _peak(config: Config, rows: int, length: int) -> float:
     return choose_activations(config, rows, min(length, config.model.max_seq_length))[1].peak
 
 
+def show_speed(machine: Machine, decoder: DecoderConfig, work: float, step_tokens: int) -> None:
+    """Print what this device could reach, from bare matrix products on it."""
+    sizes, kind = (decoder.hidden_size, decoder.intermediate_size), machine.device.type
+    reached = matmul_gflop_s(machine.device, machine.dtype, *sizes)
+    share = EFFICIENCY.get(kind)
+    print(f"{'products':16} {reached:9,.0f} GFLOP/s in bare matrix products here")
+    if share:
+        speed = share * reached / work
+        print(
+            f"{'speed':16} {speed:9,.0f} tokens/s if {share:.0%} of it is reached; {step_tokens / speed:,.1f} s a step"
+        )
+    else:
+        print(f"{'speed':16} at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")
+
+
 def show_plan(config: Config) -> int:
     """Print memory by part, and time, before anything is loaded.
 
     Raises:
         UserError: it does not fit.
     """
-    device = choose_device(config.system.device)
-    dtype = choose_dtype(config.model.dtype, device)
+    machine = find_machine(config)
+    device, free = machine.device, machine.room
+    check_optimizer(config.training.optimizer, device)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     config = decide_rows(config, None)
-    decoder, length, free = read_shape(find_model(config.model.name)), config.model.max_seq_length, room(config)
+    decoder, length = find_shape(config.model.name), config.model.max_seq_length
     keep, plan = choose_activations(config, config.micro_batch_rows(), length)
+    if not machine.here:
+        print(f"{'device':16} {device.type} with {free / MARGIN / 1e9:.1f} GB, which is not here")
     for name, size in plan.parts.items():
         print(f"{name:16} {size / 1e9:9.3f} GB")
     print(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {free / 1e9:.1f} that it may have; {kept(plan)}")
     again = sum(one != "all" for one in keep) / len(keep)
     work = gflop_per_token(decoder, count(decoder, config), config, length, again)
-    reached = matmul_gflop_s(device, dtype, decoder)
-    print(f"{'work':16} {work:9.3g} GFLOP a token; bare matrix products reach {reached:,.0f} GFLOP/s here")
-    share, step = EFFICIENCY.get(device.type), config.effective_batch_size() // config.system.ranks * length
-    if share:
-        speed = share * reached / work
-        print(f"{'speed':16} {speed:9,.0f} tokens/s if {share:.0%} of that is reached; {step / speed:,.1f} s a step")
-    else:
-        print(f"{'speed':16} at most {reached / work:,.0f} tokens/s; what is reached on {device.type}: not measured")
+    print(f"{'work':16} {work:9.3g} GFLOP a token")
+    if machine.here:
+        show_speed(machine, decoder, work, config.effective_batch_size() // config.system.ranks * length)
     peaks, full = planner(config), keep_by_policy("full", 1, decoder.num_layers)
     fitting = [rows for rows in ROWS_TRIED if peaks(rows, length, full).peak <= free]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"

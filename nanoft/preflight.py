@@ -67,6 +67,22 @@ def judge(checks: Sequence[Check], forced: Sequence[str]) -> None:
         )
 
 
+def check_ids(corpus: Corpus, vocab_size: int) -> None:
+    """Every token is in the model's vocabulary: one that is not would read beyond the embedding.
+
+    Raises:
+        UserError: names the largest that is not.
+    """
+    tokens, at_once = corpus.training.tokens, 1 << 24
+    pieces = (tokens[at : at + at_once] for at in range(0, len(tokens), at_once))
+    largest = max((int(np.maximum(piece, ~piece).max()) for piece in pieces), default=0)  # targets stand as ~id
+    if largest >= vocab_size:
+        raise UserError(
+            f"model.name: its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}: "
+            "tokenizer.json is another model's: fetch the directory again"
+        )
+
+
 def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check]:
     """Everything that can be told from the tokens alone."""
     spread = np.linspace(0, len(corpus.training) - 1, min(LOOKED_AT, len(corpus.training))).astype(int)

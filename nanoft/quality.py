@@ -16,11 +16,13 @@ out the same records whatever their order, and a larger share holds out more, no
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,6 +118,31 @@ def resembling(
             agree = (block[alike] == held[order[place[alike]]]).mean(axis=1)
             found[start + rows[alike[agree >= threshold]]] = True
     return found
+
+
+def leaks(asked: Sequence[str], trained_on: Iterable[str], threshold: float, at_once: int = 20_000) -> tuple[int, int]:
+    """How many of some prompts stand among others, word for word or (not counting those) nearly so.
+
+    Args:
+        asked: the prompts of an evaluation.
+        trained_on: those of the training data, streamed.
+        threshold: share of the 5-grams of both that they have in common.
+    """
+    words = [" ".join(text.lower().split()) for text in asked]
+    own = np.stack([signature(text) for text in asked]) if asked else np.empty((0, SIGNATURE), np.uint32)
+    known, near, stream = set(words), np.zeros(len(asked), np.bool_), iter(trained_on)
+    exact: set[str] = set()
+    while block := list(itertools.islice(stream, at_once)):
+        exact |= known & {" ".join(text.lower().split()) for text in block}
+        both = np.concatenate([own, *(signature(text)[None] for text in block)])
+        is_own = np.arange(len(both)) < len(own)
+        near |= resembling(functools.partial(_rows, both), threshold, is_own, ~is_own)[: len(own)]
+    is_exact = np.array([text in exact for text in words], np.bool_)
+    return int(is_exact.sum()), int((near & ~is_exact).sum())
+
+
+def _rows(signatures: Array, start: int, stop: int) -> Array:
+    return signatures[start:stop]
 
 
 def _band_keys(band: Array) -> Array:

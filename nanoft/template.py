@@ -39,7 +39,7 @@ TEMPLATE_ERRORS = (
 # What compiling one can raise: too many levels for Jinja's parser, or for Python's.
 COMPILE_ERRORS = (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError)
 
-MAX_SOURCE = 1_000_000  # characters of a template
+MAX_SOURCE = 200_000  # characters of a template; long ones have 20,000
 MAX_OUTPUT = 1_000_000  # characters of a rendering, besides four times those of the messages
 MAX_MADE = 64  # times the output: characters of all values on the way to it
 MAX_AT_ONCE = 16  # times the output: estimated characters of one value
@@ -113,7 +113,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     # ---- What is counted
 
     def count_turn(self) -> None:
-        """Stands at the beginning of each loop's and macro's body."""
+        """Stands at the beginning of each loop's and macro's body, and before each call and comparison."""
         self.turns += 1
         if self.turns % 64 == 0:
             now = time.thread_time()  # slow on some machines, and few templates come here
@@ -139,6 +139,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         pieces = list(pieces)
         self._fits(sum(map(len, pieces)), 1)
         return "".join(pieces)
+
+    def compared(self, value: Any) -> Any:
+        """The result of a comparison, which may have gone through a million values."""
+        self.count_turn()
+        return value
 
     def add(self, left: Any, right: Any) -> Any:
         """The + operator, in an expression with many of them."""
@@ -184,6 +189,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if owner is self:
             return function(*args)  # what _Counted has put there
+        self.count_turn()
         for value in (*args, *kwargs.values()):
             self.made_of(value)
         if isinstance(owner, str):
@@ -216,6 +222,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         def checked(*args: Any, **kwargs: Any) -> Any:
             self.count_turn()
             given = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, MACHINERY)]
+            for arg in given:
+                if not isinstance(arg, str) and _size(arg, MAX_OUTPUT) > MAX_OUTPUT:
+                    self._fits(_size(arg, self._learn_limit()), 1)
             if name == "format":
                 self._checked_form(str(given[0]), _size(given[1:], MAX_AT_ONCE * MAX_OUTPUT))
             if name in GROWING and given:
@@ -226,9 +235,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 self._check_growth(name, given[0], given[1:])
             if given:
                 self._check_slow(name, given[0], given[1:])
-            for arg in given:
-                if not isinstance(arg, str):
-                    self._fits(_size(arg, MAX_AT_ONCE * MAX_OUTPUT), 1)
             return self.made_of(function(*args, **kwargs))
 
         return checked
@@ -272,7 +278,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Counted(NodeTransformer):
-    """Put a count into each loop and macro, and weigh what is kept: literals, and values that are given a name.
+    """Put a count into loops, macros and comparisons, and weigh what is kept: literals, and values that get a name.
 
     Between two of these an expression can only put together as many values as it has operators, so + and ~ need no
     check of their own unless there are very many.
@@ -296,6 +302,11 @@ class _Counted(NodeTransformer):
         self.generic_visit(node)
         node.values = [_call("made_of", [value], node.lineno) for value in node.values]
         return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        quick = all(part.op not in ("in", "notin") and isinstance(part.expr, nodes.Const) for part in node.ops)
+        return node if quick else _call("compared", [node], node.lineno)
 
     def visit_Add(self, node: nodes.Add) -> nodes.Node:
         many = sum(1 for _ in node.find_all((nodes.Add, nodes.Concat))) >= MAX_OPERATORS
@@ -350,7 +361,7 @@ def find_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(clean), spans
 
 
-def _size(value: Any, enough: int = 1 << 40) -> int:
+def _size(value: Any, enough: int = MAX_AT_ONCE * MAX_OUTPUT) -> int:
     """The characters of all texts in a value, one more for each part; stops counting beyond `enough`."""
     if isinstance(value, str):
         return len(value)

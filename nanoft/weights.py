@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nanoft import UserError
-from nanoft.adapter import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, read_json
-from nanoft.chat import ChatTokenizer
+from nanoft.adapter import NOTE, as_plain_lora, load_adapter_tensors, read_adapter
+from nanoft.chat import MAX_TOKENIZER, ChatTokenizer
 from nanoft.checkpoint import Damaged, Saved, Specs, encode, verify, write_file
 from nanoft.config import Config, LoRAConfig, load_file
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder, DecoderConfig, initialise
 from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize, read_stored, stored_tensors
 from nanoft.runtime import DTYPES
+from nanoft.tensorfile import Header, load_tensors, read_header
+from nanoft.untrusted import plain_file, read_bytes, read_json, refuse_code
 
 # What is fetched from the Hub: data only, never code, never pickles. The pattern of the weights leaves out the second
 # copy of them that some models carry as consolidated.safetensors.
@@ -40,13 +41,27 @@ TOKENIZER_FILES = [
 ]  # fmt: skip
 FLOATS = {"F64", "F32", "F16", "BF16"}  # number formats, in safetensors' names, that mean what they say without a scale
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
+PICKLES = (
+    "pytorch_model*.bin",
+    "model*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+)  # weights that can run code when read
+# The most that a config.json may ask for: several times the largest model there is.
+MOST = {
+    "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
+}  # fmt: skip
+WIDEST_WINDOW = 1 << 31
 
 
-def find_model(name: str, field: str = "model.name") -> Path:
+def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HUB_FILES, *TOKENIZER_FILES)) -> Path:
     """A local directory, or a Hub name fetched into the Hub's cache.
 
     Args:
         field: where the name comes from, for the message.
+        files: patterns of what is fetched.
     Raises:
         UserError: neither a directory nor a model on the Hub that can be had.
     """
@@ -59,7 +74,7 @@ def find_model(name: str, field: str = "model.name") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES + TOKENIZER_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{field}: {name}: no such directory, and not to be had from the Hub: {reason}") from None
@@ -70,31 +85,43 @@ def read_shape(directory: Path) -> DecoderConfig:
     path = directory / "config.json"
     stored = read_json(path)
     try:
+        refuse_code(stored)
+        _check_sizes(stored)
         config = DecoderConfig.from_hf(stored)
         _check_shape(config)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: a field is missing or of the wrong kind ({error}): fetch the file again") from None
     return config
 
 
+def find_shape(name: str) -> DecoderConfig:
+    """The shape of a model by its directory or Hub name; of the latter nothing but config.json is fetched."""
+    return read_shape(find_model(name, files=["config.json"]))
+
+
+def _check_sizes(stored: dict[str, Any]) -> None:
+    """Sizes that no model has, found before anything of that size is made."""
+    for name, most in MOST.items():
+        value = stored.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
+
+
 def _check_shape(config: DecoderConfig) -> None:
     """Values that no decoder can have, found before they fail deep inside one."""
-    counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    for name in counts:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 on")
-    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
+    if config.num_heads % config.num_kv_heads or config.head_dim % 2 or config.head_dim < 1:
         raise UserError("the heads do not divide: num_attention_heads by num_key_value_heads, and head_dim by 2")
-    if type(config.norm_eps) not in (int, float):
-        raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not a number")
+    if type(config.norm_eps) not in (int, float) or not 0 <= config.norm_eps < 1:
+        raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not a small number")
     windows = [window for window in config.windows if window is not None]
-    if len(config.windows) != config.num_layers or any(type(w) is not int or w < 1 for w in windows):
+    wrong = any(type(window) is not int or not 1 <= window <= WIDEST_WINDOW for window in windows)
+    if wrong or len(config.windows) != config.num_layers:
         raise UserError(f"sliding_window, layer_types: not a window, or none, for each of {config.num_layers} layers")
-    if not config.rope.angles(config.head_dim)[0].isfinite().all():
-        raise UserError(f"rope: {config.rope.theta}, {dict(config.rope.parameters)} give no finite angles")
+    frequencies, factor = config.rope.angles(config.head_dim)
+    if not frequencies.isfinite().all() or not math.isfinite(factor):
+        raise UserError(f"rope: {config.rope.theta}, {dict(config.rope.parameters)!r:.200} give no finite angles")
 
 
 def shard_paths(directory: Path) -> list[Path]:
@@ -107,48 +134,26 @@ def shard_paths(directory: Path) -> list[Path]:
     single = directory / "model.safetensors"
     if not index.is_file():
         if single.is_file():
+            plain_file(single)
             return [single]
+        if pickles := [path for pattern in PICKLES for path in sorted(directory.glob(pattern))]:
+            raise UserError(
+                f"{pickles[0]}: weights in a pickle, which can run code, are not read: use a copy of the model in "
+                "safetensors, or convert it once (torch.load with weights_only=True, safetensors.torch.save_file)"
+            )
         raise UserError(f"{directory}: no weights here: expected model.safetensors or model.safetensors.index.json")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is missing or empty: fetch the file again")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
             raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
     shards = [directory / name for name in sorted(set(weight_map.values()))]
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"{shard}: named in the index, but missing: fetch the model again")
+        plain_file(shard)
     return shards
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, open to read.
-
-    Raises:
-        UserError: truncated or otherwise not whole.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}): fetch or copy it again") from None
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says of one of its tensors."""
-
-    path: Path
-    form: str  # F32, BF16, U8, ...
-    shape: tuple[int, ...]
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, a view of the file; that is opened anew, for an open one keeps in memory what was read of it."""
-        with open_safetensors(self.path) as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
 
 
 def read_headers(paths: list[Path]) -> dict[str, Header]:
@@ -159,12 +164,10 @@ def read_headers(paths: list[Path]) -> dict[str, Header]:
     """
     headers: dict[str, Header] = {}
     for path in paths:
-        with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in headers:
-                    raise UserError(f"{path}: {name} is in two files: fetch the model again")
-                part = file.get_slice(name)
-                headers[name] = Header(path, part.get_dtype(), tuple(part.get_shape()))
+        for name, header in read_header(path).items():
+            if name in headers:
+                raise UserError(f"{path}: {name} is in two files: fetch the model again")
+            headers[name] = header
     return headers
 
 
@@ -261,7 +264,9 @@ def stored_quantization(directory: Path) -> tuple[str, bool] | None:
     q = read_json(path).get("quantization_config")
     if not q:
         return None
-    kind = q.get("bnb_4bit_quant_type", "fp4")
+    if not isinstance(q, dict):
+        raise UserError(f"{path}: quantization_config: {q!r:.60} is not a table")
+    kind = str(q.get("bnb_4bit_quant_type", "fp4"))
     if q.get("load_in_8bit"):
         return "int8", False
     if not q.get("load_in_4bit") or kind not in CODES or q.get("bnb_4bit_quant_storage", "uint8") != "uint8":
@@ -383,9 +388,9 @@ def copy_companions(source: Path, out: Path) -> None:
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            write_file(out / name, [(source / name).read_bytes()])
+            write_file(out / name, [read_bytes(source / name, MAX_TOKENIZER)])
     path = source / "generation_config.json"
-    content = path.read_bytes() if path.is_file() else b""
+    content = read_bytes(path) if path.is_file() else b""
     if (source / "tokenizer.json").is_file():
         chat = ChatTokenizer.from_directory(source)
         if not chat.has_own_template:
@@ -396,6 +401,12 @@ def copy_companions(source: Path, out: Path) -> None:
             content = (json.dumps({**settings, "eos_token_id": chat.stop_ids}, indent=2) + "\n").encode()
     if content:
         write_file(out / path.name, [content])
+
+
+def base_files(directory: Path) -> list[Path]:
+    """The files of a model that decide what an adapter was trained on: config, tokenizer, weights."""
+    described = [directory / name for name in ("config.json", "tokenizer.json") if (directory / name).is_file()]
+    return [*described, *shard_paths(directory)]
 
 
 def hash_files(paths: list[Path]) -> str:
@@ -415,11 +426,14 @@ class TrainedAdapter:
 
     place: Path  # where its tensors are, for messages
     base: Path
+    base_name: str  # as the run's config or the adapter has it: a directory or a name on the Hub
     tokenizer: Path
     lora: LoRAConfig
     tensors: dict[str, Tensor]
     quantization: tuple[str, bool] | None  # the form (nf4 | fp4 | int8, double) of the base in training
     dtype: torch.dtype  # what training computed in
+    base_sha256: str | None = None  # of the base's files in training, if that is known
+    step: int | None = None  # of the checkpoint that it is, for a run that has no result yet
 
 
 @dataclass(frozen=True)
@@ -441,10 +455,16 @@ def open_chat(source: str, opened: Opened, as_trained: bool = False) -> ChatToke
     Args:
         as_trained: a template that prints the date prints that of the run, not today's.
     """
-    run = read_json(Path(source) / "config.json") if is_run(source) else {}
-    chat = ChatTokenizer.from_directory(opened.tokenizer_directory, run.get("data", {}).get("template_args"))
-    if as_trained and "date" in run.get("provenance", {}):
-        chat.date = datetime.fromisoformat(run["provenance"]["date"])
+    if not is_run(source):
+        return ChatTokenizer.from_directory(opened.tokenizer_directory)
+    path = Path(source) / "config.json"
+    chat = ChatTokenizer.from_directory(opened.tokenizer_directory, load_file(path).data.template_args)
+    date = read_json(path).get("provenance", {}).get("date")
+    if as_trained and date is not None:
+        try:
+            chat.date = datetime.fromisoformat(date)
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: provenance.date: {date!r:.60} is not a date: the file is damaged") from None
     return chat
 
 
@@ -507,19 +527,52 @@ def best_checkpoint(run: Path) -> Saved:
 
 def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
     """The best checkpoint of a run on its base; after full training it holds every weight itself."""
+    config = load_file(run / "config.json")
+    if config.training.method != "full":
+        adapter = _read_checkpoint(run)
+        return replace(_attach(adapter, device, dtype, original_base), step=adapter.step)
+    saved, base = best_checkpoint(run), find_model(config.model.name)
+    model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
+    return Opened(model, {}, base, base, dtype=dtype, step=step_of(saved))
+
+
+def step_of(saved: Saved) -> int:
+    """The optimizer step of a checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    step = saved.state.get("step")
+    if type(step) is not int:
+        raise UserError(f"{saved.path / 'state.json'}: step: {step!r:.60} is not a step: train again")
+    return step
+
+
+def read_trained(source: str) -> TrainedAdapter:
+    """The adapter that a RUN or ADAPTER argument names: the run's result or else its best checkpoint, or a directory.
+
+    Raises:
+        UserError: something in it is missing, damaged or not supported.
+    """
+    path = find_adapter(source)
+    return _read_checkpoint(Path(source)) if path is None else _read_adapter_directory(path)
+
+
+def _read_checkpoint(run: Path) -> TrainedAdapter:
+    """The adapter in the best checkpoint of a run."""
     config, saved = load_file(run / "config.json"), best_checkpoint(run)
-    base, step = find_model(config.model.name), saved.state["step"]
-    if config.training.method == "full":
-        model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
-        return Opened(model, {}, base, base, dtype=dtype, step=step)
-    quantization = quantization_of(config)
     try:
-        trained_in = DTYPES[read_json(run / "config.json")["provenance"]["dtype"]]
-    except (KeyError, TypeError):
+        provenance = read_json(run / "config.json")["provenance"]
+        trained_in, base_sha256 = DTYPES[provenance["dtype"]], provenance.get("base_sha256")
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run / 'config.json'}: provenance.dtype is missing or damaged: train again") from None
-    lora, tensors = as_plain_lora(config.lora, saved.tensors("adapter"))
-    adapter = TrainedAdapter(saved.path, base, base, lora, tensors, quantization, trained_in)
-    return replace(_attach(adapter, device, dtype, original_base), step=step)
+    path, step = saved.path / "adapter.safetensors", step_of(saved)
+    try:
+        lora, tensors = as_plain_lora(config.lora, load_tensors(path))
+    except (KeyError, RuntimeError):  # one of A, B, A0, B0 is missing, or does not fit the others
+        raise UserError(f"{path}: not the tensors of an adapter with lora.init={config.lora.init}") from None
+    base, name, quantization = find_model(config.model.name), config.model.name, quantization_of(config)
+    return TrainedAdapter(saved.path, base, name, base, lora, tensors, quantization, trained_in, base_sha256, step)
 
 
 def _read_adapter_directory(path: Path) -> TrainedAdapter:
@@ -533,17 +586,26 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
         trained_in = DTYPES[note.get("dtype", "float32")]
     except (KeyError, TypeError):
         raise UserError(f"{path / NOTE}: damaged: copy the adapter again") from None
-    return TrainedAdapter(path, base, tokenizer, lora, tensors, quantization, trained_in)
+    base_sha256 = note.get("base_sha256")
+    return TrainedAdapter(path, base, base_name, tokenizer, lora, tensors, quantization, trained_in, base_sha256)
 
 
 def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, original_base: bool) -> Opened:
     """Base and adapter, put together as they were in training; a base that is stored packed is its own original."""
-    trained_on = adapter.quantization or stored_quantization(adapter.base)
     quantization = None if original_base else adapter.quantization
-    model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
+    return attach(adapter, load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype))
+
+
+def attach(adapter: TrainedAdapter, model: Decoder) -> Opened:
+    """Put an adapter on a model, in place.
+
+    Raises:
+        UserError: it does not fit this model.
+    """
     try:
         adapters = inject_lora(model, adapter.lora, seed=0)
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None
     load_adapter_tensors(adapters, adapter.tensors, str(adapter.place))
+    trained_on = adapter.quantization or stored_quantization(adapter.base)
     return Opened(model.eval(), adapters, adapter.base, adapter.tokenizer, trained_on, adapter.dtype)

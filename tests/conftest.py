@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,12 @@ from hypothesis import settings
 # One thread, here and in every process that a test starts: two processes with two threads each on two cores wait for
 # one another most of the time. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Signals as a terminal has them: a shell's background jobs (and nohup) have SIGINT and SIGHUP ignored, and so would
+# every process that a test starts.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # The same examples every time; pytest --hypothesis-profile=default draws new ones.
 settings.register_profile("steady", derandomize=True, deadline=None)

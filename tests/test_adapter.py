@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from models import make_reference
 from nanoft import UserError
-from nanoft.adapter import adapter_tensors, as_plain_lora, load_adapter_tensors, read_adapter, save_adapter
+from nanoft.adapter import (
+    PEFT_PREFIX,
+    adapter_tensors,
+    as_plain_lora,
+    combine,
+    load_adapter_tensors,
+    read_adapter,
+    save_adapter,
+    save_mlx,
+    select,
+)
 from nanoft.config import LoRAConfig
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder
@@ -168,6 +180,156 @@ def test_targets_are_stored_as_names_that_peft_understands(
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     assert (logits(model) - logits(theirs)).abs().max() < 1e-4
     assert torch.equal(logits(model), logits(reopened(base, tmp_path / "adapter")))
+
+
+# --- sums and parts
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora and patterns": {"rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"mlp.*": 3.0}},
+    "some modules": {"target_modules": ("attention",), "rank": 3, "alpha": 1.0},
+}
+
+
+def kind(name: str) -> LoRAConfig:
+    return replace(LoRAConfig(rank=4, alpha=6.0), **KINDS[name])
+
+
+def two(base: Path, directory: Path, names: tuple[str, str]) -> list[tuple[LoRAConfig, dict[str, Tensor]]]:
+    """Two adapters in directories one and two."""
+    for place, name, sign in (("one", names[0], 1.0), ("two", names[1], -0.7)):
+        model, adapters = trained(base, kind(name))
+        with torch.no_grad():
+            for adapter in adapters.values():
+                adapter.lora_B.mul_(sign).add_(0.01)
+        save_adapter(directory / place, model, adapters, kind(name), str(base), {})
+    return [read_adapter(directory / place)[::2] for place in ("one", "two")]  # type: ignore[misc]
+
+
+def on_base(base: Path, lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[Decoder, dict[str, LoRALinear]]:
+    model = load_model(base, CPU, torch.float32).eval()
+    adapters = inject_lora(model, lora, seed=0)
+    load_adapter_tensors(adapters, tensors, "sum")
+    return model.eval(), adapters
+
+
+@pytest.mark.parametrize("names", [("plain", "plain"), ("plain", "rslora and patterns"), ("some modules", "plain")])
+def test_a_weighted_sum_is_what_peft_makes_of_it(names: tuple[str, str], base: Path, tmp_path: Path) -> None:
+    parts, weights = two(base, tmp_path, names), [0.7, -0.3]
+    lora, tensors = combine(parts, weights, lambda _: None)
+    model, adapters = on_base(base, lora, tensors)
+    reference = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    theirs = PeftModel.from_pretrained(reference, tmp_path / "one", adapter_name="one")
+    theirs.load_adapter(tmp_path / "two", adapter_name="two")
+    changes: dict[str, Tensor] = {}
+    for name, module in theirs.named_modules():
+        for adapter, weight in zip(("one", "two"), weights, strict=True):
+            if adapter in getattr(module, "lora_A", {}):
+                key = name.removeprefix("base_model.model.")
+                changes[key] = changes.get(key, 0) + weight * module.get_delta_weight(adapter)  # type: ignore[operator]
+    assert adapters.keys() == changes.keys()
+    for name, change in changes.items():
+        assert (adapters[name].delta() - change).abs().max() < 1e-6, name
+    save_adapter(tmp_path / "sum", model, adapters, lora, str(base), {})
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "sum")
+    assert (logits(again) - logits(model)).abs().max() < 1e-4
+
+
+def test_trained_biases_add_up_as_changes(base: Path, tmp_path: Path) -> None:
+    loras = [replace(PLAIN, bias="lora_only"), PLAIN]
+    parts = [(lora, {k: t.clone() for k, t in adapter_tensors(trained(base, lora)[1]).items()}) for lora in loras]
+    stored = load_file(base / "model.safetensors")
+    lora, tensors = combine(parts, [0.5, 2.0], lambda name: stored.get(f"{name}.bias"))
+    _, adapters = on_base(base, lora, tensors)
+    for name, adapter in adapters.items():
+        old, new = stored[f"{name}.bias"], parts[0][1][f"{PEFT_PREFIX}{name}.base_layer.bias"]
+        assert adapter.bias is not None
+        assert torch.allclose(adapter.bias, old + 0.5 * (new - old))
+        assert not torch.allclose(adapter.bias, old)
+
+
+def test_a_dora_is_not_added(base: Path) -> None:
+    tensors = adapter_tensors(trained(base, variant("dora"))[1])
+    with pytest.raises(UserError, match="DoRA gives each row"):
+        combine([(variant("dora"), tensors)], [0.5], lambda _: None)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("only", "kept"),
+    [
+        (["attention"], r"self_attn"),
+        (["mlp"], r"\.mlp\."),
+        (["q_proj", r".*layers\.1\..*up_proj"], r"q_proj|1.*up_proj"),
+    ],
+)
+def test_a_part_of_an_adapter_changes_only_what_it_names(
+    only: list[str], kept: str, name: str, base: Path, tmp_path: Path
+) -> None:
+    _, adapters = trained(base, variant(name))
+    lora, tensors = select(*as_plain_lora(variant(name), adapter_tensors(adapters)), only)
+    model, part = on_base(base, lora, tensors)
+    assert part.keys() == {module for module in adapters if re.search(kept, module)}
+    for module, adapter in part.items():
+        weight = adapter.base.weight  # type: ignore[union-attr]
+        assert (adapter.merged(weight) - adapters[module].merged(weight)).abs().max() < 1e-6
+        assert (adapter.bias is None) == (variant(name).bias == "none")
+    save_adapter(tmp_path / "part", model, part, lora, str(base), {})
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "part")
+    assert (logits(theirs) - logits(model)).abs().max() < 1e-4
+
+
+def test_a_part_that_is_none_is_refused(base: Path) -> None:
+    tensors = adapter_tensors(trained(base)[1])
+    with pytest.raises(UserError, match=r"--only: 'w_proj' names nothing .* q_proj, "):
+        select(PLAIN, tensors, ["attention", "w_proj"])
+
+
+# --- MLX
+
+
+def test_mlx_has_no_place_for_biases(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--format mlx: .* cannot hold trained biases"):
+        save_mlx(tmp_path, trained(base, variant("bias"))[1], 3, "some/base")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if variant(name).bias == "none"])
+def test_mlx_says_what_we_say(name: str, tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    utils = pytest.importorskip("mlx_lm.utils")
+    tuner = pytest.importorskip("mlx_lm.tuner.utils")
+    make_reference("llama-bias", tmp_path / "base")
+    model, adapters = trained(tmp_path / "base", variant(name))
+    (tmp_path / "adapter").mkdir()
+    save_mlx(tmp_path / "adapter", adapters, 3, str(tmp_path / "base"))
+    theirs, _ = utils.load_model(tmp_path / "base")
+    ids = mx.array(IDS.numpy())
+    plain = torch.tensor(theirs(ids).tolist())
+    assert (plain - logits(load_model(tmp_path / "base", CPU, torch.float32))).abs().max() < 1e-3
+    theirs = tuner.load_adapters(theirs, str(tmp_path / "adapter"))
+    theirs.eval()
+    said = torch.tensor(theirs(ids).tolist())
+    assert (said - plain).abs().max() > 0.1
+    assert (said - logits(model)).abs().max() < 1e-3
+
+
+def test_the_mlx_files_are_the_adapter_transposed(base: Path, tmp_path: Path) -> None:
+    """Without MLX: names, shapes and product of the layout as its documentation has it."""
+    _, adapters = trained(base, variant("patterns"))
+    save_mlx(tmp_path, adapters, 3, "some/base")
+    config, tensors = (
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+        load_file(tmp_path / "adapters.safetensors"),
+    )
+    assert (config["fine_tune_type"], config["num_layers"]) == ("lora", 3)
+    scale, keys = config["lora_parameters"]["scale"], config["lora_parameters"]["keys"]
+    assert keys == sorted(f"{'mlp' if n[0] in 'gud' else 'self_attn'}.{n}" for n in LAST_NAMES)
+    assert tensors.keys() == {f"{name}.lora_{part}" for name in adapters for part in "ab"}
+    for name, adapter in adapters.items():
+        change = scale * (tensors[f"{name}.lora_a"] @ tensors[f"{name}.lora_b"]).T
+        assert (change - adapter.delta()).abs().max() < 1e-6
 
 
 def change_config(path: Path, **changes: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanoft import attention
-from nanoft.attention import Documents, attend, attention_mask, rotate
+from nanoft.attention import Documents, attend, rotate
 
 
 def tensors(lengths: tuple[int, ...], dtype: torch.dtype, heads: int = 4, groups: int = 2) -> list[torch.Tensor]:
@@ -34,6 +34,13 @@ def places(documents: tuple[int, ...], batch: int, length: int) -> tuple[torch.T
     return positions, numbers
 
 
+def who_sees_whom(positions: torch.Tensor, documents: torch.Tensor, window: int | None) -> torch.Tensor:
+    """(b, 1, q, k): the same document, not the future, not further back than the window."""
+    past = positions[:, :, None] - positions[:, None, :]
+    seen = (past >= 0) & (documents[:, :, None] == documents[:, None, :])
+    return (seen if window is None else seen & (past < window))[:, None]
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
 @pytest.mark.parametrize("chunk", [1, 4, 128])
 @pytest.mark.parametrize("chunked", [True, False])
@@ -48,7 +55,7 @@ def test_output_and_gradients_are_those_of_the_plain_formula(
     bounds = torch.tensor((0, *packed), dtype=torch.int32).cumsum(0)
     documents = None if packed == (11, 11) else Documents(packed, bounds)
     place = places(packed, 2, 11)
-    expected = plainly(*parts, attention_mask(*place, *place, window))
+    expected = plainly(*parts, who_sees_whom(*place, window))
     y = attend(*parts, window, documents)
     assert torch.allclose(y, expected, atol=1e-12)
     towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -56,15 +63,6 @@ def test_output_and_gradients_are_those_of_the_plain_formula(
         torch.autograd.grad(y, parts, towards), torch.autograd.grad(expected, parts, towards), strict=True
     ):
         assert torch.allclose(own, other, atol=1e-6)  # dk and dv are summed in float32
-
-
-def test_a_mask_says_who_is_seen_whatever_the_positions() -> None:
-    parts = tensors((2, 6), torch.float64)
-    segments = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])  # padded on the left
-    positions = (segments.cumsum(1) - 1).clamp(min=0)
-    seen = attention_mask(positions, segments, positions, segments, None)
-    real = segments.bool()
-    assert torch.allclose(attend(*parts, mask=seen)[real], plainly(*parts, seen)[real])
 
 
 def test_in_bfloat16_on_a_cpu_chunks_stay_within_two_roundings_of_float64() -> None:
@@ -99,7 +97,7 @@ def test_the_kernel_for_many_lengths_equals_the_masked_formula(window: int | Non
     documents = Documents(lengths, torch.tensor((0, *lengths)).cumsum(0).int().cuda())
     place = [t.cuda() for t in places(lengths, 2, 128)]
     exact = [part.detach().double().requires_grad_() for part in parts]
-    expected = plainly(*exact, attention_mask(*place, *place, window))
+    expected = plainly(*exact, who_sees_whom(*place, window))
     y = attend(*parts, window, documents)
     towards = torch.randn(y.shape, generator=generator).cuda()
     assert (y.double() - expected).norm() < 0.01 * expected.norm()

@@ -18,7 +18,7 @@ from nanoft import batches
 from nanoft.batches import Batch, Batches, Samples, pack
 from nanoft.chat import Sample
 from nanoft.loss import target_nll
-from nanoft.model import select_rows
+from nanoft.selftest import gradients_apart, packed_apart
 from nanoft.weights import load_model
 
 PAD = 9
@@ -277,30 +277,29 @@ def test_packed_and_unpacked_epochs_have_the_same_targets() -> None:
     assert epoch(None) == epoch(80)
 
 
-def test_packed_logits_and_gradients_are_those_of_the_documents_alone(tmp_path: Path) -> None:
+def test_packed_logits_and_gradients_are_those_of_the_documents_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_reference("mistral", tmp_path, vocab_size=32)
     samples = make([5, 9, 3, 1, 12, 7])
 
-    def flow(rows: list[list[Sample]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Logits of all tokens in the order of the samples, and the gradient of the summed loss."""
+    def flow(rows: list[list[Sample]]) -> dict[str, torch.Tensor]:
+        """The gradient of the summed loss."""
         model = load_model(tmp_path, torch.device("cpu"), torch.float32)
         batch = collate(rows, PAD)
-        hidden = model(batch.ids, batch.positions, batch.documents)
-        target_nll(select_rows(hidden, batch.rows), model.head, batch.targets).backward()
-        lengths = [sum(len(sample.ids) for sample in row) for row in rows]
-        logits = [row[:length] for row, length in zip(model.logits(hidden), lengths, strict=True)]
-        return torch.cat(logits).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
+        target_nll(hidden, model.head, batch.targets).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    logits, gradients = flow([[sample] for sample in samples])
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    alone = flow([[sample] for sample in samples])
     for rows in ([samples[:3], samples[3:]], [samples]):
-        packed_logits, packed_gradients = flow(rows)
-        assert (packed_logits - logits).abs().max() < 1e-5 * logits.abs().max()
-        assert packed_gradients.keys() == gradients.keys()
-        assert max(float((packed_gradients[n] - gradients[n]).abs().max()) for n in gradients) < 1e-5 * largest
-    model, batch = load_model(tmp_path, torch.device("cpu"), torch.float32), collate([samples], PAD)
-    seen = model.logits(model(batch.ids))[0]  # the test of the test: documents that see each other
-    assert (seen - logits).abs().max() > 1e-2
+        assert gradients_apart(flow(rows), alone) < 1e-5
+    model = load_model(tmp_path, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        assert packed_apart(model, Samples.of(samples), PAD) < 1e-5
+        forward = model.forward  # the test of the test: documents that see each other
+        monkeypatch.setattr(model, "forward", lambda ids, positions=None, documents=None: forward(ids, positions))
+        assert packed_apart(model, Samples.of(samples), PAD) > 1e-2
 
 
 # ---- Padding

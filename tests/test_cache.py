@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -157,11 +159,56 @@ def test_what_was_not_used_for_longest_goes(home: Path, monkeypatch: pytest.Monk
     assert {key for key, entry in entries.items() if entry.exists()} == {"b", "d"}
 
 
-def test_no_place_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_place_to_write_but_for_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    build = Builder()
+    entry = build.get()
+    assert content(entry) == {"a.bin": bytes(range(256)) * 20, "b.txt": b"hello"}
+    assert entry.parent == tmp_path
+    (warning,) = build.said
+    assert "file/nanoft: the cache cannot be written (Not a directory): the data is prepared for once" in warning
+    shutil.rmtree(entry)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written .*set XDG_CACHE_HOME"):
-        Builder().get()
+        build.get()
+
+
+def test_what_is_prepared_for_once_goes_with_the_process(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code = "from nanoft.cache import cached; print(cached('k', lambda d: (d / 'x').write_text('x'), lambda _: None))"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:  # what pathlib says when there is neither HOME nor an entry in the list of users
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "a").write_text("one")
+    assert hash_unless_known([tmp_path / "a"]) == hash_unless_known([tmp_path / "a"])
+    build = Builder()
+    assert content(build.get()) == content(build.get())
+    assert build.built == 2
+
+
+def test_a_cache_that_somebody_else_keeps_is_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Builder()
+    entry = build.get()
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    for name in ("utime", "mkdir", "open"):
+        monkeypatch.setattr(os, name, read_only)
+    assert build.get() == entry
+    assert (build.built, build.said) == (1, [])
 
 
 def test_hash_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

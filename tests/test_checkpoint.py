@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -22,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanoft import UserError
+from nanoft import UserError, checkpoint
 from nanoft.checkpoint import (
     SAFETENSORS_DTYPES,
     Background,
@@ -161,7 +162,7 @@ def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     for step, best in ((1, (1, 3.0)), (2, (2, 2.0)), (3, (2, 2.0)), (4, (2, 2.0)), (5, (2, 2.0)), (6, (6, 1.0))):
         save(checkpoints, step, best)
-        assert checkpoints.best_step() == best[0]
+        assert checkpoints.best() == best
         last = {step - 1, step} - {0}
         assert set(checkpoints.steps()) == last | {best[0]}
     noted = json.loads((tmp_path / "best.json").read_text())
@@ -195,9 +196,13 @@ def test_a_run_that_went_back_leaves_no_later_checkpoint_to_go_on_from(tmp_path:
     saved, damage = checkpoints.newest()
     assert saved is not None
     assert (saved.path, damage) == (checkpoints.path(15), [])
-    assert checkpoints.best_step() == 10
+    assert checkpoints.best() == (10, 2.0)
+    checkpoints.forget_after(12)  # so does one that has only begun to
+    assert (checkpoints.steps(), checkpoints.best()) == ([10], (10, 2.0))
+    checkpoints.forget_after(5)
+    assert (checkpoints.steps(), (tmp_path / "best.json").exists()) == ([], False)
     save(checkpoints, 12)  # before the first evaluation
-    assert checkpoints.best_step() is None
+    assert checkpoints.best() is None
     assert not (tmp_path / "best.json").exists()
 
 
@@ -218,18 +223,16 @@ def test_every_kth_stays_for_good(tmp_path: Path) -> None:
 
 
 def test_only_our_own_leftovers_are_swept(tmp_path: Path) -> None:
-    run, inside = tmp_path, tmp_path / "checkpoints"
+    inside = tmp_path / "checkpoints"
     (inside / ".tmp-step-000007-4711").mkdir(parents=True)
-    ours = [".tmp-config.json-4711", ".tmp-best.json-1", ".preflight-99"]
-    others = [".tmp-config.json", ".tmp-mine-12", ".preflight", "tmp-step-1-2", ".lock"]
-    for name in [*ours, *others]:
-        (run / name).write_bytes(b"x")
+    others = [".tmp-step-mine", ".tmp-mine-12", "tmp-step-1-2"]
+    for name in others:
+        (inside / name).write_bytes(b"x")
     (tmp_path.parent / "elsewhere").mkdir()
     (tmp_path.parent / "elsewhere" / "kept").write_bytes(b"x")
     (inside / ".tmp-step-000008-1").symlink_to(tmp_path.parent / "elsewhere")
     Checkpoints(inside, keep=1)
-    assert sorted(path.name for path in run.iterdir()) == sorted([*others, "checkpoints"])
-    assert list(inside.iterdir()) == []
+    assert sorted(path.name for path in inside.iterdir()) == sorted(others)
     assert (tmp_path.parent / "elsewhere" / "kept").is_file()
 
 
@@ -344,6 +347,37 @@ def test_what_does_not_fit_twice_into_memory_is_saved_while_training_waits(tmp_p
     saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), lambda: 1.0)
     begin(saves, 1)
     assert is_whole(tmp_path / "checkpoints" / "step-000001", 1), "it is there when start() returns"
+
+
+def test_copies_that_do_not_fit_after_all_cost_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves, weight, copy = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty), tensors(1), Tensor.to
+
+    def second_fails(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        full = options.get("copy") and tensor.shape == weight["adapter"]["b"].shape
+        return copy(torch.empty(2**60, dtype=torch.uint8) if full else tensor, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "to", second_fails)
+        saves.start(1, weight, {"step": 1, "note": "é"}, None)
+    assert is_whole(tmp_path / "checkpoints" / "step-000001", 1), "it is there when start() returns"
+    outcome = saves.collect()
+    assert outcome is not None
+    assert outcome.error is None
+
+
+def test_without_a_thread_to_be_had_it_is_saved_while_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty)
+    begin(saves, 1)
+    outcome = saves.collect()
+    assert outcome is not None
+    assert is_whole(outcome.path, 1)
+    assert saves.collect() is None
 
 
 @pytest.mark.parametrize(("leaving", "waits"), [(None, True), (UserError, True), (KeyboardInterrupt, False)])
@@ -489,6 +523,19 @@ def test_a_state_that_is_no_object_does_not_pass(content: bytes, path: Path) -> 
     damaged(path)
 
 
+def test_a_file_that_the_disk_cannot_read_is_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint.hash_file
+
+    def bad_sector(file: Path) -> Any:
+        if file.name == "optimizer.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return real(file)
+
+    monkeypatch.setattr(checkpoint, "hash_file", bad_sector)
+    with pytest.raises(Damaged, match=r"optimizer\.safetensors: cannot be read: Input/output error"):
+        verify(path)
+
+
 def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
     damaged(tmp_path / "nothing")
     (tmp_path / "file").write_bytes(b"x")
@@ -587,9 +634,10 @@ def check_what_is_left(tmp_path: Path, redo: bool) -> int:
     assert newest in ((3,) if redo else (3, 4))
     assert is_whole(saved.path, newest)
     assert not list((tmp_path / "checkpoints").glob(".*")), "leftovers are swept"
-    best = checkpoints.best_step()
-    assert best in (1, 3, 4)
-    assert is_whole(verify(checkpoints.path(best)).path, best)
+    best = checkpoints.best()
+    assert best is not None
+    assert best[0] in (1, 3, 4)
+    assert is_whole(verify(checkpoints.path(best[0])).path, best[0])
     save(checkpoints, 5, (5, 0.1))
     saved, damage = checkpoints.newest()
     assert saved is not None

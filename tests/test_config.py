@@ -44,6 +44,7 @@ DIFFERENT = {  # something else than the default in every section
     "logging.progress_bar": False,
     "system.seed": 2**32 - 1,
     "evaluation.max_samples": 3,
+    "evaluation.metrics": ("token_f1", "max_words:3"),
 }
 
 
@@ -426,3 +427,30 @@ def test_a_setting_that_has_no_effect_is_not_warned_about() -> None:
     assert questionable(Config(training=ratio_is_beaten)) == []
     assert questionable(Config(training=TrainingConfig(optimizer="sgd", learning_rate=0.5))) == []
     assert questionable(Config(training=from_scratch, model=ModelConfig(random_init=True))) == []
+
+
+# --- code that a config may ask for
+
+
+@pytest.mark.parametrize("name", ["own.metric:score", "regex:own", "max_words:3", "own"])
+def test_only_a_config_in_python_may_name_a_function(name: str, tmp_path: Path) -> None:
+    function = name == "own.metric:score"
+    python = f"from nanoft.config import *\nconfig = Config(evaluation=EvaluationConfig(metrics=({name!r},)))"
+    assert load_file(write(tmp_path / "c.py", python)).evaluation.metrics == (name,)
+    tree = {"evaluation": {"metrics": [name, "bleu"]}}
+    for suffix in ("json", "yaml"):
+        path = write(tmp_path / f"c.{suffix}", json.dumps(tree))
+        if function:
+            refused(lambda path=path: load_file(path), str(path), f"evaluation.metrics: {name}: would run code")
+        else:
+            assert load_file(path).evaluation.metrics == (name, "bleu")
+    path = write(tmp_path / "config.json", json.dumps({**tree, "provenance": {}}))  # of a run: it goes on without
+    assert load_file(path).evaluation.metrics == (("bleu",) if function else (name, "bleu"))
+    given = load_config(path, [f"evaluation.metrics={name},bleu"], {"NANOFT_EVALUATION__METRICS": "other"})
+    assert given.evaluation.metrics == (name, "bleu")
+
+
+def test_windows_that_do_not_overlap_are_refused() -> None:
+    change = {"evaluation.stride": 64, "model.max_seq_length": 64}
+    refused(lambda: Config().override(change), "evaluation.stride: 64: windows of model.max_seq_length=64")
+    assert Config().override({**change, "evaluation.stride": 63}).evaluation.stride == 63

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterator
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from hub import Hub
+from shapes import SHAPES
 
+import train
+from models import make_chat_model, write_records
 from nanoft.config import SECTION_NAMES, SECTION_TYPES, Config, load_file
+from nanoft.model import DecoderConfig, keep_by_policy
+from nanoft.plan import count, estimate
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "configs" / "experiments").glob("*.py")])
+SITUATIONS = [path for path in CONFIGS if not path.stem.startswith("tiny")]
 PROGRAM = [*sorted((ROOT / "nanoft").glob("*.py")), ROOT / "train.py", ROOT / "eval.py", ROOT / "merge.py"]
 NEEDS_NO_COMMENT = {"system.device"}
 
@@ -23,11 +35,191 @@ def test_a_config_loads_and_has_a_docstring(path: Path) -> None:
     assert config.data.train_file
     assert config.model.name
     assert Config.from_dict(config.to_dict()) == config
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    _, paragraph = paragraphs(path)
+    assert paragraph.startswith("For whoever ")
 
 
-def test_there_is_a_config_to_start_with() -> None:
-    assert ROOT / "configs" / "tiny.py" in CONFIGS
+def paragraphs(path: Path) -> list[str]:
+    """The first line of a config's docstring, and the paragraph after it."""
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring
+    return [" ".join(part.split()) for part in docstring.split("\n\n")]
+
+
+def test_there_is_a_config_for_every_situation() -> None:
+    names = {str(path.relative_to(ROOT / "configs")) for path in CONFIGS}
+    gpus = {"h100.py", "gpu_8gb.py", "gpu_12gb.py", "gpu_24gb.py", "gpu_80gb.py", "full_finetune.py"}
+    experiments = {f"experiments/{name}.py" for name in ("high_rank", "larger_batch", "quick_test")}
+    assert names >= {"tiny.py", "m4.py", "cpu.py"} | gpus | experiments
+
+
+def test_the_config_for_an_h100_has_the_usual_settings() -> None:
+    c = load_file(ROOT / "configs" / "h100.py")
+    assert (c.model.name, c.model.dtype) == ("mistralai/Mistral-7B-Instruct-v0.3", "bfloat16")
+    assert (c.model.max_seq_length, 16 <= c.effective_batch_size() <= 32) == (4096, True)
+    assert (c.quantization.bits, c.quantization.type, c.quantization.double) == (4, "nf4", True)
+    assert (c.lora.rank, c.lora.alpha, c.lora.dropout, c.lora.target_modules) == (16, 32.0, 0.05, ("all-linear",))
+    t = c.training
+    assert (t.learning_rate, t.lr_scheduler, t.warmup_ratio, t.optimizer) == (2e-4, "cosine", 0.03, "adamw_paged")
+    assert (t.max_grad_norm, t.weight_decay, t.num_epochs) == (0.3, 0.01, 3)
+    assert (t.log_steps, t.eval_steps, t.save_steps, t.keep_checkpoints) == (10, 100, 500, 3)
+
+
+# --- --plan, for machines that are not here
+
+
+def claimed(path: Path) -> tuple[float, float, float]:
+    """What a config's paragraph says: peak in GB, the same with every block computed again, GFLOP a token."""
+    _, text = paragraphs(path)
+    peak = re.search(r"Planned, not measured: ([\d.]+) GB", text)
+    least = re.search(r" ([\d.]+) GB with (?:every block computed again|all of them)", text)
+    work = re.search(r"Time: ([\d.]+) GFLOP a token", text)
+    assert peak
+    assert least
+    assert work
+    return float(peak[1]), float(least[1]), float(work[1])
+
+
+@pytest.fixture
+def serve_shape(tmp_path: Path, serve_hub: Callable[[Any], None]) -> Callable[[str], type[Hub]]:
+    """A Hub with one model: its config.json, and weights that nobody may ask for."""
+
+    def serve(name: str) -> type[Hub]:
+        files = tmp_path / "remote"
+        files.mkdir()
+        (files / "config.json").write_text(json.dumps(SHAPES[name]))
+        (files / "model.safetensors").write_bytes(b"never read")
+        hub = type("ThisHub", (Hub,), {"repository": f"models/{name}", "files": files, "asked": []})
+        serve_hub(hub)
+        return hub
+
+    return serve
+
+
+@pytest.mark.parametrize("path", SITUATIONS, ids=lambda path: path.stem)
+def test_a_plan_needs_no_weights_and_finds_what_the_config_says(
+    path: Path, serve_shape: Callable[[str], type[Hub]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_file(path)
+    hub = serve_shape(config.model.name)
+    assert train.main([str(path), "--plan"]) == 0
+    fetched = {asked.rpartition("/")[2] for asked in hub.asked if "/resolve/" in asked}
+    assert fetched == {"config.json"}
+    said = capsys.readouterr().out
+    figures = {name: float(number) for name, number in re.findall(r"^(\w+) +([\d.]+) G", said, re.MULTILINE)}
+    peak, least, work = claimed(path)
+    on_a_gpu = config.system.device != "cpu"
+    assert figures["peak"] - (0 if on_a_gpu else figures["process"]) == pytest.approx(peak, rel=0.05)
+    assert figures["work"] == pytest.approx(work, rel=0.05)
+    assert ("which is not here" in said) == (on_a_gpu and not torch.cuda.is_available())
+
+    decoder = DecoderConfig.from_hf(SHAPES[config.model.name])
+    if "unpacked" in paragraphs(path)[1] or path.parent.name == "experiments":  # as the paragraph of h100.py says
+        config = config.override({"quantization.dequantize": "cached"})
+    dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+    size = (config.micro_batch_rows(), config.model.max_seq_length)
+    again = keep_by_policy("full", 1, decoder.num_layers)
+    plan = estimate(decoder, count(decoder, config), config, config.system.device, dtype, *size, again, 0.0)
+    assert (plan.peak - (0 if on_a_gpu else plan.parts["process"])) / 1e9 == pytest.approx(least, rel=0.05)
+
+
+def test_the_table_of_the_document_has_the_figures_of_the_configs() -> None:
+    text = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(configs/[\w/.]+)` \| .* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    shown = {ROOT / path: tuple(map(float, figures)) for path, *figures in rows}
+    assert shown == {path: claimed(path) for path in SITUATIONS}
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_base"])
+def test_the_plan_of_the_demo(name: str) -> None:
+    assert train.main([str(ROOT / "configs" / f"{name}.py"), "--plan"]) == 0
+
+
+H100 = str(ROOT / "configs" / "h100.py")
+
+
+def test_what_the_described_machine_cannot_hold_is_one_line(
+    serve_shape: Callable[[str], type[Hub]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve_shape("mistralai/Mistral-7B-Instruct-v0.3")
+    assert train.main([H100, "--plan", "system.memory_gb=6", "system.device=mps", "training.optimizer=adamw"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "training.micro_batch_size: 2 rows of 4096 tokens take" in error
+    assert "and 5.40 GB are there" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: system.device: cuda is not available here (there is cpu): set system.device=auto\n"),
+        (["--plan", "system.memory_gb=none"], "set system.device=auto, or give its system.memory_gb to --plan for it"),
+        (["system.device=auto"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set training.opt"),
+        (["--plan", "system.device=cpu"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set train"),
+        (["--plan", "system.device=tpu"], "system.device: 'tpu' is not one of auto, cuda, mps, cpu"),
+    ],
+    ids=str,
+)
+def test_a_device_that_is_not_here_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([H100, *arguments, f"output.dir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_extra_that_is_not_installed_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_chat_model(tmp_path / "base")
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    own = [f"model.name={tmp_path / 'base'}", f"data.train_file={tmp_path / 'data.parquet'}"]
+    assert train.main([str(ROOT / "configs" / "cpu.py"), *own, f"output.dir={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err.endswith("data.parquet: Parquet needs pyarrow: pip install -e '.[parquet]'\n")
+
+
+# --- auto
+
+
+@pytest.mark.parametrize(
+    ("device_type", "memory_gb", "name"),
+    [  # total memory as PyTorch gives it
+        ("cuda", 6.2, "gpu_8gb"),  # GTX 1660
+        ("cuda", 8.3, "gpu_8gb"),  # RTX 4060
+        ("cuda", 12.5, "gpu_12gb"),  # RTX 3060
+        ("cuda", 16.9, "gpu_12gb"),  # RTX 4080
+        ("cuda", 23.8, "gpu_24gb"),  # A10G
+        ("cuda", 25.4, "gpu_24gb"),  # RTX 4090
+        ("cuda", 42.3, "gpu_24gb"),  # A100 40GB
+        ("cuda", 85.0, "gpu_80gb"),  # H100
+        ("cuda", 150.1, "gpu_80gb"),  # H200
+        ("mps", 34.4, "m4"),
+        ("cpu", 16.0, "cpu"),
+    ],
+)
+def test_auto_takes_the_largest_config_that_the_device_has_memory_for(
+    device_type: str, memory_gb: float, name: str
+) -> None:
+    path = train.config_for(device_type, memory_gb)
+    assert path.stem == name
+    config = load_file(path)
+    assert config.system.device == device_type
+    assert not config.system.memory_gb or config.system.memory_gb <= max(8, memory_gb * 1.01)
+
+
+def test_auto_says_what_it_takes_and_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_chat_model(tmp_path / "base")
+    own = [f"model.name={tmp_path / 'base'}", f"data.train_file={write_records(tmp_path / 'data.jsonl')}"]
+    few = ["training.max_steps=1", "evaluation.prompts=2", "model.max_seq_length=256", "system.device=cpu"]
+    assert train.main(["auto", *own, *few, f"output.dir={tmp_path / 'run'}"]) == 0
+    assert capsys.readouterr().out.startswith("auto      configs/cpu.py, because this is CPU, 1 threads")
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["model"]["name"] == str(tmp_path / "base")
+    assert recorded["training"]["gradient_accumulation_steps"] == 8  # that of configs/cpu.py
 
 
 def bindings(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
@@ -95,6 +287,8 @@ def test_every_field_is_explained_beside_it(section: str) -> None:
     source = (ROOT / "nanoft" / "config.py").read_text()
     bodies = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     for node in bodies[SECTION_TYPES[section].__name__].body:
+        if isinstance(node, ast.Expr):  # the section's docstring
+            continue
         assert isinstance(node, ast.AnnAssign)
         assert isinstance(node.target, ast.Name)
         line = source.splitlines()[node.lineno - 1]

@@ -521,3 +521,25 @@ def test_any_records_end_in_counts_that_add_up(chat: ChatTokenizer, tmp_path: Pa
 def test_settings_that_are_not_in_the_key_do_not_change_samples() -> None:
     names = {item.name for item in dataclasses.fields(DataConfig)}
     assert set(corpus.NOT_IN_KEY) <= names
+
+
+# ---- What an evaluation asks of it
+
+
+def test_fields_and_questions_are_those_of_the_records(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records = [pair(f"q{n}", f"a{n}", topic=n % 3) if n % 5 else pair(f"q{n}") for n in range(20)]
+    system = [{"role": "system", "content": "be kind"}]
+    first = write(tmp_path / "a.jsonl", records)
+    second = write(tmp_path / "b.jsonl", [{"messages": system + talk("x", "y", "z", "w"), "topic": "m"}])
+    found = build(chat, f"{first},{second}", validation_split=0.3)
+    for side in (found.training, found.validation):
+        questions = [c.question() for c in found.conversations(side, 99)]
+        assert sorted(found.questions(side)) == sorted(questions)
+        expected = []
+        for record in side.records.tolist():
+            file, _, line = found.place(record).rpartition(":")
+            raw = json.loads(Path(file).read_text().splitlines()[int(line) - 1])
+            expected.append(str(raw.get("topic", "(none)")))
+        assert found.values(side, "topic") == expected
+    with pytest.raises(UserError, match="tpic: no record has this field: there are prompt, completion"):
+        found.values(found.training, "tpic")

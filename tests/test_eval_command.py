@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as command
+import train
 from models import make_chat_model, train_run, write_records
 from nanoft.chat import ChatTokenizer
 
@@ -35,12 +36,17 @@ def figures(*arguments: Any, out: Path) -> dict[str, Any]:
 def test_a_run_measures_what_its_report_says(name: str, runs: Path, tmp_path: Path) -> None:
     reported = json.loads((runs / name / "report.json").read_text())
     measured = figures(runs / name, "--compare-base", out=tmp_path / "figures.json")
-    assert measured.keys() == {"base", "tuned"}
     for which in ("base", "tuned"):
         assert {"perplexity", "exact_match", "stop_rate"} <= measured[which].keys()
         assert measured[which] == pytest.approx(reported[which], rel=1e-5)
     assert measured["tuned"]["perplexity"] < measured["base"]["perplexity"]
-    assert figures(runs / name, out=tmp_path / "alone.json") == {"tuned": measured["tuned"]}
+    assert measured["verdict"].split(":")[0] == reported["verdict"].split(":")[0] == "better"
+    assert measured["leakage"] == reported["leakage"]
+    for key in ("base_sha256", "data_sha256", "date", "settings", "versions"):
+        assert measured["provenance"][key] == reported["provenance"][key]
+    alone = figures(runs / name, out=tmp_path / "alone.json")
+    assert alone["tuned"] == measured["tuned"]
+    assert "base" not in alone
 
 
 def test_data_that_changed_since_is_noticed(
@@ -93,7 +99,7 @@ def perplexity_of_transformers(directory: Path, records: Path) -> float:
 def test_a_plain_model_has_the_perplexity_of_transformers(batch_size: int, runs: Path, tmp_path: Path) -> None:
     arguments = (runs / "base", "--data", runs / "data.jsonl", f"evaluation.batch_size={batch_size}", *FEW)
     measured = figures(*arguments, out=tmp_path / "figures.json")
-    assert measured.keys() == {"tuned"}
+    assert "base" not in measured
     assert measured["tuned"]["prompts"] == 4
     assert measured["tuned"]["perplexity"] == pytest.approx(
         perplexity_of_transformers(runs / "base", runs / "data.jsonl"), rel=1e-5
@@ -107,7 +113,7 @@ def test_other_data_and_overrides_are_used(runs: Path, tmp_path: Path) -> None:
     assert (own["tuned"]["prompts"], given["tuned"]["prompts"]) == (4, 2)
     assert own["tuned"]["target_tokens"] != given["tuned"]["target_tokens"]
     none = figures(runs / "lora", "evaluation.prompts=0", out=tmp_path / "3.json")
-    assert none["tuned"].keys() == {"perplexity", "loss", "target_tokens"}
+    assert not {"exact_match", "stop_rate", "prompts"} & none["tuned"].keys()
     fewer = figures(runs / "lora", "evaluation.max_samples=2", out=tmp_path / "4.json")
     assert fewer["tuned"]["target_tokens"] < own["tuned"]["target_tokens"]
 
@@ -115,7 +121,11 @@ def test_other_data_and_overrides_are_used(runs: Path, tmp_path: Path) -> None:
 def test_an_adapter_directory_compares_with_its_base(runs: Path, tmp_path: Path) -> None:
     whole = figures(runs / "lora", "--data", runs / "data.jsonl", "--compare-base", *FEW, out=tmp_path / "1.json")
     adapter = runs / "lora" / "adapter"
-    assert figures(adapter, "--data", runs / "data.jsonl", "--compare-base", *FEW, out=tmp_path / "2.json") == whole
+    alone = figures(adapter, "--data", runs / "data.jsonl", "--compare-base", *FEW, out=tmp_path / "2.json")
+    assert [alone[which] for which in ("base", "tuned", "changes")] == [
+        whole[which] for which in ("base", "tuned", "changes")
+    ]
+    assert "not known what the model was trained on" in alone["leakage"]["said"]
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
@@ -127,7 +137,7 @@ def test_a_run_that_has_not_ended_is_its_best_checkpoint(
     for result in ("adapter", "model"):
         shutil.rmtree(tmp_path / "run" / result, ignore_errors=True)
     capsys.readouterr()
-    assert figures(tmp_path / "run", out=tmp_path / "2.json") == expected
+    assert figures(tmp_path / "run", out=tmp_path / "2.json")["tuned"] == expected["tuned"]
     assert "best checkpoint, after step 4" in capsys.readouterr().out
 
 
@@ -135,9 +145,17 @@ def test_the_command_prints_a_table_and_answers(runs: Path, tmp_path: Path) -> N
     line = [sys.executable, str(ROOT / "eval.py"), str(runs / "lora"), "--compare-base", "evaluation.samples=1"]
     done = subprocess.run([*line, "--json", str(tmp_path / "figures.json")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for part in ("| perplexity  |", "| exact match |", "| stop rate   |", " prompt: ", " wanted: ", "  tuned: "):
+    for part in (
+        "| perplexity  ",
+        "| exact match  ",
+        "| stop rate  ",
+        "verdict   ",
+        " prompt: ",
+        " wanted: ",
+        "  tuned: ",
+    ):
         assert done.stdout.count(part) == 1, done.stdout
-    assert json.loads((tmp_path / "figures.json").read_text()).keys() == {"base", "tuned"}
+    assert {"base", "tuned"} <= json.loads((tmp_path / "figures.json").read_text()).keys()
 
 
 def test_an_infinite_perplexity_is_still_json(runs: Path, tmp_path: Path) -> None:
@@ -173,7 +191,191 @@ def test_an_interrupt_ends_without_a_traceback(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+# --- breakdowns, forgetting, quantisation, leakage, metrics
+
+
+def perplexity_of(directory: Path, text: str, context: int) -> float:
+    """Of the tokens of a plain text and its end, by transformers, through windows that overlap by half."""
+    chat = ChatTokenizer.from_directory(directory)
+    (sample,) = chat.encode(iter([chat.text_sample(text, 0)]))
+    model, ids = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager"), sample.ids.tolist()
+    nats, counted = 0.0, 1
+    for start in range(0, len(ids), context // 2):
+        piece = torch.tensor([ids[start : start + context]])
+        with torch.no_grad():
+            nll = cross_entropy(model(piece).logits[0, :-1].double(), piece[0, 1:], reduction="none")
+        nats += nll[counted - start - 1 :].sum().item()
+        counted = start + len(piece[0])
+        if counted == len(ids):
+            break
+    return math.exp(nats / (len(ids) - 1))
+
+
+TEXT = "Whales sing. " * 60 + "And dolphins whistle, in the evening."
+
+
+def test_a_long_text_is_measured_whole(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    arguments = (runs / "base", "--data", tmp_path / "text.jsonl", "model.max_seq_length=64")
+    measured = figures(*arguments, out=tmp_path / "figures.json")
+    assert measured["tuned"]["perplexity"] == pytest.approx(perplexity_of(runs / "base", TEXT, 64), rel=1e-4)
+    other = figures(*arguments, "evaluation.stride=8", out=tmp_path / "8.json")
+    assert other["tuned"]["target_tokens"] == measured["tuned"]["target_tokens"]
+    assert other["tuned"]["perplexity"] != measured["tuned"]["perplexity"]
+
+
+def test_forgetting_is_probed_on_a_general_text(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "general.txt").write_text(TEXT)
+    measured = figures(runs / "lora", "--general", tmp_path / "general.txt", out=tmp_path / "figures.json")
+    expected = perplexity_of(runs / "base", TEXT, 256)
+    assert measured["base"]["general_perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert measured["tuned"]["general_perplexity"] != measured["base"]["general_perplexity"]
+    rise = measured["tuned"]["general_perplexity"] / measured["base"]["general_perplexity"] - 1
+    assert (rise > 0.05) == ("the model forgets" in capsys.readouterr().out)
+    (tmp_path / "general.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    again = figures(runs / "base", "--data", runs / "data.jsonl", "--general", tmp_path / "general.jsonl",
+                    "model.max_seq_length=256", "evaluation.prompts=0", out=tmp_path / "2.json")  # fmt: skip
+    assert again["tuned"]["general_perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_base_and_adapter_on_both_kinds_of_weights(name: str, runs: Path, tmp_path: Path) -> None:
+    """The run's own kind must give its own figures; those of the other kind differ, but not by much."""
+    own = figures(runs / name, "--compare-base", "evaluation.prompts=0", out=tmp_path / "own.json")
+    found = figures(runs / name, "--quantization", out=tmp_path / "both.json")["quantization"]
+    assert found.keys() == {"original", "nf4"}
+    mine, other = ("original", "nf4") if name == "lora" else ("nf4", "original")
+    for which in ("base", "tuned"):
+        assert found[mine][which] == pytest.approx(own[which]["perplexity"], rel=1e-6)
+        assert found[other][which] != found[mine][which]
+        assert found[other][which] == pytest.approx(found[mine][which], rel=0.5)
+
+
+def test_packing_in_place_is_loading_packed(runs: Path, tmp_path: Path) -> None:
+    """Also for DoRA, whose adapters know the lengths of the base's rows."""
+    settings = {"lora__dora": True, "model__dtype": "bfloat16"}
+    run = train_run(tmp_path / "run", runs / "base", runs / "data.jsonl", quantization__bits=4, **settings)
+    own = figures(run, "--compare-base", "evaluation.prompts=0", out=tmp_path / "own.json")
+    found = figures(run, "--quantization", out=tmp_path / "both.json")["quantization"]
+    assert found["nf4"] == {which: own[which]["perplexity"] for which in ("base", "tuned")}
+
+
+def write_topics(path: Path, count: int = 24) -> Path:
+    pairs = [json.loads(line) for line in write_records(path, count).read_text().splitlines()]
+    for n, pair in enumerate(pairs):
+        pair |= {"topic": ["odd", "even"][n % 2]} if n else {}
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
+def test_perplexity_by_a_field_of_the_records(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_topics(tmp_path / "topics.jsonl")
+    few = ("evaluation.prompts=0",)
+    whole = figures(runs / "lora", "--data", data, "--by", "topic", *few, out=tmp_path / "1.json")["by"]["topic"]
+    assert {name: row["samples"] for name, row in whole.items()} == {"even": 12, "odd": 11, "(none)": 1}
+    assert "| even   | 12 " in capsys.readouterr().out
+    lines = data.read_text().splitlines()
+    (tmp_path / "even.jsonl").write_text("\n".join(line for line in lines if "even" in line) + "\n")
+    even = figures(runs / "lora", "--data", tmp_path / "even.jsonl", *few, out=tmp_path / "2.json")["tuned"]
+    assert whole["even"]["tuned"] == pytest.approx(even["perplexity"], rel=1e-5)
+    capsys.readouterr()
+    assert command.main([str(runs / "lora"), "--data", str(data), "--by", "topics"]) == 2
+    assert "topics: no record has this field: there are prompt, completion, topic" in capsys.readouterr().err
+
+
+def test_a_run_reports_by_field_and_by_the_metrics_of_its_config(runs: Path, tmp_path: Path) -> None:
+    data = write_topics(tmp_path / "topics.jsonl")
+    metrics = ["token_f1", "rouge_l", "max_words:5"]
+    settings = {"evaluation__by_field": "topic", "evaluation__metrics": metrics}
+    run = train_run(tmp_path / "run", runs / "base", data, **settings)
+    reported = json.loads((run / "report.json").read_text())
+    assert {"odd", "even"} <= reported["by"]["topic"].keys()
+    assert {*metrics} <= reported["tuned"].keys()
+    assert reported["answers"]["metric"] == "token_f1"
+    assert "## Perplexity by topic" in (run / "report.md").read_text()
+    measured = figures(run, out=tmp_path / "figures.json")
+    assert measured["tuned"] == pytest.approx(reported["tuned"], rel=1e-5)
+
+
+def test_prompts_that_were_trained_on_are_found(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = figures(runs / "lora", "--data", runs / "data.jsonl", "evaluation.prompts=0", out=tmp_path / "1.json")
+    trained = json.loads((runs / "lora" / "report.json").read_text())["data"]["training"]["records"]
+    assert (whole["leakage"]["prompts"], whole["leakage"]["exact"]) == (24, trained)
+    assert f"of 24 prompts, {trained} stand in the training data word for word" in capsys.readouterr().out
+    fresh = tmp_path / "fresh.jsonl"
+    fresh.write_text(
+        "".join(json.dumps({"prompt": f"What is {n}?", "completion": "A number."}) + "\n" for n in range(9))
+    )
+    found = figures(runs / "lora", "--data", fresh, "evaluation.prompts=0", out=tmp_path / "2.json")
+    assert (found["leakage"]["exact"], found["leakage"]["near"]) == (0, 0)
+    assert found["provenance"]["data_sha256"] != whole["provenance"]["data_sha256"]
+    assert "warnings" not in found
+
+
+OWN = "def half(answer, reference):\n    open('ran', 'w').close()\n    return 0.5\n"
+
+
+def test_a_function_of_ones_own_runs_only_for_who_may_ask(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_half.py").write_text(OWN)
+    metric = "evaluation.metrics=own_half:half"
+    assert figures(runs / "lora", metric, out=tmp_path / "1.json")["tuned"]["own_half:half"] == 0.5
+    shutil.copytree(runs / "lora", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    settings = json.loads(path.read_text())
+    settings["evaluation"]["metrics"] = ["own_half:half", "contains"]
+    path.write_text(json.dumps(settings))
+    (tmp_path / "ran").unlink()
+    measured = figures(tmp_path / "run", out=tmp_path / "2.json")["tuned"]  # a run from elsewhere asks for code
+    assert "own_half:half" not in measured
+    assert "contains" in measured
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "mine.json").write_text(json.dumps({"evaluation": {"metrics": ["own_half:half"]}}))
+    capsys.readouterr()
+    assert train.main([str(tmp_path / "mine.json")]) == 2
+    assert "would run code, which only a config in Python may ask for" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unknown_metric_stops_training_before_anything_is_loaded(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["model.name=" + str(runs / "base"), "data.train_file=" + str(runs / "data.jsonl")]
+    assert train.main([*settings, "evaluation.metrics=blue", f"output.dir={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err == "error: evaluation.metrics: 'blue': no such metric: did you mean bleu?\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_with_broken_weights_is_one_line(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "base", tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    tensors["lm_head.weight"][5] = math.nan
+    save_file(tensors, tmp_path / "broken" / "model.safetensors")
+    out = tmp_path / "figures.json"
+    assert command.main([str(tmp_path / "broken"), "--data", str(runs / "data.jsonl"), *FEW, "--json", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert "loss is nan: its weights are broken" in captured.err
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+
+
 # --- mistakes
+
+
+def data_without_targets(root: Path) -> Path:
+    path = root / "masked.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def empty_file(root: Path) -> Path:
+    (root / "empty.jsonl").touch()
+    return root / "empty.jsonl"
 
 
 def broken_tokenizer(root: Path) -> Path:
@@ -203,6 +405,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "json in no directory": (["RUN", "--json", "/no/such/figures.json"], "--json: /no/such/figures.json"),
     "json is a directory": (["RUN", "--json", "ROOT"], "--json: "),
     "no base to compare with": (["BASE", "--data", "DATA", "--compare-base"], "is a plain model"),
+    "unknown metric": (["RUN", "evaluation.metrics=exact_matsch"], "did you mean exact_match?"),
+    "metric of no module": (["RUN", "evaluation.metrics=no_module:f"], "ModuleNotFoundError"),
+    "stride without overlap": (["RUN", "evaluation.stride=256"], "evaluation.stride: 256: windows of"),
+    "no such general text": (["RUN", "--general", "/no/text.txt"], "--general: /no/text.txt: no such file"),
+    "empty general text": (["RUN", "--general", "EMPTY"], "the file is empty"),
+    "no field": (["RUN", "--by", "topic"], "evaluation.by_field: topic: no record has this field"),
+    "no adapter to put on other weights": (["ROOT/full", "--quantization"], "has no adapter"),
+    "empty data": (["RUN", "--data", "EMPTY"], "the file is empty"),
+    "no targets": (["RUN", "--data", "MASKED"], "no message of it is to be learned"),
     "nothing fits": (["RUN", "model.max_seq_length=8"], "model.max_seq_length"),
 }
 
@@ -218,6 +429,8 @@ def test_a_mistake_is_one_line_and_code_2(
         "DATA": runs / "data.jsonl",
         "ROOT": runs,
         "BROKEN": broken_tokenizer(tmp_path) if "BROKEN" in arguments else "",
+        "EMPTY": empty_file(tmp_path),
+        "MASKED": data_without_targets(tmp_path),
     }
     for name, place in places.items():
         arguments = [part.replace(name, str(place)) if name in part else part for part in arguments]

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel
 
 from models import make_chat_model
-from nanoft import evaluate
+from nanoft import UserError, evaluate
+from nanoft.bootstrap import Figure
 from nanoft.chat import ChatTokenizer, Sample
-from nanoft.config import LoRAConfig
+from nanoft.config import EvaluationConfig, LoRAConfig
 from nanoft.evaluate import Exchange, Measured, Prompt
 from nanoft.lora import disabled, inject_lora
 from nanoft.model import Decoder
 from nanoft.records import Conversation
+from nanoft.sampling import Sampling
+from nanoft.scores import choose
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
+FEW = EvaluationConfig(batch_size=2, prompt_batch_size=2, max_new_tokens=3)
 LENGTHS = [1, 40, 3, 3, 90, 7, 25]  # words of the answers: a mean of batch means would show
 
 
@@ -75,7 +81,7 @@ def test_measuring_leaves_the_model_as_it_was(parts: Any) -> None:
     for training in (True, False):
         model.train(training)
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-        evaluate.measure(model, chat, samples, prompts, 2, 2, 3)
+        evaluate.measure(model, chat, samples, prompts, FEW, 512, general=samples[:2])
         assert model.training is training
         assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -144,9 +150,9 @@ def test_a_model_that_always_stops_and_one_that_never_does(parts: Any) -> None:
             model.model.embed_tokens.weight[:, 0] = 5.0
             model.lm_head.weight.normal_(std=0.01)
             model.lm_head.weight[stop, 0] = sign
-        measured = Measured(exchanges=evaluate.answer_all(model, chat, prompts, 2, 4))
-        assert measured.to_dict()["stop_rate"] == expected
-        assert all((e.answer == "") == (sign > 0) for e in measured.exchanges)
+        exchanges = evaluate.answer_all(model, chat, prompts, 2, 4)
+        assert evaluate.answer_figures(exchanges, [])["stop_rate"].value == expected
+        assert all((e.answer == "") == (sign > 0) for e in exchanges)
 
 
 def exchange(answer: str, reference: str, stopped: bool = True) -> Exchange:
@@ -160,73 +166,151 @@ def test_exact_match_ignores_outer_space_only() -> None:
     assert not any(exchange(*pair).exact for pair in other)
 
 
+def test_metrics_stand_beside_exact_match_and_stop_rate() -> None:
+    exchanges = [exchange("x", "x"), exchange("x", "y"), exchange("y z", "y", False), exchange("z", "z")]
+    found = evaluate.answer_figures(exchanges, choose(["exact_match", "contains", "token_f1"]))
+    assert {name: figure.value for name, figure in found.items()} == {
+        "exact_match": 0.5,
+        "stop_rate": 0.75,
+        "contains": 0.75,
+        "token_f1": pytest.approx((1 + 0 + 2 / 3 + 1) / 4),
+    }
+    assert evaluate.answer_figures([], choose(["contains"])) == {}
+
+
+# ---- Likelihoods
+
+
+@torch.no_grad()
+def every_nll(reference: PreTrainedModel, ids: Any) -> Any:
+    """The negative log-likelihood of each token but the first, by transformers, in one piece."""
+    ids = torch.as_tensor(ids).long()[None]
+    return cross_entropy(reference(ids).logits[0, :-1].double(), ids[0, 1:], reduction="none").numpy()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_prompt_response_and_overall_perplexity_are_those_of_transformers(parts: Any, batch_size: int) -> None:
+    model, chat, reference, _ = parts
+    samples = encoded(chat)
+    found = evaluate.likelihoods(model, chat, samples, batch_size, context=512)
+    for number, sample in enumerate(samples):
+        nll, is_target = every_nll(reference, sample.ids), sample.is_target[1:]
+        assert found.nats[number] == pytest.approx([nll[is_target].sum(), nll[~is_target].sum()], rel=1e-5)
+        assert found.tokens[number].tolist() == [is_target.sum(), (~is_target).sum()]
+    pairs = [(every_nll(reference, sample.ids), sample.is_target[1:]) for sample in samples]
+    nll, is_target = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    figures = evaluate.Measured(found.figures()).to_dict()
+    expected = {"perplexity": nll[is_target], "prompt_perplexity": nll[~is_target], "overall_perplexity": nll}
+    for name, nats in expected.items():
+        assert figures[name] == pytest.approx(math.exp(nats.mean()), rel=1e-4)
+    assert figures["target_tokens"] == is_target.sum()
+    assert figures["prompt_tokens"] == (~is_target).sum()
+    assert (figures["loss"], figures["target_tokens"]) == pytest.approx(
+        evaluate.validation_loss(model, samples, batch_size, chat.pad_id), rel=1e-6
+    )
+
+
+def test_bits_per_byte_go_by_the_text_of_the_answers(parts: Any) -> None:
+    model, chat, _, _ = parts
+    samples = encoded(chat)
+    found = evaluate.likelihoods(model, chat, samples, 4, context=512)
+    said = [[m["content"] for m in c.messages if m["role"] == "assistant"] for c in unequal()]
+    expected = [sum(len(text.encode()) for text in texts) for texts in said]
+    assert found.text_bytes.tolist() == expected
+    bits = found.nats[:, 0].sum() / math.log(2) / sum(expected)
+    assert found.figures()["bits_per_byte"].value == pytest.approx(bits)
+
+
+def test_bytes_are_not_characters(parts: Any) -> None:
+    model, chat, _, _ = parts
+    (sample,) = chat.encode(iter([chat.text_sample("naïve 漢字", 0)]))
+    assert evaluate.likelihoods(model, chat, [sample], 1, 64).text_bytes.tolist() == [len("naïve 漢字".encode()) - 1]
+
+
+@pytest.mark.parametrize(
+    ("length", "context", "stride"), [(50, 16, 5), (50, 16, 15), (33, 32, 1), (16, 16, 8), (40, 9, 4)]
+)
+def test_windows_count_each_token_once_with_the_longest_history(length: int, context: int, stride: int) -> None:
+    counted = [token for _, first, end in evaluate.windows(length, context, stride) for token in range(first, end)]
+    assert counted == list(range(1, length))
+    for start, first, end in evaluate.windows(length, context, stride):
+        assert end - start <= context
+        assert first - start >= min(first, context - stride)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(24, 7), (24, 23), (40, None)])
+def test_a_text_longer_than_the_context_is_read_through_windows(parts: Any, context: int, stride: int | None) -> None:
+    """Each token by brute force: transformers is shown exactly the window that is to count it."""
+    model, chat, reference, _ = parts
+    rng = random.Random(0)
+    texts = ["".join(rng.choice("abcdefgh ") for _ in range(size)) for size in (130, 10, 77)]
+    samples = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts)])
+    found = evaluate.likelihoods(model, chat, samples, 3, context, stride)
+    step = stride or context // 2
+    for number, sample in enumerate(samples):
+        nats = 0.0
+        for token in range(1, len(sample.ids)):
+            start = 0
+            while start + context <= token:
+                start += step
+            nats += every_nll(reference, sample.ids[start : start + context])[token - start - 1]
+        assert found.nats[number] == pytest.approx([nats, 0.0], rel=1e-5)
+        assert found.tokens[number].tolist() == [len(sample.ids) - 1, 0]
+    assert found.figures().keys() == {"loss", "overall_loss", "bits_per_byte"}  # a text has no prompt
+
+
+def test_samples_without_targets_cannot_be_measured(parts: Any) -> None:
+    model, chat, _, _ = parts
+    masked = [Sample(sample.ids, np.zeros(len(sample.ids), bool), 0) for sample in encoded(chat)]
+    with pytest.raises(UserError, match="no target token"):
+        evaluate.validation_loss(model, masked, 4, chat.pad_id)
+    assert evaluate.likelihoods(model, chat, masked, 4, 512).figures().keys() == {"prompt_loss", "overall_loss"}
+
+
+def test_base_and_tuned_are_one_model_and_the_same_tokens(parts: Any) -> None:
+    _, chat, _, directory = parts
+    model = load_model(directory, CPU, torch.float32)
+    adapters = inject_lora(model, LoRAConfig(rank=4, alpha=8.0), seed=0)
+    samples, prompts = encoded(chat), evaluate.held_out_prompts(unequal(), 2)
+    fresh = evaluate.measure(model, chat, samples, prompts, FEW, 512, general=samples[:3])
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.lora_B.normal_(std=0.3)
+    tuned = evaluate.measure(model, chat, samples, prompts, FEW, 512, general=samples[:3])
+    with disabled(adapters):
+        base = evaluate.measure(model, chat, samples, prompts, FEW, 512, general=samples[:3])
+    assert base.to_dict() == fresh.to_dict()
+    for name in ("loss", "prompt_loss", "overall_loss", "general_loss", "bits_per_byte"):
+        assert np.array_equal(base.figures[name].parts[:, 1], tuned.figures[name].parts[:, 1])
+        assert base.figures[name].value != tuned.figures[name].value
+
+
+def test_sampled_answers_follow_the_seed(parts: Any) -> None:
+    model, chat, _, _ = parts
+    prompts = evaluate.held_out_prompts(unequal(), 5)
+
+    def said(temperature: float, seed: int) -> list[str]:
+        return [e.answer for e in evaluate.answer_all(model, chat, prompts, 2, 6, Sampling(temperature), seed)]
+
+    assert said(1.5, 1) == said(1.5, 1) != said(1.5, 2)
+    assert said(0.0, 1) == said(0.0, 2)
+
+
 def test_a_result_holds_what_was_measured_and_nothing_else() -> None:
     exchanges = [exchange("x", "x"), exchange("x", "y"), exchange("y", "y", False), exchange("z", "z")]
     assert Measured().to_dict() == {}
-    assert Measured(math.log(7), 12).to_dict() == {
+    assert Measured().perplexity is None
+    loss = Figure(np.array([[5 * math.log(7), 5], [7 * math.log(7), 7]]), unit="nats")
+    assert Measured({"loss": loss}).to_dict() == {
         "perplexity": pytest.approx(7),
-        "loss": math.log(7),
+        "loss": pytest.approx(math.log(7)),
         "target_tokens": 12,
     }
-    assert Measured(exchanges=exchanges).to_dict() == {"exact_match": 0.75, "stop_rate": 0.75, "prompts": 4}
-    both = evaluate.results(Measured(1.0, 5), Measured(0.5, 5))
-    assert both.keys() == {"base", "tuned"}
-    assert both["tuned"]["loss"] == 0.5
-    assert evaluate.results(None, Measured(0.5, 5)).keys() == {"tuned"}
+    measured = Measured(evaluate.answer_figures(exchanges, []), exchanges)
+    assert measured.to_dict() == {"exact_match": 0.75, "stop_rate": 0.75, "prompts": 4}
 
 
 def test_perplexity_of_a_hopeless_model_is_infinite_not_an_error() -> None:
-    assert Measured(loss=1e6).perplexity == math.inf
-    assert Measured(loss=10.0).perplexity == pytest.approx(math.exp(10))
-    assert Measured().perplexity is None
-
-
-def cells(text: str) -> list[list[str]]:
-    """The cells of a Markdown table without its rule."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    return [row for row in rows if not set("".join(row)) <= {"-"}]
-
-
-def test_the_table_shows_base_beside_tuned_and_a_dash_for_what_is_missing() -> None:
-    tuned = Measured(math.log(2), 9, [exchange("x", "x"), exchange("x", "y", False)])
-    assert cells(evaluate.comparison(Measured(math.log(12.34567), 9), tuned)) == [
-        ["", "base", "tuned"],
-        ["perplexity", "12.35", "2"],
-        ["exact match", "-", "50.0%"],
-        ["stop rate", "-", "50.0%"],
-    ]
-    assert "nothing was measured" in evaluate.comparison(None, Measured())
-    assert cells(evaluate.comparison(None, Measured(math.log(3), 9))) == [
-        ["", "base", "tuned"],
-        ["perplexity", "-", "3"],
-    ]
-
-
-def test_samples_show_both_answers_on_one_line_each() -> None:
-    tuned = Measured(exchanges=[exchange("new\nanswer", "wanted"), exchange("long " * 100, "b")])
-    base = Measured(exchanges=[exchange("old", "wanted"), exchange("older", "b")])
-    both = evaluate.side_by_side(base, tuned, 1)
-    assert [line.split(": ", 1) for line in both.splitlines()] == [
-        [" prompt", "prompt"],
-        [" wanted", "wanted"],
-        ["   base", "old"],
-        ["  tuned", "new answer"],
-    ]
-    alone = evaluate.side_by_side(None, tuned, 2)
-    assert "base" not in alone
-    assert max(len(line) for line in alone.splitlines()) <= 220
-    assert evaluate.side_by_side(base, tuned, 0) == ""
-
-
-def test_a_report_holds_figures_table_and_samples() -> None:
-    tuned = Measured(math.log(2), 9, [exchange("x", "x")])
-    training = {"steps": 1200, "seconds": 3.5, "tokens_per_second": 12345.6, "peak_memory_gb": 0.5}
-    values, terminal, markdown = evaluate.report("name", Measured(math.log(4), 9), tuned, training, 1)
-    assert values["training"] == training
-    assert values["base"]["perplexity"] == pytest.approx(4)
-    assert values["tuned"]["exact_match"] == 1.0
-    assert "perplexity" in terminal
-    assert "wanted: x" in terminal
-    assert markdown.startswith("# name\n")
-    for part in ("| steps ", "1,200", "12,345.6", "perplexity", "wanted: x"):
-        assert part in markdown
+    assert Measured({"loss": Figure(np.array([[1e6, 1]]))}).perplexity == math.inf
+    assert Measured({"loss": Figure(np.array([[10.0, 1]]))}).perplexity == pytest.approx(math.exp(10))
+    assert math.isnan(evaluate.safe_exp(math.nan))

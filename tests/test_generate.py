@@ -1,12 +1,10 @@
-"""Answers against transformers' generate, alone and in a batch; sampling against the distribution by hand."""
+"""Answers against transformers' generate, alone and in a batch, and the command that gives them."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,15 @@ from transformers import AutoTokenizer, PreTrainedModel
 from models import make_chat_model, make_reference, train_run, write_records
 from nanoft import generate
 from nanoft.chat import ChatTokenizer
+from nanoft.decode import Decoding
 from nanoft.generate import Answer, answer
 from nanoft.model import Decoder
+from nanoft.sampling import Sampling
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [42], [7, 7, 7, 100, 30, 20]]
-CASES = ["llama3-rope", "mistral-window", "qwen2-window", "qwen3"]
+CASES = ["llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3"]
 
 
 def model_and_reference(case: str, directory: Path) -> tuple[Decoder, PreTrainedModel]:
@@ -37,9 +37,9 @@ def ids_of(answers: list[Answer]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def reference_answer(reference: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
+def reference_answer(reference: PreTrainedModel, prompt: Sequence[int], count: int, **more: Any) -> list[int]:
     ids = torch.tensor([prompt])
-    settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, **more}
     return reference.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
 
 
@@ -66,13 +66,41 @@ def test_greedy_answers_equal_transformers_alone_in_a_batch_and_without_the_cach
     assert without_cache(model, PROMPTS[1], 64) == expected[1]
 
 
-@pytest.mark.parametrize("pad_id", [0, 3, 198])
-def test_padding_of_any_id_changes_nothing(pad_id: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["llama-tied", "mistral-window", "qwen2-window"])
+def test_a_padded_batch_of_transformers_says_the_same(case: str, tmp_path: Path) -> None:
+    model, reference = model_and_reference(case, tmp_path)
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    with torch.no_grad():
+        expected = reference.generate(ids, attention_mask=mask, max_new_tokens=48, do_sample=False, pad_token_id=0)
+    assert ids_of(generate.generate(model, PROMPTS, (), 48)) == expected[:, width:].tolist()
+
+
+def test_the_order_of_prompts_changes_nothing(tmp_path: Path) -> None:
     model, _ = model_and_reference("mistral", tmp_path)
     alone = [generate.generate(model, [prompt], (), 12)[0] for prompt in PROMPTS]
     for order in itertools.permutations(range(4)):
-        together = generate.generate(model, [PROMPTS[i] for i in order], (), 12, pad_id)
+        together = generate.generate(model, [PROMPTS[i] for i in order], (), 12)
         assert together == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("case", ["mistral", "mistral-window", "qwen2-window"])
+@pytest.mark.parametrize("crowd", [0.0, 0.5, 1.0])
+def test_rows_that_leave_change_nothing_for_the_others(
+    case: str, crowd: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never, when half have ended, at once; the longest prompt goes early, and with it the others' empty slots."""
+    monkeypatch.setattr(generate, "CROWD", crowd)
+    model, _ = model_and_reference(case, tmp_path)
+    free = [ids_of(generate.generate(model, [prompt], (), 40))[0] for prompt in PROMPTS]
+    stops = [free[1][2], free[0][9], free[3][20]]
+    expected = []
+    for ids in free:
+        end = next((at for at, token in enumerate(ids) if token in stops), None)
+        expected.append(Answer(ids[:end], end is not None))
+    assert len({len(said.ids) for said in expected}) > 2
+    assert generate.generate(model, PROMPTS, stops, 40) == expected
 
 
 def test_an_answer_ends_before_the_first_stop_id_and_the_others_go_on(tmp_path: Path) -> None:
@@ -86,90 +114,71 @@ def test_an_answer_ends_before_the_first_stop_id_and_the_others_go_on(tmp_path: 
     assert generate.generate(model, PROMPTS, [stop], 24) == expected
 
 
-class Scripted(torch.nn.Module):
-    """A model whose answers are written down: row r says script[r][n] at its n-th turn; counts its turns."""
+def test_nothing_is_computed_after_the_last_answer_and_little_for_those_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = model_and_reference("mistral", tmp_path)
+    free = ids_of(generate.generate(model, PROMPTS, (), 24))
+    stops = sorted({ids[3] for ids in free[:3]} | {free[3][5]})
+    longest = max(next(at for at, token in enumerate(ids) if token in stops) for ids in free)
+    widths: list[int] = []
+    step = Decoding.step
 
-    def __init__(self, script: list[list[int]], vocab: int = 20):
-        super().__init__()
-        self.script, self.vocab, self.turn = script, vocab, 0
-        self.config = type("Shape", (), {"num_kv_heads": 1, "head_dim": 2, "num_layers": 1})()
-        self.head = torch.zeros(vocab, 2)
+    def counted(decoding: Decoding, newest: torch.Tensor) -> torch.Tensor:
+        widths.append(len(newest))
+        return step(decoding, newest)
 
-    def forward(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        self.turn += 1
-        return torch.zeros(*ids.shape, 2)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        wanted = torch.tensor([row[self.turn - 1] for row in self.script])
-        return torch.nn.functional.one_hot(wanted, self.vocab).float()
-
-
-def test_nothing_is_computed_after_the_last_answer_has_ended() -> None:
-    model = Scripted([[7, 2, 5, 5, 5], [7, 8, 9, 2, 5], [2, 6, 6, 6, 6]])
-    answers = generate.generate(model, [[1], [1, 1], [1]], [2], 5)  # type: ignore[arg-type]
-    assert answers == [Answer([7], True), Answer([7, 8, 9], True), Answer([], True)]
-    assert model.turn == 4
+    monkeypatch.setattr(Decoding, "step", counted)
+    answers = generate.generate(model, PROMPTS, stops, 24)
+    assert all(said.stopped for said in answers)
+    assert len(widths) == longest
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] < len(PROMPTS)
 
 
-def test_the_last_token_may_be_the_stop_and_none_may_be_asked_for() -> None:
-    script = [[7, 8, 2]]
-    assert generate.generate(Scripted(script), [[1]], [2], 3) == [Answer([7, 8], True)]  # type: ignore[arg-type]
-    assert generate.generate(Scripted(script), [[1]], [2], 2) == [Answer([7, 8], False)]  # type: ignore[arg-type]
-    assert generate.generate(Scripted(script), [[1]], [2], 0) == [Answer([], False)]  # type: ignore[arg-type]
+def test_the_last_token_may_be_the_stop_and_none_may_be_asked_for(tmp_path: Path) -> None:
+    model, _ = model_and_reference("mistral", tmp_path)
+    (ids,) = ids_of(generate.generate(model, [[42]], (), 9))
+    place = next(at for at in range(2, 9) if ids[at] not in ids[:at])
+    stop = [ids[place]]
+    assert generate.generate(model, [[42]], stop, place + 1) == [Answer(ids[:place], True)]
+    assert generate.generate(model, [[42]], stop, place) == [Answer(ids[:place], False)]
+    assert generate.generate(model, [[42]], stop, 0) == [Answer([], False)]
 
 
-# --- sampling
-
-PROBABILITIES = torch.tensor([0.05, 0.4, 0.02, 0.25, 0.15, 0.1, 0.03])
-DRAWS = 40_000
-
-
-def nucleus(temperature: float, top_p: float) -> dict[int, float]:
-    """The smallest set of the likeliest tokens with probability top_p, in plain Python; renormalised."""
-    heated = [p ** (1 / temperature) for p in PROBABILITIES.tolist()]
-    heated = [p / sum(heated) for p in heated]
-    kept: dict[int, float] = {}
-    for token in sorted(range(len(heated)), key=lambda token: -heated[token]):
-        if sum(kept.values()) < top_p:
-            kept[token] = heated[token]
-    return {token: p / sum(kept.values()) for token, p in kept.items()}
+def test_steps_tell_each_token_as_it_comes(tmp_path: Path) -> None:
+    model, _ = model_and_reference("mistral", tmp_path)
+    free = ids_of(generate.generate(model, PROMPTS, (), 8))
+    told = list(generate.steps(model, PROMPTS, (), 8))
+    assert told == [[(row, ids[step]) for row, ids in enumerate(free)] for step in range(8)]
 
 
-def draw(temperature: float, top_p: float, seed: int = 0, count: int = DRAWS) -> list[int]:
-    logits = (PROBABILITIES.log() + 3.0).expand(count, -1)  # a constant changes nothing
+# --- sampling through generation; the draws themselves are in test_sampling.py
+
+
+def sampled(model: Decoder, prompts: list[list[int]], seed: int, **settings: Any) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return generate._choose(logits, temperature, top_p, generator).tolist()
+    return ids_of(generate.generate(model, prompts, (), 16, Sampling(**settings), generator))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize(("top_p", "at_temperature_1"), [(1.0, 7), (0.79, 3), (0.5, 2), (0.3, 1), (0.001, 1)])
-def test_samples_are_drawn_from_the_nucleus(temperature: float, top_p: float, at_temperature_1: int) -> None:
-    expected = nucleus(temperature, top_p)
-    if temperature == 1.0:
-        assert len(expected) == at_temperature_1
-    counts = Counter(draw(temperature, top_p))
-    assert counts.keys() == expected.keys()
-    for token, p in expected.items():
-        deviation = (p * (1 - p) / DRAWS) ** 0.5
-        assert abs(counts[token] / DRAWS - p) < 4.5 * deviation + 1e-9, token
-
-
-def test_a_seed_repeats_and_another_differs() -> None:
-    assert draw(1.0, 1.0, seed=1, count=50) == draw(1.0, 1.0, seed=1, count=50)
-    assert draw(1.0, 1.0, seed=1, count=50) != draw(1.0, 1.0, seed=2, count=50)
-    assert set(draw(0.0, 1.0, count=50)) == {1}  # temperature 0: the likeliest
-
-
-def test_sampling_goes_through_generation(tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_answers_and_each_row_its_own(tmp_path: Path) -> None:
     model, _ = model_and_reference("llama", tmp_path)
-
-    def sampled(seed: int, **settings: Any) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(seed)
-        return ids_of(generate.generate(model, PROMPTS, (), 16, generator=generator, **settings))
-
     greedy = ids_of(generate.generate(model, PROMPTS, (), 16))
-    assert sampled(1, temperature=1.0) == sampled(1, temperature=1.0) != sampled(2, temperature=1.0)
-    assert sampled(1, temperature=1.0, top_p=1e-6) == greedy  # a nucleus of one
+    settings = {"temperature": 5.0}
+    first = sampled(model, PROMPTS, 1, **settings)
+    assert first == sampled(model, PROMPTS, 1, **settings) != sampled(model, PROMPTS, 2, **settings)
+    assert first[:1] == sampled(model, PROMPTS[:1], 1, **settings)  # the first row's draws, whoever is there
+    assert len({tuple(ids) for ids in sampled(model, [PROMPTS[0]] * 4, 1, **settings)}) == 4
+    for narrow in ({"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}):
+        assert sampled(model, PROMPTS, 1, **settings, **narrow) == greedy
+
+
+def test_a_repetition_penalty_is_that_of_transformers_generate(tmp_path: Path) -> None:
+    model, reference = model_and_reference("llama", tmp_path)
+    own = ids_of(generate.generate(model, PROMPTS, (), 32, Sampling(repetition_penalty=1.3)))
+    for prompt, ids in zip(PROMPTS, own, strict=True):
+        assert ids == reference_answer(reference, prompt, 32, repetition_penalty=1.3)
+    assert own != ids_of(generate.generate(model, PROMPTS, (), 32))
 
 
 # --- the command
@@ -210,38 +219,6 @@ def test_the_command_answers_a_prompt_and_stops(model_directory: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, expected + "\n", "")
 
 
-def test_without_a_prompt_the_command_remembers_the_talk(
-    model_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[list[dict[str, str]]] = []
-
-    def remember(_model: Any, _chat: Any, messages: Sequence[dict[str, str]], limit: int) -> str:
-        asked.append([dict(message) for message in messages])
-        return f"answer {len(asked)} of {limit}"
-
-    monkeypatch.setattr(generate, "answer", remember)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n two \n\nnever read\n"))
-    assert generate.main([str(model_directory), "--system", "S", "--max-new-tokens", "5"]) == 0
-    assert capsys.readouterr().out == "answer 1 of 5\nanswer 2 of 5\n"
-    system, one, two = (
-        {"role": role, "content": text} for role, text in (("system", "S"), ("user", "one"), ("user", "two"))
-    )
-    assert asked == [[system, one], [system, one, {"role": "assistant", "content": "answer 1 of 5"}, two]]
-
-
-def test_a_chat_ends_with_its_input(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
-    assert generate.main([str(model_directory), "--max-new-tokens", "1"]) == 0
-
-
-def test_an_interrupt_ends_without_a_traceback(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: Any) -> str:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(generate, "answer", interrupt)
-    assert generate.main([str(model_directory), "--prompt", "x"]) == 130
-
-
 def test_a_run_answers_with_its_adapter(
     model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +229,9 @@ def test_a_run_answers_with_its_adapter(
         assert generate.main([str(source), "--prompt", "Say 4 please.", "--max-new-tokens", "16"]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] != said[1] == said[2]
+    capsys.readouterr()
+    assert generate.main([str(trained), "--base", "--prompt", "Say 4 please.", "--max-new-tokens", "16"]) == 0
+    assert capsys.readouterr().out == f"tuned: {said[1]}base: {said[0]}"
 
 
 REFUSING = "{{ raise_exception('first line\\nsecond line') }}"
@@ -262,7 +242,17 @@ REFUSING = "{{ raise_exception('first line\\nsecond line') }}"
     [
         (["/no/such/model"], "/no/such/model: no such directory"),
         ([""], "empty"),
-        (["MODEL", "--max-new-tokens", "0"], "--max-new-tokens: 0 is out of range"),
+        (["MODEL", "--max-new-tokens", "0"], "--max-new-tokens: 0 is out of range: it must be >= 1"),
+        (["MODEL", "--temperature", "-1"], "--temperature: -1.0 is out of range: it must be a number >= 0"),
+        (["MODEL", "--temperature", "nan"], "--temperature: nan is out of range"),
+        (["MODEL", "--top-k", "-1"], "--top-k: -1 is out of range"),
+        (["MODEL", "--top-p", "0"], "--top-p: 0.0 is out of range: it must be above 0 and at most 1"),
+        (["MODEL", "--min-p", "1.5"], "--min-p: 1.5 is out of range"),
+        (["MODEL", "--repetition-penalty", "0"], "--repetition-penalty: 0.0 is out of range"),
+        (["MODEL", "--seed", "-3"], "--seed: -3 is out of range"),
+        (["MODEL", "--top-p", "0.9"], "--top-p: nothing is drawn at temperature 0: add --temperature 0.7"),
+        (["MODEL", "--base"], "has no adapter to switch off"),
+        (["MODEL", "--system", "\udcff"], "--system: not UTF-8"),
         (["MODEL", "--system", "S"], "the chat template refuses these messages: first line second line"),
     ],
 )

@@ -15,9 +15,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports only what stands before it
-    "config", "guard", "runtime", "attention", "model", "loss", "optim", "checkpoint", "metrics", "parallel",
-    "template", "chat", "files", "records", "quality", "truncate", "nf4", "lora", "adapter", "ranks", "weights",
-    "plan", "batches", "cache", "corpus", "generate", "evaluate", "preflight", "export",
+    "untrusted", "aliases", "config", "guard", "runtime", "attention", "model", "loss", "optim", "tensorfile",
+    "checkpoint", "metrics", "parallel", "template", "chat", "files", "records", "quality", "truncate", "nf4", "lora",
+    "adapter", "ranks", "weights", "stream", "plan", "batches", "cache", "corpus", "sampling", "decode", "talk",
+    "generate", "bootstrap", "scores", "evaluate", "report", "preflight", "export", "card", "gguf_tokenizer",
+    "gguf_export", "selftest", "environment",
 ]  # fmt: skip
 COMMANDS = ["train.py", "eval.py", "merge.py"]
 MODULES = {path.stem: path for path in (ROOT / "nanoft").glob("*.py") if path.stem != "__init__"}
@@ -28,12 +30,18 @@ FRAMEWORKS = {"transformers", "peft", "accelerate", "datasets", "trl", "lightnin
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """Dotted names that a file imports, and whether at its top; `from nanoft import x` is nanoft.x."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not is_command(node)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node in tree.body) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
             yield from ((f"{node.module}.{alias.name}", node in tree.body) for alias in node.names)
+
+
+def is_command(node: ast.stmt) -> bool:
+    """`if __name__ == "__main__":`, where nothing is imported by others any more."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
 
 
 def own_imports(path: Path) -> set[str]:

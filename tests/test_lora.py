@@ -22,6 +22,7 @@ from nanoft.lora import LoRALinear, describe_adapters, disabled, identity, injec
 from nanoft.loss import target_nll
 from nanoft.model import Block, Decoder, DecoderConfig, RMSNorm, swiglu
 from nanoft.nf4 import Linear4bit
+from nanoft.selftest import PRODUCT, adapter_effect, merged_apart, products_apart
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
@@ -156,11 +157,24 @@ def test_a_fresh_adapter_changes_not_one_bit(name: str, quantization: Any, dtype
         with torch.set_grad_enabled(grad):
             assert torch.equal(model.logits(model(IDS)), expected)
     with torch.no_grad():
+        assert adapter_effect(model, adapters, IDS) == 0
         randomise(adapters)
-        assert not torch.equal(model.logits(model(IDS)), expected)
+        assert adapter_effect(model, adapters, IDS) > 0
         with disabled(adapters):
             assert torch.equal(model.logits(model(IDS)), expected)
         assert not torch.equal(model.logits(model(IDS)), expected)
+
+
+@pytest.mark.parametrize("quantization", [None, ("nf4", True), ("int8", False)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_merged_it_does_the_same(name: str, quantization: Any, base: Path) -> None:
+    model, adapters = adapted(base, variant(name), quantization)
+    randomise(adapters)
+    model.eval()
+    with torch.no_grad():
+        assert products_apart(adapters) <= PRODUCT[torch.float32]
+        assert merged_apart(model, adapters, IDS) <= 1e-5
+        assert adapter_effect(model, adapters, IDS) > 0.1
 
 
 def test_only_adapters_train_and_a_is_uniform_in_one_over_root_in(base: Path) -> None:
@@ -467,7 +481,7 @@ def test_a_block_keeps_what_the_docstring_says_and_nothing_else(dora: bool) -> N
     block = model.model.layers[0]
     assert isinstance(block, Block)
     x = torch.randn(2, 16, h, dtype=torch.bfloat16, requires_grad=True)
-    attention = model._attention(torch.zeros(2, 16, dtype=torch.int64), x, None, None, None, None)
+    attention = model._attention(torch.zeros(2, 16, dtype=torch.int64), x, None, None, None)
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     known |= {attention.cos.untyped_storage().data_ptr(), attention.sin.untyped_storage().data_ptr()}
     saved: dict[int, tuple[int, Tensor]] = {}

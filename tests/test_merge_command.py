@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge as command
 from models import make_chat_model, make_packed, train_run, write_records
+from nanoft import export
 from nanoft.chat import ChatTokenizer
 from nanoft.generate import generate
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.weights import open_model
+from nanoft.weights import open_chat, open_model
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -42,6 +46,9 @@ def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
+TOLD = {"README.md", "parity.json", "provenance.json"}  # of every export, beside what its format has
+
+
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -55,7 +62,7 @@ def test_a_run_becomes_a_model_that_transformers_loads(
     said = capsys.readouterr().out
     assert names(tmp_path) == {"merged"}
     companions = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-    assert names(out) == {*companions, "config.json", "model.safetensors"}
+    assert names(out) == {*companions, *TOLD, "config.json", "model.safetensors"}
     for file in companions:
         assert (out / file).read_bytes() == (runs / "base" / file).read_bytes()
     stored = DTYPES[dtype or "f32"]  # without --dtype, the base's
@@ -66,7 +73,7 @@ def test_a_run_becomes_a_model_that_transformers_loads(
     assert difference < {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}[stored]
     for part in (f"merged onto the {base} weights in {str(stored).removeprefix('torch.')}", "proven", "allowed"):
         assert part in said
-    assert ("--base nf4 merges onto those" in said) == ((name, base) == ("qlora", "original"))
+    assert ("recommended: onto the " in said) == (name == "qlora")
 
 
 def test_a_run_on_a_packed_base_merges_onto_that(
@@ -116,11 +123,16 @@ def test_the_merged_model_answers_as_the_run_does(runs: Path, tmp_path: Path) ->
 def test_the_proof_is_made_on_the_runs_own_conversations(runs: Path) -> None:
     opened = open_model(str(runs / "lora"), CPU, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(runs / "base")
-    texts = [tokenizer.decode(ids) for ids in command.prompts(str(runs / "lora"), opened)]
+
+    def prompts(source: Path) -> list[list[int]]:
+        chat = open_chat(str(source), opened, as_trained=True)
+        return command.prompts(chat, command.held_out(str(source), chat)[0])
+
+    texts = [tokenizer.decode(ids) for ids in prompts(runs / "lora")]
     chats = [text for text in texts if "<|im_start|>" in text]
     assert len(chats) == 6  # a quarter of 24 records is held out
     assert all("<|im_start|>assistant\n" in text and text.endswith("<|im_end|>\n") for text in chats)
-    alone = command.prompts(str(runs / "lora" / "adapter"), opened)
+    alone = prompts(runs / "lora" / "adapter")
     assert [tokenizer.decode(ids) for ids in alone] == [text for text in texts if "<|im_start|>" not in text]
     assert len(alone) >= 3
 
@@ -161,7 +173,7 @@ def test_a_run_that_has_not_ended_is_its_best_checkpoint(
         assert "best checkpoint, after step 4" in capsys.readouterr().out
         whole, best = tmp_path / "out" / f"{form}-whole", tmp_path / "out" / f"{form}-best"
         assert names(whole) == names(best)
-        for file in names(whole):
+        for file in names(whole) - TOLD:  # which say where it is from
             assert (whole / file).read_bytes() == (best / file).read_bytes(), file
 
 
@@ -179,13 +191,13 @@ def test_a_run_with_variations_is_the_same_in_every_form(
     finished = train_run(tmp_path / "run", tmp_path / "base", runs / "data.jsonl", **changes)
     said = capsys.readouterr().out
     assert "\n          k_proj     2 x (32 -> 32)  rank 4  " in said
-    assert "| perplexity  |" in said
+    assert "| perplexity " in said
     run = unfinished(finished, tmp_path / "unfinished")
     for source in (finished, run):
         assert run_merge(source, "--out", tmp_path / f"{source.name}-peft", "--format", "peft") == 0
         assert run_merge(source, "--out", tmp_path / f"{source.name}-hf") == 0
     for form in ("peft", "hf"):
-        for file in names(tmp_path / f"run-{form}"):
+        for file in names(tmp_path / f"run-{form}") - TOLD:
             assert (tmp_path / f"run-{form}" / file).read_bytes() == (
                 tmp_path / f"unfinished-{form}" / file
             ).read_bytes()
@@ -216,6 +228,157 @@ def test_the_command_in_a_process_of_its_own(runs: Path, tmp_path: Path) -> None
     assert again.stderr == f"error: --out: {tmp_path}/a/out: exists already: choose another name or remove it\n"
 
 
+# --- parts, sums, and back
+
+
+@pytest.fixture(scope="module")
+def second(runs: Path) -> Path:
+    """Another run on the same base."""
+    settings = {"system__seed": 5, "lora__rslora": True, "lora__rank": 2}
+    return train_run(runs / "second", runs / "base", runs / "data.jsonl", **settings)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def test_only_a_part_is_merged(runs: Path, tmp_path: Path) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "all") == 0
+    assert run_merge(runs / "lora", "--out", tmp_path / "part", "--only", "attention,.*1.*down_proj") == 0
+    base, whole, part = (weights(place) for place in (runs / "base", tmp_path / "all", tmp_path / "part"))
+    for name, tensor in part.items():
+        meant = "self_attn" in name or "1.mlp.down_proj" in name
+        assert torch.equal(tensor, (whole if meant else base)[name]), name
+    assert run_merge(runs / "lora", "--out", tmp_path / "peft", "--format", "peft", "--only", "mlp") == 0
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(runs / "base"), tmp_path / "peft")
+    changed = {name.rpartition(".")[2] for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    assert changed == {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("form", ["hf", "peft"])
+def test_several_runs_add_up(form: str, runs: Path, second: Path, tmp_path: Path) -> None:
+    line = (runs / "lora", second, "--weights", "0.7,0.3", "--format", form, "--out")
+    assert run_merge(*line, tmp_path / "sum") == 0
+    base = AutoModelForCausalLM.from_pretrained(runs / "base", attn_implementation="eager")
+    theirs = PeftModel.from_pretrained(base, runs / "lora" / "adapter", adapter_name="one")
+    theirs.load_adapter(second / "adapter", adapter_name="two")
+    theirs.add_weighted_adapter(["one", "two"], [0.7, 0.3], "sum", combination_type="cat")
+    theirs.set_adapter("sum")
+    wanted = logits(theirs)
+    theirs.set_adapter("one")
+    assert (logits(theirs) - wanted).abs().max() > 0.01
+    if form == "hf":
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "sum", attn_implementation="eager")
+    else:
+        ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(runs / "base"), tmp_path / "sum")
+    assert (logits(ours) - wanted).abs().max() < 1e-4
+    said = json.loads((tmp_path / "sum" / "provenance.json").read_text())["adapters"]
+    assert [item["weight"] for item in said] == [0.7, 0.3]
+
+
+def test_what_was_merged_can_be_taken_out_again(
+    runs: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "merged") == 0
+    assert run_merge(runs / "lora", "--unmerge", tmp_path / "merged", "--out", tmp_path / "back") == 0
+    said = capsys.readouterr().out
+    assert "taken out of" in said
+    assert "largest difference of a weight from" in said
+    base, back = weights(runs / "base"), weights(tmp_path / "back")
+    assert base.keys() == back.keys()
+    assert all((back[name] - tensor).abs().max() < 1e-6 for name, tensor in base.items())
+    assert not torch.equal(back[name := "model.layers.0.mlp.up_proj.weight"], weights(tmp_path / "merged")[name])
+
+    assert run_merge(runs / "lora", "--out", tmp_path / "half", "--dtype", "bf16") == 0
+    line = ("--unmerge", tmp_path / "half", "--dtype", "f32", "--out", tmp_path / "nearly")
+    assert run_merge(runs / "lora", *line) == 0
+    assert "had been rounded to bfloat16" in capsys.readouterr().out
+    merged, nearly = weights(tmp_path / "merged"), weights(tmp_path / "nearly")
+    for name, tensor in base.items():  # rounding moved the merged weight by at most half a step of 8 bits
+        allowed = merged[name].abs() * 2.0**-8 + 1e-6
+        assert ((nearly[name] - tensor).abs() <= allowed).all(), name
+
+    assert run_merge(second, "--unmerge", tmp_path / "merged", "--out", tmp_path / "x") == 2
+    assert "was not merged from" in capsys.readouterr().err
+    assert run_merge(runs / "lora", "--unmerge", tmp_path / "none", "--out", tmp_path / "x") == 2
+    assert "--unmerge: " in capsys.readouterr().err
+
+
+def test_what_cannot_be_taken_out_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_chat_model(tmp_path / "base", "qwen2")
+    for name, changes, message in (
+        ("dora", {"lora__dora": True}, "DoRA gives each row"),
+        ("bias", {"lora__bias": "lora_only"}, "replaced biases"),
+    ):
+        run = train_run(tmp_path / name, tmp_path / "base", runs / "data.jsonl", **changes)
+        assert run_merge(run, "--out", tmp_path / f"{name}-merged") == 0
+        capsys.readouterr()
+        assert run_merge(run, "--unmerge", tmp_path / f"{name}-merged", "--out", tmp_path / "x") == 2
+        assert message in capsys.readouterr().err
+    assert run_merge(tmp_path / "dora", tmp_path / "bias", "--out", tmp_path / "x") == 2
+    assert "merge a DoRA by itself" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+# --- both bases, measured
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_verify_measures_what_transformers_measures(
+    dtype: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for base in ("original", "nf4"):
+        line = ("--base", base, "--dtype", dtype, "--verify", "--out", tmp_path / base)
+        assert run_merge(runs / "qlora", *line) == 0
+    shown = capsys.readouterr().out
+    said = json.loads((tmp_path / "original" / "provenance.json").read_text())["verify"]
+    assert json.loads((tmp_path / "nf4" / "provenance.json").read_text())["verify"] == said
+
+    opened = open_model(str(runs / "qlora"), CPU, torch.float32)
+    chat = open_chat(str(runs / "qlora"), opened, as_trained=True)
+    samples, _ = command.held_out(str(runs / "qlora"), chat)
+    assert said["tokens"] == sum(len(sample.ids) for sample in samples)
+    for base in ("original", "nf4"):
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / base, dtype=torch.float32, attn_implementation="eager")
+        divergence, nats, count, same = 0.0, 0.0, 0, 0
+        with torch.no_grad():
+            for sample in samples:
+                ids = torch.tensor(sample.ids.tolist())[None]
+                wanted = opened.model.logits(opened.model(ids))[0].double().log_softmax(-1)
+                found = theirs(ids).logits[0].double().log_softmax(-1)
+                divergence += torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True).item()
+                same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
+                targets = torch.tensor(sample.is_target.tolist())[1:]
+                nats -= found[:-1].gather(1, ids[0, 1:, None])[targets].sum().item()
+                count += int(targets.sum())
+        assert said[base]["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+        assert said[base]["divergence"] == pytest.approx(divergence / said["tokens"], rel=0.02, abs=1e-7)
+        assert said[base]["same_top_token"] == pytest.approx(same / said["tokens"], abs=0.01)
+    assert said["nf4"]["divergence"] < said["original"]["divergence"]
+    best = export.recommended({name: export.Agreement(**said[name]) for name in ("original", "nf4")})
+    assert f"recommended: onto the {best} weights" in shown
+
+
+def test_the_lower_perplexity_is_recommended_and_of_two_alike_the_nearer() -> None:
+    def said(perplexity: float, divergence: float) -> export.Agreement:
+        return export.Agreement(0.1, 1.0, 1.0, divergence, perplexity, 5.0)
+
+    assert export.recommended({"original": said(4.9, 0.1), "nf4": said(5.0, 0.0)}) == "original"
+    assert export.recommended({"original": said(4.999, 0.1), "nf4": said(5.0, 0.0)}) == "nf4"
+    assert export.recommended({"original": said(5.1, 0.1), "nf4": said(5.0, 0.2)}) == "nf4"
+    assert export.recommended({"original": said(math.inf, math.nan), "nf4": said(math.inf, math.nan)}) in (
+        "original",
+        "nf4",
+    )
+
+
+def test_an_adapter_for_mlx(runs: Path, tmp_path: Path) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "out", "--format", "mlx") == 0
+    mine = {"adapters.safetensors", "adapter_config.json"}
+    companions = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert names(tmp_path / "out") == {*mine, *companions, *TOLD}
+
+
 # --- the proof, and what is left when it fails
 
 
@@ -231,8 +394,8 @@ def test_a_wrong_model_is_not_kept(
 ) -> None:
     merge = command.merge
 
-    def merge_wrongly(opened: Any, number_format: torch.dtype, onto: Any, out: Path) -> None:
-        merge(opened, number_format, onto, out)
+    def merge_wrongly(opened: Any, number_format: torch.dtype, onto: Any, out: Path, *more: Any) -> None:
+        merge(opened, number_format, onto, out, *more)
         corrupt(out)
 
     monkeypatch.setattr(command, "merge", merge_wrongly)
@@ -253,10 +416,15 @@ def test_weights_that_overflow_are_not_kept(runs: Path, tmp_path: Path, capsys: 
     settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(tmp_path / "base")
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
-    assert run_merge(tmp_path / "adapter", "--out", tmp_path / "out", "--dtype", "f16") == 2
+    line = (tmp_path / "adapter", "--out", tmp_path / "out", "--dtype")
+    assert run_merge(*line, "f16") == 2
+    said = capsys.readouterr().err
+    assert "its files are not those that" in said
+    assert "--any-base" in said
+    assert run_merge(*line, "f16", "--any-base") == 2
     assert "largest logit difference inf" in capsys.readouterr().err
     assert names(tmp_path) == {"base", "adapter"}
-    assert run_merge(tmp_path / "adapter", "--out", tmp_path / "out", "--dtype", "bf16") == 0
+    assert run_merge(*line, "bf16", "--any-base") == 0
 
 
 def test_an_adapter_that_rounding_may_drown_is_mentioned(
@@ -271,18 +439,70 @@ def test_an_adapter_that_rounding_may_drown_is_mentioned(
         assert ("may drown so weak an adapter" in capsys.readouterr().out) == drowned
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_merge_that_is_cut_short_leaves_nothing(
-    error: BaseException, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    def fail(*_: Any) -> None:
-        raise error
+FULL = """
+    import resource, sys
+    import merge
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for there in (0, 100, 60_000):  # bytes that a file may have
+        resource.setrlimit(resource.RLIMIT_FSIZE, (there, most))
+        print(merge.main(sys.argv[1:]), flush=True)
+"""
 
-    monkeypatch.setattr(command, "prove", fail)
-    assert run_merge(runs / "lora", "--out", tmp_path / "out") == (2 if isinstance(error, OSError) else 130)
-    assert capsys.readouterr().err.count("\n") == 1
+
+def test_a_disk_that_is_full_leaves_nothing(runs: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-c", textwrap.dedent(FULL), str(runs / "lora"), "--out", str(tmp_path / "deep" / "out")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "2", "2"]
+    said = done.stderr.splitlines()
+    assert len(said) == 3
+    assert all(text.startswith(f"error: --out: {tmp_path}/deep/out: cannot be written: ") for text in said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_that_is_interrupted_goes_on_with_the_shards_that_it_finished(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = (runs / "lora", "--shard-size", "20KB", "--out")
+    assert run_merge(*line, tmp_path / "whole") == 0
+    shards = sorted(path.name for path in (tmp_path / "whole").glob("model-*.safetensors"))
+    assert len(shards) > 4
+    write_file, written = export.write_file, []
+
+    def interrupt(path: Path, pieces: Any) -> Any:
+        if path.name.endswith(".safetensors"):
+            written.append(path.name)
+            if len(written) == 3:
+                path.write_bytes(b"half")
+                raise KeyboardInterrupt
+        return write_file(path, pieces)
+
+    monkeypatch.setattr(export, "write_file", interrupt)
+    assert run_merge(*line, tmp_path / "out") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    (aside,) = tmp_path.glob(".tmp-out-*")
+    (aside / shards[1]).write_bytes(b"damaged meanwhile")
+    written += ["not to be interrupted again"]
+    assert run_merge(*line, tmp_path / "out") == 0
+    assert written[4:] == shards[1:]  # the first one was whole
+    assert names(tmp_path) == {"whole", "out"}
+    for name in names(tmp_path / "whole"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+    written.clear()
+    assert run_merge(*line, tmp_path / "other") == 130
+    assert run_merge(runs / "lora", "--out", tmp_path / "other") == 0  # another command does not want them
+    assert names(tmp_path) == {"whole", "out", "other"}
+
+
+def test_two_processes_do_not_write_one_directory(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with export.new_directory(tmp_path / "out"):
+        assert run_merge(runs / "lora", "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert said == f"error: --out: {tmp_path}/out: another process is writing it: wait for it, or choose another\n"
+    assert names(tmp_path) == {"out"}
 
 
 # --- mistakes
@@ -302,6 +522,14 @@ def damaged(runs: Path, out: Path, damage: str) -> Path:
     elif damage == "other":
         make_chat_model(out.parent / "other", hidden_size=64)
         config.write_text(json.dumps({**settings, "base_model_name_or_path": str(out.parent / "other")}))
+    elif damage in ("changed", "shard"):
+        model = AutoModelForCausalLM.from_pretrained(runs / "base")
+        model.model.norm.weight.data[0] += 0.001
+        model.save_pretrained(out.parent / "other", max_shard_size="100KB" if damage == "shard" else "1GB")
+        shutil.copy(runs / "base" / "tokenizer.json", out.parent / "other")
+        if damage == "shard":
+            (out.parent / "other" / "model-00002-of-00002.safetensors").unlink()
+        config.write_text(json.dumps({**settings, "base_model_name_or_path": str(out.parent / "other")}))
     elif damage == "moved":
         config.write_text(json.dumps({**settings, "base_model_name_or_path": "/no/such/base"}))
     return out
@@ -320,6 +548,18 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "list": (["ADAPTER", "--format", "peft"], "adapter_config.json: expected a JSON object"),
     "other": (["ADAPTER"], "is (4, 32), but this model and rank need (4, 64)"),
     "moved": (["ADAPTER"], "base_model_name_or_path: /no/such/base: no such directory"),
+    "changed base": (["ADAPTER"], "its files are not those that"),
+    "shard gone": (["ADAPTER"], "model-00002-of-00002.safetensors: named in the index, but missing"),
+    "onnx": (["ROOT/lora", "--format", "onnx"], "optimum-cli export onnx --model "),
+    "tensorrt": (["ROOT/lora", "--format", "tensorrt"], "trtllm-serve "),
+    "no size": (["ROOT/lora", "--shard-size", "big"], "--shard-size: 'big' is no size: write one like 500MB"),
+    "one weight": (["ROOT/lora", "ROOT/lora", "--weights", "1"], "give 2 numbers, one for each adapter"),
+    "weight is text": (["ROOT/lora", "--weights", "half"], "give 1 numbers, one for each adapter"),
+    "no expression": (["ROOT/lora", "--only", "(q"], "--only: '(q' is neither a name nor a regular expression"),
+    "no module": (["ROOT/lora", "--only", "w_proj"], "--only: 'w_proj' names nothing"),
+    "other base": (["ROOT/lora", "ADAPTER"], "no sum of the two"),
+    "dtype of an adapter": (["ROOT/lora", "--format", "mlx", "--dtype", "f32"], "--dtype: is about a merged model"),
+    "nf4 of an unmerge": (["ROOT/qlora", "--unmerge", "x", "--base", "nf4"], "leave --base and --verify out"),
 }
 
 
@@ -346,7 +586,7 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "file").write_text("kept")
-    monkeypatch.setattr(command, "open_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(command, "open_adapter", lambda *_, **__: pytest.fail("loaded"))
     assert run_merge(runs / "lora", "--out", tmp_path / name if name else "") == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: --out: ")

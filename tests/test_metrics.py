@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import resource
+import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +20,9 @@ from typing import Any
 import pytest
 
 from nanoft import UserError
-from nanoft.metrics import Meter, Run, clock, table
+from nanoft.metrics import Lines, Meter, Run, clock, table
 
+HOST = socket.gethostname()
 HOLD = """
 import sys
 from nanoft.metrics import Run
@@ -46,13 +53,14 @@ def lines(run: Run) -> list[dict[str, Any]]:
 def test_one_process_owns_the_directory_at_a_time(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with other_owner(directory) as process:
-        with pytest.raises(UserError, match=rf"output\.dir: .*run: in use by process {process.pid} since"):
+        with pytest.raises(UserError, match=rf"output\.dir: .*run: in use by process {process.pid} on {HOST} since 20"):
             Run.open(directory)
         assert directory.is_dir()  # whoever comes second takes nothing away
     with Run.open(directory):
         owner = (directory / ".lock").read_text()
-        assert owner.startswith(f"{os.getpid()} since")
+        assert owner.startswith(f"{os.getpid()} on {HOST} since 20")
         assert len(owner.splitlines()) == 1
+    assert (directory / ".lock").read_text() == ""
 
 
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
@@ -60,6 +68,55 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
         process.kill()
     with Run.open(tmp_path / "run") as run:
         run.say("taken over")
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that does not know flock."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def note(pid: int, host: str = HOST, since_s: float | None = None) -> str:
+    return f"{pid} on {host} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since_s))}\n"
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_the_note_decides(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with Run.open(directory):
+        fix = r"wait for it or, if it has ended, remove .*\.lock or choose another output\.dir"
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on {HOST} since 20.*: {fix}"):
+            Run.open(directory)
+    with Run.open(directory):
+        pass  # it ended, and so it was free
+    (directory / ".lock").write_text(note(1, "another-computer"))
+    with pytest.raises(UserError, match="in use by process 1 on another-computer since"):
+        Run.open(directory)
+    (directory / ".lock").write_text("whatever")
+    with pytest.raises(UserError, match="in use by process whatever: "):
+        Run.open(directory)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_a_dead_process_holds_nothing_either(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass  # ended and reaped: its number is free
+    for text in (note(process.pid), note(os.getpid(), since_s=1e9)):  # or another process has it, that began later
+        (tmp_path / ".lock").write_text(text)
+        with Run.open(tmp_path):
+            assert (tmp_path / ".lock").read_text() == note(os.getpid())
+
+
+def test_a_lock_that_was_removed_as_the_message_says_is_made_anew(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run") as run:
+        run.begin(0, [0, 0], [])
+    (tmp_path / "run" / ".lock").unlink()
+    Run.open(tmp_path / "run")
+    assert (tmp_path / "run" / ".lock").exists()
 
 
 def test_a_directory_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
@@ -132,10 +189,11 @@ def test_skipped_windows_are_counted(tmp_path: Path) -> None:
 
 def test_the_recorded_config_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        (run.directory / "config.json").write_text('{"lora": {"rank": 4}}')
+        recorded = {"lora": {"rank": 4}, "provenance": {"date": "2025-01-31"}}
+        (run.directory / "config.json").write_text(json.dumps(recorded))
         assert run.recorded_config() is None  # a run that took no step can still be changed
         (run.directory / "metrics.jsonl").write_text("")
-        assert run.recorded_config() == {"lora": {"rank": 4}}
+        assert run.recorded_config() == recorded
         (run.directory / "config.json").write_text('{"lora": ')
         with pytest.raises(UserError, match=r"config\.json: damaged"):
             run.recorded_config()
@@ -200,6 +258,122 @@ def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path: Path) -> None:
         errors = process.stderr.read()
     assert "Traceback" not in errors
     assert len((tmp_path / "run" / "train.log").read_text().splitlines()) == 3
+
+
+@contextlib.contextmanager
+def no_file_longer_than(size_bytes: int) -> Iterator[None]:
+    """The kernel writes up to there and then refuses."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_of_lines_holds_whole_lines_only_and_in_the_end_all(tmp_path: Path) -> None:
+    path, refused = tmp_path / "lines", 0
+    written = [f"{number} {'x' * (7 * number % 50)}é\n" for number in range(40)]
+    file = Lines(path)
+    for number, line in enumerate(written):
+        with no_file_longer_than(300 if number < 20 else 700):
+            try:
+                file.append(line.removesuffix("\n"))
+            except OSError as error:
+                assert error.errno == errno.EFBIG  # noqa: PT017 (most lines are not refused)
+                refused += 1
+            text = path.read_text(encoding="utf-8")
+            assert "".join(written[: number + 1]).startswith(text)
+            assert text.endswith("\n")
+    assert 10 < refused < 40
+    file.sync()
+    assert path.read_text(encoding="utf-8") == "".join(written)
+    with no_file_longer_than(1), contextlib.suppress(OSError):
+        file.append("last")
+    file.close()
+    assert path.read_text(encoding="utf-8") == "".join(written) + "last\n"
+
+
+def test_a_disk_that_refuses_a_line_is_told_once_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Run.open(tmp_path / "run") as run:
+        run.begin(0, [0, 0], [])
+        run.log("train", 1, loss=2.0)
+        with no_file_longer_than(0):
+            for step in (2, 3):
+                run.log("train", step, loss=2.0)
+                run.say(f"step {step}")
+                run.sync()
+        run.log("train", 4, loss=2.0)
+        run.say("step 4")
+        assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
+    said = capsys.readouterr().out
+    assert [said.count(f"{name}: File too large") for name in ("metrics.jsonl", "train.log")] == [1, 1]
+    assert [f"step {step}\n" in said for step in (2, 3, 4)] == [True] * 3
+    assert (run.directory / "train.log").read_text() == "step 4\n"
+
+
+def test_a_directory_that_is_no_longer_ours_is_noticed_before_a_save(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with Run.open(directory) as run:
+        run.begin(0, [0, 0], [])
+        run.sync()
+        directory.rename(tmp_path / "elsewhere")
+        run.say("still here")
+        with pytest.raises(UserError, match=r"output\.dir: .*run: was removed or replaced"):
+            run.sync()
+        with Run.open(directory), pytest.raises(UserError, match="was removed or replaced"):
+            run.sync()
+        shutil.rmtree(directory)
+
+
+def test_what_took_the_place_of_a_run_that_had_begun_is_kept(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+
+    def replaced_meanwhile() -> None:
+        with Run.open(directory) as run:
+            run.begin(0, [0, 0], [])
+            directory.rename(tmp_path / "moved")
+            directory.mkdir()
+            (directory / "precious.txt").write_text("of somebody else")
+            run.sync()
+
+    with pytest.raises(UserError, match="removed or replaced"):
+        replaced_meanwhile()
+    assert (directory / "precious.txt").exists()
+
+
+def test_what_a_killed_process_was_writing_is_swept(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run"):
+        pass
+    for name in (".tmp-best.json-1", ".tmp-config.json-99", ".preflight-1", ".tmp-mine-7", ".mine"):
+        (tmp_path / "run" / name).write_text("x")
+    (tmp_path / "run" / ".tmp-adapter-1").mkdir()
+    (tmp_path / "run" / ".tmp-adapter-1" / "half").write_text("x")
+    with Run.open(tmp_path / "run"):
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".tmp-mine-7", ".mine"}
+
+
+def test_a_run_that_begins_again_has_not_ended(tmp_path: Path) -> None:
+    """Killed after its last line, before its report: the last line is written again, once."""
+    for _ in range(2):
+        with Run.open(tmp_path / "run") as run:
+            run.begin(1, [0, 0], [])
+            run.log("done", 1, steps=1)
+            assert [line["event"] for line in lines(run)] == ["done"]
+
+
+def test_half_a_letter_in_a_name_stops_no_line(tmp_path: Path) -> None:
+    name = os.fsdecode(b"l\xe4ufe")  # Latin-1, as old archives have it
+    with Run.open(tmp_path / name) as run:
+        run.begin(0, [0, 0], [])
+        run.log("train", 1, path=name)
+        run.say(name)
+        run.write_report({"name": name}, name)
+        assert lines(run)[0]["path"] == name
+        assert json.loads((run.directory / "report.json").read_text())["name"] == name
+    assert (run.directory / "train.log").read_text() == "l\\udce4ufe\n"
 
 
 # --- figures

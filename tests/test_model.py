@@ -15,7 +15,7 @@ from nanoft import UserError
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
 from nanoft.lora import inject_lora
-from nanoft.model import Decoder, DecoderConfig, KVCache, compile_blocks, embedding_noise, keep_by_policy, select_rows
+from nanoft.model import Decoder, DecoderConfig, compile_blocks, embedding_noise, keep_by_policy, select_rows
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
@@ -33,22 +33,15 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str, tmp_path: Path) 
         assert theirs.std() > 0.1  # logits that say something
         settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
         expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, 48:]
-    assert torch.equal(greedy(model, ids, 64, use_cache=True), expected)
-    assert torch.equal(greedy(model, ids, 64, use_cache=False), expected)
+    assert torch.equal(greedy(model, ids, 64), expected)
 
 
 @torch.no_grad()
-def greedy(model: Decoder, ids: torch.Tensor, count: int, use_cache: bool) -> torch.Tensor:
-    """Greedy decoding, spelled out: with the cache only the newest token goes through the model."""
-    batch, start = ids.shape
-    cache = KVCache(model.config, batch, start + count, CPU, torch.float32) if use_cache else None
-    feed, at = ids, 0
+def greedy(model: Decoder, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy decoding, spelled out; nanoft/decode.py does it with a cache."""
+    start = ids.shape[1]
     for _ in range(count):
-        positions = torch.arange(at, at + feed.shape[1])[None]
-        hidden = model(feed, positions=positions, cache=cache)
-        newest = model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
-        ids = torch.cat((ids, newest), dim=1)
-        feed, at = (newest, ids.shape[1] - 1) if use_cache else (ids, 0)
+        ids = torch.cat((ids, model.logits(model(ids)[:, -1]).argmax(-1, keepdim=True)), dim=1)
     return ids[:, start:]
 
 
@@ -57,13 +50,11 @@ def test_packed_documents_equal_the_same_documents_alone(tmp_path: Path) -> None
     model = load_model(tmp_path, CPU, torch.float32)
     first, second = torch.randint(0, 199, (1, 10)), torch.randint(0, 199, (1, 30))
     positions = torch.cat((torch.arange(10), torch.arange(30)))[None]
-    segments = torch.cat((torch.full((10,), 1), torch.full((30,), 2)))[None]
     documents = Documents((10, 30), torch.tensor([0, 10, 40], dtype=torch.int32))
     with torch.no_grad():
-        for told in ({"documents": documents}, {"segments": segments}):
-            packed = model(torch.cat((first, second), dim=1), positions, **told)
-            assert (packed[:, :10] - model(first)).abs().max() < 1e-5
-            assert (packed[:, 10:] - model(second)).abs().max() < 1e-5
+        packed = model(torch.cat((first, second), dim=1), positions, documents)
+        assert (packed[:, :10] - model(first)).abs().max() < 1e-5
+        assert (packed[:, 10:] - model(second)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("keep", ["all", "input", "offloaded"])

@@ -79,7 +79,7 @@ def check_4bit(w: Tensor, kind: str) -> None:
     for parts, one in (([packed, absmax], state), ([packed, codes, nested, values, offset], double)):
         for dtype in DTYPES:
             wanted = bnb.functional.dequantize_4bit(theirs, in_rows_of_64(one, dtype)).view(w.shape)
-            for unpack_4bit in (nf4._unpack_bitsandbytes, nf4._unpack_table):
+            for unpack_4bit in (nf4.unpack_bitsandbytes, nf4.unpack_table):
                 assert same_bits(unpack_4bit(parts, kind, dtype).view(w.shape), wanted), (unpack_4bit, dtype)
 
 
@@ -444,7 +444,7 @@ def test_cuda_packs_and_unpacks_to_the_bits_of_the_cpu(form: tuple[str, bool], d
         assert same_bits(own, other.cpu())
     assert same_bits(here.dequantize(), there.dequantize().cpu())
     if form[0] != "int8":
-        table = nf4._unpack_table(there.parts, form[0], dtype).view(w.shape)
+        table = nf4.unpack_table(there.parts, form[0], dtype).view(w.shape)
         assert same_bits(table, there.dequantize())
 
 

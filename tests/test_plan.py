@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from shapes import MISTRAL_7B
 
 import train
 from models import make_chat_model, make_reference, write_records
@@ -18,20 +19,19 @@ from nanoft.lora import inject_lora, linears_of
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.nf4 import packed_bytes
 from nanoft.optim import build_optimizer, optimizer_tensors
-from nanoft.plan import Plan, choose_keep, choose_rows, count, estimate, gflop_per_token
+from nanoft.plan import (
+    Machine,
+    Plan,
+    choose_keep,
+    choose_rows,
+    count,
+    decide_dequantize,
+    estimate,
+    gflop_per_token,
+)
 from nanoft.weights import load_model, read_shape
 
 CPU = torch.device("cpu")
-MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"],
-    "vocab_size": 32768,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "sliding_window": None,
-}
 QLORA = Config(quantization=QuantizationConfig(bits=4))
 
 
@@ -134,6 +134,37 @@ def test_activations_are_the_bytes_that_autograd_keeps(keep: Any, tmp_path: Path
     plan = estimate(decoder, count(decoder, config), config, "cpu", torch.bfloat16, 2, 256, [keep] * 3, 0.0)
     assert hidden.requires_grad
     assert -0.03 < sum(kept.values()) / plan.parts["activations"] - 1 < 0.03 + final_norm / plan.parts["activations"]
+
+
+def test_full_training_keeps_weights_cast_for_the_products(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, hidden_size=256, intermediate_size=640, num_attention_heads=4)
+    config, decoder = Config(training=TrainingConfig(method="full")), read_shape(tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32)
+    shapes = {shape for m in linears_of(model).values() for shape in (m.weight.shape, m.weight.T.shape)}
+    cast: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape in shapes and tensor.dtype == torch.bfloat16:
+            cast[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(0, 199, (2, 77)))
+    plan = estimate(decoder, count(decoder, config), config, "cpu", torch.bfloat16, 2, 77, ["all"] * 3, 0.0)
+    assert plan.parts["cast weights"] == sum(tensor.untyped_storage().nbytes() for tensor in cast.values())
+
+
+def test_a_base_that_is_kept_unpacked_counts_as_one() -> None:
+    cached = Config(quantization=QuantizationConfig(bits=4, dequantize="cached"))
+    assert mistral_7b(4096, "input", cached).peak == mistral_7b(4096, "input", Config()).peak
+
+
+@pytest.mark.parametrize(("memory_gb", "unpacked"), [(80, True), (48, True), (24, False)])
+def test_the_base_is_planned_unpacked_where_loading_will_unpack_it(memory_gb: float, unpacked: bool) -> None:
+    """10.36 GB more, which is a third of what is left beside the packed base and the embeddings, or not."""
+    machine = Machine(torch.device("cuda"), torch.bfloat16, 0.9 * memory_gb * 1e9, here=False)
+    decided = decide_dequantize(QLORA, count(DecoderConfig.from_hf(MISTRAL_7B), QLORA), machine)
+    assert decided.quantization.dequantize == ("cached" if unpacked else "per_use")
 
 
 def test_blocks_are_computed_again_only_as_far_as_memory_asks_for_it() -> None:

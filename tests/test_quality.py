@@ -251,3 +251,23 @@ def test_groups_never_stand_on_both_sides(rows: list[Any], size: int, seed: int)
     mask = held(questions, size, seed, [stratum for _, stratum in rows])
     assert chosen(mask, questions).isdisjoint(chosen(~mask, questions))
     assert mask.sum() <= size
+
+
+# ---- Prompts of an evaluation among the training data
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_leaked_prompts_are_counted_word_for_word_and_nearly(at_once: int) -> None:
+    asked = texts(40, seed=1)
+    exact = [text.upper().replace(" ", "  ") for text in asked[:6]]
+    near = [f"{text} and more" for text in asked[4:15]]  # two of these stand there word for word, too
+    half = [" ".join(text.split()[:60]) + " " + other for text, other in zip(asked[20:], texts(20, 60, 5), strict=True)]
+    trained_on = [*texts(50, seed=2), *near, *exact, *half]
+    resembling = {a for a in asked for t in trained_on if jaccard(a, t.lower()) >= 0.8}
+    assert resembling == set(asked[:15])
+    assert quality.leaks(asked, iter(trained_on), 0.8, at_once) == (6, 9)
+
+
+def test_nothing_leaks_from_nothing() -> None:
+    assert quality.leaks([], iter(texts(3)), 0.8) == (0, 0)
+    assert quality.leaks(texts(3), iter([]), 0.8) == (0, 0)

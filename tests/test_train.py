@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from nanoft import batches, model, runtime
+from nanoft import batches, model, runtime, selftest
 from nanoft.config import load_config
 from nanoft.lora import LoRALinear
 from nanoft.metrics import Run
@@ -78,29 +78,17 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     """What the real loop hands to the optimizer at its first step."""
     changes |= {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
-    arguments = quick(directory, **changes, training__max_grad_norm=0, training__max_steps=1)
+    arguments = quick(directory, **changes)
     config = load_config(arguments[0], arguments[1:])
     runtime.prepare(config.system.seed, 0, False)
-    taken: dict[str, torch.Tensor] = {}
-    with Run.open(config.output.dir) as run, runtime.StopRequest() as stop:
+    with Run.open(config.output.dir) as run:
         provenance = train.claim(config, run, "auto")
         job = train.prepare(config, run, provenance, *train.load_data(config, run, datetime.now()))
         job.model.to(dtype)
-        job.optimizer.state.clear()  # laid out for float32; AdamW makes it again
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in job.trained:
-            if "lora_B" in name:  # at zero, A would have no gradient
-                parameter.data.normal_(std=0.02, generator=generator)
-        step = job.optimizer.step
-
-        def capture() -> None:
-            taken.update({name: p.grad.clone() for name, p in job.trained if p.grad is not None})
-            step()
-
-        job.optimizer.step = capture  # type: ignore[method-assign, assignment]
+        selftest.stir(job.adapters)  # at its start, A has no gradient
         run.begin(0, [0, 0], [])
-        train.train(job, train.State(), stop, 1)
-        assert len(taken) == len(job.trained)
+        taken = selftest.gradient(job, train.go_on, job.batches)
+        assert {name: len(part) for name, part in taken.items()} == {name: p.numel() for name, p in job.trained}
     return taken
 
 
@@ -113,15 +101,9 @@ def test_a_window_has_one_gradient_however_it_is_split(
     whole = gradients(tmp_path / "8x1", 8, 1, dtype, **changes)
     for size, count in ((4, 2), (2, 4), (1, 8)):
         split = gradients(tmp_path / f"{size}x{count}", size, count, dtype, **changes)
-        assert distance(split, whole) <= allowed
+        assert selftest.gradients_apart(split, whole) <= allowed
         if dtype == torch.float64:  # float32 rounds single small tensors by a little more than all of them together
-            assert max(distance({n: split[n]}, {n: g}) for n, g in whole.items()) <= allowed
-
-
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The norm of the difference as a share of the norm, over all parameters together."""
-    a, b = (torch.cat([part[name].flatten().double() for name in sorted(expected)]) for part in (found, expected))
-    return ((a - b).norm() / b.norm()).item()
+            assert max(selftest.apart(split[name], gradient) for name, gradient in whole.items()) <= allowed
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -218,7 +200,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(tmp_path: Path
     done = subprocess.run(command(arguments), capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2
     assert "File too large" in one_line(done.stderr)
-    assert "warning: saving step 6 failed after step 7: OSError: [Errno 27] File too large" in done.stdout
+    assert re.search(r"warning: saving step 6 failed after step \d: OSError: \[Errno 27\] File too large", done.stdout)
     assert {path.name for path in (directory / "checkpoints").iterdir()} == {"step-000000", "step-000003"}
     assert train.main(arguments) == 0
     assert [step for step, _ in losses(directory)] == list(range(1, 9))
@@ -281,10 +263,10 @@ def test_a_best_checkpoint_that_was_damaged_is_told_and_the_last_one_taken(
     patience |= {"data__validation_file": sentences(tmp_path), "training__learning_rate": 5e-3}
     finish = train.finish
 
-    def damaging(job: Any, state: Any) -> None:
+    def damaging(job: Any, state: Any, stop: Any) -> bool:
         assert 0 < state.best_step < state.step
         (job.checkpoints.path(state.best_step) / "state.json").write_bytes(b"{}")
-        finish(job, state)
+        return finish(job, state, stop)
 
     monkeypatch.setattr(train, "finish", damaging)
     assert train.main(quick(tmp_path / "run", **patience)) == 0
@@ -730,13 +712,11 @@ def patch_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         first, second = x.chunk(2, dim=-1)
         return x * torch.cat((cos, cos), -1) + torch.cat((-second, first), -1) * torch.cat((sin, sin), -1)
 
-    def attend(q: Any, k: Any, v: Any, window: Any, documents: Any, mask: Any) -> Any:
-        if mask is None:
-            lengths = documents.lengths if documents else (q.shape[1],) * len(q)
-            numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(q.shape[:2])
-            mask = (numbers[:, None, :, None] == numbers[:, None, None, :]) & torch.ones(
-                q.shape[1], q.shape[1]
-            ).tril().bool()
+    def attend(q: Any, k: Any, v: Any, window: Any, documents: Any) -> Any:
+        lengths = documents.lengths if documents else (q.shape[1],) * len(q)
+        numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(q.shape[:2])
+        same = numbers[:, None, :, None] == numbers[:, None, None, :]
+        mask = same & torch.ones(q.shape[1], q.shape[1]).tril().bool()
         k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
         return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)

@@ -439,7 +439,8 @@ SAMPLE = 20_000  # documents to train the tokenizer on
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]"]  # their ids are 0 to 5
 # What one piece may span: some marks of JSON, a run of letters, two digits, or one character. A word never takes the
 # space or the quote before it along, so it is spelled alike in prose and in JSON, and copying it is copying one token.
-PIECES = r'": \{"|": "|", "|": |, "|\{"|"\}\}|"\}|\}\}|[,.:?] |[A-Za-z]+|[0-9]{1,2}|[\s\S]'
+MARKS = ['": {"', '": "', '", "', '": ', ', "', '{"', '"}}', '"}', "}}", ", ", ". ", ": ", "? "]
+PIECES = "|".join(map(re.escape, MARKS)) + r"|[A-Za-z]+|[0-9]{1,2}|[\s\S]"
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% set with_system = messages[0]['role'] == 'system' %}"
@@ -482,7 +483,26 @@ def train_tokenizer(seed: int) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", SPECIAL.index("<s>"))]
     )
-    return tokenizer
+    return in_common_terms(tokenizer)
+
+
+def in_common_terms(tokenizer: Tokenizer) -> Tokenizer:
+    """The same ids by means that other engines have, too: words cut as in GPT-2, and the marks as added tokens.
+
+    llama.cpp knows an expression for words by its name only, and has no name for ours. What merges are left lie inside
+    runs of letters or digits, and GPT-2's words do not cut those (but for "'s" and the like).
+    """
+    content = json.loads(tokenizer.to_str())
+    model = content["model"]
+    for mark in MARKS:
+        number = model["vocab"].pop(mark.replace(" ", "Ġ"))
+        model["vocab"][mark] = number
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        content["added_tokens"].append({"id": number, "content": mark, **plain})
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair).isalnum()]
+    common: Tokenizer = Tokenizer.from_str(json.dumps(content))
+    common.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return common
 
 
 # ---- Command line -------------------------------------------------------------------------------------------------

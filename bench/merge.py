@@ -1,0 +1,204 @@
+"""How fast an adapter is merged, and in how much memory: shards of a 7B model's shape, written on the fly.
+
+    python bench/merge.py                  writes bench/merge.json and bench/merge.md
+    python bench/merge.py --layers 4       a shorter model; nothing is written down
+
+The base is Mistral-7B's shape with random bfloat16 weights; the adapter has rank 16 on every linear of the blocks. A
+process of its own merges, proves the result and asks it a question, as merge.py does; its resident memory, everything
+included, is read from the kernel after each part, and the peak starts anew before each. Everything lies in a temporary
+directory and is deleted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanoft.adapter import save_adapter
+from nanoft.checkpoint import Specs, encode, write_file
+from nanoft.config import LoRAConfig
+from nanoft.export import merge, open_adapter, prove
+from nanoft.generate import generate
+from nanoft.lora import inject_lora
+from nanoft.model import Decoder, DecoderConfig
+from nanoft.stream import StreamedDecoder, give_back_freed_memory, open_rows
+from nanoft.weights import read_trained
+
+HERE = Path(__file__).parent
+PLACE = HERE / "merge"
+SHARD = 5 * 10**9
+RANK = 16
+TOKENS = 64  # of each of the prompts of the proof
+PROMPTS = 2
+ANSWER_TOKENS = 4
+
+
+def hf_config(layers: int) -> dict[str, Any]:
+    return {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
+        "sliding_window": None, "tie_word_embeddings": False, "dtype": "bfloat16",
+    }  # fmt: skip
+
+
+def make_base(directory: Path, layers: int) -> int:
+    """Random weights in shards, some rows at a time; returns the bytes of all of them."""
+    config = hf_config(layers)
+    (directory / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig.from_hf(config))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
+
+    def read(name: str) -> Iterator[torch.Tensor]:
+        left = math.prod(shapes[name])
+        while left:
+            count = min(left, len(noise))
+            yield (torch.ones(count) if "norm" in name else noise[:count]).bfloat16()
+            left -= count
+
+    shards: list[Specs] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        if size + 2 * math.prod(shape) > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (torch.bfloat16, shape)
+        size += 2 * math.prod(shape)
+    weight_map = {}
+    for number, specs in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(directory / file, encode(specs, read))
+        weight_map.update(dict.fromkeys(specs, file))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return sum(2 * math.prod(shape) for shape in shapes.values())
+
+
+def make_adapter(base: Path, out: Path) -> None:
+    lora = LoRAConfig(rank=RANK, alpha=32.0)
+    model = StreamedDecoder(open_rows(base))
+    adapters = inject_lora(model, lora, seed=1)
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.lora_B.normal_(std=0.002, generator=torch.Generator().manual_seed(2))
+    save_adapter(out, model, adapters, lora, str(base), {})
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure(adapter: Path, out: Path) -> dict[str, Any]:
+    """Merge, prove, ask: the seconds and the peak memory of each."""
+    give_back_freed_memory()
+    figures: dict[str, Any] = {"before_gb": resident("VmRSS") / 1e9}
+
+    def part(name: str, work: Callable[[], Any]) -> Any:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        start, cpu = time.perf_counter(), time.process_time()
+        result = work()
+        spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        figures[name] = {**spent, "peak_gb": resident("VmHWM") / 1e9}
+        return result
+
+    opened = part("open", lambda: open_adapter(read_trained(str(adapter)), "original"))
+    part("merge", lambda: merge(opened, torch.bfloat16, "original", out))
+    prompts = torch.randint(32000, (PROMPTS, TOKENS), generator=torch.Generator().manual_seed(3)).tolist()
+    proof = part("prove", lambda: prove(opened, out, prompts, torch.bfloat16))
+    assert proof.holds, proof
+    figures["proof"] = {"max_difference": proof.max_difference, "allowed": proof.allowed, "effect": proof.effect}
+    merged = StreamedDecoder(open_rows(out))
+    part("ask", lambda: generate(merged, prompts[:4], (), ANSWER_TOKENS))
+    return figures
+
+
+def run(layers: int) -> dict[str, Any]:
+    root = Path(tempfile.mkdtemp(prefix="nanoft-merge-", dir=os.environ.get("TMPDIR", "/tmp")))
+    try:
+        with torch.device("meta"):
+            model = Decoder(DecoderConfig.from_hf(hf_config(layers)))
+        needed = 2 * sum(2 * p.numel() for p in model.parameters())
+        if needed * 1.1 > (free := shutil.disk_usage(root).free):
+            raise SystemExit(f"{root} has {free / 1e9:.0f} GB free, {needed * 1.1 / 1e9:.0f} GB are needed: --layers")
+        (root / "base").mkdir()
+        size = make_base(root / "base", layers)
+        make_adapter(root / "base", root / "adapter")
+        (root / "out").mkdir()
+        line = [sys.executable, __file__, "--measure", str(root / "adapter"), str(root / "out")]
+        said = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True).stdout
+        figures = json.loads(said.splitlines()[-1])
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    largest = 2 * max(p.numel() for p in model.parameters())
+    return {
+        "model": {
+            "layers": layers,
+            "parameters": size // 2,
+            "weights_gb": size / 1e9,
+            "largest_tensor_gb": largest / 1e9,
+        },
+        "adapter": {"rank": RANK, "modules": 7 * layers},
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "merge_gb_per_s": size / 1e9 / figures["merge"]["seconds"],
+        "merge_gb_per_cpu_s": size / 1e9 / figures["merge"]["cpu_seconds"],
+        "allowed_peak_gb": 1.5 * largest / 1e9 + 0.5,
+        **figures,
+    }
+
+
+def markdown(r: dict[str, Any]) -> str:
+    model, proof, threads = r["model"], r["proof"], r["machine"]["threads"]
+    parts = [(name, r[name]) for name in ("open", "merge", "prove", "ask")]
+    return f"""# Merging an adapter of rank {RANK} on every linear
+
+{model["layers"]} layers of Mistral-7B's shape: {model["parameters"] / 1e9:.2f} billion random bfloat16 weights in
+{model["weights_gb"]:.1f} GB of shards; {threads} thread(s), on a machine that others used at the same time (CPU seconds
+are this process's own). Merged at {r["merge_gb_per_s"]:.2f} GB/s of wall time, {r["merge_gb_per_cpu_s"]:.2f} GB per CPU
+second: read, added in float32, rounded, hashed, written, synced.
+
+Resident memory is that of the whole process; Python and torch alone have {r["before_gb"]:.2f} GB. 1.5 times the largest
+tensor and 0.5 GB are {r["allowed_peak_gb"]:.2f} GB.
+
+| part | seconds | CPU seconds | peak GB |
+|---|---|---|---|
+{chr(10).join(f"| {n} | {p['seconds']:.0f} | {p['cpu_seconds']:.0f} | {p['peak_gb']:.2f} |" for n, p in parts)}
+
+prove: {PROMPTS} prompts of {TOKENS} tokens through base, base + adapter and the merged files; largest logit difference
+{proof["max_difference"]:.2g}, allowed {proof["allowed"]:.2g}, the adapter itself {proof["effect"]:.2g}.
+ask: 4 prompts of {TOKENS} tokens, {ANSWER_TOKENS} new tokens each, every weight read from the files for each token.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--write", action="store_true", help="also with fewer layers")
+    parser.add_argument("--measure", nargs=2, metavar=("ADAPTER", "OUT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(*map(Path, args.measure))))
+        return
+    result = run(args.layers)
+    print(json.dumps(result, indent=1))
+    if args.layers == 32 or args.write:
+        PLACE.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        PLACE.with_suffix(".md").write_text(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Will it run here? What the machine really does, tried rather than asked.
+
+    python -m nanoft.runtime                     versions, device, memory, kernels, 4-bit weights, the Hub
+    python -m nanoft.runtime configs/h100.py     and whether this config can run: exit code 2 if it cannot
+
+A library that is installed may not work, a kernel that is listed may refuse, a disk that is there may be full. So each
+line is the outcome of a small trial: green when it works, yellow when something will be slower or is missing that this
+config does not need, red when it cannot run; yellow and red say what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import huggingface_hub
+import psutil
+import torch
+from huggingface_hub import constants
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanoft import UserError
+from nanoft.attention import has_varlen
+from nanoft.cache import cache_home
+from nanoft.config import Config, load_config
+from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
+from nanoft.optim import check_optimizer
+from nanoft.plan import choose_activations, decide_rows, find_machine, kept, matmul_gflop_s
+from nanoft.runtime import (
+    Arguments,
+    choose_device,
+    choose_dtype,
+    command,
+    describe,
+    memory_limit_bytes,
+    quiet_libraries,
+)
+from nanoft.weights import check_quantization, find_model, quantization_of, read_shape
+
+Colour = Literal["green", "yellow", "red"]
+CODES = {"green": "32", "yellow": "33", "red": "31"}
+TESTED = {"torch": ((2, 8), (2, 14)), "python": ((3, 11), (3, 15))}  # from, and below
+GB_ON_DISK = 10  # below this a checkpoint or a model may not fit
+
+
+@dataclass(frozen=True)
+class Line:
+    """What was tried, how it went, and what to do about it."""
+
+    colour: Colour
+    name: str
+    found: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.colour:6} {self.name:13} {self.found}" + (f": {self.fix}" if self.fix else "")
+
+    def coloured(self) -> str:
+        return str(self).replace(self.colour, f"\033[{CODES[self.colour]}m{self.colour}\033[0m", 1)
+
+
+def look_around(device: torch.device) -> Iterator[Line]:
+    """Everything that does not depend on a config."""
+    yield from versions()
+    yield Line("green", "device", describe(device))
+    yield from precision(device)
+    yield from memory(device)
+    yield from disk()
+    yield from attention(device)
+    yield four_bits(device)
+    yield speed(device)
+    yield hub()
+
+
+def versions() -> Iterator[Line]:
+    """Python and PyTorch, against those that nanoft is tested with."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name, version in found.items():
+        low, high = TESTED[name]
+        number = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+        if low <= number < high:
+            yield Line("green", name, version)
+        else:
+            wanted = f"{low[0]}.{low[1]} to {high[0]}.{high[1] - 1}"
+            yield Line("yellow", name, version, f"tested with {wanted}")
+    others = ("safetensors", "tokenizers", "bitsandbytes", "numpy", "huggingface_hub")
+    yield Line("green", "libraries", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in others))
+
+
+def precision(device: torch.device) -> Iterator[Line]:
+    """Which numbers a matrix product really takes here."""
+    able = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.eye(8, device=device, dtype=dtype)
+        with contextlib.suppress(RuntimeError):
+            if torch.equal(x @ x, x):
+                able.append(str(dtype).removeprefix("torch."))
+    chosen = str(choose_dtype("auto", device)).removeprefix("torch.")
+    capability = (
+        f"; compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+        if device.type == "cuda"
+        else ""
+    )
+    yield Line("green", "precision", f"{', '.join(able)} work; model.dtype=auto takes {chosen}{capability}")
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield Line("yellow", "bfloat16", "this GPU has none", "model.dtype stays float32: slower, twice the memory")
+
+
+def memory(device: torch.device) -> Iterator[Line]:
+    """What is free, on the host and on the device."""
+    host = psutil.virtual_memory()
+    low = host.available < 4e9
+    found = f"{host.available / 1e9:.1f} of {host.total / 1e9:.1f} GB free"
+    yield Line("yellow" if low else "green", "memory", found, "close other programs" if low else "")
+    if device.type != "cpu":
+        yield Line("green", "device memory", f"{memory_limit_bytes(device) / 1e9:.1f} GB may be used")
+
+
+def disk() -> Iterator[Line]:
+    """Room where runs, the Hub's models and tokenised data go."""
+    home = cache_home()
+    places = {"disk here": Path.cwd(), "Hub cache": Path(constants.HF_HUB_CACHE), "data cache": home}
+    for name, place in places.items():
+        there = next(path for path in (place, *place.parents) if path.exists())
+        free = shutil.disk_usage(there).free / 1e9
+        fix = "free some, or set HF_HOME, XDG_CACHE_HOME or output.dir to another disk" if free < GB_ON_DISK else ""
+        yield Line("yellow" if fix else "green", name, f"{free:.0f} GB free in {place}", fix)
+
+
+def attention(device: torch.device) -> Iterator[Line]:
+    """Which of PyTorch's attention kernels run, and agree with the plain formula."""
+    dtype = choose_dtype("auto", device)
+    q, k, v = torch.randn(3, 1, 4, 128, 64, device=device, dtype=dtype).unbind()
+    weights = (q.float() @ k.float().mT / 8).masked_fill(
+        torch.ones(128, 128, dtype=torch.bool, device=device).triu(1), -torch.inf
+    )
+    expected, works = weights.softmax(-1) @ v.float(), []
+    kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    for kernel in kernels:
+        with contextlib.suppress(RuntimeError), sdpa_kernel(kernel):
+            found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if torch.allclose(found.float(), expected, atol=2e-2):
+                works.append(kernel.name.lower().removesuffix("_attention"))
+    packed = "; packed rows by the varlen kernel" if has_varlen(q.transpose(1, 2), None) else ""
+    yield Line("green" if works else "red", "attention", f"{', '.join(works) or 'no kernel'} work{packed}")
+
+
+def four_bits(device: torch.device) -> Line:
+    """Pack and unpack a weight in NF4: bitsandbytes must give what the plain table gives."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    parts = [part.to(device) for part in pack_4bit(weight, "nf4")]
+    plain = unpack_table(parts, "nf4", torch.float32).view(weight.shape).cpu()
+    error = ((plain - weight).norm() / weight.norm()).item()
+    if not uses_bitsandbytes(device.type):
+        return Line("green", "4-bit weights", f"by table lookup in plain PyTorch (error {error:.1%}, as NF4 has)")
+    try:
+        found = unpack_bitsandbytes(parts, "nf4", torch.float32).view(weight.shape).cpu()
+    except Exception as problem:  # whatever a library that does not fit the machine raises
+        return Line("red", "4-bit weights", f"bitsandbytes fails ({problem})", "reinstall it, or quantization.bits=16")
+    if not torch.allclose(found, plain, atol=1e-6):
+        return Line("red", "4-bit weights", "bitsandbytes unpacks wrongly here", "update it, or quantization.bits=16")
+    return Line("green", "4-bit weights", f"bitsandbytes works (round trip: {error:.1%} error, as NF4 has)")
+
+
+def speed(device: torch.device) -> Line:
+    """What a matrix product reaches."""
+    dtype = choose_dtype("auto", device)
+    reached = matmul_gflop_s(device, dtype, 1024, 4096)
+    return Line("green", "matmul", f"{reached:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}")
+
+
+def hub() -> Line:
+    """Whether there is a token for gated models; it is not shown, and not sent anywhere."""
+    if constants.HF_HUB_OFFLINE:
+        return Line("yellow", "Hub", "offline (HF_HUB_OFFLINE)", "models must be in the cache or in a directory")
+    if huggingface_hub.get_token():
+        return Line("green", "Hub", "a token is there")
+    return Line("yellow", "Hub", "no token", "for gated models: hf auth login")
+
+
+# ---- For a config
+
+
+def check_config(config: Config) -> Iterator[Line]:
+    """What this config needs: device, files, kernels, memory; a red line for what is missing."""
+    trials: dict[str, Callable[[], str]] = {
+        "for it": lambda: choose_device(config.system.device).type,
+        "optimizer": lambda: _optimizer(config),
+        "model": lambda: _model(config),
+        "data": lambda: _data(config),
+        "fits": lambda: _fits(config),
+    }
+    for name, trial in trials.items():
+        try:
+            yield Line("green", name, trial())
+        except UserError as error:
+            yield Line("red", name, " ".join(str(error).split()))
+
+
+def _optimizer(config: Config) -> str:
+    device = find_machine(config).device
+    check_optimizer(config.training.optimizer, device)
+    return f"{config.training.optimizer} works on {device.type}"
+
+
+def _model(config: Config) -> str:
+    directory = find_model(config.model.name)
+    check_quantization(directory, quantization_of(config))
+    shape = read_shape(directory)
+    return f"{config.model.name}: {shape.num_layers} layers of {shape.hidden_size}"
+
+
+def _data(config: Config) -> str:
+    """Files that are there, and the libraries that read them."""
+    names = [name for name in (config.data.train_file, config.data.validation_file or "") if name]
+    for name in names:
+        if name.endswith(".parquet") and importlib.util.find_spec("pyarrow") is None:
+            raise UserError(f"data.train_file: {name}: needs pyarrow: pip install -e '.[parquet]'")
+    local = [name for name in names if "://" not in name and not set("*?,") & set(name)]
+    for name in local:
+        if not Path(name).exists():
+            raise UserError(f"data.train_file: {name}: no such file or directory")
+    return ", ".join(names) or "none"
+
+
+def _fits(config: Config) -> str:
+    config = decide_rows(config, None)
+    _, plan = choose_activations(config, config.micro_batch_rows(), config.model.max_seq_length)
+    free = find_machine(config).room
+    if plan.peak > free:
+        raise UserError(
+            f"{plan.peak / 1e9:.2f} GB are needed by the plan and {free / 1e9:.2f} GB are there: see --plan"
+        )
+    return f"{plan.peak / 1e9:.2f} GB by the plan, of {free / 1e9:.2f} GB; {kept(plan)}"
+
+
+@command
+def main(argv: list[str]) -> int:
+    """`python -m nanoft.runtime [CONFIG]`: a line for each trial; 2 if one of them is red."""
+    parser = Arguments(
+        prog="python -m nanoft.runtime",
+        description="Try what this machine can do, and whether a config can run on it.",
+        epilog="examples: python -m nanoft.runtime; python -m nanoft.runtime configs/tiny.py quantization.bits=4",
+    )
+    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting")
+    args = parser.parse_intermixed_args(argv)
+    quiet_libraries()
+    config = load_config(args.config, args.overrides) if args.config else None
+    red = False
+    for line in chain(look_around(choose_device("auto")), check_config(config) if config else ()):
+        print(line.coloured() if sys.stdout.isatty() else line, flush=True)
+        red |= line.colour == "red"
+    return 2 if red else 0

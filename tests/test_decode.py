@@ -1,0 +1,124 @@
+"""A step of generation against the whole decoder: every kind of base, with and without adapters, under autocast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import CASES, make_reference
+from nanoft.config import LoRAConfig
+from nanoft.decode import Decoding
+from nanoft.generate import generate
+from nanoft.lora import disabled, inject_lora, linears_of
+from nanoft.model import Decoder
+from nanoft.nf4 import cache_weights
+from nanoft.weights import load_model
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 9, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [42], [7, 7, 7, 100, 30, 20]]
+MORE = torch.randint(0, 199, (24, 4), generator=torch.Generator().manual_seed(0))  # what follows, step by step
+
+
+@torch.no_grad()
+def largest_difference(model: Decoder, decoding: Decoding, rows: list[int], steps: int) -> float:
+    """Of the hidden states of some rows, step by step, to those of a pass over everything; rows leave after four."""
+    texts, worst = [list(prompt) for prompt in PROMPTS], 0.0
+    hidden = decoding.read()
+    staying = list(range(len(texts)))
+    for step in range(steps):
+        for found, row in zip(hidden, staying, strict=True):
+            whole = model(torch.tensor([texts[row]]))[0, -1]
+            worst = max(worst, float((found - whole).abs().max() / whole.abs().max()))
+            texts[row].append(int(MORE[step, row]))
+        if step == 4:
+            decoding.keep([staying.index(row) for row in rows])
+            staying = rows
+        hidden = decoding.step(MORE[step, staying])
+    return worst
+
+
+def test_compiled_blocks_are_not_compiled_again_for_prompts(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32).eval()
+    expected = generate(model, PROMPTS, (), 8)
+    compiled = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    for block in model.model.layers:
+        block.compile(backend=backend)
+    assert generate(model, PROMPTS, (), 8) == expected
+    assert not compiled
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_a_pass_over_everything(case: str, tmp_path: Path) -> None:
+    make_reference(case, tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32).eval()
+    for rows in ([0, 2, 3], [1], [3, 0]):
+        assert largest_difference(model, Decoding(model, PROMPTS, 24), rows, 20) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["mistral-window", "qwen3"])
+def test_bfloat16_stays_within_its_roundings(case: str, tmp_path: Path) -> None:
+    make_reference(case, tmp_path)
+    model = load_model(tmp_path, CPU, torch.bfloat16).eval()
+    exact = load_model(tmp_path, CPU, torch.float32).eval()
+    assert Decoding(model, PROMPTS, 2).read().dtype == torch.bfloat16
+    own = largest_difference(exact, Decoding(model, PROMPTS, 24), [0, 2], 12)
+    whole = max(
+        float((model(ids)[0, -1] - exact(ids)[0, -1]).abs().max() / exact(ids)[0, -1].abs().max())
+        for ids in (torch.tensor([prompt]) for prompt in PROMPTS)
+    )
+    assert own < 4 * whole
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's own word on a norm's float32 weight
+@pytest.mark.parametrize("case", ["qwen2", "qwen3"])
+def test_under_autocast_a_step_is_a_pass_too(case: str, tmp_path: Path) -> None:
+    make_reference(case, tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert largest_difference(model, Decoding(model, PROMPTS, 24), [0, 2], 8) < 0.1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_answers_on_a_packed_base_are_those_of_its_unpacked_weights(bits: int, tmp_path: Path) -> None:
+    make_reference("mistral-window", tmp_path)
+    packed = load_model(tmp_path, CPU, torch.float32, ("int8", False) if bits == 8 else ("nf4", True)).eval()
+    plain = load_model(tmp_path, CPU, torch.float32).eval()
+    for name, linear in linears_of(plain).items():
+        linear.weight.data = packed.get_submodule(name).dequantize()
+    expected = generate(plain, PROMPTS, (), 24)
+    assert generate(packed, PROMPTS, (), 24) == expected
+    cache_weights(packed, "cached")
+    assert generate(packed, PROMPTS, (), 24) == expected
+
+
+KINDS: list[dict[str, Any]] = [{}, {"dora": True, "rslora": True}, {"init": "pissa"}, {"bias": "lora_only"}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_answers_with_adapters_are_those_of_the_merged_model(kind: dict[str, Any], tmp_path: Path) -> None:
+    make_reference("qwen2-window", tmp_path)  # with biases
+    model = load_model(tmp_path, CPU, torch.float32).eval()
+    merged = load_model(tmp_path, CPU, torch.float32).eval()
+    before = generate(model, PROMPTS, (), 24)
+    adapters = inject_lora(model, LoRAConfig(rank=4, target_modules=("all-linear",), **kind), seed=0)
+    for number, (name, adapter) in enumerate(adapters.items()):
+        torch.nn.init.normal_(adapter.lora_B, std=0.3, generator=torch.Generator().manual_seed(number))
+        linear = merged.get_submodule(name)
+        linear.weight.data = adapter.merged(linear.weight.data)
+        if adapter.bias is not None:
+            torch.nn.init.normal_(adapter.bias, std=0.3, generator=torch.Generator().manual_seed(number))
+            linear.bias.data = adapter.bias.data.clone()
+    model.eval()
+    assert generate(model, PROMPTS, (), 24) == generate(merged, PROMPTS, (), 24) != before
+    with disabled(adapters):
+        assert generate(model, PROMPTS, (), 24) == before

@@ -1,0 +1,115 @@
+"""docs/memory.md against the planner: every planned figure in it is computed again."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from shapes import MISTRAL_7B, SHAPES
+
+from models import make_reference
+from nanoft.config import Config, load_file
+from nanoft.decode import Decoding
+from nanoft.model import DecoderConfig, keep_by_policy
+from nanoft.plan import MARGIN, Machine, Plan, choose_keep, count, decide_dequantize, estimate, gflop_per_token
+from nanoft.weights import load_model
+
+ROOT = Path(__file__).parent.parent
+MEMORY = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+CPU = torch.device("cpu")
+
+
+def plan(config: Config) -> Plan:
+    """What --plan computes for a GPU with the memory that the config names, where no such GPU is."""
+    decoder, t = DecoderConfig.from_hf(SHAPES[config.model.name]), config.training
+    counts, room = count(decoder, config), MARGIN * (config.system.memory_gb or 0) * 1e9
+    config = decide_dequantize(config, counts, Machine(torch.device("cuda"), torch.bfloat16, room, here=False))
+
+    def of(keep: list) -> Plan:
+        size = config.micro_batch_rows(), config.model.max_seq_length
+        return estimate(decoder, counts, config, "cuda", torch.bfloat16, *size, keep, 0.0)
+
+    if t.checkpointing == "auto":
+        return of(choose_keep(lambda keep: of(keep).peak, decoder.num_layers, room))
+    return of(keep_by_policy(t.checkpointing, t.checkpoint_every, decoder.num_layers))
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def section(title: str) -> str:
+    return MEMORY[MEMORY.index(f"## {title}") :].removeprefix("## ").partition("\n## ")[0]
+
+
+EXAMPLE = load_file(ROOT / "configs" / "gpu_12gb.py").override({"training.checkpointing": "none"})
+
+
+def test_the_example_is_what_the_planner_finds() -> None:
+    found = plan(EXAMPLE)
+    rows = dict(re.findall(r"^\| `?([a-z, ]+?)`? \|.*\| ([\d.]+) \|$", section("One example"), re.MULTILINE))
+    zero = {name for name, size in found.parts.items() if not size}
+    assert rows.keys() - {"peak"} == found.parts.keys() - zero
+    assert {name: f"{found.parts[name] / 1e9:.3f}" for name in rows if name != "peak"} | {
+        "peak": gb(found.peak)
+    } == rows
+
+
+def test_the_arithmetic_of_the_example_is_right() -> None:
+    """The products that stand there, with their operands, give the figures beside them."""
+    counts = count(DecoderConfig.from_hf(MISTRAL_7B), EXAMPLE)
+    text = section("One example")
+    for value in (counts.linears, counts.others, counts.trained, 94_432):
+        assert f"{value:,}" in text
+    number, operator = r"\(*\d[\d,./]*\)*", r" [x+/] "
+    sums = re.findall(rf"({number}(?:{operator}{number})+) = (\d[\d,.]*\d)", text + section("Evaluation"))
+    assert len(sums) >= 8
+    for formula, shown in sums:
+        value = eval(formula.replace(",", "").replace("x", "*"), {"__builtins__": {}})
+        scale = 1e9 if "." in shown else 1
+        assert value / scale == pytest.approx(float(shown.replace(",", "")), abs=5e-4), formula
+
+
+def test_each_lever_moves_the_peak_as_the_table_says() -> None:
+    rows = re.findall(r"^\| `([\w.]+)=(\w+)` \| ([\d.]+) \|", section("What a lever saves"), re.MULTILINE)
+    assert len(rows) >= 12
+    found = {f"{name}={value}": gb(plan(EXAMPLE.override({name: value})).peak) for name, value, _ in rows}
+    assert found == {f"{name}={value}": shown for name, value, shown in rows}
+
+
+def test_the_price_of_computing_blocks_again() -> None:
+    decoder = DecoderConfig.from_hf(MISTRAL_7B)
+    counts = count(decoder, EXAMPLE)
+    once, twice = (gflop_per_token(decoder, counts, EXAMPLE, 2048, again) for again in (0.0, 1.0))
+    (shown,) = re.findall(r"(\d+) % more work", MEMORY)
+    assert round(100 * (twice / once - 1)) == int(shown)
+
+
+def test_the_table_of_cards_is_the_plan_of_their_configs() -> None:
+    lines = [line.strip("| ").split(" | ") for line in section("By card").splitlines() if line.startswith("| ")]
+    names, *rows = [cells for cells in lines if not cells[0].startswith("---")]
+    plans = [plan(load_file(ROOT / name.strip("`"))) for name in names[1:]]
+    shown = {cells[0].strip("`"): cells[1:] for cells in rows}
+    expected = {name: [gb(p.parts[name]) for p in plans] for name in plans[0].parts if name in shown}
+    expected |= {
+        "peak": [gb(p.peak) for p in plans],
+        "blocks computed again": [f"{sum(k != 'all' for k in p.keep)} of {len(p.keep)}" for p in plans],
+        "rows x tokens": [f"{p.rows} x {p.length}" for p in plans],
+    }
+    assert {name: cells for name, cells in shown.items() if name != "model"} == expected
+    assert len(expected) == 11
+
+
+def test_the_cache_of_keys_and_values_has_the_size_of_the_formula(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    model = load_model(tmp_path, CPU, torch.bfloat16)
+    decoding, c = Decoding(model, [[3, 4, 5], [6]], 7), model.config
+    with torch.no_grad():
+        decoding.read()
+    tokens = 2 * (3 + 7)  # rows x (longest prompt + new tokens)
+    assert sum(part.nbytes for part in [*decoding.keys, *decoding.values]) == (
+        2 * c.num_layers * c.num_kv_heads * c.head_dim * 2 * tokens
+    )
+    assert f"{8 * (512 + 128) * 131_072 / 1e9:.2f} GB" in section("Evaluation")

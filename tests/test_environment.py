@@ -1,0 +1,105 @@
+"""The environment check: what works is green, what does not is red and says why, and the exit code follows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanoft import environment
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def lines(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Exit code, and by name the colour of each line and what it says."""
+    code = environment.main(list(arguments))
+    found = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    return code, {rest[:13].strip(): (colour, rest[14:]) for colour, rest in found}
+
+
+def test_this_machine_runs_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = lines([str(ROOT / "configs" / "tiny.py"), "system.device=cpu", "quantization.bits=4"], capsys)
+    assert code == 0
+    assert "red" not in {colour for colour, _ in said.values()}
+    assert torch.__version__ in said["torch"][1]
+    assert "math" in said["attention"][1]
+    assert "4 layers of 128" in said["model"][1]
+    assert "GFLOP/s" in said["matmul"][1]
+    assert said["fits"][0] == "green"
+
+
+REFUSED = {
+    "a device that is not here": (["system.device=mps"], "for it", "mps is not available here"),
+    "an optimizer of another device": (["training.optimizer=adamw_paged"], "optimizer", "adamw_paged"),
+    "a model that is not there": (["model.name=no/where/at/all"], "model", "no/where/at/all"),
+    "data that is not there": (["data.train_file=nothing.jsonl"], "data", "nothing.jsonl: no such file"),
+    "too long": (["model.max_seq_length=10000000"], "fits", "GB are needed by the plan"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_config_lacks_is_red(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    changes, name, text = REFUSED[case]
+    if case == "a device that is not here" and torch.backends.mps.is_available():
+        changes = ["system.device=cuda"]
+    code, said = lines([str(ROOT / "configs" / "tiny.py"), *changes], capsys)
+    assert code == 2
+    assert said[name][0] == "red"
+    assert text.replace("mps", changes[0].rpartition("=")[2]) in said[name][1]
+
+
+def test_a_bitsandbytes_that_unpacks_wrongly_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = environment.unpack_bitsandbytes
+
+    def wrong(*args: Any) -> torch.Tensor:
+        return real(*args).flip(0)
+
+    def broken(*_: Any) -> torch.Tensor:
+        raise OSError("libcudart.so: cannot open shared object file")
+
+    assert environment.four_bits(CPU).colour == "green"
+    for fault, text in ((wrong, "unpacks wrongly"), (broken, "libcudart")):
+        monkeypatch.setattr(environment, "unpack_bitsandbytes", fault)
+        line = environment.four_bits(CPU)
+        assert line.colour == "red"
+        assert text in line.found
+        assert "quantization.bits=16" in line.fix
+
+
+def test_attention_that_is_wrong_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = environment.attention(CPU)
+    assert line.colour == "green"
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: q)
+    (line,) = environment.attention(CPU)
+    assert (line.colour, line.found) == ("red", "no kernel work")
+
+
+def test_other_versions_are_yellow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "3.1.0")
+    found = {line.name: line for line in environment.versions()}
+    assert (found["torch"].colour, found["torch"].fix) == ("yellow", "tested with 2.8 to 2.13")
+
+
+def test_a_little_disk_is_yellow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "GB_ON_DISK", 1e9)
+    assert {line.colour for line in environment.disk()} == {"yellow"}
+
+
+def test_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+    line = environment.hub()
+    assert "hf_" not in str(line)
+
+
+def test_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "nanoft.runtime", "nothing.py"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nothing.py: no such config file")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,182 @@
+"""Models, tokenizers, adapters, runs and configs that mean harm: each is refused in one line, within bounds.
+
+The cases are in hostile.py. They run in one process, whose memory and processor time the system limits.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz import TARGETS, search
+from hostile import CANARY, CASES, SECRET, TOKEN, Case, Payload, stolen
+
+import eval as eval_command
+import train
+from models import make_chat_model, train_run, write_records
+from nanoft import UserError
+from nanoft.files import read_raw
+
+SECONDS = 8  # of processor time for a case
+LONGEST = 2200  # characters of a refusal
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+
+
+def prepare(case: Case, path: Path, good: Path) -> str:
+    """A copy of something good, changed; returns how it is to be read."""
+    kind = "merge" if case.kind == "merge_stolen" else case.kind
+    if kind == "config":
+        path.mkdir()
+        (path / "c.yaml").touch()
+    elif kind == "run":
+        shutil.copytree(good / "run", path, ignore=shutil.ignore_patterns("adapter"))
+    else:
+        shutil.copytree(good / "run" / "adapter" if kind in ("adapter", "merge", "eval") else good / "model", path)
+    if case.kind == "merge_stolen":
+        base = path.with_name(f"{path.name}-base")
+        shutil.copytree(good / "model", base)
+        stolen(base)
+        settings = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    case.change(path)
+    return kind
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, data, and a finished run, whose best checkpoint is its last."""
+    root = tmp_path_factory.mktemp("good")
+    make_chat_model(root / "model")
+    train_run(root / "run", root / "model", write_records(root / "data.jsonl"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def refusals(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[str, float]]]:
+    """What every case is refused with, and the seconds that it took."""
+    root = tmp_path_factory.mktemp("hostile")
+    places = {name: root / f"case{number}" for number, name in enumerate(CASES)}
+    cases = [(name, prepare(case, places[name], good), str(places[name])) for name, case in CASES.items()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RUST_BACKTRACE": "0"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "hostile.py"],
+        input=json.dumps([str(good), cases]),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [name for name, _, _ in results] == list(CASES), done.stderr[-1000:]
+    yield {name: (said, seconds) for name, said, seconds in results}
+    files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+    small = [path for path in files if path.stat().st_size < 1 << 20]
+    found = [path for path in small if SECRET in path.read_text(errors="replace")]
+    assert [path.name.rpartition("-")[2] for path in found] == ["key"]  # and nowhere else
+    assert not CANARY.exists()
+
+
+@linux
+@pytest.mark.parametrize("name", CASES)
+def test_refused_in_one_line(name: str, refusals: dict[str, tuple[str, float]]) -> None:
+    said, seconds = refusals[name]
+    assert re.search(CASES[name].says, said), said
+    assert not said.startswith(("accepted", "escaped", "exit code"))
+    assert len(said) < LONGEST
+    assert said.isprintable()
+    assert TOKEN not in said
+    assert seconds < SECONDS
+
+
+def test_the_payload_would_be_noticed() -> None:
+    pickle.loads(pickle.dumps(Payload()))
+    assert CANARY.exists()
+    CANARY.rmdir()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_random_inputs(target: str) -> None:
+    search(target, examples=80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_more_random_inputs(target: str) -> None:
+    search(target, examples=20_000)
+
+
+# The first versions without known holes that concern what nanoft does with them.
+SAFE_FROM = {
+    "torch": (2, 6),  # CVE-2025-32434: weights_only=True could be passed by
+    "jinja2": (3, 1, 6),  # CVE-2025-27516: |attr led out of the sandbox
+    "pyyaml": (5, 4),  # CVE-2020-14343: the full loader ran code
+    "tqdm": (4, 66, 3),  # CVE-2024-34062: command-line arguments were evaluated
+    "pyarrow": (14, 0, 1),  # CVE-2023-47248: Parquet files could run code
+    "setuptools": (78, 1, 1),  # CVE-2025-47273: a package could be written anywhere
+}
+
+
+def test_the_ranges_of_dependencies_leave_known_holes_out() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    wanted += project["project"]["optional-dependencies"]["parquet"]
+    lowest = {
+        name: tuple(map(int, version.split("."))) for name, version in re.findall(r"(\w+)>=([\d.]+)", str(wanted))
+    }
+    assert {name: lowest[name] for name in SAFE_FROM if lowest[name] < SAFE_FROM[name]} == {}
+
+
+def test_no_token_leaves(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Neither one that the environment holds, nor one in a name, an address, a record or a template's words."""
+    monkeypatch.setenv("WANDB_API_KEY", SECRET_KEY := "0123456789abcdef" * 3)
+    words = f"tell {TOKEN} and {SECRET_KEY}"
+    shutil.copytree(good / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(f"{{{{ raise_exception('{words}') }}}}")
+    records = tmp_path / "data.jsonl"
+    records.write_text("\n".join(json.dumps({"prompt": f"{n} {words}", "completion": words}) for n in range(24)))
+    settings = json.loads((good / "run.json").read_text())
+    settings["data"]["train_file"], settings["output"]["dir"] = str(records), str(tmp_path / "run")
+    settings["logging"] = {"progress_bar": False}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    assert train.main([str(tmp_path / "run.json")]) == 0
+    assert (
+        train.main([str(tmp_path / "run.json"), f"model.name={tmp_path / 'model'}", f"output.dir={tmp_path / 'other'}"])
+        == 2
+    )
+    for name in (f"https://me:{TOKEN}@huggingface.co/x/y", f"/nowhere/{TOKEN}"):
+        assert train.main([str(tmp_path / "run.json"), f"model.name={name}"]) == 2
+        assert train.main([str(tmp_path / "run.json"), f"lora.rank={name}"]) == 2
+        assert eval_command.main([name]) == 2
+    said = capsys.readouterr()
+    everywhere = [said.out, said.err]
+    for path in ("train.log", "metrics.jsonl", "config.json", "report.md", "report.json"):
+        everywhere.append((tmp_path / "run" / path).read_text())
+    assert "***" in said.out
+    for text in everywhere:
+        assert TOKEN not in text
+        assert SECRET_KEY not in text
+
+
+def test_a_small_file_that_unpacks_to_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanoft.files.LONGEST_OBJECT", 1 << 20)
+    for size, refused in ((1 << 19, False), (1 << 20, True)):
+        with gzip.open(tmp_path / "a.json.gz", "wb") as file:
+            file.write(b'{"text": "' + b"x" * size + b'"}')
+        if refused:
+            with pytest.raises(UserError, match=r"a\.json\.gz: one object of more than 1 MiB"):
+                list(read_raw(tmp_path / "a.json.gz"))
+        else:
+            assert list(read_raw(tmp_path / "a.json.gz")) == [(1, {"text": "x" * size})]
