@@ -226,6 +226,7 @@ def check_lora_run(source: str) -> None:
 def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[str]]:
     """What all of the sources and --weights, --only, --unmerge come to; and each source's hash."""
     adapters = [read_trained(source) for source in args.sources]
+    check_numbers(adapters)
     weights, only = read_weights(args.weights, len(adapters)), args.only.split(",") if args.only else []
     hashes = [hash_tensors(adapter.tensors) for adapter in adapters]
     if args.unmerge:
@@ -235,6 +236,16 @@ def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[str]]
     if args.base == "nf4" and chosen.quantization is None and stored_quantization(chosen.base) is None:
         raise UserError(f"--base nf4: {args.sources[0]} was trained on the original weights: leave --base out")
     return chosen, hashes
+
+
+def check_numbers(adapters: Sequence[TrainedAdapter]) -> None:
+    """Refuse an adapter that is broken: no proof is made of one that is handed out as it is."""
+    for adapter in adapters:
+        for name, tensor in adapter.tensors.items():
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{adapter.place}: {name} holds NaN or infinity: take the adapter of an earlier checkpoint"
+                )
 
 
 def read_weights(text: str | None, count: int) -> list[float]:

@@ -521,6 +521,8 @@ def damaged(runs: Path, out: Path, damage: str) -> Path:
         weights.write_bytes(weights.read_bytes()[:-10])
     elif damage == "gone":
         weights.unlink()
+    elif damage == "infinite":
+        save_file({name: tensor / 0 for name, tensor in load_file(weights).items()}, weights)
     elif damage == "list":
         config.write_text("[]")
     elif damage == "other":
@@ -548,6 +550,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "not quantised": (["ROOT/lora", "--base", "nf4"], "--base nf4: "),
     "truncated": (["ADAPTER"], "adapter_model.safetensors: damaged"),
     "truncated peft": (["ADAPTER", "--format", "peft"], "adapter_model.safetensors: damaged"),
+    "infinite": (["ADAPTER", "--format", "mlx"], "lora_A.weight holds NaN or infinity"),
+    "infinite gguf": (["ADAPTER", "--format", "gguf-lora"], "lora_A.weight holds NaN or infinity"),
     "gone": (["ADAPTER"], "adapter_model.safetensors is missing"),
     "list": (["ADAPTER", "--format", "peft"], "adapter_config.json: expected a JSON object"),
     "other": (["ADAPTER"], "is (4, 32), but this model and rank need (4, 64)"),
