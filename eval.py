@@ -62,8 +62,10 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--quantization", action="store_true", help="base and adapter on original and 4-bit weights")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
+    parser.add_argument("--report", metavar="FILE", help="write all of it as Markdown: wins, losses, worst answers")
     args = parser.parse_intermixed_args(argv)
-    wish = Wish(args.source, args.data, args.compare_base, args.general, args.quantization, args.json)
+    out = {"--json": args.json, "--report": args.report}
+    wish = Wish(args.source, args.data, args.compare_base, args.general, args.quantization, out)
     overrides = args.overrides + ([f"evaluation.by_field={args.by}"] if args.by else [])
     return evaluate_source(wish, overrides)
 
@@ -77,7 +79,7 @@ class Wish:
     compare_base: bool = False
     general: str | None = None
     quantization: bool = False
-    out: str | None = None
+    out: dict[str, str | None] = field(default_factory=dict)  # --json and --report: files to write
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,20 @@ def evaluate_source(wish: Wish, overrides: list[str]) -> int:
     held = held_out(config, data_config, wish, chat, metrics)
     if wish.quantization:
         values, text = quantization_report(config, wish.source, opened, chat, held)
+        markdown = f"# {wish.source}\n\n{text}\n"
     else:
-        values, text = compare(config, wish, opened, chat, held, has_base)
+        values, text, markdown = compare(config, wish, opened, chat, held, has_base)
     print(redact(text))
-    if wish.out:
-        write_json(Path(wish.out), redact(as_json(values, indent=2)) + "\n")
+    for flag, content in (("--json", as_json(values, indent=2) + "\n"), ("--report", markdown)):
+        if file := wish.out.get(flag):
+            write_file(flag, file, redact(content))
     return 0
 
 
 def compare(
     config: Config, wish: Wish, opened: Opened, chat: ChatTokenizer, held: Held, has_base: bool
-) -> tuple[dict[str, Any], str]:
-    """Figures and text of the ordinary report."""
+) -> tuple[dict[str, Any], str, str]:
+    """Figures, text and Markdown of the ordinary report."""
     tuned, base = measure(config, opened, chat, held), None
     if has_base and (wish.compare_base or wish.general):
         with base_of(config, opened) as model:
@@ -143,9 +147,9 @@ def compare(
         shown=config.evaluation.samples,
         seed=config.system.seed,
     )
-    values, text, _ = report(found)
+    values, text, markdown = report(found)
     said = f"\nleakage   {held.leakage['said']}" if held.leakage else ""
-    return values, text.removeprefix("\n") + f"\n{said}"
+    return values, text.removeprefix("\n") + f"\n{said}", markdown
 
 
 def settings(source: str, overrides: list[str]) -> Config:
@@ -159,19 +163,22 @@ def settings(source: str, overrides: list[str]) -> Config:
 
 def check_wish(wish: Wish, config: Config) -> None:
     """Find out before the work, not after it, that something is not there or the figures have nowhere to go."""
-    if wish.out and (os.path.isdir(wish.out) or not os.path.isdir(Path(wish.out).parent)):
-        raise UserError(f"--json: {wish.out}: is a directory, or its directory does not exist: name a file")
+    for flag, file in wish.out.items():
+        if file and (os.path.isdir(file) or not os.path.isdir(Path(file).parent)):
+            raise UserError(f"{flag}: {file}: is a directory, or its directory does not exist: name a file")
+        if file and not os.access(Path(file).parent, os.W_OK):
+            raise UserError(f"{flag}: {file}: its directory may not be written: name a file elsewhere")
     if wish.general and not os.path.isfile(wish.general):
         raise UserError(f"--general: {wish.general}: no such file")
     if wish.compare_base and is_run(wish.source) and config.model.random_init:
         raise UserError(f"--compare-base: {wish.source} began with random weights: leave --compare-base out")
 
 
-def write_json(path: Path, text: str) -> None:
+def write_file(flag: str, file: str, text: str) -> None:
     try:
-        replace_file(path, text.encode())
+        replace_file(Path(file), text.encode())
     except OSError as error:
-        raise UserError(f"--json: {path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{flag}: {file}: cannot be written: {error.strerror}") from None
 
 
 def data_of(config: Config, source: str, data: str | None) -> DataConfig:

@@ -63,6 +63,7 @@ from nanoft.weights import (
     TrainedAdapter,
     base_files,
     find_adapter,
+    find_model,
     hash_files,
     is_run,
     open_chat,
@@ -148,9 +149,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.format != "hf":
         given = {"--dtype": args.dtype and args.format not in GGUF, "--unmerge": args.unmerge, "--verify": args.verify}
         for flag in (flag for flag, value in given.items() if value):
-            raise UserError(f"{flag}: is about a merged model, not about an adapter: leave it out, or --format hf")
+            raise UserError(f"{flag}: is about a merged model of --format hf: leave it out, or use that format")
     if args.unmerge and (args.base != "original" or args.verify):
         raise UserError("--unmerge: takes the adapter out of that model as it is: leave --base and --verify out")
+    if args.parity_tokens < 0:
+        raise UserError(f"--parity-tokens: {args.parity_tokens}: give a number from 0 (no answers) on")
     if args.push and args.format in GGUF:
         raise UserError("--push: uploads directories with a card, not GGUF files: hf upload does it")
     if args.push:
@@ -180,20 +183,24 @@ def export_gguf(args: argparse.Namespace) -> int:
             write_gguf_lora(opened, name, dtype, path)
             notes, said = [], f"{out}: the adapter as GGUF, for a GGUF file of {opened.base_directory}"
             recipe = modelfile(path.name, chat, str(opened.base_directory))
-        expected = parity(opened.model, chat, asked, max(0, args.parity_tokens))
+        expected = parity(opened.model, chat, asked, args.parity_tokens)
         write_companions(path, out, recipe, expected)
     print("\n".join([said, *(f"note: {note}" for note in notes)]))
     return 0
 
 
 def open_for_gguf(args: argparse.Namespace) -> Opened:
-    """The adapter on its base, which stays on the disk; or a model without one, whole in memory."""
+    """The adapter on its base, or a model without one; on the disk, but for a checkpoint of every parameter."""
     source = args.sources[0]
     if find_adapter(source) is None and not (is_run(source) and is_lora_run(source)):
         given = {"--only": args.only, "--weights": args.weights, "--base": args.base != "original"}
-        for flag in (flag for flag, value in given.items() if value):
-            raise UserError(f"{flag}: {source} has no adapter: leave it out")
-        return open_model(source, torch.device("cpu"), torch.float32)
+        given |= dict.fromkeys(args.sources[1:], True)
+        for what in (what for what, value in given.items() if value):
+            raise UserError(f"{what}: {source} has no adapter: leave it out")
+        result = Path(source) / "model" if is_run(source) else find_model(source, "RUN|MODEL")
+        if not result.is_dir():
+            return open_model(source, torch.device("cpu"), torch.float32)
+        return Opened(StreamedDecoder(open_rows(result)), {}, result, result)
     adapter, _ = choose_adapter(args)
     opened = open_adapter(adapter, args.base)
     if not args.any_base:
@@ -219,6 +226,7 @@ def check_lora_run(source: str) -> None:
 def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[str]]:
     """What all of the sources and --weights, --only, --unmerge come to; and each source's hash."""
     adapters = [read_trained(source) for source in args.sources]
+    check_numbers(adapters)
     weights, only = read_weights(args.weights, len(adapters)), args.only.split(",") if args.only else []
     hashes = [hash_tensors(adapter.tensors) for adapter in adapters]
     if args.unmerge:
@@ -228,6 +236,16 @@ def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[str]]
     if args.base == "nf4" and chosen.quantization is None and stored_quantization(chosen.base) is None:
         raise UserError(f"--base nf4: {args.sources[0]} was trained on the original weights: leave --base out")
     return chosen, hashes
+
+
+def check_numbers(adapters: Sequence[TrainedAdapter]) -> None:
+    """Refuse an adapter that is broken: no proof is made of one that is handed out as it is."""
+    for adapter in adapters:
+        for name, tensor in adapter.tensors.items():
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{adapter.place}: {name} holds NaN or infinity: take the adapter of an earlier checkpoint"
+                )
 
 
 def read_weights(text: str | None, count: int) -> list[float]:
@@ -398,7 +416,7 @@ def rounding(out: Path, base: Path, merged: Path) -> str:
     why = f"the merged weights had been rounded to {dtype}, and what that cut off is not to be had again"
     with suppress(UserError, KeyError):
         ours, theirs, farthest = open_rows(out), open_rows(base), 0.0
-        for name in theirs.files.shapes:
+        for name in theirs.shapes:
             for a, b in zip(ours.rows(name), theirs.rows(name), strict=True):
                 farthest = max(farthest, (a - b).abs().max().item())
         return f"largest difference of a weight from {base}: {farthest:.2g} ({why})"
@@ -444,7 +462,7 @@ def describe(job: Job, hashes: list[str], aside: Path, files: dict[str, Any]) ->
     """parity.json, README.md and provenance.json."""
     args, adapter = job.args, job.adapter
     model = StreamedDecoder(open_rows(aside)) if args.format == "hf" else job.opened.model
-    write_json(aside / "parity.json", parity(model, job.chat, job.asked, max(0, args.parity_tokens)))
+    write_json(aside / "parity.json", parity(model, job.chat, job.asked, args.parity_tokens))
     weights = read_weights(args.weights, len(hashes))
     merged = zip(args.sources, hashes, weights, strict=True)
     facts = {

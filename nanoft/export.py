@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,12 +71,13 @@ class Proof:
 
 
 @contextmanager
-def new_directory(out: Path, key: str = "") -> Iterator[Path]:
+def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] = os.rename) -> Iterator[Path]:
     """Write into a directory aside that gets its name at the end, or vanishes if anything fails.
 
     Args:
         key: of what is being made. When that is interrupted (Ctrl-C, a signal, power), the shards that `PROGRESS` names
             stay, and the next call with this key goes on with them; a call with another key removes them.
+        place: moves what is in the directory aside to `out`.
     Raises:
         UserError: `out` exists, or cannot be made, or another process is making it.
     """
@@ -97,7 +98,7 @@ def new_directory(out: Path, key: str = "") -> Iterator[Path]:
                 yield aside
                 (aside / PROGRESS).unlink(missing_ok=True)
                 sync_directory(aside)
-                os.rename(aside, out)
+                place(aside, out)
                 sync_directory(out.parent)
             except KeyboardInterrupt:
                 kept = (aside / PROGRESS).exists()
@@ -106,7 +107,8 @@ def new_directory(out: Path, key: str = "") -> Iterator[Path]:
                 if not kept:
                     shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"--out: {out}: cannot be written: {error}") from None
+        reason = error.strerror or f"{error}: is the disk full?"  # NumPy says how many numbers it wrote, not why
+        raise UserError(f"--out: {out}: cannot be written: {reason}") from None
     finally:
         if not out.exists():
             with suppress(OSError):
@@ -223,7 +225,7 @@ def copy_tokenizer(opened: Opened, out: Path) -> None:
 def _plan_shards(weights: Weights, shard_bytes: int) -> dict[str, Specs]:
     """Which weights go into which new file, in the order of the old ones."""
     shards: list[Specs] = [{}]
-    for name, shape in weights.files.shapes.items():
+    for name, shape in weights.shapes.items():
         added: Specs = {name: (weights.dtype, shape)}
         if shards[-1] and _bytes(shards[-1]) + _bytes(added) > shard_bytes:
             shards.append({})
@@ -245,7 +247,7 @@ def _check_room(out: Path, shards: list[Specs]) -> None:
     """Find out before the work that the disk will be full."""
     needed, free = sum(map(_bytes, shards)), shutil.disk_usage(out).free
     if needed > free:
-        raise UserError(f"--out: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there: make room")
+        raise UserError(f"--out: needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there: make room")
 
 
 # --- which adapter
@@ -271,7 +273,7 @@ def combined(
         files = open_rows(base or first.base)
 
         def base_bias(module: str) -> Tensor | None:
-            return files.whole(f"{module}.bias") if f"{module}.bias" in files.files.shapes else None
+            return files.whole(f"{module}.bias") if f"{module}.bias" in files.shapes else None
 
         lora, tensors = combine([(a.lora, a.tensors) for a in adapters], weights, base_bias)
     if only:

@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -28,11 +27,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanoft import UserError
 from nanoft.chat import ChatTokenizer, Message, TemplateRefusal
-from nanoft.checkpoint import sync_directory, write_file
+from nanoft.checkpoint import write_file
 from nanoft.export import (
     PROOF_TOKENS,
     TOLERANCE,
@@ -46,6 +45,7 @@ from nanoft.export import (
 from nanoft.gguf_tokenizer import read_vocabulary
 from nanoft.lora import disabled
 from nanoft.model import Decoder, DecoderConfig
+from nanoft.stream import SLAB, StreamedDecoder
 from nanoft.untrusted import read_json
 from nanoft.weights import Opened
 
@@ -149,7 +149,7 @@ def merged_tensors(opened: Opened, onto: Onto) -> tuple[dict[str, tuple[int, ...
         parameters = dict(opened.model.named_parameters())
         return {name: tuple(p.shape) for name, p in parameters.items()}, lambda name: parameters[name].detach().float()
     weights = replace(weights_of(opened, onto), adapters=opened.adapters)
-    return weights.files.shapes, weights.whole
+    return weights.shapes, weights.whole
 
 
 def _package() -> Any:
@@ -368,19 +368,35 @@ def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
     return rounded.view(torch.uint8).numpy()
 
 
-def read_gguf(path: Path, config: DecoderConfig) -> Decoder:
-    """The decoder that a file of ours stands for, in float32: names, order of rows and quantisation undone."""
-    gguf, new_name = _package(), tensor_names(config)
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    with torch.device("meta"):
-        model = Decoder(config)
-    for name, parameter in list(model.named_parameters()):
-        tensor = stored[new_name(name)]
-        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        values = permuted(values.view(parameter.shape), name, config, back=True)
-        place, _, leaf = name.rpartition(".")
-        model.get_submodule(place)._parameters[leaf] = nn.Parameter(values, requires_grad=False)
-    return model.eval()
+class GgufRows:
+    """The weights of a file of ours, some rows at a time: names, order of rows and quantisation undone, in float32."""
+
+    def __init__(self, path: Path, config: DecoderConfig):
+        self.config, self.gguf = config, _package()
+        with torch.device("meta"):
+            blank = Decoder(config)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
+        stored, new_name = {tensor.name: tensor for tensor in self.gguf.GGUFReader(path).tensors}, tensor_names(config)
+        self.tensors = {name: stored[new_name(name)] for name in self.shapes}
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """A weight from the top, (some rows, ...); of q and k whole heads, in which rows change places."""
+        shape, head = self.shapes[name], self.config.head_dim
+        step = max(1, SLAB // math.prod(shape[1:]) // head) * head
+        for start in range(0, shape[0], step):
+            yield permuted(self._read(name, slice(start, start + step)), name, self.config, back=True)
+
+    def row(self, name: str, number: int) -> Tensor:
+        """One row of the embedding, (1, hidden)."""
+        return self._read(name, slice(number, number + 1))
+
+    def whole(self, name: str) -> Tensor:
+        """All of a weight."""
+        return torch.cat(list(self.rows(name)))
+
+    def _read(self, name: str, rows: slice) -> Tensor:
+        tensor = self.tensors[name]
+        return torch.from_numpy(np.array(self.gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)))
 
 
 @torch.no_grad()
@@ -390,7 +406,8 @@ def prove_gguf(opened: Opened, path: Path, prompts: Sequence[list[int]], dtype: 
     Args:
         prompts: token ids, none empty, at least one.
     """
-    rows, model, stored = [ids[:PROOF_TOKENS] for ids in prompts], opened.model, read_gguf(path, opened.model.config)
+    rows, model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model
+    stored = StreamedDecoder(GgufRows(path, model.config))
     targets, wanted = next_tokens(rows), hidden_states(model, rows)
     with disabled(opened.adapters):
         effect = compare(model, hidden_states(model, rows), model, wanted, targets).max_difference
@@ -417,18 +434,16 @@ def new_gguf(out: Path, name: str) -> Iterator[Path]:
             yield aside / name
         return
     places = [*companions(out, out), out]
-    for place in places:
-        if os.path.lexists(place):
-            raise UserError(f"--out: {place}: exists already: choose another name or remove it")
-    gathered = out.with_name(f".tmp-{out.name}-{os.getpid()}.d")
-    try:
-        with new_directory(gathered) as aside:
-            yield aside / out.name
-        for place in places:  # the model last
-            os.rename(gathered / place.name, place)
-        sync_directory(out.parent)
-    finally:
-        shutil.rmtree(gathered, ignore_errors=True)
+    for each in places:
+        if os.path.lexists(each):
+            raise UserError(f"--out: {each}: exists already: choose another name or remove it")
+
+    def place(aside: Path, _: Path) -> None:
+        for each in places:  # the model last
+            os.rename(aside / each.name, each)
+
+    with new_directory(out, place=place) as aside:
+        yield aside / out.name
 
 
 def companions(path: Path, out: Path) -> list[Path]:

@@ -27,6 +27,7 @@ STOP_RATE = 0.95  # below it after training, something in the data keeps the mod
 FORGETTING = 0.05  # rise of the perplexity of a general text that is worth a warning
 WORST, LOSSES = 10, 10  # answers listed
 GROUPS = 20  # values of a field listed; the rest together
+OUTCOMES = ("wins", "losses", "ties")  # of tuned, prompt by prompt
 LENGTH = "tokens of the response"
 LEGEND = (
     "Change and 95 % interval by drawing the samples again, the same for both (paired bootstrap, 10,000 draws); "
@@ -74,13 +75,14 @@ def report(found: Findings) -> tuple[dict[str, Any], str, str]:
         "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
         "by": breakdowns(found),
         "hardest": hardest(found),
-        "answers": answers(found, outcome) if outcome else {},
+        "answers": answers(found, outcome),
         "leakage": found.leakage,
         "training": found.training,
         "cost": cost(found),
         "provenance": found.provenance,
     }
-    head = "\n".join([f"verdict   {said}", *(f"warning: {line}" for line in warned)])
+    won = [f"answers   {_counted(outcome)} (by {label(found.primary)})"] if outcome else []
+    head = "\n".join([f"verdict   {said}", *won, *(f"warning: {line}" for line in warned)])
     main, samples = comparison(found, compared), side_by_side(found.base, found.tuned, range(found.shown))
     asked = _breakdowns(found, list(found.groups))
     terminal = f"\n{main}\n\n{head}\n{asked}\n{samples}".rstrip()
@@ -265,16 +267,20 @@ def outcomes(found: Findings) -> list[str]:
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 
+def _counted(outcome: Sequence[str]) -> str:
+    return ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
+
+
 def answers(found: Findings, outcome: Sequence[str]) -> dict[str, Any]:
-    """How many won and lost, and every prompt with both answers, for report.json."""
-    assert found.base is not None
-    both = zip(outcome, found.base.exchanges, found.tuned.exchanges, strict=True)
-    each = [
-        {"prompt": t.prompt, "reference": t.reference, "base": b.answer, "tuned": t.answer, "outcome": word}
-        for word, b, t in both
-    ]
-    counts = {word: outcome.count(word) for word in ("wins", "losses", "ties")}
-    return {"metric": found.primary, **counts, "each": each}
+    """Every prompt with what was answered, which were answered worst, and who won, for report.json."""
+    if not found.tuned.exchanges:
+        return {}
+    each = [{"prompt": e.prompt, "reference": e.reference, "tuned": e.answer} for e in found.tuned.exchanges]
+    if found.base and outcome:
+        for line, before, word in zip(each, found.base.exchanges, outcome, strict=True):
+            line |= {"base": before.answer, "outcome": word}
+    counts = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
+    return {"metric": found.primary, **counts, "worst": worst(found), "each": each}
 
 
 def worst(found: Findings) -> list[int]:
@@ -310,7 +316,7 @@ def _answers_section(found: Findings) -> str:
     outcome = outcomes(found)
     text = ""
     if outcome:
-        counts = [f"{outcome.count(word):,}" for word in ("wins", "losses", "ties")]
+        counts = [f"{outcome.count(word):,}" for word in OUTCOMES]
         lost = [index for index, word in enumerate(outcome) if word == "losses"]
         text += f"\n## Answers: wins and losses by {label(found.primary)}\n\n"
         text += table(["wins of tuned", "losses", "ties"], [counts]) + "\n"

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,22 @@ from nanoft.weights import WeightFiles, is_block_linear, open_weights, read_shap
 SLAB = 1 << 22  # numbers of a weight that are held at a time: 16 MB in float32
 
 
+class Rows(Protocol):
+    """Weights that a decoder can be put on, wherever they lie."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def rows(self, name: str) -> Iterator[Tensor]: ...
+
+    def row(self, name: str, number: int) -> Tensor: ...
+
+    def whole(self, name: str) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Weights:
     """A model's weights, as they are to be used, some rows at a time."""
@@ -46,6 +63,11 @@ class Weights:
     adapters: Mapping[str, LoRALinear] = field(default_factory=dict)  # merged in
     dtype: torch.dtype = torch.float32  # of the rows: the arithmetic is done in float32, and rounded to this once
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every weight, in the files' order."""
+        return self.files.shapes
+
     def rows(self, name: str) -> Iterator[Tensor]:
         """A weight from the top, (some rows, ...) in `dtype`."""
         place, _, part = name.rpartition(".")
@@ -53,7 +75,7 @@ class Weights:
         if adapter is not None and part == "bias" and adapter.bias is not None:
             yield adapter.bias.detach().to(self.dtype)
             return
-        shape, whole = self.files.shapes[name], self._through_packing(name)
+        shape, whole = self.shapes[name], self._through_packing(name)
         step = max(1, SLAB // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
@@ -69,6 +91,10 @@ class Weights:
         if self.quantization and not self.files.stored and is_block_linear(name):
             return quantize(self.files.read(name), self.quantization, self.unpacked).dequantize()
         return None
+
+    def row(self, name: str, number: int) -> Tensor:
+        """One row of an embedding, (1, hidden): copied, for a view keeps what the kernel read around it in memory."""
+        return self.files.headers[name].read_rows(name, slice(number, number + 1)).to(self.dtype, copy=True)
 
     def whole(self, name: str) -> Tensor:
         """All of a weight, in float32."""
@@ -98,11 +124,11 @@ def give_back_freed_memory() -> None:
 class StreamedLinear(nn.Linear):
     """y = x W^T + b with a W that is read anew each time."""
 
-    def __init__(self, weights: Weights, name: str):
+    def __init__(self, weights: Rows, name: str):
         nn.Module.__init__(self)  # not nn.Linear's, which would make room for W
         self.weights, self.name = weights, f"{name}.weight"
-        self.out_features, self.in_features = weights.files.shapes[self.name]
-        has_bias = f"{name}.bias" in weights.files.shapes
+        self.out_features, self.in_features = weights.shapes[self.name]
+        has_bias = f"{name}.bias" in weights.shapes
         self.bias = nn.Parameter(weights.whole(f"{name}.bias")) if has_bias else None  # type: ignore[assignment]
 
     @property
@@ -123,24 +149,20 @@ class StreamedLinear(nn.Linear):
 class StreamedEmbedding(nn.Module):
     """The rows of the embedding that are asked for."""
 
-    def __init__(self, weights: Weights, name: str):
+    def __init__(self, weights: Rows, name: str):
         super().__init__()
         self.weights, self.name = weights, f"{name}.weight"
 
     def forward(self, ids: Tensor) -> Tensor:
         wanted, places = ids.unique(return_inverse=True)
-        rows = torch.cat([self._row(row) for row in wanted.tolist()])
-        return F.embedding(places, rows.to(self.weights.dtype).float())
-
-    def _row(self, row: int) -> Tensor:
-        """One row, copied: a view keeps what the kernel read around it, up to megabytes, in memory."""
-        return self.weights.files.headers[self.name].read_rows(self.name, slice(row, row + 1)).clone()
+        rows = torch.cat([self.weights.row(self.name, row) for row in wanted.tolist()])
+        return F.embedding(places, rows.float())
 
 
 class StreamedDecoder(Decoder):
     """A decoder in float32 on the CPU that reads its matrices from files; norms and biases are in memory."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: Rows):
         with torch.device("meta"):
             super().__init__(weights.config)
         self.weights = weights

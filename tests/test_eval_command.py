@@ -295,6 +295,12 @@ def test_a_run_reports_by_field_and_by_the_metrics_of_its_config(runs: Path, tmp
     assert "## Perplexity by topic" in (run / "report.md").read_text()
     measured = figures(run, out=tmp_path / "figures.json")
     assert measured["tuned"] == pytest.approx(reported["tuned"], rel=1e-5)
+    assert command.main([str(run), "--compare-base", "--report", str(tmp_path / "report.md")]) == 0
+    again, first = (
+        place.read_text().partition("## Leakage")[0] for place in (tmp_path / "report.md", run / "report.md")
+    )
+    assert "### The worst answers" in again
+    assert again.partition("## Perplexity")[2] == first.partition("## Perplexity")[2]
 
 
 def test_prompts_that_were_trained_on_are_found(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

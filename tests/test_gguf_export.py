@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -383,6 +384,11 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
         other.unlink()
     with suppress(RuntimeError), new_gguf(out.with_name("n.gguf"), "unused") as path:
         path.write_text("half")
+        raise RuntimeError
+    killed = "from nanoft.gguf_export import *; a = new_gguf(Path('n.gguf'), ''); a.__enter__().touch(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", killed], cwd=out.parent, check=False)
+    assert any(path.name.startswith(".tmp-n") for path in out.parent.iterdir())
+    with suppress(RuntimeError), new_gguf(out.with_name("n.gguf"), "unused"):  # the next one sweeps up
         raise RuntimeError
     with new_gguf(tmp_path / "dir", "model.gguf") as path:
         path.write_text("weights")

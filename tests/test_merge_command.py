@@ -191,7 +191,7 @@ def test_a_run_with_variations_is_the_same_in_every_form(
     finished = train_run(tmp_path / "run", tmp_path / "base", runs / "data.jsonl", **changes)
     said = capsys.readouterr().out
     assert "\n          k_proj     2 x (32 -> 32)  rank 4  " in said
-    assert "| perplexity " in said
+    assert "\n| perplexity " in said
     run = unfinished(finished, tmp_path / "unfinished")
     for source in (finished, run):
         assert run_merge(source, "--out", tmp_path / f"{source.name}-peft", "--format", "peft") == 0
@@ -449,14 +449,18 @@ FULL = """
 """
 
 
-def test_a_disk_that_is_full_leaves_nothing(runs: Path, tmp_path: Path) -> None:
-    line = [sys.executable, "-c", textwrap.dedent(FULL), str(runs / "lora"), "--out", str(tmp_path / "deep" / "out")]
+@pytest.mark.parametrize(("form", "out"), [("hf", "deep/out"), ("gguf", "deep/out.gguf")])
+def test_a_disk_that_is_full_leaves_nothing(form: str, out: str, runs: Path, tmp_path: Path) -> None:
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    line = [sys.executable, "-c", textwrap.dedent(FULL), str(runs / "lora"), "--out", str(tmp_path / out)]
+    line += ["--format", form]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "2", "2"]
     said = done.stderr.splitlines()
     assert len(said) == 3
-    assert all(text.startswith(f"error: --out: {tmp_path}/deep/out: cannot be written: ") for text in said)
+    assert all(text.startswith(f"error: --out: {tmp_path}/{out}: cannot be written: ") for text in said)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -517,6 +521,8 @@ def damaged(runs: Path, out: Path, damage: str) -> Path:
         weights.write_bytes(weights.read_bytes()[:-10])
     elif damage == "gone":
         weights.unlink()
+    elif damage == "infinite":
+        save_file({name: tensor / 0 for name, tensor in load_file(weights).items()}, weights)
     elif damage == "list":
         config.write_text("[]")
     elif damage == "other":
@@ -544,6 +550,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "not quantised": (["ROOT/lora", "--base", "nf4"], "--base nf4: "),
     "truncated": (["ADAPTER"], "adapter_model.safetensors: damaged"),
     "truncated peft": (["ADAPTER", "--format", "peft"], "adapter_model.safetensors: damaged"),
+    "infinite": (["ADAPTER", "--format", "mlx"], "lora_A.weight holds NaN or infinity"),
+    "infinite gguf": (["ADAPTER", "--format", "gguf-lora"], "lora_A.weight holds NaN or infinity"),
     "gone": (["ADAPTER"], "adapter_model.safetensors is missing"),
     "list": (["ADAPTER", "--format", "peft"], "adapter_config.json: expected a JSON object"),
     "other": (["ADAPTER"], "is (4, 32), but this model and rank need (4, 64)"),
@@ -559,6 +567,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no module": (["ROOT/lora", "--only", "w_proj"], "--only: 'w_proj' names nothing"),
     "other base": (["ROOT/lora", "ADAPTER"], "no sum of the two"),
     "dtype of an adapter": (["ROOT/lora", "--format", "mlx", "--dtype", "f32"], "--dtype: is about a merged model"),
+    "verify of a file": (["ROOT/lora", "--format", "gguf", "--verify"], "--verify: is about a merged model"),
+    "a second of one": (["ROOT/full", "ROOT/lora", "--format", "gguf"], "lora: ROOT/full has no adapter: leave it out"),
+    "answers below none": (["ROOT/lora", "--parity-tokens", "-1"], "--parity-tokens: -1: give a number from 0"),
     "nf4 of an unmerge": (["ROOT/qlora", "--unmerge", "x", "--base", "nf4"], "leave --base and --verify out"),
 }
 
@@ -569,6 +580,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 ) -> None:
     arguments, message = MISTAKES[mistake]
     adapter = damaged(runs, tmp_path / "adapter", mistake.partition(" ")[0]) if "ADAPTER" in arguments else tmp_path
+    message = message.replace("ROOT", str(runs))
     arguments = [part.replace("ROOT", str(runs)).replace("ADAPTER", str(adapter)) for part in arguments]
     before = set(tmp_path.rglob("*")) | set(runs.rglob("*"))
     assert run_merge(*arguments, "--out", tmp_path / "deep" / "out") == 2

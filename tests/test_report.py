@@ -135,7 +135,8 @@ def test_a_loss_that_is_not_finite_is_worse_than_any(loss: float) -> None:
 
 
 def test_wins_losses_and_ties_are_counted_and_listed() -> None:
-    values, _, markdown = reported(measured(None, "rrxxr"), measured(None, "xrrxr"))
+    values, terminal, markdown = reported(measured(None, "rrxxr"), measured(None, "xrrxr"))
+    assert "answers   1 wins, 1 losses, 3 ties (by exact match)" in terminal
     found = values["answers"]
     assert [found[name] for name in ("metric", "wins", "losses", "ties")] == ["exact_match", 1, 1, 3]
     assert [each["outcome"] for each in found["each"]] == ["wins", "ties", "losses", "ties", "ties"]
@@ -164,6 +165,9 @@ def test_the_worst_answers_come_first_and_no_right_one_among_them() -> None:
     assert report.worst(found) == [3, 2, 4, 1]
     many = [Exchange(str(n), "r", "x", True) for n in range(40)]
     assert len(report.worst(Findings("name", Measured(answer_figures(many, []), many)))) == 10
+    alone = report.report(found)[0]["answers"]  # without a base, too
+    assert alone["worst"] == [3, 2, 4, 1]
+    assert alone["each"][3] == {"prompt": "3", "reference": "one two three four", "tuned": "nothing"}
 
 
 def test_breakdowns_add_up_to_the_whole() -> None:

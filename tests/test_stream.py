@@ -91,7 +91,7 @@ def test_merged_in_passing_is_what_transformers_and_peft_merge(variant: str, tmp
         assert (weights.whole(name) - tensor).abs().max() < 1e-5, name
     assert (logits(StreamedDecoder(weights)) - logits(theirs)).abs().max() < 1e-4
     rounded = replace(weights, dtype=torch.bfloat16)
-    assert {part.dtype for name in weights.files.shapes for part in rounded.rows(name)} == {torch.bfloat16}
+    assert {part.dtype for name in weights.shapes for part in rounded.rows(name)} == {torch.bfloat16}
     assert (logits(StreamedDecoder(rounded)) - logits(theirs.bfloat16().float())).abs().max() < 0.02
 
 
