@@ -50,8 +50,8 @@ MEMBERSHIP = Path("/proc/self/cgroup")  # and which of them this process lives u
 def choose_device(wanted: str) -> torch.device:
     """`auto` takes CUDA, then Metal, then the CPU; a device that is not there is the user's to change.
 
-    PyTorch lets a Mac's GPU have 1.7 times what Metal recommends: it swaps, hours long, and no error ever says that
-    memory ran out. So Metal gets what it recommends and no more, unless PYTORCH_MPS_HIGH_WATERMARK_RATIO says otherwise.
+    PyTorch lets a Mac's GPU have 1.7 times what Metal recommends: the Mac swaps, and no error says that memory ran out.
+    So Metal gives what it recommends and no more, unless PYTORCH_MPS_HIGH_WATERMARK_RATIO says otherwise.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
@@ -219,8 +219,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    texts = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
-    texts += ("invalid buffer size",)  # Metal's word for a tensor that is larger than it can have
+    texts = (
+        *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed"),
+        "invalid buffer size",  # on Metal: a tensor larger than it can have
+    )
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
 
 

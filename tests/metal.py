@@ -1,9 +1,10 @@
 """A Mac's GPU as far as a test needs one: tensors that say `mps`, lie on the CPU, and are refused what Metal refuses.
 
-PyTorch's dispatcher hands every operation on such a tensor to `_run`, which does it on the CPU tensor inside. What fails
-on a Mac and not on a CPU fails here, too: float64, operands on two devices, `numpy()` without `cpu()`, pinned memory.
-A copy that does not wait is refused as well: on Metal it may read memory that was freed (pytorch/pytorch#139550,
-#189690). Random numbers on the device come from a generator of its own, which is what torch.mps gets, sets and seeds.
+PyTorch's dispatcher hands every operation on such a tensor to `_run`, which does it on the CPU tensor inside. What
+fails on a Mac and not on a CPU fails here, too: float64, operands on two devices, `numpy()` without `cpu()`, pinned
+memory. A copy that does not wait is refused as well: on Metal it may read memory that was freed
+(pytorch/pytorch#139550, #189690). Random numbers on the device come from a generator of its own, which is what
+torch.mps gets, sets and seeds. What Metal's own kernels compute, and how fast, takes a Mac to know.
 """
 
 from __future__ import annotations
@@ -172,8 +173,8 @@ class _Calls(TorchFunctionMode):
         return MetalTensor(x.detach().to(dtype or x.dtype, copy=True), self.metal)
 
 
-@pytest.fixture
-def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
+@contextlib.contextmanager
+def pretended_metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
     """This machine has a Metal GPU, and a CUDA that must not be touched."""
     here = Metal()
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from metal import MEMORY, Metal, MetalTensor, metal  # noqa: F401 (a fixture)
-from models import make_chat_model, train_run, write_records
+from metal import MEMORY, Metal, MetalTensor, pretended_metal
 from safetensors.torch import load_file
 
 import eval as evaluation
 import merge
 import train
+from models import make_chat_model, train_run, write_records
 from nanoft import UserError, attention, environment, generate, model, nf4, runtime
 from nanoft.attention import Documents, attend, rotate
 from nanoft.config import LoRAConfig, TrainingConfig
@@ -29,6 +29,12 @@ ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.py")
 REAL = torch.backends.mps.is_available()
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
+    with pretended_metal(monkeypatch) as here:
+        yield here
 
 
 @pytest.fixture
@@ -267,7 +273,9 @@ def test_the_budget_is_what_metal_recommends_or_what_is_free(metal: Metal, monke
     assert metal.fraction is None  # as the user says
 
 
-@pytest.mark.parametrize("text", ["MPS backend out of memory (MPS allocated: 18.50 GiB)", "Invalid buffer size: 16 GiB"])
+@pytest.mark.parametrize(
+    "text", ["MPS backend out of memory (MPS allocated: 18.50 GiB)", "Invalid buffer size: 16 GiB"]
+)
 def test_a_shortage_gives_the_cache_back(text: str, metal: Metal) -> None:
     with runtime.Shortage(torch.device("mps")) as short:
         raise RuntimeError(text)
@@ -286,9 +294,7 @@ WATERMARKS = {
 
 
 @pytest.mark.parametrize("ratio", WATERMARKS)
-def test_the_environment_check_judges_the_watermark(
-    ratio: str, metal: Metal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_check_judges_the_watermark(ratio: str, metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
     if ratio:
         monkeypatch.setenv(runtime.WATERMARK, ratio)
     line = environment.metal()
