@@ -270,7 +270,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GB"
     if device.type == "mps":
-        return f"Metal, {memory:.0f} GB unified memory"
+        return f"Metal, {memory:.0f} GB unified memory, of which it may have {memory_limit_bytes(device) / 1e9:.1f}"
     return f"CPU, {torch.get_num_threads()} threads, {memory:.0f} GB"
 
 

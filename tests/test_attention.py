@@ -162,8 +162,8 @@ def measure(attend, length):
     attend(*parts).sum().backward()
     return peak()
 
-measure(attention.attend, 300)  # starts the libraries
-print(peak(), measure(attention.attend, 2048), measure(attention.attend, 4096), measure(plainly, 4096))
+measure(attention.attend, 64)  # starts the libraries
+print(peak(), measure(attention.attend, 1024), measure(attention.attend, 4096), measure(plainly, 4096))
 """
 
 
@@ -173,6 +173,6 @@ def test_memory_of_chunks_grows_with_the_length_and_not_with_its_square() -> Non
     before, *peaks = map(float, done.stdout.split())
     shorter, longer, plain = (peak - before for peak in peaks)  # MiB
     square = 2 * 4096**2 * 4 / 2**20  # one matrix of all pairs, 2 heads
-    assert longer < 2.5 * shorter
+    assert longer < 8 * shorter  # four times the length: 4 if linear, 16 if square
     assert longer < square / 2
     assert plain > square  # or this could not fail

@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+TEXTS = README + TOUR + DATA + EVALUATION + (ROOT / "docs" / "metal.md").read_text(encoding="utf-8")
 PROGRAM = [*(ROOT / "nanoft").glob("*.py"), *ROOT.glob("*.py"), *(ROOT / "configs").glob("**/*.py")]
 
 
@@ -69,7 +70,7 @@ def test_the_config_in_the_text_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["the documents", "the program"])
 def test_every_field_that_is_mentioned_exists(place: str) -> None:
     program = "\n".join(path.read_text(encoding="utf-8") for path in PROGRAM)
-    text = README + TOUR + DATA + EVALUATION if place == "the documents" else program
+    text = TEXTS if place == "the documents" else program
     fields = {f"{section}.{item.name}" for section, kind in SECTION_TYPES.items() for item in dataclasses.fields(kind)}
     sections = "|".join(SECTION_TYPES)
     mentioned = set(re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?==[\w.]|`)", text))
@@ -88,7 +89,7 @@ def test_the_defaults_in_the_table_are_the_defaults() -> None:
 
 
 def test_every_file_that_is_mentioned_exists() -> None:
-    names = set(re.findall(r"`((?:nanoft|tests|configs|docs|bench)/[\w/.]+)`", README + TOUR + DATA + EVALUATION))
+    names = set(re.findall(r"`((?:nanoft|tests|configs|docs|bench)/[\w/.]+)`", TEXTS))
     assert len(names) > 12
     assert [name for name in names if not (ROOT / name).exists()] == []
 

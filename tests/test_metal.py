@@ -283,6 +283,23 @@ def test_a_shortage_gives_the_cache_back(text: str, metal: Metal) -> None:
     assert metal.emptied == 1
 
 
+@pytest.mark.mps
+@pytest.mark.skipif(not REAL, reason="needs a Mac")
+def test_the_limit_is_an_error_that_is_understood() -> None:
+    device = runtime.choose_device("mps")
+    torch.mps.set_per_process_memory_fraction(0.05)
+    try:
+        with runtime.Shortage(device) as short:
+            kept = [torch.ones(1 << 26, device=device) for _ in range(1000)]  # 268 MB each
+            assert not kept
+        assert short
+        with runtime.Shortage(device) as short:
+            torch.empty(1 << 40, dtype=torch.int8, device=device)
+        assert short
+    finally:
+        torch.mps.set_per_process_memory_fraction(1.0)
+
+
 WATERMARKS = {
     "": ("green", "what Metal recommends"),
     "1.5": ("yellow", "swaps"),
