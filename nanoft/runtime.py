@@ -73,7 +73,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
         UserError: the device does not multiply in what is wanted.
     """
     if wanted != "auto":
-        if not multiplies_in(DTYPES[wanted], device):
+        if wanted != "float32" and not multiplies_in(DTYPES[wanted], device):
             raise UserError(f"model.dtype: {device.type} does not multiply in {wanted} here: set model.dtype=float32")
         return DTYPES[wanted]
     if device.type == "cuda":

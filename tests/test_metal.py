@@ -229,6 +229,28 @@ def test_the_whole_job_takes_the_metal_path(
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "full": {"training__method": "full", "training__optimizer": "sgd", "training__momentum": 0.9},
+    "dora, 8 bits": {"lora__dora": True, "quantization__bits": 8, "training__checkpointing": "offload"},
+    "pissa": {"lora__init": "pissa", "training__neftune_alpha": 5.0, "training__z_loss": 1e-4},
+    "rank patterns": {"lora__rslora": True, "lora__bias": "lora_only", "training__label_smoothing": 0.1},
+    "cached": {"quantization__bits": 4, "quantization__dequantize": "cached", "training__lora_plus_ratio": 4.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_methods_run_on_metal(case: str, tmp_path: Path, metal: Metal) -> None:
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        make_chat_model(tmp_path / "base", "mistral-window")
+    records = write_records(tmp_path / "data.jsonl")
+    settings = {"system__device": "mps", "training__max_steps": 2, "evaluation__prompts": 2, **OTHERS[case]}
+    run = train_run(tmp_path / "run", tmp_path / "base", records, **settings)
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [event for event in events if event["event"] == "warning"] == []
+    assert evaluation.main([str(run), "--data", str(records)]) == 0
+
+
 def test_the_stand_in_refuses_what_metal_refuses(metal: Metal) -> None:
     x = torch.ones(3).to("mps")
     assert isinstance(x, MetalTensor)
