@@ -121,7 +121,7 @@ def test_rotation_is_the_formula_and_its_gradient_that_of_finite_differences() -
     assert torch.autograd.gradcheck(lambda t: rotate(t, angle.cos(), angle.sin()), (x,))
 
 
-SHAPES = [(600, None, None), (600, 100, None), (300, None, (200, 100, 299, 1)), (300, 64, (200, 100, 299, 1))]
+SHAPES = [(300, None, None), (300, 100, None), (300, None, (200, 100, 299, 1)), (300, 64, (200, 100, 299, 1))]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -139,11 +139,11 @@ def test_chunks_are_what_pytorchs_kernel_gives_in_float32(
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2)
     monkeypatch.setattr(attention, "_needs_chunks", lambda q, window: True)  # as on Metal
     y = attend(*parts, window, documents)
-    assert torch.allclose(y, expected, rtol=1e-6, atol=1e-6)
-    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) / 8
+    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    assert (y - expected).norm() < 1e-6 * expected.norm()
     wanted = torch.autograd.grad(expected, parts, towards)
     for own, other in zip(torch.autograd.grad(y, parts, towards), wanted, strict=True):
-        assert torch.allclose(own, other, rtol=1e-6, atol=1e-6)
+        assert (own - other).norm() < 2e-6 * other.norm()  # dk, dv: of two sums over all queries, in other orders
 
 
 PEAK = """
