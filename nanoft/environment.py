@@ -75,9 +75,9 @@ class Line:
 def look_around(device: torch.device) -> Iterator[Line]:
     """Everything that does not depend on a config."""
     yield from versions()
-    yield Line("green", "device", describe(device))
     if device.type == "mps":
-        yield metal()
+        yield metal()  # first: with a limit that PyTorch refuses, nothing else can be asked
+    yield Line("green", "device", describe(device))
     yield from precision(device)
     yield from memory(device)
     yield from disk()

@@ -170,8 +170,11 @@ def test_looking_ahead_draws_no_random_numbers(mps: torch.device) -> None:
 
 @pytest.mark.mps
 @pytest.mark.slow
-def test_what_is_promised_holds_on_metal(mps: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = ["data.max_samples=40", "lora.dropout=0.1", "training.checkpointing=full", "quantization.bits=4"]
+@pytest.mark.parametrize("more", [[], ["quantization.bits=4", "model.dtype=bfloat16"]], ids=["float32", "nf4"])
+def test_what_is_promised_holds_on_metal(
+    more: list[str], mps: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["data.max_samples=40", "lora.dropout=0.1", "training.checkpointing=full", *more]
     assert train.main([TINY, "system.device=mps", *changes, "--selftest"]) == 0
     assert "FAIL" not in capsys.readouterr().out
 
