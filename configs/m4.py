@@ -1,9 +1,9 @@
 """A Mac with an M-series chip and 32 GB: Mistral-7B-Instruct-v0.3 with QLoRA on Metal, 2048 tokens.
 
-For whoever trains where they work. macOS lets the GPU have about 22.9 of the 32 GB. Planned, not measured: 18.2 GB,
-and 7.3 GB with every block computed again. Time: 30.3 GFLOP a token; tokens a second: not measured. Change first:
+For whoever trains where they work. macOS lets the GPU have about 22.9 of the 32 GB. Planned, not measured: 18.5 GB,
+and 7.5 GB with every block computed again. Time: 30.3 GFLOP a token; tokens a second: not measured. Change first:
 `data.train_file`; with 16 GB of memory, `model.name=Qwen/Qwen2.5-3B-Instruct`; with 32 and no other program open,
-`quantization.bits=16`, which spares unpacking the weights at every use.
+`quantization.bits=16`, which spares unpacking the weights at every use. docs/metal.md: what to try first.
 """
 
 from nanoft.config import (

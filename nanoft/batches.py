@@ -98,14 +98,17 @@ class Batch:
         return len(self.targets)
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to the device; from pinned memory the copy overlaps with computing."""
+        """Copy to the device; to CUDA from pinned memory, so that it overlaps with computing.
+
+        On Metal, a copy that does not wait may read memory that was freed meanwhile (pytorch/pytorch#189690).
+        """
         if device.type == "cpu":
             return self
 
         def move(tensor: Tensor | None) -> Any:
             if tensor is None:
                 return None
-            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
         names = ("ids", "positions", "rows", "targets")
         moved = {name: move(getattr(self, name)) for name in names}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 import sys
@@ -29,19 +30,21 @@ from huggingface_hub import constants
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanoft import UserError
-from nanoft.attention import has_varlen
+from nanoft.attention import CHUNK, attend, has_varlen
 from nanoft.cache import cache_home
 from nanoft.config import Config, load_config
 from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
 from nanoft.optim import check_optimizer
 from nanoft.plan import choose_activations, decide_rows, find_machine, kept, matmul_gflop_s
 from nanoft.runtime import (
+    WATERMARK,
     Arguments,
     choose_device,
     choose_dtype,
     command,
     describe,
     memory_limit_bytes,
+    multiplies_in,
     quiet_libraries,
 )
 from nanoft.weights import check_quantization, find_model, quantization_of, read_shape
@@ -49,6 +52,7 @@ from nanoft.weights import check_quantization, find_model, quantization_of, read
 Colour = Literal["green", "yellow", "red"]
 CODES = {"green": "32", "yellow": "33", "red": "31"}
 TESTED = {"torch": ((2, 8), (2, 14)), "python": ((3, 11), (3, 15))}  # from, and below
+LOW_RATIO = 1.4  # PyTorch's PYTORCH_MPS_LOW_WATERMARK_RATIO, unless it is set; may not be above the high one
 GB_ON_DISK = 10  # below this a checkpoint or a model may not fit
 
 
@@ -71,6 +75,8 @@ class Line:
 def look_around(device: torch.device) -> Iterator[Line]:
     """Everything that does not depend on a config."""
     yield from versions()
+    if device.type == "mps":
+        yield metal()  # first: with a limit that PyTorch refuses, nothing else can be asked
     yield Line("green", "device", describe(device))
     yield from precision(device)
     yield from memory(device)
@@ -100,10 +106,8 @@ def precision(device: torch.device) -> Iterator[Line]:
     """Which numbers a matrix product really takes here."""
     able = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = torch.eye(8, device=device, dtype=dtype)
-        with contextlib.suppress(RuntimeError):
-            if torch.equal(x @ x, x):
-                able.append(str(dtype).removeprefix("torch."))
+        if multiplies_in(dtype, device):
+            able.append(str(dtype).removeprefix("torch."))
     chosen = str(choose_dtype("auto", device)).removeprefix("torch.")
     capability = (
         f"; compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}"
@@ -115,6 +119,26 @@ def precision(device: torch.device) -> Iterator[Line]:
         yield Line("yellow", "bfloat16", "this GPU has none", "model.dtype stays float32: slower, twice the memory")
 
 
+def metal() -> Line:
+    """Which limit PyTorch sets itself on Metal. Source: its notes on MPS environment variables."""
+    name, low = WATERMARK, WATERMARK.replace("HIGH", "LOW")
+    macos = f"macOS {platform.mac_ver()[0]}"
+    if name not in os.environ:
+        return Line("green", "Metal", f"{macos}; the limit is what Metal recommends, beyond which a Mac swaps")
+    ratio, found = os.environ[name], f"{macos}; {name}={os.environ[name]}"
+    try:
+        high = float(ratio)
+    except ValueError:
+        return Line("red", "Metal", f"{found} is no number", f"unset {name}")
+    if not 0 <= high <= 2:
+        return Line("red", "Metal", f"{found} is not from 0 to 2", f"unset {name}")
+    if 0 < high < LOW_RATIO and low not in os.environ:
+        return Line("red", "Metal", f"{found} alone stops PyTorch", f"set {low} to less, or unset {name}")
+    if high == 0 or high > 1:
+        return Line("yellow", "Metal", f"{found}: swaps before memory runs out", f"unset {name}, or at most 1")
+    return Line("green", "Metal", found)
+
+
 def memory(device: torch.device) -> Iterator[Line]:
     """What is free, on the host and on the device."""
     host = psutil.virtual_memory()
@@ -122,7 +146,8 @@ def memory(device: torch.device) -> Iterator[Line]:
     found = f"{host.available / 1e9:.1f} of {host.total / 1e9:.1f} GB free"
     yield Line("yellow" if low else "green", "memory", found, "close other programs" if low else "")
     if device.type != "cpu":
-        yield Line("green", "device memory", f"{memory_limit_bytes(device) / 1e9:.1f} GB may be used")
+        most = f"; Metal recommends {torch.mps.recommended_max_memory() / 1e9:.1f}" if device.type == "mps" else ""
+        yield Line("green", "device memory", f"{memory_limit_bytes(device) / 1e9:.1f} GB may be used{most}")
 
 
 def disk() -> Iterator[Line]:
@@ -150,6 +175,9 @@ def attention(device: torch.device) -> Iterator[Line]:
             found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             if torch.allclose(found.float(), expected, atol=2e-2):
                 works.append(kernel.name.lower().removesuffix("_attention"))
+    if device.type == "mps":  # what nanoft takes there, because PyTorch's own holds all pairs for backward
+        found = attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+        works += [f"chunks of {CHUNK} queries"] * torch.allclose(found.float(), expected, atol=2e-2)
     packed = "; packed rows by the varlen kernel" if has_varlen(q.transpose(1, 2), None) else ""
     yield Line("green" if works else "red", "attention", f"{', '.join(works) or 'no kernel'} work{packed}")
 

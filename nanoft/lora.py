@@ -274,6 +274,8 @@ def principal(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Te
     et al. 2011, algorithm 4.4), and the decomposition of what the matrix does to those.
     """
     weight = weight.float()
+    if weight.device.type == "mps":  # which has no such decompositions, or since lately slow ones
+        weight = weight.cpu()
     if min(weight.shape) <= EXACT_SVD:
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
     else:

@@ -375,8 +375,29 @@ def run_block(block: nn.Module, x: Tensor, attention: Attention, rows: Tensor | 
     if not x.requires_grad:  # the first block's, when the embedding is frozen
         x = x.detach().requires_grad_()
     waiting = save_on_cpu(pin_memory=x.is_cuda) if keep == "offloaded" else contextlib.nullcontext()
+    twice = with_same_dropout(block) if x.device.type == "mps" else block
     with waiting:
-        return checkpoint(block, x, attention, rows, use_reentrant=True)
+        return checkpoint(twice, x, attention, rows, use_reentrant=True)
+
+
+def with_same_dropout(block: nn.Module) -> Callable[..., Any]:
+    """The block as a function that drops the same when it is called again.
+
+    `checkpoint` sees to that on CUDA and the CPU; Metal's random numbers it leaves alone (PyTorch 2.8 to 2.13).
+    """
+    first: list[Tensor] = []
+
+    def call(*arguments: Any) -> Any:
+        state = torch.mps.get_rng_state()
+        if not first:
+            first.append(state)
+            return block(*arguments)
+        torch.mps.set_rng_state(first[0])
+        y = block(*arguments)
+        torch.mps.set_rng_state(state)
+        return y
+
+    return call
 
 
 class Trunk(nn.Module):

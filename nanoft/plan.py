@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from nanoft import TrainingFailed, UserError
+from nanoft.attention import CHUNK
 from nanoft.config import Config
 from nanoft.lora import inject_lora, linears_of
 from nanoft.loss import chunk_rows
@@ -135,7 +136,10 @@ def estimate(
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
         "activations": sum(waiting[one] for one in keep),
-        "backward": again + transient * tokens * decoder.intermediate_size * e + _unpacked(decoder, bits, e),
+        "backward": again
+        + transient * tokens * decoder.intermediate_size * e
+        + _unpacked(decoder, bits, e)
+        + (4.0 * rows * decoder.num_heads * CHUNK * length * e if device_type == "mps" else 0.0),  # S, P, dP and dS
         "loss": loss_bytes(decoder, device_type, e, targets) + 8.0 * tokens * decoder.hidden_size,
     }
     return Plan(parts, device_type, rows, length, list(keep))

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nanoft import UserError, parallel
@@ -31,6 +30,7 @@ from nanoft.corpus import Corpus
 from nanoft.evaluate import validation_loss
 from nanoft.loss import target_nll
 from nanoft.model import Decoder
+from nanoft.runtime import same_random_numbers
 
 LOOKED_AT = 2000  # samples, evenly spread
 RENDERED = 32  # conversations, rendered again
@@ -189,7 +189,7 @@ def rehearse(model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, f
     """
     batch, seconds = batch.to(model.head.device), []
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng():
+    with same_random_numbers():
         for _ in range(2):  # the first one warms up, and leaves its gradients
             started = time.perf_counter()
             with autocast():

@@ -39,6 +39,7 @@ from nanoft import TrainingFailed, UserError, __version__
 from nanoft.untrusted import one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WATERMARK = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"  # the limit on Metal, relative to what Metal recommends; 0: none
 INTERRUPTED = 130  # what shells report after Ctrl-C
 LIBRARIES = ("torch", "safetensors", "tokenizers", "bitsandbytes", "numpy")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -47,22 +48,48 @@ MEMBERSHIP = Path("/proc/self/cgroup")  # and which of them this process lives u
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto` takes CUDA, then Metal, then the CPU; a device that is not there is the user's to change."""
+    """`auto` takes CUDA, then Metal, then the CPU; a device that is not there is the user's to change.
+
+    PyTorch lets a Mac's GPU have 1.7 times what Metal recommends: the Mac swaps, and no error says that memory ran out.
+    So Metal gives what it recommends and no more, unless PYTORCH_MPS_HIGH_WATERMARK_RATIO says otherwise.
+    """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         wanted = next(name for name, there in present.items() if there)
     if not present[wanted]:
         there = ", ".join(name for name, there in present.items() if there)
         raise UserError(f"system.device: {wanted} is not available here (there is {there}): set system.device=auto")
+    if wanted == "mps" and WATERMARK not in os.environ:
+        torch.mps.set_per_process_memory_fraction(1.0)
     return torch.device(wanted)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU that computes in it, float32 elsewhere (float16 gradients underflow)."""
+    """`auto`: bfloat16 on a GPU that computes in it, float32 elsewhere.
+
+    float16 is no choice: its smallest number is 6e-8, and gradients of a loss divided by thousands of tokens are less.
+
+    Raises:
+        UserError: the device does not multiply in what is wanted.
+    """
     if wanted != "auto":
+        if wanted != "float32" and not multiplies_in(DTYPES[wanted], device):
+            raise UserError(f"model.dtype: {device.type} does not multiply in {wanted} here: set model.dtype=float32")
         return DTYPES[wanted]
-    fast = device.type == "mps" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "mps" and multiplies_in(torch.bfloat16, device)
     return torch.bfloat16 if fast else torch.float32
+
+
+def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a small matrix product comes out right: tried, because no version number says it."""
+    try:
+        x = torch.eye(8, dtype=dtype, device=device)
+        return torch.equal((x @ x).cpu(), x.cpu())
+    except (RuntimeError, TypeError):  # Metal says TypeError
+        return False
 
 
 def prepare(seed: int, threads: int, deterministic: bool) -> None:
@@ -116,6 +143,16 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.mps.set_rng_state(_from_hex(state["mps"]))
 
 
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """What is done within draws no numbers from those that come after it, on any device."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
 def _from_hex(text: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
@@ -135,7 +172,9 @@ def memory_limit_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     if device.type == "mps":
-        return float(torch.mps.recommended_max_memory())
+        # Device and host share one memory, and other programs use it, too.
+        held, recommended = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+        return min(float(recommended), held + free_host_bytes())
     return free_host_bytes() + psutil.Process().memory_info().rss
 
 
@@ -181,7 +220,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    texts = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
+    texts = (
+        *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed"),
+        "invalid buffer size",  # on Metal: a tensor larger than it can have
+    )
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
 
 
@@ -229,7 +271,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GB"
     if device.type == "mps":
-        return f"Metal, {memory:.0f} GB unified memory"
+        return f"Metal, {memory:.0f} GB unified memory, of which it may have {memory_limit_bytes(device) / 1e9:.1f}"
     return f"CPU, {torch.get_num_threads()} threads, {memory:.0f} GB"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 
 from nanoft import attention
 from nanoft.attention import Documents, attend, rotate
+
+ROOT = Path(__file__).parent.parent
 
 
 def tensors(lengths: tuple[int, ...], dtype: torch.dtype, heads: int = 4, groups: int = 2) -> list[torch.Tensor]:
@@ -114,3 +119,60 @@ def test_rotation_is_the_formula_and_its_gradient_that_of_finite_differences() -
     y = rotate(x, angle.cos(), angle.sin())
     assert torch.allclose(y, torch.cat((pairs.real, pairs.imag), dim=-1))
     assert torch.autograd.gradcheck(lambda t: rotate(t, angle.cos(), angle.sin()), (x,))
+
+
+SHAPES = [(300, None, None), (300, 100, None), (300, None, (200, 100, 299, 1)), (300, 64, (200, 100, 299, 1))]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize(("length", "window", "packed"), SHAPES)
+def test_chunks_are_what_pytorchs_kernel_gives_in_float32(
+    length: int, window: int | None, packed: tuple[int, ...] | None, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = tensors((2, length), torch.float32, heads=8, groups=groups)
+    documents = None
+    place = places(packed or (length, length), 2, length)
+    if packed:
+        documents = Documents(packed, torch.tensor((0, *packed), dtype=torch.int32).cumsum(0).int())
+    q, k, v = (part.transpose(1, 2) for part in parts)
+    seen = who_sees_whom(*place, window)  # (b, 1, q, k)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2)
+    monkeypatch.setattr(attention, "_needs_chunks", lambda q, window: True)  # as on Metal
+    y = attend(*parts, window, documents)
+    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    assert (y - expected).norm() < 1e-6 * expected.norm()
+    wanted = torch.autograd.grad(expected, parts, towards)
+    for own, other in zip(torch.autograd.grad(y, parts, towards), wanted, strict=True):
+        assert (own - other).norm() < 2e-6 * other.norm()  # dk, dv: of two sums over all queries, in other orders
+
+
+PEAK = """
+import re, torch
+from nanoft import attention
+attention._needs_chunks = lambda q, window: True  # as on Metal
+
+def plainly(q, k, v):
+    return (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1) @ v.transpose(1, 2)
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+def measure(attend, length):
+    parts = (torch.randn(1, length, 2, 16, requires_grad=True) for _ in range(3))
+    attend(*parts).sum().backward()
+    return peak()
+
+measure(attention.attend, 64)  # starts the libraries
+print(peak(), measure(attention.attend, 1024), measure(attention.attend, 4096), measure(plainly, 4096))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_chunks_grows_with_the_length_and_not_with_its_square() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=ROOT)
+    before, *peaks = map(float, done.stdout.split())
+    shorter, longer, plain = (peak - before for peak in peaks)  # MiB
+    square = 2 * 4096**2 * 4 / 2**20  # one matrix of all pairs, 2 heads
+    assert longer < 8 * shorter  # four times the length: 4 if linear, 16 if square
+    assert longer < square  # not one such matrix
+    assert plain > 2 * square  # the plain formula; or this could not fail

@@ -43,7 +43,6 @@ def test_auto_takes_an_accelerator_before_the_cpu() -> None:
 
 def test_dtypes() -> None:
     assert choose_dtype("auto", CPU) == torch.float32
-    assert choose_dtype("auto", torch.device("mps")) == torch.bfloat16
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
     assert choose_dtype("float32", torch.device("mps")) == torch.float32
 
