@@ -604,7 +604,7 @@ def rehearse_step(job: Job, state: State) -> float:
 def progress_bar(job: Job, state: State, total_steps: int) -> Any:
     hidden = not job.config.logging.progress_bar
     often = 0.1 if sys.stderr.isatty() else 5.0  # s between two looks of the bar: a file keeps every one of them
-    options = {"disable": hidden, "mininterval": often, "dynamic_ncols": True, "leave": False}
+    options: dict[str, Any] = {"disable": hidden, "mininterval": often, "dynamic_ncols": True, "leave": False}
     return tqdm(total=total_steps, initial=state.step, unit="step", **options)
 
 

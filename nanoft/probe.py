@@ -66,7 +66,7 @@ class Probe:
         if every and step % every == 0:
             limit = self.config.training.max_grad_norm
             unclipped = max(1.0, (grad_norm + 1e-6) / limit) if limit else 1.0  # as clip_grad_norm_ has scaled it
-            self.log("gradients", step, **gradients_by_module(trained, unclipped))
+            self.log("gradients", step, modules=gradients_by_module(trained, unclipped))
         if self._profile is not None:
             self._profile.step()
 

@@ -65,7 +65,7 @@ def curves_section(wanted: LoggingConfig) -> str:
 
 
 def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The finite numbers of an event by name: train/loss, gradients/q_proj/norm."""
+    """The finite numbers of an event by name: train/loss, gradients/modules/q_proj/norm."""
 
     def inside(name: str, value: Any) -> Iterator[tuple[str, float]]:
         if isinstance(value, dict):
@@ -184,11 +184,12 @@ class WandB:
         if self._run is None:
             import wandb
 
+            mode: Any = os.environ.get("WANDB_MODE", "offline")
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "nanoft"),
                 name=self.directory.name,
                 dir=str(self.directory),
-                mode=os.environ.get("WANDB_MODE", "offline"),
+                mode=mode,
                 config=self.config.to_dict(),
                 settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
             )
@@ -199,4 +200,4 @@ class WandB:
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()

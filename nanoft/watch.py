@@ -9,6 +9,7 @@ A run that is watched does not know it: nothing in its directory is touched. Whe
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -64,9 +65,8 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
     names = _names(directories)
     runs = dict(zip(names, (read_events(directory) for directory in directories), strict=True))
     settings = [settings_of(directory) for directory in directories]
-    differ = [
-        key for key in dict.fromkeys(k for s in settings for k in s) if len({str(s.get(key)) for s in settings}) > 1
-    ]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    differ = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
     rows = [[key, *(_setting(s.get(key)) for s in settings)] for key in differ]
     columns = [figures(events, _json(d / "report.json")) for events, d in zip(runs.values(), directories, strict=True)]
     rows += [[key, *(column[key] for column in columns)] for key in columns[0]]
@@ -92,14 +92,13 @@ def settings_of(directory: Path) -> dict[str, Any]:
     tree = _json(directory / "config.json")
     sections = {name: part for name, part in tree.items() if isinstance(part, dict) and name not in UNSAID}
     found = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
-    provenance = tree.get("provenance")
-    hashes = provenance if isinstance(provenance, dict) else {}
+    hashes = _part(tree, "provenance")
     return found | {key: str(hashes[key])[:12] for key in ("data_sha256", "base_sha256") if key in hashes}
 
 
 def figures(events: Events, report: dict[str, Any]) -> dict[str, str]:
     """What came out of a run, in words; from the report if there is one, else from what was logged so far."""
-    training, tuned = ([report.get(key), {}][not isinstance(report.get(key), dict)] for key in ("training", "tuned"))
+    training, tuned = _part(report, "training"), _part(report, "tuned")
     best, last = events.best(), events.last("eval", "loss")
     speeds = [v for v in events.series("train", "tokens_per_second")[1] if math.isfinite(v)]
     memory = [v for v in events.series("train", "peak_memory_gb")[1] if math.isfinite(v)]
@@ -118,6 +117,11 @@ def figures(events: Events, report: dict[str, Any]) -> dict[str, str]:
         "time": clock(took) if math.isfinite(took) else "-",
         "state": "done" if events.of("done") else "not done",
     }
+
+
+def _part(report: dict[str, Any], key: str) -> dict[str, Any]:
+    part = report.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _figure(value: float, form: str) -> str:
@@ -223,7 +227,7 @@ def progress(events: Events) -> tuple[float, float, float]:
     step = max(line["step"] for line in events.lines)
     total = max([number(line.get("total_steps")) for line in events.of("memory") if "total_steps" in line] or [0.0])
     train = [(line["step"], number(line.get("time"))) for line in events.of("train")[-PACE - 1 :]]
-    paces = [(t - u) / (n - m) for (m, u), (n, t) in zip(train, train[1:], strict=False) if n > m and t >= u]
+    paces = [(t - u) / (n - m) for (m, u), (n, t) in itertools.pairwise(train) if n > m and t >= u]
     return step, total, (total - step) * statistics.median(paces) if total and paces else math.nan
 
 
@@ -244,7 +248,3 @@ def chart(series: Sequence[tuple[list[float], list[float]]], width: int = WIDTH,
     labels = [f"{max(ys):9.4g}", *[" " * 9] * (height - 2), f"{bottom:9.4g}"]
     lines = [f"{label} |{''.join(row).rstrip()}" for label, row in zip(labels, rows, strict=True)]
     return [*lines, f"{'':9} +{f'{left:g}':<{columns - 10}}{f'{max(xs):g}':>10}"]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
