@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import json
 import math
 import os
@@ -179,7 +178,8 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         while self.listeners:
             listener = self.listeners.pop()
-            self._guarded(listener, listener.close)
+            if (error_there := _failure(listener.close)) is not None:
+                self._drop(listener, error_there)
         if self._metrics is not None:
             self._metrics.close()
         started = (self.directory / "metrics.jsonl").exists()
@@ -259,8 +259,10 @@ class Run:
             self._metrics.append(line)
         except OSError as error:
             self._warn_once("metrics.jsonl", error)
-        for listener in list(self.listeners):
-            self._guarded(listener, functools.partial(listener.tell, json.loads(line)))
+        told = [(listener, _failure(listener.tell, json.loads(line))) for listener in self.listeners]
+        for listener, error in told:
+            if error is not None:
+                self._drop(listener, error)
 
     def say(self, text: str = "") -> None:
         """Print to the terminal, above the progress bar if there is one, and to train.log."""
@@ -296,14 +298,11 @@ class Run:
         except OSError as error:
             self._warn_once("metrics.jsonl", error)
 
-    def _guarded(self, listener: Listener, action: Callable[[], None]) -> None:
-        """A listener that fails is told nothing more."""
-        try:
-            action()
-        except Exception as error:  # a run is worth more than a look at it
-            self.listeners = [other for other in self.listeners if other is not listener]
-            self.log("warning", self._step, what=f"{listener.name} failed", error=f"{type(error).__name__}: {error}")
-            self.say(f"warning: {listener.name} failed: {type(error).__name__}: {error}: training goes on without")
+    def _drop(self, listener: Listener, error: Exception) -> None:
+        """A listener that failed is told nothing more; the others are told that."""
+        self.listeners = [other for other in self.listeners if other is not listener]
+        self.log("warning", self._step, what=f"{listener.name} failed", error=f"{type(error).__name__}: {error}")
+        self.say(f"warning: {listener.name} failed: {type(error).__name__}: {error}: training goes on without")
 
     def _warn_once(self, name: str, error: OSError) -> None:
         if name not in self._refused:
@@ -336,6 +335,15 @@ class Run:
         raise UserError(
             f"output.dir: {self.directory}: in use by process {owner}: {what_to_do} or choose another output.dir"
         ) from None
+
+
+def _failure(action: Callable[..., None], *arguments: Any) -> Exception | None:
+    """What went wrong, if anything did: a run is worth more than a look at it."""
+    try:
+        action(*arguments)
+    except Exception as error:
+        return error
+    return None
 
 
 def may_be_running(note: str) -> bool:
