@@ -30,7 +30,12 @@ def training(steps: int) -> list[dict[str, Any]]:
     """A run that logs every second step and evaluates every tenth."""
     events: list[dict[str, Any]] = []
     for step in range(2, steps + 1, 2):
-        values = {"loss": 5 / step, "learning_rate": step * 1e-5, "grad_norm": step % 3 + 0.5, "tokens_per_second": 90.0}
+        values = {
+            "loss": 5 / step,
+            "learning_rate": step * 1e-5,
+            "grad_norm": step % 3 + 0.5,
+            "tokens_per_second": 90.0,
+        }
         events.append({"event": "train", "step": step, **values, "peak_memory_gb": 1.5, "time": 100.0 + step})
         if step % 10 == 0:
             events.append({"event": "eval", "step": step, "loss": 6 / step, "perplexity": 2.0, "time": 100.5 + step})

@@ -49,7 +49,9 @@ def test_gradients_by_module_are_those_of_all_their_entries_together() -> None:
     found = gradients_by_module(parameters, scale=3.0)
     assert found.keys() == {"q_proj.lora_A", "q_proj.lora_B", "down_proj"}
     for part in "AB":
-        entries = torch.cat([p.grad.flatten() for n, p in parameters if n.endswith(part) and p.grad is not None]).double()
+        entries = torch.cat(
+            [p.grad.flatten() for n, p in parameters if n.endswith(part) and p.grad is not None]
+        ).double()
         figures = found[f"q_proj.lora_{part}"]
         assert figures["norm"] == pytest.approx(3 * float(entries.square().sum().sqrt()), rel=1e-6)
         assert figures["max"] == pytest.approx(3 * float(entries.abs().max()), rel=1e-6)

@@ -67,7 +67,16 @@ def test_a_listener_is_told_what_the_file_says_and_one_that_fails_is_an_event(tm
 
 
 def test_the_numbers_of_an_event() -> None:
-    event = {"event": "train", "step": 3, "time": 1.5, "loss": None, "a": 2, "is": True, "text": "x", "m": {"q": {"n": 1.0}}}
+    event = {
+        "event": "train",
+        "step": 3,
+        "time": 1.5,
+        "loss": None,
+        "a": 2,
+        "is": True,
+        "text": "x",
+        "m": {"q": {"n": 1.0}},
+    }
     assert dict(scalars(event)) == {"train/a": 2.0, "train/m/q/n": 1.0}
 
 

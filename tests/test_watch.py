@@ -29,7 +29,11 @@ def test_runs_are_compared_by_what_differs_and_what_came_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, rank, steps in (("a", 8, 20), ("b", 16, 40)):
-        config = {"lora": {"rank": rank, "alpha": 8.0}, "output": {"dir": name}, "provenance": {"data_sha256": "d" * 64}}
+        config = {
+            "lora": {"rank": rank, "alpha": 8.0},
+            "output": {"dir": name},
+            "provenance": {"data_sha256": "d" * 64},
+        }
         write_events(tmp_path / name, training(steps), b'{"half' if name == "b" else b"")
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     report = {"tuned": {"exact_match": 0.625}, "training": {"seconds": 125.0, "tokens_per_second": 3000.4}}
@@ -122,7 +126,9 @@ def test_the_dashboard_tells_where_the_run_stands(tmp_path: Path) -> None:
 def test_following_waits_for_a_run_tells_each_event_once_and_ends_with_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nanoft.metrics", "--follow", str(tmp_path / "run"), "--every", "0.05"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         assert "has not begun" in process.stdout.readline()
         with Run.open(tmp_path / "run") as run:
@@ -156,7 +162,9 @@ def test_following_a_run_that_nobody_works_on_ends(tmp_path: Path, capsys: pytes
     assert "ended before it was done" in capsys.readouterr().out
 
 
-def test_a_terminal_is_drawn_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_is_drawn_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_events(tmp_path / "run", [*training(10), {"event": "done", "step": 10}])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
