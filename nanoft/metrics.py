@@ -178,8 +178,8 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         while self.listeners:
             listener = self.listeners.pop()
-            if (error_there := _failure(listener.close)) is not None:
-                self._drop(listener, error_there)
+            if (failure := _failure(listener.close)) is not None:
+                self._drop(listener, failure)
         if self._metrics is not None:
             self._metrics.close()
         started = (self.directory / "metrics.jsonl").exists()
@@ -260,9 +260,9 @@ class Run:
         except OSError as error:
             self._warn_once("metrics.jsonl", error)
         told = [(listener, _failure(listener.tell, json.loads(line))) for listener in self.listeners]
-        for listener, error in told:
-            if error is not None:
-                self._drop(listener, error)
+        for listener, failure in told:
+            if failure is not None:
+                self._drop(listener, failure)
 
     def say(self, text: str = "") -> None:
         """Print to the terminal, above the progress bar if there is one, and to train.log."""
