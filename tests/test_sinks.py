@@ -215,6 +215,9 @@ def test_wandb_stays_offline_and_its_file_has_what_was_logged_and_no_token(
     needs("wandb")
     from wandb.proto import wandb_internal_pb2
 
+    def kind(content: bytes) -> str | None:
+        return wandb_internal_pb2.Record.FromString(content).WhichOneof("record_type")
+
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name in ("WANDB_MODE", "WANDB_PROJECT"):
@@ -228,7 +231,11 @@ def test_wandb_stays_offline_and_its_file_has_what_was_logged_and_no_token(
     assert not [event for event in logged(run) if "failed" in event.get("what", "")]
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     history: list[tuple[int, float]] = []
-    print([wandb_internal_pb2.Record.FromString(c).WhichOneof("record_type") for c in records(file)], file.stat())
+    deadline = time.monotonic() + 30
+    while (
+        not any(b"exit" in wandb_kind(content) in content for content in records(file)) and time.monotonic() < deadline
+    ):
+        time.sleep(0.1)  # another process writes the file, and is not always done when it says so
     for content in records(file):
         record = wandb_internal_pb2.Record.FromString(content)
         if record.WhichOneof("record_type") == "history":
