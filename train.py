@@ -62,7 +62,9 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
+from nanoft.probe import Probe
 from nanoft.report import Findings, leakage_of_run, report, settings_of
+from nanoft.sinks import check_installed, curves_section, listeners
 from nanoft.weights import (
     check_quantization,
     find_model,
@@ -136,7 +138,8 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
     warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
     model.train()
     watch = runtime.MemoryWatch(job.device)
-    with job.saves, progress_bar(job, state, total_steps) as bar:
+    probe = Probe(job.config, job.run.directory, job.run.log, job.run.say)
+    with job.saves, probe, progress_bar(job, state, total_steps) as bar:
         if state.step == 0 and job.config.guard.max_rollbacks:
             save(job, state)  # something to go back to; and whether saving works is known at once
         while state.step < total_steps and not parallel.asked_to_stop(stop) and not out_of_patience(job, state):
@@ -166,6 +169,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
                     halve(job, state)
                     continue
                 state.step += 1
+                probe.step(state.step, job.trained, grad_norm)
             optimizer.zero_grad(set_to_none=True)
             state.epoch, state.window = job.batches.epoch, job.batches.index
             if verdict.action == "stop":
@@ -676,7 +680,9 @@ def rehearse_step(job: Job, state: State) -> float:
 
 def progress_bar(job: Job, state: State, total_steps: int) -> Any:
     hidden = not job.config.logging.progress_bar or parallel.rank() > 0
-    return tqdm(total=total_steps, initial=state.step, unit="step", disable=hidden, dynamic_ncols=True, leave=False)
+    often = 0.1 if sys.stderr.isatty() else 5.0  # s between two looks of the bar: a file keeps every one of them
+    options: dict[str, Any] = {"disable": hidden, "mininterval": often, "dynamic_ncols": True, "leave": False}
+    return tqdm(total=total_steps, initial=state.step, unit="step", **options)
 
 
 def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
@@ -713,7 +719,8 @@ def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
     values, terminal, markdown = report(findings(job, base, tuned, training))
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = rank_usage(job, state, step)
-    job.run.write_report({**values, **usage, "data": job.corpus.report}, f"{markdown}{section}\n## Data\n\n{data}\n")
+    markdown += section + curves_section(job.config.logging) + f"\n## Data\n\n{data}\n"
+    job.run.write_report({**values, **usage, "data": job.corpus.report}, markdown)
     log_memory(job, state, "finished")
     job.run.log("done", state.step, **training)
     job.run.say(terminal + advice)
@@ -885,6 +892,7 @@ def run_training(config: Config, wish: Wish) -> int:
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     device, config = runtime.choose_device(config.system.device), parallel.settle_ranks(config)
     check_optimizer(config.training.optimizer, device)
+    check_installed(config.logging)
     scores.choose(config.evaluation.metrics)  # a metric that is not there is told now, not after hours
     parallel.take_device(device, config.training.sharding)
     settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
@@ -927,8 +935,11 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
         return 0
     job.checkpoints.forget_after(state.step)
     run.begin(state.step, [state.epoch, state.window], state.guard.left_out)
+    if not parallel.rank():
+        run.listeners = listeners(config, run.directory, state.step)
     parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
-    run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=runtime.peak_memory_gb(job.device))
+    peak = runtime.peak_memory_gb(job.device)
+    run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=peak, total_steps=total_steps)
     log_memory(job, state, "prepared")
     state = train(job, state, stop, total_steps)
     if parallel.asked_to_stop(stop) and state.step < total_steps:

@@ -171,6 +171,11 @@ ALIASES: dict[str, Alias] = {
     # When to tell, measure and save
     "logging_strategy": Alias(values={"steps": {}}, otherwise="give logging_steps"),
     "logging_steps": Alias("training.log_steps", whole),
+    "report_to": Alias(
+        "logging.report_to",
+        {"none": "none", "tensorboard": "tensorboard", "wandb": "wandb"},
+        "set one of them: every number is in metrics.jsonl anyway",
+    ),
     "disable_tqdm": Alias("logging.progress_bar", {True: False, False: True}),
     "eval_strategy": Alias("training.eval_steps", {"steps": {}, "no": 0}, "give eval_steps"),
     "evaluation_strategy": Alias("training.eval_steps", {"steps": {}, "no": 0}, "give eval_steps"),
@@ -212,7 +217,6 @@ ALIASES: dict[str, Alias] = {
     "device_map": Alias(values={"auto": {}}, otherwise="leave it out: system.device says where"),
     "run_name": Alias(values={}, otherwise="leave it out: output_dir names the run"),
     # What is not there
-    "report_to": Alias(values={"none": {}}, otherwise="set none: every number is in metrics.jsonl"),
     "push_to_hub": Alias(values={False: {}}, otherwise=NO_UPLOAD),
     "hub_model_id": Alias(values={}, otherwise=NO_UPLOAD),
     "deepspeed": Alias(values={"": {}}, otherwise=ONE_DEVICE),

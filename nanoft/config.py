@@ -187,6 +187,9 @@ class OutputConfig(Section):
 class LoggingConfig(Section):
     progress_bar: bool = True  # a tqdm bar on stderr
     show_example: bool = True  # print one training sample with its target tokens marked
+    plots: Literal["none", "end", "epoch", "step"] = "none"  # when to draw the curves in plots/; step: each logged one
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # who is told besides metrics.jsonl; wandb: offline
+    gradient_steps: int = between(0, 0)  # optimizer steps between two looks at the gradients by module; 0: none
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ class SystemConfig(Section):
     threads: int = between(0, 0)  # CPU threads; 0: PyTorch's choice
     memory_gb: float | None = between(None, 0.1)  # of the device, for --plan where it is not; where it is, it counts
     ranks: int = between(1, 1)  # processes that share each optimizer step: as many as torchrun starts
+    profile: bool = False  # record a few steps into profile/, and the operators that take the time
+    debug: bool = False  # stop at the operation whose gradient is NaN, and name it (several times slower)
 
 
 @dataclass(frozen=True)
@@ -351,6 +356,8 @@ MAY_CHANGE_ON_RESUME = {
     "quantization.dequantize": "when weights are unpacked, not to what",
     "system.device": "where it is computed",
     "system.memory_gb": "what a plan goes by",
+    "system.profile": "what is told",
+    "system.debug": "what is told",
     "output.dir": "where it lies",
     "guard": "what happens next time",
     "evaluation": "what is measured",

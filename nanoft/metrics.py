@@ -2,8 +2,9 @@
 
     runs/tiny/
         config.json      the resolved settings, library versions, hashes of the data and the base model
-        metrics.jsonl    one JSON object a line: train, eval, sample, checkpoint, warning, memory, done
+        metrics.jsonl    one JSON object a line: train, eval, sample, gradients, checkpoint, warning, memory, done
         train.log        what the terminal showed
+        plots/           curves.png and curves.svg, if logging.plots asks for them
         checkpoints/     to go on from
         best.json        which checkpoint has the lowest validation loss
         adapter/         the result, in PEFT's format (model/ when every parameter was trained)
@@ -28,12 +29,12 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import psutil
 from tqdm import tqdm
@@ -125,6 +126,15 @@ class Lines:
         self._waiting = b""
 
 
+class Listener(Protocol):
+    """Who is told every event of a run besides metrics.jsonl (nanoft/sinks.py); what it raises ends it, not the run."""
+
+    name: str
+
+    def tell(self, event: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
 class Run:
     """An open run directory: the lock on it, and the places to write to."""
 
@@ -132,6 +142,8 @@ class Run:
         self.directory = directory
         self.checkpoints = directory / "checkpoints"
         self._made = [path for path in (directory, *directory.parents) if not path.exists()]
+        self.listeners: list[Listener] = []
+        self._step = 0  # of the newest event
         self._metrics: Lines | None = None
         self._refused: set[str] = set()  # files that the disk refused to write; each is warned of once
         try:
@@ -165,6 +177,10 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        while self.listeners:
+            listener = self.listeners.pop()
+            if (failure := _failure(listener.close)) is not None:
+                self._drop(listener, failure)
         if self._metrics is not None:
             self._metrics.close()
         started = self.begun or (self.directory / "metrics.jsonl").exists()
@@ -239,11 +255,16 @@ class Run:
     def log(self, event: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl; a disk that refuses it is warned of once, and asked again next time."""
         assert self._metrics is not None, "begin() comes first"
-        line = {"event": event, "step": step, **values, "time": round(time.time(), 3)}
+        self._step = step
+        line = redact(as_json({"event": event, "step": step, **values, "time": round(time.time(), 3)}))
         try:
-            self._metrics.append(redact(as_json(line)))
+            self._metrics.append(line)
         except OSError as error:
             self._warn_once("metrics.jsonl", error)
+        told = [(listener, _failure(listener.tell, json.loads(line))) for listener in self.listeners]
+        for listener, failure in told:
+            if failure is not None:
+                self._drop(listener, failure)
 
     def say(self, text: str = "") -> None:
         """Print to the terminal, above the progress bar if there is one, and to train.log."""
@@ -279,6 +300,12 @@ class Run:
         except OSError as error:
             self._warn_once("metrics.jsonl", error)
 
+    def _drop(self, listener: Listener, error: Exception) -> None:
+        """A listener that failed is told nothing more; the others are told that."""
+        self.listeners = [other for other in self.listeners if other is not listener]
+        self.log("warning", self._step, what=f"{listener.name} failed", error=f"{type(error).__name__}: {error}")
+        self.say(f"warning: {listener.name} failed: {type(error).__name__}: {error}: training goes on without")
+
     def _warn_once(self, name: str, error: OSError) -> None:
         if name not in self._refused:
             self._refused.add(name)
@@ -297,7 +324,7 @@ class Run:
         except BlockingIOError:
             self._refuse(note, "wait for it")
         except OSError:
-            if _may_be_running(note):
+            if may_be_running(note):
                 self._refuse(note, f"wait for it or, if it has ended, remove {self.directory / '.lock'}")
         owner = f"{os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode()
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
@@ -312,7 +339,16 @@ class Run:
         ) from None
 
 
-def _may_be_running(note: str) -> bool:
+def _failure(action: Callable[..., None], *arguments: Any) -> Exception | None:
+    """What went wrong, if anything did: a run is worth more than a look at it."""
+    try:
+        action(*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def may_be_running(note: str) -> bool:
     """Whether the process of a lock's note may still be there; one with its number that began later is another."""
     words = note.split(maxsplit=4)  # 1234 on host since 2025-01-31 12:00:00
     if len(words) < 5 or words[2] != socket.gethostname():
@@ -365,3 +401,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from nanoft.watch import main
+
+    sys.exit(main(sys.argv[1:]))

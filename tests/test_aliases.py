@@ -137,6 +137,7 @@ def test_every_name_leads_to_a_field() -> None:
         ({"train_on_inputs": True}, {"data.train_on": "all"}),
         ({"save_strategy": "no", "eval_strategy": "no"}, {"training.save_steps": 0, "training.eval_steps": 0}),
         ({"max_steps": 7}, {"training.max_steps": 7}),
+        ({"report_to": ["wandb"]}, {"logging.report_to": "wandb"}),
         ({"use_cpu": True, "disable_tqdm": True}, {"system.device": "cpu", "logging.progress_bar": False}),
         ({"bf16": True, "torch_dtype": "bfloat16"}, {"model.dtype": "bfloat16"}),  # twice the same
         ({"save_total_limit": None, "deepspeed": None, "report_to": [], "modules_to_save": None}, {}),
@@ -165,8 +166,8 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
         ({"lr_scheduler_type": "constant", "warmup_steps": 9}, "lr_scheduler_type and warmup_steps: set training."),
         ({"eval_strategy": "epoch"}, "eval_strategy: 'epoch' is none of steps, no: give eval_steps"),
         ({"eval_strategy": "no", "eval_steps": 9}, "eval_strategy and eval_steps: set training.eval_steps to 0 and"),
-        ({"report_to": ["wandb"]}, "report_to: ['wandb'] is none of none: set none: every number is in metrics.jsonl"),
-        ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none"),
+        ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, wandb: set one of them"),
+        ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, wandb"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: ['lm_head'] has no counterpart"),
         ({"deepspeed": {"stage": 3}}, "deepspeed: {'stage': 3} is none of"),
         ({"push_to_hub": True}, "push_to_hub: True is none of False: leave it out: nothing is uploaded"),

@@ -15,11 +15,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports only what stands before it
-    "untrusted", "aliases", "config", "guard", "runtime", "attention", "model", "loss", "optim", "tensorfile",
-    "checkpoint", "metrics", "parallel", "template", "chat", "files", "records", "quality", "truncate", "nf4", "lora",
-    "adapter", "ranks", "weights", "stream", "plan", "batches", "cache", "corpus", "sampling", "decode", "talk",
-    "generate", "bootstrap", "scores", "evaluate", "report", "preflight", "export", "card", "gguf_tokenizer",
-    "gguf_export", "selftest", "environment",
+    "untrusted", "curves", "aliases", "config", "guard", "runtime", "attention", "model", "loss", "optim",
+    "tensorfile", "checkpoint", "metrics", "sinks", "watch", "probe", "parallel", "template", "chat", "files",
+    "records", "quality", "truncate", "nf4", "lora", "adapter", "ranks", "weights", "stream", "plan", "batches",
+    "cache", "corpus", "sampling", "decode", "talk", "generate", "bootstrap", "scores", "evaluate", "report",
+    "preflight", "export", "card", "gguf_tokenizer", "gguf_export", "selftest", "environment",
 ]  # fmt: skip
 COMMANDS = ["train.py", "eval.py", "merge.py"]
 MODULES = {path.stem: path for path in (ROOT / "nanoft").glob("*.py") if path.stem != "__init__"}
