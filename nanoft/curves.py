@@ -24,7 +24,7 @@ from typing import Any
 from nanoft import UserError
 from nanoft.untrusted import one_line, parse_json
 
-EXTRA = "needs matplotlib: pip install 'nanoft[plot]'"
+EXTRA = "needs matplotlib: pip install -e '.[plot]'"
 KINDS = (".png", ".svg", ".pdf")
 PANELS = [  # what is told -> its curves: name, event, key
     ("loss, nats per target token", [("loss", "train", "loss"), ("eval loss", "eval", "loss")]),

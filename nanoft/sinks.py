@@ -40,7 +40,7 @@ def check_installed(wanted: LoggingConfig) -> None:
     for field, value, off in (("plots", wanted.plots, "none"), ("report_to", wanted.report_to, "none")):
         package, extra = PACKAGES.get("plots" if field == "plots" else value, ("", ""))
         if value != off and importlib.util.find_spec(package) is None:
-            raise UserError(f"logging.{field}: {value} needs {package}: pip install 'nanoft[{extra}]', or set {off}")
+            raise UserError(f"logging.{field}: {value} needs {package}: pip install -e '.[{extra}]', or set {off}")
 
 
 def listeners(config: Config, directory: Path, step: int) -> list[Listener]:

@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
 
 def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
     """Print a table of runs: the settings that differ, then the figures; draw their eval losses."""
+    directories = list(dict.fromkeys(directories))  # one that is named twice is one
     for directory in directories:
         if not (directory / "metrics.jsonl").is_file():
             raise UserError(f"{directory}: no run that has begun: there is no metrics.jsonl")

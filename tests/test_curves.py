@@ -128,7 +128,7 @@ def test_a_run_without_a_step_and_one_with_an_odd_name_are_drawn(tmp_path: Path)
 def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
-    with pytest.raises(UserError, match=r"pip install 'nanoft\[plot\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[plot\]'"):
         curves.draw(write_events(tmp_path, training(4)))
 
 

@@ -42,13 +42,14 @@ ENGINES = ("lm_eval", "ollama", "llama-cli", "llama-server", "llama-quantize", "
 TOOLS = ("python", "pip", "pytest", "torchrun", "hf", "tensorboard", "wandb", "nvidia-smi", "iconv", *ENGINES)
 # What no test of this file runs, and why. What is python all the same has its options checked.
 NOT_RUN = {
-    r"pip install|pytest": ".ci/run installs and tests in a clean environment, with README's own lines",
+    r"pip install|(python -m )?pytest": ".ci/run installs and tests in a clean environment, with README's own lines",
     r"torchrun": "several processes: tests of the ranks run it",
     r"hf |iconv |nvidia-smi|tensorboard|wandb|cd |git |export ": "another program's command",
     r"lm_eval|ollama|llama-": "these engines are not here; what they are given is tested (tests/test_gguf_export.py)",
     r"python train.py auto|python .*configs/(?!tiny)": "needs the Hub, or a GPU: tests/test_configs.py plans all",
     r"python train.py (auto|mine.py|my.yaml)": "the user's own files",
     r"python merge.py BASE": "the user's own model; tests/test_gguf_export.py",
+    r"python -m nanoft.curves": "takes a run's name and nothing else: tests/test_curves.py",
     r"python bench/": "minutes, or a GPU; tests/test_bench.py runs small ones",
     r"python configs/tiny/language.py build": "pre-trains the demo's base for minutes; tests/test_demo.py",
     r"python tests/fuzz.py": "as long as you like; tests/test_hostile.py has its short form",
@@ -103,7 +104,7 @@ def main_of(words: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
 
 
 def is_ours(command: str) -> bool:
-    return re.match(r"python (-m nanoft\.|train.py|eval.py|merge.py)", command) is not None
+    return re.match(r"python (-m nanoft\.(?!curves)|train.py|eval.py|merge.py)", command) is not None
 
 
 # --- Commands
@@ -143,7 +144,7 @@ def test_the_other_scripts_have_the_options_that_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = {}
-    for command in sorted({c for _, c in COMMANDS if c.startswith("python ") and not is_ours(c)}):
+    for command in sorted({c for _, c in COMMANDS if re.match(r"python (?!-m)", c) and not is_ours(c)}):
         _, script, *arguments = words_of(command)
         if script not in seen:
             monkeypatch.setattr(sys, "argv", [script, "--help"])
@@ -187,6 +188,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ready(demo: Path, place: Path) -> None:
     """A directory with the demo's run, and the files that the documents speak of."""
     shutil.copytree(demo / "runs", place / "runs")
+    for other in ("a", "b"):
+        (place / "runs" / other).symlink_to(place / "runs" / "tiny")
     lines = (ROOT / "configs" / "tiny" / "conversations.jsonl").read_text().splitlines()[-12:]
     records = [json.dumps({**json.loads(line), "topic": number % 2}) for number, line in enumerate(lines)]
     (place / "questions.jsonl").write_text("\n".join(records))

@@ -93,7 +93,7 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
     check_installed(LoggingConfig())
-    message = rf"logging\.{field}: {value} needs {package}: pip install 'nanoft\[{extra}\]', or set none"
+    message = rf"logging\.{field}: {value} needs {package}: pip install -e '\.\[{extra}\]', or set none"
     with pytest.raises(UserError, match=message):
         check_installed(LoggingConfig(**{field: value}))
 
