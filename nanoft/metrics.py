@@ -58,7 +58,8 @@ class Meter:
     total_seconds: float = 0.0
 
     def add(self, nats: float, tokens: int, target_tokens: int, seconds: float) -> None:
-        """Count one optimizer step."""
+        """Count one optimizer step; a clock that was set back says nothing."""
+        seconds = max(seconds, 0.0)
         self.nats += nats
         self.tokens += tokens
         self.target_tokens += target_tokens

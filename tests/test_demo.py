@@ -51,7 +51,7 @@ def test_the_demo_teaches_tool_calls_and_says_so(bits: int, tmp_path: Path) -> N
 
     # on stderr: the bar, with loss, rate, speed and time left, and nothing else
     frames = [frame.strip() for frame in re.split(r"[\r\n]", done.stderr) if frame.strip()]
-    assert len(frames) > 20
+    assert len(frames) > 3  # off a terminal, one every five seconds
     frames = [frame for frame in frames if not frame.startswith("tokenising")]  # only where that takes a while
     bar = r"\d+%\|.*\| \d+/204 \[[\d:]+<[\d:?]+, .*step.*\]"
     assert [frame for frame in frames if not re.fullmatch(bar, frame)] == []
