@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,6 +42,7 @@ from nanoft.untrusted import parse_json, read_bytes
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+SWITCH_S = 1e-4  # how long a save may keep the interpreter while training waits for it; Python's default is 5e-3
 RETRY_S = 60.0  # after a save that failed
 Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> named tensors
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the tensors of a file: dtype and shape by name
@@ -291,10 +293,14 @@ class Background:
                 copied = False
 
         def work() -> None:
+            usual = sys.getswitchinterval()
+            sys.setswitchinterval(SWITCH_S)
             try:
                 outcome.path = self.checkpoints.save(step, tensors, state, best)
             except Exception as error:  # whatever it is, it surfaces in collect()
                 outcome.error = error
+            finally:
+                sys.setswitchinterval(usual)
             outcome.seconds = time.perf_counter() - started
 
         self._thread = None
