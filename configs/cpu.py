@@ -1,7 +1,7 @@
 """A machine without a GPU: Qwen2.5-0.5B-Instruct with LoRA in float32, 1024 tokens.
 
-For whoever has a laptop and patience, and data for one narrow task. Planned, not measured: 5.5 GB beside what Python
-and PyTorch take, and 3.1 GB with every block computed again. Time: 1.91 GFLOP a token, at about half of the speed of
+For whoever has a laptop and patience, and data for one narrow task. Planned, not measured: 5.7 GB beside what Python
+and PyTorch take, and 3.3 GB with every block computed again. Time: 1.91 GFLOP a token, at about half of the speed of
 bare matrix products: `--plan` measures these and says what a step will take. Change first: `data.train_file`;
 `model.max_seq_length=512`; `training.max_steps`; on a CPU with other work to do, `system.threads=1`.
 """

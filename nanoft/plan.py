@@ -38,7 +38,7 @@ MiB = 2**20
 KERNELS, TRANSIENT = 64 * MiB, 7
 # On a CPU, by the bytes of a number: the allocator cannot use everything again that was freed, as if there were more of
 # them; measured with bench/plan.py.
-KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 100 * MiB}, {2: 23, 4: 17}
+KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 60 * MiB}, {2: 28.5, 4: 23}
 BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
 MARGIN = 0.9  # of the memory that this process may have: what a plan may fill
 MOMENTS = {"adamw": 8.0, "adamw_paged": 8.0, "adamw_8bit": 2.04, "adamw_8bit_paged": 2.04}  # bytes a parameter
