@@ -67,7 +67,8 @@ class Running:
         """Until it ends; one that hangs is killed and fails the test."""
         code = self.server.ask(wait=self.pid, timeout_s=timeout_s)["code"]
         assert code is not None, f"still running after {timeout_s} s"
-        return Outcome(code, *(path.read_text("utf-8", "replace") for path in (self.out, self.err)))
+        said = (path.read_text("utf-8", "replace") if path.exists() else "" for path in (self.out, self.err))
+        return Outcome(code, *said)  # one that is killed at once has not opened them
 
     def kill(self) -> Outcome:
         os.kill(self.pid, signal.SIGKILL)
