@@ -183,7 +183,7 @@ def export_gguf(args: argparse.Namespace) -> int:
             write_gguf_lora(opened, name, dtype, path)
             notes, said = [], f"{out}: the adapter as GGUF, for a GGUF file of {opened.base_directory}"
             recipe = modelfile(path.name, chat, str(opened.base_directory))
-        expected = parity(opened.model, chat, asked, args.parity_tokens)
+        expected = parity(opened.model, chat, asked, args.parity_tokens, weights_in_words(args, opened))
         write_companions(path, out, recipe, expected)
     print("\n".join([said, *(f"note: {note}" for note in notes)]))
     return 0
@@ -458,11 +458,20 @@ FORMATS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
 }
 
 
+def weights_in_words(args: argparse.Namespace, opened: Opened) -> str:
+    """What parity.json's answers are computed with: an adapter on another base may answer otherwise."""
+    if args.format in ("hf", "gguf"):
+        return "those of this export, before any quantisation of its own"
+    form = opened.quantization[0] if opened.quantization else "its own number format"
+    return f"the adapter on its base in {form}; on another base answers may differ"
+
+
 def describe(job: Job, hashes: list[str], aside: Path, files: dict[str, Any]) -> None:
     """parity.json, README.md and provenance.json."""
     args, adapter = job.args, job.adapter
     model = StreamedDecoder(open_rows(aside)) if args.format == "hf" else job.opened.model
-    write_json(aside / "parity.json", parity(model, job.chat, job.asked, args.parity_tokens))
+    expected = parity(model, job.chat, job.asked, args.parity_tokens, weights_in_words(args, job.opened))
+    write_json(aside / "parity.json", expected)
     weights = read_weights(args.weights, len(hashes))
     merged = zip(args.sources, hashes, weights, strict=True)
     facts = {

@@ -29,9 +29,10 @@ RUN = """
 import sys
 sys.path.insert(0, {root!r})
 import train
+from nanoft import job
 from nanoft.checkpoint import Background
 if {wait}:
-    train.Background = lambda checkpoints, _: Background(checkpoints, lambda: 0.0)  # no room for copies
+    job.Background = lambda checkpoints, _: Background(checkpoints, lambda: 0.0)  # no room for copies
 sys.exit(train.main({arguments!r}))
 """
 

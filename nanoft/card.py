@@ -44,13 +44,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_file(path, [(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
-def parity(model: Decoder, chat: ChatTokenizer, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
+def parity(
+    model: Decoder, chat: ChatTokenizer, prompts: Sequence[Prompt], max_new_tokens: int, weights: str
+) -> dict[str, Any]:
     """What parity.json holds: prompts as text and as ids, and the model's greedy answers to them.
 
     Args:
         model: as it is exported.
         prompts: of the run; those that the template refuses or that are long are left out.
         max_new_tokens: in an answer; 0: no answers.
+        weights: what the answers are computed with, in words.
     """
     plain = [Prompt([{"role": "user", "content": text}], "") for text in PLAIN_PROMPTS]
     asked: list[dict[str, Any]] = []
@@ -66,7 +69,13 @@ def parity(model: Decoder, chat: ChatTokenizer, prompts: Sequence[Prompt], max_n
         for item, said in zip(asked, answers, strict=True):
             item |= {"answer_ids": said.ids, "answer": chat.decode(said.ids), "stopped": said.stopped}
     how = "greedy, in float32, one token after another; an answer's ids are without the one that ended it"
-    return {"decoding": how, "max_new_tokens": max_new_tokens, "stop_ids": list(chat.stop_ids), "prompts": asked}
+    return {
+        "weights": weights,
+        "decoding": how,
+        "max_new_tokens": max_new_tokens,
+        "stop_ids": list(chat.stop_ids),
+        "prompts": asked,
+    }
 
 
 def provenance(source: str, facts: Mapping[str, Any], out: Path, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -249,6 +249,8 @@ class Config:
             raise UserError("model.random_init: an adapter on random weights learns nothing: set training.method=full")
         if self.training.lora_plus_ratio != 1 and self.training.method != "lora":
             raise UserError("training.lora_plus_ratio: there is no B to speed up: set it to 1 or training.method=lora")
+        if self.logging.gradient_steps and self.training.sharding == "full":
+            raise UserError("logging.gradient_steps: gradients are split by training.sharding=full: set it to 0")
         if not self.lora.target_modules:
             raise UserError("lora.target_modules: empty: name at least one module, for example q_proj,v_proj")
         check_expressions(self.lora)
@@ -363,6 +365,7 @@ MAY_CHANGE_ON_RESUME = {
     "evaluation": "what is measured",
     "logging": "what is shown",
 }
+KEPT = {"evaluation.max_samples"}  # of what may change, this may not: the best loss so far is on those samples
 # Why the others may not, by section.
 WHY_NOT = {
     "model": "other weights, or computed otherwise",
@@ -370,6 +373,7 @@ WHY_NOT = {
     "quantization": "the adapter corrects another base",
     "data": "other samples, or in another order",
     "training": "the steps already taken would have been others",
+    "evaluation": "the best loss so far was measured on other samples",
     "system": "order, dropout or rounding would be others",
 }
 SPLIT = (  # only their product counts
@@ -386,7 +390,7 @@ def settled(config: Config) -> dict[str, Any]:
     """Every field that must stay as it is when a run goes on, by its full name."""
     fields = {f"{section}.{name}": value for section, fs in config.to_dict().items() for name, value in fs.items()}
     free = {*MAY_CHANGE_ON_RESUME, *SPLIT}
-    kept = {name: value for name, value in fields.items() if not {name, name.partition(".")[0]} & free}
+    kept = {n: value for n, value in fields.items() if n in KEPT or not {n, n.partition(".")[0]} & free}
     return {**kept, "training.micro_batch_size x gradient_accumulation_steps": config.effective_batch_size()}
 
 

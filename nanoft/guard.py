@@ -73,7 +73,7 @@ def judge(config: GuardConfig, history: History, loss: float, grad_norm: float, 
         history.losses, history.norms, history.spikes = [], [], 0
     history.losses = [*history.losses, loss][-config.spike_window :]
     history.norms = [*history.norms, grad_norm][-config.spike_window :]
-    history.skips, history.suspects = 0, []
+    history.skips, history.suspects = 0, [where] if spike else []  # where a spike goes on, it began here
     return Verdict("take", spike)
 
 

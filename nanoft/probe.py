@@ -32,20 +32,28 @@ FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')  # of the traceback 
 class Probe:
     """What a config asks to look at. `with Probe(...) as probe:` around the loop, `probe.step(...)` in each step."""
 
-    def __init__(self, config: Config, directory: Path, log: Callable[..., None], say: Callable[[str], None]):
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        log: Callable[..., None],
+        say: Callable[[str], None],
+        records: bool = True,
+    ):
         """
         Args:
             log: takes the event, the step and its values, as `Run.log` does.
             say: takes a line for people.
+            records: whether this process writes the profile; of several, one does.
         """
-        self.config, self.directory, self.log, self.say = config, directory, log, say
+        self.config, self.directory, self.log, self.say, self.records = config, directory, log, say, records
         self._open = contextlib.ExitStack()
         self._profile: torch.profiler.profile | None = None
 
     def __enter__(self) -> Probe:
         if self.config.system.debug:
             self._open.enter_context(named_anomalies())
-        if self.config.system.profile:
+        if self.config.system.profile and self.records:
             schedule = torch.profiler.schedule(wait=SETTLING, warmup=WARM_UP, active=RECORDED, repeat=1)
             self._profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self._keep)
             self._profile.start()

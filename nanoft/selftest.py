@@ -38,11 +38,11 @@ from nanoft.chat import Sample
 from nanoft.checkpoint import Background, Checkpoints, Damaged, verify
 from nanoft.config import Config
 from nanoft.generate import generate
+from nanoft.job import Job
 from nanoft.lora import LoRALinear, by_pattern, disabled, weight_of
 from nanoft.loss import chunk_rows, target_nll, token_nll
 from nanoft.model import Decoder
 
-Job = Any  # train.py's, with its fields; a module does not import a command
 GoOn = Callable[[Job, int], None]  # train.py's loop: from the job's newest checkpoint, or none, to that step
 DOCUMENTS = 8  # pieces of samples, of as many lengths
 SIZES = (1, 2, 4, DOCUMENTS)  # of a micro-batch

@@ -53,12 +53,13 @@ def test_prompts_that_are_long_or_that_the_template_refuses_are_left_out(tmp_pat
     chat, model = ChatTokenizer.from_directory(tmp_path), load_model(tmp_path, torch.device("cpu"), torch.float32)
     texts = ["no", "x" * 9 * PARITY_TOKENS, "yes"]
     prompts = [Prompt([{"role": "user", "content": text}], "") for text in texts]
-    told = parity(model.eval(), chat, prompts, 0)
+    told = parity(model.eval(), chat, prompts, 0, "its own")
     assert [item["text"] for item in told["prompts"]] == [
         "yes",
         "What is the capital of Norway?",
         "Count from 1 to 5.",
     ]
+    assert told["weights"] == "its own"
     assert "answer" not in told["prompts"][0]
 
 

@@ -371,6 +371,7 @@ def test_a_run_name_depends_on_what_changes_the_result_only() -> None:
         ("training.save_steps", 9, None),
         ("output.dir", "elsewhere", None),
         ("evaluation.prompts", 9, None),
+        ("evaluation.max_samples", 9, "evaluation.max_samples: None -> 9; the best loss so far"),
         ("logging.progress_bar", False, None),
     ],
 )

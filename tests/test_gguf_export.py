@@ -399,7 +399,7 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
 
 def test_parity_is_what_an_engine_must_give(made: Any, tmp_path: Path) -> None:
     opened, chat = made("qwen3")
-    expected = parity(opened.model, chat, [Prompt(HELLO, "")], 8)
+    expected = parity(opened.model, chat, [Prompt(HELLO, "")], 8, "its own")
     llama = in_llama_cpp(write(made("qwen3"), tmp_path / "model.gguf"))
     assert expected["stop_ids"] == chat.stop_ids
     assert expected["prompts"][0]["messages"] == HELLO

@@ -116,6 +116,8 @@ def test_a_spike_is_warned_of_then_left_out_then_led_back_from(policy: Any, expe
     assert [verdict.action for verdict in verdicts] == expected
     assert "loss 40 is" in verdicts[0].reason
     assert "above the median 2" in verdicts[0].reason
+    if policy == "rollback":
+        assert rolled_back(config, history).left_out == [[0, 0], [0, 1], [0, 2], [0, 3]], "the first one, too"
     if policy == "skip":
         assert "taken for the new level" in verdicts[3].reason
         assert verdicts[4].reason == ""

@@ -19,7 +19,8 @@ ORDER = [  # a module imports only what stands before it
     "tensorfile", "checkpoint", "metrics", "sinks", "watch", "probe", "parallel", "template", "chat", "files",
     "records", "quality", "truncate", "nf4", "lora", "adapter", "ranks", "weights", "stream", "plan", "batches",
     "cache", "corpus", "sampling", "decode", "talk", "generate", "bootstrap", "scores", "evaluate", "report",
-    "preflight", "export", "card", "gguf_tokenizer", "gguf_export", "selftest", "environment",
+    "preflight", "export", "card", "gguf_tokenizer", "gguf_export", "job", "opening", "finish", "selftest",
+    "environment",
 ]  # fmt: skip
 COMMANDS = ["train.py", "eval.py", "merge.py"]
 MODULES = {path.stem: path for path in (ROOT / "nanoft").glob("*.py") if path.stem != "__init__"}

@@ -173,6 +173,9 @@ def test_a_run_that_has_not_ended_is_its_best_checkpoint(
         assert "best checkpoint, after step 4" in capsys.readouterr().out
         whole, best = tmp_path / "out" / f"{form}-whole", tmp_path / "out" / f"{form}-best"
         assert names(whole) == names(best)
+        told = json.loads((best / "parity.json").read_text())["weights"]
+        base = "nf4" if name == "qlora" else "its own number format"
+        assert told.startswith("those of this export" if form == "hf" else f"the adapter on its base in {base};")
         for file in names(whole) - TOLD:  # which say where it is from
             assert (whole / file).read_bytes() == (best / file).read_bytes(), file
 

@@ -22,6 +22,14 @@ def make(directory: Path, **changes: Any) -> tuple[Probe, list[tuple[Any, ...]],
     return Probe(config, directory, lambda *a, **k: logged.append((*a, k)), said.append), logged, said
 
 
+def test_one_of_several_processes_writes_the_profile(tmp_path: Path) -> None:
+    config = Config().override({"system.profile": True})
+    with Probe(config, tmp_path, print, print, records=False) as watching:
+        for step in range(8):
+            watching.step(step, [], 1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def trained() -> list[tuple[str, nn.Parameter]]:
     torch.manual_seed(0)
     names = [f"layers.{n}.self_attn.q_proj.lora_{part}" for n in (0, 1) for part in "AB"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import train
 from models import make_chat_model, write_records
-from nanoft import adapter, decode, loss, model, runtime, selftest
+from nanoft import adapter, decode, job, loss, model, runtime, selftest
 from nanoft.batches import Samples
 from nanoft.chat import Sample
 from nanoft.lora import LoRALinear
@@ -123,14 +123,14 @@ def see_each_other(patch: pytest.MonkeyPatch) -> None:
 
 
 def begin_anywhere(patch: pytest.MonkeyPatch) -> None:
-    real = train.inject_lora
+    real = job.inject_lora
 
     def inject(*arguments: Any) -> dict[str, LoRALinear]:
         adapters = real(*arguments)
         list(adapters.values())[-1].lora_B.data[0, 0] = 1e-3
         return adapters
 
-    patch.setattr(train, "inject_lora", inject)
+    patch.setattr(job, "inject_lora", inject)
 
 
 def forget_random_numbers(patch: pytest.MonkeyPatch) -> None:
@@ -138,22 +138,22 @@ def forget_random_numbers(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_moments(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(train, "load_optimizer_tensors", lambda *_: None)
+    patch.setattr(job, "load_optimizer_tensors", lambda *_: None)
 
 
 def forget_weights(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(train, "load_weights", lambda *_: None)
+    patch.setattr(job, "load_weights", lambda *_: None)
 
 
 def begin_the_data_again(patch: pytest.MonkeyPatch) -> None:
-    real = train.restore
+    real = job.restore
 
-    def restore(job: Any, saved: Any) -> train.State:
-        state = real(job, saved)
-        job.batches.seek(0, 0)
+    def restore(of: Any, saved: Any) -> train.State:
+        state = real(of, saved)
+        of.batches.seek(0, 0)
         return state
 
-    patch.setattr(train, "restore", restore)
+    patch.setattr(job, "restore", restore)
 
 
 def merge_twice(patch: pytest.MonkeyPatch) -> None:

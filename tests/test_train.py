@@ -22,10 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from nanoft import batches, model, runtime, selftest
+from nanoft import model, runtime, selftest
 from nanoft.config import load_config
 from nanoft.lora import LoRALinear
 from nanoft.metrics import Run
+from nanoft.optim import optimizer_tensors
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
@@ -256,25 +257,6 @@ def test_going_back_leaves_the_other_branch_for_good(tmp_path: Path, monkeypatch
     assert max(path.name for path in (directory / "checkpoints").iterdir()) == "step-000007"
 
 
-def test_a_best_checkpoint_that_was_damaged_is_told_and_the_last_one_taken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    patience = {"training__early_stopping_threshold": 1e-9, "training__eval_steps": 2, "training__save_steps": 1}
-    patience |= {"data__validation_file": sentences(tmp_path), "training__learning_rate": 5e-3}
-    finish = train.finish
-
-    def damaging(job: Any, state: Any, stop: Any) -> bool:
-        assert 0 < state.best_step < state.step
-        (job.checkpoints.path(state.best_step) / "state.json").write_bytes(b"{}")
-        return finish(job, state, stop)
-
-    monkeypatch.setattr(train, "finish", damaging)
-    assert train.main(quick(tmp_path / "run", **patience)) == 0
-    assert "the result is not the best checkpoint, but the last" in capsys.readouterr().out
-    saved = load_file(tmp_path / "run" / "checkpoints" / "step-000008" / "adapter.safetensors")
-    assert equal(result(tmp_path / "run"), saved)
-
-
 def test_a_finished_run_is_left_alone_and_more_steps_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / "run"
     assert train.main(quick(directory, training__max_steps=4, training__lr_scheduler="constant")) == 0
@@ -337,7 +319,7 @@ def test_a_window_with_nan_changes_nothing_and_is_left_out(tmp_path: Path, monke
 
     def noting(run: train.Job, state: train.State, *rest: Any, **options: Any) -> None:
         snapshots.append({n: p.detach().clone() for n, p in jobs[0].trained})
-        moments.append({n: t.clone() for n, t in train.optimizer_tensors(jobs[0].optimizer, jobs[0].trained).items()})
+        moments.append({n: t.clone() for n, t in optimizer_tensors(jobs[0].optimizer, jobs[0].trained).items()})
         bad_step(run, state, *rest, **options)
 
     jobs: list[train.Job] = []
@@ -410,82 +392,6 @@ def test_the_run_directory_holds_what_it_says(tmp_path: Path, capsys: pytest.Cap
     }
 
 
-def test_show_batch_prints_the_first_window_and_trains_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train.main([*quick(tmp_path / "run"), "--show-batch"]) == 0
-    out = capsys.readouterr().out
-    assert "micro-batch 1: 4x" in out
-    assert "micro-batch 2: 4x" in out
-    assert out.count("[INST]") >= 8
-    assert out.count("conversations.jsonl:") >= 8  # where each of them stands
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    assert train.main(quick(tmp_path / "run")) == 0  # and is no obstacle to the run itself
-
-
-def test_show_step_names_the_records_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Against the loop itself: a window whose loss is not finite says which records it had."""
-    arguments = quick(tmp_path / "run", training__max_steps=6)
-    assert train.main(arguments) == 0
-    seen: list[list[int]] = []
-    step = batches.Batches.next_window
-
-    def watch(self: batches.Batches) -> list[batches.Batch]:
-        window = step(self)
-        seen.append(sorted(record for batch in window for record in batch.records))
-        return window
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches.Batches, "next_window", watch)
-        assert train.main(quick(tmp_path / "again", training__max_steps=6)) == 0
-    for number in (1, 5, 6):  # the fifth window is the first of the second epoch, with 36 records in windows of 8
-        capsys.readouterr()
-        assert train.main([*arguments, "--show-step", str(number)]) == 0
-        out = capsys.readouterr().out
-        places = sorted(int(line) - 1 for line in re.findall(r"conversations\.jsonl:(\d+), ", out))
-        assert places == seen[number - 1]
-    refused([*arguments, "--show-step", "0"], ["--show-step: 0"], capsys)
-
-
-def test_skipped_windows_count_in_show_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = quick(tmp_path / "run", training__max_steps=3)
-    assert train.main(arguments) == 0
-    capsys.readouterr()
-    assert train.main([*arguments, "--show-step", "3"]) == 0
-    third = capsys.readouterr().out
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as metrics:
-        metrics.write(json.dumps({"event": "warning", "step": 1, "what": "step skipped"}) + "\n")
-    assert train.main([*arguments, "--show-step", "2"]) == 0
-    assert capsys.readouterr().out.splitlines()[-12:] == third.splitlines()[-12:]
-
-
-def test_preflight_alone_trains_nothing_and_shows_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = quick(tmp_path / "run")
-    assert train.main([*arguments, "--preflight"]) == 0
-    out = capsys.readouterr().out
-    names = re.findall(r"^preflight (\w+) +ok ", out, re.MULTILINE)
-    assert names == ["stop", "bos", "targets", "prompt", "head", "batch", "eval", "disk"]
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    shown = (tmp_path / "run" / "preview.txt").read_text()
-    assert re.findall(r"^==== (\w+): ", shown, re.MULTILINE) == ["shortest", "longest", *["random"] * 3]
-    assert train.main(quick(tmp_path / "run", lora__rank=2)) == 0  # what took no step can still be changed
-
-
-def test_a_check_that_fails_stops_the_run_unless_it_is_forced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def endless(base: Path) -> None:
-        settings = json.loads((base / "tokenizer_config.json").read_text())
-        settings["chat_template"] = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
-        (base / "tokenizer_config.json").write_text(json.dumps(settings))
-
-    arguments = quick(tmp_path / "run", model__name=copy_base(tmp_path, endless), training__max_steps=1)
-    refused(arguments, ["preflight: stop: 0 of ", "eos_token_id", "--force stop"], capsys)
-    assert not (tmp_path / "run").exists()
-    assert train.main([*arguments, "--force", "stop"]) == 0
-    assert "preflight stop      FAIL" in capsys.readouterr().out
-
-
 def test_a_template_that_prints_the_date_has_the_date_of_the_runs_first_session(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -505,14 +411,14 @@ def test_a_template_that_prints_the_date_has_the_date_of_the_runs_first_session(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["provenance"]["date"] == "2020-02-29"
 
 
-@pytest.mark.parametrize("part", ["load_base", "train"])
+@pytest.mark.parametrize("part", ["nanoft.job.load_base", "train.train"])
 def test_out_of_memory_anywhere_is_one_line_and_3(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def allocate(*_: Any, **__: Any) -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(train, part, allocate)
+    monkeypatch.setattr(part, allocate)
     assert train.main(quick(tmp_path / "run", training__max_steps=1)) == 3
     said = one_line(capsys.readouterr().err)
     assert said.startswith("failed: out of memory with micro-batches of 4 rows: try ")

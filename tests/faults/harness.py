@@ -240,7 +240,7 @@ class Moments:
 
     def install(self) -> None:
         import train
-        from nanoft import metrics
+        from nanoft import job, metrics
 
         def nll(real: Callable[..., Any], *args: Any) -> Any:
             self.passed("micro-batch")
@@ -259,7 +259,7 @@ class Moments:
 
         train.target_nll = functools.partial(nll, train.target_nll)  # type: ignore[assignment]
         train.evaluate_now = functools.partial(before, "eval", train.evaluate_now)  # type: ignore[assignment]
-        train.save = functools.partial(before, "save", train.save)  # type: ignore[assignment]
+        train.save = job.save = functools.partial(before, "save", job.save)  # type: ignore[assignment]
         metrics.Run.log = logged  # type: ignore[method-assign]
 
     def passed(self, moment: str) -> None:

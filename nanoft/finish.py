@@ -1,0 +1,178 @@
+"""After the last step of a job: the result, what it is worth, and the report.
+
+The best weights are written first. Measuring them comes after, and what fails there costs a line of the report, not the
+result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, parallel, ranks, runtime, scores
+from nanoft.checkpoint import Saved
+from nanoft.corpus import describe
+from nanoft.export import save_result
+from nanoft.job import (
+    Job,
+    State,
+    base_model,
+    load_base,
+    load_weights,
+    log_memory,
+    report_failure,
+)
+from nanoft.lora import inject_lora
+from nanoft.metrics import clock
+from nanoft.model import Decoder
+from nanoft.report import Findings, leakage_of_run, report, settings_of
+from nanoft.sinks import curves_section
+from nanoft.weights import (
+    stored_dtype,
+)
+
+
+def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
+    """Take the best weights as the result, save them, measure base and tuned, and write the report.
+
+    Returns whether it got that far; a signal ends it after a measurement, and the same command does it again.
+    """
+    where, step = job.run.directory, parallel.tell(lambda: best_step(job, state))
+    if step != state.step:
+        load_weights(job, Saved(job.checkpoints.path(step), {}))
+    if bad := next((name for name, p in job.trained if not parallel.whole(p.isfinite().all())), None):
+        rate = job.config.training.learning_rate
+        raise TrainingFailed(f"after step {step} {bad} is not finite: lower training.learning_rate ({rate:g})")
+    result = parallel.tell(lambda: str(export(job, step)))
+    if not job.adapters:
+        with torch.no_grad():
+            for _, parameter in job.trained:  # measure what is stored, not what was rounded to store it
+                parameter.copy_(parameter.to(stored_dtype(job.base_directory)))
+    training = {
+        "steps": state.step,
+        "best_step": state.best_step,
+        "seconds": round(state.meter.total_seconds, 3),
+        "tokens_per_second": round(state.meter.tokens_per_second(), 1),
+        "peak_memory_gb": round(runtime.peak_memory_gb(job.device), 3),
+    }
+    tuned = measure(job, state, job.model)
+    base = None
+    if not parallel.asked_to_stop(stop) and not job.config.model.random_init:
+        base = measure_base(job, state)
+    if parallel.asked_to_stop(stop):
+        return False
+    if parallel.rank():
+        return True
+    values, terminal, markdown = report(findings(job, base, tuned, training))
+    data = "\n".join(describe(job.corpus.report))
+    usage, advice, section = rank_usage(job, state, step)
+    markdown += section + curves_section(job.config.logging) + f"\n## Data\n\n{data}\n"
+    job.run.write_report({**values, **usage, "data": job.corpus.report}, markdown)
+    log_memory(job, state, "finished")
+    job.run.log("done", state.step, **training)
+    job.run.say(terminal + advice)
+    seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
+    job.run.say(
+        f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
+    )
+    return True
+
+
+def best_step(job: Job, state: State) -> int:
+    """The step of the best checkpoint that is whole, or of the last."""
+    step = state.best_step or state.step
+    if step != state.step:
+        try:
+            job.checkpoints.verify(job.checkpoints.path(step))
+        except checkpoint.Damaged as reason:
+            job.run.say(f"warning: {reason}: the result is not the best checkpoint, but the last")
+            return state.step
+    return step
+
+
+def export(job: Job, step: int) -> Path:
+    """Write the result: the weights of that step, which the model has.
+
+    One that is split is put together on the CPU, from the base and the checkpoint.
+    """
+    if job.config.training.sharding == "full":
+        model = load_base(job.config, job.base_directory, torch.device("cpu"), job.dtype)
+        adapters = inject_lora(model, job.config.lora, job.config.system.seed) if job.adapters else {}
+        job = replace(job, model=model, adapters=adapters)
+        load_weights(job, Saved(job.checkpoints.path(step), {}))
+    return save_result(job.run.directory, job.model, job.adapters, job.base_directory, job.config, step, job.dtype)
+
+
+def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
+    """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
+    c, e = job.config, job.config.evaluation
+    try:
+        conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
+        prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), scores.choose(e.metrics)
+        while True:
+            with runtime.Shortage(job.device), parallel.alike(job.device), job.autocast():
+                return evaluate.measure(
+                    model, job.chat, job.validation, prompts, e, c.model.max_seq_length, metrics, seed=c.system.seed
+                )
+            if e.batch_size == e.prompt_batch_size == 1:
+                raise TrainingFailed("out of memory with one row")
+            halves = {name: max(1, getattr(e, name) // 2) for name in ("batch_size", "prompt_batch_size")}
+            e = replace(e, **halves)
+    except Exception as error:
+        report_failure(job, state, "evaluation", error)
+        return evaluate.Measured()
+
+
+def measure_base(job: Job, state: State) -> evaluate.Measured | None:
+    """The same of the model as it was before training."""
+    try:
+        with base_model(job) as model:
+            return measure(job, state, model)
+    except Exception as error:
+        report_failure(job, state, "evaluation of the base", error)
+        return None
+
+
+def rank_usage(job: Job, state: State, step: int) -> tuple[dict[str, Any], str, str]:
+    """What `ranks.report` says of the adapters; nothing, and an event, if that fails."""
+    try:
+        adapters = job.adapters if job.config.training.sharding == "none" else {}
+        return ranks.report(adapters, job.optimizer, step)
+    except Exception as error:  # a decomposition need not converge
+        report_failure(job, state, "the adapters' report", error)
+        return {}, "", ""
+
+
+def findings(
+    job: Job, base: evaluate.Measured | None, tuned: evaluate.Measured, training: dict[str, float]
+) -> Findings:
+    """What the report is made of."""
+    e, groups = job.config.evaluation, {}
+    if e.by_field and len(job.validation):
+        try:
+            groups = {e.by_field: job.corpus.values(job.validation, e.by_field)}
+        except UserError as reason:  # the run is done: no reason to lose its report
+            job.run.say(f"warning: {reason}")
+    provenance = (job.run.recorded_config() or {}).get("provenance", {})
+    return Findings(
+        job.run.directory.name,
+        tuned,
+        base,
+        primary=next(iter(e.metrics), "exact_match"),
+        limit=e.max_new_tokens,
+        groups=groups,
+        places=[job.corpus.place(record) for record in job.validation.records.tolist()],
+        leakage=leakage_of_run(job.corpus.report, job.config.data.near_leaks) if len(job.validation) else {},
+        training=training,
+        provenance={
+            "base": job.config.model.name,
+            "data": job.config.data.train_file,
+            "settings": settings_of(job.config),
+            **provenance,
+        },
+        shown=e.samples,
+        seed=job.config.system.seed,
+    )
