@@ -33,7 +33,7 @@ import psutil
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "faults"), str(HERE)]
+sys.path += [str(ROOT / "tests" / "faults"), str(HERE), str(ROOT)]
 
 from harness import Fault, inject  # noqa: E402
 from step import machine, versions  # noqa: E402

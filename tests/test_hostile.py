@@ -28,6 +28,7 @@ from models import make_chat_model, train_run, write_records
 from nanoft import UserError
 from nanoft.files import read_raw
 
+ROOT = Path(__file__).parent.parent
 SECONDS = 8  # of processor time for a case
 LONGEST = 2200  # characters of a refusal
 
@@ -69,7 +70,7 @@ def refusals(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     root = tmp_path_factory.mktemp("hostile")
     places = {name: root / f"case{number}" for number, name in enumerate(CASES)}
     cases = [(name, prepare(case, places[name], good), str(places[name])) for name, case in CASES.items()]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RUST_BACKTRACE": "0"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "RUST_BACKTRACE": "0"}
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "hostile.py"],
         input=json.dumps([str(good), cases]),
