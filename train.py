@@ -48,16 +48,9 @@ from nanoft.job import (
 from nanoft.loss import target_nll
 from nanoft.metrics import Run
 from nanoft.opening import announce, preflight_checks, show
-from nanoft.optim import (
-    check_optimizer,
-    learning_rate_at,
-    set_learning_rate,
-    warmup_length,
-)
+from nanoft.optim import check_optimizer, learning_rate_at, set_learning_rate, warmup_length
 from nanoft.plan import decide_rows, show_plan, too_little
-from nanoft.preflight import (
-    NAMES,
-)
+from nanoft.preflight import NAMES
 from nanoft.probe import Probe
 from nanoft.sinks import check_installed, listeners
 

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 from test_recovery import Capture, Patch, no_memory
-from test_train import copy_base, refused, (
-    quick,
-)
+from test_train import copy_base, quick, refused
 
 import train
 from nanoft import batches, opening
