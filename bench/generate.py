@@ -5,10 +5,11 @@
     python bench/generate.py --side nanoft --model tiny --batch 32      one side, alone; prints one line of JSON
 
 Both sides run in fresh processes, one after another, in an order that turns every round, on one thread, with the same
-weights, prompts, stop ids and limit. Prompts have different lengths; they are answered in one batch, or four of
-them alone. A token counts if it belongs to an answer, its stop id included; padding, and what is computed for
-answers that have ended, does not. Reading the prompts is part of the time; a short call before that is not. Time is the
-process's CPU time, which on one thread is that of a clock, but for what else the machine does.
+weights, prompts, stop ids and limit. There are four times as many prompts as a batch has places, of different lengths,
+as in an evaluation: `generate` answers a batch until its longest answer has ended, then the next; nanoft gives the place
+of an answer that has ended to the next prompt. A token counts if it belongs to an answer, its stop id included; padding,
+and what is computed for answers that have ended, does not. Reading the prompts is part of the time; a short call before
+that is not. Time is the process's CPU time, which on one thread is that of a clock, but for what else the machine does.
 
 - tiny: the repository's base model (configs/tiny/base) asked the questions of its data set, in its chat template.
 - small: 41 million random weights, 8 layers of 512, 32,768 tokens; random prompts of 16 to 128 tokens, answers of up
@@ -58,7 +59,7 @@ def task(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
     """Prompts and stop ids."""
     import numpy as np
 
-    count = max(args.batch, 4)
+    count = 4 * args.batch
     if args.model == "tiny":
         from nanoft.chat import ChatTokenizer
 
@@ -89,14 +90,13 @@ def make_sure(args: argparse.Namespace, head: Any, embedding: Any) -> None:
 def measure(
     args: argparse.Namespace, answer: Callable[[list[list[int]], list[int], int], list[list[int]]]
 ) -> dict[str, Any]:
-    """Answer all prompts, batch by batch, as often as asked; `answer` gives new ids, the stop id last."""
+    """Answer all prompts, as often as asked; `answer` gives new ids, the stop id last."""
     prompts, stops = task(args)
-    batches = [prompts[at : at + args.batch] for at in range(0, len(prompts), args.batch)]
-    answer(batches[0], stops, 4)
+    answer(prompts[: args.batch], stops, 4)
     speeds = []
     for _ in range(args.repeats):
         started = time.process_time()
-        answers = [ids for batch in batches for ids in answer(batch, stops, LIMITS[args.model])]
+        answers = answer(prompts, stops, LIMITS[args.model])
         speeds.append(sum(map(len, answers)) / (time.process_time() - started))
     return {
         "tok_s": round(statistics.median(speeds), 2),
@@ -124,7 +124,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
 
     def answer(prompts: list[list[int]], stops: list[int], limit: int) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts]
-        for said in generate.steps(model, prompts, stops, limit):
+        for said in generate.steps(model, prompts, stops, limit, at_once=args.batch):
             for row, token in said:
                 answers[row].append(token)
         return answers
@@ -155,6 +155,10 @@ def run_peer(args: argparse.Namespace) -> dict[str, Any]:
     model.eval()
 
     def answer(prompts: list[list[int]], stops: list[int], limit: int) -> list[list[int]]:
+        batches = [prompts[at : at + args.batch] for at in range(0, len(prompts), args.batch)]
+        return [ids for batch in batches for ids in answer_batch(batch, stops, limit)]
+
+    def answer_batch(prompts: list[list[int]], stops: list[int], limit: int) -> list[list[int]]:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -6,8 +6,9 @@ Python itself. So a step is spelled out here with bare functions: the equations 
 
     k, v of the new position go into the cache;  y = softmax(q K^T / sqrt(d)) V  over what is there
 
-Prompts end in the same slot, so that the next token has the same slot in every row; the slots before a shorter prompt
-are empty, and masked. Within a row slots differ by as much as positions do, so a window of positions is one of slots.
+Rows end in the same slot, so that the next token has the same slot in every row; the slots before a shorter row are
+empty, and masked. Within a row slots differ by as much as positions do, so a window of positions is one of slots. Rows
+whose answer has ended leave, and new prompts take their places.
 
 Notation in comments: b rows, h query heads, g key/value heads, d head size, n hidden size, k positions kept.
 """
@@ -30,44 +31,67 @@ Product = Callable[[Tensor], Tensor]  # (b, in) -> (b, out)
 class Decoding:
     """Rows of text that grow together: their keys and values, in buffers of their final size, and the step."""
 
-    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], more: int):
-        """
-        Args:
-            prompts: token ids, none empty.
-            more: tokens that may follow each.
-        """
+    def __init__(self, model: Decoder):
         self.model, self.config, self.device = model, model.config, model.head.device
-        self.prompts, self.longest = prompts, max(map(len, prompts))
-        self.length = self.longest  # slots in use
-        self.slots = self.longest + more
-        self.empty = [self.longest - len(prompt) for prompt in prompts]  # slots before each prompt
+        self.length = self.slots = 0  # slots in use, and there
+        self.empty: list[int] = []  # slots before each row's prompt
         self.keys: list[Tensor] = []  # of each layer, (b, g, slots, d)
         self.values: list[Tensor] = []
         self.layers = [Layer(block) for block in model.model.layers if isinstance(block, Block)]
 
-    def read(self) -> Tensor:
-        """Take in the prompts; the last hidden state of each, (b, n). None is padded, and none sees another."""
-        lengths = [len(prompt) for prompt in self.prompts]
-        ids = torch.tensor([token for prompt in self.prompts for token in prompt], device=self.device)
+    def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
+        """Take in prompts, behind the rows that are there, whose newest slot and theirs become the same.
+
+        Args:
+            prompts: token ids, none empty.
+            more: tokens that may follow each, and at most follow the rows that are there.
+
+        Returns:
+            The last hidden state of each prompt, (prompts, n).
+        """
+        longest = max(map(len, prompts))
+        length = max(self.length, longest)
+        before = length - self.length  # slots that the others move
+
+        def beside(old: Tensor, new: Tensor) -> Tensor:
+            both = new.new_zeros(len(old) + len(new), new.shape[1], length + more, new.shape[3])
+            both[: len(old), :, before:length] = old[:, :, : self.length]
+            both[len(old) :, :, length - longest : length] = new
+            return both
+
+        hidden, keys, values = self._read(prompts)
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept[:] = [beside(*pair) for pair in zip(kept or [part[:0] for part in new], new, strict=True)]
+        self.empty = [empty + before for empty in self.empty] + [length - len(prompt) for prompt in prompts]
+        self.length, self.slots = length, length + more
+        self._prepare_slots()
+        return hidden
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The prompts' last hidden states, (b, n), and each layer's keys and values, (b, g, longest, d), which end
+        in the same slot. The decoder sees them packed: none is padded, and none sees another."""
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         ends = torch.tensor(lengths).cumsum(0)
         documents = None
         if len(lengths) > 1:
             documents = Documents(tuple(lengths), F.pad(ends, (1, 0)).to(self.device, torch.int32))
         rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(self.device)
-        slots = positions + torch.tensor(self.empty, device=self.device)[rows]
+        slots = positions + (longest - torch.tensor(lengths, device=self.device))[rows]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
 
         def keep_pair(_: int, k: Tensor, v: Tensor) -> None:
-            shape = (len(lengths), k.shape[2], self.slots, k.shape[3])
-            for part, kept in ((k, self.keys), (v, self.values)):
-                kept.append(torch.zeros(shape, dtype=v.dtype, device=self.device))
+            for part, kept in ((k, keys), (v, values)):
+                kept.append(v.new_zeros(len(lengths), k.shape[2], longest, k.shape[3]))
                 kept[-1][rows, :, slots] = part[0]
 
         last = (ends - 1).to(self.device)
         with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled again for every length
             hidden = self.model(ids[None], positions[None], documents, rows=last, keep_pair=keep_pair)[0]
-        self._prepare_slots()
-        return hidden
+        return hidden, keys, values
 
     def _prepare_slots(self) -> None:
         """For every slot of every row: its rotation, (b, slots, d), and whether it is empty, (b, 1, 1, slots)."""
@@ -103,8 +127,8 @@ class Decoding:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Leave the other rows behind, and the slots that are empty in all that stay."""
-        chosen = torch.tensor(rows, device=self.device)
-        cut = min(self.empty[row] for row in rows)
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
+        cut = min((self.empty[row] for row in rows), default=self.length)
         for parts in (self.keys, self.values):
             for number, part in enumerate(parts):
                 parts[number] = part[chosen, :, cut:]

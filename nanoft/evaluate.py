@@ -234,18 +234,17 @@ def answer_all(
     sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[Exchange]:
-    """Answers to every prompt; prompts of like length together."""
+    """Answers to every prompt, so many at once; the longest first, so that memory is short at once or not at all."""
     training, generator = model.training, torch.Generator().manual_seed(seed)
     model.eval()
     encoded = [chat.encode_prompt(prompt.messages, prompt.tools) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    longest_first = [encoded[i] for i in order]
+    answers = generate(model, longest_first, chat.stop_ids, max_new, sampling, generator, at_once=batch_size)
     exchanges: dict[int, Exchange] = {}
-    for start in range(0, len(order), batch_size):
-        group = order[start : start + batch_size]
-        answers = generate(model, [encoded[i] for i in group], chat.stop_ids, max_new, sampling, generator)
-        for i, said in zip(group, answers, strict=True):
-            asked = prompts[i].messages[-1]["content"]
-            exchanges[i] = Exchange(asked, prompts[i].reference, chat.decode(said.ids), said.stopped)
+    for i, said in zip(order, answers, strict=True):
+        asked = prompts[i].messages[-1]["content"]
+        exchanges[i] = Exchange(asked, prompts[i].reference, chat.decode(said.ids), said.stopped)
     model.train(training)
     return [exchanges[i] for i in range(len(prompts))]
 

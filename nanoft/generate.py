@@ -2,8 +2,8 @@
 
 Without a cache, the n-th token costs a forward pass over n tokens. With it, keys and values of earlier positions are
 kept and each new token costs one position. Prompts of different lengths are read as training reads packed documents,
-one behind another in a single row, so none is padded. From then on every row adds a token a pass, and rows whose answer
-has ended leave the batch.
+one behind another in a single row, so none is padded. From then on every row adds a token a pass; rows whose answer has
+ended leave the batch, and the next prompts take their places, so that a long answer does not keep a batch waiting.
 
     python -m nanoft.generate runs/tiny --prompt "Please book a table ..."       one answer
     python -m nanoft.generate runs/tiny                                          a chat: nanoft/talk.py
@@ -38,7 +38,7 @@ EXAMPLES = """examples:
   python -m nanoft.generate runs/tiny --temperature 0.7 --top-p 0.9 --seed 1  drawn, and the same again next time
   python -m nanoft.generate runs/tiny < questions.txt                         an answer for each line"""
 SHARE = 0.5  # of the free memory that unpacked weights may take
-CROWD = 0.75  # ended rows leave when at most this share goes on: to leave is to copy the others' cache
+CROWD = 0.75  # when at most this share of the places goes on, others take theirs: that copies the cache of those
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,17 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
+    at_once: int | None = None,
 ) -> list[Answer]:
     """Continue every prompt until a stop id or `max_new_tokens`.
 
     Args:
         prompts: token ids, none empty.
         generator: of the draws, on the CPU; None: torch's own.
+        at_once: answers that grow together; None: all.
     """
     stops, answers = set(stop_ids), [Answer([], False) for _ in prompts]
-    for said in steps(model, prompts, stop_ids, max_new_tokens, sampling, generator):
+    for said in steps(model, prompts, stop_ids, max_new_tokens, sampling, generator, at_once):
         for row, token in said:
             if token in stops:
                 answers[row] = Answer(answers[row].ids, True)
@@ -81,27 +83,36 @@ def steps(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
+    at_once: int | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """(row, token) of every answer that goes on, step by step; the stop id that ends one is its last token."""
-    stops, rows = set(stop_ids), list(range(len(prompts)))  # rows: whose answer each row is; -1: it has ended
-    decoding = Decoding(model, prompts, max_new_tokens)
+    """(prompt's number, token) of the answers that grow, step by step; the stop id that ends one is its last token."""
+    stops, waiting = set(stop_ids), list(range(len(prompts))) if max_new_tokens else []
+    places = at_once or len(prompts)
     sampler = Sampler(sampling, prompts, len(model.head), max_new_tokens, model.head.device, generator)
-    hidden = decoding.read()
-    for left in reversed(range(max_new_tokens)):
-        newest = sampler.choose(model.logits(hidden))  # (b,)
+    decoding = Decoding(model)
+    left = [max_new_tokens] * len(prompts)  # of each prompt, tokens that its answer may still have
+    rows: list[int] = []  # the prompt of each row of the batch; -1: its answer has ended
+    hidden: list[torch.Tensor] = []  # (rows, n), in parts
+    while waiting or rows:
+        if waiting and len(rows) <= CROWD * places:
+            newcomers, waiting = waiting[: places - len(rows)], waiting[places - len(rows) :]
+            hidden.append(decoding.join([prompts[row] for row in newcomers], max_new_tokens))
+            sampler.join(newcomers)
+            rows += newcomers
+        newest = sampler.choose(model.logits(torch.cat(hidden)))  # (b,)
         said = [(row, token) for row, token in zip(rows, newest.tolist(), strict=True) if row >= 0]
         yield said
-        ended = {row for row, token in said if token in stops}
+        for row, _ in said:
+            left[row] -= 1
+        ended = {row for row, token in said if token in stops or not left[row]}
         rows = [-1 if row in ended else row for row in rows]
         going = [place for place, row in enumerate(rows) if row >= 0]
-        if not going or not left:
-            return
-        if len(going) <= CROWD * len(rows):
-            rows, chosen = [rows[place] for place in going], torch.tensor(going, device=newest.device)
+        if len(going) <= CROWD * (places if waiting else len(rows)):
+            rows, chosen = [rows[place] for place in going], torch.tensor(going, dtype=torch.long, device=newest.device)
             newest = newest[chosen]
             decoding.keep(going)
             sampler.keep(chosen)
-        hidden = decoding.step(newest)
+        hidden = [decoding.step(newest)] if rows else []
 
 
 def answer(

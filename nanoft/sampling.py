@@ -9,7 +9,7 @@ Temperature 0 takes the likeliest token. Otherwise the logits are changed in thi
     min-p                only what is at least min_p times as likely as the likeliest (Nguyen et al. 2024)
 
 and a token is drawn by its probability. Every draw of an answer has a random number of its own, made from the seed
-before the first one, so an answer depends on the seed and on its row, not on when the other rows end.
+before the first one, so an answer depends on the seed and on which prompt it is, not on when other answers end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BELOW_ONE = 1 - 2**-23  # times a number in [0, 1): then also its product with a total is below the total
@@ -80,18 +81,28 @@ class Sampler:
     ):
         """
         Args:
+            prompts: of all answers there will be; those of a batch are said by `join`.
             generator: on the CPU, so that a seed means the same on every device; None: torch's own.
         """
-        self.sampling, self.step = sampling, 0
-        self.noise: Tensor | None = None  # (b, steps)
-        self.seen: Tensor | None = None  # (b, vocab)
+        self.sampling, self.prompts, self.device = sampling, prompts, device
+        self.noise: Tensor | None = None  # (prompts, steps)
         if sampling.temperature > 0:
             self.noise = (torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE).to(device)
+        self.rows = torch.zeros(0, dtype=torch.long, device=device)  # (b,): the prompt of each row of the batch
+        self.said = torch.zeros_like(self.rows)  # (b,): tokens of its answer so far
+        self.seen: Tensor | None = None  # (b, vocab)
         if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(len(prompts), vocab, dtype=torch.bool)
-            for row, prompt in zip(self.seen, prompts, strict=True):
-                row[torch.tensor(prompt)] = True
-            self.seen = self.seen.to(device)
+            self.seen = torch.zeros(0, vocab, dtype=torch.bool, device=device)
+
+    def join(self, rows: Sequence[int]) -> None:
+        """Answers to these prompts begin, behind the rows that are there."""
+        self.rows = torch.cat((self.rows, torch.tensor(rows, device=self.device)))
+        self.said = F.pad(self.said, (0, len(rows)))
+        if self.seen is not None:
+            asked = torch.zeros(len(rows), self.seen.shape[1], dtype=torch.bool)
+            for row, prompt in zip(asked, rows, strict=True):
+                row[torch.tensor(self.prompts[prompt])] = True
+            self.seen = torch.cat((self.seen, asked.to(self.device)))
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token of each row, (b,), from logits (b, vocab)."""
@@ -100,15 +111,15 @@ class Sampler:
         if self.noise is None:
             newest = logits.argmax(-1)
         else:
-            newest = draw(warp(logits, self.sampling), self.noise[:, self.step])
+            last = self.noise.shape[1] - 1  # an answer that has ended may still be in the batch
+            newest = draw(warp(logits, self.sampling), self.noise[self.rows, self.said.clamp(max=last)])
         if self.seen is not None:
             self.seen.scatter_(1, newest[:, None], True)
-        self.step += 1
+        self.said += 1
         return newest
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, places: Tensor) -> None:
         """Leave the other rows behind."""
-        if self.noise is not None:
-            self.noise = self.noise[rows]
+        self.rows, self.said = self.rows[places], self.said[places]
         if self.seen is not None:
-            self.seen = self.seen[rows]
+            self.seen = self.seen[places]

@@ -105,9 +105,9 @@ def test_the_table_of_cards_is_the_plan_of_their_configs() -> None:
 def test_the_cache_of_keys_and_values_has_the_size_of_the_formula(tmp_path: Path) -> None:
     make_reference("mistral", tmp_path)
     model = load_model(tmp_path, CPU, torch.bfloat16)
-    decoding, c = Decoding(model, [[3, 4, 5], [6]], 7), model.config
+    decoding, c = Decoding(model), model.config
     with torch.no_grad():
-        decoding.read()
+        decoding.join([[3, 4, 5], [6]], 7)
     tokens = 2 * (3 + 7)  # rows x (longest prompt + new tokens)
     assert sum(part.nbytes for part in [*decoding.keys, *decoding.values]) == (
         2 * c.num_layers * c.num_kv_heads * c.head_dim * 2 * tokens

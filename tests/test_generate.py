@@ -86,9 +86,10 @@ def test_the_order_of_prompts_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["mistral", "mistral-window", "qwen2-window"])
-@pytest.mark.parametrize("crowd", [0.0, 0.5, 1.0])
-def test_rows_that_leave_change_nothing_for_the_others(
-    case: str, crowd: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("crowd", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("at_once", [None, 3, 2, 1])
+def test_rows_that_leave_or_come_later_change_nothing_for_the_others(
+    case: str, crowd: float, at_once: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never, when half have ended, at once; the longest prompt goes early, and with it the others' empty slots."""
     monkeypatch.setattr(generate, "CROWD", crowd)
@@ -100,7 +101,35 @@ def test_rows_that_leave_change_nothing_for_the_others(
         end = next((at for at, token in enumerate(ids) if token in stops), None)
         expected.append(Answer(ids[:end], end is not None))
     assert len({len(said.ids) for said in expected}) > 2
-    assert generate.generate(model, PROMPTS, stops, 40) == expected
+    assert generate.generate(model, PROMPTS, stops, 40, at_once=at_once) == expected
+    order = [2, 0, 3, 1]  # a prompt longer than all that is there joins
+    together = generate.generate(model, [PROMPTS[row] for row in order], stops, 40, at_once=at_once)
+    assert together == [expected[row] for row in order]
+
+
+def test_places_are_taken_again_when_answers_end_and_the_batch_is_never_larger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = model_and_reference("mistral", tmp_path)
+    prompts = [[1 + number, 2 * number] for number in range(24)]
+    free = ids_of(generate.generate(model, prompts, (), 30))
+    stops = [ids[3] for ids in free[:8]]
+    expected = generate.generate(model, prompts, stops, 30)
+    lengths = [len(said.ids) + said.stopped for said in expected]
+    assert min(lengths) < 5
+    assert max(lengths) == 30
+    widths: list[int] = []
+    step = Decoding.step
+
+    def counted(decoding: Decoding, newest: torch.Tensor) -> torch.Tensor:
+        widths.append(len(newest))
+        return step(decoding, newest)
+
+    monkeypatch.setattr(Decoding, "step", counted)
+    assert generate.generate(model, prompts, stops, 30, at_once=8) == expected
+    assert max(widths) == 8
+    one_by_one = sum(max(lengths[at : at + 8]) for at in range(0, 24, 8))  # steps, if batches waited for their longest
+    assert len(widths) < one_by_one
 
 
 def test_an_answer_ends_before_the_first_stop_id_and_the_others_go_on(tmp_path: Path) -> None:
@@ -156,9 +185,11 @@ def test_steps_tell_each_token_as_it_comes(tmp_path: Path) -> None:
 # --- sampling through generation; the draws themselves are in test_sampling.py
 
 
-def sampled(model: Decoder, prompts: list[list[int]], seed: int, **settings: Any) -> list[list[int]]:
+def sampled(
+    model: Decoder, prompts: list[list[int]], seed: int, at_once: int | None = None, **settings: Any
+) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return ids_of(generate.generate(model, prompts, (), 16, Sampling(**settings), generator))
+    return ids_of(generate.generate(model, prompts, (), 16, Sampling(**settings), generator, at_once))
 
 
 def test_a_seed_gives_the_same_answers_and_each_row_its_own(tmp_path: Path) -> None:
@@ -168,6 +199,7 @@ def test_a_seed_gives_the_same_answers_and_each_row_its_own(tmp_path: Path) -> N
     first = sampled(model, PROMPTS, 1, **settings)
     assert first == sampled(model, PROMPTS, 1, **settings) != sampled(model, PROMPTS, 2, **settings)
     assert first[:1] == sampled(model, PROMPTS[:1], 1, **settings)  # the first row's draws, whoever is there
+    assert first == sampled(model, PROMPTS, 1, at_once=2, **settings)
     assert len({tuple(ids) for ids in sampled(model, [PROMPTS[0]] * 4, 1, **settings)}) == 4
     for narrow in ({"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}):
         assert sampled(model, PROMPTS, 1, **settings, **narrow) == greedy

@@ -105,6 +105,7 @@ def test_draws_have_the_probabilities_that_transformers_leaves(settings: dict[st
 
     generator = torch.Generator().manual_seed(0)
     sampler = Sampler(Sampling(**settings), [prompt] * DRAWS, VOCAB, 1, CPU, generator)
+    sampler.join(range(DRAWS))
     counts = sampler.choose(row.expand(DRAWS, -1)).bincount(minlength=VOCAB).double()
     may = expected > 0
     assert not counts[~may].any()
@@ -128,33 +129,42 @@ def test_the_largest_noise_still_draws_what_may_be_said() -> None:
     assert int(draw(row, torch.zeros(1))) == 7
 
 
+def all_of(sampling: Sampling, prompts: list[list[int]], vocab: int, steps: int, seed: int = 0) -> Sampler:
+    """A sampler with every prompt in its batch."""
+    sampler = Sampler(sampling, prompts, vocab, steps, CPU, torch.Generator().manual_seed(seed))
+    sampler.join(range(len(prompts)))
+    return sampler
+
+
 def test_without_a_temperature_the_likeliest_is_taken_after_the_penalty() -> None:
     row = torch.tensor([[1.0, 3.0, 2.9, -1.0]])
-    plain = Sampler(Sampling(), [[1]], 4, 9, CPU, None)
+    plain = all_of(Sampling(), [[1]], 4, 9)
     assert [int(plain.choose(row)) for _ in range(3)] == [1, 1, 1]
-    wary = Sampler(Sampling(repetition_penalty=1.5), [[1]], 4, 9, CPU, None)  # 3 / 1.5 = 2, then 2.9 / 1.5 = 1.93
+    wary = all_of(Sampling(repetition_penalty=1.5), [[1]], 4, 9)  # 3 / 1.5 = 2, then 2.9 / 1.5 = 1.93
     assert [int(wary.choose(row)) for _ in range(3)] == [2, 1, 1]
 
 
-def test_what_a_row_draws_does_not_depend_on_rows_that_leave() -> None:
+def test_what_a_row_draws_does_not_depend_on_rows_that_come_and_go() -> None:
     settings = Sampling(temperature=1.0, repetition_penalty=1.2)
     prompts = [[1, 2], [3], [4, 5, 6]]
     steps = [logits(3).roll(step, dims=0) for step in range(6)]
-    whole = Sampler(settings, prompts, VOCAB, 6, CPU, torch.Generator().manual_seed(5))
+    whole = all_of(settings, prompts, VOCAB, 6, seed=5)
     expected = [whole.choose(step) for step in steps]
-    fewer = Sampler(settings, prompts, VOCAB, 6, CPU, torch.Generator().manual_seed(5))
-    rows = torch.tensor([0, 2])
-    for number, step in enumerate(steps):
-        if number == 2:
-            fewer.keep(rows)
-        found = fewer.choose(step if number < 2 else step[rows])
-        assert torch.equal(found, expected[number] if number < 2 else expected[number][rows])
+
+    some = Sampler(settings, prompts, VOCAB, 6, CPU, torch.Generator().manual_seed(5))
+    some.join([2, 0])
+    for number in range(2):
+        assert torch.equal(some.choose(steps[number][[2, 0]]), expected[number][[2, 0]])
+    some.keep(torch.tensor([1]))
+    some.join([1])  # which begins now
+    for number in range(4):
+        at = torch.stack((steps[number + 2][0], steps[number][1]))
+        assert some.choose(at).tolist() == [expected[number + 2][0], expected[number][1]]
 
 
 def test_a_seed_repeats_and_another_differs() -> None:
     def drawn(seed: int) -> list[int]:
-        sampler = Sampler(Sampling(1.0), [[0]] * 16, VOCAB, 1, CPU, torch.Generator().manual_seed(seed))
-        return sampler.choose(logits()).tolist()
+        return all_of(Sampling(1.0), [[0]] * 16, VOCAB, 1, seed).choose(logits()).tolist()
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
