@@ -6,10 +6,11 @@
 
 Both sides run in fresh processes, one after another, in an order that turns every round, on one thread, with the same
 weights, prompts, stop ids and limit. There are four times as many prompts as a batch has places, of different lengths,
-as in an evaluation: `generate` answers a batch until its longest answer has ended, then the next; nanoft gives the place
-of an answer that has ended to the next prompt. A token counts if it belongs to an answer, its stop id included; padding,
-and what is computed for answers that have ended, does not. Reading the prompts is part of the time; a short call before
-that is not. Time is the process's CPU time, which on one thread is that of a clock, but for what else the machine does.
+as in an evaluation: `generate` answers a batch until its longest answer has ended, then the next; nanoft gives the
+place of an answer that has ended to the next prompt. A token counts if it belongs to an answer, its stop id included;
+padding, and what is computed for answers that have ended, does not. Reading the prompts is part of the time; a short
+call before that is not. Time is the process's CPU time, which on one thread is that of a clock, but for what else the
+machine does.
 
 - tiny: the repository's base model (configs/tiny/base) asked the questions of its data set, in its chat template.
 - small: 41 million random weights, 8 layers of 512, 32,768 tokens; random prompts of 16 to 128 tokens, answers of up
