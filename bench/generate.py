@@ -5,12 +5,12 @@
     python bench/generate.py --side nanoft --model tiny --batch 32      one side, alone; prints one line of JSON
 
 Both sides run in fresh processes, one after another, in an order that turns every round, on one thread, with the same
-weights, prompts, stop ids and limit. There are four times as many prompts as a batch has places, of different lengths,
-as in an evaluation: `generate` answers a batch until its longest answer has ended, then the next; nanoft gives the
-place of an answer that has ended to the next prompt. A token counts if it belongs to an answer, its stop id included;
-padding, and what is computed for answers that have ended, does not. Reading the prompts is part of the time; a short
-call before that is not. Time is the process's CPU time, which on one thread is that of a clock, but for what else the
-machine does.
+weights, prompts, stop ids and limit. There are four times as many prompts as a batch has places, and at least 16, of
+different lengths, as in an evaluation: `generate` answers a batch until its longest answer has ended, then the next;
+nanoft gives the place of an answer that has ended to the next prompt. A token counts if it belongs to an answer, its
+stop id included; padding, and what is computed for answers that have ended, does not. Reading the prompts is part of
+the time; a short call before that is not. Time is the process's CPU time, which on one thread is that of a clock, but
+for what else the machine does.
 
 - tiny: the repository's base model (configs/tiny/base) asked the questions of its data set, in its chat template.
 - small: 41 million random weights, 8 layers of 512, 32,768 tokens; random prompts of 16 to 128 tokens, answers of up
@@ -60,7 +60,7 @@ def task(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
     """Prompts and stop ids."""
     import numpy as np
 
-    count = 4 * args.batch
+    count = max(4 * args.batch, 16)
     if args.model == "tiny":
         from nanoft.chat import ChatTokenizer
 

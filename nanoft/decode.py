@@ -2,7 +2,8 @@
 
 The prompts go through the decoder as in training, packed into one row, and each layer's keys and values are kept. After
 that a step is one position a row: its products are small, and what costs is to read the weights and, in a small model,
-Python itself. So a step is spelled out here with bare functions: the equations of nanoft/model.py, for one position.
+Python itself. So a step is spelled out here with bare functions, the equations of nanoft/model.py for one position, and
+on a CPU the weights are laid out, once, in the order in which they are read.
 
     k, v of the new position go into the cache;  y = softmax(q K^T / sqrt(d)) V  over what is there
 
@@ -15,6 +16,7 @@ Notation in comments: b rows, h query heads, g key/value heads, d head size, n h
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,10 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import Documents
-from nanoft.lora import LoRALinear
+from nanoft.lora import LoRALinear, linears_of, weight_of
 from nanoft.model import Block, Decoder
+from nanoft.nf4 import Linear4bit, Linear8bit
+from nanoft.runtime import free_host_bytes
 
 Product = Callable[[Tensor], Tensor]  # (b, in) -> (b, out)
+SHARE = 0.5  # of the free memory that another copy of the weights may take
 
 
 class Decoding:
@@ -37,7 +42,13 @@ class Decoding:
         self.empty: list[int] = []  # slots before each row's prompt
         self.keys: list[Tensor] = []  # of each layer, (b, g, slots, d)
         self.values: list[Tensor] = []
-        self.layers = [Layer(block) for block in model.model.layers if isinstance(block, Block)]
+        self.lay_out = can_be_laid_out(model)
+        self.layers = [Layer(block, self.lay_out) for block in model.model.layers if isinstance(block, Block)]
+        self.head = laid_out(model.head, None) if self.lay_out else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden @ head^T in float32, (b, vocab)."""
+        return self.model.logits(hidden) if self.head is None else self.head(hidden).float()
 
     def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
         """Take in prompts, behind the rows that are there, whose newest slot and theirs become the same.
@@ -140,12 +151,12 @@ class Decoding:
 class Layer:
     """A block for one position a row: the functions of its linears, and what stands between them."""
 
-    def __init__(self, block: Block):
+    def __init__(self, block: Block, lay_out: bool):
         attention, mlp = block.self_attn, block.mlp
         self.norms = block.input_layernorm, block.post_attention_layernorm
         self.q_norm, self.k_norm, self.head_dim = attention.q_norm, attention.k_norm, attention.head_dim
         self.q, self.k, self.v, self.o, self.gate, self.up, self.down = (
-            as_function(linear)
+            as_function(linear, lay_out)
             for linear in (
                 *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
                 *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
@@ -172,18 +183,20 @@ class Layer:
         return x + self.down(F.silu(self.gate(y)).mul_(self.up(y)))
 
 
-def as_function(linear: nn.Module) -> Product:
+def as_function(linear: nn.Module, lay_out: bool) -> Product:
     """A linear without the module around it: the plain product, with its adapter if that is switched on."""
     if isinstance(linear, LoRALinear):
-        return adapted(linear) if linear.enabled else as_function(linear.base)
+        return adapted(linear, lay_out) if linear.enabled else as_function(linear.base, lay_out)
+    if lay_out and isinstance(linear, (nn.Linear, Linear4bit, Linear8bit)):
+        return laid_out(weight_of(linear), linear.bias)
     if type(linear) is nn.Linear:  # not one whose weight lies elsewhere
         return lambda x, weight=linear.weight, bias=linear.bias: F.linear(x, weight, bias)  # type: ignore[misc]
     return linear
 
 
-def adapted(linear: LoRALinear) -> Product:
+def adapted(linear: LoRALinear, lay_out: bool) -> Product:
     """y = W x + s B A x + b, as in nanoft/lora.py; A and B are rounded to the model's number format once."""
-    base, (a, b), scaling = as_function(linear.base), linear.factors(), linear.scaling
+    base, (a, b), scaling = as_function(linear.base, lay_out), linear.factors(), linear.scaling
     rounded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def product(x: Tensor) -> Tensor:
@@ -194,3 +207,36 @@ def adapted(linear: LoRALinear) -> Product:
         return linear.finish(y.addmm_(x.to(y.dtype) @ a_t, b_t, alpha=scaling))
 
     return product
+
+
+# ---- Weights in the order in which a CPU reads them
+
+
+def laid_out(weight: Tensor, bias: Tensor | None) -> Product:
+    """x W^T + b from a copy of W, (out, in), in the blocks of oneDNN's kernels, which torch's compiler uses as well.
+
+    As a matrix lies in memory, row by row, a product with few rows reads it at half the memory's speed: with the copy
+    a token takes half the time, in float32 and in bfloat16 (bench/generate.md).
+    """
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    kernel: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: kernel(x, blocks, bias, "none", [], "")
+
+
+def can_be_laid_out(model: Decoder) -> bool:
+    """Whether there are such kernels for the model, all of whose weights are in memory, and room for the copy.
+
+    Under autocast a product casts what it is given, which these kernels do not.
+    """
+    dtype = model.head.dtype
+    here = model.head.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    if not here or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        return False
+    if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    linears = linears_of(model).values()
+    if not {type(linear) for linear in linears} <= {nn.Linear, Linear4bit, Linear8bit}:  # their weights lie elsewhere
+        return False
+    dtypes = {linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype for linear in linears}
+    size = sum(linear.out_features * linear.in_features for linear in linears) + model.head.numel()
+    return dtypes == {dtype} and size * dtype.itemsize <= SHARE * free_host_bytes()

@@ -17,16 +17,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from nanoft import UserError
 from nanoft.chat import ChatTokenizer, Message
-from nanoft.decode import Decoding
+from nanoft.decode import SHARE, Decoding
 from nanoft.lora import linears_of
 from nanoft.model import Decoder
 from nanoft.nf4 import cache_weights
-from nanoft.runtime import Arguments, choose_device, choose_dtype, command, quiet_libraries
+from nanoft.runtime import Arguments, choose_device, choose_dtype, command, free_host_bytes, quiet_libraries
 from nanoft.sampling import GREEDY, Sampler, Sampling
 from nanoft.talk import Talk, check_text
 from nanoft.untrusted import read_json
@@ -37,7 +36,6 @@ EXAMPLES = """examples:
   python -m nanoft.generate runs/tiny --base                                  a chat, with the base's answers
   python -m nanoft.generate runs/tiny --temperature 0.7 --top-p 0.9 --seed 1  drawn, and the same again next time
   python -m nanoft.generate runs/tiny < questions.txt                         an answer for each line"""
-SHARE = 0.5  # of the free memory that unpacked weights may take
 CROWD = 0.75  # when at most this share of the places goes on, others take theirs: that copies the cache of those
 
 
@@ -99,7 +97,7 @@ def steps(
             hidden.append(decoding.join([prompts[row] for row in newcomers], max_new_tokens))
             sampler.join(newcomers)
             rows += newcomers
-        newest = sampler.choose(model.logits(torch.cat(hidden)))  # (b,)
+        newest = sampler.choose(decoding.logits(torch.cat(hidden)))  # (b,)
         said = [(row, token) for row, token in zip(rows, newest.tolist(), strict=True) if row >= 0]
         yield said
         for row, _ in said:
@@ -165,7 +163,7 @@ def main(argv: list[str]) -> int:
 def has_room(model: Decoder) -> bool:
     """Whether the weights of a packed base may lie there unpacked, which makes a token several times as fast."""
     needed = sum(layer.out_features * layer.in_features for layer in linears_of(model).values()) * 4  # bytes, at most
-    return needed <= SHARE * psutil.virtual_memory().available
+    return needed <= SHARE * free_host_bytes()
 
 
 def build_parser() -> Arguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,18 @@ import pytest
 import torch
 
 from models import CASES, make_reference
+from nanoft import decode
 from nanoft.config import LoRAConfig
 from nanoft.decode import Decoding
 from nanoft.generate import generate
 from nanoft.lora import disabled, inject_lora, linears_of
 from nanoft.model import Decoder
 from nanoft.nf4 import cache_weights
+from nanoft.stream import StreamedDecoder, open_rows
 from nanoft.weights import load_model
 
 CPU = torch.device("cpu")
+HAS_KERNELS = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 PROMPTS = [[5, 9, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [42], [7, 7, 7, 100, 30, 20]]
 MORE = torch.randint(0, 199, (24, 4), generator=torch.Generator().manual_seed(0))  # what follows, step by step
 
@@ -63,11 +67,43 @@ def test_compiled_blocks_are_not_compiled_again_for_prompts(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_is_a_pass_over_everything(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [1e9, 0.0])
+def test_a_step_is_a_pass_over_everything(
+    memory: float, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "free_host_bytes", lambda: memory)
     make_reference(case, tmp_path)
     model = load_model(tmp_path, CPU, torch.float32).eval()
+    assert (Decoding(model).head is not None) == (memory > 0 and HAS_KERNELS)
     for rows in ([0, 2, 3], [1], [3, 0]):
         assert largest_difference(model, model, rows, 20) < 1e-5
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="for x86 with oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_weight_laid_out_is_the_same_weight(rows: int, dtype: torch.dtype) -> None:
+    weight, x, bias = (torch.randn(shape, dtype=dtype) for shape in ((300, 70), (rows, 70), (300,)))
+    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    for known in (None, bias):
+        expected = exact if known is None else exact + known.double()
+        found = decode.laid_out(weight, known)(x)
+        assert found.dtype == dtype
+        # rounded after each of 70 sums in float32 (Higham 2002, eq. 3.5), and once in the number format
+        allowed = 71 * torch.finfo(torch.float32).eps * (size + 5) + torch.finfo(dtype).eps * expected.abs()
+        assert ((found.double() - expected).abs() <= allowed).all()
+
+
+def test_weights_are_laid_out_only_where_all_are_there_in_one_number_format(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32).eval()
+    assert decode.can_be_laid_out(model) == HAS_KERNELS
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not decode.can_be_laid_out(model)
+    assert not decode.can_be_laid_out(load_model(tmp_path, CPU, torch.float16).eval())
+    assert not decode.can_be_laid_out(StreamedDecoder(open_rows(tmp_path)))
+    next(iter(linears_of(model).values())).bfloat16()
+    assert not decode.can_be_laid_out(model)
 
 
 @torch.no_grad()
