@@ -361,7 +361,7 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
     job = prepare(config, run, provenance, chat, corpus, batches)
     state = starting_state(job, wish.resume)
     done = state.step >= total_steps or out_of_patience(job, state)
-    if done and parallel.tell(lambda: run.is_complete(state.step)):
+    if done and parallel.tell(lambda: run.finished_at() == state.step):
         run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
         return 0
     seconds_a_step = preflight_checks(job, state, wish.force)

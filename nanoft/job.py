@@ -324,6 +324,11 @@ def find_start(job: Job, resume: str) -> Saved | None:
         except (checkpoint.Damaged, OSError) as reason:
             raise UserError(f"--resume: {reason}") from None
     saved, damage = job.checkpoints.newest()
+    if saved is None and job.run.finished_at():
+        raise UserError(
+            f"output.dir: {job.run.directory}: this run has ended, and its checkpoints are gone: eval.py and merge.py "
+            "take what it learned; to train again choose another output.dir"
+        )
     for what in damage:
         job.run.say(f"warning: {what}: going back to an earlier checkpoint")
     return saved

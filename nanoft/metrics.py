@@ -208,13 +208,13 @@ class Run:
             pass
         raise UserError(f"{path}: damaged: remove the directory or choose another output.dir")
 
-    def is_complete(self, step: int) -> bool:
-        """Whether the run ended with this step and has its report."""
+    def finished_at(self) -> int | None:
+        """The step with which the run ended, if it has its report."""
         path = self.directory / "report.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))["training"]["steps"] == step
+            return int(json.loads(path.read_text(encoding="utf-8"))["training"]["steps"])
         except (OSError, ValueError, KeyError, TypeError):
-            return False  # not there, or cut off while it was written
+            return None  # not there, or cut off while it was written
 
     def skipped_before(self, step: int) -> int:
         """How many windows were left out before that optimizer step, because their loss was not finite."""

@@ -175,7 +175,7 @@ def test_anything_else_that_ends_a_run_leaves_its_directory(tmp_path: Path) -> N
 def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
     with Run.open(tmp_path) as run:
         assert run.recorded_config() is None
-        assert not run.is_complete(0)
+        assert run.finished_at() is None
 
 
 def test_skipped_windows_are_counted(tmp_path: Path) -> None:
@@ -199,15 +199,14 @@ def test_the_recorded_config_is_read_or_said_to_be_damaged(tmp_path: Path) -> No
             run.recorded_config()
 
 
-def test_a_run_is_complete_when_its_report_says_so(tmp_path: Path) -> None:
+def test_a_run_has_ended_when_its_report_says_so(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
         run.write_report({"training": {"steps": 7}}, "# Report\n")
-        assert run.is_complete(7)
-        assert not run.is_complete(6)
+        assert run.finished_at() == 7
         assert (run.directory / "report.md").read_text() == "# Report\n"
         whole = (run.directory / "report.json").read_text()
         (run.directory / "report.json").write_text(whole[:12])  # the power went while it was written
-        assert not run.is_complete(7)
+        assert run.finished_at() is None
 
 
 # --- metrics.jsonl and train.log

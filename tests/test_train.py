@@ -269,6 +269,20 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(tmp_path: Path, capsy
     assert [step for step, _ in losses(directory)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    assert train.main(quick(directory, training__max_steps=2)) == 0
+    learned = (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(directory / "checkpoints")
+    capsys.readouterr()
+    assert train.main(quick(directory, training__max_steps=2)) == 2
+    assert "this run has ended, and its checkpoints are gone" in capsys.readouterr().err
+    assert (directory / "adapter" / "adapter_model.safetensors").read_bytes() == learned
+    assert (directory / "report.json").is_file()
+
+
 # --- what a run does on its way
 
 
