@@ -197,7 +197,7 @@ def merge(
     weights = replace(weights_of(opened, onto), adapters=opened.adapters, dtype=dtype)
     shards = _plan_shards(weights, shard_bytes or SHARD_BYTES)
     finished = {name: was for name, was in _finished(progress).items() if name in shards and _is(out / name, was)}
-    _check_room(out, [specs for name, specs in shards.items() if name not in finished])
+    check_room(out, sum(_bytes(specs) for name, specs in shards.items() if name not in finished))
     for name, specs in shards.items():
         if name not in finished:
             (out / name).unlink(missing_ok=True)
@@ -243,9 +243,9 @@ def _is(path: Path, was: Any) -> bool:
     return path.is_file() and hash_file(path) == was
 
 
-def _check_room(out: Path, shards: list[Specs]) -> None:
-    """Find out before the work that the disk will be full."""
-    needed, free = sum(map(_bytes, shards)), shutil.disk_usage(out).free
+def check_room(out: Path, needed: int) -> None:
+    """Find out before the work that so many bytes will fill the disk."""
+    free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(f"--out: needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there: make room")
 

@@ -36,6 +36,7 @@ from nanoft.export import (
     PROOF_TOKENS,
     TOLERANCE,
     Proof,
+    check_room,
     compare,
     hidden_states,
     new_directory,
@@ -105,7 +106,7 @@ def write_gguf(opened: Opened, chat: ChatTokenizer, name: str, dtype: str, onto:
     factors = _rope_factors(config)
     if factors is not None:
         entries.append(Entry("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
-    _write(gguf, writer, entries)
+    _write(gguf, writer, entries, out)
     return notes
 
 
@@ -140,7 +141,7 @@ def write_gguf_lora(opened: Opened, name: str, dtype: str, out: Path) -> None:
         for part, tensor in (("lora_a", a), ("lora_b", b)):
             read = partial(torch.clone, tensor)
             entries.append(Entry(f"{new_name(weight)}.{part}", tuple(tensor.shape), dtype.upper(), read))
-    _write(gguf, writer, entries)
+    _write(gguf, writer, entries, out)
 
 
 def merged_tensors(opened: Opened, onto: Onto) -> tuple[dict[str, tuple[int, ...]], Read]:
@@ -179,13 +180,16 @@ class Entry(NamedTuple):
     read: Callable[[], Tensor]  # float32
 
 
-def _write(gguf: Any, writer: Any, entries: list[Entry]) -> None:
+def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
     """The facts, the list of tensors, and the tensors one by one; on the disk when this returns."""
+    total = 0
     for entry in entries:
         form = gguf.GGMLQuantizationType[entry.form]
         block, size = gguf.GGML_QUANT_SIZES[form]  # numbers in a block, bytes of it
         size_bytes = math.prod(entry.shape) // block * size
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size_bytes, form)
+        total += size_bytes
+    check_room(out.parent, total)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -366,6 +367,17 @@ def test_missing_packages_are_named(made: Any, tmp_path: Path, monkeypatch: pyte
 
 
 # --- what lies beside the file
+
+
+def test_a_disk_without_room_is_noticed_before_the_work(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = write(made("llama"), tmp_path / "whole.gguf").stat().st_size
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=size // 2))
+    with pytest.raises(UserError, match=r"--out: needs .* GB are free there: make room"):
+        write(made("llama"), tmp_path / "again.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.gguf"]
 
 
 def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) -> None:
