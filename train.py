@@ -28,6 +28,7 @@ from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, paral
 from nanoft.batches import Batch, even
 from nanoft.checkpoint import Saved
 from nanoft.config import Config, load_config, read_overrides
+from nanoft.energy import Energy
 from nanoft.finish import finish
 from nanoft.job import (
     Job,
@@ -62,7 +63,7 @@ GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb
 
 def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -> State:
     """The loop. Returns how far it came; a checkpoint of that step is on the disk."""
-    watch, is_first = runtime.MemoryWatch(job.device), not parallel.rank()
+    watch, energy, is_first = runtime.MemoryWatch(job.device), Energy(job.device), not parallel.rank()
     probe = Probe(job.config, job.run.directory, job.run.log, job.run.say, records=is_first)
     job.model.train()
     with job.saves, probe, progress_bar(job, state, total_steps) as bar:
@@ -100,7 +101,7 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             probe.step(state.step, job.trained, grad_norm)
             job.optimizer.zero_grad(set_to_none=True)
 
-            count(state, window, loss, time.perf_counter() - started)
+            count(state, window, loss, time.perf_counter() - started, energy.used())
             bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {state.meter.tokens_per_second():,.0f} tok/s", False)
             bar.update(state.step - bar.n)  # which may have gone back
             if due(state.step, job.config.training.log_steps, total_steps):
@@ -149,10 +150,10 @@ def scheduled_rate(job: Job, state: State, total_steps: int) -> float:
     return learning_rate_at(state.step, total_steps, t.learning_rate, warmup_steps, *shape)
 
 
-def count(state: State, window: list[Batch], loss: float, seconds: float) -> None:
+def count(state: State, window: list[Batch], loss: float, seconds: float, joules: float) -> None:
     """Add a step to the sums of the run."""
     targets, tokens = (sum(getattr(m, kind) for m in window) for kind in ("target_tokens", "tokens"))
-    state.meter.add(loss * targets, tokens, targets, seconds)
+    state.meter.add(loss * targets, tokens, targets, seconds, joules)
 
 
 def log_step(job: Job, state: State, rate: float, grad_norm: float) -> None:

@@ -15,6 +15,7 @@ import torch
 from nanoft import TrainingFailed, UserError, checkpoint, evaluate, parallel, ranks, runtime, scores
 from nanoft.checkpoint import Saved
 from nanoft.corpus import describe
+from nanoft.energy import JOULES_PER_WH
 from nanoft.export import save_result
 from nanoft.job import (
     Job,
@@ -58,6 +59,8 @@ def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
         "tokens_per_second": round(state.meter.tokens_per_second(), 1),
         "peak_memory_gb": round(runtime.peak_memory_gb(job.device), 3),
     }
+    if state.meter.total_joules and parallel.ranks() == 1:  # what other ranks took is not known here
+        training["energy_wh"] = round(state.meter.total_joules / JOULES_PER_WH, 6)
     tuned = measure(job, state, job.model)
     base = None
     if not parallel.asked_to_stop(stop) and not job.config.model.random_init:

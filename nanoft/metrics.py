@@ -56,8 +56,9 @@ class Meter:
     seconds: float = 0.0
     total_tokens: int = 0  # of the run, all sessions together
     total_seconds: float = 0.0
+    total_joules: float = 0.0
 
-    def add(self, nats: float, tokens: int, target_tokens: int, seconds: float) -> None:
+    def add(self, nats: float, tokens: int, target_tokens: int, seconds: float, joules: float = 0.0) -> None:
         """Count one optimizer step; a clock that was set back says nothing."""
         seconds = max(seconds, 0.0)
         self.nats += nats
@@ -66,6 +67,7 @@ class Meter:
         self.seconds += seconds
         self.total_tokens += tokens
         self.total_seconds += seconds
+        self.total_joules += joules
 
     def line(self) -> dict[str, float]:
         """Means since the last line (loss in nats per target token); starts the next interval."""

@@ -352,10 +352,10 @@ def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
 
 
 def cost(found: Findings) -> dict[str, float]:
-    """Seconds."""
-    seconds = {"training_seconds": found.training["seconds"]} if "seconds" in found.training else {}
+    """Seconds, and watt-hours where the machine counts them."""
+    known = {f"training_{key}": found.training[key] for key in ("seconds", "energy_wh") if key in found.training}
     measured = [one for one in (found.base, found.tuned) if one]
-    return seconds | {"evaluation_seconds": round(sum(one.seconds for one in measured), 3)}
+    return known | {"evaluation_seconds": round(sum(one.seconds for one in measured), 3)}
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -386,7 +386,7 @@ def _markdown(found: Findings, main: str, said: str, warned: Sequence[str]) -> s
     if found.training:
         figures = {key: f"{value:,}" for key, value in found.training.items()}
         took = clock(cost(found)["evaluation_seconds"])
-        rows = [[key.replace("_", " "), value] for key, value in figures.items()]
+        rows = [[key.replace("_wh", ", Wh").replace("_", " "), value] for key, value in figures.items()]
         text += f"\n{table(['training', ''], [*rows, ['evaluation', took]])}\n"
     text += _breakdowns(found) + _breakdown(found, "The samples of the highest perplexity", "sample", hardest(found))
     text += _answers_section(found)

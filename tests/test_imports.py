@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a module imports only what stands before it
-    "untrusted", "curves", "aliases", "config", "guard", "runtime", "attention", "model", "loss", "optim",
+    "untrusted", "curves", "aliases", "config", "guard", "runtime", "energy", "attention", "model", "loss", "optim",
     "tensorfile", "checkpoint", "metrics", "sinks", "watch", "probe", "parallel", "template", "chat", "files",
     "records", "quality", "truncate", "nf4", "lora", "adapter", "ranks", "weights", "stream", "plan", "batches",
     "cache", "corpus", "sampling", "decode", "talk", "generate", "bootstrap", "scores", "evaluate", "report",
