@@ -1,9 +1,9 @@
 """One more token for every row, as fast as a small model allows.
 
-The prompts go through the decoder as in training, packed into one row, and each layer's keys and values are kept. After
-that a step is one position a row: its products are small, and what costs is to read the weights and, in a small model,
-Python itself. So a step is spelled out here with bare functions, the equations of nanoft/model.py for one position, and
-on a CPU the weights are laid out, once, in the order in which they are read.
+The prompts are read as training reads them, packed into one row, and each layer's keys and values are kept. After that
+a step is one position a row: its products are small, and what costs is to read the weights and, in a small model,
+Python itself. So the equations of nanoft/model.py are spelled out here with bare functions, and on a CPU the weights
+are laid out, once, in the order in which they are read.
 
     k, v of the new position go into the cache;  y = softmax(q K^T / sqrt(d)) V  over what is there
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoft.attention import Documents
+from nanoft.attention import Documents, attend
 from nanoft.lora import LoRALinear, linears_of, weight_of
 from nanoft.model import Block, Decoder
 from nanoft.nf4 import Linear4bit, Linear8bit
@@ -80,36 +80,42 @@ class Decoding:
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The prompts' last hidden states, (b, n), and each layer's keys and values, (b, g, longest, d), which end
-        in the same slot. The decoder sees them packed: none is padded, and none sees another."""
+        in the same slot. The layers see them packed, t tokens: none is padded, and none sees another."""
         lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
+        longest, ends = max(lengths), torch.tensor(lengths).cumsum(0)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        ends = torch.tensor(lengths).cumsum(0)
         documents = None
         if len(lengths) > 1:
             documents = Documents(tuple(lengths), F.pad(ends, (1, 0)).to(self.device, torch.int32))
         rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(self.device)
         slots = positions + (longest - torch.tensor(lengths, device=self.device))[rows]
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-
-        def keep_pair(_: int, k: Tensor, v: Tensor) -> None:
-            for part, kept in ((k, keys), (v, values)):
-                kept.append(v.new_zeros(len(lengths), k.shape[2], longest, k.shape[3]))
-                kept[-1][rows, :, slots] = part[0]
-
         last = (ends - 1).to(self.device)
-        with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled again for every length
-            hidden = self.model(ids[None], positions[None], documents, rows=last, keep_pair=keep_pair)[0]
-        return hidden, keys, values
+
+        trunk, keys, values = self.model.model, list[Tensor](), list[Tensor]()
+        x = trunk.embed_tokens(ids)  # (t, n)
+        cos, sin = (part[0, :, None] for part in self._rotation(positions[None], x.dtype))  # (t, 1, d)
+        for layer, window in zip(self.layers, self.config.windows, strict=True):
+            q, k, v = layer.queries_keys_values(x, cos, sin)
+            for part, kept in ((k, keys), (v, values)):
+                kept.append(part.new_zeros(len(lengths), part.shape[1], longest, part.shape[2]))
+                kept[-1][rows, :, slots] = part
+            y = attend(q[None], k[None], v[None], window, documents)[0].flatten(1)
+            if layer is self.layers[-1]:
+                x, y = x[last], y[last]
+            x = layer.rest(x, y)
+        return F.rms_norm(x, trunk.norm.weight.shape, trunk.norm.weight, trunk.norm.eps), keys, values
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What a pair's own half and its other half are multiplied by, (b, q, d) each."""
+        cos, sin = self.model.rotation(positions, dtype)  # (b, q, 1, d / 2)
+        return torch.cat((cos, cos), dim=-1)[:, :, 0], torch.cat((-sin, sin), dim=-1)[:, :, 0]
 
     def _prepare_slots(self) -> None:
         """For every slot of every row: its rotation, (b, slots, d), and whether it is empty, (b, 1, 1, slots)."""
         slots, empty = torch.arange(self.slots), torch.tensor(self.empty)[:, None]
-        cos, sin = self.model.rotation((slots - empty).clamp(min=0).to(self.device), self.values[0].dtype)
-        self.cos = torch.cat((cos, cos), dim=-1)[:, :, 0]
-        self.sin = torch.cat((-sin, sin), dim=-1)[:, :, 0]
+        positions = (slots - empty).clamp(min=0).to(self.device)
+        self.cos, self.sin = self._rotation(positions, self.values[0].dtype)
         before = slots < empty
         mask = torch.zeros(before.shape, dtype=self.values[0].dtype).masked_fill(before, -torch.inf)
         self.mask = mask[:, None, None].to(self.device)
@@ -149,7 +155,7 @@ class Decoding:
 
 
 class Layer:
-    """A block for one position a row: the functions of its linears, and what stands between them."""
+    """A block without modules: the functions of its linears, and what stands between them."""
 
     def __init__(self, block: Block, lay_out: bool):
         attention, mlp = block.self_attn, block.mlp
@@ -170,9 +176,9 @@ class Layer:
         q, k, v = (project(x).view(len(x), -1, size) for project in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        both = torch.cat((q, k), dim=1).to(v.dtype)  # (b, h + g, d)
+        both = torch.cat((q, k), dim=1)  # (b, h + g, d)
         swapped = both.view(*both.shape[:2], 2, size // 2).flip(2).view(both.shape)  # the pair's other half
-        both = torch.addcmul(both * cos, swapped, sin)
+        both = torch.addcmul(both * cos, swapped, sin).to(v.dtype)
         return both[:, : q.shape[1]], both[:, q.shape[1] :], v
 
     def rest(self, x: Tensor, y: Tensor) -> Tensor:

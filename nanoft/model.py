@@ -234,9 +234,6 @@ def _read_windows(hf: Mapping[str, Any], family: str, layers: int) -> tuple[int 
     return tuple(window if index >= first else None for index in range(layers))
 
 
-KeepPair = Callable[[int, Tensor, Tensor], None]  # is given each layer's keys and values, (b, q, g, d)
-
-
 @dataclass
 class Attention:
     """What the layers of one forward pass share: the rotation of each position and who may see whom."""
@@ -244,7 +241,6 @@ class Attention:
     cos: Tensor  # (b or 1, q, 1, d / 2)
     sin: Tensor  # (b or 1, q, 1, d / 2)
     documents: Documents | None  # of a packed batch
-    keep_pair: KeepPair | None  # where the text is to go on: nanoft/decode.py
 
 
 class RMSNorm(nn.Module):
@@ -282,7 +278,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         c = config
-        self.layer, self.head_dim, self.window = layer, c.head_dim, c.windows[layer]
+        self.head_dim, self.window = c.head_dim, c.windows[layer]
         self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
@@ -298,8 +294,6 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, attention.cos, attention.sin), rotate(k, attention.cos, attention.sin)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm's float32 weight has widened them
-        if attention.keep_pair is not None:
-            attention.keep_pair(self.layer, k, v)
         y = attend(q, k, v, self.window, attention.documents)
         return self.o_proj(select_rows(y.flatten(2), rows))
 
@@ -432,7 +426,6 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         documents: Documents | None = None,
         rows: Tensor | None = None,
-        keep_pair: KeepPair | None = None,
     ) -> Tensor:
         """Last hidden states, (batch, seq, hidden); of some rows only, (1, n, hidden).
 
@@ -442,12 +435,13 @@ class Decoder(nn.Module):
             documents: of a packed batch, which do not see each other. None: one document a row, padded on the right
                 if at all (no token sees what comes after it, so such padding needs no mask).
             rows: flat positions b * seq + s that are wanted, (n,); None: all.
-            keep_pair: is given the keys and values of each layer.
         """
         x = self.model.embed_tokens(ids)
         if self.training and self.neftune_alpha:
             x = x + embedding_noise(x, self.neftune_alpha)
-        attention = self._attention(ids, x, positions, documents, keep_pair)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        attention = Attention(*self.rotation(positions, x.dtype), documents)
         *earlier, last = zip(self.model.layers, self.keep, strict=True)
         for block, keep in earlier:
             x = run_block(block, x, attention, None, keep)
@@ -464,19 +458,6 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""
         return F.linear(hidden, self.head).float()
-
-    def _attention(
-        self,
-        ids: Tensor,
-        x: Tensor,
-        positions: Tensor | None,
-        documents: Documents | None,
-        keep_pair: KeepPair | None,
-    ) -> Attention:
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        cos, sin = self.rotation(positions, x.dtype)
-        return Attention(cos, sin, documents, keep_pair)
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of position * frequency, (b, q, 1, d / 2); angles in float32 whatever the model's dtype."""
