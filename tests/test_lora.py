@@ -20,7 +20,7 @@ from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.config import LoRAConfig
 from nanoft.lora import LoRALinear, describe_adapters, disabled, identity, inject_lora, principal
 from nanoft.loss import target_nll
-from nanoft.model import Block, Decoder, DecoderConfig, RMSNorm, swiglu
+from nanoft.model import Attention, Block, Decoder, DecoderConfig, RMSNorm, swiglu
 from nanoft.nf4 import Linear4bit
 from nanoft.selftest import PRODUCT, adapter_effect, merged_apart, products_apart
 from nanoft.weights import load_model
@@ -481,7 +481,7 @@ def test_a_block_keeps_what_the_docstring_says_and_nothing_else(dora: bool) -> N
     block = model.model.layers[0]
     assert isinstance(block, Block)
     x = torch.randn(2, 16, h, dtype=torch.bfloat16, requires_grad=True)
-    attention = model._attention(torch.zeros(2, 16, dtype=torch.int64), x, None, None, None)
+    attention = Attention(*model.rotation(torch.arange(16)[None], x.dtype), None)
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     known |= {attention.cos.untyped_storage().data_ptr(), attention.sin.untyped_storage().data_ptr()}
     saved: dict[int, tuple[int, Tensor]] = {}

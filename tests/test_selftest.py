@@ -119,7 +119,8 @@ def no_number(patch: pytest.MonkeyPatch) -> None:
 
 def see_each_other(patch: pytest.MonkeyPatch) -> None:
     real = model.attend
-    patch.setattr(model, "attend", lambda q, k, v, window, documents: real(q, k, v, window, None))
+    for module in (model, decode):
+        patch.setattr(module, "attend", lambda q, k, v, window, documents: real(q, k, v, window, None))
 
 
 def begin_anywhere(patch: pytest.MonkeyPatch) -> None:
