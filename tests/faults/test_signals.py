@@ -21,7 +21,8 @@ def stop_and_go_on(scene: Scene, directory: Path, moment: str, number: signal.Si
     done = scene.run(directory, fault=Fault(signals={moment: number}))
     assert (done.code, done.err) == (75, ""), moment
     step = max(int(path.name.removeprefix("step-")) for path in (directory / "checkpoints").iterdir())
-    assert f"stopped   by {number.name} after step {step}" in done.out
+    where = f"after step {step}" if step < STEPS else "before the report"
+    assert f"stopped   by {number.name} {where}" in done.out
     assert not (directory / "report.json").exists()
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [line["step"] for line in lines if line["event"] == "train"] == list(range(1, step + 1))
