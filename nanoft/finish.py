@@ -73,9 +73,9 @@ def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:
     data = "\n".join(describe(job.corpus.report))
     usage, advice, section = rank_usage(job, state, step)
     markdown += section + curves_section(job.config.logging) + f"\n## Data\n\n{data}\n"
-    job.run.write_report({**values, **usage, "data": job.corpus.report}, markdown)
     log_memory(job, state, "finished")
     job.run.log("done", state.step, **training)
+    job.run.write_report({**values, **usage, "data": job.corpus.report}, markdown)  # after it, the run has ended
     job.run.say(terminal + advice)
     seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
     job.run.say(
