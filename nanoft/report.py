@@ -384,9 +384,8 @@ def _markdown(found: Findings, main: str, said: str, warned: Sequence[str]) -> s
     text += "".join(f"\n**Warning.** {line}.\n" for line in warned)
     text += f"\n{main}\n" + (f"\n{LEGEND}\n" if found.base and found.tuned.figures else "")
     if found.training:
-        figures = {key: f"{value:,}" for key, value in found.training.items()}
         took = clock(cost(found)["evaluation_seconds"])
-        rows = [[key.replace("_wh", ", Wh").replace("_", " "), value] for key, value in figures.items()]
+        rows = [[_with_unit(key), f"{value:,}"] for key, value in found.training.items()]
         text += f"\n{table(['training', ''], [*rows, ['evaluation', took]])}\n"
     text += _breakdowns(found) + _breakdown(found, "The samples of the highest perplexity", "sample", hardest(found))
     text += _answers_section(found)
@@ -395,6 +394,11 @@ def _markdown(found: Findings, main: str, said: str, warned: Sequence[str]) -> s
     if found.provenance:
         text += _provenance(found.provenance)
     return text
+
+
+def _with_unit(key: str) -> str:
+    """peak_memory_gb: peak memory, GB."""
+    return key.replace("_gb", ", GB").replace("_wh", ", Wh").replace("_", " ")
 
 
 def _cell(text: str) -> str:
