@@ -24,10 +24,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, parallel, runtime, scores, selftest
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, parallel, runtime, selftest
 from nanoft.batches import Batch, even
 from nanoft.checkpoint import Saved
 from nanoft.config import Config, load_config, read_overrides
+from nanoft.environment import insist
 from nanoft.finish import finish
 from nanoft.job import (
     Job,
@@ -48,11 +49,11 @@ from nanoft.job import (
 from nanoft.loss import target_nll
 from nanoft.metrics import Run
 from nanoft.opening import announce, preflight_checks, show
-from nanoft.optim import check_optimizer, learning_rate_at, set_learning_rate, warmup_length
+from nanoft.optim import learning_rate_at, set_learning_rate, warmup_length
 from nanoft.plan import decide_rows, show_plan, too_little
-from nanoft.preflight import NAMES
+from nanoft.preflight import NAMES, check_room, judge
 from nanoft.probe import Probe
-from nanoft.sinks import check_installed, listeners
+from nanoft.sinks import listeners
 
 STOPPED_BY_SIGNAL = 75
 CONFIGS = Path(__file__).parent / "configs"
@@ -326,15 +327,14 @@ def run_training(config: Config, wish: Wish) -> int:
     runtime.forgive_output()
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     device, config = runtime.choose_device(config.system.device), parallel.settle_ranks(config)
-    check_optimizer(config.training.optimizer, device)
-    check_installed(config.logging)
-    scores.choose(config.evaluation.metrics)  # a metric that is not there is told now, not after hours
     parallel.take_device(device, config.training.sharding)
+    insist(config, device)  # what the machine cannot do is told now, not after hours
     settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
     name = runtime.describe(device).partition(",")[0]
     parallel.check_alike({"the device": name, **runtime.versions(), **settings})
     with parallel.open_run(config.output.dir) as run, runtime.StopRequest() as stop:
         config = Config.from_dict(parallel.tell(lambda: decide_rows(config, run.recorded_config()).to_dict()))
+        parallel.tell(lambda: judge([check_room(config)], wish.force))  # before a large model is fetched
         provenance = parallel.tell(lambda: claim(config, run, wish.resume))
         with explained(config):
             return run_claimed(config, run, stop, provenance, wish)
@@ -358,6 +358,8 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
     if wish.show_batch or wish.show_step is not None:
         show(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0
+    longest = batches.longest().ids.shape[1]
+    parallel.tell(lambda: judge([check_room(config, longest)], wish.force))
     job = prepare(config, run, provenance, chat, corpus, batches)
     state = starting_state(job, wish.resume)
     done = state.step >= total_steps or out_of_patience(job, state)
@@ -394,7 +396,7 @@ def go_on(job: Job, total_steps: int) -> None:
 def run_selftest(config: Config) -> int:
     """Try what is promised on this config, model and data, in a directory that goes away again."""
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
-    check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    insist(config, runtime.choose_device(config.system.device))
     with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as aside:
         config = selftest.shorten(decide_rows(config, None), Path(aside))
         with explained(config), Run.open(config.output.dir) as run:

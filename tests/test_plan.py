@@ -237,5 +237,6 @@ def test_auto_keeps_the_rows_of_a_step_and_a_run_goes_on_with_what_was_decided(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert next(line for line in lines if line["event"] == "memory")["predicted_gb"].keys() >= {"linears", "loss"}
     monkeypatch.setattr("nanoft.plan.memory_limit_bytes", lambda device: 1.0)  # less memory than the first time
-    assert train.main([*arguments, *auto, "training.max_steps=2", "training.checkpointing=none"]) == 0
+    more = ["training.max_steps=2", "training.checkpointing=none", "--force", "room"]
+    assert train.main([*arguments, *auto, *more]) == 0
     assert json.loads((run / "config.json").read_text())["training"]["micro_batch_size"] == 6
