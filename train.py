@@ -394,7 +394,13 @@ def go_on(job: Job, total_steps: int) -> None:
 
 
 def run_selftest(config: Config) -> int:
-    """Try what is promised on this config, model and data, in a directory that goes away again."""
+    """Try what is promised on this config, model and data, in a directory that goes away again.
+
+    Raises:
+        UserError: it is not the only process.
+    """
+    if parallel.ranks() > 1:
+        raise UserError("--selftest: is for one process: start train.py without torchrun")
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     insist(config, runtime.choose_device(config.system.device))
     with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as aside:
@@ -418,7 +424,8 @@ def pick_config(overrides: list[str]) -> Path:
     """`auto`: the config for this machine, and a line that says which and why."""
     device = runtime.choose_device(read_overrides(overrides).get("system.device", "auto"))
     path = config_for(device.type, runtime.total_memory_gb(device))
-    print(f"auto      configs/{path.name}, because this is {runtime.describe(device)}")
+    if not parallel.rank():
+        print(f"auto      configs/{path.name}, because this is {runtime.describe(device)}")
     return path
 
 
@@ -445,12 +452,12 @@ def main(argv: list[str]) -> int:
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
     if path == "auto":
         path = pick_config(positional)
-    if args.plan:
-        return show_plan(load_config(path, positional))
+    config = load_config(path, positional)
+    if args.plan:  # alone, system.ranks says of how many processes one is planned
+        return parallel.tell(lambda: show_plan(parallel.settle_ranks(config) if parallel.ranks() > 1 else config))
     if args.selftest:
-        return run_selftest(load_config(path, positional))
-    wish = Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force)
-    return run_training(load_config(path, positional), wish)
+        return run_selftest(config)
+    return run_training(config, Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force))
 
 
 if __name__ == "__main__":

@@ -195,7 +195,6 @@ def test_stopped_by_a_signal_on_two_ranks_it_goes_on_with_one(alone: Path, tmp_p
 NOTE_PID = "pathlib.Path(sys.argv[0]).with_name(f'pid-{rank}').write_text(str(os.getpid()))"
 
 
-@pytest.mark.slow
 def test_when_one_rank_is_killed_the_others_end_and_the_run_goes_on(alone: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     constant = {"training__lr_scheduler": "constant", "training__warmup_ratio": 0.0, "training__eval_steps": 0}
@@ -357,6 +356,20 @@ def test_alone_there_is_nobody_to_share_with() -> None:
 
 
 @pytest.mark.slow
+def test_a_plan_is_told_once_for_the_processes_that_there_are(tmp_path: Path) -> None:
+    sharded = ["--plan", "training.method=full", "training.sharding=full", "system.device=cpu"]
+    said = {}
+    for processes in (1, 2):
+        done = torchrun(processes, ["train.py", "configs/tiny.py", *sharded])
+        out, err = done.communicate(timeout=120)
+        assert done.returncode == 0, err
+        (said[processes],) = [float(line.split()[1]) for line in out.splitlines() if line.startswith("optimizer")]
+    assert said[2] == pytest.approx(said[1] / 2, abs=1e-3)
+    refused = torchrun(2, ["train.py", "configs/tiny.py", "--selftest", "system.device=cpu"])
+    _, err = refused.communicate(timeout=120)
+    assert err.count("error: --selftest: is for one process: start train.py without torchrun\n") == 1
+
+
 def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
     older = "real = runtime.versions\nif rank == 1:\n    runtime.versions = lambda: {**real(), 'torch': '1.0'}"
     _, err = run(2, tmp_path / "run", older)
