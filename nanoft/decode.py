@@ -14,12 +14,14 @@ Notation in comments: b rows, h query heads, g key/value heads, d head size, n h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanoft import parallel
 from nanoft.attention import Documents
 from nanoft.lora import LoRALinear
 from nanoft.model import Block, Decoder
@@ -43,7 +45,11 @@ class Decoding:
         self.empty = [self.longest - len(prompt) for prompt in prompts]  # slots before each prompt
         self.keys: list[Tensor] = []  # of each layer, (b, g, slots, d)
         self.values: list[Tensor] = []
-        self.layers = [Layer(block) for block in model.model.layers if isinstance(block, Block)]
+        self.blocks = [block for block in model.model.layers if isinstance(block, Block)]
+
+    @functools.cached_property
+    def layers(self) -> list[Layer]:
+        return [Layer(block) for block in self.blocks]
 
     def read(self) -> Tensor:
         """Take in the prompts; the last hidden state of each, (b, n). None is padded, and none sees another."""
@@ -85,7 +91,7 @@ class Decoding:
         self.length += 1
         cos, sin = self.cos[:, here, None], self.sin[:, here, None]  # (b, 1, d)
         x = trunk.embed_tokens(newest)
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(parallel.one_by_one(self.blocks, Layer) or self.layers):
             q, k, v = layer.queries_keys_values(x, cos, sin)
             keys, values, window = self.keys[number], self.values[number], self.config.windows[number]
             keys[:, :, here], values[:, :, here] = k, v
