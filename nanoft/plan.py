@@ -354,19 +354,19 @@ def what_helps(config: Config, rows: int, length: int) -> str:
     }
     if t.method == "full":
         del changes["quantization.bits"], changes["lora.rank"], changes["lora.target_modules"]
-    before, saved, device = _peak(config, rows, length), {}, find_machine(config).device
+    (keep, before), device = choose_activations(config, rows, length), find_machine(config).device
+    full, saved = keep_by_policy("full", 1, len(keep)), {}
     for name, value in changes.items():
         with contextlib.suppress(UserError):  # out of range: a row cannot be halved; or not on this device
             changed = config.override({name: value})
             check_optimizer(changed.training.optimizer, device)
-            saved[f"{name}={value}"] = before - _peak(changed, min(rows, changed.micro_batch_rows()), length)
+            size = min(rows, changed.micro_batch_rows()), min(length, changed.model.max_seq_length)
+            # what is freed is not spent on keeping more activations
+            after = planner(changed)(*size, full if name == "training.checkpointing" else keep)
+            saved[f"{name}={value}"] = before.peak - after.peak
     best = sorted((name for name in saved if saved[name] > 0), key=lambda name: -saved[name])[:3]
     said = (f"{name} (saves about {saved[name] / 1e9:.3g} GB)" for name in best)
     return ", or ".join(said) or "model.name to a smaller model"
-
-
-def _peak(config: Config, rows: int, length: int) -> float:
-    return choose_activations(config, rows, min(length, config.model.max_seq_length))[1].peak
 
 
 def show_speed(machine: Machine, decoder: DecoderConfig, work: float, step_tokens: int) -> None:
