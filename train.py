@@ -423,7 +423,10 @@ def config_for(device_type: str, memory_gb: float) -> Path:
 def pick_config(overrides: list[str]) -> Path:
     """`auto`: the config for this machine, and a line that says which and why."""
     device = runtime.choose_device(read_overrides(overrides).get("system.device", "auto"))
-    path = config_for(device.type, runtime.total_memory_gb(device))
+    size = runtime.total_memory_gb(device)
+    if device.type == "cuda" and runtime.choose_dtype("auto", device) == torch.float32:
+        size /= 2  # before Ampere: in float32, activations take twice the memory
+    path = config_for(device.type, size)
     if not parallel.rank():
         print(f"auto      configs/{path.name}, because this is {runtime.describe(device)}")
     return path

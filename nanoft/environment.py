@@ -129,15 +129,16 @@ def metal() -> Line:
     macos = f"macOS {platform.mac_ver()[0]}"
     if name not in os.environ:
         return Line("green", "Metal", f"{macos}; the limit is what Metal recommends, beyond which a Mac swaps")
-    ratio, found = os.environ[name], f"{macos}; {name}={os.environ[name]}"
+    given = {key: os.environ[key] for key in (name, low) if key in os.environ}
+    found = "; ".join([macos, *(f"{key}={ratio}" for key, ratio in given.items())])
     try:
-        high = float(ratio)
+        high, lower = float(given[name]), float(given.get(low, LOW_RATIO))
     except ValueError:
-        return Line("red", "Metal", f"{found} is no number", f"unset {name}")
+        return Line("red", "Metal", f"{found}: is no number", f"unset {name} and {low}")
     if not 0 <= high <= 2:
-        return Line("red", "Metal", f"{found} is not from 0 to 2", f"unset {name}")
-    if 0 < high < LOW_RATIO and low not in os.environ:
-        return Line("red", "Metal", f"{found} alone stops PyTorch", f"set {low} to less, or unset {name}")
+        return Line("red", "Metal", f"{found}: is not from 0 to 2", f"unset {name}")
+    if 0 < high < lower:
+        return Line("red", "Metal", f"{found}: stops PyTorch", f"set {low} to less, or unset {name}")
     if high == 0 or high > 1:
         return Line("yellow", "Metal", f"{found}: swaps before memory runs out", f"unset {name}, or at most 1")
     return Line("green", "Metal", found)

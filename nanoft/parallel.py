@@ -85,12 +85,19 @@ def together(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 
 
 def _meet() -> None:
-    """Join the process group that torchrun's environment variables describe."""
+    """Join the process group that torchrun's environment variables describe.
+
+    Raises:
+        UserError: they do not describe one.
+    """
     global _store
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         return
     with _connected():
-        _store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        try:
+            _store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        except ValueError as error:
+            raise UserError(f"{error}: start with torchrun, or unset WORLD_SIZE and RANK") from None
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=TIMEOUT)

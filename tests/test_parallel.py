@@ -488,6 +488,20 @@ def test_a_number_of_ranks_that_there_is_not_is_refused() -> None:
         parallel.settle_ranks(Config().override({"system.ranks": 3}))
 
 
+@pytest.mark.parametrize(("world", "reason"), [("2", "MASTER_ADDR expected"), ("two", "invalid literal")])
+def test_variables_that_describe_no_group_are_one_line(
+    world: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert train.main(["configs/tiny.py", "--plan"]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.endswith(": start with torchrun, or unset WORLD_SIZE and RANK\n")
+    assert error.count("\n") == 1
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "ranks", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
