@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +40,11 @@ def test_this_machine_runs_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert "4 layers of 128" in said["model"][1]
     assert "GFLOP/s" in said["matmul"][1]
     assert said["room"][0] == "green"
+    troubles = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    named = re.findall(r"nanoft\.runtime[^|]*?\(lines? ([^)]*)\)", troubles)
+    lines_of_document = {name for names in named for name in re.findall(r"`([^`]+)`", names)}
+    assert len(lines_of_document) >= 5
+    assert lines_of_document - {"bfloat16"} <= said.keys()  # that one is of a GPU without
 
 
 REFUSED = {
