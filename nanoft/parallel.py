@@ -135,6 +135,8 @@ def take_device(device: torch.device, sharding: str) -> None:
         wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", ranks())), torch.cuda.device_count()
         if wanted > there:
             raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
+        if "LOCAL_RANK" not in os.environ:
+            raise UserError("torchrun: LOCAL_RANK is not set, so whose GPU is which is not known: start with torchrun")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 

@@ -507,6 +507,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="4 processes for 2 GPUs: set --nproc-per-node 2"):
         parallel.take_device(torch.device("cuda"), "none")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="LOCAL_RANK is not set"):
+        parallel.take_device(torch.device("cuda"), "none")
     with pytest.raises(UserError, match="Metal"):
         parallel.take_device(torch.device("mps"), "none")
 
