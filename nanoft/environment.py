@@ -18,7 +18,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -57,6 +57,7 @@ Colour = Literal["green", "yellow", "red"]
 CODES = {"green": "32", "yellow": "33", "red": "31"}
 TESTED = {"torch": ((2, 8), (2, 14)), "python": ((3, 11), (3, 15))}  # from, and below
 LOW_RATIO = 1.4  # PyTorch's PYTORCH_MPS_LOW_WATERMARK_RATIO, unless it is set; may not be above the high one
+FIX = "reinstall or update it, or quantization.bits=16 and training.optimizer=adamw"
 GB_ON_DISK = 10  # below this a checkpoint or a model may not fit
 
 
@@ -76,8 +77,8 @@ class Line:
         return str(self).replace(self.colour, f"\033[{CODES[self.colour]}m{self.colour}\033[0m", 1)
 
 
-def look_around(device: torch.device) -> Iterator[Line]:
-    """Everything that does not depend on a config."""
+def look_around(device: torch.device, config: Config | None = None) -> Iterator[Line]:
+    """The machine; what a config can do without is no worse than yellow."""
     yield from versions()
     if device.type == "mps":
         yield metal()  # first: with a limit that PyTorch refuses, nothing else can be asked
@@ -86,7 +87,8 @@ def look_around(device: torch.device) -> Iterator[Line]:
     yield from memory(device)
     yield from disk()
     yield from attention(device)
-    yield four_bits(device)
+    line = four_bits(device)
+    yield replace(line, colour="yellow") if line.colour == "red" and config and not takes_bitsandbytes(config) else line
     yield speed(device)
     yield hub()
 
@@ -198,9 +200,9 @@ def four_bits(device: torch.device) -> Line:
     try:
         found = unpack_bitsandbytes(parts, "nf4", torch.float32).view(weight.shape).cpu()
     except Exception as problem:  # whatever a library that does not fit the machine raises
-        return Line("red", "4-bit weights", f"bitsandbytes fails ({problem})", "reinstall it, or quantization.bits=16")
+        return Line("red", "4-bit weights", f"bitsandbytes fails ({problem})", FIX)
     if not torch.allclose(found, plain, atol=1e-6):
-        return Line("red", "4-bit weights", "bitsandbytes unpacks wrongly here", "update it, or quantization.bits=16")
+        return Line("red", "4-bit weights", "bitsandbytes unpacks wrongly here", FIX)
     return Line("green", "4-bit weights", f"bitsandbytes works (round trip: {error:.1%} error, as NF4 has)")
 
 
@@ -257,8 +259,13 @@ def insist(config: Config, device: torch.device) -> None:
     check_optimizer(config.training.optimizer, device)
     check_installed(config.logging)
     scores.choose(config.evaluation.metrics)
-    if config.quantization.bits == 4 and (line := four_bits(device)).colour == "red":
-        raise UserError(f"quantization.bits: {line.found}: {line.fix}")
+    if takes_bitsandbytes(config) and (line := four_bits(device)).colour == "red":
+        raise UserError(f"{line.name}: {line.found}: {line.fix}")
+
+
+def takes_bitsandbytes(config: Config) -> bool:
+    """For a base in 4 bits, and for optimizers whose moments are in 8 bits or paged."""
+    return config.quantization.bits == 4 or config.training.optimizer not in ("adamw", "sgd")
 
 
 def _settings(config: Config) -> Line:
@@ -323,7 +330,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     config = load_config(args.config, args.overrides) if args.config else None
     red = False
-    for line in chain(look_around(_device_of(config)), check_config(config) if config else ()):
+    for line in chain(look_around(_device_of(config), config), check_config(config) if config else ()):
         print(line.coloured() if sys.stdout.isatty() else line, flush=True)
         red |= line.colour == "red"
     return 2 if red else 0

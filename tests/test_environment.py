@@ -110,7 +110,8 @@ def test_a_run_begins_with_what_it_needs(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     own = [TINY, "system.device=cpu", "data.train_file=nothing.jsonl", f"output.dir={tmp_path / 'run'}"]
     for changes, text in (
-        (["quantization.bits=4"], "quantization.bits: bitsandbytes fails (libcudart.so: cannot open"),
+        (["quantization.bits=4"], "4-bit weights: bitsandbytes fails (libcudart.so: cannot open"),
+        (["training.optimizer=adamw_8bit"], "4-bit weights: bitsandbytes fails"),
         (["logging.plots=end"], "logging.plots: end needs matplotlib: pip install"),
         ([], "data.train_file: nothing.jsonl"),
     ):
@@ -138,6 +139,15 @@ def test_a_bitsandbytes_that_unpacks_wrongly_is_red(monkeypatch: pytest.MonkeyPa
         assert line.colour == "red"
         assert text in line.found
         assert "quantization.bits=16" in line.fix
+
+
+def test_a_bitsandbytes_that_a_config_does_without_is_yellow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "unpack_bitsandbytes", lambda *_: torch.zeros(64 * 128))
+    for changes, expected in (([], (0, "yellow")), (["quantization.bits=4"], (2, "red"))):
+        code, said = lines([TINY, "system.device=cpu", *changes], capsys)
+        assert (code, said["4-bit weights"][0]) == expected
 
 
 def test_attention_that_is_wrong_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
