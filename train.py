@@ -24,11 +24,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, parallel, runtime, scores, selftest
+from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, parallel, runtime, selftest
 from nanoft.batches import Batch, even
 from nanoft.checkpoint import Saved
 from nanoft.config import Config, load_config, read_overrides
 from nanoft.energy import Energy
+from nanoft.environment import insist
 from nanoft.finish import finish
 from nanoft.job import (
     Job,
@@ -49,11 +50,11 @@ from nanoft.job import (
 from nanoft.loss import target_nll
 from nanoft.metrics import Run
 from nanoft.opening import announce, preflight_checks, show
-from nanoft.optim import check_optimizer, learning_rate_at, set_learning_rate, warmup_length
+from nanoft.optim import learning_rate_at, set_learning_rate, warmup_length
 from nanoft.plan import decide_rows, show_plan, too_little
-from nanoft.preflight import NAMES
+from nanoft.preflight import NAMES, check_room, judge
 from nanoft.probe import Probe
-from nanoft.sinks import check_installed, listeners
+from nanoft.sinks import listeners
 
 STOPPED_BY_SIGNAL = 75
 CONFIGS = Path(__file__).parent / "configs"
@@ -327,15 +328,14 @@ def run_training(config: Config, wish: Wish) -> int:
     runtime.forgive_output()
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
     device, config = runtime.choose_device(config.system.device), parallel.settle_ranks(config)
-    check_optimizer(config.training.optimizer, device)
-    check_installed(config.logging)
-    scores.choose(config.evaluation.metrics)  # a metric that is not there is told now, not after hours
     parallel.take_device(device, config.training.sharding)
+    insist(config, device)  # what the machine cannot do is told now, not after hours
     settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
     name = runtime.describe(device).partition(",")[0]
     parallel.check_alike({"the device": name, **runtime.versions(), **settings})
     with parallel.open_run(config.output.dir) as run, runtime.StopRequest() as stop:
         config = Config.from_dict(parallel.tell(lambda: decide_rows(config, run.recorded_config()).to_dict()))
+        parallel.tell(lambda: judge([check_room(config)], wish.force))  # before a large model is fetched
         provenance = parallel.tell(lambda: claim(config, run, wish.resume))
         with explained(config):
             return run_claimed(config, run, stop, provenance, wish)
@@ -359,6 +359,8 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
     if wish.show_batch or wish.show_step is not None:
         show(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0
+    longest = batches.longest().ids.shape[1]
+    parallel.tell(lambda: judge([check_room(config, longest)], wish.force))
     job = prepare(config, run, provenance, chat, corpus, batches)
     state = starting_state(job, wish.resume)
     done = state.step >= total_steps or out_of_patience(job, state)
@@ -393,9 +395,15 @@ def go_on(job: Job, total_steps: int) -> None:
 
 
 def run_selftest(config: Config) -> int:
-    """Try what is promised on this config, model and data, in a directory that goes away again."""
+    """Try what is promised on this config, model and data, in a directory that goes away again.
+
+    Raises:
+        UserError: it is not the only process.
+    """
+    if parallel.ranks() > 1:
+        raise UserError("--selftest: is for one process: start train.py without torchrun")
     runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
-    check_optimizer(config.training.optimizer, runtime.choose_device(config.system.device))
+    insist(config, runtime.choose_device(config.system.device))
     with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as aside:
         config = selftest.shorten(decide_rows(config, None), Path(aside))
         with explained(config), Run.open(config.output.dir) as run:
@@ -416,8 +424,12 @@ def config_for(device_type: str, memory_gb: float) -> Path:
 def pick_config(overrides: list[str]) -> Path:
     """`auto`: the config for this machine, and a line that says which and why."""
     device = runtime.choose_device(read_overrides(overrides).get("system.device", "auto"))
-    path = config_for(device.type, runtime.total_memory_gb(device))
-    print(f"auto      configs/{path.name}, because this is {runtime.describe(device)}")
+    size = runtime.total_memory_gb(device)
+    if device.type == "cuda" and runtime.choose_dtype("auto", device) == torch.float32:
+        size /= 2  # before Ampere: in float32, activations take twice the memory
+    path = config_for(device.type, size)
+    if not parallel.rank():
+        print(f"auto      configs/{path.name}, because this is {runtime.describe(device)}")
     return path
 
 
@@ -444,12 +456,12 @@ def main(argv: list[str]) -> int:
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
     if path == "auto":
         path = pick_config(positional)
-    if args.plan:
-        return show_plan(load_config(path, positional))
+    config = load_config(path, positional)
+    if args.plan:  # alone, system.ranks says of how many processes one is planned
+        return parallel.tell(lambda: show_plan(parallel.settle_ranks(config) if parallel.ranks() > 1 else config))
     if args.selftest:
-        return run_selftest(load_config(path, positional))
-    wish = Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force)
-    return run_training(load_config(path, positional), wish)
+        return run_selftest(config)
+    return run_training(config, Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 For whoever wants to train a model of 7 billion parameters on a card for games. Planned, not measured: 10.7 GB, as many
 blocks computed again as that takes, and 6.1 GB with all of them. Time: 33 GFLOP a token; tokens a second: not
-measured. A card before Ampere (T4, RTX 20) computes in float32, at twice the memory: take configs/gpu_8gb.py there.
+measured. A card before Ampere (T4, RTX 20) computes in float32, at twice the memory: `auto` takes configs/gpu_8gb.py.
 Change first: `data.train_file`; `model.max_seq_length=4096` fits, too; `lora.target_modules=attention` needs less.
 """
 

@@ -16,13 +16,15 @@ Notation in comments: b rows, h query heads, g key/value heads, d head size, n h
 
 from __future__ import annotations
 
+import functools
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanoft import parallel
 from nanoft.attention import Documents, attend
 from nanoft.lora import LoRALinear, linears_of, weight_of
 from nanoft.model import Block, Decoder
@@ -42,9 +44,17 @@ class Decoding:
         self.empty: list[int] = []  # slots before each row's prompt
         self.keys: list[Tensor] = []  # of each layer, (b, g, slots, d)
         self.values: list[Tensor] = []
+        self.blocks = [block for block in model.model.layers if isinstance(block, Block)]
         self.lay_out = can_be_laid_out(model)
-        self.layers = [Layer(block, self.lay_out) for block in model.model.layers if isinstance(block, Block)]
         self.head = laid_out(model.head, None) if self.lay_out else None
+
+    @functools.cached_property
+    def _layers(self) -> list[Layer]:
+        return [Layer(block, self.lay_out) for block in self.blocks]
+
+    def layers(self) -> Iterable[Layer]:
+        """The blocks as functions; of a model that is split, one after another, while its weights are together."""
+        return parallel.one_by_one(self.blocks, lambda block: Layer(block, lay_out=False)) or self._layers
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (b, vocab)."""
@@ -95,13 +105,13 @@ class Decoding:
         trunk, keys, values = self.model.model, list[Tensor](), list[Tensor]()
         x = trunk.embed_tokens(ids)  # (t, n)
         cos, sin = (part[0, :, None] for part in self._rotation(positions[None], x.dtype))  # (t, 1, d)
-        for layer, window in zip(self.layers, self.config.windows, strict=True):
+        for number, (layer, window) in enumerate(zip(self.layers(), self.config.windows, strict=True), start=1):
             q, k, v = layer.queries_keys_values(x, cos, sin)
             for part, kept in ((k, keys), (v, values)):
                 kept.append(part.new_zeros(len(lengths), part.shape[1], longest, part.shape[2]))
                 kept[-1][rows, :, slots] = part
             y = attend(q[None], k[None], v[None], window, documents)[0].flatten(1)
-            if layer is self.layers[-1]:
+            if number == len(self.blocks):  # the other rows lead nowhere
                 x, y = x[last], y[last]
             x = layer.rest(x, y)
         return F.rms_norm(x, trunk.norm.weight.shape, trunk.norm.weight, trunk.norm.eps), keys, values
@@ -126,7 +136,7 @@ class Decoding:
         self.length += 1
         cos, sin = self.cos[:, here, None], self.sin[:, here, None]  # (b, 1, d)
         x = trunk.embed_tokens(newest)
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers()):
             q, k, v = layer.queries_keys_values(x, cos, sin)
             keys, values, window = self.keys[number], self.values[number], self.config.windows[number]
             keys[:, :, here], values[:, :, here] = k, v
@@ -235,7 +245,7 @@ def can_be_laid_out(model: Decoder) -> bool:
     Under autocast a product casts what it is given, which these kernels do not.
     """
     dtype = model.head.dtype
-    here = model.head.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    here = model.head.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and not parallel.is_split()
     if not here or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return False
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):

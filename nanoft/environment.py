@@ -18,7 +18,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -29,13 +29,15 @@ import torch
 from huggingface_hub import constants
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanoft import UserError
+from nanoft import UserError, scores
 from nanoft.attention import CHUNK, attend, has_varlen
 from nanoft.cache import cache_home
 from nanoft.config import Config, load_config
+from nanoft.files import find_files
 from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
 from nanoft.optim import check_optimizer
 from nanoft.plan import choose_activations, decide_rows, find_machine, kept, matmul_gflop_s
+from nanoft.preflight import check_room
 from nanoft.runtime import (
     WATERMARK,
     Arguments,
@@ -47,12 +49,15 @@ from nanoft.runtime import (
     multiplies_in,
     quiet_libraries,
 )
-from nanoft.weights import check_quantization, find_model, quantization_of, read_shape
+from nanoft.sinks import check_installed
+from nanoft.untrusted import one_line
+from nanoft.weights import check_quantization, find_model, quantization_of, read_shape, shard_paths
 
 Colour = Literal["green", "yellow", "red"]
 CODES = {"green": "32", "yellow": "33", "red": "31"}
 TESTED = {"torch": ((2, 8), (2, 14)), "python": ((3, 11), (3, 15))}  # from, and below
 LOW_RATIO = 1.4  # PyTorch's PYTORCH_MPS_LOW_WATERMARK_RATIO, unless it is set; may not be above the high one
+FIX = "reinstall or update it, or quantization.bits=16 and training.optimizer=adamw"
 GB_ON_DISK = 10  # below this a checkpoint or a model may not fit
 
 
@@ -72,8 +77,8 @@ class Line:
         return str(self).replace(self.colour, f"\033[{CODES[self.colour]}m{self.colour}\033[0m", 1)
 
 
-def look_around(device: torch.device) -> Iterator[Line]:
-    """Everything that does not depend on a config."""
+def look_around(device: torch.device, config: Config | None = None) -> Iterator[Line]:
+    """The machine; what a config can do without is no worse than yellow."""
     yield from versions()
     if device.type == "mps":
         yield metal()  # first: with a limit that PyTorch refuses, nothing else can be asked
@@ -82,7 +87,8 @@ def look_around(device: torch.device) -> Iterator[Line]:
     yield from memory(device)
     yield from disk()
     yield from attention(device)
-    yield four_bits(device)
+    line = four_bits(device)
+    yield replace(line, colour="yellow") if line.colour == "red" and config and not takes_bitsandbytes(config) else line
     yield speed(device)
     yield hub()
 
@@ -125,15 +131,16 @@ def metal() -> Line:
     macos = f"macOS {platform.mac_ver()[0]}"
     if name not in os.environ:
         return Line("green", "Metal", f"{macos}; the limit is what Metal recommends, beyond which a Mac swaps")
-    ratio, found = os.environ[name], f"{macos}; {name}={os.environ[name]}"
+    given = {key: os.environ[key] for key in (name, low) if key in os.environ}
+    found = "; ".join([macos, *(f"{key}={ratio}" for key, ratio in given.items())])
     try:
-        high = float(ratio)
+        high, lower = float(given[name]), float(given.get(low, LOW_RATIO))
     except ValueError:
-        return Line("red", "Metal", f"{found} is no number", f"unset {name}")
+        return Line("red", "Metal", f"{found}: is no number", f"unset {name} and {low}")
     if not 0 <= high <= 2:
-        return Line("red", "Metal", f"{found} is not from 0 to 2", f"unset {name}")
-    if 0 < high < LOW_RATIO and low not in os.environ:
-        return Line("red", "Metal", f"{found} alone stops PyTorch", f"set {low} to less, or unset {name}")
+        return Line("red", "Metal", f"{found}: is not from 0 to 2", f"unset {name}")
+    if 0 < high < lower:
+        return Line("red", "Metal", f"{found}: stops PyTorch", f"set {low} to less, or unset {name}")
     if high == 0 or high > 1:
         return Line("yellow", "Metal", f"{found}: swaps before memory runs out", f"unset {name}, or at most 1")
     return Line("green", "Metal", found)
@@ -193,9 +200,9 @@ def four_bits(device: torch.device) -> Line:
     try:
         found = unpack_bitsandbytes(parts, "nf4", torch.float32).view(weight.shape).cpu()
     except Exception as problem:  # whatever a library that does not fit the machine raises
-        return Line("red", "4-bit weights", f"bitsandbytes fails ({problem})", "reinstall it, or quantization.bits=16")
+        return Line("red", "4-bit weights", f"bitsandbytes fails ({problem})", FIX)
     if not torch.allclose(found, plain, atol=1e-6):
-        return Line("red", "4-bit weights", "bitsandbytes unpacks wrongly here", "update it, or quantization.bits=16")
+        return Line("red", "4-bit weights", "bitsandbytes unpacks wrongly here", FIX)
     return Line("green", "4-bit weights", f"bitsandbytes works (round trip: {error:.1%} error, as NF4 has)")
 
 
@@ -219,56 +226,94 @@ def hub() -> Line:
 
 
 def check_config(config: Config) -> Iterator[Line]:
-    """What this config needs: device, files, kernels, memory; a red line for what is missing."""
-    trials: dict[str, Callable[[], str]] = {
-        "for it": lambda: choose_device(config.system.device).type,
-        "optimizer": lambda: _optimizer(config),
-        "model": lambda: _model(config),
-        "data": lambda: _data(config),
-        "fits": lambda: _fits(config),
-    }
+    """What this config needs: device, packages, files, memory; a red line for what is missing."""
+    trials: dict[str, Callable[[Config], Line]] = {"model": _model, "data": _data}
+    device = _try("config", _device, config)
+    yield device
+    if device.colour == "green":
+        trials |= {"settings": _settings, "room": _room}
     for name, trial in trials.items():
-        try:
-            yield Line("green", name, trial())
-        except UserError as error:
-            yield Line("red", name, " ".join(str(error).split()))
+        yield _try(name, trial, config)
 
 
-def _optimizer(config: Config) -> str:
-    device = find_machine(config).device
+def _try(name: str, trial: Callable[[Config], Line], config: Config) -> Line:
+    """The trial's line, or a red one with what it raises."""
+    try:
+        return trial(config)
+    except UserError as error:
+        return Line("red", name, one_line(error))
+
+
+def _device(config: Config) -> Line:
+    return Line("green", "config", f"runs on {choose_device(config.system.device).type}")
+
+
+def insist(config: Config, device: torch.device) -> None:
+    """What a run needs of this machine, tried in a second, before anything is fetched, read or loaded.
+
+    Raises:
+        UserError: the device has not the number format, the optimizer or a bitsandbytes that works; or a package of
+            an extra is missing.
+    """
+    choose_dtype(config.model.dtype, device)
     check_optimizer(config.training.optimizer, device)
-    return f"{config.training.optimizer} works on {device.type}"
+    check_installed(config.logging)
+    scores.choose(config.evaluation.metrics)
+    if takes_bitsandbytes(config) and (line := four_bits(device)).colour == "red":
+        raise UserError(f"{line.name}: {line.found}: {line.fix}")
 
 
-def _model(config: Config) -> str:
-    directory = find_model(config.model.name)
+def takes_bitsandbytes(config: Config) -> bool:
+    """For a base in 4 bits, and for optimizers whose moments are in 8 bits or paged."""
+    return config.quantization.bits == 4 or config.training.optimizer not in ("adamw", "sgd")
+
+
+def _settings(config: Config) -> Line:
+    device = choose_device(config.system.device)
+    insist(config, device)
+    dtype = str(choose_dtype(config.model.dtype, device)).removeprefix("torch.")
+    return Line("green", "settings", f"{config.training.optimizer} and {dtype} work on {device.type}")
+
+
+def _model(config: Config) -> Line:
+    """The shape, from config.json alone; weights are looked for, not fetched."""
+    name = config.model.name
+    directory = find_model(name, files=["config.json"])
     check_quantization(directory, quantization_of(config))
-    shape = read_shape(directory)
-    return f"{config.model.name}: {shape.num_layers} layers of {shape.hidden_size}"
+    shape, where = read_shape(directory), ""
+    if not config.model.random_init:
+        try:
+            shard_paths(directory)
+        except UserError:
+            if Path(name).is_dir():
+                raise
+            where = "; its weights are not in the Hub cache yet"
+    return Line("green", "model", f"{name}: {shape.num_layers} layers of {shape.hidden_size}{where}")
 
 
-def _data(config: Config) -> str:
-    """Files that are there, and the libraries that read them."""
-    names = [name for name in (config.data.train_file, config.data.validation_file or "") if name]
-    for name in names:
-        if name.endswith(".parquet") and importlib.util.find_spec("pyarrow") is None:
-            raise UserError(f"data.train_file: {name}: needs pyarrow: pip install -e '.[parquet]'")
-    local = [name for name in names if "://" not in name and not set("*?,") & set(name)]
-    for name in local:
-        if not Path(name).exists():
-            raise UserError(f"data.train_file: {name}: no such file or directory")
-    return ", ".join(names) or "none"
+def _data(config: Config) -> Line:
+    """Files that are there, and the libraries that read them; what is on the Hub is not fetched."""
+    named = {"data.train_file": config.data.train_file, "data.validation_file": config.data.validation_file}
+    given = {field: spec for field, spec in named.items() if spec is not None}
+    for field, spec in given.items():
+        found = [] if "://" in spec else find_files(spec, field)
+        for path in chain.from_iterable(found):
+            if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+                raise UserError(f"{field}: {path}: needs pyarrow: pip install -e '.[parquet]'")
+    return Line("green", "data", ", ".join(given.values()))
 
 
-def _fits(config: Config) -> str:
+def _room(config: Config) -> Line:
+    """Green if the whole plan fits, yellow if it will in smaller micro-batches, red if not one row does."""
     config = decide_rows(config, None)
     _, plan = choose_activations(config, config.micro_batch_rows(), config.model.max_seq_length)
-    free = find_machine(config).room
-    if plan.peak > free:
-        raise UserError(
-            f"{plan.peak / 1e9:.2f} GB are needed by the plan and {free / 1e9:.2f} GB are there: see --plan"
-        )
-    return f"{plan.peak / 1e9:.2f} GB by the plan, of {free / 1e9:.2f} GB; {kept(plan)}"
+    found = f"{plan.peak / 1e9:.2f} GB by the plan, of {find_machine(config).room / 1e9:.2f} GB; {kept(plan)}"
+    if plan.peak <= find_machine(config).room:
+        return Line("green", "room", found)
+    least = check_room(config, config.model.max_seq_length)
+    if not least.passed:
+        return Line("red", "room", least.found, least.fix)
+    return Line("yellow", "room", found, "micro-batches will be halved; training.micro_batch_size=auto spares that")
 
 
 @command
@@ -285,7 +330,14 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     config = load_config(args.config, args.overrides) if args.config else None
     red = False
-    for line in chain(look_around(choose_device("auto")), check_config(config) if config else ()):
+    for line in chain(look_around(_device_of(config), config), check_config(config) if config else ()):
         print(line.coloured() if sys.stdout.isatty() else line, flush=True)
         red |= line.colour == "red"
     return 2 if red else 0
+
+
+def _device_of(config: Config | None) -> torch.device:
+    """The config's device; if that is not here, which is a line of its own, the one that is."""
+    with contextlib.suppress(UserError):
+        return choose_device(config.system.device if config else "auto")
+    return choose_device("auto")

@@ -175,16 +175,23 @@ def likelihoods(
     nats, tokens = np.zeros((len(samples), 2)), np.zeros((len(samples), 2), np.int64)
     pieces = [(number, *w) for number, size in enumerate(samples.lengths) for w in windows(int(size), context, stride)]
     pieces.sort(key=lambda piece: piece[3] - piece[1])
-    for at in range(0, len(pieces), batch_size):
-        group = pieces[at : at + batch_size]
-        cut = [_window(samples[number], start, first, end) for number, start, first, end in group]
-        batch = collate(Samples.of(cut), list(np.arange(len(cut))[:, None]), chat.pad_id).to(device)
-        hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
-        nll = token_nll(hidden, model.head, batch.targets).cpu().double().numpy()  # row behind row
-        for (number, _, first, end), own in zip(group, np.split(nll, _ends(group)), strict=True):
-            is_target = samples[number].is_target[first:end]
-            nats[number] += own[is_target].sum(), own[~is_target].sum()
-            tokens[number] += is_target.sum(), (~is_target).sum()
+    found: dict[int, list[float]] = {}  # by piece: nats of its targets, and of the others
+    with parallel.alike(device):
+        for at in parallel.apart(range(0, len(pieces), batch_size)):
+            group = pieces[at : at + batch_size]
+            cut = [_window(samples[number], start, first, end) for number, start, first, end in group]
+            batch = collate(Samples.of(cut), list(np.arange(len(cut))[:, None]), chat.pad_id).to(device)
+            hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
+            nll = token_nll(hidden, model.head, batch.targets).cpu().double().numpy()  # row behind row
+            for place, own in enumerate(np.split(nll, _ends(group)), start=at):
+                number, _, first, end = pieces[place]
+                is_target = samples[number].is_target[first:end]
+                found[place] = [own[is_target].sum().item(), own[~is_target].sum().item()]
+    for place, sums in parallel.union(found).items():
+        number, _, first, end = pieces[place]
+        is_target = samples[number].is_target[first:end]
+        nats[number] += sums
+        tokens[number] += is_target.sum(), (~is_target).sum()
     model.train(training)
     return Likelihoods(nats, tokens, np.array([_text_bytes(chat, sample) for sample in samples], np.int64))
 
@@ -240,13 +247,13 @@ def answer_all(
     encoded = [chat.encode_prompt(prompt.messages, prompt.tools) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     longest_first = [encoded[i] for i in order]
-    answers = generate(model, longest_first, chat.stop_ids, max_new, sampling, generator, at_once=batch_size)
-    exchanges: dict[int, Exchange] = {}
-    for i, said in zip(order, answers, strict=True):
-        asked = prompts[i].messages[-1]["content"]
-        exchanges[i] = Exchange(asked, prompts[i].reference, chat.decode(said.ids), said.stopped)
+    with parallel.alike(model.head.device):
+        mine = list(parallel.apart(range(len(order))))
+        answers = generate(model, longest_first, chat.stop_ids, max_new, sampling, generator, batch_size, mine)
+        found = {order[at]: (chat.decode(answers[at].ids), answers[at].stopped) for at in mine}
+    found = parallel.union(found)
     model.train(training)
-    return [exchanges[i] for i in range(len(prompts))]
+    return [Exchange(p.messages[-1]["content"], p.reference, *found[i]) for i, p in enumerate(prompts)]
 
 
 def answer_figures(exchanges: Sequence[Exchange], metrics: Sequence[Metric]) -> dict[str, Figure]:

@@ -116,7 +116,7 @@ def measure(job: Job, state: State, model: Decoder) -> evaluate.Measured:
         conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
         prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), scores.choose(e.metrics)
         while True:
-            with runtime.Shortage(job.device), parallel.alike(job.device), job.autocast():
+            with runtime.Shortage(job.device), job.autocast():
                 return evaluate.measure(
                     model, job.chat, job.validation, prompts, e, c.model.max_seq_length, metrics, seed=c.system.seed
                 )

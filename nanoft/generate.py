@@ -55,6 +55,7 @@ def generate(
     sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
     at_once: int | None = None,
+    only: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Continue every prompt until a stop id or `max_new_tokens`.
 
@@ -62,9 +63,10 @@ def generate(
         prompts: token ids, none empty.
         generator: of the draws, on the CPU; None: torch's own.
         at_once: answers that grow together; None: all.
+        only: the numbers of the prompts that are answered; the draws are those of all of them. None: all.
     """
     stops, answers = set(stop_ids), [Answer([], False) for _ in prompts]
-    for said in steps(model, prompts, stop_ids, max_new_tokens, sampling, generator, at_once):
+    for said in steps(model, prompts, stop_ids, max_new_tokens, sampling, generator, at_once, only):
         for row, token in said:
             if token in stops:
                 answers[row] = Answer(answers[row].ids, True)
@@ -82,10 +84,11 @@ def steps(
     sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
     at_once: int | None = None,
+    only: Sequence[int] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """(prompt's number, token) of the answers that grow, step by step; the stop id that ends one is its last token."""
-    stops, waiting = set(stop_ids), list(range(len(prompts))) if max_new_tokens else []
-    places = at_once or len(prompts)
+    stops, waiting = set(stop_ids), list(range(len(prompts)) if only is None else only) if max_new_tokens else []
+    places = at_once or len(waiting)
     sampler = Sampler(sampling, prompts, len(model.head), max_new_tokens, model.head.device, generator)
     decoding = Decoding(model)
     left = [max_new_tokens] * len(prompts)  # of each prompt, tokens that its answer may still have

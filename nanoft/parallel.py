@@ -85,12 +85,19 @@ def together(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 
 
 def _meet() -> None:
-    """Join the process group that torchrun's environment variables describe."""
+    """Join the process group that torchrun's environment variables describe.
+
+    Raises:
+        UserError: they do not describe one.
+    """
     global _store
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         return
     with _connected():
-        _store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        try:
+            _store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        except ValueError as error:
+            raise UserError(f"{error}: start with torchrun, or unset WORLD_SIZE and RANK") from None
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=TIMEOUT)
@@ -128,6 +135,8 @@ def take_device(device: torch.device, sharding: str) -> None:
         wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", ranks())), torch.cuda.device_count()
         if wanted > there:
             raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
+        if "LOCAL_RANK" not in os.environ:
+            raise UserError("torchrun: LOCAL_RANK is not set, so whose GPU is which is not known: start with torchrun")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
@@ -139,12 +148,7 @@ def check_alike(facts: dict[str, Any]) -> None:
     Raises:
         UserError: the same one on every rank: who differs, in what.
     """
-    if _store is None:
-        return
-    mine = next(_notes)
-    with _connected():
-        _store.set(f"{mine} {rank()}", json.dumps(facts, sort_keys=True))
-        everyone = [json.loads(_read(f"{mine} {other}")) for other in range(ranks())]
+    everyone = _everyone(facts)
     for other, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
             if theirs.get(name) != value:
@@ -245,6 +249,23 @@ def split_up(model: Any) -> None:
         model.reshard()
 
 
+def is_split() -> bool:
+    """Whether each rank holds a part of the model only."""
+    return _sharded
+
+
+def one_by_one(blocks: Sequence[nn.Module], use: Callable[[Any], T]) -> Iterator[T] | None:
+    """use(block) of blocks that are split, the weights of each together for that long; None if they are not."""
+
+    def together() -> Iterator[T]:
+        for block in blocks:
+            block.unshard()  # type: ignore[operator]
+            yield use(block)
+            block.reshard()  # type: ignore[operator]
+
+    return together() if _sharded else None
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor of which each rank has a part."""
     return tensor.full_tensor() if _is_part(tensor) else tensor  # type: ignore[attr-defined]
@@ -301,6 +322,18 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 def share(items: Iterable[T]) -> Iterator[T]:
     """This rank's part: of what is sorted by length, each rank gets short and long ones."""
     return itertools.islice(items, rank(), None, ranks())
+
+
+def apart(items: Iterable[T]) -> Iterator[T]:
+    """This rank's part of what each can do by itself; all of it where the model is split, for then all compute it."""
+    return iter(items) if _sharded else share(items)
+
+
+def union(found: dict[int, T]) -> dict[int, T]:
+    """What all ranks found of what they did `apart`, JSON values by number."""
+    if _store is None or _sharded:
+        return found
+    return dict(sorted(pair for part in _everyone(list(found.items())) for pair in part))
 
 
 def reseed(seed: int, epoch: int, index: int) -> None:
@@ -431,6 +464,16 @@ def _connected() -> Iterator[None]:
         raise TrainingFailed(
             f"another process of this run is gone: the same command goes on from the last checkpoint ({reason})"
         ) from None
+
+
+def _everyone(value: Any) -> list[Any]:
+    """A JSON value of each rank, on every rank."""
+    if _store is None:
+        return [value]
+    key = next(_notes)
+    with _connected():
+        _store.set(f"{key} {rank()}", json.dumps(value, sort_keys=True))
+        return [json.loads(_read(f"{key} {other}")) for other in range(ranks())]
 
 
 def _read(key: str) -> bytes:

@@ -326,13 +326,22 @@ def kept(plan: Plan) -> str:
     return f"activations of {again} of {len(plan.keep)} blocks computed again" if again else "all activations kept"
 
 
-def too_little(config: Config, rows: int) -> TrainingFailed:
-    """Out of memory with micro-batches of so many rows: the three changes that would lower the peak most.
+def least(config: Config, length: int) -> Plan:
+    """One row of so many tokens, computed again in every block unless the policy forbids it: what halving leads to."""
+    t, layers = config.training, find_shape(config.model.name).num_layers
+    policy = "full" if t.checkpointing == "auto" else t.checkpointing
+    return planner(config)(1, length, keep_by_policy(policy, t.checkpoint_every, layers))
 
-    Returns:
-        The error to raise; what a change would save is the plan's word.
-    """
-    t, length = config.training, config.model.max_seq_length
+
+def too_little(config: Config, rows: int) -> TrainingFailed:
+    """Out of memory with micro-batches of so many rows: the error to raise."""
+    helps = what_helps(config, rows, config.model.max_seq_length)
+    return TrainingFailed(f"out of memory with micro-batches of {rows} rows: try {helps}")
+
+
+def what_helps(config: Config, rows: int, length: int) -> str:
+    """The three changes that would lower the peak most; what each would save is the plan's word."""
+    t = config.training
     changes = {
         "model.max_seq_length": length // 2,
         "training.micro_batch_size": rows // 2,
@@ -341,22 +350,23 @@ def too_little(config: Config, rows: int) -> TrainingFailed:
         "training.method": "lora",
         "training.optimizer": "adamw_8bit",
         "lora.rank": config.lora.rank // 2,
-        "lora.target_modules": ("attention",),
+        "lora.target_modules": "attention",
     }
     if t.method == "full":
         del changes["quantization.bits"], changes["lora.rank"], changes["lora.target_modules"]
-    before, saved = _peak(config, rows, length), {}
+    (keep, before), device = choose_activations(config, rows, length), find_machine(config).device
+    full, saved = keep_by_policy("full", 1, len(keep)), {}
     for name, value in changes.items():
-        with contextlib.suppress(UserError):  # out of range: a row cannot be halved
+        with contextlib.suppress(UserError):  # out of range: a row cannot be halved; or not on this device
             changed = config.override({name: value})
-            saved[f"{name}={value}"] = before - _peak(changed, min(rows, changed.micro_batch_rows()), length)
+            check_optimizer(changed.training.optimizer, device)
+            size = min(rows, changed.micro_batch_rows()), min(length, changed.model.max_seq_length)
+            # what is freed is not spent on keeping more activations
+            after = planner(changed)(*size, full if name == "training.checkpointing" else keep)
+            saved[f"{name}={value}"] = before.peak - after.peak
     best = sorted((name for name in saved if saved[name] > 0), key=lambda name: -saved[name])[:3]
-    said = ", or ".join(f"{name} (saves about {saved[name] / 1e9:.2g} GB)" for name in best)
-    return TrainingFailed(f"out of memory with micro-batches of {rows} rows: try {said or 'a smaller model'}")
-
-
-def _peak(config: Config, rows: int, length: int) -> float:
-    return choose_activations(config, rows, min(length, config.model.max_seq_length))[1].peak
+    said = (f"{name} (saves about {saved[name] / 1e9:.3g} GB)" for name in best)
+    return ", or ".join(said) or "model.name to a smaller model"
 
 
 def show_speed(machine: Machine, decoder: DecoderConfig, work: float, step_tokens: int) -> None:
@@ -403,8 +413,9 @@ def show_plan(config: Config) -> int:
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
     print(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block computed again")
     if plan.peak > free:
+        fewer = "set training.micro_batch_size=auto, or lower model.max_seq_length"
         raise UserError(
             f"training.micro_batch_size: {plan.rows} rows of {length} tokens take {plan.peak / 1e9:.2f} GB, "
-            f"and {free / 1e9:.2f} GB are there: set training.micro_batch_size=auto, or lower model.max_seq_length"
+            f"and {free / 1e9:.2f} GB are there: {fewer if fitting else f'set {what_helps(config, 1, length)}'}"
         )
     return 0

@@ -26,16 +26,18 @@ from nanoft import UserError, parallel
 from nanoft.batches import Batch, Batches, Samples
 from nanoft.chat import ChatTokenizer, Sample
 from nanoft.checkpoint import write_tensors
+from nanoft.config import Config
 from nanoft.corpus import Corpus
 from nanoft.evaluate import validation_loss
 from nanoft.loss import target_nll
 from nanoft.model import Decoder
+from nanoft.plan import MARGIN, find_machine, least, what_helps
 from nanoft.runtime import same_random_numbers
 
 LOOKED_AT = 2000  # samples, evenly spread
 RENDERED = 32  # conversations, rendered again
 Autocast = Callable[[], AbstractContextManager[Any]]
-NAMES = ("stop", "bos", "targets", "prompt", "head", "disk")  # of checks that can be forced
+NAMES = ("room", "stop", "bos", "targets", "prompt", "head", "disk")  # of checks that can be forced
 WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median row
 
 
@@ -65,6 +67,14 @@ def judge(checks: Sequence[Check], forced: Sequence[str]) -> None:
         raise UserError(
             f"preflight: {failed[0].name}: {failed[0].found}: {failed[0].fix} (or --force {failed[0].name})"
         )
+
+
+def check_room(config: Config, length: int = 0) -> Check:
+    """Whether there is memory, by the plan, before anything is loaded: for the model, and one row of so many tokens."""
+    needed, there = least(config, length).peak, find_machine(config).room / MARGIN
+    what = f"the model and a row of {length:,} tokens take" if length else "the model alone takes"
+    found = f"{what} {needed / 1e9:.2f} GB at least, and {there / 1e9:.2f} GB are there"
+    return Check("room", needed <= there, found, "" if needed <= there else f"set {what_helps(config, 1, length)}")
 
 
 def check_ids(corpus: Corpus, vocab_size: int) -> None:

@@ -74,7 +74,7 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
     print(table(["", *names], rows))
     for name, events in runs.items():
         if events.damaged:
-            print(f"{name}: {events.damaged:,} damaged lines of metrics.jsonl are left out")
+            print(f"{name}: damaged lines of metrics.jsonl, left out: {events.damaged:,}")
     if plot:
         curves.save(curves.comparison(runs), plot)
         print(f"plot      {plot}")
@@ -147,7 +147,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def follow(directory: Path, every_s: float) -> int:
-    """Show a run until it is done, or until nobody works on it any more."""
+    """Show a run until it is done, or until nobody works on it any more.
+
+    Raises:
+        UserError: there is something else of that name.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--follow: {directory}: is a file: give a run directory")
     redraws = sys.stdout.isatty()
     seen: set[tuple[Any, ...]] = set()
     said = ""
@@ -170,7 +176,7 @@ def follow(directory: Path, every_s: float) -> int:
             break
         time.sleep(every_s)
     if events.damaged and not redraws:
-        print(f"{events.damaged:,} damaged lines were left out")
+        print(f"damaged lines, left out: {events.damaged:,}")
     if not events.of("done"):
         print(f"{directory}: ended before it was done: the command that began it goes on with it")
     return 0
@@ -219,7 +225,7 @@ def dashboard(name: str, events: Events, width: int = WIDTH) -> list[str]:
     told = events.of("warning")[-WARNINGS:]
     lines += ["", *(in_a_line(line) for line in told)] if told else []
     if events.damaged:
-        lines.append(f"{events.damaged:,} damaged lines were left out")
+        lines.append(f"damaged lines, left out: {events.damaged:,}")
     return lines
 
 

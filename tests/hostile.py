@@ -563,7 +563,7 @@ COMMANDS = {
         for name in (
             "header: length of 2^63", "header: a name twice", "header: one place for two", "weights in a pickle",
             "weights linked from elsewhere", "config as a pipe", "code of its own", "hidden_size 10^12", "layers 10^9",
-            "every size at its largest", "quantization as a list", "an unknown field of 10 MB",
+            "a window of 10^30", "quantization as a list", "an unknown field of 10 MB",
             "header: terminal codes in a name", "epsilon NaN",
         )
     },

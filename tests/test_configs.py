@@ -211,6 +211,18 @@ def test_auto_takes_the_largest_config_that_the_device_has_memory_for(
     assert not config.system.memory_gb or config.system.memory_gb <= max(8, memory_gb * 1.01)
 
 
+@pytest.mark.parametrize(("has_bfloat16", "name"), [(True, "gpu_12gb"), (False, "gpu_8gb")])
+def test_auto_knows_that_float32_takes_twice_the_memory(
+    has_bfloat16: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 GB with (RTX 4080) and without (T4)."""
+    monkeypatch.setattr(train.runtime, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(train.runtime, "total_memory_gb", lambda _: 16.9)
+    monkeypatch.setattr(train.runtime, "describe", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert train.pick_config([]).stem == name
+
+
 def test_auto_says_what_it_takes_and_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_chat_model(tmp_path / "base")
     own = [f"model.name={tmp_path / 'base'}", f"data.train_file={write_records(tmp_path / 'data.jsonl')}"]

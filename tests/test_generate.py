@@ -200,6 +200,9 @@ def test_a_seed_gives_the_same_answers_and_each_row_its_own(tmp_path: Path) -> N
     assert first == sampled(model, PROMPTS, 1, **settings) != sampled(model, PROMPTS, 2, **settings)
     assert first[:1] == sampled(model, PROMPTS[:1], 1, **settings)  # the first row's draws, whoever is there
     assert first == sampled(model, PROMPTS, 1, at_once=2, **settings)
+    generator = torch.Generator().manual_seed(1)
+    some = ids_of(generate.generate(model, PROMPTS, (), 16, Sampling(**settings), generator, only=[3, 1]))
+    assert some == [[], first[1], [], first[3]]  # each prompt has its own draws
     assert len({tuple(ids) for ids in sampled(model, [PROMPTS[0]] * 4, 1, **settings)}) == 4
     for narrow in ({"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}):
         assert sampled(model, PROMPTS, 1, **settings, **narrow) == greedy

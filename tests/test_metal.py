@@ -332,13 +332,15 @@ WATERMARKS = {
     "0.9": ("red", "stops PyTorch"),
     "3": ("red", "not from 0 to 2"),
     "half": ("red", "is no number"),
+    "0.7 0.6": ("green", "LOW_WATERMARK_RATIO=0.6"),
+    "0.7 0.8": ("red", "stops PyTorch"),
 }
 
 
 @pytest.mark.parametrize("ratio", WATERMARKS)
 def test_the_environment_check_judges_the_watermark(ratio: str, metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
-    if ratio:
-        monkeypatch.setenv(runtime.WATERMARK, ratio)
+    for name, value in zip((runtime.WATERMARK, runtime.WATERMARK.replace("HIGH", "LOW")), ratio.split(), strict=False):
+        monkeypatch.setenv(name, value)
     line = environment.metal()
     assert line.colour == WATERMARKS[ratio][0]
     assert WATERMARKS[ratio][1] in line.found

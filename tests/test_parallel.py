@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,13 @@ except SystemExit as end:
 pathlib.Path({codes!r}, str(rank)).write_text(str(code))
 sys.exit(code)
 """
-EXACT = {"lora__dropout": 0.0, "system__threads": 1}
+EXACT = {
+    "lora__dropout": 0.0,
+    "system__threads": 1,
+    "evaluation__batch_size": 3,
+    "evaluation__prompt_batch_size": 1,
+    "evaluation__temperature": 0.7,
+}
 
 
 def torchrun(processes: int, program: list[str]) -> subprocess.Popen[str]:
@@ -66,6 +73,12 @@ def run(processes: int, directory: Path, before: str = "", **changes: Any) -> tu
         process.kill()
 
 
+def answers(directory: Path) -> list[str]:
+    found = re.findall(r"^ *(?:base|tuned): .*$", (directory / "train.log").read_text(), re.MULTILINE)
+    assert len(found) >= 2
+    return found
+
+
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], allowed: float) -> None:
     a, b = (torch.cat([part[name].flatten().double() for name in sorted(expected)]) for part in (found, expected))
     assert ((a - b).norm() / b.norm()).item() <= allowed
@@ -82,10 +95,21 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- exact
 
 
+NOTE_ANSWERS = """
+from nanoft import evaluate
+answer = evaluate.generate
+def answering(model, prompts, *rest):
+    with open(pathlib.Path(sys.argv[0]).with_name(f"answers-{rank}"), "a") as noted:
+        noted.write("x" * len(prompts))
+    return answer(model, prompts, *rest)
+evaluate.generate = answering
+"""
+
+
 def test_two_ranks_with_one_micro_batch_each_are_one_rank_with_two(alone: Path, tmp_path: Path) -> None:
     """The same bits: a + b has one rounding. The second rank has nothing to do in the last window of an epoch."""
     directory = tmp_path / "run"
-    out, err = run(2, directory, training__gradient_accumulation_steps=1)
+    out, err = run(2, directory, NOTE_ANSWERS, training__gradient_accumulation_steps=1)
     assert codes(directory) == {0: 0, 1: 0}, err
     assert losses(directory) == losses(alone)
     assert dict(losses(directory, "eval")) == pytest.approx(dict(losses(alone, "eval")), rel=1e-12)
@@ -96,8 +120,12 @@ def test_two_ranks_with_one_micro_batch_each_are_one_rank_with_two(alone: Path, 
     assert names == {path.name for path in alone.iterdir()}
     assert json.loads((directory / "config.json").read_text())["system"]["ranks"] == 2
     figures = [json.loads((where / "report.json").read_text()) for where in (directory, alone)]
-    assert figures[0]["base"] == pytest.approx(figures[1]["base"])
-    assert figures[0]["tuned"] == pytest.approx(figures[1]["tuned"])
+    assert figures[0]["base"] == figures[1]["base"]
+    assert figures[0]["tuned"] == figures[1]["tuned"]
+    assert answers(directory) == answers(alone)
+    answered = [(directory.with_name("run-codes") / f"answers-{n}").read_text() for n in (0, 1)]
+    assert len(answered[0]) + len(answered[1]) == 2 * figures[0]["tuned"]["prompts"]  # base and tuned
+    assert min(map(len, answered)) > 0
 
 
 SHORT_ON_ONE = """
@@ -195,7 +223,6 @@ def test_stopped_by_a_signal_on_two_ranks_it_goes_on_with_one(alone: Path, tmp_p
 NOTE_PID = "pathlib.Path(sys.argv[0]).with_name(f'pid-{rank}').write_text(str(os.getpid()))"
 
 
-@pytest.mark.slow
 def test_when_one_rank_is_killed_the_others_end_and_the_run_goes_on(alone: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     constant = {"training__lr_scheduler": "constant", "training__warmup_ratio": 0.0, "training__eval_steps": 0}
@@ -291,6 +318,18 @@ def test_other_methods_split_over_three_ranks(changes: dict[str, Any], tmp_path:
     assert figures[0]["tuned"]["perplexity"] == pytest.approx(figures[1]["tuned"]["perplexity"], rel=max(allowed, 1e-4))
 
 
+def test_split_it_measures_and_answers_what_one_process_does(tmp_path: Path) -> None:
+    one = {"training__max_steps": 1, "evaluation__prompt_batch_size": 2}  # a batch of two prompts of different lengths
+    assert train.main(quick(tmp_path / "alone", **EXACT | one)) == 0
+    out, err = run(2, tmp_path / "run", **SHARDED, **one)
+    assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
+    assert "failed" not in out
+    assert answers(tmp_path / "run") == answers(tmp_path / "alone")
+    figures = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "alone")]
+    for model in ("base", "tuned"):
+        assert figures[0][model] == pytest.approx(figures[1][model], rel=1e-5)
+
+
 WORSE_AND_WORSE = """
 evaluated, evaluations = train.validation_loss, [-1]
 def worse(job):
@@ -357,6 +396,20 @@ def test_alone_there_is_nobody_to_share_with() -> None:
 
 
 @pytest.mark.slow
+def test_a_plan_is_told_once_for_the_processes_that_there_are(tmp_path: Path) -> None:
+    sharded = ["--plan", "training.method=full", "training.sharding=full", "system.device=cpu"]
+    said = {}
+    for processes in (1, 2):
+        done = torchrun(processes, ["train.py", "configs/tiny.py", *sharded])
+        out, err = done.communicate(timeout=120)
+        assert done.returncode == 0, err
+        (said[processes],) = [float(line.split()[1]) for line in out.splitlines() if line.startswith("optimizer")]
+    assert said[2] == pytest.approx(said[1] / 2, abs=1e-3)
+    refused = torchrun(2, ["train.py", "configs/tiny.py", "--selftest", "system.device=cpu"])
+    _, err = refused.communicate(timeout=120)
+    assert err.count("error: --selftest: is for one process: start train.py without torchrun\n") == 1
+
+
 def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
     older = "real = runtime.versions\nif rank == 1:\n    runtime.versions = lambda: {**real(), 'torch': '1.0'}"
     _, err = run(2, tmp_path / "run", older)
@@ -435,10 +488,28 @@ def test_a_number_of_ranks_that_there_is_not_is_refused() -> None:
         parallel.settle_ranks(Config().override({"system.ranks": 3}))
 
 
+@pytest.mark.parametrize(("world", "reason"), [("2", "MASTER_ADDR expected"), ("two", "invalid literal")])
+def test_variables_that_describe_no_group_are_one_line(
+    world: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert train.main(["configs/tiny.py", "--plan"]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.endswith(": start with torchrun, or unset WORLD_SIZE and RANK\n")
+    assert error.count("\n") == 1
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "ranks", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="4 processes for 2 GPUs: set --nproc-per-node 2"):
+        parallel.take_device(torch.device("cuda"), "none")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="LOCAL_RANK is not set"):
         parallel.take_device(torch.device("cuda"), "none")
     with pytest.raises(UserError, match="Metal"):
         parallel.take_device(torch.device("mps"), "none")
@@ -475,7 +546,8 @@ def broken():
 def main(argv):
     me, n = parallel.rank(), parallel.ranks()
     assert n == 3
-    assert list(parallel.share(range(8))) == list(range(me, 8, 3))
+    assert list(parallel.share(range(8))) == list(parallel.apart(range(8))) == list(range(me, 8, 3))
+    assert parallel.union({i: [i / 3, "x"] for i in parallel.apart(range(4))}) == {i: [i / 3, "x"] for i in range(4)}
     assert parallel.tell(lambda: ["found", me]) == ["found", 0]
     assert raised(lambda: parallel.tell(lambda: fail(UserError("what")))) == "UserError: what"
     wrong = raised(lambda: parallel.tell(lambda: fail(KeyError("x"))))
@@ -536,6 +608,7 @@ def test_alone_there_is_nobody_to_talk_to() -> None:
     assert (parallel.rank(), parallel.ranks()) == (0, 1)
     assert parallel.tell(lambda: {1, 2}) == {1, 2}, "not even JSON is made of it"
     assert parallel.total(0.5, 3) == [0.5, 3]
+    assert (list(parallel.apart(range(3))), parallel.union({2: "c"})) == ([0, 1, 2], {2: "c"})
     assert list(parallel.share(iter("abc"))) == ["a", "b", "c"]
     p = torch.nn.Parameter(torch.ones(2))
     parallel.add_up(torch.ones(()), [p])

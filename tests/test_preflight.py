@@ -11,14 +11,27 @@ import pytest
 import torch
 from templates import CHATML, CONTROL, STYLES, TINY, Style, save
 
-from models import make_chat_model
+import train
+from models import make_chat_model, write_records
 from nanoft import UserError
 from nanoft.batches import Batches
 from nanoft.chat import ChatTokenizer
-from nanoft.config import DataConfig
+from nanoft.config import DataConfig, load_file
 from nanoft.corpus import Corpus, open_corpus
-from nanoft.preflight import Check, check_data, check_disk, check_head, judge, preview, rehearse_save, show_window
+from nanoft.preflight import (
+    Check,
+    check_data,
+    check_disk,
+    check_head,
+    check_room,
+    judge,
+    preview,
+    rehearse_save,
+    show_window,
+)
 from nanoft.weights import load_model
+
+ROOT = Path(__file__).parent.parent
 
 
 def read(directory: Path, style: Style, template_args: Any = None, **settings: Any) -> ChatTokenizer:
@@ -116,6 +129,38 @@ def test_a_rehearsed_save_counts_the_weights_and_the_state_of_the_optimizer(tmp_
     assert "0.02 GB more for 4 checkpoints" in rehearse_save(tmp_path, weights, {}, 2).found
     assert "0.03 GB more for 4 checkpoints" in rehearse_save(tmp_path, weights, moments, 2).found
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_has_no_room_is_refused_before_its_weights_are_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A million million parameters, of which there is only the config.json."""
+    make_chat_model(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    path = tmp_path / "base" / "config.json"
+    large = {"hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_layers": 20}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **large}))
+    records = write_records(tmp_path / "data.jsonl")
+    own = [f"model.name={path.parent}", f"data.train_file={records}", f"output.dir={tmp_path / 'run'}"]
+    arguments = [str(ROOT / "configs" / "tiny.py"), "system.device=cpu", "lora.rank=1", *own]
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert re.match(r"error: preflight: room: the model alone takes [\d.]+ GB at least, and [\d.]+ GB are ", error)
+    assert "there: set quantization.bits=4 (saves about " in error
+    assert error.endswith("(or --force room)\n")
+    assert not (tmp_path / "run").exists()
+    assert train.main([*arguments, "--force", "room"]) == 2
+    assert "no weights here" in capsys.readouterr().err
+
+
+def test_a_row_that_has_no_room_is_refused() -> None:
+    config = load_file(ROOT / "configs" / "tiny.py").override({"system.device": "cpu", "model.max_seq_length": 10**9})
+    assert check_room(config).passed
+    assert check_room(config, 1024).passed
+    refused = check_room(config, 10**9)
+    assert not refused.passed
+    assert refused.found.startswith("the model and a row of 1,000,000,000 tokens take ")
+    assert refused.fix.startswith("set model.max_seq_length=500000000 (saves about ")
 
 
 def test_what_fails_stops_unless_it_is_forced() -> None:

@@ -52,7 +52,7 @@ def test_runs_are_compared_by_what_differs_and_what_came_of_it(
     assert table["memory, GB"] == ["1.50", "1.50"]
     assert table["time"] == ["18 s", "2 min 5 s"]
     assert table["state"] == ["not done", "not done"]
-    assert "b: 1 damaged lines" in said
+    assert "b: damaged lines of metrics.jsonl, left out: 1" in said
 
 
 def test_damaged_files_beside_it_do_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +79,7 @@ def test_one_plot_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([], "error: RUN: none given"),
         (["nowhere"], "error: nowhere: no run that has begun"),
         (["--follow", "a", "b"], "error: --follow: shows one run alone"),
+        (["--follow", __file__], f"error: --follow: {__file__}: is a file"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +120,7 @@ def test_the_dashboard_tells_where_the_run_stands(tmp_path: Path) -> None:
     assert [f"w{n}" in text for n in range(5)] == [False, False, True, True, True]
     assert "\x1b" not in text
     assert "hf_" not in text
-    assert lines[-1] == "1 damaged lines were left out"
+    assert lines[-1] == "damaged lines, left out: 1"
     assert watch.dashboard("a", Events()) == ["a: has not begun"]
 
 
