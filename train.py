@@ -322,6 +322,10 @@ class Wish:
     preflight: bool = False
     force: list[str] = field(default_factory=list)
 
+    def shows_data(self) -> bool:
+        """And loads no model."""
+        return self.show_batch or self.show_step is not None
+
 
 def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
@@ -335,7 +339,8 @@ def run_training(config: Config, wish: Wish) -> int:
     parallel.check_alike({"the device": name, **runtime.versions(), **settings})
     with parallel.open_run(config.output.dir) as run, runtime.StopRequest() as stop:
         config = Config.from_dict(parallel.tell(lambda: decide_rows(config, run.recorded_config()).to_dict()))
-        parallel.tell(lambda: judge([check_room(config)], wish.force))  # before a large model is fetched
+        if not wish.shows_data():
+            parallel.tell(lambda: judge([check_room(config)], wish.force))  # before a large model is fetched
         provenance = parallel.tell(lambda: claim(config, run, wish.resume))
         with explained(config):
             return run_claimed(config, run, stop, provenance, wish)
@@ -356,7 +361,7 @@ def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance:
     """Load the data, prepare, find where to begin, look before the leap, train, finish."""
     chat, corpus, batches = load_data(config, run, datetime.fromisoformat(provenance["date"]))
     total_steps = corpus.report["steps"]
-    if wish.show_batch or wish.show_step is not None:
+    if wish.shows_data():
         show(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0
     longest = batches.longest().ids.shape[1]

@@ -149,8 +149,9 @@ def test_a_model_that_has_no_room_is_refused_before_its_weights_are_looked_for(
     assert "there: set quantization.bits=4 (saves about " in error
     assert error.endswith("(or --force room)\n")
     assert not (tmp_path / "run").exists()
-    assert train.main([*arguments, "--force", "room"]) == 2
-    assert "no weights here" in capsys.readouterr().err
+    for more in (["--force", "room"], ["--show-batch"]):  # the latter loads none
+        assert train.main([*arguments, *more]) == 2
+        assert "no weights here" in capsys.readouterr().err
 
 
 def test_a_row_that_has_no_room_is_refused() -> None:
