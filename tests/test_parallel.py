@@ -100,7 +100,7 @@ from nanoft import evaluate
 answer = evaluate.generate
 def answering(model, prompts, *rest):
     with open(pathlib.Path(sys.argv[0]).with_name(f"answers-{rank}"), "a") as noted:
-        noted.write("x" * len(prompts))
+        noted.write("x" * len(rest[-1]))  # the numbers of those that this rank answers
     return answer(model, prompts, *rest)
 evaluate.generate = answering
 """
