@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import subprocess
@@ -155,6 +156,22 @@ def test_a_refusal_is_short() -> None:
     with pytest.raises(TEMPLATE_ERRORS) as caught:
         render(BOMBS["a long refusal"])
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages | indent(4) }}",  # Jinja's filter begins with `s += newline`
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(a=1) }}",
+        "{{ messages | map('indent') | list }}{{ [messages] | map('indent') | list }}",
+    ],
+)
+def test_the_messages_stay_as_they_are(source: str) -> None:
+    messages = copy.deepcopy(MESSAGES)
+    with pytest.raises(TEMPLATE_ERRORS):
+        render(source, messages=messages)
+    assert messages == MESSAGES
 
 
 def test_the_limit_on_the_output_grows_with_the_messages() -> None:
