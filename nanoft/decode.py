@@ -33,6 +33,7 @@ from nanoft.runtime import free_host_bytes
 
 Product = Callable[[Tensor], Tensor]  # (b, in) -> (b, out)
 SHARE = 0.5  # of the free memory that another copy of the weights may take
+CACHED = 16e6  # bytes of weights that a processor's caches hold: read from there, their order is all the same
 
 
 class Decoding:
@@ -45,7 +46,7 @@ class Decoding:
         self.keys: list[Tensor] = []  # of each layer, (b, g, slots, d)
         self.values: list[Tensor] = []
         self.blocks = [block for block in model.model.layers if isinstance(block, Block)]
-        self.lay_out = can_be_laid_out(model)
+        self.lay_out = should_be_laid_out(model)
         self.head = laid_out(model.head, None) if self.lay_out else None
 
     @functools.cached_property
@@ -239,8 +240,8 @@ def laid_out(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: kernel(x, blocks, bias, "none", [], "")
 
 
-def can_be_laid_out(model: Decoder) -> bool:
-    """Whether there are such kernels for the model, all of whose weights are in memory, and room for the copy.
+def should_be_laid_out(model: Decoder) -> bool:
+    """Whether there are such kernels for the model, all of whose weights are in memory; whether it gains, and has room.
 
     Under autocast a product casts what it is given, which these kernels do not.
     """
@@ -254,5 +255,5 @@ def can_be_laid_out(model: Decoder) -> bool:
     if not {type(linear) for linear in linears} <= {nn.Linear, Linear4bit, Linear8bit}:  # their weights lie elsewhere
         return False
     dtypes = {linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype for linear in linears}
-    size = sum(linear.out_features * linear.in_features for linear in linears) + model.head.numel()
-    return dtypes == {dtype} and size * dtype.itemsize <= SHARE * free_host_bytes()
+    numbers = sum(linear.out_features * linear.in_features for linear in linears) + model.head.numel()
+    return dtypes == {dtype} and CACHED < numbers * dtype.itemsize <= SHARE * free_host_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,18 @@ def test_compiled_blocks_are_not_compiled_again_for_prompts(tmp_path: Path) -> N
     assert not compiled
 
 
+@pytest.fixture(params=[True, False], ids=["laid out", "as it lies"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the weights of these small models are laid out for the kernels."""
+    monkeypatch.setattr(decode, "CACHED", 0 if request.param else math.inf)
+    return bool(request.param and HAS_KERNELS)
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("memory", [1e9, 0.0])
-def test_a_step_is_a_pass_over_everything(
-    memory: float, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decode, "free_host_bytes", lambda: memory)
+def test_a_step_is_a_pass_over_everything(case: str, layout: bool, tmp_path: Path) -> None:
     make_reference(case, tmp_path)
     model = load_model(tmp_path, CPU, torch.float32).eval()
-    assert (Decoding(model).head is not None) == (memory > 0 and HAS_KERNELS)
+    assert (Decoding(model).head is not None) == layout
     for rows in ([0, 2, 3], [1], [3, 0]):
         assert largest_difference(model, model, rows, 20) < 1e-5
 
@@ -94,18 +98,26 @@ def test_a_weight_laid_out_is_the_same_weight(rows: int, dtype: torch.dtype) -> 
         assert ((found.double() - expected).abs() <= allowed).all()
 
 
-def test_weights_are_laid_out_only_where_all_are_there_in_one_number_format(tmp_path: Path) -> None:
+def test_weights_are_laid_out_only_where_all_are_there_in_one_number_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_reference("mistral", tmp_path)
     model = load_model(tmp_path, CPU, torch.float32).eval()
-    assert decode.can_be_laid_out(model) == HAS_KERNELS
+    assert not decode.should_be_laid_out(model)  # so small
+    monkeypatch.setattr(decode, "CACHED", 0)
+    assert decode.should_be_laid_out(model) == HAS_KERNELS
     with torch.autocast("cpu", torch.bfloat16):
-        assert not decode.can_be_laid_out(model)
-    assert not decode.can_be_laid_out(load_model(tmp_path, CPU, torch.float16).eval())
-    assert not decode.can_be_laid_out(StreamedDecoder(open_rows(tmp_path)))
+        assert not decode.should_be_laid_out(model)
+    assert not decode.should_be_laid_out(load_model(tmp_path, CPU, torch.float16).eval())
+    assert not decode.should_be_laid_out(StreamedDecoder(open_rows(tmp_path)))
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "free_host_bytes", lambda: 1000.0)
+        assert not decode.should_be_laid_out(model)
     next(iter(linears_of(model).values())).bfloat16()
-    assert not decode.can_be_laid_out(model)
+    assert not decode.should_be_laid_out(model)
 
 
+@pytest.mark.usefixtures("layout")
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["mistral-window", "qwen3"])
 def test_bfloat16_stays_within_its_roundings(case: str, tmp_path: Path) -> None:
@@ -130,6 +142,7 @@ def test_under_autocast_a_step_is_a_pass_too(case: str, tmp_path: Path) -> None:
         assert largest_difference(model, model, [0, 2], 8) < 0.1
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_answers_on_a_packed_base_are_those_of_its_unpacked_weights(bits: int, tmp_path: Path) -> None:
     make_reference("mistral-window", tmp_path)
@@ -146,6 +159,7 @@ def test_answers_on_a_packed_base_are_those_of_its_unpacked_weights(bits: int, t
 KINDS: list[dict[str, Any]] = [{}, {"dora": True, "rslora": True}, {"init": "pissa"}, {"bias": "lora_only"}]
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_answers_with_adapters_are_those_of_the_merged_model(kind: dict[str, Any], tmp_path: Path) -> None:
     make_reference("qwen2-window", tmp_path)  # with biases
