@@ -33,7 +33,7 @@ from nanoft.runtime import free_host_bytes
 
 Product = Callable[[Tensor], Tensor]  # (b, in) -> (b, out)
 SHARE = 0.5  # of the free memory that another copy of the weights may take
-CACHED = 16e6  # bytes of weights that a processor's caches hold: read from there, their order is all the same
+CACHED = 16e6  # bytes in float32 that a processor's caches hold: read from there, their order is all the same
 
 
 class Decoding:
@@ -256,4 +256,5 @@ def should_be_laid_out(model: Decoder) -> bool:
         return False
     dtypes = {linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype for linear in linears}
     numbers = sum(linear.out_features * linear.in_features for linear in linears) + model.head.numel()
-    return dtypes == {dtype} and CACHED < numbers * dtype.itemsize <= SHARE * free_host_bytes()
+    least = CACHED if dtype == torch.float32 else 0  # PyTorch's own product in bfloat16 takes these kernels, too
+    return dtypes == {dtype} and least < numbers * dtype.itemsize <= SHARE * free_host_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,8 @@ def test_compiled_blocks_are_not_compiled_again_for_prompts(tmp_path: Path) -> N
 @pytest.fixture(params=[True, False], ids=["laid out", "as it lies"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the weights of these small models are laid out for the kernels."""
-    monkeypatch.setattr(decode, "CACHED", 0 if request.param else math.inf)
+    monkeypatch.setattr(decode, "CACHED", 0)
+    monkeypatch.setattr(decode, "SHARE", 1.0 if request.param else 0.0)
     return bool(request.param and HAS_KERNELS)
 
 
