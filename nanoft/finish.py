@@ -17,23 +17,13 @@ from nanoft.checkpoint import Saved
 from nanoft.corpus import describe
 from nanoft.energy import JOULES_PER_WH
 from nanoft.export import save_result
-from nanoft.job import (
-    Job,
-    State,
-    base_model,
-    load_base,
-    load_weights,
-    log_memory,
-    report_failure,
-)
+from nanoft.job import Job, State, base_model, load_base, load_weights, log_memory, report_failure
 from nanoft.lora import inject_lora
 from nanoft.metrics import clock
 from nanoft.model import Decoder
 from nanoft.report import Findings, leakage_of_run, report, settings_of
 from nanoft.sinks import curves_section
-from nanoft.weights import (
-    stored_dtype,
-)
+from nanoft.weights import stored_dtype
 
 
 def finish(job: Job, state: State, stop: runtime.StopRequest) -> bool:

@@ -31,15 +31,9 @@ from nanoft.lora import LoRALinear, disabled, inject_lora
 from nanoft.metrics import Meter, Run
 from nanoft.model import Decoder, compile_blocks
 from nanoft.nf4 import cache_weights
-from nanoft.optim import (
-    build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from nanoft.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from nanoft.plan import Plan, choose_activations, too_little
-from nanoft.preflight import (
-    check_ids,
-)
+from nanoft.preflight import check_ids
 from nanoft.weights import (
     check_quantization,
     find_model,

@@ -13,19 +13,11 @@ from nanoft.batches import Batches
 from nanoft.chat import ChatTokenizer
 from nanoft.config import questionable
 from nanoft.corpus import Corpus
-from nanoft.job import (
-    Job,
-    State,
-    Tensors,
-    halve,
-    trained_weights,
-)
+from nanoft.job import Job, State, Tensors, halve, trained_weights
 from nanoft.lora import describe_adapters
 from nanoft.metrics import Run, clock
 from nanoft.nf4 import Linear4bit, Linear8bit
-from nanoft.optim import (
-    optimizer_tensors,
-)
+from nanoft.optim import optimizer_tensors
 from nanoft.plan import kept
 from nanoft.preflight import (
     Check,
@@ -38,9 +30,7 @@ from nanoft.preflight import (
     rehearse_save,
     show_window,
 )
-from nanoft.weights import (
-    quantization_of,
-)
+from nanoft.weights import quantization_of
 
 
 def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) -> None:

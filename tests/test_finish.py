@@ -11,12 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_recovery import Capture, Patch, events, steps_are_all_there
-from test_train import (
-    equal,
-    quick,
-    result,
-    sentences,
-)
+from test_train import equal, quick, result, sentences
 
 import train
 from nanoft import finish

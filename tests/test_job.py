@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 from test_recovery import Capture, Patch, events, in_the_loop, steps_are_all_there
-from test_train import (
-    losses,
-    quick,
-)
+from test_train import losses, quick
 
 import train
 from models import make_chat_model, write_records
