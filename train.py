@@ -248,7 +248,8 @@ def go_back(job: Job, state: State, history: guard.History | None = None) -> Sta
     job.checkpoints.forget_after(back.step)
     job.run.begin(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
     rate = f", at {history.rate:g} of the learning rate" if history.rate < 1 else ""
-    job.run.log("warning", back.step, what="rolled back", since=state.step, rate=history.rate)
+    figures: dict[str, Any] = {"since": state.step, "rate": history.rate, "left_out": history.left_out}
+    job.run.log("warning", back.step, what="rolled back", **figures)
     job.run.say(f"warning: back from step {state.step} to the checkpoint of step {back.step}{rate}")
     return back
 

@@ -218,11 +218,16 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             return None  # not there, or cut off while it was written
 
-    def skipped_before(self, step: int) -> int:
-        """How many windows were left out before that optimizer step, because their loss was not finite."""
-        path = self.directory / "metrics.jsonl"
+    def left_out(self) -> set[tuple[int, int]]:
+        """The windows, (epoch, index), that no step was made of: skipped, or passed over after going back."""
+        path, found = self.directory / "metrics.jsonl", set()
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-        return sum('"step skipped"' in line and _values(line)["step"] < step for line in lines)
+        for values in map(_values, lines):
+            if values.get("what") == "step skipped":
+                found.add(tuple(values["window"]))
+            elif values.get("what") == "rolled back":
+                found |= set(map(tuple, values["left_out"]))
+        return found
 
     def begin(self, step: int, position: list[int], left_out: list[list[int]], rolled_back: bool = False) -> None:
         """Open the metrics after `step`; what will be done again, and so logged again, goes.

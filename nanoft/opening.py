@@ -6,6 +6,7 @@ cannot work ends here, in a line, and not after hours.
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 from nanoft import UserError, parallel, runtime
@@ -122,9 +123,10 @@ def show(run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: 
     """The window of an optimizer step (the first, if none is given) as the model sees it."""
     if step is not None and not 1 <= step <= total_steps:
         raise UserError(f"--show-step: {step}: this run has the steps 1 to {total_steps}")
-    window = (step or 1) - 1 + run.skipped_before(step or 1)
-    epoch, index = divmod(window, batches.windows_in_epoch())
+    left_out, size = run.left_out(), batches.windows_in_epoch()
+    taken = (place for place in map(divmod, itertools.count(), itertools.repeat(size)) if place not in left_out)
+    epoch, index = next(itertools.islice(taken, (step or 1) - 1, None))
     batches.seek(epoch, index)
-    run.say(f"step {step or 1}: window {index + 1:,} of {batches.windows_in_epoch():,} in epoch {epoch + 1}")
+    run.say(f"step {step or 1}: window {index + 1:,} of {size:,} in epoch {epoch + 1}")
     for line in show_window(batches, index, corpus, chat, colour=sys.stdout.isatty()):
         run.say(line)

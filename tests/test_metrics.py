@@ -178,13 +178,15 @@ def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
         assert run.finished_at() is None
 
 
-def test_skipped_windows_are_counted(tmp_path: Path) -> None:
+def test_windows_that_were_left_out_are_known(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        assert run.skipped_before(5) == 0
+        assert run.left_out() == set()
         run.begin(0, [0, 0], [])
-        for step, what in ((1, "step skipped"), (1, "step skipped"), (2, "other"), (3, "step skipped")):
-            run.log("warning", step, what=what)
-        assert [run.skipped_before(step) for step in (1, 2, 3, 4)] == [0, 2, 2, 3]
+        for what, window in (("step skipped", [0, 1]), ("spike", [0, 2]), ("step skipped", [1, 0])):
+            run.log("warning", 1, what=what, window=window)
+        assert run.left_out() == {(0, 1), (1, 0)}
+        run.log("warning", 1, what="rolled back", left_out=[[0, 2], [1, 0]])  # the spike was taken before
+        assert run.left_out() == {(0, 1), (0, 2), (1, 0)}
 
 
 def test_the_recorded_config_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_recovery import Capture, Patch, no_memory
+from test_recovery import NO_EVALUATION, Capture, Patch, in_the_loop, nan_in, no_memory
 from test_train import copy_base, quick, refused
 
 import train
@@ -52,16 +52,19 @@ def test_show_step_names_the_records_of_a_step(tmp_path: Path, capsys: pytest.Ca
     refused([*arguments, "--show-step", "0"], ["--show-step: 0"], capsys)
 
 
-def test_skipped_windows_count_in_show_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = quick(tmp_path / "run", training__max_steps=3)
+def test_windows_that_were_left_out_do_not_count_in_show_step(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Windows 5 to 7 are bad; from the checkpoint of step 3 it goes on with 3 and 4, then 8: of what is step 6 made?"""
+    in_the_loop(monkeypatch, "accumulate", nan_in(6, 7, 8))
+    changes = {"guard__max_skips": 3, "training__lr_scheduler": "constant"}
+    arguments = quick(tmp_path / "run", **NO_EVALUATION, **changes)
     assert train.main(arguments) == 0
-    capsys.readouterr()
-    assert train.main([*arguments, "--show-step", "3"]) == 0
-    third = capsys.readouterr().out
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as metrics:
-        metrics.write(json.dumps({"event": "warning", "step": 1, "what": "step skipped"}) + "\n")
-    assert train.main([*arguments, "--show-step", "2"]) == 0
-    assert capsys.readouterr().out.splitlines()[-12:] == third.splitlines()[-12:]
+    assert "back from step 5 to the checkpoint of step 3" in capsys.readouterr().out
+    for step, window in ((4, 3), (5, 4), (6, 8), (8, 10)):
+        assert train.main([*arguments, "--show-step", str(step)]) == 0
+        place = f"step {step}: window {window % 5 + 1} of 5 in epoch {window // 5 + 1}"
+        assert place in capsys.readouterr().out
 
 
 def test_preflight_alone_trains_nothing_and_shows_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
