@@ -155,11 +155,6 @@ class LoRALinear(nn.Module):
         self.norm_kept = None
         return super().train(mode)
 
-    def delta(self) -> Tensor:
-        """s B A, the change of the weight (in DoRA, before its rows are scaled), (out, in) float32."""
-        a, b = (factor.detach().float() for factor in self.factors())
-        return self.scaling * (b @ a)
-
     def merged(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """The weight of one linear that does the same: W + s B A, in DoRA with rows of length m; (out, in) float32.
 

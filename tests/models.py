@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 import train
+from nanoft.lora import LoRALinear
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # for models this small, threads only wait for each other
@@ -119,6 +120,12 @@ def write_records(path: Path, count: int = 24) -> Path:
     lines = [json.dumps({"prompt": question, "completion": reply}) for question, reply in turns]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def delta(adapter: LoRALinear) -> torch.Tensor:
+    """s B A, the change of the weight (in DoRA, before its rows are scaled), (out, in) float32."""
+    a, b = (factor.detach().float() for factor in adapter.factors())
+    return adapter.scaling * (b @ a)
 
 
 def train_run(directory: Path, base: Path, records: Path, **changes: Any) -> Path:

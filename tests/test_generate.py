@@ -107,6 +107,19 @@ def test_rows_that_leave_or_come_later_change_nothing_for_the_others(
     assert together == [expected[row] for row in order]
 
 
+def rows_of_steps(patch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which every step from now on adds its number of rows."""
+    widths: list[int] = []
+    step = Decoding.step
+
+    def counted(decoding: Decoding, newest: torch.Tensor) -> torch.Tensor:
+        widths.append(len(newest))
+        return step(decoding, newest)
+
+    patch.setattr(Decoding, "step", counted)
+    return widths
+
+
 def test_places_are_taken_again_when_answers_end_and_the_batch_is_never_larger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,14 +131,7 @@ def test_places_are_taken_again_when_answers_end_and_the_batch_is_never_larger(
     lengths = [len(said.ids) + said.stopped for said in expected]
     assert min(lengths) < 5
     assert max(lengths) == 30
-    widths: list[int] = []
-    step = Decoding.step
-
-    def counted(decoding: Decoding, newest: torch.Tensor) -> torch.Tensor:
-        widths.append(len(newest))
-        return step(decoding, newest)
-
-    monkeypatch.setattr(Decoding, "step", counted)
+    widths = rows_of_steps(monkeypatch)
     assert generate.generate(model, prompts, stops, 30, at_once=8) == expected
     assert max(widths) == 8
     one_by_one = sum(max(lengths[at : at + 8]) for at in range(0, 24, 8))  # steps, if batches waited for their longest
@@ -150,14 +156,7 @@ def test_nothing_is_computed_after_the_last_answer_and_little_for_those_that_end
     free = ids_of(generate.generate(model, PROMPTS, (), 24))
     stops = sorted({ids[3] for ids in free[:3]} | {free[3][5]})
     longest = max(next(at for at, token in enumerate(ids) if token in stops) for ids in free)
-    widths: list[int] = []
-    step = Decoding.step
-
-    def counted(decoding: Decoding, newest: torch.Tensor) -> torch.Tensor:
-        widths.append(len(newest))
-        return step(decoding, newest)
-
-    monkeypatch.setattr(Decoding, "step", counted)
+    widths = rows_of_steps(monkeypatch)
     answers = generate.generate(model, PROMPTS, stops, 24)
     assert all(said.stopped for said in answers)
     assert len(widths) == longest

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from models import make_reference
+from models import delta, make_reference
 from nanoft import UserError, lora
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.config import LoRAConfig
@@ -196,7 +196,7 @@ def test_pissa_begins_with_the_largest_singular_directions(base: Path) -> None:
         best = u[:, :8] * s[:8] @ vt[:8]
         assert (adapter.scaling * (adapter.lora_B @ adapter.lora_A) - best).abs().max() < 1e-4 * best.abs().max()
         assert torch.allclose(adapter.lora_A @ adapter.lora_A.T, adapter.lora_B.T @ adapter.lora_B, atol=1e-4)
-        assert not adapter.delta().any()
+        assert not delta(adapter).any()
 
 
 def test_a_small_change_of_pissa_survives_bfloat16() -> None:
@@ -247,7 +247,7 @@ def test_the_norm_of_each_row_is_that_of_the_sum(base_dtype: Any, size: float) -
     assert torch.equal(layer.norm(torch.float32), layer.lora_magnitude_vector)
     with torch.no_grad():
         layer.lora_B.copy_(torch.randn(96, 8, generator=generator) * 0.01 * size)
-    whole = lora.weight_of(linear).double() + layer.delta().double()
+    whole = lora.weight_of(linear).double() + delta(layer).double()
     expected = whole.norm(dim=1)
     found = layer.norm(torch.float32 if base_dtype != torch.bfloat16 else torch.bfloat16)
     allowed = 1e-5 if base_dtype != torch.bfloat16 else 4e-3
@@ -314,8 +314,8 @@ def test_dropout_acts_on_the_adapter_only_while_training(base: Path) -> None:
         torch.manual_seed(3)
         mask = F.dropout(torch.ones(4, 64), 0.5)
         merged = layer.merged(layer.base.weight)
-        c = merged.norm(dim=1) / (layer.base.weight + layer.delta()).norm(dim=1)
-        expected = c * (x @ layer.base.weight.T + (x * mask) @ layer.delta().T) + layer.base.bias
+        c = merged.norm(dim=1) / (layer.base.weight + delta(layer)).norm(dim=1)
+        expected = c * (x @ layer.base.weight.T + (x * mask) @ delta(layer).T) + layer.base.bias
         assert torch.allclose(found, expected, atol=1e-4)
         model.eval()
         assert torch.allclose(layer(x), x @ merged.T + layer.base.bias, atol=1e-4)

@@ -15,7 +15,7 @@ from test_train import TINY, VARIANTS, one_line, quick
 from torch import Tensor
 
 import train
-from models import make_chat_model, write_records
+from models import delta, make_chat_model, write_records
 from nanoft import adapter, decode, job, loss, model, runtime, selftest
 from nanoft.batches import Samples
 from nanoft.chat import Sample
@@ -159,11 +159,11 @@ def begin_the_data_again(patch: pytest.MonkeyPatch) -> None:
 
 def merge_twice(patch: pytest.MonkeyPatch) -> None:
     real = LoRALinear.merged
-    patch.setattr(LoRALinear, "merged", lambda self, weight: real(self, weight) + self.delta())
+    patch.setattr(LoRALinear, "merged", lambda self, weight: real(self, weight) + delta(self))
 
 
 def merge_without_lengths(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LoRALinear, "merged", lambda self, weight: weight + self.delta())
+    patch.setattr(LoRALinear, "merged", lambda self, weight: weight + delta(self))
 
 
 def save_rounded(patch: pytest.MonkeyPatch) -> None:
