@@ -24,54 +24,37 @@ from typing import Any
 
 import torch
 
-from nanoft import UserError, __version__, evaluate, runtime
-from nanoft.adapter import adapter_tensors, hash_tensors, save_mlx
-from nanoft.card import card, check_repository, parity, provenance, push, run_facts, write_json
-from nanoft.chat import ChatTokenizer, Sample
-from nanoft.checkpoint import write_file
-from nanoft.config import load_config
-from nanoft.corpus import open_corpus
-from nanoft.export import (
+from nanoft import UserError, __version__
+from nanoft.batches import Sample
+from nanoft.config.loading import load_config
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import open_corpus
+from nanoft.evaluation import evaluate
+from nanoft.export.gguf import GGUF_DTYPES, new_gguf, prove_gguf, write_gguf, write_gguf_lora
+from nanoft.export.gguf_companions import modelfile, write_companions
+from nanoft.export.merge import (
     EXPORT_DTYPES,
     PROGRESS,
-    Agreement,
     combined,
     copy_adapter,
     copy_tokenizer,
     merge,
     new_directory,
     open_adapter,
-    prove,
-    recommended,
-    verify,
     write_peft,
 )
-from nanoft.gguf_export import (
-    GGUF_DTYPES,
-    modelfile,
-    new_gguf,
-    prove_gguf,
-    write_companions,
-    write_gguf,
-    write_gguf_lora,
-)
-from nanoft.metrics import table
-from nanoft.stream import StreamedDecoder, give_back_freed_memory, open_rows
-from nanoft.untrusted import read_json
-from nanoft.weights import (
-    Opened,
-    TrainedAdapter,
-    base_files,
-    find_adapter,
-    find_model,
-    hash_files,
-    is_run,
-    open_chat,
-    open_model,
-    read_trained,
-    stored_dtype,
-    stored_quantization,
-)
+from nanoft.export.model_card import card, check_repository, parity, provenance, push, run_facts, write_json
+from nanoft.export.streaming import StreamedDecoder, give_back_freed_memory, open_rows
+from nanoft.export.verify import Agreement, prove, recommended, verify
+from nanoft.io.atomic import write_file
+from nanoft.io.tables import table
+from nanoft.io.untrusted import read_json
+from nanoft.models.adapter_files import adapter_tensors, hash_tensors, save_mlx
+from nanoft.models.hub import find_model
+from nanoft.models.open import LoadedModel, TrainedAdapter, find_adapter, is_run, open_chat, open_model, read_trained
+from nanoft.models.weights import base_files, hash_files, stored_dtype, stored_quantization
+from nanoft.runtime.command import Arguments, command
+from nanoft.runtime.device import quiet_libraries
 
 PROMPTS = 8
 VERIFY_TOKENS = 4096  # of held-out samples, that --verify measures on
@@ -82,9 +65,9 @@ GGUF = ("gguf", "gguf-lora")  # files rather than directories
 ELSEWHERE = {"onnx": "optimum-cli export onnx --model {out} {out}-onnx", "tensorrt": "trtllm-serve {out}"}
 
 
-@runtime.command
+@command
 def main(argv: list[str]) -> int:
-    parser = runtime.Arguments(
+    parser = Arguments(
         prog="merge.py",
         description="Merge an adapter into its base as a Hugging Face model, or hand it out in another tool's format.",
         epilog="examples: python merge.py runs/tiny --out merged; "
@@ -102,7 +85,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     add(
         "--base", default="original", choices=["original", "nf4"],
-        help="merge onto the original weights, or onto the quantised ones it was trained against; default: original",
+        help="merge onto the original weights, or onto the quantized ones it was trained against; default: original",
     )  # fmt: skip
     add("--weights", metavar="W,...", help="of each adapter's change; default: 1 each")
     add("--only", metavar="WHAT,...", help="attention, mlp, names of modules or regular expressions; default: all")
@@ -118,7 +101,7 @@ def main(argv: list[str]) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Everything that merge.py does; returns the exit code."""
-    runtime.quiet_libraries()
+    quiet_libraries()
     give_back_freed_memory()
     check_arguments(args)
     if args.format in GGUF:
@@ -189,7 +172,7 @@ def export_gguf(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_for_gguf(args: argparse.Namespace) -> Opened:
+def open_for_gguf(args: argparse.Namespace) -> LoadedModel:
     """The adapter on its base, or a model without one; on the disk, but for a checkpoint of every parameter."""
     source = args.sources[0]
     if find_adapter(source) is None and not (is_run(source) and is_lora_run(source)):
@@ -200,7 +183,7 @@ def open_for_gguf(args: argparse.Namespace) -> Opened:
         result = Path(source) / "model" if is_run(source) else find_model(source, "RUN|MODEL")
         if not result.is_dir():
             return open_model(source, torch.device("cpu"), torch.float32)
-        return Opened(StreamedDecoder(open_rows(result)), {}, result, result)
+        return LoadedModel(StreamedDecoder(open_rows(result)), {}, result, result)
     adapter, _ = choose_adapter(args)
     opened = open_adapter(adapter, args.base)
     if not args.any_base:
@@ -304,7 +287,7 @@ class Job:
 
     args: argparse.Namespace
     adapter: TrainedAdapter
-    opened: Opened  # the adapter on the base that is merged onto, which stays on the disk
+    opened: LoadedModel  # the adapter on the base that is merged onto, which stays on the disk
     chat: ChatTokenizer
     samples: list[Sample]  # of the run, held out if it held any
     asked: list[evaluate.Prompt]
@@ -458,10 +441,10 @@ FORMATS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
 }
 
 
-def weights_in_words(args: argparse.Namespace, opened: Opened) -> str:
+def weights_in_words(args: argparse.Namespace, opened: LoadedModel) -> str:
     """What parity.json's answers are computed with: an adapter on another base may answer otherwise."""
     if args.format in ("hf", "gguf"):
-        return "those of this export, before any quantisation of its own"
+        return "those of this export, before any quantization of its own"
     form = opened.quantization[0] if opened.quantization else "its own number format"
     return f"the adapter on its base in {form}; on another base answers may differ"
 

@@ -27,8 +27,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 varlen_attention: Any = None
+
+
 with contextlib.suppress(ImportError):  # from PyTorch 2.10 on
     from torch.nn.attention.varlen import varlen_attn as varlen_attention
+
+
 VARLEN_OPTIONS = inspect.signature(varlen_attention).parameters if varlen_attention is not None else {}
 ALIKE = 0.8  # documents at least so long, relative to the longest of a group, are attended to together
 CHUNK = 256  # queries at once in `_Chunked`: the weights of so many fit into a CPU's cache

@@ -39,11 +39,10 @@ from torch.autograd.function import once_differentiable
 
 from nanoft import UserError
 from nanoft.config import LoRAConfig
+from nanoft.io.untrusted import time_limit
 from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, gradient, product
-from nanoft.untrusted import time_limit
 
 Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
-
 WORDS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
 MATCHING_SECONDS = 5.0  # for regular expressions, which may be a stranger's: `(.+)+!` would take for ever
 EXACT_SVD = 1024  # a larger matrix is decomposed approximately

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
-from nanoft.untrusted import parse_json
+from nanoft.io.untrusted import parse_json
 
 BLOCK = 64  # weights that share one scale
 NESTED = 256  # scales that share a scale of their own (double quantisation)
