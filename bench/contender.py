@@ -24,7 +24,7 @@ from nanoft.config import DataConfig, LoRAConfig, TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import open_corpus
 from nanoft.lora import inject_lora
-from nanoft.loss import target_nll
+from nanoft.loss import token_nll
 from nanoft.model import Decoder, compile_blocks
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.families import decoder_config
@@ -252,7 +252,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
         loss = torch.zeros((), device=device)
         for batch in batches:
             hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
-            micro_loss = target_nll(hidden, model.head, batch.targets) / window_targets
+            micro_loss = token_nll(hidden, model.head, batch.targets).sum() / window_targets
             micro_loss.backward()
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in trained], MAX_GRAD_NORM)

@@ -116,6 +116,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class TrainingConfig(Section):
+    objective: str = "sft"  # what is minimized: an entry of nanoft/objectives
     method: Literal["lora", "full"] = "lora"  # train adapters, or every parameter
     micro_batch_size: int | Literal["auto"] = bounded(4, 1)  # rows per forward pass; auto: as many as fit into memory
     gradient_accumulation_steps: int = bounded(4, 1)  # micro-batches per optimizer step; with auto: rows of a step

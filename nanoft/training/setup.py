@@ -37,6 +37,7 @@ from nanoft.models.families import read_shape
 from nanoft.models.hub import find_model
 from nanoft.models.weights import check_quantization, hash_files, load_model, quantization_of, shard_paths
 from nanoft.nf4 import Linear4bit, Linear8bit, cache_weights
+from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer
 from nanoft.runtime import distributed
 from nanoft.runtime.device import choose_device, choose_dtype, describe_device, versions
@@ -150,6 +151,7 @@ def build_training(
         chat,
         model,
         adapters,
+        build_objective(config),
         optimizer,
         corpus,
         batches,
