@@ -107,8 +107,8 @@ class _TokenNLL(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, *inputs = ctx.saved_tensors
         weights = grad_outputs[0][:, None]  # of each token in the final loss, (n, 1)
-        if not inputs:
-            return None if grad_hidden is None else (grad_hidden * weights).to(grad_hidden.dtype), None, None, None, None
+        if not inputs:  # the head is frozen
+            return (grad_hidden * weights).to(grad_hidden.dtype), None, None, None, None
         hidden, head, targets = inputs
         grad_hidden, weight = torch.empty_like(hidden), head.to(hidden.dtype)
         grad_head = torch.zeros_like(head, dtype=weights.dtype)

@@ -30,8 +30,8 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import Corpus
 from nanoft.io.tensor_files import write_tensors
 from nanoft.model import Decoder
-from nanoft.optim import optimizer_tensors
 from nanoft.objectives import Objective
+from nanoft.optim import optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import same_random_numbers
 from nanoft.runtime.memory import Shortage, peak_memory_gb
