@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nanoft import UserError, evaluate, quality, runtime, scores
@@ -30,7 +29,7 @@ from nanoft.checkpoint import replace_file
 from nanoft.config import Config, DataConfig, load_config, read_overrides
 from nanoft.corpus import NEAR, Corpus, data_hash, open_corpus, reading_of
 from nanoft.files import find_files
-from nanoft.lora import disabled, weight_of
+from nanoft.lora import DoRALinear, disabled
 from nanoft.metrics import as_json, table
 from nanoft.nf4 import quantize
 from nanoft.records import Conversation, read_file
@@ -367,10 +366,8 @@ def pack(opened: Opened, form: tuple[str, bool]) -> None:
             packed.register_parameter("bias", linear.bias)
             setattr(opened.model.get_submodule(place), leaf, packed)
     for adapter in opened.adapters.values():
-        if adapter.lora_magnitude_vector is not None:  # DoRA knows the lengths of its base's rows
-            lengths = torch.linalg.vector_norm(weight_of(adapter.base), dim=1, dtype=torch.float32)
-            adapter.squares.copy_(lengths.square())
-        adapter.train(adapter.training)  # forgets the norm of what it was
+        if isinstance(adapter, DoRALinear):
+            adapter.measure_base()
 
 
 if __name__ == "__main__":

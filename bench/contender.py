@@ -223,8 +223,8 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     from nanoft.config import LoRAConfig, TrainingConfig
     from nanoft.lora import inject_lora
     from nanoft.loss import target_nll
-    from nanoft.model import compile_blocks
     from nanoft.optim import build_optimizer
+    from nanoft.recompute import compile_blocks
 
     runtime.prepare(args.seed, args.threads, deterministic=False)
     device = runtime.choose_device("auto")
@@ -234,7 +234,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     shapes = {name: tensor.shape for name, tensor in adapter_tensors(adapters).items()}
     load_adapter_tensors(adapters, {name: random_weight(args, name, shapes[name], device) for name in shapes}, "seed")
     if args.ckpt:
-        model.keep = ["offloaded" if args.offload else "input"] * args.layers
+        model.activation_policy = ["offloaded" if args.offload else "input"] * args.layers
     if args.compile:
         compile_blocks(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -246,7 +246,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
         window_targets = sum(batch.target_tokens for batch in batches)
         loss = torch.zeros((), device=device)
         for batch in batches:
-            hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
+            hidden = model(batch.ids, batch.positions, batch.documents, target_positions=batch.target_positions)
             micro_loss = target_nll(hidden, model.head, batch.targets) / window_targets
             micro_loss.backward()
             loss += micro_loss.detach()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nanoft import UserError
 from nanoft.checkpoint import write_file, write_tensors
 from nanoft.config import LoRAConfig, check_expressions
-from nanoft.lora import MATCHING_SECONDS, LoRALinear, by_pattern, is_meant, linears_of, widen
+from nanoft.lora import MATCHING_SECONDS, LoRALinear, by_pattern, linears_of, matches_target, variant_of
 from nanoft.tensorfile import load_tensors
 from nanoft.untrusted import read_json, time_limit
 
@@ -65,29 +65,31 @@ def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
         f"{PEFT_PREFIX}{name}.{key}": tensor.detach()
         for name, adapter in adapters.items()
         for part, key in TENSORS.items()
-        if (tensor := getattr(adapter, part)) is not None
+        if (tensor := getattr(adapter, part, None)) is not None
     }
 
 
 def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The same adapter without PiSSA, as a LoRA of rank 2r on the same base (Meng et al. 2024, appendix C).
+    """The same adapter as plain LoRA on the same base: PiSSA's has rank 2r (Meng et al. 2024, appendix C).
 
     Args:
         lora: what the adapter was trained as.
         tensors: of a checkpoint.
     Returns:
-        Settings with the same scaling, alpha / r or alpha / sqrt(r), for twice the rank; tensors as in PEFT's files.
+        Settings for the rank of the change with the same scaling, alpha / r or alpha / sqrt(r); tensors as in PEFT's
+        files.
     """
-    if lora.init == "default":
+    variant = variant_of(lora)
+    if variant.FACTORS == LoRALinear.FACTORS:
         return lora, tensors
-    more = math.sqrt(2) if lora.rslora else 2
-    ranks = {key: 2 * rank for key, rank in lora.rank_pattern.items()}
+    more = math.sqrt(variant.RANKS) if lora.rslora else variant.RANKS
+    ranks = {key: variant.RANKS * rank for key, rank in lora.rank_pattern.items()}
     alphas = {key: more * alpha for key, alpha in lora.alpha_pattern.items()}
     plain = dict(tensors)
-    for module in [name.removesuffix(TENSORS["lora_A0"]) for name in tensors if name.endswith(TENSORS["lora_A0"])]:
-        a, b, a0, b0 = (module + TENSORS[part] for part in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
-        plain[a], plain[b] = widen(plain[a], plain[b], plain.pop(a0), plain.pop(b0))
-    rank, alpha = 2 * lora.rank, more * lora.alpha
+    for module in [name.removesuffix(TENSORS["lora_A"]) for name in tensors if name.endswith(TENSORS["lora_A"])]:
+        factors = variant.plain_factors(*(plain.pop(module + TENSORS[part]) for part in variant.FACTORS))
+        plain[module + TENSORS["lora_A"]], plain[module + TENSORS["lora_B"]] = factors
+    rank, alpha = variant.RANKS * lora.rank, more * lora.alpha
     return replace(lora, init="default", rank=rank, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas), plain
 
 
@@ -169,10 +171,10 @@ def select(lora: LoRAConfig, tensors: dict[str, Tensor], only: Sequence[str]) ->
             re.compile(word)
         except re.error as error:
             raise UserError(f"--only: {word!r:.60} is neither a name nor a regular expression: {error}") from None
-        if not any(is_meant(name, word) for name in modules):
+        if not any(matches_target(name, word) for name in modules):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
             raise UserError(f"--only: {word!r} names nothing that this adapter changes: it has {known}")
-    kept = [name for name in modules if any(is_meant(name, word) for word in only)]
+    kept = [name for name in modules if any(matches_target(name, word) for word in only)]
     tensors = {f"{PEFT_PREFIX}{name}.{key}": tensor for name in kept for key, tensor in modules[name].items()}
     ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in kept}
     alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in kept}

@@ -30,10 +30,10 @@ from huggingface_hub import constants
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanoft import UserError, scores
-from nanoft.attention import CHUNK, attend, has_varlen
 from nanoft.cache import cache_home
 from nanoft.config import Config, load_config
 from nanoft.files import find_files
+from nanoft.kernels.attention import CHUNK, attend, has_varlen
 from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
 from nanoft.optim import check_optimizer
 from nanoft.plan import choose_activations, decide_rows, find_machine, kept, matmul_gflop_s

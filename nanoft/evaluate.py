@@ -144,7 +144,7 @@ def validation_loss(model: Decoder, samples: Sequence[Sample], batch_size: int, 
         with parallel.alike(device):
             for batch in parallel.share(even(in_order(samples, batch_size, pad_id), parallel.ranks())):
                 placed = batch.to(device)
-                hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
+                hidden = model(placed.ids, placed.positions, placed.documents, placed.target_positions)
                 nats += token_nll(hidden, model.head, placed.targets).cpu().double().sum().item()
                 count += batch.target_tokens
     finally:
@@ -181,7 +181,7 @@ def likelihoods(
             group = pieces[at : at + batch_size]
             cut = [_window(samples[number], start, first, end) for number, start, first, end in group]
             batch = collate(Samples.of(cut), list(np.arange(len(cut))[:, None]), chat.pad_id).to(device)
-            hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
+            hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)
             nll = token_nll(hidden, model.head, batch.targets).cpu().double().numpy()  # row behind row
             for place, own in enumerate(np.split(nll, _ends(group)), start=at):
                 number, _, first, end = pieces[place]

@@ -21,10 +21,11 @@ import torch
 
 from nanoft import UserError
 from nanoft.chat import ChatTokenizer, Message
-from nanoft.decode import SHARE, Decoding
+from nanoft.decode import Decoding
+from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import linears_of
 from nanoft.model import Decoder
-from nanoft.nf4 import cache_weights
+from nanoft.models.dequantize import cache_weights
 from nanoft.runtime import Arguments, choose_device, choose_dtype, command, free_host_bytes, quiet_libraries
 from nanoft.sampling import GREEDY, Sampler, Sampling
 from nanoft.talk import Talk, check_text
@@ -166,7 +167,7 @@ def main(argv: list[str]) -> int:
 def has_room(model: Decoder) -> bool:
     """Whether the weights of a packed base may lie there unpacked, which makes a token several times as fast."""
     needed = sum(layer.out_features * layer.in_features for layer in linears_of(model).values()) * 4  # bytes, at most
-    return needed <= SHARE * free_host_bytes()
+    return needed <= MEMORY_SHARE * free_host_bytes()
 
 
 def build_parser() -> Arguments:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanoft import UserError, checkpoint, guard, parallel, runtime
+from nanoft import UserError, checkpoint, guard, kernels, parallel, runtime
 from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.batches import Batches, Samples
 from nanoft.chat import ChatTokenizer
@@ -29,11 +29,12 @@ from nanoft.config import Config, check_same_run, settled_hash
 from nanoft.corpus import REJECTED, Corpus, data_hash, describe, open_corpus
 from nanoft.lora import LoRALinear, disabled, inject_lora
 from nanoft.metrics import Meter, Run
-from nanoft.model import Decoder, compile_blocks
-from nanoft.nf4 import cache_weights
+from nanoft.model import Decoder
+from nanoft.models.dequantize import cache_weights
 from nanoft.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from nanoft.plan import Plan, choose_activations, too_little
 from nanoft.preflight import check_ids
+from nanoft.recompute import compile_blocks
 from nanoft.weights import (
     check_quantization,
     find_model,
@@ -173,11 +174,13 @@ def prepare(
     check_ids(corpus, read_shape(base).vocab_size)
     keep, plan = choose_activations(config, *batches.longest().ids.shape)  # from what is free before loading
     model = load_base(config, base, torch.device("cpu") if t.sharding == "full" else device, dtype)
-    model.keep = parallel.tell(lambda: keep)
+    model.activation_policy = parallel.tell(lambda: keep)
     model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
         adapters = inject_lora(model, config.lora, config.system.seed)
+    if config.system.kernels == "auto" and (warning := kernels.apply(model, config.lora if adapters else None)):
+        run.say(f"warning: {warning}")
     if t.compile:
         compile_blocks(model)
     if t.sharding == "full":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 
-from nanoft import UserError, parallel, runtime
+from nanoft import UserError, kernels, parallel, runtime
 from nanoft.batches import Batches
 from nanoft.chat import ChatTokenizer
 from nanoft.config import questionable
@@ -52,6 +52,7 @@ def announce(job: Job, state: State, total_steps: int, seconds_a_step: float) ->
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(job.adapters):
         say(f"          {line}")
+    say(f"kernels   {kernels.describe(job.model)}")
     say(f"attention {job.model.attention_backend(job.dtype, job.config.model.max_seq_length, job.batches.is_packed)}")
     for warning in questionable(c):
         say(f"warning: {warning}")

@@ -251,7 +251,7 @@ def report(
             empty.
         step: of the weights; the optimizer's means may be those of a later one.
     """
-    if not adapters or any(adapter.lora_A0 is not None for adapter in adapters.values()):
+    if not adapters or any(adapter.FACTORS != LoRALinear.FACTORS for adapter in adapters.values()):
         return {}, "", ""
     values = summarise({name: measure(adapter, optimizer) for name, adapter in adapters.items()}, step)
     said, whole, means = values["summary"], values["all"], next(iter(values["modules"].values()))["gradient"]

@@ -39,7 +39,7 @@ from nanoft.checkpoint import Background, Checkpoints, Damaged, verify
 from nanoft.config import Config
 from nanoft.generate import generate
 from nanoft.job import Job
-from nanoft.lora import LoRALinear, by_pattern, disabled, weight_of
+from nanoft.lora import LoRALinear, by_pattern, disabled, variant_of, weight_of
 from nanoft.loss import chunk_rows, target_nll, token_nll
 from nanoft.model import Decoder
 
@@ -303,7 +303,7 @@ def packed_apart(model: Decoder, documents: Samples, pad_id: int) -> float:
         alone = model(one.ids)
         farthest = max(farthest, apart(model.logits(together), model.logits(alone)))
         for i, hidden in enumerate((together, alone)):
-            losses[i] += token_nll(hidden[0, one.rows], model.head, one.targets).sum().cpu()
+            losses[i] += token_nll(hidden[0, one.target_positions], model.head, one.targets).sum().cpu()
     return max(farthest, apart(losses[0], losses[1]))
 
 
@@ -317,13 +317,13 @@ def packed_gradients_apart(job: Job, go_on: GoOn, documents: Samples) -> float:
 
 def kept_apart(job: Job, go_on: GoOn, documents: Samples) -> float:
     """Activations kept against computed again, with the same dropout and noise: one gradient."""
-    batches, chosen = Batches(documents, 1, 1, 0, job.chat.pad_id), job.model.keep
+    batches, chosen = Batches(documents, 1, 1, 0, job.chat.pad_id), job.model.activation_policy
     found = []
     for keep in dict.fromkeys(("all", "input", *chosen)):
-        job.model.keep = [keep] * len(chosen)
+        job.model.activation_policy = [keep] * len(chosen)
         batches.seek(0, 0)
         found.append(gradient(job, go_on, batches))
-    job.model.keep = chosen
+    job.model.activation_policy = chosen
     return max(gradients_apart(one, found[0]) for one in found[1:])
 
 
@@ -332,7 +332,7 @@ def loss_apart(job: Job, documents: Samples) -> float:
     model, t = job.model.eval(), job.config.training
     batch = collate(documents, [[0]], job.chat.pad_id).to(job.device)
     with torch.no_grad(), job.autocast():
-        hidden = model(batch.ids, rows=batch.rows)[0]  # (targets, hidden)
+        hidden = model(batch.ids, target_positions=batch.target_positions)[0]  # (targets, hidden)
     rows = torch.arange(chunk_rows(len(model.head), job.device) * 5 // 4 + 1, device=job.device)
     size = torch.linspace(0.5, 1.5, len(rows), device=job.device)[:, None]  # no two rows are the same
     hidden = (hidden[rows % len(hidden)] * size).to(hidden.dtype).requires_grad_()
@@ -399,7 +399,7 @@ def files_apart(job: Job, directory: Path) -> float:
     again, generator = {}, torch.Generator()
     for name, adapter in job.adapters.items():
         rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-        again[name] = LoRALinear(adapter.base, replace(lora, rank=rank, alpha=alpha), generator).eval()
+        again[name] = variant_of(lora)(adapter.base, replace(lora, rank=rank, alpha=alpha), generator).eval()
     load_adapter_tensors(again, tensors, str(first))
     save_adapter(second, job.model, again, lora, base, note)
     if any((second / path.name).read_bytes() != path.read_bytes() for path in first.iterdir()):

@@ -27,7 +27,8 @@ from nanoft.checkpoint import Damaged, Saved, Specs, encode, verify, write_file
 from nanoft.config import Config, LoRAConfig, load_file
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder, DecoderConfig, initialise
-from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize, read_stored, stored_tensors
+from nanoft.models.bnb_format import read_stored, stored_tensors
+from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize
 from nanoft.runtime import DTYPES
 from nanoft.tensorfile import Header, load_tensors, read_header
 from nanoft.untrusted import plain_file, read_bytes, read_json, refuse_code
