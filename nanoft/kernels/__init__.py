@@ -94,17 +94,23 @@ def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
             sizes[field.name] = value[0], value[-1]
     sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
     model = Decoder(replace(config, **sizes))
+    _perturb(model)
     if lora is not None:
         names = linears_of(model)
         targets = tuple(t for t in lora.target_modules if any(matches_target(name, t) for name in names))
         own: dict[str, Any] = {"rank": 2, "alpha": 3.0, "dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
         own |= {"bias": "none" if lora.bias == "none" else "lora_only", "target_modules": targets or ("all-linear",)}
         inject_lora(model, replace(lora, **own), seed=0)
-    model.double()
-    with torch.no_grad():
-        for parameter in model.parameters():
+        _perturb(model)
+    return model.double()
+
+
+@torch.no_grad()
+def _perturb(model: Decoder) -> None:
+    """Move every trained parameter away from its start: zeros and ones hide mistakes."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model
 
 
 def _step(model: Decoder) -> dict[str, Tensor]:

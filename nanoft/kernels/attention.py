@@ -192,6 +192,7 @@ class _Chunked(torch.autograd.Function):
         for here, seen in _chunks(q.shape[1], window):
             p = _weights(q[:, here], keys[:, seen], here.start - seen.start, window)
             y[:, here] = _ungrouped(p @ values[:, seen], y[:, here])
+            del p  # before the next chunk's
         return y
 
     @staticmethod
@@ -205,11 +206,13 @@ class _Chunked(torch.autograd.Function):
         for here, seen in _chunks(q.shape[1], ctx.window):
             p = _weights(q[:, here], keys[:, seen], here.start - seen.start, ctx.window)  # (b g, h/g q, k)
             dy = _grouped(grad_outputs[0][:, here], keys.shape[0])
+            dv[:, seen] += p.transpose(1, 2) @ dy
             dp = dy @ values[:, seen].transpose(1, 2)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dv[:, seen] += p.transpose(1, 2) @ dy
+            del p, dp  # memory is at its peak here
             dk[:, seen] += ds.transpose(1, 2) @ _grouped(q[:, here], keys.shape[0])
             dq[:, here] = _ungrouped(ds @ keys[:, seen], dq[:, here])
+            del ds  # before the next chunk's p
         unheaded = [t.to(k.dtype).unflatten(0, (len(k), -1)).transpose(1, 2) for t in (dk.mul_(scale), dv)]
         return dq.mul_(scale), *unheaded, None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from nanoft.attention import SequenceContext
@@ -17,11 +16,11 @@ LINEARS = {nn.Linear, Linear4bit, Linear8bit}
 class FastBlock(Block):
     """A `Block`, with the same modules, that keeps less for backward. Each half is fast where its types are known.
 
-    Under autocast, in torch.compile and while hooks look at the halves, it is the reference.
+    The last block computes `o_proj` at the target positions only. While hooks look at the halves, it is the reference.
     """
 
     def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or has_hooks(self):
+        if has_hooks(self):
             return super().forward(x, context, target_positions)
         if supports_attention(self):
             attn, norm = self.self_attn, self.input_layernorm

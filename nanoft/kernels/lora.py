@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from nanoft.lora import LoRALinear
 from nanoft.nf4 import Frozen, matmul_backward
@@ -29,12 +30,16 @@ def identity(x: Tensor) -> Tensor:
 def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor) -> list[Tensor]:
     """Each linear's output for the same x = prepare(*inputs), like `[linear(x) for linear in linears]`.
 
+    Without adapters it is just that; also under autocast, and in torch.compile, which chooses itself what to fuse and
+    what to keep.
+
     Args:
         linears: all, some or none with an adapter.
         prepare: recomputed in backward. Whatever gets a gradient in it must be among `inputs`.
     """
     adapters = [linear for linear in linears if isinstance(linear, LoRALinear)]
-    if not adapters or not adapters[0].enabled or any(map(_is_trained, linears)):
+    declined = torch.compiler.is_compiling() or torch.is_autocast_enabled(inputs[0].device.type)
+    if declined or not adapters or not adapters[0].enabled or any(map(_is_trained, linears)):
         x = prepare(*inputs)
         return [linear(x) for linear in linears]
     group = _Group(prepare, len(inputs), linears, adapters[0].dropout if adapters[0].training else 0.0)
@@ -110,14 +115,16 @@ class _GroupedLinear(torch.autograd.Function):
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
         with torch.enable_grad():
             x = group.prepare(*inputs)
+        shape, edge = x.shape, get_gradient_edge(x) if x.requires_grad else None
         da: Sequence[Tensor | None] = [None] * len(a)
         if any(ctx.needs_input_grad[1 + group.inputs :: 2]):
             da = (du.T @ _masked(x.detach().flatten(0, -2), mask)).split([len(a_i) for a_i in a])
-        if x.requires_grad:
+        del x  # before dx: backward of `prepare` does not need it, and here memory is at its peak
+        if edge is not None:
             dx = _masked(du @ torch.cat(a).to(du.dtype), mask)
             for base, g_i in zip(group.bases, g, strict=True):
                 dx += matmul_backward(base, g_i)
-            x.backward(dx.view_as(x))  # on to the inputs
+            torch.autograd.backward(edge, dx.view(shape))  # on to the inputs
         d_factors = [None if d is None else d.to(a[0].dtype) for pair in zip(da, db, strict=True) for d in pair]
         return (None, *(tensor.grad for tensor in inputs), *d_factors)
 
