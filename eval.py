@@ -22,29 +22,38 @@ from typing import Any
 
 from torch import nn
 
-from nanoft import UserError, evaluate, quality, runtime, scores
-from nanoft.batches import Samples
-from nanoft.chat import ChatTokenizer, Sample
-from nanoft.checkpoint import replace_file
-from nanoft.config import Config, DataConfig, load_config, read_overrides
-from nanoft.corpus import NEAR, Corpus, data_hash, open_corpus, reading_of
-from nanoft.files import find_files
+from nanoft import UserError
+from nanoft.batches import Sample, TokenDataset
+from nanoft.config import Config, DataConfig
+from nanoft.config.loading import load_config, read_overrides
+from nanoft.data import filters
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import NEAR, Corpus, data_hash, open_corpus, reading_of
+from nanoft.data.formats import Conversation, read_file
+from nanoft.data.sources import find_files
+from nanoft.evaluation import evaluate
+from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
+from nanoft.io.atomic import replace_file
+from nanoft.io.tables import markdown_table
+from nanoft.io.untrusted import redact
 from nanoft.lora import DoRALinear, disabled
-from nanoft.metrics import as_json, table
+from nanoft.metrics import answers
+from nanoft.models.hub import find_model
+from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_model
+from nanoft.models.weights import load_model, stored_quantization
 from nanoft.nf4 import quantize
-from nanoft.records import Conversation, read_file
-from nanoft.report import Findings, leakage_of_run, report, settings_of
-from nanoft.untrusted import redact
-from nanoft.weights import Opened, find_model, is_run, load_model, open_chat, open_model, stored_quantization
+from nanoft.runtime.command import Arguments, command
+from nanoft.runtime.device import choose_device, choose_dtype, library_versions, seed_everything
+from nanoft.tracking.run import to_json
 
 # Settings that say what a model is: to change them here would measure something that nobody trained.
 FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.")
 NO_LIMIT = 2**31 - 1  # tokens of a plain text, which is read through windows
 
 
-@runtime.command
+@command
 def main(argv: list[str]) -> int:
-    parser = runtime.Arguments(
+    parser = Arguments(
         prog="eval.py",
         description="Perplexity, metrics of answers and stop rate of a run or a model on held-out data.",
         epilog="examples: python eval.py runs/tiny --compare-base; "
@@ -85,10 +94,10 @@ class Wish:
 class Held:
     """What is measured: the likelihood of samples, the answers to prompts, the loss on a general text."""
 
-    samples: Samples
+    samples: TokenDataset
     prompts: list[evaluate.Prompt] = field(default_factory=list)
     general: list[Sample] = field(default_factory=list)
-    metrics: list[scores.Metric] = field(default_factory=list)
+    metrics: list[answers.Metric] = field(default_factory=list)
     groups: dict[str, list[str]] = field(default_factory=dict)
     places: list[str] = field(default_factory=list)
     leakage: dict[str, Any] = field(default_factory=dict)
@@ -99,18 +108,18 @@ def evaluate_source(wish: Wish, overrides: list[str]) -> int:
     """Everything that eval.py does; returns the exit code."""
     config = settings(wish.source, overrides)
     check_wish(wish, config)
-    metrics = scores.choose(config.evaluation.metrics)
+    metrics = answers.select_metrics(config.evaluation.metrics)
     data_config = data_of(config, wish.source, wish.data)
-    runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
-    device = runtime.choose_device(config.system.device)
-    dtype = runtime.choose_dtype(config.model.dtype, device)
+    seed_everything(config.system.seed, config.system.threads, config.system.deterministic)
+    device = choose_device(config.system.device)
+    dtype = choose_dtype(config.model.dtype, device)
     opened = open_model(wish.source, device, dtype, original_base=wish.quantization)
     if opened.step is not None:
         print(f"{wish.source}: no result yet: this is its best checkpoint, after step {opened.step}\n")
     has_base = bool(opened.adapters) or (is_run(wish.source) and not config.model.random_init)
     if wish.compare_base and not has_base:
         raise UserError(f"--compare-base: {wish.source} is a plain model, without a base: leave --compare-base out")
-    chat = open_chat(wish.source, opened, as_trained=True)
+    chat = open_chat_tokenizer(wish.source, opened, as_trained=True)
     held = held_out(config, data_config, wish, chat, metrics)
     if wish.quantization:
         values, text = quantization_report(config, wish.source, opened, chat, held)
@@ -118,14 +127,14 @@ def evaluate_source(wish: Wish, overrides: list[str]) -> int:
     else:
         values, text, markdown = compare(config, wish, opened, chat, held, has_base)
     print(redact(text))
-    for flag, content in (("--json", as_json(values, indent=2) + "\n"), ("--report", markdown)):
+    for flag, content in (("--json", to_json(values, indent=2) + "\n"), ("--report", markdown)):
         if file := wish.out.get(flag):
             write_file(flag, file, redact(content))
     return 0
 
 
 def compare(
-    config: Config, wish: Wish, opened: Opened, chat: ChatTokenizer, held: Held, has_base: bool
+    config: Config, wish: Wish, opened: LoadedModel, chat: ChatTokenizer, held: Held, has_base: bool
 ) -> tuple[dict[str, Any], str, str]:
     """Figures, text and Markdown of the ordinary report."""
     tuned, base = measure(config, opened, chat, held), None
@@ -133,7 +142,7 @@ def compare(
         with base_of(config, opened) as model:
             base = measure(config, model, chat, held)
     check_finite(tuned, wish.source)
-    found = Findings(
+    found = ReportInputs(
         wish.source,
         tuned,
         base,
@@ -221,7 +230,7 @@ def everything_in(file: str, settings: DataConfig) -> DataConfig:
     )
 
 
-def held_out(config: Config, data: DataConfig, wish: Wish, chat: ChatTokenizer, metrics: list[scores.Metric]) -> Held:
+def held_out(config: Config, data: DataConfig, wish: Wish, chat: ChatTokenizer, metrics: list[answers.Metric]) -> Held:
     """Everything to measure on, and what is known of it."""
     e, own = config.evaluation, data is config.data
     limit = config.model.max_seq_length if own or not is_text(data) else NO_LIMIT
@@ -261,7 +270,7 @@ def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Samp
     return samples
 
 
-def leakage(config: Config, wish: Wish, corpus: Corpus, samples: Samples, chat: ChatTokenizer) -> dict[str, Any]:
+def leakage(config: Config, wish: Wish, corpus: Corpus, samples: TokenDataset, chat: ChatTokenizer) -> dict[str, Any]:
     """Whether prompts that are measured stand among those that the run was trained on."""
     if not wish.data:
         return leakage_of_run(corpus.report, config.data.near_leaks)
@@ -274,12 +283,12 @@ def leakage(config: Config, wish: Wish, corpus: Corpus, samples: Samples, chat: 
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
     asked = list(corpus.questions(samples))
-    exact, near = quality.leaks(asked, trained.questions(trained.training), NEAR)
+    exact, near = filters.leaks(asked, trained.questions(trained.training), NEAR)
     said = f"of {len(asked):,} prompts, {exact:,} stand in the training data word for word and {near:,} nearly so"
     return {"prompts": len(asked), "exact": exact, "near": near, "said": said}
 
 
-def measure(config: Config, opened: Opened, chat: ChatTokenizer, held: Held) -> evaluate.Measured:
+def measure(config: Config, opened: LoadedModel, chat: ChatTokenizer, held: Held) -> evaluate.EvalResult:
     return evaluate.measure(
         opened.model,
         chat,
@@ -293,7 +302,7 @@ def measure(config: Config, opened: Opened, chat: ChatTokenizer, held: Held) -> 
     )
 
 
-def check_finite(measured: evaluate.Measured, source: str) -> None:
+def check_finite(measured: evaluate.EvalResult, source: str) -> None:
     """A model without a finite loss has no figures worth printing."""
     for name, figure in measured.figures.items():
         if not math.isfinite(figure.value):
@@ -301,7 +310,7 @@ def check_finite(measured: evaluate.Measured, source: str) -> None:
 
 
 @contextlib.contextmanager
-def base_of(config: Config, opened: Opened) -> Iterator[Opened]:
+def base_of(config: Config, opened: LoadedModel) -> Iterator[LoadedModel]:
     """The same model with its adapters off; after full training, the model it started from."""
     if opened.adapters:
         with disabled(opened.adapters):
@@ -309,7 +318,7 @@ def base_of(config: Config, opened: Opened) -> Iterator[Opened]:
     else:
         directory = find_model(config.model.name)
         model = load_model(directory, opened.model.head.device, opened.dtype).eval()
-        yield Opened(model, {}, directory, directory)
+        yield LoadedModel(model, {}, directory, directory)
 
 
 def provenance(config: Config, wish: Wish, data: DataConfig) -> dict[str, Any]:
@@ -324,7 +333,7 @@ def provenance(config: Config, wish: Wish, data: DataConfig) -> dict[str, Any]:
         **kept,
         "settings": settings_of(config),
         "evaluation": how,
-        "versions": runtime.versions(),
+        "versions": library_versions(),
     }
 
 
@@ -332,7 +341,7 @@ def provenance(config: Config, wish: Wish, data: DataConfig) -> dict[str, Any]:
 
 
 def quantization_report(
-    config: Config, source: str, opened: Opened, chat: ChatTokenizer, held: Held
+    config: Config, source: str, opened: LoadedModel, chat: ChatTokenizer, held: Held
 ) -> tuple[dict[str, Any], str]:
     """Perplexity of base and adapter on the original weights, and on those in 4 bits (or as the run packed them)."""
     form = opened.quantization or ("nf4", True)
@@ -346,19 +355,19 @@ def quantization_report(
     figures[form[0]] = both(config, opened, chat, held)
     rows = [[name, *(f"{perplexity:.5g}" for perplexity in pair.values())] for name, pair in figures.items()]
     was = f"in {opened.quantization[0]}" if opened.quantization else "as they are stored"
-    text = f"{table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on weights {was}"
+    text = f"{markdown_table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on weights {was}"
     return {"quantization": figures}, text
 
 
-def both(config: Config, opened: Opened, chat: ChatTokenizer, held: Held) -> dict[str, float | None]:
+def both(config: Config, opened: LoadedModel, chat: ChatTokenizer, held: Held) -> dict[str, float | None]:
     """Perplexity of the base, adapters off, and with them."""
     with disabled(opened.adapters):
         base = measure(config, opened, chat, held).perplexity
     return {"base": base, "tuned": measure(config, opened, chat, held).perplexity}
 
 
-def pack(opened: Opened, form: tuple[str, bool]) -> None:
-    """Quantise the linears of the blocks where they stand, one after another; the adapters stay."""
+def pack(opened: LoadedModel, form: tuple[str, bool]) -> None:
+    """Quantize the linears of the blocks where they stand, one after another; the adapters stay."""
     for name, linear in list(opened.model.named_modules()):
         place, _, leaf = name.rpartition(".")
         if isinstance(linear, nn.Linear) and name.startswith("model.layers."):

@@ -24,37 +24,38 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanoft import TrainingFailed, UserError, checkpoint, evaluate, guard, parallel, runtime, selftest
-from nanoft.batches import Batch, even
-from nanoft.checkpoint import Saved
-from nanoft.config import Config, load_config, read_overrides
-from nanoft.energy import Energy
-from nanoft.environment import insist
-from nanoft.finish import finish
-from nanoft.job import (
-    Job,
-    Provenance,
-    State,
-    claim,
-    halve,
-    load_data,
-    log_memory,
-    make_sure_of_the_last_save,
-    prepare,
-    report_failure,
-    report_save,
-    save,
-    start_from,
-    starting_state,
-)
+from nanoft import TrainingFailed, UserError, checkpoint, guard
+from nanoft import perplexity as perplexities
+from nanoft.batches import Batch, pad_to_multiple
+from nanoft.checkpoint import Checkpoint
+from nanoft.config import Config
+from nanoft.config.loading import load_config, read_overrides
 from nanoft.loss import target_nll
-from nanoft.metrics import Run
-from nanoft.opening import announce, preflight_checks, show
-from nanoft.optim import learning_rate_at, set_learning_rate, warmup_length
-from nanoft.plan import decide_rows, show_plan, too_little
-from nanoft.preflight import NAMES, check_room, judge
-from nanoft.probe import Probe
-from nanoft.sinks import listeners
+from nanoft.optim import learning_rate, set_learning_rate, warmup_length
+from nanoft.runtime import distributed
+from nanoft.runtime.command import Arguments, StopRequest, command, ignore_broken_output
+from nanoft.runtime.device import choose_device, choose_dtype, describe_device, library_versions, seed_everything
+from nanoft.runtime.energy import EnergyMeter
+from nanoft.runtime.memory import (
+    MemoryMonitor,
+    Shortage,
+    is_out_of_memory,
+    peak_memory_gb,
+    read_memory,
+    total_memory_gb,
+)
+from nanoft.tracking.profiler import Profiler
+from nanoft.tracking.run import Run
+from nanoft.tracking.trackers import build_trackers
+from nanoft.training import self_test
+from nanoft.training.doctor import validate_environment
+from nanoft.training.finalize import finalize
+from nanoft.training.memory_plan import out_of_memory_error, resolve_micro_batch_size, show_plan
+from nanoft.training.preflight import CHECKS, check_room, preflight_checks, require_passed, show_step
+from nanoft.training.recovery import halve_micro_batch
+from nanoft.training.saving import ensure_final_checkpoint, log_memory, report_failure, report_save, save
+from nanoft.training.setup import Provenance, build_training, init_run_dir, load_data, print_summary
+from nanoft.training.state import TrainContext, TrainState, start_from, starting_state
 
 STOPPED_BY_SIGNAL = 75
 CONFIGS = Path(__file__).parent / "configs"
@@ -62,27 +63,27 @@ DEFAULT_CONFIG = CONFIGS / "tiny.py"
 GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # GB that each needs
 
 
-def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -> State:
+def train(job: TrainContext, state: TrainState, stop: StopRequest, total_steps: int) -> TrainState:
     """The loop. Returns how far it came; a checkpoint of that step is on the disk."""
-    watch, energy, is_first = runtime.MemoryWatch(job.device), Energy(job.device), not parallel.rank()
-    probe = Probe(job.config, job.run.directory, job.run.log, job.run.say, records=is_first)
+    watch, energy, is_first = MemoryMonitor(job.device), EnergyMeter(job.device), not distributed.process_rank()
+    probe = Profiler(job.config, job.run.directory, job.run.log, job.run.print, records=is_first)
     job.model.train()
     with job.saves, probe, progress_bar(job, state, total_steps) as bar:
         if state.step == 0 and job.config.guard.max_rollbacks:
             save(job, state)  # something to go back to; and whether saving works is known at once
-        while state.step < total_steps and not parallel.asked_to_stop(stop) and not out_of_patience(job, state):
+        while state.step < total_steps and not distributed.stop_requested(stop) and not out_of_patience(job, state):
             started = time.perf_counter()
             here = [job.batches.epoch, job.batches.index]
             window = job.batches.next_window()  # all micro-batches of one optimizer step
             if here in state.guard.left_out:
                 continue
 
-            with runtime.Shortage(job.device) as short_of_memory:
+            with Shortage(job.device) as short_of_memory:
                 loss, grad_norm = accumulate(job, window)
             if short_of_memory:
-                halve(job, state)  # the same window again, in smaller pieces
+                halve_micro_batch(job, state)  # the same window again, in smaller pieces
                 continue
-            verdict = guard.judge(job.config.guard, state.guard, loss, grad_norm, here)
+            verdict = guard.check_step(job.config.guard, state.guard, loss, grad_norm, here)
             if verdict.reason:
                 report_bad_step(job, state, window, here, loss, grad_norm, verdict)
             if verdict.action != "take":
@@ -91,11 +92,11 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
 
             rate = state.guard.rate * scheduled_rate(job, state, total_steps)
             set_learning_rate(job.optimizer, rate)
-            with runtime.Shortage(job.device) as short_of_memory, parallel.alike(job.device):
+            with Shortage(job.device) as short_of_memory, distributed.same_exception(job.device):
                 job.optimizer.step()
             if short_of_memory:
                 state = go_back(job, state)  # half of a step may be done; a checkpoint has whole ones
-                halve(job, state)
+                halve_micro_batch(job, state)
                 continue
             state.step += 1
             state.epoch, state.window = job.batches.epoch, job.batches.index
@@ -113,11 +114,11 @@ def train(job: Job, state: State, stop: runtime.StopRequest, total_steps: int) -
             report_save(job, state, job.saves.collect())
             if due_to_save(job, state, total_steps):
                 save(job, state)
-        make_sure_of_the_last_save(job, state)
+        ensure_final_checkpoint(job, state)
     return state
 
 
-def accumulate(job: Job, window: list[Batch]) -> tuple[float, float]:
+def accumulate(job: TrainContext, window: list[Batch]) -> tuple[float, float]:
     """Forward and backward over a window, this rank's micro-batches of it: leaves the window's gradient, clipped.
 
     Returns:
@@ -126,9 +127,9 @@ def accumulate(job: Job, window: list[Batch]) -> tuple[float, float]:
     t, model = job.config.training, job.model
     window_targets = sum(micro_batch.target_tokens for micro_batch in window)
     loss = torch.zeros((), device=job.device)
-    parallel.reseed(job.config.system.seed, job.batches.epoch, job.batches.index)
-    with parallel.alike(job.device):
-        for micro_batch in parallel.share(even(window, parallel.ranks())):
+    distributed.seed_process(job.config.system.seed, job.batches.epoch, job.batches.index)
+    with distributed.same_exception(job.device):
+        for micro_batch in distributed.shard(pad_to_multiple(window, distributed.world_size())):
             batch = micro_batch.to(job.device)
             with job.autocast():
                 hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, n, hidden)
@@ -138,30 +139,30 @@ def accumulate(job: Job, window: list[Batch]) -> tuple[float, float]:
             micro_loss.backward()
             loss += micro_loss.detach()
     parameters = [p for _, p in job.trained]
-    parallel.add_up(loss, parameters)
+    distributed.all_reduce_gradients(loss, parameters)
     grad_norm = nn.utils.clip_grad_norm_(parameters, t.max_grad_norm or float("inf"))
-    return loss.item(), parallel.whole(grad_norm).item()
+    return loss.item(), distributed.full_tensor(grad_norm).item()
 
 
-def scheduled_rate(job: Job, state: State, total_steps: int) -> float:
+def scheduled_rate(job: TrainContext, state: TrainState, total_steps: int) -> float:
     """The learning rate that the schedule has for the next step."""
     t = job.config.training
     warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
     shape = (t.lr_scheduler, t.min_lr_ratio, t.lr_power)
-    return learning_rate_at(state.step, total_steps, t.learning_rate, warmup_steps, *shape)
+    return learning_rate(state.step, total_steps, t.learning_rate, warmup_steps, *shape)
 
 
-def count(state: State, window: list[Batch], loss: float, seconds: float, joules: float) -> None:
+def count(state: TrainState, window: list[Batch], loss: float, seconds: float, joules: float) -> None:
     """Add a step to the sums of the run."""
     targets, tokens = (sum(getattr(m, kind) for m in window) for kind in ("target_tokens", "tokens"))
     state.meter.add(loss * targets, tokens, targets, seconds, joules)
 
 
-def log_step(job: Job, state: State, rate: float, grad_norm: float) -> None:
+def log_step(job: TrainContext, state: TrainState, rate: float, grad_norm: float) -> None:
     """A `train` line: means since the last one, and what is true now."""
-    memory = {"peak_memory_gb": runtime.peak_memory_gb(job.device), **runtime.memory_now(job.device).figures()}
+    memory = {"peak_memory_gb": peak_memory_gb(job.device), **read_memory(job.device).figures()}
     values = {"learning_rate": rate, "grad_norm": grad_norm, **memory}
-    job.run.log("train", state.step, **state.meter.line(), **values, epoch=state.epoch)
+    job.run.log("train", state.step, **state.meter.flush(), **values, epoch=state.epoch)
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
@@ -169,20 +170,20 @@ def due(step: int, every: int, total_steps: int) -> bool:
     return step == total_steps or (every > 0 and step % every == 0)
 
 
-def due_to_save(job: Job, state: State, total_steps: int) -> bool:
+def due_to_save(job: TrainContext, state: TrainState, total_steps: int) -> bool:
     """At the steps that were asked for, at the best so far, and again after a save that failed."""
-    again = parallel.on_any_rank(job.saves.overdue())
+    again = distributed.all_reduce_any(job.saves.overdue())
     return due(state.step, job.config.training.save_steps, total_steps) or state.best_step == state.step or again
 
 
-def out_of_patience(job: Job, state: State) -> bool:
+def out_of_patience(job: TrainContext, state: TrainState) -> bool:
     """Early stopping: too many evaluations in a row without a gain."""
     patience = job.config.training.early_stopping_patience
     return patience > 0 and state.evaluations_without_gain >= patience
 
 
-def progress_bar(job: Job, state: State, total_steps: int) -> Any:
-    hidden = not job.config.logging.progress_bar or parallel.rank() > 0
+def progress_bar(job: TrainContext, state: TrainState, total_steps: int) -> Any:
+    hidden = not job.config.logging.progress_bar or distributed.process_rank() > 0
     often = 0.1 if sys.stderr.isatty() else 5.0  # s between two looks of the bar: a file keeps every one of them
     options: dict[str, Any] = {"disable": hidden, "mininterval": often, "dynamic_ncols": True, "leave": False}
     return tqdm(total=total_steps, initial=state.step, unit="step", **options)
@@ -192,7 +193,13 @@ def progress_bar(job: Job, state: State, total_steps: int) -> Any:
 
 
 def report_bad_step(
-    job: Job, state: State, window: list[Batch], here: list[int], loss: float, grad_norm: float, verdict: guard.Verdict
+    job: TrainContext,
+    state: TrainState,
+    window: list[Batch],
+    here: list[int],
+    loss: float,
+    grad_norm: float,
+    verdict: guard.Verdict,
 ) -> None:
     """Say which records were in a window whose loss or gradient is not what it should be."""
     records = [job.corpus.place(record) for micro_batch in window for record in micro_batch.records]
@@ -201,10 +208,10 @@ def report_bad_step(
     job.run.log("warning", state.step, what=what, **figures, records=records)
     first = ", ".join(Path(record).name for record in records[:4])
     done = "taken all the same" if what == "spike" else "left out"
-    job.run.say(f"warning: after step {state.step}: {verdict.reason}: {done}: {first}")
+    job.run.print(f"warning: after step {state.step}: {verdict.reason}: {done}: {first}")
 
 
-def leave_out(job: Job, state: State, window: list[Batch], verdict: guard.Verdict) -> State:
+def leave_out(job: TrainContext, state: TrainState, window: list[Batch], verdict: guard.Verdict) -> TrainState:
     """A window that is not learned from: pass it over, or go back, or give up, as the guard says.
 
     Raises:
@@ -215,11 +222,11 @@ def leave_out(job: Job, state: State, window: list[Batch], verdict: guard.Verdic
     if verdict.action == "stop":
         raise diverged(job, state, window)
     if verdict.action == "roll back":
-        return go_back(job, state, guard.rolled_back(job.config.guard, state.guard))
+        return go_back(job, state, guard.rolled_back_history(job.config.guard, state.guard))
     return state
 
 
-def go_back(job: Job, state: State, history: guard.History | None = None) -> State:
+def go_back(job: TrainContext, state: TrainState, history: guard.History | None = None) -> TrainState:
     """Take everything from the newest checkpoint that is whole; what the guard has learned since then stays.
 
     If the last rollback led to that one, and not one step could be taken from it, it is no good: the one before it.
@@ -228,7 +235,7 @@ def go_back(job: Job, state: State, history: guard.History | None = None) -> Sta
         history: of a rollback; None: the guard has nothing to do with it.
     """
 
-    def whole() -> Saved:
+    def whole() -> Checkpoint:
         report_save(job, state, job.saves.collect(wait=True))
         again = history is not None and state.step == state.guard.back_at
         stuck = again and job.checkpoints.newest(before=state.step)[0] is not None
@@ -240,21 +247,21 @@ def go_back(job: Job, state: State, history: guard.History | None = None) -> Sta
     job.optimizer.zero_grad(set_to_none=True)
     try:
         back = replace(start_from(job, whole), micro_batch_rows=state.micro_batch_rows)
-    except (UserError, checkpoint.Damaged) as reason:
+    except (UserError, checkpoint.CheckpointCorrupted) as reason:
         raise TrainingFailed(f"after step {state.step} the run had to go back, and could not: {reason}") from None
-    back.guard = replace(history, back_at=back.step) if history else guard.taken_back(back.guard, state.guard)
+    back.guard = replace(history, back_at=back.step) if history else guard.restored_history(back.guard, state.guard)
     history = back.guard
     job.model.train()
     job.checkpoints.forget_after(back.step)
-    job.run.begin(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
+    job.run.open_metrics(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
     rate = f", at {history.rate:g} of the learning rate" if history.rate < 1 else ""
     figures: dict[str, Any] = {"since": state.step, "rate": history.rate, "left_out": history.left_out}
     job.run.log("warning", back.step, what="rolled back", **figures)
-    job.run.say(f"warning: back from step {state.step} to the checkpoint of step {back.step}{rate}")
+    job.run.print(f"warning: back from step {state.step} to the checkpoint of step {back.step}{rate}")
     return back
 
 
-def diverged(job: Job, state: State, window: list[Batch]) -> TrainingFailed:
+def diverged(job: TrainContext, state: TrainState, window: list[Batch]) -> TrainingFailed:
     """What to say when nothing helped: where the first bad number arises, and what to change."""
     batch, seen, rate = window[-1].to(job.device), state.guard, job.config.training.learning_rate
     where = "which weight or output is the first was not looked for, because the model is split"
@@ -270,7 +277,7 @@ def diverged(job: Job, state: State, window: list[Batch]) -> TrainingFailed:
 # ---- Between two steps
 
 
-def evaluate_now(job: Job, state: State) -> None:
+def evaluate_now(job: TrainContext, state: TrainState) -> None:
     """Loss on the validation samples; remember the best, and count the evaluations that were no better."""
     if not len(job.validation):
         return
@@ -280,34 +287,36 @@ def evaluate_now(job: Job, state: State) -> None:
         job.model.train()
         report_failure(job, state, "evaluation", error)
         return
-    state.best_step, state.best_loss = parallel.tell(lambda: (state.best_step, state.best_loss))  # if it was saved
+    state.best_step, state.best_loss = distributed.broadcast_from_rank0(
+        lambda: (state.best_step, state.best_loss)
+    )  # if it was saved
     gained = loss < state.best_loss - job.config.training.early_stopping_threshold
     state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
     log_memory(job, state, "evaluated")
-    perplexity = evaluate.safe_exp(loss)
+    perplexity = perplexities.safe_exp(loss)
     job.run.log("eval", state.step, loss=loss, perplexity=perplexity, target_tokens=tokens)
     best = " (best so far)" if state.best_step == state.step else ""
-    job.run.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
+    job.run.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
 
 
-def validation_loss(job: Job) -> tuple[float, int]:
+def validation_loss(job: TrainContext) -> tuple[float, int]:
     """(nats per target token, target tokens), in smaller batches if memory is short."""
     rows = job.config.evaluation.batch_size
     while rows:
-        with runtime.Shortage(job.device), job.autocast():
-            return evaluate.validation_loss(job.model, job.validation, rows, job.chat.pad_id)
+        with Shortage(job.device), job.autocast():
+            return perplexities.validation_loss(job.model, job.validation, rows, job.chat.pad_id)
         rows //= 2
         job.model.train()  # the attempt that failed has left it in evaluation, and dropout off
     raise TrainingFailed("out of memory with one validation sample")
 
 
-def watch_memory(job: Job, state: State, watch: runtime.MemoryWatch) -> None:
+def watch_memory(job: TrainContext, state: TrainState, watch: MemoryMonitor) -> None:
     """Say so before memory runs out, and when it grows and grows."""
     for warning in watch.check(state.step):
         job.run.log("warning", state.step, what="memory", text=warning)
-        job.run.say(f"warning: memory after step {state.step}: {warning}")
+        job.run.print(f"warning: memory after step {state.step}: {warning}")
 
 
 # ---- The command
@@ -330,19 +339,23 @@ class Wish:
 
 def run_training(config: Config, wish: Wish) -> int:
     """One run, from its directory to its report; returns the exit code."""
-    runtime.forgive_output()
-    runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
-    device, config = runtime.choose_device(config.system.device), parallel.settle_ranks(config)
-    parallel.take_device(device, config.training.sharding)
-    insist(config, device)  # what the machine cannot do is told now, not after hours
+    ignore_broken_output()
+    seed_everything(config.system.seed, config.system.threads, config.system.deterministic)
+    device, config = choose_device(config.system.device), distributed.resolve_world_size(config)
+    distributed.select_device(device, config.training.sharding)
+    validate_environment(config, device)  # what the machine cannot do is told now, not after hours
     settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
-    name = runtime.describe(device).partition(",")[0]
-    parallel.check_alike({"the device": name, **runtime.versions(), **settings})
-    with parallel.open_run(config.output.dir) as run, runtime.StopRequest() as stop:
-        config = Config.from_dict(parallel.tell(lambda: decide_rows(config, run.recorded_config()).to_dict()))
+    name = describe_device(device).partition(",")[0]
+    distributed.assert_same_on_all_ranks({"the device": name, **library_versions(), **settings})
+    with Run.open(config.output.dir) as run, StopRequest() as stop:
+        config = Config.from_dict(
+            distributed.broadcast_from_rank0(lambda: resolve_micro_batch_size(config, run.recorded_config()).to_dict())
+        )
         if not wish.shows_data():
-            parallel.tell(lambda: judge([check_room(config)], wish.force))  # before a large model is fetched
-        provenance = parallel.tell(lambda: claim(config, run, wish.resume))
+            distributed.broadcast_from_rank0(
+                lambda: require_passed([check_room(config)], wish.force)
+            )  # before a large model is fetched
+        provenance = distributed.broadcast_from_rank0(lambda: init_run_dir(config, run, wish.resume))
         with explained(config):
             return run_claimed(config, run, stop, provenance, wish)
 
@@ -353,51 +366,51 @@ def explained(config: Config) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if runtime.is_out_of_memory(error):
-            raise too_little(config, config.micro_batch_rows()) from None
+        if is_out_of_memory(error):
+            raise out_of_memory_error(config, config.micro_batch_rows()) from None
         raise
 
 
-def run_claimed(config: Config, run: Run, stop: runtime.StopRequest, provenance: Provenance, wish: Wish) -> int:
+def run_claimed(config: Config, run: Run, stop: StopRequest, provenance: Provenance, wish: Wish) -> int:
     """Load the data, prepare, find where to begin, look before the leap, train, finish."""
     chat, corpus, batches = load_data(config, run, datetime.fromisoformat(provenance["date"]))
     total_steps = corpus.report["steps"]
     if wish.shows_data():
-        show(run, batches, corpus, chat, wish.show_step, total_steps)
+        show_step(run, batches, corpus, chat, wish.show_step, total_steps)
         return 0
     longest = batches.longest().ids.shape[1]
-    parallel.tell(lambda: judge([check_room(config, longest)], wish.force))
-    job = prepare(config, run, provenance, chat, corpus, batches)
+    distributed.broadcast_from_rank0(lambda: require_passed([check_room(config, longest)], wish.force))
+    job = build_training(config, run, provenance, chat, corpus, batches)
     state = starting_state(job, wish.resume)
     done = state.step >= total_steps or out_of_patience(job, state)
-    if done and parallel.tell(lambda: run.finished_at() == state.step):
-        run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
+    if done and distributed.broadcast_from_rank0(lambda: run.finished_step() == state.step):
+        run.print(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
         return 0
     seconds_a_step = preflight_checks(job, state, wish.force)
-    announce(job, state, total_steps, seconds_a_step)
+    print_summary(job, state, total_steps, seconds_a_step)
     if wish.preflight:
         return 0
     job.checkpoints.forget_after(state.step)
-    run.begin(state.step, [state.epoch, state.window], state.guard.left_out)
-    if not parallel.rank():
-        run.listeners = listeners(config, run.directory, state.step)
+    run.open_metrics(state.step, [state.epoch, state.window], state.guard.left_out)
+    if not distributed.process_rank():
+        run.trackers = build_trackers(config, run.directory, state.step)
     parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
-    peak = runtime.peak_memory_gb(job.device)
+    peak = peak_memory_gb(job.device)
     run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=peak, total_steps=total_steps)
     log_memory(job, state, "prepared")
     state = train(job, state, stop, total_steps)
-    if parallel.asked_to_stop(stop) and state.step < total_steps:
-        run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
+    if distributed.stop_requested(stop) and state.step < total_steps:
+        run.print(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
         return STOPPED_BY_SIGNAL
-    if not finish(job, state, stop):
-        run.say(f"stopped   by {stop.signal_name} before the report: the same command writes it")
+    if not finalize(job, state, stop):
+        run.print(f"stopped   by {stop.signal_name} before the report: the same command writes it")
         return STOPPED_BY_SIGNAL
     return 0
 
 
-def go_on(job: Job, total_steps: int) -> None:
+def go_on(job: TrainContext, total_steps: int) -> None:
     """The loop from the newest checkpoint, or from the beginning: what the self-test tests."""
-    train(job, starting_state(job, "auto"), runtime.StopRequest(), total_steps)
+    train(job, starting_state(job, "auto"), StopRequest(), total_steps)
 
 
 def run_selftest(config: Config) -> int:
@@ -406,17 +419,17 @@ def run_selftest(config: Config) -> int:
     Raises:
         UserError: it is not the only process.
     """
-    if parallel.ranks() > 1:
+    if distributed.world_size() > 1:
         raise UserError("--selftest: is for one process: start train.py without torchrun")
-    runtime.prepare(config.system.seed, config.system.threads, config.system.deterministic)
-    insist(config, runtime.choose_device(config.system.device))
+    seed_everything(config.system.seed, config.system.threads, config.system.deterministic)
+    validate_environment(config, choose_device(config.system.device))
     with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as aside:
-        config = selftest.shorten(decide_rows(config, None), Path(aside))
+        config = self_test.shorten(resolve_micro_batch_size(config, None), Path(aside))
         with explained(config), Run.open(config.output.dir) as run:
-            provenance = claim(config, run, "never")
-            job = prepare(config, run, provenance, *load_data(config, run, datetime.now()))
-            run.begin(0, [0, 0], [])
-            selftest.run(job, go_on)
+            provenance = init_run_dir(config, run, "never")
+            job = build_training(config, run, provenance, *load_data(config, run, datetime.now()))
+            run.open_metrics(0, [0, 0], [])
+            self_test.run(job, go_on)
     return 0
 
 
@@ -429,20 +442,20 @@ def config_for(device_type: str, memory_gb: float) -> Path:
 
 def pick_config(overrides: list[str]) -> Path:
     """`auto`: the config for this machine, and a line that says which and why."""
-    device = runtime.choose_device(read_overrides(overrides).get("system.device", "auto"))
-    size = runtime.total_memory_gb(device)
-    if device.type == "cuda" and runtime.choose_dtype("auto", device) == torch.float32:
+    device = choose_device(read_overrides(overrides).get("system.device", "auto"))
+    size = total_memory_gb(device)
+    if device.type == "cuda" and choose_dtype("auto", device) == torch.float32:
         size /= 2  # before Ampere: in float32, activations take twice the memory
     path = config_for(device.type, size)
-    if not parallel.rank():
-        print(f"auto      configs/{path.name}, because this is {runtime.describe(device)}")
+    if not distributed.process_rank():
+        print(f"auto      configs/{path.name}, because this is {describe_device(device)}")
     return path
 
 
-@runtime.command
-@parallel.together
+@command
+@distributed.distributed_main
 def main(argv: list[str]) -> int:
-    parser = runtime.Arguments(
+    parser = Arguments(
         prog="train.py",
         description="Fine-tune a causal language model: LoRA, QLoRA, or every parameter.",
         epilog="examples: python train.py configs/tiny.py; python train.py configs/tiny.py quantization.bits=4; "
@@ -456,7 +469,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--plan", action="store_true", help="print memory and time before anything is loaded and stop")
     parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
     parser.add_argument("--selftest", action="store_true", help="try here what is promised, in minutes, and stop")
-    parser.add_argument("--force", action="append", default=[], choices=NAMES, help="go on although this check failed")
+    parser.add_argument("--force", action="append", default=[], choices=CHECKS, help="go on although this check failed")
     args = parser.parse_intermixed_args(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else DEFAULT_CONFIG
@@ -464,7 +477,9 @@ def main(argv: list[str]) -> int:
         path = pick_config(positional)
     config = load_config(path, positional)
     if args.plan:  # alone, system.ranks says of how many processes one is planned
-        return parallel.tell(lambda: show_plan(parallel.settle_ranks(config) if parallel.ranks() > 1 else config))
+        return distributed.broadcast_from_rank0(
+            lambda: show_plan(distributed.resolve_world_size(config) if distributed.world_size() > 1 else config)
+        )
     if args.selftest:
         return run_selftest(config)
     return run_training(config, Wish(args.resume, args.show_batch, args.show_step, args.preflight, args.force))

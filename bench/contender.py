@@ -19,6 +19,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanoft import kernels
+from nanoft.batches import Batches, Sample, TokenDataset, collate
+from nanoft.config import DataConfig, LoRAConfig, TrainingConfig
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import open_corpus
+from nanoft.lora import inject_lora
+from nanoft.loss import target_nll
+from nanoft.model import Decoder
+from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
+from nanoft.models.families import decoder_config
+from nanoft.nf4 import Linear4bit
+from nanoft.optim import build_optimizer
+from nanoft.recompute import compile_blocks
+from nanoft.runtime.device import choose_device, seed_everything
+
 HERE = Path(__file__).resolve().parent
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALPHA, LEARNING_RATE, MAX_GRAD_NORM = 32.0, 2e-4, 1.0
@@ -60,7 +75,7 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=int, default=1, help="steps before them")
     add("--dtype", default="bfloat16", choices=list(TOLERANCE))
     add("--ckpt", type=int, nargs="?", const=1, default=0, help="activation checkpointing")
-    add("--nf4", type=int, nargs="?", const=1, default=0, help="4-bit base, double quantisation")
+    add("--nf4", type=int, nargs="?", const=1, default=0, help="4-bit base, double quantization")
     add("--r", type=int, default=16, help="rank")
     add("--masked", type=float, default=0.0, help="share of prompt tokens, which are not learned")
     add("--packed", type=int, default=0, help="conversations of different lengths instead of full rows")
@@ -158,7 +173,7 @@ def measure(
     """
     import torch
 
-    def synchronise() -> None:
+    def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -170,10 +185,10 @@ def measure(
     seconds, losses, norms = [], [], []
     for texts in steps:
         batches = to_batches(texts)
-        synchronise()
+        synchronize()
         started = time.perf_counter()
         loss, norm = train(batches)
-        synchronise()
+        synchronize()
         seconds.append(time.perf_counter() - started)
         losses.append(float(loss))
         norms.append(float(norm))
@@ -218,16 +233,8 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     """The step of train.py."""
     import torch
 
-    from nanoft import runtime
-    from nanoft.adapter import adapter_tensors, load_adapter_tensors
-    from nanoft.config import LoRAConfig, TrainingConfig
-    from nanoft.lora import inject_lora
-    from nanoft.loss import target_nll
-    from nanoft.optim import build_optimizer
-    from nanoft.recompute import compile_blocks
-
-    runtime.prepare(args.seed, args.threads, deterministic=False)
-    device = runtime.choose_device("auto")
+    seed_everything(args.seed, args.threads, deterministic=False)
+    device = choose_device("auto")
     bare_mb = memory_kb("VmRSS") // 2**10 if sys.platform == "linux" else peak_rss_mb()  # libraries only
     model = build_nanoft(args, device)
     adapters = inject_lora(model, LoRAConfig(rank=args.r, alpha=ALPHA), args.seed)
@@ -235,6 +242,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     load_adapter_tensors(adapters, {name: random_weight(args, name, shapes[name], device) for name in shapes}, "seed")
     if args.ckpt:
         model.activation_policy = ["offloaded" if args.offload else "input"] * args.layers
+    kernels.install(model)
     if args.compile:
         compile_blocks(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -262,15 +270,12 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_nanoft(args: argparse.Namespace, device: Any) -> Any:
-    """The base, one random tensor at a time, quantised as it arrives: never more than one tensor above its size."""
+    """The base, one random tensor at a time, quantized as it arrives: never more than one tensor above its size."""
     import torch
-
-    from nanoft.model import Decoder, DecoderConfig
-    from nanoft.nf4 import Linear4bit
 
     dtype = getattr(torch, args.dtype)
     with torch.device("meta"):
-        model = Decoder(DecoderConfig.from_hf(hf_config(args)))
+        model = Decoder(decoder_config(hf_config(args)))
     for name, shape in [(name, p.shape) for name, p in model.named_parameters()]:
         weight = random_weight(args, name, shape, device).to(dtype)
         place, _, leaf = name.rpartition(".")
@@ -294,10 +299,8 @@ def unpacked(layer: Any) -> Any:
 
 def pack_rows(texts: list[Text], width: int) -> Any:
     """nanoft's batch of one step: each text in the row that it was packed into."""
-    from nanoft.batches import Samples, collate
-    from nanoft.chat import Sample
 
-    samples = Samples.of([Sample(t.ids.astype("int32"), t.labels != IGNORE, n) for n, t in enumerate(texts)])
+    samples = TokenDataset.of([Sample(t.ids.astype("int32"), t.labels != IGNORE, n) for n, t in enumerate(texts)])
     rows = [[n for n, t in enumerate(texts) if t.row == row] for row in sorted({t.row for t in texts})]
     return collate(samples, rows, pad_id=0, pad_to_multiple_of=width)
 
@@ -309,9 +312,7 @@ def write_packed(args: argparse.Namespace) -> dict[str, Any]:
     """Pack a data set as nanoft does and keep the windows of the steps; the peer pads the same texts."""
     import numpy as np
 
-    from nanoft.batches import Batches
-
-    samples = tokenised(args) if args.data else drawn(args)
+    samples = tokenized(args) if args.data else drawn(args)
     batches = Batches(samples, args.bs, 1, args.seed, pad_id=0, pack_length=args.seq)
     count = args.warmup + args.steps
     if batches.windows_in_epoch() < count:
@@ -341,11 +342,8 @@ def write_packed(args: argparse.Namespace) -> dict[str, Any]:
     return {"texts": len(texts)}
 
 
-def tokenised(args: argparse.Namespace) -> Any:
+def tokenized(args: argparse.Namespace) -> Any:
     """The records of a file, in the tokens of the repository's own tokenizer."""
-    from nanoft.chat import ChatTokenizer
-    from nanoft.config import DataConfig
-    from nanoft.corpus import open_corpus
 
     chat = ChatTokenizer.from_directory(HERE.parent / "configs" / "tiny" / "base")
     data = DataConfig(train_file=str(args.data), validation_split=0.0)
@@ -356,9 +354,6 @@ def drawn(args: argparse.Namespace) -> Any:
     """Two thousand conversations of random ids, as long as real ones: both parts are log-normal."""
     import numpy as np
 
-    from nanoft.batches import Samples
-    from nanoft.chat import Sample
-
     chance = np.random.default_rng(args.seed)
     samples = []
     for record in range(2000):
@@ -367,7 +362,7 @@ def drawn(args: argparse.Namespace) -> Any:
         length = min(prompt + reply, args.seq)
         ids = chance.integers(0, args.vocab, length).astype(np.int32)
         samples.append(Sample(ids, np.arange(length) >= min(prompt, length // 2), record))
-    return Samples.of(samples)
+    return TokenDataset.of(samples)
 
 
 # ---- The control: what the machine can do

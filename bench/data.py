@@ -32,6 +32,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nanoft.batches import Batches
+from nanoft.config import DataConfig
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import open_corpus
+
 HERE = Path(__file__).parent
 LENGTH = 2048
 CHATML = (
@@ -98,9 +103,6 @@ def make_tokenizer(directory: Path, data: Path) -> None:
 
 
 def run_nanoft(work: Path, near_duplicates: float | None = None, leaks: str = "ignore") -> dict[str, Any]:
-    from nanoft.chat import ChatTokenizer
-    from nanoft.config import DataConfig
-    from nanoft.corpus import open_corpus
 
     started = time.perf_counter()
     chat = ChatTokenizer.from_directory(work / "model")
@@ -152,11 +154,6 @@ def run_batches(work: Path, packing: bool) -> dict[str, Any]:
     """Batches for a model that costs nothing."""
     import torch
 
-    from nanoft.batches import Batches
-    from nanoft.chat import ChatTokenizer
-    from nanoft.config import DataConfig
-    from nanoft.corpus import open_corpus
-
     torch.set_num_threads(1)
     chat = ChatTokenizer.from_directory(work / "model")
     corpus = open_corpus(DataConfig(train_file=str(work / "data.jsonl")), LENGTH, 0, chat, print)
@@ -165,7 +162,7 @@ def run_batches(work: Path, packing: bool) -> dict[str, Any]:
     while time.perf_counter() - started < 10 and windows < 3 * run.windows_in_epoch():
         tokens += sum(batch.tokens for batch in run.next_window())
         windows += 1
-    return {"seconds": time.perf_counter() - started, "tokens": tokens, "utilisation": run.utilisation()}
+    return {"seconds": time.perf_counter() - started, "tokens": tokens, "utilization": run.utilization()}
 
 
 CONTENDERS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -210,17 +207,13 @@ def contend(name: str, work: Path) -> None:
 
 def packing(files: list[Path], tokenizer: Path, length: int) -> list[str]:
     """How full rows are, packed and not, on real data: a line of the table for each file."""
-    from nanoft.batches import Batches
-    from nanoft.chat import ChatTokenizer
-    from nanoft.config import DataConfig
-    from nanoft.corpus import open_corpus
 
     lines = []
     chat = ChatTokenizer.from_directory(tokenizer)
     ways: list[dict[str, Any]] = [{}, {"group_by_length": True}, {"pack_length": length}]
     for file in files:
         corpus = open_corpus(DataConfig(train_file=str(file), validation_split=0.0), length, 0, chat, print)
-        full = [f"{Batches(corpus.training, 4, 4, 0, chat.pad_id, **way).utilisation():.1%}" for way in ways]
+        full = [f"{Batches(corpus.training, 4, 4, 0, chat.pad_id, **way).utilization():.1%}" for way in ways]
         side = corpus.report["training"]
         cells = [file.name, f"{length:,}", f"{side['samples']:,}", f"{side['tokens']:,}", *full]
         lines.append("| " + " | ".join(cells) + " |")
@@ -237,7 +230,7 @@ def print_packing(files: list[Path], tokenizer: Path) -> None:
 # ---- The report
 
 
-def summarise(rounds: list[dict[str, dict[str, Any]]], more: dict[str, Any], settings: dict[str, Any]) -> str:
+def summarize(rounds: list[dict[str, dict[str, Any]]], more: dict[str, Any], settings: dict[str, Any]) -> str:
     """A Markdown table: medians over the rounds, and the range of each round's ratio."""
     size = f"{settings['records']:,} records, {settings['megabytes']:,.0f} MB of JSONL"
     lines = [
@@ -262,7 +255,7 @@ def summarise(rounds: list[dict[str, dict[str, Any]]], more: dict[str, Any], set
         said = f"{result['mb_per_second']:.2f} MB/s, {result['seconds']:,.0f} s, peak {result['peak_rss_mb']:,.0f} MB"
         if "batches" in name:
             speed = f"{result['tokens'] / result['seconds'] / 1e6:.1f} M tokens/s"
-            said = f"{speed} for a model of zero cost, {result['utilisation']:.1%} no padding"
+            said = f"{speed} for a model of zero cost, {result['utilization']:.1%} no padding"
         lines.append(f"- {name}: {said}")
     return "\n".join(lines) + "\n"
 
@@ -305,7 +298,7 @@ def run(records: int, count: int, near: bool, out: Path) -> None:
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
             "versions": f"Python {platform.python_version()}, tokenizers {tokenizers.__version__}",
         }
-    text = summarise(rounds, more, settings)
+    text = summarize(rounds, more, settings)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     out.with_suffix(".json").write_text(json.dumps({**settings, "each": rounds, "more": more}, indent=2) + "\n")
     print(text)

@@ -36,6 +36,10 @@ from typing import Any
 from contender import HERE, add_step_options, build_nanoft, peak_rss_mb
 from step import Failed, in_process, machine, ratio, say, spread, versions
 
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.generation import generate
+from nanoft.models.weights import load_model
+
 TINY = HERE.parent / "configs" / "tiny" / "base"
 QUESTIONS = HERE.parent / "configs" / "tiny" / "conversations.jsonl"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}  # of the largest logit: nearly equal
@@ -62,8 +66,6 @@ def task(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
 
     count = max(4 * args.batch, 16)
     if args.model == "tiny":
-        from nanoft.chat import ChatTokenizer
-
         chat = ChatTokenizer.from_directory(TINY)
         lines = QUESTIONS.read_text(encoding="utf-8").splitlines()[:count]
         prompts = [chat.encode_prompt(json.loads(line)["messages"][:-1]) for line in lines]
@@ -113,9 +115,6 @@ def measure(
 
 def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     import torch
-
-    from nanoft import generate
-    from nanoft.weights import load_model
 
     torch.set_num_threads(1)
     device, dtype = torch.device("cpu"), getattr(torch, args.dtype)

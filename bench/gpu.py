@@ -5,7 +5,7 @@
     python bench/gpu.py --only nf4        the cases whose name contains a word
 
 Every case is a contender (bench/contender.py) in a fresh process: random weights drawn on the device, one tensor at a
-time, and quantised as they come. What fails, runs out of memory or of time, or needs a package that is not there is a
+time, and quantized as they come. What fails, runs out of memory or of time, or needs a package that is not there is a
 row with the reason. Memory is the peak of the steps, without that of building the model. Where the peer ran on the
 same tokens, the largest difference of a step's loss is given, and with the same checkpointing the ratio of speeds.
 """

@@ -75,7 +75,7 @@ def fits(rows: list[dict[str, Any]], degree: int) -> dict[str, dict[str, Any] | 
 
 
 def fit(x: list[float], y: list[float], degree: int) -> dict[str, Any] | None:
-    """Coefficients a, b, ... of a + b x + ... that minimise the squares of relative residuals, and the largest one."""
+    """Coefficients a, b, ... of a + b x + ... that minimize the squares of relative residuals, and the largest one."""
     import numpy as np
 
     if len(x) <= degree + 1:

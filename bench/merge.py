@@ -27,15 +27,18 @@ from typing import Any
 
 import torch
 
-from nanoft.adapter import save_adapter
-from nanoft.checkpoint import Specs, encode, write_file
 from nanoft.config import LoRAConfig
-from nanoft.export import merge, open_adapter, prove
-from nanoft.generate import generate
+from nanoft.export.merge import merge, open_adapter
+from nanoft.export.streaming import StreamedDecoder, give_back_freed_memory, open_rows
+from nanoft.export.verify import prove
+from nanoft.generation.generate import generate
+from nanoft.io.atomic import write_file
+from nanoft.io.tensor_files import Specs, encode_safetensors
 from nanoft.lora import inject_lora
-from nanoft.model import Decoder, DecoderConfig
-from nanoft.stream import StreamedDecoder, give_back_freed_memory, open_rows
-from nanoft.weights import read_trained
+from nanoft.model import Decoder
+from nanoft.models.adapter_files import save_adapter
+from nanoft.models.families import decoder_config
+from nanoft.models.open import read_trained_adapter
 
 HERE = Path(__file__).parent
 PLACE = HERE / "merge"
@@ -60,7 +63,7 @@ def make_base(directory: Path, layers: int) -> int:
     config = hf_config(layers)
     (directory / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        model = Decoder(DecoderConfig.from_hf(config))
+        model = Decoder(decoder_config(config))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
 
@@ -82,7 +85,7 @@ def make_base(directory: Path, layers: int) -> int:
     weight_map = {}
     for number, specs in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / file, encode(specs, read))
+        write_file(directory / file, encode_safetensors(specs, read))
         weight_map.update(dict.fromkeys(specs, file))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return sum(2 * math.prod(shape) for shape in shapes.values())
@@ -116,7 +119,7 @@ def measure(adapter: Path, out: Path) -> dict[str, Any]:
         figures[name] = {**spent, "peak_gb": resident("VmHWM") / 1e9}
         return result
 
-    opened = part("open", lambda: open_adapter(read_trained(str(adapter)), "original"))
+    opened = part("open", lambda: open_adapter(read_trained_adapter(str(adapter)), "original"))
     part("merge", lambda: merge(opened, torch.bfloat16, "original", out))
     prompts = torch.randint(32000, (PROMPTS, TOKENS), generator=torch.Generator().manual_seed(3)).tolist()
     proof = part("prove", lambda: prove(opened, out, prompts, torch.bfloat16))
@@ -131,7 +134,7 @@ def run(layers: int) -> dict[str, Any]:
     root = Path(tempfile.mkdtemp(prefix="nanoft-merge-", dir=os.environ.get("TMPDIR", "/tmp")))
     try:
         with torch.device("meta"):
-            model = Decoder(DecoderConfig.from_hf(hf_config(layers)))
+            model = Decoder(decoder_config(hf_config(layers)))
         needed = 2 * sum(2 * p.numel() for p in model.parameters())
         if needed * 1.1 > (free := shutil.disk_usage(root).free):
             raise SystemExit(f"{root} has {free / 1e9:.0f} GB free, {needed * 1.1 / 1e9:.0f} GB are needed: --layers")

@@ -42,7 +42,7 @@ def build(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
         torch.set_default_dtype(torch.float32)
     draw_weights(args, dict(model.named_parameters()))
     if args.nf4:
-        quantise(model, dtype, device)
+        quantize(model, dtype, device)
     model.config.use_cache = False
     if args.ckpt:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -62,8 +62,8 @@ def draw_weights(args: argparse.Namespace, parameters: dict[str, torch.nn.Parame
         parameter.copy_(random_weight(args, name, parameter.shape, parameter.device))
 
 
-def quantise(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Every linear of the blocks to bitsandbytes' 4 bits, with double quantisation."""
+def quantize(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Every linear of the blocks to bitsandbytes' 4 bits, with double quantization."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for name, module in list(model.named_modules()):

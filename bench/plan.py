@@ -17,6 +17,10 @@ from typing import Any
 from contender import EVERY_PEER, HERE, OWN_PEER, add_step_options, hf_config
 from step import Failed, flags, in_process, machine, own_command, say, versions
 
+from nanoft.config import Config, LoRAConfig, QuantizationConfig
+from nanoft.models.families import decoder_config
+from nanoft.training.memory_plan import count_parameters, estimate_memory
+
 SHAPES = [
     "",
     "--nf4 1",
@@ -40,16 +44,14 @@ def predict(args: argparse.Namespace, baseline: float) -> dict[str, float]:
     """The plan's parts, in bytes, and its peak."""
     import torch
 
-    from nanoft.config import Config, LoRAConfig, QuantizationConfig
-    from nanoft.model import DecoderConfig
-    from nanoft.plan import count, estimate
-
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    decoder = DecoderConfig.from_hf(hf_config(args))
+    decoder = decoder_config(hf_config(args))
     config = Config(lora=LoRAConfig(rank=args.r), quantization=QuantizationConfig(bits=4 if args.nf4 else 16))
     keep: Any = ["input" if args.ckpt else "all"] * args.layers
-    counts, dtype = count(decoder, config), getattr(torch, args.dtype)
-    plan = estimate(decoder, counts, config, device_type, dtype, args.bs, args.seq, keep, baseline, 1 - args.masked)
+    counts, dtype = count_parameters(decoder, config), getattr(torch, args.dtype)
+    plan = estimate_memory(
+        decoder, counts, config, device_type, dtype, args.bs, args.seq, keep, baseline, 1 - args.masked
+    )
     return {**plan.parts, "peak": plan.peak}
 
 

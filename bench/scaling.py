@@ -14,8 +14,8 @@ import argparse
 from dataclasses import dataclass
 
 from nanoft.config import Config
-from nanoft.model import DecoderConfig
-from nanoft.plan import count, gflop_per_token
+from nanoft.models.families import decoder_config
+from nanoft.training.memory_plan import count_parameters, gflop_per_token
 
 MISTRAL_7B = {
     "architectures": ["MistralForCausalLM"],
@@ -45,7 +45,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Network:
-    """Bytes a second that a GPU sends to its neighbour in the ring, and the seconds before the first one arrives."""
+    """Bytes a second that a GPU sends to its neighbor in the ring, and the seconds before the first one arrives."""
 
     a_node: int
     within: float
@@ -90,9 +90,9 @@ def sharded_s(job: Job, network: Network, ranks: int, again: bool) -> float:
 
 def job_of(args: argparse.Namespace) -> Job:
     """From the model's shape and the GPU's speed."""
-    decoder = DecoderConfig.from_hf(MISTRAL_7B)
+    decoder = decoder_config(MISTRAL_7B)
     config = Config().override({"training.method": args.method, "lora.rank": args.rank})
-    counts = count(decoder, config)
+    counts = count_parameters(decoder, config)
     tokens = args.rows * args.length
     flop = 1e9 * gflop_per_token(decoder, counts, config, args.length, float(args.again)) * tokens
     seconds = flop / (args.tflops * 1e12) / decoder.num_layers

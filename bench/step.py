@@ -110,7 +110,7 @@ def contest(args: argparse.Namespace) -> dict[str, Any]:
     foreign = args.peer != PEER
     with tempfile.TemporaryDirectory() as temporary:
         args.ids = Path(temporary) / "ids.npz" if args.packed else None
-        os.environ["XDG_CACHE_HOME"] = temporary  # the tokenised data, too, is gone afterwards
+        os.environ["XDG_CACHE_HOME"] = temporary  # the tokenized data, too, is gone afterwards
         own = flags(args, [*EVERY_PEER, *OWN_PEER])
         commands = {
             "nanoft": [*own_command("nanoft"), *own, *flags(args, OURS)],

@@ -21,12 +21,15 @@ from typing import Any
 import contender
 import step
 
+from nanoft import attention, loss
+from nanoft.lora import LoRALinear, identity
+from nanoft.model import Decoder, select_rows
+
 HERE = Path(__file__).resolve().parent
 
 
 def large_chunks() -> None:
     """Logits of 1,024 rows at once, whatever the cache."""
-    from nanoft import loss
 
     loss.chunk_rows = lambda vocab, device: 1024
 
@@ -35,9 +38,6 @@ def every_row() -> None:
     """Logits of all rows, as a framework computes them: rows that are no targets weigh nothing."""
     import torch
     import torch.nn.functional as F
-
-    from nanoft import loss
-    from nanoft.model import Decoder
 
     forward, wanted = Decoder.forward, []
 
@@ -59,8 +59,6 @@ def torch_loss() -> None:
     """torch.nn.functional.linear_cross_entropy over the target rows (PyTorch 2.13)."""
     import torch.nn.functional as F
 
-    from nanoft import loss
-
     def target_nll(hidden: Any, head: Any, targets: Any) -> Any:
         return F.linear_cross_entropy(hidden.flatten(0, 1), head, targets, reduction="sum")
 
@@ -69,7 +67,6 @@ def torch_loss() -> None:
 
 def whole_last_block() -> None:
     """The last block for every row; only the head for those of targets."""
-    from nanoft.model import Decoder, select_rows
 
     forward = Decoder.forward
     Decoder.forward = lambda self, *args, rows=None: select_rows(forward(self, *args), rows)
@@ -77,7 +74,6 @@ def whole_last_block() -> None:
 
 def plain_adapters() -> None:
     """Every linear by itself, by the formula: W x + s B A x."""
-    from nanoft.lora import LoRALinear
 
     def project(linears: Sequence[Any], prepare: Any, *inputs: Any) -> list[Any]:
         x = prepare(*inputs)
@@ -88,7 +84,6 @@ def plain_adapters() -> None:
 
 def kept_inputs() -> None:
     """Adapters together, but what norms and silu(gate) * up give is kept for backward."""
-    from nanoft.lora import LoRALinear, identity
 
     together = LoRALinear.project
     LoRALinear.project = staticmethod(lambda linears, prepare, *inputs: together(linears, identity, prepare(*inputs)))
@@ -97,8 +92,6 @@ def kept_inputs() -> None:
 def plain_rotation() -> None:
     """x cos + (-x2, x1) sin, as it is written."""
     import torch
-
-    from nanoft import model
 
     def rotate(x: Any, cos: Any, sin: Any) -> Any:
         first, second = x.chunk(2, dim=-1)
@@ -109,7 +102,6 @@ def plain_rotation() -> None:
 
 def kernel_attention() -> None:
     """PyTorch's kernel, also for bfloat16 on a CPU."""
-    from nanoft import attention
 
     attention._needs_chunks = lambda q, window: window is not None
 
@@ -117,8 +109,6 @@ def kernel_attention() -> None:
 def masked_attention() -> None:
     """Packed rows under a mask over all pairs."""
     import torch
-
-    from nanoft import model
 
     by_documents = model.attend
 

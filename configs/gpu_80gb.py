@@ -1,4 +1,4 @@
-"""A GPU with 80 GB: Mistral-7B-Instruct-v0.3 with LoRA on a base in bfloat16, nothing quantised.
+"""A GPU with 80 GB: Mistral-7B-Instruct-v0.3 with LoRA on a base in bfloat16, nothing quantized.
 
 For whoever has the memory and wants the adapter to be trained on the very weights that it will be merged into.
 Planned, not measured: 41.6 GB, and 19.8 GB with every block computed again. Time: 32.2 GFLOP a token; tokens a second:

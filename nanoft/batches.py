@@ -23,13 +23,22 @@ import torch
 from torch import Tensor
 
 from nanoft.attention import Documents
-from nanoft.chat import Sample
 
 Array = np.ndarray[Any, Any]
 MEGABATCH = 50  # windows among which rows are sorted when grouping by length
 
 
-class Samples(Sequence[Sample]):
+@dataclass(frozen=True)
+class Sample:
+    """One training sequence: ids (n,) int32, is_target (n,) bool, and the record it came from."""
+
+    ids: np.ndarray[Any, np.dtype[np.int32]]
+    is_target: np.ndarray[Any, np.dtype[np.bool_]]
+    record: int
+    turn: int | None = None  # the only message of the record that is a target; None: as many as there are
+
+
+class TokenDataset(Sequence[Sample]):
     """Many samples in one array; a selection of them shares it."""
 
     def __init__(self, tokens: Array, starts: Array, records: Array, chosen: Array):
@@ -46,13 +55,13 @@ class Samples(Sequence[Sample]):
         self.lengths = starts[chosen + 1] - self.begins
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> Samples:
+    def of(cls, samples: Sequence[Sample]) -> TokenDataset:
         """A few samples that are in memory."""
-        if isinstance(samples, Samples):
+        if isinstance(samples, TokenDataset):
             return samples
         starts = np.cumsum([0, *(len(sample.ids) for sample in samples)])
         records = np.array([sample.record for sample in samples], dtype=np.int64)
-        parts = [complement_targets(sample) for sample in samples]
+        parts = [encode_targets(sample) for sample in samples]
         return cls(np.concatenate([np.empty(0, np.int32), *parts]), starts, records, np.arange(len(samples)))
 
     def __len__(self) -> int:
@@ -63,20 +72,20 @@ class Samples(Sequence[Sample]):
             if not -len(self) <= at < len(self):
                 raise IndexError(at)
             begin = int(self.begins[at])
-            ids, is_target = read_targets(np.asarray(self.tokens[begin : begin + int(self.lengths[at])]))
+            ids, is_target = decode_targets(np.asarray(self.tokens[begin : begin + int(self.lengths[at])]))
             return Sample(ids, is_target, int(self.records[at]))
-        part = Samples.__new__(Samples)
+        part = TokenDataset.__new__(TokenDataset)
         part.tokens, part.starts, part.chosen = self.tokens, self.starts, self.chosen[at]
         part.records, part.begins, part.lengths = self.records[at], self.begins[at], self.lengths[at]
         return part
 
 
-def complement_targets(sample: Sample) -> Array:
+def encode_targets(sample: Sample) -> Array:
     """A sample as one array of numbers."""
     return np.where(sample.is_target, ~sample.ids, sample.ids)
 
 
-def read_targets(tokens: Array) -> tuple[Array, Array]:
+def decode_targets(tokens: Array) -> tuple[Array, Array]:
     """(ids, is_target) of such an array: the sign says which, and turns the bits back."""
     return tokens ^ (tokens >> 31), tokens < 0
 
@@ -139,12 +148,12 @@ class Batches:
             group_by_length: windows of rows that are about equally long; the order of the windows stays random.
             pad_to_multiple_of: the width of a micro-batch is rounded up to it.
         """
-        self.samples, self.pad_id, self.seed = Samples.of(samples), pad_id, seed
+        self.samples, self.pad_id, self.seed = TokenDataset.of(samples), pad_id, seed
         self.micro_batch_size, self.window_rows = micro_batch_size, micro_batch_size * accumulation_steps
         self.shuffle, self.group_by_length, self.pad_to_multiple_of = shuffle, group_by_length, pad_to_multiple_of
         lengths = self.samples.lengths
         self.is_packed = pack_length is not None
-        slots, self._bounds = pack(lengths, pack_length) if pack_length is not None else one_a_row(len(lengths))
+        slots, self._bounds = pack(lengths, pack_length) if pack_length is not None else one_per_row(len(lengths))
         self._slots = slots  # (n,) the sample in each slot; row r has the slots bounds[r]:bounds[r + 1]
         self._slots_by_length = np.argsort(lengths[slots], kind="stable")
         self._row_lengths = np.add.reduceat(lengths[slots], self._bounds[:-1]) if len(slots) else np.empty(0, np.int64)
@@ -190,7 +199,7 @@ class Batches:
             self._members, self._order = self._arrange(epoch)
         self.epoch, self.index = epoch, index
 
-    def utilisation(self) -> float:
+    def utilization(self) -> float:
         """Share of the tokens of an epoch's micro-batches that are not padding."""
         used = padded = 0
         for index in range(self.windows_in_epoch()):
@@ -227,7 +236,7 @@ class Batches:
         return np.concatenate([order[: full * size].reshape(full, size)[windows].ravel(), order[full * size :]])
 
 
-def one_a_row(count: int) -> tuple[Array, Array]:
+def one_per_row(count: int) -> tuple[Array, Array]:
     """(slots, bounds) of rows with one sample each, in the order given."""
     return np.arange(count), np.arange(count + 1)
 
@@ -263,7 +272,7 @@ def pack(lengths: Array, capacity: int) -> tuple[Array, Array]:
     return slots, np.cumsum([0, *(len(row) for row in rows)])
 
 
-def collate(samples: Samples, rows: Sequence[Any], pad_id: int, pad_to_multiple_of: int = 1) -> Batch:
+def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_multiple_of: int = 1) -> Batch:
     """Rows of samples to one batch, padded on the right to the longest row.
 
     A token's target is its next token, if that is a target of the same document: the first token of a document is
@@ -285,7 +294,7 @@ def collate(samples: Samples, rows: Sequence[Any], pad_id: int, pad_to_multiple_
     source = np.repeat(samples.begins[members], lengths) + position
     padding_before = row_of * width - (np.cumsum(row_lengths) - row_lengths)[row_of]
     place = np.arange(total) + np.repeat(padding_before, lengths)  # in the flattened batch
-    ids, is_target = read_targets(samples.tokens[source])
+    ids, is_target = decode_targets(samples.tokens[source])
     is_target &= position > 0
 
     shape = (len(rows), width)
@@ -323,7 +332,7 @@ def _round_up(value: Any, multiple: int) -> Any:
     return -(-value // multiple) * multiple
 
 
-def even(batches: Iterable[Batch], multiple: int) -> Iterator[Batch]:
+def pad_to_multiple(batches: Iterable[Batch], multiple: int) -> Iterator[Batch]:
     """The same, and behind them as many without a target as make their number a multiple."""
     count = 0
     for count, batch in enumerate(batches, start=1):  # noqa: B007
@@ -333,9 +342,9 @@ def even(batches: Iterable[Batch], multiple: int) -> Iterator[Batch]:
         yield dataclasses.replace(batch, target_positions=none, targets=none, tokens=0, records=[])
 
 
-def in_order(samples: Sequence[Sample], batch_size: int, pad_id: int) -> Iterable[Batch]:
+def eval_batches(samples: Sequence[Sample], batch_size: int, pad_id: int) -> Iterable[Batch]:
     """Every sample once, sorted by length so that batches pad little: for evaluation."""
-    samples = Samples.of(samples)
+    samples = TokenDataset.of(samples)
     ordered = np.argsort(samples.lengths, kind="stable")
     for start in range(0, len(ordered), batch_size):
         yield collate(samples, list(ordered[start : start + batch_size, None]), pad_id)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -28,7 +27,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,33 +36,22 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.tensorfile import load_tensors
-from nanoft.untrusted import parse_json, read_bytes
+from nanoft.io.atomic import hash_file, replace_file, sync_directory, write_file
+from nanoft.io.tensor_files import Tensors, load_tensors, write_tensors
+from nanoft.io.untrusted import parse_json, read_bytes
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 SWITCH_S = 1e-4  # how long a save may keep the interpreter while training waits for it; Python's default is 5e-3
 RETRY_S = 60.0  # after a save that failed
-Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> named tensors
-Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the tensors of a file: dtype and shape by name
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
-class Damaged(Exception):
+class CheckpointCorrupted(Exception):
     """A checkpoint that must not be used, and why."""
 
 
 @dataclass(frozen=True)
-class Saved:
+class Checkpoint:
     """A verified checkpoint: its directory, its state, and its tensors by file (`adapter`, `optimizer`, ...)."""
 
     path: Path
@@ -73,7 +61,7 @@ class Saved:
         return load_tensors(self.path / f"{name}.safetensors")
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run, in one directory."""
 
     def __init__(
@@ -139,7 +127,7 @@ class Checkpoints:
         self._rotate(step)
         return final
 
-    def newest(self, before: float = math.inf) -> tuple[Saved | None, list[str]]:
+    def newest(self, before: float = math.inf) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole (None if there is none at all), and what is wrong with newer ones.
 
         Args:
@@ -151,13 +139,13 @@ class Checkpoints:
         for step in sorted((step for step in self.steps() if step < before), reverse=True):
             try:
                 return self.verify(self.path(step)), damage
-            except Damaged as reason:
+            except CheckpointCorrupted as reason:
                 damage.append(str(reason))
         if damage:
             raise UserError(f"{damage[0]}; no other checkpoint is whole: start anew with another output.dir")
         return None, []
 
-    def verify(self, path: Path) -> Saved:
+    def verify(self, path: Path) -> Checkpoint:
         """Check every file of a checkpoint, and that it is one of this run.
 
         Raises:
@@ -166,7 +154,9 @@ class Checkpoints:
         saved, found = verify(path), _read_manifest(path).get("belongs_to", {})
         for key, value in self.identity.items():
             if key.endswith("_sha256") and found.get(key) != value:
-                raise Damaged(f"{path}: belongs to another run: its {key.removesuffix('_sha256')} is not this one's")
+                raise CheckpointCorrupted(
+                    f"{path}: belongs to another run: its {key.removesuffix('_sha256')} is not this one's"
+                )
         return saved
 
     def steps(self) -> list[int]:
@@ -251,7 +241,7 @@ class Checkpoints:
 
 
 @dataclass
-class Outcome:
+class SaveResult:
     """What became of a save that ran in the background."""
 
     step: int
@@ -261,13 +251,13 @@ class Outcome:
     waited_seconds: float = 0.0  # that training waited for it
 
 
-class Background:
+class AsyncCheckpointWriter:
     """Saves in a thread of its own, one at a time, from copies: training goes on while the disk works.
 
     As a context manager it waits for the last one, unless the process is told to leave at once.
     """
 
-    def __init__(self, checkpoints: Checkpoints, free_bytes: Callable[[], float]):
+    def __init__(self, checkpoints: CheckpointManager, free_bytes: Callable[[], float]):
         """
         Args:
             free_bytes: what copies may take; a save that needs more than half of it is done while training waits.
@@ -275,14 +265,14 @@ class Background:
         self.checkpoints, self.free_bytes = checkpoints, free_bytes
         self.last_step = -1  # of the last save that worked
         self._failed_at = math.inf
-        self._outcome = Outcome(-1)
+        self._outcome = SaveResult(-1)
         self._thread: threading.Thread | None = None
         self._told = True  # what became of it
 
     def start(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None) -> None:
         """Begin to save, as Checkpoints.save does; the save before must have been collected."""
         started = time.perf_counter()
-        self._outcome = outcome = Outcome(step)
+        self._outcome = outcome = SaveResult(step)
         copied = sum(t.nbytes for named in tensors.values() for t in named.values()) < self.free_bytes() / 2
         if copied:
             try:
@@ -314,7 +304,7 @@ class Background:
         self._told = False
         outcome.waited_seconds = time.perf_counter() - started
 
-    def collect(self, wait: bool = False) -> Outcome | None:
+    def collect(self, wait: bool = False) -> SaveResult | None:
         """What became of the last save; None if that was told already, or, without `wait`, while it runs."""
         if self._told or (self._thread is not None and self._thread.is_alive() and not wait):
             return None
@@ -331,7 +321,7 @@ class Background:
         """Whether the last save failed, and it is time to try again."""
         return time.monotonic() - self._failed_at > RETRY_S
 
-    def __enter__(self) -> Background:
+    def __enter__(self) -> AsyncCheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -347,11 +337,11 @@ def read_back(path: Path) -> None:
     """
     try:
         verify(path)
-    except Damaged as reason:
+    except CheckpointCorrupted as reason:
         raise OSError(errno.EIO, f"{reason} (read back after writing)") from None
 
 
-def verify(path: Path) -> Saved:
+def verify(path: Path) -> Checkpoint:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
@@ -360,23 +350,23 @@ def verify(path: Path) -> Saved:
     body = _read_manifest(path)
     names = {entry.name for entry in path.iterdir()}
     if odd := sorted(names ^ {*body["files"], MANIFEST}):
-        raise Damaged(f"{path / odd[0]}: {'surplus' if odd[0] in names else 'missing'}")
+        raise CheckpointCorrupted(f"{path / odd[0]}: {'surplus' if odd[0] in names else 'missing'}")
     for name, expected in body["files"].items():
         if (path / name).is_symlink() or not (path / name).is_file():
-            raise Damaged(f"{path / name}: not a plain file")
+            raise CheckpointCorrupted(f"{path / name}: not a plain file")
         try:
             found = hash_file(path / name)
         except OSError as error:  # a bad sector
-            raise Damaged(f"{path / name}: cannot be read: {error.strerror}") from None
+            raise CheckpointCorrupted(f"{path / name}: cannot be read: {error.strerror}") from None
         if found != expected:
-            raise Damaged(f"{path / name}: its content is not what was saved")
+            raise CheckpointCorrupted(f"{path / name}: its content is not what was saved")
     try:
         state = parse_json(read_bytes(path / "state.json"))
     except (UserError, ValueError):
         state = None
     if not isinstance(state, dict):
-        raise Damaged(f"{path / 'state.json'}: missing or not a JSON object")
-    return Saved(path, state)
+        raise CheckpointCorrupted(f"{path / 'state.json'}: missing or not a JSON object")
+    return Checkpoint(path, state)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -386,103 +376,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         body: dict[str, Any] = sealed["body"]
         good = sealed["sha256"] == hashlib.sha256(_dump(body)).hexdigest()
     except (UserError, ValueError, KeyError, TypeError):
-        raise Damaged(f"{path / MANIFEST}: missing or not readable: the save was not finished") from None
+        raise CheckpointCorrupted(f"{path / MANIFEST}: missing or not readable: the save was not finished") from None
     if not good or not isinstance(body, dict):
-        raise Damaged(f"{path / MANIFEST}: its content is not what was saved")
+        raise CheckpointCorrupted(f"{path / MANIFEST}: its content is not what was saved")
     if body.get("format") != FORMAT:
-        raise Damaged(f"{path / MANIFEST}: format {body.get('format')!r}, and this nanoft reads {FORMAT}")
+        raise CheckpointCorrupted(f"{path / MANIFEST}: format {body.get('format')!r}, and this nanoft reads {FORMAT}")
     if not isinstance(body.get("belongs_to", {}), dict):
-        raise Damaged(f"{path / MANIFEST}: does not say whose it is")
+        raise CheckpointCorrupted(f"{path / MANIFEST}: does not say whose it is")
     if not isinstance(body.get("files"), dict) or any(Path(name).name != name for name in body["files"]):
-        raise Damaged(f"{path / MANIFEST}: does not list files of its directory")
+        raise CheckpointCorrupted(f"{path / MANIFEST}: does not list files of its directory")
     return body
 
 
-def encode(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
-    """Tensors in the safetensors format, one at a time: 8 bytes of header size, JSON header, raw data.
-
-    Args:
-        specs: name -> (dtype, shape) of every tensor of the file.
-        read: gives a tensor by name, or its rows some at a time; called once each, and only one is held.
-    """
-    ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # keeps every tensor aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in ordered:
-        dtype, shape = specs[name]
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in ordered:
-        found = read(name)
-        for part in [found] if isinstance(found, Tensor) else found:
-            host = part.detach().cpu().contiguous()
-            yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write tensors that are in memory; see `write_file`."""
-    return write_file(
-        path, encode({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.__getitem__)
-    )
-
-
-def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write a new file and fsync it; return its size in bytes and SHA-256, computed while writing."""
-    digest, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask decides who may read it
-    try:
-        for piece in pieces:
-            digest.update(piece)
-            size += len(piece)
-            rest = memoryview(piece)
-            while len(rest):
-                rest = rest[os.write(descriptor, rest) :]  # a write may be short
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def hash_file(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return {"size": file.tell(), "sha256": digest.hexdigest()}
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a small file so that a reader sees the old content or the new one, never a mixture."""
-    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    write_file(aside, [content])
-    os.replace(aside, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power loss, where the file system can."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not sync directories
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _sync(descriptor: int) -> None:
-    """fsync; on macOS that leaves the drive's own cache, and F_FULLFSYNC does not."""
-    os.fsync(descriptor)
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        with contextlib.suppress(OSError):  # not every volume knows it
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-
-
-def fill(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
+def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
     """Copy tensors into those of the same name; every one must be there, with its shape and dtype, and no other.
 
     Raises:
@@ -506,3 +412,10 @@ def _dump(value: Any) -> bytes:
 def _sealed(body: dict[str, Any]) -> bytes:
     """The manifest with a hash of itself, so that a flipped bit in it is noticed as well."""
     return _dump({"body": body, "sha256": hashlib.sha256(_dump(body)).hexdigest()})
+
+
+class NullWriter(AsyncCheckpointWriter):
+    """Their saves: rank 0's are those of all."""
+
+    def start(self, *_: Any) -> None:
+        pass

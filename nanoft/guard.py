@@ -55,7 +55,7 @@ class Verdict:
     reason: str = ""
 
 
-def judge(config: GuardConfig, history: History, loss: float, grad_norm: float, where: list[int]) -> Verdict:
+def check_step(config: GuardConfig, history: History, loss: float, grad_norm: float, where: list[int]) -> Verdict:
     """What to do with a step, from its loss (nats per target token) and the norm of its gradient before clipping.
 
     Args:
@@ -77,7 +77,7 @@ def judge(config: GuardConfig, history: History, loss: float, grad_norm: float, 
     return Verdict("take", spike)
 
 
-def rolled_back(config: GuardConfig, history: History) -> History:
+def rolled_back_history(config: GuardConfig, history: History) -> History:
     """The history to go on with from a checkpoint: a lower rate, and the windows that did it are passed over."""
     return History(
         rollbacks=history.rollbacks + 1,
@@ -86,7 +86,7 @@ def rolled_back(config: GuardConfig, history: History) -> History:
     )
 
 
-def taken_back(then: History, now: History) -> History:
+def restored_history(then: History, now: History) -> History:
     """The history to go on with where steps are taken back for another reason: their losses will be seen again."""
     return replace(then, rollbacks=now.rollbacks, back_at=now.back_at, rate=now.rate, left_out=now.left_out)
 

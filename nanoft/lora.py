@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from nanoft import UserError
 from nanoft.config import LoRAConfig
+from nanoft.io.untrusted import time_limit
 from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, matmul
-from nanoft.untrusted import time_limit
 
 WORDS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
 MATCHING_SECONDS = 5.0  # for regular expressions, which may be a stranger's: `(.+)+!` would take for ever

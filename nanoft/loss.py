@@ -10,7 +10,7 @@ several times faster.
 With logits l = h W^T, p = softmax(l) and lse = log sum exp(l), the negative log-likelihood is  L = lse - l[target],
 dL/dl = p - onehot(target),  dL/dh = (p - onehot) W,  dL/dW = (p - onehot)^T h.
 With label smoothing e (Szegedy et al. 2016, section 7) the target is (1 - e) onehot + e / vocab. The z-loss adds
-z lse^2 (Chowdhery et al. 2022, section 5), whose gradient is 2 z lse p: it keeps the normaliser near 1.
+z lse^2 (Chowdhery et al. 2022, section 5), whose gradient is 2 z lse p: it keeps the normalizer near 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def target_nll(
         head: output embedding, (vocab, hidden); gets a gradient if it wants one.
         targets: those next tokens, (n,) int64.
         label_smoothing: probability spread evenly over the vocabulary.
-        z_loss: weight of the squared log-normaliser.
+        z_loss: weight of the squared log-normalizer.
     Returns:
         Scalar float32, in nats, not divided.
     """

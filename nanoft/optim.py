@@ -88,7 +88,7 @@ def warmup_length(steps: int | None, ratio: float, total_steps: int) -> int:
     return round(ratio * total_steps) if steps is None else steps
 
 
-def learning_rate_at(
+def learning_rate(
     step: int, total_steps: int, peak: float, warmup_steps: int, shape: str, min_ratio: float, power: float = 1.0
 ) -> float:
     """The rate for the step that follows `step` completed ones.

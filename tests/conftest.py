@@ -31,7 +31,7 @@ settings.load_profile("steady")
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tokenised data goes where pytest cleans up."""
+    """Tokenized data goes where pytest cleans up."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -44,7 +44,7 @@ def _no_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, data, and three finished runs on them: lora, qlora (computed in bfloat16) and full."""
-    from models import make_chat_model, train_run, write_records
+    from tiny_models import make_chat_model, train_run, write_records
 
     root = tmp_path_factory.mktemp("runs")
     make_chat_model(root / "base")

@@ -26,12 +26,14 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from nanoft import UserError
-from nanoft.config import SECTION_TYPES, Config, load_config
-from nanoft.files import read_raw
-from nanoft.records import Reading, read_file
-from nanoft.template import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment
-from nanoft.tensorfile import SIZES, read_header
-from nanoft.untrusted import one_line, parse_json, parse_yaml
+from nanoft.config import Config
+from nanoft.config.loading import load_config
+from nanoft.config.settings import SECTION_TYPES
+from nanoft.data.formats import Reading, read_file
+from nanoft.data.sources import read_raw
+from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment
+from nanoft.io.tensor_files import SIZES, read_header
+from nanoft.io.untrusted import one_line, parse_json, parse_yaml
 
 PLACE = Path(tempfile.mkdtemp(prefix="nanoft-fuzz-"))
 FIELDS = [f"{section}.{name}" for section, kind in SECTION_TYPES.items() for name in kind.__dataclass_fields__]

@@ -24,6 +24,15 @@ from typing import Any
 
 import torch
 
+from nanoft import lora
+from nanoft.config.loading import load_config
+from nanoft.data import template_sandbox
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.io.untrusted import one_line
+from nanoft.models import adapter_files
+from nanoft.models.open import open_chat_tokenizer, open_model
+from nanoft.models.weights import load_model
+
 CANARY = Path(tempfile.gettempdir(), f"nanoft-canary-{os.getpid()}")  # a directory that no case may make
 SECRET = "-----BEGIN PRIVATE KEY----- of somebody"
 TOKEN = "hf_" + "aB3" * 12
@@ -606,10 +615,6 @@ CASES: dict[str, Case] = {
 def read(kind: str, path: Path, good: Path) -> str:
     """Read a case as nanoft does; returns what it was refused with, as the terminal shows it."""
     from nanoft import UserError
-    from nanoft.chat import ChatTokenizer
-    from nanoft.config import load_config
-    from nanoft.untrusted import one_line
-    from nanoft.weights import load_model, open_chat, open_model
 
     cpu, talk = torch.device("cpu"), [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b"}]
     try:
@@ -621,7 +626,7 @@ def read(kind: str, path: Path, good: Path) -> str:
         elif kind == "config":
             load_config(path / ("c.json" if (path / "c.json").exists() else "c.yaml"), [], {})
         elif kind in ("adapter", "run"):
-            open_chat(str(path), open_model(str(path), cpu, torch.float32), as_trained=True)
+            open_chat_tokenizer(str(path), open_model(str(path), cpu, torch.float32), as_trained=True)
         else:
             return command(kind, path, good)
     except UserError as error:
@@ -658,9 +663,8 @@ def run_cases() -> None:
 
     The limits of time are shorter than in use, so that the tests are.
     """
-    from nanoft import adapter, lora, template
 
-    template.MAX_SECONDS = lora.MATCHING_SECONDS = adapter.MATCHING_SECONDS = 0.5
+    template_sandbox.MAX_SECONDS = lora.MATCHING_SECONDS = adapter_files.MATCHING_SECONDS = 0.5
     good, cases = json.load(sys.stdin)
     read("model", Path(good) / "model", Path(good))  # everything is imported before memory is limited
 

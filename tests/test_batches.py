@@ -13,13 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import make_reference
 from nanoft import batches
-from nanoft.batches import Batch, Batches, Samples, pack
-from nanoft.chat import Sample
+from nanoft.batches import Batch, Batches, Sample, TokenDataset, pack
 from nanoft.loss import target_nll
-from nanoft.selftest import gradients_apart, packed_apart
-from nanoft.weights import load_model
+from nanoft.models.weights import load_model
+from nanoft.training.self_test import gradient_error, packed_apart
+from tiny_models import make_reference
 
 PAD = 9
 
@@ -50,7 +49,7 @@ def collate(rows: list[list[Sample]], pad_id: int, multiple: int = 1) -> Batch:
     """Rows of samples that are in memory."""
     counts = itertools.accumulate(map(len, rows), initial=0)
     places = [np.arange(start, start + len(row)) for start, row in zip(counts, rows, strict=False)]
-    return batches.collate(Samples.of([sample for row in rows for sample in row]), places, pad_id, multiple)
+    return batches.collate(TokenDataset.of([sample for row in rows for sample in row]), places, pad_id, multiple)
 
 
 # ---- Collation
@@ -293,13 +292,13 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(
 
     alone = flow([[sample] for sample in samples])
     for rows in ([samples[:3], samples[3:]], [samples]):
-        assert gradients_apart(flow(rows), alone) < 1e-5
+        assert gradient_error(flow(rows), alone) < 1e-5
     model = load_model(tmp_path, torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        assert packed_apart(model, Samples.of(samples), PAD) < 1e-5
+        assert packed_apart(model, TokenDataset.of(samples), PAD) < 1e-5
         forward = model.forward  # the test of the test: documents that see each other
         monkeypatch.setattr(model, "forward", lambda ids, positions=None, documents=None: forward(ids, positions))
-        assert packed_apart(model, Samples.of(samples), PAD) > 1e-2
+        assert packed_apart(model, TokenDataset.of(samples), PAD) > 1e-2
 
 
 # ---- Padding
@@ -309,18 +308,18 @@ def test_grouping_by_length_pads_less_and_keeps_the_windows_random() -> None:
     samples = make(random_lengths(1000, longest=200))
     plain, grouped = (Batches(samples, 4, 2, 0, PAD, group_by_length=on) for on in (False, True))
     assert plain.windows_in_epoch() == grouped.windows_in_epoch() == 125
-    assert grouped.utilisation() > 0.97 > 0.9 > plain.utilisation()
+    assert grouped.utilization() > 0.97 > 0.9 > plain.utilization()
     longest = [max(len(batch.ids[0]) for batch in grouped.window(index)) for index in range(50)]
     assert longest != sorted(longest)
     assert abs(np.corrcoef(longest, range(50))[0, 1]) < 0.5  # not from short to long
 
 
 @pytest.mark.parametrize("pack_length", [None, 64])
-def test_utilisation_is_what_the_batches_have(pack_length: int | None) -> None:
+def test_utilization_is_what_the_batches_have(pack_length: int | None) -> None:
     run = Batches(make(random_lengths(100)), 4, 2, 0, PAD, pack_length, pad_to_multiple_of=8)
     batches_of_epoch = [batch for index in range(run.windows_in_epoch()) for batch in run.window(index)]
     used = sum(batch.tokens for batch in batches_of_epoch)
-    assert run.utilisation() == used / sum(batch.ids.numel() for batch in batches_of_epoch)
+    assert run.utilization() == used / sum(batch.ids.numel() for batch in batches_of_epoch)
     assert all(batch.ids.shape[1] % 8 == 0 for batch in batches_of_epoch)
     assert {len(batch.ids) for batch in batches_of_epoch[:-2]} == {4}
 
@@ -345,7 +344,7 @@ def test_the_longest_micro_batch() -> None:
 
 def test_samples_in_one_array_are_those_put_in() -> None:
     put_in = make(random_lengths(20))
-    samples = Samples.of(put_in)
+    samples = TokenDataset.of(put_in)
     for part, expected in ((samples, put_in), (samples[3:9], put_in[3:9]), (samples[[5, 2]], [put_in[5], put_in[2]])):
         assert len(part) == len(expected)
         for found, sample in zip(part, expected, strict=True):
@@ -353,7 +352,7 @@ def test_samples_in_one_array_are_those_put_in() -> None:
             assert found.is_target.tolist() == sample.is_target.tolist()
             assert (found.record, found.ids.dtype, found.is_target.dtype) == (sample.record, np.int32, np.bool_)
         assert part.lengths.tolist() == [len(sample.ids) for sample in expected]
-    assert len(Samples.of([])) == 0
+    assert len(TokenDataset.of([])) == 0
     with pytest.raises(IndexError):
         samples[20]
 

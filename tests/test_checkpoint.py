@@ -23,20 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanoft import UserError, checkpoint
-from nanoft.checkpoint import (
-    SAFETENSORS_DTYPES,
-    Background,
-    Checkpoints,
-    Damaged,
-    encode,
-    fill,
-    hash_file,
-    replace_file,
-    verify,
-    write_file,
-    write_tensors,
-)
+from nanoft import UserError
+from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, copy_matching, verify
+from nanoft.io import atomic
+from nanoft.io.atomic import hash_file, replace_file, write_file
+from nanoft.io.tensor_files import SAFETENSORS_DTYPES, encode_safetensors, write_tensors
 
 FILES = ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 OPERATIONS = ["open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir"]
@@ -50,7 +41,7 @@ def tensors(step: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def save(checkpoints: Checkpoints, step: int, best: tuple[int, float] | None = None) -> Path:
+def save(checkpoints: CheckpointManager, step: int, best: tuple[int, float] | None = None) -> Path:
     return checkpoints.save(step, tensors(step), {"step": step, "note": "é"}, best)
 
 
@@ -100,7 +91,7 @@ def test_tensors_are_read_one_at_a_time_and_once() -> None:
         return torch.full((2,), float(len(asked)))
 
     specs = dict.fromkeys("cab", (torch.float32, (2,)))
-    pieces = encode(specs, read)
+    pieces = encode_safetensors(specs, read)
     next(pieces)
     assert asked == [], "the header needs no tensor"
     for count, _ in enumerate(pieces, start=1):
@@ -139,12 +130,12 @@ def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=3)
     assert checkpoints.newest() == (None, [])
     path = save(checkpoints, 100)
     assert path == tmp_path / "checkpoints" / "step-000100"
     assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
-    saved, damage = Checkpoints(tmp_path / "checkpoints", keep=3).newest()
+    saved, damage = CheckpointManager(tmp_path / "checkpoints", keep=3).newest()
     assert saved is not None
     assert damage == []
     assert saved.state == {"step": 100, "note": "é"}
@@ -159,7 +150,7 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=2)
     for step, best in ((1, (1, 3.0)), (2, (2, 2.0)), (3, (2, 2.0)), (4, (2, 2.0)), (5, (2, 2.0)), (6, (6, 1.0))):
         save(checkpoints, step, best)
         assert checkpoints.best() == best
@@ -170,14 +161,14 @@ def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
 
 
 def test_keeping_one_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=1)
     for step in (10, 20, 30):
         save(checkpoints, step, (10, 1.0))
     assert checkpoints.steps() == [10, 30]
 
 
 def test_a_million_steps_are_still_in_order(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=2)
     for step in (999_999, 1_000_000, 1_000_001):
         save(checkpoints, step)
     assert checkpoints.steps() == [1_000_000, 1_000_001]
@@ -187,7 +178,7 @@ def test_a_million_steps_are_still_in_order(tmp_path: Path) -> None:
 
 
 def test_a_run_that_went_back_leaves_no_later_checkpoint_to_go_on_from(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=3)
     for step in (10, 20, 30):
         save(checkpoints, step, (30, 1.0))
     (checkpoints.path(30) / "manifest.json").unlink()
@@ -209,14 +200,14 @@ def test_a_run_that_went_back_leaves_no_later_checkpoint_to_go_on_from(tmp_path:
 def test_what_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
     for name in ("step-12", "step-abcdef", "notes"):
         (tmp_path / name).mkdir()
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = CheckpointManager(tmp_path, keep=1)
     save(checkpoints, 7)
     assert checkpoints.steps() == [7]
     assert {path.name for path in tmp_path.iterdir()} == {"step-12", "step-abcdef", "notes", "step-000007"}
 
 
 def test_every_kth_stays_for_good(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, keep_every=4)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=1, keep_every=4)
     for step in range(10):
         save(checkpoints, step)
     assert checkpoints.steps() == [4, 8, 9]
@@ -231,25 +222,25 @@ def test_only_our_own_leftovers_are_swept(tmp_path: Path) -> None:
     (tmp_path.parent / "elsewhere").mkdir()
     (tmp_path.parent / "elsewhere" / "kept").write_bytes(b"x")
     (inside / ".tmp-step-000008-1").symlink_to(tmp_path.parent / "elsewhere")
-    Checkpoints(inside, keep=1)
+    CheckpointManager(inside, keep=1)
     assert sorted(path.name for path in inside.iterdir()) == sorted(others)
     assert (tmp_path.parent / "elsewhere" / "kept").is_file()
 
 
 def test_a_checkpoint_says_whose_it_is_and_another_runs_is_not_taken(tmp_path: Path) -> None:
     mine = {"config_sha256": "1", "base_sha256": "2", "versions": {"torch": "2.8"}}
-    path = save(Checkpoints(tmp_path / "a", 3, identity=mine), 5)
+    path = save(CheckpointManager(tmp_path / "a", 3, identity=mine), 5)
     assert json.loads((path / "manifest.json").read_text())["body"]["belongs_to"] == mine
-    newer = Checkpoints(tmp_path / "a", 3, identity={**mine, "versions": {"torch": "2.13"}})
+    newer = CheckpointManager(tmp_path / "a", 3, identity={**mine, "versions": {"torch": "2.13"}})
     assert newer.newest()[0] is not None, "other versions may go on"
-    other = Checkpoints(tmp_path / "a", 3, identity={**mine, "base_sha256": "3"})
+    other = CheckpointManager(tmp_path / "a", 3, identity={**mine, "base_sha256": "3"})
     with pytest.raises(UserError, match="belongs to another run: its base is not this one's"):
         other.newest()
 
 
 def test_what_reads_back_otherwise_never_gets_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that keeps something else than it was given, and says nothing."""
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=1)
     save(checkpoints, 1)
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data).replace(b"exp_avg", b"exp_avh")))
@@ -266,7 +257,7 @@ def test_tensors_are_put_back_by_name_and_only_if_all_fit() -> None:
 
     saved = {"b": torch.ones(4, dtype=torch.bfloat16), "a": torch.full((2, 3), 2.0)}
     own = fresh()
-    fill(own, saved, "here")
+    copy_matching(own, saved, "here")
     assert all(torch.equal(own[name], saved[name]) for name in own)
     wrong = {
         "a: missing": {"b": saved["b"]},
@@ -277,7 +268,7 @@ def test_tensors_are_put_back_by_name_and_only_if_all_fit() -> None:
     for message, tensors in wrong.items():
         own = fresh()
         with pytest.raises(UserError, match=f"here: {message}"):
-            fill(own, tensors, "here")
+            copy_matching(own, tensors, "here")
         assert not any(tensor.any() for tensor in own.values()), "nothing was changed"
 
 
@@ -288,7 +279,7 @@ def plenty() -> float:
     return 1e12
 
 
-def begin(saves: Background, step: int, changed: Tensor | None = None) -> None:
+def begin(saves: AsyncCheckpointWriter, step: int, changed: Tensor | None = None) -> None:
     named = tensors(step)
     if changed is not None:
         named["adapter"]["a"] = changed
@@ -306,7 +297,7 @@ def test_training_goes_on_while_a_save_is_written_and_what_is_saved_stays_what_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = hold_writes(monkeypatch)
-    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty)
+    saves = AsyncCheckpointWriter(CheckpointManager(tmp_path / "checkpoints", keep=3), plenty)
     weight = tensors(1)["adapter"]["a"].clone()
     with saves:
         begin(saves, 1, weight)
@@ -323,7 +314,7 @@ def test_training_goes_on_while_a_save_is_written_and_what_is_saved_stays_what_i
 
 
 def test_a_failed_save_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty)
+    saves = AsyncCheckpointWriter(CheckpointManager(tmp_path / "checkpoints", keep=3), plenty)
 
     def full(_fd: int, _data: Any) -> int:
         raise OSError(28, "No space left on device")
@@ -344,13 +335,17 @@ def test_a_failed_save_is_told_and_tried_again(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_does_not_fit_twice_into_memory_is_saved_while_training_waits(tmp_path: Path) -> None:
-    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), lambda: 1.0)
+    saves = AsyncCheckpointWriter(CheckpointManager(tmp_path / "checkpoints", keep=3), lambda: 1.0)
     begin(saves, 1)
     assert is_whole(tmp_path / "checkpoints" / "step-000001", 1), "it is there when start() returns"
 
 
 def test_copies_that_do_not_fit_after_all_cost_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saves, weight, copy = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty), tensors(1), Tensor.to
+    saves, weight, copy = (
+        AsyncCheckpointWriter(CheckpointManager(tmp_path / "checkpoints", keep=3), plenty),
+        tensors(1),
+        Tensor.to,
+    )
 
     def second_fails(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
         full = options.get("copy") and tensor.shape == weight["adapter"]["b"].shape
@@ -372,7 +367,7 @@ def test_without_a_thread_to_be_had_it_is_saved_while_training_waits(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", none_left)
-    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty)
+    saves = AsyncCheckpointWriter(CheckpointManager(tmp_path / "checkpoints", keep=3), plenty)
     begin(saves, 1)
     outcome = saves.collect()
     assert outcome is not None
@@ -385,7 +380,7 @@ def test_leaving_waits_unless_told_to_leave_at_once(
     leaving: Any, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = hold_writes(monkeypatch)
-    saves = Background(Checkpoints(tmp_path / "checkpoints", keep=3), plenty)
+    saves = AsyncCheckpointWriter(CheckpointManager(tmp_path / "checkpoints", keep=3), plenty)
     threading.Timer(0.3, disk.set).start()
     with suppress(UserError, KeyboardInterrupt), saves:
         begin(saves, 1)
@@ -400,14 +395,14 @@ def test_leaving_waits_unless_told_to_leave_at_once(
 
 def damaged(path: Path) -> str:
     """What verify says; anything but Damaged fails the test."""
-    with pytest.raises(Damaged) as caught:
+    with pytest.raises(CheckpointCorrupted) as caught:
         verify(path)
     return str(caught.value)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return save(Checkpoints(tmp_path / "checkpoints", keep=3), 5)
+    return save(CheckpointManager(tmp_path / "checkpoints", keep=3), 5)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -451,7 +446,7 @@ def test_no_other_content_passes(name: str, path: Path) -> None:
 
 
 def test_files_of_another_checkpoint_do_not_pass(path: Path) -> None:
-    other = save(Checkpoints(path.parents[1] / "other", keep=3), 6)
+    other = save(CheckpointManager(path.parents[1] / "other", keep=3), 6)
     for name in FILES:
         before = (path / name).read_bytes()
         shutil.copyfile(other / name, path / name)
@@ -524,15 +519,15 @@ def test_a_state_that_is_no_object_does_not_pass(content: bytes, path: Path) -> 
 
 
 def test_a_file_that_the_disk_cannot_read_is_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint.hash_file
+    real = atomic.hash_file
 
     def bad_sector(file: Path) -> Any:
         if file.name == "optimizer.safetensors":
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
         return real(file)
 
-    monkeypatch.setattr(checkpoint, "hash_file", bad_sector)
-    with pytest.raises(Damaged, match=r"optimizer\.safetensors: cannot be read: Input/output error"):
+    monkeypatch.setattr(atomic, "hash_file", bad_sector)
+    with pytest.raises(CheckpointCorrupted, match=r"optimizer\.safetensors: cannot be read: Input/output error"):
         verify(path)
 
 
@@ -543,7 +538,7 @@ def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_newest_whole_one_is_taken_and_the_damage_told(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=3)
     for step in (1, 2, 3):
         save(checkpoints, step)
     (checkpoints.path(3) / "adapter.safetensors").write_bytes(b"x")
@@ -616,7 +611,7 @@ def scene(tmp_path: Path, redo: bool) -> Callable[[], Callable[[], Any]]:
 
     def make() -> Callable[[], Any]:
         shutil.rmtree(tmp_path, ignore_errors=True)
-        checkpoints = Checkpoints(directory, keep=2)
+        checkpoints = CheckpointManager(directory, keep=2)
         for step in (1, 2, 3):
             save(checkpoints, step, (1, 1.0))
         step = 3 if redo else 4
@@ -627,7 +622,7 @@ def scene(tmp_path: Path, redo: bool) -> Callable[[], Callable[[], Any]]:
 
 def check_what_is_left(tmp_path: Path, redo: bool) -> int:
     """After a fault: every checkpoint that counts is whole, none of the newest is lost, and saving works again."""
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=2)
     saved, _ = checkpoints.newest()
     assert saved is not None
     newest = int(saved.state["step"])
@@ -783,7 +778,7 @@ def lose_power_everywhere(tmp_path: Path, skip_fsync: Callable[[str], bool] = la
             newest = check_what_is_left(replay, redo=False)
             if number >= done and newest != 4:
                 faults.append("the save returned, and yet it is gone")
-        except (AssertionError, UserError, Damaged, ValueError) as error:
+        except (AssertionError, UserError, CheckpointCorrupted, ValueError) as error:
             faults.append(f"state {number}: {error!r:.200}")
     return faults
 
@@ -811,7 +806,7 @@ def test_everything_is_synced_before_the_name_is_given(tmp_path: Path) -> None:
         opened[descriptor] = Path(path).name
         return descriptor
 
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=2)
     os.open = opening  # type: ignore[assignment]
     try:
         with every_operation(lambda name, args: events.append(f"fsync {opened[args[0]]}" if name == "fsync" else name)):

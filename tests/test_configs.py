@@ -17,10 +17,13 @@ from hub import Hub
 from shapes import SHAPES
 
 import train
-from models import make_chat_model, write_records
-from nanoft.config import SECTION_NAMES, SECTION_TYPES, Config, load_file
-from nanoft.model import DecoderConfig, keep_by_policy
-from nanoft.plan import count, estimate
+from nanoft.config import Config
+from nanoft.config.loading import load_file
+from nanoft.config.settings import SECTION_NAMES, SECTION_TYPES
+from nanoft.model import keep_by_policy
+from nanoft.models.families import decoder_config
+from nanoft.training.memory_plan import count_parameters, estimate_memory
+from tiny_models import make_chat_model, write_records
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "configs" / "experiments").glob("*.py")])
@@ -113,13 +116,15 @@ def test_a_plan_needs_no_weights_and_finds_what_the_config_says(
     assert figures["work"] == pytest.approx(work, rel=0.05)
     assert ("which is not here" in said) == (on_a_gpu and not torch.cuda.is_available())
 
-    decoder = DecoderConfig.from_hf(SHAPES[config.model.name])
+    decoder = decoder_config(SHAPES[config.model.name])
     if "unpacked" in paragraphs(path)[1] or path.parent.name == "experiments":  # as the paragraph of h100.py says
         config = config.override({"quantization.dequantize": "cached"})
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     size = (config.micro_batch_rows(), config.model.max_seq_length)
     again = keep_by_policy("full", 1, decoder.num_layers)
-    plan = estimate(decoder, count(decoder, config), config, config.system.device, dtype, *size, again, 0.0)
+    plan = estimate_memory(
+        decoder, count_parameters(decoder, config), config, config.system.device, dtype, *size, again, 0.0
+    )
     assert (plan.peak - (0 if on_a_gpu else plan.parts["process"])) / 1e9 == pytest.approx(least, rel=0.05)
 
 

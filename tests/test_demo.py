@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nanoft.chat import ChatTokenizer
-from nanoft.config import load_config
-from nanoft.corpus import open_corpus
+from nanoft.config.loading import load_config
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import open_corpus
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
@@ -52,7 +52,7 @@ def test_the_demo_teaches_tool_calls_and_says_so(bits: int, tmp_path: Path) -> N
     # on stderr: the bar, with loss, rate, speed and time left, and nothing else
     frames = [frame.strip() for frame in re.split(r"[\r\n]", done.stderr) if frame.strip()]
     assert len(frames) > 3  # off a terminal, one every five seconds
-    frames = [frame for frame in frames if not frame.startswith("tokenising")]  # only where that takes a while
+    frames = [frame for frame in frames if not frame.startswith("tokenizing")]  # only where that takes a while
     bar = r"\d+%\|.*\| \d+/204 \[[\d:]+<[\d:?]+, .*step.*\]"
     assert [frame for frame in frames if not re.fullmatch(bar, frame)] == []
     assert re.search(r"loss \d\.\d{3}, lr \d\.\de-\d\d, [\d,]+ tok/s", frames[-1])

@@ -19,8 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from nanoft.config import SECTION_TYPES, Config, load_config, load_file
-from nanoft.runtime import Memory
+from nanoft.config import Config
+from nanoft.config.loading import load_config, load_file
+from nanoft.config.settings import SECTION_TYPES
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.formats import SHAPES
+from nanoft.metrics.answers import CONSTRAINTS, ROUGE, SCORES
+from nanoft.runtime.memory import MemoryReading
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {
@@ -49,14 +54,14 @@ NOT_RUN = {
     r"python train.py auto|python .*configs/(?!tiny)": "needs the Hub, or a GPU: tests/test_configs.py plans all",
     r"python train.py (auto|mine.py|my.yaml)": "the user's own files",
     r"python merge.py BASE": "the user's own model; tests/test_gguf_export.py",
-    r"python -m nanoft.curves": "takes a run's name and nothing else: tests/test_curves.py",
+    r"python -m nanoft plot": "takes a run's name and nothing else: tests/tracking/test_plots.py",
     r"python bench/": "minutes, or a GPU; tests/test_bench.py runs small ones",
     r"python configs/tiny/language.py build": "pre-trains the demo's base for minutes; tests/test_demo.py",
     r"python tests/fuzz.py": "as long as you like; tests/test_hostile.py has its short form",
     r"python .*--follow": "waits for a run that trains",
     r"python .*--base nf4": "needs a run in 4 bits: tests/test_merge_command.py",
     r"python .*--selftest": "tests/test_selftest.py",
-    r"python .*--dtype q[456]_.*": "tests/test_gguf_export.py, where llama.cpp's quantiser is there",
+    r"python .*--dtype q[456]_.*": "tests/test_gguf_export.py, where llama.cpp's quantizer is there",
     r"python .*data.train_file=(FILE|...)|python .*model.name=MODEL": "as with the demo's own",
 }
 
@@ -94,17 +99,15 @@ def words_of(command: str) -> list[str]:
 
 
 def main_of(words: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
-    """The function behind `python train.py ...` or `python -m nanoft.generate ...`, and its arguments."""
+    """The function behind `python train.py ...` or `python -m nanoft chat ...`, and its arguments."""
     assert words[0] == "python"
     if words[1] == "-m":
-        source = (ROOT / f"{words[2].replace('.', '/')}.py").read_text(encoding="utf-8")
-        elsewhere = re.search(r"__main__.:\n    from (\S+) import main$", source, re.MULTILINE)
-        return importlib.import_module(elsewhere[1] if elsewhere else words[2]).main, words[3:]
+        return importlib.import_module("nanoft.__main__").main, words[3:]
     return importlib.import_module(words[1].removesuffix(".py")).main, words[2:]
 
 
 def is_ours(command: str) -> bool:
-    return re.match(r"python (-m nanoft\.(?!curves)|train.py|eval.py|merge.py)", command) is not None
+    return re.match(r"python (-m nanoft (?!plot)|train.py|eval.py|merge.py)", command) is not None
 
 
 # --- Commands
@@ -171,7 +174,7 @@ TO_RUN = {family(c): c for _, c in COMMANDS if is_ours(c) and reason_not_to_run(
 def test_every_command_is_run_or_there_is_a_reason() -> None:
     odd = [f"{name}: {c}" for name, c in COMMANDS if not is_ours(c) and reason_not_to_run(c) is None]
     assert odd == []
-    assert {script for script, *_ in TO_RUN} >= {"train.py", "eval.py", "merge.py", "-m nanoft.generate"}
+    assert {script for script, *_ in TO_RUN} >= {"train.py", "eval.py", "merge.py", "-m nanoft chat"}
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +214,7 @@ def test_a_command_of_each_family_runs(
     if name[0] == "train.py":
         arguments += ["output.dir=runs/other", *FEW]
     assert main(arguments) == 0, capfd.readouterr().err
-    assert capfd.readouterr().out.strip() or name == ("-m nanoft.generate", "")
+    assert capfd.readouterr().out.strip() or name == ("-m nanoft chat", "")
 
 
 # --- Troubleshooting
@@ -382,7 +385,7 @@ def test_every_name_on_the_tour_exists() -> None:
 def test_every_name_with_an_underscore_is_somewhere_in_the_program(name: str) -> None:
     words = {code for code in re.findall(r"`(\w+)`", TEXTS[name]) if "_" in code.strip("_")}
     source = "\n".join(path.read_text(encoding="utf-8") for path in [*PROGRAM, *(ROOT / "bench").glob("*.py")])
-    composed = Memory(0, 1, 0, 1).figures().keys()
+    composed = MemoryReading(0, 1, 0, 1).figures().keys()
     assert sorted(word for word in words - composed if not re.search(rf"\b{word}\b", source)) == []
 
 
@@ -390,7 +393,6 @@ def test_every_name_with_an_underscore_is_somewhere_in_the_program(name: str) ->
 
 
 def test_the_shapes_of_the_data_document_are_those_of_the_program() -> None:
-    from nanoft.records import SHAPES
 
     found = re.findall(r"^\| `(\w+)` \| (`.*) \|$", DATA, re.MULTILINE)
     shown = {name: set(re.findall(r"`(\w+)`", fields)) for name, fields in found if name in SHAPES}
@@ -400,7 +402,6 @@ def test_the_shapes_of_the_data_document_are_those_of_the_program() -> None:
 
 
 def test_every_metric_is_in_the_document_and_every_one_there_is_a_metric() -> None:
-    from nanoft.scores import CONSTRAINTS, ROUGE, SCORES
 
     table = EVALUATION[EVALUATION.index("## Metrics of the answers") : EVALUATION.index("## How to read it")]
     named = set(re.findall(r"`(\w+)[`:]", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))))
@@ -408,7 +409,6 @@ def test_every_metric_is_in_the_document_and_every_one_there_is_a_metric() -> No
 
 
 def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:
-    from nanoft.chat import ChatTokenizer
 
     question = re.search(r'"user", "content": "(.*?)"', TOUR)
     assert question

@@ -9,12 +9,23 @@ import pytest
 import torch
 from shapes import MISTRAL_7B, SHAPES
 
-from models import make_reference
-from nanoft.config import Config, load_file
-from nanoft.decode import Decoding
-from nanoft.model import DecoderConfig, keep_by_policy
-from nanoft.plan import MARGIN, Machine, Plan, choose_keep, count, decide_dequantize, estimate, gflop_per_token
-from nanoft.weights import load_model
+from nanoft.config import Config
+from nanoft.config.loading import load_file
+from nanoft.generation.decode import Decoding
+from nanoft.model import keep_by_policy
+from nanoft.models.families import decoder_config
+from nanoft.models.weights import load_model
+from nanoft.training.memory_plan import (
+    MARGIN,
+    Machine,
+    Plan,
+    choose_recompute,
+    count_parameters,
+    decide_dequantize,
+    estimate_memory,
+    gflop_per_token,
+)
+from tiny_models import make_reference
 
 ROOT = Path(__file__).parent.parent
 MEMORY = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
@@ -23,16 +34,16 @@ CPU = torch.device("cpu")
 
 def plan(config: Config) -> Plan:
     """What --plan computes for a GPU with the memory that the config names, where no such GPU is."""
-    decoder, t = DecoderConfig.from_hf(SHAPES[config.model.name]), config.training
-    counts, room = count(decoder, config), MARGIN * (config.system.memory_gb or 0) * 1e9
+    decoder, t = decoder_config(SHAPES[config.model.name]), config.training
+    counts, room = count_parameters(decoder, config), MARGIN * (config.system.memory_gb or 0) * 1e9
     config = decide_dequantize(config, counts, Machine(torch.device("cuda"), torch.bfloat16, room, here=False))
 
     def of(keep: list) -> Plan:
         size = config.micro_batch_rows(), config.model.max_seq_length
-        return estimate(decoder, counts, config, "cuda", torch.bfloat16, *size, keep, 0.0)
+        return estimate_memory(decoder, counts, config, "cuda", torch.bfloat16, *size, keep, 0.0)
 
     if t.checkpointing == "auto":
-        return of(choose_keep(lambda keep: of(keep).peak, decoder.num_layers, room))
+        return of(choose_recompute(lambda keep: of(keep).peak, decoder.num_layers, room))
     return of(keep_by_policy(t.checkpointing, t.checkpoint_every, decoder.num_layers))
 
 
@@ -59,7 +70,7 @@ def test_the_example_is_what_the_planner_finds() -> None:
 
 def test_the_arithmetic_of_the_example_is_right() -> None:
     """The products that stand there, with their operands, give the figures beside them."""
-    counts = count(DecoderConfig.from_hf(MISTRAL_7B), EXAMPLE)
+    counts = count_parameters(decoder_config(MISTRAL_7B), EXAMPLE)
     text = section("One example")
     for value in (counts.linears, counts.others, counts.trained, 94_432):
         assert f"{value:,}" in text
@@ -80,8 +91,8 @@ def test_each_lever_moves_the_peak_as_the_table_says() -> None:
 
 
 def test_the_price_of_computing_blocks_again() -> None:
-    decoder = DecoderConfig.from_hf(MISTRAL_7B)
-    counts = count(decoder, EXAMPLE)
+    decoder = decoder_config(MISTRAL_7B)
+    counts = count_parameters(decoder, EXAMPLE)
     once, twice = (gflop_per_token(decoder, counts, EXAMPLE, 2048, again) for again in (0.0, 1.0))
     (shown,) = re.findall(r"(\d+) % more work", MEMORY)
     assert round(100 * (twice / once - 1)) == int(shown)

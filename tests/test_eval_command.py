@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as command
 import train
-from models import make_chat_model, train_run, write_records
-from nanoft.chat import ChatTokenizer
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from tiny_models import make_chat_model, train_run, write_records
 
 ROOT = Path(__file__).parent.parent
 FEW = ["evaluation.prompts=4", "evaluation.max_new_tokens=8"]
@@ -191,7 +191,7 @@ def test_an_interrupt_ends_without_a_traceback(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# --- breakdowns, forgetting, quantisation, leakage, metrics
+# --- breakdowns, forgetting, quantization, leakage, metrics
 
 
 def perplexity_of(directory: Path, text: str, context: int) -> float:

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import merge
-from nanoft import evaluate
-from nanoft.chat import ChatTokenizer, Sample
-from nanoft.weights import load_model
+from nanoft.batches import Sample
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.evaluation import evaluate
+from nanoft.models.weights import load_model
 
 PAIRS = [("The sea is", " blue."), ("One, two,", " three, four, five."), ("Ask", " me!")]
 TASK = """

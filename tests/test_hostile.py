@@ -24,9 +24,9 @@ from hostile import CANARY, CASES, SECRET, TOKEN, Case, Payload, stolen
 
 import eval as eval_command
 import train
-from models import make_chat_model, train_run, write_records
 from nanoft import UserError
-from nanoft.files import read_raw
+from nanoft.data.sources import read_raw
+from tiny_models import make_chat_model, train_run, write_records
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 8  # of processor time for a case
@@ -172,7 +172,7 @@ def test_no_token_leaves(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_small_file_that_unpacks_to_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanoft.files.LONGEST_OBJECT", 1 << 20)
+    monkeypatch.setattr("nanoft.data.sources.LONGEST_OBJECT", 1 << 20)
     for size, refused in ((1 << 19, False), (1 << 20, True)):
         with gzip.open(tmp_path / "a.json.gz", "wb") as file:
             file.write(b'{"text": "' + b"x" * size + b'"}')

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from models import delta, make_reference
 from nanoft import UserError, lora
-from nanoft.adapter import adapter_tensors, load_adapter_tensors
 from nanoft.config import LoRAConfig
 from nanoft.lora import LoRALinear, describe_adapters, disabled, identity, inject_lora, principal
 from nanoft.loss import target_nll
-from nanoft.model import Attention, Block, Decoder, DecoderConfig, RMSNorm, swiglu
+from nanoft.model import Attention, Block, Decoder, RMSNorm, swiglu
+from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
+from nanoft.models.families import decoder_config
+from nanoft.models.weights import load_model
 from nanoft.nf4 import Linear4bit
-from nanoft.selftest import PRODUCT, adapter_effect, merged_apart, products_apart
-from nanoft.weights import load_model
+from nanoft.training.self_test import PRODUCT, adapter_effect, merged_apart, products_apart
+from tiny_models import delta, make_reference
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 199, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -472,7 +473,7 @@ def test_a_compiled_block_has_the_gradients_of_an_eager_one(name: str, base: Pat
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_block_keeps_what_the_docstring_says_and_nothing_else(dora: bool) -> None:
     h, kv, m, r, n = 64, 32, 160, 4, 2 * 16  # sizes of the residual stream, of keys, of the MLP; rank; tokens
-    config = DecoderConfig.from_hf(
+    config = decoder_config(
         {"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": h, "intermediate_size": m}
         | {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nanoft import loss
 from nanoft.loss import target_nll, token_nll
-from nanoft.selftest import plain_nll
+from nanoft.training.self_test import plain_nll
 
 GENERATOR = torch.Generator().manual_seed(0)
 HIDDEN = torch.randn(2, 9, 8, generator=GENERATOR)

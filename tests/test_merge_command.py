@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge as command
-from models import make_chat_model, make_packed, train_run, write_records
-from nanoft import export
-from nanoft.chat import ChatTokenizer
-from nanoft.generate import generate
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.export import merge, verify
+from nanoft.generation.generate import generate
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.weights import open_chat, open_model
+from nanoft.models.open import open_chat_tokenizer, open_model
+from tiny_models import make_chat_model, make_packed, train_run, write_records
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_the_proof_is_made_on_the_runs_own_conversations(runs: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(runs / "base")
 
     def prompts(source: Path) -> list[list[int]]:
-        chat = open_chat(str(source), opened, as_trained=True)
+        chat = open_chat_tokenizer(str(source), opened, as_trained=True)
         return command.prompts(chat, command.held_out(str(source), chat)[0])
 
     texts = [tokenizer.decode(ids) for ids in prompts(runs / "lora")]
@@ -338,7 +338,7 @@ def test_verify_measures_what_transformers_measures(
     assert json.loads((tmp_path / "nf4" / "provenance.json").read_text())["verify"] == said
 
     opened = open_model(str(runs / "qlora"), CPU, torch.float32)
-    chat = open_chat(str(runs / "qlora"), opened, as_trained=True)
+    chat = open_chat_tokenizer(str(runs / "qlora"), opened, as_trained=True)
     samples, _ = command.held_out(str(runs / "qlora"), chat)
     assert said["tokens"] == sum(len(sample.ids) for sample in samples)
     for base in ("original", "nf4"):
@@ -358,18 +358,18 @@ def test_verify_measures_what_transformers_measures(
         assert said[base]["divergence"] == pytest.approx(divergence / said["tokens"], rel=0.02, abs=1e-7)
         assert said[base]["same_top_token"] == pytest.approx(same / said["tokens"], abs=0.01)
     assert said["nf4"]["divergence"] < said["original"]["divergence"]
-    best = export.recommended({name: export.Agreement(**said[name]) for name in ("original", "nf4")})
+    best = verify.recommended({name: verify.Agreement(**said[name]) for name in ("original", "nf4")})
     assert f"recommended: onto the {best} weights" in shown
 
 
 def test_the_lower_perplexity_is_recommended_and_of_two_alike_the_nearer() -> None:
-    def said(perplexity: float, divergence: float) -> export.Agreement:
-        return export.Agreement(0.1, 1.0, 1.0, divergence, perplexity, 5.0)
+    def said(perplexity: float, divergence: float) -> verify.Agreement:
+        return verify.Agreement(0.1, 1.0, 1.0, divergence, perplexity, 5.0)
 
-    assert export.recommended({"original": said(4.9, 0.1), "nf4": said(5.0, 0.0)}) == "original"
-    assert export.recommended({"original": said(4.999, 0.1), "nf4": said(5.0, 0.0)}) == "nf4"
-    assert export.recommended({"original": said(5.1, 0.1), "nf4": said(5.0, 0.2)}) == "nf4"
-    assert export.recommended({"original": said(math.inf, math.nan), "nf4": said(math.inf, math.nan)}) in (
+    assert verify.recommended({"original": said(4.9, 0.1), "nf4": said(5.0, 0.0)}) == "original"
+    assert verify.recommended({"original": said(4.999, 0.1), "nf4": said(5.0, 0.0)}) == "nf4"
+    assert verify.recommended({"original": said(5.1, 0.1), "nf4": said(5.0, 0.2)}) == "nf4"
+    assert verify.recommended({"original": said(math.inf, math.nan), "nf4": said(math.inf, math.nan)}) in (
         "original",
         "nf4",
     )
@@ -474,7 +474,7 @@ def test_a_merge_that_is_interrupted_goes_on_with_the_shards_that_it_finished(
     assert run_merge(*line, tmp_path / "whole") == 0
     shards = sorted(path.name for path in (tmp_path / "whole").glob("model-*.safetensors"))
     assert len(shards) > 4
-    write_file, written = export.write_file, []
+    write_file, written = merge.write_file, []
 
     def interrupt(path: Path, pieces: Any) -> Any:
         if path.name.endswith(".safetensors"):
@@ -484,7 +484,7 @@ def test_a_merge_that_is_interrupted_goes_on_with_the_shards_that_it_finished(
                 raise KeyboardInterrupt
         return write_file(path, pieces)
 
-    monkeypatch.setattr(export, "write_file", interrupt)
+    monkeypatch.setattr(merge, "write_file", interrupt)
     assert run_merge(*line, tmp_path / "out") == 130
     assert capsys.readouterr().err == "interrupted\n"
     (aside,) = tmp_path.glob(".tmp-out-*")
@@ -505,7 +505,7 @@ def test_a_merge_that_is_interrupted_goes_on_with_the_shards_that_it_finished(
 def test_two_processes_do_not_write_one_directory(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with export.new_directory(tmp_path / "out"):
+    with merge.new_directory(tmp_path / "out"):
         assert run_merge(runs / "lora", "--out", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert said == f"error: --out: {tmp_path}/out: another process is writing it: wait for it, or choose another\n"
@@ -550,7 +550,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a plain model": (["ROOT/base"], "base: no adapter here"),
     "a full run": (["ROOT/full"], "trained every parameter"),
     "a full run as an adapter": (["ROOT/full", "--format", "peft"], "trained every parameter"),
-    "not quantised": (["ROOT/lora", "--base", "nf4"], "--base nf4: "),
+    "not quantized": (["ROOT/lora", "--base", "nf4"], "--base nf4: "),
     "truncated": (["ADAPTER"], "adapter_model.safetensors: damaged"),
     "truncated peft": (["ADAPTER", "--format", "peft"], "adapter_model.safetensors: damaged"),
     "infinite": (["ADAPTER", "--format", "mlx"], "lora_A.weight holds NaN or infinity"),

@@ -17,13 +17,18 @@ from safetensors.torch import load_file
 import eval as evaluation
 import merge
 import train
-from models import make_chat_model, train_run, write_records
-from nanoft import UserError, attention, environment, generate, model, nf4, runtime
+from nanoft import UserError, attention, model, nf4
 from nanoft.attention import Documents, attend, rotate
 from nanoft.config import LoRAConfig, TrainingConfig
+from nanoft.generation import generate
 from nanoft.lora import LoRALinear, principal
 from nanoft.loss import target_nll
 from nanoft.optim import build_optimizer
+from nanoft.runtime import memory
+from nanoft.runtime.device import WATERMARK, choose_device, choose_dtype, preserve_rng_state, rng_state
+from nanoft.runtime.memory import Shortage, memory_limit_bytes
+from nanoft.training import doctor
+from tiny_models import make_chat_model, train_run, write_records
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -159,13 +164,13 @@ def test_a_block_computed_again_drops_what_it_dropped_before(mps: torch.device) 
 
 @pytest.mark.mps
 def test_looking_ahead_draws_no_random_numbers(mps: torch.device) -> None:
-    before = runtime.rng_state()
-    with runtime.same_random_numbers():
+    before = rng_state()
+    with preserve_rng_state():
         torch.zeros(4).to(mps).uniform_()
         torch.rand(4)
-    assert runtime.rng_state() == before
+    assert rng_state() == before
     torch.zeros(4).to(mps).uniform_()
-    assert runtime.rng_state()["mps"] != before["mps"]
+    assert rng_state()["mps"] != before["mps"]
 
 
 @pytest.mark.mps
@@ -280,21 +285,21 @@ def test_the_stand_in_refuses_what_metal_refuses(metal: Metal) -> None:
 
 def test_bfloat16_is_tried_not_believed(metal: Metal) -> None:
     device = torch.device("mps")
-    assert runtime.choose_dtype("auto", device) == torch.bfloat16
+    assert choose_dtype("auto", device) == torch.bfloat16
     metal.without = (torch.bfloat16,)
-    assert runtime.choose_dtype("auto", device) == torch.float32
+    assert choose_dtype("auto", device) == torch.float32
     with pytest.raises(UserError, match=r"model\.dtype: mps does not multiply in bfloat16 here: set model\.dtype"):
-        runtime.choose_dtype("bfloat16", device)
+        choose_dtype("bfloat16", device)
 
 
 def test_the_budget_is_what_metal_recommends_or_what_is_free(metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("mps")
-    monkeypatch.setattr(runtime, "free_host_bytes", lambda: 100e9)
-    assert runtime.memory_limit_bytes(device) == MEMORY
-    monkeypatch.setattr(runtime, "free_host_bytes", lambda: 5e9)  # other programs hold the rest
-    assert runtime.memory_limit_bytes(device) == 6e9
-    monkeypatch.setenv(runtime.WATERMARK, "0.8")
-    runtime.choose_device("mps")
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 100e9)
+    assert memory_limit_bytes(device) == MEMORY
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 5e9)  # other programs hold the rest
+    assert memory_limit_bytes(device) == 6e9
+    monkeypatch.setenv(WATERMARK, "0.8")
+    choose_device("mps")
     assert metal.fraction is None  # as the user says
 
 
@@ -302,7 +307,7 @@ def test_the_budget_is_what_metal_recommends_or_what_is_free(metal: Metal, monke
     "text", ["MPS backend out of memory (MPS allocated: 18.50 GiB)", "Invalid buffer size: 16 GiB"]
 )
 def test_a_shortage_gives_the_cache_back(text: str, metal: Metal) -> None:
-    with runtime.Shortage(torch.device("mps")) as short:
+    with Shortage(torch.device("mps")) as short:
         raise RuntimeError(text)
     assert short
     assert metal.emptied == 1
@@ -311,14 +316,14 @@ def test_a_shortage_gives_the_cache_back(text: str, metal: Metal) -> None:
 @pytest.mark.mps
 @pytest.mark.skipif(not REAL, reason="needs a Mac")
 def test_the_limit_is_an_error_that_is_understood() -> None:
-    device = runtime.choose_device("mps")
+    device = choose_device("mps")
     torch.mps.set_per_process_memory_fraction(0.05)
     try:
-        with runtime.Shortage(device) as short:
+        with Shortage(device) as short:
             kept = [torch.ones(1 << 26, device=device) for _ in range(1000)]  # 268 MB each
             assert not kept
         assert short
-        with runtime.Shortage(device) as short:
+        with Shortage(device) as short:
             torch.empty(1 << 40, dtype=torch.int8, device=device)
         assert short
     finally:
@@ -339,16 +344,16 @@ WATERMARKS = {
 
 @pytest.mark.parametrize("ratio", WATERMARKS)
 def test_the_environment_check_judges_the_watermark(ratio: str, metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip((runtime.WATERMARK, runtime.WATERMARK.replace("HIGH", "LOW")), ratio.split(), strict=False):
+    for name, value in zip((WATERMARK, WATERMARK.replace("HIGH", "LOW")), ratio.split(), strict=False):
         monkeypatch.setenv(name, value)
-    line = environment.metal()
-    assert line.colour == WATERMARKS[ratio][0]
+    line = doctor.metal()
+    assert line.color == WATERMARKS[ratio][0]
     assert WATERMARKS[ratio][1] in line.found
 
 
 @pytest.mark.mps
 def test_the_environment_check_runs_on_metal(mps: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = {line.name: line for line in environment.look_around(runtime.choose_device("mps"))}
+    lines = {line.name: line for line in doctor.look_around(choose_device("mps"))}
     assert "bfloat16" in lines["precision"].found
     assert "chunks of 256 queries" in lines["attention"].found
     assert "table lookup" in lines["4-bit weights"].found

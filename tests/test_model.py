@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from models import CASES, make_reference
 from nanoft import UserError
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
 from nanoft.lora import inject_lora
-from nanoft.model import Decoder, DecoderConfig, compile_blocks, embedding_noise, keep_by_policy, select_rows
-from nanoft.weights import load_model
+from nanoft.model import Decoder, compile_blocks, embedding_noise, keep_by_policy, select_rows
+from nanoft.models.families import decoder_config
+from nanoft.models.weights import load_model
+from tiny_models import CASES, make_reference
 
 CPU = torch.device("cpu")
 COMPILE = torch.nn.Module.compile
@@ -154,7 +155,7 @@ def test_classic_and_current_config_give_the_same_shape(case: str, tmp_path: Pat
         classic["rope_scaling"] = {("type" if k == "rope_type" else k): v for k, v in rope.items() if k != "rope_theta"}
     classic.pop("layer_types", None)
     classic["torch_dtype"] = classic.pop("dtype")
-    a, b = DecoderConfig.from_hf(current), DecoderConfig.from_hf(classic)
+    a, b = decoder_config(current), decoder_config(classic)
     assert (a.windows, a.rope.theta, a.rope.kind) == (b.windows, b.rope.theta, b.rope.kind)
     assert torch.equal(a.rope.angles(a.head_dim)[0], b.rope.angles(b.head_dim)[0])
 
@@ -173,9 +174,9 @@ def test_classic_and_current_config_give_the_same_shape(case: str, tmp_path: Pat
 def test_what_changes_the_maths_and_is_unknown_is_refused(change: dict[str, object], message: str) -> None:
     base = {"architectures": ["MistralForCausalLM"], "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8}
     base |= {"num_attention_heads": 2, "num_hidden_layers": 1}
-    assert DecoderConfig.from_hf(base).windows == (4096,)  # Mistral's default when the key is absent
+    assert decoder_config(base).windows == (4096,)  # Mistral's default when the key is absent
     with pytest.raises(UserError, match=message):
-        DecoderConfig.from_hf(base | change)
+        decoder_config(base | change)
 
 
 @pytest.mark.gpu

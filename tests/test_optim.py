@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from nanoft import UserError
-from nanoft.checkpoint import write_tensors
 from nanoft.config import TrainingConfig
+from nanoft.io.tensor_files import write_tensors
 from nanoft.optim import (
     build_optimizer,
     check_optimizer,
-    learning_rate_at,
+    learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
     set_learning_rate,
@@ -63,13 +63,13 @@ def test_schedule_equals_transformers_without_its_idle_first_step(shape: str, wa
     # transformers warms up from a rate of 0, a step that changes nothing; ours leaves that step out
     theirs = their_rates(THEIRS[shape], warmup + 1, total + 1)
     assert theirs[0] == 0.0
-    ours = [learning_rate_at(step, total, 3e-4, warmup, shape, 0.0) for step in range(total)]
+    ours = [learning_rate(step, total, 3e-4, warmup, shape, 0.0) for step in range(total)]
     assert ours == pytest.approx([3e-4 * rate for rate in theirs[1:]], rel=1e-12)
 
 
 def test_min_ratio_equals_transformers() -> None:
     theirs = their_rates(get_cosine_with_min_lr_schedule_with_warmup, 5, 30, min_lr_rate=0.1)
-    ours = [learning_rate_at(step, 29, 1.0, 4, "cosine", 0.1) for step in range(29)]
+    ours = [learning_rate(step, 29, 1.0, 4, "cosine", 0.1) for step in range(29)]
     assert ours == pytest.approx(theirs[1:], rel=1e-12)
 
 
@@ -77,14 +77,14 @@ def test_min_ratio_equals_transformers() -> None:
 @pytest.mark.parametrize("min_ratio", [0.0, 0.1])
 def test_polynomial_equals_transformers(power: float, min_ratio: float) -> None:
     theirs = their_rates(get_polynomial_decay_schedule_with_warmup, 5, 30, lr_end=min_ratio, power=power)
-    ours = [learning_rate_at(step, 29, 1.0, 4, "polynomial", min_ratio, power) for step in range(29)]
+    ours = [learning_rate(step, 29, 1.0, 4, "polynomial", min_ratio, power) for step in range(29)]
     assert ours == pytest.approx(theirs[1:], rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "polynomial"])
 def test_the_ends(shape: str) -> None:
     def rate(step: int) -> float:
-        return learning_rate_at(step, 100, 2.0, 10, shape, 0.25)
+        return learning_rate(step, 100, 2.0, 10, shape, 0.25)
 
     assert rate(0) == 2.0 / 11
     assert rate(10) == 2.0  # the first step after the warm-up
@@ -96,12 +96,12 @@ def test_the_ends(shape: str) -> None:
 
 
 def test_constant_stays_at_the_peak_whatever_the_end() -> None:
-    assert {learning_rate_at(step, 9, 0.5, 2, "constant", 0.1) for step in range(2, 9)} == {0.5}
+    assert {learning_rate(step, 9, 0.5, 2, "constant", 0.1) for step in range(2, 9)} == {0.5}
 
 
 def test_a_warmup_as_long_as_the_run_never_divides_by_zero() -> None:
-    assert learning_rate_at(5, 5, 1.0, 5, "cosine", 0.0) == 1.0
-    assert learning_rate_at(0, 1, 1.0, 0, "cosine", 0.0) == 1.0
+    assert learning_rate(5, 5, 1.0, 5, "cosine", 0.0) == 1.0
+    assert learning_rate(0, 1, 1.0, 0, "cosine", 0.0) == 1.0
 
 
 def test_warmup_is_steps_or_a_share_of_them() -> None:

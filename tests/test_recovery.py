@@ -13,8 +13,8 @@ import torch
 from test_train import equal, losses, quick, result
 
 import train
-from nanoft import evaluate
-from nanoft.checkpoint import Checkpoints
+from nanoft import perplexity
+from nanoft.checkpoint import CheckpointManager
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -237,7 +237,7 @@ def test_out_of_memory_in_evaluation_takes_smaller_batches(tmp_path: Path, monke
     whole, short = tmp_path / "whole", tmp_path / "short"
     dropout = {"lora__dropout": 0.1}  # stays on afterwards
     assert train.main(quick(whole, **dropout)) == 0
-    measured, sizes = evaluate.validation_loss, []
+    measured, sizes = perplexity.validation_loss, []
 
     def failing(model: Any, samples: Any, size: int, pad_id: int) -> Any:
         sizes.append(size)
@@ -258,7 +258,7 @@ def test_out_of_memory_inside_an_evaluation_leaves_the_mode_as_it_was(tmp_path: 
     """Dropout shows whether the model trains on in training mode."""
     whole, short, calls = tmp_path / "whole", tmp_path / "short", [0]
     assert train.main(quick(whole, lora__dropout=0.2)) == 0
-    real = evaluate.token_nll
+    real = perplexity.token_nll
 
     def failing(*args: Any) -> Any:
         calls[0] += 1
@@ -266,7 +266,7 @@ def test_out_of_memory_inside_an_evaluation_leaves_the_mode_as_it_was(tmp_path: 
 
     def evaluating(_: int, validation_loss: Any, job: train.Job) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, "token_nll", failing)
+            patch.setattr(perplexity, "token_nll", failing)
             return validation_loss(job)
 
     in_the_loop(monkeypatch, "validation_loss", evaluating)
@@ -294,14 +294,14 @@ def test_an_evaluation_that_fails_is_an_event(tmp_path: Path, monkeypatch: Patch
 
 
 def refuse_saves(patch: Patch, *steps: int) -> None:
-    save = Checkpoints.save
+    save = CheckpointManager.save
 
-    def failing(self: Checkpoints, step: int, *rest: Any) -> Path:
+    def failing(self: CheckpointManager, step: int, *rest: Any) -> Path:
         if step in steps:
             raise OSError(28, "No space left on device")
         return save(self, step, *rest)
 
-    patch.setattr(Checkpoints, "save", failing)
+    patch.setattr(CheckpointManager, "save", failing)
 
 
 def test_training_goes_on_after_a_save_that_failed(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:

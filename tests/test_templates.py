@@ -1,7 +1,7 @@
 """The templates of well-known models: what they render, what is learned of it, and Mistral's own token ids.
 
 golden_templates.json has what the originals give for some conversations: rendered by transformers from each model's own
-template, and tokenised by mistral-common. The templates under test (hub_templates.py) are nanoft's own words for the
+template, and tokenized by mistral-common. The templates under test (hub_templates.py) are nanoft's own words for the
 same; rendered by nanoft they must give the same characters. What is learned of each conversation is spelled out here.
 """
 
@@ -26,7 +26,8 @@ from templates import Style, save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from nanoft import UserError
-from nanoft.chat import ChatTokenizer, Message, Sample
+from nanoft.batches import Sample
+from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_templates.json").read_text(encoding="utf-8"))
 CONVERSATIONS = GOLDEN["conversations"]

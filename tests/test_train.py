@@ -22,11 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from nanoft import model, runtime, selftest
-from nanoft.config import load_config
+from nanoft import model
+from nanoft.config.loading import load_config
 from nanoft.lora import LoRALinear
-from nanoft.metrics import Run
 from nanoft.optim import optimizer_tensors
+from nanoft.runtime.device import seed_everything
+from nanoft.tracking.run import Run
+from nanoft.training import self_test
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
@@ -81,14 +83,14 @@ def gradients(
     changes |= {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
     arguments = quick(directory, **changes)
     config = load_config(arguments[0], arguments[1:])
-    runtime.prepare(config.system.seed, 0, False)
+    seed_everything(config.system.seed, 0, False)
     with Run.open(config.output.dir) as run:
         provenance = train.claim(config, run, "auto")
         job = train.prepare(config, run, provenance, *train.load_data(config, run, datetime.now()))
         job.model.to(dtype)
-        selftest.stir(job.adapters)  # at its start, A has no gradient
-        run.begin(0, [0, 0], [])
-        taken = selftest.gradient(job, train.go_on, job.batches)
+        self_test.perturb_adapters(job.adapters)  # at its start, A has no gradient
+        run.open_metrics(0, [0, 0], [])
+        taken = self_test.gradient(job, train.go_on, job.batches)
         assert {name: len(part) for name, part in taken.items()} == {name: p.numel() for name, p in job.trained}
     return taken
 
@@ -102,9 +104,9 @@ def test_a_window_has_one_gradient_however_it_is_split(
     whole = gradients(tmp_path / "8x1", 8, 1, dtype, **changes)
     for size, count in ((4, 2), (2, 4), (1, 8)):
         split = gradients(tmp_path / f"{size}x{count}", size, count, dtype, **changes)
-        assert selftest.gradients_apart(split, whole) <= allowed
+        assert self_test.gradient_error(split, whole) <= allowed
         if dtype == torch.float64:  # float32 rounds single small tensors by a little more than all of them together
-            assert max(selftest.apart(split[name], gradient) for name, gradient in whole.items()) <= allowed
+            assert max(self_test.relative_error(split[name], gradient) for name, gradient in whole.items()) <= allowed
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -425,7 +427,7 @@ def test_a_template_that_prints_the_date_has_the_date_of_the_runs_first_session(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["provenance"]["date"] == "2020-02-29"
 
 
-@pytest.mark.parametrize("part", ["nanoft.job.load_base", "train.train"])
+@pytest.mark.parametrize("part", ["nanoft.training.setup.load_base", "train.train"])
 def test_out_of_memory_anywhere_is_one_line_and_3(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

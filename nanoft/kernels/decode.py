@@ -21,7 +21,7 @@ from nanoft.kernels.block import FastBlock
 from nanoft.lora import VARIANTS, LoRALinear, linears_of, weight_of
 from nanoft.model import MLP, Block, Decoder, RMSNorm, SelfAttention
 from nanoft.nf4 import Linear4bit, Linear8bit
-from nanoft.runtime import free_host_bytes
+from nanoft.runtime.memory import available_host_bytes
 
 Function = Callable[..., Tensor]
 MEMORY_SHARE = 0.5  # of the free memory that a second copy of the weights may take
@@ -134,4 +134,4 @@ def should_prepack(model: Decoder) -> bool:
     dtypes = {linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype for linear in linears}
     numbers = sum(linear.out_features * linear.in_features for linear in linears) + model.head.numel()
     least = CACHED_BYTES if dtype == torch.float32 else 0  # PyTorch's own bfloat16 product takes these kernels, too
-    return dtypes == {dtype} and least < numbers * dtype.itemsize <= MEMORY_SHARE * free_host_bytes()
+    return dtypes == {dtype} and least < numbers * dtype.itemsize <= MEMORY_SHARE * available_host_bytes()

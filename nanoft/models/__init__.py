@@ -1,1 +1,1 @@
-"""Base models: their files, their weights, and how they are opened."""
+"""TODO."""

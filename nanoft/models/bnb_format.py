@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError
+from nanoft.io.untrusted import parse_json
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit
-from nanoft.untrusted import parse_json
 
 MAX_NOTE = 4096  # bytes of the JSON that bitsandbytes stores beside a weight; it needs 200
 

@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanoft.tracking import run
+
 ROOT = Path(__file__).parent.parent.parent
 OPERATIONS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
 SAVES = r"/checkpoints(/|$)|best\.json"  # the paths of a save
@@ -240,7 +242,6 @@ class Moments:
 
     def install(self) -> None:
         import train
-        from nanoft import job, metrics
 
         def nll(real: Callable[..., Any], *args: Any) -> Any:
             self.passed("micro-batch")
@@ -250,7 +251,7 @@ class Moments:
             self.passed(moment)
             return real(*args, **options)
 
-        log = metrics.Run.log
+        log = run.Run.log
 
         def logged(run: Any, event: str, step: int, **values: Any) -> None:
             log(run, event, step, **values)
@@ -259,8 +260,8 @@ class Moments:
 
         train.target_nll = functools.partial(nll, train.target_nll)  # type: ignore[assignment]
         train.evaluate_now = functools.partial(before, "eval", train.evaluate_now)  # type: ignore[assignment]
-        train.save = job.save = functools.partial(before, "save", job.save)  # type: ignore[assignment]
-        metrics.Run.log = logged  # type: ignore[method-assign]
+        train.save = functools.partial(before, "save", train.save)  # type: ignore[assignment]
+        run.Run.log = logged  # type: ignore[method-assign]
 
     def passed(self, moment: str) -> None:
         self.counts[moment] += 1

@@ -11,8 +11,8 @@ from typing import Any
 
 from harness import Fault, Outcome, Running, Server
 
-from models import make_chat_model
 from nanoft import checkpoint
+from tiny_models import make_chat_model
 
 STEPS = 6
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scene import STEPS, Scene
 
-from nanoft.checkpoint import Checkpoints
+from nanoft.checkpoint import CheckpointManager
 
 
 def damage(path: Path, chance: random.Random) -> str:
@@ -40,7 +40,7 @@ def test_damage_anywhere_is_noticed(every_checkpoint: Path, count: int, tmp_path
         path = files(directory)[number % len(files(directory))]
         before = path.read_bytes()
         what = damage(path, chance)
-        saved, damages = Checkpoints(directory / "checkpoints", keep=100).newest()
+        saved, damages = CheckpointManager(directory / "checkpoints", keep=100).newest()
         assert saved is not None
         assert saved.state["step"] == STEPS - 1, what
         assert path.name in damages[0]

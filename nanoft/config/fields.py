@@ -1,0 +1,98 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import field
+from typing import Any, Literal, get_args, get_origin
+
+from nanoft import UserError
+from nanoft.io.untrusted import parse_yaml
+
+NAMES = r"[\[(]?[\w.:-]+([,\s]+[\w.:-]+)*[\])]?"  # q_proj,v_proj
+
+
+def bounded(default: Any, low: float, high: float = math.inf) -> Any:
+    """A dataclass field whose value must lie in [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f": did you mean {prefix}{match[0]}?" if match else f": there are {', '.join(known)}"
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    """Read `text` as the field's type; `none` stands for no value where that is allowed."""
+    options = _options(hint)
+    if type(None) in options and text.lower() in ("none", "null", ""):
+        return None
+    if len(options) > 1 and any(text in get_args(option) for option in options):  # auto, beside numbers
+        return text
+    kind = next(option for option in options if option is not type(None))
+    try:
+        if get_origin(kind) is Literal:
+            return next(choice for choice in get_args(kind) if str(choice) == text)
+        if get_origin(kind) is tuple:
+            if get_args(kind)[0] is str and not re.fullmatch(NAMES, text):
+                return (text,) if text else ()  # one regular expression
+            return tuple(get_args(kind)[0](part) for part in text.strip("[]()").replace(",", " ").split())
+        if get_origin(kind) is dict:
+            return _parse_table(text)
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (StopIteration, KeyError, ValueError):
+        raise UserError(f"{key}: {text!r:.100} is not {_describe(hint)}") from None
+
+
+def _parse_table(text: str) -> dict[str, Any]:
+    """`{instruction: q, response: a}`, as YAML writes a table on one line."""
+    table = parse_yaml(text)
+    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+        raise ValueError
+    return table
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that a field may have."""
+    return get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if not any(_fits(value, option) for option in _options(hint)):
+        raise UserError(f"{name}: {value!r:.100} is not {_describe(hint)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(part, get_args(kind)[0]) for part in value)
+    if get_origin(kind) is dict:
+        fits = isinstance(value, dict) and all(_fits(part, get_args(kind)[1]) for part in value.values())
+        return fits and all(isinstance(key, str) for key in value)
+    if kind is Any:
+        return True
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is kind  # bool is not an int here
+
+
+def _describe(hint: Any) -> str:
+    if len(_options(hint)) > 1:
+        return " or ".join(_describe(option) for option in _options(hint))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return "a list of names" if get_args(hint)[0] is str else "a list of numbers"
+    if get_origin(hint) is dict:
+        return "a table like {name: value}"
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    return names.get(hint, "none")

@@ -1,0 +1,143 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nanoft import UserError
+from nanoft.config.aliases import ALIASES, translate
+from nanoft.config.settings import SECTION_TYPES, Config
+from nanoft.io.untrusted import parse_json, parse_yaml, read_bytes
+
+ENVIRONMENT_PREFIX = "NANOFT_"
+FUNCTION = re.compile(r"(?!regex:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function, a metric of the user's own
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
+    """Read a config file, apply the environment and then the command line's `section.field=value` overrides.
+
+    Raises:
+        UserError: anything wrong, naming the file or the field, the value and the fix.
+    """
+    changes = read_overrides(overrides, environment)
+    config = load_file(path).override(changes)
+    if config.output.dir:
+        return config
+    return config.override({"output.dir": f"runs/{run_name(path, changes)}"})
+
+
+def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What the environment and then the command line change, as `section.field` -> value.
+
+    Raises:
+        UserError: something that is not section.field=value.
+    """
+    return {**_from_environment(environment), **_from_command_line(overrides)}
+
+
+def run_name(path: str | Path, changes: Mapping[str, str]) -> str:
+    """The config's name; with overrides, a hash of them behind it, so that another experiment is another directory."""
+    kept = sorted(f"{k}={v}" for k, v in changes.items() if not k.startswith(("logging.", "output.")))
+    digest = hashlib.sha256("\n".join(kept).encode()).hexdigest()[:6]
+    return f"{Path(path).stem}-{digest}" if kept else Path(path).stem
+
+
+def load_file(path: str | Path) -> Config:
+    """Read one config file: Python (defines `config`), YAML or JSON (sections)."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file: try configs/tiny.py")
+    try:
+        if path.suffix == ".py":
+            return _run_python(path)
+        tree = _read_tree(path)
+        provenance = tree.pop("provenance", None)  # what a run directory's config.json adds
+        if not isinstance(provenance, dict | None):
+            raise UserError("provenance: not a table: the file is damaged")
+        config = _from_flat(tree) if _is_flat(tree) else Config.from_dict(tree)
+        return _without_functions(config, is_of_run=provenance is not None)
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _without_functions(config: Config, is_of_run: bool) -> Config:
+    """To import a function is to run its module, and no file of data may ask for that: a run's list goes on without."""
+    functions = [name for name in config.evaluation.metrics if FUNCTION.fullmatch(name)]
+    if functions and not is_of_run:
+        raise UserError(
+            f"evaluation.metrics: {functions[0]}: would run code, which only a config in Python may ask for: "
+            f"write one, or give evaluation.metrics={functions[0]} on the command line"
+        )
+    kept = tuple(name for name in config.evaluation.metrics if name not in functions)
+    return config.override({"evaluation.metrics": kept}) if functions else config
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    content = read_bytes(path, confined=False)
+    try:
+        tree = parse_json(content) if path.suffix == ".json" else parse_yaml(content.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"not valid {path.suffix.lstrip('.').upper()}: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError("expected a table of sections (model, data, training, ...)")
+    return tree
+
+
+def _is_flat(tree: Mapping[str, Any]) -> bool:
+    """Whether there is no section, but a setting at the top."""
+    settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
+    return settings and not tree.keys() & SECTION_TYPES.keys()
+
+
+def _from_flat(tree: Mapping[str, Any]) -> Config:
+    """A config from Hugging Face's names; a mistake is reported by the name that the file has."""
+    found = translate(tree)
+    try:
+        return Config().override({field: value for field, (_, value) in found.items()})
+    except UserError as error:
+        name, _ = found.get(str(error).partition(":")[0], ("", None))
+        raise UserError(f"{name}: {error}" if name else str(error)) from None
+
+
+def _run_python(path: Path) -> Config:
+    """A config written in Python is the user's own program: run it and take its `config`."""
+    spec = importlib.util.spec_from_file_location(f"nanoft_config_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"line {error.lineno}: {error.msg}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's program, and so is the mistake
+        raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise UserError("defines no `config`: write config = Config(...)")
+    return config
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """NANOFT_SECTION__FIELD=value -> {"section.field": value}."""
+    named = {k: v for k, v in environment.items() if k.startswith(ENVIRONMENT_PREFIX)}
+    if odd := sorted(key for key in named if "__" not in key.removeprefix(ENVIRONMENT_PREFIX)):
+        raise UserError(f"{odd[0]}: no such setting: write NANOFT_SECTION__FIELD (two underscores) or unset it")
+    return {k.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1): v for k, v in named.items()}
+
+
+def _from_command_line(overrides: Iterable[str]) -> dict[str, str]:
+    changes = {}
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"{item!r} is not section.field=value, for example training.max_steps=20")
+        changes[key.strip()] = value.strip()
+    return changes

@@ -1,0 +1,112 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nanoft.data.chat_tokenizer import ChatTokenizer, Message, TemplateRefusal
+from nanoft.io.atomic import write_file
+
+
+def companions(path: Path, out: Path) -> list[Path]:
+    """Where the Modelfile and the parity file of a GGUF file are: they have its name, unless the directory has."""
+    prefix = f"{path.stem}." if out.suffix == ".gguf" else ""
+    return [path.with_name(f"{prefix}{name}") for name in ("Modelfile", "parity.json")]
+
+
+def write_companions(path: Path, out: Path, modelfile: str, expected: dict[str, Any]) -> None:
+    """Write the Modelfile and the parity file of a GGUF file at `path`, which will be `out` or in it."""
+    texts = (modelfile, json.dumps(expected, indent=2, ensure_ascii=False) + "\n")
+    for place, text in zip(companions(path, out), texts, strict=True):
+        write_file(place, [text.encode()])
+
+
+def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> str:
+    """A Modelfile for Ollama: where the weights are, what ends an answer, and the template in Ollama's language.
+
+    Args:
+        file: name of the GGUF file.
+        adapter_of: the base's name, if the file is an adapter.
+    """
+    lines = ["# ollama create NAME -f THIS_FILE"]
+    if adapter_of is None:
+        lines.append(f"FROM ./{file}")
+    else:
+        lines += [f"# The base as GGUF: {adapter_of}", "FROM ./base.gguf", f"ADAPTER ./{file}"]
+    stops = [text for number in chat.stop_ids if (text := chat.tokenizer.id_to_token(number))]
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in stops]
+    if template := ollama_template(chat):
+        lines.append(f'TEMPLATE """{template}"""')
+    else:
+        lines += [
+            "# This model's chat template does more than Ollama's can. It is in the GGUF file, for llama.cpp;",
+            '# Ollama needs prompts that are rendered already: send them with "raw": true.',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def ollama_template(chat: ChatTokenizer) -> str | None:
+    """The chat template as a Go template, if it only puts fixed texts around messages; None if it does more.
+
+    The fixed texts are found by rendering, and checked by rendering: they must be all that lies between the messages of
+    a longer conversation, too.
+    """
+    system, *turns = (
+        {"role": role, "content": f"{role.upper()}-{number}"}
+        for number, role in enumerate(["system", "user", "assistant", "user", "assistant", "user"])
+    )
+    try:
+        opening, asked = _gaps(chat, turns[:1])
+        said = _gaps(chat, turns[:2])[-1]
+        later = _gaps(chat, turns[:3])[2].removeprefix(said)
+        if _gaps(chat, turns) != [opening, asked, said + later, asked, said + later, asked]:
+            return None
+    except (TemplateRefusal, ValueError):
+        return None
+    opening = _without_bos(chat, opening)
+    branches = f"{{{{ if eq $i 0 }}}}{_go(opening)}{{{{ else }}}}{_go(later)}{{{{ end }}}}"
+    before = after = ""
+    with suppress(TemplateRefusal, ValueError):  # many templates know no system message: Ollama's is left out, then
+        before, after, *rest = _gaps(chat, [system, *turns])
+        if rest != [asked, said + later, asked, said + later, asked]:
+            return None
+        second = '{{ else if and (eq $i 1) (eq (index $.Messages 0).Role "system") }}'
+        branches = branches.replace("{{ else }}", f"{second}{{{{ else }}}}")
+    return (
+        f'{{{{ range $i, $_ := .Messages }}}}{{{{ if eq .Role "system" }}}}{_go(_without_bos(chat, before))}'
+        f'{{{{ .Content }}}}{_go(after)}{{{{ else if eq .Role "user" }}}}{branches}{{{{ .Content }}}}{_go(asked)}'
+        f"{{{{ else }}}}{{{{ .Content }}}}{_go(said)}{{{{ end }}}}{{{{ end }}}}"
+    )
+
+
+def _gaps(chat: ChatTokenizer, messages: Sequence[Message]) -> list[str]:
+    """What the template puts before, between and behind messages; behind a question, what asks for the answer.
+
+    Raises:
+        ValueError: a message is left out, or changed.
+    """
+    rest, gaps = chat.render(messages, add_generation_prompt=messages[-1]["role"] == "user"), []
+    for message in messages:
+        before, found, rest = rest.partition(message["content"])
+        if not found:
+            raise ValueError
+        gaps.append(before)
+    return [*gaps, rest]
+
+
+def _without_bos(chat: ChatTokenizer, text: str) -> str:
+    """Ollama puts the BOS there itself, if the file says so."""
+    return text.removeprefix(chat.special["bos_token"]) if chat.wants_bos else text
+
+
+def _go(text: str) -> str:
+    """A text as an action of Go's templates."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+
+
+def _quoted(text: str) -> str:
+    return f'"""{text}"""' if '"' in text else f'"{text}"'

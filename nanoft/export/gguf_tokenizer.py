@@ -1,0 +1,184 @@
+"""A Hugging Face tokenizer as GGUF holds it.
+
+llama.cpp does not read tokenizer.json; it has tokenizers of its own and takes from the file what they need. Two kinds
+cover the models here:
+
+    gpt2    byte-level BPE (GPT-2, Llama 3, Qwen): tokens and merges. How a text is cut into words before anything is
+            merged is not data but a name, `pre`, of a rule that is compiled into llama.cpp.
+    llama   SentencePiece's BPE (Llama 2, Mistral): tokens and scores. Whatever two neighbors make the token with the
+            highest score are merged first; characters that no token has are spelled in bytes.
+
+A wrong name gives a file that loads and talks, from ids that the model never saw. So the name follows from what
+tokenizer.json does, step by step, and what llama.cpp has no rule for is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from nanoft import UserError
+from nanoft.data.chat_tokenizer import ChatTokenizer, TemplateRefusal
+
+# Kinds of tokens, `tokenizer.ggml.token_type` of the GGUF specification.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+SPACE = "▁"  # SentencePiece's
+UNREACHED = -1e9  # the score of a token that nothing merges into
+# What cuts a text into words, by the names that llama.cpp has for it (src/llama-vocab.cpp). The expressions are those
+# of the models' own tokenizer.json.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+Steps = tuple[tuple[str, ...], ...]
+GPT2_WORDS, BYTES_ONLY = ("ByteLevel", "words"), ("ByteLevel",)
+# (the steps, whether a word that is a token is taken whole, without merging) -> name
+PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {
+    ((GPT2_WORDS,), False): "gpt-2",
+    ((("Digits",), GPT2_WORDS), False): "smollm",
+    ((("Split", LLAMA3), BYTES_ONLY), True): "llama-bpe",
+    ((("Split", LLAMA3), BYTES_ONLY), False): "dbrx",
+    ((("Split", QWEN2), BYTES_ONLY), False): "qwen2",
+    ((("Split", TEKKEN), BYTES_ONLY), True): "tekken",
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The fields under `tokenizer.ggml` that depend on tokenizer.json."""
+
+    model: str  # gpt2 | llama
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]  # of gpt2, "left right"
+    scores: list[float]  # of llama
+    space_prefix: bool  # whether a text, and what follows a control token, begins with a space that nobody wrote
+    notes: list[str]  # where llama.cpp does not do quite the same
+
+
+def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
+    """What llama.cpp needs to give the ids that this tokenizer gives.
+
+    Args:
+        vocab_size: rows of the embedding; ids that no token has are filled with unused ones.
+    Raises:
+        UserError: llama.cpp cannot do what this tokenizer does.
+    """
+    tokenizer = json.loads(chat.tokenizer.to_str())
+    model, added = tokenizer["model"], {token["id"]: token for token in tokenizer["added_tokens"]}
+    for token in added.values():
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            _refuse(f"the token {token['content']!r} takes the spaces around it with it")
+    if model["type"] != "BPE" or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        _refuse(f"its model is {model['type']}, not a BPE as GPT-2 or SentencePiece have it")
+    merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    texts = {number: token for token, number in chat.tokenizer.get_vocab(with_added_tokens=True).items()}
+    if max(texts) >= vocab_size:
+        raise UserError(f"tokenizer.json: it has the id {max(texts)}, but the model only {vocab_size} embeddings")
+    spelled = model["byte_fallback"]
+    tokens = [_text(number, texts, added, spelled) for number in range(vocab_size)]
+    types = [_kind(number, texts, added, model) for number in range(vocab_size)]
+    if len(set(tokens)) < vocab_size:
+        _refuse("two of its tokens have the same text")
+    if spelled:
+        space = _space_prefix(tokenizer, chat)
+        return Vocabulary("llama", "default", tokens, types, [], _scores(tokens, merges), space, [])
+    pre = _pre(tokenizer)
+    notes = ["llama.cpp cuts words of scripts with combining marks (Khmer, Hindi) differently"] * (pre == "tekken")
+    notes += ["llama.cpp does not normalize texts to NFC: send them so"] * bool(tokenizer["normalizer"])
+    return Vocabulary("gpt2", pre, tokens, types, [f"{a} {b}" for a, b in merges], [], False, notes)
+
+
+def _refuse(reason: str) -> None:
+    raise UserError(f"--format gguf: tokenizer.json: llama.cpp cannot do what it does: {reason}: use --format hf")
+
+
+def _text(number: int, texts: dict[int, str], added: dict[int, Any], spelled: bool) -> str:
+    """A token's text; llama.cpp looks for added ones in the text as it is, with its spaces."""
+    text = texts.get(number, f"[PAD{number}]")
+    return text.replace(SPACE, " ") if spelled and number in added else text
+
+
+def _kind(number: int, texts: dict[int, str], added: dict[int, Any], model: dict[str, Any]) -> int:
+    if number not in texts:
+        return UNUSED
+    if model["byte_fallback"]:
+        if texts[number] == model["unk_token"]:
+            return UNKNOWN
+        if BYTE_TOKEN.fullmatch(texts[number]):
+            return BYTE
+    if number in added:
+        return CONTROL if added[number]["special"] else USER_DEFINED
+    return NORMAL
+
+
+def _pre(tokenizer: dict[str, Any]) -> str:
+    """llama.cpp's name for how a byte-level BPE cuts a text into words."""
+    if (normalizer := tokenizer["normalizer"]) and normalizer["type"] != "NFC":  # Qwen's, which llama.cpp leaves out
+        _refuse(f"its normalizer is {normalizer['type']}")
+    steps = _steps(tokenizer["pre_tokenizer"] or {"type": "none"})
+    whole = bool(tokenizer["model"].get("ignore_merges"))
+    if (steps, whole) not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS.values())
+        _refuse(f"it cuts texts into words in a way that has no name there (there are {known})")
+    return PRE_TOKENIZERS[steps, whole]
+
+
+def _steps(part: dict[str, Any]) -> Steps:
+    """A pre-tokenizer as a tuple that can be looked up; settings that change what it does are part of it."""
+    kind = part["type"]
+    if kind == "Sequence":
+        return tuple(step for inner in part["pretokenizers"] for step in _steps(inner))
+    if kind == "Split" and part["behavior"] == "Isolated" and not part["invert"]:
+        return ((kind, part["pattern"].get("Regex", "")),)
+    if kind == "Digits" and part["individual_digits"]:
+        return ((kind,),)
+    if kind == "ByteLevel" and not part["add_prefix_space"]:
+        return (GPT2_WORDS if part.get("use_regex", True) else BYTES_ONLY,)
+    return ((f"{kind} with settings",),)
+
+
+def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
+    """Minus the rank of the first merge that makes the token: what BPE merges first must score highest."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    return [-float(ranks[token]) if token in ranks else UNREACHED for token in tokens]
+
+
+def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
+    """Whether a space is put before a text and behind every control token, which llama.cpp does both or neither.
+
+    A Metaspace that puts it before the very first character only does neither in chats that open with a control token.
+    """
+    normalizer, words = tokenizer["normalizer"], tokenizer["pre_tokenizer"]
+    parts = (normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]) if normalizer else []
+    prepended = {"type": "Prepend", "prepend": SPACE}
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if any(part not in (prepended, replaced) for part in parts) or bool(words) == (replaced in parts):
+        _refuse("its normalizer is not SentencePiece's")
+    if not words:
+        return prepended in parts
+    if words["type"] != "Metaspace" or words["split"]:
+        _refuse(f"its pre-tokenizer is {words['type']}, not SentencePiece's")
+    if words["prepend_scheme"] == "first" and not _opens_with_control(chat):
+        _refuse("it puts a space before the first word only, and its chats open with text")
+    return bool(words["prepend_scheme"] == "always")
+
+
+def _opens_with_control(chat: ChatTokenizer) -> bool:
+    try:
+        prompt = chat.render_prompt([{"role": "user", "content": "a"}])
+    except TemplateRefusal:
+        return False
+    return prompt.startswith(tuple(chat.control_texts))

@@ -1,0 +1,156 @@
+"""Decoding with a cache: one more token for every sequence, without a second pass over what was there.
+
+The prompts are read as training reads them, packed into one sequence, and each layer's keys and values are kept. After
+that a step is one position per sequence. Both run the blocks of nanoft/model.py; only their context differs.
+
+    k, v of the new position go into the cache;  y = softmax(q K^T / sqrt(d)) V  over what is there
+
+Sequences end in the same slot of the cache, so that the next token has the same slot in all of them; the slots before a
+shorter one are empty, and masked. Sequences whose answer has ended leave, and new prompts take their places.
+
+Notation in comments: b sequences, h query heads, g key/value heads, d head size, n hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanoft import kernels
+from nanoft.attention import AttentionLayer, CacheContext, Documents, SequenceContext
+from nanoft.kernels import sharding
+from nanoft.kernels.decode import FastCacheContext, prepacked, should_prepack, twin
+from nanoft.model import Decoder
+from nanoft.runtime import distributed
+
+
+class PromptContext(SequenceContext):
+    """A pass over prompts that keeps their keys and values; rotation and attention are those of another context."""
+
+    def __init__(self, context: SequenceContext, keep: Callable[[Tensor, Tensor], None]):
+        self.context, self.keep = context, keep
+
+    def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
+        return self.context.rotate(q, k, layer)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        self.keep(k, v)
+        return self.context.attend(q, k, v, layer)
+
+
+class Decoding:
+    """Sequences that grow together: their keys and values, in buffers of their final size, and the step."""
+
+    def __init__(self, model: Decoder):
+        self.model, self.device = model, model.head.device
+        self.length = self.slots = 0  # slots in use, and there
+        self.empty: list[int] = []  # slots before each prompt
+        self.keys: list[Tensor] = []  # of each layer, (b, g, slots, d)
+        self.values: list[Tensor] = []
+        self.is_fast = kernels.is_applied(model)
+        self.prepacks = self.is_fast and not distributed.is_sharded() and should_prepack(model)
+        self.head = prepacked(model.head, None) if self.prepacks else None
+        self.context_class = FastCacheContext if self.is_fast else CacheContext
+
+    def _function(self, block: nn.Module) -> Callable[..., Tensor]:
+        """What computes a block: its twin, or its own forward, for which torch.compile would compile anew."""
+        return twin(block, self.prepacks) if self.is_fast else block.forward
+
+    @functools.cached_property
+    def _functions(self) -> list[Callable[..., Tensor]]:
+        return [self._function(block) for block in self.model.model.layers]
+
+    def blocks(self) -> Iterable[Callable[..., Tensor]]:
+        """The blocks as functions; of a sharded model one after the other, each while its weights are gathered."""
+        return sharding.unsharded(list(self.model.model.layers), self._function) or self._functions
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden @ head^T in float32, (b, vocab)."""
+        return self.model.logits(hidden) if self.head is None else self.head(hidden).float()
+
+    def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
+        """Take in prompts, behind the sequences that are there, whose newest slot and theirs become the same.
+
+        Args:
+            prompts: token ids, none empty.
+            more: tokens that may follow each, and at most follow the sequences that are there.
+
+        Returns:
+            The last hidden state of each prompt, (prompts, n).
+        """
+        longest = max(map(len, prompts))
+        length = max(self.length, longest)
+        before = length - self.length  # slots by which the others move
+
+        def beside(old: Tensor, new: Tensor) -> Tensor:
+            both = new.new_zeros(len(old) + len(new), new.shape[1], length + more, new.shape[3])
+            both[: len(old), :, before:length] = old[:, :, : self.length]
+            both[len(old) :, :, length - longest : length] = new
+            return both
+
+        hidden, keys, values = self._read(prompts)
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept[:] = [beside(*pair) for pair in zip(kept or [part[:0] for part in new], new, strict=True)]
+        self.empty = [empty + before for empty in self.empty] + [length - len(prompt) for prompt in prompts]
+        self.length, self.slots = length, length + more
+        self._prepare_slots()
+        return hidden
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The prompts' last hidden states, (b, n), and each layer's keys and values, (b, g, longest, d), which end
+        in the same slot. The layers see them packed: none is padded, and none sees another."""
+        lengths = [len(prompt) for prompt in prompts]
+        longest, ends = max(lengths), torch.tensor(lengths).cumsum(0)
+        ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)  # (1, tokens)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        documents = None
+        if len(lengths) > 1:
+            documents = Documents(tuple(lengths), F.pad(ends, (1, 0)).to(self.device, torch.int32))
+        sequences = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(self.device)
+        slots = positions + (longest - torch.tensor(lengths, device=self.device))[sequences]
+        keys, values = list[Tensor](), list[Tensor]()
+
+        def keep(k: Tensor, v: Tensor) -> None:  # (1, tokens, g, d) each, layer after layer
+            for part, kept in ((k[0], keys), (v[0], values)):
+                kept.append(part.new_zeros(len(lengths), part.shape[1], longest, part.shape[2]))
+                kept[-1][sequences, :, slots] = part
+
+        trunk = self.model.model
+        x = trunk.embed_tokens(ids)
+        context = PromptContext(self.model.context(positions[None], x.dtype, documents), keep)
+        last = len(trunk.layers) - 1
+        for index, block in enumerate(self.blocks()):
+            x = block(x, context, (ends - 1).to(self.device) if index == last else None)
+        return trunk.norm(x)[0], keys, values
+
+    def _prepare_slots(self) -> None:
+        """For every slot of every sequence, its rotation and whether it holds a token."""
+        slots, empty = torch.arange(self.slots), torch.tensor(self.empty)[:, None]
+        positions = (slots - empty).clamp(min=0).to(self.device)
+        rotation = self.model.rotation(positions, self.values[0].dtype)
+        self.tables = self.context_class.tables(*rotation, (slots >= empty).to(self.device))
+
+    def step(self, newest: Tensor) -> Tensor:
+        """Take in one more token per sequence, (b,); the hidden state of each, (b, n)."""
+        context = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty))
+        self.length += 1
+        x: Any = self.model.model.embed_tokens(newest[:, None])  # (b, 1, n)
+        for block in self.blocks():
+            x = block(x, context)
+        return self.model.model.norm(x)[:, 0]
+
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Drop the other sequences, and the slots that are empty in all that stay."""
+        chosen = torch.tensor(sequences, dtype=torch.long, device=self.device)
+        cut = min((self.empty[sequence] for sequence in sequences), default=self.length)
+        for parts in (self.keys, self.values):
+            for number, part in enumerate(parts):
+                parts[number] = part[chosen, :, cut:]
+        self.empty = [self.empty[sequence] - cut for sequence in sequences]
+        self.length, self.slots = self.length - cut, self.slots - cut
+        self._prepare_slots()

@@ -1,0 +1,222 @@
+"""What comes from strangers, read within bounds; and what must never leave, taken out.
+
+A model, an adapter, a data set or a run directory may come from anyone. Its JSON may be nested a hundred thousand deep
+or be a pipe that never ends, its YAML may refer to itself until it fills the memory, its files may be links to a key in
+the home directory, its regular expressions may take longer than the universe has. So every small file is read here:
+
+- a plain file, of bounded size, that lies where its directory is (`read_bytes`)
+- values nested to a bounded depth, whatever the format (`parse_json`, `parse_yaml`)
+
+and a text on its way out (an error, a log, a report) loses access tokens and control characters (`redact`, `one_line`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from nanoft import UserError
+
+MAX_JSON = 16 << 20  # bytes; an index of 90,000 tensors has 9 MB. In Python's objects at most 25 times as much
+MAX_YAML = 100_000  # characters; PyYAML reads 100,000 in a second
+MAX_NODES = 10_000  # values of a YAML text, each alias counted as what it stands for
+MAX_DIGITS = 100  # of a whole number in YAML
+MAX_DEPTH = 64  # lists and tables within one another
+MAX_LINE = 2000  # characters of an error
+CODE_FIELDS = ("auto_map", "trust_remote_code", "custom_pipelines")  # name Python code that comes with a model
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # variables whose values never leave
+SHORTEST_SECRET = 12  # characters; a shorter value is a placeholder, which may be an ordinary word
+# Hugging Face's tokens, W&B's, what stands before the @ of an address, and what an address calls a token.
+TOKEN = re.compile(
+    r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bwandb_v\d+_\w{20,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|(?<=[?&]token=)[^&\s]+"
+)
+
+
+def read_bytes(path: Path, limit: int = MAX_JSON, confined: bool = True) -> bytes:
+    """The content of a plain file.
+
+    Args:
+        limit: bytes that it may have.
+        confined: if it is a link, then to a file of its own directory, or to the Hub's cache of that model.
+    Raises:
+        UserError: no such file, not a plain one, too large, or a link that leads elsewhere.
+    """
+    try:
+        found = resolve_file(path) if confined else path
+        if not found.is_file():  # a pipe would never end
+            raise UserError(f"{path}: {'not a plain file' if found.exists() else 'no such file'}")
+        with open(found, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > limit:
+        raise UserError(f"{path}: larger than {limit:,} bytes: is it the right file?")
+    return content
+
+
+def resolve_file(path: Path) -> Path:
+    """Where a file really is, which must be its own directory: a link could lead to any file that you may read.
+
+    The Hub's cache keeps models--x--y/snapshots/<revision>/<file> as a link into models--x--y/blobs.
+
+    Raises:
+        UserError: no such file, not a plain one, or a link that leads elsewhere.
+    """
+    try:
+        real, home = path.resolve(strict=True), path.parent.resolve()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte in it, links in a circle
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not real.is_relative_to(home) and not real.is_relative_to(cache):
+        raise UserError(f"{path}: a link that leads out of its directory, to {real}: copy the file itself there")
+    if not real.is_file():
+        raise UserError(f"{path}: not a plain file")
+    return real
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: no such file, not JSON, not an object, too large or too deep.
+    """
+    try:
+        value = parse_json(read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged or not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
+    return value
+
+
+def refuse_code(config: dict[str, Any]) -> None:
+    """Refuse a model's config.json or tokenizer_config.json that asks for Python code of its own.
+
+    Raises:
+        UserError: there is such a field.
+    """
+    for name in CODE_FIELDS:
+        if config.get(name):
+            raise UserError(
+                f"{name}: {config[name]!r:.100}: this model brings Python code of its own, which nanoft never runs: "
+                "if it is an ordinary model without that code, take the field out"
+            )
+
+
+def parse_json(content: bytes, unique: bool = False) -> Any:
+    """A JSON value, of bounded depth.
+
+    Args:
+        unique: refuse an object that has a name twice; otherwise the last one counts.
+    Raises:
+        ValueError: not UTF-8, not JSON, too deep.
+    """
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repetition if unique else None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        parts = (part for item in level for part in (item.values() if isinstance(item, dict) else item))
+        level = [part for part in parts if isinstance(part, (dict, list))]
+    if level:
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"{name!r:.60} is there twice")
+        table[name] = value
+    return table
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML value: plain data only (`yaml.SafeLoader`), of bounded size and depth when every alias is written out.
+
+    Raises:
+        ValueError: not YAML, too large, too deep, or a value that is not what its tag says.
+    """
+    if len(text) > MAX_YAML:
+        raise ValueError(f"longer than {MAX_YAML:,} characters")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        size, height = _measure(node, {})
+        if size > MAX_NODES or height > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_NODES:,} values, or nested more than {MAX_DEPTH} deep")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (LookupError, AttributeError, ArithmeticError, TypeError):  # PyYAML's, at `!!int ''` and `!!timestamp x`
+        raise ValueError("a value is not what its tag says") from None
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values a node stands for, and how deep; infinitely many, if it stands within itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf, math.inf
+        items: list[Any] = node.value if isinstance(node.value, list) else []
+        parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
+        sizes = [_measure(part, known) for part in parts]
+        known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((height for _, height in sizes), default=0)
+        if node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(node.value):,} digits")
+    return known[id(node)]
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """End the block with a UserError when it takes longer; Python's regular expressions can be interrupted so.
+
+    In another thread than the main one, which alone is told of signals, there is no limit.
+    """
+
+    def too_late(_number: int, _frame: FrameType | None) -> None:
+        raise UserError(f"{what}: takes longer than {seconds:g} seconds: write it more simply")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, too_late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def redact(text: str) -> str:
+    """The text without access tokens: those that the environment holds, and what looks like one."""
+    for name in SECRETS:
+        value = os.environ.get(name, "")
+        if len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return TOKEN.sub("***", text)
+
+
+def one_line(error: object) -> str:
+    """An error as one line for the terminal: without tokens, without control characters, of bounded length."""
+    text = redact(" ".join(str(error).split()))
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:MAX_LINE])
+    return shown + (" ..." if len(text) > MAX_LINE else "")

@@ -1,0 +1,132 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+from nanoft import TrainingFailed, UserError
+from nanoft.io.untrusted import one_line
+
+INTERRUPTED = 130  # what shells report after Ctrl-C
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+class Arguments(argparse.ArgumentParser):
+    """Command-line arguments; a mistake in them is one line, like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Give a command's `main` its exit codes: 2 and 3 with one line on stderr, 130 for Ctrl-C, never a traceback."""
+
+    @functools.wraps(main)
+    def with_exit_code(argv: list[str]) -> int:
+        open_standard_streams()
+        try:
+            code = main(argv)
+            sys.stdout.flush()  # here, and not at the interpreter's end, a reader that has gone is noticed
+            return code
+        except UserError as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return 2
+        except TrainingFailed as error:
+            print(f"failed: {one_line(error)}", file=sys.stderr)
+            return 3
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:  # `... | head`: the reader has gone, and that is no mistake
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:  # a full disk, a directory that may not be written
+            where = f"{error.filename}: " if error.filename else ""
+            what = one_line(f"{where}{error.strerror or error}")
+            print(f"error: {what}: put that right, then the same command again", file=sys.stderr)
+            return 2
+
+    return with_exit_code
+
+
+def open_standard_streams() -> None:
+    """Make stdin, stdout and stderr usable, however the command was started.
+
+    A closed one (`>&-`) would hand its number to the next file that is opened, and what a library prints would go into
+    a checkpoint. A letter that the terminal's encoding does not have is printed as its number.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (as long as the process)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _Forgiving(io.FileIO):
+    """A file that takes everything: what cannot be written is dropped."""
+
+    def write(self, data: Any) -> int:
+        written = None  # also when the other side is slow and does not block
+        with contextlib.suppress(OSError):
+            written = super().write(data)
+        return memoryview(data).nbytes if written is None else written
+
+
+def ignore_broken_output() -> None:
+    """From now on nothing that happens to the terminal can end the process.
+
+    A training must outlive whoever watches it: `| head` that has read enough, a closed session, a full disk under a
+    redirected log. What was printed stands in train.log, too.
+    """
+    for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
+        stream = getattr(sys, name)
+        if stream is not original or not isinstance(stream, io.TextIOWrapper):
+            continue  # a notebook's or a test's own
+        with contextlib.suppress(OSError):
+            stream.flush()
+        buffer = io.BufferedWriter(_Forgiving(stream.fileno(), "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True))
+
+
+class StopRequest:
+    """Turn a signal into a wish that the loop reads between two steps; a second SIGINT stops at once.
+
+    SIGINT: Ctrl-C. SIGTERM: batch systems, `kill`. SIGHUP: the terminal went away. SIGUSR1: what SLURM sends a while
+    before the time is up (`--signal=USR1@120`). What was ignored before stays ignored: `nohup` means it. Python hands
+    signals to the main thread only, so in another one this changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return bool(self.signal_name)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = self.signal_name or signal.Signals(number).name

@@ -1,0 +1,418 @@
+"""Many processes, one run: `torchrun --nproc-per-node N train.py CONFIG`.
+
+Every process (rank) runs the same program. Each holds the model and, because the order of the samples is a pure
+function of (seed, epoch, index), sees the whole window of every optimizer step; it computes the micro-batches
+rank, rank + N, rank + 2 N, ... of it. The gradients are summed over the ranks once a window:
+
+    gradient = sum over ranks of d(nll of its micro-batches) / dw  /  target tokens of the whole window
+
+so N ranks do what one rank does with N times the accumulation, and a rank without a micro-batch adds zeros. All ranks
+then clip by the same norm and take the same optimizer step: their weights stay equal without being sent. What is not
+arithmetic is rank 0's: it alone reads and writes the run directory and talks, and tells the others what it found out
+(`tell`). Decisions that change the control flow are made from numbers that all ranks have in common.
+
+With training.sharding=full, PyTorch's FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3) splits every
+parameter, gradient and moment over the ranks, and puts a block's weights together only while the block is computed.
+
+Here are only the few words that ranks say to one another, on top of torch.distributed: gloo on a CPU, NCCL between
+GPUs. Without torchrun there is one rank, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from nanoft import TrainingFailed, UserError
+from nanoft.config import Config
+from nanoft.runtime.command import StopRequest
+from nanoft.runtime.memory import is_out_of_memory, release_memory
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # of what all ranks do together
+PATIENCE = timedelta(days=1)  # with what rank 0 does alone: a large corpus takes its time to tokenize
+BUCKET_BYTES = 64 << 20  # of gradients in one message
+ERRORS = {"UserError": UserError, "TrainingFailed": TrainingFailed}
+_sharded = False  # whether the model's parameters are split
+_store: Any = None  # a dist.Store, where ranks leave notes for one another; lives in torchrun's own process
+_keys = map("nanoft {}".format, itertools.count())  # their names; every rank counts alike
+
+
+def process_rank() -> int:
+    """Which of the processes this is."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def distributed_main(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Let a command's `main` meet the other ranks first, if torchrun started several; an error is said by one rank."""
+
+    @functools.wraps(main)
+    def on_every_rank(argv: list[str]) -> int:
+        _init_process_group()
+        try:
+            code = main(argv)
+        except (UserError, TrainingFailed) as error:  # no farewell: others may wait for what never comes
+            if not _first_to_report(str(error)):
+                raise SystemExit(3 if isinstance(error, TrainingFailed) else 2) from None
+            raise
+        if world_size() > 1:
+            dist.destroy_process_group()
+        return code
+
+    return on_every_rank
+
+
+def _init_process_group() -> None:
+    """Join the process group that torchrun's environment variables describe.
+
+    Raises:
+        UserError: they do not describe one.
+    """
+    global _store
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
+        return
+    with _explained():
+        try:
+            _store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        except ValueError as error:
+            raise UserError(f"{error}: start with torchrun, or unset WORLD_SIZE and RANK") from None
+        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+def resolve_world_size(config: Config) -> Config:
+    """The config with the number of ranks that there are.
+
+    Raises:
+        UserError: it asks for another number.
+    """
+    if config.system.ranks not in (1, world_size()):
+        wanted = config.system.ranks
+        raise UserError(
+            f"system.ranks: {wanted} are wanted, and there are {world_size()}: start it with "
+            f"torchrun --nproc-per-node {wanted} train.py, or leave the setting out"
+        )
+    return config.override({"system.ranks": world_size()})
+
+
+def select_device(device: torch.device, sharding: str) -> None:
+    """Make this process's own GPU the one that `cuda` means.
+
+    Raises:
+        UserError: there are fewer GPUs than processes, or it is a Mac's; or there is nobody to share with.
+    """
+    if sharding == "full" and world_size() == 1:
+        raise UserError(
+            "training.sharding: full splits the model over processes, and this is the only one: start it with "
+            "torchrun --nproc-per-node N train.py, or set training.sharding=none"
+        )
+    if world_size() > 1 and device.type == "mps":
+        raise UserError("system.device: Metal is used by one process: start train.py without torchrun")
+    if world_size() > 1 and device.type == "cuda":
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), torch.cuda.device_count()
+        if wanted > there:
+            raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
+        if "LOCAL_RANK" not in os.environ:
+            raise UserError("torchrun: LOCAL_RANK is not set, so whose GPU is which is not known: start with torchrun")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
+    """Refuse ranks that differ: their results would, too.
+
+    Args:
+        facts: versions, settings, ...: JSON values by name; the same names on every rank of the same version.
+    Raises:
+        UserError: the same one on every rank: who differs, in what.
+    """
+    everyone = _all_gather(facts)
+    for other, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs.get(name) != value:
+                raise UserError(
+                    f"torchrun: {name} is {theirs.get(name)} on rank {other} and {value} on rank 0: make them the same"
+                )
+
+
+# ---- Rank 0 knows
+
+
+def broadcast_from_rank0(find_out: Callable[[], Any]) -> Any:
+    """What rank 0 finds out, a JSON value, on every rank; if it raises, every rank raises."""
+    if _store is None:
+        return find_out()
+    key = next(_keys)
+    if process_rank() == 0:
+        try:
+            found = find_out()
+        except Exception as error:
+            _store.set(key, json.dumps([type(error).__name__, str(error)]))
+            raise
+        with _explained():
+            _store.set(key, json.dumps(["", found]))
+        return found
+    kind, found = json.loads(_read(key))
+    if kind:
+        raise ERRORS.get(kind, TrainingFailed)(found)
+    return found
+
+
+def main_process_first(load: Callable[[], T]) -> T:
+    """load() on rank 0, then on the others: what it leaves in a cache, they find there."""
+    loaded: list[T] = []
+    broadcast_from_rank0(lambda: loaded.append(load()))
+    return loaded[0] if loaded else load()
+
+
+def mark_sharded() -> None:
+    """From now on each rank holds a part of every parameter."""
+    global _sharded
+    _sharded = True
+
+
+def is_sharded() -> bool:
+    """Whether each rank holds a part of the model only."""
+    return _sharded
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor of which each rank has a part."""
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gather_full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each of them whole, one after the other, in rank 0's main memory; as they are if they are not split."""
+    if not _sharded:
+        return tensors
+    found = {}
+    for name, tensor in tensors.items():
+        full = full_tensor(tensor)
+        found[name] = full.cpu() if process_rank() == 0 else full.new_empty(0)
+    return found
+
+
+def distribute_like(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of whole tensors, this rank's parts, wherever those of the same name in `like` are split."""
+
+    if not _sharded:
+        return tensors
+    from torch.distributed.tensor import distribute_tensor
+
+    def part(tensor: Tensor, own: Any) -> Tensor:
+        if not _is_dtensor(own):
+            return tensor
+        return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+
+    return {name: part(tensor, like.get(name)) for name, tensor in tensors.items()}
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    if not _sharded:
+        return False
+    from torch.distributed.tensor import DTensor  # half a second that other runs need not wait
+
+    return isinstance(tensor, DTensor)
+
+
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Rank 0's values, on every rank; tensors that are split stay as they are."""
+    if world_size() == 1 or _sharded:
+        return
+    for tensor in tensors:
+        sent = tensor.detach().contiguous()
+        with _explained():
+            dist.broadcast(sent, 0)
+        tensor.detach().copy_(sent)
+
+
+# ---- One window, many ranks
+
+
+def shard(items: Iterable[T]) -> Iterator[T]:
+    """This rank's part: of what is sorted by length, each rank gets short and long ones."""
+    return itertools.islice(items, process_rank(), None, world_size())
+
+
+def split_work(items: Iterable[T]) -> Iterator[T]:
+    """This rank's part of what each can do by itself; all of it where the model is split, for then all compute it."""
+    return iter(items) if _sharded else shard(items)
+
+
+def all_gather_dict(found: dict[int, T]) -> dict[int, T]:
+    """What all ranks found of what they did `apart`, JSON values by number."""
+    if _store is None or _sharded:
+        return found
+    return dict(sorted(pair for part in _all_gather(list(found.items())) for pair in part))
+
+
+def seed_process(seed: int, epoch: int, index: int) -> None:
+    """Dropout and noise of a rank are a pure function of (seed, rank, epoch, index).
+
+    Rank 0 keeps the generator that a checkpoint holds, as a single process does.
+    """
+    if process_rank():
+        own = np.random.SeedSequence([seed, process_rank(), epoch, index]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(own))
+
+
+@torch.no_grad()
+def all_reduce_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Replace the loss and each gradient by its sum over the ranks.
+
+    In a few large messages: many small ones would each wait for the network. Where parameters are split, FSDP has
+    summed the gradients during backward, and divided them by the number of ranks.
+    """
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if _sharded:
+        torch._foreach_mul_([gradient.to_local() for gradient in gradients], float(world_size()))  # type: ignore[attr-defined]
+        gradients = []
+    for bucket in _buckets([loss, *gradients]):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        with _explained():
+            dist.all_reduce(flat)
+        for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbors together, as far as they fit into BUCKET_BYTES; a larger one by itself."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    yield bucket
+
+
+def stop_requested(stop: StopRequest) -> bool:
+    """Whether any rank was sent a signal; then all stop after the same step."""
+    asked = all_reduce_any(bool(stop))
+    if asked and not stop:
+        stop.signal_name = "a signal to another process"
+    return asked
+
+
+def all_reduce_sum(*values: float) -> list[float]:
+    """Each value's sum over the ranks, in float64."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_reduce_any(flag: bool) -> bool:
+    """Whether it is so on any rank."""
+    return bool(_all_reduce([flag], dist.ReduceOp.MAX)[0])
+
+
+def _all_reduce(values: Sequence[float], operation: Any) -> list[float]:
+    """Few numbers, through main memory, so that no GPU has to be waited for."""
+    if world_size() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    with _explained():
+        dist.all_reduce(sums, operation)
+    return sums.tolist()
+
+
+@contextmanager
+def same_exception(device: torch.device) -> Iterator[None]:
+    """What fails on one rank fails on all, at the end of the block; memory that is short on one is short on all.
+
+    Where parameters are split, ranks wait for one another inside the block: if memory is short on one, it ends, and
+    torchrun ends the others.
+
+    Raises:
+        MemoryError: memory was short on some rank.
+        TrainingFailed: something else went wrong on another rank; this one's own error passes.
+    """
+    if world_size() == 1:
+        yield
+        return
+    if _sharded:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print(
+                f"failed: out of memory on rank {process_rank()}; with training.sharding=full nothing is taken in halves: "
+                "lower training.micro_batch_size (with more accumulation), or set training.checkpointing=full",
+                file=sys.stderr,
+            )
+            os._exit(3)  # at once: whoever tidies up waits for the others
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    short = failure is not None and is_out_of_memory(failure)
+    if short:
+        failure = None  # it holds the frames that hold the memory
+        release_memory(device)
+    worst = _all_reduce([1 if short else 2 if failure else 0], dist.ReduceOp.MAX)[0]
+    if failure is not None:
+        raise failure
+    if worst == 1:
+        raise MemoryError("out of memory on one of the processes")
+    if worst:
+        raise TrainingFailed("another process failed: see what it says")
+
+
+# ---- Words
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """The error of a connection that breaks, because another process has ended, becomes one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise TrainingFailed(
+            f"another process of this run is gone: the same command goes on from the last checkpoint ({reason})"
+        ) from None
+
+
+def _all_gather(value: Any) -> list[Any]:
+    """A JSON value of each rank, on every rank."""
+    if _store is None:
+        return [value]
+    key = next(_keys)
+    with _explained():
+        _store.set(f"{key} {process_rank()}", json.dumps(value, sort_keys=True))
+        return [json.loads(_read(f"{key} {other}")) for other in range(world_size())]
+
+
+def _read(key: str) -> bytes:
+    with _explained():
+        _store.wait([key], PATIENCE)
+        return _store.get(key)
+
+
+def _first_to_report(text: str) -> bool:
+    """Whether no other rank has said it."""
+    try:
+        return _store is None or _store.add(text, 1) == 1
+    except RuntimeError:  # torchrun is gone
+        return True

@@ -1,0 +1,260 @@
+"""Looking at runs from outside: beside one another, or while one goes on. Only metrics.jsonl and its like are read.
+
+    python -m nanoft compare runs/a runs/b --plot both.svg      a table and the eval losses in one plot
+    python -m nanoft compare runs/a --follow                    curves in the terminal until the run is done
+
+A run that is watched does not know it: nothing in its directory is touched. Where the output is not a terminal,
+`--follow` prints a line for each event instead of drawing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanoft import UserError
+from nanoft.io.tables import format_duration, markdown_table
+from nanoft.io.untrusted import one_line, parse_json, read_bytes
+from nanoft.runtime.command import Arguments, command
+from nanoft.tracking import plots
+from nanoft.tracking.plots import Events, number, read_events
+from nanoft.tracking.run import may_be_running
+
+UNSAID = ("logging", "output", "provenance")  # sections that make no other run
+PACE = 20  # of so many train lines, the median time a step is taken
+WARNINGS = 3  # shown on the dashboard
+WIDTH, HEIGHT = 72, 8  # of a chart, in characters
+HOME, REST = "\x1b[H\x1b[2J", "\x1b[0J"  # to the top of a cleared screen
+
+
+@command
+def main(argv: list[str]) -> int:
+    parser = Arguments(
+        prog="python -m nanoft compare",
+        description="Compare runs, or follow one.",
+        epilog="examples: python -m nanoft compare runs/a runs/b --plot both.svg; "
+        "python -m nanoft compare runs/a --follow",
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories to compare")
+    parser.add_argument("--plot", metavar="FILE", help=f"draw their eval losses ({', '.join(plots.KINDS)})")
+    parser.add_argument("--follow", metavar="RUN", help="show a run until it is done; it need not have begun")
+    parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks; default: 2")
+    args = parser.parse_args(argv)
+    if args.follow:
+        if args.runs or args.plot:
+            raise UserError("--follow: shows one run alone: leave the others and --plot out")
+        return follow(Path(args.follow), max(0.05, args.every))
+    if not args.runs:
+        raise UserError("RUN: none given: python -m nanoft compare runs/a runs/b")
+    return compare([Path(name) for name in args.runs], Path(args.plot) if args.plot else None)
+
+
+# ---- Beside one another
+
+
+def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
+    """Print a table of runs: the settings that differ, then the figures; draw their eval losses."""
+    directories = list(dict.fromkeys(directories))  # one that is named twice is one
+    for directory in directories:
+        if not (directory / "metrics.jsonl").is_file():
+            raise UserError(f"{directory}: no run that has begun: there is no metrics.jsonl")
+    names = _names(directories)
+    runs = dict(zip(names, (read_events(directory) for directory in directories), strict=True))
+    settings = [settings_of(directory) for directory in directories]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    differ = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
+    rows = [[key, *(_setting(s.get(key)) for s in settings)] for key in differ]
+    columns = [figures(events, _json(d / "report.json")) for events, d in zip(runs.values(), directories, strict=True)]
+    rows += [[key, *(column[key] for column in columns)] for key in columns[0]]
+    print(markdown_table(["", *names], rows))
+    for name, events in runs.items():
+        if events.damaged:
+            print(f"{name}: damaged lines of metrics.jsonl, left out: {events.damaged:,}")
+    if plot:
+        plots.save(plots.comparison(runs), plot)
+        print(f"plot      {plot}")
+    return 0
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """The last part of each path, or the whole where that is not enough to tell them apart."""
+    short = [directory.resolve().name for directory in directories]
+    named = short if len(set(short)) == len(short) else [str(directory) for directory in directories]
+    return [one_line(name).replace("|", "/") for name in named]
+
+
+def settings_of(directory: Path) -> dict[str, Any]:
+    """section.field -> value of config.json, and the hashes of data and base; empty if it is damaged or not there."""
+    tree = _json(directory / "config.json")
+    sections = {name: part for name, part in tree.items() if isinstance(part, dict) and name not in UNSAID}
+    found = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
+    hashes = _part(tree, "provenance")
+    return found | {key: str(hashes[key])[:12] for key in ("data_sha256", "base_sha256") if key in hashes}
+
+
+def figures(events: Events, report: dict[str, Any]) -> dict[str, str]:
+    """What came out of a run, in words; from the report if there is one, else from what was logged so far."""
+    training, tuned = _part(report, "training"), _part(report, "tuned")
+    best, last = events.best(), events.last("eval", "loss")
+    speeds = [v for v in events.series("train", "tokens_per_second")[1] if math.isfinite(v)]
+    memory = [v for v in events.series("train", "peak_memory_gb")[1] if math.isfinite(v)]
+    times = [t for t in (number(line.get("time")) for line in events.lines) if math.isfinite(t)]
+    took = number(training.get("seconds")) if training else max(times, default=math.nan) - min(times, default=math.nan)
+    speed = number(training.get("tokens_per_second")) if training else statistics.median(speeds or [math.nan])
+    match = number(tuned.get("exact_match"))
+    return {
+        "steps": f"{max((line['step'] for line in events.lines), default=0):g}",
+        "best eval loss": f"{best['loss']:.4f} (step {best['step']:g})" if best else "-",
+        "last eval loss": _figure(last, "{:.4f}"),
+        "perplexity": _figure(math.exp(min(best["loss"], 700.0)) if best else math.nan, "{:.4g}"),
+        "exact match": _figure(match, "{:.1%}"),
+        "tokens/s": _figure(speed, "{:,.0f}"),
+        "memory, GB": _figure(max(memory, default=math.nan), "{:.2f}"),
+        "time": format_duration(took) if math.isfinite(took) else "-",
+        "state": "done" if events.of("done") else "not done",
+    }
+
+
+def _part(report: dict[str, Any], key: str) -> dict[str, Any]:
+    part = report.get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def _figure(value: float, form: str) -> str:
+    return form.format(value) if math.isfinite(value) else "-"
+
+
+def _setting(value: Any) -> str:
+    text = one_line(value if isinstance(value, str) else json.dumps(value)).replace("|", "/")
+    return text if len(text) <= 40 else f"...{text[-37:]}"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none, or a damaged one."""
+    try:
+        value = parse_json(read_bytes(path))
+    except (UserError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# ---- While it goes on
+
+
+def follow(directory: Path, every_s: float) -> int:
+    """Show a run until it is done, or until nobody works on it any more.
+
+    Raises:
+        UserError: there is something else of that name.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--follow: {directory}: is a file: give a run directory")
+    redraws = sys.stdout.isatty()
+    seen: set[tuple[Any, ...]] = set()
+    said = ""
+    while True:
+        goes_on = not (directory / "metrics.jsonl").exists() or is_owned(directory)  # asked before the file is read
+        events = read_events(directory)
+        if redraws:
+            width = shutil.get_terminal_size((80, 24)).columns
+            print(HOME + "\n".join(line[: width - 1] for line in dashboard(directory.name, events)) + REST, flush=True)
+        else:
+            for line in events.of("train", "eval", "warning", "done"):
+                key = line["event"], line["step"], line.get("time"), line.get("what")
+                if key not in seen:
+                    seen.add(key)
+                    print(in_a_line(line), flush=True)
+            if not events.lines and not said:
+                said = f"{directory}: has not begun: waiting"
+                print(said, flush=True)
+        if events.of("done") or not goes_on:
+            break
+        time.sleep(every_s)
+    if events.damaged and not redraws:
+        print(f"damaged lines, left out: {events.damaged:,}")
+    if not events.of("done"):
+        print(f"{directory}: ended before it was done: the command that began it goes on with it")
+    return 0
+
+
+def is_owned(directory: Path) -> bool:
+    """Whether a process works on the run, by the note in its lock; the lock itself is left alone."""
+    try:
+        return may_be_running((directory / ".lock").read_text(encoding="utf-8", errors="replace").strip())
+    except OSError:
+        return False
+
+
+def in_a_line(event: dict[str, Any]) -> str:
+    """An event for people: step 20  train  loss 1.234  grad norm 0.5 ..."""
+    names = {
+        "train": ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb"),
+        "eval": ("loss", "perplexity"),
+        "warning": ("what", "text", "error"),
+        "done": ("steps", "seconds", "tokens_per_second", "peak_memory_gb"),
+    }[event["event"]]
+    parts = [f"{name.replace('_', ' ')} {_value(event[name])}" for name in names if name in event]
+    return one_line(f"step {event['step']:g} {event['event']}: {', '.join(parts)}")
+
+
+def _value(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, (int, float)) else str(value)
+
+
+def dashboard(name: str, events: Events, width: int = WIDTH) -> list[str]:
+    """The state of a run as lines of text."""
+    name = one_line(name)
+    if not events.lines:
+        return [f"{name}: has not begun"]
+    step, total, left = progress(events)
+    head = f"{name}  step {step:g}" + (f" of {total:g} ({step / total:.0%})" if total else "")
+    state = "done" if events.of("done") else f"{format_duration(left)} left" if math.isfinite(left) else ""
+    lines = [f"{head}  {state}"]
+    if train := events.of("train")[-1:]:
+        lines.append(in_a_line(train[0]))
+    if best := events.best():
+        lines.append(f"eval loss {events.last('eval', 'loss'):.4f}, best {best['loss']:.4f} at step {best['step']:g}")
+    both = [events.series(event, "loss") for event in ("train", "eval")]
+    lines += ["", "loss (*), eval loss (o)", *chart(both, width)]
+    lines += ["", "gradient norm", *chart([events.series("train", "grad_norm")], width, HEIGHT // 2)]
+    told = events.of("warning")[-WARNINGS:]
+    lines += ["", *(in_a_line(line) for line in told)] if told else []
+    if events.damaged:
+        lines.append(f"damaged lines, left out: {events.damaged:,}")
+    return lines
+
+
+def progress(events: Events) -> tuple[float, float, float]:
+    """Completed steps, all steps (0: not known), and the seconds that the rest will take (NaN: not known)."""
+    step = max(line["step"] for line in events.lines)
+    total = max([number(line.get("total_steps")) for line in events.of("memory") if "total_steps" in line] or [0.0])
+    train = [(line["step"], number(line.get("time"))) for line in events.of("train")[-PACE - 1 :]]
+    paces = [(t - u) / (n - m) for (m, u), (n, t) in itertools.pairwise(train) if n > m and t >= u]
+    return step, total, (total - step) * statistics.median(paces) if total and paces else math.nan
+
+
+def chart(series: Sequence[tuple[list[float], list[float]]], width: int = WIDTH, height: int = HEIGHT) -> list[str]:
+    """Curves as text: `*` the first, `o` the second, over a frame with the least and largest values and steps."""
+    points = [(x, y, mark) for (xs, ys), mark in zip(series, "*o", strict=False) for x, y in zip(xs, ys, strict=True)]
+    points = [point for point in points if math.isfinite(point[1])]
+    if not points:
+        return ["  (nothing yet)"]
+    xs, ys = [point[0] for point in points], [point[1] for point in points]
+    left, bottom, across, up = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+    columns = max(10, width - 11)
+    rows = [[" "] * columns for _ in range(height)]
+    for x, y, mark in points:
+        column = round((x - left) / across * (columns - 1)) if across else 0
+        row = round((y - bottom) / up * (height - 1)) if up else 0
+        rows[height - 1 - row][column] = mark
+    labels = [f"{max(ys):9.4g}", *[" " * 9] * (height - 2), f"{bottom:9.4g}"]
+    lines = [f"{label} |{''.join(row).rstrip()}" for label, row in zip(labels, rows, strict=True)]
+    return [*lines, f"{'':9} +{f'{left:g}':<{columns - 10}}{f'{max(xs):g}':>10}"]

@@ -1,0 +1,203 @@
+"""Who else is told what a run logs: its plots, TensorBoard, Weights & Biases. All are off unless asked for.
+
+`Run.log` writes each event to metrics.jsonl and hands it, already without access tokens, to every listener. A listener
+that raises is dropped with a warning: whoever watches a run must not be able to end it, nor to slow it down. Hence
+the plots are drawn by another process, one at a time, which may take a tenth of the time at most.
+
+TensorBoard: `tensorboard --logdir RUN/tensorboard`. Weights & Biases stays offline, in RUN/wandb, for `wandb sync`;
+only who has set WANDB_MODE=online is taken at their word.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanoft import UserError
+from nanoft.config import Config, LoggingConfig
+from nanoft.tracking.plots import number
+from nanoft.tracking.run import Tracker
+
+PACKAGES = {"plots": ("matplotlib", "plot"), "tensorboard": ("tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
+MAX_TIME_SHARE = 0.1  # of the time may be spent on drawing
+TIMEOUT_S = 60.0  # for one drawing, once the run is over
+SOURCE = Path(__file__).parent.parent  # where the process that draws finds nanoft
+
+
+def require_tracker_packages(wanted: LoggingConfig) -> None:
+    """Refuse what would need a package that is not there.
+
+    Raises:
+        UserError: names the extra.
+    """
+    for field, value, off in (("plots", wanted.plots, "none"), ("report_to", wanted.report_to, "none")):
+        package, extra = PACKAGES.get("plots" if field == "plots" else value, ("", ""))
+        if value != off and importlib.util.find_spec(package) is None:
+            raise UserError(f"logging.{field}: {value} needs {package}: pip install -e '.[{extra}]', or set {off}")
+
+
+def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
+    """Those that a config asks for.
+
+    Args:
+        step: after which the run begins or goes on.
+    """
+    found: list[Tracker] = []
+    if config.logging.plots != "none":
+        found.append(Plots(directory, config.logging.plots))
+    if config.logging.report_to == "tensorboard":
+        found.append(TensorBoard(directory / "tensorboard", step))
+    if config.logging.report_to == "wandb":
+        found.append(WandB(directory, config))
+    return found
+
+
+def curves_section(wanted: LoggingConfig) -> str:
+    """What report.md says of the plots, which are drawn when everything is logged."""
+    return "\n## Curves\n\n![curves](plots/curves.png)\n" if wanted.plots != "none" else ""
+
+
+def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The finite numbers of an event by name: train/loss, gradients/modules/q_proj/norm."""
+
+    def inside(name: str, value: Any) -> Iterator[tuple[str, float]]:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from inside(f"{name}/{key}", part)
+        elif math.isfinite(number(value)):
+            yield name, number(value)
+
+    for key, value in event.items():
+        if key not in ("step", "time"):
+            yield from inside(f"{event['event']}/{key}", value)
+
+
+class Plots:
+    """Draws plots/ again after every logged step or epoch, and when the run ends, in a process of its own."""
+
+    name = "drawing plots"
+
+    def __init__(self, directory: Path, when: str):
+        self.directory, self.when = directory, when
+        self._process: subprocess.Popen[str] | None = None
+        self._started = self._not_before = 0.0  # on the monotonic clock
+        self._epoch: int | None = None
+        self._is_due = False
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Begin to draw, if it is time for that.
+
+        Raises:
+            RuntimeError: the last drawing failed.
+        """
+        self._collect()
+        if event["event"] in ("train", "eval"):
+            epoch = event.get("epoch", self._epoch)
+            self._is_due |= self.when == "step" or (self.when == "epoch" and epoch != (self._epoch or 0))
+            self._epoch = epoch
+        if self._is_due and self._process is None and time.monotonic() >= self._not_before:
+            self._start()
+
+    def close(self) -> None:
+        """Draw a last time, and wait for it; a process that is stuck is ended.
+
+        Raises:
+            RuntimeError: the drawing failed.
+            subprocess.TimeoutExpired: it took longer than `PATIENCE_S`.
+        """
+        self._collect(wait=True)
+        self._start()
+        self._collect(wait=True)
+
+    def _start(self) -> None:
+        """Some milliseconds, however large this process is."""
+        path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
+        self._started, self._is_due = time.monotonic(), False
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "nanoft", "plot", str(self.directory.resolve())],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the training, which ends this one in its own time
+        )
+
+    def _collect(self, wait: bool = False) -> None:
+        if self._process is None or (self._process.poll() is None and not wait):
+            return
+        try:
+            _, said = self._process.communicate(timeout=TIMEOUT_S)
+        except BaseException:
+            self._process.kill()
+            self._process.communicate()
+            raise
+        code, self._process = self._process.returncode, None
+        now = time.monotonic()
+        self._not_before = now + (now - self._started) * (1 / MAX_TIME_SHARE - 1)
+        if code:
+            raise RuntimeError((said.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("error: "))
+
+
+class TensorBoard:
+    """Event files for TensorBoard; what a resumed or rolled back run does again replaces what was there."""
+
+    name = "TensorBoard"
+
+    def __init__(self, directory: Path, step: int):
+        self.directory, self.step = directory, step
+        self._writer: Any = None
+
+    def log(self, event: dict[str, Any]) -> None:
+        if event.get("what") == "rolled back":
+            self.close()
+            self._writer, self.step = None, event["step"]
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.directory), purge_step=self.step + 1, flush_secs=10)
+        for name, value in scalars(event):
+            self._writer.add_scalar(name, value, event["step"], walltime=event["time"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandB:
+    """Weights & Biases, offline unless WANDB_MODE says otherwise."""
+
+    name = "W&B"
+
+    def __init__(self, directory: Path, config: Config):
+        self.directory, self.config = directory, config
+        self._run: Any = None
+
+    def log(self, event: dict[str, Any]) -> None:
+        if self._run is None:
+            import wandb
+
+            mode: Any = os.environ.get("WANDB_MODE", "offline")
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "nanoft"),
+                name=self.directory.name,
+                dir=str(self.directory),
+                mode=mode,
+                config=self.config.to_dict(),
+                settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+            )
+            self._run.define_metric("*", step_metric="step")  # W&B's own step could not go back
+        values = dict(scalars(event))
+        if values:
+            self._run.log({**values, "step": event["step"]})
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()

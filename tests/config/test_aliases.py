@@ -1,0 +1,279 @@
+"""Hugging Face's names: each means what it means there, or is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
+
+import train
+from nanoft import UserError
+from nanoft.config import Config, TrainingConfig
+from nanoft.config.aliases import ALIASES, OPTIMIZERS, SCHEDULES, translate
+from nanoft.config.loading import load_file
+from nanoft.config.settings import SECTION_TYPES
+from nanoft.optim import learning_rate
+from tiny_models import make_chat_model, write_records
+
+FIELDS = {f"{section}.{item.name}" for section, kind in SECTION_TYPES.items() for item in dataclasses.fields(kind)}
+FLAT = {
+    "model_name": "mistralai/Mistral-7B-Instruct-v0.3",
+    "dataset_name": "some/chats",
+    "max_seq_length": 4096,
+    "use_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "use_nested_quant": True,
+    "lora_r": 32,
+    "lora_alpha": 64,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 8,
+    "gradient_accumulation_steps": 8,
+    "gradient_checkpointing": True,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.05,
+    "max_grad_norm": 0.3,
+    "weight_decay": 0.01,
+    "optim": "paged_adamw_32bit",
+    "adam_beta2": 0.95,
+    "max_steps": -1,
+    "neftune_noise_alpha": 5,
+    "label_smoothing_factor": 0.1,
+    "group_by_length": True,
+    "packing": False,
+    "eval_split": 0.1,
+    "eval_strategy": "steps",
+    "eval_steps": 25,
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "logging_steps": 5,
+    "report_to": ["none"],
+    "output_dir": "runs/here",
+    "seed": 42,
+    "bf16": True,
+    "fp16": False,
+}
+SECTIONED = """
+model: {name: mistralai/Mistral-7B-Instruct-v0.3, max_seq_length: 4096, dtype: bfloat16}
+quantization: {bits: 4, type: nf4, double: true}
+lora: {rank: 32, alpha: 64, dropout: 0.05, target_modules: [q_proj, v_proj]}
+data:
+  train_file: hf://datasets/some/chats
+  group_by_length: true
+  packing: false
+  validation_split: 0.1
+training:
+  num_epochs: 3
+  micro_batch_size: 2
+  gradient_accumulation_steps: 8
+  checkpointing: full
+  learning_rate: 2e-4
+  lr_scheduler: cosine
+  warmup_ratio: 0.05
+  max_grad_norm: 0.3
+  weight_decay: 0.01
+  optimizer: adamw_paged
+  beta2: 0.95
+  neftune_alpha: 5
+  label_smoothing: 0.1
+  log_steps: 5
+  eval_steps: 25
+  save_steps: 50
+  keep_checkpoints: 2
+evaluation: {batch_size: 8}
+output: {dir: runs/here}
+system: {seed: 42}
+"""
+
+
+def flat_config(tmp_path: Path, **settings: Any) -> Config:
+    path = tmp_path / "flat.json"
+    path.write_text(json.dumps(settings))
+    return load_file(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_a_flat_file_says_the_same_as_sections(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "sections.yaml").write_text(SECTIONED)
+    text = json.dumps(FLAT) if suffix == "json" else "".join(f"{k}: {json.dumps(v)}\n" for k, v in FLAT.items())
+    (tmp_path / f"flat.{suffix}").write_text(text)
+    assert load_file(tmp_path / f"flat.{suffix}") == load_file(tmp_path / "sections.yaml")
+
+
+def test_every_name_leads_to_a_field() -> None:
+    targets = {alias.field for alias in ALIASES.values()} - {""}
+    for alias in ALIASES.values():
+        values = alias.values.values() if isinstance(alias.values, dict) else []
+        targets |= {field for value in values if isinstance(value, dict) for field in value}
+    assert targets <= FIELDS
+    assert len(targets) > 40
+
+
+@pytest.mark.parametrize(
+    ("flat", "changes"),
+    [
+        ({"lr_scheduler_type": "constant_with_warmup"}, {"training.lr_scheduler": "constant"}),
+        ({"warmup_steps": 0, "warmup_ratio": 0.1}, {"training.warmup_ratio": 0.1}),
+        ({"warmup_steps": 0}, {"training.warmup_steps": 0}),
+        ({"warmup_steps": 20}, {"training.warmup_steps": 20}),
+        ({"warmup_steps": 0.1}, {"training.warmup_ratio": 0.1}),  # a share, in transformers 5
+        ({"eval_split": 200}, {"data.validation_size": 200}),
+        ({"dataset_name": "data/train.jsonl"}, {"data.train_file": "data/train.jsonl"}),
+        ({"dataset_text_field": "body"}, {"data.columns": {"text": "body"}}),
+        ({"use_4bit": False, "load_in_8bit": True}, {"quantization.bits": 8}),
+        ({"use_peft": False}, {"training.method": "full"}),
+        ({"target_modules": "all-linear"}, {"lora.target_modules": ("all-linear",)}),
+        ({"rank_pattern": {"q_proj": 4}}, {"lora.rank_pattern": {"q_proj": 4}}),
+        ({"train_sampling_strategy": "group_by_length"}, {"data.group_by_length": True}),
+        ({"train_on_inputs": True}, {"data.train_on": "all"}),
+        ({"save_strategy": "no", "eval_strategy": "no"}, {"training.save_steps": 0, "training.eval_steps": 0}),
+        ({"max_steps": 7}, {"training.max_steps": 7}),
+        ({"report_to": ["wandb"]}, {"logging.report_to": "wandb"}),
+        ({"use_cpu": True, "disable_tqdm": True}, {"system.device": "cpu", "logging.progress_bar": False}),
+        ({"bf16": True, "torch_dtype": "bfloat16"}, {"model.dtype": "bfloat16"}),  # twice the same
+        ({"save_total_limit": None, "deepspeed": None, "report_to": [], "modules_to_save": None}, {}),
+    ],
+    ids=str,
+)
+def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tmp_path: Path) -> None:
+    assert flat_config(tmp_path, **flat) == Config().override(changes)
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"lora_rnk": 8}, "lora_rnk: no such setting in a flat file: did you mean lora_r"),
+        ({"xyzzy": 8}, "xyzzy: no such setting in a flat file: docs/configs.md lists the names"),
+        ({"lora_r": 0}, "lora_r: lora.rank: 0 is out of range"),
+        ({"num_train_epochs": 1.5}, "num_train_epochs: training.num_epochs: 1.5 is not a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate: training.learning_rate: 'fast' is not a finite number"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16: both are true: leave fp16 out"),
+        ({"fp16": True}, "fp16: True is none of False: float16 gradients underflow: set bf16=true"),
+        ({"torch_dtype": "float16"}, "torch_dtype: 'float16' is none of auto, float32, bfloat16"),
+        ({"bf16": True, "torch_dtype": "float32"}, "bf16 and torch_dtype: set model.dtype to bfloat16 and to float32"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit: set quantization.bits to 4"),
+        ({"optim": "lion_8bit"}, "optim: 'lion_8bit' is none of adamw_torch, "),
+        ({"lr_scheduler_type": "inverse_sqrt"}, "lr_scheduler_type: 'inverse_sqrt' is none of cosine"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 9}, "lr_scheduler_type and warmup_steps: set training."),
+        ({"eval_strategy": "epoch"}, "eval_strategy: 'epoch' is none of steps, no: give eval_steps"),
+        ({"eval_strategy": "no", "eval_steps": 9}, "eval_strategy and eval_steps: set training.eval_steps to 0 and"),
+        ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, wandb: set one of them"),
+        ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, wandb"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: ['lm_head'] has no counterpart"),
+        ({"deepspeed": {"stage": 3}}, "deepspeed: {'stage': 3} is none of"),
+        ({"push_to_hub": True}, "push_to_hub: True is none of False: leave it out: nothing is uploaded"),
+        ({"trust_remote_code": True}, "a model's own code is never run"),
+        ({"use_peft": False, "use_4bit": True}, "quantization.bits: 4 freezes the base"),
+    ],
+    ids=str,
+)
+def test_what_has_no_counterpart_is_one_line(flat: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        flat_config(tmp_path, **flat)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(caught.value).startswith(str(tmp_path / "flat.json"))
+
+
+def test_a_section_among_flat_names_is_a_file_of_sections(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lora_r: no such section"):
+        flat_config(tmp_path, model={"name": "x"}, lora_r=8)
+
+
+@pytest.mark.parametrize("name", [item.value for item in OptimizerNames])
+def test_an_optimizer_is_the_one_that_transformers_makes_or_refused(name: str, tmp_path: Path) -> None:
+    if name not in OPTIMIZERS:
+        with pytest.raises(UserError, match=f"optim: '{name}' is none of"):
+            translate({"optim": name})
+        return
+    theirs, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=name, use_cpu=True))
+    t = flat_config(tmp_path, optim=name).training
+    if t.optimizer == "sgd":
+        assert theirs is torch.optim.SGD
+        assert t.momentum == options.get("momentum", 0.0)
+        return
+    assert "AdamW" in theirs.__name__
+    assert options.get("is_paged", False) == t.optimizer.endswith("_paged")
+    assert (options.get("optim_bits") == 8) == ("8bit" in t.optimizer)
+    assert (t.beta1, t.beta2, t.epsilon) == (*options["betas"], options["eps"])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_has_the_rates_of_transformers(name: str, tmp_path: Path) -> None:
+    """Warm-up begins at 0 there and one step further here: compared from its end on."""
+    warmup, total = 10, 100
+    given = {} if name == "constant" else {"warmup_steps": warmup}
+    t = flat_config(tmp_path, lr_scheduler_type=name, learning_rate=1.0, **given).training
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(name, optimizer, warmup, total)
+    for step in range(total):
+        if step >= warmup or name == "constant":
+            ours = learning_rate(step, total, 1.0, t.warmup_steps or 0, t.lr_scheduler, t.min_lr_ratio, t.lr_power)
+            assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_trainer_has_the_names_that_are_said_to_be_its_own() -> None:
+    text = (Path(__file__).parents[2] / "nanoft" / "config" / "aliases.py").read_text(encoding="utf-8")
+    body = text.partition("# Training (TrainingArguments)")[2].partition("# When to tell")[0]
+    names = {line.split('"')[1] for line in body.splitlines() if line.startswith('    "')}
+    earlier = {"warmup_ratio"}  # of transformers 4
+    assert len(names) > 15
+    assert names - earlier <= {item.name for item in dataclasses.fields(TrainingArguments)}
+
+
+def test_a_flat_file_runs(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "base")
+    flat = {
+        "model_name_or_path": str(tmp_path / "base"),
+        "train_file": str(write_records(tmp_path / "data.jsonl")),
+        "max_seq_length": 256,
+        "lora_r": 4,
+        "use_4bit": True,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "constant",
+        "eval_split": 0.1,
+        "max_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "flat.json").write_text(json.dumps(flat))
+    assert train.main([str(tmp_path / "flat.json"), "evaluation.prompts=2"]) == 0
+    assert load_file(tmp_path / "run" / "config.json").quantization.bits == 4
+
+
+def test_defaults_are_those_of_nanoft(tmp_path: Path) -> None:
+    assert flat_config(tmp_path, lora_r=16) == Config()
+    assert TrainingConfig().learning_rate == 2e-4
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "configs.md").read_text(encoding="utf-8")
+
+
+def test_the_document_lists_every_name() -> None:
+    assert [name for name in ALIASES if f"`{name}`" not in DOCUMENT] == []
+    rows = re.findall(r"^\| (`.*`) \| `([\w.]+)` \|$", DOCUMENT, re.MULTILINE)
+    shown = {name: field for names, field in rows for name in re.findall(r"`(\w+)`", names)}
+    assert shown == {name: alias.field for name, alias in ALIASES.items() if alias.field}
+
+
+def test_the_examples_of_the_document_say_the_same(tmp_path: Path) -> None:
+    configs = []
+    for language in ("yaml", "json"):
+        (block,) = re.findall(rf"```{language}\n(.*?)```", DOCUMENT, re.DOTALL)
+        (tmp_path / f"mine.{language}").write_text(block)
+        configs.append(load_file(tmp_path / f"mine.{language}"))
+    assert configs[0] == configs[1] != Config()

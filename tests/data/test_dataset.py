@@ -1,0 +1,546 @@
+"""Files to samples: what is kept, what is left out and why, who is on which side, and a cache that is never wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from templates import STYLES, TINY, Style, save
+
+from nanoft import UserError
+from nanoft.batches import Batches, Sample
+from nanoft.config import DataConfig
+from nanoft.data import dataset
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import REJECTED, Corpus, describe_data, open_corpus
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs" / "tiny" / "conversations.jsonl"
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatTokenizer:
+    return ChatTokenizer.from_directory(TINY)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def pair(question: str, answer: str = "yes", **fields: Any) -> dict[str, Any]:
+    return {"prompt": question, "completion": answer, **fields}
+
+
+def talk(*turns: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+
+
+def write(path: Path, records: list[Any]) -> str:
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def build(chat: ChatTokenizer, file: str | Path, limit: int = 512, seed: int = 0, **changes: Any) -> Corpus:
+    fields = {"validation_split": 0.0, **changes}
+    return open_corpus(DataConfig(train_file=str(file), **fields), limit, seed, chat, print)
+
+
+def lines_of(found: Corpus, samples: Any) -> list[int]:
+    return [int(found.place(record).rpartition(":")[2]) for record in samples.records.tolist()]
+
+
+def rejected(found: Corpus) -> list[tuple[str, int]]:
+    entries = [json.loads(line) for line in (found.directory / REJECTED).read_text(encoding="utf-8").splitlines()]
+    assert all(entry.keys() == {"kind", "reason", "file", "line"} for entry in entries)
+    return [(entry["kind"], entry["line"]) for entry in entries]
+
+
+# ---- Samples
+
+
+def test_samples_are_those_of_the_tokenizer_in_the_order_of_the_file(chat: ChatTokenizer) -> None:
+    found = build(chat, DEMO, max_samples=300)
+    messages = [json.loads(line)["messages"] for line in DEMO.read_text().splitlines()[:300]]
+    expected = [s for n, m in enumerate(messages) for s in chat.encode_now(chat.render_samples(m, n))]
+    assert len(found.training) == len(expected) == 300
+    for sample, reference in zip(found.training, expected, strict=True):
+        assert sample.ids.tolist() == reference.ids.tolist()
+        assert sample.is_target.tolist() == reference.is_target.tolist()
+    assert lines_of(found, found.training) == list(range(1, 301))
+    report = found.report["training"]
+    assert report["tokens"] == sum(len(s.ids) for s in expected)
+    assert report["target_tokens"] == sum(int(s.is_target.sum()) for s in expected)
+    assert report["length"]["p100"] == max(len(s.ids) for s in expected)
+
+
+def test_conversations_come_back_from_their_files(chat: ChatTokenizer, tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", [pair(f"a{n}") for n in range(20)])
+    second = write(tmp_path / "b.jsonl", ["", *[pair(f"b{n}") for n in range(20)]])
+    found = build(chat, f"{first},{second}", validation_split=0.5)
+    for side in (found.training, found.validation):
+        conversations = found.conversations(side, 100)
+        assert [c.file for c in conversations] == [found.place(r).rpartition(":")[0] for r in side.records.tolist()]
+        assert [c.line for c in conversations] == lines_of(found, side)
+        texts = [chat.decode(sample.ids.tolist(), keep_special=True) for sample in side]
+        assert texts == [chat.render(c.messages) for c in conversations]
+    assert len(found.conversations(found.training, 3)) == 3
+
+
+def test_several_samples_of_one_record(tmp_path: Path) -> None:
+    chat = ChatTokenizer.from_directory(save(tmp_path / "qwen", STYLES["qwen"]))
+    turns = talk("a", "b", "c", "d")
+    found = build(chat, write(tmp_path / "d.jsonl", [{"messages": turns[:2]}, {"messages": turns}]))
+    assert lines_of(found, found.training) == [1, 2, 2]
+    assert len(found.conversations(found.training, 9)) == 2
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last_assistant", "all"])
+def test_what_is_trained_on(chat: ChatTokenizer, tmp_path: Path, train_on: str) -> None:
+    turns = talk("a", "b", "c", "d")
+    found = build(chat, write(tmp_path / "d.jsonl", [{"messages": turns}]), train_on=train_on)
+    shown = chat.mark(found.training[0], color=False)
+    expected = {
+        "assistant": "<s>[INST]a[/INST]⟦b</s>⟧[INST]c[/INST]⟦d</s>⟧",
+        "last_assistant": "<s>[INST]a[/INST]b</s>[INST]c[/INST]⟦d</s>⟧",
+        "all": "<s>⟦[INST]a[/INST]b</s>[INST]c[/INST]d</s>⟧",
+    }
+    assert shown == expected[train_on]
+
+
+def test_tools_reach_the_template(tmp_path: Path) -> None:
+    template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + str(STYLES["chatml"].template)
+    chat = ChatTokenizer.from_directory(save(tmp_path / "m", Style(template, None, "<|im_end|>", "<|im_end|>")))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+    found = build(chat, write(tmp_path / "d.jsonl", [{"messages": turns, "tools": [tool]}]))
+    assert chat.decode(found.training[0].ids.tolist()).startswith("look_up ")
+    assert found.conversations(found.training, 1)[0].tools == [tool]
+
+
+# ---- What is left out
+
+
+def test_everything_that_is_left_out_is_counted_and_written_down(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records: list[Any] = [pair(f"question {n} of many") for n in range(60)]
+    records[3] = "{no JSON"
+    records[7] = records[6]  # the same again
+    records[11] = pair("x", "y")  # two characters
+    records[13] = pair("a" * 3000, "b")
+    records[17] = pair("many tokens " * 60, "b")
+    found = build(
+        chat, write(tmp_path / "d.jsonl", records), limit=100, min_characters=3, max_characters=2000, min_tokens=2
+    )
+    expected = {4: "malformed", 8: "duplicate", 12: "too short", 14: "too many characters", 18: "too long"}
+    assert {line: kind for kind, line in rejected(found)} == expected
+    assert found.report["removed"] == dict.fromkeys(expected.values(), 1)
+    assert found.report["read"] == 60
+    assert lines_of(found, found.training) == [line for line in range(1, 61) if line not in expected]
+    said = "\n".join(describe_data(found.report))
+    for kind in expected.values():
+        assert f"left out: {kind}" in said
+    assert "read 60 records as prompt_completion (prompt, completion) from " in said
+    assert f"warning: {tmp_path / 'd.jsonl'}:4: not valid JSON" in said
+
+
+def test_duplicates_may_stay(chat: ChatTokenizer, tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", [pair("a"), pair("a"), pair("b")])
+    assert len(build(chat, file).training) == 2
+    assert len(build(chat, file, deduplicate=False).training) == 3
+
+
+def test_labels_choose_and_are_no_mistakes(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records = [pair(f"q{n}", label=n % 3 != 0) for n in range(30)]
+    found = build(chat, write(tmp_path / "d.jsonl", records), label_field="label", max_bad_records=0.0)
+    assert len(found.training) == 20
+    assert found.report["removed"] == {"undesirable label": 10}
+    records[4]["label"] = "perhaps"
+    with pytest.raises(UserError, match=r"d\.jsonl:5: label: 'perhaps'"):
+        build(chat, write(tmp_path / "d.jsonl", records), label_field="label", max_bad_records=0.0)
+
+
+def test_columns_are_mapped(chat: ChatTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("q;a;s\nHello;Hi;Be kind\nBye;See you;Be kind\n")
+    columns = {"instruction": "q", "response": "a", "system": "s"}
+    found = build(chat, tmp_path / "d.csv", columns=columns)
+    assert [m["content"] for m in found.conversations(found.training, 1)[0].messages] == ["Be kind", "Hello", "Hi"]
+    assert "alpaca (system, instruction, output)" in describe_data(found.report)[0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
+def test_too_many_malformed_records_stop_the_run_and_show_five(
+    chat: ChatTokenizer, tmp_path: Path, share: float
+) -> None:
+    bad = 30 if share == 0.5 else 4
+    records: list[Any] = [pair(f"q{n}") for n in range(56 - bad + 4 if bad == 4 else 29)]
+    file = write(tmp_path / "d.jsonl", records + [pair(f"bad {n}", "") for n in range(bad)])
+    total = len(records) + bad
+    with pytest.raises(UserError) as caught:
+        build(chat, file, max_bad_records=share)
+    said = str(caught.value)
+    assert said.startswith(f"{file}:{len(records) + 1}: ")
+    assert f"({bad} of {total} records are malformed, more than data.max_bad_records={share}" in said
+    assert said.count(f"{file}:") == min(bad, 5)
+    assert "\n" not in said
+    assert len(build(chat, file, max_bad_records=0.9).training) == len(records)
+
+
+def test_what_the_template_refuses_or_swallows_is_malformed(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+        "{% if m.content != 'nothing' %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    chat = ChatTokenizer.from_directory(save(tmp_path / "m", Style(template, None, "<|im_end|>", "<|im_end|>")))
+    records = [pair(f"q{n}", "fine") for n in range(38)] + [pair("a", "no"), pair("b", "nothing")]
+    found = build(chat, write(tmp_path / "d.jsonl", records))
+    assert rejected(found) == [("malformed", 39), ("malformed", 40)]
+    with pytest.raises(UserError, match=r"d\.jsonl:39: the chat template refuses these messages: not this \(2 of 40"):
+        build(chat, tmp_path / "d.jsonl", max_bad_records=0.04)
+
+
+def test_a_conversation_in_which_nothing_is_to_be_learned(chat: ChatTokenizer, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    file = write(tmp_path / "d.jsonl", [{"messages": turns}, {"messages": [turns[0], {**turns[1], "weight": 1}]}])
+    found = build(chat, file, max_bad_records=0.5, deduplicate=False)
+    assert rejected(found) == [("malformed", 1)]
+
+
+@pytest.mark.parametrize(
+    ("truncation", "fix"), [("drop", "raise it, or set data.truncation=prompt"), ("prompt", "raise it")]
+)
+def test_nothing_is_left(chat: ChatTokenizer, tmp_path: Path, truncation: str, fix: str) -> None:
+    file = write(tmp_path / "d.jsonl", [pair("hello there " * 9, "yes " * 90)])
+    with pytest.raises(UserError) as caught:
+        build(chat, file, limit=16, truncation=truncation)
+    assert str(caught.value).startswith("data: none of 1 records is left (1 too long)")
+    assert str(caught.value).endswith(fix)
+
+
+def test_truncation_is_counted_and_marked(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records = [pair("short"), pair("I want euros for my 921 rupees. " * 20, "yes"), pair("q", "no " * 200)]
+    found = build(chat, write(tmp_path / "d.jsonl", records), limit=100, truncation="response")
+    assert (found.report["truncated"], found.report["removed"]) == (1, {"too long": 1})  # cutting leaves line 2 nothing
+    assert lines_of(found, found.training) == [1, 3]
+    assert found.truncated.tolist() == [1]
+    assert found.report["target_tokens_lost"] > 50
+    cut = build(chat, tmp_path / "d.jsonl", limit=100, truncation="prompt")
+    assert lines_of(cut, cut.training) == [1, 2]
+    assert cut.training.lengths.max() <= 100
+
+
+def test_replies_that_are_cut_off_are_a_warning(chat: ChatTokenizer, tmp_path: Path) -> None:
+    reply = "This is one. " + "and it goes on and on " * 5
+    found = build(chat, write(tmp_path / "d.jsonl", [pair("a", reply), pair("b", reply + ".")]))
+    assert found.report["cut_off_replies"] == 1
+    assert any("1 records end in a reply that stops in mid-sentence" in line for line in describe_data(found.report))
+
+
+# ---- Sides
+
+
+def questions(found: Corpus, side: Any) -> list[str]:
+    return [c.question() for c in found.conversations(side, len(side))]
+
+
+def test_a_share_or_a_number_is_held_out_whatever_the_order(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records = [pair(f"question {n}", str(n)) for n in range(200)]
+    file = write(tmp_path / "a.jsonl", records)
+    shuffled = write(tmp_path / "b.jsonl", random.Random(0).sample(records, 200))
+    for changes, count in (({"validation_split": 0.1}, 20), ({"validation_split": 0.1, "validation_size": 33}, 33)):
+        found, other = build(chat, file, **changes), build(chat, shuffled, **changes)
+        held = set(questions(found, found.validation))
+        assert len(held) == count
+        assert held == set(questions(other, other.validation))
+        assert held.isdisjoint(questions(found, found.training))
+        assert len(found.training) == 200 - count
+        another = build(chat, file, seed=1, **changes)
+        assert set(questions(another, another.validation)) != held
+
+
+def test_strata_groups_and_time(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records = [
+        pair(
+            f"question {n}", user=f"u{n % 25}", source="ab"[n % 4 == 0], date=f"2024-{1 + n // 20:02d}-{1 + n % 20:02d}"
+        )
+        for n in range(200)
+    ]
+    file = write(tmp_path / "d.jsonl", records)
+    by_question = {record["prompt"]: record for record in records}
+
+    def fields(found: Corpus, side: Any, name: str) -> Counter[str]:
+        return Counter(by_question[question][name] for question in questions(found, side))
+
+    found = build(chat, file, validation_split=0.2, split_stratify="source")
+    assert fields(found, found.validation, "source") == {"a": 30, "b": 10}
+    assert found.report["validation"]["strata"] == {"a": 30, "b": 10}
+    assert "share of a" in describe_data(found.report)[-1]
+    found = build(chat, file, validation_split=0.2, split_group="user")
+    sides = [set(fields(found, side, "user")) for side in (found.training, found.validation)]
+    assert sides[0].isdisjoint(sides[1])
+    assert len(sides[1]) == 5
+    found = build(chat, file, validation_split=0.2, split_time="date")
+    dates = [sorted(fields(found, side, "date").elements()) for side in (found.training, found.validation)]
+    assert len(dates[1]) == 40
+    assert dates[0][-1] < dates[1][0]
+    lengths = build(chat, file, validation_split=0.2, split_stratify="length")
+    assert len(lengths.report["validation"]["strata"]) >= 1
+    with pytest.raises(UserError, match=r"d\.jsonl:1: user: 'u0' is neither a number nor a date"):
+        build(chat, file, validation_split=0.2, split_time="user")
+
+
+def test_a_validation_file_and_what_leaks_into_training(chat: ChatTokenizer, tmp_path: Path) -> None:
+    training = write(tmp_path / "a.jsonl", [pair(f"q{n}") for n in range(20)])
+    validation = write(tmp_path / "b.jsonl", [pair("q3", "other"), pair("q7"), pair("new"), pair("new")])
+    found = build(chat, training, validation_file=validation)
+    assert questions(found, found.validation) == ["q3", "q7", "new"]
+    assert len(found.training) == 18
+    assert rejected(found) == [("duplicate", 4), ("leak", 4), ("leak", 8)]
+    assert {c.file for c in found.conversations(found.validation, 9)} == {validation}
+
+
+def test_a_leak_is_found_whatever_its_case_and_spacing(chat: ChatTokenizer, tmp_path: Path) -> None:
+    training = write(tmp_path / "a.jsonl", [pair("What is it?", "this"), pair("Who?", "me")])
+    found = build(chat, training, validation_file=write(tmp_path / "b.jsonl", [pair("what  is it? ", "that")]))
+    assert (questions(found, found.training), found.report["removed"]) == (["Who?"], {"leak": 1})
+
+
+def test_one_question_about_many_documents(chat: ChatTokenizer, tmp_path: Path) -> None:
+    """The prompt is then the document and the question together."""
+    records = [
+        {"messages": [{"role": "system", "content": f"Document {n}"}, *talk("Summarize.", f"s{n}")]} for n in range(60)
+    ]
+    found = build(chat, write(tmp_path / "d.jsonl", records), validation_split=0.1)
+    assert (len(found.training), len(found.validation), found.report["removed"]) == (54, 6, {})
+
+
+def test_reasoning_and_weights_make_records_different(chat: ChatTokenizer, tmp_path: Path) -> None:
+    turns = talk("a", "b")
+    records = [
+        {"messages": [turns[0], {**turns[1], **more}]} for more in ({}, {"reasoning_content": "x"}, {"weight": 1})
+    ]
+    assert len(build(chat, write(tmp_path / "d.jsonl", records)).training) == 3
+
+
+def test_a_record_counts_once_however_many_samples_it_gives(tmp_path: Path) -> None:
+    chat = ChatTokenizer.from_directory(save(tmp_path / "qwen", STYLES["qwen"]))
+    long = "many words " * 30
+    records = [{"messages": talk(long, "b", "c", "d")}] * 2 + [{"messages": talk("a", "b", "c", long)}]
+    file = write(tmp_path / "d.jsonl", records)
+    found = build(chat, file, limit=100, deduplicate=False)
+    assert (found.report["removed"], found.report["samples_lost"]) == ({"too long": 2}, 5)
+    assert lines_of(found, found.training) == [3]
+    with pytest.raises(UserError, match=r"^data: none of 3 records is left \(3 too long\)"):
+        build(chat, file, limit=16, deduplicate=False)
+
+
+def test_times_may_be_numbers_in_texts_and_dates_are_utc(chat: ChatTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("prompt,completion,t\n" + "".join(f"q{n},a,{1700000000 + n}\n" for n in range(10)))
+    found = build(chat, tmp_path / "d.csv", validation_split=0.2, split_time="t")
+    assert lines_of(found, found.validation) == [10, 11]
+    dates = ["2024-01-01T00:30:00+02:00", "2023-12-31T22:45:00", "2023-12-31T22:00:00"]
+    file = write(tmp_path / "d.jsonl", [pair(f"q{n}", t=date) for n, date in enumerate(dates)])
+    newest = build(chat, file, validation_size=1, split_time="t")
+    assert lines_of(newest, newest.validation) == [2]
+
+
+def test_a_size_that_leaves_nothing(chat: ChatTokenizer, tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(5)])
+    with pytest.raises(UserError, match=r"data\.validation_size: 5: there are 5 records"):
+        build(chat, file, validation_size=5)
+
+
+WORDS = [f"w{n}" for n in range(500)]
+
+
+def long_texts(count: int) -> list[str]:
+    chance = random.Random(0)
+    return [" ".join(chance.choices(WORDS, k=80)) for _ in range(count)]
+
+
+def test_near_duplicates_and_near_leaks(chat: ChatTokenizer, tmp_path: Path) -> None:
+    texts = long_texts(30)
+    records = [pair(text, "yes") for text in texts]
+    records += [pair(texts[n] + " more", "yes") for n in range(5)]  # near duplicates of the first five
+    held = [pair("very " + texts[9], "no")]
+    file, validation = write(tmp_path / "a.jsonl", records), write(tmp_path / "b.jsonl", held)
+    expected: dict[tuple[Any, str], dict[str, int]] = {
+        (None, "ignore"): {},
+        (None, "warn"): {},
+        (None, "remove"): {"leak": 1},
+        (0.8, "warn"): {"near duplicate": 5},
+        (0.8, "remove"): {"near duplicate": 5, "leak": 1},
+    }
+    for (duplicates, leaks), removed in expected.items():
+        changes = {"near_duplicates": duplicates, "near_leaks": leaks}
+        found = build(chat, file, limit=2048, validation_file=validation, **changes)
+        assert found.report["removed"] == removed
+        assert len(found.training) == 35 - sum(removed.values())
+        assert found.report["near_leaks"] == (leaks != "ignore")
+        warned = any("1 training records ask nearly what" in line for line in describe_data(found.report))
+        assert warned is (leaks == "warn")
+        assert not list(found.directory.glob("*.sig"))
+    assert {line for _, line in rejected(found)} == {10, 31, 32, 33, 34, 35}
+
+
+def test_a_system_text_that_all_records_share_makes_none_of_them_alike(chat: ChatTokenizer, tmp_path: Path) -> None:
+    system, *asked = long_texts(41)
+    records = [{"messages": [{"role": "system", "content": system}, *talk(text[:60], "yes")]} for text in asked]
+    file = write(tmp_path / "d.jsonl", records)
+    found = build(chat, file, limit=2048, validation_split=0.2, near_duplicates=0.5, near_leaks="remove")
+    assert (len(found.training), len(found.validation), found.report["removed"]) == (32, 8, {})
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"), [((2.0, 1.0), (20, 40)), ((0.5, 1.0), (5, 40)), ((1.5, 0.25), (15, 10))]
+)
+def test_weights_say_how_often_a_file_is_seen(
+    chat: ChatTokenizer, tmp_path: Path, weights: tuple[float, ...], counts: tuple[int, int]
+) -> None:
+    first = write(tmp_path / "a.jsonl", [pair(f"a{n}") for n in range(10)])
+    second = write(tmp_path / "b.jsonl", [pair(f"b{n}") for n in range(40)])
+    found = build(chat, f"{first},{second}", weights=weights)
+    files = Counter(found.place(record).rpartition(":")[0] for record in found.training.records.tolist())
+    assert (files[first], files[second]) == counts
+    seen = Counter(found.training.records.tolist())
+    assert max(seen[r] for r in seen if r < 10) - min(seen.get(r, 0) for r in range(10)) <= 1
+    with pytest.raises(UserError, match=r"data\.weights: 2 weights for 1 files"):
+        build(chat, first, weights=weights)
+
+
+def test_nothing_is_left_for_training(chat: ChatTokenizer, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [pair("q")])
+    other = write(tmp_path / "b.jsonl", [pair("q", "x")])
+    with pytest.raises(UserError, match="no record is left for training"):
+        build(chat, file, validation_file=other)
+
+
+# ---- The cache
+
+
+def same(a: Corpus, b: Corpus) -> bool:
+    sides = ("training", "validation")
+    return a.report == b.report and all(
+        [s.ids.tolist() for s in getattr(a, side)] == [s.ids.tolist() for s in getattr(b, side)] for side in sides
+    )
+
+
+def test_the_second_time_nothing_is_read(chat: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(30)])
+    first = build(chat, file, validation_split=0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "read_file", lambda *_: pytest.fail("read again"))
+        assert same(build(chat, file, validation_split=0.2), first)
+        assert build(chat, file, validation_split=0.2, packing=True).directory == first.directory
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "seed": {"seed": 1},
+    "length": {"limit": 500},
+    "split": {"validation_split": 0.3},
+    "train_on": {"train_on": "all"},
+    "truncation": {"truncation": "prompt"},
+    "deduplicate": {"deduplicate": False},
+    "format": {"format": "prompt_completion"},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_it_depends_on_makes_another_entry(chat: ChatTokenizer, tmp_path: Path, name: str) -> None:
+    file = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(10)])
+    entries = {build(chat, file, **{"validation_split": 0.2, **changes}).directory for changes in ({}, CHANGES[name])}
+    assert len(entries) == 2
+
+
+def test_other_data_template_tokenizer_or_date_make_another_entry(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(10)])
+    plain = ChatTokenizer.from_directory(save(tmp_path / "a", STYLES["chatml"]))
+    thinking = ChatTokenizer.from_directory(save(tmp_path / "b", STYLES["qwen"]))
+    without = ChatTokenizer.from_directory(tmp_path / "b", {"enable_thinking": False})
+    dated, later = (ChatTokenizer.from_directory(save(tmp_path / "c", STYLES["llama"])) for _ in range(2))
+    later.date = later.date.replace(year=2020)
+    undated = ChatTokenizer.from_directory(tmp_path / "a")
+    undated.date = later.date
+    entries = [build(chat, file).directory for chat in (plain, thinking, without, dated, later, undated)]
+    assert len(set(entries)) == 5
+    assert entries[0] == entries[5]  # a template without a date does not care
+    write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(11)])
+    assert build(plain, file).directory not in entries
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "starts.npy", "training.npy", "report.json", REJECTED])
+def test_a_damaged_entry_is_built_again(chat: ChatTokenizer, tmp_path: Path, name: str) -> None:
+    file = write(tmp_path / "d.jsonl", ["{", *(pair(f"q{n}") for n in range(30))])
+    first = build(chat, file, validation_split=0.2)
+    content = (first.directory / name).read_bytes()
+    path = first.directory / name
+    path.unlink()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    second = build(chat, file, validation_split=0.2)
+    assert (second.directory / name).read_bytes() == content
+    assert len(second.training) == 24
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_records_end_in_counts_that_add_up(chat: ChatTokenizer, tmp_path: Path, data: st.DataObject) -> None:
+    """Kept and left out are all that was read; no sample is too long or without a target; packing loses none."""
+    word = st.text(st.sampled_from("abc é\n<s>[INST]\x07"), max_size=30)
+    record = st.builds(pair, word, word) | st.just("{") | st.builds(pair, st.integers(), word)
+    records = data.draw(st.lists(record, min_size=1, max_size=25))
+    file = write(tmp_path / f"{data.draw(st.integers(0, 10**9))}.jsonl", records)
+    policy = data.draw(st.sampled_from(["drop", "prompt", "response", "proportional"]))
+    share = data.draw(st.sampled_from([0.0, 0.3]))
+    try:
+        found = build(chat, file, 24, max_bad_records=1.0, truncation=policy, validation_split=share)
+    except UserError as error:
+        if not re.search(r"none of \d+ records is left|no record is left|no known shape|not valid JSON", str(error)):
+            raise
+        return
+    sides = [found.training, found.validation]
+    kept = sum(len(side) for side in sides)
+    assert kept + sum(found.report["removed"].values()) == found.report["read"] == len(records)
+    samples: list[Sample] = [sample for side in sides for sample in side]
+    assert all(sample.is_target.any() and len(sample.ids) <= 24 and not sample.is_target[0] for sample in samples)
+    run = Batches(found.training, 2, 2, 0, chat.pad_id, pack_length=24)
+    packed = [batch for index in range(run.windows_in_epoch()) for batch in run.window(index)]
+    assert sum(batch.target_tokens for batch in packed) == found.report["training"]["target_tokens"]
+    assert sum(batch.tokens for batch in packed) == found.report["training"]["tokens"]
+    assert sorted(r for batch in packed for r in batch.records) == sorted(found.training.records.tolist())
+    assert np.array_equal(found.training.lengths, [len(s.ids) for s in found.training])
+
+
+def test_settings_that_are_not_in_the_key_do_not_change_samples() -> None:
+    names = {item.name for item in dataclasses.fields(DataConfig)}
+    assert set(dataset.NOT_IN_KEY) <= names
+
+
+# ---- What an evaluation asks of it
+
+
+def test_fields_and_questions_are_those_of_the_records(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records = [pair(f"q{n}", f"a{n}", topic=n % 3) if n % 5 else pair(f"q{n}") for n in range(20)]
+    system = [{"role": "system", "content": "be kind"}]
+    first = write(tmp_path / "a.jsonl", records)
+    second = write(tmp_path / "b.jsonl", [{"messages": system + talk("x", "y", "z", "w"), "topic": "m"}])
+    found = build(chat, f"{first},{second}", validation_split=0.3)
+    for side in (found.training, found.validation):
+        questions = [c.question() for c in found.conversations(side, 99)]
+        assert sorted(found.questions(side)) == sorted(questions)
+        expected = []
+        for record in side.records.tolist():
+            file, _, line = found.place(record).rpartition(":")
+            raw = json.loads(Path(file).read_text().splitlines()[int(line) - 1])
+            expected.append(str(raw.get("topic", "(none)")))
+        assert found.values(side, "topic") == expected
+    with pytest.raises(UserError, match="tpic: no record has this field: there are prompt, completion"):
+        found.values(found.training, "tpic")

@@ -1,0 +1,548 @@
+"""GGUF files in llama.cpp, in transformers and read back: the same weights, ids and greedy answers as here."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from templates import STYLES, TINY, save
+from test_merge import LORA, VARIANTS, make_adapter
+from transformers import AutoModelForCausalLM
+
+import merge as command
+from nanoft import UserError
+from nanoft.config import LoRAConfig
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.evaluation.evaluate import Prompt
+from nanoft.export.gguf import (
+    K_QUANTS,
+    TORCH_DTYPES,
+    WRITTEN,
+    architecture,
+    atomic_gguf,
+    verify_gguf,
+    write_gguf,
+    write_gguf_lora,
+)
+from nanoft.export.gguf_companions import modelfile, ollama_template, write_companions
+from nanoft.export.merge import merge
+from nanoft.export.model_card import parity_record
+from nanoft.generation.generate import generate
+from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
+from tiny_models import CASES, LLAMA3, make_chat_model, make_packed
+
+CPU = torch.device("cpu")
+IDS = list(range(5, 60))
+# As small as llama.cpp takes it, with rows that divide into blocks of 32, or of 256 for K-quants.
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-bias": {},
+    "llama-tied": {},
+    "llama3-rope": {},
+    "llama-linear": {},
+    "llama-yarn": {},
+    "mistral": {},
+    "qwen2": {"head_dim": 8},
+    "qwen3": {"head_dim": 32},
+}
+FAMILIES = ["llama-bias", "mistral", "qwen2", "qwen3"]
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+HELLO = [{"role": "user", "content": "Hello there, how are you today?"}]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Opens a base of some case with a random adapter on it, made once."""
+    root, kept = tmp_path_factory.mktemp("gguf"), {}
+
+    def make(case: str, wide: bool = False, lora: LoRAConfig = LORA, **note: Any) -> tuple[LoadedModel, ChatTokenizer]:
+        key = f"{case}-{wide}-{abs(hash(str((lora, note))))}"
+        if key not in kept:
+            base = root / f"{case}-{wide}"
+            if not base.exists():
+                make_chat_model(base, case, **(WIDE if wide else SIZES[case]))
+            kept[key] = make_adapter(base, root / key, lora=lora, **note)
+        opened = open_model(str(kept[key]), CPU, torch.float32)
+        return opened, open_chat_tokenizer(str(kept[key]), opened)
+
+    return make
+
+
+def write(made_one: tuple[LoadedModel, ChatTokenizer], out: Path, dtype: str = "f32", onto: Any = "original") -> Path:
+    write_gguf(*made_one, "a name", dtype, onto, out)
+    return out
+
+
+def stored(path: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def facts(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+@torch.no_grad()
+def logits(model: Any, ids: list[int] = IDS) -> torch.Tensor:
+    """(s, vocab) of our decoder, of transformers' or of llama.cpp's."""
+    row = torch.tensor([ids])
+    if hasattr(model, "eval") and hasattr(model, "n_ctx"):
+        model.reset()
+        model.eval(ids)
+        return torch.from_numpy(np.array(model.scores[: len(ids)]))
+    found: torch.Tensor = model(row).logits if hasattr(model, "generate") else model.logits(model(row))
+    return found[0]
+
+
+def perplexity(model: Any, ids: list[int] = IDS) -> float:
+    found = torch.nn.functional.cross_entropy(logits(model, ids)[:-1], torch.tensor(ids[1:]))
+    return math.exp(found.item())
+
+
+def in_llama_cpp(path: Path, **settings: Any) -> Any:
+    """The file in llama.cpp, its cache in float32, as ours is."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    plain = {"n_ctx": 256, "logits_all": True, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    return llama_cpp.Llama(str(path), type_k=0, type_v=0, **plain, **settings)
+
+
+def greedy(llama: Any, ids: list[int], count: int) -> list[int]:
+    """llama.cpp's most likely tokens; a stop token ends them."""
+    llama.reset()
+    found: list[int] = []
+    for token in llama.generate(ids, temp=0.0, repeat_penalty=1.0):
+        found.append(int(token))
+        if len(found) == count or token in (llama.token_eos(),):
+            break
+    return found
+
+
+def ours(opened: LoadedModel, ids: list[int], count: int, stops: list[int]) -> list[int]:
+    answer = generate(opened.model, [ids], stops, count)[0]
+    return answer.ids + [stops[0]] * answer.stopped
+
+
+# --- the tensors
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_tensors_are_the_merged_weights_bit_for_bit(case: str, dtype: str, made: Any, tmp_path: Path) -> None:
+    """Against the merged Hugging Face model, its rows put in llama.cpp's order one by one."""
+    opened, _ = made(case)
+    found = stored(write(made(case), tmp_path / "model.gguf", dtype))
+    (tmp_path / "hf").mkdir()
+    merge(opened, torch.float32, "original", tmp_path / "hf")
+    c = opened.model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture(c).upper()], c.num_layers)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    if c.tied:
+        del expected["lm_head.weight"]
+    assert found.keys() == {names.get_name(name, (".weight", ".bias")) for name in expected}
+    for name, weight in expected.items():
+        if case in ("llama-bias", "mistral") and ("q_proj" in name or "k_proj" in name):
+            half = c.head_dim // 2
+            heads = range(0, len(weight), c.head_dim)
+            weight = weight[[head + pair + side * half for head in heads for pair in range(half) for side in (0, 1)]]
+        number_format = torch.float32 if weight.dim() == 1 else TORCH_DTYPES[dtype]
+        tensor = found[names.get_name(name, (".weight", ".bias"))]
+        assert bytes(tensor.data) == weight.to(number_format).view(torch.uint8).numpy().tobytes(), name
+        assert tensor.tensor_type.name == str(number_format).removeprefix("torch.").replace("bfloat", "BF").replace(
+            "float", "F"
+        )
+
+
+@pytest.mark.parametrize("dtype", WRITTEN)
+@pytest.mark.parametrize("case", ["mistral", "qwen2"])  # of qwen3 it does not read the size of the heads
+def test_transformers_reads_the_file(case: str, dtype: str, made: Any, tmp_path: Path) -> None:
+    opened, _ = made(case)
+    write(made(case), tmp_path / "model.gguf", dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    wanted = logits(opened.model)
+    share = {"f32": 1e-4, "f16": 0.01, "bf16": 0.1, "q8_0": 0.1, "q5_0": 0.6, "q4_0": 1.0}[dtype]
+    assert (logits(theirs.eval()) - wanted).abs().max() < share * wanted.std()
+    proof = verify_gguf(opened, tmp_path / "model.gguf", [IDS], dtype)
+    assert proof.holds
+    assert proof.max_difference == pytest.approx((logits(theirs) - wanted).abs().max().item(), abs=1e-4)
+
+
+def test_vectors_stay_exact_and_the_head_keeps_eight_bits(made: Any, tmp_path: Path) -> None:
+    forms = {n: t.tensor_type.name for n, t in stored(write(made("mistral"), tmp_path / "a.gguf", "q4_0")).items()}
+    assert forms["output.weight"] == "Q8_0"
+    assert forms["output_norm.weight"] == "F32"
+    assert {form for name, form in forms.items() if "output" not in name and "norm" not in name} == {"Q4_0"}
+    tied = stored(write(made("llama-tied"), tmp_path / "b.gguf", "q5_0"))
+    assert tied["token_embd.weight"].tensor_type.name == "Q8_0"
+    assert "output.weight" not in tied
+
+
+def test_rows_that_do_not_divide_into_blocks_are_kept_in_f16(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "base", "llama", intermediate_size=48)
+    opened = open_model(str(tmp_path / "base"), CPU, torch.float32)
+    path = write((opened, open_chat_tokenizer(str(tmp_path / "base"), opened)), tmp_path / "model.gguf", "q8_0")
+    forms = {name: tensor.tensor_type.name for name, tensor in stored(path).items()}
+    assert (forms["blk.0.ffn_down.weight"], forms["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")
+    assert (logits(in_llama_cpp(path)) - logits(opened.model)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("stored_so", [False, True])
+def test_onto_the_quantized_base(stored_so: bool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_chat_model(base, "mistral")
+    if stored_so:
+        make_packed(base, tmp_path / "packed", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        base = tmp_path / "packed"
+    note = {"quantization": {"type": "nf4", "double": False}, "dtype": "float32"}
+    adapter = str(make_adapter(base, tmp_path / "adapter", **note))
+    opened = open_model(adapter, CPU, torch.float32)
+    write((opened, open_chat_tokenizer(adapter, opened)), tmp_path / "model.gguf", onto="nf4")
+    assert verify_gguf(opened, tmp_path / "model.gguf", [IDS], "f32").holds
+    plain = open_model(adapter, CPU, torch.float32, original_base=True)
+    if not stored_so:
+        assert not verify_gguf(plain, tmp_path / "model.gguf", [IDS], "f32").holds
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_adapter_is_merged(variant: str, made: Any, tmp_path: Path) -> None:
+    one = made("qwen2", lora=LoRAConfig(rank=4, alpha=6.0, **VARIANTS[variant]))
+    assert verify_gguf(one[0], write(one, tmp_path / "model.gguf"), [IDS], "f32").holds
+
+
+def test_values_that_float16_lacks_are_refused(made: Any, tmp_path: Path) -> None:
+    opened, chat = made("mistral")
+    with torch.no_grad():
+        opened.adapters["model.layers.0.mlp.up_proj"].lora_B.mul_(1e9)
+    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight has values that float16 has not: use --dtype bf16"):
+        write((opened, chat), tmp_path / "model.gguf", "f16")
+
+
+# --- llama.cpp
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_llama_cpp_computes_the_same(case: str, made: Any, tmp_path: Path) -> None:
+    opened, chat = made(case)
+    llama = in_llama_cpp(write(made(case), tmp_path / "model.gguf"))
+    assert (logits(llama) - logits(opened.model)).abs().max() < 1e-4
+    assert perplexity(llama) == pytest.approx(perplexity(opened.model), rel=1e-5)
+    long = IDS * 4  # beyond the context that rope scaling stretches
+    assert (logits(llama, long) - logits(opened.model, long)).abs().max() < 1e-3
+    prompt = chat.encode_prompt(HELLO)
+    assert llama.tokenize(chat.render_prompt(HELLO).encode(), add_bos=False, special=True) == prompt
+    assert greedy(llama, prompt, 24) == ours(opened, prompt, 24, [chat.eos_id])
+
+
+@pytest.mark.parametrize("dtype", [*WRITTEN, *K_QUANTS])
+@pytest.mark.parametrize("case", FAMILIES)
+def test_llama_cpp_at_every_precision(case: str, dtype: str, made: Any, tmp_path: Path, record_property: Any) -> None:
+    """What is lost is rounding alone: llama.cpp's perplexity is that of the file's weights in our decoder, too."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    opened, chat = made(case, wide=True)
+    llama = in_llama_cpp(write(made(case, wide=True), tmp_path / "model.gguf", dtype))
+    change = perplexity(llama) / perplexity(opened.model) - 1
+    record_property("change of perplexity", change)
+    assert abs(change) < {"f32": 1e-5, "f16": 1e-3, "bf16": 5e-3, "q8_0": 0.01}.get(dtype, 0.25)
+    prompt = chat.encode_prompt(HELLO)
+    if dtype in ("f32", "f16"):
+        assert greedy(llama, prompt, 16) == ours(opened, prompt, 16, [chat.eos_id])
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf"}
+
+
+def test_within_a_sliding_window_there_is_no_difference(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "base", "mistral-window")
+    opened = open_model(str(tmp_path / "base"), CPU, torch.float32)
+    chat = open_chat_tokenizer(str(tmp_path / "base"), opened)
+    (note,) = write_gguf(opened, chat, "x", "f32", "original", tmp_path / "model.gguf")
+    assert "no sliding window for this architecture: the file says 16 tokens of context" in note
+    known = facts(tmp_path / "model.gguf")
+    assert (known["llama.context_length"], known["llama.attention.sliding_window"]) == (16, 16)
+    llama = in_llama_cpp(tmp_path / "model.gguf")
+    assert (logits(llama, IDS[:16]) - logits(opened.model, IDS[:16])).abs().max() < 1e-4
+    assert (logits(llama) - logits(opened.model)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("variant", ["plain", "rslora", "pissa"])
+@pytest.mark.parametrize("case", FAMILIES)
+def test_an_adapter_file_on_the_base_is_the_merged_model(case: str, variant: str, made: Any, tmp_path: Path) -> None:
+    lora = LoRAConfig(rank=4, alpha=6.0, **VARIANTS.get(variant, {}))
+    opened, chat = made(case, lora=lora)
+    write_gguf_lora(opened, "adapter", "f32", tmp_path / "adapter.gguf")
+    known = facts(tmp_path / "adapter.gguf")
+    assert (known["general.type"], known["adapter.type"]) == ("adapter", "lora")
+    base = open_model(str(opened.base_directory), CPU, torch.float32)
+    write((base, chat), tmp_path / "base.gguf")
+    llama = in_llama_cpp(tmp_path / "base.gguf", lora_path=str(tmp_path / "adapter.gguf"))
+    assert (logits(llama) - logits(opened.model)).abs().max() < 1e-4
+    assert (logits(base.model) - logits(opened.model)).abs().max() > 0.1
+    prompt = chat.encode_prompt(HELLO)
+    assert greedy(llama, prompt, 16) == ours(opened, prompt, 16, [chat.eos_id])
+
+
+def test_llama_cpp_renders_the_template_of_training(made: Any, tmp_path: Path) -> None:
+    """From the file's metadata alone: text, ids and stop token."""
+    opened, chat = made("qwen2")
+    llama = in_llama_cpp(write(made("qwen2"), tmp_path / "model.gguf"))
+    expected = chat.decode(generate(opened.model, [chat.encode_prompt(HELLO)], chat.stop_ids, 12)[0].ids)
+    answer = llama.create_chat_completion(HELLO, temperature=0.0, repeat_penalty=1.0, max_tokens=12)
+    assert answer["choices"][0]["message"]["content"] == expected
+    assert answer["usage"]["prompt_tokens"] == len(chat.encode_prompt(HELLO))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0", "q4_0"])
+def test_the_tiny_demos_base_in_llama_cpp(dtype: str, tmp_path: Path) -> None:
+    opened = open_model(str(TINY), CPU, torch.float32)
+    chat = open_chat_tokenizer(str(TINY), opened)
+    write_gguf(opened, chat, "tiny", dtype, "original", tmp_path / "model.gguf")
+    llama = in_llama_cpp(tmp_path / "model.gguf")
+    text = "List: red, lamps, 14, Rome. Copy: red, lamps, 14, Rome. List: Oslo, 3, blue. Copy: Oslo, 3, blue."
+    ids = chat.tokenizer.encode(text).ids
+    assert llama.tokenize(text.encode(), add_bos=True, special=True) == ids
+    share = {"f32": 1e-5, "f16": 1e-3, "q8_0": 0.01, "q4_0": 0.1}[dtype]
+    assert perplexity(llama, ids) == pytest.approx(perplexity(opened.model, ids), rel=share)
+    if dtype in ("f32", "f16"):
+        assert greedy(llama, ids[:-6], 24) == ours(opened, ids[:-6], 24, [chat.eos_id or 0])
+
+
+def test_what_the_file_cannot_say_is_told(made: Any, tmp_path: Path) -> None:
+    opened, chat = made("mistral")
+    more = [chat.tokenizer.token_to_id(token) for token in ("[INST]", "[/INST]")]
+    thinking = ChatTokenizer(chat.tokenizer, chat.settings, chat.template, more, {"enable_thinking": False})
+    stops, variables = write_gguf(opened, thinking, "x", "f32", "original", tmp_path / "model.gguf")
+    assert stops == f"llama.cpp may not stop on the ids [{max(more)}]: give it their texts as stop strings"
+    assert "trained with {'enable_thinking': False}" in variables
+    assert facts(tmp_path / "model.gguf")["tokenizer.ggml.eom_token_id"] == min(more)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "reason"),
+    [
+        ("qwen3-bias", {}, "attention_bias: llama.cpp's qwen3 has no biases"),
+        ("qwen2", {"head_dim": 16}, "head_dim: llama.cpp's qwen2"),
+        ("qwen3", {"rope_parameters": LLAMA3}, "rope type llama3: llama.cpp's qwen3 has no such thing"),
+        (
+            "llama-yarn",
+            {"rope_parameters": {**CASES["llama-yarn"][2]["rope_parameters"], "beta_fast": 16}},
+            "beta_fast",
+        ),
+    ],
+)
+def test_what_llama_cpp_cannot_compute_is_refused(
+    case: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    make_chat_model(tmp_path, case, **changes)
+    opened = open_model(str(tmp_path), CPU, torch.float32)
+    with pytest.raises(UserError, match=f"--format gguf: .*{reason}"):
+        write((opened, open_chat_tokenizer(str(tmp_path), opened)), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(("variant", "reason"), [("dora", "no DoRA"), ("bias", "hold no biases")])
+def test_adapters_of_more_than_two_factors_are_refused(variant: str, reason: str, made: Any, tmp_path: Path) -> None:
+    kinds: dict[str, dict[str, Any]] = {"dora": {"dora": True}, "bias": {"bias": "lora_only"}}
+    opened, _ = made("qwen2", lora=LoRAConfig(rank=4, alpha=6.0, **kinds[variant]))
+    with pytest.raises(UserError, match=f"--format gguf-lora: .*{reason}.*: use --format gguf"):
+        write_gguf_lora(opened, "x", "f32", tmp_path / "adapter.gguf")
+
+
+def test_missing_packages_are_named(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(UserError, match=r"--dtype q4_k_m: it needs llama\.cpp's own quantizer: pip install"):
+        write(made("mistral"), tmp_path / "model.gguf", "q4_k_m")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]'"):
+        write(made("mistral"), tmp_path / "model.gguf")
+
+
+# --- what lies beside the file
+
+
+def test_a_disk_without_room_is_noticed_before_the_work(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = write(made("llama"), tmp_path / "whole.gguf").stat().st_size
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=size // 2))
+    with pytest.raises(UserError, match=r"--out: needs .* GB are free there: make room"):
+        write(made("llama"), tmp_path / "again.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.gguf"]
+
+
+def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) -> None:
+    out = tmp_path / "some" / "m.gguf"
+    with atomic_gguf(out, "unused") as path:
+        path.write_text("weights")
+        write_companions(path, out, "recipe", {"a": 1})
+        assert not out.exists()
+    assert {p.name for p in out.parent.iterdir()} == {"m.gguf", "m.Modelfile", "m.parity.json"}
+    for name in ("m.gguf", "m.Modelfile"):
+        other = out.with_name(name.replace("m.", "n."))
+        other.write_text("mine")
+        with pytest.raises(UserError, match="exists already"), atomic_gguf(out.with_name("n.gguf"), "unused"):
+            pass
+        assert other.read_text() == "mine"
+        other.unlink()
+    with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused") as path:
+        path.write_text("half")
+        raise RuntimeError
+    killed = "from nanoft.gguf_export import *; a = new_gguf(Path('n.gguf'), ''); a.__enter__().touch(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", killed], cwd=out.parent, check=False)
+    assert any(path.name.startswith(".tmp-n") for path in out.parent.iterdir())
+    with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused"):  # the next one sweeps up
+        raise RuntimeError
+    with atomic_gguf(tmp_path / "dir", "model.gguf") as path:
+        path.write_text("weights")
+        write_companions(path, tmp_path / "dir", "recipe", {})
+    assert {p.name for p in (tmp_path / "dir").iterdir()} == {"model.gguf", "Modelfile", "parity.json"}
+    assert {p.name for p in out.parent.iterdir()} == {"m.gguf", "m.Modelfile", "m.parity.json"}
+
+
+def test_parity_is_what_an_engine_must_give(made: Any, tmp_path: Path) -> None:
+    opened, chat = made("qwen3")
+    expected = parity_record(opened.model, chat, [Prompt(HELLO, "")], 8, "its own")
+    llama = in_llama_cpp(write(made("qwen3"), tmp_path / "model.gguf"))
+    assert expected["stop_ids"] == chat.stop_ids
+    assert expected["prompts"][0]["messages"] == HELLO
+    for case in expected["prompts"]:
+        assert llama.tokenize(case["text"].encode(), add_bos=False, special=True) == case["ids"]
+        found = greedy(llama, case["ids"], 8)
+        assert found == case["answer_ids"] + [chat.eos_id] * case["stopped"]
+        assert case["answer"] == llama.detokenize(case["answer_ids"]).decode(errors="replace")
+
+
+def as_ollama_renders(template: str, messages: list[dict[str, str]]) -> str:
+    """The few actions of Go's templates that are used: texts, .Content, and which message it is."""
+    pieces = template.removeprefix("{{ range $i, $_ := .Messages }}").removesuffix("{{ end }}")
+    text = ""
+    for number, message in enumerate(messages):
+        taken, skipping = [], []  # of each open if: whether a branch was taken; whether this one is skipped
+        for action in pieces.replace("}}{{", "}}\0{{").split("\0"):
+            inside = action[3:-3]
+            _, _, condition = inside.partition("if ")
+            holds = {
+                'eq .Role "system"': message["role"] == "system",
+                'eq .Role "user"': message["role"] == "user",
+                "eq $i 0": number == 0,
+                'and (eq $i 1) (eq (index $.Messages 0).Role "system")': number == 1
+                and messages[0]["role"] == "system",
+            }.get(condition, True)
+            if inside.startswith("if "):
+                taken.append(holds)
+                skipping.append(not holds)
+            elif inside.startswith("else"):
+                skipping[-1] = taken[-1] or not holds
+                taken[-1] = taken[-1] or holds
+            elif inside == "end":
+                taken.pop()
+                skipping.pop()
+            elif not any(skipping):
+                text += message["content"] if inside == ".Content" else json.loads(inside)
+    return text
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ollamas_template_renders_as_the_models_own(style: str, tmp_path: Path) -> None:
+    chat = ChatTokenizer.from_directory(save(tmp_path, STYLES[style]))
+    template = ollama_template(chat)
+    if style == "mistral":  # it moves the system text to the last question
+        assert template is None
+        assert "does more than Ollama's can" in modelfile("m.gguf", chat)
+        return
+    assert template is not None
+    turns = [{"role": role, "content": f"{role} says {n}"} for n in range(3) for role in ("user", "assistant")]
+    talks = [turns[:1], turns[:3], turns[:5]]
+    if style != "llama":
+        talks += [[{"role": "system", "content": 'Be "brief".'}, *talk] for talk in talks]
+    bos = chat.special["bos_token"] if chat.wants_bos else ""
+    for talk in talks:
+        assert as_ollama_renders(template, talk) == chat.render_prompt(talk).removeprefix(bos)
+
+
+def test_a_modelfile_names_the_file_the_stops_and_the_adapter(tmp_path: Path) -> None:
+    chat = ChatTokenizer.from_directory(save(tmp_path, STYLES["llama"]))
+    lines = modelfile("m.gguf", chat).splitlines()
+    assert lines[1:3] == ["FROM ./m.gguf", 'PARAMETER stop "<|eot_id|>"']
+    assert lines[3].startswith('TEMPLATE """{{ range')
+    adapter = modelfile("a.gguf", chat, "meta-llama/Some-Model").splitlines()
+    assert adapter[1:4] == ["# The base as GGUF: meta-llama/Some-Model", "FROM ./base.gguf", "ADAPTER ./a.gguf"]
+
+
+# --- merge.py
+
+
+def run_merge(*arguments: Any) -> int:
+    return command.main([str(argument) for argument in arguments])
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments"),
+    [("lora", ["--dtype", "q8_0"]), ("qlora", ["--base", "nf4"]), ("full", []), ("base", ["--dtype", "bf16"])],
+)
+def test_runs_and_models_become_gguf_files(
+    run: str, arguments: list[str], runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run_merge(runs / run, "--out", out, "--format", "gguf", *arguments) == 0
+    said = capsys.readouterr().out
+    assert "read back and compared: largest logit difference" in said
+    dtype = arguments[1] if "--dtype" in arguments else "f16"
+    assert names(tmp_path) == {"out"}
+    assert names(out) == {f"model-{dtype}.gguf", "Modelfile", "parity.json"}
+    expected = json.loads((out / "parity.json").read_text())
+    assert len(expected["prompts"]) > (0 if run == "base" else 3)  # the run's validation prompts, and plain ones
+    llama = in_llama_cpp(out / f"model-{dtype}.gguf")
+    assert llama.metadata["general.name"] == run
+    for case in expected["prompts"]:
+        assert llama.tokenize(case["text"].encode(), add_bos=False, special=True) == case["ids"]
+        if dtype == "f16":
+            found = greedy(llama, case["ids"], 32)
+            assert found[: len(case["answer_ids"])] == case["answer_ids"]
+
+
+def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "a.gguf", "--format", "gguf-lora") == 0
+    assert f"the adapter as GGUF, for a GGUF file of {runs / 'base'}" in capsys.readouterr().out
+    assert names(tmp_path) == {"a.gguf", "a.Modelfile", "a.parity.json"}
+    assert "ADAPTER ./a.gguf" in (tmp_path / "a.Modelfile").read_text()
+    assert {tensor.tensor_type.name for tensor in stored(tmp_path / "a.gguf").values()} == {"F32"}
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "reason"),
+    [
+        ("lora", ["--dtype", "q8_0"], "--dtype: q8_0: only --format gguf has it"),
+        ("lora", ["--format", "gguf-lora", "--dtype", "q4_0"], "--dtype: q4_0: an adapter is not quantized"),
+        ("lora", ["--format", "gguf", "--base", "nf4"], "was trained on the original weights: leave --base out"),
+        ("full", ["--format", "gguf-lora"], "this run trained every parameter"),
+        ("base", ["--format", "gguf-lora"], "no adapter here"),
+    ],
+)
+def test_mistakes_leave_one_line_and_no_file(
+    run: str, arguments: list[str], reason: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_merge(runs / run, "--out", tmp_path / "out.gguf", *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert reason in said
+    assert names(tmp_path) == set()
+
+
+def test_what_is_there_is_not_overwritten(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.Modelfile").write_text("mine")
+    assert run_merge(runs / "lora", "--out", tmp_path / "out.gguf", "--format", "gguf") == 2
+    assert "out.Modelfile: exists already" in capsys.readouterr().err
+    assert names(tmp_path) == {"out.Modelfile"}

@@ -1,0 +1,177 @@
+"""A decoder whose matrices stay on the disk, against the one in memory, bitsandbytes' packed bases included."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_lora import PLAIN
+from test_merge import VARIANTS, make_adapter
+from transformers import AutoModelForCausalLM
+
+from nanoft import UserError
+from nanoft.config import LoRAConfig
+from nanoft.export import streaming
+from nanoft.export.merge import open_adapter
+from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
+from nanoft.export.verify import hidden_states
+from nanoft.generation.generate import generate
+from nanoft.models.open import open_model, read_trained_adapter
+from nanoft.models.weights import load_model
+from tiny_models import make_chat_model, make_packed, make_reference
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 63).view(2, 30)
+
+
+@pytest.fixture(autouse=True)
+def _few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "SLAB", 1000)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    result: torch.Tensor = model(ids).logits if hasattr(model, "generate") else model.logits(model(ids))
+    return result
+
+
+@pytest.mark.parametrize("case", ["llama-bias", "llama3-rope", "mistral-window", "qwen2", "qwen3"])
+def test_from_disk_and_in_transformers_say_the_same(case: str, tmp_path: Path) -> None:
+    theirs = make_reference(case, tmp_path, shard_size="100KB")
+    ours = StreamedDecoder(open_rows(tmp_path))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert (logits(ours) - logits(theirs)).abs().max() < 1e-4
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
+    in_memory = generate(load_model(tmp_path, CPU, torch.float32).eval(), prompts, (), 12)
+    assert generate(ours, prompts, (), 12) == in_memory
+
+
+def test_what_is_in_memory_is_small_and_the_head_is_not_to_be_multiplied_by(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    model = StreamedDecoder(open_rows(tmp_path))
+    assert all(p.dim() == 1 for p in model.parameters())
+    assert model.head.shape == (199, 64)
+    assert model.head.isnan().all()
+
+
+@pytest.mark.parametrize("quantization", [None, {"type": "nf4", "double": True}, {"type": "int8", "double": False}])
+@pytest.mark.parametrize("variant", [*VARIANTS, "plain"])
+def test_an_adapter_on_it_does_what_it_does_in_memory(variant: str, quantization: Any, tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "base", "llama-bias")
+    lora = replace(PLAIN, rank=4, **VARIANTS.get(variant, {}))
+    make_adapter(tmp_path / "base", tmp_path / "adapter", lora=lora, quantization=quantization, dtype="bfloat16")
+    adapter = read_trained_adapter(str(tmp_path / "adapter"))
+    tuned = {}
+    for onto, original in (("nf4", False), ("original", True)):
+        whole = open_model(str(tmp_path / "adapter"), CPU, torch.float32, original_base=original)
+        streamed = open_adapter(adapter, onto)  # type: ignore[arg-type]
+        tuned[onto] = logits(streamed.model)
+        assert (tuned[onto] - logits(whole.model)).abs().max() < 1e-4
+        assert (streamed.quantization, streamed.dtype) == (whole.quantization, whole.dtype)
+    assert torch.equal(tuned["nf4"], tuned["original"]) == (quantization is None)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "plain"])
+def test_merged_in_passing_is_what_transformers_and_peft_merge(variant: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    make_chat_model(tmp_path / "base", "llama-bias")
+    make_adapter(tmp_path / "base", tmp_path / "adapter", lora=replace(PLAIN, rank=4, **VARIANTS.get(variant, {})))
+    opened = open_adapter(read_trained_adapter(str(tmp_path / "adapter")), "original")
+    weights = replace(open_rows(tmp_path / "base"), adapters=opened.adapters)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    for name, tensor in theirs.state_dict().items():
+        assert (weights.whole(name) - tensor).abs().max() < 1e-5, name
+    assert (logits(StreamedDecoder(weights)) - logits(theirs)).abs().max() < 1e-4
+    rounded = replace(weights, dtype=torch.bfloat16)
+    assert {part.dtype for name in weights.shapes for part in rounded.rows(name)} == {torch.bfloat16}
+    assert (logits(StreamedDecoder(rounded)) - logits(theirs.bfloat16().float())).abs().max() < 0.02
+
+
+def test_a_packed_base_is_unpacked(tmp_path: Path) -> None:
+    make_reference("llama-bias", tmp_path / "source")
+    theirs = make_packed(tmp_path / "source", tmp_path / "base", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    ours = logits(StreamedDecoder(open_rows(tmp_path / "base")))
+    assert (ours - logits(load_model(tmp_path / "base", CPU, torch.float32).eval())).abs().max() < 1e-4
+    assert (ours - logits(theirs)).abs().max() < 0.05  # bitsandbytes multiplies in bfloat16 on some CPUs
+    assert (ours - logits(load_model(tmp_path / "source", CPU, torch.float32).eval())).abs().max() > 0.2
+
+
+@pytest.mark.parametrize("most", [1, 20, 64, 10_000])
+def test_rows_of_different_lengths_go_through_together(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanoft.export.verify.PASS_TOKENS", most)
+    make_reference("mistral", tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32).eval()
+    rows = [list(range(3, 3 + length)) for length in (7, 2, 30, 1, 12)]
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([row]))[0] for row in rows])
+    assert (hidden_states(model, rows) - alone).abs().max() < 1e-5
+
+
+def test_a_missing_shard_and_a_short_one_are_refused(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, shard_size="100KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-4])
+    with pytest.raises(UserError, match=f"{shard.name}: damaged"):
+        open_rows(tmp_path)
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name}: named in the index, but missing"):
+        open_rows(tmp_path)
+
+
+MEASURE = """
+    import sys, torch
+    from pathlib import Path
+    from nanoft.export import hidden_states, open_adapter
+    from nanoft.stream import StreamedDecoder, give_back_freed_memory, open_rows
+    from nanoft.weights import read_trained
+
+    def resident(field):
+        lines = open("/proc/self/status").read().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    torch.set_num_threads(1)
+    give_back_freed_memory()
+    hidden_states(StreamedDecoder(open_rows(Path(sys.argv[1]))), [[1, 2]])
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = resident("VmRSS")
+    opened = open_adapter(read_trained(sys.argv[2]), "original")
+    opened.model.logits(hidden_states(opened.model, [list(range(30))]))
+    print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from /proc")
+def test_a_pass_holds_a_few_rows_of_the_model(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 128, "num_hidden_layers": 4}
+    make_chat_model(tmp_path / "base", **sizes, num_attention_heads=8, dtype=torch.bfloat16)
+    make_adapter(tmp_path / "base", tmp_path / "adapter", lora=LoRAConfig(rank=4))
+    line = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / "base"), str(tmp_path / "adapter")]
+    said = subprocess.run(line, capture_output=True, text=True, check=True)
+    written = (tmp_path / "base/model.safetensors").stat().st_size
+    assert written > 110e6
+    assert int(said.stdout) < 60e6  # a slab of 16 MB in float32, and its file's pages
+
+
+def test_rows_are_read_as_they_are_stored(tmp_path: Path) -> None:
+    make_reference("qwen3", tmp_path)
+    weights: Weights = open_rows(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3"
+    for name, tensor in stored.items():
+        parts = list(weights.rows(name))
+        assert torch.equal(torch.cat(parts), tensor)
+        assert max(part.numel() for part in parts) <= max(1000, tensor[0].numel())

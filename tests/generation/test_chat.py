@@ -1,0 +1,324 @@
+"""The talk in a terminal and through a pipe: what is shown, what is remembered, what the commands do."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import pre_tokenizers
+
+from nanoft import UserError
+from nanoft.config import LoRAConfig
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.generation import generate
+from nanoft.generation.chat import HELP, ChatSession, stream_text
+from nanoft.lora import LoRALinear, inject_lora
+from nanoft.model import Decoder
+from nanoft.models.families import decoder_config
+from tiny_models import make_chat_model
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("talk") / "model"
+    make_chat_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def chat(directory: Path) -> ChatTokenizer:
+    return ChatTokenizer.from_directory(directory)
+
+
+# ---- Text as it comes
+
+
+def byte_tokens(chat: ChatTokenizer, text: str) -> list[int]:
+    """One token a byte, whatever merges the tokenizer has."""
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    ids = [chat.tokenizer.token_to_id(spelled) for piece, _ in pieces for spelled in piece]
+    assert None not in ids
+    return ids
+
+
+TEXTS = ["plain", "naïve café", "👩‍👩‍👧 family", "日本語のテキスト", "ends in 🎉", "\n\n  spaces \t", "", "a�b"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_whole_characters_and_together_the_text(chat: ChatTokenizer, text: str) -> None:
+    ids = byte_tokens(chat, text)
+    pieces = list(stream_text(chat, ids))
+    assert "".join(pieces) == chat.decode(ids) == text
+    if "�" not in text:
+        assert pieces == list(text)  # a byte a token: every piece is one character
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_same_with_the_tokenizers_own_tokens(chat: ChatTokenizer, text: str) -> None:
+    ids = chat.tokenizer.encode(text, add_special_tokens=False).ids
+    assert "".join(stream_text(chat, ids)) == chat.decode(ids)
+
+
+def test_bytes_that_are_no_character_come_out_as_they_are_decoded(chat: ChatTokenizer) -> None:
+    ids = byte_tokens(chat, "ab🎉")[:-1] + byte_tokens(chat, "c") + byte_tokens(chat, "é")[:1]
+    pieces = list(stream_text(chat, ids))
+    assert "".join(pieces) == chat.decode(ids)
+    assert pieces[:2] == ["a", "b"]
+    assert "�" in chat.decode(ids)
+
+
+def test_pieces_come_at_once(chat: ChatTokenizer) -> None:
+    given = []
+
+    def one_by_one() -> Iterator[int]:
+        for token in byte_tokens(chat, "a🎉b"):
+            given.append(token)
+            yield token
+
+    assert [(piece, len(given)) for piece in stream_text(chat, one_by_one())] == [("a", 1), ("🎉", 5), ("b", 6)]
+
+
+# ---- A talk with a model whose answers are written down
+
+
+class Script:
+    """Says its lines one after another; remembers the prompts and whether the adapters were on."""
+
+    def __init__(self, chat: ChatTokenizer, lines: list[str], adapters: dict[str, LoRALinear]):
+        self.chat, self.lines, self.adapters = chat, iter(lines), adapters
+        self.asked: list[tuple[str, int, bool]] = []
+
+    def __call__(self, prompt: list[int], limit: int) -> Iterator[int]:
+        switched_on = all(adapter.enabled for adapter in self.adapters.values())
+        self.asked.append((self.chat.decode(prompt, keep_special=True), limit, switched_on))
+        yield from byte_tokens(self.chat, next(self.lines))[:limit]
+
+
+@pytest.fixture
+def adapters() -> dict[str, LoRALinear]:
+    shape = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 2, **shape}
+    return inject_lora(Decoder(decoder_config(config)), LoRAConfig(rank=2), seed=0)
+
+
+def talk_of(chat: ChatTokenizer, script: Script, **settings: Any) -> ChatSession:
+    chosen = {"beside": False, "context": 10_000, "max_new_tokens": 50, "system": None, **settings}
+    return ChatSession(chat, script, script.adapters, **chosen)
+
+
+def user(text: str) -> str:
+    return f"<|im_start|>user\n{text}<|im_end|>\n"
+
+
+def assistant(text: str) -> str:
+    return f"<|im_start|>assistant\n{text}<|im_end|>\n"
+
+
+OPEN = "<|im_start|>assistant\n"
+
+
+def run_lines(talk: ChatSession, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    talk.run()
+
+
+def test_a_pipe_gets_an_answer_a_line_and_nothing_else(
+    chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(chat, ["uno", "due"], {})
+    run_lines(talk_of(chat, script, system="S"), "one\n two \n\nnever read\n", monkeypatch)
+    assert capsys.readouterr() == ("uno\ndue\n", "")
+    system = "<|im_start|>system\nS<|im_end|>\n"
+    first = system + user("one") + OPEN
+    second = system + user("one") + assistant("uno") + user("two") + OPEN
+    assert script.asked == [(first, 50, True), (second, 50, True)]
+
+
+def test_commands_through_a_pipe(
+    chat: ChatTokenizer,
+    adapters: dict[str, LoRALinear],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = Script(chat, ["A1", "B1", "A2", "A3", "A4", "A5"], adapters)
+    lines = ["/base", "q1", "/base", "/reset", "q2", "/system be  brief", "q3", "/reset", "q4", "/system"]
+    run_lines(talk_of(chat, script), "\n".join([*lines, "/etc/passwd?", "/help", "/quit", "q6"]), monkeypatch)
+    out, err = capsys.readouterr()
+    assert out == "A1\nbase: B1\nA2\nA3\nA4\nA5\n"
+    assert err == f"nothing was asked yet\n{HELP}\n"
+    brief = "<|im_start|>system\nbe  brief<|im_end|>\n"
+    assert script.asked == [
+        (user("q1") + OPEN, 50, True),
+        (user("q1") + OPEN, 50, False),
+        (user("q2") + OPEN, 50, True),
+        (brief + user("q3") + OPEN, 50, True),
+        (brief + user("q4") + OPEN, 50, True),
+        (user("/etc/passwd?") + OPEN, 50, True),
+    ]
+    assert all(adapter.enabled for adapter in adapters.values())
+
+
+def test_the_base_beside_every_answer_is_not_part_of_the_talk(
+    chat: ChatTokenizer, adapters: dict[str, LoRALinear], capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(chat, ["T1", "B1", "T2", "B2"], adapters)
+    talk = talk_of(chat, script, beside=True)
+    talk.ask("q1")
+    talk.ask("q2")
+    assert capsys.readouterr().out == "tuned: T1\nbase: B1\ntuned: T2\nbase: B2\n"
+    assert script.asked[3] == (user("q1") + assistant("T1") + user("q2") + OPEN, 50, False)
+
+
+def test_a_talk_that_outgrows_the_context_forgets_its_oldest_questions_and_says_so(
+    chat: ChatTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    length = len(chat.encode_prompt([{"role": "system", "content": "S"}, {"role": "user", "content": "q" * 20}]))
+    script = Script(chat, ["x" * 10] * 9, {})
+    talk = talk_of(chat, script, system="S", context=3 * length, max_new_tokens=10)
+    for _ in range(6):
+        talk.ask("q" * 20)
+    prompts = [prompt for prompt, _, _ in script.asked]
+    assert prompts[0].count("qqq" * 5) == 1
+    assert max(prompt.count("q" * 20) for prompt in prompts) == prompts[-1].count("q" * 20) < 6
+    assert all(prompt.startswith("<|im_start|>system\nS<|im_end|>") for prompt in prompts)
+    said = capsys.readouterr().err.splitlines()
+    assert said
+    assert all(line == f"the oldest question no longer fits into {3 * length} tokens: forgotten" for line in said)
+
+
+def test_a_question_larger_than_the_context_is_refused_and_not_remembered(
+    chat: ChatTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(chat, ["yes" * 20], {})
+    talk = talk_of(chat, script, context=60)
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, the model's context 60: shorten it"):
+        talk.ask("y" * 200)
+    assert talk.messages == []
+    talk.ask("hi")
+    left = 60 - len(chat.encode_prompt([{"role": "user", "content": "hi"}]))
+    assert script.asked == [(user("hi") + OPEN, min(left, 50), True)]
+    out, err = capsys.readouterr()
+    assert len(byte_tokens(chat, out)) == left + 1
+    assert err == "cut short: the model's context of 60 tokens is full\n"
+
+
+def test_input_that_is_no_text_is_one_line(chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="stdin: not UTF-8"):
+        talk_of(chat, Script(chat, [], {})).run()
+    with pytest.raises(UserError, match="stdin: not UTF-8"):  # in the C locale it comes like this
+        talk_of(chat, Script(chat, [], {})).ask(b"\xff".decode(errors="surrogateescape"))
+
+
+class Interrupted(Script):
+    """Ctrl-C comes after the first three tokens."""
+
+    def __call__(self, prompt: list[int], limit: int) -> Iterator[int]:
+        for number, token in enumerate(super().__call__(prompt, limit)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield token
+
+
+def test_ctrl_c_in_a_terminal_ends_the_answer_and_what_was_said_stays(
+    chat: ChatTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Interrupted(chat, ["long answer", "an"], {})
+    talk = talk_of(chat, script)
+    talk.in_terminal = True
+    talk.ask("q1")
+    talk.ask("q2")
+    assert capsys.readouterr().out == "lon\nan\n"
+    assert script.asked[1][0] == user("q1") + assistant("lon") + user("q2") + OPEN
+    piped = talk_of(chat, Interrupted(chat, ["long answer"], {}))
+    with pytest.raises(KeyboardInterrupt):
+        piped.ask("q1")
+
+
+# ---- The program itself, in a terminal
+
+
+class Terminal:
+    """The command in a terminal of its own."""
+
+    def __init__(self, *arguments: str):
+        self.master, slave = pty.openpty()
+        command = [sys.executable, "-m", "nanoft", "chat", *arguments]
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        os.close(slave)
+        self.shown = ""
+
+    def until(self, text: str, timeout_s: float = 120) -> str:
+        """What is shown up to and including a text."""
+        end = time.monotonic() + timeout_s
+        while text not in self.shown:
+            ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{text!r} did not come: {self.shown!r}"
+            self.shown += os.read(self.master, 4096).decode(errors="replace").replace("\r\n", "\n")
+        before, _, self.shown = self.shown.partition(text)
+        return before + text
+
+    def type(self, line: str) -> None:
+        os.write(self.master, f"{line}\n".encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C, until something is shown: Python overlooks one that comes just before it waits for keys."""
+        for _ in range(20):
+            os.kill(self.process.pid, signal.SIGINT)
+            if select.select([self.master], [], [], 3)[0]:
+                return
+
+
+def test_a_terminal_has_prompt_signs_and_ctrl_c_does_not_end_the_program(directory: Path) -> None:
+    terminal = Terminal(str(directory), "--max-new-tokens", "200")
+    try:
+        terminal.until("/help lists the commands")
+        terminal.until("> ")
+        terminal.type("/nonsense")
+        assert "/nonsense: no such command" in terminal.until("> ")
+        terminal.type("/base")
+        assert "there is no adapter to switch off" in terminal.until("> ")
+        terminal.type("")  # an empty line ends nothing here
+        terminal.until("> ")
+        terminal.type("hello")
+        terminal.until("> ")
+        terminal.interrupt()  # at the prompt it only forgets what was typed
+        terminal.until("> ")
+        terminal.type("/quit")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)
+
+
+def test_what_a_terminal_would_obey_is_not_sent_to_it(
+    chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(chat, ["a\x1b[31mb\nc\td\x07"] * 2, {})
+    talk = talk_of(chat, script)
+    talk.ask("q")
+    assert capsys.readouterr().out == "a\x1b[31mb\nc\td\x07\n"
+    talk.in_terminal = True
+    talk.ask("q")
+    assert capsys.readouterr().out == "a\ufffd[31mb\nc\td\ufffd\n"
+
+
+def test_the_command_draws_the_same_again_for_a_seed(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*more: str) -> str:
+        options = ["--temperature", "2", "--prompt", "Say 4.", "--max-new-tokens", "12", *more]
+        assert generate.main([str(directory), *options]) == 0
+        return capsys.readouterr().out
+
+    assert said("--seed", "1") == said("--seed", "1") != said("--seed", "2")
+    assert len({said() for _ in range(3)}) > 1

@@ -1,0 +1,619 @@
+"""Several processes, started by torchrun: they do what one does with more accumulation; and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import ROOT, equal, losses, quick, result
+
+import train
+from nanoft import UserError
+from nanoft.config import Config
+from nanoft.config.resume import check_ranks, first_difference, resume_fingerprint
+from nanoft.runtime import distributed
+from nanoft.training.memory_plan import resolve_micro_batch_size
+
+# train.py with something done before, and the exit code written down: torchrun itself ends with 1 whatever it was
+WORKER = """
+import os, sys, pathlib
+import torch, train
+from nanoft import parallel, runtime
+rank = int(os.environ["RANK"])
+{before}
+try:
+    code = train.main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+pathlib.Path({codes!r}, str(rank)).write_text(str(code))
+sys.exit(code)
+"""
+EXACT = {
+    "lora__dropout": 0.0,
+    "system__threads": 1,
+    "evaluation__batch_size": 3,
+    "evaluation__prompt_batch_size": 1,
+    "evaluation__temperature": 0.7,
+}
+
+
+def torchrun(processes: int, program: list[str]) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*launcher, *program], env=environment, cwd=ROOT, **pipes)
+
+
+def start(processes: int, directory: Path, before: str = "", **changes: Any) -> subprocess.Popen[str]:
+    codes = directory.with_name(directory.name + "-codes")
+    codes.mkdir(exist_ok=True)
+    worker = codes / "worker.py"
+    worker.write_text(WORKER.format(before=before, codes=str(codes)))
+    return torchrun(processes, [str(worker), *quick(directory, **{**EXACT, **changes})])
+
+
+def codes(directory: Path) -> dict[int, int]:
+    found = directory.with_name(directory.name + "-codes")
+    return {int(path.name): int(path.read_text()) for path in found.iterdir() if path.name.isdigit()}
+
+
+def run(processes: int, directory: Path, before: str = "", **changes: Any) -> tuple[str, str]:
+    """What was printed and what went to stderr."""
+    process = start(processes, directory, before, **changes)
+    try:
+        return process.communicate(timeout=180)
+    finally:
+        process.kill()
+
+
+def answers(directory: Path) -> list[str]:
+    found = re.findall(r"^ *(?:base|tuned): .*$", (directory / "train.log").read_text(), re.MULTILINE)
+    assert len(found) >= 2
+    return found
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], allowed: float) -> None:
+    a, b = (torch.cat([part[name].flatten().double() for name in sorted(expected)]) for part in (found, expected))
+    assert ((a - b).norm() / b.norm()).item() <= allowed
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process: 36 samples in windows of 8 rows, two micro-batches of 4; the fifth has one of them only."""
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    assert train.main(quick(directory, **EXACT)) == 0
+    return directory
+
+
+# --- exact
+
+
+NOTE_ANSWERS = """
+from nanoft import evaluate
+answer = evaluate.generate
+def answering(model, prompts, *rest):
+    with open(pathlib.Path(sys.argv[0]).with_name(f"answers-{rank}"), "a") as noted:
+        noted.write("x" * len(rest[-1]))  # the numbers of those that this rank answers
+    return answer(model, prompts, *rest)
+evaluate.generate = answering
+"""
+
+
+def test_two_ranks_with_one_micro_batch_each_are_one_rank_with_two(alone: Path, tmp_path: Path) -> None:
+    """The same bits: a + b has one rounding. The second rank has nothing to do in the last window of an epoch."""
+    directory = tmp_path / "run"
+    out, err = run(2, directory, NOTE_ANSWERS, training__gradient_accumulation_steps=1)
+    assert codes(directory) == {0: 0, 1: 0}, err
+    assert losses(directory) == losses(alone)
+    assert dict(losses(directory, "eval")) == pytest.approx(dict(losses(alone, "eval")), rel=1e-12)
+    assert equal(result(directory), result(alone))
+    for said in ("device    2 x CPU", "plan      8 steps", "result    "):  # by one of them
+        assert out.count(said) == 1
+    names = {path.name for path in directory.iterdir()}
+    assert names == {path.name for path in alone.iterdir()}
+    assert json.loads((directory / "config.json").read_text())["system"]["ranks"] == 2
+    figures = [json.loads((where / "report.json").read_text()) for where in (directory, alone)]
+    assert figures[0]["base"] == figures[1]["base"]
+    assert figures[0]["tuned"] == figures[1]["tuned"]
+    assert answers(directory) == answers(alone)
+    answered = [(directory.with_name("run-codes") / f"answers-{n}").read_text() for n in (0, 1)]
+    assert len(answered[0]) + len(answered[1]) == 2 * figures[0]["tuned"]["prompts"]  # base and tuned
+    assert min(map(len, answered)) > 0
+
+
+SHORT_ON_ONE = """
+calls = [0]
+loop, real = train.train, train.target_nll
+def failing(*args):
+    calls[0] += 1
+    return torch.empty(2**60, dtype=torch.uint8) if rank == 2 and calls[0] == 2 else real(*args)
+def looping(*args):
+    train.target_nll = failing
+    return loop(*args)
+train.train = looping
+"""
+
+
+def test_three_ranks_and_memory_that_is_short_on_one(tmp_path: Path) -> None:
+    """All take the same window again with 2 rows instead of 3; the samples, and so the losses, stay the same."""
+    whole, directory = tmp_path / "whole", tmp_path / "run"
+    split = {"training__micro_batch_size": 3, "training__gradient_accumulation_steps": 6}
+    assert train.main(quick(whole, **EXACT, **split)) == 0
+    out, err = run(3, directory, SHORT_ON_ONE, **{**split, "training__gradient_accumulation_steps": 2})
+    assert codes(directory) == {0: 0, 1: 0, 2: 0}, err
+    assert "with micro-batches of 3 rows: again with 2" in out
+    assert [loss for _, loss in losses(directory)] == pytest.approx([loss for _, loss in losses(whole)], abs=1e-6)
+    close(result(directory), result(whole), 1e-5)
+
+
+BAD_ON_ONE = """
+calls = [0]
+loop, real = train.train, train.target_nll
+def failing(*args):
+    calls[0] += 1
+    return real(*args) * (float("nan") if rank == 1 and calls[0] in (2, 5, 6) else 1.0)
+def looping(*args):
+    train.target_nll = failing
+    return loop(*args)
+train.train = looping
+"""
+
+
+@pytest.mark.slow
+def test_a_bad_number_on_one_rank_is_judged_alike_and_all_go_back_together(tmp_path: Path) -> None:
+    changes = {"training__gradient_accumulation_steps": 1, "training__eval_steps": 0, "guard__max_skips": 2}
+    out, err = run(2, tmp_path / "run", BAD_ON_ONE, **changes)
+    assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
+    assert out.count("warning: back from step") == 1
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization__bits": 4},
+        {"training__method": "full", "training__learning_rate": 1e-4},
+        {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1},
+        {"lora__init": "pissa", "lora__alpha": 16.0},
+    ],
+    ids=["qlora", "full", "packed", "pissa"],
+)
+def test_other_methods_on_two_ranks(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert train.main(quick(tmp_path / "alone", **EXACT, **changes)) == 0
+    run(2, tmp_path / "run", **changes, training__gradient_accumulation_steps=1)
+    pairs = zip(losses(tmp_path / "run"), losses(tmp_path / "alone"), strict=True)
+    assert max(abs(a - b) for (_, a), (_, b) in pairs) <= 1e-6
+    close(result(tmp_path / "run"), result(tmp_path / "alone"), 1e-5)
+
+
+# --- interrupted
+
+
+AFTER_STEP_5 = """
+log = train.Run.log
+def telling(self, event, step, **values):
+    log(self, event, step, **values)
+    if event == "train" and step == 5:
+        {what}
+train.Run.log = telling
+"""
+
+
+@pytest.mark.slow
+def test_stopped_by_a_signal_on_two_ranks_it_goes_on_with_one(alone: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    stop = AFTER_STEP_5.format(what="os.kill(os.getppid(), 15)")  # torchrun, which tells all ranks
+    out, err = run(2, directory, stop, training__gradient_accumulation_steps=1)
+    assert codes(directory) == {0: 75, 1: 75}, err
+    assert "stopped   by " in out
+    assert len(losses(directory)) < 8
+    assert train.main(quick(directory, **EXACT)) == 0
+    assert losses(directory) == losses(alone)
+    assert equal(result(directory), result(alone))
+
+
+NOTE_PID = "pathlib.Path(sys.argv[0]).with_name(f'pid-{rank}').write_text(str(os.getpid()))"
+
+
+def test_when_one_rank_is_killed_the_others_end_and_the_run_goes_on(alone: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    constant = {"training__lr_scheduler": "constant", "training__warmup_ratio": 0.0, "training__eval_steps": 0}
+    many = {"training__max_steps": 400, "training__gradient_accumulation_steps": 1}
+    process = start(2, directory, NOTE_PID, **constant, **many)
+    deadline = time.monotonic() + 120
+    while not (directory / "checkpoints" / "step-000006").is_dir():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(int((tmp_path / "run-codes" / "pid-1").read_text()), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert codes(directory)[0] in (3, 75), err
+    if codes(directory)[0] == 3:
+        assert "failed: another process of this run is gone: the same command goes on" in err
+    saved = max(int(path.name[5:]) for path in (directory / "checkpoints").glob("step-*"))
+    fewer = {"training__max_steps": saved + 2}
+    assert train.main(quick(directory, **EXACT, **constant, **fewer)) == 0
+    assert train.main(quick(tmp_path / "whole", **EXACT, **constant, **fewer)) == 0
+    assert losses(directory) == losses(tmp_path / "whole")
+    assert equal(result(directory), result(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_resumed_with_dropout_on_two_ranks_equals_uninterrupted(tmp_path: Path) -> None:
+    """Dropout of rank 1 is a function of the window, that of rank 0 is in the checkpoint."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    changes = {"lora__dropout": 0.2, "training__gradient_accumulation_steps": 1}
+    run(2, whole, **changes)
+    run(2, halves, AFTER_STEP_5.format(what="os.kill(os.getppid(), 15)"), **changes)
+    assert codes(halves) == {0: 75, 1: 75}
+    run(2, halves, **changes)
+    assert codes(halves) == {0: 0, 1: 0}
+    assert losses(halves) == losses(whole)
+    assert equal(result(halves), result(whole))
+
+
+# --- split over the ranks
+
+
+SHARDED = {"training__sharding": "full", "training__gradient_accumulation_steps": 1}
+PARTS_ONLY = """
+prepare = train.prepare
+def preparing(*args):
+    job = prepare(*args)
+    held = sum(p.to_local().numel() for p in job.model.parameters())
+    every = sum(p.numel() for p in job.model.parameters())
+    assert held < 0.6 * every, (held, every)
+    assert all(p.device.type == "cpu" and type(p).__name__ == "DTensor" for p in job.model.parameters())
+    return job
+train.prepare = preparing
+"""
+
+
+def test_split_over_two_ranks_it_learns_the_same_and_goes_on_with_one(alone: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    stop = PARTS_ONLY + AFTER_STEP_5.format(what="os.kill(os.getppid(), 15)")
+    _, err = run(2, directory, stop, **SHARDED, training__checkpointing="full")
+    assert codes(directory) == {0: 75, 1: 75}, err
+    assert train.main(quick(directory, **EXACT)) == 0
+    assert [loss for _, loss in losses(directory)] == pytest.approx([loss for _, loss in losses(alone)], abs=1e-6)
+    close(result(directory), result(alone), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__method": "full", "training__learning_rate": 1e-4},
+        {"training__method": "full", "training__learning_rate": 1e-4, "model__dtype": "bfloat16"},
+        {"lora__dora": True, "lora__rank": 5, "model__dtype": "bfloat16"},
+        {"lora__init": "pissa", "lora__alpha": 16.0, "training__optimizer": "sgd", "training__learning_rate": 0.5},
+        {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1},
+    ],
+    ids=["full", "full-bf16", "dora-bf16", "pissa-sgd", "packed"],
+)
+def test_other_methods_split_over_three_ranks(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Of one process with six micro-batches of 2 rows; begun there, gone on with on three, ended on one again."""
+    size = {"training__micro_batch_size": 2, **changes}
+    six, two = ({**size, "training__gradient_accumulation_steps": n} for n in (6, 2))
+    constant = {"training__lr_scheduler": "constant", "training__warmup_ratio": 0.0}
+    assert train.main(quick(tmp_path / "alone", **EXACT, **six, **constant)) == 0
+    directory = tmp_path / "run"
+    assert train.main(quick(directory, **EXACT, **six, **constant, training__max_steps=3)) == 0
+    _, err = run(3, directory, **two, **constant, training__sharding="full")
+    assert codes(directory) == {0: 0, 1: 0, 2: 0}, err
+    allowed = 0.02 if changes.get("model__dtype") == "bfloat16" else 2e-6
+    pairs = zip(losses(directory), losses(tmp_path / "alone"), strict=True)
+    assert max(abs(a - b) for (_, a), (_, b) in pairs) <= allowed
+    close(result(directory), result(tmp_path / "alone"), 1e-2 if allowed > 0.01 else 1e-5)
+    figures = [json.loads((where / "report.json").read_text()) for where in (directory, tmp_path / "alone")]
+    assert figures[0]["base"]["perplexity"] == pytest.approx(figures[1]["base"]["perplexity"], rel=allowed)
+    assert figures[0]["tuned"]["perplexity"] == pytest.approx(figures[1]["tuned"]["perplexity"], rel=max(allowed, 1e-4))
+
+
+def test_split_it_measures_and_answers_what_one_process_does(tmp_path: Path) -> None:
+    one = {"training__max_steps": 1, "evaluation__prompt_batch_size": 2}  # a batch of two prompts of different lengths
+    assert train.main(quick(tmp_path / "alone", **EXACT | one)) == 0
+    out, err = run(2, tmp_path / "run", **SHARDED, **one)
+    assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
+    assert "failed" not in out
+    assert answers(tmp_path / "run") == answers(tmp_path / "alone")
+    figures = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "alone")]
+    for model in ("base", "tuned"):
+        assert figures[0][model] == pytest.approx(figures[1][model], rel=1e-5)
+
+
+WORSE_AND_WORSE = """
+evaluated, evaluations = train.validation_loss, [-1]
+def worse(job):
+    evaluations[0] += 1
+    loss, tokens = evaluated(job)
+    return loss + 10 * evaluations[0], tokens
+train.validation_loss = worse
+"""
+
+
+@pytest.mark.slow
+def test_split_it_goes_back_and_takes_the_best_weights(tmp_path: Path) -> None:
+    """Rank 1's loss is NaN twice in a row; every evaluation is made worse than the one before."""
+    changes = {**SHARDED, "guard__max_skips": 2, "training__max_steps": 12}
+    out, err = run(2, tmp_path / "run", BAD_ON_ONE + WORSE_AND_WORSE, **changes)
+    assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
+    assert out.count("warning: back from step") == 1
+    evaluations = losses(tmp_path / "run", "eval")
+    best = evaluations[0]
+    assert best[0] == 4
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["training"]["best_step"] == best[0]
+    assert report["tuned"]["perplexity"] == pytest.approx(torch.tensor(best[1]).exp().item(), rel=1e-4)
+
+
+SHORT_ANYWHERE = """
+loop, real, calls = train.train, train.target_nll, [0]
+def failing(*args):
+    calls[0] += 1
+    return torch.empty(2**60, dtype=torch.uint8) if rank == 1 and calls[0] == 4 else real(*args)
+def looping(*args):
+    train.target_nll = failing
+    return loop(*args)
+train.train = looping
+"""
+
+
+@pytest.mark.slow
+def test_split_and_short_of_memory_it_ends_with_what_would_help(tmp_path: Path) -> None:
+    _, err = run(2, tmp_path / "run", SHORT_ANYWHERE, **SHARDED)
+    assert "failed: out of memory on rank 1; with training.sharding=full nothing is taken in halves: lower " in err
+    assert codes(tmp_path / "run").get(0, 3) in (3, 75)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization.bits": 4}, "quantization.bits: 4: packed weights are no parameters that can be split: set "),
+        ({"training.optimizer": "adamw_8bit"}, "training.optimizer: adamw_8bit cannot split its state: set "),
+        ({"training.compile": True}, "training.compile: not with training.sharding=full"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        Config().override({"training.sharding": "full", **changes})
+
+
+def test_alone_there_is_nobody_to_share_with() -> None:
+    with pytest.raises(UserError, match=r"training.sharding: full .* --nproc-per-node N"):
+        distributed.select_device(torch.device("cpu"), "full")
+
+
+# --- refused
+
+
+@pytest.mark.slow
+def test_a_plan_is_told_once_for_the_processes_that_there_are(tmp_path: Path) -> None:
+    sharded = ["--plan", "training.method=full", "training.sharding=full", "system.device=cpu"]
+    said = {}
+    for processes in (1, 2):
+        done = torchrun(processes, ["train.py", "configs/tiny.py", *sharded])
+        out, err = done.communicate(timeout=120)
+        assert done.returncode == 0, err
+        (said[processes],) = [float(line.split()[1]) for line in out.splitlines() if line.startswith("optimizer")]
+    assert said[2] == pytest.approx(said[1] / 2, abs=1e-3)
+    refused = torchrun(2, ["train.py", "configs/tiny.py", "--selftest", "system.device=cpu"])
+    _, err = refused.communicate(timeout=120)
+    assert err.count("error: --selftest: is for one process: start train.py without torchrun\n") == 1
+
+
+def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
+    older = "real = runtime.versions\nif rank == 1:\n    runtime.versions = lambda: {**real(), 'torch': '1.0'}"
+    _, err = run(2, tmp_path / "run", older)
+    assert codes(tmp_path / "run") == {0: 2, 1: 2}
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    here = torch.__version__
+    assert lines == [f"error: torchrun: torch is 1.0 on rank 1 and {here} on rank 0: make them the same"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"system__device": "cuda"}, "error: system.device: cuda is not available here"),
+        ({"data__train_file": "missing.jsonl"}, "missing.jsonl"),
+        ({"training__learning_rat": 1}, "training.learning_rat"),
+        (
+            {"training__micro_batch_size": "auto", "training__gradient_accumulation_steps": 5},
+            "error: training.gradient_accumulation_steps: 5 rows a step cannot be split evenly over 2 processes",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_from_one_rank(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    _, err = run(2, tmp_path / "run", **changes)
+    assert set(codes(tmp_path / "run").values()) == {2}
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert reason in lines[0]
+
+
+@pytest.mark.slow
+def test_another_number_of_rows_a_step_is_refused_with_the_fix(alone: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert train.main(quick(directory, **EXACT, training__max_steps=2)) == 0
+    _, err = run(2, directory)
+    assert codes(directory) == {0: 2, 1: 2}
+    assert "a step of this run has 8 rows, and 2 processes with 4 x 2 would take 16: " in err
+    assert "set training.micro_batch_size=4 training.gradient_accumulation_steps=1" in err
+
+
+def split(size: int, steps: int, ranks: int) -> Config:
+    names = ("training.micro_batch_size", "training.gradient_accumulation_steps", "system.ranks")
+    return Config().override(dict(zip(names, (size, steps, ranks), strict=True)))
+
+
+def test_the_rows_of_a_step_are_the_ranks_together() -> None:
+    assert split(4, 2, 3).effective_batch_size() == 24
+    assert first_difference(split(4, 6, 1), split(4, 2, 3)) is None
+    assert resume_fingerprint(split(4, 6, 1)) == resume_fingerprint(split(2, 3, 4))
+    assert first_difference(split(4, 6, 1), split(4, 6, 2)) is not None
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "fix"),
+    [
+        (16, split(4, 4, 2), "set training.micro_batch_size=4 training.gradient_accumulation_steps=2"),
+        (6, split(4, 2, 3), "set training.micro_batch_size=2 training.gradient_accumulation_steps=1"),
+        (8, split(4, 2, 3), "start as many processes as divide them"),
+        (4, split(1, 1, 8), "start as many processes as divide them"),
+    ],
+)
+def test_how_to_split_the_rows_over_other_ranks(rows: int, config: Config, fix: str) -> None:
+    with pytest.raises(UserError, match=fix):
+        check_ranks(rows, config)
+
+
+def test_rows_by_memory_are_shared_evenly() -> None:
+    auto = Config().override({"training.micro_batch_size": "auto", "training.gradient_accumulation_steps": 7})
+    with pytest.raises(UserError, match=r"7 rows a step .* over 2 processes: set it to 6"):
+        resolve_micro_batch_size(auto.override({"system.ranks": 2}), None)
+
+
+def test_a_number_of_ranks_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UserError, match=r"system.ranks: 3 are wanted, and there are 1: .* --nproc-per-node 3"):
+        distributed.resolve_world_size(Config().override({"system.ranks": 3}))
+
+
+@pytest.mark.parametrize(("world", "reason"), [("2", "MASTER_ADDR expected"), ("two", "invalid literal")])
+def test_variables_that_describe_no_group_are_one_line(
+    world: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert train.main(["configs/tiny.py", "--plan"]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.endswith(": start with torchrun, or unset WORLD_SIZE and RANK\n")
+    assert error.count("\n") == 1
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="4 processes for 2 GPUs: set --nproc-per-node 2"):
+        distributed.select_device(torch.device("cuda"), "none")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="LOCAL_RANK is not set"):
+        distributed.select_device(torch.device("cuda"), "none")
+    with pytest.raises(UserError, match="Metal"):
+        distributed.select_device(torch.device("mps"), "none")
+
+
+# --- the words, one by one
+
+
+WORDS = """
+import torch
+from torch import nn
+from nanoft import TrainingFailed, UserError, parallel
+
+def raised(act):
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def fail(error):
+    raise error
+
+def short():
+    with parallel.alike(torch.device("cpu")):
+        if parallel.rank() == 1:
+            torch.empty(2**60, dtype=torch.uint8)
+
+def broken():
+    with parallel.alike(torch.device("cpu")):
+        if parallel.rank() == 1:
+            fail(ValueError("odd"))
+
+@parallel.together
+def main(argv):
+    me, n = parallel.rank(), parallel.ranks()
+    assert n == 3
+    assert list(parallel.share(range(8))) == list(parallel.apart(range(8))) == list(range(me, 8, 3))
+    assert parallel.union({i: [i / 3, "x"] for i in parallel.apart(range(4))}) == {i: [i / 3, "x"] for i in range(4)}
+    assert parallel.tell(lambda: ["found", me]) == ["found", 0]
+    assert raised(lambda: parallel.tell(lambda: fail(UserError("what")))) == "UserError: what"
+    wrong = raised(lambda: parallel.tell(lambda: fail(KeyError("x"))))
+    assert wrong == ("TrainingFailed: 'x'" if me else "KeyError: 'x'"), wrong
+    assert parallel.total(0.1 * me, 1) == [0.1 * 0 + 0.1 * 1 + 0.1 * 2, 3]
+    assert [parallel.on_any_rank(me == 1), parallel.on_any_rank(False)] == [True, False]
+    assert raised(short).startswith("MemoryError")
+    other = "TrainingFailed: another process failed: see what it says"
+    assert raised(broken) == ("ValueError: odd" if me == 1 else other)
+
+    parallel.BUCKET_BYTES = 1000  # the 20 x 20 by itself
+    shapes = [(3, 5), (20, 20), (), (7,)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    chance = torch.Generator().manual_seed(0)
+    grads = [[torch.randn(shape, generator=chance) for shape in shapes] for _ in range(3)]
+    for i, p in enumerate(parameters):
+        p.grad = grads[me][i].clone()
+    loss = torch.tensor(float(me))
+    parallel.add_up(loss, parameters)
+    assert loss == 3
+    for i, p in enumerate(parameters):
+        torch.testing.assert_close(p.grad, sum(grads[r][i].double() for r in range(3)).float())
+    values = torch.full((4,), float(me))
+    parallel.broadcast([values])
+    assert values.eq(0).all()
+
+    drawn = []
+    for window in (0, 0, 1):
+        parallel.reseed(5, 0, window)
+        drawn.append(torch.rand(4))
+    if me:
+        assert drawn[0].equal(drawn[1]) and not drawn[1].equal(drawn[2])
+    first = torch.stack([torch.zeros(4)] * 3)
+    first[me] = drawn[0]
+    torch.distributed.all_reduce(first)
+    assert len({tuple(row) for row in first.tolist()}) == 3
+    parallel.check_alike({"a": 1})
+    differ = raised(lambda: parallel.check_alike({"a": 1, "b": me // 2}))
+    assert differ.startswith("UserError: torchrun: b is 1 on rank 2"), differ
+    print(f"rank {me} is done", flush=True)
+    return 0
+
+raise SystemExit(main([]))
+"""
+
+
+@pytest.mark.slow
+def test_the_words_that_ranks_say_to_one_another(tmp_path: Path) -> None:
+    script = tmp_path / "words.py"
+    script.write_text(WORDS)
+    process = torchrun(3, [str(script)])
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert sorted(out.split("\n"))[1:] == [f"rank {n} is done" for n in range(3)]
+
+
+def test_alone_there_is_nobody_to_talk_to() -> None:
+    assert (distributed.process_rank(), distributed.world_size()) == (0, 1)
+    assert distributed.broadcast_from_rank0(lambda: {1, 2}) == {1, 2}, "not even JSON is made of it"
+    assert distributed.all_reduce_sum(0.5, 3) == [0.5, 3]
+    assert (list(distributed.split_work(range(3))), distributed.all_gather_dict({2: "c"})) == ([0, 1, 2], {2: "c"})
+    assert list(distributed.shard(iter("abc"))) == ["a", "b", "c"]
+    p = torch.nn.Parameter(torch.ones(2))
+    distributed.all_reduce_gradients(torch.ones(()), [p])
+    assert p.grad is None
+    with pytest.raises(ValueError, match="odd"), distributed.same_exception(torch.device("cpu")):
+        raise ValueError("odd")

@@ -1,0 +1,176 @@
+"""Runs seen from outside: beside one another, and while they go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_plots import training, write_events
+
+from nanoft.tracking import compare
+from nanoft.tracking.plots import Events, read_events
+from nanoft.tracking.run import Run
+
+ROOT = Path(__file__).parents[2]
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_runs_are_compared_by_what_differs_and_what_came_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, rank, steps in (("a", 8, 20), ("b", 16, 40)):
+        config = {
+            "lora": {"rank": rank, "alpha": 8.0},
+            "output": {"dir": name},
+            "provenance": {"data_sha256": "d" * 64},
+        }
+        write_events(tmp_path / name, training(steps), b'{"half' if name == "b" else b"")
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    report = {"tuned": {"exact_match": 0.625}, "training": {"seconds": 125.0, "tokens_per_second": 3000.4}}
+    (tmp_path / "b" / "report.json").write_text(json.dumps(report))
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    table = cells(said)
+    assert table[""] == ["a", "b"]
+    assert table["lora.rank"] == ["8", "16"]
+    assert not {"lora.alpha", "output.dir", "data_sha256"} & table.keys()  # the same, or only a place
+    assert table["steps"] == ["20", "40"]
+    assert table["best eval loss"] == ["0.3000 (step 20)", "0.1500 (step 40)"]
+    assert table["perplexity"] == ["1.35", "1.162"]  # exp(0.3), exp(0.15)
+    assert table["exact match"] == ["-", "62.5%"]
+    assert table["tokens/s"] == ["90", "3,000"]
+    assert table["memory, GB"] == ["1.50", "1.50"]
+    assert table["time"] == ["18 s", "2 min 5 s"]
+    assert table["state"] == ["not done", "not done"]
+    assert "b: damaged lines of metrics.jsonl, left out: 1" in said
+
+
+def test_damaged_files_beside_it_do_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("a", "[" * 99_999), ("b", '{"training": [], "tuned": 3, "lora": 5, "provenance": "x"}')):
+        write_events(tmp_path / name, [])
+        for file in ("config.json", "report.json"):
+            (tmp_path / name / file).write_text(text)
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert cells(capsys.readouterr().out)["steps"] == ["0", "0"]
+
+
+def test_one_plot_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    runs = [str(write_events(tmp_path / name, training(30))) for name in ("a", "b")]
+    assert compare.main([*runs, "--plot", str(tmp_path / "all.svg")]) == 0
+    text = (tmp_path / "all.svg").read_text()
+    assert 'id="run.0"' in text
+    assert 'id="run.1"' in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: RUN: none given"),
+        (["nowhere"], "error: nowhere: no run that has begun"),
+        (["--follow", "a", "b"], "error: --follow: shows one run alone"),
+        (["--follow", __file__], f"error: --follow: {__file__}: is a file"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(message)
+    assert said.count("\n") == 1
+
+
+def test_the_chart_puts_the_extremes_at_the_edges() -> None:
+    lines = compare.chart([([0.0, 5.0, 10.0], [4.0, 2.0, 0.0]), ([10.0], [4.0])], width=32, height=5)
+    assert lines == [
+        "        4 |*                   o",
+        "          |",
+        "          |          *",
+        "          |",
+        "        0 |                    *",
+        "          +0                  10",
+    ]
+    assert compare.chart([([], [])]) == ["  (nothing yet)"]
+    assert "*" in compare.chart([([3.0], [1.0])])[-2]  # a single point
+
+
+def test_the_rest_is_reckoned_by_the_median_pace() -> None:
+    events = [{"event": "memory", "step": 0, "total_steps": 100, "time": 0.0}]
+    times = [10, 12, 14, 16, 99, 101, 103]  # one pause
+    events += [{"event": "train", "step": 10 * n, "time": float(t)} for n, t in enumerate(times, start=1)]
+    assert compare.progress(Events(events)) == (70, 100, pytest.approx(30 * 0.2))
+
+
+def test_the_dashboard_tells_where_the_run_stands(tmp_path: Path) -> None:
+    events = [{"event": "memory", "step": 0, "total_steps": 60}, *training(30)]
+    events += [{"event": "warning", "step": 30, "what": f"w{n}", "text": "\x1b[2J hf_" + "x" * 34} for n in range(5)]
+    lines = compare.dashboard("a", read_events(write_events(tmp_path, events, b"half")))
+    text = "\n".join(lines)
+    assert lines[0] == "a  step 30 of 60 (50%)  30 s left"  # two seconds for two steps
+    assert "eval loss 0.2000, best 0.2000 at step 30" in text
+    assert [f"w{n}" in text for n in range(5)] == [False, False, True, True, True]
+    assert "\x1b" not in text
+    assert "hf_" not in text
+    assert lines[-1] == "damaged lines, left out: 1"
+    assert compare.dashboard("a", Events()) == ["a: has not begun"]
+
+
+def test_following_waits_for_a_run_tells_each_event_once_and_ends_with_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nanoft", "compare", "--follow", str(tmp_path / "run"), "--every", "0.05"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert "has not begun" in process.stdout.readline()
+        with Run.open(tmp_path / "run") as run:
+            run.open_metrics(0, [0, 0], [])
+            for step in (1, 2, 3):
+                run.log("train", step, loss=1.0 / step)
+                time.sleep(0.1)
+            run.open_metrics(2, [0, 2], [], rolled_back=True)  # the file is written anew, without step 3
+            run.log("train", 3, loss=9.0)
+            run.log("eval", 3, loss=0.5, perplexity=2.0)
+            run.log("done", 3, steps=3)
+        said, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    lines = said.splitlines()
+    assert [line.split(":")[0] for line in lines if "eval" not in line and "done" not in line] == [
+        "step 1 train", "step 2 train", "step 3 train", "step 3 train",
+    ]  # fmt: skip
+    assert lines[-2:] == ["step 3 eval: loss 0.5, perplexity 2", "step 3 done: steps 3"]
+
+
+def test_following_a_run_that_nobody_works_on_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Run.open(tmp_path / "run") as run:
+        run.open_metrics(0, [0, 0], [])
+        run.log("train", 1, loss=1.0)
+        thread = threading.Thread(target=compare.follow, args=(run.directory, 0.05))
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()  # somebody does
+    thread.join(10)
+    assert not thread.is_alive()
+    assert "ended before it was done" in capsys.readouterr().out
+
+
+def test_a_terminal_is_drawn_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_events(tmp_path / "run", [*training(10), {"event": "done", "step": 10}])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert compare.follow(tmp_path / "run", 0.05) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(compare.HOME)
+    assert max(map(len, said.removeprefix(compare.HOME).splitlines())) <= 63
+    assert "run  step 10  done" in said

@@ -1,0 +1,142 @@
+"""A run's curves: read back from whatever is there, drawn as they are, the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanoft import UserError
+from nanoft.tracking import plots
+from nanoft.tracking.plots import Events, read_events
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def write_events(directory: Path, events: list[dict[str, Any]], tail: bytes = b"") -> Path:
+    directory.mkdir(exist_ok=True)
+    text = "".join(json.dumps(event) + "\n" for event in events)
+    (directory / "metrics.jsonl").write_bytes(text.encode() + tail)
+    return directory
+
+
+def training(steps: int) -> list[dict[str, Any]]:
+    """A run that logs every second step and evaluates every tenth."""
+    events: list[dict[str, Any]] = []
+    for step in range(2, steps + 1, 2):
+        values = {
+            "loss": 5 / step,
+            "learning_rate": step * 1e-5,
+            "grad_norm": step % 3 + 0.5,
+            "tokens_per_second": 90.0,
+        }
+        events.append({"event": "train", "step": step, **values, "peak_memory_gb": 1.5, "time": 100.0 + step})
+        if step % 10 == 0:
+            events.append({"event": "eval", "step": step, "loss": 6 / step, "perplexity": 2.0, "time": 100.5 + step})
+    return events
+
+
+def test_what_is_not_a_whole_event_is_counted_and_left_out(tmp_path: Path) -> None:
+    bad = [b"{", b"[1]", b"null", b'{"event": 3, "step": 1}', b'{"event": "train", "step": "1"}', b"\xff\xfe"]
+    bad += [b'{"event": "train", "step": NaN}', b"[" * 100_000, b'{"event": "train", "step": true}']
+    directory = write_events(tmp_path, training(20), b"\n".join([*bad, b'{"event": "train", "step": 22, "lo']))
+    events = read_events(directory)
+    assert events.lines == training(20)
+    assert events.damaged == len(bad) + 1
+    assert read_events(tmp_path / "nowhere") == Events()
+
+
+def test_a_series_has_gaps_where_a_value_is_missing_or_not_finite(tmp_path: Path) -> None:
+    values: list[Any] = [1.5, None, "x", True, 10**400, 2]
+    lines = [{"event": "train", "step": n, "loss": value} for n, value in enumerate(values)]
+    steps, losses = read_events(write_events(tmp_path, [*lines, {"event": "train", "step": 6}])).series("train", "loss")
+    assert steps == [0, 1, 2, 3, 4, 5, 6]
+    assert [None if np.isnan(loss) else loss for loss in losses] == [1.5, None, None, None, None, 2.0, None]
+
+
+def test_the_best_evaluation_is_the_first_with_the_least_loss() -> None:
+    lines = [{"event": "eval", "step": n, "loss": loss} for n, loss in enumerate([3.0, None, 1.0, 1.0, 2.0])]
+    events = Events(lines)
+    assert events.best() == lines[2]
+    assert events.last("eval", "loss") == 2.0
+    assert Events().best() is None
+
+
+def points(svg: Path, gid: str) -> np.ndarray[Any, Any]:
+    """The corners of a line in an SVG, in its own units."""
+    (group,) = [g for g in ElementTree.parse(svg).iter(f"{SVG}g") if g.get("id") == gid]
+    path = group.find(f"{SVG}path")
+    assert path is not None
+    return np.array(re.findall(r"[ML] (\S+) (\S+)", path.get("d", "")), dtype=float)
+
+
+def test_the_lines_of_the_svg_are_the_data_but_for_scale(tmp_path: Path) -> None:
+    """A linear axis maps data to the page by x -> a x + b: the one that fits two points must fit all."""
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    png, svg = plots.draw(write_events(tmp_path / "run", training(60)))
+    assert png.read_bytes().startswith(b"\x89PNG")
+    for event, key in (("train", "loss"), ("eval", "loss"), ("train", "grad_norm"), ("train", "learning_rate")):
+        data = np.array(read_events(tmp_path / "run").series(event, key)).T
+        drawn = points(svg, f"{event}.{key}")
+        assert len(drawn) == len(data)
+        for axis in (0, 1):
+            scale, shift = np.polyfit(data[:, axis], drawn[:, axis], 1)
+            np.testing.assert_allclose(scale * data[:, axis] + shift, drawn[:, axis], atol=1e-3)
+            assert scale > 0 if axis == 0 else scale < 0  # an SVG counts downwards
+
+
+def test_the_figure_holds_the_series_in_black(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    events = read_events(write_events(tmp_path, training(200)))
+    drawn = [line for axes in plots.figure(events, "a").axes for line in axes.get_lines()]
+    assert {line.get_color() for line in drawn} == {"black"}
+    for line in drawn:
+        steps, values = events.series(*line.get_gid().split("."))
+        np.testing.assert_array_equal(line.get_xdata(), steps)
+        np.testing.assert_array_equal(line.get_ydata(), values)
+    for axes in plots.figure(events, "a").axes:
+        looks = [(line.get_linestyle(), line.get_marker()) for line in axes.get_lines()]
+        assert len(set(looks)) == len(looks)  # told apart without color
+
+
+def test_the_same_events_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    write_events(tmp_path / "run", training(40))
+    first = [path.read_bytes() for path in plots.draw(tmp_path / "run")]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "12345")
+    assert [path.read_bytes() for path in plots.draw(tmp_path / "run")] == first
+    assert b"dc:date" not in first[1]
+    assert sorted(path.name for path in (tmp_path / "run" / "plots").iterdir()) == ["curves.png", "curves.svg"]
+
+
+def test_a_run_without_a_step_and_one_with_an_odd_name_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    plots.draw(write_events(tmp_path / "_a$b_{c}$", []))
+    runs = {name: read_events(write_events(tmp_path / "x", training(20))) for name in ("_a", "$\\frac$", "c")}
+    plots.save(plots.comparison(runs), tmp_path / "all.svg")
+    assert "$\\frac$" in "".join(ElementTree.parse(tmp_path / "all.svg").getroot().itertext())
+    with pytest.raises(UserError, match=r"a plot is one of \.png, \.svg, \.pdf"):
+        plots.save(plots.comparison(runs), tmp_path / "all.txt")
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.style", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[plot\]'"):
+        plots.draw(write_events(tmp_path, training(4)))
+
+
+def test_drawing_needs_no_torch_and_a_mistake_is_one_line(tmp_path: Path) -> None:
+    code = "import sys, nanoft.curves; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "nanoft", "plot", str(tmp_path / "no")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'no'}: no such run directory\n")

@@ -1,0 +1,298 @@
+"""Who is told what a run logs: read back from what TensorBoard, W&B and the process that draws have written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+from nanoft import UserError
+from nanoft.config import Config, LoggingConfig
+from nanoft.tracking import trackers
+from nanoft.tracking.run import Run
+from nanoft.tracking.trackers import Plots, TensorBoard, WandB, require_tracker_packages, scalars
+
+TOKEN = "hf_" + "x" * 34
+
+
+def logged(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def needs(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}")
+
+
+class Listening:
+    """Keeps what it is told, until it is told of the step at which it fails."""
+
+    name = "listening"
+
+    def __init__(self, fails_at: int = -1):
+        self.told: list[dict[str, Any]] = []
+        self.fails_at, self.is_closed = fails_at, False
+
+    def log(self, event: dict[str, Any]) -> None:
+        if event["step"] == self.fails_at:
+            raise OSError("gone")
+        self.told.append(event)
+
+    def close(self) -> None:
+        self.is_closed = True
+        if self.fails_at == 0:
+            raise OSError("gone")
+
+
+def test_a_listener_is_told_what_the_file_says_and_one_that_fails_is_an_event(tmp_path: Path) -> None:
+    whole, broken, last = Listening(), Listening(2), Listening(0)
+    with Run.open(tmp_path / "run") as run:
+        run.open_metrics(0, [0, 0], [])
+        run.trackers = [broken, whole, last]
+        for step in (1, 2, 3):
+            run.log("train", step, loss=float("nan"), text=TOKEN)
+    assert whole.told == logged(run)
+    assert TOKEN not in str(whole.told)
+    assert whole.is_closed
+    assert [event["step"] for event in broken.told] == [1]
+    warned = [(e["step"], e["what"], e["error"]) for e in logged(run) if e["event"] == "warning"]
+    assert warned == [(2, "listening failed", "OSError: gone"), (3, "listening failed", "OSError: gone")]
+
+
+def test_the_numbers_of_an_event() -> None:
+    event = {
+        "event": "train",
+        "step": 3,
+        "time": 1.5,
+        "loss": None,
+        "a": 2,
+        "is": True,
+        "text": "x",
+        "m": {"q": {"n": 1.0}},
+    }
+    assert dict(scalars(event)) == {"train/a": 2.0, "train/m/q/n": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "package", "extra"),
+    [
+        ("plots", "end", "matplotlib", "plot"),
+        ("report_to", "tensorboard", "tensorboard", "tensorboard"),
+        ("report_to", "wandb", "wandb", "wandb"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, field: str, value: str, package: str, extra: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
+    require_tracker_packages(LoggingConfig())
+    message = rf"logging\.{field}: {value} needs {package}: pip install -e '\.\[{extra}\]', or set none"
+    with pytest.raises(UserError, match=message):
+        require_tracker_packages(LoggingConfig(**{field: value}))
+
+
+# ---- Plots
+
+
+def wait_for(plots: Plots) -> None:
+    assert plots._process is not None
+    plots._process.wait(60)
+
+
+def test_plots_are_drawn_while_the_run_goes_on_one_at_a_time_and_at_its_end(tmp_path: Path) -> None:
+    needs("matplotlib")
+    plots, picture = Plots(tmp_path / "run", "step"), tmp_path / "run" / "plots" / "curves.svg"
+    with Run.open(tmp_path / "run") as run:
+        run.open_metrics(0, [0, 0], [])
+        run.trackers = [plots]
+        run.log("memory", 0, total_steps=3)
+        assert plots._process is None
+        run.log("train", 1, loss=3.0)
+        first = plots._process
+        run.log("train", 2, loss=2.0)
+        assert plots._process is first  # it goes on, and the next waits
+        wait_for(plots)
+        early = picture.read_bytes()
+        run.log("train", 3, loss=1.0)
+        assert plots._process is None  # that one is done, and the next may not begin yet
+    assert picture.read_bytes() != early
+    assert not [event for event in logged(run) if event["event"] == "warning"]
+
+
+@pytest.mark.parametrize(("when", "epochs"), [("end", []), ("epoch", [3, 5]), ("step", [1, 2, 3, 4, 5])])
+def test_plots_are_due_when_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, epochs: list[int]
+) -> None:
+    plots, drawn = Plots(tmp_path, when), []
+    for step, epoch in enumerate([0, 0, 1, 1, 2], start=1):
+
+        def start(step: int = step) -> None:
+            drawn.append(step)
+            plots._is_due = False
+
+        monkeypatch.setattr(plots, "_start", start)
+        plots.log({"event": "train", "step": step, "epoch": epoch, "time": 0.0})
+    assert drawn == epochs
+
+
+def test_plots_that_cannot_be_drawn_are_an_event(tmp_path: Path) -> None:
+    needs("matplotlib")
+    with Run.open(tmp_path / "run") as run:
+        (run.directory / "plots").write_text("in the way")
+        run.open_metrics(0, [0, 0], [])
+        run.trackers = [Plots(run.directory, "end")]
+        run.log("train", 1, loss=3.0)
+    (warning,) = [event for event in logged(run) if event["event"] == "warning"]
+    assert warning["what"] == "drawing plots failed"
+    assert "File exists" in warning["error"]
+
+
+def test_a_drawing_that_is_stuck_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "sleeper"))
+    (tmp_path / "sleeper").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "sleeper").chmod(0o755)
+    started = time.monotonic()
+    with Run.open(tmp_path / "run") as run:
+        run.open_metrics(0, [0, 0], [])
+        run.trackers = [Plots(run.directory, "end")]
+        run.log("train", 1, loss=3.0)
+    assert time.monotonic() - started < 30
+    assert "timed out" in logged(run)[-1]["error"]
+
+
+# ---- TensorBoard and W&B
+
+
+def test_tensorboard_reads_back_what_was_logged_and_a_resumed_run_replaces_what_it_does_again(tmp_path: Path) -> None:
+    needs("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, loss in ((0, 5.0), (2, 7.0)):  # interrupted after step 4, its checkpoint was of step 2
+        with Run.open(tmp_path / "run") as run:
+            run.open_metrics(first, [0, first], [])
+            run.trackers = [TensorBoard(run.directory / "tensorboard", first)]
+            for step in (first + 1, first + 2, *([4] if first == 0 else [])):
+                run.log("train", step, loss=loss / step, note="text", missing=float("nan"))
+            run.log("eval", first + 2, loss=loss)
+        time.sleep(1.1)  # the names of event files have seconds
+    read = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    read.Reload()
+    assert sorted(read.Tags()["scalars"]) == ["eval/loss", "train/loss"]
+    told = [(scalar.step, round(scalar.value, 5)) for scalar in read.Scalars("train/loss")]
+    assert told == [(1, 5.0), (2, 2.5), (3, round(7 / 3, 5)), (4, 1.75)]
+    times = {e["step"]: e["time"] for e in logged(run) if e["event"] == "train"}
+    assert {scalar.step: round(scalar.wall_time, 3) for scalar in read.Scalars("train/loss")} == times
+
+
+def records(file: Path) -> list[bytes]:
+    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB; crc, length, type) after seven bytes."""
+    content, found, at, part = file.read_bytes(), [], 7, b""
+    while at + 7 <= len(content):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        part += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(part)
+            part = b""
+    return found
+
+
+def test_wandb_stays_offline_and_its_file_has_what_was_logged_and_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    def kind(content: bytes) -> str | None:
+        return wandb_internal_pb2.Record.FromString(content).WhichOneof("record_type")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for name in ("WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    with Run.open(tmp_path / "run") as run:
+        run.open_metrics(0, [0, 0], [])
+        run.trackers = [WandB(run.directory, Config())]
+        for step in (1, 2):
+            run.log("train", step, loss=3.0 / step, text=TOKEN)
+        run.log("warning", 2, what="nothing to count")
+    assert not [event for event in logged(run) if "failed" in event.get("what", "")]
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    history: list[tuple[int, float]] = []
+    deadline = time.monotonic() + 30
+    while "exit" not in map(kind, records(file)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # another process writes the file, and is not always done when it says so
+    for content in records(file):
+        record = wandb_internal_pb2.Record.FromString(content)
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            history.append((json.loads(items["step"]), json.loads(items["train/loss"])))
+    assert history == [(1, 3.0), (2, 1.5)]
+    written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert os.environ["WANDB_API_KEY"].encode() not in written
+    assert TOKEN.encode() not in written
+
+
+def test_a_run_of_train_py_tells_them(tmp_path: Path) -> None:
+    """Also on a console that is no terminal and has no file behind it, like a notebook's."""
+    needs("matplotlib")
+    needs("tensorboard")
+    from test_train import quick
+
+    class Notebook:
+        """What ipykernel puts in the place of stdout: text only, no file, no terminal."""
+
+        encoding, errors = "UTF-8", "strict"
+
+        def __init__(self) -> None:
+            self.text = ""
+
+        def write(self, text: str) -> int:
+            if not isinstance(text, str):
+                raise TypeError(f"write() argument must be str, not {type(text)}")
+            self.text += text
+            return len(text)
+
+        def flush(self) -> None:
+            pass
+
+        def isatty(self) -> bool:
+            return False
+
+        def fileno(self) -> int:
+            raise OSError("there is no file")
+
+    out, err = Notebook(), Notebook()
+    changes = {"training__max_steps": 4, "logging__progress_bar": True, "logging__gradient_steps": 2}
+    changes |= {"logging__plots": "end", "logging__report_to": "tensorboard", "evaluation__prompts": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        assert train.main(quick(tmp_path / "run", **changes)) == 0
+    assert "4/4" in err.text or "0/4" in err.text  # the bar
+    assert "| records read " in out.text
+    assert out.text == (tmp_path / "run" / "train.log").read_text()  # lines whole, in order, none torn by the bar
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "![curves](plots/curves.png)" in report
+    assert (tmp_path / "run" / "plots" / "curves.png").is_file()
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    norms = {line["step"]: line["grad_norm"] for line in lines if line["event"] == "train"}
+    looked = [line for line in lines if line["event"] == "gradients"]
+    assert [line["step"] for line in looked] == [2, 4]
+    for line in looked:  # squares of the parts' norms add up to that of the whole, before clipping
+        whole = sum(part["norm"] ** 2 for part in line["modules"].values()) ** 0.5
+        assert whole == pytest.approx(norms[line["step"]], rel=1e-4)

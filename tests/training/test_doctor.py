@@ -1,0 +1,182 @@
+"""The environment check: what works is green, what does not is red and says why, and the exit code follows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub import Hub
+from metal import pretended_metal
+
+import train
+from nanoft.models.hub import find_model
+from nanoft.training import doctor
+from tiny_models import make_chat_model
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "tiny.py")
+CPU = torch.device("cpu")
+
+
+def lines(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Exit code, and by name the color of each line and what it says."""
+    code = doctor.main(list(arguments))
+    found = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    return code, {rest[:13].strip(): (color, rest[14:]) for color, rest in found}
+
+
+def test_this_machine_runs_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = lines([TINY, "system.device=cpu", "quantization.bits=4"], capsys)
+    assert code == 0
+    assert "red" not in {color for color, _ in said.values()}
+    assert torch.__version__ in said["torch"][1]
+    assert "math" in said["attention"][1]
+    assert "4 layers of 128" in said["model"][1]
+    assert "GFLOP/s" in said["matmul"][1]
+    assert said["room"][0] == "green"
+    troubles = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    named = re.findall(r"nanoft\.runtime[^|]*?\(lines? ([^)]*)\)", troubles)
+    lines_of_document = {name for names in named for name in re.findall(r"`([^`]+)`", names)}
+    assert len(lines_of_document) >= 5
+    assert lines_of_document - {"bfloat16"} <= said.keys()  # that one is of a GPU without
+
+
+REFUSED = {
+    "a device that is not here": (["system.device=mps"], "config", "mps is not available here"),
+    "an optimizer of another device": (["training.optimizer=adamw_paged"], "settings", "adamw_paged"),
+    "a metric that there is not": (["evaluation.metrics=bleux"], "settings", "did you mean bleu?"),
+    "a model that is not there": (["model.name=no/where/at/all"], "model", "no/where/at/all"),
+    "data that is not there": (["data.train_file=README.md,nothing.jsonl"], "data", "nothing.jsonl: no such file"),
+    "too long": (["model.max_seq_length=10000000"], "room", "a row of 10,000,000 tokens take"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_config_lacks_is_red(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    changes, name, text = REFUSED[case]
+    if case == "a device that is not here" and torch.backends.mps.is_available():
+        changes = ["system.device=cuda"]
+    code, said = lines([TINY, *changes], capsys)
+    assert code == 2
+    assert said[name][0] == "red"
+    assert text.replace("mps", changes[0].rpartition("=")[2]) in said[name][1]
+
+
+def test_rows_that_will_be_halved_are_yellow(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = lines([TINY, "system.device=cpu", "training.micro_batch_size=100000"], capsys)
+    assert (code, said["room"][0]) == (0, "yellow")
+
+
+def test_the_device_is_that_of_the_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pretended_metal(monkeypatch):
+        for arguments, name in (([TINY], "Metal"), ([TINY, "system.device=cpu"], "CPU")):
+            code, said = lines(arguments, capsys)
+            assert code == 0
+            assert said["device"][1].startswith(f"{name}, ")
+            assert ("Metal" in said) == (name == "Metal")
+
+
+def test_a_model_on_the_hub_is_looked_at_not_fetched(
+    tmp_path: Path, serve_hub: Callable[[Any], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = tmp_path / "remote"
+    make_chat_model(files)
+    hub = type("ThisHub", (Hub,), {"repository": "models/some/one", "files": files, "asked": []})
+    serve_hub(hub)
+    code, said = lines([TINY, "system.device=cpu", "model.name=some/one"], capsys)
+    assert code == 0
+    assert said["model"][1].endswith("its weights are not in the Hub cache yet")
+    assert {asked.rpartition("/")[2] for asked in hub.asked if "/resolve/" in asked} == {"config.json"}
+    find_model("some/one")
+    _, said = lines([TINY, "system.device=cpu", "model.name=some/one"], capsys)
+    assert "not in the Hub cache" not in said["model"][1]
+
+
+def test_a_run_begins_with_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a file is read: a bitsandbytes that does not load, an extra that is missing."""
+
+    def broken(*_: Any) -> torch.Tensor:
+        raise OSError("libcudart.so: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "unpack_bitsandbytes", broken)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    own = [TINY, "system.device=cpu", "data.train_file=nothing.jsonl", f"output.dir={tmp_path / 'run'}"]
+    for changes, text in (
+        (["quantization.bits=4"], "4-bit weights: bitsandbytes fails (libcudart.so: cannot open"),
+        (["training.optimizer=adamw_8bit"], "4-bit weights: bitsandbytes fails"),
+        (["logging.plots=end"], "logging.plots: end needs matplotlib: pip install"),
+        ([], "data.train_file: nothing.jsonl"),
+    ):
+        for command in ([], ["--selftest"]):
+            assert train.main([*own, *changes, *command]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"error: {text}")
+            assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bitsandbytes_that_unpacks_wrongly_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.unpack_bitsandbytes
+
+    def wrong(*args: Any) -> torch.Tensor:
+        return real(*args).flip(0)
+
+    def broken(*_: Any) -> torch.Tensor:
+        raise OSError("libcudart.so: cannot open shared object file")
+
+    assert doctor.four_bits(CPU).color == "green"
+    for fault, text in ((wrong, "unpacks wrongly"), (broken, "libcudart")):
+        monkeypatch.setattr(doctor, "unpack_bitsandbytes", fault)
+        line = doctor.four_bits(CPU)
+        assert line.color == "red"
+        assert text in line.found
+        assert "quantization.bits=16" in line.fix
+
+
+def test_a_bitsandbytes_that_a_config_does_without_is_yellow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "unpack_bitsandbytes", lambda *_: torch.zeros(64 * 128))
+    for changes, expected in (([], (0, "yellow")), (["quantization.bits=4"], (2, "red"))):
+        code, said = lines([TINY, "system.device=cpu", *changes], capsys)
+        assert (code, said["4-bit weights"][0]) == expected
+
+
+def test_attention_that_is_wrong_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = doctor.attention(CPU)
+    assert line.color == "green"
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: q)
+    (line,) = doctor.attention(CPU)
+    assert (line.color, line.found) == ("red", "no kernel work")
+
+
+def test_other_versions_are_yellow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "3.1.0")
+    found = {line.name: line for line in doctor.versions()}
+    assert (found["torch"].color, found["torch"].fix) == ("yellow", "tested with 2.8 to 2.13")
+
+
+def test_a_little_disk_is_yellow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "GB_ON_DISK", 1e9)
+    assert {line.color for line in doctor.disk()} == {"yellow"}
+
+
+def test_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+    line = doctor.hub()
+    assert "hf_" not in str(line)
+
+
+def test_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "nanoft", "doctor", "nothing.py"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nothing.py: no such config file")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,261 @@
+"""The plan against what a model, its optimizer and a step really take, and against published figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shapes import MISTRAL_7B
+
+import train
+from nanoft import UserError
+from nanoft.config import Config, LoRAConfig, QuantizationConfig, TrainingConfig
+from nanoft.lora import inject_lora, linears_of
+from nanoft.model import Decoder
+from nanoft.models.families import decoder_config, read_shape
+from nanoft.models.weights import load_model
+from nanoft.nf4 import packed_bytes
+from nanoft.optim import build_optimizer, optimizer_tensors
+from nanoft.training.memory_plan import (
+    Machine,
+    Plan,
+    choose_recompute,
+    choose_rows,
+    count_parameters,
+    decide_dequantize,
+    estimate_memory,
+    gflop_per_token,
+    suggest_savings,
+)
+from tiny_models import make_chat_model, make_reference, write_records
+
+CPU = torch.device("cpu")
+QLORA = Config(quantization=QuantizationConfig(bits=4))
+
+
+def mistral_7b(length: int, keep: Any, config: Config = QLORA) -> Plan:
+    decoder = decoder_config(MISTRAL_7B)
+    counts = count_parameters(decoder, config)
+    return estimate_memory(decoder, counts, config, "cuda", torch.bfloat16, 1, length, [keep] * 32, 0.0)
+
+
+@pytest.mark.parametrize(("length", "keep", "gb"), [(2048, "input", 6.1), (4096, "input", 7.1), (4096, "all", 17.9)])
+def test_the_peaks_of_a_7b_on_a_gpu_are_the_known_ones(length: int, keep: str, gb: float) -> None:
+    """Static 4.81 GB: codes 3.49, scales 0.11, head and embedding 0.54, adapters with their optimizer 0.67."""
+    plan = mistral_7b(length, keep)
+    static = sum(plan.parts[n] for n in ("linears", "head, embedding", "adapters", "gradients", "optimizer"))
+    assert static == pytest.approx(4.81e9, rel=0.01)
+    assert plan.peak == pytest.approx(gb * 1e9, rel=0.1)
+
+
+def test_split_over_ranks_each_holds_its_part_and_two_blocks() -> None:
+    """7.25 billion weights in bfloat16 and 42 million adapter numbers in 16 bytes, over 4 ranks."""
+    alone = mistral_7b(2048, "input", Config())
+    split = mistral_7b(2048, "input", Config().override({"training.sharding": "full", "system.ranks": 4}))
+    for name in ("linears", "head, embedding", "adapters", "gradients", "optimizer"):
+        assert split.parts[name] == pytest.approx(alone.parts[name] / 4)
+    block = 2 * 218_103_808  # q, k, v, o: 41.9 million; gate, up, down: 176.2 million
+    assert split.parts["gathered"] == pytest.approx(2 * block + alone.parts["head, embedding"])
+    assert alone.parts["gathered"] == 0
+    assert alone.peak - split.peak == pytest.approx(0.75 * (14.5e9 + 16 * 41.9e6) - split.parts["gathered"], rel=0.01)
+
+
+def test_the_work_of_a_token_is_the_known_one() -> None:
+    """Linears 13.96 GFLOP forward and as much backward, head 0.27 twice, LoRA, causal attention 1.07 forward."""
+    decoder, config = decoder_config(MISTRAL_7B), Config()
+    counts = count_parameters(decoder, config)
+    assert (counts.linears, counts.trained) == (6_979_321_856, 41_943_040)
+    assert gflop_per_token(decoder, counts, config, 4096, 0.0) == pytest.approx(32.5, rel=0.02)
+    assert gflop_per_token(decoder, counts, config, 4096, 1.0) == pytest.approx(47.6, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"quantization": QuantizationConfig(bits=4)},
+        {"quantization": QuantizationConfig(bits=4, double=False)},
+        {"quantization": QuantizationConfig(bits=8)},
+        {"lora": LoRAConfig(rank=4, dora=True, target_modules=("attention",))},
+        {"training": TrainingConfig(optimizer="adamw_8bit"), "lora": LoRAConfig(rank=64)},
+        {"training": TrainingConfig(optimizer="sgd")},
+        {"training": TrainingConfig(method="full")},
+    ],
+    ids=str,
+)
+def test_static_parts_are_the_bytes_of_a_real_model_and_its_optimizer(settings: dict[str, Any], tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    config, decoder = Config(**settings), read_shape(tmp_path)
+    bits, full = config.quantization.bits, config.training.method == "full"
+    form = {4: ("nf4", config.quantization.double), 8: ("int8", False)}.get(bits)
+    model = load_model(tmp_path, CPU, torch.float32 if full else torch.bfloat16, form)
+    linears = sum(packed_bytes(linear) for linear in linears_of(model).values())
+    plan = estimate_memory(
+        decoder, count_parameters(decoder, config), config, "cpu", torch.bfloat16, 1, 16, ["all"] * 3, 0.0
+    )
+    others = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "proj" not in n)
+    if not full:
+        inject_lora(model, config.lora, 0)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained, config.training)
+    # bitsandbytes keeps maps of 256 values with each tensor; they are shared on the CPU
+    state = {n: t for n, t in optimizer_tensors(optimizer, trained).items() if "qmap" not in n}
+    expected = {
+        "linears": linears,
+        "head, embedding": others,
+        "gradients": sum(p.numel() * 4 for _, p in trained),
+        "optimizer": sum(t.numel() * t.element_size() for t in state.values()),
+    }
+    for name, size in expected.items():
+        assert plan.parts[name] == pytest.approx(size, rel=0.04, abs=2000), name
+
+
+@pytest.mark.parametrize("keep", ["all", "input"])
+def test_activations_are_the_bytes_that_autograd_keeps(keep: Any, tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, hidden_size=128, intermediate_size=320, num_attention_heads=4)
+    config, decoder = Config(), read_shape(tmp_path)
+    model = load_model(tmp_path, CPU, torch.bfloat16)
+    inject_lora(model, config.lora, 0)
+    model.keep = [keep] * 3
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(0, 199, (2, 256))
+    alive = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: alive.append(t) or note(t), lambda t: t):
+        hidden = model(ids)
+    final_norm = 2 * 256 * 128 * (4 + 4)  # at most: what PyTorch's norm keeps, in float32
+    plan = estimate_memory(
+        decoder, count_parameters(decoder, config), config, "cpu", torch.bfloat16, 2, 256, [keep] * 3, 0.0
+    )
+    assert hidden.requires_grad
+    assert -0.03 < sum(kept.values()) / plan.parts["activations"] - 1 < 0.03 + final_norm / plan.parts["activations"]
+
+
+def test_full_training_keeps_weights_cast_for_the_products(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, hidden_size=256, intermediate_size=640, num_attention_heads=4)
+    config, decoder = Config(training=TrainingConfig(method="full")), read_shape(tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32)
+    shapes = {shape for m in linears_of(model).values() for shape in (m.weight.shape, m.weight.T.shape)}
+    cast: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape in shapes and tensor.dtype == torch.bfloat16:
+            cast[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(0, 199, (2, 77)))
+    plan = estimate_memory(
+        decoder, count_parameters(decoder, config), config, "cpu", torch.bfloat16, 2, 77, ["all"] * 3, 0.0
+    )
+    assert plan.parts["cast weights"] == sum(tensor.untyped_storage().nbytes() for tensor in cast.values())
+
+
+def test_a_base_that_is_kept_unpacked_counts_as_one() -> None:
+    cached = Config(quantization=QuantizationConfig(bits=4, dequantize="cached"))
+    assert mistral_7b(4096, "input", cached).peak == mistral_7b(4096, "input", Config()).peak
+
+
+@pytest.mark.parametrize(("memory_gb", "unpacked"), [(80, True), (48, True), (24, False)])
+def test_the_base_is_planned_unpacked_where_loading_will_unpack_it(memory_gb: float, unpacked: bool) -> None:
+    """10.36 GB more, which is a third of what is left beside the packed base and the embeddings, or not."""
+    machine = Machine(torch.device("cuda"), torch.bfloat16, 0.9 * memory_gb * 1e9, here=False)
+    decided = decide_dequantize(QLORA, count_parameters(decoder_config(MISTRAL_7B), QLORA), machine)
+    assert decided.quantization.dequantize == ("cached" if unpacked else "per_use")
+
+
+def test_blocks_are_computed_again_only_as_far_as_memory_asks_for_it() -> None:
+    def peak(keep: list[Any]) -> float:
+        return 10 + 3 * keep.count("all") + keep.count("input")
+
+    for room in range(8, 30):
+        keep = choose_recompute(peak, 4, room)
+        fitting = [n for n in range(5) if peak(["input"] * n + ["all"] * (4 - n)) <= room]
+        assert keep == ["input"] * min(fitting, default=4) + ["all"] * (4 - min(fitting, default=4))
+
+
+def test_the_micro_batch_is_the_largest_divisor_that_fits() -> None:
+    assert choose_rows(lambda rows: 10.0 * rows, 12, 59) == 4
+    assert choose_rows(lambda rows: 10.0 * rows, 12, 60) == 6
+    assert choose_rows(lambda rows: 10.0 * rows, 7, 60) == 1
+    with pytest.raises(UserError, match=r"^model.max_seq_length: one row takes 0.00 GB and 0.00 GB are free"):
+        choose_rows(lambda rows: 10.0 * rows, 12, 9)
+
+
+def test_the_plan_of_a_step_is_near_what_a_process_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    import plan as bench_plan
+
+    try:
+        assert abs(bench_plan.compare("--seq 512 --bs 1")["error"]) < 0.1
+    finally:
+        for name in ("plan", "step", "contender"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("plan")
+    make_chat_model(root / "base")
+    records = write_records(root / "data.jsonl")
+    settings = {"model": {"name": str(root / "base"), "max_seq_length": 256}, "data": {"train_file": str(records)}}
+    (root / "mine.json").write_text(json.dumps({**settings, "system": {"device": "cpu"}}))
+    return [str(root / "mine.json"), f"output.dir={root / 'run'}", "logging.progress_bar=false"]
+
+
+def test_plan_prints_parts_and_peak_and_loads_nothing(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "to_empty", None)
+    monkeypatch.setattr("nanoft.weights.load_tensors", None)
+    assert train.main([*arguments, "--plan"]) == 0
+    said = capsys.readouterr().out
+    for part in ("process", "linears", "adapters", "gradients", "optimizer", "activations", "backward", "loss", "peak"):
+        assert f"\n{part} " in f"\n{said}"
+    assert "all activations kept" in said
+    assert not Path(arguments[1].removeprefix("output.dir=")).exists()
+
+
+def test_what_cannot_fit_is_one_line_with_the_fix(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*arguments, "--plan", "model.max_seq_length=100000000"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "training.micro_batch_size: 4 rows of 100000000 tokens take" in error
+    assert "are there: set model.max_seq_length=50000000 (saves about " in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_what_would_help_is_weighed_with_the_same_blocks_computed_again(tmp_path: Path) -> None:
+    """In 4 bits, a weight takes 0.516 bytes instead of 2; room that this makes is not filled with activations again."""
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B))
+    config = Config().override({"model.name": str(tmp_path), "system.device": "cuda", "system.memory_gb": 14})
+    said = suggest_savings(config, 1, 2048)
+    saved = 6_979_321_856 * (2 - 0.5 - (1 + 4 / 256) / 64) - 4096 * 14336 * 2  # less one weight unpacked
+    assert said.startswith(f"quantization.bits=4 (saves about {saved / 1e9:.3g} GB), or model.max_seq_length=1024 ")
+
+
+def test_auto_keeps_the_rows_of_a_step_and_a_run_goes_on_with_what_was_decided(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = ["training.micro_batch_size=auto", "training.gradient_accumulation_steps=6", "evaluation.prompts=0"]
+    run = Path(arguments[1].removeprefix("output.dir="))
+    assert train.main([*arguments, *auto, "training.max_steps=1"]) == 0
+    decided = json.loads((run / "config.json").read_text())["training"]
+    assert (decided["micro_batch_size"], decided["gradient_accumulation_steps"]) == (6, 1)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert next(line for line in lines if line["event"] == "memory")["predicted_gb"].keys() >= {"linears", "loss"}
+    monkeypatch.setattr("nanoft.plan.memory_limit_bytes", lambda device: 1.0)  # less memory than the first time
+    more = ["training.max_steps=2", "training.checkpointing=none", "--force", "room"]
+    assert train.main([*arguments, *auto, *more]) == 0
+    assert json.loads((run / "config.json").read_text())["training"]["micro_batch_size"] == 6

@@ -1,0 +1,133 @@
+"""A job that is made, and brought back: what may change in between, and what is damaged or another's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_recovery import Capture, Patch, events, in_the_loop, steps_are_all_there
+from test_train import losses, quick
+
+import train
+from tiny_models import make_chat_model, write_records
+
+
+def test_another_split_of_the_same_rows_may_go_on(tmp_path: Path) -> None:
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    constant = {"training__lr_scheduler": "constant", "training__learning_rate": 1e-3, "lora__dropout": 0.0}
+    assert train.main(quick(whole, **constant)) == 0
+    assert train.main(quick(other, **constant, training__max_steps=4)) == 0
+    split = {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 8}
+    assert train.main(quick(other, **constant, **split)) == 0
+    assert [loss for _, loss in losses(other)] == pytest.approx([loss for _, loss in losses(whole)], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lora__rank": 4}, "lora.rank: 16 -> 4; the adapter would have another shape"),
+        ({"training__micro_batch_size": 1}, "gradient_accumulation_steps: 8 -> 2; the steps already taken"),
+        ({"system__seed": 5}, "system.seed: 0 -> 5; order, dropout"),
+        ({"data__packing": True}, "data.packing: False -> True; other samples, or in another order"),
+    ],
+)
+def test_what_may_not_change_is_said_with_the_reason(
+    changes: dict[str, Any], reason: str, tmp_path: Path, capsys: Capture
+) -> None:
+    assert train.main(quick(tmp_path / "run", training__max_steps=1)) == 0
+    capsys.readouterr()
+    assert train.main(quick(tmp_path / "run", **changes)) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path, capsys: Capture) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    assert train.main(quick(mine, training__max_steps=3)) == 0
+    assert train.main(quick(other, training__max_steps=6, training__learning_rate=1e-5)) == 0
+    os.rename(other / "checkpoints" / "step-000006", mine / "checkpoints" / "step-000006")
+    capsys.readouterr()
+    assert train.main(quick(mine)) == 0
+    said = capsys.readouterr().out
+    assert "step-000006: belongs to another run: its config is not this one's: going back" in said
+    assert "resuming  after step 3 of 8" in said
+
+
+def test_going_back_by_hand_and_killed_the_later_steps_are_gone(tmp_path: Path, monkeypatch: Patch) -> None:
+    """What was done after step 2 is done again: nothing of it may be taken for this run's, not even its report."""
+    directory = tmp_path / "run"
+    changes = {"training__save_steps": 2, "training__keep_checkpoints": 100}
+    assert train.main(quick(directory, **changes)) == 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(number: int, real: Any, *args: Any) -> Any:
+        if number == 2:
+            raise Killed
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        in_the_loop(patch, "accumulate", dying)
+        with pytest.raises(Killed):
+            train.main([*quick(directory, **changes), "--resume", str(directory / "checkpoints" / "step-000002")])
+    assert [step for step, _ in losses(directory)] == [1, 2, 3]
+    assert train.main(quick(directory, **changes)) == 0
+    steps_are_all_there(directory, 8)
+    assert [line["step"] for line in events(directory, "done")] == [8]
+
+
+def test_an_older_report_does_not_stand_for_a_run_that_was_done_again(tmp_path: Path, monkeypatch: Patch) -> None:
+    directory = tmp_path / "run"
+    changes = {"training__save_steps": 2, "training__keep_checkpoints": 100}
+    assert train.main(quick(directory, **changes)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", lambda *_: os.kill(os.getpid(), 15))
+        earlier = str(directory / "checkpoints" / "step-000002")
+        assert train.main([*quick(directory, **changes), "--resume", earlier]) == train.STOPPED_BY_SIGNAL
+    assert train.main(quick(directory, **changes)) == 0
+    assert len(events(directory, "done")) == 1
+
+
+@pytest.mark.parametrize("damage", [{"provenance": 5}, {"provenance": {"date": "yesterday"}}, {"lora": {}}, 7])
+def test_a_damaged_config_of_a_run_is_one_line(damage: Any, tmp_path: Path, capsys: Capture) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    for name, text in (("config.json", json.dumps(damage)), ("metrics.jsonl", ""), (".lock", "")):
+        (directory / name).write_text(text)
+    assert train.main(quick(directory)) == 2
+    assert "config.json: damaged: remove the directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"rng": {}}, {"meter": 3}, {"guard": None}, {"surprise": 1}])
+def test_a_sealed_state_that_is_none_is_one_line(change: dict[str, Any], tmp_path: Path, capsys: Capture) -> None:
+    """As an attacker would write it: all hashes are right."""
+    directory = tmp_path / "run"
+    assert train.main(quick(directory, training__max_steps=1)) == 0
+    (directory / "report.json").unlink()
+    shutil.rmtree(directory / "checkpoints" / "step-000000")
+    path = directory / "checkpoints" / "step-000001"
+    state = json.dumps({**json.loads((path / "state.json").read_text()), **change}).encode()
+    (path / "state.json").write_bytes(state)
+    body = json.loads((path / "manifest.json").read_text())["body"]
+    body["files"]["state.json"] = {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+    text = json.dumps(body, indent=1, sort_keys=True).encode()
+    sealed = {"body": body, "sha256": hashlib.sha256(text).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(sealed))
+    capsys.readouterr()
+    assert train.main(quick(directory, training__max_steps=1)) == 2
+    captured = capsys.readouterr()
+    assert "state.json: " in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_loaded(tmp_path: Path, capsys: Capture) -> None:
+    base = tmp_path / "base"
+    make_chat_model(base, vocab_size=64)
+    changes = {"model__name": base, "data__train_file": write_records(tmp_path / "data.jsonl")}
+    assert train.main(quick(tmp_path / "run", **changes)) == 2
+    assert "its vocabulary has 64 tokens, and its tokenizer gives the id " in capsys.readouterr().err
