@@ -39,7 +39,7 @@ def validation_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, in
         with distributed.same_exception(device):
             for batch in distributed.shard(pad_to_multiple(batches, distributed.world_size())):
                 placed = batch.to(device)
-                hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
+                hidden = model(placed.ids, placed.positions, placed.documents, placed.target_positions)
                 nats += token_nll(hidden, model.head, placed.targets).cpu().double().sum().item()
                 count += batch.target_tokens
     finally:

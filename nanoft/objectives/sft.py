@@ -34,7 +34,7 @@ class SFT:
 
     def loss(self, model: Decoder, batch: Batch) -> Tensor:
         """Sum over the target tokens of a micro-batch, in nats."""
-        hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
+        hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, targets, hidden)
         return token_nll(hidden, model.head, batch.targets, self.label_smoothing, self.z_loss).sum()
 
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
