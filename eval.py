@@ -39,8 +39,9 @@ from nanoft.io.untrusted import redact
 from nanoft.lora import DoRALinear, disabled
 from nanoft.metrics import answers
 from nanoft.models.hub import find_model
+from nanoft.models.model_files import stored_quantization
 from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_model
-from nanoft.models.weights import load_model, stored_quantization
+from nanoft.models.weights import load_model
 from nanoft.nf4 import quantize
 from nanoft.runtime.command import Arguments, command
 from nanoft.runtime.device import choose_device, choose_dtype, library_versions, seed_everything

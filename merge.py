@@ -59,6 +59,7 @@ from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import read_json
 from nanoft.models.adapter_files import adapter_tensors, hash_tensors, save_mlx
 from nanoft.models.hub import find_model
+from nanoft.models.model_files import base_files, stored_dtype, stored_quantization
 from nanoft.models.open import (
     LoadedModel,
     TrainedAdapter,
@@ -68,7 +69,7 @@ from nanoft.models.open import (
     open_model,
     read_trained_adapter,
 )
-from nanoft.models.weights import base_files, hash_files, stored_dtype, stored_quantization
+from nanoft.models.weights import hash_files
 from nanoft.runtime.command import Arguments, command
 from nanoft.runtime.device import quiet_libraries
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nanoft.attention import Documents
+from nanoft.runtime import distributed
 
 Array = np.ndarray[Any, Any]
 MEGABATCH = 50  # windows among which rows are sorted when grouping by length
@@ -126,6 +127,30 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
 
+@dataclass(frozen=True)
+class Window:
+    """All micro-batches of one optimizer step, on all ranks, and its place in the order of training."""
+
+    micro_batches: list[Batch]
+    position: list[int]  # [epoch, index]
+    next_position: list[int]  # of the window after it
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.micro_batches)
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return sum(batch.tokens for batch in self)
+
+    @property
+    def target_tokens(self) -> int:
+        return sum(batch.target_tokens for batch in self)
+
+
 class Batches:
     """The samples of a run in the order of training: windows of micro-batches, epoch after epoch."""
 
@@ -157,20 +182,26 @@ class Batches:
         self._slots = slots  # (n,) the sample in each slot; row r has the slots bounds[r]:bounds[r + 1]
         self._slots_by_length = np.argsort(lengths[slots], kind="stable")
         self._row_lengths = np.add.reduceat(lengths[slots], self._bounds[:-1]) if len(slots) else np.empty(0, np.int64)
-        self.epoch, self.index = 0, 0  # the window that comes next
+        self.epoch = 0  # that `window` and `rows` speak of
         self._members, self._order = self._arrange(0)
 
     def windows_in_epoch(self) -> int:
         """Optimizer steps of an epoch, the same in each; the last window may be smaller than the others."""
         return -(-len(self._row_lengths) // self.window_rows)
 
-    def next_window(self) -> list[Batch]:
-        """All micro-batches of the next optimizer step, and one step further."""
-        window = self.window(self.index)
-        self.index += 1
-        if self.index >= self.windows_in_epoch():
-            self.seek(self.epoch + 1, 0)
-        return window
+    def next_window(self, epoch: int, index: int, skipped: Sequence[list[int]] = ()) -> Window:
+        """The first window at or after a position that is not skipped; a pure function, whatever came before.
+
+        Args:
+            skipped: [epoch, index] of windows to pass over.
+        """
+        while [epoch, index] in skipped:
+            epoch, index = self._following(epoch, index)
+        self.seek(epoch)
+        return Window(self.window(index), [epoch, index], [*self._following(epoch, index)])
+
+    def _following(self, epoch: int, index: int) -> tuple[int, int]:
+        return (epoch, index + 1) if index + 1 < self.windows_in_epoch() else (epoch + 1, 0)
 
     def window(self, index: int) -> list[Batch]:
         """The micro-batches of one window of the current epoch, short rows first."""
@@ -193,11 +224,11 @@ class Batches:
     def _collate(self, rows: list[Array]) -> Batch:
         return collate(self.samples, rows, self.pad_id, self.pad_to_multiple_of)
 
-    def seek(self, epoch: int, index: int) -> None:
-        """Go to a window; costs one shuffle, whatever was consumed before."""
+    def seek(self, epoch: int) -> None:
+        """Arrange the samples as an epoch has them; costs one shuffle, whatever was consumed before."""
         if epoch != self.epoch:
             self._members, self._order = self._arrange(epoch)
-        self.epoch, self.index = epoch, index
+            self.epoch = epoch
 
     def utilization(self) -> float:
         """Share of the tokens of an epoch's micro-batches that are not padding."""
@@ -340,6 +371,11 @@ def pad_to_multiple(batches: Iterable[Batch], multiple: int) -> Iterator[Batch]:
     none = torch.empty(0, dtype=torch.int64)
     for _ in range(-count % multiple):
         yield dataclasses.replace(batch, target_positions=none, targets=none, tokens=0, records=[])
+
+
+def share_of_rank(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches rank, rank + N, ... of N ranks: as many on every rank, filled up with empty ones."""
+    return distributed.shard(pad_to_multiple(batches, distributed.world_size()))
 
 
 def eval_batches(samples: Sequence[Sample], batch_size: int, pad_id: int) -> Iterable[Batch]:

@@ -11,7 +11,7 @@ does not match its hash:
     rotation                  only now may an older checkpoint go; never the best, never the newest
 
 Loading verifies every byte, and falls back to the newest checkpoint that is whole. Nothing is ever unpickled. Training
-does not wait for the disk: `Background` copies what is to be saved, and a thread of its own does the rest.
+does not wait for the disk: `AsyncCheckpointWriter` copies what is to be saved, and a thread of its own does the rest.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class CheckpointManager:
         """Check every file of a checkpoint, and that it is one of this run.
 
         Raises:
-            Damaged: it must not be used, and why.
+            CheckpointCorrupted: it must not be used, and why.
         """
         saved, found = verify(path), _read_manifest(path).get("belongs_to", {})
         for key, value in self.identity.items():
@@ -181,7 +181,7 @@ class CheckpointManager:
             return None
         return (step, loss) if self.path(step).is_dir() else None
 
-    def forget_after(self, step: int) -> None:
+    def delete_after(self, step: int) -> None:
         """The run goes on from `step`: what it saved beyond will be done again, perhaps otherwise, and goes."""
         if not self.owner:
             return
@@ -270,7 +270,7 @@ class AsyncCheckpointWriter:
         self._told = True  # what became of it
 
     def start(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None) -> None:
-        """Begin to save, as Checkpoints.save does; the save before must have been collected."""
+        """Begin to save, as CheckpointManager.save does; the save before must have been collected."""
         started = time.perf_counter()
         self._outcome = outcome = SaveResult(step)
         copied = sum(t.nbytes for named in tensors.values() for t in named.values()) < self.free_bytes() / 2
@@ -345,7 +345,7 @@ def verify(path: Path) -> Checkpoint:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        Damaged: anything missing, surplus, changed, or not a plain file.
+        CheckpointCorrupted: anything missing, surplus, changed, or not a plain file.
     """
     body = _read_manifest(path)
     names = {entry.name for entry in path.iterdir()}

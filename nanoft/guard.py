@@ -1,16 +1,16 @@
 """What to do when a step goes wrong.
 
 One NaN in a gradient turns every parameter into NaN at the next optimizer step, and nothing brings them back. So each
-step is judged before it is taken, from its loss and from the norm of its gradient before clipping:
+step is checked before it is taken, by its loss and by the norm of its gradient before clipping:
 
-    not finite          the window is left out: parameters, optimizer and schedule stay as they are
-    far above the rest  warned, then left out, then taken back, as far as guard.on_spike allows
+    not finite          the window is skipped: parameters, optimizer and schedule stay as they are
+    a spike             a warning, then skipped, then a rollback, as far as guard.on_spike allows
 
-Far above is measured with numbers that an outlier cannot move: the distance from the median of the last steps in units
+A spike is measured with statistics that an outlier cannot move: the distance from the median of the last steps in units
 of their median absolute deviation (Hampel 1974; Leys et al. 2013). Of logarithms, because losses and gradient norms
-vary by factors, the more so the smaller they are. Too many windows left out in a row mean that the weights are no good
-any more: the run goes back to its last checkpoint, learns more slowly, and passes over the windows that did it (as
-Chowdhery et al. 2022, section 5.1, did by hand); if that does not help, it ends, and says where the first NaN arises.
+vary by factors, the more so the smaller they are. Too many windows skipped in a row mean that the weights have gone
+bad: the run rolls back to its last checkpoint, lowers the learning rate, and skips the windows that did it (as
+Chowdhery et al. 2022, section 5.1, did by hand). If that does not help, it ends and names where the first NaN arises.
 """
 
 from __future__ import annotations
@@ -20,21 +20,38 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nanoft import TrainingFailed
+from nanoft.batches import Window
 from nanoft.config import GuardConfig
 
-Action = Literal["take", "skip", "roll back", "stop"]
-ENOUGH = 20  # steps before a spike can be told from the run's own noise
-LEAST = 0.05  # a deviation below this counts as this: a run of equal values has none
+MIN_HISTORY = 20  # steps before a spike can be told from the run's own noise
+MIN_DEVIATION = 0.05  # a run of equal values has none
+
+
+class SkipStep(Exception):
+    """A window whose step must not be taken."""
+
+    def __init__(self, reason: str, loss: float, grad_norm: float, window: Window):
+        super().__init__(reason)
+        self.reason, self.loss, self.grad_norm, self.window = reason, loss, grad_norm, window
+
+
+class RollBack(SkipStep):
+    """Too many of them in a row: the weights must come from an earlier checkpoint."""
+
+
+class Diverged(TrainingFailed):
+    """Rollbacks did not help."""
 
 
 @dataclass
 class History:
-    """What the guard has seen; saved with the run, so that a resumed one judges alike."""
+    """What the guard has seen; saved with the run, so that a resumed run decides the same."""
 
     losses: list[float] = field(default_factory=list)  # of the last steps taken
     norms: list[float] = field(default_factory=list)
@@ -42,67 +59,66 @@ class History:
     skips: int = 0  # in a row
     rollbacks: int = 0  # of the whole run
     back_at: int = -1  # the step that the last rollback led to
-    rate: float = 1.0  # factor on the schedule's learning rate
-    suspects: list[list[int]] = field(default_factory=list)  # (epoch, window) of the skips in a row
-    left_out: list[list[int]] = field(default_factory=list)  # (epoch, window) that the run passes over for good
+    lr_scale: float = 1.0  # factor on the schedule's learning rate
+    suspects: list[list[int]] = field(default_factory=list)  # [epoch, index] of the windows skipped in a row
+    skipped_windows: list[list[int]] = field(default_factory=list)  # [epoch, index], for good, after rollbacks
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What to do with a step, and what is wrong with it, if anything."""
-
-    action: Action
-    reason: str = ""
-
-
-def check_step(config: GuardConfig, history: History, loss: float, grad_norm: float, where: list[int]) -> Verdict:
-    """What to do with a step, from its loss (nats per target token) and the norm of its gradient before clipping.
+def check(config: GuardConfig, history: History, loss: float, grad_norm: float, window: Window) -> str:
+    """Decide whether a step may be taken, and add it to the history.
 
     Args:
-        history: of the steps before; this one is added.
-        where: epoch and window of the step.
+        loss: nats per unit.
+        grad_norm: before clipping.
+    Returns:
+        A warning about a spike that is tolerated, or "".
+    Raises:
+        SkipStep: the window must be skipped.
+        RollBack: and it is the last of too many in a row.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return _leave_out(config, history, f"loss {loss:.6g}, gradient norm {grad_norm:.6g}", where)
+        raise _skip(config, history, f"loss {loss:.6g}, gradient norm {grad_norm:.6g}", loss, grad_norm, window)
     spike = _spike(config, history, loss, grad_norm)
     history.spikes = history.spikes + 1 if spike else 0
-    if history.spikes > 1 and config.on_spike != "warn":  # the first one is only warned of
+    if history.spikes > 1 and config.on_spike != "warn":  # the first one is a warning only
         if config.on_spike == "rollback" or history.skips + 1 < config.max_skips:
-            return _leave_out(config, history, spike, where)
-        spike += "; it stays, and is taken for the new level"
+            raise _skip(config, history, spike, loss, grad_norm, window)
+        spike += "; it persists, so it is accepted as the new level"
         history.losses, history.norms, history.spikes = [], [], 0
     history.losses = [*history.losses, loss][-config.spike_window :]
     history.norms = [*history.norms, grad_norm][-config.spike_window :]
-    history.skips, history.suspects = 0, [where] if spike else []  # where a spike goes on, it began here
-    return Verdict("take", spike)
+    history.skips, history.suspects = 0, [window.position] if spike else []  # where a spike goes on, it began here
+    return spike
 
 
-def rolled_back_history(config: GuardConfig, history: History) -> History:
-    """The history to go on with from a checkpoint: a lower rate, and the windows that did it are passed over."""
+def after_rollback(config: GuardConfig, history: History) -> History:
+    """The history to resume a checkpoint with: a lower learning rate, and the windows that did it are skipped."""
     return History(
         rollbacks=history.rollbacks + 1,
-        rate=history.rate * config.rollback_rate,
-        left_out=[*history.left_out, *history.suspects],
+        lr_scale=history.lr_scale * config.rollback_rate,
+        skipped_windows=[*history.skipped_windows, *history.suspects],
     )
 
 
-def restored_history(then: History, now: History) -> History:
-    """The history to go on with where steps are taken back for another reason: their losses will be seen again."""
-    return replace(then, rollbacks=now.rollbacks, back_at=now.back_at, rate=now.rate, left_out=now.left_out)
+def after_restore(then: History, now: History) -> History:
+    """The history where steps are undone for another reason: it will see their losses again."""
+    kept = {"rollbacks": now.rollbacks, "back_at": now.back_at, "lr_scale": now.lr_scale}
+    return replace(then, **kept, skipped_windows=now.skipped_windows)
 
 
-def _leave_out(config: GuardConfig, history: History, reason: str, where: list[int]) -> Verdict:
+def _skip(
+    config: GuardConfig, history: History, reason: str, loss: float, grad_norm: float, window: Window
+) -> SkipStep:
     history.skips += 1
-    history.suspects.append(where)
-    if history.skips < config.max_skips:
-        return Verdict("skip", reason)
-    return Verdict("roll back" if history.rollbacks < config.max_rollbacks else "stop", reason)
+    history.suspects.append(window.position)
+    kind = SkipStep if history.skips < config.max_skips else RollBack
+    return kind(reason, loss, grad_norm, window)
 
 
 def _spike(config: GuardConfig, history: History, loss: float, grad_norm: float) -> str:
     """Which value is far above those before, and how far; empty if none is."""
     for name, value, before in (("loss", loss, history.losses), ("gradient norm", grad_norm, history.norms)):
-        if len(before) >= ENOUGH and (score := robust_score(value, before)) > config.spike_score:
+        if len(before) >= MIN_HISTORY and (score := robust_score(value, before)) > config.spike_score:
             middle = statistics.median(before)
             return f"{name} {value:.4g} is {score:.0f} deviations above the median {middle:.4g} of the last steps"
     return ""
@@ -113,7 +129,7 @@ def robust_score(value: float, before: list[float]) -> float:
     x, *others = (math.log(max(number, 1e-12)) for number in (value, *before))
     median = statistics.median(others)
     deviation = 1.4826 * statistics.median([abs(other - median) for other in others])
-    return (x - median) / max(deviation, LEAST)
+    return (x - median) / max(deviation, MIN_DEVIATION)
 
 
 # ---- Where does it come from?

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 
 from nanoft import UserError
-from nanoft.batches import Batch, pad_to_multiple
+from nanoft.batches import Batch, share_of_rank
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
 from nanoft.runtime import distributed
@@ -37,7 +37,7 @@ def validation_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, in
     nats, count = 0.0, 0
     try:
         with distributed.same_exception(device):
-            for batch in distributed.shard(pad_to_multiple(batches, distributed.world_size())):
+            for batch in share_of_rank(batches):
                 placed = batch.to(device)
                 hidden = model(placed.ids, placed.positions, placed.documents, placed.target_positions)
                 nats += token_nll(hidden, model.head, placed.targets).cpu().double().sum().item()

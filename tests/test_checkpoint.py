@@ -188,9 +188,9 @@ def test_a_run_that_went_back_leaves_no_later_checkpoint_to_go_on_from(tmp_path:
     assert saved is not None
     assert (saved.path, damage) == (checkpoints.path(15), [])
     assert checkpoints.best() == (10, 2.0)
-    checkpoints.forget_after(12)  # so does one that has only begun to
+    checkpoints.delete_after(12)  # so does one that has only begun to
     assert (checkpoints.steps(), checkpoints.best()) == ([10], (10, 2.0))
-    checkpoints.forget_after(5)
+    checkpoints.delete_after(5)
     assert (checkpoints.steps(), (tmp_path / "best.json").exists()) == ([], False)
     save(checkpoints, 12)  # before the first evaluation
     assert checkpoints.best() is None

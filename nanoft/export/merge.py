@@ -34,8 +34,9 @@ from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import NOTE, read_adapter, save_adapter, select_modules, sum_adapters
 from nanoft.models.hub import TOKENIZER_FILES
+from nanoft.models.model_files import quantization_of, stored_dtype
 from nanoft.models.open import LoadedModel, TrainedAdapter, attach_adapter
-from nanoft.models.weights import copy_companions, quantization_of, save_model, stored_dtype, write_config
+from nanoft.models.weights import copy_companions, save_model, write_config
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 # How far merged logits may be from adapter logits, as a share of the logits' standard deviation: rounding every weight

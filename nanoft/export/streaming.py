@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from nanoft.lora import LoRALinear
 from nanoft.model import Decoder, DecoderConfig
-from nanoft.models.families import read_shape
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import WeightFiles, is_block_linear, open_weights
 from nanoft.nf4 import quantize
 
@@ -110,10 +110,10 @@ def open_rows(
     Raises:
         UserError: missing, unexpected or mis-shaped tensors, all of them listed; damaged files; unknown architecture.
     """
-    config = read_shape(directory)
+    base = ModelFiles.read(directory)
     with torch.device("meta"):
-        blank = Decoder(config)
-    return Weights(config, open_weights(directory, blank), quantization, unpacked)
+        blank = Decoder(base.decoder)
+    return Weights(base.decoder, open_weights(base, blank), quantization, unpacked)
 
 
 def give_back_freed_memory() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanoft.model import Decoder
 from nanoft.runtime import distributed
@@ -46,3 +46,48 @@ def unsharded(blocks: Sequence[nn.Module], use: Callable[[Any], T]) -> Iterator[
             block.reshard()  # type: ignore[operator]
 
     return together() if is_sharded() else None
+
+
+def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> float:
+    """Scale the gradients to a norm of at most `limit` (0: leave them), and return the norm before."""
+    norm = nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+    return full_tensor(norm).item()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor of which each rank has a part."""
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gather_full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each of them whole, one after the other, in rank 0's main memory; as they are if they are not split."""
+    if not is_sharded():
+        return tensors
+    found = {}
+    for name, tensor in tensors.items():
+        full = full_tensor(tensor)
+        found[name] = full.cpu() if distributed.process_rank() == 0 else full.new_empty(0)
+    return found
+
+
+def distribute_like(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of whole tensors, this rank's parts, wherever those of the same name in `like` are split."""
+
+    if not is_sharded():
+        return tensors
+    from torch.distributed.tensor import distribute_tensor
+
+    def part(tensor: Tensor, own: Any) -> Tensor:
+        if not _is_dtensor(own):
+            return tensor
+        return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+
+    return {name: part(tensor, like.get(name)) for name, tensor in tensors.items()}
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    if not is_sharded():
+        return False
+    from torch.distributed.tensor import DTensor  # half a second that other runs need not wait
+
+    return isinstance(tensor, DTensor)

@@ -13,7 +13,6 @@ from typing import Any
 from nanoft import UserError
 from nanoft.io.untrusted import read_json, refuse_code
 from nanoft.model import DecoderConfig, Rope
-from nanoft.models.hub import find_model
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -150,7 +149,11 @@ WIDEST_WINDOW = 1 << 31
 def read_shape(directory: Path) -> DecoderConfig:
     """The decoder's shape from the directory's config.json."""
     path = directory / "config.json"
-    stored = read_json(path)
+    return parse_shape(read_json(path), path)
+
+
+def parse_shape(stored: dict[str, Any], path: Path) -> DecoderConfig:
+    """The decoder's shape from a parsed config.json; `path` is where it was read, for messages."""
     try:
         refuse_code(stored)
         _check_sizes(stored)
@@ -161,11 +164,6 @@ def read_shape(directory: Path) -> DecoderConfig:
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: a field is missing or of the wrong kind ({error}): fetch the file again") from None
     return config
-
-
-def find_shape(name: str) -> DecoderConfig:
-    """The shape of a model by its directory or Hub name; of the latter nothing but config.json is fetched."""
-    return read_shape(find_model(name, files=["config.json"]))
 
 
 def _check_sizes(stored: dict[str, Any]) -> None:

@@ -21,7 +21,8 @@ from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter
 from nanoft.models.hub import find_model
-from nanoft.models.weights import load_model, quantization_of, stored_quantization
+from nanoft.models.model_files import ModelFiles, quantization_of
+from nanoft.models.weights import load_model
 from nanoft.runtime.device import DTYPES
 
 
@@ -212,5 +213,5 @@ def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None
     load_adapter_tensors(adapters, adapter.tensors, str(adapter.place))
-    trained_on = adapter.quantization or stored_quantization(adapter.base)
+    trained_on = adapter.quantization or ModelFiles.read(adapter.base).quantization
     return LoadedModel(model.eval(), adapters, adapter.base, adapter.tokenizer, trained_on, adapter.dtype)

@@ -16,58 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from nanoft import UserError
-from nanoft.config import Config
 from nanoft.data.chat_tokenizer import MAX_TOKENIZER, ChatTokenizer
 from nanoft.io.atomic import write_file
 from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
-from nanoft.io.untrusted import read_bytes, read_json, resolve_file
+from nanoft.io.untrusted import read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig, initialize
 from nanoft.models.bnb_format import read_stored, stored_tensors
-from nanoft.models.families import decoder_config, read_shape
+from nanoft.models.families import decoder_config
 from nanoft.models.hub import TOKENIZER_FILES
-from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize
+from nanoft.models.model_files import ModelFiles, check_quantization
+from nanoft.nf4 import Linear4bit, Linear8bit, quantize
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # number formats, in safetensors' names, that mean what they say without a scale
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
-PICKLES = (
-    "pytorch_model*.bin",
-    "model*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-)  # weights that can run code when read
-
-
-def shard_paths(directory: Path) -> list[Path]:
-    """The safetensors files of a model, from its index if it has one.
-
-    Raises:
-        UserError: no weights, or an index that points outside the directory or to a missing file.
-    """
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if not index.is_file():
-        if single.is_file():
-            resolve_file(single)
-            return [single]
-        if pickles := [path for pattern in PICKLES for path in sorted(directory.glob(pattern))]:
-            raise UserError(
-                f"{pickles[0]}: weights in a pickle, which can run code, are not read: use a copy of the model in "
-                "safetensors, or convert it once (torch.load with weights_only=True, safetensors.torch.save_file)"
-            )
-        raise UserError(f"{directory}: no weights here: expected model.safetensors or model.safetensors.index.json")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map is missing or empty: fetch the file again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
-            raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
-    shards = [directory / name for name in sorted(set(weight_map.values()))]
-    for shard in shards:
-        if not shard.is_file():
-            raise UserError(f"{shard}: named in the index, but missing: fetch the model again")
-        resolve_file(shard)
-    return shards
 
 
 def read_headers(paths: list[Path]) -> dict[str, TensorHeader]:
@@ -118,19 +79,19 @@ class WeightFiles:
             raise UserError(f"{self.headers[name].path}: {place}{error}") from None
 
 
-def open_weights(directory: Path, model: Decoder, paths: list[Path] | None = None) -> WeightFiles:
+def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = None) -> WeightFiles:
     """Compare the headers of a model's files with the model, before any tensor is read.
 
     Args:
         model: on any device, for the names and shapes of its parameters.
-        paths: the files; None: the directory's.
+        paths: the files; None: the model's own.
     Raises:
         UserError: missing, unexpected or mis-shaped tensors, all of them listed; damaged files.
     """
-    headers = read_headers(paths or shard_paths(directory))
+    headers = read_headers(paths or base.shards())
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = {name: shapes[name] for name in headers if name in shapes}
-    files = WeightFiles(headers, present, stored_quantization(directory))
+    files = WeightFiles(headers, present, base.quantization)
     expected: dict[str, tuple[set[str], tuple[int, ...] | None]] = {}
     for name, shape in shapes.items():
         if files.stored and files.is_packed(name):
@@ -148,7 +109,7 @@ def open_weights(directory: Path, model: Decoder, paths: list[Path] | None = Non
             faults.append(f"unexpected {name}")
     if faults:
         shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise UserError(f"{directory}: {len(faults)} tensors do not fit config.json: {shown}")
+        raise UserError(f"{base.directory}: {len(faults)} tensors do not fit config.json: {shown}")
     return files
 
 
@@ -162,51 +123,8 @@ def is_block_linear(name: str) -> bool:
     return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
 
-def quantization_of(config: Config) -> tuple[str, bool] | None:
-    """The form (nf4 | fp4 | int8, double) that the settings ask for; None for weights that are not quantized."""
-    q = config.quantization
-    return {4: (q.type, q.double), 8: ("int8", False), 16: None}[q.bits]
-
-
-def stored_quantization(directory: Path) -> tuple[str, bool] | None:
-    """The form (nf4 | fp4 | int8, double) in which bitsandbytes packed the model; None if it did not.
-
-    Raises:
-        UserError: a form that is not supported.
-    """
-    path = directory / "config.json"
-    q = read_json(path).get("quantization_config")
-    if not q:
-        return None
-    if not isinstance(q, dict):
-        raise UserError(f"{path}: quantization_config: {q!r:.60} is not a table")
-    kind = str(q.get("bnb_4bit_quant_type", "fp4"))
-    if q.get("load_in_8bit"):
-        return "int8", False
-    if not q.get("load_in_4bit") or kind not in CODES or q.get("bnb_4bit_quant_storage", "uint8") != "uint8":
-        raise UserError(f"{path}: quantization_config: neither 8 bits nor nf4 or fp4 stored as uint8: not supported")
-    return kind, bool(q.get("bnb_4bit_use_double_quant"))
-
-
-def check_quantization(directory: Path, asked: tuple[str, bool] | None) -> None:
-    """Refuse settings that are not what the model is, if it was packed before.
-
-    Raises:
-        UserError: with the settings that are.
-    """
-    stored = stored_quantization(directory)
-    if stored in (None, asked):
-        return
-    kind, double = stored
-    fields = "bits=8" if kind == "int8" else f"bits=4 quantization.type={kind} quantization.double={double}".lower()
-    raise UserError(
-        f"quantization.bits: {directory} is stored in {kind} and can only be trained on like that: "
-        f"set quantization.{fields}, or name the original model"
-    )
-
-
 def load_model(
-    directory: Path,
+    base: Path | ModelFiles,
     device: torch.device,
     dtype: torch.dtype,
     quantization: tuple[str, bool] | None = None,
@@ -217,6 +135,7 @@ def load_model(
     """Build the decoder of a Hugging Face directory and fill it.
 
     Args:
+        base: the directory, or what was read of it before.
         dtype: of every weight that is not quantized.
         quantization: (nf4 | fp4 | int8, double): pack the linears of the blocks as they arrive; None: not now.
         random_seed: ignore the files' weights and draw random ones.
@@ -225,9 +144,9 @@ def load_model(
     Raises:
         UserError: missing, unexpected or mis-shaped tensors, all of them listed; damaged files; unknown architecture.
     """
-    config = read_shape(directory)
+    base = base if isinstance(base, ModelFiles) else ModelFiles.read(base)
     with torch.device("meta"):
-        model = Decoder(config).to(dtype)
+        model = Decoder(base.decoder).to(dtype)
     if random_seed is not None:
         model.to_empty(device=device)
         for module in model.modules():  # norms to 1, biases to 0: the constructor's values were lost on `meta`
@@ -238,8 +157,8 @@ def load_model(
         initialize(model, random_seed)
         return model
     if quantization:
-        check_quantization(directory, quantization)
-    weights = open_weights(directory, model, files)
+        check_quantization(base, quantization)
+    weights = open_weights(base, model, files)
     for name in weights.shapes:
         if weights.is_packed(name):
             _replace(model, name, weights.read_packed(name, unpacked_dtype or dtype, device))
@@ -268,13 +187,6 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
     write_file(out / "model.safetensors", encode_safetensors(specs, lambda name: parameters[name].to(dtype)))
     write_config(source, out, dtype)
     copy_companions(source, out)
-
-
-def stored_dtype(directory: Path) -> torch.dtype:
-    """The number format that config.json says the weights are stored in; bfloat16 if it does not say."""
-    config = read_json(directory / "config.json")
-    name = str(config.get("dtype") or config.get("torch_dtype"))
-    return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
@@ -315,12 +227,6 @@ def copy_companions(source: Path, out: Path) -> None:
             content = (json.dumps({**settings, "eos_token_id": chat.stop_ids}, indent=2) + "\n").encode()
     if content:
         write_file(out / path.name, [content])
-
-
-def base_files(directory: Path) -> list[Path]:
-    """The files of a model that decide what an adapter was trained on: config, tokenizer, weights."""
-    described = [directory / name for name in ("config.json", "tokenizer.json") if (directory / name).is_file()]
-    return [*described, *shard_paths(directory)]
 
 
 def hash_files(paths: list[Path]) -> str:

@@ -9,12 +9,12 @@ so a window has the same gradient however it is split into micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from torch import Tensor
 
-from nanoft.batches import Batch
+from nanoft.batches import Batch, Window
 from nanoft.config import Config
 from nanoft.model import Decoder
 from nanoft.objectives.sft import SFT
@@ -25,10 +25,10 @@ class Objective(Protocol):
 
     unit: str  # what the loss is a mean of: "target tokens", "pairs", "samples", "completions"
 
-    def prepare(self, model: Decoder, window: Sequence[Batch]) -> None:
+    def prepare(self, model: Decoder, window: Window) -> None:
         """What needs the whole window, without gradient, before its first micro-batch."""
 
-    def count(self, window: Sequence[Batch]) -> float:
+    def count(self, window: Window) -> float:
         """Units of the whole window, over all micro-batches and ranks: the denominator of the loss."""
 
     def loss(self, model: Decoder, batch: Batch) -> Tensor:

@@ -7,12 +7,12 @@ Prompt tokens are read and never predicted: their positions give no logits and n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from nanoft import perplexity
-from nanoft.batches import Batch
+from nanoft.batches import Batch, Window
 from nanoft.config import Config
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
@@ -26,11 +26,11 @@ class SFT:
     def __init__(self, config: Config):
         self.label_smoothing, self.z_loss = config.training.label_smoothing, config.training.z_loss
 
-    def prepare(self, model: Decoder, window: Sequence[Batch]) -> None:
+    def prepare(self, model: Decoder, window: Window) -> None:
         """Nothing: each token's loss stands for itself."""
 
-    def count(self, window: Sequence[Batch]) -> float:
-        return sum(batch.target_tokens for batch in window)
+    def count(self, window: Window) -> float:
+        return window.target_tokens
 
     def loss(self, model: Decoder, batch: Batch) -> Tensor:
         """Sum over the target tokens of a micro-batch, in nats."""

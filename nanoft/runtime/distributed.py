@@ -1,21 +1,21 @@
-"""Many processes, one run: `torchrun --nproc-per-node N train.py CONFIG`.
+"""Data-parallel training with several processes: `torchrun --nproc-per-node N train.py CONFIG`.
 
-Every process (rank) runs the same program. Each holds the model and, because the order of the samples is a pure
-function of (seed, epoch, index), sees the whole window of every optimizer step; it computes the micro-batches
-rank, rank + N, rank + 2 N, ... of it. The gradients are summed over the ranks once a window:
+Every process (rank) runs the same program. The order of the samples is a pure function of (seed, epoch, index), so each
+rank knows the whole window of every optimizer step; it computes the micro-batches rank, rank + N, rank + 2 N, ... of
+it. The gradients are summed over the ranks once per window:
 
-    gradient = sum over ranks of d(nll of its micro-batches) / dw  /  target tokens of the whole window
+    gradient = sum over ranks of d(loss of its micro-batches) / dw  /  units of the whole window
 
-so N ranks do what one rank does with N times the accumulation, and a rank without a micro-batch adds zeros. All ranks
-then clip by the same norm and take the same optimizer step: their weights stay equal without being sent. What is not
-arithmetic is rank 0's: it alone reads and writes the run directory and talks, and tells the others what it found out
-(`tell`). Decisions that change the control flow are made from numbers that all ranks have in common.
+so N ranks do what one rank does with N times the accumulation steps, and a rank without a micro-batch adds zeros. All
+ranks then clip by the same norm and take the same optimizer step, so their weights stay equal without communication.
+Only rank 0 reads and writes the run directory and prints; it broadcasts what it finds. Decisions that change the
+control flow are made from numbers that all ranks share.
 
-With training.sharding=full, PyTorch's FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3) splits every
-parameter, gradient and moment over the ranks, and puts a block's weights together only while the block is computed.
+With training.sharding=full, PyTorch's FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3) shards every
+parameter, gradient and moment over the ranks: nanoft/kernels/sharding.py.
 
-Here are only the few words that ranks say to one another, on top of torch.distributed: gloo on a CPU, NCCL between
-GPUs. Without torchrun there is one rank, and nothing here does anything.
+This module holds the collectives, on top of torch.distributed: gloo on a CPU, NCCL between GPUs. Without torchrun the
+world size is 1, and they do nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch.distributed.rendezvous import rendezvous
 from nanoft import TrainingFailed, UserError
 from nanoft.config import Config
 from nanoft.runtime.command import StopRequest
-from nanoft.runtime.memory import is_out_of_memory, release_memory
+from nanoft.runtime.memory import OutOfMemory, is_out_of_memory, release_memory
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of what all ranks do together
@@ -153,7 +153,7 @@ def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
                 )
 
 
-# ---- Rank 0 knows
+# ---- From rank 0
 
 
 def broadcast_from_rank0(find_out: Callable[[], Any]) -> Any:
@@ -194,45 +194,6 @@ def is_sharded() -> bool:
     return _sharded
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor of which each rank has a part."""
-    return tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def gather_full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each of them whole, one after the other, in rank 0's main memory; as they are if they are not split."""
-    if not _sharded:
-        return tensors
-    found = {}
-    for name, tensor in tensors.items():
-        full = full_tensor(tensor)
-        found[name] = full.cpu() if process_rank() == 0 else full.new_empty(0)
-    return found
-
-
-def distribute_like(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of whole tensors, this rank's parts, wherever those of the same name in `like` are split."""
-
-    if not _sharded:
-        return tensors
-    from torch.distributed.tensor import distribute_tensor
-
-    def part(tensor: Tensor, own: Any) -> Tensor:
-        if not _is_dtensor(own):
-            return tensor
-        return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
-
-    return {name: part(tensor, like.get(name)) for name, tensor in tensors.items()}
-
-
-def _is_dtensor(tensor: Any) -> bool:
-    if not _sharded:
-        return False
-    from torch.distributed.tensor import DTensor  # half a second that other runs need not wait
-
-    return isinstance(tensor, DTensor)
-
-
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Rank 0's values, on every rank; tensors that are split stay as they are."""
     if world_size() == 1 or _sharded:
@@ -262,6 +223,23 @@ def all_gather_dict(found: dict[int, T]) -> dict[int, T]:
     if _store is None or _sharded:
         return found
     return dict(sorted(pair for part in _all_gather(list(found.items())) for pair in part))
+
+
+@contextmanager
+def gradients_summed_over_ranks(
+    loss: Tensor, parameters: Sequence[nn.Parameter], seed: tuple[int, int, int]
+) -> Iterator[None]:
+    """Around the backward passes of this rank's share of a window: afterwards loss and gradients are the window's.
+
+    Args:
+        seed: (seed of the run, epoch, index of the window), for this rank's dropout.
+    Raises:
+        OutOfMemory: on some rank; then nothing was summed.
+    """
+    seed_process(*seed)
+    with same_exception(loss.device):
+        yield
+    all_reduce_gradients(loss, parameters)
 
 
 def seed_process(seed: int, epoch: int, index: int) -> None:
@@ -336,50 +314,43 @@ def _all_reduce(values: Sequence[float], operation: Any) -> list[float]:
 
 @contextmanager
 def same_exception(device: torch.device) -> Iterator[None]:
-    """What fails on one rank fails on all, at the end of the block; memory that is short on one is short on all.
+    """At the end of the block, raise an error of one rank on every rank; out of memory as `OutOfMemory`.
 
-    Where parameters are split, ranks wait for one another inside the block: if memory is short on one, it ends, and
-    torchrun ends the others.
+    With a sharded model the ranks wait for one another inside the block: a rank that runs out of memory exits with 3,
+    and torchrun ends the others.
 
     Raises:
-        MemoryError: memory was short on some rank.
-        TrainingFailed: something else went wrong on another rank; this one's own error passes.
+        OutOfMemory: memory ran out on some rank.
+        TrainingFailed: something else failed on another rank; a rank's own error is raised as it is.
     """
-    if world_size() == 1:
-        yield
-        return
-    if _sharded:
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            print(
-                f"failed: out of memory on rank {process_rank()}; with training.sharding=full nothing is taken in halves: "
-                "lower training.micro_batch_size (with more accumulation), or set training.checkpointing=full",
-                file=sys.stderr,
-            )
-            os._exit(3)  # at once: whoever tidies up waits for the others
-        return
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
     short = failure is not None and is_out_of_memory(failure)
+    if short and _sharded:
+        print(
+            f"failed: out of memory on rank {process_rank()}, and with training.sharding=full it is too late to halve: "
+            "lower training.micro_batch_size (with more accumulation), or set training.checkpointing=full",
+            file=sys.stderr,
+        )
+        os._exit(3)  # at once: an orderly exit would wait for the other ranks
     if short:
-        failure = None  # it holds the frames that hold the memory
-        release_memory(device)
-    worst = _all_reduce([1 if short else 2 if failure else 0], dist.ReduceOp.MAX)[0]
+        release_memory(device, failure)
+        failure = None
+    worst = 1 if short else 2 if failure else 0
+    if not _sharded:
+        worst = _all_reduce([worst], dist.ReduceOp.MAX)[0]
     if failure is not None:
         raise failure
     if worst == 1:
-        raise MemoryError("out of memory on one of the processes")
+        raise OutOfMemory("out of memory")
     if worst:
-        raise TrainingFailed("another process failed: see what it says")
+        raise TrainingFailed("another process failed: see its message")
 
 
-# ---- Words
+# ---- Messages
 
 
 @contextmanager

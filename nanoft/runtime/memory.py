@@ -9,11 +9,11 @@ import resource
 import statistics
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 import torch
@@ -81,9 +81,15 @@ def resident_bytes(device: torch.device) -> float:
     return float(psutil.Process().memory_info().rss) if device.type == "cpu" else 0.0
 
 
+class OutOfMemory(Exception):
+    """Memory ran out on some rank. Every rank raises it at the same place (`distributed.same_exception`)."""
+
+    in_optimizer_step = False  # then some parameters may be updated and others not
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
         return True
     texts = (
         *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed"),
@@ -92,32 +98,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
 
 
-class Shortage:
-    """`with Shortage(device) as short:` swallows an out-of-memory error and is true then; everything else passes.
+def release_memory(device: torch.device, error: BaseException | None = None) -> None:
+    """Return unused memory to the device.
 
-    When the block is left, nothing holds its tensors any more (a caught error would hold the frames that do), and what
-    the allocator had kept for itself is given back.
+    Args:
+        error: a caught one, whose frames keep tensors alive until they are cleared.
     """
-
-    def __init__(self, device: torch.device):
-        self.device, self.happened = device, False
-
-    def __enter__(self) -> Shortage:
-        return self
-
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> bool:
-        self.happened = error is not None and is_out_of_memory(error)
-        if error is not None and self.happened:
-            error.__traceback__ = error.__context__ = None
-            release_memory(self.device)
-        return self.happened
-
-    def __bool__(self) -> bool:
-        return self.happened
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back what nobody uses any more."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__, error = None, error.__context__
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -37,9 +37,7 @@ from nanoft.data.sources import find_files
 from nanoft.io.untrusted import one_line
 from nanoft.kernels.attention import CHUNK, attend, has_varlen
 from nanoft.metrics import answers
-from nanoft.models.families import read_shape
-from nanoft.models.hub import find_model
-from nanoft.models.weights import check_quantization, quantization_of, shard_paths
+from nanoft.models.model_files import ModelFiles, check_quantization, quantization_of
 from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
 from nanoft.optim import check_optimizer
 from nanoft.runtime.command import Arguments, command
@@ -51,15 +49,10 @@ from nanoft.runtime.device import (
     quiet_libraries,
     supports_matmul,
 )
+from nanoft.runtime.machine import Machine
 from nanoft.runtime.memory import memory_limit_bytes
 from nanoft.tracking.trackers import require_tracker_packages
-from nanoft.training.memory_plan import (
-    choose_activations,
-    describe_recompute,
-    find_machine,
-    matmul_gflop_s,
-    resolve_micro_batch_size,
-)
+from nanoft.training.memory_plan import Planner, describe_recompute, matmul_gflop_s, resolve_micro_batch_size
 from nanoft.training.preflight import check_room
 
 Color = Literal["green", "yellow", "red"]
@@ -257,18 +250,17 @@ def _device(config: Config) -> Line:
     return Line("green", "config", f"runs on {choose_device(config.system.device).type}")
 
 
-def validate_environment(config: Config, device: torch.device) -> None:
+def validate_environment(config: Config, machine: Machine) -> None:
     """What a run needs of this machine, tried in a second, before anything is fetched, read or loaded.
 
     Raises:
         UserError: the device has not the number format, the optimizer or a bitsandbytes that works; or a package of
             an extra is missing.
     """
-    choose_dtype(config.model.dtype, device)
-    check_optimizer(config.training.optimizer, device)
+    check_optimizer(config.training.optimizer, machine.device)
     require_tracker_packages(config.logging)
     answers.select_metrics(config.evaluation.metrics)
-    if needs_bitsandbytes(config) and (line := four_bits(device)).color == "red":
+    if needs_bitsandbytes(config) and (line := four_bits(machine.device)).color == "red":
         raise UserError(f"{line.name}: {line.found}: {line.fix}")
 
 
@@ -278,21 +270,21 @@ def needs_bitsandbytes(config: Config) -> bool:
 
 
 def _settings(config: Config) -> Line:
-    device = choose_device(config.system.device)
-    validate_environment(config, device)
-    dtype = str(choose_dtype(config.model.dtype, device)).removeprefix("torch.")
-    return Line("green", "settings", f"{config.training.optimizer} and {dtype} work on {device.type}")
+    machine = Machine.detect(config)
+    validate_environment(config, machine)
+    found = f"{config.training.optimizer} and {machine.dtype_name} work on {machine.device.type}"
+    return Line("green", "settings", found)
 
 
 def _model(config: Config) -> Line:
     """The shape, from config.json alone; weights are looked for, not fetched."""
     name = config.model.name
-    directory = find_model(name, files=["config.json"])
-    check_quantization(directory, quantization_of(config))
-    shape, where = read_shape(directory), ""
+    files, where = ModelFiles.find(name), ""
+    check_quantization(files, quantization_of(config))
+    shape = files.decoder
     if not config.model.random_init:
         try:
-            shard_paths(directory)
+            files.shards()
         except UserError:
             if Path(name).is_dir():
                 raise
@@ -314,14 +306,16 @@ def _data(config: Config) -> Line:
 
 def _room(config: Config) -> Line:
     """Green if the whole plan fits, yellow if it will in smaller micro-batches, red if not one row does."""
-    config = resolve_micro_batch_size(config, None)
-    _, plan = choose_activations(config, config.micro_batch_rows(), config.model.max_seq_length)
-    found = (
-        f"{plan.peak / 1e9:.2f} GB by the plan, of {find_machine(config).room / 1e9:.2f} GB; {describe_recompute(plan)}"
+    planner = Planner.of(config, Machine.detect(config), ModelFiles.find(config.model.name).decoder)
+    config = resolve_micro_batch_size(planner, None)
+    plan, room = (
+        planner.choose_activations(config.micro_batch_rows(), config.model.max_seq_length),
+        planner.machine.room_bytes,
     )
-    if plan.peak <= find_machine(config).room:
+    found = f"{plan.peak / 1e9:.2f} GB by the plan, of {room / 1e9:.2f} GB; {describe_recompute(plan)}"
+    if plan.peak <= room:
         return Line("green", "room", found)
-    least = check_room(config, config.model.max_seq_length)
+    least = check_room(planner, config.model.max_seq_length)
     if not least.passed:
         return Line("red", "room", least.found, least.fix)
     return Line("yellow", "room", found, "micro-batches will be halved; training.micro_batch_size=auto spares that")

@@ -6,7 +6,7 @@ the activations that backward waits for, so many numbers a token and layer; one 
     2 hidden + 2 q + 2 k + 2 intermediate + the u of each adapter        numbers a token
 
 (residual stream twice, queries, keys, values and the attention's output, gate and up), for Mistral-7B in bfloat16
-92 KiB; a block that is computed again keeps `hidden`, 8 KiB. What cannot be counted, the memory of kernels and what an
+92 KiB; a block that is recomputed keeps `hidden`, 8 KiB. What cannot be counted, the memory of kernels and what an
 allocator cannot use again, is a constant and a share, measured with `bench/plan.py`.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +28,11 @@ from nanoft.lora import inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.dequantize import choose_dequantize
-from nanoft.models.families import find_shape
+from nanoft.models.model_files import ModelFiles
 from nanoft.optim import check_optimizer
 from nanoft.recompute import ActivationPolicy, keep_by_policy
-from nanoft.runtime.device import DTYPES, choose_device, choose_dtype
-from nanoft.runtime.memory import memory_limit_bytes, resident_bytes
+from nanoft.runtime.machine import Machine
+from nanoft.runtime.memory import OutOfMemory, is_out_of_memory, resident_bytes
 
 MiB = 2**20
 # Beside what is counted: bytes that kernels, caches and threads bring, and how many tensors of (tokens, intermediate)
@@ -42,7 +42,6 @@ KERNELS, TRANSIENT = 64 * MiB, 7
 # them; measured with bench/plan.py.
 KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 60 * MiB}, {2: 28.5, 4: 23}
 BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
-MARGIN = 0.9  # of the memory that this process may have: what a plan may fill
 MOMENTS = {"adamw": 8.0, "adamw_paged": 8.0, "adamw_8bit": 2.04, "adamw_8bit_paged": 2.04}  # bytes a parameter
 EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
@@ -177,7 +176,7 @@ def loss_bytes(c: DecoderConfig, device_type: str, e: int, targets: float) -> fl
 def choose_recompute(
     peak_of: Callable[[list[ActivationPolicy]], float], layers: int, room: float
 ) -> list[ActivationPolicy]:
-    """Everything if it fits into `room` bytes; else as few blocks computed again as make it fit; at most all."""
+    """Everything if it fits into `room` bytes; else as few blocks recomputed as make it fit; at most all."""
     for again in range(layers + 1):
         keep: list[ActivationPolicy] = [*["input"] * again, *["all"] * (layers - again)]  # type: ignore[list-item]
         if peak_of(keep) <= room:
@@ -233,119 +232,113 @@ def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: 
     return (done - 2) * flop / 1e9 / (time.perf_counter() - started)
 
 
-# ---- For train.py
+# ---- One config on one machine
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a plan is for."""
+class Planner:
+    """The memory of a config on a machine, from the shape of its model."""
 
-    device: torch.device
-    dtype: torch.dtype
-    room: float  # bytes that a plan may fill
-    here: bool  # or only described, by system.device and system.memory_gb
+    config: Config
+    machine: Machine
+    decoder: DecoderConfig
+    counts: Counts
 
+    @classmethod
+    def of(cls, config: Config, machine: Machine, decoder: DecoderConfig) -> Planner:
+        return cls(config, machine, decoder, count_parameters(decoder, config))
 
-def find_machine(config: Config) -> Machine:
-    """This machine, or the one that the config describes if its device is not here.
+    def plan(self, rows: int, length: int, keep: list[ActivationPolicy]) -> Plan:
+        """The memory of a step with micro-batches of rows x length tokens, and what each block keeps for backward."""
+        device, settled = self.machine.device, decide_dequantize(self.config, self.counts, self.machine)
+        baseline, dtype = resident_bytes(device), self.machine.dtype
+        return estimate_memory(self.decoder, self.counts, settled, device.type, dtype, rows, length, keep, baseline)
 
-    Raises:
-        UserError: the device is not here, and nothing says how much memory it has.
-    """
-    wanted, memory_gb = config.system.device, config.system.memory_gb
-    try:
-        device = choose_device(wanted)
-    except UserError as error:
-        if memory_gb is None:
-            raise UserError(f"{error}, or give its system.memory_gb to --plan for it") from None
-        dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
-        return Machine(torch.device(wanted), dtype, MARGIN * memory_gb * 1e9, here=False)
-    dtype = choose_dtype(config.model.dtype, device)
-    return Machine(device, dtype, MARGIN * memory_limit_bytes(device), here=True)
+    def keep_by(self, policy: str) -> list[ActivationPolicy]:
+        """What each block keeps under a policy of training.checkpointing."""
+        return keep_by_policy(policy, self.config.training.checkpoint_every, self.decoder.num_layers)
 
+    def most_recomputed(self) -> list[ActivationPolicy]:
+        """Every block recomputed, unless the policy forbids it."""
+        policy = self.config.training.checkpointing
+        return self.keep_by("full" if policy == "auto" else policy)
 
-def make_planner(config: Config) -> Callable[[int, int, list[ActivationPolicy]], Plan]:
-    """From rows, their length, and what each block keeps, to the memory of a step."""
-    machine, decoder = find_machine(config), find_shape(config.model.name)
-    device, dtype, counts = machine.device, machine.dtype, count_parameters(decoder, config)
-    settled, baseline = decide_dequantize(config, counts, machine), resident_bytes(device)
+    def choose_activations(self, rows: int, length: int) -> Plan:
+        """The plan under training.checkpointing; with auto, as few blocks are recomputed as make it fit."""
+        policy = self.config.training.checkpointing
+        if policy != "auto":
+            return self.plan(rows, length, self.keep_by(policy))
+        room, layers = self.machine.room_bytes, self.decoder.num_layers
+        return self.plan(rows, length, choose_recompute(lambda keep: self.plan(rows, length, keep).peak, layers, room))
 
-    def plan(rows: int, length: int, keep: list[ActivationPolicy]) -> Plan:
-        return estimate_memory(decoder, counts, settled, device.type, dtype, rows, length, keep, baseline)
-
-    return plan
+    def minimum_plan(self, length: int) -> Plan:
+        """One row of so many tokens: what halving micro-batches leads to."""
+        return self.plan(1, length, self.most_recomputed())
 
 
 def decide_dequantize(config: Config, counts: Counts, machine: Machine) -> Config:
-    """Say for quantization.dequantize=auto whether the base will be unpacked once: what loading it will find."""
+    """quantization.dequantize=auto replaced by what loading the base will choose."""
     e = machine.dtype.itemsize
     packed = counts.linears * config.quantization.bits / 8 + counts.scales
-    left = machine.room / MARGIN - packed - counts.others * e
+    left = machine.memory_bytes - packed - counts.others * e
     extra = counts.linears * e - packed
     chosen = choose_dequantize(config.quantization.dequantize, machine.device.type, int(extra), int(left))
     return config.override({"quantization.dequantize": chosen})
 
 
-def resolve_micro_batch_size(config: Config, recorded: dict[str, Any] | None) -> Config:
-    """Put numbers in the place of training.micro_batch_size=auto: those of the run's first session, or what fits now.
+def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) -> Config:
+    """Replace training.micro_batch_size=auto by the numbers of the run's first session, or by what fits now.
 
     Args:
         recorded: the config.json of the run directory, if there is one.
     Raises:
-        UserError: the ranks cannot share a step's rows evenly.
+        UserError: the sequences of a step cannot be split evenly over the processes, or not even one fits.
     """
-    t = config.training
+    config = planner.config
+    t, ranks = config.training, config.system.ranks
     if t.micro_batch_size != "auto":
         return config
-    rows_a_rank, left = divmod(t.gradient_accumulation_steps, config.system.ranks)
+    rows_a_rank, left = divmod(t.gradient_accumulation_steps, ranks)
     if left:
         raise UserError(
             f"training.gradient_accumulation_steps: {t.gradient_accumulation_steps} rows a step cannot be split evenly "
-            f"over {config.system.ranks} processes: set it to {config.system.ranks * max(rows_a_rank, 1)}"
+            f"over {ranks} processes: set it to {ranks * max(rows_a_rank, 1)}"
         )
-    if recorded is not None and recorded["system"].get("ranks", 1) == config.system.ranks:
+    if recorded is not None and recorded["system"].get("ranks", 1) == ranks:
         return config.override({name: recorded["training"][name.partition(".")[2]] for name in ROWS})
-    plan, length = make_planner(config), config.model.max_seq_length
-    layers = find_shape(config.model.name).num_layers
-    keep = keep_by_policy("full" if t.checkpointing == "auto" else t.checkpointing, t.checkpoint_every, layers)
-    rows = choose_rows(lambda n: plan(n, length, keep).peak, rows_a_rank, find_machine(config).room)
+    length, keep = config.model.max_seq_length, planner.most_recomputed()
+    rows = choose_rows(lambda n: planner.plan(n, length, keep).peak, rows_a_rank, planner.machine.room_bytes)
     return config.override(dict(zip(ROWS, (rows, rows_a_rank // rows), strict=True)))
 
 
-def choose_activations(config: Config, rows: int, length: int) -> tuple[list[ActivationPolicy], Plan]:
-    """What each block keeps for backward, by the policy or, if that is auto, by what fits; and the plan of it."""
-    t, plan = config.training, make_planner(config)
-    layers = find_shape(config.model.name).num_layers
-    if t.checkpointing == "auto":
-        room = find_machine(config).room
-        keep = choose_recompute(lambda keep: plan(rows, length, keep).peak, layers, room)
-    else:
-        keep = keep_by_policy(t.checkpointing, t.checkpoint_every, layers)
-    return keep, plan(rows, length, keep)
-
-
 def describe_recompute(plan: Plan) -> str:
-    """What backward waits for, in words."""
-    again = sum(one != "all" for one in plan.keep)
-    return f"activations of {again} of {len(plan.keep)} blocks computed again" if again else "all activations kept"
+    """What is kept for backward, in words."""
+    recomputed = sum(one != "all" for one in plan.keep)
+    return (
+        f"activations of {recomputed} of {len(plan.keep)} blocks recomputed" if recomputed else "all activations kept"
+    )
 
 
-def minimum_plan(config: Config, length: int) -> Plan:
-    """One row of so many tokens, computed again in every block unless the policy forbids it: what halving leads to."""
-    t, layers = config.training, find_shape(config.model.name).num_layers
-    policy = "full" if t.checkpointing == "auto" else t.checkpointing
-    return make_planner(config)(1, length, keep_by_policy(policy, t.checkpoint_every, layers))
+@contextlib.contextmanager
+def explained_out_of_memory(planner: Planner) -> Iterator[None]:
+    """Out of memory where nothing can be halved, while loading for example, becomes an error that says what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OutOfMemory) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory_error(planner, planner.config.micro_batch_rows()) from None
+        raise
 
 
-def out_of_memory_error(config: Config, rows: int) -> TrainingFailed:
-    """Out of memory with micro-batches of so many rows: the error to raise."""
-    helps = suggest_savings(config, rows, config.model.max_seq_length)
+def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
+    """The error for micro-batches of so many rows."""
+    helps = suggest_savings(planner, rows, planner.config.model.max_seq_length)
     return TrainingFailed(f"out of memory with micro-batches of {rows} rows: try {helps}")
 
 
-def suggest_savings(config: Config, rows: int, length: int) -> str:
-    """The three changes that would lower the peak most; what each would save is the plan's word."""
-    t = config.training
+def suggest_savings(planner: Planner, rows: int, length: int) -> str:
+    """The three changes that lower the planned peak most, and by how much."""
+    config = planner.config
     changes = {
         "model.max_seq_length": length // 2,
         "training.micro_batch_size": rows // 2,
@@ -356,36 +349,23 @@ def suggest_savings(config: Config, rows: int, length: int) -> str:
         "lora.rank": config.lora.rank // 2,
         "lora.target_modules": "attention",
     }
-    if t.method == "full":
+    if config.training.method == "full":
         del changes["quantization.bits"], changes["lora.rank"], changes["lora.target_modules"]
-    (keep, before), device = choose_activations(config, rows, length), find_machine(config).device
-    full, saved = keep_by_policy("full", 1, len(keep)), {}
+    before, saved = planner.choose_activations(rows, length), {}
     for name, value in changes.items():
         with contextlib.suppress(UserError):  # out of range: a row cannot be halved; or not on this device
-            changed = config.override({name: value})
-            check_optimizer(changed.training.optimizer, device)
-            size = min(rows, changed.micro_batch_rows()), min(length, changed.model.max_seq_length)
+            changed = Planner.of(config.override({name: value}), planner.machine, planner.decoder)
+            check_optimizer(changed.config.training.optimizer, planner.machine.device)
+            size = min(rows, changed.config.micro_batch_rows()), min(length, changed.config.model.max_seq_length)
             # what is freed is not spent on keeping more activations
-            after = make_planner(changed)(*size, full if name == "training.checkpointing" else keep)
-            saved[f"{name}={value}"] = before.peak - after.peak
+            keep = planner.keep_by("full") if name == "training.checkpointing" else before.keep
+            saved[f"{name}={value}"] = before.peak - changed.plan(*size, keep).peak
     best = sorted((name for name in saved if saved[name] > 0), key=lambda name: -saved[name])[:3]
-    said = (f"{name} (saves about {saved[name] / 1e9:.3g} GB)" for name in best)
-    return ", or ".join(said) or "model.name to a smaller model"
+    suggestions = (f"{name} (saves about {saved[name] / 1e9:.3g} GB)" for name in best)
+    return ", or ".join(suggestions) or "model.name to a smaller model"
 
 
-def show_speed(machine: Machine, decoder: DecoderConfig, work: float, step_tokens: int) -> None:
-    """Print what this device could reach, from bare matrix products on it."""
-    sizes, kind = (decoder.hidden_size, decoder.intermediate_size), machine.device.type
-    reached = matmul_gflop_s(machine.device, machine.dtype, *sizes)
-    share = EFFICIENCY.get(kind)
-    print(f"{'products':16} {reached:9,.0f} GFLOP/s in bare matrix products here")
-    if share:
-        speed = share * reached / work
-        print(
-            f"{'speed':16} {speed:9,.0f} tokens/s if {share:.0%} of it is reached; {step_tokens / speed:,.1f} s a step"
-        )
-    else:
-        print(f"{'speed':16} at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")
+# ---- train.py --plan
 
 
 def show_plan(config: Config) -> int:
@@ -394,32 +374,44 @@ def show_plan(config: Config) -> int:
     Raises:
         UserError: it does not fit.
     """
-    machine = find_machine(config)
-    device, free = machine.device, machine.room
-    check_optimizer(config.training.optimizer, device)
+    machine, decoder = Machine.detect_or_describe(config), ModelFiles.find(config.model.name).decoder
+    check_optimizer(config.training.optimizer, machine.device)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
-    config = resolve_micro_batch_size(config, None)
-    decoder, length = find_shape(config.model.name), config.model.max_seq_length
-    keep, plan = choose_activations(config, config.micro_batch_rows(), length)
-    if not machine.here:
-        print(f"{'device':16} {device.type} with {free / MARGIN / 1e9:.1f} GB, which is not here")
+    planner = Planner.of(config, machine, decoder)
+    config = resolve_micro_batch_size(planner, None)
+    planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
+    plan = planner.choose_activations(config.micro_batch_rows(), length)
+    if not machine.present:
+        print(f"{'device':16} {machine.device.type} with {machine.memory_bytes / 1e9:.1f} GB, which is not here")
     for name, size in plan.parts.items():
         print(f"{name:16} {size / 1e9:9.3f} GB")
-    print(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {free / 1e9:.1f} that it may have; {describe_recompute(plan)}")
-    again = sum(one != "all" for one in keep) / len(keep)
-    work = gflop_per_token(decoder, count_parameters(decoder, config), config, length, again)
-    print(f"{'work':16} {work:9.3g} GFLOP a token")
-    if machine.here:
+    print(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
+    recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
+    work = gflop_per_token(decoder, planner.counts, config, length, recomputed)
+    print(f"{'work':16} {work:9.3g} GFLOP per token")
+    if machine.present:
         show_speed(machine, decoder, work, config.effective_batch_size() // config.system.ranks * length)
-    peaks, full = make_planner(config), keep_by_policy("full", 1, decoder.num_layers)
-    fitting = [rows for rows in ROWS_TRIED if peaks(rows, length, full).peak <= free]
+    fitting = [rows for rows in ROWS_TRIED if planner.plan(rows, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
-    print(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block computed again")
-    if plan.peak > free:
+    print(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block recomputed")
+    if plan.peak > room:
         fewer = "set training.micro_batch_size=auto, or lower model.max_seq_length"
         raise UserError(
-            f"training.micro_batch_size: {plan.rows} rows of {length} tokens take {plan.peak / 1e9:.2f} GB, "
-            f"and {free / 1e9:.2f} GB are there: {fewer if fitting else f'set {suggest_savings(config, 1, length)}'}"
+            f"training.micro_batch_size: {plan.rows} rows of {length} tokens take {plan.peak / 1e9:.2f} GB, and "
+            f"{room / 1e9:.2f} GB are there: {fewer if fitting else f'set {suggest_savings(planner, 1, length)}'}"
         )
     return 0
+
+
+def show_speed(machine: Machine, decoder: DecoderConfig, work: float, step_tokens: int) -> None:
+    """Print what this device could reach, from bare matrix products on it."""
+    sizes, kind = (decoder.hidden_size, decoder.intermediate_size), machine.device.type
+    reached = matmul_gflop_s(machine.device, machine.dtype, *sizes)
+    print(f"{'products':16} {reached:9,.0f} GFLOP/s in bare matrix products here")
+    if share := EFFICIENCY.get(kind):
+        speed = share * reached / work
+        at = f"{speed:9,.0f} tokens/s if {share:.0%} of it is reached; {step_tokens / speed:,.1f} s per step"
+        print(f"{'speed':16} {at}")
+    else:
+        print(f"{'speed':16} at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")

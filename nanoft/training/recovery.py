@@ -1,28 +1,122 @@
-"""TODO."""
+"""What happens instead of a step that cannot be taken: the clauses of the ladder in train.py.
+
+OutOfMemory    the same window again in micro-batches of half the size: same gradient, less memory
+SkipStep       the window is not trained on
+RollBack       back to the newest checkpoint, at a lower learning rate, without the windows that did it
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+from nanoft import TrainingFailed, UserError, guard
+from nanoft.batches import Window
+from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
+from nanoft.guard import Diverged, History, RollBack, SkipStep
+from nanoft.runtime.memory import OutOfMemory, release_memory
 from nanoft.training.memory_plan import out_of_memory_error
-from nanoft.training.state import TrainContext, TrainState
+from nanoft.training.saving import log_save
+from nanoft.training.state import TrainContext, TrainState, restore_from
 
-# ---- Said, and made smaller
 
-
-def halve_micro_batch(job: TrainContext, state: TrainState) -> None:
-    """Out of memory: go on from where `state` stands with micro-batches of half the rows; the window stays the same.
+def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) -> TrainState:
+    """Split the same windows into micro-batches of half the size.
 
     Raises:
-        TrainingFailed: they have one row; says what would help.
+        TrainingFailed: the micro-batch size is 1; says what would help.
     """
-    rows = job.batches.micro_batch_size
+    release_memory(ctx.device, error)
+    ctx.optimizer.zero_grad(set_to_none=True)
+    if error.in_optimizer_step:  # half of a step may have been taken; a checkpoint has whole ones
+        state = back_to_checkpoint(ctx, state)
+    rows = ctx.batches.micro_batch_size
     if rows == 1:
-        raise out_of_memory_error(job.config, rows)
-    job.optimizer.zero_grad(set_to_none=True)
-    job.batches.micro_batch_size = state.micro_batch_rows = (rows + 1) // 2
-    job.batches.seek(state.epoch, state.window)
-    if job.run.has_metrics:
-        job.run.log("warning", state.step, what="out of memory", micro_batch_rows=state.micro_batch_rows)
-    job.run.print(
+        raise out_of_memory_error(ctx.planner, rows) from None
+    ctx.batches.micro_batch_size = state.micro_batch_rows = (rows + 1) // 2
+    if ctx.run.has_metrics:
+        ctx.run.log("warning", state.step, what="out of memory", micro_batch_rows=state.micro_batch_rows)
+    ctx.run.print(
         f"warning: out of memory after step {state.step} with micro-batches of {rows} rows: again with "
         f"{state.micro_batch_rows}; same samples a step, same loss"
+    )
+    return state
+
+
+def skip_window(ctx: TrainContext, state: TrainState, bad: SkipStep) -> None:
+    """Pass over a window, without a step."""
+    warn_of_window(ctx, state, "step skipped", bad.reason, bad.loss, bad.grad_norm, bad.window)
+    ctx.optimizer.zero_grad(set_to_none=True)
+    state.skip(bad.window)
+
+
+def roll_back(ctx: TrainContext, state: TrainState, bad: RollBack) -> TrainState:
+    """Restore the newest checkpoint, lower the learning rate, and skip the windows that were bad in a row.
+
+    Raises:
+        Diverged: there were too many rollbacks.
+        TrainingFailed: there is no checkpoint to restore.
+    """
+    skip_window(ctx, state, bad)
+    if state.guard.rollbacks >= ctx.config.guard.max_rollbacks:
+        raise diverged(ctx, state, bad.window) from None
+    return back_to_checkpoint(ctx, state, guard.after_rollback(ctx.config.guard, state.guard))
+
+
+def back_to_checkpoint(ctx: TrainContext, state: TrainState, history: History | None = None) -> TrainState:
+    """Restore the newest valid checkpoint; what the guard has learned since then stays.
+
+    If the last rollback led to that checkpoint, and no step could be taken from it, the one before it is used.
+
+    Args:
+        history: of the guard after a rollback; None: the guard did not ask for this.
+    """
+
+    def choose() -> Checkpoint:
+        log_save(ctx, state, ctx.writer.collect(wait=True))
+        is_repeated = history is not None and state.step == state.guard.back_at
+        is_stuck = is_repeated and ctx.checkpoints.newest(before=state.step)[0] is not None
+        saved, _ = ctx.checkpoints.newest(before=state.step if is_stuck else float("inf"))
+        if saved is None:
+            raise UserError("no checkpoint could be saved before")
+        return saved
+
+    try:
+        back = replace(restore_from(ctx, choose), micro_batch_rows=state.micro_batch_rows)
+    except (UserError, CheckpointCorrupted) as reason:
+        raise TrainingFailed(f"after step {state.step} the run had to roll back, and could not: {reason}") from None
+    back.guard = replace(history, back_at=back.step) if history else guard.after_restore(back.guard, state.guard)
+    scale, skipped = back.guard.lr_scale, back.guard.skipped_windows
+    ctx.model.train()
+    ctx.checkpoints.delete_after(back.step)
+    ctx.run.open_metrics(back.step, [back.epoch, back.window], skipped, rolled_back=True)
+    ctx.run.log("warning", back.step, what="rolled back", since=state.step, rate=scale, left_out=skipped)
+    at = f", at {scale:g} of the learning rate" if scale < 1 else ""
+    ctx.run.print(f"warning: rolled back from step {state.step} to the checkpoint of step {back.step}{at}")
+    return back
+
+
+def warn_of_window(
+    ctx: TrainContext, state: TrainState, what: str, reason: str, loss: float, grad_norm: float, window: Window
+) -> None:
+    """Name the records of a window whose loss or gradient is not as it should be."""
+    records = [ctx.corpus.place(record) for micro_batch in window for record in micro_batch.records]
+    figures = {"loss": str(loss), "grad_norm": str(grad_norm), "window": window.position}
+    ctx.run.log("warning", state.step, what=what, **figures, records=records)
+    first = ", ".join(Path(record).name for record in records[:4])
+    done = "the step is taken all the same" if what == "spike" else "window skipped"
+    ctx.run.print(f"warning: after step {state.step}: {reason}: {done}: {first}")
+
+
+def diverged(ctx: TrainContext, state: TrainState, window: Window) -> Diverged:
+    """The error when nothing helped: where the first NaN arises, and what to change."""
+    batch, seen = window.micro_batches[-1].to(ctx.device), state.guard
+    where = "the first bad weight or output was not searched for, because the model is sharded"
+    if ctx.config.training.sharding == "none":
+        with ctx.autocast():
+            where = guard.diagnose(ctx.model, batch.ids, batch.positions, batch.documents, batch.target_positions)
+    return Diverged(
+        f"{seen.skips} windows in a row could not be used after step {state.step}, and {seen.rollbacks} rollbacks did "
+        f"not help: {where}: lower training.learning_rate ({ctx.config.training.learning_rate:g}), or look at the "
+        "records in train.log"
     )

@@ -40,11 +40,14 @@ from nanoft.lora import LoRALinear, by_pattern, disabled, variant_of, weight_of
 from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
+from nanoft.runtime import distributed
+from nanoft.runtime.command import StopRequest
 from nanoft.runtime.device import seed_everything
 from nanoft.runtime.memory import available_host_bytes
-from nanoft.training.state import TrainContext
+from nanoft.training import state
+from nanoft.training.state import TrainContext, TrainState
 
-GoOn = Callable[[TrainContext, int], None]  # train.py's loop: from the job's newest checkpoint, or none, to that step
+Loop = Callable[[TrainContext, TrainState, StopRequest], TrainState]  # train.py's
 DOCUMENTS = 8  # pieces of samples, of as many lengths
 SIZES = (1, 2, 4, DOCUMENTS)  # of a micro-batch
 TOKENS = 2048  # of all documents together, at most
@@ -88,74 +91,90 @@ class Check:
         return ROW.format(self.name, result, *figures, self.trouble or self.compared)
 
 
-def shorten(config: Config, directory: Path) -> Config:
-    """The user's config for a few steps in a directory of their own; what is computed in a step stays as it is."""
+def require_single_process() -> None:
+    """
+    Raises:
+        UserError: there are several.
+    """
+    if distributed.world_size() > 1:
+        raise UserError("--selftest: is for one process: start train.py without torchrun")
+
+
+def shorten(config: Config) -> Config:
+    """The user's config for a few steps; what is computed in a step stays as it is."""
     changes = {"training.gradient_accumulation_steps": min(2, config.training.gradient_accumulation_steps)}
     changes |= {"training.eval_steps": 0, "training.save_steps": STEPS, "training.compile": False}
     changes |= {"training.log_steps": 1, "training.early_stopping_patience": 0, "logging.progress_bar": False}
-    return config.override({**changes, "output.dir": str(directory / "run")})
+    return config.override(changes)
 
 
-def run(job: TrainContext, go_on: GoOn) -> list[Check]:
-    """Do every check, a line of the table each.
+def resume(ctx: TrainContext, loop: Loop, steps: int) -> None:
+    """train.py's loop, from the newest checkpoint or the beginning, to that step."""
+    ctx = replace(ctx, corpus=replace(ctx.corpus, report={**ctx.corpus.report, "steps": steps}))
+    loop(ctx, state.restore(ctx, "auto"), StopRequest())
+
+
+def run(ctx: TrainContext, loop: Loop) -> int:
+    """Do every check, a line of the table each; returns the exit code.
 
     Args:
-        job: fresh: no step was taken. It is used up.
+        ctx: fresh: no step was taken. It is used up.
     Raises:
         TrainingFailed: names the first check that failed.
     """
-    say, tokens = job.run.print, min(TOKENS, job.batches.longest().ids.numel())
-    documents = TokenDataset.of(cut(job.batches.samples, tokens))
-    say(f"self-test on {job.config.model.name}: {int(documents.lengths.sum()):,} tokens of its data, {job.device}\n")
+    ctx.run.open_metrics(0, [0, 0], [])
+    say, tokens = ctx.run.print, min(TOKENS, ctx.batches.longest().ids.numel())
+    documents = TokenDataset.of(cut(ctx.batches.samples, tokens))
+    say(f"self-test on {ctx.config.model.name}: {int(documents.lengths.sum()):,} tokens of its data, {ctx.device}\n")
     say(ROW.format("check", "result", "measured", "allowed", "compared"))
     done: list[Check] = []
-    for check in checks(job, go_on, documents):
+    for check in checks(ctx, loop, documents):
         done.append(check.done())
         say(done[-1].line())
         if len(done) == 1:
-            perturb_adapters(job.adapters)  # from here on every adapter says something
+            perturb_adapters(ctx.adapters)  # from here on every adapter says something
     if failed := [check for check in done if not check.passed]:
         first = failed[0]
         what = first.trouble or f"{first.compared}: {first.measured:.2g} apart, {first.allowed:.2g} allowed"
         raise TrainingFailed(f"self-test: {first.name}: {what} ({len(failed)} of {len(done)} checks failed)")
-    return done
+    return 0
 
 
-def checks(job: TrainContext, go_on: GoOn, documents: TokenDataset) -> list[Check]:
+def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check]:
     """The table. The first one wants fresh adapters."""
-    model, adapters, lora, place = job.model, job.adapters, job.config.lora, job.run.directory
-    sure = job.device.type == "cpu" or job.config.system.deterministic
-    near, nearer = MODEL[job.dtype], PRODUCT[job.dtype]
+    model, adapters, lora, place = ctx.model, ctx.adapters, ctx.config.lora, ctx.run.directory
+    sure = ctx.device.type == "cpu" or ctx.config.system.deterministic
+    near, nearer = MODEL[ctx.machine.dtype], PRODUCT[ctx.machine.dtype]
     none = "" if adapters else "every parameter is trained: there is no adapter"
     exact = 0.0 if sure else near
     unsure = "" if sure else " (bit for bit only with system.deterministic=true)"
-    onto = "" if job.config.quantization.bits == 16 else ", onto the quantized weights unpacked"
+    onto = "" if ctx.config.quantization.bits == 16 else ", onto the quantized weights unpacked"
     splits = " = ".join(f"{n}x{DOCUMENTS // n}" for n in SIZES)
     prompts = [(s.ids[: max(1, int(s.is_target.argmax()))]).tolist() for s in documents[::2]]
-    ids, pad = torch.from_numpy(documents[-1].ids.astype(np.int64))[None].to(job.device), job.chat.pad_id
+    ids, pad = torch.from_numpy(documents[-1].ids.astype(np.int64))[None].to(ctx.device), ctx.tokenizer.pad_id
 
     def in_use(measure: Callable[..., float], *args: Any) -> Callable[[], float]:
         def measured() -> float:
             model.eval()
-            with torch.no_grad(), job.autocast():
+            with torch.no_grad(), ctx.autocast():
                 return measure(*args)
 
         return measured
 
     return [
         Check("fresh adapter = base", "logits", 0.0, in_use(adapter_effect, model, adapters, ids), none),
-        Check(splits, "gradient", near, lambda: splits_apart(job, go_on, documents)),
+        Check(splits, "gradient", near, lambda: splits_apart(ctx, loop, documents)),
         Check("packed = alone, in use", "logits and loss", near, in_use(packed_apart, model, documents, pad)),
-        Check("packed = alone, in training", "gradient", near, lambda: packed_gradients_apart(job, go_on, documents)),
-        Check("computed again = kept", f"gradient{unsure}", exact, lambda: kept_apart(job, go_on, documents[-1:])),
-        Check("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_apart(job, documents[-1:])),
+        Check("packed = alone, in training", "gradient", near, lambda: packed_gradients_apart(ctx, loop, documents)),
+        Check("recomputed = kept", f"gradient{unsure}", exact, lambda: kept_apart(ctx, loop, documents[-1:])),
+        Check("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_apart(ctx, documents[-1:])),
         Check("merged = adapter, each linear", f"products{onto}", nearer, in_use(products_apart, adapters), none),
         Check("merged = adapter", f"logits{onto}", near, in_use(merged_apart, model, adapters, ids), none),
         Check(
             "adapter saved = read",
             "bytes of the files, products of each linear",
             nearer if lora.init == "pissa" else 0.0,  # its files have twice the rank and another alpha
-            in_use(files_apart, job, place),
+            in_use(files_apart, ctx, place),
             none,
         ),
         # both the likeliest token's logit and that of the one taken may be off
@@ -164,7 +183,7 @@ def checks(job: TrainContext, go_on: GoOn, documents: TokenDataset) -> list[Chec
             f"{STEPS} + {STEPS} steps = {2 * STEPS} steps",
             f"weights, optimizer, random numbers{unsure}",
             exact,
-            lambda: resumed_apart(job, go_on, place),
+            lambda: resumed_apart(ctx, loop, place),
         ),
     ]
 
@@ -191,16 +210,16 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
     return relative_error(a, b)
 
 
-def saving_to(job: TrainContext, checkpoints: CheckpointManager) -> TrainContext:
+def saving_to(ctx: TrainContext, checkpoints: CheckpointManager) -> TrainContext:
     """The same job with other checkpoints."""
-    return replace(job, checkpoints=checkpoints, saves=AsyncCheckpointWriter(checkpoints, available_host_bytes))
+    return replace(ctx, checkpoints=checkpoints, writer=AsyncCheckpointWriter(checkpoints, available_host_bytes))
 
 
 class _Taken(Exception):
     """The loop has its gradient and need not go on."""
 
 
-def gradient(job: TrainContext, go_on: GoOn, batches: Batches) -> dict[str, Tensor]:
+def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tensor]:
     """What train.py's loop hands to the optimizer at the first step over these batches, unclipped; by parameter.
 
     At most KEPT values of each, evenly spread, so that a copy costs little also where every parameter is trained.
@@ -208,41 +227,41 @@ def gradient(job: TrainContext, go_on: GoOn, batches: Batches) -> dict[str, Tens
     taken: dict[str, Tensor] = {}
 
     def take(*_: Any) -> None:
-        for name, p in job.trained:
+        for name, p in ctx.trained:
             if p.grad is not None:
                 step = -(-p.grad.numel() // KEPT) | 1  # odd, so that it is not always the same columns
                 taken[name] = p.grad.flatten()[::step].clone()
         raise _Taken
 
     # clipping would hide a wrong scale; without rollbacks no checkpoint of the beginning is needed
-    config = job.config.override({"training.max_grad_norm": 0.0, "guard.max_rollbacks": 0})
-    job = saving_to(
-        replace(job, config=config, batches=batches), CheckpointManager(job.run.directory / "no" / "checkpoints", 1)
+    config = ctx.config.override({"training.max_grad_norm": 0.0, "guard.max_rollbacks": 0})
+    ctx = saving_to(
+        replace(ctx, config=config, batches=batches), CheckpointManager(ctx.run.directory / "no" / "checkpoints", 1)
     )
-    hook = job.optimizer.register_step_pre_hook(take)
+    hook = ctx.optimizer.register_step_pre_hook(take)
     torch.manual_seed(config.system.seed)
     try:
-        go_on(job, 1)
+        resume(ctx, loop, 1)
     except _Taken:
         return taken
     finally:
         hook.remove()
-        job.optimizer.zero_grad(set_to_none=True)
+        ctx.optimizer.zero_grad(set_to_none=True)
     raise TrainingFailed("the loop took no step: its loss is not finite")
 
 
 @contextmanager
-def without_dropout(job: TrainContext) -> Iterator[None]:
+def without_dropout(ctx: TrainContext) -> Iterator[None]:
     """Without dropout and noise, which differ with the shape of a batch."""
-    alpha, dropout = job.model.neftune_alpha, {name: adapter.dropout for name, adapter in job.adapters.items()}
-    job.model.neftune_alpha = 0.0
-    for adapter in job.adapters.values():
+    alpha, dropout = ctx.model.neftune_alpha, {name: adapter.dropout for name, adapter in ctx.adapters.items()}
+    ctx.model.neftune_alpha = 0.0
+    for adapter in ctx.adapters.values():
         adapter.dropout = 0.0
     try:
         yield
     finally:
-        job.model.neftune_alpha = alpha
-        for name, adapter in job.adapters.items():
+        ctx.model.neftune_alpha = alpha
+        for name, adapter in ctx.adapters.items():
             adapter.dropout = dropout[name]
 
 
@@ -263,16 +282,23 @@ def cut(samples: Sequence[Sample], tokens: int) -> list[Sample]:
 
 @torch.no_grad()
 def perturb_adapters(adapters: dict[str, LoRALinear]) -> None:
-    """Move each adapter off its start, at random, but the same way each time: |s dB A| = SHARE |W|."""
+    """Move every trained parameter off its start, at random but the same way each time, until outputs move by SHARE."""
     generator = torch.Generator().manual_seed(7)
-    for adapter in adapters.values():
-        step = torch.randn(adapter.lora_B.shape, generator=generator).to(adapter.lora_B)  # (out, r)
-        change = adapter.scaling * torch.linalg.vector_norm(step @ adapter.lora_A).item()
-        adapter.lora_B.add_(step, alpha=SHARE * torch.linalg.vector_norm(weight_of(adapter.base)).item() / change)
-        for p in (adapter.bias, adapter.lora_magnitude_vector):
-            if p is not None:
-                p.mul_(1 + SHARE * torch.randn(p.shape, generator=generator).to(p))
-        adapter.train(adapter.training)  # forgets the norm of what it was
+    for _, adapter, x in examples(adapters):
+        training, before = adapter.training, adapter.eval()(x)
+        moved = [
+            (p, p.clone(), torch.randn(p.shape, generator=generator).to(p))
+            for p in adapter.parameters()
+            if p.requires_grad
+        ]
+        for exponent in range(-8, 12):
+            for p, start, noise in moved:
+                size = start.square().mean().sqrt()  # zeros, such as lora_B's, have none
+                p.copy_(start + 2.0**exponent * noise * torch.where(size > 0, size, 1.0))
+            adapter.train(training).eval()  # DoRA forgets the norm of what it was
+            if relative_error(adapter(x), before) >= SHARE:
+                break
+        adapter.train(training)
 
 
 # --- the equations
@@ -285,11 +311,13 @@ def adapter_effect(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor)
     return relative_error(model.logits(model(ids)), base)
 
 
-def splits_apart(job: TrainContext, go_on: GoOn, documents: TokenDataset) -> float:
+def splits_apart(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
     """One window cut into micro-batches of 1, 2, 4, ... rows: one gradient."""
-    with without_dropout(job):
-        cuts = [Batches(documents, size, DOCUMENTS // size, 0, job.chat.pad_id) for size in SIZES]
-        found = [gradient(job, go_on, batches) for batches in cuts]
+    with without_dropout(ctx):
+        cuts = [Batches(documents, size, DOCUMENTS // size, 0, ctx.tokenizer.pad_id) for size in SIZES]
+        found = [gradient(ctx, loop, batches) for batches in cuts]
+    if idle := [name for name, _ in ctx.trained if name not in found[0] or not found[0][name].any()]:
+        raise TrainingFailed(f"{idle[0]} is trained and has no effect: its gradient is zero")
     return max(gradient_error(one, found[0]) for one in found[1:])
 
 
@@ -308,34 +336,33 @@ def packed_apart(model: Decoder, documents: TokenDataset, pad_id: int) -> float:
     return max(farthest, relative_error(losses[0], losses[1]))
 
 
-def packed_gradients_apart(job: TrainContext, go_on: GoOn, documents: TokenDataset) -> float:
+def packed_gradients_apart(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
     """All documents in one row against a row each: one gradient."""
-    row, pad_id = int(documents.lengths.sum()), job.chat.pad_id
-    with without_dropout(job):
-        alone = gradient(job, go_on, Batches(documents, 1, DOCUMENTS, 0, pad_id))
-        return gradient_error(gradient(job, go_on, Batches(documents, 1, 1, 0, pad_id, pack_length=row)), alone)
+    row, pad_id = int(documents.lengths.sum()), ctx.tokenizer.pad_id
+    with without_dropout(ctx):
+        alone = gradient(ctx, loop, Batches(documents, 1, DOCUMENTS, 0, pad_id))
+        return gradient_error(gradient(ctx, loop, Batches(documents, 1, 1, 0, pad_id, pack_length=row)), alone)
 
 
-def kept_apart(job: TrainContext, go_on: GoOn, documents: TokenDataset) -> float:
-    """Activations kept against computed again, with the same dropout and noise: one gradient."""
-    batches, chosen = Batches(documents, 1, 1, 0, job.chat.pad_id), job.model.activation_policy
+def kept_apart(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
+    """Activations kept against recomputed, with the same dropout and noise: one gradient."""
+    batches, chosen = Batches(documents, 1, 1, 0, ctx.tokenizer.pad_id), ctx.model.activation_policy
     found = []
     for keep in dict.fromkeys(("all", "input", *chosen)):
-        job.model.activation_policy = [keep] * len(chosen)
-        batches.seek(0, 0)
-        found.append(gradient(job, go_on, batches))
-    job.model.activation_policy = chosen
+        ctx.model.activation_policy = [keep] * len(chosen)
+        found.append(gradient(ctx, loop, batches))
+    ctx.model.activation_policy = chosen
     return max(gradient_error(one, found[0]) for one in found[1:])
 
 
-def loss_apart(job: TrainContext, documents: TokenDataset) -> float:
+def loss_apart(ctx: TrainContext, documents: TokenDataset) -> float:
     """The chunked loss and its gradients against the plain formula on all logits, over more rows than a chunk has."""
-    model, t = job.model.eval(), job.config.training
-    batch = collate(documents, [[0]], job.chat.pad_id).to(job.device)
-    with torch.no_grad(), job.autocast():
+    model, t = ctx.model.eval(), ctx.config.training
+    batch = collate(documents, [[0]], ctx.tokenizer.pad_id).to(ctx.device)
+    with torch.no_grad(), ctx.autocast():
         hidden = model(batch.ids, target_positions=batch.target_positions)[0]  # (targets, hidden)
-    rows = torch.arange(chunk_rows(len(model.head), job.device) * 5 // 4 + 1, device=job.device)
-    size = torch.linspace(0.5, 1.5, len(rows), device=job.device)[:, None]  # no two rows are the same
+    rows = torch.arange(chunk_rows(len(model.head), ctx.device) * 5 // 4 + 1, device=ctx.device)
+    size = torch.linspace(0.5, 1.5, len(rows), device=ctx.device)[:, None]  # no two rows are the same
     hidden = (hidden[rows % len(hidden)] * size).to(hidden.dtype).requires_grad_()
     wanted = [hidden, model.head] if model.head.requires_grad else [hidden]
     arguments = (hidden, model.head, batch.targets[rows % len(batch.targets)], t.label_smoothing, t.z_loss)
@@ -388,24 +415,24 @@ def merged_apart(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor) -
             hook.remove()
 
 
-def files_apart(job: TrainContext, directory: Path) -> float:
+def files_apart(ctx: TrainContext, directory: Path) -> float:
     """The adapter's files, read into other adapters on the same base: those give the same products.
 
     Infinite if a byte differs when they are written again.
     """
     first, second = directory / "first", directory / "second"
-    save_adapter(first, job.model, job.adapters, job.config.lora, job.config.model.name, {})
+    save_adapter(first, ctx.model, ctx.adapters, ctx.config.lora, ctx.config.model.name, {})
     read, base, tensors, note = read_adapter(first)
-    lora = replace(read, dropout=job.config.lora.dropout)  # which matters in training only
+    lora = replace(read, dropout=ctx.config.lora.dropout)  # which matters in training only
     again, generator = {}, torch.Generator()
-    for name, adapter in job.adapters.items():
+    for name, adapter in ctx.adapters.items():
         rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
         again[name] = variant_of(lora)(adapter.base, replace(lora, rank=rank, alpha=alpha), generator).eval()
     load_adapter_tensors(again, tensors, str(first))
-    save_adapter(second, job.model, again, lora, base, note)
+    save_adapter(second, ctx.model, again, lora, base, note)
     if any((second / path.name).read_bytes() != path.read_bytes() for path in first.iterdir()):
         return math.inf
-    return max(relative_error(again[name](x), adapter(x)) for name, adapter, x in examples(job.adapters))
+    return max(relative_error(again[name](x), adapter(x)) for name, adapter, x in examples(ctx.adapters))
 
 
 def answers_apart(model: Decoder, prompts: list[list[int]]) -> float:
@@ -422,35 +449,35 @@ def answers_apart(model: Decoder, prompts: list[list[int]]) -> float:
     return farthest
 
 
-def resumed_apart(job: TrainContext, go_on: GoOn, directory: Path) -> float:
+def resumed_apart(ctx: TrainContext, loop: Loop, directory: Path) -> float:
     """A run that goes through against one that forgets all and goes on from the checkpoint in the middle.
 
     Weights, optimizer, place in the data and random numbers, as the last checkpoints of both have them.
     """
     whole, halves = (CheckpointManager(directory / name / "checkpoints", 2) for name in ("whole", "halves"))
-    job = replace(job, validation=job.validation[:0])
-    go_on(saving_to(job, whole), 2 * STEPS)  # saves after STEPS, too
+    ctx = replace(ctx, validation=ctx.validation[:0])
+    resume(saving_to(ctx, whole), loop, 2 * STEPS)  # saves after STEPS, too
     os.rename(whole.path(STEPS), halves.path(STEPS))
-    forget(job)
-    go_on(saving_to(job, halves), 2 * STEPS)
+    forget(ctx)
+    resume(saving_to(ctx, halves), loop, 2 * STEPS)
     expected, found = (verify(checkpoints.path(2 * STEPS)) for checkpoints in (whole, halves))
     if any(found.state[key] != expected.state[key] for key in ("step", "epoch", "window", "rng")):
         return math.inf
-    files = ("adapter" if job.adapters else "model", "optimizer")
+    files = ("adapter" if ctx.adapters else "model", "optimizer")
     return max(tensors_apart(*(saved.path / f"{name}.safetensors" for saved in (found, expected))) for name in files)
 
 
 @torch.no_grad()
-def forget(job: TrainContext) -> None:
+def forget(ctx: TrainContext) -> None:
     """Destroy everything that a checkpoint has to bring back."""
-    weights = adapter_tensors(job.adapters) if job.adapters else dict(job.trained)
+    weights = adapter_tensors(ctx.adapters) if ctx.adapters else dict(ctx.trained)
     for tensor in weights.values():
         tensor.zero_()
-    for state in job.optimizer.state.values():
-        for key, value in state.items():
-            state[key] = value.zero_() if isinstance(value, Tensor) else 0
-    seed_everything(job.config.system.seed ^ 1, 0, False)
-    job.batches.seek(job.batches.epoch + 1, 0)
+    for moments in ctx.optimizer.state.values():
+        for key, value in moments.items():
+            moments[key] = value.zero_() if isinstance(value, Tensor) else 0
+    seed_everything(ctx.config.system.seed ^ 1, 0, False)
+    ctx.batches.seek(ctx.batches.epoch + 1)
 
 
 def tensors_apart(found: Path, expected: Path) -> float:

@@ -1,8 +1,7 @@
-"""One training job: its parts, what changes while it trains, and how both are made, saved and brought back.
+"""Building the parts of a training run, in the order in which mistakes are found early.
 
-A job is made in an order in which whatever can be wrong is found early: the directory is claimed, the data read, then
-the model loaded. What changes is little: the weights that learn, the optimizer's moments, the random numbers, and
-`State`. A checkpoint holds exactly these, so a job that is brought back from one goes on as if nothing had been.
+The run directory is claimed and the data read before the model is loaded, because they fail fastest. train.py calls
+these functions one after another, and passes on what was found: the machine, the model's files, the tokenizer.
 """
 
 from __future__ import annotations
@@ -18,11 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from nanoft import UserError, checkpoint, kernels
+import nanoft
+from nanoft import UserError, kernels
 from nanoft.batches import Batches
-from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointManager
+from nanoft.checkpoint import CheckpointManager
 from nanoft.config import Config
 from nanoft.config.resume import check_same_run, resume_fingerprint
 from nanoft.config.settings import config_warnings
@@ -31,195 +32,230 @@ from nanoft.data.dataset import REJECTED, Corpus, data_hash, describe_data, open
 from nanoft.io import atomic
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
-from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
+from nanoft.lora import describe_adapters, disabled
 from nanoft.model import Decoder
 from nanoft.models.dequantize import cache_weights
-from nanoft.models.families import read_shape
-from nanoft.models.hub import find_model
-from nanoft.models.weights import check_quantization, hash_files, load_model, quantization_of, shard_paths
+from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
+from nanoft.models.weights import hash_files, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
-from nanoft.objectives import build_objective
-from nanoft.optim import build_optimizer
-from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
-from nanoft.runtime.device import choose_device, choose_dtype, describe_device, library_versions
-from nanoft.runtime.memory import available_host_bytes
+from nanoft.runtime.device import describe_device, library_versions
+from nanoft.runtime.machine import Machine
+from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run
-from nanoft.training.memory_plan import choose_activations
-from nanoft.training.preflight import check_ids
+from nanoft.tracking.trackers import build_trackers
+from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
+from nanoft.training.progress import log_memory
 from nanoft.training.state import TrainContext, TrainState
 
-Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data and base, device, date
+Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, base and source, device, threads, date
 IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
 
 
-# ---- Made
+def shared_facts(config: Config, machine: Machine) -> dict[str, Any]:
+    """What must be the same on all ranks."""
+    settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
+    return {"the device": machine.name, **library_versions(), **settings}
 
 
-def init_run_dir(config: Config, run: Run, resume: str) -> Provenance:
-    """Make sure that the directory is this run's, fresh or to go on with, and write its config.json.
+def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> Planner:
+    """The memory planner, its config with the micro-batch size decided."""
+    planner = Planner.of(config, machine, files.decoder)
+    decided = distributed.broadcast_from_rank0(
+        lambda: resolve_micro_batch_size(planner, run.recorded_config()).to_dict()
+    )
+    return replace(planner, config=Config.from_dict(decided))
 
-    Returns what the run depends on; the date, which a template may print, is that of its first session.
+
+def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str) -> Provenance:
+    """`_init_run_dir`, by rank 0 for all."""
+    return distributed.broadcast_from_rank0(lambda: _init_run_dir(config, run, machine, files, resume))
+
+
+def _init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str) -> Provenance:
+    """Check that the directory is new or holds this very run, and write its config.json.
+
+    Returns:
+        What the run depends on. Date (which a template may print) and number of CPU threads are its first session's.
+    Raises:
+        UserError: the directory holds another run, or the model cannot be used.
     """
-    base = find_model(config.model.name)
-    read_shape(base)  # a model that cannot be used is refused before its weights are hashed and the data is read
-    check_quantization(base, quantization_of(config))
-    weights = [] if config.model.random_init else shard_paths(base)
-    tokenizer = [base / name for name in ("config.json", "tokenizer.json") if (base / name).is_file()]
-    device = choose_device(config.system.device)
+    check_quantization(files, quantization_of(config))
+    weights = [] if config.model.random_init else files.shards()
     recorded = run.recorded_config()
-    date = str((recorded or {}).get("provenance", {}).get("date") or datetime.now().date().isoformat())
+    before = (recorded or {}).get("provenance", {})
     provenance: Provenance = {
         "versions": library_versions(),
-        "device": device.type,
-        "dtype": str(choose_dtype(config.model.dtype, device)).removeprefix("torch."),
+        "device": machine.device.type,
+        "dtype": machine.dtype_name,
+        "threads": config.system.threads or before.get("threads") or torch.get_num_threads(),
         "data_sha256": data_hash(config.data),
-        "base_sha256": hash_files([*tokenizer, *weights]),
-        "date": date,
+        "base_sha256": hash_files([*described_files(files.directory), *weights]),
+        "source_sha256": hash_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
+        "date": str(before.get("date") or datetime.now().date().isoformat()),
     }
     if recorded is not None:
         if resume == "never":
             raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
         check_same_run(recorded, config, provenance, str(run.directory))
-        if (before := recorded["provenance"].get("versions")) != provenance["versions"]:
-            run.print(f"warning: other versions than when the run began ({before}): last bits may differ")
+        warn_of_changes(run, before, provenance)
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
     return provenance
 
 
-def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, Corpus, Batches]:
-    """The tokenizer, the samples and their order; says what became of every record."""
+def warn_of_changes(run: Run, before: Provenance, now: Provenance) -> None:
+    """What does not forbid resuming, but may change the last bits."""
+    if before.get("versions") != now["versions"]:
+        versions = before.get("versions")
+        run.print(f"warning: other library versions than when the run began ({versions}): last bits may differ")
+    if before.get("source_sha256", now["source_sha256"]) != now["source_sha256"]:
+        run.print("warning: the source of nanoft has changed since the run began: results may differ")
+
+
+def load_tokenizer(config: Config, files: ModelFiles, date: str) -> ChatTokenizer:
+    """The model's tokenizer and chat template; `date` is what a template that prints the date shows."""
+    tokenizer = ChatTokenizer.from_directory(files.directory, config.data.template_args)
+    tokenizer.date = datetime.fromisoformat(date)
+    return tokenizer
+
+
+def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[Corpus, Batches]:
+    """The samples, and the order of those for training; prints what became of every record.
+
+    Raises:
+        UserError: something in the files cannot be used.
+    """
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
-    chat = ChatTokenizer.from_directory(find_model(config.model.name), d.template_args)
-    chat.date = date
     started = time.perf_counter()
     bar = config.logging.progress_bar and not distributed.process_rank()
-    corpus = distributed.main_process_first(lambda: open_corpus(d, length, seed, chat, run.print, bar))
+    corpus = distributed.main_process_first(lambda: open_corpus(d, length, seed, tokenizer, run.print, bar))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     batches = Batches(
         corpus.training,
         config.micro_batch_rows(),
         t.gradient_accumulation_steps * config.system.ranks,
         seed,
-        chat.pad_id,
+        tokenizer.pad_id,
         pack_length=length if d.packing else None,
         group_by_length=d.group_by_length,
         pad_to_multiple_of=d.pad_to_multiple_of,
     )
     windows = batches.windows_in_epoch()
     steps = t.max_steps or t.num_epochs * windows
-    plan = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
-    corpus = replace(corpus, report={**corpus.report, **plan})
+    counts = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
+    corpus = replace(corpus, report={**corpus.report, **counts})
     if not distributed.process_rank():
         shutil.copyfile(corpus.directory / REJECTED, run.directory / REJECTED)
     for line in describe_data(corpus.report):
         run.print(line)
-    used, seconds = batches.utilization(), time.perf_counter() - started
-    run.print(f"batches   {windows:,} steps an epoch, {used:.1%} of them no padding ({seconds:.1f} s)")
-    return chat, corpus, batches
+    padding, seconds = 1 - batches.utilization(), time.perf_counter() - started
+    run.print(f"batches   {windows:,} steps per epoch, {padding:.1%} padding ({seconds:.1f} s)")
+    return corpus, batches
 
 
-def build_training(
-    config: Config, run: Run, provenance: Provenance, chat: ChatTokenizer, corpus: Corpus, batches: Batches
-) -> TrainContext:
-    """Model, adapters and optimizer; the data is there already, because it fails fastest."""
-    t, device = config.training, choose_device(config.system.device)
-    dtype = choose_dtype(config.model.dtype, device)
-    base = find_model(config.model.name)
-    check_ids(corpus, read_shape(base).vocab_size)
-    keep, plan = choose_activations(config, *batches.longest().ids.shape)  # from what is free before loading
-    model = load_base(config, base, torch.device("cpu") if t.sharding == "full" else device, dtype)
-    model.activation_policy = distributed.broadcast_from_rank0(lambda: keep)
-    model.neftune_alpha = t.neftune_alpha
-    adapters: dict[str, LoRALinear] = {}
-    if t.method == "lora":
-        adapters = inject_lora(model, config.lora, config.system.seed)
-    if config.system.kernels == "auto" and (warning := kernels.apply(model, config.lora if adapters else None)):
-        run.print(f"warning: {warning}")
-    if t.compile:
-        compile_blocks(model)
-    if t.sharding == "full":
-        sharding.shard_model(model, device)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = build_optimizer(trained, t)
-    validation = corpus.validation[: config.evaluation.max_samples]
-    identity = {"config_sha256": resume_fingerprint(config)} | {name: provenance[name] for name in IDENTITY}
-    saves = checkpoint.NullWriter if distributed.process_rank() else AsyncCheckpointWriter
-    checkpoints = CheckpointManager(
-        run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=not distributed.process_rank()
-    )
-    return TrainContext(
-        config,
-        run,
-        chat,
-        model,
-        adapters,
-        build_objective(config),
-        optimizer,
-        corpus,
-        batches,
-        validation,
-        checkpoints,
-        saves(checkpoints, available_host_bytes),
-        base,
-        device,
-        dtype,
-        plan,
-    )
+def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
+    """Every token must be in the model's vocabulary: another one would be read beyond the embedding.
+
+    Raises:
+        UserError: names the largest that is not.
+    """
+    tokens, at_once = corpus.training.tokens, 1 << 24
+    pieces = (tokens[at : at + at_once] for at in range(0, len(tokens), at_once))
+    largest = max((int(np.maximum(piece, ~piece).max()) for piece in pieces), default=0)  # a target is stored as ~id
+    if largest >= vocab_size:
+        raise UserError(
+            f"model.name: its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}: "
+            "tokenizer.json is another model's: fetch the directory again"
+        )
 
 
-def load_base(config: Config, directory: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """The base model: as it is, quantized while it streams in, or random."""
-    if config.training.method == "full":
-        dtype = torch.float32  # AdamW's small updates are lost when they are added to bfloat16
+def load_base(config: Config, machine: Machine, files: ModelFiles, on_cpu: bool = False) -> Decoder:
+    """The base model: as it is stored, quantized while it streams from disk, or random.
+
+    Args:
+        on_cpu: for a model that is sharded later, or merged.
+    """
+    device = torch.device("cpu") if on_cpu or config.training.sharding == "full" else machine.device
+    # full training in float32: AdamW's small updates are lost when they are added to bfloat16
+    dtype = torch.float32 if config.training.method == "full" else machine.dtype
     seed = config.system.seed if config.model.random_init else None
-    model = load_model(directory, device, dtype, quantization_of(config), seed)
+    model = load_model(files, device, dtype, quantization_of(config), seed)
     cache_weights(model, config.quantization.dequantize)
     return model
 
 
+def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> CheckpointManager:
+    """The checkpoints of the run; only rank 0 writes there."""
+    t, is_owner = config.training, not distributed.process_rank()
+    identity = {"config_sha256": resume_fingerprint(config)} | {name: provenance[name] for name in IDENTITY}
+    return CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
+
+
 @contextlib.contextmanager
-def base_model(job: TrainContext) -> Iterator[Decoder]:
-    """The model as it was before training: adapters switched off, or read again if every parameter was trained."""
-    if job.adapters:
-        with disabled(job.adapters):
-            yield job.model
+def base_model(ctx: TrainContext) -> Iterator[Decoder]:
+    """The model as it was before training: adapters switched off, or loaded again if every parameter was trained."""
+    if ctx.adapters:
+        with disabled(ctx.adapters):
+            yield ctx.model
     else:
-        job.optimizer.state.clear()  # its memory is needed for the second model
-        split = job.config.training.sharding == "full"
-        model = load_base(job.config, job.base_directory, torch.device("cpu") if split else job.device, job.dtype)
-        if split:
-            sharding.shard_model(model, job.device)
+        ctx.optimizer.state.clear()  # its memory is needed for the second model
+        model = load_base(ctx.config, ctx.machine, ctx.files)
+        if ctx.config.system.kernels == "auto":
+            kernels.apply(model)
+        if ctx.config.training.sharding == "full":
+            sharding.shard_model(model, ctx.device)
         yield model
 
 
-def print_summary(job: TrainContext, state: TrainState, total_steps: int, seconds_a_step: float) -> None:
-    """Say what will happen before it happens: where, what is trained, how long it will take."""
-    c, say = job.config, job.run.print
+def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
+    """What will happen, before it happens: where, what is trained, how long it will take."""
+    c, say = ctx.config, ctx.run.print
     kinds = (Linear4bit, Linear8bit)
-    packed = sum(m.in_features * m.out_features for m in job.model.modules() if isinstance(m, kinds))
-    total = sum(p.numel() for p in job.model.parameters()) + packed
-    trainable = sum(p.numel() for _, p in job.trained)
+    packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, kinds))
+    total = sum(p.numel() for p in ctx.model.parameters()) + packed
+    trainable = sum(p.numel() for _, p in ctx.trained)
     adapter = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}"
     kind = "every parameter" if c.training.method == "full" else adapter
-    book, double = quantization_of(c) or ("", False)
-    base = book.upper() + (", double quantization" if double else "") + ("" if packed else ", unpacked once")
+    form, double = quantization_of(c) or ("", False)
+    base = form.upper() + (", double quantization" if double else "") + ("" if packed else ", dequantized once")
     many = f"{distributed.world_size()} x " if distributed.world_size() > 1 else ""
-    many = f"model split over {many}" if c.training.sharding == "full" else many
-    say(f"device    {many}{describe_device(job.device)}; computing in {str(job.dtype).removeprefix('torch.')}")
-    say(f"model     {c.model.name}" + (f"; base in {base}" if book else ""))
+    many = f"model sharded over {many}" if c.training.sharding == "full" else many
+    say(f"device    {many}{describe_device(ctx.device)}; computing in {ctx.machine.dtype_name}")
+    say(f"model     {c.model.name}" + (f"; base in {base}" if form else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    for line in describe_adapters(job.adapters):
+    for line in describe_adapters(ctx.adapters):
         say(f"          {line}")
-    say(f"kernels   {kernels.describe(job.model)}")
-    say(f"attention {job.model.attention_backend(job.dtype, job.config.model.max_seq_length, job.batches.is_packed)}")
+    say(f"kernels   {kernels.describe(ctx.model)}")
+    attention = ctx.model.attention_backend(ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed)
+    say(f"attention {attention}")
     for warning in config_warnings(c):
         say(f"warning: {warning}")
     if c.logging.show_example:
-        say(f"example   {job.chat.mark(job.batches.samples[0], color=sys.stdout.isatty())}")
+        say(f"example   {ctx.tokenizer.mark(ctx.batches.samples[0], color=sys.stdout.isatty())}")
     if state.step:
-        say(f"resuming  after step {state.step} of {total_steps}")
-    left, epochs = total_steps - state.step, job.corpus.report["epochs"]
-    duration = format_duration(left * seconds_a_step)
+        say(f"resuming  after step {state.step} of {ctx.total_steps}")
+    left, epochs = ctx.total_steps - state.step, ctx.corpus.report["epochs"]
+    duration = format_duration(left * seconds_per_step)
     say(f"plan      {left:,} steps ({epochs:.3g} epochs) of {c.effective_batch_size()} rows, about {duration}")
+
+
+def is_complete(ctx: TrainContext, state: TrainState) -> bool:
+    """Whether the run has done all its steps, and has its report."""
+    if state.step < ctx.total_steps and not state.should_stop_early(ctx.config.training):
+        return False
+    if distributed.broadcast_from_rank0(lambda: ctx.run.finished_step() != state.step):
+        return False
+    ctx.run.print(f"complete  {ctx.run.directory} has done its {state.step} steps: see report.md there")
+    return True
+
+
+def start_logging(ctx: TrainContext, state: TrainState) -> None:
+    """From here on the run is recorded: what an earlier session did after this step is deleted."""
+    ctx.checkpoints.delete_after(state.step)
+    ctx.run.open_metrics(state.step, [state.epoch, state.window], state.guard.skipped_windows)
+    if not distributed.process_rank():
+        ctx.run.trackers = build_trackers(ctx.config, ctx.run.directory, state.step)
+    predicted, peak = {name: size / 1e9 for name, size in ctx.plan.parts.items()}, peak_memory_gb(ctx.device)
+    ctx.run.log("memory", state.step, predicted_gb=predicted, peak_memory_gb=peak, total_steps=ctx.total_steps)
+    log_memory(ctx, state, "prepared")

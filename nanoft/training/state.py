@@ -1,4 +1,8 @@
-"""TODO."""
+"""What a training run consists of (`TrainContext`), and what changes while it trains (`TrainState`).
+
+What changes is little: the trained weights, the optimizer's moments, the random number generators, and `TrainState`. A
+checkpoint holds exactly these, so a run that is restored from one continues as if it had never stopped.
+"""
 
 from __future__ import annotations
 
@@ -9,166 +13,197 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nanoft import UserError, checkpoint, guard
-from nanoft.batches import Batches, TokenDataset
-from nanoft.checkpoint import AsyncCheckpointWriter, Checkpoint, CheckpointManager
+from nanoft import UserError, guard
+from nanoft.batches import Batches, TokenDataset, Window
+from nanoft.checkpoint import AsyncCheckpointWriter, Checkpoint, CheckpointCorrupted, CheckpointManager, copy_matching
 from nanoft.config import Config
+from nanoft.config.settings import TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import Corpus
 from nanoft.kernels import sharding
 from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
+from nanoft.models.model_files import ModelFiles
 from nanoft.objectives import Objective
 from nanoft.optim import load_optimizer_tensors, optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import set_rng_state
+from nanoft.runtime.machine import Machine
 from nanoft.tracking.run import Meter, Run
-from nanoft.training.memory_plan import Plan
+from nanoft.training.memory_plan import Plan, Planner
 
-Tensors = dict[str, torch.Tensor]
+RENAMED = {"rate": "lr_scale", "left_out": "skipped_windows"}  # fields of the guard's history in older checkpoints
 
 
 @dataclass
 class TrainState:
-    """Everything that changes while training, besides the weights and the optimizer's moments."""
+    """Everything that changes while training, besides the weights, the moments and the random numbers."""
 
     step: int = 0  # completed optimizer steps
-    epoch: int = 0  # where the data stands: the window that comes next
+    epoch: int = 0  # the position in the data: the window that comes next
     window: int = 0
     meter: Meter = field(default_factory=Meter)
     best_step: int = 0
-    best_loss: float = float("inf")  # on the validation samples, nats per target token
+    best_loss: float = float("inf")  # on the validation samples
     evaluations_without_gain: int = 0
-    micro_batch_rows: int = 0  # fewer than configured, since memory was short; 0: as configured
+    micro_batch_rows: int = 0  # fewer than configured, after running out of memory; 0: as configured
     guard: guard.History = field(default_factory=guard.History)
+
+    def advance(self, window: Window, loss: float, seconds: float, joules: float) -> None:
+        """Count a completed optimizer step, and move on to the next window.
+
+        Args:
+            loss: nats per target token.
+            seconds, joules: what the step took.
+        """
+        self.step += 1
+        self.skip(window)
+        self.meter.add(loss * window.target_tokens, window.tokens, window.target_tokens, seconds, joules)
+
+    def skip(self, window: Window) -> None:
+        """Move on to the next window without a step."""
+        self.epoch, self.window = window.next_position
+
+    def should_stop_early(self, t: TrainingConfig) -> bool:
+        """Whether too many evaluations in a row were no improvement."""
+        return 0 < t.early_stopping_patience <= self.evaluations_without_gain
 
 
 @dataclass
 class TrainContext:
-    """The parts of one training job, made once and used together."""
+    """The parts of one training run, built once."""
 
     config: Config
     run: Run
-    chat: ChatTokenizer
+    machine: Machine
+    files: ModelFiles
+    tokenizer: ChatTokenizer
+    corpus: Corpus
+    batches: Batches
+    validation: TokenDataset
     model: Decoder
     adapters: dict[str, LoRALinear]  # empty when every parameter is trained
     objective: Objective
     optimizer: torch.optim.Optimizer
-    corpus: Corpus
-    batches: Batches
-    validation: TokenDataset
     checkpoints: CheckpointManager
-    saves: AsyncCheckpointWriter
-    base_directory: Path
-    device: torch.device
-    dtype: torch.dtype
+    writer: AsyncCheckpointWriter
+    planner: Planner
     plan: Plan
 
     @property
+    def device(self) -> torch.device:
+        return self.machine.device
+
+    @property
+    def total_steps(self) -> int:
+        return int(self.corpus.report["steps"])
+
+    @property
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that learn, by name; if they are split over the ranks, this rank's parts."""
+        """The trained parameters by name; of a sharded model, this rank's shards."""
         sharding.reshard(self.model)
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def autocast(self) -> Any:
         """Full training keeps float32 weights and computes in model.dtype; adapters cast themselves."""
-        wanted = not self.adapters and self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype) if wanted else contextlib.nullcontext()
+        wanted = not self.adapters and self.machine.dtype != torch.float32
+        return torch.autocast(self.device.type, self.machine.dtype) if wanted else contextlib.nullcontext()
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """What a checkpoint saves of the model."""
+        return adapter_tensors(self.adapters) if self.adapters else {name: p.detach() for name, p in self.trained}
+
+    @property
+    def weights_file(self) -> str:
+        """The name of their file, without its ending."""
+        return "adapter" if self.adapters else "model"
 
 
-def trained_weights(job: TrainContext) -> dict[str, torch.Tensor]:
-    return adapter_tensors(job.adapters) if job.adapters else {name: p.detach() for name, p in job.trained}
-
-
-def weights_file(job: TrainContext) -> str:
-    return "adapter" if job.adapters else "model"
-
-
-# ---- Brought back
-
-
-def starting_state(job: TrainContext, resume: str) -> TrainState:
+def restore(ctx: TrainContext, resume: str) -> TrainState:
     """Where the run begins, on every rank.
 
+    Args:
+        resume: --resume: auto, never, or the path of a checkpoint.
     Raises:
-        UserError: `resume` names no checkpoint of this run, or none is whole.
+        UserError: `resume` names no checkpoint of this run, or every checkpoint is corrupted.
     """
     try:
-        return start_from(job, lambda: find_start(job, resume))
-    except checkpoint.CheckpointCorrupted as reason:
+        return restore_from(ctx, lambda: find_checkpoint(ctx, resume))
+    except CheckpointCorrupted as reason:
         raise UserError(f"{reason}: start anew with another output.dir") from None
 
 
-def find_start(job: TrainContext, resume: str) -> Checkpoint | None:
-    """`auto`: the newest checkpoint that is whole, or a fresh start; `never`: a fresh start; PATH: that checkpoint."""
+def find_checkpoint(ctx: TrainContext, resume: str) -> Checkpoint | None:
+    """`auto`: the newest valid checkpoint, or a fresh start; `never`: a fresh start; PATH: that checkpoint."""
     if resume == "never":
         return None
     if resume != "auto":
-        if Path(resume).resolve().parent != job.run.checkpoints.resolve():
-            raise UserError(f"--resume: {resume}: is not in {job.run.checkpoints}: name a checkpoint of this run")
+        if Path(resume).resolve().parent != ctx.run.checkpoints.resolve():
+            raise UserError(f"--resume: {resume}: is not in {ctx.run.checkpoints}: name a checkpoint of this run")
         if not Path(resume).is_dir():
-            raise UserError(
-                f"--resume: {resume}: no such checkpoint: there are those of steps {job.checkpoints.steps()}"
-            )
+            steps = ctx.checkpoints.steps()
+            raise UserError(f"--resume: {resume}: no such checkpoint: there are those of steps {steps}")
         try:
-            return job.checkpoints.verify(Path(resume))
-        except (checkpoint.CheckpointCorrupted, OSError) as reason:
+            return ctx.checkpoints.verify(Path(resume))
+        except (CheckpointCorrupted, OSError) as reason:
             raise UserError(f"--resume: {reason}") from None
-    saved, damage = job.checkpoints.newest()
-    if saved is None and job.run.finished_step():
+    saved, damage = ctx.checkpoints.newest()
+    if saved is None and ctx.run.finished_step():
         raise UserError(
-            f"output.dir: {job.run.directory}: this run has ended, and its checkpoints are gone: eval.py and merge.py "
+            f"output.dir: {ctx.run.directory}: this run has ended, and its checkpoints are gone: eval.py and merge.py "
             "take what it learned; to train again choose another output.dir"
         )
     for what in damage:
-        job.run.print(f"warning: {what}: going back to an earlier checkpoint")
+        ctx.run.print(f"warning: {what}: going back to an earlier checkpoint")
     return saved
 
 
-def start_from(job: TrainContext, choose: Callable[[], Checkpoint | None]) -> TrainState:
-    """On every rank, the checkpoint that rank 0 chooses (its state is told, its tensors are read); None: fresh."""
+def restore_from(ctx: TrainContext, choose: Callable[[], Checkpoint | None]) -> TrainState:
+    """Restore the checkpoint that rank 0 chooses, on every rank; None: a fresh start.
+
+    Raises:
+        CheckpointCorrupted: its hashes are right, and yet it is not a checkpoint.
+    """
 
     def chosen() -> tuple[str, dict[str, Any]]:
         saved = choose()
         return (str(saved.path), saved.state) if saved else ("", {})
 
-    path, state = distributed.broadcast_from_rank0(chosen)
-    if path:
-        return restore(job, Checkpoint(Path(path), state))
-    distributed.broadcast_tensors(trained_weights(job).values())
-    return TrainState()
-
-
-def restore(job: TrainContext, saved: Checkpoint) -> TrainState:
-    """Put a checkpoint's weights, optimizer, position and random numbers back.
-
-    Raises:
-        Damaged: its hashes are right, and yet it is no checkpoint.
-    """
-    values = dict(saved.state)
-    try:
-        rng = values.pop("rng")
-        state = TrainState(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**values["guard"])})
-        set_rng_state(rng)
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise checkpoint.CheckpointCorrupted(f"{saved.path / 'state.json'}: {type(error).__name__}: {error}") from None
-    load_weights(job, saved)
-    moments = distributed.distribute_like(saved.tensors("optimizer"), optimizer_tensors(job.optimizer, job.trained))
-    load_optimizer_tensors(job.optimizer, job.trained, moments)
+    path, contents = distributed.broadcast_from_rank0(chosen)
+    if not path:
+        distributed.broadcast_tensors(ctx.trained_weights().values())
+        return TrainState()
+    saved = Checkpoint(Path(path), contents)
+    state = read_state(saved)
+    load_weights(ctx, saved)
+    moments = sharding.distribute_like(saved.tensors("optimizer"), optimizer_tensors(ctx.optimizer, ctx.trained))
+    load_optimizer_tensors(ctx.optimizer, ctx.trained, moments)
     if state.micro_batch_rows:  # what fitted into memory
-        job.batches.micro_batch_size = min(job.batches.micro_batch_size, state.micro_batch_rows)
-    job.batches.seek(state.epoch, state.window)
-    job.saves.last_step = state.step
+        ctx.batches.micro_batch_size = min(ctx.batches.micro_batch_size, state.micro_batch_rows)
+    ctx.writer.last_step = state.step
     return state
 
 
-def load_weights(job: TrainContext, saved: Checkpoint) -> None:
-    """Only the weights of a checkpoint: to go on, or to take the best one as the result."""
-    tensors = distributed.distribute_like(saved.tensors(weights_file(job)), trained_weights(job))
-    if job.adapters:
-        load_adapter_tensors(job.adapters, tensors, str(saved.path))
-        return
-    checkpoint.copy_matching({name: parameter.detach() for name, parameter in job.trained}, tensors, str(saved.path))
+def read_state(saved: Checkpoint) -> TrainState:
+    """The TrainState of a checkpoint; also restores the random number generators."""
+    values = dict(saved.state)
+    try:
+        rng = values.pop("rng")
+        history = {RENAMED.get(name, name): value for name, value in values["guard"].items()}
+        state = TrainState(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**history)})
+        set_rng_state(rng)
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+        raise CheckpointCorrupted(f"{saved.path / 'state.json'}: {type(error).__name__}: {error}") from None
+    return state
+
+
+def load_weights(ctx: TrainContext, saved: Checkpoint) -> None:
+    """Only the weights of a checkpoint: to resume, or to take the best one as the result."""
+    tensors = sharding.distribute_like(saved.tensors(ctx.weights_file), ctx.trained_weights())
+    if ctx.adapters:
+        load_adapter_tensors(ctx.adapters, tensors, str(saved.path))
+    else:
+        copy_matching({name: parameter.detach() for name, parameter in ctx.trained}, tensors, str(saved.path))

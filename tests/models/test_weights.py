@@ -29,16 +29,9 @@ from nanoft.model import Decoder
 from nanoft.models.adapter_files import PEFT_PREFIX
 from nanoft.models.families import decoder_config
 from nanoft.models.hub import find_model
+from nanoft.models.model_files import ModelFiles, check_quantization, quantization_of
 from nanoft.models.open import LoadedModel, open_model
-from nanoft.models.weights import (
-    check_quantization,
-    copy_companions,
-    hash_files,
-    load_model,
-    quantization_of,
-    save_model,
-    write_config,
-)
+from nanoft.models.weights import copy_companions, hash_files, load_model, save_model, write_config
 from nanoft.nf4 import Linear4bit, Linear8bit, quantize
 from tiny_models import make_chat_model, make_packed, make_reference
 
@@ -340,7 +333,7 @@ def test_settings_that_are_not_what_the_model_is_are_told_what_to_be(
     stored: str, asked: Any, fields: str, packed: Path
 ) -> None:
     with pytest.raises(UserError, match=f"stored in .*: set quantization.{fields}") as raised:
-        check_quantization(packed / stored, asked)
+        check_quantization(ModelFiles.read(packed / stored), asked)
     assert str(packed / stored) in str(raised.value)
     if asked:
         with pytest.raises(UserError, match="stored in"):
@@ -350,10 +343,10 @@ def test_settings_that_are_not_what_the_model_is_are_told_what_to_be(
 def test_settings_that_are_what_the_model_is_are_accepted(packed: Path) -> None:
     for form in FORMS:
         directory = packed / f"{form[0]}-{form[1]}"
-        check_quantization(directory, form)
+        check_quantization(ModelFiles.read(directory), form)
         assert torch.equal(logits(load(directory, quantization=form)), logits(load(directory)))
-        check_quantization(packed / "source", form)
-    check_quantization(packed / "source", None)
+        check_quantization(ModelFiles.read(packed / "source"), form)
+    check_quantization(ModelFiles.read(packed / "source"), None)
 
 
 NOTE = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"

@@ -1,0 +1,145 @@
+"""The data as the model sees it: checks of the tokens, samples to read, the window of a step.
+
+Most failed fine-tunings were lost before they began: the turn never ends in a token that stops an answer, BOS stands
+twice, the prompt in use is not the prompt in training. Each of these is one check, one line, and one fix.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import numpy as np
+
+from nanoft.batches import Batches, Sample
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.check import Check
+from nanoft.data.dataset import Corpus
+
+SAMPLES_CHECKED = 2000  # evenly spread
+CONVERSATIONS_CHECKED = 32  # rendered again
+
+
+def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check]:
+    """Everything that can be told from the tokens alone."""
+    spread = np.linspace(0, len(corpus.training) - 1, min(SAMPLES_CHECKED, len(corpus.training))).astype(int)
+    samples = [corpus.training[int(at)] for at in spread]
+    return [
+        _check_stop(samples, corpus, chat, train_on),
+        _check_bos(samples, chat),
+        _check_targets(samples, corpus),
+        _check_prompt(corpus, chat, train_on),
+    ]
+
+
+def _check_stop(samples: list[Sample], corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
+    """Every trained turn ends in a token that stops an answer; one that was cut has no end."""
+    last: list[int] = []
+    for sample in samples:
+        after = np.append(sample.is_target[1:], False)
+        ends = sample.ids[sample.is_target & ~after].tolist()  # of each run of targets
+        if train_on == "all":
+            ends = [token for token in sample.ids[sample.is_target].tolist() if token in chat.stop_ids][-1:] or ends
+        last += ends
+    cut = corpus.report["truncated"] if corpus.report["truncation"] in ("response", "proportional") else 0
+    odd = [token for token in last if token not in chat.stop_ids]
+    shown = f"; one ends in {chat.decode(odd[:1], keep_special=True)!r}" if odd else ""
+    stops = ", ".join(repr(chat.decode([token], keep_special=True)) for token in chat.stop_ids)
+    return Check(
+        "stop",
+        len(odd) <= cut,
+        f"{len(last) - len(odd):,} of {len(last):,} turns end in a stop token ({stops}){shown}",
+        "the tuned model would not stop; put the template's end of turn into generation_config.json's eos_token_id",
+    )
+
+
+def _check_bos(samples: list[Sample], chat: ChatTokenizer) -> Check:
+    """BOS stands at the beginning only."""
+    if chat.bos_id is None:
+        return Check("bos", True, "the tokenizer has none")
+    doubled = sum(bool(len(s.ids) > 1 and s.ids[0] == s.ids[1] == chat.bos_id) for s in samples)
+    first = sum(bool(s.ids[0] == chat.bos_id) for s in samples)
+    fix = "take {{ bos_token }} out of the chat template, or the BOS out of the tokenizer's post-processor"
+    return Check(
+        "bos", not doubled, f"{first:,} of {len(samples):,} samples begin with one BOS, {doubled} with two", fix
+    )
+
+
+def _check_targets(samples: list[Sample], corpus: Corpus) -> Check:
+    """There is something to learn in every sample."""
+    without = sum(not s.is_target.any() for s in samples)
+    share = corpus.report["training"]["target_tokens"] / corpus.report["training"]["tokens"]
+    return Check(
+        "targets", not without, f"{share:.1%} of the tokens are targets; samples without any: {without}", "data"
+    )
+
+
+def _check_prompt(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
+    """What the model is given in use is what stood before its answers in training."""
+    looked_at, differing, extra = 0, 0, ""
+    for conversation in corpus.conversations(corpus.training, CONVERSATIONS_CHECKED):
+        answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+        if not answers or train_on == "all":
+            continue
+        messages = conversation.messages[: answers[0] + 1]
+        plain = [{key: value for key, value in m.items() if key not in ("weight", "train")} for m in messages]
+        (sample, *_) = chat.encode_now(chat.render_samples(plain, 0, conversation.tools))
+        before = sample.ids[: int(sample.is_target.argmax())].tolist()
+        prompt = chat.encode_prompt(plain[:-1], conversation.tools)
+        looked_at += 1
+        if before != prompt:
+            differing += 1
+            extra = chat.decode(before[len(prompt) :], keep_special=True)
+    found = f"{looked_at - differing} of {looked_at} prompts are the same in training and in use"
+    if extra:
+        found += f"; in training {extra!r:.60} follows"
+    return Check(
+        "prompt",
+        not differing,
+        found,
+        "the template adds it to the answers; for Qwen3 set data.template_args={enable_thinking: false}",
+    )
+
+
+def show_window(batches: Batches, index: int, corpus: Corpus, chat: ChatTokenizer, color: bool) -> Iterator[str]:
+    """A window of the current epoch as the model sees it: borders of documents, targets, special tokens, counts."""
+    for number, (rows, batch) in enumerate(zip(batches.rows(index), batches.window(index), strict=True), start=1):
+        height, width = batch.ids.shape
+        padding = height * width - batch.tokens
+        yield (
+            f"micro-batch {number}: {height}x{width}, {batch.tokens:,} tokens, {batch.target_tokens:,} targets, "
+            f"{padding:,} padding"
+        )
+        for row, members in enumerate(rows, start=1):
+            for document, place in enumerate(members.tolist(), start=1):
+                sample = batches.samples[place]
+                where = f"row {row}" + (f", document {document} of {len(members)}" if len(members) > 1 else "")
+                counts = f"{len(sample.ids):,} tokens, {int(sample.is_target[1:].sum()):,} targets"
+                yield f"  ── {where}: {corpus.place(sample.record)}, {counts}"
+                yield chat.mark(sample, color)
+
+
+def preview(corpus: Corpus, chat: ChatTokenizer, seed: int) -> str:
+    """The shortest, the longest, a truncated and three random samples: ids, text and mask."""
+    samples = corpus.training
+    cut = np.flatnonzero(np.isin(samples.chosen, corpus.truncated))
+    chance = random.Random(seed)
+    chosen = [
+        ("shortest", int(samples.lengths.argmin())),
+        ("longest", int(samples.lengths.argmax())),
+        *(("truncated", int(place)) for place in cut[:1]),
+        *(("random", chance.randrange(len(samples))) for _ in range(3)),
+    ]
+    return "\n".join(itertools.chain.from_iterable(_describe(name, samples[at], corpus, chat) for name, at in chosen))
+
+
+def _describe(name: str, sample: Sample, corpus: Corpus, chat: ChatTokenizer) -> list[str]:
+    targets = int(sample.is_target.sum())
+    return [
+        f"==== {name}: {corpus.place(sample.record)}, {len(sample.ids)} tokens, {targets} targets",
+        chat.mark(sample, color=False),
+        "ids   " + " ".join(map(str, sample.ids.tolist())),
+        "mask  " + " ".join(str(int(value)) for value in sample.is_target),
+        "",
+    ]

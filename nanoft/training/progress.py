@@ -1,0 +1,103 @@
+"""Between two optimizer steps: the progress bar, the `train` events, validation, and the watch on memory."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from nanoft import TrainingFailed
+from nanoft.batches import eval_batches
+from nanoft.optim import learning_rate, warmup_length
+from nanoft.runtime import distributed
+from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, peak_memory_gb, read_memory, release_memory
+from nanoft.training.state import TrainContext, TrainState
+
+
+def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
+    """A tqdm bar over the optimizer steps, on rank 0."""
+    hidden = not ctx.config.logging.progress_bar or distributed.process_rank() > 0
+    interval_s = 0.1 if sys.stderr.isatty() else 5.0  # in a file, every update of the bar stays
+    options: dict[str, Any] = {"disable": hidden, "mininterval": interval_s, "dynamic_ncols": True, "leave": False}
+    return tqdm(total=ctx.total_steps, initial=state.step, unit="step", **options)
+
+
+def scheduled_lr(ctx: TrainContext, state: TrainState) -> float:
+    """The learning rate that the schedule has for the next step."""
+    t = ctx.config.training
+    warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, ctx.total_steps)
+    shape = (t.lr_scheduler, t.min_lr_ratio, t.lr_power)
+    return learning_rate(state.step, ctx.total_steps, t.learning_rate, warmup_steps, *shape)
+
+
+def is_due(ctx: TrainContext, state: TrainState, every: int) -> bool:
+    """Whether something happens after this step: every so many steps, and after the last."""
+    return state.step == ctx.total_steps or (every > 0 and state.step % every == 0)
+
+
+def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: float, grad_norm: float) -> None:
+    """Move the bar, and when due log a `train` event: means since the last one, and current values."""
+    bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {state.meter.tokens_per_second():,.0f} tok/s", False)
+    bar.update(state.step - bar.n)  # negative after a rollback
+    if is_due(ctx, state, ctx.config.training.log_steps):
+        memory = {"peak_memory_gb": peak_memory_gb(ctx.device), **read_memory(ctx.device).figures()}
+        values = {"learning_rate": lr, "grad_norm": grad_norm, **memory}
+        ctx.run.log("train", state.step, **state.meter.flush(), **values, epoch=state.epoch)
+
+
+def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
+    """Evaluate on the validation samples every training.eval_steps; remember the best step."""
+    if not len(ctx.validation) or not is_due(ctx, state, ctx.config.training.eval_steps):
+        return
+    try:
+        figures = validate(ctx)
+    except Exception as error:  # an evaluation that fails does not end the run
+        ctx.model.train()
+        report_failure(ctx, state, "evaluation", error)
+        return
+    loss = figures["loss"]
+    # rank 0 knows whether the best step so far was saved
+    state.best_step, state.best_loss = distributed.broadcast_from_rank0(lambda: (state.best_step, state.best_loss))
+    gained = loss < state.best_loss - ctx.config.training.early_stopping_threshold
+    state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
+    if loss < state.best_loss:
+        state.best_loss, state.best_step = loss, state.step
+    log_memory(ctx, state, "evaluated")
+    ctx.run.log("eval", state.step, **figures)
+    best = " (best so far)" if state.best_step == state.step else ""
+    perplexity = f", perplexity {figures['perplexity']:.4g}" if "perplexity" in figures else ""
+    ctx.run.print(f"step {state.step}: validation loss {loss:.4f}{perplexity}{best}")
+
+
+def validate(ctx: TrainContext) -> dict[str, float]:
+    """The objective's figures on the validation samples, in smaller batches if memory runs out."""
+    size = ctx.config.evaluation.batch_size
+    while True:
+        try:
+            with distributed.same_exception(ctx.device), ctx.autocast():
+                return ctx.objective.evaluate(ctx.model, eval_batches(ctx.validation, size, ctx.tokenizer.pad_id))
+        except OutOfMemory as error:
+            if size == 1:
+                raise TrainingFailed("out of memory with one validation sample") from None
+            release_memory(ctx.device, error)
+        size //= 2
+        ctx.model.train()  # the attempt that failed may have left it in evaluation mode
+
+
+def watch_memory(ctx: TrainContext, state: TrainState, monitor: MemoryMonitor) -> None:
+    """Warn before memory runs out, and when it keeps growing."""
+    for warning in monitor.check(state.step):
+        ctx.run.log("warning", state.step, what="memory", text=warning)
+        ctx.run.print(f"warning: memory after step {state.step}: {warning}")
+
+
+def log_memory(ctx: TrainContext, state: TrainState, stage: str) -> None:
+    """A `memory` event: what is held and what the limit is, at a stage of the run."""
+    ctx.run.log("memory", state.step, stage=stage, **read_memory(ctx.device).figures())
+
+
+def report_failure(ctx: TrainContext, state: TrainState, what: str, error: Exception) -> None:
+    """Something that training can do without went wrong."""
+    ctx.run.log("warning", state.step, what=f"{what} failed", error=f"{type(error).__name__}: {error}")
+    ctx.run.print(f"warning: {what} failed after step {state.step}: {type(error).__name__}: {error}")
