@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoft import batches
-from nanoft.batches import Batch, Batches, Sample, TokenDataset, pack
+from nanoft.batches import Batch, Batches, Sample, TokenDataset, Window, pack
 from nanoft.loss import token_nll
 from nanoft.models.weights import load_model
 from nanoft.training.self_test import gradient_error, packed_apart
@@ -35,13 +36,13 @@ def random_lengths(count: int, seed: int = 0, longest: int = 40) -> list[int]:
     return np.random.default_rng(seed).integers(2, longest, count).tolist()
 
 
-def records_of(window: list[Batch]) -> list[int]:
+def records_of(window: Iterable[Batch]) -> list[int]:
     return [record for batch in window for record in batch.records]
 
 
 def describe(batch: Batch) -> list[Any]:
     bounds = None if batch.documents is None else batch.documents.bounds
-    tensors = (batch.ids, batch.positions, bounds, batch.rows, batch.targets)
+    tensors = (batch.ids, batch.positions, bounds, batch.target_positions, batch.targets)
     return [None if tensor is None else tensor.tolist() for tensor in tensors] + [batch.tokens, batch.records]
 
 
@@ -79,13 +80,14 @@ def test_collate_against_brute_force(grouping: list[int]) -> None:
     for r, row in enumerate(rows):
         flat = [int(token) for sample in row for token in sample.ids]
         assert batch.ids[r].tolist() == flat + [PAD] * (width - len(flat))
-    found = [(int(at) // width, int(at) % width, int(to)) for at, to in zip(batch.rows, batch.targets, strict=True)]
+    pairs = zip(batch.target_positions, batch.targets, strict=True)
+    found = [(int(at) // width, int(at) % width, int(to)) for at, to in pairs]
     assert found == predictions(rows, batch)
     assert batch.target_tokens == len(found) == sum(int(sample.is_target[1:].sum()) for sample in samples)
     assert batch.tokens == sum(len(sample.ids) for sample in samples)
     assert batch.records == list(range(8))
     assert (batch.documents is None) == (batch.positions is None) == (grouping == [1] * 8)
-    assert (batch.ids.dtype, batch.rows.dtype, batch.targets.dtype) == (torch.int64,) * 3
+    assert (batch.ids.dtype, batch.target_positions.dtype, batch.targets.dtype) == (torch.int64,) * 3
 
 
 def test_packed_rows_say_where_their_documents_lie() -> None:
@@ -106,14 +108,14 @@ def test_first_token_of_a_document_is_never_predicted() -> None:
     for rows in ([whole], [[sample] for sample in whole]):
         batch = collate(rows, PAD)
         assert batch.targets.tolist() == [6, 6, 6, 6]
-        assert batch.ids.ravel()[batch.rows].tolist() == [5, 5, 5, 5]
+        assert batch.ids.ravel()[batch.target_positions].tolist() == [5, 5, 5, 5]
 
 
 def test_a_target_that_is_the_pad_token_is_kept() -> None:
     sample = Sample(np.array([5, PAD], np.int32), np.array([False, True]), 0)
     longer = Sample(np.array([5, 6, 7, 8], np.int32), np.array([False] * 4), 1)
     batch = collate([[sample], [longer]], PAD)
-    assert (batch.rows.tolist(), batch.targets.tolist()) == ([0], [PAD])
+    assert (batch.target_positions.tolist(), batch.targets.tolist()) == ([0], [PAD])
 
 
 def test_on_the_cpu_a_batch_stays_itself() -> None:
@@ -124,13 +126,20 @@ def test_on_the_cpu_a_batch_stays_itself() -> None:
 # ---- Windows
 
 
+def windows_of(run: Batches) -> Iterator[Window]:
+    """One after the other, from the beginning, without end."""
+    position = [0, 0]
+    while True:
+        yield (window := run.next_window(*position))
+        position = window.next_position
+
+
 @pytest.mark.parametrize("pack_length", [None, 64])
 def test_windows_do_not_depend_on_how_they_are_cut(pack_length: int | None) -> None:
     samples = make(random_lengths(53))
     cuts = [(1, 8), (2, 4), (8, 1)]
     runs = [Batches(samples, size, steps, 3, PAD, pack_length) for size, steps in cuts]
-    for _ in range(2 * runs[0].windows_in_epoch()):
-        windows = [run.next_window() for run in runs]
+    for windows in itertools.islice(zip(*map(windows_of, runs), strict=True), 2 * runs[0].windows_in_epoch()):
         expected = [records_of(window) for window in windows]
         assert expected[0] == expected[1] == expected[2]
         assert len({sum(batch.target_tokens for batch in window) for window in windows}) == 1
@@ -144,13 +153,10 @@ def test_windows_do_not_depend_on_how_they_are_cut(pack_length: int | None) -> N
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 50])
 def test_each_epoch_has_each_sample_once(count: int, pack_length: int | None, grouped: bool) -> None:
     run = Batches(make(random_lengths(count)), 4, 2, 0, PAD, pack_length, group_by_length=grouped)
-    orders = []
+    orders, every = [], windows_of(run)
     for epoch in range(3):
-        windows = []
-        assert run.index == 0
-        for _ in range(run.windows_in_epoch()):
-            assert run.epoch == epoch
-            windows.append(run.next_window())
+        windows = list(itertools.islice(every, run.windows_in_epoch()))
+        assert [window.position for window in windows] == [[epoch, index] for index in range(len(windows))]
         orders.append([records_of(window) for window in windows])
         assert sorted(itertools.chain(*orders[-1])) == list(range(count))
         assert all(sum(len(batch.ids) for batch in window) == 8 for window in windows[:-1])
@@ -162,20 +168,20 @@ def test_each_epoch_has_each_sample_once(count: int, pack_length: int | None, gr
 def test_last_window_is_the_rest() -> None:
     run = Batches(make([3] * 11), 2, 2, 0, PAD)
     assert run.windows_in_epoch() == 3
-    assert [len(records_of(run.next_window())) for _ in range(6)] == [4, 4, 3] * 2
+    assert [len(records_of(window)) for window in itertools.islice(windows_of(run), 6)] == [4, 4, 3] * 2
 
 
 def test_short_rows_come_first_in_a_window() -> None:
     run = Batches(make(random_lengths(40)), 2, 4, 0, PAD)
-    for _ in range(5):
-        lengths = [len(run.samples[record].ids) for record in records_of(run.next_window())]
+    for window in itertools.islice(windows_of(run), 5):
+        lengths = [len(run.samples[record].ids) for record in records_of(window)]
         assert lengths == sorted(lengths)
 
 
 def test_order_is_a_function_of_the_seed() -> None:
     samples = make(random_lengths(40))
     first, again, other = (Batches(samples, 4, 2, seed, PAD) for seed in (5, 5, 6))
-    orders = [[records_of(run.next_window()) for _ in range(10)] for run in (first, again, other)]
+    orders = [[*map(records_of, itertools.islice(windows_of(run), 10))] for run in (first, again, other)]
     assert orders[0] == orders[1] != orders[2]
     torch.manual_seed(0)
     np.random.seed(0)  # global state must not matter
@@ -184,26 +190,32 @@ def test_order_is_a_function_of_the_seed() -> None:
 
 def test_without_shuffling_the_order_is_the_one_given() -> None:
     run = Batches(make([4] * 10), 2, 2, 0, PAD, shuffle=False)
+    every = map(records_of, windows_of(run))
     for _ in range(2):
-        assert list(itertools.chain(*(records_of(run.next_window()) for _ in range(3)))) == list(range(10))
+        assert list(itertools.chain(*itertools.islice(every, 3))) == list(range(10))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("pack_length", [None, 64])
-def test_seek_is_the_same_as_consuming(pack_length: int | None, grouped: bool) -> None:
+def test_a_window_is_a_function_of_its_position(pack_length: int | None, grouped: bool) -> None:
     samples = make(random_lengths(45))
     run = Batches(samples, 3, 2, 1, PAD, pack_length, group_by_length=grouped)
-    positions, windows = [], []
-    for _ in range(20):
-        positions.append((run.epoch, run.index))
-        windows.append([describe(batch) for batch in run.next_window()])
-    assert positions[-1][0] >= 2
+    windows = list(itertools.islice(windows_of(run), 20))
+    assert windows[-1].position[0] >= 2
     jumping = Batches(samples, 3, 2, 1, PAD, pack_length, group_by_length=grouped)
     for at in [7, 19, 0, 12, 3, 18]:
-        jumping.seek(*positions[at])
-        assert [describe(batch) for batch in jumping.next_window()] == windows[at]
+        window = jumping.next_window(*windows[at].position)
+        assert [*map(describe, window)] == [*map(describe, windows[at])]
+        assert window.next_position == windows[at].next_position
         if at < 19:
-            assert (jumping.epoch, jumping.index) == positions[at + 1]
+            assert window.next_position == windows[at + 1].position
+
+
+def test_skipped_windows_are_passed_over() -> None:
+    run = Batches(make([3] * 11), 2, 2, 0, PAD)  # three windows per epoch
+    window = run.next_window(0, 1, [[0, 1], [0, 2], [1, 1], [1, 0]])
+    assert (window.position, window.next_position) == ([1, 2], [2, 0])
+    assert records_of(window) == records_of(run.next_window(1, 2))
 
 
 # ---- Packing
@@ -255,7 +267,7 @@ def test_who_shares_a_row_changes_and_the_number_of_windows_does_not() -> None:
     run = Batches(make(random_lengths(200, longest=20)), 2, 2, 0, PAD, 64)
     shared = []
     for epoch in range(3):
-        run.seek(epoch, 0)
+        run.seek(epoch)
         windows = run.windows_in_epoch()
         rows = [row for index in range(windows) for piece in run.rows(index) for row in piece]
         shared.append({frozenset(row.tolist()) for row in rows})
@@ -286,7 +298,7 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(
         """The gradient of the summed loss."""
         model = load_model(tmp_path, torch.device("cpu"), torch.float32)
         batch = collate(rows, PAD)
-        hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
+        hidden = model(batch.ids, batch.positions, batch.documents, target_positions=batch.target_positions)
         token_nll(hidden, model.head, batch.targets).sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -331,7 +343,7 @@ def test_padding_to_a_multiple_changes_nothing_else() -> None:
     assert torch.equal(exact.ids, wide.ids[:, :12])
     assert (wide.ids[:, 12:] == PAD).all()
     assert torch.equal(exact.targets, wide.targets)
-    assert torch.equal(wide.ids.ravel()[wide.rows + 1], wide.targets)
+    assert torch.equal(wide.ids.ravel()[wide.target_positions + 1], wide.targets)
 
 
 def test_the_longest_micro_batch() -> None:
@@ -372,9 +384,7 @@ def test_a_run_that_is_resumed_anywhere_goes_on_as_if_it_had_not_stopped(
     def fresh() -> Batches:
         return Batches(make(lengths), size, steps, 7, PAD, 32 if packed else None, group_by_length=grouped)
 
-    going, resumed = fresh(), fresh()
-    for _ in range(stop):
-        going.next_window()
-    resumed.seek(going.epoch, going.index)
-    for _ in range(3):
-        assert [describe(batch) for batch in resumed.next_window()] == [describe(b) for b in going.next_window()]
+    *_, last = itertools.islice(windows_of(fresh()), stop + 1)
+    resumed = fresh().next_window(*last.position)
+    assert [*map(describe, resumed)] == [*map(describe, last)]
+    assert resumed.next_position == last.next_position

@@ -15,6 +15,9 @@ from test_train import equal, losses, quick, result
 import train
 from nanoft import perplexity
 from nanoft.checkpoint import CheckpointManager
+from nanoft.objectives import sft
+from nanoft.runtime import memory
+from nanoft.training import progress
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -25,9 +28,9 @@ def events(directory: Path, event: str = "warning") -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == event]
 
 
-def in_the_loop(patch: Patch, name: str, around: Callable[..., Any]) -> None:
-    """While the loop runs, and not before, `train.<name>(...)` becomes around(call number, the real one, ...)."""
-    loop, real = train.train, getattr(train, name)
+def in_the_loop(patch: Patch, name: str, around: Callable[..., Any], module: Any = train) -> None:
+    """While the loop runs, and not before, `module.<name>(...)` becomes around(call number, the real one, ...)."""
+    loop, real = train.train, getattr(module, name)
     calls = [0]
 
     def replaced(*args: Any, **options: Any) -> Any:
@@ -35,11 +38,11 @@ def in_the_loop(patch: Patch, name: str, around: Callable[..., Any]) -> None:
         return around(calls[0], real, *args, **options)
 
     def looping(*args: Any) -> Any:
-        setattr(train, name, replaced)
+        setattr(module, name, replaced)
         try:
             return loop(*args)
         finally:
-            setattr(train, name, real)
+            setattr(module, name, real)
 
     patch.setattr(train, "train", looping)
 
@@ -77,7 +80,7 @@ def test_after_too_many_bad_windows_it_goes_back_learns_more_slowly_and_passes_t
     directory = tmp_path / "run"
     assert train.main(quick(directory, **NO_EVALUATION, guard__max_skips=3, training__lr_scheduler="constant")) == 0
     said = capsys.readouterr().out
-    assert "back from step 5 to the checkpoint of step 3, at 0.5 of the learning rate" in said
+    assert "rolled back from step 5 to the checkpoint of step 3, at 0.5 of the learning rate" in said
     steps_are_all_there(directory, 8)
     skipped = [(w["step"], w["window"]) for w in events(directory) if w["what"] == "step skipped"]
     places = [window for _, window in skipped]
@@ -86,8 +89,8 @@ def test_after_too_many_bad_windows_it_goes_back_learns_more_slowly_and_passes_t
     assert rates[4] == pytest.approx(rates[2] / 2)
     assert rates[3] == pytest.approx(rates[2] / 2), "step 4 was done again"
     saved = json.loads((directory / "checkpoints" / "step-000008" / "state.json").read_text())
-    assert saved["guard"]["left_out"] == places
-    assert (saved["guard"]["rollbacks"], saved["guard"]["rate"]) == (1, 0.5)
+    assert saved["guard"]["skipped_windows"] == places
+    assert (saved["guard"]["rollbacks"], saved["guard"]["lr_scale"]) == (1, 0.5)
     windows = 5  # of an epoch: 40 records less those held out, 8 a window
     assert saved["epoch"] * windows + saved["window"] == 8 + 3, "three windows were passed over"
 
@@ -124,7 +127,7 @@ def test_what_rollbacks_do_not_help_ends_with_3_and_a_diagnosis(tmp_path: Path, 
     assert "2 rollbacks did not help: the " in captured.err
     assert "lower training.learning_rate (1e+30)" in captured.err
     assert captured.err.count("\n") == 1
-    assert captured.out.count("warning: back from step") == 2
+    assert captured.out.count("warning: rolled back from step") == 2
     assert "conversations.jsonl:" in captured.out
 
 
@@ -137,11 +140,11 @@ def test_a_rollback_gets_over_a_learning_rate_that_was_too_high(tmp_path: Path) 
 
 
 def test_a_nan_in_a_weight_is_found(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    def poisoning(number: int, real: Any, job: train.Job, window: Any) -> Any:
+    def poisoning(number: int, real: Any, ctx: train.TrainContext, window: Any) -> Any:
         if number == 1:
             with torch.no_grad():
-                job.model.model.layers[1].mlp.down_proj.base.weight[3, 5] = float("nan")
-        return real(job, window)
+                ctx.model.model.layers[1].mlp.down_proj.base.weight[3, 5] = float("nan")
+        return real(ctx, window)
 
     in_the_loop(monkeypatch, "accumulate", poisoning)
     assert train.main(quick(tmp_path / "run", guard__max_skips=2)) == 3
@@ -167,11 +170,11 @@ def test_a_spike_is_warned_of_and_by_policy_left_out(tmp_path: Path, monkeypatch
 SMALL_WINDOW = {"lora__dropout": 0.0}
 
 
-@pytest.mark.parametrize("part", ["target_nll", "accumulate"])
+@pytest.mark.parametrize("part", ["token_nll", "backward"])
 def test_out_of_memory_in_a_window_takes_the_same_window_again_in_halves(
     part: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    """target_nll: in forward, with a graph half built; accumulate: after backward, with the gradient there."""
+    """token_nll: in forward, with a graph half built; backward: after it, with the gradient there."""
     whole, short = tmp_path / "whole", tmp_path / "short"
     assert train.main(quick(whole, **SMALL_WINDOW)) == 0
 
@@ -180,7 +183,7 @@ def test_out_of_memory_in_a_window_takes_the_same_window_again_in_halves(
         return no_memory() if number in (4, 7) else done
 
     with monkeypatch.context() as patch:
-        in_the_loop(patch, part, failing)
+        in_the_loop(patch, part, failing, sft if part == "token_nll" else torch.Tensor)
         assert train.main(quick(short, **SMALL_WINDOW)) == 0
     assert "out of memory after step" in capsys.readouterr().out
     rows = [w["micro_batch_rows"] for w in events(short) if w["what"] == "out of memory"]
@@ -194,7 +197,7 @@ def test_out_of_memory_in_a_window_takes_the_same_window_again_in_halves(
 def test_out_of_memory_with_one_row_ends_with_3_and_what_would_help_most(
     tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    in_the_loop(monkeypatch, "accumulate", no_memory)
+    in_the_loop(monkeypatch, "token_nll", no_memory, sft)
     assert train.main(quick(tmp_path / "run")) == 3
     captured = capsys.readouterr()
     assert captured.err.startswith("failed: out of memory with micro-batches of 1 rows: try ")
@@ -206,24 +209,24 @@ def test_out_of_memory_in_the_optimizer_step_leaves_no_half_step(tmp_path: Path,
     """Some parameters are changed already when it fails."""
     whole, short = tmp_path / "whole", tmp_path / "short"
     assert train.main(quick(whole, **SMALL_WINDOW)) == 0
-    prepare, calls = train.prepare, [0]
+    build, calls = train.build, [0]
 
-    def preparing(*args: Any) -> train.Job:
-        job = prepare(*args)
-        step = job.optimizer.step
+    def building(*args: Any) -> train.TrainContext:
+        ctx = build(*args)
+        step = ctx.optimizer.step
 
         def half() -> Any:
             calls[0] += 1
             if calls[0] == 5:
                 with torch.no_grad():
-                    job.trained[0][1].add_(1.0)
+                    ctx.trained[0][1].add_(1.0)
                 return no_memory()
             return step()
 
-        monkeypatch.setattr(job.optimizer, "step", half)
-        return job
+        monkeypatch.setattr(ctx.optimizer, "step", half)
+        return ctx
 
-    monkeypatch.setattr(train, "prepare", preparing)
+    monkeypatch.setattr(train, "build", building)
     assert train.main(quick(short, **SMALL_WINDOW)) == 0
     for (step, loss), (same, expected) in zip(losses(short), losses(whole), strict=True):
         assert (step, loss) == (same, pytest.approx(expected, rel=1e-5))
@@ -237,18 +240,14 @@ def test_out_of_memory_in_evaluation_takes_smaller_batches(tmp_path: Path, monke
     whole, short = tmp_path / "whole", tmp_path / "short"
     dropout = {"lora__dropout": 0.1}  # stays on afterwards
     assert train.main(quick(whole, **dropout)) == 0
-    measured, sizes = perplexity.validation_loss, []
+    sizes: list[int] = []
 
-    def failing(model: Any, samples: Any, size: int, pad_id: int) -> Any:
+    def failing(_: int, real: Any, samples: Any, size: int, pad_id: int) -> Any:
         sizes.append(size)
-        if size > 4:
-            model.eval()  # as the real one has done when it fails
-            return no_memory()
-        return measured(model, samples, size, pad_id)
+        return no_memory() if size > 4 else real(samples, size, pad_id)
 
     with monkeypatch.context() as patch:
-        in_the_loop(patch, "validation_loss", lambda _, real, job: real(job))
-        patch.setattr(train.evaluate, "validation_loss", failing)
+        in_the_loop(patch, "eval_batches", failing, progress)
         assert train.main(quick(short, **dropout)) == 0
     assert sizes[:4] == [32, 16, 8, 4]
     assert [loss for _, loss in losses(short, "eval")] == pytest.approx([loss for _, loss in losses(whole, "eval")])
@@ -264,12 +263,12 @@ def test_out_of_memory_inside_an_evaluation_leaves_the_mode_as_it_was(tmp_path: 
         calls[0] += 1
         return no_memory() if calls[0] == 1 else real(*args)
 
-    def evaluating(_: int, validation_loss: Any, job: train.Job) -> Any:
+    def evaluating(_: int, validate: Any, ctx: train.TrainContext) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(perplexity, "token_nll", failing)
-            return validation_loss(job)
+            return validate(ctx)
 
-    in_the_loop(monkeypatch, "validation_loss", evaluating)
+    in_the_loop(monkeypatch, "validate", evaluating, progress)
     assert train.main(quick(short, lora__dropout=0.2)) == 0
     assert calls[0] > 1
     assert losses(short) == losses(whole)
@@ -279,12 +278,12 @@ def test_out_of_memory_inside_an_evaluation_leaves_the_mode_as_it_was(tmp_path: 
 
 
 def test_an_evaluation_that_fails_is_an_event(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    def failing(number: int, real: Any, job: train.Job) -> Any:
+    def failing(number: int, real: Any, ctx: train.TrainContext) -> Any:
         if number == 1:
             raise ValueError("no such thing")
-        return real(job)
+        return real(ctx)
 
-    in_the_loop(monkeypatch, "validation_loss", failing)
+    in_the_loop(monkeypatch, "validate", failing, progress)
     assert train.main(quick(tmp_path / "run")) == 0
     assert "warning: evaluation failed after step 4: ValueError: no such thing" in capsys.readouterr().out
     assert [(w["what"], w["error"]) for w in events(tmp_path / "run")] == [
@@ -318,7 +317,7 @@ def test_training_goes_on_after_a_save_that_failed(tmp_path: Path, monkeypatch: 
 
 def test_the_best_so_far_is_not_forgotten_when_a_better_one_cannot_be_saved(tmp_path: Path, monkeypatch: Patch) -> None:
     found = iter([2.2, 2.0, 2.5, 2.4])  # after steps 2, 4, 6, 8
-    in_the_loop(monkeypatch, "validation_loss", lambda *_: (next(found), 10))
+    in_the_loop(monkeypatch, "validate", lambda *_: {"loss": next(found)}, progress)
     refuse_saves(monkeypatch, 4)
     assert train.main(quick(tmp_path / "run", training__eval_steps=2, training__keep_checkpoints=1)) == 0
     assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 2
@@ -349,7 +348,7 @@ def test_going_back_with_nothing_to_go_back_to_ends_with_3(tmp_path: Path, monke
 
 
 def test_memory_is_told_at_every_stage_and_warned_of(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(train.runtime.MemoryWatch, "LEVELS", (1e-4,))
+    monkeypatch.setattr(memory.MemoryMonitor, "LEVELS", (1e-4,))
     assert train.main(quick(tmp_path / "run")) == 0
     stages = [line["stage"] for line in events(tmp_path / "run", "memory") if "stage" in line]
     assert stages == ["prepared", "evaluated", "evaluated", "finished"]

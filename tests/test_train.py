@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from nanoft import model
+from nanoft import TrainingFailed
 from nanoft.config.loading import load_config
-from nanoft.lora import LoRALinear
+from nanoft.objectives import sft
 from nanoft.optim import optimizer_tensors
-from nanoft.runtime.device import seed_everything
 from nanoft.tracking.run import Run
-from nanoft.training import self_test
+from nanoft.training import recovery, self_test
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
@@ -81,17 +79,19 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     """What the real loop hands to the optimizer at its first step."""
     changes |= {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
-    arguments = quick(directory, **changes)
-    config = load_config(arguments[0], arguments[1:])
-    seed_everything(config.system.seed, 0, False)
-    with Run.open(config.output.dir) as run:
-        provenance = train.claim(config, run, "auto")
-        job = train.prepare(config, run, provenance, *train.load_data(config, run, datetime.now()))
-        job.model.to(dtype)
-        self_test.perturb_adapters(job.adapters)  # at its start, A has no gradient
-        run.open_metrics(0, [0, 0], [])
-        taken = self_test.gradient(job, train.go_on, job.batches)
-        assert {name: len(part) for name, part in taken.items()} == {name: p.numel() for name, p in job.trained}
+    taken: dict[str, torch.Tensor] = {}
+
+    def take(ctx: train.TrainContext, _: str) -> Any:
+        ctx.model.to(dtype)
+        self_test.perturb_adapters(ctx.adapters)  # at its start, A has no gradient
+        ctx.run.open_metrics(0, [0, 0], [])
+        taken.update(self_test.gradient(ctx, train.train, ctx.batches))
+        assert {name: len(part) for name, part in taken.items()} == {name: p.numel() for name, p in ctx.trained}
+        raise TrainingFailed("that is all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "restore", take)
+        assert train.main(quick(directory, **changes)) == 3
     return taken
 
 
@@ -325,32 +325,30 @@ def test_it_stops_early_when_the_validation_loss_no_longer_falls(tmp_path: Path)
 
 
 def test_a_window_with_nan_changes_nothing_and_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = train.target_nll, []
+    real, calls = sft.token_nll, []
     snapshots: list[dict[str, torch.Tensor]] = []
-    bad_step = train.report_bad_step
+    warn = recovery.warn_of_window
 
     def poisoned(*args: Any) -> torch.Tensor:
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) - rehearsed == 6 else 1.0)
 
-    def noting(run: train.Job, state: train.State, *rest: Any, **options: Any) -> None:
-        snapshots.append({n: p.detach().clone() for n, p in jobs[0].trained})
-        moments.append({n: t.clone() for n, t in optimizer_tensors(jobs[0].optimizer, jobs[0].trained).items()})
-        bad_step(run, state, *rest, **options)
+    def noting(ctx: train.TrainContext, *rest: Any) -> None:
+        snapshots.append({n: p.detach().clone() for n, p in ctx.trained})
+        moments.append({n: t.clone() for n, t in optimizer_tensors(ctx.optimizer, ctx.trained).items()})
+        warn(ctx, *rest)
 
-    jobs: list[train.Job] = []
     moments: list[dict[str, torch.Tensor]] = []
     loop = train.train
 
-    def watched(job: train.Job, *args: Any) -> train.State:
+    def watched(*args: Any) -> train.TrainState:
         nonlocal rehearsed
         rehearsed = len(calls)
-        jobs.append(job)
-        return loop(job, *args)
+        return loop(*args)
 
     rehearsed = 0
-    monkeypatch.setattr(train, "target_nll", poisoned)
-    monkeypatch.setattr(train, "report_bad_step", noting)
+    monkeypatch.setattr(sft, "token_nll", poisoned)
+    monkeypatch.setattr(recovery, "warn_of_window", noting)
     monkeypatch.setattr(train, "train", watched)
     assert train.main(quick(tmp_path / "run", training__save_steps=1, training__keep_checkpoints=9)) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -592,18 +590,17 @@ def test_a_config_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_fast_step_has_the_loss_curve_of_the_plain_one(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The embedded demo, packed; then with every trick replaced by the formula: linears one by one, the rotation as it
-    is written, a mask over all pairs, all logits at once."""
+    """The embedded demo, packed; then without kernels, and with all logits at once."""
 
-    def curve(name: str) -> list[float]:
-        changes = {"data__packing": True, "model__max_seq_length": 256, "data__max_samples": "none"}
+    def curve(name: str, **changes: Any) -> list[float]:
+        changes |= {"data__packing": True, "model__max_seq_length": 256, "data__max_samples": "none"}
         changes |= {"training__max_steps": steps, "training__eval_steps": 0, "evaluation__prompts": 0}
         assert train.main(quick(tmp_path / name, **changes)) == 0
         return [loss for _, loss in losses(tmp_path / name)]
 
     fast = curve("fast")
-    patch_plain(monkeypatch)
-    plain = curve("plain")
+    monkeypatch.setattr(sft, "token_nll", plain_nll)
+    plain = curve("plain", system__kernels="plain")
     assert len(fast) == len(plain) == steps
     assert plain[-1] < 0.9 * plain[0]
     if steps == 8:
@@ -626,33 +623,5 @@ def test_on_cuda_bfloat16_has_the_loss_curve_of_float32(bits: int, tmp_path: Pat
     assert abs(sum(rounded[-10:]) / sum(exact[-10:]) - 1) < 0.05
 
 
-def patch_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    def project(linears: Any, prepare: Any, *inputs: Any) -> Any:
-        return [linear.plain(prepare(*inputs)) for linear in linears]
-
-    def rotate(x: Any, cos: Any, sin: Any) -> Any:
-        first, second = x.chunk(2, dim=-1)
-        return x * torch.cat((cos, cos), -1) + torch.cat((-second, first), -1) * torch.cat((sin, sin), -1)
-
-    def attend(q: Any, k: Any, v: Any, window: Any, documents: Any) -> Any:
-        lengths = documents.lengths if documents else (q.shape[1],) * len(q)
-        numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(q.shape[:2])
-        same = numbers[:, None, :, None] == numbers[:, None, None, :]
-        mask = same & torch.ones(q.shape[1], q.shape[1]).tril().bool()
-        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-        return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
-
-    forward = model.Decoder.forward
-
-    def decode(self: Any, *args: Any, rows: Any = None, **more: Any) -> Any:
-        return model.select_rows(forward(self, *args, **more), rows)
-
-    def target_nll(hidden: Any, head: Any, targets: Any, *_: Any) -> Any:
-        return torch.nn.functional.cross_entropy(hidden.flatten(0, 1) @ head.T, targets, reduction="sum")
-
-    monkeypatch.setattr(LoRALinear, "project", staticmethod(project))
-    monkeypatch.setattr(model, "rotate", rotate)
-    monkeypatch.setattr(model, "attend", attend)
-    monkeypatch.setattr(model.Decoder, "forward", decode)
-    monkeypatch.setattr(train, "target_nll", target_nll)
+def plain_nll(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *_: float) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(hidden.flatten(0, 1) @ head.T, targets, reduction="none")

@@ -20,9 +20,10 @@ from nanoft.models.families import decoder_config, read_shape
 from nanoft.models.weights import load_model
 from nanoft.nf4 import packed_bytes
 from nanoft.optim import build_optimizer, optimizer_tensors
+from nanoft.runtime.machine import Machine
 from nanoft.training.memory_plan import (
-    Machine,
     Plan,
+    Planner,
     choose_recompute,
     choose_rows,
     count_parameters,
@@ -170,7 +171,7 @@ def test_a_base_that_is_kept_unpacked_counts_as_one() -> None:
 @pytest.mark.parametrize(("memory_gb", "unpacked"), [(80, True), (48, True), (24, False)])
 def test_the_base_is_planned_unpacked_where_loading_will_unpack_it(memory_gb: float, unpacked: bool) -> None:
     """10.36 GB more, which is a third of what is left beside the packed base and the embeddings, or not."""
-    machine = Machine(torch.device("cuda"), torch.bfloat16, 0.9 * memory_gb * 1e9, here=False)
+    machine = Machine(torch.device("cuda"), torch.bfloat16, memory_gb * 1e9, present=False)
     decided = decide_dequantize(QLORA, count_parameters(decoder_config(MISTRAL_7B), QLORA), machine)
     assert decided.quantization.dequantize == ("cached" if unpacked else "per_use")
 
@@ -240,7 +241,8 @@ def test_what_would_help_is_weighed_with_the_same_blocks_computed_again(tmp_path
     """In 4 bits, a weight takes 0.516 bytes instead of 2; room that this makes is not filled with activations again."""
     (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B))
     config = Config().override({"model.name": str(tmp_path), "system.device": "cuda", "system.memory_gb": 14})
-    said = suggest_savings(config, 1, 2048)
+    planner = Planner.of(config, Machine.detect_or_describe(config), decoder_config(MISTRAL_7B))
+    said = suggest_savings(planner, 1, 2048)
     saved = 6_979_321_856 * (2 - 0.5 - (1 + 4 / 256) / 64) - 4096 * 14336 * 2  # less one weight unpacked
     assert said.startswith(f"quantization.bits=4 (saves about {saved / 1e9:.3g} GB), or model.max_seq_length=1024 ")
 

@@ -17,19 +17,14 @@ from nanoft.batches import Batches
 from nanoft.config import DataConfig
 from nanoft.config.loading import load_file
 from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.check import Check, require_passed
 from nanoft.data.dataset import Corpus, open_corpus
+from nanoft.data.inspection import check_data, preview, show_window
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
-from nanoft.training.preflight import (
-    Check,
-    check_data,
-    check_disk,
-    check_head,
-    check_room,
-    preview,
-    rehearse_save,
-    require_passed,
-    show_window,
-)
+from nanoft.runtime.machine import Machine
+from nanoft.training.memory_plan import Planner
+from nanoft.training.preflight import check_disk, check_head, check_room, rehearse_save
 from tiny_models import make_chat_model, write_records
 
 ROOT = Path(__file__).parents[2]
@@ -157,9 +152,10 @@ def test_a_model_that_has_no_room_is_refused_before_its_weights_are_looked_for(
 
 def test_a_row_that_has_no_room_is_refused() -> None:
     config = load_file(ROOT / "configs" / "tiny.py").override({"system.device": "cpu", "model.max_seq_length": 10**9})
-    assert check_room(config).passed
-    assert check_room(config, 1024).passed
-    refused = check_room(config, 10**9)
+    planner = Planner.of(config, Machine.detect(config), ModelFiles.find(config.model.name).decoder)
+    assert check_room(planner).passed
+    assert check_room(planner, 1024).passed
+    refused = check_room(planner, 10**9)
     assert not refused.passed
     assert refused.found.startswith("the model and a row of 1,000,000,000 tokens take ")
     assert refused.fix.startswith("set model.max_seq_length=500000000 (saves about ")

@@ -36,8 +36,8 @@ def test_show_step_names_the_records_of_a_step(tmp_path: Path, capsys: pytest.Ca
     seen: list[list[int]] = []
     step = batches.Batches.next_window
 
-    def watch(self: batches.Batches) -> list[batches.Batch]:
-        window = step(self)
+    def watch(*args: Any) -> batches.Window:
+        window = step(*args)
         seen.append(sorted(record for batch in window for record in batch.records))
         return window
 
@@ -61,7 +61,7 @@ def test_windows_that_were_left_out_do_not_count_in_show_step(
     changes = {"guard__max_skips": 3, "training__lr_scheduler": "constant"}
     arguments = quick(tmp_path / "run", **NO_EVALUATION, **changes)
     assert train.main(arguments) == 0
-    assert "back from step 5 to the checkpoint of step 3" in capsys.readouterr().out
+    assert "rolled back from step 5 to the checkpoint of step 3" in capsys.readouterr().out
     for step, window in ((4, 3), (5, 4), (6, 8), (8, 10)):
         assert train.main([*arguments, "--show-step", str(step)]) == 0
         place = f"step {step}: window {window % 5 + 1} of 5 in epoch {window // 5 + 1}"

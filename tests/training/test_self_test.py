@@ -21,14 +21,15 @@ from nanoft.generation import decode
 from nanoft.lora import LoRALinear
 from nanoft.models import adapter_files
 from nanoft.tracking.run import Run
-from nanoft.training import self_test, setup, state
+from nanoft.objectives import sft
+from nanoft.training import self_test, state
 from tiny_models import delta, make_chat_model, write_records
 
 SPLITS, RESUMED = "1x8 = 2x4 = 4x2 = 8x1", "2 + 2 steps = 4 steps"
 PACKED = {"packed = alone, in use", "packed = alone, in training"}
 MERGED = {"merged = adapter, each linear", "merged = adapter"}
 NEEDS_ADAPTERS = {"fresh adapter = base", "adapter saved = read", *MERGED}
-EVERY = {SPLITS, RESUMED, "computed again = kept", "loss in chunks = at once", "with a cache = without"}
+EVERY = {SPLITS, RESUMED, "recomputed = kept", "loss in chunks = at once", "with a cache = without"}
 EVERY |= PACKED | NEEDS_ADAPTERS
 MORE: dict[str, dict[str, Any]] = {
     "bf16": {"model__dtype": "bfloat16"},
@@ -81,7 +82,7 @@ def test_it_passes(
     for name, (result, measured, allowed, _) in rows.items():
         if name not in pointless:
             assert (result, float(measured) <= float(allowed)) == ("pass", True)
-    for name in {"fresh adapter = base", "computed again = kept", RESUMED} - pointless:
+    for name in {"fresh adapter = base", "recomputed = kept", RESUMED} - pointless:
         assert rows[name][1:3] == ("0", "0")
     assert list(tmp_path.iterdir()) == []
 
@@ -108,15 +109,15 @@ def test_what_a_run_would_refuse_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 
 def mean_of_means(patch: pytest.MonkeyPatch) -> None:
-    real = train.target_nll
+    real = sft.token_nll
     patch.setattr(
-        train, "target_nll", lambda hidden, head, targets, *more: real(hidden, head, targets, *more) / len(targets)
+        sft, "token_nll", lambda hidden, head, targets, *more: real(hidden, head, targets, *more) / len(targets)
     )
 
 
 def no_number(patch: pytest.MonkeyPatch) -> None:
-    real = train.target_nll
-    patch.setattr(train, "target_nll", lambda *arguments: real(*arguments) * float("nan"))
+    real = sft.token_nll
+    patch.setattr(sft, "token_nll", lambda *arguments: real(*arguments) * float("nan"))
 
 
 def see_each_other(patch: pytest.MonkeyPatch) -> None:
@@ -126,14 +127,14 @@ def see_each_other(patch: pytest.MonkeyPatch) -> None:
 
 
 def begin_anywhere(patch: pytest.MonkeyPatch) -> None:
-    real = setup.inject_lora
+    real = train.inject_lora
 
     def inject(*arguments: Any) -> dict[str, LoRALinear]:
         adapters = real(*arguments)
         list(adapters.values())[-1].lora_B.data[0, 0] = 1e-3
         return adapters
 
-    patch.setattr(setup, "inject_lora", inject)
+    patch.setattr(train, "inject_lora", inject)
 
 
 def forget_random_numbers(patch: pytest.MonkeyPatch) -> None:
@@ -149,14 +150,14 @@ def forget_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def begin_the_data_again(patch: pytest.MonkeyPatch) -> None:
-    real = state.restore
+    real = state.read_state
 
-    def restore(of: Any, saved: Any) -> train.State:
-        state = real(of, saved)
-        of.batches.seek(0, 0)
-        return state
+    def read(saved: Any) -> state.TrainState:
+        found = real(saved)
+        found.epoch, found.window = 0, 0
+        return found
 
-    patch.setattr(state, "restore", restore)
+    patch.setattr(state, "read_state", read)
 
 
 def merge_twice(patch: pytest.MonkeyPatch) -> None:
@@ -234,7 +235,7 @@ BF16 = {"model__dtype": "bfloat16"}
 BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], set[str]]] = [
     (mean_of_means, {}, {SPLITS, "packed = alone, in training"}),
     (mean_of_means, BF16, {SPLITS, "packed = alone, in training"}),
-    (no_number, {}, {SPLITS, "packed = alone, in training", "computed again = kept", RESUMED}),
+    (no_number, {}, {SPLITS, "packed = alone, in training", "recomputed = kept", RESUMED}),
     (see_each_other, {}, {*PACKED, "with a cache = without"}),  # which reads prompts packed
     (see_each_other, BF16, {*PACKED, "with a cache = without"}),
     (begin_anywhere, {}, {"fresh adapter = base"}),
@@ -251,7 +252,7 @@ BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], set[str
     (save_small_ones_rounded, VARIANTS["dora"], {"adapter saved = read"}),
     (save_another_alpha, {}, {"adapter saved = read"}),
     (leave_a_chunk_out, {}, {"loss in chunks = at once"}),
-    (other_dropout_the_second_time, DROPOUT, {"computed again = kept"}),
+    (other_dropout_the_second_time, DROPOUT, {"recomputed = kept"}),
     (see_the_padding, {}, {"with a cache = without"}),
     (forget_what_was_said, {}, {"with a cache = without"}),
 ]
