@@ -135,9 +135,10 @@ def test_a_missing_shard_and_a_short_one_are_refused(tmp_path: Path) -> None:
 MEASURE = """
     import sys, torch
     from pathlib import Path
-    from nanoft.export import hidden_states, open_adapter
-    from nanoft.stream import StreamedDecoder, give_back_freed_memory, open_rows
-    from nanoft.weights import read_trained
+    from nanoft.export.merge import open_adapter
+    from nanoft.export.streaming import StreamedDecoder, give_back_freed_memory, open_rows
+    from nanoft.export.verify import hidden_states
+    from nanoft.models.open import read_trained
 
     def resident(field):
         lines = open("/proc/self/status").read().splitlines()
