@@ -110,7 +110,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_merged_in_transformers_says_what_base_and_adapter_say_here(
     case: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(merging, "SHARD_BYTES", shard_bytes)
     opened = make(tmp_path, case)
     out = merged(opened, tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")

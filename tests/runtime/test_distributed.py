@@ -413,7 +413,9 @@ def test_a_plan_is_told_once_for_the_processes_that_there_are(tmp_path: Path) ->
 
 
 def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
-    older = "real = train.versions\nif rank == 1:\n    train.versions = lambda: {**real(), 'torch': '1.0'}"
+    older = (
+        "real = train.library_versions\nif rank == 1:\n    train.library_versions = lambda: {**real(), 'torch': '1.0'}"
+    )
     _, err = run(2, tmp_path / "run", older)
     assert codes(tmp_path / "run") == {0: 2, 1: 2}
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -550,7 +552,8 @@ def main(argv):
     me, n = distributed.process_rank(), distributed.world_size()
     assert n == 3
     assert list(distributed.shard(range(8))) == list(distributed.split_work(range(8))) == list(range(me, 8, 3))
-    assert distributed.all_gather_dict({i: [i / 3, "x"] for i in distributed.split_work(range(4))}) == {i: [i / 3, "x"] for i in range(4)}
+    every = {i: [i / 3, "x"] for i in range(4)}
+    assert distributed.all_gather_dict({i: every[i] for i in distributed.split_work(range(4))}) == every
     assert distributed.broadcast_from_rank0(lambda: ["found", me]) == ["found", 0]
     assert raised(lambda: distributed.broadcast_from_rank0(lambda: fail(UserError("what")))) == "UserError: what"
     wrong = raised(lambda: distributed.broadcast_from_rank0(lambda: fail(KeyError("x"))))

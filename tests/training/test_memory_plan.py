@@ -218,7 +218,7 @@ def test_plan_prints_parts_and_peak_and_loads_nothing(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Decoder, "to_empty", None)
-    monkeypatch.setattr("nanoft.models.weights.load_tensors", None)
+    monkeypatch.setattr("nanoft.models.weights.open_weights", None)
     assert train.main([*arguments, "--plan"]) == 0
     said = capsys.readouterr().out
     for part in ("process", "linears", "adapters", "gradients", "optimizer", "activations", "backward", "loss", "peak"):
