@@ -28,7 +28,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanoft.objectives import sft
 from nanoft.tracking import run
+from nanoft.training import progress, saving
 
 ROOT = Path(__file__).parent.parent.parent
 OPERATIONS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
@@ -258,9 +260,18 @@ class Moments:
             if event == "train":
                 self.passed("step")
 
-        train.target_nll = functools.partial(nll, train.target_nll)  # type: ignore[assignment]
-        train.evaluate_now = functools.partial(before, "eval", train.evaluate_now)  # type: ignore[assignment]
-        train.save = functools.partial(before, "save", train.save)  # type: ignore[assignment]
+        real, loop = sft.token_nll, train.train
+
+        def looping(*args: Any) -> Any:
+            sft.token_nll = functools.partial(nll, real)  # type: ignore[assignment]
+            try:
+                return loop(*args)
+            finally:
+                sft.token_nll = real
+
+        train.train = looping
+        progress.validate = functools.partial(before, "eval", progress.validate)  # type: ignore[assignment]
+        saving.save = train.save = functools.partial(before, "save", saving.save)  # type: ignore[assignment]
         run.Run.log = logged  # type: ignore[method-assign]
 
     def passed(self, moment: str) -> None:

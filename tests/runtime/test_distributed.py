@@ -14,20 +14,25 @@ from typing import Any
 
 import pytest
 import torch
+from shapes import MISTRAL_7B
 from test_train import ROOT, equal, losses, quick, result
 
 import train
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.resume import check_ranks, first_difference, resume_fingerprint
+from nanoft.models.families import decoder_config
 from nanoft.runtime import distributed
-from nanoft.training.memory_plan import resolve_micro_batch_size
+from nanoft.runtime.machine import Machine
+from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
 
 # train.py with something done before, and the exit code written down: torchrun itself ends with 1 whatever it was
 WORKER = """
 import os, sys, pathlib
 import torch, train
+from nanoft.objectives import sft
 from nanoft.runtime import distributed
+from nanoft.training import progress, setup
 rank = int(os.environ["RANK"])
 {before}
 try:
@@ -132,12 +137,12 @@ def test_two_ranks_with_one_micro_batch_each_are_one_rank_with_two(alone: Path, 
 
 SHORT_ON_ONE = """
 calls = [0]
-loop, real = train.train, train.target_nll
+loop, real = train.train, sft.token_nll
 def failing(*args):
     calls[0] += 1
     return torch.empty(2**60, dtype=torch.uint8) if rank == 2 and calls[0] == 2 else real(*args)
 def looping(*args):
-    train.target_nll = failing
+    sft.token_nll = failing
     return loop(*args)
 train.train = looping
 """
@@ -157,12 +162,12 @@ def test_three_ranks_and_memory_that_is_short_on_one(tmp_path: Path) -> None:
 
 BAD_ON_ONE = """
 calls = [0]
-loop, real = train.train, train.target_nll
+loop, real = train.train, sft.token_nll
 def failing(*args):
     calls[0] += 1
     return real(*args) * (float("nan") if rank == 1 and calls[0] in (2, 5, 6) else 1.0)
 def looping(*args):
-    train.target_nll = failing
+    sft.token_nll = failing
     return loop(*args)
 train.train = looping
 """
@@ -173,7 +178,7 @@ def test_a_bad_number_on_one_rank_is_judged_alike_and_all_go_back_together(tmp_p
     changes = {"training__gradient_accumulation_steps": 1, "training__eval_steps": 0, "guard__max_skips": 2}
     out, err = run(2, tmp_path / "run", BAD_ON_ONE, **changes)
     assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
-    assert out.count("warning: back from step") == 1
+    assert out.count("warning: rolled back from step") == 1
     assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 9))
 
 
@@ -267,15 +272,15 @@ def test_resumed_with_dropout_on_two_ranks_equals_uninterrupted(tmp_path: Path) 
 
 SHARDED = {"training__sharding": "full", "training__gradient_accumulation_steps": 1}
 PARTS_ONLY = """
-prepare = train.build_training
-def preparing(*args):
-    job = prepare(*args)
-    held = sum(p.to_local().numel() for p in job.model.parameters())
-    every = sum(p.numel() for p in job.model.parameters())
+build = train.build
+def building(*args):
+    ctx = build(*args)
+    held = sum(p.to_local().numel() for p in ctx.model.parameters())
+    every = sum(p.numel() for p in ctx.model.parameters())
     assert held < 0.6 * every, (held, every)
-    assert all(p.device.type == "cpu" and type(p).__name__ == "DTensor" for p in job.model.parameters())
-    return job
-train.build_training = preparing
+    assert all(p.device.type == "cpu" and type(p).__name__ == "DTensor" for p in ctx.model.parameters())
+    return ctx
+train.build = building
 """
 
 
@@ -348,7 +353,7 @@ def test_split_it_goes_back_and_takes_the_best_weights(tmp_path: Path) -> None:
     changes = {**SHARDED, "guard__max_skips": 2, "training__max_steps": 12}
     out, err = run(2, tmp_path / "run", BAD_ON_ONE + WORSE_AND_WORSE, **changes)
     assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
-    assert out.count("warning: back from step") == 1
+    assert out.count("warning: rolled back from step") == 1
     evaluations = losses(tmp_path / "run", "eval")
     best = evaluations[0]
     assert best[0] == 4
@@ -358,12 +363,12 @@ def test_split_it_goes_back_and_takes_the_best_weights(tmp_path: Path) -> None:
 
 
 SHORT_ANYWHERE = """
-loop, real, calls = train.train, train.target_nll, [0]
+loop, real, calls = train.train, sft.token_nll, [0]
 def failing(*args):
     calls[0] += 1
     return torch.empty(2**60, dtype=torch.uint8) if rank == 1 and calls[0] == 4 else real(*args)
 def looping(*args):
-    train.target_nll = failing
+    sft.token_nll = failing
     return loop(*args)
 train.train = looping
 """
@@ -414,7 +419,7 @@ def test_a_plan_is_told_once_for_the_processes_that_there_are(tmp_path: Path) ->
 
 def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
     older = (
-        "real = train.library_versions\nif rank == 1:\n    train.library_versions = lambda: {**real(), 'torch': '1.0'}"
+        "real = setup.library_versions\nif rank == 1:\n    setup.library_versions = lambda: {**real(), 'torch': '1.0'}"
     )
     _, err = run(2, tmp_path / "run", older)
     assert codes(tmp_path / "run") == {0: 2, 1: 2}
@@ -483,8 +488,10 @@ def test_how_to_split_the_rows_over_other_ranks(rows: int, config: Config, fix: 
 
 def test_rows_by_memory_are_shared_evenly() -> None:
     auto = Config().override({"training.micro_batch_size": "auto", "training.gradient_accumulation_steps": 7})
+    auto = auto.override({"system.ranks": 2, "system.device": "cpu"})
+    planner = Planner.of(auto, Machine.detect(auto), decoder_config(MISTRAL_7B))
     with pytest.raises(UserError, match=r"7 rows a step .* over 2 processes: set it to 6"):
-        resolve_micro_batch_size(auto.override({"system.ranks": 2}), None)
+        resolve_micro_batch_size(planner, None)
 
 
 def test_a_number_of_ranks_that_there_is_not_is_refused() -> None:
@@ -560,8 +567,8 @@ def main(argv):
     assert wrong == ("TrainingFailed: 'x'" if me else "KeyError: 'x'"), wrong
     assert distributed.all_reduce_sum(0.1 * me, 1) == [0.1 * 0 + 0.1 * 1 + 0.1 * 2, 3]
     assert [distributed.all_reduce_any(me == 1), distributed.all_reduce_any(False)] == [True, False]
-    assert raised(short).startswith("MemoryError")
-    other = "TrainingFailed: another process failed: see what it says"
+    assert raised(short).startswith("OutOfMemory")
+    other = "TrainingFailed: another process failed: see its message"
     assert raised(broken) == ("ValueError: odd" if me == 1 else other)
 
     distributed.BUCKET_BYTES = 1000  # the 20 x 20 by itself

@@ -12,7 +12,7 @@ import torch
 from test_train import quick, stop_after
 
 import train
-from nanoft.batches import Batch
+from nanoft.batches import Window
 from nanoft.runtime import energy
 from nanoft.runtime.energy import EnergyMeter
 from nanoft.training.state import TrainContext
@@ -63,10 +63,10 @@ def test_a_run_adds_up_what_its_steps_took_in_all_its_sessions(tmp_path: Path, m
     counter = zone(tmp_path, "0", "package-0", 0)
     take, spent = train.accumulate, [0.0]
 
-    def spend(job: TrainContext, window: list[Batch]) -> tuple[float, float]:
+    def spend(ctx: TrainContext, window: Window) -> tuple[float, float]:
         spent[0] += 7.2
         say(counter, spent[0])
-        return take(job, window)
+        return take(ctx, window)
 
     monkeypatch.setattr(train, "accumulate", spend)
     with monkeypatch.context() as patch:

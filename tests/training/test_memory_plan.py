@@ -12,7 +12,7 @@ import torch
 from shapes import MISTRAL_7B
 
 import train
-from nanoft import UserError
+from nanoft import UserError, kernels
 from nanoft.config import Config, LoRAConfig, QuantizationConfig, TrainingConfig
 from nanoft.lora import inject_lora, linears_of
 from nanoft.model import Decoder
@@ -121,6 +121,7 @@ def test_activations_are_the_bytes_that_autograd_keeps(keep: Any, tmp_path: Path
     config, decoder = Config(), read_shape(tmp_path)
     model = load_model(tmp_path, CPU, torch.bfloat16)
     inject_lora(model, config.lora, 0)
+    kernels.install(model)
     model.keep = [keep] * 3
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -257,9 +258,7 @@ def test_auto_keeps_the_rows_of_a_step_and_a_run_goes_on_with_what_was_decided(
     assert (decided["micro_batch_size"], decided["gradient_accumulation_steps"]) == (6, 1)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert next(line for line in lines if line["event"] == "memory")["predicted_gb"].keys() >= {"linears", "loss"}
-    monkeypatch.setattr(
-        "nanoft.training.memory_plan.memory_limit_bytes", lambda device: 1.0
-    )  # less memory than the first time
+    monkeypatch.setattr("nanoft.runtime.machine.memory_limit_bytes", lambda device: 1.0)  # less memory than before
     more = ["training.max_steps=2", "training.checkpointing=none", "--force", "room"]
     assert train.main([*arguments, *auto, *more]) == 0
     assert json.loads((run / "config.json").read_text())["training"]["micro_batch_size"] == 6

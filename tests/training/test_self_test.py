@@ -20,8 +20,8 @@ from nanoft.batches import Sample, TokenDataset
 from nanoft.generation import decode
 from nanoft.lora import LoRALinear
 from nanoft.models import adapter_files
-from nanoft.tracking.run import Run
 from nanoft.objectives import sft
+from nanoft.tracking.run import Run
 from nanoft.training import self_test, state
 from tiny_models import delta, make_chat_model, write_records
 
