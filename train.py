@@ -52,6 +52,7 @@ from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import Corpus
+from nanoft.data.inspection import check_vocabulary, show_step
 from nanoft.guard import RollBack, SkipStep
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
@@ -60,18 +61,18 @@ from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, set_learning_rate
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
+from nanoft.runtime.auto_config import CONFIGS, pick_config
 from nanoft.runtime.device import choose_device, seed_everything
 from nanoft.runtime.energy import EnergyMeter
-from nanoft.runtime.machine import Machine
+from nanoft.runtime.machine import Machine, select_device
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, available_host_bytes
 from nanoft.tracking.profiler import Profiler
 from nanoft.tracking.run import Run
 from nanoft.training import recovery, self_test, setup
-from nanoft.training.auto_config import CONFIGS, pick_config
 from nanoft.training.doctor import validate_environment
 from nanoft.training.finalize import STOPPED_BY_SIGNAL, finalize
 from nanoft.training.memory_plan import Planner, explained_out_of_memory, show_plan
-from nanoft.training.preflight import preflight, require_room, show_step
+from nanoft.training.preflight import preflight, require_room
 from nanoft.training.progress import log_step, progress_bar, scheduled_lr, validate_if_due, watch_memory
 from nanoft.training.saving import ensure_final_checkpoint, save, save_if_due
 from nanoft.training.setup import Provenance
@@ -99,7 +100,7 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
     ignore_broken_output()
     seed_everything(config.system.seed, config.system.threads, config.system.deterministic)
     config = distributed.resolve_world_size(config)
-    distributed.select_device(choose_device(config.system.device), config.training.sharding)
+    select_device(choose_device(config.system.device), config.training.sharding)
     machine = Machine.detect(config)
     validate_environment(config, machine)  # exit code 2 before anything is downloaded
     distributed.assert_same_on_all_ranks(setup.shared_facts(config, machine))
@@ -118,7 +119,8 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
             tokenizer = setup.load_tokenizer(config, files, provenance["date"])
             corpus, batches = setup.build_datasets(config, tokenizer, run)
             if shows_data:
-                show_step(run, batches, corpus, tokenizer, args.show_step)
+                for line in show_step(batches, corpus, tokenizer, args.show_step, run.skipped_windows()):
+                    run.print(line)
                 return 0
             require_room(planner, args.force, batches.longest().ids.shape[1])
             ctx = build(planner, run, provenance, files, tokenizer, corpus, batches)
@@ -150,7 +152,7 @@ def build(
 ) -> TrainContext:
     """Model, adapters, optimizer and checkpoints."""
     config, machine = planner.config, planner.machine
-    setup.check_vocabulary(corpus, files.decoder.vocab_size)
+    check_vocabulary(corpus, files.decoder.vocab_size)
     plan = planner.choose_activations(*batches.longest().ids.shape)  # from what is free before the model is loaded
     model = setup.load_base(config, machine, files)  # quantized while it streams from disk
     model.activation_policy = distributed.broadcast_from_rank0(lambda: plan.keep)

@@ -1,17 +1,17 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either complete or not there.
 
-A save that is interrupted must never cost the checkpoint before it, and a checkpoint that was damaged on disk must
-never be trained on. So a checkpoint is written aside and made real by one atomic rename, and nothing is believed that
-does not match its hash:
+An interrupted save must never cost the checkpoint before it, and a checkpoint that was corrupted on disk must never be
+trained on. So a checkpoint is written under a temporary name and published by one atomic rename, and nothing is
+trusted that does not match its hash:
 
     .tmp-step-000100-<pid>/   each file is streamed, hashed on the way, and fsynced
-    manifest.json             size and SHA-256 of every file, and whose they are; written last, fsynced
-    verification              every byte is read again; then the directory is fsynced
+    manifest.json             size and SHA-256 of every file, and which run they belong to; written last, fsynced
+    verification              every byte is read back; then the directory is fsynced
     rename to step-000100     atomic; then the parent directory is fsynced
-    rotation                  only now may an older checkpoint go; never the best, never the newest
+    rotation                  only now may an older checkpoint be deleted; never the best, never the newest
 
-Loading verifies every byte, and falls back to the newest checkpoint that is whole. Nothing is ever unpickled. Training
-does not wait for the disk: `AsyncCheckpointWriter` copies what is to be saved, and a thread of its own does the rest.
+Loading verifies every byte, and falls back to the newest valid checkpoint. Nothing is ever unpickled. Training does not
+wait for the disk: `AsyncCheckpointWriter` copies what is to be saved, and its thread does the rest.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class CheckpointManager:
     ):
         """
         Args:
-            directory: made if it is missing; half-written leftovers of killed saves are removed.
-            keep: so many of the newest stay, and the best besides.
-            keep_every: steps that are multiples of it stay for good; 0: no others do.
-            identity: what the checkpoints belong to (hashes of config, base and data, versions of libraries), as JSON
-                values; what ends in _sha256 must be the same when they are read again.
-            owner: whether this process may write there; of several, one may.
+            directory: created if it is missing; incomplete leftovers of killed saves are removed.
+            keep: how many of the newest are kept, besides the best.
+            keep_every: steps that are multiples of it are kept for good; 0: none.
+            identity: what the checkpoints belong to (hashes of config, base and data, library versions), as JSON
+                values; those that end in _sha256 must be equal when a checkpoint is loaded.
+            owner: whether this process writes there; of several, only one may.
         """
         self.directory, self.keep, self.keep_every = directory, keep, keep_every
         self.identity = dict(identity or {})
@@ -90,21 +90,15 @@ class CheckpointManager:
             self._sweep()
             self._put_back()
 
-    def save(
-        self,
-        step: int,
-        tensors: Tensors,
-        state: dict[str, Any],
-        best: tuple[int, float] | None = None,
-    ) -> Path:
-        """Write checkpoint `step`; when this returns it is on the disk, whole.
+    def save(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None = None) -> Path:
+        """Write checkpoint `step`; when this returns it is complete and on the disk.
 
         Args:
             state: JSON values.
-            best: step and validation loss of the best checkpoint, which may be this one; noted in best.json. None:
-                nothing was evaluated yet.
+            best: step and validation loss of the best checkpoint, which may be this one, for best.json; None: nothing
+                was evaluated yet.
         Raises:
-            OSError: the disk refused; every earlier checkpoint is untouched.
+            OSError: the disk refused; earlier checkpoints are untouched.
         """
         aside = self.directory / f".tmp-step-{step:06d}-{os.getpid()}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -114,7 +108,10 @@ class CheckpointManager:
             files["state.json"] = write_file(aside / "state.json", [_dump(state)])
             body = {"format": FORMAT, "step": step, "belongs_to": self.identity, "files": files}
             write_file(aside / MANIFEST, [_sealed(body)])
-            read_back(aside)
+            try:
+                verify(aside)
+            except CheckpointCorrupted as reason:  # the disk returns something else than what was written
+                raise OSError(errno.EIO, f"{reason} (read back after writing)") from None
             sync_directory(aside)
             final = self._publish(aside, step)
         except BaseException:
@@ -123,17 +120,19 @@ class CheckpointManager:
         if best is None:
             self.best_file.unlink(missing_ok=True)
         else:
-            self._mark_best(*best)
+            place = f"checkpoints/{self.path(best[0]).name}"
+            record = {"step": best[0], "validation_loss": best[1], "checkpoint": place}
+            replace_file(self.best_file, _dump(record))
         self._rotate(step)
         return final
 
     def newest(self, before: float = math.inf) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that is whole (None if there is none at all), and what is wrong with newer ones.
+        """The newest valid checkpoint (None if there are none at all), and what is wrong with newer ones.
 
         Args:
             before: only those of earlier steps.
         Raises:
-            UserError: there are checkpoints, and every one is damaged.
+            UserError: there are checkpoints, and every one is corrupted.
         """
         damage: list[str] = []
         for step in sorted((step for step in self.steps() if step < before), reverse=True):
@@ -142,7 +141,7 @@ class CheckpointManager:
             except CheckpointCorrupted as reason:
                 damage.append(str(reason))
         if damage:
-            raise UserError(f"{damage[0]}; no other checkpoint is whole: start anew with another output.dir")
+            raise UserError(f"{damage[0]}; no other checkpoint is valid: start anew with another output.dir")
         return None, []
 
     def verify(self, path: Path) -> Checkpoint:
@@ -167,13 +166,8 @@ class CheckpointManager:
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
 
-    def _mark_best(self, step: int, validation_loss: float) -> None:
-        """Note which checkpoint is the best so far; replaced atomically."""
-        record = {"step": step, "validation_loss": validation_loss, "checkpoint": f"checkpoints/step-{step:06d}"}
-        replace_file(self.best_file, _dump(record))
-
     def best(self) -> tuple[int, float] | None:
-        """Step and loss of the best so far, if its checkpoint is there; a best.json that says nothing names none."""
+        """Step and loss of the best so far, if its checkpoint is there; None if best.json is unreadable."""
         try:
             record = json.loads(self.best_file.read_bytes())
             step, loss = int(record["step"]), float(record["validation_loss"])
@@ -182,7 +176,7 @@ class CheckpointManager:
         return (step, loss) if self.path(step).is_dir() else None
 
     def delete_after(self, step: int) -> None:
-        """The run goes on from `step`: what it saved beyond will be done again, perhaps otherwise, and goes."""
+        """Delete the checkpoints of later steps, which the run will take again, perhaps differently."""
         if not self.owner:
             return
         best = self.best()
@@ -191,7 +185,7 @@ class CheckpointManager:
         self._remove(later for later in self.steps() if later > step)
 
     def _publish(self, aside: Path, step: int) -> Path:
-        """Give the finished directory its name; an older one of the same step (damaged, or redone) makes way."""
+        """Rename the finished directory; an older one of the same step (corrupted, or redone) is replaced."""
         final, older = self.path(step), self.directory / f".old-step-{step:06d}"
         try:
             if final.exists():
@@ -205,7 +199,7 @@ class CheckpointManager:
         return final
 
     def _sweep(self) -> None:
-        """Remove what a killed save left half-written; the run's lock says that none is alive."""
+        """Remove incomplete saves of killed processes; the run's lock says that none is alive."""
         for leftover in self.directory.iterdir():
             if re.fullmatch(r"\.tmp-step-\d+-\d+", leftover.name):
                 if leftover.is_dir() and not leftover.is_symlink():
@@ -214,7 +208,7 @@ class CheckpointManager:
                     leftover.unlink(missing_ok=True)
 
     def _put_back(self) -> None:
-        """Undo the first half of replacing a checkpoint; if the second half was done, the older one goes."""
+        """Undo the first rename of a replacement; if the second was done, delete the older checkpoint."""
         for older in self.directory.glob(".old-step-*"):
             final = self.directory / older.name.removeprefix(".old-")
             if final.exists():
@@ -223,11 +217,7 @@ class CheckpointManager:
                 os.rename(older, final)
 
     def _rotate(self, newest: int) -> None:
-        """Remove what is older than the last `keep`, manifest first, so that what is half removed does not count.
-
-        Steps beyond `newest` go, too: the run went back behind them, because they were damaged or because it was told
-        to, and what it does now takes their place.
-        """
+        """Delete what is older than the last `keep`, and steps after `newest`, which a rollback has undone."""
         own = [step for step in self.steps() if step <= newest]
         spared = {*own[-self.keep :], *(self.best() or ())[:1]}
         if self.keep_every:
@@ -242,35 +232,35 @@ class CheckpointManager:
 
 @dataclass
 class SaveResult:
-    """What became of a save that ran in the background."""
+    """The outcome of a background save."""
 
     step: int
     path: Path = Path()
     error: Exception | None = None
-    seconds: float = 0.0  # from its beginning until it was on the disk
+    seconds: float = 0.0  # from its start until it was on the disk
     waited_seconds: float = 0.0  # that training waited for it
 
 
 class AsyncCheckpointWriter:
-    """Saves in a thread of its own, one at a time, from copies: training goes on while the disk works.
+    """Saves from copies in a background thread, one at a time, while training goes on.
 
-    As a context manager it waits for the last one, unless the process is told to leave at once.
+    As a context manager it waits for the last save, unless the process was interrupted.
     """
 
     def __init__(self, checkpoints: CheckpointManager, free_bytes: Callable[[], float]):
         """
         Args:
-            free_bytes: what copies may take; a save that needs more than half of it is done while training waits.
+            free_bytes: free memory; a save whose copies need more than half of it runs while training waits.
         """
         self.checkpoints, self.free_bytes = checkpoints, free_bytes
         self.last_step = -1  # of the last save that worked
         self._failed_at = math.inf
         self._outcome = SaveResult(-1)
         self._thread: threading.Thread | None = None
-        self._told = True  # what became of it
+        self._collected = True  # whether the last outcome was
 
     def start(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None) -> None:
-        """Begin to save, as CheckpointManager.save does; the save before must have been collected."""
+        """Start a save (see CheckpointManager.save); the one before must have been collected."""
         started = time.perf_counter()
         self._outcome = outcome = SaveResult(step)
         copied = sum(t.nbytes for named in tensors.values() for t in named.values()) < self.free_bytes() / 2
@@ -279,7 +269,7 @@ class AsyncCheckpointWriter:
                 tensors = {
                     file: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for file, ts in tensors.items()
                 }
-            except (RuntimeError, MemoryError):  # less was free than was said
+            except (RuntimeError, MemoryError):  # less was free than reported
                 copied = False
 
         def work() -> None:
@@ -295,22 +285,22 @@ class AsyncCheckpointWriter:
 
         self._thread = None
         if copied:
-            with contextlib.suppress(RuntimeError):  # no thread to be had
+            with contextlib.suppress(RuntimeError):  # no thread can be started
                 thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
                 thread.start()
                 self._thread = thread
         if self._thread is None:
             work()
-        self._told = False
+        self._collected = False
         outcome.waited_seconds = time.perf_counter() - started
 
     def collect(self, wait: bool = False) -> SaveResult | None:
-        """What became of the last save; None if that was told already, or, without `wait`, while it runs."""
-        if self._told or (self._thread is not None and self._thread.is_alive() and not wait):
+        """The outcome of the last save, once; None if it was collected before or, without `wait`, is still running."""
+        if self._collected or (self._thread is not None and self._thread.is_alive() and not wait):
             return None
         if self._thread is not None:
             self._thread.join()
-        self._thread, self._told = None, True
+        self._thread, self._collected = None, True
         if self._outcome.error is None:
             self.last_step, self._failed_at = self._outcome.step, math.inf
         else:
@@ -318,7 +308,7 @@ class AsyncCheckpointWriter:
         return self._outcome
 
     def overdue(self) -> bool:
-        """Whether the last save failed, and it is time to try again."""
+        """Whether the last save failed RETRY_S ago."""
         return time.monotonic() - self._failed_at > RETRY_S
 
     def __enter__(self) -> AsyncCheckpointWriter:
@@ -327,18 +317,6 @@ class AsyncCheckpointWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._thread is not None and (kind is None or issubclass(kind, Exception)):
             self._thread.join()
-
-
-def read_back(path: Path) -> None:
-    """Verify a checkpoint that was just written, before anything older makes way for it.
-
-    Raises:
-        OSError: the disk gives back something else than what was written.
-    """
-    try:
-        verify(path)
-    except CheckpointCorrupted as reason:
-        raise OSError(errno.EIO, f"{reason} (read back after writing)") from None
 
 
 def verify(path: Path) -> Checkpoint:
@@ -382,14 +360,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if body.get("format") != FORMAT:
         raise CheckpointCorrupted(f"{path / MANIFEST}: format {body.get('format')!r}, and this nanoft reads {FORMAT}")
     if not isinstance(body.get("belongs_to", {}), dict):
-        raise CheckpointCorrupted(f"{path / MANIFEST}: does not say whose it is")
+        raise CheckpointCorrupted(f"{path / MANIFEST}: the manifest has no valid belongs_to field")
     if not isinstance(body.get("files"), dict) or any(Path(name).name != name for name in body["files"]):
         raise CheckpointCorrupted(f"{path / MANIFEST}: does not list files of its directory")
     return body
 
 
 def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors into those of the same name; every one must be there, with its shape and dtype, and no other.
+    """Copy tensors into those of the same name; names, shapes and dtypes must be equal.
 
     Raises:
         UserError: names the first that does not fit.
@@ -410,12 +388,12 @@ def _dump(value: Any) -> bytes:
 
 
 def _sealed(body: dict[str, Any]) -> bytes:
-    """The manifest with a hash of itself, so that a flipped bit in it is noticed as well."""
+    """The manifest with a hash of itself, so that a flipped bit in it is noticed, too."""
     return _dump({"body": body, "sha256": hashlib.sha256(_dump(body)).hexdigest()})
 
 
 class NullWriter(AsyncCheckpointWriter):
-    """Their saves: rank 0's are those of all."""
+    """The writer of ranks other than 0, which save nothing."""
 
     def start(self, *_: Any) -> None:
         pass

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,13 +74,20 @@ def check(config: GuardConfig, history: History, loss: float, grad_norm: float, 
         SkipStep: the window must be skipped.
         RollBack: and it is the last of too many in a row.
     """
+
+    def skip(reason: str) -> SkipStep:
+        history.skips += 1
+        history.suspects.append(window.position)
+        kind = SkipStep if history.skips < config.max_skips else RollBack
+        return kind(reason, loss, grad_norm, window)
+
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise _skip(config, history, f"loss {loss:.6g}, gradient norm {grad_norm:.6g}", loss, grad_norm, window)
+        raise skip(f"loss {loss:.6g}, gradient norm {grad_norm:.6g}")
     spike = _spike(config, history, loss, grad_norm)
     history.spikes = history.spikes + 1 if spike else 0
     if history.spikes > 1 and config.on_spike != "warn":  # the first one is a warning only
         if config.on_spike == "rollback" or history.skips + 1 < config.max_skips:
-            raise _skip(config, history, spike, loss, grad_norm, window)
+            raise skip(spike)
         spike += "; it persists, so it is accepted as the new level"
         history.losses, history.norms, history.spikes = [], [], 0
     history.losses = [*history.losses, loss][-config.spike_window :]
@@ -106,15 +111,6 @@ def after_restore(then: History, now: History) -> History:
     return replace(then, **kept, skipped_windows=now.skipped_windows)
 
 
-def _skip(
-    config: GuardConfig, history: History, reason: str, loss: float, grad_norm: float, window: Window
-) -> SkipStep:
-    history.skips += 1
-    history.suspects.append(window.position)
-    kind = SkipStep if history.skips < config.max_skips else RollBack
-    return kind(reason, loss, grad_norm, window)
-
-
 def _spike(config: GuardConfig, history: History, loss: float, grad_norm: float) -> str:
     """Which value is far above those before, and how far; empty if none is."""
     for name, value, before in (("loss", loss, history.losses), ("gradient norm", grad_norm, history.norms)):
@@ -132,42 +128,34 @@ def robust_score(value: float, before: list[float]) -> float:
     return (x - median) / max(deviation, MIN_DEVIATION)
 
 
-# ---- Where does it come from?
-
-
-@contextmanager
-def first_bad_output(model: nn.Module) -> Iterator[list[str]]:
-    """While it is open, a list of the modules whose output is not finite although their input is, in order."""
+@torch.no_grad()
+def diagnose(model: nn.Module, *inputs: Any) -> str:
+    """Where the first number that is not finite arises: in a weight, in a module's output, or not in forward at all."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not _is_finite(tensor):
+            return f"the weight {name} holds numbers that are not finite"
     found: list[str] = []
 
-    def finite(part: Any) -> bool:
-        if isinstance(part, Tensor):
-            return not part.is_floating_point() or bool(part.isfinite().all())
-        return all(map(finite, part)) if isinstance(part, (list, tuple)) else True
-
-    def look(name: str) -> Any:
+    def hook_of(name: str) -> Any:
         def hook(_module: nn.Module, inputs: Any, output: Any) -> None:
-            if finite(inputs) and not finite(output):
+            if _is_finite(inputs) and not _is_finite(output):
                 found.append(name)
 
         return hook
 
-    handles = [module.register_forward_hook(look(name or "model")) for name, module in model.named_modules()]
+    hooks = [module.register_forward_hook(hook_of(name or "model")) for name, module in model.named_modules()]
     try:
-        yield found
+        model(*inputs)
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def diagnose(model: nn.Module, *inputs: Any, **options: Any) -> str:
-    """Where the first number that is not finite arises: in a weight, in a module's output, or not in forward at all."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            return f"the weight {name} holds numbers that are not finite"
-    with first_bad_output(model) as found:
-        model(*inputs, **options)
+        for hook in hooks:
+            hook.remove()
     if found:
         return f"the first output that is not finite is that of {found[0]}"
     return "weights and activations are finite, so it arises in the loss or in backward"
+
+
+def _is_finite(part: Any) -> bool:
+    """Of a tensor, or of each in a list."""
+    if isinstance(part, Tensor):
+        return not part.is_floating_point() or bool(part.isfinite().all())
+    return all(map(_is_finite, part)) if isinstance(part, (list, tuple)) else True

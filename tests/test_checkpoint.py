@@ -551,7 +551,7 @@ def test_the_newest_whole_one_is_taken_and_the_damage_told(tmp_path: Path) -> No
         True,
     ]
     (checkpoints.path(1) / "state.json").unlink()
-    with pytest.raises(UserError, match=r"step-000003.*no other checkpoint is whole: start anew"):
+    with pytest.raises(UserError, match=r"step-000003.*no other checkpoint is valid: start anew"):
         checkpoints.newest()
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 
+from nanoft import UserError
 from nanoft.batches import Batches, Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.check import Check
@@ -19,6 +21,22 @@ from nanoft.data.dataset import Corpus
 
 SAMPLES_CHECKED = 2000  # evenly spread
 CONVERSATIONS_CHECKED = 32  # rendered again
+
+
+def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
+    """Every token must be in the model's vocabulary: another one would be read beyond the embedding.
+
+    Raises:
+        UserError: names the largest that is not.
+    """
+    tokens, at_once = corpus.training.tokens, 1 << 24
+    pieces = (tokens[at : at + at_once] for at in range(0, len(tokens), at_once))
+    largest = max((int(np.maximum(piece, ~piece).max()) for piece in pieces), default=0)  # a target is stored as ~id
+    if largest >= vocab_size:
+        raise UserError(
+            f"model.name: its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}: "
+            "tokenizer.json is another model's: fetch the directory again"
+        )
 
 
 def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check]:
@@ -100,6 +118,26 @@ def _check_prompt(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
         found,
         "the template adds it to the answers; for Qwen3 set data.template_args={enable_thinking: false}",
     )
+
+
+def show_step(
+    batches: Batches, corpus: Corpus, tokenizer: ChatTokenizer, step: int | None, skipped: set[tuple[int, int]]
+) -> Iterator[str]:
+    """Lines about the window of an optimizer step (the first, if none is given), for --show-batch and --show-step.
+
+    Args:
+        skipped: (epoch, index) of windows that no step was made of.
+    Raises:
+        UserError: the run has no such step.
+    """
+    if step is not None and not 1 <= step <= corpus.report["steps"]:
+        raise UserError(f"--show-step: {step}: this run has the steps 1 to {corpus.report['steps']}")
+    size = batches.windows_in_epoch()
+    trained_on = (place for place in map(divmod, itertools.count(), itertools.repeat(size)) if place not in skipped)
+    epoch, index = next(itertools.islice(trained_on, (step or 1) - 1, None))
+    batches.seek(epoch)
+    yield f"step {step or 1}: window {index + 1:,} of {size:,} in epoch {epoch + 1}"
+    yield from show_window(batches, index, corpus, tokenizer, color=sys.stdout.isatty())
 
 
 def show_window(batches: Batches, index: int, corpus: Corpus, chat: ChatTokenizer, color: bool) -> Iterator[str]:

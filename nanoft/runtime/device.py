@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import random
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -151,3 +152,16 @@ def library_versions() -> dict[str, str]:
     """What a result depends on: Python and the libraries that compute."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"nanoft": __version__, "python": platform.python_version(), **libraries}
+
+
+def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: int, seconds: float = 0.5) -> float:
+    """What bare products x W^T reach here, x (2048, inner), W (outer, inner), in 10^9 operations a second."""
+    x = torch.randn(2048, inner, device=device).to(dtype)
+    weight = torch.randn(outer, inner, device=device).to(dtype)
+    flop, done, started = 2 * x.numel() * len(weight), 0, 0.0
+    while done < 3 or time.perf_counter() - started < seconds:
+        if done == 2:  # the first ones warm up
+            started = time.perf_counter()
+        (x @ weight.T)[0, 0].item()  # waits for the device
+        done += 1
+    return (done - 2) * flop / 1e9 / (time.perf_counter() - started)

@@ -62,14 +62,14 @@ def world_size() -> int:
 
 
 def distributed_main(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Let a command's `main` meet the other ranks first, if torchrun started several; an error is said by one rank."""
+    """Join the other ranks before a command's `main`, if torchrun started several; one rank prints an error."""
 
     @functools.wraps(main)
     def on_every_rank(argv: list[str]) -> int:
         _init_process_group()
         try:
             code = main(argv)
-        except (UserError, TrainingFailed) as error:  # no farewell: others may wait for what never comes
+        except (UserError, TrainingFailed) as error:  # without destroying the group: others may wait in it
             if not _first_to_report(str(error)):
                 raise SystemExit(3 if isinstance(error, TrainingFailed) else 2) from None
             raise
@@ -114,28 +114,6 @@ def resolve_world_size(config: Config) -> Config:
     return config.override({"system.ranks": world_size()})
 
 
-def select_device(device: torch.device, sharding: str) -> None:
-    """Make this process's own GPU the one that `cuda` means.
-
-    Raises:
-        UserError: there are fewer GPUs than processes, or it is a Mac's; or there is nobody to share with.
-    """
-    if sharding == "full" and world_size() == 1:
-        raise UserError(
-            "training.sharding: full splits the model over processes, and this is the only one: start it with "
-            "torchrun --nproc-per-node N train.py, or set training.sharding=none"
-        )
-    if world_size() > 1 and device.type == "mps":
-        raise UserError("system.device: Metal is used by one process: start train.py without torchrun")
-    if world_size() > 1 and device.type == "cuda":
-        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), torch.cuda.device_count()
-        if wanted > there:
-            raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
-        if "LOCAL_RANK" not in os.environ:
-            raise UserError("torchrun: LOCAL_RANK is not set, so whose GPU is which is not known: start with torchrun")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-
 def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
     """Refuse ranks that differ: their results would, too.
 
@@ -157,7 +135,7 @@ def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
 
 
 def broadcast_from_rank0(find_out: Callable[[], Any]) -> Any:
-    """What rank 0 finds out, a JSON value, on every rank; if it raises, every rank raises."""
+    """find_out() of rank 0, a JSON value, on every rank; if it raises, every rank raises."""
     if _store is None:
         return find_out()
     key = next(_keys)
@@ -177,25 +155,25 @@ def broadcast_from_rank0(find_out: Callable[[], Any]) -> Any:
 
 
 def main_process_first(load: Callable[[], T]) -> T:
-    """load() on rank 0, then on the others: what it leaves in a cache, they find there."""
+    """load() on rank 0, then on the others, which find in a cache what it left there."""
     loaded: list[T] = []
     broadcast_from_rank0(lambda: loaded.append(load()))
     return loaded[0] if loaded else load()
 
 
 def mark_sharded() -> None:
-    """From now on each rank holds a part of every parameter."""
+    """From now on each rank holds a shard of every parameter."""
     global _sharded
     _sharded = True
 
 
 def is_sharded() -> bool:
-    """Whether each rank holds a part of the model only."""
+    """Whether each rank holds a shard of the model only."""
     return _sharded
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
-    """Rank 0's values, on every rank; tensors that are split stay as they are."""
+    """Copy rank 0's values to every rank; sharded tensors stay as they are."""
     if world_size() == 1 or _sharded:
         return
     for tensor in tensors:
@@ -209,17 +187,17 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
 
 
 def shard(items: Iterable[T]) -> Iterator[T]:
-    """This rank's part: of what is sorted by length, each rank gets short and long ones."""
+    """This rank's share: of what is sorted by length, each rank gets short and long items."""
     return itertools.islice(items, process_rank(), None, world_size())
 
 
 def split_work(items: Iterable[T]) -> Iterator[T]:
-    """This rank's part of what each can do by itself; all of it where the model is split, for then all compute it."""
+    """This rank's share of independent work; all of it with a sharded model, which all ranks compute together."""
     return iter(items) if _sharded else shard(items)
 
 
 def all_gather_dict(found: dict[int, T]) -> dict[int, T]:
-    """What all ranks found of what they did `apart`, JSON values by number."""
+    """The union of what the ranks found with `split_work`, JSON values by number."""
     if _store is None or _sharded:
         return found
     return dict(sorted(pair for part in _all_gather(list(found.items())) for pair in part))
@@ -256,8 +234,8 @@ def seed_process(seed: int, epoch: int, index: int) -> None:
 def all_reduce_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
     """Replace the loss and each gradient by its sum over the ranks.
 
-    In a few large messages: many small ones would each wait for the network. Where parameters are split, FSDP has
-    summed the gradients during backward, and divided them by the number of ranks.
+    In a few large messages: many small ones would each wait for the network. With a sharded model, FSDP has summed the
+    gradients during backward, and divided them by the world size.
     """
     if world_size() == 1:
         return
@@ -274,7 +252,7 @@ def all_reduce_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> No
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbors together, as far as they fit into BUCKET_BYTES; a larger one by itself."""
+    """Consecutive tensors of at most BUCKET_BYTES together; a larger one by itself."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
@@ -285,7 +263,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def stop_requested(stop: StopRequest) -> bool:
-    """Whether any rank was sent a signal; then all stop after the same step."""
+    """Whether any rank received a signal; then all stop after the same step."""
     asked = all_reduce_any(bool(stop))
     if asked and not stop:
         stop.signal_name = "a signal to another process"
@@ -303,7 +281,7 @@ def all_reduce_any(flag: bool) -> bool:
 
 
 def _all_reduce(values: Sequence[float], operation: Any) -> list[float]:
-    """Few numbers, through main memory, so that no GPU has to be waited for."""
+    """A few numbers, through main memory, so that no GPU has to be waited for."""
     if world_size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
@@ -355,13 +333,13 @@ def same_exception(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """The error of a connection that breaks, because another process has ended, becomes one line."""
+    """Turn the error of a connection that broke, because another process has ended, into one line."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise TrainingFailed(
-            f"another process of this run is gone: the same command goes on from the last checkpoint ({reason})"
+            f"another process of this run is gone: the same command resumes from the last checkpoint ({reason})"
         ) from None
 
 

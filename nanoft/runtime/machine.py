@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
 from nanoft import UserError
 from nanoft.config import Config
+from nanoft.runtime import distributed
 from nanoft.runtime.device import DTYPES, choose_device, choose_dtype, describe_device
 from nanoft.runtime.memory import memory_limit_bytes
 
@@ -63,3 +65,25 @@ class Machine:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+
+def select_device(device: torch.device, sharding: str) -> None:
+    """Make this process's own GPU the one that `cuda` means, before anything is allocated on it.
+
+    Raises:
+        UserError: there are fewer GPUs than processes, it is a Mac's, or there is nobody to shard with.
+    """
+    if sharding == "full" and distributed.world_size() == 1:
+        raise UserError(
+            "training.sharding: full shards the model over processes, and this is the only one: start it with "
+            "torchrun --nproc-per-node N train.py, or set training.sharding=none"
+        )
+    if distributed.world_size() > 1 and device.type == "mps":
+        raise UserError("system.device: Metal is used by one process: start train.py without torchrun")
+    if distributed.world_size() > 1 and device.type == "cuda":
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size())), torch.cuda.device_count()
+        if wanted > there:
+            raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
+        if "LOCAL_RANK" not in os.environ:
+            raise UserError("torchrun: LOCAL_RANK is not set, so whose GPU is which is not known: start with torchrun")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -46,13 +46,14 @@ from nanoft.runtime.device import (
     choose_device,
     choose_dtype,
     describe_device,
+    matmul_gflop_s,
     quiet_libraries,
     supports_matmul,
 )
 from nanoft.runtime.machine import Machine
 from nanoft.runtime.memory import memory_limit_bytes
 from nanoft.tracking.trackers import require_tracker_packages
-from nanoft.training.memory_plan import Planner, describe_recompute, matmul_gflop_s, resolve_micro_batch_size
+from nanoft.training.memory_plan import Planner, describe_recompute, resolve_micro_batch_size
 from nanoft.training.preflight import check_room
 
 Color = Literal["green", "yellow", "red"]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +30,7 @@ from nanoft.models.dequantize import choose_dequantize
 from nanoft.models.model_files import ModelFiles
 from nanoft.optim import check_optimizer
 from nanoft.recompute import ActivationPolicy, keep_by_policy
+from nanoft.runtime.device import matmul_gflop_s
 from nanoft.runtime.machine import Machine
 from nanoft.runtime.memory import OutOfMemory, is_out_of_memory, resident_bytes
 
@@ -217,19 +217,6 @@ def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, leng
     if config.training.method == "full":
         return (frozen + 2 * counts.linears + 6 * head) / 1e9
     return (frozen + 6 * counts.trained + 4 * head) / 1e9
-
-
-def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: int, seconds: float = 0.5) -> float:
-    """What bare products x W^T reach here, x (2048, inner), W (outer, inner), in 10^9 operations a second."""
-    x = torch.randn(2048, inner, device=device).to(dtype)
-    weight = torch.randn(outer, inner, device=device).to(dtype)
-    flop, done, started = 2 * x.numel() * len(weight), 0, 0.0
-    while done < 3 or time.perf_counter() - started < seconds:
-        if done == 2:  # the first ones warm up
-            started = time.perf_counter()
-        (x @ weight.T)[0, 0].item()  # waits for the device
-        done += 1
-    return (done - 2) * flop / 1e9 / (time.perf_counter() - started)
 
 
 # ---- One config on one machine

@@ -7,10 +7,8 @@ fix. What the tokens alone tell is checked in nanoft/data/inspection.py.
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -18,11 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.batches import Batches, TokenDataset, eval_batches
+from nanoft.batches import TokenDataset, eval_batches
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.check import Check, require_passed
-from nanoft.data.dataset import Corpus
-from nanoft.data.inspection import check_data, preview, show_window
+from nanoft.data.inspection import check_data, preview
 from nanoft.io.tensor_files import write_tensors
 from nanoft.kernels import sharding
 from nanoft.model import Decoder
@@ -30,7 +27,6 @@ from nanoft.optim import optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import preserve_rng_state
 from nanoft.runtime.memory import OutOfMemory, peak_memory_gb, release_memory
-from nanoft.tracking.run import Run
 from nanoft.training.memory_plan import Planner, describe_recompute, suggest_savings
 from nanoft.training.recovery import halve_micro_batch
 from nanoft.training.state import TrainContext, TrainState
@@ -190,19 +186,3 @@ def check_disk(directory: Path, size: int, keep: int) -> Check:
     found = f"{needed / 1e9:.2f} GB more for {keep + 2} checkpoints, {free / 1e9:.2f} GB free in {directory}"
     fix = "free some, lower training.keep_checkpoints, or choose another output.dir"
     return Check("disk", free > needed, found, fix)
-
-
-# ---- train.py --show-batch, --show-step
-
-
-def show_step(run: Run, batches: Batches, corpus: Corpus, tokenizer: ChatTokenizer, step: int | None) -> None:
-    """Print the window of an optimizer step (the first, if none is given) as the model sees it."""
-    if step is not None and not 1 <= step <= corpus.report["steps"]:
-        raise UserError(f"--show-step: {step}: this run has the steps 1 to {corpus.report['steps']}")
-    skipped, size = run.skipped_windows(), batches.windows_in_epoch()
-    trained_on = (place for place in map(divmod, itertools.count(), itertools.repeat(size)) if place not in skipped)
-    epoch, index = next(itertools.islice(trained_on, (step or 1) - 1, None))
-    batches.seek(epoch)
-    run.print(f"step {step or 1}: window {index + 1:,} of {size:,} in epoch {epoch + 1}")
-    for line in show_window(batches, index, corpus, tokenizer, color=sys.stdout.isatty()):
-        run.print(line)

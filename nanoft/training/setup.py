@@ -17,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import nanoft
@@ -152,22 +151,6 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     padding, seconds = 1 - batches.utilization(), time.perf_counter() - started
     run.print(f"batches   {windows:,} steps per epoch, {padding:.1%} padding ({seconds:.1f} s)")
     return corpus, batches
-
-
-def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
-    """Every token must be in the model's vocabulary: another one would be read beyond the embedding.
-
-    Raises:
-        UserError: names the largest that is not.
-    """
-    tokens, at_once = corpus.training.tokens, 1 << 24
-    pieces = (tokens[at : at + at_once] for at in range(0, len(tokens), at_once))
-    largest = max((int(np.maximum(piece, ~piece).max()) for piece in pieces), default=0)  # a target is stored as ~id
-    if largest >= vocab_size:
-        raise UserError(
-            f"model.name: its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}: "
-            "tokenizer.json is another model's: fetch the directory again"
-        )
 
 
 def load_base(config: Config, machine: Machine, files: ModelFiles, on_cpu: bool = False) -> Decoder:

@@ -85,4 +85,4 @@ def test_nothing_is_whole(scene: Scene, every_checkpoint: Path, tmp_path: Path) 
         (path / "adapter.safetensors").unlink()
     done = scene.run(directory, "training.save_steps=1", "training.keep_checkpoints=100")
     assert done.code == 2
-    assert "no other checkpoint is whole: start anew" in done.err
+    assert "no other checkpoint is valid: start anew" in done.err

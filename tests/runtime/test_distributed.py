@@ -23,7 +23,7 @@ from nanoft.config import Config
 from nanoft.config.resume import check_ranks, first_difference, resume_fingerprint
 from nanoft.models.families import decoder_config
 from nanoft.runtime import distributed
-from nanoft.runtime.machine import Machine
+from nanoft.runtime.machine import Machine, select_device
 from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
 
 # train.py with something done before, and the exit code written down: torchrun itself ends with 1 whatever it was
@@ -244,7 +244,7 @@ def test_when_one_rank_is_killed_the_others_end_and_the_run_goes_on(alone: Path,
     _, err = process.communicate(timeout=60)
     assert codes(directory)[0] in (3, 75), err
     if codes(directory)[0] == 3:
-        assert "failed: another process of this run is gone: the same command goes on" in err
+        assert "failed: another process of this run is gone: the same command resumes" in err
     saved = max(int(path.name[5:]) for path in (directory / "checkpoints").glob("step-*"))
     fewer = {"training__max_steps": saved + 2}
     assert train.main(quick(directory, **EXACT, **constant, **fewer)) == 0
@@ -396,7 +396,7 @@ def test_what_cannot_be_split_is_refused(changes: dict[str, Any], reason: str) -
 
 def test_alone_there_is_nobody_to_share_with() -> None:
     with pytest.raises(UserError, match=r"training.sharding: full .* --nproc-per-node N"):
-        distributed.select_device(torch.device("cpu"), "full")
+        select_device(torch.device("cpu"), "full")
 
 
 # --- refused
@@ -517,13 +517,13 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="4 processes for 2 GPUs: set --nproc-per-node 2"):
-        distributed.select_device(torch.device("cuda"), "none")
+        select_device(torch.device("cuda"), "none")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="LOCAL_RANK is not set"):
-        distributed.select_device(torch.device("cuda"), "none")
+        select_device(torch.device("cuda"), "none")
     with pytest.raises(UserError, match="Metal"):
-        distributed.select_device(torch.device("mps"), "none")
+        select_device(torch.device("mps"), "none")
 
 
 # --- the words, one by one

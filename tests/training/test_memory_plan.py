@@ -122,7 +122,7 @@ def test_activations_are_the_bytes_that_autograd_keeps(keep: Any, tmp_path: Path
     model = load_model(tmp_path, CPU, torch.bfloat16)
     inject_lora(model, config.lora, 0)
     kernels.install(model)
-    model.keep = [keep] * 3
+    model.activation_policy = [keep] * 3
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

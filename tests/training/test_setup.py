@@ -5,15 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_recovery import Capture, Patch, events, in_the_loop, steps_are_all_there
-from test_train import losses, quick
+from test_train import BASE, ROOT, losses, quick
 
 import train
+from nanoft.io import untrusted
+from nanoft.model import Decoder
+from nanoft.models import model_files
 from tiny_models import make_chat_model, write_records
 
 
@@ -131,3 +138,57 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_loaded(tmp_p
     changes = {"model__name": base, "data__train_file": write_records(tmp_path / "data.jsonl")}
     assert train.main(quick(tmp_path / "run", **changes)) == 2
     assert "its vocabulary has 64 tokens, and its tokenizer gives the id " in capsys.readouterr().err
+
+
+def test_the_model_is_looked_up_once_and_built_on_meta_twice(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Once to count its parameters, once to load it."""
+    looked_up, read, built = [], [], []
+    find, read_json, build = model_files.find_model, untrusted.read_json, Decoder.__init__
+
+    def reading(path: Path, *args: Any) -> Any:
+        read.append(str(path))
+        return read_json(path, *args)
+
+    def building(self: Decoder, config: Any) -> None:
+        build(self, config)
+        built.append(self.head.device.type)
+
+    monkeypatch.setattr(model_files, "find_model", lambda name, *a, **o: looked_up.append(name) or find(name, *a, **o))
+    for module in [m for m in sys.modules.values() if getattr(m, "read_json", None) is read_json]:
+        monkeypatch.setattr(module, "read_json", reading)
+    monkeypatch.setattr(Decoder, "__init__", building)
+    assert train.main(quick(tmp_path / "run", training__max_steps=2)) == 0
+    assert looked_up == [str(BASE)]
+    assert read.count(str(BASE / "config.json")) == 1
+    assert built.count("meta") == 2
+
+
+def test_threads_are_decided_in_the_first_session(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert train.main(quick(tmp_path / "run", training__max_steps=1)) == 0
+        torch.set_num_threads(before + 1)
+        assert train.main(quick(tmp_path / "run", training__max_steps=2)) == 0
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_changed_source_is_warned_of(tmp_path: Path, capsys: Capture) -> None:
+    assert train.main(quick(tmp_path / "run", training__max_steps=1)) == 0
+    path = tmp_path / "run" / "config.json"
+    recorded = json.loads(path.read_text())
+    assert re.fullmatch("[0-9a-f]{64}", recorded["provenance"]["source_sha256"])
+    recorded["provenance"]["source_sha256"] = "0" * 64
+    path.write_text(json.dumps(recorded))
+    capsys.readouterr()
+    assert train.main(quick(tmp_path / "run", training__max_steps=2)) == 0
+    assert "warning: the source of nanoft has changed since the run began" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--help", "--version", "--no-such-option"])
+def test_help_version_and_mistakes_do_not_import_torch(option: str) -> None:
+    code = "import runpy, sys\ntry:\n    runpy.run_path('train.py', run_name='__main__')\nfinally:\n    print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, option], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stderr
+    assert done.returncode == (2 if option == "--no-such-option" else 0)
