@@ -87,6 +87,8 @@ def main(argv: list[str]) -> int:
     path = positional.pop(0) if positional and "=" not in positional[0] else CONFIGS / "tiny.py"
     config = load_config(pick_config(positional) if path == "auto" else path, positional)
     if args.plan:
+        if distributed.world_size() > 1:  # alone, system.ranks says for how many processes to plan
+            config = distributed.resolve_world_size(config)
         return distributed.broadcast_from_rank0(lambda: show_plan(config))
     if args.selftest:
         self_test.require_single_process()

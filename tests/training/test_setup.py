@@ -188,7 +188,8 @@ def test_a_changed_source_is_warned_of(tmp_path: Path, capsys: Capture) -> None:
 
 @pytest.mark.parametrize("option", ["--help", "--version", "--no-such-option"])
 def test_help_version_and_mistakes_do_not_import_torch(option: str) -> None:
-    code = "import runpy, sys\ntry:\n    runpy.run_path('train.py', run_name='__main__')\nfinally:\n    print('torch' in sys.modules)"
+    run = "    runpy.run_path('train.py', run_name='__main__')"
+    code = f"import runpy, sys\ntry:\n{run}\nfinally:\n    print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, option], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("False\n"), done.stderr
     assert done.returncode == (2 if option == "--no-such-option" else 0)
