@@ -79,7 +79,8 @@ def test_collate_against_brute_force(grouping: list[int]) -> None:
     for r, row in enumerate(rows):
         flat = [int(token) for sample in row for token in sample.ids]
         assert batch.ids[r].tolist() == flat + [PAD] * (width - len(flat))
-    found = [(int(at) // width, int(at) % width, int(to)) for at, to in zip(batch.target_positions, batch.targets, strict=True)]
+    pairs = zip(batch.target_positions, batch.targets, strict=True)
+    found = [(int(at) // width, int(at) % width, int(to)) for at, to in pairs]
     assert found == predictions(rows, batch)
     assert batch.target_tokens == len(found) == sum(int(sample.is_target[1:].sum()) for sample in samples)
     assert batch.tokens == sum(len(sample.ids) for sample in samples)

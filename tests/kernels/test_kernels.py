@@ -119,6 +119,16 @@ def test_a_step_is_that_of_the_core(family: str, method: Any, form: Any, packed:
         assert (found[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("form", [None, ("nf4", True)])
+@pytest.mark.parametrize("method", [{}, {"dora": True, "dropout": 0.3}, {"init": "pissa"}], ids=str)
+def test_recomputed_gradients_are_the_same_bits(method: Any, form: Any, base: Any) -> None:
+    found = []
+    for policy in ("all", "input"):
+        torch.manual_seed(0)  # of the dropout
+        found.append(step(build(base("mistral"), method, form, True, policy), True)[1])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("method", [None, {}, {"dora": True}, {"init": "pissa"}], ids=str)
 def test_in_bfloat16_a_step_is_that_of_the_core(method: Any, base: Any) -> None:
     found = []
