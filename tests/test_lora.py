@@ -64,7 +64,7 @@ def adapted(
     return model, inject_lora(model, lora, seed=1)
 
 
-def randomise(adapters: dict[str, LoRALinear]) -> None:
+def randomize(adapters: dict[str, LoRALinear]) -> None:
     """Move all that is trained, as training does."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_one_step_matches_peft_in_loss_and_every_gradient(name: str, base: Path)
     for key, tensor in adapter_tensors(adapters).items():  # DoRA begins with the lengths of the rows
         if "magnitude" in key:
             assert (parameters[peft_name(key)] - tensor).abs().max() < 1e-5
-    randomise(adapters)
+    randomize(adapters)
     with torch.no_grad():
         for key, tensor in adapter_tensors(adapters).items():
             if "lora_A0" not in key and "lora_B0" not in key:
@@ -158,7 +158,7 @@ def test_a_fresh_adapter_changes_not_one_bit(name: str, quantization: Any, dtype
             assert torch.equal(model.logits(model(IDS)), expected)
     with torch.no_grad():
         assert adapter_effect(model, adapters, IDS) == 0
-        randomise(adapters)
+        randomize(adapters)
         assert adapter_effect(model, adapters, IDS) > 0
         with disabled(adapters):
             assert torch.equal(model.logits(model(IDS)), expected)
@@ -169,7 +169,7 @@ def test_a_fresh_adapter_changes_not_one_bit(name: str, quantization: Any, dtype
 @pytest.mark.parametrize("name", VARIANTS)
 def test_merged_it_does_the_same(name: str, quantization: Any, base: Path) -> None:
     model, adapters = adapted(base, variant(name), quantization)
-    randomise(adapters)
+    randomize(adapters)
     model.eval()
     with torch.no_grad():
         assert products_apart(adapters) <= PRODUCT[torch.float32]
@@ -274,7 +274,7 @@ def test_a_row_that_vanishes_has_a_finite_norm() -> None:
 
 def test_the_norm_is_computed_once_in_use_and_anew_in_training(base: Path) -> None:
     model, adapters = adapted(base, variant("dora"))
-    randomise(adapters)
+    randomize(adapters)
 
     def logits() -> Tensor:
         with torch.no_grad():
@@ -305,7 +305,7 @@ def test_dropout_acts_on_the_adapter_only_while_training(base: Path) -> None:
     x = torch.randn(1, 4, 64)
     for name in ("lora", "dora"):
         model, adapters = adapted(base, variant(name, dropout=0.5, target_modules=("q_proj",)))
-        randomise(adapters)
+        randomize(adapters)
         layer = next(iter(adapters.values()))
         model.train()
         assert not torch.equal(layer(x), layer(x))
@@ -332,7 +332,7 @@ def test_on_cuda_a_step_is_that_of_the_cpu(name: str, base: Path) -> None:
         model = load_model(base, torch.device(device), torch.float32)
         adapters = inject_lora(model, variant(name, **changes), seed=1)
         if not tensors:
-            randomise(adapters)
+            randomize(adapters)
             tensors = {key: tensor.clone() for key, tensor in adapter_tensors(adapters).items()}
         load_adapter_tensors(adapters, tensors, "cpu")
         model(IDS.to(device)).square().mean().backward()
@@ -358,7 +358,7 @@ def test_a_frozen_a_costs_no_product_for_its_gradient(freeze: bool) -> None:
 @pytest.mark.parametrize("name", ["lora", "together", "pissa"])
 def test_a_compiled_block_has_the_gradients_of_an_eager_one(name: str, base: Path) -> None:
     model, adapters = adapted(base, variant(name))
-    randomise(adapters)
+    randomize(adapters)
     mean_loss(model).backward()
     eager = gradients(adapters)
     model.zero_grad(set_to_none=True)
