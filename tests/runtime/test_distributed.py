@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from runs import ROOT, equal, losses, quick, result
 from shapes import MISTRAL_7B
-from test_train import ROOT, equal, losses, quick, result
 
 import train
 from nanoft import UserError

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_recovery import Capture, Patch, events, in_the_loop, steps_are_all_there
-from test_train import BASE, ROOT, losses, quick
+from runs import BASE, ROOT, Capture, Patch, events, in_the_loop, losses, quick, steps_are_all_there
 
 import train
 from nanoft.io import untrusted
