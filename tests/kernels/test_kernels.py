@@ -17,7 +17,7 @@ from nanoft.config import LoRAConfig
 from nanoft.generation.generate import generate
 from nanoft.kernels.block import FastBlock
 from nanoft.lora import LoRALinear, inject_lora
-from nanoft.loss import target_nll
+from nanoft.loss import token_nll
 from nanoft.model import MLP, Block, Decoder, RMSNorm, SelfAttention
 from nanoft.models.weights import load_model
 from tiny_models import make_reference
@@ -88,7 +88,7 @@ def build(directory: Path, method: dict[str, Any] | None, form: Any, fast: bool,
 def step(model: Decoder, packed: bool) -> tuple[float, dict[str, Tensor]]:
     """The loss and the trained parameters after one step of SGD, which are the gradients in disguise."""
     batch = (IDS, POSITIONS, DOCUMENTS) if packed else (IDS,)
-    loss = target_nll(model(*batch, target_positions=TARGETS), model.head, IDS.flatten()[TARGETS + 1])
+    loss = token_nll(model(*batch, target_positions=TARGETS), model.head, IDS.flatten()[TARGETS + 1]).sum()
     loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     torch.optim.SGD(trained.values(), lr=1.0).step()
