@@ -107,8 +107,8 @@ def after_rollback(config: GuardConfig, history: History) -> History:
 
 def after_restore(then: History, now: History) -> History:
     """The history where steps are undone for another reason: it will see their losses again."""
-    kept = {"rollbacks": now.rollbacks, "back_at": now.back_at, "lr_scale": now.lr_scale}
-    return replace(then, **kept, skipped_windows=now.skipped_windows)
+    then = replace(then, rollbacks=now.rollbacks, back_at=now.back_at)
+    return replace(then, lr_scale=now.lr_scale, skipped_windows=now.skipped_windows)
 
 
 def _spike(config: GuardConfig, history: History, loss: float, grad_norm: float) -> str:

@@ -125,7 +125,7 @@ def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:
     """
     if base.quantization in (None, wanted):
         return
-    kind, double = base.quantization  # type: ignore[misc]
+    kind, double = base.quantization
     fields = "bits=8" if kind == "int8" else f"bits=4 quantization.type={kind} quantization.double={double}".lower()
     raise UserError(
         f"quantization.bits: {base.directory} is stored in {kind} and can only be trained on like that: "

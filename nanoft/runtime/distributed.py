@@ -205,12 +205,12 @@ def all_gather_dict(found: dict[int, T]) -> dict[int, T]:
 
 @contextmanager
 def gradients_summed_over_ranks(
-    loss: Tensor, parameters: Sequence[nn.Parameter], seed: tuple[int, int, int]
+    loss: Tensor, parameters: Sequence[nn.Parameter], seed: Sequence[int]
 ) -> Iterator[None]:
     """Around the backward passes of this rank's share of a window: afterwards loss and gradients are the window's.
 
     Args:
-        seed: (seed of the run, epoch, index of the window), for this rank's dropout.
+        seed: seed of the run, epoch and index of the window, for this rank's dropout.
     Raises:
         OutOfMemory: on some rank; then nothing was summed.
     """
@@ -317,7 +317,7 @@ def same_exception(device: torch.device) -> Iterator[None]:
     if short:
         release_memory(device, failure)
         failure = None
-    worst = 1 if short else 2 if failure else 0
+    worst = 1.0 if short else 2.0 if failure else 0.0
     if not _sharded:
         worst = _all_reduce([worst], dist.ReduceOp.MAX)[0]
     if failure is not None:
