@@ -55,10 +55,10 @@ from nanoft.io.untrusted import redact
 from nanoft.lora import disabled
 from nanoft.metrics import answers
 from nanoft.models.hub import find_model
-from nanoft.models.open import LoadedModel, is_run, open_chat, open_model
+from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_model
 from nanoft.models.weights import load_model
 from nanoft.runtime.device import choose_device, choose_dtype, seed_everything
-from nanoft.tracking.run import as_json
+from nanoft.tracking.run import to_json
 
 # Settings that define the model: with others, something would be evaluated that nobody trained.
 FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.")
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         print(f"{args.source}: has no result yet: evaluating its best checkpoint, after step {loaded.step}\n")
     if args.compare_base and not has_base(args.source, loaded, config):
         raise UserError(f"--compare-base: {args.source} is a plain model without a base: remove --compare-base")
-    chat = open_chat(args.source, loaded, as_trained=True)
+    chat = open_chat_tokenizer(args.source, loaded, as_trained=True)
     held_out = read_held_out(config, data, args.source, args.data, args.general, chat)
 
     if args.quantization:
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
         )
         text = f"{text.removeprefix(chr(10))}\n\nleakage   {held_out.leakage['said']}"
     print(redact(text))
-    write(args.json, "--json", as_json(values, indent=2) + "\n")
+    write(args.json, "--json", to_json(values, indent=2) + "\n")
     write(args.report, "--report", markdown)
     return 0
 

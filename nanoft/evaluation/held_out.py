@@ -21,7 +21,7 @@ from nanoft.evaluation.evaluate import Prompt, held_out_prompts
 from nanoft.evaluation.report import leakage_of_run, settings_of
 from nanoft.io.untrusted import read_json
 from nanoft.models.open import is_run
-from nanoft.runtime.device import versions
+from nanoft.runtime.device import library_versions
 
 NO_LIMIT = 2**31 - 1  # tokens of a plain text, which is evaluated through windows
 
@@ -156,5 +156,5 @@ def provenance(config: Config, data: DataConfig, source: str, file: str | None) 
         **{name: recorded[name] for name in ("base_sha256", "date") if name in recorded},
         "settings": settings_of(config),
         "evaluation": {name: v for name, v in dataclasses.asdict(config.evaluation).items() if v is not None},
-        "versions": versions(),
+        "versions": library_versions(),
     }

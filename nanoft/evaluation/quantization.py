@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanoft import UserError
-from nanoft.io.tables import table
+from nanoft.io.tables import markdown_table
 from nanoft.lora import disabled, weight_of
 from nanoft.models.open import LoadedModel
 from nanoft.models.weights import stored_quantization
@@ -40,7 +40,7 @@ def compare_quantization(
         figures[weights] = {"base": base, "tuned": perplexity()}
     rows = [[weights, *(f"{value:.5g}" for value in pair.values())] for weights, pair in figures.items()]
     trained_on = f"{loaded.quantization[0]} weights" if loaded.quantization else "the original weights"
-    text = f"{table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on {trained_on}"
+    text = f"{markdown_table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on {trained_on}"
     return {"quantization": figures}, text
 
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from nanoft.config import Config
 from nanoft.evaluation.evaluate import PERPLEXITIES, EvalResult
-from nanoft.io.tables import clock, table
+from nanoft.io.tables import format_duration, markdown_table
 from nanoft.metrics.answers import token_f1
-from nanoft.metrics.bootstrap import Comparison, Figure, Interval, compare, interval
+from nanoft.metrics.bootstrap import Comparison, Figure, compare, interval
 from nanoft.perplexity import safe_exp
 
 STOP_RATE = 0.95  # a trained model below it probably learned not to stop from its data
@@ -161,7 +161,7 @@ def comparison(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
         else:
             rows.append([label(name), "-", _shown(figure.value, figure.unit), "-", "-", "-"])
     header = ["", "base", "tuned", "change", "95 % interval", "p"] if inputs.base else ["", "tuned", "95 % interval"]
-    return table(header, rows) if rows else "nothing was evaluated: there is no validation data"
+    return markdown_table(header, rows) if rows else "nothing was evaluated: there is no validation data"
 
 
 def _cells(c: Comparison, unit: str) -> list[str]:
@@ -228,7 +228,7 @@ def _breakdown(inputs: ReportInputs, title: str, heading: str, groups: Groups) -
         + [f"{group[column]:.4g}" if column in group else "-" for column in columns]
         for name, group in groups.items()
     ]
-    return f"\n## {title}\n\n{table([_cell(heading), 'samples', 'tokens', *columns], rows)}\n" if rows else ""
+    return f"\n## {title}\n\n{markdown_table([_cell(heading), 'samples', 'tokens', *columns], rows)}\n" if rows else ""
 
 
 def _breakdowns(inputs: ReportInputs, only: Sequence[str] | None = None) -> str:
@@ -298,7 +298,7 @@ def _answers_section(inputs: ReportInputs) -> str:
     shown: dict[str, Sequence[int]] = {"Worst answers": worst(inputs), "Answers side by side": range(inputs.shown)}
     if outcome:
         counts = [f"{outcome.count(word):,}" for word in OUTCOMES]
-        text = f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{table(OUTCOMES, [counts])}\n"
+        text = f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{markdown_table(OUTCOMES, [counts])}\n"
         shown = {"Losses": [n for n, word in enumerate(outcome) if word == "losses"][:LOSSES], **shown}
     for heading, which in shown.items():
         if block := side_by_side(inputs.base, inputs.tuned, which):
@@ -353,8 +353,8 @@ def _markdown(inputs: ReportInputs, main: str, conclusion: str, cautions: Sequen
     text += f"\n{main}\n" + (f"\n{LEGEND}\n" if inputs.base and inputs.tuned.figures else "")
     if inputs.training:
         rows = [[_with_unit(key), f"{value:,}"] for key, value in inputs.training.items()]
-        rows.append(["evaluation", clock(cost(inputs)["evaluation_seconds"])])
-        text += f"\n{table(['training', ''], rows)}\n"
+        rows.append(["evaluation", format_duration(cost(inputs)["evaluation_seconds"])])
+        text += f"\n{markdown_table(['training', ''], rows)}\n"
     text += _breakdowns(inputs) + _breakdown(inputs, "Samples with the highest perplexity", "sample", hardest(inputs))
     text += _answers_section(inputs)
     if inputs.leakage:

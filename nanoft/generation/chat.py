@@ -24,10 +24,10 @@ from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.io.untrusted import read_json
 from nanoft.lora import LoRALinear, disabled, linears_of
 from nanoft.model import Decoder
-from nanoft.models.open import open_chat, open_model
+from nanoft.models.open import open_chat_tokenizer, open_model
 from nanoft.nf4 import cache_weights
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
-from nanoft.runtime.memory import free_host_bytes
+from nanoft.runtime.memory import available_host_bytes
 
 Generate = Callable[[list[int], int], Iterator[int]]  # prompt ids, maximum number of new tokens -> ids without the stop
 HELP = """\
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.base and not loaded.adapters:
         raise UserError(f"--base: {args.source} has no adapter to switch off: remove --base, or name a LoRA run")
     cache_weights(loaded.model, "cached" if device.type == "cpu" and has_room(loaded.model) else "auto")
-    chat = open_chat(args.source, loaded)
+    chat = open_chat_tokenizer(args.source, loaded)
     generator = torch.Generator()
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
 
@@ -94,7 +94,7 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
 def has_room(model: Decoder) -> bool:
     """Whether memory allows keeping a quantized base dequantized, which makes a token several times as fast."""
     needed = sum(layer.out_features * layer.in_features for layer in linears_of(model).values()) * 4  # bytes, at most
-    return needed <= SHARE * free_host_bytes()
+    return needed <= SHARE * available_host_bytes()
 
 
 def stream_text(chat: ChatTokenizer, ids: Iterable[int]) -> Iterator[str]:
