@@ -32,9 +32,10 @@ from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export.gguf_companions import companions
 from nanoft.export.gguf_tokenizer import read_vocabulary
-from nanoft.export.merge import TOLERANCE, check_room, new_directory, weights_of
+from nanoft.export.merge import check_room, weights_of
+from nanoft.export.staging import new_directory
 from nanoft.export.streaming import SLAB, StreamedDecoder
-from nanoft.export.verify import PROOF_TOKENS, Proof, compare, hidden_states, next_tokens
+from nanoft.export.verify import PROOF_TOKENS, TOLERANCE, Proof, compare, hidden_states, next_tokens
 from nanoft.io.untrusted import read_json
 from nanoft.lora import disabled
 from nanoft.model import Decoder, DecoderConfig
