@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from nanoft import UserError
 from nanoft.io.tables import markdown_table
-from nanoft.lora import disabled, weight_of
+from nanoft.lora import DoRALinear, disabled
 from nanoft.models.open import LoadedModel
 from nanoft.models.weights import stored_quantization
 from nanoft.nf4 import quantize
@@ -53,7 +52,5 @@ def quantize_in_place(loaded: LoadedModel, form: tuple[str, bool]) -> None:
             quantized.register_parameter("bias", linear.bias)
             setattr(loaded.model.get_submodule(parent), leaf, quantized)
     for adapter in loaded.adapters.values():
-        if adapter.lora_magnitude_vector is not None:  # DoRA caches the norms of the base's rows
-            norms = torch.linalg.vector_norm(weight_of(adapter.base), dim=1, dtype=torch.float32)
-            adapter.squares.copy_(norms.square())
-        adapter.train(adapter.training)  # clears the cached norm
+        if isinstance(adapter, DoRALinear):
+            adapter.measure_base()

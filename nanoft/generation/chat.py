@@ -18,14 +18,14 @@ import torch
 
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
-from nanoft.generation.decode import SHARE
 from nanoft.generation.generate import stream
 from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.io.untrusted import read_json
+from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import LoRALinear, disabled, linears_of
 from nanoft.model import Decoder
+from nanoft.models.dequantize import cache_weights
 from nanoft.models.open import open_chat_tokenizer, open_model
-from nanoft.nf4 import cache_weights
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
 from nanoft.runtime.memory import available_host_bytes
 
@@ -94,7 +94,7 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
 def has_room(model: Decoder) -> bool:
     """Whether memory allows keeping a quantized base dequantized, which makes a token several times as fast."""
     needed = sum(layer.out_features * layer.in_features for layer in linears_of(model).values()) * 4  # bytes, at most
-    return needed <= SHARE * available_host_bytes()
+    return needed <= MEMORY_SHARE * available_host_bytes()
 
 
 def stream_text(chat: ChatTokenizer, ids: Iterable[int]) -> Iterator[str]:
