@@ -90,11 +90,8 @@ def versions() -> Iterator[Check]:
     for name, version in found.items():
         low, high = TESTED[name]
         number = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-        if low <= number < high:
-            yield Check(name, "ok", version)
-        else:
-            wanted = f"{low[0]}.{low[1]} to {high[0]}.{high[1] - 1}"
-            yield Check(name, "warn", version, f"tested with {wanted}")
+        fix = "" if low <= number < high else f"tested with {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}"
+        yield Check(name, "warn" if fix else "ok", version, fix)
     others = ("safetensors", "tokenizers", "bitsandbytes", "numpy", "huggingface_hub")
     yield Check("libraries", "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in others))
 
@@ -106,18 +103,11 @@ def precision(device: torch.device) -> Iterator[Check]:
     chosen = str(choose_dtype("auto", device)).removeprefix("torch.")
     is_cuda = device.type == "cuda"
     capability = ".".join(map(str, torch.cuda.get_device_capability())) if is_cuda else ""
-    yield Check(
-        "precision",
-        "ok",
-        f"{working} work; model.dtype=auto selects {chosen}" + f"; compute capability {capability}" * is_cuda,
-    )
+    found = f"{working} work; model.dtype=auto selects {chosen}" + f"; compute capability {capability}" * is_cuda
+    yield Check("precision", "ok", found)
     if is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        yield Check(
-            "bfloat16",
-            "warn",
-            "not supported by this GPU",
-            "model.dtype=auto selects float32: slower, twice the memory",
-        )
+        fix = "model.dtype=auto selects float32: slower, twice the memory"
+        yield Check("bfloat16", "warn", "not supported by this GPU", fix)
 
 
 def metal() -> Check:
@@ -154,8 +144,7 @@ def memory(device: torch.device) -> Iterator[Check]:
 
 def disk() -> Iterator[Check]:
     """Free space for runs, models of the Hub and tokenized data."""
-    home = cache_home()
-    places = {"disk here": Path.cwd(), "Hub cache": Path(constants.HF_HUB_CACHE), "data cache": home}
+    places = {"disk here": Path.cwd(), "Hub cache": Path(constants.HF_HUB_CACHE), "data cache": cache_home()}
     for name, place in places.items():
         there = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(there).free / 1e9
@@ -167,10 +156,9 @@ def attention(device: torch.device) -> Iterator[Check]:
     """Which of PyTorch's attention kernels run and agree with the plain formula."""
     dtype = choose_dtype("auto", device)
     q, k, v = torch.randn(3, 1, 4, 128, 64, device=device, dtype=dtype).unbind()
-    weights = (q.float() @ k.float().mT / 8).masked_fill(
-        torch.ones(128, 128, dtype=torch.bool, device=device).triu(1), -torch.inf
-    )
-    expected, works = weights.softmax(-1) @ v.float(), []
+    future = torch.ones(128, 128, dtype=torch.bool, device=device).triu(1)
+    scores = (q.float() @ k.float().mT / 8).masked_fill(future, -torch.inf)
+    expected, works = scores.softmax(-1) @ v.float(), []
     kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
     for kernel in kernels:
         with contextlib.suppress(RuntimeError), sdpa_kernel(kernel):
@@ -191,9 +179,7 @@ def four_bits(device: torch.device) -> Check:
     plain = unpack_table(parts, "nf4", torch.float32).view(weight.shape).cpu()
     error = ((plain - weight).norm() / weight.norm()).item()
     if not uses_bitsandbytes(device.type):
-        return Check(
-            "4-bit weights", "ok", f"table look-up in plain PyTorch (round-trip error {error:.1%}, typical of NF4)"
-        )
+        return Check("4-bit weights", "ok", f"table look-up in PyTorch (round-trip error {error:.1%}, typical of NF4)")
     try:
         found = unpack_bitsandbytes(parts, "nf4", torch.float32).view(weight.shape).cpu()
     except Exception as problem:  # whatever a library that does not fit the machine raises
