@@ -38,6 +38,7 @@ from nanoft.export.verify import PROOF_TOKENS, Proof, compare, hidden_states, ne
 from nanoft.io.untrusted import read_json
 from nanoft.lora import disabled
 from nanoft.model import Decoder, DecoderConfig
+from nanoft.models.families import FAMILIES
 from nanoft.models.open import LoadedModel
 
 Onto = Literal["original", "nf4"]
@@ -212,8 +213,9 @@ def architecture(config: DecoderConfig) -> str:
     Raises:
         UserError: llama.cpp's architecture lacks something that the model has.
     """
-    name = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias and not config.o_bias else "llama"
-    rope = config.rope
+    name, rope = FAMILIES[config.family].gguf, config.rope
+    if name is None:
+        raise UserError(f"--format gguf: llama.cpp has no architecture for {config.family}: use --format hf")
     if name == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
         raise UserError(
             "--format gguf: head_dim: llama.cpp's qwen2 has hidden_size / num_attention_heads: use --format hf"

@@ -22,7 +22,7 @@ from nanoft.io.atomic import write_file
 from nanoft.io.tensor_files import Header, Specs, encode, read_header
 from nanoft.io.untrusted import plain_file, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig, initialize
-from nanoft.models.families import decoder_config, read_shape
+from nanoft.models.families import FAMILIES, find_family, read_shape
 from nanoft.models.hub import TOKENIZER_FILES
 from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize, read_stored, stored_tensors
 
@@ -277,19 +277,14 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """The source's config.json with the new dtype, not quantized, and with both forms of the dtype and rope fields.
+    """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized.
 
-    Readers of transformers 4 know `torch_dtype`, `rope_theta`, `rope_scaling`; version 5 writes `dtype` and
-    `rope_parameters`. With one form only, the other reader silently takes a default.
+    transformers 4 reads `torch_dtype`, version 5 `dtype`; both are written.
     """
     config = read_json(source / "config.json")
     config.pop("quantization_config", None)
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    rope = decoder_config(config).rope
-    scaling = {key: value for key, value in rope.parameters.items() if key not in ("type", "rope_type", "rope_theta")}
-    config["rope_theta"] = rope.theta
-    config["rope_parameters"] = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}
-    config["rope_scaling"] = None if rope.kind == "default" else {**config["rope_parameters"], "type": rope.kind}
+    config = FAMILIES[find_family(config)].export(config)
     write_file(out / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
 
 

@@ -41,7 +41,7 @@ from nanoft.models.families import read_shape
 from nanoft.models.hub import find_model
 from nanoft.models.weights import check_quantization, quantization_of, shard_paths
 from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
-from nanoft.optim import check_optimizer
+from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.runtime.command import Arguments, command
 from nanoft.runtime.device import (
     WATERMARK,
@@ -61,6 +61,7 @@ from nanoft.training.memory_plan import (
     resolve_micro_batch_size,
 )
 from nanoft.training.preflight import check_room
+from nanoft.training.validation import validate_config
 
 Color = Literal["green", "yellow", "red"]
 CODES = {"green": "32", "yellow": "33", "red": "31"}
@@ -274,7 +275,7 @@ def validate_environment(config: Config, device: torch.device) -> None:
 
 def needs_bitsandbytes(config: Config) -> bool:
     """For a base in 4 bits, and for optimizers whose moments are in 8 bits or paged."""
-    return config.quantization.bits == 4 or config.training.optimizer not in ("adamw", "sgd")
+    return config.quantization.bits == 4 or OPTIMIZERS[config.training.optimizer].needs_bitsandbytes
 
 
 def _settings(config: Config) -> Line:
@@ -340,6 +341,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     quiet_libraries()
     config = load_config(args.config, args.overrides) if args.config else None
+    if config:
+        validate_config(config)
     red = False
     for line in chain(look_around(_device_of(config), config), check_config(config) if config else ()):
         print(line.colored() if sys.stdout.isatty() else line, flush=True)
