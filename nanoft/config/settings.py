@@ -48,9 +48,7 @@ class Section:
 @dataclass(frozen=True)
 class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of computation; auto: bfloat16 where the device is fast at it
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 where fast
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
     random_init: bool = False  # pre-train from random weights; needs config.json and tokenizer only
 
@@ -107,9 +105,7 @@ class DataConfig(Section):
     # Tokenizing and batching
     template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
-    truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = (
-        "drop"  # of samples over max_seq_length
-    )
+    truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples
     packing: bool = False  # several samples per sequence; they never attend to each other
     group_by_length: bool = False  # similar lengths in one batch: less padding
     pad_to_multiple_of: int = bounded(1, 1, 1024)  # tokens; micro-batch lengths are rounded up to it
