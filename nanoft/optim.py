@@ -25,7 +25,7 @@ from nanoft import UserError
 from nanoft.config import TrainingConfig
 
 Groups = list[dict[str, Any]]  # params, weight_decay, and scale: a factor on the learning rate
-Group, State = dict[str, Any], dict[str, Any]  # one of them; the state of one parameter
+State = dict[str, Any]  # of one parameter
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Optimizer:
     """What the rest of nanoft knows about an optimizer."""
 
     build: Callable[[Groups, TrainingConfig], torch.optim.Optimizer]
-    init_state: Callable[[Any, Group, nn.Parameter, str], State]  # (optimizer, group, p, its name) -> zeros
+    init_state: Callable[[Any, dict[str, Any], nn.Parameter, str], State]  # (optimizer, group, p, its name) -> zeros
     bytes_per_parameter: Callable[[TrainingConfig], float]  # of that state
     devices: tuple[str, ...] = ("cuda", "mps", "cpu")
     needs_bitsandbytes: bool = False
@@ -44,7 +44,7 @@ def _adamw(groups: Groups, t: TrainingConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(t.beta1, t.beta2), eps=t.epsilon, fused=True)
 
 
-def _adamw_state(_: Any, group: Group, p: nn.Parameter, name: str) -> State:
+def _adamw_state(_: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> State:
     return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
@@ -53,7 +53,7 @@ def _sgd(groups: Groups, t: TrainingConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=t.momentum, fused=fused)
 
 
-def _sgd_state(_: Any, group: Group, p: nn.Parameter, name: str) -> State:
+def _sgd_state(_: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> State:
     return {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
 
 
@@ -66,7 +66,7 @@ def _bitsandbytes(kind: str, bytes_per_parameter: float, *devices: str) -> Optim
     return Optimizer(build, _bitsandbytes_state, lambda t: bytes_per_parameter, devices, True, shardable=False)
 
 
-def _bitsandbytes_state(optimizer: Any, group: Group, p: nn.Parameter, name: str) -> State:
+def _bitsandbytes_state(optimizer: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> State:
     if name.endswith("embed_tokens.weight"):  # rare tokens have rare, large gradients: 32 bits (2022, section 2.3)
         return {"step": 0, **{key: optimizer.get_state_buffer(p) for key in ("state1", "state2")}}
     optimizer.init_state(group, p, 0, 0)  # 8 bits, one scale per 256 values; 32 bits for fewer than 4096 values
