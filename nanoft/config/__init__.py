@@ -1,5 +1,6 @@
 """Settings of a run: the dataclasses (`settings`), reading them (`loading`), what may change on resume (`resume`)."""
 
+# isort: off
 from nanoft.config.loading import load_config as load_config, load_file as load_file
 from nanoft.config.settings import (
     Config as Config,
