@@ -37,7 +37,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
 from nanoft.data.formats import UNDESIRABLE, Conversation, Reading, Rejected, read_file
 from nanoft.data.sources import find_files, read_raw
 from nanoft.data.truncation import fit
-from nanoft.io.tables import table
+from nanoft.io.tables import markdown_table
 
 Array = np.ndarray[Any, Any]
 VERSION = 1  # of what the cache holds
@@ -589,4 +589,4 @@ def describe_data(report: dict[str, Any]) -> list[str]:
         rows.append(["samples lost to length", f"{report['samples_lost']:,}", ""])
     if report["target_tokens_lost"]:
         rows.append(["target tokens lost to length", f"{report['target_tokens_lost']:,}", ""])
-    return [*lines, table(["", "training", "validation"], rows)]
+    return [*lines, markdown_table(["", "training", "validation"], rows)]
