@@ -5,6 +5,7 @@ Tests over OPTIMIZERS and SCHEDULES run for every entry of the tables: a new one
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 from transformers import (
+    Trainer,
+    TrainingArguments,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_cosine_with_hard_restarts_schedule_with_warmup,
@@ -26,9 +29,11 @@ from transformers import (
     get_wsd_schedule,
 )
 
+import train
 from nanoft import UserError
 from nanoft.config import TrainingConfig
 from nanoft.io.tensor_files import write_tensors
+from nanoft.models.open import open_model
 from nanoft.optim import (
     OPTIMIZERS,
     SCHEDULES,
@@ -40,6 +45,7 @@ from nanoft.optim import (
     set_learning_rate,
     warmup_length,
 )
+from tiny_models import make_chat_model, train_run, write_records
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -447,6 +453,63 @@ def test_a_state_of_nothing_makes_a_file(tmp_path: Path) -> None:
     assert tensors == {}
     write_tensors(tmp_path / "optimizer.safetensors", tensors)
     load_optimizer_tensors(optimizer, named, load_file(tmp_path / "optimizer.safetensors"))
+
+
+# --- in a run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, and data."""
+    root = tmp_path_factory.mktemp("optim")
+    make_chat_model(root / "base")
+    write_records(root / "data.jsonl")
+    return root
+
+
+def train_and_resume(directory: Path, base: Path, **changes: Any) -> list[dict[str, Any]]:
+    """A run whose result does not change when it is resumed half-way; returns its `train` events."""
+    train_run(directory, base / "base", base / "data.jsonl", training__log_steps=1, **changes)
+    result = directory / "adapter" / "adapter_model.safetensors"
+    before = load_file(result)
+    assert any(tensor.any() for name, tensor in before.items() if "lora_B" in name)
+    checkpoint = directory / "checkpoints" / "step-000002"
+    assert train.main([str(directory.with_name(f"{directory.name}.json")), "--resume", str(checkpoint)]) == 0
+    after = load_file(result)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "train"]
+
+
+@pytest.mark.parametrize("name", [name for name, entry in OPTIMIZERS.items() if "cpu" in entry.devices])
+def test_every_optimizer_trains_resumes_and_passes_plan_and_self_test(name: str, base: Path, tmp_path: Path) -> None:
+    train_and_resume(tmp_path / "run", base, training__optimizer=name)
+    for option in ("--plan", "--selftest"):
+        assert train.main([str(tmp_path / "run.json"), option]) == 0
+    assert open_model(str(tmp_path / "run"), torch.device("cpu"), torch.float32).adapters
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_trains_and_resumes_at_its_rates(name: str, base: Path, tmp_path: Path) -> None:
+    changes = {"lr_scheduler": name, "learning_rate": 0.01, "warmup_steps": 1}
+    events = train_and_resume(tmp_path / "run", base, **{f"training__{key}": value for key, value in changes.items()})
+    expected = [learning_rate(step, 4, TrainingConfig(**changes)) for step in range(4)]
+    assert [event["learning_rate"] for event in events] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1, 1.5])
+def test_a_fraction_of_an_epoch_is_rounded_up_to_steps_as_in_transformers(
+    epochs: float, base: Path, tmp_path: Path
+) -> None:
+    """18 training records in windows of 4: 5 steps per epoch."""
+    changes = {"training__num_epochs": epochs, "training__max_steps": None, "training__micro_batch_size": 2}
+    train_run(tmp_path / "run", base / "base", base / "data.jsonl", **changes)
+    arguments = TrainingArguments(str(tmp_path / "theirs"), num_train_epochs=epochs, gradient_accumulation_steps=2)
+    arguments.per_device_train_batch_size = 2
+    loader = torch.utils.data.DataLoader(list(range(18)), batch_size=2)
+    trainer = Trainer(nn.Linear(1, 1), arguments)
+    *_, steps = trainer.set_initial_training_values(arguments, loader)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == steps
 
 
 # --- kinds that need a GPU
