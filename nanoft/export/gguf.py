@@ -231,7 +231,7 @@ def architecture(config: DecoderConfig) -> str:
     turns = (rope.parameters.get("beta_fast") or 32, rope.parameters.get("beta_slow") or 1)
     if rope.kind == "yarn" and (turns != (32, 1) or not rope.parameters.get("truncate", True)):
         raise UserError(
-            "--format gguf: rope type yarn: llama.cpp has beta_fast 32, beta_slow 1, truncate true only: use --format hf"
+            "--format gguf: rope type yarn: llama.cpp has only beta_fast 32, beta_slow 1, truncate: use --format hf"
         )
     return name
 
