@@ -185,6 +185,7 @@ class SystemConfig(Section):
     memory_gb: float | None = bounded(None, 0.1)  # of the device, for --plan on another machine
     ranks: int = bounded(1, 1)  # world size: the number of processes that torchrun starts
     profile: bool = False  # write a profile of a few steps into profile/
+    kernels: Literal["auto", "plain"] = "auto"  # plain: the formulas of the core only; slower, more memory
     debug: bool = False  # name the operation whose gradient is NaN, and stop (several times slower)
 
 

@@ -13,6 +13,7 @@ from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.fields import nearest
 from nanoft.data.formats import SHAPES
+from nanoft.lora import VARIANTS
 from nanoft.metrics.answers import select_metrics
 from nanoft.optim import OPTIMIZERS, SCHEDULES
 
@@ -26,7 +27,9 @@ def validate_config(config: Config) -> None:
     t = config.training
     check_name("training.optimizer", t.optimizer, OPTIMIZERS)
     check_name("training.lr_scheduler", t.lr_scheduler, SCHEDULES)
-    check_name("lora.init", config.lora.init, ("default", "pissa"))
+    check_name("lora.init", config.lora.init, dict.fromkeys(init for init, _ in VARIANTS))
+    if (config.lora.init, config.lora.dora) not in VARIANTS:
+        raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
     check_name("data.format", config.data.format, ("auto", *SHAPES))
     select_metrics(config.evaluation.metrics)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
