@@ -26,11 +26,14 @@ from torch import nn
 from nanoft import UserError
 from nanoft.batches import Sample, TokenDataset
 from nanoft.config import Config, DataConfig
+from nanoft.config.functions import UNTRUSTED
 from nanoft.config.loading import load_config, read_overrides
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import NEAR, Corpus, data_hash, open_corpus, reading_of
-from nanoft.data.formats import Conversation, read_file
+from nanoft.data.builder import NEAR
+from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash
+from nanoft.data.formats import Conversation
+from nanoft.data.records import ReadOptions, read_file
 from nanoft.data.sources import find_files
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
@@ -206,7 +209,8 @@ def check_held_out(config: Config, source: str) -> None:
     """Only the split that the run was trained with holds out what it was not trained on."""
     path = Path(source) / "config.json"
     recorded = load_config(path, environment={})
-    if (recorded.data, recorded.system.seed) != (config.data, config.system.seed):
+    trained_on = dataclasses.replace(recorded.data, format=recorded.data.format.removeprefix(UNTRUSTED))
+    if (trained_on, recorded.system.seed) != (config.data, config.system.seed):
         raise UserError(
             f"{source}: another seed or data setting would measure on what it was trained on: use --data FILE"
         )
@@ -235,16 +239,16 @@ def held_out(config: Config, data: DataConfig, wish: Wish, chat: ChatTokenizer, 
     """Everything to measure on, and what is known of it."""
     e, own = config.evaluation, data is config.data
     limit = config.model.max_seq_length if own or not is_text(data) else NO_LIMIT
-    corpus = open_corpus(data, limit, config.system.seed, chat, print)
+    corpus = build_datasets(data, chat, limit, config.system.seed, print)
     samples = corpus.validation if own else corpus.training
     if not len(samples):
         raise UserError(f"{wish.source}: this run held nothing out (data.validation_split=0): give --data FILE")
-    whole = corpus.whole(samples)
+    whole = corpus.untruncated(samples)
     prompts = evaluate.held_out_prompts(corpus.conversations(whole, e.prompts), e.prompts)
     samples = samples[: e.max_samples]
     general = read_general(wish.general, chat, e.max_samples) if wish.general else []
-    groups = {e.by_field: corpus.values(samples, e.by_field)} if e.by_field else {}
-    places = [corpus.place(record) for record in samples.records.tolist()]
+    groups = {e.by_field: corpus.field_values(samples, e.by_field)} if e.by_field else {}
+    places = [corpus.location(record) for record in samples.records.tolist()]
     leaks, origin = leakage(config, wish, corpus, samples, chat), provenance(config, wish, data)
     return Held(samples, prompts, general, metrics, groups, places, leaks, origin)
 
@@ -252,7 +256,7 @@ def held_out(config: Config, data: DataConfig, wish: Wish, chat: ChatTokenizer, 
 def is_text(data: DataConfig) -> bool:
     """Whether all files are plain texts: these are measured whole, whatever their length."""
     files = [file for part in find_files(data.train_file, "--data") for file in part]
-    return all(str(next(iter(read_file(file, reading_of(data))))).startswith("text ") for file in files)
+    return all(str(next(iter(read_file(file, ReadOptions.from_config(data))))) == "text" for file in files)
 
 
 def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Sample]:
@@ -263,15 +267,17 @@ def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Samp
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--general: {file}: cannot be read as UTF-8 text: {error}") from None
     else:
-        records = read_file(Path(file), reading_of(DataConfig(train_file=file)))
-        texts = [record.said() for record in records if isinstance(record, Conversation)]
+        records = read_file(Path(file), ReadOptions.from_config(DataConfig(train_file=file)))
+        texts = [record.full_text() for record in records if isinstance(record, Conversation)]
     samples = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts[:limit]) if text.strip()])
     if not any(sample.is_target.any() for sample in samples):
         raise UserError(f"--general: {file}: there is no text in it")
     return samples
 
 
-def leakage(config: Config, wish: Wish, corpus: Corpus, samples: TokenDataset, chat: ChatTokenizer) -> dict[str, Any]:
+def leakage(
+    config: Config, wish: Wish, corpus: PreparedDataset, samples: TokenDataset, chat: ChatTokenizer
+) -> dict[str, Any]:
     """Whether prompts that are measured stand among those that the run was trained on."""
     if not wish.data:
         return leakage_of_run(corpus.report, config.data.near_leaks)
@@ -280,11 +286,11 @@ def leakage(config: Config, wish: Wish, corpus: Corpus, samples: TokenDataset, c
     try:
         recorded = load_config(Path(wish.source) / "config.json", environment={})
         check_unchanged(recorded, wish.source)
-        trained = open_corpus(recorded.data, recorded.model.max_seq_length, recorded.system.seed, chat, print)
+        trained = build_datasets(recorded.data, chat, recorded.model.max_seq_length, recorded.system.seed, print)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
-    asked = list(corpus.questions(samples))
-    exact, near = filters.leaks(asked, trained.questions(trained.training), NEAR)
+    asked = list(corpus.first_user_texts(samples))
+    exact, near = filters.count_leaks(asked, trained.first_user_texts(trained.training), NEAR)
     said = f"of {len(asked):,} prompts, {exact:,} stand in the training data word for word and {near:,} nearly so"
     return {"prompts": len(asked), "exact": exact, "near": near, "said": said}
 

@@ -28,7 +28,7 @@ from nanoft import UserError, __version__
 from nanoft.batches import Sample
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import open_corpus
+from nanoft.data.dataset import build_datasets
 from nanoft.evaluation import evaluate
 from nanoft.export.gguf import GGUF_DTYPES, new_gguf, prove_gguf, write_gguf, write_gguf_lora
 from nanoft.export.gguf_companions import modelfile, write_companions
@@ -52,7 +52,8 @@ from nanoft.io.untrusted import read_json
 from nanoft.models.adapter_files import adapter_tensors, hash_tensors, save_mlx
 from nanoft.models.hub import find_model
 from nanoft.models.open import LoadedModel, TrainedAdapter, find_adapter, is_run, open_chat, open_model, read_trained
-from nanoft.models.weights import base_files, hash_files, stored_dtype, stored_quantization
+from nanoft.io.hashing import hash_named_files
+from nanoft.models.weights import base_files, stored_dtype, stored_quantization
 from nanoft.runtime.command import Arguments, command
 from nanoft.runtime.device import quiet_libraries
 
@@ -246,7 +247,7 @@ def read_weights(text: str | None, count: int) -> list[float]:
 
 def check_base(adapter: TrainedAdapter) -> None:
     """Refuse a base that the adapter fits, but whose files are not those that it was trained on."""
-    if adapter.base_sha256 and hash_files(base_files(adapter.base)) != adapter.base_sha256:
+    if adapter.base_sha256 and hash_named_files(base_files(adapter.base)) != adapter.base_sha256:
         raise UserError(
             f"{adapter.base}: its files are not those that {adapter.place} was trained on (another SHA-256): "
             "put those back, or add --any-base"
@@ -313,9 +314,9 @@ def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[evalu
     if is_run(source):
         config = load_config(Path(source) / "config.json")
         with suppress(UserError):
-            corpus = open_corpus(config.data, config.model.max_seq_length, config.system.seed, chat, print)
+            corpus = build_datasets(config.data, chat, config.model.max_seq_length, config.system.seed, print)
             samples = corpus.validation if len(corpus.validation) else corpus.training
-            conversations = corpus.conversations(corpus.whole(samples), PROMPTS)
+            conversations = corpus.conversations(corpus.untruncated(samples), PROMPTS)
             return list(samples[: VERIFY_TOKENS // 8]), evaluate.held_out_prompts(conversations, PROMPTS)
     return [], []
 

@@ -24,7 +24,7 @@ from nanoft.config.loading import load_config, load_file
 from nanoft.config.settings import SECTION_TYPES
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import SHAPES
-from nanoft.metrics.answers import CONSTRAINTS, ROUGE, SCORES
+from nanoft.metrics.answers import METRICS
 from nanoft.runtime.memory import Memory
 
 ROOT = Path(__file__).parent.parent
@@ -397,15 +397,15 @@ def test_the_shapes_of_the_data_document_are_those_of_the_program() -> None:
     found = re.findall(r"^\| `(\w+)` \| (`.*) \|$", DATA, re.MULTILINE)
     shown = {name: set(re.findall(r"`(\w+)`", fields)) for name, fields in found if name in SHAPES}
     assert shown.keys() == SHAPES.keys()
-    for name, (required, known, _) in SHAPES.items():
-        assert {*required, *known} <= shown[name], name
+    for name, shape in SHAPES.items():
+        assert {*shape.required, *shape.fields} <= shown[name], name
 
 
 def test_every_metric_is_in_the_document_and_every_one_there_is_a_metric() -> None:
 
     table = EVALUATION[EVALUATION.index("## Metrics of the answers") : EVALUATION.index("## How to read it")]
     named = set(re.findall(r"`(\w+)[`:]", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))))
-    assert named == {*SCORES, *ROUGE, *CONSTRAINTS, "bleu"} - {"exact_match"}
+    assert named == METRICS.keys() - {"exact_match"}
 
 
 def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:

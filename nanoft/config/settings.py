@@ -23,10 +23,6 @@ from nanoft import UserError
 from nanoft.config.fields import _check_type, _nearest, _parse, bounded
 from nanoft.io.untrusted import redact
 
-Shape = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "summarization",
-    "extractive_qa", "text",
-]  # fmt: skip
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "sgd"]
 
 
@@ -86,7 +82,7 @@ class DataConfig(Section):
     train_file: str = ""  # file, directory, glob or hf://datasets/owner/name; several by commas
     weights: tuple[float, ...] = ()  # how often each of several train_files is seen in an epoch; empty: once
     validation_file: str | None = None  # none: split from train_file
-    format: Shape = "auto"  # shape of the records; auto: told from them
+    format: str = "auto"  # shape of the records; auto: detected; package.module:function: a function of your own
     columns: dict[str, str] = field(default_factory=dict)  # {instruction: q}: name here -> name in the file
     delimiter: str | None = None  # of CSV files; none: found in the header
     label_field: str | None = None  # keep only records that this field calls desirable (true, 1, good, ...)

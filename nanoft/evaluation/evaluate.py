@@ -228,8 +228,8 @@ def answer_figures(exchanges: Sequence[Completion], metrics: Sequence[Metric]) -
     """Exact match, stop rate, and the metrics that were asked for."""
     if not exchanges:
         return {}
-    pairs = [(exchange.answer, exchange.reference) for exchange in exchanges]
-    own = {metric.name: metric.figure(pairs) for metric in metrics if metric.name != "exact_match"}
+    triples = [(exchange.answer, exchange.reference, exchange.prompt) for exchange in exchanges]
+    own = {metric.name: metric.figure(triples) for metric in metrics if metric.name != "exact_match"}
     exact, stopped = (Figure.mean([getattr(e, name) for e in exchanges]) for name in ("exact", "stopped"))
     return {"exact_match": exact, "stop_rate": stopped, **own}
 

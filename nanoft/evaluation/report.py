@@ -101,14 +101,14 @@ def verdict(found: ReportInputs, compared: dict[str, Comparison]) -> str:
     judged = [name for name in dict.fromkeys(("loss", found.primary)) if name in compared]
     if not judged:
         return "none: there is no validation data"
-    better = any(_direction(name, compared[name]) > 0 for name in judged)
-    worse = any(_direction(name, compared[name]) < 0 for name in judged)
+    better = any(_direction(found.tuned.figures[name], compared[name]) > 0 for name in judged)
+    worse = any(_direction(found.tuned.figures[name], compared[name]) < 0 for name in judged)
     word = "better in one, worse in the other" if better and worse else "better" if better else "worse" if worse else ""
     figures = " and ".join(_in_words(name, compared[name], found.tuned.figures[name]) for name in judged)
     return f"{word or 'no clear difference'}: {figures}"
 
 
-def _direction(name: str, c: Comparison) -> int:
+def _direction(figure: Figure, c: Comparison) -> int:
     """1: the whole interval is on the better side of no change; -1: on the worse one; 0: it holds no change.
 
     A loss that is not finite is worse than any that is.
@@ -116,7 +116,7 @@ def _direction(name: str, c: Comparison) -> int:
     finite = [math.isfinite(one.value) for one in (c.base, c.tuned)]
     if not all(finite):
         return finite[1] - finite[0]
-    sign = -1 if name in PERPLEXITIES else 1
+    sign = 1 if figure.higher_is_better and figure.unit != "nats" else -1
     return sign * ((c.change.low > 0) - (c.change.high < 0))
 
 
@@ -264,7 +264,8 @@ def outcomes(found: ReportInputs) -> list[str]:
     """wins, losses or ties: of each prompt, whether tuned is better than base by the primary metric."""
     if not found.base or found.primary not in found.tuned.figures or found.primary not in found.base.figures:
         return []
-    gains = found.tuned.figures[found.primary].each() - found.base.figures[found.primary].each()
+    after, before = found.tuned.figures[found.primary], found.base.figures[found.primary]
+    gains = (after.each() - before.each()) * (1 if after.higher_is_better else -1)
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 

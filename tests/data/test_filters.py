@@ -265,9 +265,9 @@ def test_leaked_prompts_are_counted_word_for_word_and_nearly(at_once: int) -> No
     trained_on = [*texts(50, seed=2), *near, *exact, *half]
     resembling = {a for a in asked for t in trained_on if jaccard(a, t.lower()) >= 0.8}
     assert resembling == set(asked[:15])
-    assert filters.leaks(asked, iter(trained_on), 0.8, at_once) == (6, 9)
+    assert filters.count_leaks(asked, iter(trained_on), 0.8, at_once) == (6, 9)
 
 
 def test_nothing_leaks_from_nothing() -> None:
-    assert filters.leaks([], iter(texts(3)), 0.8) == (0, 0)
-    assert filters.leaks(texts(3), iter([]), 0.8) == (0, 0)
+    assert filters.count_leaks([], iter(texts(3)), 0.8) == (0, 0)
+    assert filters.count_leaks(texts(3), iter([]), 0.8) == (0, 0)

@@ -25,7 +25,8 @@ from pyarrow import parquet
 
 from nanoft import UserError
 from nanoft.data import sources
-from nanoft.data.formats import Conversation, Reading, Rejected, read_file
+from nanoft.data.formats import Conversation
+from nanoft.data.records import ReadOptions, Rejected, read_file
 from nanoft.data.sources import BadRecord, find_files, read_raw
 
 GOOD = b'{"prompt": "Q", "completion": "A"}'
@@ -49,7 +50,7 @@ def within(seconds: float) -> Iterator[None]:
 
 def read(path: Path, **reading: Any) -> tuple[list[Conversation], list[Rejected]]:
     with within(10):
-        _, *items = read_file(path, Reading(**reading))
+        _, *items = read_file(path, ReadOptions(**reading))
     good = [item for item in items if isinstance(item, Conversation)]
     bad = [item for item in items if isinstance(item, Rejected)]
     assert len(good) + len(bad) == len(items)
@@ -247,7 +248,7 @@ NESTED = [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", 
 PACKED = gzip.compress(lines(*[GOOD] * 2000), mtime=0)
 GARBAGE = "holds a character that no text has (U+%s)"
 UNWANTED = ("0000", "0007", "001B", "007F", "009F", "FFFF", "FDD0")
-HALF = "holds half a character"
+HALF = "contains a lone surrogate"
 ONE_RECORD_NEEDED = "it needs at least one record"
 
 # Name -> (content, the error as a text; or the number of good records and a piece of each reason in order).
@@ -376,11 +377,18 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     ),
     "numbers.jsonl": (
         lines(GOOD, answer(b"5"), answer(b"1e999"), answer(b"1" * 5000), answer(b"0." + b"1" * 5000), answer(b"01")),
-        (1, "completion: 5 is not a text", "Infinity is not a text", "Exceeds the limit", "is not a text", "delimiter"),
+        (
+            1,
+            "completion: 5 is not a string",
+            "Infinity is not a string",
+            "Exceeds the limit",
+            "is not a string",
+            "delimiter",
+        ),
     ),
     "nulls.jsonl": (
         lines(GOOD, answer(b"null"), b'{"prompt": null, "completion": null}', b"null"),
-        (1, "completion: null is not a text", "prompt: null is not a text", "found NoneType"),
+        (1, "completion: null is not a string", "prompt: null is not a string", "found NoneType"),
     ),
     "records of other types.jsonl": (
         lines(GOOD, b"[]", b'"Q"', b"0", b"false", b"{}", b"[" + GOOD + b"]"),
@@ -388,7 +396,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     ),
     "lists for texts.jsonl": (
         lines(GOOD, *map(answer, (b"[]", b'["A"]', b'[["A"]]', b'{"text": "A"}', b"[5]"))),
-        (1, *(f"completion: {value} is not a text" for value in ("[]", '["A"]', '[["A"]]', '{"text": "A"}', "[5]"))),
+        (1, *(f"completion: {value} is not a string" for value in ("[]", '["A"]', '[["A"]]', '{"text": "A"}', "[5]"))),
     ),
     "deep.jsonl": (
         lines(
@@ -451,17 +459,17 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
             1,
             "messages is not a list of turns",
             "no assistant message",
-            "the assistant speaks first",
+            "the first message is from the assistant",
             *["a turn is malformed: TypeError"] * 4,
             *["a turn is malformed: KeyError"] * 3,
             "unknown role 'bot'",
             "unknown role None",
             "a turn is malformed: TypeError",
-            "content: null is not a text",
-            'content: {"text": "A"} is not a text',
+            "content: null is not a string",
+            'content: {"text": "A"} is not a string',
             "assistant after assistant",
             "user after user",
-            'content: [["A"]] is not a text',
+            'content: [["A"]] is not a string',
             "messages is not a list of turns",
             "messages is not a list of turns",
             "messages: not valid JSON",
@@ -512,9 +520,9 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
         make_parquet([{"prompt": p, "completion": c} for p, c in (("Q", "A"), ("Q", None), (None, "A"))]),
         (1, "completion: null", "prompt: null"),
     ),
-    "nested.parquet": (make_parquet(NESTED), (1, "content: null is not a text")),
-    "bytes.parquet": (make_parquet([{"prompt": "Q", "completion": b"A\xff"}]), (0, "is not a text")),
-    "numbers.parquet": (make_parquet([{"prompt": "Q", "completion": 1.5}]), (0, "completion: 1.5 is not a text")),
+    "nested.parquet": (make_parquet(NESTED), (1, "content: null is not a string")),
+    "bytes.parquet": (make_parquet([{"prompt": "Q", "completion": b"A\xff"}]), (0, "is not a string")),
+    "numbers.parquet": (make_parquet([{"prompt": "Q", "completion": 1.5}]), (0, "completion: 1.5 is not a string")),
     "bad text.parquet": (
         make_parquet([{"prompt": "Q", "completion": "caf@"}], compression=None, use_dictionary=False).replace(
             b"caf@", b"caf\xe9"
@@ -587,7 +595,7 @@ def test_a_delimiter_goes_before_what_is_found(tmp_path: Path) -> None:
     for name in ("a.csv", "a.tsv"):
         (tmp_path / name).write_text("prompt:completion\n1,1,1\t1:A\n")
         ((conversation,), _) = read(tmp_path / name, delimiter=":")
-        assert conversation.question() == "1,1,1\t1"
+        assert conversation.first_user_text() == "1,1,1\t1"
 
 
 # ---- Lines and positions
@@ -634,10 +642,11 @@ import resource, sys, time
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
 from nanoft import UserError
-from nanoft.records import Conversation, Reading, read_file
+from nanoft.data.formats import Conversation
+from nanoft.data.records import ReadOptions, read_file
 start = time.perf_counter()
 try:
-    _, *items = read_file(Path(sys.argv[1]), Reading())
+    _, *items = read_file(Path(sys.argv[1]), ReadOptions())
     print("".join("+" if isinstance(item, Conversation) else "-" for item in items))
 except UserError as error:
     print(error)
@@ -765,7 +774,7 @@ def assert_ends_well(path: Path) -> None:
     """In records, good or bad, or in a line that names the file."""
     try:
         with within(5):
-            shape, *items = read_file(path, Reading())
+            shape, *items = read_file(path, ReadOptions())
     except UserError as error:
         shape, items = str(error), []
         messages = [shape]
