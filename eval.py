@@ -29,8 +29,8 @@ from nanoft.config import Config, DataConfig
 from nanoft.config.functions import UNTRUSTED
 from nanoft.config.loading import load_config, read_overrides
 from nanoft.data import filters
-from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.builder import NEAR
+from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash
 from nanoft.data.formats import Conversation
 from nanoft.data.records import ReadOptions, read_file
@@ -38,17 +38,17 @@ from nanoft.data.sources import find_files
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
 from nanoft.io.atomic import replace_file
-from nanoft.io.tables import table
+from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import redact
 from nanoft.lora import disabled, weight_of
 from nanoft.metrics import answers
 from nanoft.models.hub import find_model
-from nanoft.models.open import LoadedModel, is_run, open_chat, open_model
+from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_model
 from nanoft.models.weights import load_model, stored_quantization
 from nanoft.nf4 import quantize
 from nanoft.runtime.command import Arguments, command
-from nanoft.runtime.device import choose_device, choose_dtype, seed_everything, versions
-from nanoft.tracking.run import as_json
+from nanoft.runtime.device import choose_device, choose_dtype, library_versions, seed_everything
+from nanoft.tracking.run import to_json
 
 # Settings that say what a model is: to change them here would measure something that nobody trained.
 FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.")
@@ -123,7 +123,7 @@ def evaluate_source(wish: Wish, overrides: list[str]) -> int:
     has_base = bool(opened.adapters) or (is_run(wish.source) and not config.model.random_init)
     if wish.compare_base and not has_base:
         raise UserError(f"--compare-base: {wish.source} is a plain model, without a base: leave --compare-base out")
-    chat = open_chat(wish.source, opened, as_trained=True)
+    chat = open_chat_tokenizer(wish.source, opened, as_trained=True)
     held = held_out(config, data_config, wish, chat, metrics)
     if wish.quantization:
         values, text = quantization_report(config, wish.source, opened, chat, held)
@@ -131,7 +131,7 @@ def evaluate_source(wish: Wish, overrides: list[str]) -> int:
     else:
         values, text, markdown = compare(config, wish, opened, chat, held, has_base)
     print(redact(text))
-    for flag, content in (("--json", as_json(values, indent=2) + "\n"), ("--report", markdown)):
+    for flag, content in (("--json", to_json(values, indent=2) + "\n"), ("--report", markdown)):
         if file := wish.out.get(flag):
             write_file(flag, file, redact(content))
     return 0
@@ -340,7 +340,7 @@ def provenance(config: Config, wish: Wish, data: DataConfig) -> dict[str, Any]:
         **kept,
         "settings": settings_of(config),
         "evaluation": how,
-        "versions": versions(),
+        "versions": library_versions(),
     }
 
 
@@ -362,7 +362,7 @@ def quantization_report(
     figures[form[0]] = both(config, opened, chat, held)
     rows = [[name, *(f"{perplexity:.5g}" for perplexity in pair.values())] for name, pair in figures.items()]
     was = f"in {opened.quantization[0]}" if opened.quantization else "as they are stored"
-    text = f"{table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on weights {was}"
+    text = f"{markdown_table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on weights {was}"
     return {"quantization": figures}, text
 
 

@@ -30,7 +30,7 @@ from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
 from nanoft.evaluation import evaluate
-from nanoft.export.gguf import GGUF_DTYPES, new_gguf, prove_gguf, write_gguf, write_gguf_lora
+from nanoft.export.gguf import GGUF_DTYPES, atomic_gguf, verify_gguf, write_gguf, write_gguf_lora
 from nanoft.export.gguf_companions import modelfile, write_companions
 from nanoft.export.merge import (
     EXPORT_DTYPES,
@@ -43,16 +43,32 @@ from nanoft.export.merge import (
     open_adapter,
     write_peft,
 )
-from nanoft.export.model_card import card, check_repository, parity, provenance, push, run_facts, write_json
+from nanoft.export.model_card import (
+    model_card,
+    parity_record,
+    provenance_record,
+    push,
+    run_facts,
+    validate_repository,
+    write_json,
+)
 from nanoft.export.streaming import StreamedDecoder, give_back_freed_memory, open_rows
 from nanoft.export.verify import Agreement, prove, recommended, verify
 from nanoft.io.atomic import write_file
-from nanoft.io.tables import table
+from nanoft.io.hashing import hash_named_files
+from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import read_json
 from nanoft.models.adapter_files import adapter_tensors, hash_tensors, save_mlx
 from nanoft.models.hub import find_model
-from nanoft.models.open import LoadedModel, TrainedAdapter, find_adapter, is_run, open_chat, open_model, read_trained
-from nanoft.io.hashing import hash_named_files
+from nanoft.models.open import (
+    LoadedModel,
+    TrainedAdapter,
+    find_adapter,
+    is_run,
+    open_chat_tokenizer,
+    open_model,
+    read_trained_adapter,
+)
 from nanoft.models.weights import base_files, stored_dtype, stored_quantization
 from nanoft.runtime.command import Arguments, command
 from nanoft.runtime.device import quiet_libraries
@@ -141,20 +157,20 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.push and args.format in GGUF:
         raise UserError("--push: uploads directories with a card, not GGUF files: hf upload does it")
     if args.push:
-        check_repository(args.push)
+        validate_repository(args.push)
 
 
 def export_gguf(args: argparse.Namespace) -> int:
     """A GGUF file of the merged model (or of a model that needs no merging), or of the adapter alone."""
     source, out = args.sources[0], Path(args.out)
     dtype, name = args.dtype or ("f16" if args.format == "gguf" else "f32"), Path(source).resolve().name
-    with new_gguf(out, f"{'model' if args.format == 'gguf' else 'adapter'}-{dtype}.gguf") as path:
+    with atomic_gguf(out, f"{'model' if args.format == 'gguf' else 'adapter'}-{dtype}.gguf") as path:
         opened = open_for_gguf(args)
-        chat = open_chat(source, opened, as_trained=True)
+        chat = open_chat_tokenizer(source, opened, as_trained=True)
         samples, asked = held_out(source, chat)
         if args.format == "gguf":
             notes = write_gguf(opened, chat, name, dtype, args.base, path)
-            proof = prove_gguf(opened, path, prompts(chat, samples), dtype)
+            proof = verify_gguf(opened, path, prompts(chat, samples), dtype)
             effect = f" (the adapter itself moves logits by {proof.effect:.2g})" if opened.adapters else ""
             said = (
                 f"{out}: read back and compared: largest logit difference {proof.max_difference:.2g}{effect}, "
@@ -167,7 +183,7 @@ def export_gguf(args: argparse.Namespace) -> int:
             write_gguf_lora(opened, name, dtype, path)
             notes, said = [], f"{out}: the adapter as GGUF, for a GGUF file of {opened.base_directory}"
             recipe = modelfile(path.name, chat, str(opened.base_directory))
-        expected = parity(opened.model, chat, asked, args.parity_tokens, weights_in_words(args, opened))
+        expected = parity_record(opened.model, chat, asked, args.parity_tokens, weights_in_words(args, opened))
         write_companions(path, out, recipe, expected)
     print("\n".join([said, *(f"note: {note}" for note in notes)]))
     return 0
@@ -209,7 +225,7 @@ def check_lora_run(source: str) -> None:
 
 def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[str]]:
     """What all of the sources and --weights, --only, --unmerge come to; and each source's hash."""
-    adapters = [read_trained(source) for source in args.sources]
+    adapters = [read_trained_adapter(source) for source in args.sources]
     check_numbers(adapters)
     weights, only = read_weights(args.weights, len(adapters)), args.only.split(",") if args.only else []
     hashes = [hash_tensors(adapter.tensors) for adapter in adapters]
@@ -305,7 +321,7 @@ def open_job(args: argparse.Namespace, adapter: TrainedAdapter) -> Job:
     adapter = replace(adapter, tensors=adapter_tensors(opened.adapters))  # once in memory is enough
     if opened.step is not None:
         print(f"{args.sources[0]}: no result yet: this is its best checkpoint, after step {opened.step}")
-    chat = open_chat(args.sources[0], opened, as_trained=True)
+    chat = open_chat_tokenizer(args.sources[0], opened, as_trained=True)
     return Job(args, adapter, opened, chat, *held_out(args.sources[0], chat))
 
 
@@ -355,7 +371,7 @@ def write_merged(job: Job, aside: Path) -> dict[str, Any]:
     if stored:
         job.said.append(f"note: the base is stored in {form}: there is no other original of it here")
     if args.unmerge:
-        job.said.append(rounding(aside, read_trained(args.sources[0]).base, Path(args.unmerge)))
+        job.said.append(rounding(aside, read_trained_adapter(args.sources[0]).base, Path(args.unmerge)))
     job.facts.update(dtype=name, onto=form, proof=asdict(proof))
     if not args.unmerge and (args.verify or (job.adapter.quantization and not stored)):
         job.facts["verify"] = say_agreement(job, dtype)
@@ -391,7 +407,7 @@ def agreement_table(found: dict[str, Agreement]) -> str:
          f"{a.divergence:.2e}", f"{a.same_top_token:.1%}"]
         for name, a in found.items()
     ]  # fmt: skip
-    return table(["merged", "perplexity", "change", "KL (nats)", "same top token"], rows)
+    return markdown_table(["merged", "perplexity", "change", "KL (nats)", "same top token"], rows)
 
 
 def rounding(out: Path, base: Path, merged: Path) -> str:
@@ -454,7 +470,7 @@ def describe(job: Job, hashes: list[str], aside: Path, files: dict[str, Any]) ->
     """parity.json, README.md and provenance.json."""
     args, adapter = job.args, job.adapter
     model = StreamedDecoder(open_rows(aside)) if args.format == "hf" else job.opened.model
-    expected = parity(model, job.chat, job.asked, args.parity_tokens, weights_in_words(args, job.opened))
+    expected = parity_record(model, job.chat, job.asked, args.parity_tokens, weights_in_words(args, job.opened))
     write_json(aside / "parity.json", expected)
     weights = read_weights(args.weights, len(hashes))
     merged = zip(args.sources, hashes, weights, strict=True)
@@ -468,8 +484,8 @@ def describe(job: Job, hashes: list[str], aside: Path, files: dict[str, Any]) ->
         **job.facts,
     }
     run = run_facts(args.sources[0])
-    write_file(aside / "README.md", [card(args.format, facts, run, adapter.base, job.said).encode()])
-    write_json(aside / "provenance.json", provenance(args.sources[0], facts, aside, files))
+    write_file(aside / "README.md", [model_card(args.format, facts, run, adapter.base, job.said).encode()])
+    write_json(aside / "provenance.json", provenance_record(args.sources[0], facts, aside, files))
     job.said[0] = f"{args.out}: {job.said[0]}"
 
 

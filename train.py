@@ -34,11 +34,18 @@ from nanoft.loss import target_nll
 from nanoft.optim import learning_rate, set_learning_rate, warmup_length
 from nanoft.runtime import distributed
 from nanoft.runtime.command import Arguments, StopRequest, command, ignore_broken_output
-from nanoft.runtime.device import choose_device, choose_dtype, describe_device, seed_everything, versions
-from nanoft.runtime.energy import Energy
-from nanoft.runtime.memory import MemoryWatch, Shortage, is_out_of_memory, memory_now, peak_memory_gb, total_memory_gb
+from nanoft.runtime.device import choose_device, choose_dtype, describe_device, library_versions, seed_everything
+from nanoft.runtime.energy import EnergyMeter
+from nanoft.runtime.memory import (
+    MemoryMonitor,
+    Shortage,
+    is_out_of_memory,
+    peak_memory_gb,
+    read_memory,
+    total_memory_gb,
+)
 from nanoft.tracking.profiler import Profiler
-from nanoft.tracking.run import Run, open_run
+from nanoft.tracking.run import Run
 from nanoft.tracking.trackers import build_trackers
 from nanoft.training import self_test
 from nanoft.training.doctor import validate_environment
@@ -58,8 +65,8 @@ GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb
 
 def train(job: TrainContext, state: TrainState, stop: StopRequest, total_steps: int) -> TrainState:
     """The loop. Returns how far it came; a checkpoint of that step is on the disk."""
-    watch, energy, is_first = MemoryWatch(job.device), Energy(job.device), not distributed.process_rank()
-    probe = Profiler(job.config, job.run.directory, job.run.log, job.run.say, records=is_first)
+    watch, energy, is_first = MemoryMonitor(job.device), EnergyMeter(job.device), not distributed.process_rank()
+    probe = Profiler(job.config, job.run.directory, job.run.log, job.run.print, records=is_first)
     job.model.train()
     with job.saves, probe, progress_bar(job, state, total_steps) as bar:
         if state.step == 0 and job.config.guard.max_rollbacks:
@@ -153,9 +160,9 @@ def count(state: TrainState, window: list[Batch], loss: float, seconds: float, j
 
 def log_step(job: TrainContext, state: TrainState, rate: float, grad_norm: float) -> None:
     """A `train` line: means since the last one, and what is true now."""
-    memory = {"peak_memory_gb": peak_memory_gb(job.device), **memory_now(job.device).figures()}
+    memory = {"peak_memory_gb": peak_memory_gb(job.device), **read_memory(job.device).figures()}
     values = {"learning_rate": rate, "grad_norm": grad_norm, **memory}
-    job.run.log("train", state.step, **state.meter.line(), **values, epoch=state.epoch)
+    job.run.log("train", state.step, **state.meter.flush(), **values, epoch=state.epoch)
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
@@ -201,7 +208,7 @@ def report_bad_step(
     job.run.log("warning", state.step, what=what, **figures, records=records)
     first = ", ".join(Path(record).name for record in records[:4])
     done = "taken all the same" if what == "spike" else "left out"
-    job.run.say(f"warning: after step {state.step}: {verdict.reason}: {done}: {first}")
+    job.run.print(f"warning: after step {state.step}: {verdict.reason}: {done}: {first}")
 
 
 def leave_out(job: TrainContext, state: TrainState, window: list[Batch], verdict: guard.Verdict) -> TrainState:
@@ -246,11 +253,11 @@ def go_back(job: TrainContext, state: TrainState, history: guard.History | None 
     history = back.guard
     job.model.train()
     job.checkpoints.forget_after(back.step)
-    job.run.begin(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
+    job.run.open_metrics(back.step, [back.epoch, back.window], history.left_out, rolled_back=True)
     rate = f", at {history.rate:g} of the learning rate" if history.rate < 1 else ""
     figures: dict[str, Any] = {"since": state.step, "rate": history.rate, "left_out": history.left_out}
     job.run.log("warning", back.step, what="rolled back", **figures)
-    job.run.say(f"warning: back from step {state.step} to the checkpoint of step {back.step}{rate}")
+    job.run.print(f"warning: back from step {state.step} to the checkpoint of step {back.step}{rate}")
     return back
 
 
@@ -291,7 +298,7 @@ def evaluate_now(job: TrainContext, state: TrainState) -> None:
     perplexity = perplexities.safe_exp(loss)
     job.run.log("eval", state.step, loss=loss, perplexity=perplexity, target_tokens=tokens)
     best = " (best so far)" if state.best_step == state.step else ""
-    job.run.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
+    job.run.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
 
 
 def validation_loss(job: TrainContext) -> tuple[float, int]:
@@ -305,11 +312,11 @@ def validation_loss(job: TrainContext) -> tuple[float, int]:
     raise TrainingFailed("out of memory with one validation sample")
 
 
-def watch_memory(job: TrainContext, state: TrainState, watch: MemoryWatch) -> None:
+def watch_memory(job: TrainContext, state: TrainState, watch: MemoryMonitor) -> None:
     """Say so before memory runs out, and when it grows and grows."""
     for warning in watch.check(state.step):
         job.run.log("warning", state.step, what="memory", text=warning)
-        job.run.say(f"warning: memory after step {state.step}: {warning}")
+        job.run.print(f"warning: memory after step {state.step}: {warning}")
 
 
 # ---- The command
@@ -339,8 +346,8 @@ def run_training(config: Config, wish: Wish) -> int:
     validate_environment(config, device)  # what the machine cannot do is told now, not after hours
     settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
     name = describe_device(device).partition(",")[0]
-    distributed.assert_same_on_all_ranks({"the device": name, **versions(), **settings})
-    with open_run(config.output.dir) as run, StopRequest() as stop:
+    distributed.assert_same_on_all_ranks({"the device": name, **library_versions(), **settings})
+    with Run.open(config.output.dir) as run, StopRequest() as stop:
         config = Config.from_dict(
             distributed.broadcast_from_rank0(lambda: resolve_micro_batch_size(config, run.recorded_config()).to_dict())
         )
@@ -376,27 +383,27 @@ def run_claimed(config: Config, run: Run, stop: StopRequest, provenance: Provena
     job = build_training(config, run, provenance, chat, corpus, batches)
     state = starting_state(job, wish.resume)
     done = state.step >= total_steps or out_of_patience(job, state)
-    if done and distributed.broadcast_from_rank0(lambda: run.finished_at() == state.step):
-        run.say(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
+    if done and distributed.broadcast_from_rank0(lambda: run.finished_step() == state.step):
+        run.print(f"complete  {run.directory} has done its {state.step} steps: see report.md there")
         return 0
     seconds_a_step = preflight_checks(job, state, wish.force)
     print_summary(job, state, total_steps, seconds_a_step)
     if wish.preflight:
         return 0
     job.checkpoints.forget_after(state.step)
-    run.begin(state.step, [state.epoch, state.window], state.guard.left_out)
+    run.open_metrics(state.step, [state.epoch, state.window], state.guard.left_out)
     if not distributed.process_rank():
-        run.listeners = build_trackers(config, run.directory, state.step)
+        run.trackers = build_trackers(config, run.directory, state.step)
     parts = {name: size / 1e9 for name, size in job.plan.parts.items()}
     peak = peak_memory_gb(job.device)
     run.log("memory", state.step, predicted_gb=parts, peak_memory_gb=peak, total_steps=total_steps)
     log_memory(job, state, "prepared")
     state = train(job, state, stop, total_steps)
     if distributed.stop_requested(stop) and state.step < total_steps:
-        run.say(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
+        run.print(f"stopped   by {stop.signal_name} after step {state.step}: the same command goes on from there")
         return STOPPED_BY_SIGNAL
     if not finalize(job, state, stop):
-        run.say(f"stopped   by {stop.signal_name} before the report: the same command writes it")
+        run.print(f"stopped   by {stop.signal_name} before the report: the same command writes it")
         return STOPPED_BY_SIGNAL
     return 0
 
@@ -421,7 +428,7 @@ def run_selftest(config: Config) -> int:
         with explained(config), Run.open(config.output.dir) as run:
             provenance = init_run_dir(config, run, "never")
             job = build_training(config, run, provenance, *load_data(config, run, datetime.now()))
-            run.begin(0, [0, 0], [])
+            run.open_metrics(0, [0, 0], [])
             self_test.run(job, go_on)
     return 0
 

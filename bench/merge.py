@@ -33,12 +33,12 @@ from nanoft.export.streaming import StreamedDecoder, give_back_freed_memory, ope
 from nanoft.export.verify import prove
 from nanoft.generation.generate import generate
 from nanoft.io.atomic import write_file
-from nanoft.io.tensor_files import Specs, encode
+from nanoft.io.tensor_files import Specs, encode_safetensors
 from nanoft.lora import inject_lora
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import save_adapter
 from nanoft.models.families import decoder_config
-from nanoft.models.open import read_trained
+from nanoft.models.open import read_trained_adapter
 
 HERE = Path(__file__).parent
 PLACE = HERE / "merge"
@@ -85,7 +85,7 @@ def make_base(directory: Path, layers: int) -> int:
     weight_map = {}
     for number, specs in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / file, encode(specs, read))
+        write_file(directory / file, encode_safetensors(specs, read))
         weight_map.update(dict.fromkeys(specs, file))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return sum(2 * math.prod(shape) for shape in shapes.values())
@@ -119,7 +119,7 @@ def measure(adapter: Path, out: Path) -> dict[str, Any]:
         figures[name] = {**spent, "peak_gb": resident("VmHWM") / 1e9}
         return result
 
-    opened = part("open", lambda: open_adapter(read_trained(str(adapter)), "original"))
+    opened = part("open", lambda: open_adapter(read_trained_adapter(str(adapter)), "original"))
     part("merge", lambda: merge(opened, torch.bfloat16, "original", out))
     prompts = torch.randint(32000, (PROMPTS, TOKENS), generator=torch.Generator().manual_seed(3)).tolist()
     proof = part("prove", lambda: prove(opened, out, prompts, torch.bfloat16))

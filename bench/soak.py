@@ -38,7 +38,7 @@ sys.path += [str(ROOT / "tests" / "faults"), str(HERE), str(ROOT)]
 from harness import Fault, inject  # noqa: E402
 from step import machine, versions  # noqa: E402
 
-from nanoft.runtime.memory import slope  # noqa: E402
+from nanoft.runtime.memory import theil_sen_slope  # noqa: E402
 
 EVERY_S = 0.5  # between two looks
 NAMES = {-9: "killed", 75: "asked to stop", 2: "refused by the disk", 0: "ended"}  # what exit codes mean here
@@ -154,7 +154,7 @@ def watch(settings: list[str], fault: Fault, metrics: Metrics, until: int, end: 
 def figures(processes: list[Process], metrics: Metrics, disturbed: Counter[str]) -> dict[str, Any]:
 
     long = [process.steady() for process in processes if len(process.steady()) >= 20]
-    slopes = [slope([(step, rss) for step, rss, _, _ in looks])[0] * 1000 / 1e6 for looks in long]
+    slopes = [theil_sen_slope([(step, rss) for step, rss, _, _ in looks])[0] * 1000 / 1e6 for looks in long]
     grown = [looks[-1][1] - looks[0][1] for looks in long]
 
     def change(column: int) -> int:

@@ -30,7 +30,7 @@ from nanoft.data import template_sandbox
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.io.untrusted import one_line
 from nanoft.models import adapter_files
-from nanoft.models.open import open_chat, open_model
+from nanoft.models.open import open_chat_tokenizer, open_model
 from nanoft.models.weights import load_model
 
 CANARY = Path(tempfile.gettempdir(), f"nanoft-canary-{os.getpid()}")  # a directory that no case may make
@@ -626,7 +626,7 @@ def read(kind: str, path: Path, good: Path) -> str:
         elif kind == "config":
             load_config(path / ("c.json" if (path / "c.json").exists() else "c.yaml"), [], {})
         elif kind in ("adapter", "run"):
-            open_chat(str(path), open_model(str(path), cpu, torch.float32), as_trained=True)
+            open_chat_tokenizer(str(path), open_model(str(path), cpu, torch.float32), as_trained=True)
         else:
             return command(kind, path, good)
     except UserError as error:

@@ -27,7 +27,7 @@ from nanoft import UserError
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, copy_matching, verify
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_file, replace_file, write_file
-from nanoft.io.tensor_files import SAFETENSORS_DTYPES, encode, write_tensors
+from nanoft.io.tensor_files import SAFETENSORS_DTYPES, encode_safetensors, write_tensors
 
 FILES = ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 OPERATIONS = ["open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir"]
@@ -91,7 +91,7 @@ def test_tensors_are_read_one_at_a_time_and_once() -> None:
         return torch.full((2,), float(len(asked)))
 
     specs = dict.fromkeys("cab", (torch.float32, (2,)))
-    pieces = encode(specs, read)
+    pieces = encode_safetensors(specs, read)
     next(pieces)
     assert asked == [], "the header needs no tensor"
     for count, _ in enumerate(pieces, start=1):

@@ -25,7 +25,7 @@ from nanoft.config.settings import SECTION_TYPES
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import SHAPES
 from nanoft.metrics.answers import METRICS
-from nanoft.runtime.memory import Memory
+from nanoft.runtime.memory import MemoryReading
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {
@@ -385,7 +385,7 @@ def test_every_name_on_the_tour_exists() -> None:
 def test_every_name_with_an_underscore_is_somewhere_in_the_program(name: str) -> None:
     words = {code for code in re.findall(r"`(\w+)`", TEXTS[name]) if "_" in code.strip("_")}
     source = "\n".join(path.read_text(encoding="utf-8") for path in [*PROGRAM, *(ROOT / "bench").glob("*.py")])
-    composed = Memory(0, 1, 0, 1).figures().keys()
+    composed = MemoryReading(0, 1, 0, 1).figures().keys()
     assert sorted(word for word in words - composed if not re.search(rf"\b{word}\b", source)) == []
 
 

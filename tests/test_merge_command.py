@@ -24,7 +24,7 @@ from nanoft.export import merge, verify
 from nanoft.generation.generate import generate
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.models.open import open_chat, open_model
+from nanoft.models.open import open_chat_tokenizer, open_model
 from tiny_models import make_chat_model, make_packed, train_run, write_records
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,7 @@ def test_the_proof_is_made_on_the_runs_own_conversations(runs: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(runs / "base")
 
     def prompts(source: Path) -> list[list[int]]:
-        chat = open_chat(str(source), opened, as_trained=True)
+        chat = open_chat_tokenizer(str(source), opened, as_trained=True)
         return command.prompts(chat, command.held_out(str(source), chat)[0])
 
     texts = [tokenizer.decode(ids) for ids in prompts(runs / "lora")]
@@ -338,7 +338,7 @@ def test_verify_measures_what_transformers_measures(
     assert json.loads((tmp_path / "nf4" / "provenance.json").read_text())["verify"] == said
 
     opened = open_model(str(runs / "qlora"), CPU, torch.float32)
-    chat = open_chat(str(runs / "qlora"), opened, as_trained=True)
+    chat = open_chat_tokenizer(str(runs / "qlora"), opened, as_trained=True)
     samples, _ = command.held_out(str(runs / "qlora"), chat)
     assert said["tokens"] == sum(len(sample.ids) for sample in samples)
     for base in ("original", "nf4"):

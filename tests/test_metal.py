@@ -25,7 +25,7 @@ from nanoft.lora import LoRALinear, principal
 from nanoft.loss import target_nll
 from nanoft.optim import build_optimizer
 from nanoft.runtime import memory
-from nanoft.runtime.device import WATERMARK, choose_device, choose_dtype, rng_state, same_random_numbers
+from nanoft.runtime.device import WATERMARK, choose_device, choose_dtype, preserve_rng_state, rng_state
 from nanoft.runtime.memory import Shortage, memory_limit_bytes
 from nanoft.training import doctor
 from tiny_models import make_chat_model, train_run, write_records
@@ -165,7 +165,7 @@ def test_a_block_computed_again_drops_what_it_dropped_before(mps: torch.device) 
 @pytest.mark.mps
 def test_looking_ahead_draws_no_random_numbers(mps: torch.device) -> None:
     before = rng_state()
-    with same_random_numbers():
+    with preserve_rng_state():
         torch.zeros(4).to(mps).uniform_()
         torch.rand(4)
     assert rng_state() == before
@@ -294,9 +294,9 @@ def test_bfloat16_is_tried_not_believed(metal: Metal) -> None:
 
 def test_the_budget_is_what_metal_recommends_or_what_is_free(metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("mps")
-    monkeypatch.setattr(memory, "free_host_bytes", lambda: 100e9)
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 100e9)
     assert memory_limit_bytes(device) == MEMORY
-    monkeypatch.setattr(memory, "free_host_bytes", lambda: 5e9)  # other programs hold the rest
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 5e9)  # other programs hold the rest
     assert memory_limit_bytes(device) == 6e9
     monkeypatch.setenv(WATERMARK, "0.8")
     choose_device("mps")

@@ -89,7 +89,7 @@ def gradients(
         job = train.prepare(config, run, provenance, *train.load_data(config, run, datetime.now()))
         job.model.to(dtype)
         self_test.perturb_adapters(job.adapters)  # at its start, A has no gradient
-        run.begin(0, [0, 0], [])
+        run.open_metrics(0, [0, 0], [])
         taken = self_test.gradient(job, train.go_on, job.batches)
         assert {name: len(part) for name, part in taken.items()} == {name: p.numel() for name, p in job.trained}
     return taken

@@ -30,7 +30,7 @@ from nanoft.data.records import ReadOptions, check_format, read_file
 from nanoft.data.sources import find_files, read_raw
 from nanoft.io import untrusted
 from nanoft.io.hashing import hash_named_files, hash_remembered
-from nanoft.io.tables import table
+from nanoft.io.tables import markdown_table
 
 NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batches does with the samples
 
@@ -196,4 +196,4 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     for name, label in (("samples_lost", "samples"), ("target_tokens_lost", "target tokens")):
         if report[name]:
             rows.append([f"{label} lost to length", f"{report[name]:,}", ""])
-    return [*lines, table(["", "training", "validation"], rows)]
+    return [*lines, markdown_table(["", "training", "validation"], rows)]

@@ -19,7 +19,7 @@ import numpy as np
 
 from nanoft.config import Config
 from nanoft.evaluation.evaluate import PERPLEXITIES, EvalResult
-from nanoft.io.tables import clock, table
+from nanoft.io.tables import format_duration, markdown_table
 from nanoft.metrics.answers import token_f1
 from nanoft.metrics.bootstrap import Comparison, Figure, Interval, compare, interval
 from nanoft.perplexity import safe_exp
@@ -169,7 +169,7 @@ def comparison(found: ReportInputs, compared: dict[str, Comparison]) -> str:
     header = ["", "tuned", "95 % interval"]
     if found.base is not None:
         header = ["", "base", "tuned", "change", "95 % interval", "p"]
-    return table(header, rows) if rows else "nothing was measured: there is no validation data"
+    return markdown_table(header, rows) if rows else "nothing was measured: there is no validation data"
 
 
 def _cells(c: Comparison, unit: str) -> list[str]:
@@ -239,7 +239,7 @@ def _breakdown(found: ReportInputs, title: str, heading: str, groups: dict[str, 
         + [f"{row[column]:.4g}" if column in row else "-" for column in columns]
         for name, row in groups.items()
     ]
-    return f"\n## {title}\n\n{table([_cell(heading), 'samples', 'tokens', *columns], rows)}\n" if rows else ""
+    return f"\n## {title}\n\n{markdown_table([_cell(heading), 'samples', 'tokens', *columns], rows)}\n" if rows else ""
 
 
 def _breakdowns(found: ReportInputs, only: Sequence[str] | None = None) -> str:
@@ -321,7 +321,7 @@ def _answers_section(found: ReportInputs) -> str:
         counts = [f"{outcome.count(word):,}" for word in OUTCOMES]
         lost = [index for index, word in enumerate(outcome) if word == "losses"]
         text += f"\n## Answers: wins and losses by {label(found.primary)}\n\n"
-        text += table(["wins of tuned", "losses", "ties"], [counts]) + "\n"
+        text += markdown_table(["wins of tuned", "losses", "ties"], [counts]) + "\n"
         text += _block("Lost", side_by_side(found.base, found.tuned, lost[:LOSSES]))
     text += _block("The worst answers", side_by_side(found.base, found.tuned, worst(found)))
     return text + _block("Answers side by side", side_by_side(found.base, found.tuned, range(found.shown)))
@@ -386,9 +386,9 @@ def _markdown(found: ReportInputs, main: str, said: str, warned: Sequence[str]) 
     text += "".join(f"\n**Warning.** {line}.\n" for line in warned)
     text += f"\n{main}\n" + (f"\n{LEGEND}\n" if found.base and found.tuned.figures else "")
     if found.training:
-        took = clock(cost(found)["evaluation_seconds"])
+        took = format_duration(cost(found)["evaluation_seconds"])
         rows = [[_with_unit(key), f"{value:,}"] for key, value in found.training.items()]
-        text += f"\n{table(['training', ''], [*rows, ['evaluation', took]])}\n"
+        text += f"\n{markdown_table(['training', ''], [*rows, ['evaluation', took]])}\n"
     text += _breakdowns(found) + _breakdown(found, "The samples of the highest perplexity", "sample", hardest(found))
     text += _answers_section(found)
     if found.leakage:

@@ -40,7 +40,7 @@ from nanoft.lora import disabled
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.open import LoadedModel
 
-Onto = Literal["original", "nf4"]
+BaseWeights = Literal["original", "nf4"]
 Read = Callable[[str], Tensor]  # a merged weight by its Hugging Face name, float32
 WRITTEN = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")  # by the gguf package
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: its LLAMA_FTYPE_MOSTLY_..., include/llama.h
@@ -55,7 +55,9 @@ QUANTIZED_TOLERANCE = {"q8_0": 0.5}
 # ---- The file
 
 
-def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: Onto, out: Path) -> list[str]:
+def write_gguf(
+    opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: BaseWeights, out: Path
+) -> list[str]:
     """Write base + adapter (or a plain model) as one GGUF file.
 
     Args:
@@ -68,7 +70,7 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
         UserError: llama.cpp has no such model or tokenizer, or a package is missing.
     """
     if dtype in K_QUANTS:
-        llama_cpp = _llama_cpp(dtype)
+        llama_cpp = _import_llama_cpp(dtype)
         whole = out.with_name(f"{out.name}.f16")
         notes = write_gguf(opened, chat, name, "f16", onto, whole)
         _quantize(llama_cpp, whole, out, K_QUANTS[dtype])
@@ -78,7 +80,7 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
                 f"rows that do not divide into blocks of {K_BLOCK} are in the nearest format that has smaller ones"
             )
         return notes
-    gguf, config = _package(), opened.model.config
+    gguf, config = _import_gguf(), opened.model.config
     writer = gguf.GGUFWriter(out, architecture(config))
     writer.add_type("model")
     writer.add_name(name)
@@ -90,7 +92,9 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
     shapes, read = merged_tensors(opened, onto)
     new_name = tensor_names(config)
     entries = [
-        Entry(new_name(t), shape, _form(new_name(t), shape, dtype, config), partial(_in_order, read, t, config))
+        Entry(
+            new_name(t), shape, _tensor_format(new_name(t), shape, dtype, config), partial(_in_order, read, t, config)
+        )
         for t, shape in shapes.items()
     ]
     factors = _rope_factors(config)
@@ -115,7 +119,7 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
             raise UserError(f"--format gguf-lora: {place}: llama.cpp's adapters hold no biases: use --format gguf")
     if dtype not in TORCH_DTYPES:
         raise UserError(f"--dtype: {dtype}: an adapter is not quantized: one of {', '.join(TORCH_DTYPES)}")
-    gguf, config = _package(), opened.model.config
+    gguf, config = _import_gguf(), opened.model.config
     writer = gguf.GGUFWriter(out, architecture(config))
     writer.add_type("adapter")
     writer.add_name(name)
@@ -127,14 +131,14 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     for place, adapter in opened.adapters.items():
         weight = f"{place}.weight"
         a, b = (factor.detach().float() for factor in adapter.factors())  # (r, in), (out, r)
-        b = permuted(b * (alphas[place] / alpha), weight, config)
+        b = permute_qk(b * (alphas[place] / alpha), weight, config)
         for part, tensor in (("lora_a", a), ("lora_b", b)):
             read = partial(torch.clone, tensor)
             entries.append(Entry(f"{new_name(weight)}.{part}", tuple(tensor.shape), dtype.upper(), read))
     _write(gguf, writer, entries, out)
 
 
-def merged_tensors(opened: LoadedModel, onto: Onto) -> tuple[dict[str, tuple[int, ...]], Read]:
+def merged_tensors(opened: LoadedModel, onto: BaseWeights) -> tuple[dict[str, tuple[int, ...]], Read]:
     """Shapes by name, and a function that reads one merged weight in float32."""
     if opened.step is not None and not opened.adapters:  # a checkpoint of full training: it is in memory
         parameters = dict(opened.model.named_parameters())
@@ -143,7 +147,7 @@ def merged_tensors(opened: LoadedModel, onto: Onto) -> tuple[dict[str, tuple[int
     return weights.shapes, weights.whole
 
 
-def _package() -> Any:
+def _import_gguf() -> Any:
     try:
         import gguf
     except ImportError:
@@ -151,7 +155,7 @@ def _package() -> Any:
     return gguf
 
 
-def _llama_cpp(dtype: str) -> Any:
+def _import_llama_cpp(dtype: str) -> Any:
     try:
         return importlib.import_module("llama_cpp")
     except ImportError:
@@ -313,13 +317,13 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> l
 
 def tensor_names(config: DecoderConfig) -> Callable[[str], str]:
     """A function from Hugging Face's names to GGUF's."""
-    gguf = _package()
+    gguf = _import_gguf()
     kind = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture(config)]
     names = gguf.get_tensor_name_map(kind, config.num_layers)
     return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
-def permuted(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
+def permute_qk(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
     """Rows of q and k, in each head, from the order (first half, second half) to pairs of neighbors; or back.
 
     Args:
@@ -334,10 +338,10 @@ def permuted(tensor: Tensor, name: str, config: DecoderConfig, back: bool = Fals
 
 
 def _in_order(read: Read, name: str, config: DecoderConfig) -> Tensor:
-    return permuted(read(name), name, config)
+    return permute_qk(read(name), name, config)
 
 
-def _form(name: str, shape: tuple[int, ...], dtype: str, config: DecoderConfig) -> str:
+def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: DecoderConfig) -> str:
     """The number format of one tensor: vectors stay float32; rows that do not divide into blocks of 32 become float16.
 
     Where four or five bits are asked for, the head keeps eight: its errors go straight into the logits.
@@ -362,11 +366,11 @@ def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
     return rounded.view(torch.uint8).numpy()
 
 
-class GgufRows:
+class GGUFWeights:
     """The weights of a file of ours, some rows at a time: names, order of rows and quantization undone, in float32."""
 
     def __init__(self, path: Path, config: DecoderConfig):
-        self.config, self.gguf = config, _package()
+        self.config, self.gguf = config, _import_gguf()
         with torch.device("meta"):
             blank = Decoder(config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
@@ -378,7 +382,7 @@ class GgufRows:
         shape, head = self.shapes[name], self.config.head_dim
         step = max(1, SLAB // math.prod(shape[1:]) // head) * head
         for start in range(0, shape[0], step):
-            yield permuted(self._read(name, slice(start, start + step)), name, self.config, back=True)
+            yield permute_qk(self._read(name, slice(start, start + step)), name, self.config, back=True)
 
     def row(self, name: str, number: int) -> Tensor:
         """One row of the embedding, (1, hidden)."""
@@ -394,14 +398,14 @@ class GgufRows:
 
 
 @torch.no_grad()
-def prove_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:
+def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:
     """Compare the logits of the file, read back, with those of base and adapter, in float32.
 
     Args:
         prompts: token ids, none empty, at least one.
     """
     rows, model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model
-    stored = StreamedDecoder(GgufRows(path, model.config))
+    stored = StreamedDecoder(GGUFWeights(path, model.config))
     targets, wanted = next_tokens(rows), hidden_states(model, rows)
     with disabled(opened.adapters):
         effect = compare(model, hidden_states(model, rows), model, wanted, targets).max_difference
@@ -414,7 +418,7 @@ def prove_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dt
 
 
 @contextmanager
-def new_gguf(out: Path, name: str) -> Iterator[Path]:
+def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
     """Where to write a GGUF file, so that it and what lies beside it get their names at the end, or vanish.
 
     Args:

@@ -28,13 +28,13 @@ from nanoft import UserError
 from nanoft.config import Config
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.io.atomic import hash_file, replace_file, sync_directory, write_file
-from nanoft.io.tensor_files import Specs, encode
+from nanoft.io.tensor_files import Specs, encode_safetensors
 from nanoft.io.untrusted import read_json
 from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import NOTE, combine, read_adapter, save_adapter, select
+from nanoft.models.adapter_files import NOTE, read_adapter, save_adapter, select_modules, sum_adapters
 from nanoft.models.hub import TOKENIZER_FILES
-from nanoft.models.open import LoadedModel, TrainedAdapter, attach
+from nanoft.models.open import LoadedModel, TrainedAdapter, attach_adapter
 from nanoft.models.weights import copy_companions, quantization_of, save_model, stored_dtype, write_config
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -176,7 +176,7 @@ def merge(
     for name, specs in shards.items():
         if name not in finished:
             (out / name).unlink(missing_ok=True)
-            finished[name] = write_file(out / name, encode(specs, weights.rows))
+            finished[name] = write_file(out / name, encode_safetensors(specs, weights.rows))
             if progress:
                 replace_file(progress, json.dumps(finished).encode())
     if len(shards) > 1:
@@ -250,9 +250,9 @@ def combined(
         def base_bias(module: str) -> Tensor | None:
             return files.whole(f"{module}.bias") if f"{module}.bias" in files.shapes else None
 
-        lora, tensors = combine([(a.lora, a.tensors) for a in adapters], weights, base_bias)
+        lora, tensors = sum_adapters([(a.lora, a.tensors) for a in adapters], weights, base_bias)
     if only:
-        lora, tensors = select(lora, tensors, only)
+        lora, tensors = select_modules(lora, tensors, only)
     same = all((a.quantization, a.dtype) == (first.quantization, first.dtype) for a in adapters)
     quantization = first.quantization if same and base is None else None
     return replace(first, lora=lora, tensors=tensors, quantization=quantization, base=base or first.base)
@@ -265,7 +265,7 @@ def open_adapter(adapter: TrainedAdapter, onto: Literal["original", "nf4"]) -> L
         UserError: the adapter does not fit the base.
     """
     quantization = adapter.quantization if onto == "nf4" else None
-    opened = attach(adapter, StreamedDecoder(open_rows(adapter.base, quantization, adapter.dtype)))
+    opened = attach_adapter(adapter, StreamedDecoder(open_rows(adapter.base, quantization, adapter.dtype)))
     return replace(opened, step=adapter.step)
 
 

@@ -22,11 +22,11 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.evaluation.evaluate import Prompt
 from nanoft.generation.generate import generate
 from nanoft.io.atomic import hash_file, write_file
-from nanoft.io.tables import table
+from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder
 from nanoft.models.open import is_run
-from nanoft.runtime.device import versions
+from nanoft.runtime.device import library_versions
 
 PARITY_PROMPTS = 4
 PARITY_TOKENS = 256  # of a prompt: longer ones are left out
@@ -45,7 +45,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_file(path, [(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
-def parity(
+def parity_record(
     model: Decoder, chat: ChatTokenizer, prompts: Sequence[Prompt], max_new_tokens: int, weights: str
 ) -> dict[str, Any]:
     """What parity.json holds: prompts as text and as ids, and the model's greedy answers to them.
@@ -79,7 +79,7 @@ def parity(
     }
 
 
-def provenance(source: str, facts: Mapping[str, Any], out: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+def provenance_record(source: str, facts: Mapping[str, Any], out: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     """What provenance.json holds: `facts` of the export, the run that it comes from, versions, and every file's hash.
 
     Args:
@@ -88,7 +88,7 @@ def provenance(source: str, facts: Mapping[str, Any], out: Path, known: Mapping[
     """
     names = sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith("."))
     files = {name: known.get(name) or hash_file(out / name) for name in names}
-    return {**facts, "run": run_facts(source), "versions": versions(), "files": files}
+    return {**facts, "run": run_facts(source), "versions": library_versions(), "files": files}
 
 
 def run_facts(source: str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def run_facts(source: str) -> dict[str, Any]:
     return {"config": config, "trained": origin, "metrics": figures}
 
 
-def card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base: Path, proven: Sequence[str]) -> str:
+def model_card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base: Path, proven: Sequence[str]) -> str:
     """README.md: the Hub's front matter, what was done, the figures, and how to load it.
 
     Args:
@@ -128,7 +128,7 @@ def card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base: Path
         training, lora = settings["training"], settings["lora"]
         rows = [["method", method], ["rank", lora["rank"]], ["alpha", lora["alpha"]]]
         rows += [["learning rate", training["learning_rate"]], ["seed", settings["system"]["seed"]]]
-        lines.append("## Training\n\n" + table(["setting", ""], [[name, str(value)] for name, value in rows]))
+        lines.append("## Training\n\n" + markdown_table(["setting", ""], [[name, str(value)] for name, value in rows]))
     metrics = run.get("metrics", {})
     if "tuned" in metrics:
         sides = {side: metrics[side] for side in ("base", "tuned") if side in metrics}
@@ -137,7 +137,7 @@ def card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base: Path
             [key.replace("_", " "), *(f"{figures[key]:.4g}" if key in figures else "-" for figures in sides.values())]
             for key in measured
         ]
-        lines.append("## Held-out figures\n\n" + table(["", *sides], rows))
+        lines.append("## Held-out figures\n\n" + markdown_table(["", *sides], rows))
     lines.append(
         "## Check\n\n`parity.json` holds prompts as rendered in training, their token ids, and greedy answers to "
         "compare an engine with;\n`provenance.json` holds settings, versions and the SHA-256 of every file."
@@ -186,7 +186,7 @@ def push(out: Path, repository: str) -> str:
     return str(address)
 
 
-def check_repository(repository: str) -> None:
+def validate_repository(repository: str) -> None:
     """Find out before the work that the name is none, or that nobody is logged in.
 
     Raises:

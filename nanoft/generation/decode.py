@@ -30,7 +30,7 @@ from nanoft.lora import LoRALinear, linears_of, weight_of
 from nanoft.model import Block, Decoder
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.runtime import distributed
-from nanoft.runtime.memory import free_host_bytes
+from nanoft.runtime.memory import available_host_bytes
 
 Product = Callable[[Tensor], Tensor]  # (b, in) -> (b, out)
 SHARE = 0.5  # of the free memory that another copy of the weights may take
@@ -260,4 +260,4 @@ def should_be_laid_out(model: Decoder) -> bool:
     dtypes = {linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype for linear in linears}
     numbers = sum(linear.out_features * linear.in_features for linear in linears) + model.head.numel()
     least = CACHED if dtype == torch.float32 else 0  # PyTorch's own product in bfloat16 takes these kernels, too
-    return dtypes == {dtype} and least < numbers * dtype.itemsize <= SHARE * free_host_bytes()
+    return dtypes == {dtype} and least < numbers * dtype.itemsize <= SHARE * available_host_bytes()

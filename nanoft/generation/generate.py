@@ -26,11 +26,11 @@ from nanoft.generation.sampling import GREEDY, Sampler, Sampling
 from nanoft.io.untrusted import read_json
 from nanoft.lora import linears_of
 from nanoft.model import Decoder
-from nanoft.models.open import open_chat, open_model
+from nanoft.models.open import open_chat_tokenizer, open_model
 from nanoft.nf4 import cache_weights
 from nanoft.runtime.command import Arguments, command
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
-from nanoft.runtime.memory import free_host_bytes
+from nanoft.runtime.memory import available_host_bytes
 
 EXAMPLES = """examples:
   python -m nanoft chat runs/tiny --prompt "What is the weather in Oslo on Monday?"
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> int:
     if args.base and not opened.adapters:
         raise UserError(f"--base: {args.source} has no adapter to switch off: talk to its base by the base's own name")
     cache_weights(opened.model, "cached" if device.type == "cpu" and has_room(opened.model) else "auto")
-    chat = open_chat(args.source, opened)
+    chat = open_chat_tokenizer(args.source, opened)
     generator = torch.Generator()
     if args.seed is None:
         generator.seed()
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> int:
 def has_room(model: Decoder) -> bool:
     """Whether the weights of a packed base may lie there unpacked, which makes a token several times as fast."""
     needed = sum(layer.out_features * layer.in_features for layer in linears_of(model).values()) * 4  # bytes, at most
-    return needed <= SHARE * free_host_bytes()
+    return needed <= SHARE * available_host_bytes()
 
 
 def build_parser() -> Arguments:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanoft import UserError
 from nanoft.io.atomic import write_file
-from nanoft.io.untrusted import MAX_JSON, parse_json, plain_file
+from nanoft.io.untrusted import MAX_JSON, parse_json, resolve_file
 
 # Bytes of an element, by safetensors' names; those of less than a byte are nobody's weights here.
 SIZES = {
@@ -39,7 +39,7 @@ FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
-class Header:
+class TensorHeader:
     """What a safetensors file says of one of its tensors."""
 
     path: Path
@@ -59,7 +59,7 @@ class Header:
             return part
 
 
-def read_header(path: Path) -> dict[str, Header]:
+def read_header(path: Path) -> dict[str, TensorHeader]:
     """Every tensor of a file by name, in the order of their bytes; nothing of them is read.
 
     Raises:
@@ -96,8 +96,8 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: damaged ({error}): fetch or copy it again") from None
 
 
-def _parse(path: Path) -> dict[str, Header]:
-    with open(plain_file(path), "rb") as file:
+def _parse(path: Path) -> dict[str, TensorHeader]:
+    with open(resolve_file(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_JSON):
@@ -112,7 +112,7 @@ def _parse(path: Path) -> dict[str, Header]:
     for start, stop, name, form, shape in sorted(_entry(name, said) for name, said in table.items()):
         if start != end:
             raise ValueError(f"{name!r:.60} begins at byte {start:,}, where {end:,} comes next")
-        headers[name], end = Header(path, form, shape), stop
+        headers[name], end = TensorHeader(path, form, shape), stop
     if end != size - 8 - length:
         raise ValueError(f"its tensors have {end:,} bytes, and the file has {size - 8 - length:,} for them")
     return headers
@@ -149,7 +149,7 @@ SAFETENSORS_DTYPES = {
 }
 
 
-def encode(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
+def encode_safetensors(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
     """Tensors in the safetensors format, one at a time: 8 bytes of header size, JSON header, raw data.
 
     Args:
@@ -176,5 +176,5 @@ def encode(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> It
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write tensors that are in memory; see `write_file`."""
     return write_file(
-        path, encode({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.__getitem__)
+        path, encode_safetensors({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.__getitem__)
     )

@@ -32,8 +32,8 @@ MAX_JSON = 16 << 20  # bytes; an index of 90,000 tensors has 9 MB. In Python's o
 MAX_YAML = 100_000  # characters; PyYAML reads 100,000 in a second
 MAX_NODES = 10_000  # values of a YAML text, each alias counted as what it stands for
 MAX_DIGITS = 100  # of a whole number in YAML
-DEEPEST = 64  # lists and tables within one another
-LONGEST_LINE = 2000  # characters of an error
+MAX_DEPTH = 64  # lists and tables within one another
+MAX_LINE = 2000  # characters of an error
 CODE_FIELDS = ("auto_map", "trust_remote_code", "custom_pipelines")  # name Python code that comes with a model
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # variables whose values never leave
 SHORTEST_SECRET = 12  # characters; a shorter value is a placeholder, which may be an ordinary word
@@ -53,7 +53,7 @@ def read_bytes(path: Path, limit: int = MAX_JSON, confined: bool = True) -> byte
         UserError: no such file, not a plain one, too large, or a link that leads elsewhere.
     """
     try:
-        found = plain_file(path) if confined else path
+        found = resolve_file(path) if confined else path
         if not found.is_file():  # a pipe would never end
             raise UserError(f"{path}: {'not a plain file' if found.exists() else 'no such file'}")
         with open(found, "rb") as file:
@@ -65,7 +65,7 @@ def read_bytes(path: Path, limit: int = MAX_JSON, confined: bool = True) -> byte
     return content
 
 
-def plain_file(path: Path) -> Path:
+def resolve_file(path: Path) -> Path:
     """Where a file really is, which must be its own directory: a link could lead to any file that you may read.
 
     The Hub's cache keeps models--x--y/snapshots/<revision>/<file> as a link into models--x--y/blobs.
@@ -129,7 +129,7 @@ def parse_json(content: bytes, unique: bool = False) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     level: list[Any] = [[value]]
-    for _ in range(DEEPEST + 1):
+    for _ in range(MAX_DEPTH + 1):
         parts = (part for item in level for part in (item.values() if isinstance(item, dict) else item))
         level = [part for part in parts if isinstance(part, (dict, list))]
     if level:
@@ -160,8 +160,8 @@ def parse_yaml(text: str) -> Any:
         if node is None:
             return None
         size, height = _measure(node, {})
-        if size > MAX_NODES or height > DEEPEST:
-            raise ValueError(f"more than {MAX_NODES:,} values, or nested more than {DEEPEST} deep")
+        if size > MAX_NODES or height > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_NODES:,} values, or nested more than {MAX_DEPTH} deep")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
@@ -218,5 +218,5 @@ def redact(text: str) -> str:
 def one_line(error: object) -> str:
     """An error as one line for the terminal: without tokens, without control characters, of bounded length."""
     text = redact(" ".join(str(error).split()))
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:LONGEST_LINE])
-    return shown + (" ..." if len(text) > LONGEST_LINE else "")
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:MAX_LINE])
+    return shown + (" ..." if len(text) > MAX_LINE else "")

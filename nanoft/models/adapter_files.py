@@ -34,7 +34,7 @@ from nanoft.lora import MATCHING_SECONDS, LoRALinear, by_pattern, is_meant, line
 NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
 PEFT_PREFIX = "base_model.model."
 # An adapter's tensors here and there. The base's bias is the trained one.
-TENSORS = {
+PEFT_NAMES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
     "lora_magnitude_vector": "lora_magnitude_vector",
@@ -65,7 +65,7 @@ def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
     return {
         f"{PEFT_PREFIX}{name}.{key}": tensor.detach()
         for name, adapter in adapters.items()
-        for part, key in TENSORS.items()
+        for part, key in PEFT_NAMES.items()
         if (tensor := getattr(adapter, part)) is not None
     }
 
@@ -85,8 +85,10 @@ def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
     ranks = {key: 2 * rank for key, rank in lora.rank_pattern.items()}
     alphas = {key: more * alpha for key, alpha in lora.alpha_pattern.items()}
     plain = dict(tensors)
-    for module in [name.removesuffix(TENSORS["lora_A0"]) for name in tensors if name.endswith(TENSORS["lora_A0"])]:
-        a, b, a0, b0 = (module + TENSORS[part] for part in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
+    for module in [
+        name.removesuffix(PEFT_NAMES["lora_A0"]) for name in tensors if name.endswith(PEFT_NAMES["lora_A0"])
+    ]:
+        a, b, a0, b0 = (module + PEFT_NAMES[part] for part in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
         plain[a], plain[b] = widen(plain[a], plain[b], plain.pop(a0), plain.pop(b0))
     rank, alpha = 2 * lora.rank, more * lora.alpha
     return replace(lora, init="default", rank=rank, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas), plain
@@ -158,7 +160,9 @@ def save_adapter(
         write_file(directory / name, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
-def select(lora: LoRAConfig, tensors: dict[str, Tensor], only: Sequence[str]) -> tuple[LoRAConfig, dict[str, Tensor]]:
+def select_modules(
+    lora: LoRAConfig, tensors: dict[str, Tensor], only: Sequence[str]
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """A part of an adapter in PEFT's layout: the modules that `only` means, in the words of lora.target_modules.
 
     Raises:
@@ -177,11 +181,11 @@ def select(lora: LoRAConfig, tensors: dict[str, Tensor], only: Sequence[str]) ->
     tensors = {f"{PEFT_PREFIX}{name}.{key}": tensor for name in kept for key, tensor in modules[name].items()}
     ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in kept}
     alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in kept}
-    has_bias = any(TENSORS["bias"] in modules[name] for name in kept)
+    has_bias = any(PEFT_NAMES["bias"] in modules[name] for name in kept)
     return _by_name(replace(lora, bias="lora_only" if has_bias else "none"), ranks, alphas), tensors
 
 
-def combine(
+def sum_adapters(
     parts: Sequence[tuple[LoRAConfig, dict[str, Tensor]]],
     weights: Sequence[float],
     base_bias: Callable[[str], Tensor | None],
@@ -211,15 +215,18 @@ def combine(
         change = 0 if bias is None else torch.zeros_like(bias)
         for (lora, _), part, weight in zip(parts, modules, weights, strict=True):
             if name in part:
-                a.append(part[name][TENSORS["lora_A"]].float())
-                b.append(part[name][TENSORS["lora_B"]].float() * (weight * _scaling(lora, name)))
-                if bias is not None and TENSORS["bias"] in part[name]:
-                    change = change + weight * (part[name][TENSORS["bias"]].float() - bias)
+                a.append(part[name][PEFT_NAMES["lora_A"]].float())
+                b.append(part[name][PEFT_NAMES["lora_B"]].float() * (weight * _scaling(lora, name)))
+                if bias is not None and PEFT_NAMES["bias"] in part[name]:
+                    change = change + weight * (part[name][PEFT_NAMES["bias"]].float() - bias)
         place = f"{PEFT_PREFIX}{name}."
-        combined[place + TENSORS["lora_A"]], combined[place + TENSORS["lora_B"]] = torch.cat(a), torch.cat(b, dim=1)
+        combined[place + PEFT_NAMES["lora_A"]], combined[place + PEFT_NAMES["lora_B"]] = (
+            torch.cat(a),
+            torch.cat(b, dim=1),
+        )
         if bias is not None:
-            combined[place + TENSORS["bias"]] = bias + change
-    ranks = {name: len(combined[f"{PEFT_PREFIX}{name}.{TENSORS['lora_A']}"]) for name in names}
+            combined[place + PEFT_NAMES["bias"]] = bias + change
+    ranks = {name: len(combined[f"{PEFT_PREFIX}{name}.{PEFT_NAMES['lora_A']}"]) for name in names}
     plain = LoRAConfig(bias="lora_only" if with_bias else "none")
     return _by_name(plain, ranks, dict(ranks)), combined  # alpha / r = 1
 
@@ -228,7 +235,7 @@ def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Tensors with PEFT's names by module, and there by the last part of the name."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        key = next((key for key in TENSORS.values() if name.endswith(f".{key}")), None)
+        key = next((key for key in PEFT_NAMES.values() if name.endswith(f".{key}")), None)
         if key is None:
             raise UserError(f"{name}: layers that are trained whole beside an adapter are not supported")
         modules.setdefault(name.removeprefix(PEFT_PREFIX).removesuffix(f".{key}"), {})[key] = tensor
@@ -335,7 +342,7 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
 def _check_ranks(lora: LoRAConfig, tensors: dict[str, Tensor], weights: Path) -> None:
     """Every A, (rank, in), has the rank that the settings say, before memory is asked for what they say."""
     for name, tensor in tensors.items():
-        module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{TENSORS['lora_A']}")
+        module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{PEFT_NAMES['lora_A']}")
         have = tensor.shape[0] if tensor.dim() else 0
         if a and have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
             raise UserError(f"{weights}: {name} has rank {have}, but adapter_config.json says {rank}")

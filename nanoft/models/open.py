@@ -54,7 +54,7 @@ class LoadedModel:
     step: int | None = None  # of the checkpoint that was opened, for a run that has no result yet
 
 
-def open_chat(source: str, opened: LoadedModel, as_trained: bool = False) -> ChatTokenizer:
+def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = False) -> ChatTokenizer:
     """The tokenizer and template of an opened model, with the template's variables of the run that trained it.
 
     Args:
@@ -138,10 +138,10 @@ def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, origin
         return replace(_attach(adapter, device, dtype, original_base), step=adapter.step)
     saved, base = best_checkpoint(run), find_model(config.model.name)
     model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
-    return LoadedModel(model, {}, base, base, dtype=dtype, step=step_of(saved))
+    return LoadedModel(model, {}, base, base, dtype=dtype, step=checkpoint_step(saved))
 
 
-def step_of(saved: Checkpoint) -> int:
+def checkpoint_step(saved: Checkpoint) -> int:
     """The optimizer step of a checkpoint.
 
     Raises:
@@ -153,7 +153,7 @@ def step_of(saved: Checkpoint) -> int:
     return step
 
 
-def read_trained(source: str) -> TrainedAdapter:
+def read_trained_adapter(source: str) -> TrainedAdapter:
     """The adapter that a RUN or ADAPTER argument names: the run's result or else its best checkpoint, or a directory.
 
     Raises:
@@ -171,7 +171,7 @@ def _read_checkpoint(run: Path) -> TrainedAdapter:
         trained_in, base_sha256 = DTYPES[provenance["dtype"]], provenance.get("base_sha256")
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run / 'config.json'}: provenance.dtype is missing or damaged: train again") from None
-    path, step = saved.path / "adapter.safetensors", step_of(saved)
+    path, step = saved.path / "adapter.safetensors", checkpoint_step(saved)
     try:
         lora, tensors = as_plain_lora(config.lora, load_tensors(path))
     except (KeyError, RuntimeError):  # one of A, B, A0, B0 is missing, or does not fit the others
@@ -198,10 +198,10 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
 def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, original_base: bool) -> LoadedModel:
     """Base and adapter, put together as they were in training; a base that is stored packed is its own original."""
     quantization = None if original_base else adapter.quantization
-    return attach(adapter, load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype))
+    return attach_adapter(adapter, load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype))
 
 
-def attach(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
+def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
     """Put an adapter on a model, in place.
 
     Raises:

@@ -7,7 +7,6 @@ is read. The decoder is first built on the `meta` device, which has shapes but n
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file
-from nanoft.io.tensor_files import Header, Specs, encode, read_header
-from nanoft.io.untrusted import plain_file, read_bytes, read_json
+from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
+from nanoft.io.untrusted import read_bytes, read_json, resolve_file
 from nanoft.model import Decoder, DecoderConfig, initialize
 from nanoft.models.families import decoder_config, read_shape
 from nanoft.models.hub import TOKENIZER_FILES
@@ -48,7 +47,7 @@ def shard_paths(directory: Path) -> list[Path]:
     single = directory / "model.safetensors"
     if not index.is_file():
         if single.is_file():
-            plain_file(single)
+            resolve_file(single)
             return [single]
         if pickles := [path for pattern in PICKLES for path in sorted(directory.glob(pattern))]:
             raise UserError(
@@ -66,17 +65,17 @@ def shard_paths(directory: Path) -> list[Path]:
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"{shard}: named in the index, but missing: fetch the model again")
-        plain_file(shard)
+        resolve_file(shard)
     return shards
 
 
-def read_headers(paths: list[Path]) -> dict[str, Header]:
+def read_headers(paths: list[Path]) -> dict[str, TensorHeader]:
     """Every tensor of the files by name, in their order.
 
     Raises:
         UserError: a file that is truncated or otherwise not whole; a name that is in two files.
     """
-    headers: dict[str, Header] = {}
+    headers: dict[str, TensorHeader] = {}
     for path in paths:
         for name, header in read_header(path).items():
             if name in headers:
@@ -89,7 +88,7 @@ def read_headers(paths: list[Path]) -> dict[str, Header]:
 class WeightFiles:
     """The weights of a model as its files hold them: plain, or a linear's packed by bitsandbytes in several tensors."""
 
-    headers: dict[str, Header]
+    headers: dict[str, TensorHeader]
     shapes: dict[str, tuple[int, ...]]  # of every weight, in the files' order
     stored: tuple[str, bool] | None  # (nf4 | fp4 | int8, double) of those that are packed
 
@@ -265,7 +264,7 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
     """Write a full model into an empty directory: weights in `dtype`, and the source's config and tokenizer."""
     parameters = dict(model.named_parameters())
     specs: Specs = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
-    write_file(out / "model.safetensors", encode(specs, lambda name: parameters[name].to(dtype)))
+    write_file(out / "model.safetensors", encode_safetensors(specs, lambda name: parameters[name].to(dtype)))
     write_config(source, out, dtype)
     copy_companions(source, out)
 

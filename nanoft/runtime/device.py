@@ -53,17 +53,17 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
         UserError: the device does not multiply in what is wanted.
     """
     if wanted != "auto":
-        if wanted != "float32" and not multiplies_in(DTYPES[wanted], device):
+        if wanted != "float32" and not supports_matmul(DTYPES[wanted], device):
             raise UserError(f"model.dtype: {device.type} does not multiply in {wanted} here: set model.dtype=float32")
         return DTYPES[wanted]
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "mps" and multiplies_in(torch.bfloat16, device)
+        fast = device.type == "mps" and supports_matmul(torch.bfloat16, device)
     return torch.bfloat16 if fast else torch.float32
 
 
-def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
+def supports_matmul(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a small matrix product comes out right: tried, because no version number says it."""
     try:
         x = torch.eye(8, dtype=dtype, device=device)
@@ -124,7 +124,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def same_random_numbers() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """What is done within draws no numbers from those that come after it, on any device."""
     state = rng_state()
     try:
@@ -147,7 +147,7 @@ def describe_device(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads, {memory:.0f} GB"
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """What a result depends on: Python and the libraries that compute."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"nanoft": __version__, "python": platform.python_version(), **libraries}

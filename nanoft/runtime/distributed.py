@@ -39,7 +39,7 @@ from torch.distributed.rendezvous import rendezvous
 from nanoft import TrainingFailed, UserError
 from nanoft.config import Config
 from nanoft.runtime.command import StopRequest
-from nanoft.runtime.memory import free_memory, is_out_of_memory
+from nanoft.runtime.memory import is_out_of_memory, release_memory
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of what all ranks do together
@@ -369,7 +369,7 @@ def same_exception(device: torch.device) -> Iterator[None]:
     short = failure is not None and is_out_of_memory(failure)
     if short:
         failure = None  # it holds the frames that hold the memory
-        free_memory(device)
+        release_memory(device)
     worst = _all_reduce([1 if short else 2 if failure else 0], dist.ReduceOp.MAX)[0]
     if failure is not None:
         raise failure

@@ -24,7 +24,7 @@ JOULES_PER_WH = 3600
 
 
 @dataclass
-class Counter:
+class EnergyCounter:
     """Something that counts energy, and what it said last."""
 
     read: Callable[[], float]  # J
@@ -42,12 +42,12 @@ class Counter:
         return used
 
 
-class Energy:
+class EnergyMeter:
     """The counters of a device and of the processors beside it."""
 
     def __init__(self, device: torch.device):
         readers = _processors() + (_gpu(device) if device.type == "cuda" else [])
-        self.counters = [Counter(read, ends_at, read()) for read, ends_at in readers]
+        self.counters = [EnergyCounter(read, ends_at, read()) for read, ends_at in readers]
 
     def used(self) -> float:
         """Joules since the last look, or since the beginning; 0 where nothing is counted."""

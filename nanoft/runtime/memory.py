@@ -39,11 +39,11 @@ def memory_limit_bytes(device: torch.device) -> float:
     if device.type == "mps":
         # Device and host share one memory, and other programs use it, too.
         held, recommended = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
-        return min(float(recommended), held + free_host_bytes())
-    return free_host_bytes() + psutil.Process().memory_info().rss
+        return min(float(recommended), held + available_host_bytes())
+    return available_host_bytes() + psutil.Process().memory_info().rss
 
 
-def cgroup_memory() -> Iterator[tuple[int, int]]:
+def cgroup_limits() -> Iterator[tuple[int, int]]:
     """Limit and use in bytes of each cgroup above this process that has a limit.
 
     A page cache that can be dropped (`inactive_file`) is not counted as used. Source: the kernel's
@@ -109,14 +109,14 @@ class Shortage:
         self.happened = error is not None and is_out_of_memory(error)
         if error is not None and self.happened:
             error.__traceback__ = error.__context__ = None
-            free_memory(self.device)
+            release_memory(self.device)
         return self.happened
 
     def __bool__(self) -> bool:
         return self.happened
 
 
-def free_memory(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
     """Give back what nobody uses any more."""
     gc.collect()
     if device.type == "cuda":
@@ -125,13 +125,13 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def free_host_bytes() -> float:
+def available_host_bytes() -> float:
     """Main memory that this process could still take without swapping: the machine's, or what a cgroup grants."""
-    return float(min([psutil.virtual_memory().available, *(limit - used for limit, used in cgroup_memory())]))
+    return float(min([psutil.virtual_memory().available, *(limit - used for limit, used in cgroup_limits())]))
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryReading:
     """Memory at one moment, in bytes: held by this process, and all that it may have, on the device and on the host."""
 
     device_held: float
@@ -152,18 +152,18 @@ class Memory:
         return {f"{name}_gb": round(getattr(self, name) / 1e9, 4) for name in names}
 
 
-def memory_now(device: torch.device) -> Memory:
+def read_memory(device: torch.device) -> MemoryReading:
     """Look at the machine; some tens of microseconds."""
     held = float(psutil.Process().memory_info().rss)
-    limit = free_host_bytes() + held
+    limit = available_host_bytes() + held
     if device.type == "cuda":
-        return Memory(float(torch.cuda.memory_reserved(device)), memory_limit_bytes(device), held, limit)
+        return MemoryReading(float(torch.cuda.memory_reserved(device)), memory_limit_bytes(device), held, limit)
     if device.type == "mps":
-        return Memory(float(torch.mps.driver_allocated_memory()), memory_limit_bytes(device), held, limit)
-    return Memory(held, limit, held, limit)
+        return MemoryReading(float(torch.mps.driver_allocated_memory()), memory_limit_bytes(device), held, limit)
+    return MemoryReading(held, limit, held, limit)
 
 
-class MemoryWatch:
+class MemoryMonitor:
     """Warns before memory runs out: at 85, 90 and 95 % of what the process may have, and when it grows and grows.
 
     A leak is told from noise by medians: of each window of looks one median, through the windows the line whose slope
@@ -199,10 +199,10 @@ class MemoryWatch:
         if time.monotonic() - self._last_s < self.every_s:
             return []
         self._last_s = time.monotonic()
-        now = memory_now(self.device)
+        now = read_memory(self.device)
         return [*self._levels(now), *self._leak(step, now)]
 
-    def _levels(self, now: Memory) -> Iterator[str]:
+    def _levels(self, now: MemoryReading) -> Iterator[str]:
         for place, share in now.shares().items():
             level = max((level for level in self.LEVELS if level <= share), default=0.0)
             if level <= self.told.get(place, 0.0):
@@ -215,7 +215,7 @@ class MemoryWatch:
                 "gradient_accumulation_steps as much, set training.checkpointing=full, or lower model.max_seq_length"
             )
 
-    def _leak(self, step: int, now: Memory) -> Iterator[str]:
+    def _leak(self, step: int, now: MemoryReading) -> Iterator[str]:
         self._looks.append((step, now.host_held))
         if len(self._looks) < self.LOOKS:
             return
@@ -224,7 +224,7 @@ class MemoryWatch:
         self._windows.append((statistics.median(steps), statistics.median(held)))
         if self.leak_told or len(self._windows) < self.WINDOWS:
             return
-        per_step, rising = slope(list(self._windows))
+        per_step, rising = theil_sen_slope(list(self._windows))
         (first_step, first), (last_step, last) = self._windows[0], self._windows[-1]
         grown = per_step * (last_step - first_step)
         if rising >= self.RISING and grown > max(self.GROWTH * first, self.GROWTH_BYTES):
@@ -236,7 +236,7 @@ class MemoryWatch:
             )
 
 
-def slope(points: list[tuple[float, float]]) -> tuple[float, float]:
+def theil_sen_slope(points: list[tuple[float, float]]) -> tuple[float, float]:
     """Median of the slopes between all pairs of points (Theil, 1950; Sen, 1968), and the share of them that rise."""
     slopes = [(y - b) / (x - a) for (a, b), (x, y) in itertools.combinations(points, 2) if x != a]
     return (statistics.median(slopes), sum(s > 0 for s in slopes) / len(slopes)) if slopes else (0.0, 0.0)

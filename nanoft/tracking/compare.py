@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoft import UserError
-from nanoft.io.tables import clock, table
+from nanoft.io.tables import format_duration, markdown_table
 from nanoft.io.untrusted import one_line, parse_json, read_bytes
 from nanoft.runtime.command import Arguments, command
 from nanoft.tracking import plots
@@ -74,7 +74,7 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
     rows = [[key, *(_setting(s.get(key)) for s in settings)] for key in differ]
     columns = [figures(events, _json(d / "report.json")) for events, d in zip(runs.values(), directories, strict=True)]
     rows += [[key, *(column[key] for column in columns)] for key in columns[0]]
-    print(table(["", *names], rows))
+    print(markdown_table(["", *names], rows))
     for name, events in runs.items():
         if events.damaged:
             print(f"{name}: damaged lines of metrics.jsonl, left out: {events.damaged:,}")
@@ -118,7 +118,7 @@ def figures(events: Events, report: dict[str, Any]) -> dict[str, str]:
         "exact match": _figure(match, "{:.1%}"),
         "tokens/s": _figure(speed, "{:,.0f}"),
         "memory, GB": _figure(max(memory, default=math.nan), "{:.2f}"),
-        "time": clock(took) if math.isfinite(took) else "-",
+        "time": format_duration(took) if math.isfinite(took) else "-",
         "state": "done" if events.of("done") else "not done",
     }
 
@@ -216,7 +216,7 @@ def dashboard(name: str, events: Events, width: int = WIDTH) -> list[str]:
         return [f"{name}: has not begun"]
     step, total, left = progress(events)
     head = f"{name}  step {step:g}" + (f" of {total:g} ({step / total:.0%})" if total else "")
-    state = "done" if events.of("done") else f"{clock(left)} left" if math.isfinite(left) else ""
+    state = "done" if events.of("done") else f"{format_duration(left)} left" if math.isfinite(left) else ""
     lines = [f"{head}  {state}"]
     if train := events.of("train")[-1:]:
         lines.append(in_a_line(train[0]))

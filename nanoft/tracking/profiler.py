@@ -37,16 +37,16 @@ class Profiler:
         config: Config,
         directory: Path,
         log: Callable[..., None],
-        say: Callable[[str], None],
+        print: Callable[[str], None],
         records: bool = True,
     ):
         """
         Args:
             log: takes the event, the step and its values, as `Run.log` does.
-            say: takes a line for people.
+            print: takes a line for people.
             records: whether this process writes the profile; of several, one does.
         """
-        self.config, self.directory, self.log, self.say, self.records = config, directory, log, say, records
+        self.config, self.directory, self.log, self.print, self.records = config, directory, log, print, records
         self._open = contextlib.ExitStack()
         self._profile: torch.profiler.profile | None = None
 
@@ -84,7 +84,7 @@ class Profiler:
         self._profile.stop()
         self._profile = None
         if early:
-            self.say(f"profile   nothing: it begins after {SETTLING + WARM_UP} steps, and there were fewer")
+            self.print(f"profile   nothing: it begins after {SETTLING + WARM_UP} steps, and there were fewer")
 
     def _keep(self, profile: torch.profiler.profile) -> None:
         """The trace to the disk, the operators that take the time to train.log."""
@@ -94,12 +94,12 @@ class Profiler:
             profile.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:  # the disk refuses: a run is worth more than a look at it
             self.log("warning", 0, what="profile failed", error=str(error))
-            self.say(f"warning: profile failed: {error}")
+            self.print(f"warning: profile failed: {error}")
         operators = profile.key_averages()
         on_device = any(operator.self_device_time_total for operator in operators)
         order = "self_device_time_total" if on_device else "self_cpu_time_total"
-        self.say(f"profile   {RECORDED} steps in {path}: open it in ui.perfetto.dev or chrome://tracing")
-        self.say(operators.table(sort_by=order, row_limit=TOP, max_name_column_width=40))
+        self.print(f"profile   {RECORDED} steps in {path}: open it in ui.perfetto.dev or chrome://tracing")
+        self.print(operators.table(sort_by=order, row_limit=TOP, max_name_column_width=40))
 
 
 def gradients_by_module(trained: Iterable[tuple[str, nn.Parameter]], scale: float = 1.0) -> dict[str, dict[str, float]]:

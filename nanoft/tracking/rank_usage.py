@@ -32,12 +32,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanoft.io.tables import table
+from nanoft.io.tables import markdown_table
 from nanoft.lora import LoRALinear
 from nanoft.nf4 import Frozen
 
-FEWEST_STEPS = 100  # no advice before: see above
-FEWEST_DIRECTIONS = 4  # a spectrum of fewer values has no tail to look at
+MIN_STEPS = 100  # no advice before: see above
+MIN_RANK = 4  # a spectrum of fewer values has no tail to look at
 FULL = 0.9  # a spectrum is full if its effective rank is this share of r ...
 TAIL = 0.25  # ... and its smallest value this share of its largest: it was cut off where it had not yet decayed
 SPARE = 0.5  # a rank is too high if this share of it is enough; less saves too little to be worth another run
@@ -56,7 +56,7 @@ root mean square of the clipped gradients, and their |mean| beside it, from Adam
 
 
 @dataclass(frozen=True)
-class Gradient:
+class GradientStats:
     """What AdamW's running means say about an adapter's gradients, which are the clipped ones."""
 
     rms: float  # root of the mean squared gradient
@@ -66,7 +66,7 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Usage:
+class RankUsage:
     """What one adapter made of its rank."""
 
     rank: int
@@ -76,7 +76,7 @@ class Usage:
     directions_90: int  # that hold 90 % of the energy
     directions_99: int
     relative_update: float  # |dW|_F / |W|_F
-    gradient: Gradient | None  # None: the optimizer does not keep such means
+    gradient: GradientStats | None  # None: the optimizer does not keep such means
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def effective_rank(sigma: Tensor) -> float:
     return torch.special.entr(sigma / sigma.sum()).sum().exp().item() if sigma.any() else 0.0
 
 
-def directions(sigma: Tensor, share: float) -> int:
+def directions_for_energy(sigma: Tensor, share: float) -> int:
     """How many of the largest singular values hold that share of the energy, sum(sigma^2); 0 for a matrix of zeros."""
     energy = sigma.square().cumsum(0)
     return int((energy < share * energy[-1]).sum()) + 1 if sigma.any() else 0
@@ -127,7 +127,7 @@ def weight_norm(linear: Frozen) -> float:
     return torch.stack(norms).norm().item()
 
 
-def gradient(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> Gradient | None:
+def gradient_stats(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> GradientStats | None:
     """Size and signal of the gradients over all the parameters, from AdamW's m and v (Kingma & Ba 2015, algorithm 1).
 
     m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t); rms = sqrt(mean v^), signal = |m^| / |sqrt(v^)|. Independent
@@ -145,26 +145,26 @@ def gradient(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimize
         count += p.numel()
     noise = math.sqrt((1 - beta1) * (1 + beta1**t) / ((1 + beta1) * (1 - beta1**t)))
     signal = math.sqrt(squared_means / mean_squares) if mean_squares else 0.0
-    return Gradient(math.sqrt(mean_squares / count), signal, noise, t)
+    return GradientStats(math.sqrt(mean_squares / count), signal, noise, t)
 
 
-def measure(adapter: LoRALinear, optimizer: torch.optim.Optimizer) -> Usage:
+def measure_rank_usage(adapter: LoRALinear, optimizer: torch.optim.Optimizer) -> RankUsage:
     """All figures of one adapter."""
     sigma = singular_values(adapter.lora_A, adapter.lora_B, adapter.scaling)
     norm, base = sigma.norm().item(), weight_norm(adapter.base)
-    return Usage(
+    return RankUsage(
         rank=len(sigma),
         singular_values=sigma.tolist(),
         effective_rank=effective_rank(sigma),
         stable_rank=(norm / sigma[0].item()) ** 2 if norm else 0.0,
-        directions_90=directions(sigma, 0.90),
-        directions_99=directions(sigma, 0.99),
+        directions_90=directions_for_energy(sigma, 0.90),
+        directions_99=directions_for_energy(sigma, 0.99),
         relative_update=norm / base if base else math.inf,
-        gradient=gradient([p for p in (adapter.lora_A, adapter.lora_B) if p.requires_grad], optimizer),
+        gradient=gradient_stats([p for p in (adapter.lora_A, adapter.lora_B) if p.requires_grad], optimizer),
     )
 
 
-def advise(modules: Sequence[Usage], others: Sequence[Usage], step: int) -> Advice:
+def advise(modules: Sequence[RankUsage], others: Sequence[RankUsage], step: int) -> Advice:
     """One recommendation for some modules: to lower the rank must suit all, to raise it must suit the median.
 
     Args:
@@ -175,22 +175,22 @@ def advise(modules: Sequence[Usage], others: Sequence[Usage], step: int) -> Advi
     enough = 1 << max(most - 1, 0).bit_length()  # the next power of two: a little room, and what people choose from
     fullness = median(m.effective_rank / m.rank for m in modules)
     tail = median(m.singular_values[-1] / (m.singular_values[0] or 1.0) for m in modules)
-    if step < FEWEST_STEPS:
-        return Advice("none", f"{step} steps are too few to judge by, {FEWEST_STEPS} are needed")
-    if others and negligible(modules, others):
+    if step < MIN_STEPS:
+        return Advice("none", f"{step} steps are too few to judge by, {MIN_STEPS} are needed")
+    if others and is_negligible(modules, others):
         return Advice("drop", f"update and gradients are less than {NEGLIGIBLE:.0%} of the other modules'")
     if most == 0:
         return Advice("none", "the update is zero")
     if enough <= SPARE * rank:
         return Advice("lower", f"99 % of the energy lies in {most} of {rank} directions at most", enough)
-    if rank < FEWEST_DIRECTIONS:
+    if rank < MIN_RANK:
         return Advice("none", f"{rank} directions are too few to judge by")
     if fullness >= FULL and tail >= TAIL:
         return Advice("raise", f"the spectrum is full (effective rank {fullness:.0%} of {rank}) to its end", 2 * rank)
     return Advice("fine", f"99 % of the energy needs {most} of {rank} directions, and the spectrum decays")
 
 
-def negligible(modules: Sequence[Usage], others: Sequence[Usage]) -> bool:
+def is_negligible(modules: Sequence[RankUsage], others: Sequence[RankUsage]) -> bool:
     """Whether update and gradients of each are far below the others' medians; not if gradients are unknown."""
 
     def far_below(mine: list[float], theirs: list[float]) -> bool:
@@ -202,7 +202,7 @@ def negligible(modules: Sequence[Usage], others: Sequence[Usage]) -> bool:
     return known and far_below(*updates) and far_below(*gradients)
 
 
-def typical(modules: Sequence[Usage]) -> dict[str, Any]:
+def aggregate(modules: Sequence[RankUsage]) -> dict[str, Any]:
     """Several modules in one: medians; of the directions, the most that one of them needs."""
     gradients = [m.gradient for m in modules if m.gradient]
     return {
@@ -218,15 +218,15 @@ def typical(modules: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
-def summarize(modules: dict[str, Usage], step: int) -> dict[str, Any]:
+def summarize(modules: dict[str, RankUsage], step: int) -> dict[str, Any]:
     """The `adapters` of report.json: each module's figures, a line for each type of module, one for the whole run."""
-    types: dict[str, list[Usage]] = {}  # q_proj, ..., down_proj
+    types: dict[str, list[RankUsage]] = {}  # q_proj, ..., down_proj
     for name, usage in modules.items():
         types.setdefault(name.rpartition(".")[2], []).append(usage)
     lines = {}
     for kind, members in types.items():
         others = [m for other in types if other != kind for m in types[other]]
-        lines[kind] = {**typical(members), "advice": asdict(advise(members, others, step))}
+        lines[kind] = {**aggregate(members), "advice": asdict(advise(members, others, step))}
     drop = [kind for kind in types if lines[kind]["advice"]["verdict"] == "drop"]
     kept = [m for kind in types if kind not in drop for m in types[kind]]
     advice = advise(kept, [], step)
@@ -234,13 +234,13 @@ def summarize(modules: dict[str, Usage], step: int) -> dict[str, Any]:
     return {
         "summary": said,
         "step": step,
-        "all": {**typical(kept), "advice": asdict(advice), "drop": drop},
+        "all": {**aggregate(kept), "advice": asdict(advice), "drop": drop},
         "types": lines,
         "modules": {name: asdict(usage) for name, usage in modules.items()},
     }
 
 
-def report(
+def rank_report(
     adapters: dict[str, LoRALinear], optimizer: torch.optim.Optimizer, step: int
 ) -> tuple[dict[str, Any], str, str]:
     """How the adapters used their rank: an entry for report.json, two lines for the terminal, a section of report.md.
@@ -252,17 +252,17 @@ def report(
     """
     if not adapters or any(adapter.lora_A0 is not None for adapter in adapters.values()):
         return {}, "", ""
-    values = summarize({name: measure(adapter, optimizer) for name, adapter in adapters.items()}, step)
+    values = summarize({name: measure_rank_usage(adapter, optimizer) for name, adapter in adapters.items()}, step)
     said, whole, means = values["summary"], values["all"], next(iter(values["modules"].values()))["gradient"]
     used = f"effective rank {whole['effective_rank']:.1f} of {whole['rank']}"
     terminal = f"\n\nadapters  {used}, update {whole['relative_update']:.2%} of the base (medians)\nadvice    {said}"
     header = ["", "modules", "effective rank", "stable rank", "90 %, 99 %", "update", "gradient", "signal", "advice"]
-    rows = [[kind, *cells(line)] for kind, line in values["types"].items()]
+    rows = [[kind, *table_row(line)] for kind, line in values["types"].items()]
     legend = LEGEND.format(step=step, moments=KEPT.format(**means) if means else "not kept by this optimizer.")
-    return {"adapters": values}, terminal, f"\n## Adapters\n\n{said}.\n\n{table(header, rows)}\n\n{legend}"
+    return {"adapters": values}, terminal, f"\n## Adapters\n\n{said}.\n\n{markdown_table(header, rows)}\n\n{legend}"
 
 
-def cells(line: dict[str, Any]) -> list[str]:
+def table_row(line: dict[str, Any]) -> list[str]:
     """A line of `summarize` for a table."""
     known = line["gradient"] is not None
     return [

@@ -44,18 +44,6 @@ from nanoft.io.atomic import replace_file
 from nanoft.io.untrusted import redact
 from nanoft.runtime.distributed import broadcast_from_rank0
 
-
-def open_run(directory: str) -> Run:
-    """Take the run directory, on rank 0; the others follow.
-
-    Raises:
-        UserError: as Run.open does.
-    """
-    opened: list[Run] = []
-    broadcast_from_rank0(lambda: opened.append(Run.open(directory)))
-    return opened[0] if opened else NullRun(Path(directory))
-
-
 LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.md|adapter|model)|preflight)-\d+")  # of a killed process
 
 
@@ -82,7 +70,7 @@ class Meter:
         self.total_seconds += seconds
         self.total_joules += joules
 
-    def line(self) -> dict[str, float]:
+    def flush(self) -> dict[str, float]:
         """Means since the last line (loss in nats per target token); starts the next interval."""
         seconds = max(self.seconds, 1e-9)
         values = {
@@ -112,7 +100,7 @@ class AppendOnlyFile:
         Raises:
             OSError: the disk refused; nothing of it is in the file, and it waits for the next call.
         """
-        self._waiting += as_utf8(line + "\n")
+        self._waiting += to_utf8(line + "\n")
         self._write()
 
     def sync(self) -> None:
@@ -147,7 +135,7 @@ class Tracker(Protocol):
 
     name: str
 
-    def tell(self, event: dict[str, Any]) -> None: ...
+    def log(self, event: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -158,7 +146,7 @@ class Run:
         self.directory = directory
         self.checkpoints = directory / "checkpoints"
         self._made = [path for path in (directory, *directory.parents) if not path.exists()]
-        self.listeners: list[Tracker] = []
+        self.trackers: list[Tracker] = []
         self._step = 0  # of the newest event
         self._metrics: AppendOnlyFile | None = None
         self._refused: set[str] = set()  # files that the disk refused to write; each is warned of once
@@ -176,12 +164,17 @@ class Run:
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
-        """Take a run directory for this process.
+        """Take a run directory: rank 0 opens it, the other ranks get a NullRun.
 
         Raises:
             UserError: another process has it, it cannot be written, or it is something else's directory.
         """
-        path = Path(directory)
+        opened: list[Run] = []
+        broadcast_from_rank0(lambda: opened.append(cls._open(Path(directory))))
+        return opened[0] if opened else NullRun(Path(directory))
+
+    @classmethod
+    def _open(cls, path: Path) -> Run:
         if path.exists() and not path.is_dir():
             raise UserError(f"output.dir: {path}: is a file: choose another output.dir")
         known = (".lock", "metrics.jsonl")  # a lock may have been removed, as a message of `_take_lock` says
@@ -193,13 +186,13 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        while self.listeners:
-            listener = self.listeners.pop()
+        while self.trackers:
+            listener = self.trackers.pop()
             if (failure := _failure(listener.close)) is not None:
                 self._drop(listener, failure)
         if self._metrics is not None:
             self._metrics.close()
-        started = self.begun or (self.directory / "metrics.jsonl").exists()
+        started = self.has_metrics or (self.directory / "metrics.jsonl").exists()
         if kind is not None and issubclass(kind, UserError) and self._made and not started:
             shutil.rmtree(self.directory, ignore_errors=True)  # it was refused before it began
             with contextlib.suppress(OSError):
@@ -223,7 +216,7 @@ class Run:
             pass
         raise UserError(f"{path}: damaged: remove the directory or choose another output.dir")
 
-    def finished_at(self) -> int | None:
+    def finished_step(self) -> int | None:
         """The step with which the run ended, if it has its report."""
         path = self.directory / "report.json"
         try:
@@ -231,18 +224,20 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             return None  # not there, or cut off while it was written
 
-    def left_out(self) -> set[tuple[int, int]]:
+    def skipped_windows(self) -> set[tuple[int, int]]:
         """The windows, (epoch, index), that no step was made of: skipped, or passed over after going back."""
         path, found = self.directory / "metrics.jsonl", set()
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-        for values in map(_values, lines):
+        for values in map(parse_event, lines):
             if values.get("what") == "step skipped":
                 found.add(tuple(values["window"]))
             elif values.get("what") == "rolled back":
                 found |= set(map(tuple, values["left_out"]))
         return found
 
-    def begin(self, step: int, position: list[int], left_out: list[list[int]], rolled_back: bool = False) -> None:
+    def open_metrics(
+        self, step: int, position: list[int], left_out: list[list[int]], rolled_back: bool = False
+    ) -> None:
         """Open the metrics after `step`; what will be done again, and so logged again, goes.
 
         Args:
@@ -258,7 +253,7 @@ class Run:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
         kept = []
         for line in lines:
-            values = _values(line)
+            values = parse_event(line)
             if "window" in values:
                 stays = values["window"] < position or values["window"] in left_out
             else:
@@ -270,38 +265,38 @@ class Run:
         self._metrics = AppendOnlyFile(path)
 
     @property
-    def begun(self) -> bool:
+    def has_metrics(self) -> bool:
         return self._metrics is not None
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl; a disk that refuses it is warned of once, and asked again next time."""
-        assert self._metrics is not None, "begin() comes first"
+        assert self._metrics is not None, "open_metrics() comes first"
         self._step = step
-        line = redact(as_json({"event": event, "step": step, **values, "time": round(time.time(), 3)}))
+        line = redact(to_json({"event": event, "step": step, **values, "time": round(time.time(), 3)}))
         try:
             self._metrics.append(line)
         except OSError as error:
             self._warn_once("metrics.jsonl", error)
-        told = [(listener, _failure(listener.tell, json.loads(line))) for listener in self.listeners]
+        told = [(listener, _failure(listener.log, json.loads(line))) for listener in self.trackers]
         for listener, failure in told:
             if failure is not None:
                 self._drop(listener, failure)
 
-    def say(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
         """Print to the terminal, above the progress bar if there is one, and to train.log."""
         text = redact(text)
         with contextlib.suppress(OSError, ValueError):  # the reader has gone; train.log still has it
             tqdm.write(text, file=sys.stdout)
         try:
             with open(self.directory / "train.log", "ab") as log:
-                log.write(as_utf8(text + "\n"))
+                log.write(to_utf8(text + "\n"))
         except OSError as error:
             self._warn_once("train.log", error)
 
     def write_report(self, report: dict[str, Any], markdown: str) -> None:
         """report.md for people and, last, report.json for programs, which says that the run is done."""
-        replace_file(self.directory / "report.md", as_utf8(redact(markdown)))
-        replace_file(self.directory / "report.json", as_utf8(redact(as_json(report, indent=2)) + "\n"))
+        replace_file(self.directory / "report.md", to_utf8(redact(markdown)))
+        replace_file(self.directory / "report.json", to_utf8(redact(to_json(report, indent=2)) + "\n"))
 
     def sync(self) -> None:
         """Before a checkpoint: make what was logged survive a power loss.
@@ -309,7 +304,7 @@ class Run:
         Raises:
             UserError: the directory was removed or renamed, or another process has made one in its place.
         """
-        assert self._metrics is not None, "begin() comes first"
+        assert self._metrics is not None, "open_metrics() comes first"
         try:
             there = os.path.samestat(os.stat(self.directory / ".lock"), os.fstat(self._lock))
         except FileNotFoundError:
@@ -323,14 +318,16 @@ class Run:
 
     def _drop(self, listener: Tracker, error: Exception) -> None:
         """A listener that failed is told nothing more; the others are told that."""
-        self.listeners = [other for other in self.listeners if other is not listener]
+        self.trackers = [other for other in self.trackers if other is not listener]
         self.log("warning", self._step, what=f"{listener.name} failed", error=f"{type(error).__name__}: {error}")
-        self.say(f"warning: {listener.name} failed: {type(error).__name__}: {error}: training goes on without")
+        self.print(f"warning: {listener.name} failed: {type(error).__name__}: {error}: training goes on without")
 
     def _warn_once(self, name: str, error: OSError) -> None:
         if name not in self._refused:
             self._refused.add(name)
-            self.say(f"warning: {self.directory / name}: {error.strerror}: training goes on, lines wait or are missing")
+            self.print(
+                f"warning: {self.directory / name}: {error.strerror}: training goes on, lines wait or are missing"
+            )
 
     def _take_lock(self) -> None:
         """Own the directory, or say who does.
@@ -381,7 +378,7 @@ def may_be_running(note: str) -> bool:
         return False
 
 
-def _values(line: str) -> dict[str, Any]:
+def parse_event(line: str) -> dict[str, Any]:
     """A line of metrics.jsonl; one that was cut off is of a step that never was."""
     try:
         values = json.loads(line)
@@ -390,7 +387,7 @@ def _values(line: str) -> dict[str, Any]:
         return {"step": math.inf, "event": ""}
 
 
-def as_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: it has no word for NaN and infinity, so they become null."""
 
     def strict(part: Any) -> Any:
@@ -401,7 +398,7 @@ def as_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def as_utf8(text: str) -> bytes:
+def to_utf8(text: str) -> bytes:
     """UTF-8; half a character, as in the name of a file that is not UTF-8, becomes \\udcNN, which JSON reads back."""
     return text.encode("utf-8", "backslashreplace")
 
@@ -416,13 +413,13 @@ class NullRun(Run):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def begin(self, *_: Any, **__: Any) -> None:
+    def open_metrics(self, *_: Any, **__: Any) -> None:
         pass
 
     def log(self, *_: Any, **__: Any) -> None:
         pass
 
-    def say(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
         pass
 
     def sync(self) -> None:

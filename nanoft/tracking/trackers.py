@@ -26,12 +26,12 @@ from nanoft.tracking.plots import number
 from nanoft.tracking.run import Tracker
 
 PACKAGES = {"plots": ("matplotlib", "plot"), "tensorboard": ("tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
-SHARE = 0.1  # of the time may be spent on drawing
-PATIENCE_S = 60.0  # for one drawing, once the run is over
+MAX_TIME_SHARE = 0.1  # of the time may be spent on drawing
+TIMEOUT_S = 60.0  # for one drawing, once the run is over
 SOURCE = Path(__file__).parent.parent  # where the process that draws finds nanoft
 
 
-def check_installed(wanted: LoggingConfig) -> None:
+def require_tracker_packages(wanted: LoggingConfig) -> None:
     """Refuse what would need a package that is not there.
 
     Raises:
@@ -91,7 +91,7 @@ class Plots:
         self._epoch: int | None = None
         self._is_due = False
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def log(self, event: dict[str, Any]) -> None:
         """Begin to draw, if it is time for that.
 
         Raises:
@@ -134,14 +134,14 @@ class Plots:
         if self._process is None or (self._process.poll() is None and not wait):
             return
         try:
-            _, said = self._process.communicate(timeout=PATIENCE_S)
+            _, said = self._process.communicate(timeout=TIMEOUT_S)
         except BaseException:
             self._process.kill()
             self._process.communicate()
             raise
         code, self._process = self._process.returncode, None
         now = time.monotonic()
-        self._not_before = now + (now - self._started) * (1 / SHARE - 1)
+        self._not_before = now + (now - self._started) * (1 / MAX_TIME_SHARE - 1)
         if code:
             raise RuntimeError((said.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("error: "))
 
@@ -155,7 +155,7 @@ class TensorBoard:
         self.directory, self.step = directory, step
         self._writer: Any = None
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def log(self, event: dict[str, Any]) -> None:
         if event.get("what") == "rolled back":
             self.close()
             self._writer, self.step = None, event["step"]
@@ -180,7 +180,7 @@ class WandB:
         self.directory, self.config = directory, config
         self._run: Any = None
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def log(self, event: dict[str, Any]) -> None:
         if self._run is None:
             import wandb
 

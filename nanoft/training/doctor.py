@@ -48,11 +48,11 @@ from nanoft.runtime.device import (
     choose_device,
     choose_dtype,
     describe_device,
-    multiplies_in,
     quiet_libraries,
+    supports_matmul,
 )
 from nanoft.runtime.memory import memory_limit_bytes
-from nanoft.tracking.trackers import check_installed
+from nanoft.tracking.trackers import require_tracker_packages
 from nanoft.training.memory_plan import (
     choose_activations,
     describe_recompute,
@@ -121,7 +121,7 @@ def precision(device: torch.device) -> Iterator[Line]:
     """Which numbers a matrix product really takes here."""
     able = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if multiplies_in(dtype, device):
+        if supports_matmul(dtype, device):
             able.append(str(dtype).removeprefix("torch."))
     chosen = str(choose_dtype("auto", device)).removeprefix("torch.")
     capability = (
@@ -266,7 +266,7 @@ def validate_environment(config: Config, device: torch.device) -> None:
     """
     choose_dtype(config.model.dtype, device)
     check_optimizer(config.training.optimizer, device)
-    check_installed(config.logging)
+    require_tracker_packages(config.logging)
     answers.select_metrics(config.evaluation.metrics)
     if needs_bitsandbytes(config) and (line := four_bits(device)).color == "red":
         raise UserError(f"{line.name}: {line.found}: {line.fix}")

@@ -18,7 +18,7 @@ from nanoft.data.dataset import describe_data
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
 from nanoft.export.merge import save_result
-from nanoft.io.tables import clock
+from nanoft.io.tables import format_duration
 from nanoft.lora import inject_lora
 from nanoft.metrics import answers
 from nanoft.model import Decoder
@@ -74,9 +74,9 @@ def finalize(job: TrainContext, state: TrainState, stop: StopRequest) -> bool:
     log_memory(job, state, "finished")
     job.run.log("done", state.step, **training)
     job.run.write_report({**values, **usage, "data": job.corpus.report}, markdown)  # after it, the run has ended
-    job.run.say(terminal + advice)
-    seconds, speed = clock(training["seconds"]), training["tokens_per_second"]
-    job.run.say(
+    job.run.print(terminal + advice)
+    seconds, speed = format_duration(training["seconds"]), training["tokens_per_second"]
+    job.run.print(
         f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
     )
     return True
@@ -89,7 +89,7 @@ def best_step(job: TrainContext, state: TrainState) -> int:
         try:
             job.checkpoints.verify(job.checkpoints.path(step))
         except checkpoint.CheckpointCorrupted as reason:
-            job.run.say(f"warning: {reason}: the result is not the best checkpoint, but the last")
+            job.run.print(f"warning: {reason}: the result is not the best checkpoint, but the last")
             return state.step
     return step
 
@@ -141,7 +141,7 @@ def rank_report(job: TrainContext, state: TrainState, step: int) -> tuple[dict[s
     """What `ranks.report` says of the adapters; nothing, and an event, if that fails."""
     try:
         adapters = job.adapters if job.config.training.sharding == "none" else {}
-        return rank_usage.report(adapters, job.optimizer, step)
+        return rank_usage.rank_report(adapters, job.optimizer, step)
     except Exception as error:  # a decomposition need not converge
         report_failure(job, state, "the adapters' report", error)
         return {}, "", ""
@@ -156,7 +156,7 @@ def report_inputs(
         try:
             groups = {e.by_field: job.corpus.field_values(job.validation, e.by_field)}
         except UserError as reason:  # the run is done: no reason to lose its report
-            job.run.say(f"warning: {reason}")
+            job.run.print(f"warning: {reason}")
     provenance = (job.run.recorded_config() or {}).get("provenance", {})
     return ReportInputs(
         job.run.directory.name,

@@ -34,7 +34,7 @@ from nanoft.model import Decoder
 from nanoft.optim import optimizer_tensors
 from nanoft.perplexity import validation_loss
 from nanoft.runtime import distributed
-from nanoft.runtime.device import same_random_numbers
+from nanoft.runtime.device import preserve_rng_state
 from nanoft.runtime.memory import Shortage, peak_memory_gb
 from nanoft.tracking.run import Run
 from nanoft.training.memory_plan import MARGIN, describe_recompute, find_machine, minimum_plan, suggest_savings
@@ -206,7 +206,7 @@ def rehearse(model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, f
     """
     batch, seconds = batch.to(model.head.device), []
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with same_random_numbers():
+    with preserve_rng_state():
         for _ in range(2):  # the first one warms up, and leaves its gradients
             started = time.perf_counter()
             with autocast():
@@ -315,13 +315,13 @@ def preflight_checks(job: TrainContext, state: TrainState, forced: list[str]) ->
     distributed.broadcast_from_rank0(lambda: check_samples(job, forced, head))
     seconds_a_token, batches = rehearse_step(job, state), job.batches
     measured, predicted = peak_memory_gb(job.device), job.plan.peak / 1e9
-    job.run.say(f"memory    {describe_recompute(job.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
+    job.run.print(f"memory    {describe_recompute(job.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(job.validation):
         size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
         with Shortage(job.device) as short_of_memory:
-            job.run.say(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
+            job.run.print(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
         if short_of_memory:
-            job.run.say(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be taken")
+            job.run.print(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be taken")
     weights = distributed.gather_full(trained_weights(job))
     moments = distributed.gather_full(optimizer_tensors(job.optimizer, job.trained))
     distributed.broadcast_from_rank0(lambda: check_saving(job, forced, weights, moments))
@@ -336,14 +336,14 @@ def check_samples(job: TrainContext, forced: list[str], head: list[Check]) -> No
         preview(job.corpus, job.chat, job.config.system.seed), encoding="utf-8"
     )
     for check in checks:
-        job.run.say(check.line())
+        job.run.print(check.line())
     require_passed(checks, forced)
 
 
 def check_saving(job: TrainContext, forced: list[str], weights: Tensors, moments: Tensors) -> None:
     """Whether a checkpoint can be written: said, and judged."""
     saved = rehearse_save(job.run.directory, weights, moments, job.config.training.keep_checkpoints)
-    job.run.say(saved.line())
+    job.run.print(saved.line())
     require_passed([saved], forced)
 
 
@@ -353,7 +353,7 @@ def rehearse_step(job: TrainContext, state: TrainState) -> float:
         longest = job.batches.longest()
         with Shortage(job.device), distributed.same_exception(job.device):
             fits, seconds = rehearse(job.model, longest, job.autocast)
-            job.run.say(fits.line())
+            job.run.print(fits.line())
             return seconds / longest.tokens
         halve_micro_batch(job, state)
 
@@ -364,10 +364,10 @@ def show_step(
     """The window of an optimizer step (the first, if none is given) as the model sees it."""
     if step is not None and not 1 <= step <= total_steps:
         raise UserError(f"--show-step: {step}: this run has the steps 1 to {total_steps}")
-    left_out, size = run.left_out(), batches.windows_in_epoch()
+    left_out, size = run.skipped_windows(), batches.windows_in_epoch()
     taken = (place for place in map(divmod, itertools.count(), itertools.repeat(size)) if place not in left_out)
     epoch, index = next(itertools.islice(taken, (step or 1) - 1, None))
     batches.seek(epoch, index)
-    run.say(f"step {step or 1}: window {index + 1:,} of {size:,} in epoch {epoch + 1}")
+    run.print(f"step {step or 1}: window {index + 1:,} of {size:,} in epoch {epoch + 1}")
     for line in show_window(batches, index, corpus, chat, color=sys.stdout.isatty()):
-        run.say(line)
+        run.print(line)

@@ -20,9 +20,9 @@ def halve_micro_batch(job: TrainContext, state: TrainState) -> None:
     job.optimizer.zero_grad(set_to_none=True)
     job.batches.micro_batch_size = state.micro_batch_rows = (rows + 1) // 2
     job.batches.seek(state.epoch, state.window)
-    if job.run.begun:
+    if job.run.has_metrics:
         job.run.log("warning", state.step, what="out of memory", micro_batch_rows=state.micro_batch_rows)
-    job.run.say(
+    job.run.print(
         f"warning: out of memory after step {state.step} with micro-batches of {rows} rows: again with "
         f"{state.micro_batch_rows}; same samples a step, same loss"
     )

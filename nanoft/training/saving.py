@@ -8,7 +8,7 @@ from nanoft.checkpoint import SaveResult
 from nanoft.optim import optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import rng_state
-from nanoft.runtime.memory import memory_now
+from nanoft.runtime.memory import read_memory
 from nanoft.training.state import TrainContext, TrainState, trained_weights, weights_file
 
 # ---- Saved
@@ -60,10 +60,10 @@ def ensure_final_checkpoint(job: TrainContext, state: TrainState) -> None:
 
 def log_memory(job: TrainContext, state: TrainState, stage: str) -> None:
     """What is held and what may be, at a stage of the run."""
-    job.run.log("memory", state.step, stage=stage, **memory_now(job.device).figures())
+    job.run.log("memory", state.step, stage=stage, **read_memory(job.device).figures())
 
 
 def report_failure(job: TrainContext, state: TrainState, what: str, error: Exception) -> None:
     """Something that training can do without went wrong."""
     job.run.log("warning", state.step, what=f"{what} failed", error=f"{type(error).__name__}: {error}")
-    job.run.say(f"warning: {what} failed after step {state.step}: {type(error).__name__}: {error}")
+    job.run.print(f"warning: {what} failed after step {state.step}: {type(error).__name__}: {error}")

@@ -41,7 +41,7 @@ from nanoft.loss import chunk_rows, target_nll, token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
 from nanoft.runtime.device import seed_everything
-from nanoft.runtime.memory import free_host_bytes
+from nanoft.runtime.memory import available_host_bytes
 from nanoft.training.state import TrainContext
 
 GoOn = Callable[[TrainContext, int], None]  # train.py's loop: from the job's newest checkpoint, or none, to that step
@@ -104,7 +104,7 @@ def run(job: TrainContext, go_on: GoOn) -> list[Check]:
     Raises:
         TrainingFailed: names the first check that failed.
     """
-    say, tokens = job.run.say, min(TOKENS, job.batches.longest().ids.numel())
+    say, tokens = job.run.print, min(TOKENS, job.batches.longest().ids.numel())
     documents = TokenDataset.of(cut(job.batches.samples, tokens))
     say(f"self-test on {job.config.model.name}: {int(documents.lengths.sum()):,} tokens of its data, {job.device}\n")
     say(ROW.format("check", "result", "measured", "allowed", "compared"))
@@ -193,7 +193,7 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 
 def saving_to(job: TrainContext, checkpoints: CheckpointManager) -> TrainContext:
     """The same job with other checkpoints."""
-    return replace(job, checkpoints=checkpoints, saves=AsyncCheckpointWriter(checkpoints, free_host_bytes))
+    return replace(job, checkpoints=checkpoints, saves=AsyncCheckpointWriter(checkpoints, available_host_bytes))
 
 
 class _Taken(Exception):

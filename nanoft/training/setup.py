@@ -26,12 +26,12 @@ from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointManager
 from nanoft.config import Config
 from nanoft.config.resume import check_same_run, resume_fingerprint
 from nanoft.config.settings import config_warnings
-from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.builder import REJECTED
-from nanoft.data.dataset import PreparedDataset, data_hash, describe_data, build_datasets
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash, describe_data
 from nanoft.io import atomic
 from nanoft.io.hashing import hash_named_files
-from nanoft.io.tables import clock
+from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
 from nanoft.model import Decoder, compile_blocks
@@ -41,8 +41,8 @@ from nanoft.models.weights import check_quantization, load_model, quantization_o
 from nanoft.nf4 import Linear4bit, Linear8bit, cache_weights
 from nanoft.optim import build_optimizer
 from nanoft.runtime import distributed
-from nanoft.runtime.device import choose_device, choose_dtype, describe_device, versions
-from nanoft.runtime.memory import free_host_bytes
+from nanoft.runtime.device import choose_device, choose_dtype, describe_device, library_versions
+from nanoft.runtime.memory import available_host_bytes
 from nanoft.tracking.run import Run
 from nanoft.training.memory_plan import choose_activations
 from nanoft.training.preflight import check_ids
@@ -69,7 +69,7 @@ def init_run_dir(config: Config, run: Run, resume: str) -> Provenance:
     recorded = run.recorded_config()
     date = str((recorded or {}).get("provenance", {}).get("date") or datetime.now().date().isoformat())
     provenance: Provenance = {
-        "versions": versions(),
+        "versions": library_versions(),
         "device": device.type,
         "dtype": str(choose_dtype(config.model.dtype, device)).removeprefix("torch."),
         "data_sha256": data_hash(config.data),
@@ -81,7 +81,7 @@ def init_run_dir(config: Config, run: Run, resume: str) -> Provenance:
             raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
         check_same_run(recorded, config, provenance, str(run.directory))
         if (before := recorded["provenance"].get("versions")) != provenance["versions"]:
-            run.say(f"warning: other versions than when the run began ({before}): last bits may differ")
+            run.print(f"warning: other versions than when the run began ({before}): last bits may differ")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
     return provenance
@@ -94,7 +94,7 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
     chat.date = date
     started = time.perf_counter()
     bar = config.logging.progress_bar and not distributed.process_rank()
-    corpus = distributed.main_process_first(lambda: build_datasets(d, chat, length, seed, run.say, bar))
+    corpus = distributed.main_process_first(lambda: build_datasets(d, chat, length, seed, run.print, bar))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     batches = Batches(
         corpus.training,
@@ -113,9 +113,9 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
     if not distributed.process_rank():
         shutil.copyfile(corpus.directory / REJECTED, run.directory / REJECTED)
     for line in describe_data(corpus.report):
-        run.say(line)
+        run.print(line)
     used, seconds = batches.utilization(), time.perf_counter() - started
-    run.say(f"batches   {windows:,} steps per epoch, {100 * (1 - used):.1f} % padding ({seconds:.1f} s)")
+    run.print(f"batches   {windows:,} steps per epoch, {100 * (1 - used):.1f} % padding ({seconds:.1f} s)")
     return chat, corpus, batches
 
 
@@ -157,7 +157,7 @@ def build_training(
         batches,
         validation,
         checkpoints,
-        saves(checkpoints, free_host_bytes),
+        saves(checkpoints, available_host_bytes),
         base,
         device,
         dtype,
@@ -192,7 +192,7 @@ def base_model(job: TrainContext) -> Iterator[Decoder]:
 
 def print_summary(job: TrainContext, state: TrainState, total_steps: int, seconds_a_step: float) -> None:
     """Say what will happen before it happens: where, what is trained, how long it will take."""
-    c, say = job.config, job.run.say
+    c, say = job.config, job.run.print
     kinds = (Linear4bit, Linear8bit)
     packed = sum(m.in_features * m.out_features for m in job.model.modules() if isinstance(m, kinds))
     total = sum(p.numel() for p in job.model.parameters()) + packed
@@ -216,5 +216,5 @@ def print_summary(job: TrainContext, state: TrainState, total_steps: int, second
     if state.step:
         say(f"resuming  after step {state.step} of {total_steps}")
     left, epochs = total_steps - state.step, job.corpus.report["epochs"]
-    duration = clock(left * seconds_a_step)
+    duration = format_duration(left * seconds_a_step)
     say(f"plan      {left:,} steps ({epochs:.3g} epochs) of {c.effective_batch_size()} rows, about {duration}")

@@ -116,13 +116,13 @@ def find_start(job: TrainContext, resume: str) -> Checkpoint | None:
         except (checkpoint.CheckpointCorrupted, OSError) as reason:
             raise UserError(f"--resume: {reason}") from None
     saved, damage = job.checkpoints.newest()
-    if saved is None and job.run.finished_at():
+    if saved is None and job.run.finished_step():
         raise UserError(
             f"output.dir: {job.run.directory}: this run has ended, and its checkpoints are gone: eval.py and merge.py "
             "take what it learned; to train again choose another output.dir"
         )
     for what in damage:
-        job.run.say(f"warning: {what}: going back to an earlier checkpoint")
+        job.run.print(f"warning: {what}: going back to an earlier checkpoint")
     return saved
 
 

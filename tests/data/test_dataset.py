@@ -20,8 +20,8 @@ from nanoft import UserError
 from nanoft.batches import Batches, Sample
 from nanoft.config import DataConfig
 from nanoft.data import dataset
-from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.builder import REJECTED
+from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets, describe_data
 
 ROOT = Path(__file__).parents[2]

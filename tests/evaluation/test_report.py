@@ -16,7 +16,7 @@ from nanoft.evaluation.evaluate import Completion, EvalResult, Likelihoods, answ
 from nanoft.evaluation.report import ReportInputs
 from nanoft.metrics.answers import select_metrics
 from nanoft.metrics.bootstrap import Figure
-from nanoft.tracking.run import as_json
+from nanoft.tracking.run import to_json
 
 TOKENS = np.array([3, 17, 20, 31, 32, 64, 5, 18])
 
@@ -104,7 +104,7 @@ def test_without_a_base_or_with_one_sample_there_is_no_verdict_of_better_or_wors
     assert values["verdict"].startswith("no clear difference: perplexity from 7.389 to 2.718")
     assert cells(terminal)[1] == ["perplexity", "7.389", "2.718", "-63.2%", "-", "-"]
     assert values["changes"]["loss"]["change"]["low"] != values["changes"]["loss"]["change"]["low"]
-    assert json.loads(as_json(values))["changes"]["loss"]["change"]["low"] is None
+    assert json.loads(to_json(values))["changes"]["loss"]["change"]["low"] is None
 
 
 def test_a_model_that_does_not_stop_or_forgets_is_warned_of() -> None:
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_is_worse_than_any(loss: float) -> None:
     assert cells(terminal)[1][2:] == [str(loss), "x inf" if loss == math.inf else "-", "-", "-"]
     assert values["verdict"].startswith("worse: perplexity from ")
     assert "perplexity is not finite" in values["warnings"]
-    assert json.loads(as_json(values))["tuned"]["perplexity"] is None
+    assert json.loads(to_json(values))["tuned"]["perplexity"] is None
     assert reported(whole, broken)[0]["verdict"].startswith("better: perplexity from ")
     assert reported(broken, broken)[0]["verdict"].startswith("no clear difference: ")
 
@@ -247,7 +247,7 @@ def test_a_report_holds_everything_that_it_was_given() -> None:
     assert "wanted: r" in terminal
     for part in ("| steps ", "1,200", "12,345.6", "some/model", "torch=2.9, numpy=2.1", "Nothing leaks.", "wanted: r"):
         assert part in markdown
-    assert json.loads(as_json(values)) == json.loads(json.dumps(values))
+    assert json.loads(to_json(values)) == json.loads(json.dumps(values))
 
 
 def test_whatever_is_said_the_report_is_one_of_markdown() -> None:

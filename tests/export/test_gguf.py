@@ -29,16 +29,16 @@ from nanoft.export.gguf import (
     TORCH_DTYPES,
     WRITTEN,
     architecture,
-    new_gguf,
-    prove_gguf,
+    atomic_gguf,
+    verify_gguf,
     write_gguf,
     write_gguf_lora,
 )
 from nanoft.export.gguf_companions import modelfile, ollama_template, write_companions
 from nanoft.export.merge import merge
-from nanoft.export.model_card import parity
+from nanoft.export.model_card import parity_record
 from nanoft.generation.generate import generate
-from nanoft.models.open import LoadedModel, open_chat, open_model
+from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
 from tiny_models import CASES, LLAMA3, make_chat_model, make_packed
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 make_chat_model(base, case, **(WIDE if wide else SIZES[case]))
             kept[key] = make_adapter(base, root / key, lora=lora, **note)
         opened = open_model(str(kept[key]), CPU, torch.float32)
-        return opened, open_chat(str(kept[key]), opened)
+        return opened, open_chat_tokenizer(str(kept[key]), opened)
 
     return make
 
@@ -170,7 +170,7 @@ def test_transformers_reads_the_file(case: str, dtype: str, made: Any, tmp_path:
     wanted = logits(opened.model)
     share = {"f32": 1e-4, "f16": 0.01, "bf16": 0.1, "q8_0": 0.1, "q5_0": 0.6, "q4_0": 1.0}[dtype]
     assert (logits(theirs.eval()) - wanted).abs().max() < share * wanted.std()
-    proof = prove_gguf(opened, tmp_path / "model.gguf", [IDS], dtype)
+    proof = verify_gguf(opened, tmp_path / "model.gguf", [IDS], dtype)
     assert proof.holds
     assert proof.max_difference == pytest.approx((logits(theirs) - wanted).abs().max().item(), abs=1e-4)
 
@@ -188,7 +188,7 @@ def test_vectors_stay_exact_and_the_head_keeps_eight_bits(made: Any, tmp_path: P
 def test_rows_that_do_not_divide_into_blocks_are_kept_in_f16(tmp_path: Path) -> None:
     make_chat_model(tmp_path / "base", "llama", intermediate_size=48)
     opened = open_model(str(tmp_path / "base"), CPU, torch.float32)
-    path = write((opened, open_chat(str(tmp_path / "base"), opened)), tmp_path / "model.gguf", "q8_0")
+    path = write((opened, open_chat_tokenizer(str(tmp_path / "base"), opened)), tmp_path / "model.gguf", "q8_0")
     forms = {name: tensor.tensor_type.name for name, tensor in stored(path).items()}
     assert (forms["blk.0.ffn_down.weight"], forms["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")
     assert (logits(in_llama_cpp(path)) - logits(opened.model)).abs().max() < 0.1
@@ -204,17 +204,17 @@ def test_onto_the_quantized_base(stored_so: bool, tmp_path: Path) -> None:
     note = {"quantization": {"type": "nf4", "double": False}, "dtype": "float32"}
     adapter = str(make_adapter(base, tmp_path / "adapter", **note))
     opened = open_model(adapter, CPU, torch.float32)
-    write((opened, open_chat(adapter, opened)), tmp_path / "model.gguf", onto="nf4")
-    assert prove_gguf(opened, tmp_path / "model.gguf", [IDS], "f32").holds
+    write((opened, open_chat_tokenizer(adapter, opened)), tmp_path / "model.gguf", onto="nf4")
+    assert verify_gguf(opened, tmp_path / "model.gguf", [IDS], "f32").holds
     plain = open_model(adapter, CPU, torch.float32, original_base=True)
     if not stored_so:
-        assert not prove_gguf(plain, tmp_path / "model.gguf", [IDS], "f32").holds
+        assert not verify_gguf(plain, tmp_path / "model.gguf", [IDS], "f32").holds
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_kind_of_adapter_is_merged(variant: str, made: Any, tmp_path: Path) -> None:
     one = made("qwen2", lora=LoRAConfig(rank=4, alpha=6.0, **VARIANTS[variant]))
-    assert prove_gguf(one[0], write(one, tmp_path / "model.gguf"), [IDS], "f32").holds
+    assert verify_gguf(one[0], write(one, tmp_path / "model.gguf"), [IDS], "f32").holds
 
 
 def test_values_that_float16_lacks_are_refused(made: Any, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_llama_cpp_at_every_precision(case: str, dtype: str, made: Any, tmp_path
 def test_within_a_sliding_window_there_is_no_difference(tmp_path: Path) -> None:
     make_chat_model(tmp_path / "base", "mistral-window")
     opened = open_model(str(tmp_path / "base"), CPU, torch.float32)
-    chat = open_chat(str(tmp_path / "base"), opened)
+    chat = open_chat_tokenizer(str(tmp_path / "base"), opened)
     (note,) = write_gguf(opened, chat, "x", "f32", "original", tmp_path / "model.gguf")
     assert "no sliding window for this architecture: the file says 16 tokens of context" in note
     known = facts(tmp_path / "model.gguf")
@@ -300,7 +300,7 @@ def test_llama_cpp_renders_the_template_of_training(made: Any, tmp_path: Path) -
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0", "q4_0"])
 def test_the_tiny_demos_base_in_llama_cpp(dtype: str, tmp_path: Path) -> None:
     opened = open_model(str(TINY), CPU, torch.float32)
-    chat = open_chat(str(TINY), opened)
+    chat = open_chat_tokenizer(str(TINY), opened)
     write_gguf(opened, chat, "tiny", dtype, "original", tmp_path / "model.gguf")
     llama = in_llama_cpp(tmp_path / "model.gguf")
     text = "List: red, lamps, 14, Rome. Copy: red, lamps, 14, Rome. List: Oslo, 3, blue. Copy: Oslo, 3, blue."
@@ -344,7 +344,7 @@ def test_what_llama_cpp_cannot_compute_is_refused(
     make_chat_model(tmp_path, case, **changes)
     opened = open_model(str(tmp_path), CPU, torch.float32)
     with pytest.raises(UserError, match=f"--format gguf: .*{reason}"):
-        write((opened, open_chat(str(tmp_path), opened)), tmp_path / "model.gguf")
+        write((opened, open_chat_tokenizer(str(tmp_path), opened)), tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(("variant", "reason"), [("dora", "no DoRA"), ("bias", "hold no biases")])
@@ -380,7 +380,7 @@ def test_a_disk_without_room_is_noticed_before_the_work(
 
 def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) -> None:
     out = tmp_path / "some" / "m.gguf"
-    with new_gguf(out, "unused") as path:
+    with atomic_gguf(out, "unused") as path:
         path.write_text("weights")
         write_companions(path, out, "recipe", {"a": 1})
         assert not out.exists()
@@ -388,19 +388,19 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
     for name in ("m.gguf", "m.Modelfile"):
         other = out.with_name(name.replace("m.", "n."))
         other.write_text("mine")
-        with pytest.raises(UserError, match="exists already"), new_gguf(out.with_name("n.gguf"), "unused"):
+        with pytest.raises(UserError, match="exists already"), atomic_gguf(out.with_name("n.gguf"), "unused"):
             pass
         assert other.read_text() == "mine"
         other.unlink()
-    with suppress(RuntimeError), new_gguf(out.with_name("n.gguf"), "unused") as path:
+    with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused") as path:
         path.write_text("half")
         raise RuntimeError
     killed = "from nanoft.gguf_export import *; a = new_gguf(Path('n.gguf'), ''); a.__enter__().touch(); os._exit(9)"
     subprocess.run([sys.executable, "-c", killed], cwd=out.parent, check=False)
     assert any(path.name.startswith(".tmp-n") for path in out.parent.iterdir())
-    with suppress(RuntimeError), new_gguf(out.with_name("n.gguf"), "unused"):  # the next one sweeps up
+    with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused"):  # the next one sweeps up
         raise RuntimeError
-    with new_gguf(tmp_path / "dir", "model.gguf") as path:
+    with atomic_gguf(tmp_path / "dir", "model.gguf") as path:
         path.write_text("weights")
         write_companions(path, tmp_path / "dir", "recipe", {})
     assert {p.name for p in (tmp_path / "dir").iterdir()} == {"model.gguf", "Modelfile", "parity.json"}
@@ -409,7 +409,7 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
 
 def test_parity_is_what_an_engine_must_give(made: Any, tmp_path: Path) -> None:
     opened, chat = made("qwen3")
-    expected = parity(opened.model, chat, [Prompt(HELLO, "")], 8, "its own")
+    expected = parity_record(opened.model, chat, [Prompt(HELLO, "")], 8, "its own")
     llama = in_llama_cpp(write(made("qwen3"), tmp_path / "model.gguf"))
     assert expected["stop_ids"] == chat.stop_ids
     assert expected["prompts"][0]["messages"] == HELLO

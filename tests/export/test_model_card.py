@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.evaluation.evaluate import Prompt
-from nanoft.export.model_card import PARITY_TOKENS, hub_name, license_of, parity, push
+from nanoft.export.model_card import PARITY_TOKENS, hub_name, license_of, parity_record, push
 from nanoft.models.weights import load_model
 from tiny_models import make_chat_model
 
@@ -53,7 +53,7 @@ def test_prompts_that_are_long_or_that_the_template_refuses_are_left_out(tmp_pat
     chat, model = ChatTokenizer.from_directory(tmp_path), load_model(tmp_path, torch.device("cpu"), torch.float32)
     texts = ["no", "x" * 9 * PARITY_TOKENS, "yes"]
     prompts = [Prompt([{"role": "user", "content": text}], "") for text in texts]
-    told = parity(model.eval(), chat, prompts, 0, "its own")
+    told = parity_record(model.eval(), chat, prompts, 0, "its own")
     assert [item["text"] for item in told["prompts"]] == [
         "yes",
         "What is the capital of Norway?",

@@ -25,7 +25,7 @@ from nanoft.export.merge import open_adapter
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.export.verify import hidden_states
 from nanoft.generation.generate import generate
-from nanoft.models.open import open_model, read_trained
+from nanoft.models.open import open_model, read_trained_adapter
 from nanoft.models.weights import load_model
 from tiny_models import make_chat_model, make_packed, make_reference
 
@@ -69,7 +69,7 @@ def test_an_adapter_on_it_does_what_it_does_in_memory(variant: str, quantization
     make_chat_model(tmp_path / "base", "llama-bias")
     lora = replace(PLAIN, rank=4, **VARIANTS.get(variant, {}))
     make_adapter(tmp_path / "base", tmp_path / "adapter", lora=lora, quantization=quantization, dtype="bfloat16")
-    adapter = read_trained(str(tmp_path / "adapter"))
+    adapter = read_trained_adapter(str(tmp_path / "adapter"))
     tuned = {}
     for onto, original in (("nf4", False), ("original", True)):
         whole = open_model(str(tmp_path / "adapter"), CPU, torch.float32, original_base=original)
@@ -86,7 +86,7 @@ def test_merged_in_passing_is_what_transformers_and_peft_merge(variant: str, tmp
 
     make_chat_model(tmp_path / "base", "llama-bias")
     make_adapter(tmp_path / "base", tmp_path / "adapter", lora=replace(PLAIN, rank=4, **VARIANTS.get(variant, {})))
-    opened = open_adapter(read_trained(str(tmp_path / "adapter")), "original")
+    opened = open_adapter(read_trained_adapter(str(tmp_path / "adapter")), "original")
     weights = replace(open_rows(tmp_path / "base"), adapters=opened.adapters)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()

@@ -15,15 +15,15 @@ from hostile import TOKEN
 
 from nanoft import UserError
 from nanoft.io.untrusted import (
-    DEEPEST,
+    MAX_DEPTH,
     MAX_YAML,
     one_line,
     parse_json,
     parse_yaml,
-    plain_file,
     read_bytes,
     read_json,
     redact,
+    resolve_file,
     time_limit,
 )
 
@@ -33,9 +33,9 @@ def nested(depth: int) -> str:
 
 
 def test_json_at_the_bound() -> None:
-    assert repr(parse_json(nested(DEEPEST).encode())) == nested(DEEPEST)
+    assert repr(parse_json(nested(MAX_DEPTH).encode())) == nested(MAX_DEPTH)
     with pytest.raises(ValueError, match="nested too deeply"):
-        parse_json(nested(DEEPEST + 1).encode())
+        parse_json(nested(MAX_DEPTH + 1).encode())
     for value in (3, "text", None, [1, {"a": [True]}], {"a": 1.5}):
         assert parse_json(json.dumps(value).encode()) == value
 
@@ -53,7 +53,7 @@ def test_a_name_twice_is_refused_where_it_matters() -> None:
         "a: &a {k: 1, l: [2, 3]}\nb: *a\nc: {<<: *a, k: 5}\n",
         "a: 2001-12-14\nb: 0x1f\nc: 1_000\nd: .inf\ne: ~\nf: |\n  two\n  lines\n",
         "",
-        nested(DEEPEST),
+        nested(MAX_DEPTH),
     ],
 )
 def test_yaml_is_pyyamls(text: str) -> None:
@@ -65,7 +65,7 @@ def test_yaml_at_the_bound() -> None:
     with pytest.raises(ValueError, match="longer than"):
         parse_yaml("a: " + "x" * (MAX_YAML - 2))
     with pytest.raises(ValueError, match="nested more than"):
-        parse_yaml(nested(DEEPEST + 1))
+        parse_yaml(nested(MAX_DEPTH + 1))
 
 
 def test_files_that_are_as_large_as_they_may_be(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_files_that_are_as_large_as_they_may_be(tmp_path: Path) -> None:
 def test_links_within_the_directory_and_configs_anywhere(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text('{"a": 1}')
     (tmp_path / "link.json").symlink_to("real.json")
-    assert plain_file(tmp_path / "link.json") == (tmp_path / "real.json").resolve()
+    assert resolve_file(tmp_path / "link.json") == (tmp_path / "real.json").resolve()
     assert read_json(tmp_path / "link.json") == {"a": 1}
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "link.json").symlink_to(tmp_path / "real.json")

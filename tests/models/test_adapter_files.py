@@ -24,12 +24,12 @@ from nanoft.models.adapter_files import (
     PEFT_PREFIX,
     adapter_tensors,
     as_plain_lora,
-    combine,
     load_adapter_tensors,
     read_adapter,
     save_adapter,
     save_mlx,
-    select,
+    select_modules,
+    sum_adapters,
 )
 from nanoft.models.weights import load_model
 from tiny_models import delta, make_reference
@@ -217,7 +217,7 @@ def on_base(base: Path, lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[D
 @pytest.mark.parametrize("names", [("plain", "plain"), ("plain", "rslora and patterns"), ("some modules", "plain")])
 def test_a_weighted_sum_is_what_peft_makes_of_it(names: tuple[str, str], base: Path, tmp_path: Path) -> None:
     parts, weights = two(base, tmp_path, names), [0.7, -0.3]
-    lora, tensors = combine(parts, weights, lambda _: None)
+    lora, tensors = sum_adapters(parts, weights, lambda _: None)
     model, adapters = on_base(base, lora, tensors)
     reference = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     theirs = PeftModel.from_pretrained(reference, tmp_path / "one", adapter_name="one")
@@ -240,7 +240,7 @@ def test_trained_biases_add_up_as_changes(base: Path, tmp_path: Path) -> None:
     loras = [replace(PLAIN, bias="lora_only"), PLAIN]
     parts = [(lora, {k: t.clone() for k, t in adapter_tensors(trained(base, lora)[1]).items()}) for lora in loras]
     stored = load_file(base / "model.safetensors")
-    lora, tensors = combine(parts, [0.5, 2.0], lambda name: stored.get(f"{name}.bias"))
+    lora, tensors = sum_adapters(parts, [0.5, 2.0], lambda name: stored.get(f"{name}.bias"))
     _, adapters = on_base(base, lora, tensors)
     for name, adapter in adapters.items():
         old, new = stored[f"{name}.bias"], parts[0][1][f"{PEFT_PREFIX}{name}.base_layer.bias"]
@@ -252,7 +252,7 @@ def test_trained_biases_add_up_as_changes(base: Path, tmp_path: Path) -> None:
 def test_a_dora_is_not_added(base: Path) -> None:
     tensors = adapter_tensors(trained(base, variant("dora"))[1])
     with pytest.raises(UserError, match="DoRA gives each row"):
-        combine([(variant("dora"), tensors)], [0.5], lambda _: None)
+        sum_adapters([(variant("dora"), tensors)], [0.5], lambda _: None)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -268,7 +268,7 @@ def test_a_part_of_an_adapter_changes_only_what_it_names(
     only: list[str], kept: str, name: str, base: Path, tmp_path: Path
 ) -> None:
     _, adapters = trained(base, variant(name))
-    lora, tensors = select(*as_plain_lora(variant(name), adapter_tensors(adapters)), only)
+    lora, tensors = select_modules(*as_plain_lora(variant(name), adapter_tensors(adapters)), only)
     model, part = on_base(base, lora, tensors)
     assert part.keys() == {module for module in adapters if re.search(kept, module)}
     for module, adapter in part.items():
@@ -283,7 +283,7 @@ def test_a_part_of_an_adapter_changes_only_what_it_names(
 def test_a_part_that_is_none_is_refused(base: Path) -> None:
     tensors = adapter_tensors(trained(base)[1])
     with pytest.raises(UserError, match=r"--only: 'w_proj' names nothing .* q_proj, "):
-        select(PLAIN, tensors, ["attention", "w_proj"])
+        select_modules(PLAIN, tensors, ["attention", "w_proj"])
 
 
 # --- MLX

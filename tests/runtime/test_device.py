@@ -33,15 +33,15 @@ from nanoft.runtime.device import (
     set_rng_state,
 )
 from nanoft.runtime.memory import (
-    Memory,
-    MemoryWatch,
-    cgroup_memory,
-    free_host_bytes,
+    MemoryMonitor,
+    MemoryReading,
+    available_host_bytes,
+    cgroup_limits,
     is_out_of_memory,
     memory_limit_bytes,
-    memory_now,
     peak_memory_gb,
-    slope,
+    read_memory,
+    theil_sen_slope,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -293,17 +293,17 @@ def series(values: list[float], every: int = 10) -> list[tuple[float, float]]:
 
 
 def test_the_slope_is_the_median_of_all_slopes() -> None:
-    assert slope(series([5.0 + 3 * n for n in range(8)])) == (pytest.approx(0.3), 1.0)
-    assert slope(series([7.0] * 8)) == (0.0, 0.0)
-    assert slope(series([3.0, 2.0, 1.0])) == (pytest.approx(-0.1), 0.0)
+    assert theil_sen_slope(series([5.0 + 3 * n for n in range(8)])) == (pytest.approx(0.3), 1.0)
+    assert theil_sen_slope(series([7.0] * 8)) == (0.0, 0.0)
+    assert theil_sen_slope(series([3.0, 2.0, 1.0])) == (pytest.approx(-0.1), 0.0)
     wild = [5.0 + 3 * n for n in range(9)]
     wild[4] = 1e9  # one of nine may be anything
-    assert slope(series(wild))[0] == pytest.approx(0.3, rel=0.5)
-    assert slope([(1.0, 1.0), (1.0, 2.0)]) == (0.0, 0.0)  # no time has passed
+    assert theil_sen_slope(series(wild))[0] == pytest.approx(0.3, rel=0.5)
+    assert theil_sen_slope([(1.0, 1.0), (1.0, 2.0)]) == (0.0, 0.0)  # no time has passed
     x, y = np.random.default_rng(0).normal(size=(2, 30))
     between = (y[:, None] - y) / (x[:, None] - x + np.eye(30))
     points = [(float(a), float(b)) for a, b in zip(x, y, strict=True)]
-    assert slope(points)[0] == pytest.approx(np.median(between[np.triu_indices(30, 1)]))
+    assert theil_sen_slope(points)[0] == pytest.approx(np.median(between[np.triu_indices(30, 1)]))
 
 
 def cgroup(root: Path, path: str, **values: str) -> None:
@@ -316,30 +316,30 @@ def cgroup(root: Path, path: str, **values: str) -> None:
 def test_the_limits_of_every_cgroup_above_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)
     monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "cgroup")
-    assert list(cgroup_memory()) == []  # not Linux
+    assert list(cgroup_limits()) == []  # not Linux
     (tmp_path / "cgroup").write_text("0::/slurm/job_7/step\n")
     statistic = "anon 5\ninactive_file 300\nactive_file 7\n"
     cgroup(tmp_path, "slurm/job_7/step", memory__max="max\n", memory__current="9\n", memory__stat=statistic)
     cgroup(tmp_path, "slurm/job_7", memory__max="4000\n", memory__current="1000\n", memory__stat=statistic)
     cgroup(tmp_path, "slurm", memory__max="9000\n", memory__current="5000\n", memory__stat="anon 5\n")
     cgroup(tmp_path.parent, "", memory__max="1\n", memory__current="1\n", memory__stat="")  # no cgroup at all
-    assert list(cgroup_memory()) == [(4000, 700), (9000, 5000)]
-    assert free_host_bytes() == 3300
+    assert list(cgroup_limits()) == [(4000, 700), (9000, 5000)]
+    assert available_host_bytes() == 3300
     held = psutil.Process().memory_info().rss
     assert memory_limit_bytes(CPU) == pytest.approx(held + 3300, rel=0.01)
     (tmp_path / "cgroup").write_text("5:cpuset:/a\n4:cpu,memory:/docker/abc\n1:name=systemd:/b\n0::/\n")
     names = {"memory__usage_in_bytes": "600\n", "memory__stat": "inactive_file 1\ntotal_inactive_file 50\n"}
     cgroup(tmp_path, "memory", memory__limit_in_bytes="2000\n", **names)  # in a container: only the root is seen
-    assert list(cgroup_memory()) == [(2000, 550)]
+    assert list(cgroup_limits()) == [(2000, 550)]
     unlimited = str(2**63 - 4096)
     cgroup(tmp_path, "memory", memory__limit_in_bytes=unlimited, **names)
-    assert free_host_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.05)
+    assert available_host_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.05)
 
 
 def test_the_cgroups_of_this_machine_are_read() -> None:
-    for limit, used in cgroup_memory():
+    for limit, used in cgroup_limits():
         assert 0 < used < limit
-    assert 0 < free_host_bytes() <= psutil.virtual_memory().total
+    assert 0 < available_host_bytes() <= psutil.virtual_memory().total
 
 
 def test_memory_is_warned_of_at_each_level_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +347,7 @@ def test_memory_is_warned_of_at_each_level_once(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)
     monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "cgroup")
     (tmp_path / "cgroup").write_text("0::/\n")
-    watch = MemoryWatch(CPU, every_s=0)
+    watch = MemoryMonitor(CPU, every_s=0)
     held = psutil.Process().memory_info().rss
     warned = []
     for share in (0.5, 0.84, 0.86, 0.87, 0.91, 0.8, 0.92, 0.96, 0.97, 0.99):
@@ -357,16 +357,16 @@ def test_memory_is_warned_of_at_each_level_once(tmp_path: Path, monkeypatch: pyt
     assert warned == [[], [], [say(86)], [], [say(91)], [], [], [say(96)], [], []]
     assert "on" not in warned[2][0]
     cgroup(tmp_path, "", memory__max=str(int(held / 0.2)), memory__current=str(held), memory__stat="")
-    (warning,) = MemoryWatch(CPU, every_s=0)._levels(Memory(9e9, 1e10, 1e9, 8e9))
+    (warning,) = MemoryMonitor(CPU, every_s=0)._levels(MemoryReading(9e9, 1e10, 1e9, 8e9))
     fix = "lower training.micro_batch_size and raise gradient_accumulation_steps as much"
     assert warning.startswith(f"the process holds 90% of the 10.00 GB that it may have on cpu: {fix}")
 
 
 def test_looking_is_not_done_more_often_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    real = memory_now
-    monkeypatch.setattr(memory, "memory_now", lambda device: looked.append(1) or real(device))
-    watch = MemoryWatch(CPU, every_s=3600)
+    real = read_memory
+    monkeypatch.setattr(memory, "read_memory", lambda device: looked.append(1) or real(device))
+    watch = MemoryMonitor(CPU, every_s=3600)
     for step in range(100):
         watch.check(step)
     assert len(looked) == 1
@@ -375,8 +375,8 @@ def test_looking_is_not_done_more_often_than_asked(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("leaks", [False, True])
 def test_a_leak_is_told_from_a_warm_up(leaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real allocations: some at the beginning, and then none, or one at every step."""
-    monkeypatch.setattr(MemoryWatch, "LOOKS", 5)
-    watch, kept, warnings = MemoryWatch(CPU, every_s=0), [], []
+    monkeypatch.setattr(MemoryMonitor, "LOOKS", 5)
+    watch, kept, warnings = MemoryMonitor(CPU, every_s=0), [], []
     for step in range(60):
         if leaks or step < 8:
             kept.append(np.ones(500_000))  # 4 MB, touched
@@ -390,7 +390,7 @@ def test_a_leak_is_told_from_a_warm_up(leaks: bool, monkeypatch: pytest.MonkeyPa
 
 
 def test_figures_are_those_of_the_process() -> None:
-    now = memory_now(CPU)
+    now = read_memory(CPU)
     assert now.host_held == now.device_held == pytest.approx(psutil.Process().memory_info().rss, rel=0.02)
     assert now.host_limit == pytest.approx(memory_limit_bytes(CPU), rel=0.05)
     assert now.figures()["host_held_gb"] == pytest.approx(now.host_held / 1e9, abs=1e-4)
@@ -402,7 +402,7 @@ def test_figures_are_those_of_the_process() -> None:
 def test_the_memory_of_a_gpu_is_watched_beside_the_hosts() -> None:
     device = torch.device("cuda")
     block = torch.ones(250_000_000, device=device)
-    now = memory_now(device)
+    now = read_memory(device)
     assert now.device_held == torch.cuda.memory_reserved() >= block.nbytes
     assert now.device_limit <= torch.cuda.get_device_properties(device).total_memory
     assert list(now.shares()) == ["device", "host"]
@@ -414,7 +414,7 @@ def test_the_description_names_the_machine() -> None:
 
 
 def test_versions_are_those_that_are_installed() -> None:
-    versions = device.versions()
+    versions = device.library_versions()
     assert versions["nanoft"] == __version__ == importlib.metadata.version("nanoft")
     assert versions["python"] == platform.python_version()
     assert torch.__version__.startswith(versions["torch"].split("+")[0])

@@ -14,7 +14,7 @@ from test_train import quick, stop_after
 import train
 from nanoft.batches import Batch
 from nanoft.runtime import energy
-from nanoft.runtime.energy import Energy
+from nanoft.runtime.energy import EnergyMeter
 from nanoft.training.state import TrainContext
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_packages_are_added_up_and_begin_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     one, two = zone(tmp_path, "0", "package-0", 100), zone(tmp_path, "1", "package-1", 990)
     part, whole = zone(tmp_path, "0:0", "core", 50), zone(tmp_path, "2", "psys", 5)
-    counted = Energy(CPU)
+    counted = EnergyMeter(CPU)
     assert counted.used() == 0
     for path, joules in ((one, 130), (two, 15), (part, 70), (whole, 800)):
         say(path, joules)
@@ -51,11 +51,11 @@ def test_packages_are_added_up_and_begin_again(tmp_path: Path, monkeypatch: pyte
 
 def test_what_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
-    assert Energy(CPU).used() == 0
+    assert EnergyMeter(CPU).used() == 0
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     (zone(tmp_path, "0", "package-0", 100) / "energy_uj").unlink()  # as for whoever is not root
     (zone(tmp_path, "1", "package-1", 100) / "energy_uj").write_text("no number")
-    assert Energy(CPU).used() == 0
+    assert EnergyMeter(CPU).used() == 0
 
 
 def test_a_run_adds_up_what_its_steps_took_in_all_its_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_a_run_adds_up_what_its_steps_took_in_all_its_sessions(tmp_path: Path, m
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_gpu_counts_what_products_take() -> None:
     device = torch.device("cuda")
-    counted, started = Energy(device), time.perf_counter()
+    counted, started = EnergyMeter(device), time.perf_counter()
     if not counted.counters:
         pytest.skip("this GPU has no counter that can be read")
     x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)

@@ -133,11 +133,11 @@ def test_following_waits_for_a_run_tells_each_event_once_and_ends_with_it(tmp_pa
         assert process.stdout is not None
         assert "has not begun" in process.stdout.readline()
         with Run.open(tmp_path / "run") as run:
-            run.begin(0, [0, 0], [])
+            run.open_metrics(0, [0, 0], [])
             for step in (1, 2, 3):
                 run.log("train", step, loss=1.0 / step)
                 time.sleep(0.1)
-            run.begin(2, [0, 2], [], rolled_back=True)  # the file is written anew, without step 3
+            run.open_metrics(2, [0, 2], [], rolled_back=True)  # the file is written anew, without step 3
             run.log("train", 3, loss=9.0)
             run.log("eval", 3, loss=0.5, perplexity=2.0)
             run.log("done", 3, steps=3)
@@ -152,7 +152,7 @@ def test_following_waits_for_a_run_tells_each_event_once_and_ends_with_it(tmp_pa
 
 def test_following_a_run_that_nobody_works_on_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0, [0, 0], [])
+        run.open_metrics(0, [0, 0], [])
         run.log("train", 1, loss=1.0)
         thread = threading.Thread(target=compare.follow, args=(run.directory, 0.05))
         thread.start()

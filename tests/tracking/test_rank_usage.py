@@ -20,16 +20,16 @@ from nanoft.config import LoRAConfig
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.nf4 import Linear4bit
 from nanoft.tracking.rank_usage import (
-    FEWEST_STEPS,
+    MIN_STEPS,
     Advice,
-    Gradient,
-    Usage,
+    GradientStats,
+    RankUsage,
     advise,
-    directions,
+    directions_for_energy,
     effective_rank,
-    gradient,
-    measure,
-    report,
+    gradient_stats,
+    measure_rank_usage,
+    rank_report,
     singular_values,
     summarize,
     weight_norm,
@@ -50,17 +50,17 @@ def factors(sigma: list[float], out: int = 40, into: int = 30) -> tuple[Tensor, 
     return torch.linalg.inv(mix) @ v.T, u @ torch.diag(torch.tensor(sigma).double()) @ mix
 
 
-def usage(sigma: list[float], update: float = 0.01, rms: float | None = 1e-3) -> Usage:
+def usage(sigma: list[float], update: float = 0.01, rms: float | None = 1e-3) -> RankUsage:
     """A module with this spectrum, all figures by hand."""
     rank, total, energy = len(sigma), sum(sigma), sum(s * s for s in sigma)
     entropy = -sum(s / total * math.log(s / total) for s in sigma if s)
     cumulative = [sum(s * s for s in sigma[: k + 1]) for k in range(rank)]
     held = [next(k + 1 for k in range(rank) if cumulative[k] >= share * energy) for share in (0.9, 0.99)]
-    moments = None if rms is None else Gradient(rms, 0.5, 0.2, 400)
-    return Usage(rank, sigma, math.exp(entropy), energy / sigma[0] ** 2, *held, update, moments)
+    moments = None if rms is None else GradientStats(rms, 0.5, 0.2, 400)
+    return RankUsage(rank, sigma, math.exp(entropy), energy / sigma[0] ** 2, *held, update, moments)
 
 
-ZERO = Usage(16, [0.0] * 16, 0.0, 0.0, 0, 0, 0.0, Gradient(1e-3, 0.5, 0.2, 400))
+ZERO = RankUsage(16, [0.0] * 16, 0.0, 0.0, 0, 0, 0.0, GradientStats(1e-3, 0.5, 0.2, 400))
 
 
 # --- the spectrum
@@ -87,14 +87,14 @@ def test_a_known_spectrum_is_found(sigma: list[float]) -> None:
 def test_orthogonal_directions_count_in_full(rank: int) -> None:
     sigma = singular_values(*factors([2.0] * rank), 1.0)
     assert effective_rank(sigma) == pytest.approx(rank)
-    assert directions(sigma, 0.99) == rank
-    assert directions(sigma, 0.47) == math.ceil(0.47 * rank)
+    assert directions_for_energy(sigma, 0.99) == rank
+    assert directions_for_energy(sigma, 0.47) == math.ceil(0.47 * rank)
 
 
 def test_a_zero_update_has_no_directions_at_all() -> None:
     sigma = singular_values(random(4, 10), torch.zeros(12, 4), 2.0)
     assert sigma.tolist() == [0.0] * 4
-    assert (effective_rank(sigma), directions(sigma, 0.99)) == (0.0, 0)
+    assert (effective_rank(sigma), directions_for_energy(sigma, 0.99)) == (0.0, 0)
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=20).filter(lambda values: max(values) > 1e-3))
@@ -106,7 +106,7 @@ def test_entropy_and_energy_by_hand(values: list[float]) -> None:
     assert rank == pytest.approx(math.exp(-math.fsum(p * math.log(p) for p in shares if p > 0)))
     assert math.fsum(s * s for s in values) / values[0] ** 2 <= rank + 1e-9  # the stable rank is never larger
     for share in (0.5, 0.9, 0.99):
-        held, energy = directions(sigma, share), math.fsum(s * s for s in values)
+        held, energy = directions_for_energy(sigma, share), math.fsum(s * s for s in values)
         assert math.fsum(s * s for s in values[:held]) >= share * energy * (1 - 1e-12)
         assert math.fsum(s * s for s in values[: held - 1]) <= share * energy * (1 + 1e-12)
 
@@ -152,7 +152,7 @@ def test_gradients_are_the_weighted_means_of_those_seen(steps: int, fused: bool)
     first, second = (np.array([beta ** (steps - 1 - i) for i in range(steps)]) for beta in (beta1, beta2))
     mean = first @ rows / first.sum()
     square = second @ rows**2 / second.sum()
-    found = gradient(parameters, optimizer)
+    found = gradient_stats(parameters, optimizer)
     assert found is not None
     assert found.step == steps
     assert found.rms == pytest.approx(math.sqrt(square.mean()), rel=1e-4)
@@ -166,7 +166,7 @@ def test_the_noise_is_the_signal_of_gradients_without_a_mean(steps: int) -> None
     for step in range(steps):
         parameter.grad = random(200_000, seed=step)
         optimizer.step()
-    found = gradient([parameter], optimizer)
+    found = gradient_stats([parameter], optimizer)
     assert found is not None
     assert found.signal == pytest.approx(found.noise, rel=0.01)
     assert found.noise == pytest.approx({1: 1.0, 4: math.sqrt(0.16561 / 0.65341), 50: 0.2306}[steps], rel=1e-3)
@@ -178,7 +178,7 @@ def test_gradients_that_do_not_change_are_all_signal() -> None:
     for _ in range(5):
         parameter.grad = torch.linspace(-1, 1, 10)
         optimizer.step()
-    found = gradient([parameter], optimizer)
+    found = gradient_stats([parameter], optimizer)
     assert found is not None
     assert found.signal == pytest.approx(1.0, rel=1e-5)
 
@@ -186,8 +186,8 @@ def test_gradients_that_do_not_change_are_all_signal() -> None:
 @pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "Adagrad", "Adamax"])
 def test_without_adams_means_nothing_is_said(optimizer: str) -> None:
     made, parameters, _ = trained(2, optimizer)
-    assert gradient(parameters, made) is None
-    assert gradient(parameters, torch.optim.AdamW(parameters)) is None  # no step yet
+    assert gradient_stats(parameters, made) is None
+    assert gradient_stats(parameters, torch.optim.AdamW(parameters)) is None  # no step yet
 
 
 def test_gradients_that_were_zero_have_no_signal() -> None:
@@ -195,7 +195,7 @@ def test_gradients_that_were_zero_have_no_signal() -> None:
     optimizer = torch.optim.AdamW([parameter])
     parameter.grad = torch.zeros(3)
     optimizer.step()
-    assert gradient([parameter], optimizer) == Gradient(0.0, 0.0, 1.0, 1)
+    assert gradient_stats([parameter], optimizer) == GradientStats(0.0, 0.0, 1.0, 1)
 
 
 # --- one adapter
@@ -207,7 +207,7 @@ def test_an_adapter_is_measured_as_its_whole_update_says(packed: bool) -> None:
     (adapter,) = adapters_on({"q_proj": base}, rank=6, alpha=9.0).values()
     with torch.no_grad():
         adapter.lora_B.copy_(random(96, 6, seed=5))
-    found = measure(adapter, torch.optim.SGD(adapter.parameters()))
+    found = measure_rank_usage(adapter, torch.optim.SGD(adapter.parameters()))
     whole = 1.5 * (adapter.lora_B.double() @ adapter.lora_A.double()).detach().numpy()
     weight = (base.dequantize() if packed else base.weight.detach()).double().numpy()
     sigma = np.linalg.svd(whole, compute_uv=False)[:6]
@@ -235,10 +235,10 @@ def test_a_fresh_adapter_has_no_update_and_a_base_of_zeros_is_infinitely_changed
     base = nn.Linear(8, 8)
     nn.init.zeros_(base.weight)
     (adapter,) = adapters_on({"q_proj": nn.Linear(8, 8)}, rank=4, alpha=8.0).values()
-    found = measure(adapter, torch.optim.SGD(adapter.parameters()))
+    found = measure_rank_usage(adapter, torch.optim.SGD(adapter.parameters()))
     assert (found.effective_rank, found.stable_rank, found.directions_99, found.relative_update) == (0, 0, 0, 0)
     (adapter,) = adapters_on({"q_proj": base}, rank=4, alpha=8.0).values()
-    assert measure(adapter, torch.optim.SGD(adapter.parameters())).relative_update == math.inf
+    assert measure_rank_usage(adapter, torch.optim.SGD(adapter.parameters())).relative_update == math.inf
 
 
 # --- the advice
@@ -276,9 +276,9 @@ def low(rank: int, of: int = 16) -> list[float]:
     ],
 )
 def test_advice_on_known_spectra(sigmas: list[list[float]], verdict: str, rank: int | None) -> None:
-    found = advise([usage(sigma) for sigma in sigmas], [], FEWEST_STEPS)
+    found = advise([usage(sigma) for sigma in sigmas], [], MIN_STEPS)
     assert (found.verdict, found.rank) == (verdict, rank)
-    early = advise([usage(sigma) for sigma in sigmas], [], FEWEST_STEPS - 1)
+    early = advise([usage(sigma) for sigma in sigmas], [], MIN_STEPS - 1)
     assert (early.verdict, early.rank) == ("none", None)
 
 
@@ -331,9 +331,9 @@ def test_words() -> None:
 
 def test_a_report_without_adapters_is_empty() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
-    assert report({}, optimizer, 500) == ({}, "", "")
+    assert rank_report({}, optimizer, 500) == ({}, "", "")
     pissa = LoRALinear(nn.Linear(8, 8), LoRAConfig(rank=2, init="pissa"), torch.Generator())
-    assert report({"q_proj": pissa}, optimizer, 500) == ({}, "", "")
+    assert rank_report({"q_proj": pissa}, optimizer, 500) == ({}, "", "")
 
 
 def test_a_frozen_a_has_no_gradient_to_report() -> None:
@@ -341,7 +341,7 @@ def test_a_frozen_a_has_no_gradient_to_report() -> None:
     optimizer = torch.optim.AdamW([adapter.lora_B])
     adapter(torch.ones(3, 8)).sum().backward()
     optimizer.step()
-    assert measure(adapter, optimizer).gradient == gradient([adapter.lora_B], optimizer)
+    assert measure_rank_usage(adapter, optimizer).gradient == gradient_stats([adapter.lora_B], optimizer)
 
 
 def test_a_report_says_what_the_optimizer_does_not_keep() -> None:
@@ -351,7 +351,7 @@ def test_a_report_says_what_the_optimizer_does_not_keep() -> None:
             adapter.lora_B.copy_(torch.linalg.qr(random(20, 4)).Q)
             adapter.lora_A.copy_(torch.linalg.qr(random(20, 4)).Q.T)
     optimizer = torch.optim.SGD([p for adapter in adapters.values() for p in (adapter.lora_A, adapter.lora_B)])
-    values, terminal, markdown = report(adapters, optimizer, 500)
+    values, terminal, markdown = rank_report(adapters, optimizer, 500)
     assert values["adapters"]["types"]["q_proj"]["gradient"] is None
     assert values["adapters"]["types"]["q_proj"]["advice"]["rank"] == 8
     (row,) = [line for line in markdown.splitlines() if line.startswith("| q_proj ")]
@@ -397,5 +397,5 @@ def test_the_demo_reports_its_adapters(tmp_path: Path, capsys: pytest.CaptureFix
     assert all(row[-1].strip() == "no advice" for row in rows[2:])
     said = capsys.readouterr().out.splitlines()
     where = next(n for n, line in enumerate(said) if line.startswith("adapters  effective rank "))
-    assert said[where + 1] == f"advice    no advice: 3 steps are too few to judge by, {FEWEST_STEPS} are needed"
+    assert said[where + 1] == f"advice    no advice: 3 steps are too few to judge by, {MIN_STEPS} are needed"
     assert said[where - 1] == said[where + 2] == ""

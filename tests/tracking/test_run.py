@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from nanoft import UserError
-from nanoft.io.tables import clock, table
+from nanoft.io.tables import format_duration, markdown_table
 from nanoft.tracking.run import AppendOnlyFile, Meter, Run
 
 HOST = socket.gethostname()
@@ -68,7 +68,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     with other_owner(tmp_path / "run") as process:
         process.kill()
     with Run.open(tmp_path / "run") as run:
-        run.say("taken over")
+        run.print("taken over")
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_without_locks_a_dead_process_holds_nothing_either(tmp_path: Path) -> No
 
 def test_a_lock_that_was_removed_as_the_message_says_is_made_anew(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0, [0, 0], [])
+        run.open_metrics(0, [0, 0], [])
     (tmp_path / "run" / ".lock").unlink()
     Run.open(tmp_path / "run")
     assert (tmp_path / "run" / ".lock").exists()
@@ -133,9 +133,9 @@ def test_a_directory_of_something_else_is_refused_and_kept(tmp_path: Path) -> No
 
 def refuse(directory: Path, error: Exception, begin: bool = False) -> None:
     with pytest.raises(type(error)), Run.open(directory) as run:  # noqa: PT012 (a run that begins, then fails)
-        run.say("hello")
+        run.print("hello")
         if begin:
-            run.begin(0, [0, 0], [])
+            run.open_metrics(0, [0, 0], [])
         raise error
 
 
@@ -156,7 +156,7 @@ def test_a_refused_run_takes_the_parents_that_it_made_along_but_nothing_of_other
 
 def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0, [0, 0], [])
+        run.open_metrics(0, [0, 0], [])
         run.log("eval", 1, loss=float("nan"), perplexity=float("inf"), tokens=2)
         run.write_report({"tuned": {"perplexity": float("-inf"), "loss": 1.5}}, "")
         assert [lines(run)[0][key] for key in ("loss", "perplexity", "tokens")] == [None, None, 2]
@@ -167,7 +167,7 @@ def test_anything_else_that_ends_a_run_leaves_its_directory(tmp_path: Path) -> N
     refuse(tmp_path / "began", UserError("no"), begin=True)
     refuse(tmp_path / "crashed", RuntimeError("a bug"))
     with Run.open(tmp_path / "old") as run:
-        run.say("first")
+        run.print("first")
     refuse(tmp_path / "old", UserError("no"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["began", "crashed", "old"]
     assert (tmp_path / "old" / "train.log").read_text() == "first\nhello\n"
@@ -176,18 +176,18 @@ def test_anything_else_that_ends_a_run_leaves_its_directory(tmp_path: Path) -> N
 def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
     with Run.open(tmp_path) as run:
         assert run.recorded_config() is None
-        assert run.finished_at() is None
+        assert run.finished_step() is None
 
 
 def test_windows_that_were_left_out_are_known(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        assert run.left_out() == set()
-        run.begin(0, [0, 0], [])
+        assert run.skipped_windows() == set()
+        run.open_metrics(0, [0, 0], [])
         for what, window in (("step skipped", [0, 1]), ("spike", [0, 2]), ("step skipped", [1, 0])):
             run.log("warning", 1, what=what, window=window)
-        assert run.left_out() == {(0, 1), (1, 0)}
+        assert run.skipped_windows() == {(0, 1), (1, 0)}
         run.log("warning", 1, what="rolled back", left_out=[[0, 2], [1, 0]])  # the spike was taken before
-        assert run.left_out() == {(0, 1), (0, 2), (1, 0)}
+        assert run.skipped_windows() == {(0, 1), (0, 2), (1, 0)}
 
 
 def test_the_recorded_config_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:
@@ -205,11 +205,11 @@ def test_the_recorded_config_is_read_or_said_to_be_damaged(tmp_path: Path) -> No
 def test_a_run_has_ended_when_its_report_says_so(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
         run.write_report({"training": {"steps": 7}}, "# Report\n")
-        assert run.finished_at() == 7
+        assert run.finished_step() == 7
         assert (run.directory / "report.md").read_text() == "# Report\n"
         whole = (run.directory / "report.json").read_text()
         (run.directory / "report.json").write_text(whole[:12])  # the power went while it was written
-        assert run.finished_at() is None
+        assert run.finished_step() is None
 
 
 # --- metrics.jsonl and train.log
@@ -217,14 +217,14 @@ def test_a_run_has_ended_when_its_report_says_so(tmp_path: Path) -> None:
 
 def test_a_resumed_run_drops_what_will_be_done_again_and_torn_lines(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0, [0, 0], [])
+        run.open_metrics(0, [0, 0], [])
         for step in (1, 2, 3):
             run.log("train", step, loss=1 / step, text="a\u2028b\né")  # a line separator that JSON does not escape
         run.log("eval", 2, loss=0.5)
     with open(run.directory / "metrics.jsonl", "ab") as file:
         file.write(b'[2]\n\n{"event": "train", "step": 1, "text": "\xc3')  # cut inside a letter
     with Run.open(tmp_path / "run") as run:
-        run.begin(2, [0, 0], [])
+        run.open_metrics(2, [0, 0], [])
         run.log("train", 3, loss=9.0)
         assert [(line["event"], line["step"]) for line in lines(run)] == [
             ("train", 1), ("train", 2), ("eval", 2), ("train", 3),
@@ -236,7 +236,7 @@ def test_a_resumed_run_drops_what_will_be_done_again_and_torn_lines(tmp_path: Pa
 
 def test_a_line_is_on_the_disk_when_it_is_logged(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0, [0, 0], [])
+        run.open_metrics(0, [0, 0], [])
         run.log("train", 1, loss=2.0)
         (line,) = lines(run)
     assert list(line) == ["event", "step", "loss", "time"]
@@ -244,14 +244,14 @@ def test_a_line_is_on_the_disk_when_it_is_logged(tmp_path: Path) -> None:
 
 def test_what_is_said_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.say("Grüße")
-        run.say()
+        run.print("Grüße")
+        run.print()
     assert (run.directory / "train.log").read_text(encoding="utf-8") == "Grüße\n\n"
     assert capsys.readouterr().out == "Grüße\n\n"
 
 
 def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path: Path) -> None:
-    code = "from nanoft.metrics import Run\nwith Run.open({!r}) as run:\n    for _ in range(3): run.say('x' * 9999)"
+    code = "from nanoft.metrics import Run\nwith Run.open({!r}) as run:\n    for _ in range(3): run.print('x' * 9999)"
     command = [sys.executable, "-u", "-c", code.format(str(tmp_path / "run"))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -300,15 +300,15 @@ def test_a_disk_that_refuses_a_line_is_told_once_and_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Run.open(tmp_path / "run") as run:
-        run.begin(0, [0, 0], [])
+        run.open_metrics(0, [0, 0], [])
         run.log("train", 1, loss=2.0)
         with no_file_longer_than(0):
             for step in (2, 3):
                 run.log("train", step, loss=2.0)
-                run.say(f"step {step}")
+                run.print(f"step {step}")
                 run.sync()
         run.log("train", 4, loss=2.0)
-        run.say("step 4")
+        run.print("step 4")
         assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
     said = capsys.readouterr().out
     assert [said.count(f"{name}: File too large") for name in ("metrics.jsonl", "train.log")] == [1, 1]
@@ -319,10 +319,10 @@ def test_a_disk_that_refuses_a_line_is_told_once_and_stops_nothing(
 def test_a_directory_that_is_no_longer_ours_is_noticed_before_a_save(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with Run.open(directory) as run:
-        run.begin(0, [0, 0], [])
+        run.open_metrics(0, [0, 0], [])
         run.sync()
         directory.rename(tmp_path / "elsewhere")
-        run.say("still here")
+        run.print("still here")
         with pytest.raises(UserError, match=r"output\.dir: .*run: was removed or replaced"):
             run.sync()
         with Run.open(directory), pytest.raises(UserError, match="was removed or replaced"):
@@ -335,7 +335,7 @@ def test_what_took_the_place_of_a_run_that_had_begun_is_kept(tmp_path: Path) -> 
 
     def replaced_meanwhile() -> None:
         with Run.open(directory) as run:
-            run.begin(0, [0, 0], [])
+            run.open_metrics(0, [0, 0], [])
             directory.rename(tmp_path / "moved")
             directory.mkdir()
             (directory / "precious.txt").write_text("of somebody else")
@@ -361,7 +361,7 @@ def test_a_run_that_begins_again_has_not_ended(tmp_path: Path) -> None:
     """Killed after its last line, before its report: the last line is written again, once."""
     for _ in range(2):
         with Run.open(tmp_path / "run") as run:
-            run.begin(1, [0, 0], [])
+            run.open_metrics(1, [0, 0], [])
             run.log("done", 1, steps=1)
             assert [line["event"] for line in lines(run)] == ["done"]
 
@@ -369,9 +369,9 @@ def test_a_run_that_begins_again_has_not_ended(tmp_path: Path) -> None:
 def test_half_a_letter_in_a_name_stops_no_line(tmp_path: Path) -> None:
     name = os.fsdecode(b"l\xe4ufe")  # Latin-1, as old archives have it
     with Run.open(tmp_path / name) as run:
-        run.begin(0, [0, 0], [])
+        run.open_metrics(0, [0, 0], [])
         run.log("train", 1, path=name)
-        run.say(name)
+        run.print(name)
         run.write_report({"name": name}, name)
         assert lines(run)[0]["path"] == name
         assert json.loads((run.directory / "report.json").read_text())["name"] == name
@@ -385,9 +385,9 @@ def test_a_meter_gives_token_weighted_means_and_starts_again() -> None:
     meter = Meter()
     meter.add(nats=6.0, tokens=100, target_tokens=2, seconds=1.0)
     meter.add(nats=2.0, tokens=60, target_tokens=6, seconds=3.0)
-    assert meter.line() == {"loss": 1.0, "tokens_per_second": 40.0, "target_tokens_per_second": 2.0}
+    assert meter.flush() == {"loss": 1.0, "tokens_per_second": 40.0, "target_tokens_per_second": 2.0}
     meter.add(nats=3.0, tokens=40, target_tokens=1, seconds=4.0)
-    assert meter.line() == {"loss": 3.0, "tokens_per_second": 10.0, "target_tokens_per_second": 0.25}
+    assert meter.flush() == {"loss": 3.0, "tokens_per_second": 10.0, "target_tokens_per_second": 0.25}
     assert meter.tokens_per_second() == 25.0  # 200 tokens in 8 s
 
 
@@ -415,15 +415,15 @@ def test_a_meter_goes_on_after_a_restart() -> None:
     ],
 )
 def test_a_duration_for_people(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_a_table_is_aligned_markdown() -> None:
-    text = table(["", "base", "tuned"], [["perplexity", "12.3", "4"], ["x", "1", "largest of all"]])
+    text = markdown_table(["", "base", "tuned"], [["perplexity", "12.3", "4"], ["x", "1", "largest of all"]])
     assert text == (
         "|            | base | tuned          |\n"
         "|------------|------|----------------|\n"
         "| perplexity | 12.3 | 4              |\n"
         "| x          | 1    | largest of all |"
     )
-    assert table(["only"], []) == "| only |\n|------|"
+    assert markdown_table(["only"], []) == "| only |\n|------|"

@@ -18,7 +18,7 @@ from nanoft import UserError
 from nanoft.config import Config, LoggingConfig
 from nanoft.tracking import trackers
 from nanoft.tracking.run import Run
-from nanoft.tracking.trackers import Plots, TensorBoard, WandB, check_installed, scalars
+from nanoft.tracking.trackers import Plots, TensorBoard, WandB, require_tracker_packages, scalars
 
 TOKEN = "hf_" + "x" * 34
 
@@ -41,7 +41,7 @@ class Listening:
         self.told: list[dict[str, Any]] = []
         self.fails_at, self.is_closed = fails_at, False
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def log(self, event: dict[str, Any]) -> None:
         if event["step"] == self.fails_at:
             raise OSError("gone")
         self.told.append(event)
@@ -55,8 +55,8 @@ class Listening:
 def test_a_listener_is_told_what_the_file_says_and_one_that_fails_is_an_event(tmp_path: Path) -> None:
     whole, broken, last = Listening(), Listening(2), Listening(0)
     with Run.open(tmp_path / "run") as run:
-        run.begin(0, [0, 0], [])
-        run.listeners = [broken, whole, last]
+        run.open_metrics(0, [0, 0], [])
+        run.trackers = [broken, whole, last]
         for step in (1, 2, 3):
             run.log("train", step, loss=float("nan"), text=TOKEN)
     assert whole.told == logged(run)
@@ -93,10 +93,10 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, field: str, value: str, package: str, extra: str
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
-    check_installed(LoggingConfig())
+    require_tracker_packages(LoggingConfig())
     message = rf"logging\.{field}: {value} needs {package}: pip install -e '\.\[{extra}\]', or set none"
     with pytest.raises(UserError, match=message):
-        check_installed(LoggingConfig(**{field: value}))
+        require_tracker_packages(LoggingConfig(**{field: value}))
 
 
 # ---- Plots
@@ -111,8 +111,8 @@ def test_plots_are_drawn_while_the_run_goes_on_one_at_a_time_and_at_its_end(tmp_
     needs("matplotlib")
     plots, picture = Plots(tmp_path / "run", "step"), tmp_path / "run" / "plots" / "curves.svg"
     with Run.open(tmp_path / "run") as run:
-        run.begin(0, [0, 0], [])
-        run.listeners = [plots]
+        run.open_metrics(0, [0, 0], [])
+        run.trackers = [plots]
         run.log("memory", 0, total_steps=3)
         assert plots._process is None
         run.log("train", 1, loss=3.0)
@@ -139,7 +139,7 @@ def test_plots_are_due_when_it_was_asked_for(
             plots._is_due = False
 
         monkeypatch.setattr(plots, "_start", start)
-        plots.tell({"event": "train", "step": step, "epoch": epoch, "time": 0.0})
+        plots.log({"event": "train", "step": step, "epoch": epoch, "time": 0.0})
     assert drawn == epochs
 
 
@@ -147,8 +147,8 @@ def test_plots_that_cannot_be_drawn_are_an_event(tmp_path: Path) -> None:
     needs("matplotlib")
     with Run.open(tmp_path / "run") as run:
         (run.directory / "plots").write_text("in the way")
-        run.begin(0, [0, 0], [])
-        run.listeners = [Plots(run.directory, "end")]
+        run.open_metrics(0, [0, 0], [])
+        run.trackers = [Plots(run.directory, "end")]
         run.log("train", 1, loss=3.0)
     (warning,) = [event for event in logged(run) if event["event"] == "warning"]
     assert warning["what"] == "drawing plots failed"
@@ -156,14 +156,14 @@ def test_plots_that_cannot_be_drawn_are_an_event(tmp_path: Path) -> None:
 
 
 def test_a_drawing_that_is_stuck_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(trackers, "TIMEOUT_S", 0.2)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "sleeper"))
     (tmp_path / "sleeper").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "sleeper").chmod(0o755)
     started = time.monotonic()
     with Run.open(tmp_path / "run") as run:
-        run.begin(0, [0, 0], [])
-        run.listeners = [Plots(run.directory, "end")]
+        run.open_metrics(0, [0, 0], [])
+        run.trackers = [Plots(run.directory, "end")]
         run.log("train", 1, loss=3.0)
     assert time.monotonic() - started < 30
     assert "timed out" in logged(run)[-1]["error"]
@@ -178,8 +178,8 @@ def test_tensorboard_reads_back_what_was_logged_and_a_resumed_run_replaces_what_
 
     for first, loss in ((0, 5.0), (2, 7.0)):  # interrupted after step 4, its checkpoint was of step 2
         with Run.open(tmp_path / "run") as run:
-            run.begin(first, [0, first], [])
-            run.listeners = [TensorBoard(run.directory / "tensorboard", first)]
+            run.open_metrics(first, [0, first], [])
+            run.trackers = [TensorBoard(run.directory / "tensorboard", first)]
             for step in (first + 1, first + 2, *([4] if first == 0 else [])):
                 run.log("train", step, loss=loss / step, note="text", missing=float("nan"))
             run.log("eval", first + 2, loss=loss)
@@ -224,8 +224,8 @@ def test_wandb_stays_offline_and_its_file_has_what_was_logged_and_no_token(
     for name in ("WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     with Run.open(tmp_path / "run") as run:
-        run.begin(0, [0, 0], [])
-        run.listeners = [WandB(run.directory, Config())]
+        run.open_metrics(0, [0, 0], [])
+        run.trackers = [WandB(run.directory, Config())]
         for step in (1, 2):
             run.log("train", step, loss=3.0 / step, text=TOKEN)
         run.log("warning", 2, what="nothing to count")

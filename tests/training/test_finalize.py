@@ -72,7 +72,7 @@ def test_ranks_that_cannot_be_computed_cost_no_report(tmp_path: Path, monkeypatc
     def not_converging(*_: Any) -> Any:
         raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
 
-    monkeypatch.setattr(rank_usage, "report", not_converging)
+    monkeypatch.setattr(rank_usage, "rank_report", not_converging)
     assert train.main(quick(tmp_path / "run")) == 0
     assert [w["what"] for w in events(tmp_path / "run")] == ["the adapters' report failed"]
     assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == 8
