@@ -241,7 +241,7 @@ def test_each_trouble_has_a_symptom_a_cause_a_check_and_a_fix() -> None:
 # What is quoted there, and the command that makes the program say it.
 ERRORS = {
     "no such field: did you mean lora.rank?": "train.py CONFIG lora.rnk=8",
-    "no known shape: its first record has the fields q, a": "train.py CONFIG data.train_file=odd.jsonl",
+    "unknown shape: its first record has the fields q, a": "train.py CONFIG data.train_file=odd.jsonl",
     "records are malformed, more than data.max_bad_records": "train.py CONFIG data.train_file=bad.jsonl",
     "no message of it is to be learned": "train.py CONFIG data.train_file=unlearned.jsonl",
     "quantization.bits: 4 freezes the base": "train.py CONFIG quantization.bits=4 training.method=full",

@@ -357,7 +357,7 @@ READERS: dict[str, Callable[[IO[bytes], Path, str | None], Iterator[tuple[int, R
 
 
 def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not allowed")
+    raise ValueError(f"{constant} is not JSON")
 
 
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

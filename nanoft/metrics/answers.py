@@ -122,7 +122,7 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * common / (len(words) + len(wanted))
 
 
-# A minus that follows a digit, a letter, a closing bracket, a percent sign or a full stop is no sign: 10-7, (3)-7, 5%-7%.
+# A minus after a digit, letter, closing bracket, % or . is a subtraction or a hyphen: 10-7, (3)-7, 5%-7%.
 NUMBER = re.compile(r"(?:(?<![\w)\]}%.])-[$€£]?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 
 

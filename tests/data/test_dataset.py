@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from templates import STYLES, TINY, Style, save
 from nanoft import UserError
 from nanoft.batches import Batches, Sample
 from nanoft.config import DataConfig
-from nanoft.data import dataset
+from nanoft.data import builder, dataset
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets, describe_data
@@ -439,9 +443,68 @@ def test_the_second_time_nothing_is_read(chat: ChatTokenizer, tmp_path: Path, mo
     file = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(30)])
     first = build(chat, file, validation_split=0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "read_file", lambda *_: pytest.fail("read again"))
+        patch.setattr(builder, "read_file", lambda *_: pytest.fail("read again"))
         assert same(build(chat, file, validation_split=0.2), first)
         assert build(chat, file, validation_split=0.2, packing=True).directory == first.directory
+
+
+# ---- Code: nanoft's own, and the user's
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from nanoft.config import DataConfig
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import build_datasets, data_hash
+data = DataConfig(train_file=sys.argv[1], validation_split=0.0, format=sys.argv[3])
+prepared = build_datasets(data, ChatTokenizer.from_directory(Path(sys.argv[2])), 512, 0, print)
+print("targets", prepared.report["training"]["target_tokens"])
+print("hash", data_hash(data))
+"""
+
+
+def run_script(directory: Path, file: str, data_format: str = "auto") -> str:
+    """Output of SCRIPT with the package and the user's functions of a directory."""
+    command = [sys.executable, "-c", SCRIPT, file, str(TINY), data_format]
+    environment = {**os.environ, "PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr[-500:]
+
+
+def test_edited_data_code_is_not_answered_from_the_cache(tmp_path: Path) -> None:
+    """A copy of the package is edited, as somebody who changes nanoft would do."""
+    file = write(tmp_path / "d.jsonl", [{"document": f"text {n}", "summary": "short"} for n in range(10)])
+    shutil.copytree(ROOT / "nanoft", tmp_path / "copy" / "nanoft", ignore=shutil.ignore_patterns("__pycache__"))
+    formats = tmp_path / "copy" / "nanoft" / "data" / "formats.py"
+    first, again = (run_script(tmp_path / "copy", file) for _ in range(2))
+    assert "from the cache" not in first
+    assert "from the cache" in again
+    assert first.splitlines()[-2:] == again.splitlines()[-2:]
+    source = formats.read_text()
+    assert source.count('text_of(record, "summary")') == 1
+    formats.write_text(source.replace('text_of(record, "summary")', 'text_of(record, "summary") + " and more"'))
+    edited, cached = (run_script(tmp_path / "copy", file) for _ in range(2))
+    assert "from the cache" not in edited
+    assert "from the cache" in cached
+    targets = [int(re.findall(r"targets (\d+)", text)[0]) for text in (first, edited, cached)]
+    assert targets[0] < targets[1] == targets[2]
+
+
+def test_an_edited_format_function_is_not_answered_from_the_cache(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", [{"q": f"q{n}", "a": "yes"} for n in range(10)])
+    (tmp_path / "user").mkdir()
+    module = tmp_path / "user" / "my_format.py"
+    module.write_text('def convert(record):\n    return {"prompt": record["q"], "completion": record["a"]}\n')
+    os.symlink(ROOT / "nanoft", tmp_path / "user" / "nanoft")
+    first, again = (run_script(tmp_path / "user", file, "my_format:convert") for _ in range(2))
+    assert "from the cache" not in first
+    assert "from the cache" in again
+    module.write_text(module.read_text().replace('record["a"]', 'record["a"] * 2'))
+    edited = run_script(tmp_path / "user", file, "my_format:convert")
+    assert "from the cache" not in edited
+    hashes = [re.findall(r"hash (\w+)", text)[0] for text in (first, again, edited)]
+    assert hashes[0] == hashes[1] != hashes[2]  # so that a run is not resumed with another function
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -504,7 +567,7 @@ def test_any_records_end_in_counts_that_add_up(chat: ChatTokenizer, tmp_path: Pa
     try:
         found = build(chat, file, 24, max_bad_records=1.0, truncation=policy, validation_split=share)
     except UserError as error:
-        if not re.search(r"none of \d+ records is left|no record is left|no known shape|not valid JSON", str(error)):
+        if not re.search(r"none of \d+ records is left|no record is left|unknown shape|not valid JSON", str(error)):
             raise
         return
     sides = [found.training, found.validation]

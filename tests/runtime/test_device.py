@@ -105,7 +105,7 @@ def test_a_seed_settles_every_generator() -> None:
 
 
 def test_deterministic_kernels_are_asked_for() -> None:
-    code = "import os, torch; from nanoft.runtime import prepare; prepare(0, 0, {}); "
+    code = "import os, torch; from nanoft.runtime.device import seed_everything; seed_everything(0, 0, {}); "
     code += "print(torch.are_deterministic_algorithms_enabled(), os.environ.get('CUBLAS_WORKSPACE_CONFIG'))"
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
     for wanted, expected in ((True, "True :4096:8"), (False, "False None")):
@@ -236,7 +236,7 @@ def test_in_another_thread_signals_are_left_alone() -> None:
 
 
 def test_a_command_whose_reader_has_gone_ends_quietly() -> None:
-    code = "import sys; from nanoft import runtime; runtime.command(lambda _: print('x'))([])"
+    code = "from nanoft.runtime.command import command; command(lambda _: print('x'))([])"
     command = f"{sys.executable} -c {code!r} | true; exit ${{PIPESTATUS[0]}}"
     command = command.replace("print(", "__import__('time').sleep(0.3) or print(")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
