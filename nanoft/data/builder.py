@@ -41,17 +41,9 @@ FULL_TEXT, PROMPT = "full_text.sig", "prompt.sig"  # MinHash signatures, while b
 class DatasetBuilder:
     """Writes a data set to a directory, with a few numbers for each record and each sample in memory."""
 
-    def __init__(
-        self,
-        directory: Path,
-        data: DataConfig,
-        max_length: int,
-        seed: int,
-        tokenizer: ChatTokenizer,
-        options: ReadOptions,
-    ):
-        self.directory, self.data, self.max_length, self.seed = directory, data, max_length, seed
-        self.tokenizer, self.options = tokenizer, options
+    def __init__(self, directory: Path, data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int):
+        self.directory, self.data, self.tokenizer = directory, data, tokenizer
+        self.max_length, self.seed = max_length, seed
         self.removed: Counter[str] = Counter()
         self.first_malformed: list[str] = []
         self.shapes: list[dict[str, Any]] = []
@@ -76,9 +68,8 @@ class DatasetBuilder:
         with contextlib.ExitStack() as stack:
             self.tokens = stack.enter_context(open(self.directory / TOKENS, "wb", buffering=1 << 20))
             self.rejected = stack.enter_context(open(self.directory / REJECTED, "w", encoding="utf-8"))
-            wanted = {FULL_TEXT: self.data.near_duplicates, PROMPT: self._looks_for_near_leaks()}
             self.signatures = {
-                name: stack.enter_context(open(self.directory / name, "wb")) for name in wanted if wanted[name]
+                name: stack.enter_context(open(self.directory / name, "wb")) for name in self._signed_texts()
             }
             self._tokenize(progress_bar)
             self._reject_lost()
@@ -88,10 +79,11 @@ class DatasetBuilder:
             is_training, is_validation = self._split()
         self._write(is_training, is_validation)
 
-    def _looks_for_near_leaks(self) -> bool:
-        data = self.data
+    def _signed_texts(self) -> list[str]:
+        """Of which texts MinHash signatures are needed."""
+        data, full_text = self.data, [FULL_TEXT] if self.data.near_duplicates else []
         holds_out = data.validation_file or data.validation_split or data.validation_size
-        return data.near_leaks != "ignore" and bool(holds_out)
+        return [*full_text, PROMPT] if holds_out and data.near_leaks != "ignore" else full_text
 
     # ---- The pass over the files
 
@@ -132,7 +124,7 @@ class DatasetBuilder:
             self.bar.update(position - done)
             done = position
 
-        for item in read_file(file, self.options, advance):
+        for item in read_file(file, ReadOptions.from_config(self.data), advance):
             if isinstance(item, str):
                 self.shapes.append({"file": str(file), "shape": item, "records": 0})
                 continue
@@ -364,15 +356,12 @@ class DatasetBuilder:
         """What became of the data, as report.json keeps it."""
         return {
             "files": self.shapes,
-            "read": self.read,
             "removed": dict(self.removed.most_common()),
-            "first_malformed": self.first_malformed,
             "truncated": len(self.truncated),
             "truncation": self.data.truncation,
             "max_seq_length": self.max_length,
-            "samples_lost": self.samples_lost,
-            "target_tokens_lost": self.target_tokens_lost,
             "cut_off_replies": self.cut_off,
+            **{name: getattr(self, name) for name in ("read", "first_malformed", "samples_lost", "target_tokens_lost")},
             "near_leaks": self.near_leaks,
             "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",
             **{name: self._describe(samples) for name, samples in sides.items()},

@@ -18,7 +18,6 @@ it (<think></think>) is not a target, and the turn ends with the first control t
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import hashlib
@@ -30,27 +29,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from nanoft import UserError
 from nanoft.batches import Sample
+from nanoft.data import tokenizer_files
 from nanoft.data.formats import Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
-from nanoft.data.tokenizer_files import (
-    BREAK,
-    PLACEHOLDER,
-    SPECIAL_TOKENS,
-    as_user_error,
-    byte_widths,
-    read_stop_ids,
-    read_template,
-    read_tokenizer,
-    read_tokenizer_config,
-    token_text,
-)
+from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, byte_widths, token_text
 
 # For a base model without a template: ChatML as plain text, since the model does not have ChatML's tokens; a turn ends
 # with the end-of-sequence token.
@@ -84,6 +73,13 @@ class Rendered:
         return self.turns[0] if len(self.turns) == 1 else None
 
 
+class _RenderedConversation(NamedTuple):
+    messages: list[Message]  # cleaned
+    tools: Any
+    text: str
+    marks: list[tuple[int, int]]
+
+
 class ChatTokenizer:
     """A model's tokenizer and chat template, read from its directory without transformers."""
 
@@ -93,20 +89,18 @@ class ChatTokenizer:
         settings: dict[str, Any],
         template: str | None,
         stop_ids: Iterable[int] = (),
-        template_args: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, Any] | None = None,  # more variables of the template: enable_thinking
     ):
-        """
-        Args:
-            template_args: additional variables of the template, for example enable_thinking.
-        """
         self.tokenizer, self.settings, self.template_args = tokenizer, settings, dict(template_args or {})
         self.template = template or DEFAULT_TEMPLATE
         self.has_own_template = template is not None
         tokens = {key: token_text(settings.get(key)) for key in SPECIAL_TOKENS}
         self.special = {key: text for key, text in tokens.items() if text is not None}
-        self.bos_id, self.eos_id = self._id("bos_token"), self._id("eos_token")
-        self.pad_id = next(i for i in (self._id("pad_token"), self.eos_id, 0) if i is not None)
-        self.wants_bos = self._wants_bos()
+        ids = {key: tokenizer.token_to_id(text) for key, text in self.special.items()}
+        self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
+        self.pad_id = next(i for i in (ids.get("pad_token"), self.eos_id, 0) if i is not None)
+        first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
+        self.wants_bos = self.bos_id is not None and first == [self.bos_id]  # its post-processor adds it
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         self.control_texts = sorted((text for text in special if text), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self.control_texts)) or "(?!)")
@@ -129,8 +123,9 @@ class ChatTokenizer:
         Raises:
             UserError: there is no tokenizer.json, or a file is not valid.
         """
-        tokenizer, settings = read_tokenizer(directory), read_tokenizer_config(directory)
-        stop_ids, template = read_stop_ids(directory), read_template(directory, settings)
+        tokenizer = tokenizer_files.read_tokenizer(directory)
+        settings, stop_ids = tokenizer_files.read_config(directory), tokenizer_files.read_stop_ids(directory)
+        template = tokenizer_files.read_template(directory, settings)
         if taken := sorted(set(template_args or ()) & {*RESERVED, *SPECIAL_TOKENS}):
             raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
         try:
@@ -169,7 +164,8 @@ class ChatTokenizer:
         Raises:
             TemplateRefusal: the template cannot be used for training on this conversation.
         """
-        whole = _RenderedConversation(self, self._clean(messages), self._escape(tools))
+        cleaned, escaped = self._clean(messages), self._escape(tools)
+        whole = _RenderedConversation(cleaned, escaped, *find_marks(self._render(cleaned, False, escaped)))
         if tools or any("tool_calls" in message for message in messages):
             self._check_tools(whole.text, messages, tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -191,14 +187,8 @@ class ChatTokenizer:
 
     def _clean(self, messages: Sequence[Message]) -> list[Message]:
         """The messages that the template gets: control tokens escaped, without null values and training fields."""
-        return [
-            {
-                key: self._escape(value)
-                for key, value in message.items()
-                if value is not None and key not in TRAINING_FIELDS
-            }
-            for message in messages
-        ]
+        kept = ({k: v for k, v in m.items() if v is not None and k not in TRAINING_FIELDS} for m in messages)
+        return [self._escape(message) for message in kept]
 
     def _render(self, cleaned: list[Message], add_generation_prompt: bool, tools: Any) -> str:
         """The text, with generation marks if the template sets any."""
@@ -224,9 +214,7 @@ class ChatTokenizer:
         if index < len(whole.messages) - 1:
             after, marks = find_marks(self._render(whole.messages[: index + 1], False, whole.tools))
         if not after.startswith(before):
-            raise TemplateRefusal(
-                "the chat template cannot be trained with: rendering the answered prompt does not start with the prompt"
-            )
+            raise TemplateRefusal("the chat template renders an answered prompt that does not start with the prompt")
         marked = [mark for mark in marks if mark[1] > len(before)]
         if marked:
             start, end = self._complete(after, max(marked[0][0], len(before)), marked[-1][1])
@@ -287,10 +275,11 @@ class ChatTokenizer:
         plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
         for what, other, offered in (("tool_calls", plain, tools), ("tools", messages, None)):
             if (other, offered) != (messages, tools):
-                same = False
-                with contextlib.suppress(TemplateRefusal):  # it needs them
-                    same = self.render(other, tools=offered) == rendered
-                if same:
+                try:
+                    without = self.render(other, tools=offered)
+                except TemplateRefusal:
+                    continue  # it needs them
+                if without == rendered:
                     raise TemplateRefusal(f"the chat template omits {what}: it does not support tools")
 
     # ---- Text to ids
@@ -303,7 +292,8 @@ class ChatTokenizer:
         """Encode texts; the tokenizer's threads encode one batch while the next ones are being rendered."""
         with ThreadPoolExecutor(2) as pool:  # one may wait for the GIL while the other keeps all cores busy
             under_way: deque[tuple[list[Rendered], Any]] = deque()
-            for batch in _in_batches(rendered):
+            items = iter(rendered)
+            while batch := list(itertools.islice(items, BATCH)):
                 under_way.append((batch, pool.submit(self._encode_batch, [item.text for item in batch])))
                 if len(under_way) > 4:
                     batch, encodings = under_way.popleft()
@@ -320,10 +310,8 @@ class ChatTokenizer:
         pieces = []
         for start, end in itertools.pairwise([0, *changes.tolist(), len(sample.ids)]):
             text = self.decode(sample.ids[start:end].tolist(), keep_special=True)
-            if color:
-                pieces.append(f"\033[{32 if sample.is_target[start] else 2}m{text}\033[0m")
-            else:
-                pieces.append(f"⟦{text}⟧" if sample.is_target[start] else text)
+            plain, colored = ("⟦{}⟧", "\033[32m{}\033[0m") if sample.is_target[start] else ("{}", "\033[2m{}\033[0m")
+            pieces.append((colored if color else plain).format(text))
         return "".join(pieces)
 
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
@@ -380,23 +368,17 @@ class ChatTokenizer:
         """
         start, end = span
         prompt = self._ids(item.text[:start])
-        text = item.text[:start] + BREAK + item.text[start:end]
-        encoded = self._encode(text)
-        answer = [
-            token
-            for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True)
-            if first > start and text[first:last] != BREAK
-        ]
-        ids = np.array(prompt + answer, dtype=np.int32)
+        broken = item.text[:start] + BREAK + item.text[start:end]
+        ids = np.array(prompt + self._ids(broken, after=start), dtype=np.int32)
         return self._with_bos(ids, np.arange(len(ids)) >= len(prompt), item.record, turn)
 
-    def _ids(self, text: str) -> list[int]:
-        """The ids of a text, without those of BREAK."""
+    def _ids(self, text: str, after: int = -1) -> list[int]:
+        """The ids of a text, without those of BREAK; only of tokens that begin after a character."""
         encoded = self._encode(text)
         if BREAK not in text:
             return encoded.ids
         pairs = zip(encoded.ids, encoded.offsets, strict=True)
-        return [token for token, (start, end) in pairs if text[start:end] != BREAK]
+        return [token for token, (start, end) in pairs if start > after and text[start:end] != BREAK]
 
     def _first_bos(self, ids: list[int]) -> list[int]:
         """Exactly one BOS, if the tokenizer adds one."""
@@ -421,15 +403,6 @@ class ChatTokenizer:
         if isinstance(value, list):
             return [self._escape(part) for part in value]
         return value
-
-    def _id(self, key: str) -> int | None:
-        text = self.special.get(key)
-        return None if text is None else self.tokenizer.token_to_id(text)
-
-    def _wants_bos(self) -> bool:
-        """Whether the tokenizer's post-processor puts BOS first."""
-        with_specials = self.tokenizer.encode("a", add_special_tokens=True).ids
-        return self.bos_id is not None and with_specials[:1] == [self.bos_id]
 
 
 def is_trained(message: Message) -> bool:
@@ -465,17 +438,3 @@ def _complement(spans: list[tuple[int, int]], length: int) -> list[tuple[int, in
     """The text between and around the spans."""
     edges = [0, *itertools.chain(*spans), length]
     return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
-
-
-class _RenderedConversation:
-    """Cleaned messages, and the whole conversation rendered."""
-
-    def __init__(self, tokenizer: ChatTokenizer, messages: list[Message], tools: Any):
-        self.messages, self.tools = messages, tools
-        self.text, self.marks = find_marks(tokenizer._render(messages, False, tools))
-
-
-def _in_batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, BATCH)):
-        yield batch

@@ -21,12 +21,12 @@ import tokenizers
 from nanoft import UserError, batches
 from nanoft.batches import Array, TokenDataset
 from nanoft.config import DataConfig
-from nanoft.config.functions import import_function, is_function, source_file
+from nanoft.config.functions import source_file
 from nanoft.data.builder import PERCENTILES, REPORT, TOKENS, DatasetBuilder
 from nanoft.data.cache import cache_home, load_or_build
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation
-from nanoft.data.records import ReadOptions, check_format, read_file
+from nanoft.data.records import ReadOptions, format_function, read_file
 from nanoft.data.sources import find_files, read_raw
 from nanoft.io import untrusted
 from nanoft.io.hashing import hash_named_files, hash_remembered
@@ -122,7 +122,7 @@ def build_datasets(
     files = [file for part in parts for file in part]
 
     def build(directory: Path) -> None:
-        DatasetBuilder(directory, data, max_length, seed, tokenizer, options).build(parts, progress_bar)
+        DatasetBuilder(directory, data, tokenizer, max_length, seed).build(parts, progress_bar)
 
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name not in NOT_IN_KEY}
     versions = [tokenizers.__version__, jinja2.__version__, _code_hash()]
@@ -142,11 +142,9 @@ def build_datasets(
 
 def data_hash(data: DataConfig) -> str:
     """One hash of the contents of all data files, and of the source of the user's own format function."""
-    check_format(data.format)
-    files = [file for part in _parts(data) for file in part]
-    if is_function(data.format):
-        source = source_file(import_function(data.format, "data.format", "(record)"))
-        files += [source] if source is not None else []
+    files, function = [file for part in _parts(data) for file in part], format_function(data.format)
+    source = source_file(function) if function is not None else None
+    files += [source] if source is not None else []
     return hash_remembered(files, cache_home() / "hashes.json")
 
 

@@ -149,7 +149,7 @@ def _alpaca(record: dict[str, Any]) -> list[Message]:
     return [*_system(record), *itertools.chain(*turns), *_exchange(question, text_of(record, "output"))]
 
 
-def _prompt_completion(record: dict[str, Any]) -> list[Message]:
+def _pair(record: dict[str, Any]) -> list[Message]:
     """{"prompt", "completion"}, both texts or both lists of messages."""
     if isinstance(record["prompt"], list) and isinstance(record["completion"], list):
         turns = [_message(turn) for name in ("prompt", "completion") for turn in _list(record, name)]
@@ -207,9 +207,7 @@ SHAPES = {
         _alpaca,
         aliases={"response": "output"},
     ),
-    "prompt_completion": Shape(
-        ("prompt", "completion"), ("system", "prompt", "completion", "tools"), _prompt_completion
-    ),
+    "prompt_completion": Shape(("prompt", "completion"), ("system", "prompt", "completion", "tools"), _pair),
     "question_answer": Shape(("question", "answer"), ("system", "context", "question", "answer"), _question_answer),
     "summarization": Shape(("document", "summary"), ("system", "document", "summary"), _summarization),
     "extractive_qa": Shape(

@@ -63,13 +63,23 @@ def check_format(name: str) -> None:
     Raises:
         UserError: it is neither auto, nor an entry of the table, nor package.module:function.
     """
-    if name.startswith(UNTRUSTED):
-        name = name.removeprefix(UNTRUSTED)
-        raise UserError(f"data.format: {name} is code, which config.json cannot name: add data.format={name} again")
-    if name not in ("auto", *SHAPES) and not is_function(name):
+    if name not in ("auto", *SHAPES) and not is_function(name.removeprefix(UNTRUSTED)):
         near = difflib.get_close_matches(name, ["auto", *SHAPES], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"choose auto, {', '.join(SHAPES)} or package.module:function"
         raise UserError(f"data.format: {name!r:.60}: no such format: {hint}")
+
+
+def format_function(name: str) -> Callable[..., Any] | None:
+    """The user's own function that data.format names, imported; None if it names a shape.
+
+    Raises:
+        UserError: it cannot be imported, or its name comes from a run's config.json.
+    """
+    check_format(name)
+    if name.startswith(UNTRUSTED):
+        name = name.removeprefix(UNTRUSTED)
+        raise UserError(f"data.format: {name} is code, which config.json cannot name: add data.format={name} again")
+    return import_function(name, "data.format", "(record)") if is_function(name) else None
 
 
 def detect_shape(path: Path, records: list[tuple[int, Raw]]) -> str:
@@ -114,13 +124,11 @@ def read_file(
     Raises:
         UserError: the file cannot be read, or the user's own function failed.
     """
-    check_format(options.shape)
+    shape, function = options.shape, format_function(options.shape)
     raw = read_raw(path, options.delimiter, on_progress)
     records = ((line, _rename(record, options.columns)) for line, record in raw)
     first = list(itertools.islice(records, DETECT_FROM))
-    shape, function = options.shape, None
-    if is_function(shape):
-        function = import_function(shape, "data.format", "(record)")
+    if function is not None:
         yield shape
     else:
         shape = detect_shape(path, first) if shape == "auto" else shape
@@ -157,15 +165,13 @@ def _rename(record: Raw, columns: Mapping[str, str]) -> Raw:
     return kept | {ALIASES.get(name, name): record[column] for name, column in columns.items()}
 
 
-def _convert(
-    record: Raw, shape: str, function: Callable[..., Any] | None, path: str, line: int, options: ReadOptions
-) -> Conversation:
+def _convert(record: Raw, shape: str, function: Any, path: str, line: int, options: ReadOptions) -> Conversation:
     if isinstance(record, BadRecord):
         raise record
-    if function is None:
-        _check_required(record, shape)
-    elif not isinstance(record, dict):
-        raise BadRecord(f"expected an object, found {type(record).__name__}")
+    required = SHAPES[shape].required if function is None else ()
+    if not isinstance(record, dict) or not all(name in record for name in required):
+        found = _names(record) if isinstance(record, dict) else type(record).__name__
+        raise BadRecord(f"expected {'the fields ' + ', '.join(required) if required else 'an object'}, found {found}")
     if options.label_field is not None:
         _check_label(record, options.label_field)
     fields = {name: _split_field(record, name) for name in options.fields}
@@ -179,17 +185,10 @@ def _convert(
         tools = parse_tools(record) if "tools" in SHAPES[shape].fields else None
     except BadRecord:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, LookupError) as error:
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise BadRecord(f"a turn is malformed: {type(error).__name__}: {error}"[:200]) from None
     _check_turns(messages)
     return Conversation(messages, None, path, line, tools, fields)
-
-
-def _check_required(record: Any, shape: str) -> None:
-    required = SHAPES[shape].required
-    if not isinstance(record, dict) or not all(name in record for name in required):
-        found = _names(record) if isinstance(record, dict) else type(record).__name__
-        raise BadRecord(f"expected the fields {', '.join(required)}, found {found}")
 
 
 def _call(function: Callable[..., Any], record: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:

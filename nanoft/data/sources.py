@@ -51,9 +51,7 @@ def find_files(spec: str, name: str = "data.train_file") -> list[list[Path]]:
         UserError: a part is empty, does not exist, or has no data file.
     """
     if not spec.strip():
-        raise UserError(
-            f"{name}: is empty: give a file (.json .jsonl .csv .tsv .parquet), a directory or hf://datasets/"
-        )
+        raise UserError(f"{name}: is empty: give a file ({' '.join(SUFFIXES)}), a directory or hf://datasets/")
     parts = [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(",")]
     return [_find_part(part, name) for part in parts]
 
@@ -75,14 +73,13 @@ def _find_part(part: str, name: str) -> list[Path]:
 
 def _data_files(directory: Path, part: str, name: str) -> list[Path]:
     """The data files below a directory, sorted by name, without hidden ones."""
-    found = sorted(
-        path
-        for path in directory.rglob("*")
-        if _suffix(path) in SUFFIXES
-        and path.is_file()
-        and not any(path.match(pattern) for pattern in METADATA)
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-    )
+
+    def is_data(path: Path) -> bool:
+        ignored = any(path.match(pattern) for pattern in METADATA)
+        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        return _suffix(path) in SUFFIXES and path.is_file() and not ignored and not hidden
+
+    found = sorted(filter(is_data, directory.rglob("*")))
     if not found:
         raise UserError(f"{name}: {part}: a directory without data files ({' '.join(SUFFIXES)})")
     return found
@@ -101,13 +98,8 @@ def _download(part: str, name: str) -> list[Path]:
     from huggingface_hub import snapshot_download
 
     try:
-        root = snapshot_download(
-            f"{owner}/{repository}",
-            repo_type="dataset",
-            revision=revision or None,
-            allow_patterns=wanted,
-            ignore_patterns=METADATA,
-        )
+        patterns = {"allow_patterns": wanted, "ignore_patterns": METADATA}
+        root = snapshot_download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
     except Exception as error:  # the Hub client raises many kinds: no network, no such dataset, gated, bad name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason}") from None
@@ -348,10 +340,8 @@ def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Itera
 # Arguments: a stream positioned after its byte-order mark, the path for messages, the delimiter of tables.
 READERS: dict[str, Callable[[IO[bytes], Path, str | None], Iterator[tuple[int, Raw]]]] = {
     ".json": _read_json,
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
-    ".csv": _read_table,
-    ".tsv": _read_table,
+    **dict.fromkeys((".jsonl", ".ndjson"), _read_lines),
+    **dict.fromkeys((".csv", ".tsv"), _read_table),
     ".parquet": _read_parquet,
 }
 

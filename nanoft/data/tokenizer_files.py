@@ -44,7 +44,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
     """Read tokenizer_config.json, if there is one, and check its special tokens."""
     path = directory / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}

@@ -216,7 +216,9 @@ def test_a_hub_dataset_that_cannot_be_had_is_one_line(hub: type[Hub], name: str)
 
 def test_without_the_hub_it_says_so(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(UserError, match=r"^data\.train_file: hf://datasets/some/data: could not be downloaded") as raised:
+    with pytest.raises(
+        UserError, match=r"^data\.train_file: hf://datasets/some/data: could not be downloaded"
+    ) as raised:
         find_files("hf://datasets/some/data")
     assert "\n" not in str(raised.value)
 
