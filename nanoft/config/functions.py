@@ -47,7 +47,7 @@ def import_function(name: str, field: str, signature: str) -> Callable[..., Any]
         sys.path.remove(here)
     if not callable(found):
         raise UserError(f"{field}: {name}: is not a function: write def {function}{signature}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def source_file(function: Callable[..., Any]) -> Path | None:

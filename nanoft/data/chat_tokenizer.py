@@ -37,7 +37,7 @@ from tokenizers import Encoding, Tokenizer
 from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.data import tokenizer_files
-from nanoft.data.formats import Message
+from nanoft.data.formats import Message as Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
 from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, byte_widths, token_text
 

@@ -98,7 +98,7 @@ def _download(part: str, name: str) -> list[Path]:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = {"allow_patterns": wanted, "ignore_patterns": METADATA}
+        patterns: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": METADATA}
         root = snapshot_download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
     except Exception as error:  # the Hub client raises many kinds: no network, no such dataset, gated, bad name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -15,8 +15,8 @@ import numpy as np
 
 from nanoft import UserError
 from nanoft.batches import Sample
-from nanoft.data.chat_tokenizer import ChatTokenizer, Message
-from nanoft.data.formats import Conversation
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.formats import Conversation, Message
 
 OMITTED = " [...] "  # replaces the middle of a message
 ATTEMPTS = 24

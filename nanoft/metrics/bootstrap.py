@@ -18,8 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nanoft.batches import Array
-
+Array = np.ndarray[Any, Any]
 RESAMPLES = 10_000
 AT_ONCE = 1 << 20  # counts in memory
 LEVEL = 0.95
