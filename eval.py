@@ -33,7 +33,7 @@ from nanoft.data.builder import NEAR
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash
 from nanoft.data.formats import Conversation
-from nanoft.data.records import ReadOptions, read_file
+from nanoft.data.records import ReadOptions, format_function, read_file
 from nanoft.data.sources import find_files
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
@@ -209,6 +209,7 @@ def check_held_out(config: Config, source: str) -> None:
     """Only the split that the run was trained with holds out what it was not trained on."""
     path = Path(source) / "config.json"
     recorded = load_config(path, environment={})
+    format_function(config.data.format)  # a function has to be named again
     trained_on = dataclasses.replace(recorded.data, format=recorded.data.format.removeprefix(UNTRUSTED))
     if (trained_on, recorded.system.seed) != (config.data, config.system.seed):
         raise UserError(
