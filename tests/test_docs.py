@@ -243,7 +243,7 @@ ERRORS = {
     "no such field: did you mean lora.rank?": "train.py CONFIG lora.rnk=8",
     "unknown shape: its first record has the fields q, a": "train.py CONFIG data.train_file=odd.jsonl",
     "records are malformed, more than data.max_bad_records": "train.py CONFIG data.train_file=bad.jsonl",
-    "no message of it is to be learned": "train.py CONFIG data.train_file=unlearned.jsonl",
+    "none of its messages is a target": "train.py CONFIG data.train_file=unlearned.jsonl",
     "quantization.bits: 4 freezes the base": "train.py CONFIG quantization.bits=4 training.method=full",
     "adamw_paged runs on cuda": "train.py CONFIG training.optimizer=adamw_paged system.device=cpu",
     "this model brings Python code of its own": "train.py CONFIG --plan model.name=code",
