@@ -200,7 +200,7 @@ def report_bad_step(
     verdict: guard.Verdict,
 ) -> None:
     """Say which records were in a window whose loss or gradient is not what it should be."""
-    records = [job.corpus.place(record) for micro_batch in window for record in micro_batch.records]
+    records = [job.corpus.location(record) for micro_batch in window for record in micro_batch.records]
     what = "spike" if verdict.action == "take" else "step skipped"
     figures = {"loss": str(loss), "grad_norm": str(grad_norm), "window": here}
     job.run.log("warning", state.step, what=what, **figures, records=records)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nanoft import UserError
 from nanoft.config.aliases import ALIASES, translate
+from nanoft.config.functions import UNTRUSTED, is_function
 from nanoft.config.settings import SECTION_TYPES, Config
 from nanoft.io.untrusted import parse_json, parse_yaml, read_bytes
 
 ENVIRONMENT_PREFIX = "NANOFT_"
-FUNCTION = re.compile(r"(?!regex:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function, a metric of the user's own
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
@@ -69,15 +68,21 @@ def load_file(path: str | Path, beside: str = "") -> Config:
 
 
 def _without_functions(config: Config, is_of_run: bool) -> Config:
-    """Importing a function runs its module, which no data file may request; from the config.json of a run, drop it."""
-    functions = [name for name in config.evaluation.metrics if FUNCTION.fullmatch(name)]
-    if functions and not is_of_run:
-        raise UserError(
-            f"evaluation.metrics: {functions[0]}: runs code, which only a Python config may do: "
-            f"write one, or set evaluation.metrics={functions[0]} on the command line"
-        )
-    kept = tuple(name for name in config.evaluation.metrics if name not in functions)
-    return config.override({"evaluation.metrics": kept}) if functions else config
+    """Importing a function runs its module, which no file of data may ask for.
+
+    A run's config.json is read without its own metrics, and its own data.format is marked as untrusted.
+    """
+    metrics, data_format = config.evaluation.metrics, config.data.format
+    for field, names in (("data.format", [data_format]), ("evaluation.metrics", metrics)):
+        for name in filter(is_function, names):
+            if not is_of_run:
+                raise UserError(
+                    f"{field}: {name}: would run code, which only a Python config may ask for: "
+                    f"write one, or give {field}={name} on the command line"
+                )
+    kept = tuple(name for name in metrics if not is_function(name))
+    data_format = UNTRUSTED + data_format if is_function(data_format) else data_format
+    return config.override({"evaluation.metrics": kept, "data.format": data_format})
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ is read. The decoder is first built on the `meta` device, which has shapes but n
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from nanoft import UserError
 from nanoft.config import Config
-from nanoft.data.chat_tokenizer import MAX_TOKENIZER, ChatTokenizer
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file
 from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
 from nanoft.io.untrusted import read_bytes, read_json, resolve_file
@@ -316,14 +316,3 @@ def base_files(directory: Path) -> list[Path]:
     """The files of a model that decide what an adapter was trained on: config, tokenizer, weights."""
     described = [directory / name for name in ("config.json", "tokenizer.json") if (directory / name).is_file()]
     return [*described, *shard_paths(directory)]
-
-
-def hash_files(paths: list[Path]) -> str:
-    """One SHA-256 over names and contents, so that a run can tell whether its base or its data changed."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode() + b"\0")
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

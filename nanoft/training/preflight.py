@@ -27,7 +27,7 @@ from nanoft import UserError
 from nanoft.batches import Batch, Batches, Sample, TokenDataset
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import Corpus
+from nanoft.data.dataset import PreparedDataset
 from nanoft.io.tensor_files import write_tensors
 from nanoft.loss import target_nll
 from nanoft.model import Decoder
@@ -84,7 +84,7 @@ def check_room(config: Config, length: int = 0) -> Check:
     return Check("room", needed <= there, found, "" if needed <= there else f"set {suggest_savings(config, 1, length)}")
 
 
-def check_ids(corpus: Corpus, vocab_size: int) -> None:
+def check_ids(corpus: PreparedDataset, vocab_size: int) -> None:
     """Every token is in the model's vocabulary: one that is not would read beyond the embedding.
 
     Raises:
@@ -100,7 +100,7 @@ def check_ids(corpus: Corpus, vocab_size: int) -> None:
         )
 
 
-def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check]:
+def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
     """Everything that can be told from the tokens alone."""
     spread = np.linspace(0, len(corpus.training) - 1, min(LOOKED_AT, len(corpus.training))).astype(int)
     samples = [corpus.training[int(at)] for at in spread]
@@ -112,7 +112,7 @@ def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check
     ]
 
 
-def _check_stop(samples: list[Sample], corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
+def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
     """Every trained turn ends in a token that stops an answer; one that was cut has no end."""
     last: list[int] = []
     for sample in samples:
@@ -145,7 +145,7 @@ def _check_bos(samples: list[Sample], chat: ChatTokenizer) -> Check:
     )
 
 
-def _check_targets(samples: list[Sample], corpus: Corpus) -> Check:
+def _check_targets(samples: list[Sample], corpus: PreparedDataset) -> Check:
     """There is something to learn in every sample."""
     without = sum(not s.is_target.any() for s in samples)
     share = corpus.report["training"]["target_tokens"] / corpus.report["training"]["tokens"]
@@ -154,7 +154,7 @@ def _check_targets(samples: list[Sample], corpus: Corpus) -> Check:
     )
 
 
-def _check_prompt(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
+def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
     """What the model is given in use is what stood before its answers in training."""
     looked_at, differing, extra = 0, 0, ""
     for conversation in corpus.conversations(corpus.training, RENDERED):
@@ -258,7 +258,9 @@ def check_disk(directory: Path, size: int, keep: int) -> Check:
 # ---- For people to look at
 
 
-def show_window(batches: Batches, index: int, corpus: Corpus, chat: ChatTokenizer, color: bool) -> Iterator[str]:
+def show_window(
+    batches: Batches, index: int, corpus: PreparedDataset, chat: ChatTokenizer, color: bool
+) -> Iterator[str]:
     """A window of the current epoch as the model sees it: borders of documents, targets, special tokens, counts."""
     for number, (rows, batch) in enumerate(zip(batches.rows(index), batches.window(index), strict=True), start=1):
         height, width = batch.ids.shape
@@ -272,11 +274,11 @@ def show_window(batches: Batches, index: int, corpus: Corpus, chat: ChatTokenize
                 sample = batches.samples[place]
                 where = f"row {row}" + (f", document {document} of {len(members)}" if len(members) > 1 else "")
                 counts = f"{len(sample.ids):,} tokens, {int(sample.is_target[1:].sum()):,} targets"
-                yield f"  ── {where}: {corpus.place(sample.record)}, {counts}"
-                yield chat.mark(sample, color)
+                yield f"  ── {where}: {corpus.location(sample.record)}, {counts}"
+                yield chat.highlight_targets(sample, color)
 
 
-def preview(corpus: Corpus, chat: ChatTokenizer, seed: int) -> str:
+def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:
     """The shortest, the longest, a truncated and three random samples: ids, text and mask."""
     samples = corpus.training
     cut = np.flatnonzero(np.isin(samples.chosen, corpus.truncated))
@@ -290,11 +292,11 @@ def preview(corpus: Corpus, chat: ChatTokenizer, seed: int) -> str:
     return "\n".join(itertools.chain.from_iterable(_describe(name, samples[at], corpus, chat) for name, at in chosen))
 
 
-def _describe(name: str, sample: Sample, corpus: Corpus, chat: ChatTokenizer) -> list[str]:
+def _describe(name: str, sample: Sample, corpus: PreparedDataset, chat: ChatTokenizer) -> list[str]:
     targets = int(sample.is_target.sum())
     return [
-        f"==== {name}: {corpus.place(sample.record)}, {len(sample.ids)} tokens, {targets} targets",
-        chat.mark(sample, color=False),
+        f"==== {name}: {corpus.location(sample.record)}, {len(sample.ids)} tokens, {targets} targets",
+        chat.highlight_targets(sample, color=False),
         "ids   " + " ".join(map(str, sample.ids.tolist())),
         "mask  " + " ".join(str(int(value)) for value in sample.is_target),
         "",
@@ -357,7 +359,7 @@ def rehearse_step(job: TrainContext, state: TrainState) -> float:
 
 
 def show_step(
-    run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: int | None, total_steps: int
+    run: Run, batches: Batches, corpus: PreparedDataset, chat: ChatTokenizer, step: int | None, total_steps: int
 ) -> None:
     """The window of an optimizer step (the first, if none is given) as the model sees it."""
     if step is not None and not 1 <= step <= total_steps:

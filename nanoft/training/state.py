@@ -16,7 +16,7 @@ from nanoft.batches import Batches, TokenDataset
 from nanoft.checkpoint import AsyncCheckpointWriter, Checkpoint, CheckpointManager
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import Corpus
+from nanoft.data.dataset import PreparedDataset
 from nanoft.kernels import sharding
 from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
@@ -55,7 +55,7 @@ class TrainContext:
     model: Decoder
     adapters: dict[str, LoRALinear]  # empty when every parameter is trained
     optimizer: torch.optim.Optimizer
-    corpus: Corpus
+    corpus: PreparedDataset
     batches: Batches
     validation: TokenDataset
     checkpoints: CheckpointManager

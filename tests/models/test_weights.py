@@ -33,7 +33,6 @@ from nanoft.models.open import LoadedModel, open_model
 from nanoft.models.weights import (
     check_quantization,
     copy_companions,
-    hash_files,
     load_model,
     quantization_of,
     save_model,
@@ -631,16 +630,6 @@ def test_a_saved_model_stops_where_its_template_ends_a_turn(stored: dict[str, An
     given = (stored or {}).get("eos_token_id", [])
     assert set(written.pop("eos_token_id")) == ends | set(given if isinstance(given, list) else [given])
     assert written == {key: value for key, value in (stored or {}).items() if key != "eos_token_id"}
-
-
-def test_a_hash_tells_names_and_contents_apart(tmp_path: Path) -> None:
-    for name, content in (("a", "1"), ("b", "2"), ("ab", "1"), ("c", "1")):
-        (tmp_path / name).write_text(content)
-    groups = [["a"], ["b"], ["c"], ["ab"], ["a", "b"], ["b", "a"], []]
-    digests = [hash_files([tmp_path / name for name in group]) for group in groups]
-    assert len(set(digests)) == len(groups)
-    (tmp_path / "a").write_text("3")
-    assert hash_files([tmp_path / "a"]) != digests[0]
 
 
 # --- what a RUN, ADAPTER or MODEL means
