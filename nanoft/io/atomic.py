@@ -20,13 +20,18 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, An
         for piece in pieces:
             digest.update(piece)
             size += len(piece)
-            rest = memoryview(piece)
-            while len(rest):
-                rest = rest[os.write(descriptor, rest) :]  # a write may be short
+            write_all(descriptor, piece)
         _sync(descriptor)
     finally:
         os.close(descriptor)
     return {"size": size, "sha256": digest.hexdigest()}
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of `data`; os.write may write less than it is given."""
+    rest = memoryview(data)
+    while len(rest):
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def hash_file(path: Path) -> dict[str, Any]:
