@@ -25,8 +25,9 @@ from nanoft.lora import LoRALinear, principal
 from nanoft.loss import target_nll
 from nanoft.optim import build_optimizer
 from nanoft.runtime import memory
-from nanoft.runtime.device import WATERMARK, choose_device, choose_dtype, preserve_rng_state, rng_state
+from nanoft.runtime.device import choose_device, choose_dtype, preserve_rng_state, rng_state
 from nanoft.runtime.memory import Shortage, memory_limit_bytes
+from nanoft.runtime.metal import WATERMARK
 from nanoft.training import doctor
 from tiny_models import make_chat_model, train_run, write_records
 
@@ -288,7 +289,7 @@ def test_bfloat16_is_tried_not_believed(metal: Metal) -> None:
     assert choose_dtype("auto", device) == torch.bfloat16
     metal.without = (torch.bfloat16,)
     assert choose_dtype("auto", device) == torch.float32
-    with pytest.raises(UserError, match=r"model\.dtype: mps does not multiply in bfloat16 here: set model\.dtype"):
+    with pytest.raises(UserError, match=r"bfloat16 matmul is not supported on this GPU: set model\.dtype"):
         choose_dtype("bfloat16", device)
 
 

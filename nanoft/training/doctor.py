@@ -44,7 +44,6 @@ from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsan
 from nanoft.optim import check_optimizer
 from nanoft.runtime.command import Arguments, command
 from nanoft.runtime.device import (
-    WATERMARK,
     choose_device,
     choose_dtype,
     describe_device,
@@ -52,6 +51,7 @@ from nanoft.runtime.device import (
     supports_matmul,
 )
 from nanoft.runtime.memory import memory_limit_bytes
+from nanoft.runtime.metal import WATERMARK
 from nanoft.tracking.trackers import require_tracker_packages
 from nanoft.training.memory_plan import (
     choose_activations,

@@ -31,7 +31,7 @@ from nanoft.models.families import find_shape
 from nanoft.nf4 import choose_dequantize
 from nanoft.optim import check_optimizer
 from nanoft.runtime.device import DTYPES, choose_device, choose_dtype
-from nanoft.runtime.memory import memory_limit_bytes, resident_bytes
+from nanoft.runtime.memory import held_bytes, memory_limit_bytes
 
 MiB = 2**20
 # Beside what is counted: bytes that kernels, caches and threads bring, and how many tensors of (tokens, intermediate)
@@ -265,7 +265,7 @@ def make_planner(config: Config) -> Callable[[int, int, list[Keep]], Plan]:
     """From rows, their length, and what each block keeps, to the memory of a step."""
     machine, decoder = find_machine(config), find_shape(config.model.name)
     device, dtype, counts = machine.device, machine.dtype, count_parameters(decoder, config)
-    settled, baseline = decide_dequantize(config, counts, machine), resident_bytes(device)
+    settled, baseline = decide_dequantize(config, counts, machine), held_bytes(device) if device.type == "cpu" else 0.0
 
     def plan(rows: int, length: int, keep: list[Keep]) -> Plan:
         return estimate_memory(decoder, counts, settled, device.type, dtype, rows, length, keep, baseline)
