@@ -221,9 +221,9 @@ def test_auto_knows_that_float32_takes_twice_the_memory(
     has_bfloat16: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """16 GB with (RTX 4080) and without (T4)."""
-    monkeypatch.setattr(train.runtime, "choose_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(train.runtime, "total_memory_gb", lambda _: 16.9)
-    monkeypatch.setattr(train.runtime, "describe", lambda _: "a card")
+    monkeypatch.setattr(train, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(train, "total_memory_gb", lambda _: 16.9)
+    monkeypatch.setattr(train, "describe_device", lambda _: "a card")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
     assert train.pick_config([]).stem == name
 

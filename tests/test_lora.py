@@ -65,7 +65,7 @@ def adapted(
     return model, inject_lora(model, lora, seed=1)
 
 
-def randomise(adapters: dict[str, LoRALinear]) -> None:
+def randomize(adapters: dict[str, LoRALinear]) -> None:
     """Move all that is trained, as training does."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_one_step_matches_peft_in_loss_and_every_gradient(name: str, base: Path)
     for key, tensor in adapter_tensors(adapters).items():  # DoRA begins with the lengths of the rows
         if "magnitude" in key:
             assert (parameters[peft_name(key)] - tensor).abs().max() < 1e-5
-    randomise(adapters)
+    randomize(adapters)
     with torch.no_grad():
         for key, tensor in adapter_tensors(adapters).items():
             if "lora_A0" not in key and "lora_B0" not in key:
@@ -159,7 +159,7 @@ def test_a_fresh_adapter_changes_not_one_bit(name: str, quantization: Any, dtype
             assert torch.equal(model.logits(model(IDS)), expected)
     with torch.no_grad():
         assert adapter_effect(model, adapters, IDS) == 0
-        randomise(adapters)
+        randomize(adapters)
         assert adapter_effect(model, adapters, IDS) > 0
         with disabled(adapters):
             assert torch.equal(model.logits(model(IDS)), expected)
@@ -170,7 +170,7 @@ def test_a_fresh_adapter_changes_not_one_bit(name: str, quantization: Any, dtype
 @pytest.mark.parametrize("name", VARIANTS)
 def test_merged_it_does_the_same(name: str, quantization: Any, base: Path) -> None:
     model, adapters = adapted(base, variant(name), quantization)
-    randomise(adapters)
+    randomize(adapters)
     model.eval()
     with torch.no_grad():
         assert products_apart(adapters) <= PRODUCT[torch.float32]
@@ -275,7 +275,7 @@ def test_a_row_that_vanishes_has_a_finite_norm() -> None:
 
 def test_the_norm_is_computed_once_in_use_and_anew_in_training(base: Path) -> None:
     model, adapters = adapted(base, variant("dora"))
-    randomise(adapters)
+    randomize(adapters)
 
     def logits() -> Tensor:
         with torch.no_grad():
@@ -306,7 +306,7 @@ def test_dropout_acts_on_the_adapter_only_while_training(base: Path) -> None:
     x = torch.randn(1, 4, 64)
     for name in ("lora", "dora"):
         model, adapters = adapted(base, variant(name, dropout=0.5, target_modules=("q_proj",)))
-        randomise(adapters)
+        randomize(adapters)
         layer = next(iter(adapters.values()))
         model.train()
         assert not torch.equal(layer(x), layer(x))
@@ -391,7 +391,7 @@ def test_on_cuda_a_step_is_that_of_the_cpu(name: str, base: Path) -> None:
         model = load_model(base, torch.device(device), torch.float32)
         adapters = inject_lora(model, variant(name, **changes), seed=1)
         if not tensors:
-            randomise(adapters)
+            randomize(adapters)
             tensors = {key: tensor.clone() for key, tensor in adapter_tensors(adapters).items()}
         load_adapter_tensors(adapters, tensors, "cpu")
         model(IDS.to(device)).square().mean().backward()
@@ -426,7 +426,7 @@ def test_a_step_is_that_of_the_formula(
     if name == "patterns":
         changes["alpha_pattern"] = {"down_proj": 3.0}
     model, adapters = adapted(base, variant(name, **changes), quantization, dtype)
-    randomise(adapters)
+    randomize(adapters)
     for keep in ("all", "input"):
         model.keep = [keep] * 3  # type: ignore[list-item]
         mean_loss(model).backward()
@@ -457,7 +457,7 @@ def test_a_step_is_that_of_the_formula(
 @pytest.mark.parametrize("name", ["lora", "together", "pissa"])
 def test_a_compiled_block_has_the_gradients_of_an_eager_one(name: str, base: Path) -> None:
     model, adapters = adapted(base, variant(name))
-    randomise(adapters)
+    randomize(adapters)
     mean_loss(model).backward()
     eager = gradients(adapters)
     model.zero_grad(set_to_none=True)

@@ -137,7 +137,7 @@ def test_a_rollback_gets_over_a_learning_rate_that_was_too_high(tmp_path: Path) 
 
 
 def test_a_nan_in_a_weight_is_found(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    def poisoning(number: int, real: Any, job: train.Job, window: Any) -> Any:
+    def poisoning(number: int, real: Any, job: train.TrainContext, window: Any) -> Any:
         if number == 1:
             with torch.no_grad():
                 job.model.model.layers[1].mlp.down_proj.base.weight[3, 5] = float("nan")
@@ -206,9 +206,9 @@ def test_out_of_memory_in_the_optimizer_step_leaves_no_half_step(tmp_path: Path,
     """Some parameters are changed already when it fails."""
     whole, short = tmp_path / "whole", tmp_path / "short"
     assert train.main(quick(whole, **SMALL_WINDOW)) == 0
-    prepare, calls = train.prepare, [0]
+    prepare, calls = train.build_training, [0]
 
-    def preparing(*args: Any) -> train.Job:
+    def preparing(*args: Any) -> train.TrainContext:
         job = prepare(*args)
         step = job.optimizer.step
 
@@ -223,7 +223,7 @@ def test_out_of_memory_in_the_optimizer_step_leaves_no_half_step(tmp_path: Path,
         monkeypatch.setattr(job.optimizer, "step", half)
         return job
 
-    monkeypatch.setattr(train, "prepare", preparing)
+    monkeypatch.setattr(train, "build_training", preparing)
     assert train.main(quick(short, **SMALL_WINDOW)) == 0
     for (step, loss), (same, expected) in zip(losses(short), losses(whole), strict=True):
         assert (step, loss) == (same, pytest.approx(expected, rel=1e-5))
@@ -248,7 +248,7 @@ def test_out_of_memory_in_evaluation_takes_smaller_batches(tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         in_the_loop(patch, "validation_loss", lambda _, real, job: real(job))
-        patch.setattr(train.evaluate, "validation_loss", failing)
+        patch.setattr(perplexity, "validation_loss", failing)
         assert train.main(quick(short, **dropout)) == 0
     assert sizes[:4] == [32, 16, 8, 4]
     assert [loss for _, loss in losses(short, "eval")] == pytest.approx([loss for _, loss in losses(whole, "eval")])
@@ -264,7 +264,7 @@ def test_out_of_memory_inside_an_evaluation_leaves_the_mode_as_it_was(tmp_path: 
         calls[0] += 1
         return no_memory() if calls[0] == 1 else real(*args)
 
-    def evaluating(_: int, validation_loss: Any, job: train.Job) -> Any:
+    def evaluating(_: int, validation_loss: Any, job: train.TrainContext) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(perplexity, "token_nll", failing)
             return validation_loss(job)
@@ -279,7 +279,7 @@ def test_out_of_memory_inside_an_evaluation_leaves_the_mode_as_it_was(tmp_path: 
 
 
 def test_an_evaluation_that_fails_is_an_event(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    def failing(number: int, real: Any, job: train.Job) -> Any:
+    def failing(number: int, real: Any, job: train.TrainContext) -> Any:
         if number == 1:
             raise ValueError("no such thing")
         return real(job)
@@ -349,7 +349,7 @@ def test_going_back_with_nothing_to_go_back_to_ends_with_3(tmp_path: Path, monke
 
 
 def test_memory_is_told_at_every_stage_and_warned_of(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(train.runtime.MemoryWatch, "LEVELS", (1e-4,))
+    monkeypatch.setattr(train.MemoryMonitor, "LEVELS", (1e-4,))
     assert train.main(quick(tmp_path / "run")) == 0
     stages = [line["stage"] for line in events(tmp_path / "run", "memory") if "stage" in line]
     assert stages == ["prepared", "evaluated", "evaluated", "finished"]

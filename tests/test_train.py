@@ -85,8 +85,8 @@ def gradients(
     config = load_config(arguments[0], arguments[1:])
     seed_everything(config.system.seed, 0, False)
     with Run.open(config.output.dir) as run:
-        provenance = train.claim(config, run, "auto")
-        job = train.prepare(config, run, provenance, *train.load_data(config, run, datetime.now()))
+        provenance = train.init_run_dir(config, run, "auto")
+        job = train.build_training(config, run, provenance, *train.load_data(config, run, datetime.now()))
         job.model.to(dtype)
         self_test.perturb_adapters(job.adapters)  # at its start, A has no gradient
         run.open_metrics(0, [0, 0], [])
@@ -333,16 +333,16 @@ def test_a_window_with_nan_changes_nothing_and_is_left_out(tmp_path: Path, monke
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) - rehearsed == 6 else 1.0)
 
-    def noting(run: train.Job, state: train.State, *rest: Any, **options: Any) -> None:
+    def noting(run: train.TrainContext, state: train.TrainState, *rest: Any, **options: Any) -> None:
         snapshots.append({n: p.detach().clone() for n, p in jobs[0].trained})
         moments.append({n: t.clone() for n, t in optimizer_tensors(jobs[0].optimizer, jobs[0].trained).items()})
         bad_step(run, state, *rest, **options)
 
-    jobs: list[train.Job] = []
+    jobs: list[train.TrainContext] = []
     moments: list[dict[str, torch.Tensor]] = []
     loop = train.train
 
-    def watched(job: train.Job, *args: Any) -> train.State:
+    def watched(job: train.TrainContext, *args: Any) -> train.TrainState:
         nonlocal rehearsed
         rehearsed = len(calls)
         jobs.append(job)

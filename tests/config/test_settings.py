@@ -316,7 +316,7 @@ def test_the_command_line_beats_the_environment_beats_the_file(tmp_path: Path) -
 
 def test_the_environment_of_the_process_is_read(tmp_path: Path) -> None:
     file = write(tmp_path / "c.yaml", "lora: {rank: 4}")
-    code = f"from nanoft.config import load_config; print(load_config({str(file)!r}).lora.rank)"
+    code = f"from nanoft.config.loading import load_config; print(load_config({str(file)!r}).lora.rank)"
     environment = {**os.environ, "NANOFT_LORA__RANK": "5"}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "5"

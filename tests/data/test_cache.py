@@ -101,7 +101,7 @@ def test_a_build_that_fails_or_dies_leaves_nothing(home: Path) -> None:
         cached("k", fail, print)
     assert list(home.iterdir()) == []
     code = (
-        "import os, signal; from nanoft.cache import cached\n"
+        "import os, signal; from nanoft.data.cache import cached\n"
         "def die(directory):\n    (directory / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
         "cached('k', die, print)"
     )
@@ -178,7 +178,9 @@ def test_no_place_to_write_but_for_this_process(tmp_path: Path, monkeypatch: pyt
 
 def test_what_is_prepared_for_once_goes_with_the_process(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code = "from nanoft.cache import cached; print(cached('k', lambda d: (d / 'x').write_text('x'), lambda _: None))"
+    code = (
+        "from nanoft.data.cache import cached; print(cached('k', lambda d: (d / 'x').write_text('x'), lambda _: None))"
+    )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).parent == tmp_path

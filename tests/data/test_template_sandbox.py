@@ -112,7 +112,7 @@ BOMBS = {
 RUN = """
 import datetime, gc, json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (1_500_000_000, 1_500_000_000))
-from nanoft.template import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment
+from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment
 for name, source in json.load(sys.stdin).items():
     messages, started = [{"role": "user", "content": "hi"}], time.process_time()
     try:

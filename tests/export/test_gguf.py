@@ -395,7 +395,7 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
     with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused") as path:
         path.write_text("half")
         raise RuntimeError
-    killed = "from nanoft.gguf_export import *; a = new_gguf(Path('n.gguf'), ''); a.__enter__().touch(); os._exit(9)"
+    killed = "from nanoft.export.gguf import *; a = atomic_gguf(Path('n.gguf'), ''); a.__enter__().touch(); os._exit(9)"
     subprocess.run([sys.executable, "-c", killed], cwd=out.parent, check=False)
     assert any(path.name.startswith(".tmp-n") for path in out.parent.iterdir())
     with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused"):  # the next one sweeps up

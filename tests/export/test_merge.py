@@ -27,6 +27,7 @@ from nanoft.export import merge as merging
 from nanoft.export.merge import TOLERANCE, copy_adapter, merge, new_directory, save_result
 from nanoft.export.verify import prove
 from nanoft.lora import LoRALinear, inject_lora
+from nanoft.models import weights
 from nanoft.models.adapter_files import PEFT_PREFIX, save_adapter
 from nanoft.models.open import LoadedModel, open_model
 from nanoft.models.weights import load_model
@@ -109,7 +110,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_merged_in_transformers_says_what_base_and_adapter_say_here(
     case: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(merging, "SHARD_BYTES", shard_bytes)
     opened = make(tmp_path, case)
     out = merged(opened, tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
@@ -276,8 +277,8 @@ def test_tensors_that_follow_from_others_are_left_out(tmp_path: Path) -> None:
 MEASURE = """
     import sys, torch
     from pathlib import Path
-    from nanoft.export import merge as merging
-    from nanoft.weights import open_model
+    from nanoft.export.merge import merge
+    from nanoft.models.open import open_model
 
     def resident(field):
         lines = open("/proc/self/status").read().splitlines()
@@ -559,7 +560,7 @@ def test_a_result_that_cannot_be_written_leaves_the_earlier_one(
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge if not full else sys.modules["nanoft.weights"], "copy_companions", full_disk)
+    monkeypatch.setattr(weights if full else merging, "copy_companions", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_result(*arguments, tmp_path / "base", config, 4, torch.float32)
     assert [path.name for path in run.iterdir()] == [place.name]

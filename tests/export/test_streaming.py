@@ -135,9 +135,10 @@ def test_a_missing_shard_and_a_short_one_are_refused(tmp_path: Path) -> None:
 MEASURE = """
     import sys, torch
     from pathlib import Path
-    from nanoft.export import hidden_states, open_adapter
-    from nanoft.stream import StreamedDecoder, give_back_freed_memory, open_rows
-    from nanoft.weights import read_trained
+    from nanoft.export.merge import open_adapter
+    from nanoft.export.streaming import StreamedDecoder, give_back_freed_memory, open_rows
+    from nanoft.export.verify import hidden_states
+    from nanoft.models.open import read_trained_adapter
 
     def resident(field):
         lines = open("/proc/self/status").read().splitlines()
@@ -148,7 +149,7 @@ MEASURE = """
     hidden_states(StreamedDecoder(open_rows(Path(sys.argv[1]))), [[1, 2]])
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
     before = resident("VmRSS")
-    opened = open_adapter(read_trained(sys.argv[2]), "original")
+    opened = open_adapter(read_trained_adapter(sys.argv[2]), "original")
     opened.model.logits(hidden_states(opened.model, [list(range(30))]))
     print(resident("VmHWM") - before)
 """

@@ -111,7 +111,7 @@ def test_weights_are_laid_out_only_where_all_are_there_in_one_number_format(
     assert not decode.should_be_laid_out(load_model(tmp_path, CPU, torch.float16).eval())
     assert not decode.should_be_laid_out(StreamedDecoder(open_rows(tmp_path)))
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "free_host_bytes", lambda: 1000.0)
+        patch.setattr(decode, "available_host_bytes", lambda: 1000.0)
         assert not decode.should_be_laid_out(model)
     next(iter(linears_of(model).values())).bfloat16()
     assert not decode.should_be_laid_out(model)

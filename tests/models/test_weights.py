@@ -440,7 +440,7 @@ MEASURE = """
     import sys, torch
     from pathlib import Path
     from nanoft.nf4 import Linear4bit
-    from nanoft.weights import load_model
+    from nanoft.models.weights import load_model
 
     def resident(field):
         lines = open("/proc/self/status").read().splitlines()

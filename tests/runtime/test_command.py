@@ -134,7 +134,7 @@ def test_in_another_thread_signals_are_left_alone() -> None:
 
 
 def test_a_command_whose_reader_has_gone_ends_quietly() -> None:
-    code = "import sys; from nanoft import runtime; runtime.command(lambda _: print('x'))([])"
+    code = "import sys; from nanoft.runtime.command import command; command(lambda _: print('x'))([])"
     command = f"{sys.executable} -c {code!r} | true; exit ${{PIPESTATUS[0]}}"
     command = command.replace("print(", "__import__('time').sleep(0.3) or print(")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)

@@ -88,7 +88,7 @@ def test_a_seed_settles_every_generator() -> None:
 
 
 def test_deterministic_kernels_are_asked_for() -> None:
-    code = "import os, torch; from nanoft.runtime import prepare; prepare(0, 0, {}); "
+    code = "import os, torch; from nanoft.runtime.device import seed_everything; seed_everything(0, 0, {}); "
     code += "print(torch.are_deterministic_algorithms_enabled(), os.environ.get('CUBLAS_WORKSPACE_CONFIG'))"
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
     for wanted, expected in ((True, "True :4096:8"), (False, "False None")):

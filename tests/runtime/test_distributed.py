@@ -27,7 +27,7 @@ from nanoft.training.memory_plan import resolve_micro_batch_size
 WORKER = """
 import os, sys, pathlib
 import torch, train
-from nanoft import parallel, runtime
+from nanoft.runtime import distributed
 rank = int(os.environ["RANK"])
 {before}
 try:
@@ -98,7 +98,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 NOTE_ANSWERS = """
-from nanoft import evaluate
+from nanoft.evaluation import evaluate
 answer = evaluate.generate
 def answering(model, prompts, *rest):
     with open(pathlib.Path(sys.argv[0]).with_name(f"answers-{rank}"), "a") as noted:
@@ -267,7 +267,7 @@ def test_resumed_with_dropout_on_two_ranks_equals_uninterrupted(tmp_path: Path) 
 
 SHARDED = {"training__sharding": "full", "training__gradient_accumulation_steps": 1}
 PARTS_ONLY = """
-prepare = train.prepare
+prepare = train.build_training
 def preparing(*args):
     job = prepare(*args)
     held = sum(p.to_local().numel() for p in job.model.parameters())
@@ -275,7 +275,7 @@ def preparing(*args):
     assert held < 0.6 * every, (held, every)
     assert all(p.device.type == "cpu" and type(p).__name__ == "DTensor" for p in job.model.parameters())
     return job
-train.prepare = preparing
+train.build_training = preparing
 """
 
 
@@ -333,12 +333,12 @@ def test_split_it_measures_and_answers_what_one_process_does(tmp_path: Path) -> 
 
 
 WORSE_AND_WORSE = """
-evaluated, evaluations = train.validation_loss, [-1]
+evaluated, evaluations = train.perplexities.validation_loss, [-1]
 def worse(job):
     evaluations[0] += 1
     loss, tokens = evaluated(job)
     return loss + 10 * evaluations[0], tokens
-train.validation_loss = worse
+train.perplexities.validation_loss = worse
 """
 
 
@@ -413,7 +413,9 @@ def test_a_plan_is_told_once_for_the_processes_that_there_are(tmp_path: Path) ->
 
 
 def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
-    older = "real = runtime.versions\nif rank == 1:\n    runtime.versions = lambda: {**real(), 'torch': '1.0'}"
+    older = (
+        "real = train.library_versions\nif rank == 1:\n    train.library_versions = lambda: {**real(), 'torch': '1.0'}"
+    )
     _, err = run(2, tmp_path / "run", older)
     assert codes(tmp_path / "run") == {0: 2, 1: 2}
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -523,7 +525,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 WORDS = """
 import torch
 from torch import nn
-from nanoft import TrainingFailed, UserError, parallel
+from nanoft import TrainingFailed, UserError
+from nanoft.runtime import distributed
 
 def raised(act):
     try:
@@ -535,32 +538,33 @@ def fail(error):
     raise error
 
 def short():
-    with parallel.alike(torch.device("cpu")):
-        if parallel.rank() == 1:
+    with distributed.same_exception(torch.device("cpu")):
+        if distributed.process_rank() == 1:
             torch.empty(2**60, dtype=torch.uint8)
 
 def broken():
-    with parallel.alike(torch.device("cpu")):
-        if parallel.rank() == 1:
+    with distributed.same_exception(torch.device("cpu")):
+        if distributed.process_rank() == 1:
             fail(ValueError("odd"))
 
-@parallel.together
+@distributed.distributed_main
 def main(argv):
-    me, n = parallel.rank(), parallel.ranks()
+    me, n = distributed.process_rank(), distributed.world_size()
     assert n == 3
-    assert list(parallel.share(range(8))) == list(parallel.apart(range(8))) == list(range(me, 8, 3))
-    assert parallel.union({i: [i / 3, "x"] for i in parallel.apart(range(4))}) == {i: [i / 3, "x"] for i in range(4)}
-    assert parallel.tell(lambda: ["found", me]) == ["found", 0]
-    assert raised(lambda: parallel.tell(lambda: fail(UserError("what")))) == "UserError: what"
-    wrong = raised(lambda: parallel.tell(lambda: fail(KeyError("x"))))
+    assert list(distributed.shard(range(8))) == list(distributed.split_work(range(8))) == list(range(me, 8, 3))
+    every = {i: [i / 3, "x"] for i in range(4)}
+    assert distributed.all_gather_dict({i: every[i] for i in distributed.split_work(range(4))}) == every
+    assert distributed.broadcast_from_rank0(lambda: ["found", me]) == ["found", 0]
+    assert raised(lambda: distributed.broadcast_from_rank0(lambda: fail(UserError("what")))) == "UserError: what"
+    wrong = raised(lambda: distributed.broadcast_from_rank0(lambda: fail(KeyError("x"))))
     assert wrong == ("TrainingFailed: 'x'" if me else "KeyError: 'x'"), wrong
-    assert parallel.total(0.1 * me, 1) == [0.1 * 0 + 0.1 * 1 + 0.1 * 2, 3]
-    assert [parallel.on_any_rank(me == 1), parallel.on_any_rank(False)] == [True, False]
+    assert distributed.all_reduce_sum(0.1 * me, 1) == [0.1 * 0 + 0.1 * 1 + 0.1 * 2, 3]
+    assert [distributed.all_reduce_any(me == 1), distributed.all_reduce_any(False)] == [True, False]
     assert raised(short).startswith("MemoryError")
     other = "TrainingFailed: another process failed: see what it says"
     assert raised(broken) == ("ValueError: odd" if me == 1 else other)
 
-    parallel.BUCKET_BYTES = 1000  # the 20 x 20 by itself
+    distributed.BUCKET_BYTES = 1000  # the 20 x 20 by itself
     shapes = [(3, 5), (20, 20), (), (7,)]
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     chance = torch.Generator().manual_seed(0)
@@ -568,17 +572,17 @@ def main(argv):
     for i, p in enumerate(parameters):
         p.grad = grads[me][i].clone()
     loss = torch.tensor(float(me))
-    parallel.add_up(loss, parameters)
+    distributed.all_reduce_gradients(loss, parameters)
     assert loss == 3
     for i, p in enumerate(parameters):
         torch.testing.assert_close(p.grad, sum(grads[r][i].double() for r in range(3)).float())
     values = torch.full((4,), float(me))
-    parallel.broadcast([values])
+    distributed.broadcast_tensors([values])
     assert values.eq(0).all()
 
     drawn = []
     for window in (0, 0, 1):
-        parallel.reseed(5, 0, window)
+        distributed.seed_process(5, 0, window)
         drawn.append(torch.rand(4))
     if me:
         assert drawn[0].equal(drawn[1]) and not drawn[1].equal(drawn[2])
@@ -586,8 +590,8 @@ def main(argv):
     first[me] = drawn[0]
     torch.distributed.all_reduce(first)
     assert len({tuple(row) for row in first.tolist()}) == 3
-    parallel.check_alike({"a": 1})
-    differ = raised(lambda: parallel.check_alike({"a": 1, "b": me // 2}))
+    distributed.assert_same_on_all_ranks({"a": 1})
+    differ = raised(lambda: distributed.assert_same_on_all_ranks({"a": 1, "b": me // 2}))
     assert differ.startswith("UserError: torchrun: b is 1 on rank 2"), differ
     print(f"rank {me} is done", flush=True)
     return 0

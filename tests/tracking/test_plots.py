@@ -134,7 +134,7 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatc
 
 
 def test_drawing_needs_no_torch_and_a_mistake_is_one_line(tmp_path: Path) -> None:
-    code = "import sys, nanoft.curves; sys.exit('torch' in sys.modules)"
+    code = "import sys, nanoft.tracking.plots; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     done = subprocess.run(
         [sys.executable, "-m", "nanoft", "plot", str(tmp_path / "no")], capture_output=True, text=True, check=False

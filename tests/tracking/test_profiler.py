@@ -122,7 +122,9 @@ def test_the_operation_whose_gradient_is_nan_is_named_with_its_line(tmp_path: Pa
     x = torch.zeros(2, requires_grad=True)
     line = root_of.__code__.co_firstlineno + 1
     looking, _, _ = make(tmp_path, system__debug=True)
-    message = rf"system\.debug: the gradient of SqrtBackward0 is NaN, called in test_probe\.py, line {line} \(root_of\)"
+    message = (
+        rf"system\.debug: the gradient of SqrtBackward0 is NaN, called in test_profiler\.py, line {line} \(root_of\)"
+    )
     with pytest.raises(TrainingFailed, match=message), looking:
         (root_of(x) * 0).sum().backward()  # 0 * (1 / (2 sqrt 0)) = 0 * inf
     assert not torch.is_anomaly_enabled()

@@ -26,7 +26,7 @@ from nanoft.tracking.run import AppendOnlyFile, Meter, Run
 HOST = socket.gethostname()
 HOLD = """
 import sys
-from nanoft.metrics import Run
+from nanoft.tracking.run import Run
 with Run.open(sys.argv[1]):
     print("mine", flush=True)
     sys.stdin.read()
@@ -252,7 +252,9 @@ def test_what_is_said_is_printed_and_kept(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path: Path) -> None:
-    code = "from nanoft.metrics import Run\nwith Run.open({!r}) as run:\n    for _ in range(3): run.print('x' * 9999)"
+    code = (
+        "from nanoft.tracking.run import Run\nwith Run.open({!r}) as run:\n    for _ in range(3): run.print('x' * 9999)"
+    )
     command = [sys.executable, "-u", "-c", code.format(str(tmp_path / "run"))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -23,14 +23,14 @@ def test_a_best_checkpoint_that_was_damaged_is_told_and_the_last_one_taken(
 ) -> None:
     patience = {"training__early_stopping_threshold": 1e-9, "training__eval_steps": 2, "training__save_steps": 1}
     patience |= {"data__validation_file": sentences(tmp_path), "training__learning_rate": 5e-3}
-    finish = train.finish
+    finish = train.finalize
 
     def damaging(job: Any, state: Any, stop: Any) -> bool:
         assert 0 < state.best_step < state.step
         (job.checkpoints.path(state.best_step) / "state.json").write_bytes(b"{}")
         return finish(job, state, stop)
 
-    monkeypatch.setattr(train, "finish", damaging)
+    monkeypatch.setattr(train, "finalize", damaging)
     assert train.main(quick(tmp_path / "run", **patience)) == 0
     assert "the result is not the best checkpoint, but the last" in capsys.readouterr().out
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-000008" / "adapter.safetensors")

@@ -218,7 +218,7 @@ def test_plan_prints_parts_and_peak_and_loads_nothing(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Decoder, "to_empty", None)
-    monkeypatch.setattr("nanoft.weights.load_tensors", None)
+    monkeypatch.setattr("nanoft.models.weights.open_weights", None)
     assert train.main([*arguments, "--plan"]) == 0
     said = capsys.readouterr().out
     for part in ("process", "linears", "adapters", "gradients", "optimizer", "activations", "backward", "loss", "peak"):
@@ -255,7 +255,9 @@ def test_auto_keeps_the_rows_of_a_step_and_a_run_goes_on_with_what_was_decided(
     assert (decided["micro_batch_size"], decided["gradient_accumulation_steps"]) == (6, 1)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert next(line for line in lines if line["event"] == "memory")["predicted_gb"].keys() >= {"linears", "loss"}
-    monkeypatch.setattr("nanoft.plan.memory_limit_bytes", lambda device: 1.0)  # less memory than the first time
+    monkeypatch.setattr(
+        "nanoft.training.memory_plan.memory_limit_bytes", lambda device: 1.0
+    )  # less memory than the first time
     more = ["training.max_steps=2", "training.checkpointing=none", "--force", "room"]
     assert train.main([*arguments, *auto, *more]) == 0
     assert json.loads((run / "config.json").read_text())["training"]["micro_batch_size"] == 6

@@ -151,7 +151,7 @@ def forget_weights(patch: pytest.MonkeyPatch) -> None:
 def begin_the_data_again(patch: pytest.MonkeyPatch) -> None:
     real = state.restore
 
-    def restore(of: Any, saved: Any) -> train.State:
+    def restore(of: Any, saved: Any) -> train.TrainState:
         state = real(of, saved)
         of.batches.seek(0, 0)
         return state

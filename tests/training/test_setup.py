@@ -86,7 +86,7 @@ def test_an_older_report_does_not_stand_for_a_run_that_was_done_again(tmp_path: 
     changes = {"training__save_steps": 2, "training__keep_checkpoints": 100}
     assert train.main(quick(directory, **changes)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "finish", lambda *_: os.kill(os.getpid(), 15))
+        patch.setattr(train, "finalize", lambda *_: os.kill(os.getpid(), 15))
         earlier = str(directory / "checkpoints" / "step-000002")
         assert train.main([*quick(directory, **changes), "--resume", earlier]) == train.STOPPED_BY_SIGNAL
     assert train.main(quick(directory, **changes)) == 0
