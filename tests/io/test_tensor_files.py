@@ -52,12 +52,12 @@ def test_the_size_of_every_type_is_the_librarys(form: str, tmp_path: Path) -> No
 
 
 def test_what_the_library_lets_pass(tmp_path: Path) -> None:
-    """The reason why there is a reader of our own: a name that is there twice."""
+    """The reason why there is a reader of our own: a name that appears twice."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(HEADERS["a name twice"][0])
     with safe_open(path, framework="pt") as file:
         assert list(file.keys()) == ["w"]
-    with pytest.raises(UserError, match="'w' is there twice"):
+    with pytest.raises(UserError, match="'w' appears twice"):
         read_header(path)
 
 

@@ -159,13 +159,13 @@ def drop_shard(directory: Path) -> None:
     [
         (drop_shard, r"model-00002-of-\d+\.safetensors: named in the index, but missing"),
         (lambda d: [f.unlink() for f in d.glob("model*")], "no weights here"),
-        (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index.json: damaged or not JSON"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index.json: not valid JSON"),
         (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "index.json: expected a JSON object"),
         (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "weight_map is missing or empty"),
         (lambda d: (d / "config.json").unlink(), "config.json: no such file"),
-        (lambda d: (d / "config.json").write_text("["), "config.json: damaged or not JSON"),
-        (lambda d: (d / "config.json").write_bytes(b'"\xff"'), "config.json: damaged or not JSON"),
-        (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json: damaged or not JSON"),
+        (lambda d: (d / "config.json").write_text("["), "config.json: not valid JSON"),
+        (lambda d: (d / "config.json").write_bytes(b'"\xff"'), "config.json: not valid JSON"),
+        (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json: not valid JSON"),
     ],
 )
 def test_a_directory_that_is_not_whole_is_explained(damage: Any, message: str, tmp_path: Path) -> None:
@@ -872,7 +872,7 @@ def test_an_adapter_config_of_the_wrong_kind_is_refused(
     ("file", "content", "message"),
     [
         ("adapter_config.json", "[]", "expected a JSON object"),
-        ("adapter_config.json", "{", "damaged or not JSON"),
+        ("adapter_config.json", "{", "not valid JSON"),
         ("adapter_model.safetensors", "garbage", "adapter_model.safetensors: damaged"),
         ("nanoft.json", "[]", "nanoft.json: expected a JSON object"),
         ("nanoft.json", '{"quantization": "nf4"}', "nanoft.json: damaged"),
