@@ -105,7 +105,7 @@ def refuse_code(config: dict[str, Any]) -> None:
 
 
 def parse_json(content: bytes, unique: bool = False) -> Any:
-    """A JSON value of bounded depth, or a ValueError; `unique` refuses duplicate names, of which else the last counts."""
+    """A JSON value of bounded depth, or a ValueError; `unique` refuses duplicate names (else the last counts)."""
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_names if unique else None)
     except RecursionError:
