@@ -25,12 +25,10 @@ from torch import nn
 from tqdm import tqdm
 
 from nanoft import TrainingFailed, UserError, checkpoint, guard
-from nanoft import perplexity as perplexities
-from nanoft.batches import Batch, pad_to_multiple
+from nanoft.batches import Batch, eval_batches, pad_to_multiple
 from nanoft.checkpoint import Checkpoint
 from nanoft.config import Config
 from nanoft.config.loading import load_config, read_overrides
-from nanoft.loss import target_nll
 from nanoft.optim import learning_rate, set_learning_rate, warmup_length
 from nanoft.runtime import distributed
 from nanoft.runtime.command import Arguments, StopRequest, command, ignore_broken_output
@@ -125,17 +123,16 @@ def accumulate(job: TrainContext, window: list[Batch]) -> tuple[float, float]:
         The loss, in nats per target token of the window, and the norm of the gradient before clipping.
     """
     t, model = job.config.training, job.model
-    window_targets = sum(micro_batch.target_tokens for micro_batch in window)
+    job.objective.prepare(model, window)
+    units = job.objective.count(window)
     loss = torch.zeros((), device=job.device)
     distributed.seed_process(job.config.system.seed, job.batches.epoch, job.batches.index)
     with distributed.same_exception(job.device):
         for micro_batch in distributed.shard(pad_to_multiple(window, distributed.world_size())):
             batch = micro_batch.to(job.device)
             with job.autocast():
-                hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
-                nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
-            # sum over target tokens / target tokens of the WINDOW: the same however the window is split
-            micro_loss = nll / window_targets
+                # sum over units / units of the WINDOW: the same however the window is split
+                micro_loss = job.objective.loss(model, batch) / units
             micro_loss.backward()
             loss += micro_loss.detach()
     parameters = [p for _, p in job.trained]
@@ -267,7 +264,7 @@ def diverged(job: TrainContext, state: TrainState, window: list[Batch]) -> Train
     where = "which weight or output is the first was not looked for, because the model is split"
     if job.config.training.sharding == "none":
         with job.autocast():
-            where = guard.diagnose(job.model, batch.ids, batch.positions, batch.documents, rows=batch.rows)
+            where = guard.diagnose(job.model, batch.ids, batch.positions, batch.documents, batch.target_positions)
     return TrainingFailed(
         f"{seen.skips} windows in a row could not be used after step {state.step}, and {seen.rollbacks} rollbacks "
         f"did not help: {where}: lower training.learning_rate ({rate:g}), or look at the records in train.log"
@@ -282,11 +279,12 @@ def evaluate_now(job: TrainContext, state: TrainState) -> None:
     if not len(job.validation):
         return
     try:
-        loss, tokens = validation_loss(job)
+        figures = validation_loss(job)
     except Exception as error:  # a run is worth more than a look at it
         job.model.train()
         report_failure(job, state, "evaluation", error)
         return
+    loss = figures["loss"]
     state.best_step, state.best_loss = distributed.broadcast_from_rank0(
         lambda: (state.best_step, state.best_loss)
     )  # if it was saved
@@ -295,18 +293,17 @@ def evaluate_now(job: TrainContext, state: TrainState) -> None:
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
     log_memory(job, state, "evaluated")
-    perplexity = perplexities.safe_exp(loss)
-    job.run.log("eval", state.step, loss=loss, perplexity=perplexity, target_tokens=tokens)
+    job.run.log("eval", state.step, **figures)
     best = " (best so far)" if state.best_step == state.step else ""
-    job.run.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
+    job.run.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {figures['perplexity']:.4g}{best}")
 
 
-def validation_loss(job: TrainContext) -> tuple[float, int]:
-    """(nats per target token, target tokens), in smaller batches if memory is short."""
+def validation_loss(job: TrainContext) -> dict[str, float]:
+    """What the objective measures, in smaller batches if memory is short."""
     rows = job.config.evaluation.batch_size
     while rows:
         with Shortage(job.device), job.autocast():
-            return perplexities.validation_loss(job.model, job.validation, rows, job.chat.pad_id)
+            return job.objective.evaluate(job.model, eval_batches(job.validation, rows, job.chat.pad_id))
         rows //= 2
         job.model.train()  # the attempt that failed has left it in evaluation, and dropout off
     raise TrainingFailed("out of memory with one validation sample")

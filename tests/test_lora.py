@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from nanoft import UserError, lora
 from nanoft.config import LoRAConfig
 from nanoft.lora import LoRALinear, describe_adapters, disabled, identity, inject_lora, principal
-from nanoft.loss import target_nll
+from nanoft.loss import token_nll
 from nanoft.model import Attention, Block, Decoder, RMSNorm, swiglu
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.families import decoder_config
@@ -101,7 +101,7 @@ def peft_name(name: str) -> str:
 
 
 def mean_loss(model: Decoder) -> Tensor:
-    return target_nll(model(IDS, rows=TARGETS), model.head, IDS[:, 1:].flatten()) / len(TARGETS)
+    return token_nll(model(IDS, rows=TARGETS), model.head, IDS[:, 1:].flatten()).mean()
 
 
 def gradients(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from nanoft.attention import Documents, attend, rotate
 from nanoft.config import LoRAConfig, TrainingConfig
 from nanoft.generation import generate
 from nanoft.lora import LoRALinear, principal
-from nanoft.loss import target_nll
+from nanoft.loss import token_nll
 from nanoft.optim import build_optimizer
 from nanoft.runtime import memory
 from nanoft.runtime.device import choose_device, choose_dtype, preserve_rng_state, rng_state
@@ -76,7 +76,7 @@ def rotation_piece(device: torch.device) -> Pieces:
 
 def loss_piece(device: torch.device) -> Pieces:
     hidden, head = (numbers(n, 32).to(device).requires_grad_() for n in (50, 199))
-    nll = target_nll(hidden, head, torch.arange(50).to(device), 0.1, 1e-3)
+    nll = token_nll(hidden, head, torch.arange(50).to(device), 0.1, 1e-3).sum()
     return [nll.detach(), *torch.autograd.grad(nll, (hidden, head))]
 
 

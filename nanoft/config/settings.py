@@ -116,6 +116,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class TrainingConfig(Section):
+    objective: str = "sft"  # what is minimized: an entry of nanoft/objectives
     method: Literal["lora", "full"] = "lora"  # train adapters, or every parameter
     micro_batch_size: int | Literal["auto"] = bounded(4, 1)  # rows per forward pass; auto: as many as fit into memory
     gradient_accumulation_steps: int = bounded(4, 1)  # micro-batches per optimizer step; with auto: rows of a step
@@ -186,6 +187,7 @@ class SystemConfig(Section):
     memory_gb: float | None = bounded(None, 0.1)  # of the device, for --plan where it is not; where it is, it counts
     ranks: int = bounded(1, 1)  # processes that share each optimizer step: as many as torchrun starts
     profile: bool = False  # record a few steps into profile/, and the operators that take the time
+    kernels: Literal["auto", "plain"] = "auto"  # plain: only the core's own formulas, slower and with more memory
     debug: bool = False  # stop at the operation whose gradient is NaN, and name it (several times slower)
 
 

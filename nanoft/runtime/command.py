@@ -1,4 +1,11 @@
-"""TODO."""
+"""What every command shares: its arguments, its exit codes, its streams, and the wish to stop.
+
+A user who asks for `--help` or mistypes an option should not wait for torch, whose import takes seconds. A script
+therefore builds its parser first, and imports what needs torch after this:
+
+    if __name__ == "__main__":
+        PARSER.check(sys.argv[1:])
+"""
 
 from __future__ import annotations
 
@@ -10,11 +17,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from nanoft import TrainingFailed, UserError
+from nanoft import TrainingFailed, UserError, __version__
+from nanoft.config.suggestion import suggest_override
 from nanoft.io.untrusted import one_line
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -22,10 +30,52 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Arguments(argparse.ArgumentParser):
-    """Command-line arguments; a mistake in them is one line, like every other."""
+    """Command-line arguments with `--version`; a mistake in them is a UserError, one line like every other."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.add_argument("--version", action="version", version=f"nanoft {__version__}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Options and positional arguments in any order; a setting that is spelled as an option is explained.
+
+        Raises:
+            UserError: an unknown option, a missing argument, a value of the wrong type.
+        """
+        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
+        args, unknown = parse(argv)
+        if unknown and unknown[0].startswith("-") and hasattr(args, "overrides"):
+            name, equals, value = unknown[0].partition("=")
+            following = argv[argv.index(unknown[0]) + 1 :] if not equals else [value]
+            value = next((word for word in following[:1] if equals or not word.startswith("--")), "VALUE")
+            if field := suggest_override(name.lstrip("-")):
+                raise UserError(f"{name}: settings are written section.field=value: {field}={value}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return args
+
+    def check(self, argv: list[str]) -> None:
+        """Answer --help, --version and mistakes, and end the process; go on if there are none of them."""
+
+        def main(argv: list[str]) -> int:
+            self.parse(argv)
+            return 0
+
+        with contextlib.ExitStack() as silence:
+            if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, one answers
+                silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            if code := command(main)(argv):
+                sys.exit(code)
+
+
+def renamed(old: str, new: str) -> NoReturn:
+    """End a command that has another name now."""
+    print(f"error: python -m {old}: is now: python -m nanoft {new}", file=sys.stderr)
+    sys.exit(2)
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:

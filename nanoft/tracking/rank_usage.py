@@ -238,7 +238,7 @@ def rank_report(
         adapters: by module name. Without any, or with PiSSA, whose update has rank 2r, the report is empty.
         step: of the weights; the optimizer's moments may be those of a later step.
     """
-    if not adapters or any(getattr(adapter, "lora_A0", None) is not None for adapter in adapters.values()):
+    if not adapters or any(adapter.RANKS != 1 for adapter in adapters.values()):
         return {}, "", ""
     usages = {name: measure_rank_usage(adapter, optimizer) for name, adapter in adapters.items()}
     values = summarize(usages, step)
