@@ -295,7 +295,7 @@ def evaluate_now(job: TrainContext, state: TrainState) -> None:
     log_memory(job, state, "evaluated")
     job.run.log("eval", state.step, **figures)
     best = " (best so far)" if state.best_step == state.step else ""
-    job.run.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {figures['perplexity']:.4g}{best}")
+    job.run.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {figures['perplexity']:.4g}{best}")
 
 
 def validation_loss(job: TrainContext) -> dict[str, float]:

@@ -131,7 +131,7 @@ def test_a_truncated_file_is_named(keep: int, tmp_path: Path) -> None:
     make_reference("mistral", tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors: corrupted"):
         load(tmp_path)
 
 
@@ -833,8 +833,8 @@ def test_layers_saved_whole_beside_an_adapter_are_refused(runs: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": "x"}, "the field r: 'x' is not a rank"),
-        ({"r": True}, "the field r: True is not a rank"),
+        ({"r": "x"}, "r: 'x' is not a positive integer"),
+        ({"r": True}, "r: True is not a positive integer"),
         ({"r": 8}, "has rank 4, but adapter_config.json says 8"),
         ({"r": 10**12}, "lora.rank: 1000000000000 is out of range"),  # before memory for it is asked for
         ({"lora_alpha": "6"}, "lora_alpha: '6' is not a positive number"),
@@ -873,7 +873,7 @@ def test_an_adapter_config_of_the_wrong_kind_is_refused(
     [
         ("adapter_config.json", "[]", "expected a JSON object"),
         ("adapter_config.json", "{", "not valid JSON"),
-        ("adapter_model.safetensors", "garbage", "adapter_model.safetensors: damaged"),
+        ("adapter_model.safetensors", "garbage", "adapter_model.safetensors: corrupted"),
         ("nanoft.json", "[]", "nanoft.json: expected a JSON object"),
         ("nanoft.json", '{"quantization": "nf4"}', "nanoft.json: damaged"),
         ("nanoft.json", '{"quantization": {"type": "nf5", "double": true}}', "nanoft.json: damaged"),
@@ -891,7 +891,7 @@ def test_an_adapter_with_a_damaged_file_is_refused(
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"hidden_size": 64}, r"is \(4, 32\), but this model"), ({"num_hidden_layers": 1}, "is it its base?")],
+    [({"hidden_size": 64}, r"is \(4, 32\), but this model"), ({"num_hidden_layers": 1}, "is it the right base?")],
 )
 def test_an_adapter_on_another_base_is_refused(
     changes: dict[str, int], message: str, runs: Path, tmp_path: Path
