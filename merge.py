@@ -50,11 +50,10 @@ from nanoft.export.model_card import (
     push,
     run_facts,
     validate_repository,
-    write_json,
 )
 from nanoft.export.streaming import StreamedDecoder, give_back_freed_memory, open_rows
 from nanoft.export.verify import Agreement, prove, recommended, verify
-from nanoft.io.atomic import write_file
+from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import read_json
 from nanoft.models.adapter_files import adapter_tensors, hash_tensors, save_mlx

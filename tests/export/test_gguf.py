@@ -221,7 +221,9 @@ def test_values_that_float16_lacks_are_refused(made: Any, tmp_path: Path) -> Non
     opened, chat = made("mistral")
     with torch.no_grad():
         opened.adapters["model.layers.0.mlp.up_proj"].lora_B.mul_(1e9)
-    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight has values that float16 has not: use --dtype bf16"):
+    with pytest.raises(
+        UserError, match=r"blk\.0\.ffn_up\.weight has values that float16 cannot represent: use --dtype bf16"
+    ):
         write((opened, chat), tmp_path / "model.gguf", "f16")
 
 
@@ -317,7 +319,7 @@ def test_what_the_file_cannot_say_is_told(made: Any, tmp_path: Path) -> None:
     more = [chat.tokenizer.token_to_id(token) for token in ("[INST]", "[/INST]")]
     thinking = ChatTokenizer(chat.tokenizer, chat.settings, chat.template, more, {"enable_thinking": False})
     stops, variables = write_gguf(opened, thinking, "x", "f32", "original", tmp_path / "model.gguf")
-    assert stops == f"llama.cpp may not stop on the ids [{max(more)}]: give it their texts as stop strings"
+    assert stops == f"llama.cpp may not stop on the ids [{max(more)}]: pass their texts as stop strings"
     assert "trained with {'enable_thinking': False}" in variables
     assert facts(tmp_path / "model.gguf")["tokenizer.ggml.eom_token_id"] == min(more)
 
@@ -330,7 +332,7 @@ def test_what_the_file_cannot_say_is_told(made: Any, tmp_path: Path) -> None:
     [
         ("qwen3-bias", {}, "attention_bias: llama.cpp's qwen3 has no biases"),
         ("qwen2", {"head_dim": 16}, "head_dim: llama.cpp's qwen2"),
-        ("qwen3", {"rope_parameters": LLAMA3}, "rope type llama3: llama.cpp's qwen3 has no such thing"),
+        ("qwen3", {"rope_parameters": LLAMA3}, "rope type llama3: llama.cpp's qwen3 does not support it"),
         (
             "llama-yarn",
             {"rope_parameters": {**CASES["llama-yarn"][2]["rope_parameters"], "beta_fast": 16}},
@@ -347,7 +349,9 @@ def test_what_llama_cpp_cannot_compute_is_refused(
         write((opened, open_chat_tokenizer(str(tmp_path), opened)), tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize(("variant", "reason"), [("dora", "no DoRA"), ("bias", "hold no biases")])
+@pytest.mark.parametrize(
+    ("variant", "reason"), [("dora", "does not support DoRA"), ("bias", "does not support trained biases")]
+)
 def test_adapters_of_more_than_two_factors_are_refused(variant: str, reason: str, made: Any, tmp_path: Path) -> None:
     kinds: dict[str, dict[str, Any]] = {"dora": {"dora": True}, "bias": {"bias": "lora_only"}}
     opened, _ = made("qwen2", lora=LoRAConfig(rank=4, alpha=6.0, **kinds[variant]))
@@ -357,7 +361,7 @@ def test_adapters_of_more_than_two_factors_are_refused(variant: str, reason: str
 
 def test_missing_packages_are_named(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(UserError, match=r"--dtype q4_k_m: it needs llama\.cpp's own quantizer: pip install"):
+    with pytest.raises(UserError, match=r"--dtype q4_k_m needs llama\.cpp's own quantizer: pip install"):
         write(made("mistral"), tmp_path / "model.gguf", "q4_k_m")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]'"):
@@ -525,7 +529,7 @@ def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.C
     ("run", "arguments", "reason"),
     [
         ("lora", ["--dtype", "q8_0"], "--dtype: q8_0: only --format gguf has it"),
-        ("lora", ["--format", "gguf-lora", "--dtype", "q4_0"], "--dtype: q4_0: an adapter is not quantized"),
+        ("lora", ["--format", "gguf-lora", "--dtype", "q4_0"], "--dtype: q4_0: adapters are not quantized"),
         ("lora", ["--format", "gguf", "--base", "nf4"], "was trained on the original weights: leave --base out"),
         ("full", ["--format", "gguf-lora"], "this run trained every parameter"),
         ("base", ["--format", "gguf-lora"], "no adapter here"),
