@@ -94,7 +94,7 @@ class Linear4bit(_Packed):
             dtype: what the weight is rounded to before it is packed and when it is unpacked.
         """
         if weight.numel() % BLOCK:
-            raise UserError(f"quantization.bits: {tuple(weight.shape)} weights do not fill blocks of {BLOCK}: use 16")
+            raise UserError(f"quantization.bits: {tuple(weight.shape)} weights are not a multiple of {BLOCK}: use 16")
         packed, absmax = pack_4bit(weight.to(dtype), kind)
         scales = pack_scales(absmax) if double else [absmax]
         super().__init__([packed, *scales], weight.shape, kind, bias, dtype)

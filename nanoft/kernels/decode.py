@@ -63,7 +63,9 @@ def twin(module: Any, prepack: bool) -> Function:
         return prepacked(weight_of(module), module.bias)
     if type(module) is nn.Linear:
         return lambda x, weight=module.weight, bias=module.bias: F.linear(x, weight, bias)
-    return module.forward if type(module) is RMSNorm else module
+    if type(module) is RMSNorm:
+        return lambda x, formula=module.formula, weight=module.weight: formula(x, weight)
+    return module
 
 
 class Twin:

@@ -189,6 +189,8 @@ def base_model(job: TrainContext) -> Iterator[Decoder]:
         job.optimizer.state.clear()  # its memory is needed for the second model
         split = job.config.training.sharding == "full"
         model = load_base(job.config, job.base_directory, torch.device("cpu") if split else job.device, job.dtype)
+        if job.config.system.kernels == "auto":
+            kernels.apply(model)
         if split:
             sharding.shard_model(model, job.device)
         yield model
