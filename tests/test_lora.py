@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from adapters import CPU, IDS, VARIANTS, adapted, peft_model, peft_name, randomize, variant
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 
 from nanoft import UserError, lora
 from nanoft.config import LoRAConfig
@@ -25,28 +24,7 @@ from nanoft.nf4 import Linear4bit
 from nanoft.training.self_test import PRODUCT, adapter_effect, merged_apart, products_apart
 from tiny_models import delta, make_reference
 
-CPU = torch.device("cpu")
-IDS = torch.randint(0, 199, (2, 24), generator=torch.Generator().manual_seed(3))
 TARGETS = torch.tensor([b * 24 + s for b in range(2) for s in range(23)])
-PLAIN = LoRAConfig(rank=8, alpha=20.0)
-VARIANTS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "rslora": {"rslora": True},
-    "dora": {"dora": True},
-    "lora-fa": {"freeze_a": True},
-    "pissa": {"init": "pissa"},
-    "bias": {"bias": "lora_only"},
-    "patterns": {
-        "rank_pattern": {"self_attn.q_proj": 4, r"layers\.1\..*|v_proj": 2, ".*": 6},
-        "alpha_pattern": {"down_proj": 3.0, "model.layers.0.mlp.up_proj": 40},
-    },
-    "together": {"rslora": True, "dora": True, "bias": "all", "rank_pattern": {"v_proj": 3}, "freeze_a": True},
-    "pissa-dora": {"rslora": True, "dora": True, "init": "pissa", "alpha_pattern": {"q_proj": 5.0}},
-}
-
-
-def variant(name: str, **changes: Any) -> LoRAConfig:
-    return LoRAConfig(**{"rank": 8, "alpha": 20.0, **VARIANTS[name], **changes})
 
 
 @pytest.fixture(scope="module")
@@ -55,48 +33,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base")
     make_reference("llama-bias", directory)
     return directory
-
-
-def adapted(
-    base: Path, lora: LoRAConfig = PLAIN, quantization: Any = None, dtype: torch.dtype = torch.float32
-) -> tuple[Decoder, dict[str, LoRALinear]]:
-    model = load_model(base, CPU, dtype, quantization)
-    return model, inject_lora(model, lora, seed=1)
-
-
-def randomize(adapters: dict[str, LoRALinear]) -> None:
-    """Move all that is trained, as training does."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for adapter in adapters.values():
-            for p in adapter.parameters():
-                if p.requires_grad:
-                    noise = torch.randn(p.shape, generator=generator)
-                    p.add_(noise * 0.1 if p.dim() == 2 else p * noise * 0.2)
-
-
-def peft_model(base: Path, lora: LoRAConfig = PLAIN) -> PeftModel:
-    reference = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-    settings = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules="all-linear",
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        bias=lora.bias,
-        rank_pattern=lora.rank_pattern,
-        alpha_pattern=lora.alpha_pattern,
-        init_lora_weights="pissa" if lora.init == "pissa" else True,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(reference, settings)
-
-
-def peft_name(name: str) -> str:
-    """What PEFT calls a tensor of a file while it is in memory."""
-    for part in ("lora_A", "lora_B"):
-        name = name.replace(f"{part}.weight", f"{part}.default.weight")
-    return name.replace("lora_magnitude_vector", "lora_magnitude_vector.default.weight")
 
 
 def mean_loss(model: Decoder) -> Tensor:

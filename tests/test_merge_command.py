@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from runs import run_merge
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,10 +37,6 @@ IDS = torch.arange(5, 60)[None]
 def logits(model: Any) -> torch.Tensor:
     result: torch.Tensor = model.logits(model(IDS)) if isinstance(model, Decoder) else model(IDS).logits
     return result
-
-
-def run_merge(*arguments: Any) -> int:
-    return command.main([str(argument) for argument in arguments])
 
 
 def names(directory: Path) -> set[str]:

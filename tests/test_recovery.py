@@ -4,69 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_train import equal, losses, quick, result
+from runs import (
+    NO_EVALUATION,
+    Capture,
+    Patch,
+    equal,
+    events,
+    in_the_loop,
+    losses,
+    nan_in,
+    no_memory,
+    quick,
+    result,
+    steps_are_all_there,
+)
 
 import train
 from nanoft import perplexity
 from nanoft.checkpoint import CheckpointManager
 
-Patch = pytest.MonkeyPatch
-Capture = pytest.CaptureFixture[str]
-
-
-def events(directory: Path, event: str = "warning") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
-
-
-def in_the_loop(patch: Patch, name: str, around: Callable[..., Any]) -> None:
-    """While the loop runs, and not before, `train.<name>(...)` becomes around(call number, the real one, ...)."""
-    loop, real = train.train, getattr(train, name)
-    calls = [0]
-
-    def replaced(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        return around(calls[0], real, *args, **options)
-
-    def looping(*args: Any) -> Any:
-        setattr(train, name, replaced)
-        try:
-            return loop(*args)
-        finally:
-            setattr(train, name, real)
-
-    patch.setattr(train, "train", looping)
-
-
-def no_memory(*_: Any, **__: Any) -> Any:
-    """The error that torch itself raises."""
-    return torch.empty(2**60, dtype=torch.uint8)
-
-
-def nan_in(*numbers: int) -> Callable[..., Any]:
-    """The loss of these windows is NaN."""
-
-    def around(number: int, real: Any, *args: Any) -> Any:
-        loss, norm = real(*args)
-        return (float("nan"), norm) if number in numbers else (loss, norm)
-
-    return around
-
-
-def steps_are_all_there(directory: Path, last: int) -> None:
-    assert [step for step, _ in losses(directory)] == list(range(1, last + 1))
-
-
 # --- not finite
-
-
-NO_EVALUATION = {"training__eval_steps": 0}  # so that a checkpoint of step 4, the best so far, is not saved
 
 
 def test_after_too_many_bad_windows_it_goes_back_learns_more_slowly_and_passes_them_over(

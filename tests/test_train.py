@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import (
+    BASE,
+    VARIANTS,
+    command,
+    copy_base,
+    equal,
+    losses,
+    one_line,
+    quick,
+    record,
+    refused,
+    result,
+    sentences,
+    stop_after,
+    write,
+)
 from safetensors.torch import load_file, save_file
 
 import train
@@ -29,49 +42,6 @@ from nanoft.optim import optimizer_tensors
 from nanoft.runtime.device import seed_everything
 from nanoft.tracking.run import Run
 from nanoft.training import self_test
-
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "configs" / "tiny.py"
-BASE = ROOT / "configs" / "tiny" / "base"
-CONVERSATIONS = ROOT / "configs" / "tiny" / "conversations.jsonl"
-QUICK = {
-    "data.max_samples": "40",
-    "training.micro_batch_size": "4",
-    "training.gradient_accumulation_steps": "2",
-    "training.eval_steps": "4",
-    "training.save_steps": "3",
-    "training.log_steps": "1",
-    "training.max_steps": "8",
-    "evaluation.prompts": "2",
-    "evaluation.max_new_tokens": "4",
-    "logging.progress_bar": "false",
-}
-
-
-def quick(directory: Path, **changes: Any) -> list[str]:
-    """Arguments of a run of a few steps; `section__field=value` changes it."""
-    named = {key.replace("__", "."): str(value) for key, value in changes.items()}
-    settings = {**QUICK, "output.dir": str(directory), **named}
-    return [str(TINY), *(f"{key}={value}" for key, value in settings.items())]
-
-
-def losses(directory: Path, event: str = "train") -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if line["event"] == event]
-
-
-def result(directory: Path) -> dict[str, torch.Tensor]:
-    name = "adapter/adapter_model.safetensors" if (directory / "adapter").is_dir() else "model/model.safetensors"
-    return load_file(directory / name)
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def command(arguments: list[str]) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *arguments]
-
 
 # --- exactness
 
@@ -107,38 +77,6 @@ def test_a_window_has_one_gradient_however_it_is_split(
         assert self_test.gradient_error(split, whole) <= allowed
         if dtype == torch.float64:  # float32 rounds single small tensors by a little more than all of them together
             assert max(self_test.relative_error(split[name], gradient) for name, gradient in whole.items()) <= allowed
-
-
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Send this process a signal as soon as the step has been logged."""
-    log = Run.log
-
-    def signalling(self: Run, event: str, at: int, **values: Any) -> None:
-        log(self, event, at, **values)
-        if event == "train" and at == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Run, "log", signalling)
-
-
-VARIANTS = {
-    "lora-dropout": {"lora__dropout": 0.1},
-    "dora": {"lora__dora": True, "lora__rslora": True, "lora__freeze_a": True, "lora__alpha": 4.0},
-    "pissa": {"lora__init": "pissa", "lora__rank_pattern": "{q_proj: 4}", "lora__alpha": 16.0},
-    "qlora": {"quantization__bits": 4, "training__checkpointing": "full"},
-    "int8": {"quantization__bits": 8, "training__neftune_alpha": 5, "training__z_loss": 1e-4},
-    "packed": {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1},
-    "full": {"training__method": "full", "training__learning_rate": 1e-4},
-    "full-8bit": {"training__method": "full", "training__learning_rate": 1e-4, "training__optimizer": "adamw_8bit"},
-    "sgd": {
-        "training__optimizer": "sgd",
-        "training__learning_rate": 0.5,
-        "training__lora_plus_ratio": 4,
-        "training__lr_scheduler": "polynomial",
-        "training__lr_power": 2,
-    },
-    "full-bf16": {"training__method": "full", "training__learning_rate": 1e-4, "model__dtype": "bfloat16"},
-}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -286,13 +224,6 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(
 
 
 # --- what a run does on its way
-
-
-def sentences(directory: Path) -> str:
-    """Validation data that the base is better at than the tuned model: the more tool calls, the less prose."""
-    texts = [f"{who} likes soup and {who} likes tea." for who in ("Ada", "Ben", "Eva", "Leo")]
-    said = "".join(record(prompt="How is the weather?", completion=text) for text in texts)
-    return write(directory / "sentences.jsonl", said)
 
 
 def test_the_checkpoints_kept_are_the_last_and_the_best(tmp_path: Path) -> None:
@@ -451,28 +382,6 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
 # --- mistakes: exit 2, one line, nothing left behind
 
 
-def one_line(text: str) -> str:
-    assert text.count("\n") == 1, text
-    assert text.endswith("\n"), text
-    assert "Traceback" not in text
-    return text.rstrip()
-
-
-def record(**fields: Any) -> str:
-    return json.dumps(fields) + "\n"
-
-
-def write(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def copy_base(tmp_path: Path, change: Callable[[Path], None]) -> str:
-    shutil.copytree(BASE, tmp_path / "base")
-    change(tmp_path / "base")
-    return str(tmp_path / "base")
-
-
 def without_weights(base: Path) -> None:
     (base / "model.safetensors").unlink()
 
@@ -536,14 +445,6 @@ SETTINGS = {
     "paged": ({"training__optimizer": "adamw_paged", "system__device": "cpu"}, ["training.optimizer", "adamw_paged"]),
     "full on 4 bits": ({"training__method": "full", "quantization__bits": 4}, ["quantization.bits"]),
 }
-
-
-def refused(arguments: list[str], fragments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(arguments) == 2
-    error = one_line(capsys.readouterr().err)
-    assert error.startswith("error: ")
-    for fragment in fragments:
-        assert fragment in error
 
 
 @pytest.mark.parametrize("case", DATA)

@@ -1,4 +1,4 @@
-"""Settings of a run: the typed tree (`settings`), reading it from files (`loading`), what may change on resume (`resume`)."""
+"""Settings of a run: the typed tree (`settings`), reading it (`loading`), what may change on resume (`resume`)."""
 
 from nanoft.config.settings import (
     Config,

@@ -355,8 +355,9 @@ def same_exception(device: torch.device) -> Iterator[None]:
             if not is_out_of_memory(error):
                 raise
             print(
-                f"failed: out of memory on rank {process_rank()}; with training.sharding=full nothing is taken in halves: "
-                "lower training.micro_batch_size (with more accumulation), or set training.checkpointing=full",
+                f"failed: out of memory on rank {process_rank()}; with training.sharding=full "
+                "nothing is taken in halves: lower training.micro_batch_size (with more accumulation), "
+                "or set training.checkpointing=full",
                 file=sys.stderr,
             )
             os._exit(3)  # at once: whoever tidies up waits for the others

@@ -15,8 +15,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from adapters import LORA, MERGE_VARIANTS, make_adapter
 from templates import STYLES, TINY, save
-from test_merge import LORA, VARIANTS, make_adapter
 from transformers import AutoModelForCausalLM
 
 import merge as command
@@ -211,9 +211,9 @@ def test_onto_the_quantized_base(stored_so: bool, tmp_path: Path) -> None:
         assert not verify_gguf(plain, tmp_path / "model.gguf", [IDS], "f32").holds
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MERGE_VARIANTS)
 def test_every_kind_of_adapter_is_merged(variant: str, made: Any, tmp_path: Path) -> None:
-    one = made("qwen2", lora=LoRAConfig(rank=4, alpha=6.0, **VARIANTS[variant]))
+    one = made("qwen2", lora=LoRAConfig(rank=4, alpha=6.0, **MERGE_VARIANTS[variant]))
     assert verify_gguf(one[0], write(one, tmp_path / "model.gguf"), [IDS], "f32").holds
 
 
@@ -275,7 +275,7 @@ def test_within_a_sliding_window_there_is_no_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["plain", "rslora", "pissa"])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_an_adapter_file_on_the_base_is_the_merged_model(case: str, variant: str, made: Any, tmp_path: Path) -> None:
-    lora = LoRAConfig(rank=4, alpha=6.0, **VARIANTS.get(variant, {}))
+    lora = LoRAConfig(rank=4, alpha=6.0, **MERGE_VARIANTS.get(variant, {}))
     opened, chat = made(case, lora=lora)
     write_gguf_lora(opened, "adapter", "f32", tmp_path / "adapter.gguf")
     known = facts(tmp_path / "adapter.gguf")

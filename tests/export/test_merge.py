@@ -16,6 +16,7 @@ from typing import Any
 import bitsandbytes.functional
 import pytest
 import torch
+from adapters import LORA, MERGE_VARIANTS, make_adapter, randomize_b
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,7 +29,7 @@ from nanoft.export.merge import TOLERANCE, copy_adapter, merge, new_directory, s
 from nanoft.export.verify import prove
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.models import weights
-from nanoft.models.adapter_files import PEFT_PREFIX, save_adapter
+from nanoft.models.adapter_files import PEFT_PREFIX
 from nanoft.models.open import LoadedModel, open_model
 from nanoft.models.weights import load_model
 from tiny_models import delta, make_chat_model, make_packed
@@ -36,35 +37,9 @@ from tiny_models import delta, make_chat_model, make_packed
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 60)[None]
 PROMPTS = [list(range(5, 60)), list(range(300, 320))]
-VARIANTS: dict[str, dict[str, Any]] = {
-    "rslora": {"rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"mlp.*": 3.0}},
-    "dora": {"dora": True, "bias": "lora_only"},
-    "pissa": {"init": "pissa"},
-    "pissa-dora": {"init": "pissa", "dora": True, "rslora": True, "bias": "all"},
-}
 CASES = ["llama", "llama-bias", "mistral", "qwen2", "qwen3"]
-RANK, ALPHA = 4, 6.0
-LORA = LoRAConfig(rank=RANK, alpha=ALPHA)
+RANK, ALPHA = LORA.rank, LORA.alpha
 UP = "model.layers.1.mlp.up_proj"
-
-
-def randomize(adapters: dict[str, LoRALinear], std: float = 0.1) -> None:
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for adapter in adapters.values():
-            adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator) * std)
-            for vector in (adapter.lora_magnitude_vector, adapter.bias):
-                if vector is not None:
-                    vector.mul_(1 + torch.randn(vector.shape, generator=generator) * std)
-
-
-def make_adapter(base: Path, out: Path, std: float = 0.1, lora: LoRAConfig = LORA, **note: Any) -> Path:
-    """An adapter with random values on every linear, as training saves it."""
-    model = load_model(base, CPU, torch.float32)
-    adapters = inject_lora(model, lora, seed=1)
-    randomize(adapters, std)
-    save_adapter(out, model, adapters, lora, str(base), note)
-    return out
 
 
 def make(
@@ -144,9 +119,9 @@ def test_every_merged_tensor_equals_what_peft_merges(case: str, tmp_path: Path) 
         assert (tensor - theirs[name]).abs().max() < 1e-6, name
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MERGE_VARIANTS)
 def test_variations_of_lora_merge_as_in_peft(variant: str, tmp_path: Path) -> None:
-    opened = make(tmp_path, "llama-bias", lora=replace(LORA, **VARIANTS[variant]))
+    opened = make(tmp_path, "llama-bias", lora=replace(LORA, **MERGE_VARIANTS[variant]))
     out = merged(opened, tmp_path / "out")
     ours, plain = tensors_of(out), AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
@@ -155,7 +130,9 @@ def test_variations_of_lora_merge_as_in_peft(variant: str, tmp_path: Path) -> No
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).abs().max() < 1e-5, name
         trained = (
-            name.startswith("model.layers.") and "proj" in name and ("weight" in name or "bias" in VARIANTS[variant])
+            name.startswith("model.layers.")
+            and "proj" in name
+            and ("weight" in name or "bias" in MERGE_VARIANTS[variant])
         )
         assert torch.equal(tensor, before[name]) != trained, name
     proof = prove(opened, out, PROMPTS, torch.float32)
@@ -163,9 +140,9 @@ def test_variations_of_lora_merge_as_in_peft(variant: str, tmp_path: Path) -> No
     assert proof.effect > 100 * proof.allowed
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MERGE_VARIANTS)
 def test_variations_of_lora_merge_onto_nf4(variant: str, tmp_path: Path) -> None:
-    lora = replace(LORA, **VARIANTS[variant])
+    lora = replace(LORA, **MERGE_VARIANTS[variant])
     opened = make(tmp_path, "llama-bias", lora=lora, quantization={"type": "nf4", "double": True}, dtype="float32")
     assert prove(opened, merged(opened, tmp_path / "out", onto="nf4"), PROMPTS, torch.float32).holds
     original = reopen(tmp_path / "adapter", original_base=True)
@@ -508,7 +485,7 @@ def run_config(base: Path, **changes: Any) -> Config:
 def tuned(base: Path, std: float = 0.1) -> tuple[Any, dict[str, LoRALinear]]:
     model = load_model(base, CPU, torch.float32)
     adapters = inject_lora(model, LORA, seed=1)
-    randomize(adapters, std)
+    randomize_b(adapters, std)
     return model.eval(), adapters
 
 

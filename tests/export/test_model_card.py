@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from test_merge_command import run_merge
+from runs import run_merge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanoft import UserError

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import MERGE_VARIANTS, PLAIN, make_adapter
 from safetensors.torch import load_file
-from test_lora import PLAIN
-from test_merge import VARIANTS, make_adapter
 from transformers import AutoModelForCausalLM
 
 from nanoft import UserError
@@ -64,10 +63,10 @@ def test_what_is_in_memory_is_small_and_the_head_is_not_to_be_multiplied_by(tmp_
 
 
 @pytest.mark.parametrize("quantization", [None, {"type": "nf4", "double": True}, {"type": "int8", "double": False}])
-@pytest.mark.parametrize("variant", [*VARIANTS, "plain"])
+@pytest.mark.parametrize("variant", [*MERGE_VARIANTS, "plain"])
 def test_an_adapter_on_it_does_what_it_does_in_memory(variant: str, quantization: Any, tmp_path: Path) -> None:
     make_chat_model(tmp_path / "base", "llama-bias")
-    lora = replace(PLAIN, rank=4, **VARIANTS.get(variant, {}))
+    lora = replace(PLAIN, rank=4, **MERGE_VARIANTS.get(variant, {}))
     make_adapter(tmp_path / "base", tmp_path / "adapter", lora=lora, quantization=quantization, dtype="bfloat16")
     adapter = read_trained_adapter(str(tmp_path / "adapter"))
     tuned = {}
@@ -80,12 +79,14 @@ def test_an_adapter_on_it_does_what_it_does_in_memory(variant: str, quantization
     assert torch.equal(tuned["nf4"], tuned["original"]) == (quantization is None)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "plain"])
+@pytest.mark.parametrize("variant", [*MERGE_VARIANTS, "plain"])
 def test_merged_in_passing_is_what_transformers_and_peft_merge(variant: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
     make_chat_model(tmp_path / "base", "llama-bias")
-    make_adapter(tmp_path / "base", tmp_path / "adapter", lora=replace(PLAIN, rank=4, **VARIANTS.get(variant, {})))
+    make_adapter(
+        tmp_path / "base", tmp_path / "adapter", lora=replace(PLAIN, rank=4, **MERGE_VARIANTS.get(variant, {}))
+    )
     opened = open_adapter(read_trained_adapter(str(tmp_path / "adapter")), "original")
     weights = replace(open_rows(tmp_path / "base"), adapters=opened.adapters)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import CPU, IDS, PLAIN, VARIANTS, adapted, peft_model, peft_name, randomize, variant
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_lora import CPU, IDS, PLAIN, VARIANTS, adapted, peft_model, peft_name, randomize, variant
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import ROOT, equal, losses, quick, result
+from runs import ROOT, equal, losses, quick, result
 
 import train
 from nanoft import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import quick, stop_after
+from runs import quick, stop_after
 
 import train
 from nanoft.batches import Batch

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_plots import training, write_events
+from runs import training, write_events
 
 from nanoft.__main__ import main
 from nanoft.tracking import compare

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -12,35 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from runs import training, write_events
 
 from nanoft import UserError
 from nanoft.tracking import plots
 from nanoft.tracking.plots import Events, read_events
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def write_events(directory: Path, events: list[dict[str, Any]], tail: bytes = b"") -> Path:
-    directory.mkdir(exist_ok=True)
-    text = "".join(json.dumps(event) + "\n" for event in events)
-    (directory / "metrics.jsonl").write_bytes(text.encode() + tail)
-    return directory
-
-
-def training(steps: int) -> list[dict[str, Any]]:
-    """A run that logs every second step and evaluates every tenth."""
-    events: list[dict[str, Any]] = []
-    for step in range(2, steps + 1, 2):
-        values = {
-            "loss": 5 / step,
-            "learning_rate": step * 1e-5,
-            "grad_norm": step % 3 + 0.5,
-            "tokens_per_second": 90.0,
-        }
-        events.append({"event": "train", "step": step, **values, "peak_memory_gb": 1.5, "time": 100.0 + step})
-        if step % 10 == 0:
-            events.append({"event": "eval", "step": step, "loss": 6 / step, "perplexity": 2.0, "time": 100.5 + step})
-    return events
 
 
 def test_what_is_not_a_whole_event_is_counted_and_left_out(tmp_path: Path) -> None:

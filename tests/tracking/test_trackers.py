@@ -250,7 +250,7 @@ def test_a_run_of_train_py_tells_them(tmp_path: Path) -> None:
     """Also on a console that is no terminal and has no file behind it, like a notebook's."""
     needs("matplotlib")
     needs("tensorboard")
-    from test_train import quick
+    from runs import quick
 
     class Notebook:
         """What ipykernel puts in the place of stdout: text only, no file, no terminal."""

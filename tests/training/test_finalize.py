@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Capture, Patch, equal, events, quick, result, sentences, steps_are_all_there
 from safetensors.torch import load_file
-from test_recovery import Capture, Patch, events, steps_are_all_there
-from test_train import equal, quick, result, sentences
 
 import train
 from nanoft.tracking import rank_usage

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_recovery import NO_EVALUATION, Capture, Patch, in_the_loop, nan_in, no_memory
-from test_train import copy_base, quick, refused
+from runs import NO_EVALUATION, Capture, Patch, copy_base, in_the_loop, nan_in, no_memory, quick, refused
 
 import train
 from nanoft import batches

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import TINY, VARIANTS, one_line, quick
+from runs import TINY, VARIANTS, one_line, quick
 from torch import Tensor
 
 import train

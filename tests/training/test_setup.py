@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_recovery import Capture, Patch, events, in_the_loop, steps_are_all_there
-from test_train import losses, quick
+from runs import Capture, Patch, events, in_the_loop, losses, quick, steps_are_all_there
 
 import train
 from tiny_models import make_chat_model, write_records
