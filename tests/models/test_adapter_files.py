@@ -344,7 +344,7 @@ def change_config(path: Path, **changes: Any) -> None:
         (lambda p: change_config(p, init_lora_weights="pissa_niter_4"), "init_lora_weights"),
         (lambda p: change_config(p, use_dora="yes"), "use_dora: 'yes' is not supported"),
         (lambda p: change_config(p, lora_bias=True), "lora_bias"),
-        (lambda p: change_config(p, r=None), "field r"),
+        (lambda p: change_config(p, r=None), "r: None is not a positive integer"),
         (lambda p: (p / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
         (lambda p: (p / "adapter_config.json").write_text("{"), "not valid JSON"),
         (lambda p: (p / "adapter_model.safetensors").write_bytes(b"\0" * 50), "corrupted"),
