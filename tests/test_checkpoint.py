@@ -21,9 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanoft import UserError
+from nanoft import UserError, checkpoint
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, copy_matching, verify
-from nanoft.io import atomic
 
 FILES = ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 OPERATIONS = ["open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir"]
@@ -441,14 +440,14 @@ def test_a_state_that_is_no_object_does_not_pass(content: bytes, path: Path) -> 
 
 
 def test_a_file_that_the_disk_cannot_read_is_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = atomic.hash_file
+    real = checkpoint.hash_file
 
     def bad_sector(file: Path) -> Any:
         if file.name == "optimizer.safetensors":
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
         return real(file)
 
-    monkeypatch.setattr(atomic, "hash_file", bad_sector)
+    monkeypatch.setattr(checkpoint, "hash_file", bad_sector)
     with pytest.raises(CheckpointCorrupted, match=r"optimizer\.safetensors: cannot be read: Input/output error"):
         verify(path)
 
