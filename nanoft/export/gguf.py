@@ -88,9 +88,13 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     shapes, read = merged_tensors(opened, onto)
     new_name, entries = tensor_names(config), []
+
+    def read_permuted(hf_name: str) -> Tensor:
+        return permute_qk(read(hf_name), hf_name, config)
+
     for hf_name, shape in shapes.items():
         form = _tensor_format(new_name(hf_name), shape, dtype, config)
-        entries.append(Entry(new_name(hf_name), shape, form, partial(_read_permuted, read, hf_name, config)))
+        entries.append(Entry(new_name(hf_name), shape, form, partial(read_permuted, hf_name)))
     factors = _rope_factors(config)
     if factors is not None:
         entries.append(Entry("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
@@ -316,8 +320,8 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> l
 def tensor_names(config: DecoderConfig) -> Callable[[str], str]:
     """A function from Hugging Face's tensor names to GGUF's."""
     gguf = _import_gguf()
-    kind = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture(config)]
-    names = gguf.get_tensor_name_map(kind, config.num_layers)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[architecture(config)], config.num_layers)
     return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
@@ -335,10 +339,6 @@ def permute_qk(tensor: Tensor, name: str, config: DecoderConfig, back: bool = Fa
     return tensor.unflatten(0, (-1, *halves)).transpose(1, 2).flatten(0, 2)
 
 
-def _read_permuted(read: Read, name: str, config: DecoderConfig) -> Tensor:
-    return permute_qk(read(name), name, config)
-
-
 def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: DecoderConfig) -> str:
     """The format of one tensor: vectors stay float32; rows that are not a multiple of 32 become float16.
 
@@ -350,8 +350,7 @@ def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: Decode
         return dtype.upper()
     if shape[-1] % BLOCK:
         return "F16"
-    head = "token_embd.weight" if config.tied else "output.weight"
-    return "Q8_0" if name == head else dtype.upper()
+    return "Q8_0" if name == ("token_embd.weight" if config.tied else "output.weight") else dtype.upper()
 
 
 def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
@@ -426,17 +425,16 @@ def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
         UserError: a file of that name exists, or cannot be written.
     """
     if out.suffix != ".gguf":
-        with new_directory(out) as aside:
-            yield aside / name
+        with new_directory(out) as staging:
+            yield staging / name
         return
-    places = [*companions(out, out), out]
-    for each in places:
-        if os.path.lexists(each):
-            raise UserError(f"--out: {each}: exists already: choose another name or remove it")
+    targets = [*companions(out, out), out]  # the model last
+    if existing := next((path for path in targets if os.path.lexists(path)), None):
+        raise UserError(f"--out: {existing}: exists already: choose another name or remove it")
 
-    def place(aside: Path, _: Path) -> None:
-        for each in places:  # the model last
-            os.rename(aside / each.name, each)
+    def place(staging: Path, _: Path) -> None:
+        for path in targets:
+            os.rename(staging / path.name, path)
 
-    with new_directory(out, place=place) as aside:
-        yield aside / out.name
+    with new_directory(out, place=place) as staging:
+        yield staging / out.name

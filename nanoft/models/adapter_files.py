@@ -132,8 +132,6 @@ def save_adapter(
 
     Args:
         directory: created if missing; holds no adapter yet.
-        model: that the adapters are in.
-        lora: the settings of training.
         base_name: a directory or a Hub name.
         note: the content of nanoft.json: how the base was quantized, the dtype of training.
     """
@@ -170,7 +168,7 @@ def select_modules(
     """The part of an adapter in PEFT's format that `only` selects, in the syntax of lora.target_modules.
 
     Raises:
-        UserError: a pattern that matches no module of the adapter, or is not a valid regular expression.
+        UserError: a pattern is invalid or matches no module.
     """
     modules = _by_module(tensors)
     for word in only:
@@ -275,7 +273,6 @@ def save_mlx(directory: Path, adapters: dict[str, LoRALinear], layers: int, base
     smaller rank is padded with zeros, another scale goes into lora_b.
 
     Args:
-        directory: holds no adapter yet.
         layers: number of layers of the model.
         base_name: a directory or a Hub name.
     Raises:
@@ -317,13 +314,13 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
         lora = _settings(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if not weights.is_file() and (directory / "adapter_model.bin").is_file():
-        raise UserError(
-            f"{directory / 'adapter_model.bin'}: pickles can run code and are not read: "
-            "save the adapter again with PEFT, which writes adapter_model.safetensors"
-        )
     if not weights.is_file():
-        raise UserError(f"{directory}: {weights.name} is missing: copy the whole adapter directory")
+        pickle = weights.with_suffix(".bin")
+        if pickle.is_file():
+            raise UserError(
+                f"{pickle}: pickles can run code and are not read: save the adapter again with a newer PEFT"
+            )
+        raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
     tensors = load_tensors(weights)
     with time_limit(MATCHING_SECONDS, f"{path}: rank_pattern"):
         for name, tensor in tensors.items():  # before memory for the ranks of the settings is allocated

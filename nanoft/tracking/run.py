@@ -204,9 +204,8 @@ class Run:
 
     def finished_step(self) -> int | None:
         """The last step of a finished run, which has a report.json; otherwise None."""
-        path = self.directory / "report.json"
         try:
-            return int(json.loads(path.read_text(encoding="utf-8"))["training"]["steps"])
+            return int(json.loads((self.directory / "report.json").read_text("utf-8"))["training"]["steps"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
