@@ -398,8 +398,7 @@ class GGUFWeights:
 def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:
     """Compare the logits of the file, read back, with those of base and adapter, in float32.
 
-    Args:
-        prompts: token ids of at least one prompt, none empty.
+    `prompts` are token ids of at least one prompt, none empty.
     """
     rows, model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model
     stored = StreamedDecoder(GGUFWeights(path, model.config))

@@ -30,12 +30,7 @@ def write_companions(path: Path, out: Path, modelfile: str, expected: dict[str, 
 
 
 def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> str:
-    """A Modelfile for Ollama: weights, stop strings and the chat template.
-
-    Args:
-        file: name of the GGUF file.
-        adapter_of: the base's name, if the file is an adapter.
-    """
+    """A Modelfile for Ollama: weights, stop strings, chat template; adapter_of: the base's name of an adapter file."""
     lines = ["# ollama create NAME -f THIS_FILE"]
     if adapter_of is None:
         lines.append(f"FROM ./{file}")
@@ -87,11 +82,7 @@ def ollama_template(chat: ChatTokenizer) -> str | None:
 
 
 def _gaps(chat: ChatTokenizer, messages: Sequence[Message]) -> list[str]:
-    """The texts before, between and after messages; after a question, the generation prompt.
-
-    Raises:
-        ValueError: the template drops or changes a message.
-    """
+    """The texts around messages, the last with the generation prompt; a ValueError if a message is changed."""
     rest, gaps = chat.render(messages, add_generation_prompt=messages[-1]["role"] == "user"), []
     for message in messages:
         before, found, rest = rest.partition(message["content"])

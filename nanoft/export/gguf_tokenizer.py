@@ -66,10 +66,8 @@ class Vocabulary:
 
 
 def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
-    """What llama.cpp needs to produce the same ids.
+    """What llama.cpp needs to produce the same ids; ids below vocab_size without a token become unused tokens.
 
-    Args:
-        vocab_size: rows of the embedding; ids without a token are filled with unused tokens.
     Raises:
         UserError: llama.cpp does not support this tokenizer.
     """

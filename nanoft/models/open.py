@@ -113,11 +113,7 @@ def find_adapter(source: str) -> Path | None:
 
 
 def best_checkpoint(run: Path) -> Checkpoint:
-    """The checkpoint in best.json, or without one the newest valid checkpoint; all hashes are verified.
-
-    Raises:
-        UserError: there is none, or it is corrupted.
-    """
+    """The checkpoint in best.json, or without one the newest valid one, all hashes verified; else a UserError."""
     best = run / "best.json"
     found = sorted((run / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
     if best.is_file():
@@ -154,11 +150,7 @@ def checkpoint_step(saved: Checkpoint) -> int:
 
 
 def read_trained_adapter(source: str) -> TrainedAdapter:
-    """The adapter that a RUN or ADAPTER argument names: a run's result or best checkpoint, or an adapter directory.
-
-    Raises:
-        UserError: something is missing, corrupted or not supported.
-    """
+    """The adapter that a RUN or ADAPTER argument names: a run's result or best checkpoint, or an adapter directory."""
     path = find_adapter(source)
     return _read_checkpoint(Path(source)) if path is None else _read_adapter_directory(path)
 

@@ -116,11 +116,7 @@ def _gradient_figures(parameters: list[nn.Parameter], scale: float) -> dict[str,
 
 @contextlib.contextmanager
 def named_anomalies() -> Iterator[None]:
-    """torch's anomaly mode, with its two messages (which operation, and where it was called) merged into one line.
-
-    Raises:
-        TrainingFailed: an operation produced NaN in backward.
-    """
+    """torch's anomaly mode, with its two messages (operation and call site) as one TrainingFailed."""
     with warnings.catch_warnings(record=True) as caught, torch.autograd.set_detect_anomaly(True):
         warnings.simplefilter("always")
         try:

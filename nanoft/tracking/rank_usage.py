@@ -88,14 +88,7 @@ class Advice:
 
 
 def singular_values(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Singular values of scaling * B A, descending, from the R factors of B and A^T.
-
-    Args:
-        a: (r, in).
-        b: (out, r).
-    Returns:
-        (r,) float64 on the CPU; the last ones are zero if in or out is less than r.
-    """
+    """Singular values of scaling * B A, (r,) float64, descending, from a = A, (r, in), and b = B, (out, r)."""
     r_b, r_a = (torch.linalg.qr(m.detach().cpu().double(), mode="r").R for m in (b, a.T))  # (min(r, out or in), r)
     core = torch.zeros(len(a), len(a), dtype=torch.float64)
     core[: len(r_b), : len(r_a)] = scaling * r_b @ r_a.T
@@ -166,7 +159,7 @@ def advise(modules: Sequence[RankUsage], others: Sequence[RankUsage], step: int)
     """One recommendation for several modules: a lower rank must be enough for all, a higher one is for the median.
 
     Args:
-        others: the modules to compare with when looking for negligible ones; may be empty.
+        others: modules to compare with; may be empty.
         step: optimizer steps taken.
     """
     rank, most = max(m.rank for m in modules), max(m.directions_99 for m in modules)
@@ -234,9 +227,8 @@ def rank_report(
 ) -> tuple[dict[str, Any], str, str]:
     """How the adapters used their rank: an entry of report.json, two lines for the terminal, a section of report.md.
 
-    Args:
-        adapters: by module name. Without any, or with PiSSA, whose update has rank 2r, the report is empty.
-        step: of the weights; the optimizer's moments may be those of a later step.
+    Without adapters, or with PiSSA, whose update has rank 2r, it is empty. The weights are those of `step`, while the
+    optimizer's moments may be those of a later step.
     """
     if not adapters or any(adapter.RANKS != 1 for adapter in adapters.values()):
         return {}, "", ""

@@ -162,7 +162,7 @@ class Run:
         """Open a run directory on rank 0; the other ranks get a NullRun.
 
         Raises:
-            UserError: it is in use by another process, is not writable, or is not a run directory.
+            UserError: it is in use, not writable, or not a run directory.
         """
         opened: list[Run] = []
         broadcast_from_rank0(lambda: opened.append(cls(Path(directory))))
@@ -282,11 +282,7 @@ class Run:
         replace_file(self.directory / "report.json", to_utf8(redact(to_json(report, indent=2)) + "\n"))
 
     def sync(self) -> None:
-        """Flush the metrics to disk; called before each checkpoint.
-
-        Raises:
-            UserError: the directory was removed, renamed or replaced.
-        """
+        """Flush the metrics to disk, before each checkpoint; a UserError if the directory was removed or replaced."""
         assert self._metrics is not None, "open_metrics() comes first"
         try:
             is_ours = os.path.samestat(os.stat(self.directory / ".lock"), os.fstat(self._lock))

@@ -32,11 +32,7 @@ SOURCE = Path(__file__).parent.parent  # makes nanoft importable in the process 
 
 
 def require_tracker_packages(wanted: LoggingConfig) -> None:
-    """Refuse trackers whose package is not installed.
-
-    Raises:
-        UserError: names the extra to install.
-    """
+    """Raise a UserError that names the extra to install, if a tracker's package is missing."""
     for field, value, key in (("plots", wanted.plots, "plots"), ("report_to", wanted.report_to, wanted.report_to)):
         if value != "none" and importlib.util.find_spec(PACKAGES[key][0]) is None:
             package, extra = PACKAGES[key]
@@ -44,11 +40,7 @@ def require_tracker_packages(wanted: LoggingConfig) -> None:
 
 
 def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
-    """The trackers that the config asks for.
-
-    Args:
-        step: the last completed step.
-    """
+    """The trackers that the config asks for, after `step` completed steps."""
     trackers: list[Tracker] = []
     if config.logging.plots != "none":
         trackers.append(Plots(directory, config.logging.plots))
@@ -90,11 +82,7 @@ class Plots:
         self._is_due = False
 
     def log(self, event: dict[str, Any]) -> None:
-        """Start drawing if it is due.
-
-        Raises:
-            RuntimeError: the last drawing failed.
-        """
+        """Start drawing if it is due; a RuntimeError if the last drawing failed."""
         self._collect()
         if event["event"] in ("train", "eval"):
             epoch = event.get("epoch", self._epoch)
@@ -104,12 +92,7 @@ class Plots:
             self._start()
 
     def close(self) -> None:
-        """Draw a last time and wait for it.
-
-        Raises:
-            RuntimeError: the drawing failed.
-            subprocess.TimeoutExpired: it took longer than `TIMEOUT_S`, and was killed.
-        """
+        """Draw a last time, wait for it, and raise if it fails or takes longer than `TIMEOUT_S`."""
         self._collect(wait=True)
         self._start()
         self._collect(wait=True)
