@@ -25,8 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nanoft import TrainingFailed, UserError, checkpoint, guard
-from nanoft import perplexity as perplexities
-from nanoft.batches import Batch, pad_to_multiple
+from nanoft.batches import Batch, eval_batches, pad_to_multiple
 from nanoft.checkpoint import Checkpoint
 from nanoft.config import Config
 from nanoft.config.loading import load_config, read_overrides
@@ -67,7 +66,7 @@ GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb
 def train(job: TrainContext, state: TrainState, stop: StopRequest, total_steps: int) -> TrainState:
     """The loop. Returns how far it came; a checkpoint of that step is on the disk."""
     watch, energy, is_first = MemoryMonitor(job.device), EnergyMeter(job.device), not distributed.process_rank()
-    probe = Profiler(job.config, job.run.directory, job.run.log, job.run.print, records=is_first)
+    probe = Profiler(job.config, job.run)
     job.model.train()
     with job.saves, probe, progress_bar(job, state, total_steps) as bar:
         if state.step == 0 and job.config.guard.max_rollbacks:
@@ -126,17 +125,16 @@ def accumulate(job: TrainContext, window: list[Batch]) -> tuple[float, float]:
         The loss, in nats per target token of the window, and the norm of the gradient before clipping.
     """
     t, model = job.config.training, job.model
-    window_targets = sum(micro_batch.target_tokens for micro_batch in window)
+    job.objective.prepare(model, window)
+    units = job.objective.count(window)
     loss = torch.zeros((), device=job.device)
     distributed.seed_process(job.config.system.seed, job.batches.epoch, job.batches.index)
     with distributed.same_exception(job.device):
         for micro_batch in distributed.shard(pad_to_multiple(window, distributed.world_size())):
             batch = micro_batch.to(job.device)
             with job.autocast():
-                hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, n, hidden)
-                nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
-            # sum over target tokens / target tokens of the WINDOW: the same however the window is split
-            micro_loss = nll / window_targets
+                # sum over units / units of the WINDOW: the same however the window is split
+                micro_loss = job.objective.loss(model, batch) / units
             micro_loss.backward()
             loss += micro_loss.detach()
     parameters = [p for _, p in job.trained]
@@ -280,11 +278,12 @@ def evaluate_now(job: TrainContext, state: TrainState) -> None:
     if not len(job.validation):
         return
     try:
-        loss, tokens = validation_loss(job)
+        figures = validation_loss(job)
     except Exception as error:  # a run is worth more than a look at it
         job.model.train()
         report_failure(job, state, "evaluation", error)
         return
+    loss = figures["loss"]
     state.best_step, state.best_loss = distributed.broadcast_from_rank0(
         lambda: (state.best_step, state.best_loss)
     )  # if it was saved
@@ -293,18 +292,17 @@ def evaluate_now(job: TrainContext, state: TrainState) -> None:
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
     log_memory(job, state, "evaluated")
-    perplexity = perplexities.safe_exp(loss)
-    job.run.log("eval", state.step, loss=loss, perplexity=perplexity, target_tokens=tokens)
+    job.run.log("eval", state.step, **figures)
     best = " (best so far)" if state.best_step == state.step else ""
-    job.run.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
+    job.run.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {figures['perplexity']:.4g}{best}")
 
 
-def validation_loss(job: TrainContext) -> tuple[float, int]:
-    """(nats per target token, target tokens), in smaller batches if memory is short."""
+def validation_loss(job: TrainContext) -> dict[str, float]:
+    """What the objective measures, in smaller batches if memory is short."""
     rows = job.config.evaluation.batch_size
     while rows:
         with Shortage(job.device), job.autocast():
-            return perplexities.validation_loss(job.model, job.validation, rows, job.chat.pad_id)
+            return job.objective.evaluate(job.model, eval_batches(job.validation, rows, job.chat.pad_id))
         rows //= 2
         job.model.train()  # the attempt that failed has left it in evaluation, and dropout off
     raise TrainingFailed("out of memory with one validation sample")

@@ -159,7 +159,7 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: system.device: cuda is not available here (there is cpu): set system.device=auto\n"),
+        ([], "error: system.device: cuda is not available here (available: cpu): set system.device=auto\n"),
         (["--plan", "system.memory_gb=none"], "set system.device=auto, or give its system.memory_gb to --plan for it"),
         (["system.device=auto"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set training.opt"),
         (["--plan", "system.device=cpu"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set train"),

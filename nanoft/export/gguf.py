@@ -43,9 +43,9 @@ from nanoft.models.families import FAMILIES
 from nanoft.models.open import LoadedModel
 
 BaseWeights = Literal["original", "nf4"]
-Read = Callable[[str], Tensor]  # a merged weight by its Hugging Face name, float32
+Read = Callable[[str], Tensor]  # Hugging Face name -> merged weight, float32
 WRITTEN = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")  # by the gguf package
-K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: its LLAMA_FTYPE_MOSTLY_..., include/llama.h
+K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: LLAMA_FTYPE_MOSTLY_... of include/llama.h
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
 TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 BLOCK, K_BLOCK = 32, 256  # values per block: Q8_0, Q5_0, Q4_0; K-quants
@@ -73,10 +73,10 @@ def write_gguf(
     """
     if dtype in K_QUANTS:
         llama_cpp = _import_llama_cpp(dtype)
-        whole = out.with_name(f"{out.name}.f16")
-        notes = write_gguf(opened, chat, name, "f16", onto, whole)
-        _quantize(llama_cpp, whole, out, K_QUANTS[dtype])
-        whole.unlink()
+        unquantized = out.with_name(f"{out.name}.f16")
+        notes = write_gguf(opened, chat, name, "f16", onto, unquantized)
+        _quantize(llama_cpp, unquantized, out, K_QUANTS[dtype])
+        unquantized.unlink()
         if any(size % K_BLOCK for size in (opened.model.config.hidden_size, opened.model.config.intermediate_size)):
             notes.append(f"tensors whose rows are not multiples of {K_BLOCK} have a format with smaller blocks")
         return notes
@@ -90,13 +90,14 @@ def write_gguf(
     if dtype not in TORCH_DTYPES:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     shapes, read = merged_tensors(opened, onto)
-    new_name = tensor_names(config)
-    entries = [
-        Entry(
-            new_name(t), shape, _tensor_format(new_name(t), shape, dtype, config), partial(_in_order, read, t, config)
-        )
-        for t, shape in shapes.items()
-    ]
+    new_name, entries = tensor_names(config), []
+
+    def read_permuted(hf_name: str) -> Tensor:
+        return permute_qk(read(hf_name), hf_name, config)
+
+    for hf_name, shape in shapes.items():
+        form = _tensor_format(new_name(hf_name), shape, dtype, config)
+        entries.append(Entry(new_name(hf_name), shape, form, partial(read_permuted, hf_name)))
     factors = _rope_factors(config)
     if factors is not None:
         entries.append(Entry("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
@@ -105,7 +106,7 @@ def write_gguf(
 
 
 def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> None:
-    """Write the adapter alone, for llama.cpp to add to a GGUF file of its base: y = W x + (alpha / r) B A x.
+    """Write the adapter alone, which llama.cpp adds to a GGUF file of its base: y = W x + (alpha / r) B A x.
 
     A file has one alpha: rsLoRA's scaling s becomes alpha = s r; where it differs between linears, B is rescaled.
 
@@ -170,7 +171,7 @@ class Entry(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    form: str  # its number format, F32, Q8_0, ...
+    form: str  # F32, Q8_0, ...
     read: Callable[[], Tensor]  # float32
 
 
@@ -321,10 +322,10 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> l
 
 
 def tensor_names(config: DecoderConfig) -> Callable[[str], str]:
-    """A function from Hugging Face's names to GGUF's."""
+    """A function from Hugging Face's tensor names to GGUF's."""
     gguf = _import_gguf()
-    kind = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture(config)]
-    names = gguf.get_tensor_name_map(kind, config.num_layers)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[architecture(config)], config.num_layers)
     return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
@@ -342,10 +343,6 @@ def permute_qk(tensor: Tensor, name: str, config: DecoderConfig, back: bool = Fa
     return tensor.unflatten(0, (-1, *halves)).transpose(1, 2).flatten(0, 2)
 
 
-def _in_order(read: Read, name: str, config: DecoderConfig) -> Tensor:
-    return permute_qk(read(name), name, config)
-
-
 def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: DecoderConfig) -> str:
     """The number format of one tensor: float32 for vectors, float16 for rows that are not multiples of 32.
 
@@ -357,8 +354,7 @@ def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: Decode
         return dtype.upper()
     if shape[-1] % BLOCK:
         return "F16"
-    head = "token_embd.weight" if config.tied else "output.weight"
-    return "Q8_0" if name == head else dtype.upper()
+    return "Q8_0" if name == ("token_embd.weight" if config.tied else "output.weight") else dtype.upper()
 
 
 def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
@@ -430,20 +426,20 @@ def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
         out: FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be; or a directory of its own.
         name: of the file in that directory.
     Raises:
-        UserError: something of that name exists, or cannot be written.
+        UserError: a file of that name exists, or cannot be written.
     """
     if out.suffix != ".gguf":
-        with new_directory(out) as aside:
-            yield aside / name
+        with new_directory(out) as staging:
+            yield staging / name
         return
     places = [*companions(out, out), out]
     for each in places:
         if os.path.lexists(each):
             raise UserError(f"--out: {each}: already exists: choose another name or remove it")
 
-    def place(aside: Path, _: Path) -> None:
-        for each in places:  # the model last
-            os.rename(aside / each.name, each)
+    def place(staging: Path, _: Path) -> None:
+        for path in targets:
+            os.rename(staging / path.name, path)
 
-    with new_directory(out, place=place) as aside:
-        yield aside / out.name
+    with new_directory(out, place=place) as staging:
+        yield staging / out.name

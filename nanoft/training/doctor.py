@@ -42,7 +42,6 @@ from nanoft.models.weights import check_quantization, quantization_of, shard_pat
 from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
 from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.runtime.device import (
-    WATERMARK,
     choose_device,
     choose_dtype,
     describe_device,
@@ -50,6 +49,7 @@ from nanoft.runtime.device import (
     supports_matmul,
 )
 from nanoft.runtime.memory import memory_limit_bytes
+from nanoft.runtime.metal import WATERMARK
 from nanoft.tracking.trackers import require_tracker_packages
 from nanoft.training.checks import Check
 from nanoft.training.memory_plan import (

@@ -268,7 +268,7 @@ def make_planner(config: Config) -> Callable[[int, int, list[ActivationPolicy]],
     """From rows, their length, and what each block keeps, to the memory of a step."""
     machine, decoder = find_machine(config), find_shape(config.model.name)
     device, dtype, counts = machine.device, machine.dtype, count_parameters(decoder, config)
-    settled, baseline = decide_dequantize(config, counts, machine), resident_bytes(device)
+    settled, baseline = decide_dequantize(config, counts, machine), held_bytes(device) if device.type == "cpu" else 0.0
 
     def plan(rows: int, length: int, keep: list[ActivationPolicy]) -> Plan:
         return estimate_memory(decoder, counts, settled, device.type, dtype, rows, length, keep, baseline)

@@ -41,6 +41,7 @@ from nanoft.models.families import read_shape
 from nanoft.models.hub import find_model
 from nanoft.models.weights import check_quantization, load_model, quantization_of, shard_paths
 from nanoft.nf4 import Linear4bit, Linear8bit
+from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
@@ -157,6 +158,7 @@ def build_training(
         chat,
         model,
         adapters,
+        build_objective(config),
         optimizer,
         corpus,
         batches,
