@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from nanoft.data.check import CHECKS
+from nanoft.runtime.checks import FORCEABLE
 from nanoft.runtime.command import Arguments, StopRequest, command, ignore_broken_output
 
 
@@ -31,7 +31,7 @@ def build_parser() -> Arguments:
     parser.add_argument("--plan", action="store_true", help="print memory and time before anything is loaded and stop")
     parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
     parser.add_argument("--selftest", action="store_true", help="check nanoft's promises on this config and stop")
-    parser.add_argument("--force", action="append", default=[], choices=CHECKS, help="continue if this check fails")
+    parser.add_argument("--force", action="append", default=[], choices=FORCEABLE, help="continue if this check fails")
     return parser
 
 
@@ -51,14 +51,14 @@ from nanoft.checkpoint import AsyncCheckpointWriter, NullWriter
 from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import Corpus
+from nanoft.data.dataset import PreparedDataset
 from nanoft.data.inspection import check_vocabulary, show_step
 from nanoft.guard import RollBack, SkipStep
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
 from nanoft.models.model_files import ModelFiles
 from nanoft.objectives import build_objective
-from nanoft.optim import build_optimizer, set_learning_rate
+from nanoft.optim import build_optimizer, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
 from nanoft.runtime.auto_config import CONFIGS, pick_config
@@ -73,10 +73,11 @@ from nanoft.training.doctor import validate_environment
 from nanoft.training.finalize import STOPPED_BY_SIGNAL, finalize
 from nanoft.training.memory_plan import Planner, explained_out_of_memory, show_plan
 from nanoft.training.preflight import preflight, require_room
-from nanoft.training.progress import log_step, progress_bar, scheduled_lr, validate_if_due, watch_memory
+from nanoft.training.progress import log_step, progress_bar, validate_if_due, watch_memory
 from nanoft.training.saving import ensure_final_checkpoint, save, save_if_due
 from nanoft.training.setup import Provenance
 from nanoft.training.state import TrainContext, TrainState, restore
+from nanoft.training.validation import validate_config
 
 
 @command
@@ -86,6 +87,7 @@ def main(argv: list[str]) -> int:
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else CONFIGS / "tiny.py"
     config = load_config(pick_config(positional) if path == "auto" else path, positional)
+    validate_config(config)
     if args.plan:
         if distributed.world_size() > 1:  # alone, system.ranks says for how many processes to plan
             config = distributed.resolve_world_size(config)
@@ -149,7 +151,7 @@ def build(
     provenance: Provenance,
     files: ModelFiles,
     tokenizer: ChatTokenizer,
-    corpus: Corpus,
+    corpus: PreparedDataset,
     batches: Batches,
 ) -> TrainContext:
     """Model, adapters, optimizer and checkpoints."""
@@ -181,9 +183,8 @@ def build(
 def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState:
     """The loop. Returns the state after the last step; a checkpoint of it is on the disk."""
     c, monitor, energy = ctx.config, MemoryMonitor(ctx.device), EnergyMeter(ctx.device)
-    profiler = Profiler(c, ctx.run.directory, ctx.run.log, ctx.run.print, records=not distributed.process_rank())
     ctx.model.train()
-    with ctx.writer, profiler, progress_bar(ctx, state) as bar:
+    with ctx.writer, Profiler(c, ctx.run) as profiler, progress_bar(ctx, state) as bar:
         if state.step == 0 and c.guard.max_rollbacks:
             save(ctx, state)  # what a rollback returns to; and whether saving works is known at once
         while (
@@ -198,7 +199,7 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
                 spike = guard.check(c.guard, state.guard, loss, grad_norm, window)  # raises SkipStep, RollBack
                 if spike:
                     recovery.warn_of_window(ctx, state, "spike", spike, loss, grad_norm, window)
-                lr = state.guard.lr_scale * scheduled_lr(ctx, state)
+                lr = state.guard.lr_scale * learning_rate(state.step, ctx.total_steps, c.training)
                 set_learning_rate(ctx.optimizer, lr)
                 optimizer_step(ctx)
                 state.advance(window, loss, time.perf_counter() - started, energy.used())

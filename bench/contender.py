@@ -23,7 +23,7 @@ from nanoft import kernels
 from nanoft.batches import Batches, Sample, TokenDataset, collate
 from nanoft.config import DataConfig, LoRAConfig, TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import open_corpus
+from nanoft.data.dataset import build_datasets
 from nanoft.lora import inject_lora
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
@@ -347,7 +347,7 @@ def tokenized(args: argparse.Namespace) -> Any:
 
     chat = ChatTokenizer.from_directory(HERE.parent / "configs" / "tiny" / "base")
     data = DataConfig(train_file=str(args.data), validation_split=0.0)
-    return open_corpus(data, args.seq, args.seed, chat, lambda _: None).training
+    return build_datasets(data, chat, args.seq, args.seed, lambda _: None).training
 
 
 def drawn(args: argparse.Namespace) -> Any:

@@ -16,14 +16,14 @@ import numpy as np
 from nanoft import UserError
 from nanoft.batches import Batches, Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.check import Check
-from nanoft.data.dataset import Corpus
+from nanoft.data.dataset import PreparedDataset
+from nanoft.runtime.checks import Check
 
 SAMPLES_CHECKED = 2000  # evenly spread
 CONVERSATIONS_CHECKED = 32  # rendered again
 
 
-def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
+def check_vocabulary(corpus: PreparedDataset, vocab_size: int) -> None:
     """Every token must be in the model's vocabulary: another one would be read beyond the embedding.
 
     Raises:
@@ -39,7 +39,7 @@ def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
         )
 
 
-def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check]:
+def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
     """Everything that can be told from the tokens alone."""
     spread = np.linspace(0, len(corpus.training) - 1, min(SAMPLES_CHECKED, len(corpus.training))).astype(int)
     samples = [corpus.training[int(at)] for at in spread]
@@ -51,7 +51,7 @@ def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check
     ]
 
 
-def _check_stop(samples: list[Sample], corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
+def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
     """Every trained turn ends in a token that stops an answer; one that was cut has no end."""
     last: list[int] = []
     for sample in samples:
@@ -64,7 +64,7 @@ def _check_stop(samples: list[Sample], corpus: Corpus, chat: ChatTokenizer, trai
     odd = [token for token in last if token not in chat.stop_ids]
     shown = f"; one ends in {chat.decode(odd[:1], keep_special=True)!r}" if odd else ""
     stops = ", ".join(repr(chat.decode([token], keep_special=True)) for token in chat.stop_ids)
-    return Check(
+    return Check.of(
         "stop",
         len(odd) <= cut,
         f"{len(last) - len(odd):,} of {len(last):,} turns end in a stop token ({stops}){shown}",
@@ -75,25 +75,25 @@ def _check_stop(samples: list[Sample], corpus: Corpus, chat: ChatTokenizer, trai
 def _check_bos(samples: list[Sample], chat: ChatTokenizer) -> Check:
     """BOS stands at the beginning only."""
     if chat.bos_id is None:
-        return Check("bos", True, "the tokenizer has none")
+        return Check.of("bos", True, "the tokenizer has none")
     doubled = sum(bool(len(s.ids) > 1 and s.ids[0] == s.ids[1] == chat.bos_id) for s in samples)
     first = sum(bool(s.ids[0] == chat.bos_id) for s in samples)
     fix = "take {{ bos_token }} out of the chat template, or the BOS out of the tokenizer's post-processor"
-    return Check(
+    return Check.of(
         "bos", not doubled, f"{first:,} of {len(samples):,} samples begin with one BOS, {doubled} with two", fix
     )
 
 
-def _check_targets(samples: list[Sample], corpus: Corpus) -> Check:
+def _check_targets(samples: list[Sample], corpus: PreparedDataset) -> Check:
     """There is something to learn in every sample."""
     without = sum(not s.is_target.any() for s in samples)
     share = corpus.report["training"]["target_tokens"] / corpus.report["training"]["tokens"]
-    return Check(
+    return Check.of(
         "targets", not without, f"{share:.1%} of the tokens are targets; samples without any: {without}", "data"
     )
 
 
-def _check_prompt(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
+def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
     """What the model is given in use is what stood before its answers in training."""
     looked_at, differing, extra = 0, 0, ""
     for conversation in corpus.conversations(corpus.training, CONVERSATIONS_CHECKED):
@@ -112,7 +112,7 @@ def _check_prompt(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
     found = f"{looked_at - differing} of {looked_at} prompts are the same in training and in use"
     if extra:
         found += f"; in training {extra!r:.60} follows"
-    return Check(
+    return Check.of(
         "prompt",
         not differing,
         found,
@@ -121,7 +121,7 @@ def _check_prompt(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
 
 
 def show_step(
-    batches: Batches, corpus: Corpus, tokenizer: ChatTokenizer, step: int | None, skipped: set[tuple[int, int]]
+    batches: Batches, corpus: PreparedDataset, tokenizer: ChatTokenizer, step: int | None, skipped: set[tuple[int, int]]
 ) -> Iterator[str]:
     """Lines about the window of an optimizer step (the first, if none is given), for --show-batch and --show-step.
 
@@ -140,7 +140,9 @@ def show_step(
     yield from show_window(batches, index, corpus, tokenizer, color=sys.stdout.isatty())
 
 
-def show_window(batches: Batches, index: int, corpus: Corpus, chat: ChatTokenizer, color: bool) -> Iterator[str]:
+def show_window(
+    batches: Batches, index: int, corpus: PreparedDataset, chat: ChatTokenizer, color: bool
+) -> Iterator[str]:
     """A window of the current epoch as the model sees it: borders of documents, targets, special tokens, counts."""
     for number, (rows, batch) in enumerate(zip(batches.rows(index), batches.window(index), strict=True), start=1):
         height, width = batch.ids.shape
@@ -154,11 +156,11 @@ def show_window(batches: Batches, index: int, corpus: Corpus, chat: ChatTokenize
                 sample = batches.samples[place]
                 where = f"row {row}" + (f", document {document} of {len(members)}" if len(members) > 1 else "")
                 counts = f"{len(sample.ids):,} tokens, {int(sample.is_target[1:].sum()):,} targets"
-                yield f"  ── {where}: {corpus.place(sample.record)}, {counts}"
-                yield chat.mark(sample, color)
+                yield f"  ── {where}: {corpus.location(sample.record)}, {counts}"
+                yield chat.highlight_targets(sample, color)
 
 
-def preview(corpus: Corpus, chat: ChatTokenizer, seed: int) -> str:
+def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:
     """The shortest, the longest, a truncated and three random samples: ids, text and mask."""
     samples = corpus.training
     cut = np.flatnonzero(np.isin(samples.chosen, corpus.truncated))
@@ -172,11 +174,11 @@ def preview(corpus: Corpus, chat: ChatTokenizer, seed: int) -> str:
     return "\n".join(itertools.chain.from_iterable(_describe(name, samples[at], corpus, chat) for name, at in chosen))
 
 
-def _describe(name: str, sample: Sample, corpus: Corpus, chat: ChatTokenizer) -> list[str]:
+def _describe(name: str, sample: Sample, corpus: PreparedDataset, chat: ChatTokenizer) -> list[str]:
     targets = int(sample.is_target.sum())
     return [
-        f"==== {name}: {corpus.place(sample.record)}, {len(sample.ids)} tokens, {targets} targets",
-        chat.mark(sample, color=False),
+        f"==== {name}: {corpus.location(sample.record)}, {len(sample.ids)} tokens, {targets} targets",
+        chat.highlight_targets(sample, color=False),
         "ids   " + " ".join(map(str, sample.ids.tolist())),
         "mask  " + " ".join(str(int(value)) for value in sample.is_target),
         "",

@@ -23,7 +23,6 @@ from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.io.untrusted import read_json
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import LoRALinear, disabled, linears_of
-from nanoft.model import Decoder
 from nanoft.models.dequantize import cache_weights
 from nanoft.models.open import open_chat_tokenizer, open_model
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
@@ -51,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
     loaded = open_model(args.source, device, choose_dtype("auto", device))
     if args.base and not loaded.adapters:
         raise UserError(f"--base: {args.source} has no adapter to switch off: remove --base, or name a LoRA run")
-    cache_weights(loaded.model, "cached" if device.type == "cpu" and has_room(loaded.model) else "auto")
+    bytes_needed = sum(linear.out_features * linear.in_features for linear in linears_of(loaded.model).values()) * 4
+    has_room = device.type == "cpu" and bytes_needed <= MEMORY_SHARE * available_host_bytes()
+    cache_weights(loaded.model, "cached" if has_room else "auto")  # a dequantized base is several times as fast
     chat = open_chat_tokenizer(args.source, loaded)
     generator = torch.Generator()
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
@@ -89,12 +90,6 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
         if args.temperature == 0 and getattr(args, name) != getattr(GREEDY, name):
             raise UserError(f"--{name.replace('_', '-')}: no effect at temperature 0: add --temperature 0.7")
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-
-
-def has_room(model: Decoder) -> bool:
-    """Whether memory allows keeping a quantized base dequantized, which makes a token several times as fast."""
-    needed = sum(layer.out_features * layer.in_features for layer in linears_of(model).values()) * 4  # bytes, at most
-    return needed <= MEMORY_SHARE * available_host_bytes()
 
 
 def stream_text(chat: ChatTokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What every command shares: its arguments, its exit codes, its streams, and the wish to stop.
+"""What every command shares: arguments, exit codes, standard streams, and stopping on a signal.
 
 A user who asks for `--help` or mistypes an option should not wait for torch, whose import takes seconds. A script
 therefore builds its parser first, and imports what needs torch after this:
@@ -86,7 +86,7 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         open_standard_streams()
         try:
             code = main(argv)
-            sys.stdout.flush()  # here, and not at the interpreter's end, a reader that has gone is noticed
+            sys.stdout.flush()  # notices a closed pipe here rather than at interpreter exit
             return code
         except UserError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
@@ -97,13 +97,13 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
-        except BrokenPipeError:  # `... | head`: the reader has gone, and that is no mistake
+        except BrokenPipeError:  # `... | head` has read enough, which is not an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except OSError as error:  # a full disk, a directory that may not be written
+        except OSError as error:  # a full disk, a directory that is not writable
             where = f"{error.filename}: " if error.filename else ""
             what = one_line(f"{where}{error.strerror or error}")
-            print(f"error: {what}: put that right, then the same command again", file=sys.stderr)
+            print(f"error: {what}: fix that and run the same command again", file=sys.stderr)
             return 2
 
     return with_exit_code
@@ -112,8 +112,8 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 def open_standard_streams() -> None:
     """Make stdin, stdout and stderr usable, however the command was started.
 
-    A closed one (`>&-`) would hand its number to the next file that is opened, and what a library prints would go into
-    a checkpoint. A letter that the terminal's encoding does not have is printed as its number.
+    The descriptor of a closed one (`>&-`) would be reused by the next file that is opened, and what a library prints
+    would go into a checkpoint. Characters that the terminal cannot encode are escaped.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -124,38 +124,38 @@ def open_standard_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-class _Forgiving(io.FileIO):
-    """A file that takes everything: what cannot be written is dropped."""
+class _Lenient(io.FileIO):
+    """A file whose failed writes are dropped."""
 
     def write(self, data: Any) -> int:
-        written = None  # also when the other side is slow and does not block
+        written = None  # None also from a non-blocking descriptor
         with contextlib.suppress(OSError):
             written = super().write(data)
         return memoryview(data).nbytes if written is None else written
 
 
 def ignore_broken_output() -> None:
-    """From now on nothing that happens to the terminal can end the process.
+    """From now on, ignore failed writes to stdout and stderr.
 
-    A training must outlive whoever watches it: `| head` that has read enough, a closed session, a full disk under a
-    redirected log. What was printed stands in train.log, too.
+    Training must survive its terminal: `| head` that has read enough, a closed session, a full disk under a redirected
+    log. train.log has everything that was printed.
     """
     for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
         stream = getattr(sys, name)
         if stream is not original or not isinstance(stream, io.TextIOWrapper):
-            continue  # a notebook's or a test's own
+            continue  # replaced by a notebook or a test
         with contextlib.suppress(OSError):
             stream.flush()
-        buffer = io.BufferedWriter(_Forgiving(stream.fileno(), "w", closefd=False))
+        buffer = io.BufferedWriter(_Lenient(stream.fileno(), "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True))
 
 
 class StopRequest:
-    """Turn a signal into a wish that the loop reads between two steps; a second SIGINT stops at once.
+    """Turn a signal into a flag that the loop reads between two steps; a second SIGINT stops immediately.
 
-    SIGINT: Ctrl-C. SIGTERM: batch systems, `kill`. SIGHUP: the terminal went away. SIGUSR1: what SLURM sends a while
-    before the time is up (`--signal=USR1@120`). What was ignored before stays ignored: `nohup` means it. Python hands
-    signals to the main thread only, so in another one this changes nothing.
+    SIGINT: Ctrl-C. SIGTERM: batch systems, `kill`. SIGHUP: the terminal was closed. SIGUSR1: sent by SLURM before the
+    time limit (`--signal=USR1@120`). Signals that are ignored, as under `nohup`, stay ignored. Python delivers signals
+    to the main thread only; in another thread this does nothing.
     """
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
 from nanoft.data.dataset import describe_data
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
-from nanoft.export.merge import save_result
+from nanoft.export.adapters import save_result
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
@@ -117,7 +117,7 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
     """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
     c, e, length = ctx.config, ctx.config.evaluation, ctx.config.model.max_seq_length
     try:
-        conversations = ctx.corpus.conversations(ctx.corpus.whole(ctx.corpus.validation), e.prompts)
+        conversations = ctx.corpus.conversations(ctx.corpus.untruncated(ctx.corpus.validation), e.prompts)
         prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), answers.select_metrics(e.metrics)
         while True:
             try:
@@ -163,7 +163,7 @@ def report_inputs(
     e, groups = ctx.config.evaluation, {}
     if e.by_field and len(ctx.validation):
         try:
-            groups = {e.by_field: ctx.corpus.values(ctx.validation, e.by_field)}
+            groups = {e.by_field: ctx.corpus.field_values(ctx.validation, e.by_field)}
         except UserError as reason:  # the run is done: no reason to lose its report
             ctx.run.print(f"warning: {reason}")
     provenance = (ctx.run.recorded_config() or {}).get("provenance", {})
@@ -174,7 +174,7 @@ def report_inputs(
         primary=next(iter(e.metrics), "exact_match"),
         limit=e.max_new_tokens,
         groups=groups,
-        places=[ctx.corpus.place(record) for record in ctx.validation.records.tolist()],
+        places=[ctx.corpus.location(record) for record in ctx.validation.records.tolist()],
         leakage=leakage_of_run(ctx.corpus.report, ctx.config.data.near_leaks) if len(ctx.validation) else {},
         training=training,
         provenance={

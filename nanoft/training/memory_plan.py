@@ -28,11 +28,12 @@ from nanoft.loss import chunk_rows
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.dequantize import choose_dequantize
 from nanoft.models.model_files import ModelFiles
-from nanoft.optim import check_optimizer
+from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import matmul_gflop_s
 from nanoft.runtime.machine import Machine
-from nanoft.runtime.memory import OutOfMemory, is_out_of_memory, resident_bytes
+from nanoft.runtime.memory import OutOfMemory, held_bytes, is_out_of_memory
+from nanoft.training.validation import validate_config
 
 MiB = 2**20
 # Beside what is counted: bytes that kernels, caches and threads bring, and how many tensors of (tokens, intermediate)
@@ -42,7 +43,6 @@ KERNELS, TRANSIENT = 64 * MiB, 7
 # them; measured with bench/plan.py.
 KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 60 * MiB}, {2: 28.5, 4: 23}
 BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
-MOMENTS = {"adamw": 8.0, "adamw_paged": 8.0, "adamw_8bit": 2.04, "adamw_8bit_paged": 2.04}  # bytes a parameter
 EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
 ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
@@ -117,7 +117,7 @@ def estimate_memory(
     stored = 4 if full else e
     tokens = rows * length
     bits = 16 if full or config.quantization.dequantize == "cached" else config.quantization.bits
-    moments = MOMENTS.get(config.training.optimizer, 4.0 * (config.training.momentum > 0))
+    moments = OPTIMIZERS[config.training.optimizer].bytes_per_parameter(config.training)
     block = kept_by_block(decoder, counts, config, e) * tokens
     waiting = {"all": block, "input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     cpu = device_type == "cpu"
@@ -238,7 +238,7 @@ class Planner:
     def plan(self, rows: int, length: int, keep: list[ActivationPolicy]) -> Plan:
         """The memory of a step with micro-batches of rows x length tokens, and what each block keeps for backward."""
         device, settled = self.machine.device, decide_dequantize(self.config, self.counts, self.machine)
-        baseline, dtype = resident_bytes(device), self.machine.dtype
+        baseline, dtype = held_bytes(device) if device.type == "cpu" else 0.0, self.machine.dtype
         return estimate_memory(self.decoder, self.counts, settled, device.type, dtype, rows, length, keep, baseline)
 
     def keep_by(self, policy: str) -> list[ActivationPolicy]:
@@ -342,6 +342,7 @@ def suggest_savings(planner: Planner, rows: int, length: int) -> str:
     for name, value in changes.items():
         with contextlib.suppress(UserError):  # out of range: a row cannot be halved; or not on this device
             changed = Planner.of(config.override({name: value}), planner.machine, planner.decoder)
+            validate_config(changed.config)
             check_optimizer(changed.config.training.optimizer, planner.machine.device)
             size = min(rows, changed.config.micro_batch_rows()), min(length, changed.config.model.max_seq_length)
             # what is freed is not spent on keeping more activations

@@ -18,13 +18,13 @@ from torch import Tensor
 from nanoft import UserError
 from nanoft.batches import TokenDataset, eval_batches
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.check import Check, require_passed
 from nanoft.data.inspection import check_data, preview
 from nanoft.io.tensor_files import write_tensors
 from nanoft.kernels import sharding
 from nanoft.model import Decoder
 from nanoft.optim import optimizer_tensors
 from nanoft.runtime import distributed
+from nanoft.runtime.checks import Check, require_passed
 from nanoft.runtime.device import preserve_rng_state
 from nanoft.runtime.memory import OutOfMemory, peak_memory_gb, release_memory
 from nanoft.training.memory_plan import Planner, describe_recompute, suggest_savings
@@ -66,7 +66,7 @@ def check_room(planner: Planner, length: int = 0) -> Check:
     what = f"the model and a row of {length:,} tokens take" if length else "the model alone takes"
     found = f"{what} {needed / 1e9:.2f} GB at least, and {there / 1e9:.2f} GB are there"
     fix = "" if needed <= there else f"set {suggest_savings(planner, 1, length)}"
-    return Check("room", needed <= there, found, fix)
+    return Check.of("room", needed <= there, found, fix)
 
 
 def require_room(planner: Planner, forced: list[str], length: int = 0) -> None:
@@ -84,7 +84,7 @@ def rehearse_step(ctx: TrainContext, state: TrainState) -> float:
         try:
             with distributed.same_exception(ctx.device):
                 check, seconds_per_token = rehearse(ctx)
-            ctx.run.print(check.line())
+            ctx.run.print(check.preflight_line())
             return seconds_per_token
         except OutOfMemory as error:
             halve_micro_batch(ctx, state, error)
@@ -107,7 +107,7 @@ def rehearse(ctx: TrainContext) -> tuple[Check, float]:
             seconds.append(time.perf_counter() - started)
     for _, parameter in ctx.trained:
         parameter.grad = None
-    check = Check("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit")
+    check = Check.of("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit")
     return check, min(seconds) / longest.tokens
 
 
@@ -118,8 +118,8 @@ def rehearse_evaluation(ctx: TrainContext) -> None:
     try:
         with distributed.same_exception(ctx.device), ctx.autocast():
             ctx.objective.evaluate(ctx.model, eval_batches(longest, size, ctx.tokenizer.pad_id))
-        check = Check("eval", True, f"{len(longest)} rows of up to {longest.lengths.max()} tokens fit")
-        ctx.run.print(check.line())
+        check = Check.of("eval", True, f"{len(longest)} rows of up to {longest.lengths.max()} tokens fit")
+        ctx.run.print(check.preflight_line())
     except OutOfMemory as error:
         release_memory(ctx.device, error)
         ctx.run.print(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be used")
@@ -137,7 +137,7 @@ def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) 
     median = norms.median().item()
     ratios = {tokenizer.decode([token], keep_special=True): norms[token].item() / median for token in stops}
     found = ", ".join(f"{token!r}: {ratio:.2f}" for token, ratio in ratios.items()) or "no stop token in use"
-    return Check(
+    return Check.of(
         "head",
         all(WEAK <= ratio <= STRONG for ratio in ratios.values()),
         f"norm of the stop token's row of the head, relative to the median row: {found}",
@@ -151,14 +151,14 @@ def check_samples(ctx: TrainContext, forced: list[str], head: list[Check]) -> No
     text = preview(ctx.corpus, ctx.tokenizer, ctx.config.system.seed)
     (ctx.run.directory / "preview.txt").write_text(text, encoding="utf-8")
     for check in checks:
-        ctx.run.print(check.line())
+        ctx.run.print(check.preflight_line())
     require_passed(checks, forced)
 
 
 def check_saving(ctx: TrainContext, forced: list[str], weights: NamedTensors, moments: NamedTensors) -> None:
     """Whether a checkpoint can be written."""
     saved = rehearse_save(ctx.run.directory, weights, moments, ctx.config.training.keep_checkpoints)
-    ctx.run.print(saved.line())
+    ctx.run.print(saved.preflight_line())
     require_passed([saved], forced)
 
 
@@ -185,4 +185,4 @@ def check_disk(directory: Path, size: int, keep: int) -> Check:
     free, needed = shutil.disk_usage(directory).free, max(size * (keep + 2) - there, 0)
     found = f"{needed / 1e9:.2f} GB more for {keep + 2} checkpoints, {free / 1e9:.2f} GB free in {directory}"
     fix = "free some, lower training.keep_checkpoints, or choose another output.dir"
-    return Check("disk", free > needed, found, fix)
+    return Check.of("disk", free > needed, found, fix)

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from nanoft import TrainingFailed
 from nanoft.batches import eval_batches
-from nanoft.optim import learning_rate, warmup_length
 from nanoft.runtime import distributed
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, peak_memory_gb, read_memory, release_memory
 from nanoft.training.state import TrainContext, TrainState
@@ -21,14 +20,6 @@ def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
     interval_s = 0.1 if sys.stderr.isatty() else 5.0  # in a file, every update of the bar stays
     options: dict[str, Any] = {"disable": hidden, "mininterval": interval_s, "dynamic_ncols": True, "leave": False}
     return tqdm(total=ctx.total_steps, initial=state.step, unit="step", **options)
-
-
-def scheduled_lr(ctx: TrainContext, state: TrainState) -> float:
-    """The learning rate that the schedule has for the next step."""
-    t = ctx.config.training
-    warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, ctx.total_steps)
-    shape = (t.lr_scheduler, t.min_lr_ratio, t.lr_power)
-    return learning_rate(state.step, ctx.total_steps, t.learning_rate, warmup_steps, *shape)
 
 
 def is_due(ctx: TrainContext, state: TrainState, every: int) -> bool:

@@ -100,7 +100,7 @@ def warn_of_window(
     ctx: TrainContext, state: TrainState, what: str, reason: str, loss: float, grad_norm: float, window: Window
 ) -> None:
     """Name the records of a window whose loss or gradient is not as it should be."""
-    records = [ctx.corpus.place(record) for micro_batch in window for record in micro_batch.records]
+    records = [ctx.corpus.location(record) for micro_batch in window for record in micro_batch.records]
     figures = {"loss": str(loss), "grad_norm": str(grad_norm), "window": window.position}
     ctx.run.log("warning", state.step, what=what, **figures, records=records)
     first = ", ".join(Path(record).name for record in records[:4])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -26,16 +27,19 @@ from nanoft.checkpoint import CheckpointManager
 from nanoft.config import Config
 from nanoft.config.resume import check_same_run, resume_fingerprint
 from nanoft.config.settings import config_warnings
+from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import REJECTED, Corpus, data_hash, describe_data, open_corpus
+from nanoft.data.dataset import PreparedDataset, data_hash, describe_data
+from nanoft.data.dataset import build_datasets as prepare_datasets
 from nanoft.io import atomic
+from nanoft.io.hashing import hash_named_files
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import describe_adapters, disabled
 from nanoft.model import Decoder
 from nanoft.models.dequantize import cache_weights
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
-from nanoft.models.weights import hash_files, load_model
+from nanoft.models.weights import load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.runtime import distributed
 from nanoft.runtime.device import describe_device, library_versions
@@ -89,8 +93,8 @@ def _init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles,
         "dtype": machine.dtype_name,
         "threads": config.system.threads or before.get("threads") or torch.get_num_threads(),
         "data_sha256": data_hash(config.data),
-        "base_sha256": hash_files([*described_files(files.directory), *weights]),
-        "source_sha256": hash_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
+        "base_sha256": hash_named_files([*described_files(files.directory), *weights]),
+        "source_sha256": hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
         "date": str(before.get("date") or datetime.now().date().isoformat()),
     }
     if recorded is not None:
@@ -119,7 +123,7 @@ def load_tokenizer(config: Config, files: ModelFiles, date: str) -> ChatTokenize
     return tokenizer
 
 
-def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[Corpus, Batches]:
+def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[PreparedDataset, Batches]:
     """The samples, and the order of those for training; prints what became of every record.
 
     Raises:
@@ -128,7 +132,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started = time.perf_counter()
     bar = config.logging.progress_bar and not distributed.process_rank()
-    corpus = distributed.main_process_first(lambda: open_corpus(d, length, seed, tokenizer, run.print, bar))
+    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     batches = Batches(
         corpus.training,
@@ -141,7 +145,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
         pad_to_multiple_of=d.pad_to_multiple_of,
     )
     windows = batches.windows_in_epoch()
-    steps = t.max_steps or t.num_epochs * windows
+    steps = t.max_steps or math.ceil(t.num_epochs * windows)
     counts = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **counts})
     if not distributed.process_rank():
@@ -149,7 +153,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     for line in describe_data(corpus.report):
         run.print(line)
     padding, seconds = 1 - batches.utilization(), time.perf_counter() - started
-    run.print(f"batches   {windows:,} steps per epoch, {padding:.1%} padding ({seconds:.1f} s)")
+    run.print(f"batches   {windows:,} steps per epoch, {100 * padding:.1f} % padding ({seconds:.1f} s)")
     return corpus, batches
 
 
@@ -215,7 +219,7 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     for warning in config_warnings(c):
         say(f"warning: {warning}")
     if c.logging.show_example:
-        say(f"example   {ctx.tokenizer.mark(ctx.batches.samples[0], color=sys.stdout.isatty())}")
+        say(f"example   {ctx.tokenizer.highlight_targets(ctx.batches.samples[0], color=sys.stdout.isatty())}")
     if state.step:
         say(f"resuming  after step {state.step} of {ctx.total_steps}")
     left, epochs = ctx.total_steps - state.step, ctx.corpus.report["epochs"]

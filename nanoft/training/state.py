@@ -21,7 +21,7 @@ from nanoft.checkpoint import AsyncCheckpointWriter, Checkpoint, CheckpointCorru
 from nanoft.config import Config
 from nanoft.config.settings import TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import Corpus
+from nanoft.data.dataset import PreparedDataset
 from nanoft.kernels import sharding
 from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
@@ -81,7 +81,7 @@ class TrainContext:
     machine: Machine
     files: ModelFiles
     tokenizer: ChatTokenizer
-    corpus: Corpus
+    corpus: PreparedDataset
     batches: Batches
     validation: TokenDataset
     model: Decoder

@@ -17,11 +17,11 @@ from nanoft.batches import Batches
 from nanoft.config import DataConfig
 from nanoft.config.loading import load_file
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.check import Check, require_passed
-from nanoft.data.dataset import Corpus, open_corpus
+from nanoft.data.dataset import PreparedDataset, build_datasets
 from nanoft.data.inspection import check_data, preview, show_window
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
+from nanoft.runtime.checks import Check, require_passed
 from nanoft.runtime.machine import Machine
 from nanoft.training.memory_plan import Planner
 from nanoft.training.preflight import check_disk, check_head, check_room, rehearse_save
@@ -34,13 +34,13 @@ def read(directory: Path, style: Style, template_args: Any = None, **settings: A
     return ChatTokenizer.from_directory(save(directory, style, **settings), template_args)
 
 
-def build(path: Path, chat: ChatTokenizer, count: int = 20, limit: int = 512, **settings: Any) -> Corpus:
+def build(path: Path, chat: ChatTokenizer, count: int = 20, limit: int = 512, **settings: Any) -> PreparedDataset:
     records = [{"prompt": f"Question {n} {'x ' * n}", "completion": f"Answer {n}"} for n in range(count)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return open_corpus(DataConfig(train_file=str(path), validation_split=0.0, **settings), limit, 0, chat, print)
+    return build_datasets(DataConfig(train_file=str(path), validation_split=0.0, **settings), chat, limit, 0, print)
 
 
-def verdicts(chat: ChatTokenizer, corpus: Corpus, train_on: str = "assistant") -> dict[str, Check]:
+def verdicts(chat: ChatTokenizer, corpus: PreparedDataset, train_on: str = "assistant") -> dict[str, Check]:
     return {check.name: check for check in check_data(corpus, chat, train_on)}
 
 
@@ -54,7 +54,7 @@ def test_sound_templates_pass(name: str, tmp_path: Path) -> None:
     chat = read(tmp_path / "model", SOUND[name])
     checks = verdicts(chat, build(tmp_path / "d.jsonl", chat))
     assert list(checks) == ["stop", "bos", "targets", "prompt"]
-    assert all(check.passed for check in checks.values()), [check.line() for check in checks.values()]
+    assert all(check.passed for check in checks.values()), [check.preflight_line() for check in checks.values()]
     assert checks["stop"].found.startswith("20 of 20 turns end in a stop token")
 
 
@@ -92,7 +92,7 @@ def test_answers_that_were_cut_need_no_end(tmp_path: Path) -> None:
 def test_training_on_everything_has_no_prompt_to_compare(tmp_path: Path) -> None:
     chat = read(tmp_path / "model", STYLES["chatml"])
     checks = verdicts(chat, build(tmp_path / "d.jsonl", chat, train_on="all"), "all")
-    assert all(check.passed for check in checks.values()), [check.line() for check in checks.values()]
+    assert all(check.passed for check in checks.values()), [check.preflight_line() for check in checks.values()]
 
 
 @pytest.mark.parametrize(("factor", "passed"), [(1.0, True), (0.0, False), (0.05, False), (30.0, False), (0.5, True)])
@@ -163,17 +163,17 @@ def test_a_row_that_has_no_room_is_refused() -> None:
 
 def test_what_fails_stops_unless_it_is_forced() -> None:
     checks = [
-        Check("one", True, "fine"),
-        Check("two", False, "wrong", "mend it"),
-        Check("three", False, "bad", "or not"),
+        Check.of("one", True, "fine"),
+        Check.of("two", False, "wrong", "mend it"),
+        Check.of("three", False, "bad", "or not"),
     ]
     with pytest.raises(UserError, match=r"^preflight: two: wrong: mend it \(or --force two\)$"):
         require_passed(checks, [])
     with pytest.raises(UserError, match=r"^preflight: three: bad"):
         require_passed(checks, ["two"])
     require_passed(checks, ["two", "three"])
-    assert checks[0].line() == "preflight one       ok    fine"
-    assert checks[1].line() == "preflight two       FAIL  wrong: mend it (or --force two)"
+    assert checks[0].preflight_line() == "preflight one       ok    fine"
+    assert checks[1].preflight_line() == "preflight two       FAIL  wrong: mend it (or --force two)"
 
 
 def test_a_preview_has_ids_text_and_mask_of_chosen_samples(tmp_path: Path) -> None:
@@ -212,4 +212,4 @@ def test_a_window_as_the_model_sees_it(tmp_path: Path, packing: bool) -> None:
     assert sum(int(tokens) for _, tokens, _ in places) == sum(batch.tokens for batch in window)
     assert ("document 2 of" in "\n".join(lines)) is packing
     texts = [line for line in lines if line.startswith("<s>")]
-    assert texts == [chat.mark(corpus.training[record], color=False) for record in records]
+    assert texts == [chat.highlight_targets(corpus.training[record], color=False) for record in records]
