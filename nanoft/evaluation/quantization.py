@@ -10,8 +10,8 @@ from torch import nn
 from nanoft import UserError
 from nanoft.io.tables import markdown_table
 from nanoft.lora import DoRALinear, disabled
+from nanoft.models.model_files import stored_quantization
 from nanoft.models.open import LoadedModel
-from nanoft.models.weights import stored_quantization
 from nanoft.nf4 import quantize
 
 

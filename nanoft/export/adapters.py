@@ -27,15 +27,9 @@ from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import NOTE, hash_tensors, read_adapter, save_adapter, select_modules, sum_adapters
 from nanoft.models.hub import TOKENIZER_FILES
+from nanoft.models.model_files import base_files, quantization_of, stored_dtype, stored_quantization
 from nanoft.models.open import LoadedModel, TrainedAdapter, attach_adapter, find_adapter, is_run, read_trained_adapter
-from nanoft.models.weights import (
-    base_files,
-    copy_companions,
-    quantization_of,
-    save_model,
-    stored_dtype,
-    stored_quantization,
-)
+from nanoft.models.weights import copy_companions, save_model
 
 
 def is_lora_run(source: str) -> bool:

@@ -29,8 +29,8 @@ from nanoft.export.streaming import StreamedDecoder, open_rows
 from nanoft.io.tables import markdown_table
 from nanoft.lora import disabled
 from nanoft.model import Decoder
+from nanoft.models.model_files import stored_dtype
 from nanoft.models.open import LoadedModel, TrainedAdapter, is_run
-from nanoft.models.weights import stored_dtype
 from nanoft.perplexity import safe_exp
 
 # Allowed difference of logits, as a share of their standard deviation: rounding every weight to 8 (bf16) or 11 (f16)
