@@ -1,7 +1,7 @@
 """What to do when a step goes wrong.
 
-One NaN in a gradient turns every parameter into NaN at the next optimizer step, and nothing brings them back. So each
-step is checked before it is taken, by its loss and by the norm of its gradient before clipping:
+One NaN in a gradient turns every parameter into NaN at the next optimizer step, for good. So each step is checked
+before it is taken, by its loss and by the norm of its gradient before clipping:
 
     not finite          the window is skipped: parameters, optimizer and schedule stay as they are
     a spike             a warning, then skipped, then a rollback, as far as guard.on_spike allows
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,11 +64,8 @@ class History:
 
 
 def check(config: GuardConfig, history: History, loss: float, grad_norm: float, window: Window) -> str:
-    """Decide whether a step may be taken, and add it to the history.
+    """Decide from loss and gradient norm (before clipping) whether a step may be taken; add it to the history.
 
-    Args:
-        loss: nats per unit.
-        grad_norm: before clipping.
     Returns:
         A warning about a spike that is tolerated, or "".
     Raises:
@@ -107,8 +105,8 @@ def after_rollback(config: GuardConfig, history: History) -> History:
 
 def after_restore(then: History, now: History) -> History:
     """The history where steps are undone for another reason: it will see their losses again."""
-    then = replace(then, rollbacks=now.rollbacks, back_at=now.back_at)
-    return replace(then, lr_scale=now.lr_scale, skipped_windows=now.skipped_windows)
+    names = ("rollbacks", "back_at", "lr_scale", "skipped_windows")
+    return replace(then, **{name: getattr(now, name) for name in names})
 
 
 def _spike(config: GuardConfig, history: History, loss: float, grad_norm: float) -> str:
@@ -136,14 +134,11 @@ def diagnose(model: nn.Module, *inputs: Any) -> str:
             return f"the weight {name} holds numbers that are not finite"
     found: list[str] = []
 
-    def hook_of(name: str) -> Any:
-        def hook(_module: nn.Module, inputs: Any, output: Any) -> None:
-            if _is_finite(inputs) and not _is_finite(output):
-                found.append(name)
+    def hook(name: str, _module: nn.Module, inputs: Any, output: Any) -> None:
+        if _is_finite(inputs) and not _is_finite(output):
+            found.append(name)
 
-        return hook
-
-    hooks = [module.register_forward_hook(hook_of(name or "model")) for name, module in model.named_modules()]
+    hooks = [m.register_forward_hook(partial(hook, name or "model")) for name, m in model.named_modules()]
     try:
         model(*inputs)
     finally:

@@ -6,10 +6,9 @@ it. The gradients are summed over the ranks once per window:
 
     gradient = sum over ranks of d(loss of its micro-batches) / dw  /  units of the whole window
 
-so N ranks do what one rank does with N times the accumulation steps, and a rank without a micro-batch adds zeros. All
-ranks then clip by the same norm and take the same optimizer step, so their weights stay equal without communication.
-Only rank 0 reads and writes the run directory and prints; it broadcasts what it finds. Decisions that change the
-control flow are made from numbers that all ranks share.
+so N ranks do what one rank does with N times the accumulation steps. All ranks then clip by the same norm and take the
+same optimizer step, so their weights stay equal without communication. Only rank 0 prints, and reads and writes the run
+directory; it broadcasts what it finds. Control flow is decided from numbers that all ranks share.
 
 With training.sharding=full, PyTorch's FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3) shards every
 parameter, gradient and moment over the ranks: nanoft/kernels/sharding.py.
@@ -211,8 +210,6 @@ def gradients_summed_over_ranks(
 
     Args:
         seed: seed of the run, epoch and index of the window, for this rank's dropout.
-    Raises:
-        OutOfMemory: on some rank; then nothing was summed.
     """
     seed_process(*seed)
     with same_exception(loss.device):
@@ -294,8 +291,7 @@ def _all_reduce(values: Sequence[float], operation: Any) -> list[float]:
 def same_exception(device: torch.device) -> Iterator[None]:
     """At the end of the block, raise an error of one rank on every rank; out of memory as `OutOfMemory`.
 
-    With a sharded model the ranks wait for one another inside the block: a rank that runs out of memory exits with 3,
-    and torchrun ends the others.
+    With a sharded model the ranks wait for one another inside the block, so a rank without memory exits with 3.
 
     Raises:
         OutOfMemory: memory ran out on some rank.

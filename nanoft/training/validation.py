@@ -15,6 +15,7 @@ from nanoft.config.fields import nearest
 from nanoft.data.formats import SHAPES
 from nanoft.lora import VARIANTS
 from nanoft.metrics.answers import select_metrics
+from nanoft.objectives import OBJECTIVES
 from nanoft.optim import OPTIMIZERS, SCHEDULES
 
 
@@ -25,6 +26,7 @@ def validate_config(config: Config) -> None:
         UserError: an unknown name; an optimizer that does not work with the other settings.
     """
     t = config.training
+    check_name("training.objective", t.objective, OBJECTIVES)
     check_name("training.optimizer", t.optimizer, OPTIMIZERS)
     check_name("training.lr_scheduler", t.lr_scheduler, SCHEDULES)
     check_name("lora.init", config.lora.init, dict.fromkeys(init for init, _ in VARIANTS))
