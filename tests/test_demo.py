@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import rest_is_slow
 
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", rest_is_slow([16, 4], 16))
 def test_the_demo_teaches_tool_calls_and_says_so(bits: int, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), str(TINY), f"output.dir={tmp_path / 'run'}"]
     done = subprocess.run([*command, f"quantization.bits={bits}"], capture_output=True, text=True, check=False)

@@ -389,6 +389,7 @@ def test_a_step_is_that_of_the_formula(
         assert (gradient - alone[key]).norm() < allowed * alone[key].norm(), key
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("name", ["lora", "together", "pissa"])
 def test_a_compiled_block_has_the_gradients_of_an_eager_one(name: str, base: Path) -> None:

@@ -33,6 +33,7 @@ from runs import (
     write,
 )
 from safetensors.torch import load_file, save_file
+from tiers import rest_is_slow
 
 import train
 from nanoft import model
@@ -79,7 +80,7 @@ def test_a_window_has_one_gradient_however_it_is_split(
             assert max(self_test.relative_error(split[name], gradient) for name, gradient in whole.items()) <= allowed
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", rest_is_slow(VARIANTS, "lora-dropout", "qlora", "full", "packed"))
 def test_resumed_equals_uninterrupted_bit_for_bit(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,6 +490,7 @@ def test_a_config_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> 
     refused(["configs/nowhere.py"], ["configs/nowhere.py", "no such config file"], capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_fast_step_has_the_loss_curve_of_the_plain_one(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tiers import rest_is_slow
 
 from nanoft import TrainingFailed, UserError, __version__
 from nanoft.runtime import device, memory
@@ -156,7 +157,7 @@ def test_a_bug_is_not_hidden() -> None:
     assert main(["x"]) == 1
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "merge.py", "-m nanoft chat"])
+@pytest.mark.parametrize("script", rest_is_slow(["train.py", "eval.py", "merge.py", "-m nanoft chat"], "train.py"))
 def test_a_mistake_in_the_arguments_is_one_line(script: str) -> None:
     done = subprocess.run(
         [sys.executable, *script.split(), "a", "--nonsense"], capture_output=True, text=True, cwd=ROOT

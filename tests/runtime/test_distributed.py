@@ -143,6 +143,7 @@ train.train = looping
 """
 
 
+@pytest.mark.slow
 def test_three_ranks_and_memory_that_is_short_on_one(tmp_path: Path) -> None:
     """All take the same window again with 2 rows instead of 3; the samples, and so the losses, stay the same."""
     whole, directory = tmp_path / "whole", tmp_path / "run"

@@ -1,0 +1,29 @@
+"""Three tiers: `pytest -m quick` in about 90 seconds, `pytest` in minutes, `pytest -m slow` for all the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def rest_is_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """For `parametrize`: the kept values run by default, the others with `-m slow`. A tuple is several arguments."""
+    every = list(values)
+    assert all(value in every for value in kept), f"{kept} are not all in {every}"
+    parts = [value if isinstance(value, tuple) else (value,) for value in every]
+    marks = [() if value in kept else pytest.mark.slow for value in every]
+    return [pytest.param(*part, marks=mark) for part, mark in zip(parts, marks, strict=True)]
+
+
+def mark_quick(items: Iterable[pytest.Item]) -> None:
+    """Marks as `quick` the first two tests of a file that are not slow; in a file that marks some itself, no more."""
+    files: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            files.setdefault(item.path, []).append(item)
+    for tests in files.values():
+        if not any(item.get_closest_marker("quick") for item in tests):
+            for item in tests[:2]:
+                item.add_marker("quick")
