@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nanoft import UserError
@@ -37,7 +36,7 @@ from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, setti
 from nanoft.io.atomic import replace_file
 from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import redact
-from nanoft.lora import disabled, weight_of
+from nanoft.lora import DoRALinear, disabled
 from nanoft.metrics import answers
 from nanoft.models.hub import find_model
 from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_model
@@ -376,10 +375,8 @@ def pack(opened: LoadedModel, form: tuple[str, bool]) -> None:
             packed.register_parameter("bias", linear.bias)
             setattr(opened.model.get_submodule(place), leaf, packed)
     for adapter in opened.adapters.values():
-        if adapter.lora_magnitude_vector is not None:  # DoRA knows the lengths of its base's rows
-            lengths = torch.linalg.vector_norm(weight_of(adapter.base), dim=1, dtype=torch.float32)
-            adapter.squares.copy_(lengths.square())
-        adapter.train(adapter.training)  # forgets the norm of what it was
+        if isinstance(adapter, DoRALinear):
+            adapter.measure_base()
 
 
 if __name__ == "__main__":

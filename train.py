@@ -132,7 +132,7 @@ def accumulate(job: TrainContext, window: list[Batch]) -> tuple[float, float]:
         for micro_batch in distributed.shard(pad_to_multiple(window, distributed.world_size())):
             batch = micro_batch.to(job.device)
             with job.autocast():
-                hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)  # (1, targets, hidden)
+                hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, n, hidden)
                 nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
             # sum over target tokens / target tokens of the WINDOW: the same however the window is split
             micro_loss = nll / window_targets
@@ -267,7 +267,7 @@ def diverged(job: TrainContext, state: TrainState, window: list[Batch]) -> Train
     where = "which weight or output is the first was not looked for, because the model is split"
     if job.config.training.sharding == "none":
         with job.autocast():
-            where = guard.diagnose(job.model, batch.ids, batch.positions, batch.documents, rows=batch.rows)
+            where = guard.diagnose(job.model, batch.ids, batch.positions, batch.documents, batch.target_positions)
     return TrainingFailed(
         f"{seen.skips} windows in a row could not be used after step {state.step}, and {seen.rollbacks} rollbacks "
         f"did not help: {where}: lower training.learning_rate ({rate:g}), or look at the records in train.log"

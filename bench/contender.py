@@ -19,17 +19,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanoft import kernels
 from nanoft.batches import Batches, Sample, TokenDataset, collate
 from nanoft.config import DataConfig, LoRAConfig, TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import open_corpus
 from nanoft.lora import inject_lora
 from nanoft.loss import target_nll
-from nanoft.model import Decoder, compile_blocks
+from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.families import decoder_config
 from nanoft.nf4 import Linear4bit
 from nanoft.optim import build_optimizer
+from nanoft.recompute import compile_blocks
 from nanoft.runtime.device import choose_device, seed_everything
 
 HERE = Path(__file__).resolve().parent
@@ -239,7 +241,8 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     shapes = {name: tensor.shape for name, tensor in adapter_tensors(adapters).items()}
     load_adapter_tensors(adapters, {name: random_weight(args, name, shapes[name], device) for name in shapes}, "seed")
     if args.ckpt:
-        model.keep = ["offloaded" if args.offload else "input"] * args.layers
+        model.activation_policy = ["offloaded" if args.offload else "input"] * args.layers
+    kernels.install(model)
     if args.compile:
         compile_blocks(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -251,7 +254,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
         window_targets = sum(batch.target_tokens for batch in batches)
         loss = torch.zeros((), device=device)
         for batch in batches:
-            hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
+            hidden = model(batch.ids, batch.positions, batch.documents, target_positions=batch.target_positions)
             micro_loss = target_nll(hidden, model.head, batch.targets) / window_targets
             micro_loss.backward()
             loss += micro_loss.detach()

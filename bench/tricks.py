@@ -21,9 +21,12 @@ from typing import Any
 import contender
 import step
 
-from nanoft import attention, loss
-from nanoft.lora import LoRALinear, identity
-from nanoft.model import Decoder, select_rows
+from nanoft import loss
+from nanoft.attention import SequenceContext
+from nanoft.kernels import attention, block
+from nanoft.kernels.attention import FastContext
+from nanoft.kernels.lora import identity
+from nanoft.model import Decoder, select
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,8 +44,8 @@ def every_row() -> None:
 
     forward, wanted = Decoder.forward, []
 
-    def decode(self: Any, *args: Any, rows: Any = None) -> Any:
-        wanted[:] = [rows]
+    def decode(self: Any, *args: Any, target_positions: Any = None) -> Any:
+        wanted[:] = [target_positions]
         return forward(self, *args)
 
     Decoder.forward = decode
@@ -66,64 +69,44 @@ def torch_loss() -> None:
 
 
 def whole_last_block() -> None:
-    """The last block for every row; only the head for those of targets."""
-
+    """The last block for every position; only the head for target positions."""
     forward = Decoder.forward
-    Decoder.forward = lambda self, *args, rows=None: select_rows(forward(self, *args), rows)
+
+    def decode(self: Any, *args: Any, target_positions: Any = None) -> Any:
+        return select(forward(self, *args), target_positions)
+
+    Decoder.forward = decode
 
 
 def plain_adapters() -> None:
     """Every linear by itself, by the formula: W x + s B A x."""
 
-    def project(linears: Sequence[Any], prepare: Any, *inputs: Any) -> list[Any]:
+    def one_by_one(linears: Sequence[Any], prepare: Any, *inputs: Any) -> list[Any]:
         x = prepare(*inputs)
-        return [linear.plain(x) for linear in linears]
+        return [linear(x) for linear in linears]
 
-    LoRALinear.project = staticmethod(project)
+    block.grouped_linear = one_by_one
 
 
 def kept_inputs() -> None:
     """Adapters together, but what norms and silu(gate) * up give is kept for backward."""
-
-    together = LoRALinear.project
-    LoRALinear.project = staticmethod(lambda linears, prepare, *inputs: together(linears, identity, prepare(*inputs)))
+    together = block.grouped_linear
+    block.grouped_linear = lambda linears, prepare, *inputs: together(linears, identity, prepare(*inputs))
 
 
 def plain_rotation() -> None:
-    """x cos + (-x2, x1) sin, as it is written."""
-    import torch
-
-    def rotate(x: Any, cos: Any, sin: Any) -> Any:
-        first, second = x.chunk(2, dim=-1)
-        return x * torch.cat((cos, cos), -1) + torch.cat((-second, first), -1) * torch.cat((sin, sin), -1)
-
-    model.rotate = rotate
+    """The core's rotation."""
+    FastContext.rotate = SequenceContext.rotate
 
 
 def kernel_attention() -> None:
     """PyTorch's kernel, also for bfloat16 on a CPU."""
-
     attention._needs_chunks = lambda q, window: window is not None
 
 
 def masked_attention() -> None:
-    """Packed rows under a mask over all pairs."""
-    import torch
-
-    by_documents = model.attend
-
-    def attend(q: Any, k: Any, v: Any, window: Any, documents: Any) -> Any:
-        if documents is None:
-            return by_documents(q, k, v, window, documents)
-        segments = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths))
-        segments = segments.view(q.shape[:2])
-        same = segments[:, None, :, None] == segments[:, None, None, :]
-        mask = same & torch.ones_like(same[0, 0]).tril()
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return y.transpose(1, 2)
-
-    model.attend = attend
+    """The core's attention: packed documents under a mask over all pairs."""
+    FastContext.attend = SequenceContext.attend
 
 
 # The trick, the plain way instead of it, on which shape, and what was expected of taking it away.

@@ -97,7 +97,7 @@ class Batch:
     ids: Tensor  # (b, s) int64
     positions: Tensor | None  # (b, s): place in its document; None: 0, 1, 2, ...
     documents: Documents | None  # where they lie, if there are several in a row
-    rows: Tensor  # (n,) int64: flat positions whose next token is a target
+    target_positions: Tensor  # (n,) int64: flat positions whose next token is a target
     targets: Tensor  # (n,) int64: those next tokens
     tokens: int  # without padding
     records: list[int]  # the record of each sample
@@ -119,7 +119,7 @@ class Batch:
                 return None
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-        names = ("ids", "positions", "rows", "targets")
+        names = ("ids", "positions", "target_positions", "targets")
         moved = {name: move(getattr(self, name)) for name in names}
         if self.documents is not None:
             moved["documents"] = Documents(self.documents.lengths, move(self.documents.bounds))
@@ -306,7 +306,7 @@ def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_mult
         ids=torch.from_numpy(batch_ids),
         positions=_scattered(shape, place, position) if packed else None,
         documents=_documents(lengths, row_lengths, counts, width) if packed else None,
-        rows=torch.from_numpy(predicts),
+        target_positions=torch.from_numpy(predicts),
         targets=torch.from_numpy(ids[is_target].astype(np.int64)),
         tokens=total,
         records=samples.records[members].tolist(),
@@ -339,7 +339,7 @@ def pad_to_multiple(batches: Iterable[Batch], multiple: int) -> Iterator[Batch]:
         yield batch
     none = torch.empty(0, dtype=torch.int64)
     for _ in range(-count % multiple):
-        yield dataclasses.replace(batch, rows=none, targets=none, tokens=0, records=[])
+        yield dataclasses.replace(batch, target_positions=none, targets=none, tokens=0, records=[])
 
 
 def eval_batches(samples: Sequence[Sample], batch_size: int, pad_id: int) -> Iterable[Batch]:

@@ -2,36 +2,35 @@
 
 One class serves Llama 2/3, Mistral, Qwen2 and Qwen3, because they differ only in a few switches: a bias on some
 projections, a norm on queries and keys, a sliding window, a way of stretching the rotary positions. `DecoderConfig`
-reads those switches from a Hugging Face `config.json`, in its classic and its current form, and refuses any field that
-it does not know: a setting that is silently ignored is a model that is silently wrong.
+holds those switches; nanoft/models/families.py reads them from a Hugging Face `config.json`.
+
+    x = embedding[ids]
+    in every block:  x = x + attention(norm(x)),  x = x + mlp(norm(x))
+    hidden = norm(x),  logits = hidden @ head^T
+
+Every equation stands here once, for training, evaluation and generation. What depends on positions is in the context of
+a forward pass (nanoft/attention.py). nanoft/kernels/ has optimized forms of the same equations: a block may be a
+subclass with the same modules, and `Decoder.context_class` a context with the same results.
 
 Module names equal the names of the tensors in Hugging Face files, so loading is a look-up and an adapter saved here
 has the keys that other tools expect.
 
-What makes training fast and small is in two small functions here, `project` (linears of one input share their work, and
-the input is computed again in backward instead of being kept) and `run_block` (a block's activations may be computed
-again, or wait on the CPU), and in nanoft/attention.py.
-
-Notation in comments: b batch, q and k positions that ask and answer, h query heads, g key/value heads, d head size.
+Notation in comments: b batch, q positions, h query heads, g key/value heads, d head size, n target positions.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
-from nanoft.attention import Documents, attend, backend, rotate
-
-Keep = Literal["all", "input", "offloaded"]  # what of a block waits for backward: its activations, or its input only
+from nanoft.attention import Documents, SequenceContext
+from nanoft.recompute import ActivationPolicy, run_block
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,8 @@ class DecoderConfig:
     windows: tuple[int | None, ...]  # per layer: how far back a position sees; None: all the way
 
 
-@dataclass
-class Attention:
-    """What the layers of one forward pass share: the rotation of each position and who may see whom."""
-
-    cos: Tensor  # (b or 1, q, 1, d / 2)
-    sin: Tensor  # (b or 1, q, 1, d / 2)
-    documents: Documents | None  # of a packed batch
-
-
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4), in float32 inside; one kernel on CUDA."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4), in float32 inside."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -129,24 +119,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.formula(x, self.weight)
 
-
-def project(linears: Sequence[nn.Module], prepare: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """Every linear's output for the same x = prepare(*inputs): a norm, or what stands between two linears.
-
-    Linears with adapters do it together: `_Adapted` in nanoft/lora.py.
-    """
-    for linear in linears:
-        if together := getattr(linear, "project", None):
-            return together(linears, prepare, *inputs)
-    x = prepare(*inputs)
-    return [linear(x) for linear in linears]
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020)."""
-    return F.silu(gate) * up
+    def formula(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The norm as a function of everything that may get a gradient."""
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -155,7 +132,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         c = config
-        self.head_dim, self.window = c.head_dim, c.windows[layer]
+        self.index, self.head_dim, self.window = layer, c.head_dim, c.windows[layer]
         self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
@@ -163,16 +140,19 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x: Tensor, norm: RMSNorm, attention: Attention, rows: Tensor | None) -> Tensor:
-        """Attention over norm(x), (b, q, hidden); of some rows only, (1, n, hidden)."""
-        parts = project((self.q_proj, self.k_proj, self.v_proj), norm, x)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # (b, q, heads, d)
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """The attention's output for the normed residual stream x, both (b, q, hidden)."""
+        q, k, v = self.heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), context)
+        return self.o_proj(context.attend(q, k, v, self).flatten(2))
+
+    def heads(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections (b, q, heads * d), split into heads, normed and rotated: (b, q, h or g, d)."""
+        shape = (*v.shape[:-1], -1, self.head_dim)
+        q, k, v = q.view(shape), k.view(shape), v.view(shape)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, attention.cos, attention.sin), rotate(k, attention.cos, attention.sin)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm's float32 weight has widened them
-        y = attend(q, k, v, self.window, attention.documents)
-        return self.o_proj(select_rows(y.flatten(2), rows))
+        q, k = context.rotate(q, k, self)
+        return q.to(v.dtype), k.to(v.dtype), v  # under autocast a norm's float32 weight widens q and k
 
 
 class MLP(nn.Module):
@@ -184,17 +164,17 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """The MLP of norm(x), (b, q, hidden)."""
-        gate, up = project((self.gate_proj, self.up_proj), norm, x)
-        return project((self.down_proj,), swiglu, gate, up)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        """The MLP's output for the normed residual stream x, both (b, q, hidden)."""
+        return self.down_proj(self.activate(self.gate_proj(x), self.up_proj(x)))
+
+    @staticmethod
+    def activate(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the norms go along, because they are computed twice.
-
-    If only some rows of the result are wanted, the others are left behind as soon as attention has seen them.
-    """
+    """x + attention(norm(x)), then x + mlp(norm(x)): a pre-norm transformer block."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
@@ -203,72 +183,22 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
-        x = select_rows(x, rows) + self.self_attn(x, self.input_layernorm, attention, rows)
-        return x + self.mlp(x, self.post_attention_layernorm)
+    def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
+        """The residual stream after this block, (b, q, hidden); at some positions only, (1, n, hidden)."""
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        x = select(x, target_positions)  # from here on no position sees another one
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def select_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+def select(x: Tensor, positions: Tensor | None) -> Tensor:
     """Positions b * seq + s of x, (b, seq, hidden), as (1, n, hidden); None: x."""
-    return x if rows is None else x.flatten(0, 1).index_select(0, rows)[None]
+    return x if positions is None else x.flatten(0, 1).index_select(0, positions)[None]
 
 
 def embedding_noise(x: Tensor, alpha: float) -> Tensor:
     """Uniform in +-alpha / sqrt(seq * hidden), (b, q, hidden) (NEFTune, Jain et al. 2023, algorithm 1)."""
     bound = alpha / math.sqrt(x.shape[1] * x.shape[2])
     return torch.empty_like(x).uniform_(-bound, bound)
-
-
-def keep_by_policy(policy: str, every: int, layers: int) -> list[Keep]:
-    """What each block keeps under none, every_k, full or offload."""
-    again: Keep = "offloaded" if policy == "offload" else "input"
-    step = {"auto": layers + 1, "none": layers + 1, "every_k": every, "full": 1, "offload": 1}[policy]
-    return [again if (layer + 1) % step == 0 else "all" for layer in range(layers)]
-
-
-def compile_blocks(model: Decoder) -> None:
-    """Fuse what stands between the matrix products, block by block; elementwise results are computed again in backward.
-
-    With the whole budget the compiler keeps them: 145 KiB a token and layer of Mistral-7B instead of 93.
-    """
-    torch._functorch.config.activation_memory_budget = 0.8
-    for block in model.model.layers:
-        block.compile()
-
-
-def run_block(block: nn.Module, x: Tensor, attention: Attention, rows: Tensor | None, keep: Keep) -> Tensor:
-    """A block whose activations are kept for backward, or computed again there from x (Chen et al. 2016).
-
-    `offloaded` lets x itself wait on the CPU, too: then no memory of the device grows with the number of layers.
-    """
-    if keep == "all" or not torch.is_grad_enabled():
-        return block(x, attention, rows)
-    if not x.requires_grad:  # the first block's, when the embedding is frozen
-        x = x.detach().requires_grad_()
-    waiting = save_on_cpu(pin_memory=x.is_cuda) if keep == "offloaded" else contextlib.nullcontext()
-    twice = with_same_dropout(block) if x.device.type == "mps" else block
-    with waiting:
-        return checkpoint(twice, x, attention, rows, use_reentrant=True)
-
-
-def with_same_dropout(block: nn.Module) -> Callable[..., Any]:
-    """The block as a function that drops the same when it is called again.
-
-    `checkpoint` sees to that on CUDA and the CPU; Metal's random numbers it leaves alone (PyTorch 2.8 to 2.13).
-    """
-    first: list[Tensor] = []
-
-    def call(*arguments: Any) -> Any:
-        state = torch.mps.get_rng_state()
-        if not first:
-            first.append(state)
-            return block(*arguments)
-        torch.mps.set_rng_state(first[0])
-        y = block(*arguments)
-        torch.mps.set_rng_state(state)
-        return y
-
-    return call
 
 
 class Trunk(nn.Module):
@@ -289,7 +219,8 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.keep: list[Keep] = ["all"] * config.num_layers  # of each block's activations
+        self.activation_policy: list[ActivationPolicy] = ["all"] * config.num_layers  # what each block keeps
+        self.context_class: type[SequenceContext] = SequenceContext
         self.neftune_alpha = 0.0
 
     @property
@@ -302,45 +233,48 @@ class Decoder(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         documents: Documents | None = None,
-        rows: Tensor | None = None,
+        target_positions: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states, (batch, seq, hidden); of some rows only, (1, n, hidden).
+        """Last hidden states, (batch, seq, hidden); at some positions only, (1, n, hidden).
 
         Args:
             ids: token ids, (batch, seq).
             positions: of each token in its document, (batch, seq); None: 0, 1, 2, ...
-            documents: of a packed batch, which do not see each other. None: one document a row, padded on the right
-                if at all (no token sees what comes after it, so such padding needs no mask).
-            rows: flat positions b * seq + s that are wanted, (n,); None: all.
+            documents: of a packed batch, which do not see each other. None: one document a sequence, padded on the
+                right if at all (no token sees what comes after it, so such padding needs no mask).
+            target_positions: flat positions b * seq + s whose hidden state is wanted, (n,); None: all.
         """
         x = self.model.embed_tokens(ids)
         if self.training and self.neftune_alpha:
             x = x + embedding_noise(x, self.neftune_alpha)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        attention = Attention(*self.rotation(positions, x.dtype), documents)
-        *earlier, last = zip(self.model.layers, self.keep, strict=True)
-        for block, keep in earlier:
-            x = run_block(block, x, attention, None, keep)
-        x = run_block(last[0], x, attention, rows, last[1])
+        context = self.context(positions, x.dtype, documents)
+        last = len(self.model.layers) - 1
+        for index, (block, policy) in enumerate(zip(self.model.layers, self.activation_policy, strict=True)):
+            x = run_block(block, x, context, target_positions if index == last else None, policy)
         return self.model.norm(x)
 
-    def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
-        """What computes attention over rows of so many tokens here, of each kind of layer that the model has."""
-        c = self.config
-        q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=self.head.device)
-        windows = dict.fromkeys(None if w is None or w >= length else w for w in c.windows)
-        return "; ".join(dict.fromkeys(backend(q, window, packed) for window in windows))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""
-        return F.linear(hidden, self.head).float()
+    def context(self, positions: Tensor, dtype: torch.dtype, documents: Documents | None = None) -> SequenceContext:
+        """What the layers of one forward pass share; positions are (b, q)."""
+        return self.context_class(*self.rotation(positions, dtype), documents)
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of position * frequency, (b, q, 1, d / 2); angles in float32 whatever the model's dtype."""
         frequency, factor = self.config.rope.angles(self.config.head_dim)
         angles = positions[:, :, None, None].float() * frequency.to(positions.device)
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""
+        return F.linear(hidden, self.head).float()
+
+    def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
+        """What computes attention over sequences of so many tokens here, for each kind of layer in the model."""
+        c = self.config
+        q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=self.head.device)
+        windows = dict.fromkeys(None if w is None or w >= length else w for w in c.windows)
+        return "; ".join(dict.fromkeys(self.context_class.describe(q, window, packed) for window in windows))
 
 
 @torch.no_grad()

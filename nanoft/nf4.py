@@ -2,7 +2,7 @@
 
 Four bits (QLoRA, Dettmers et al. 2023, section 3): the weight is cut into blocks of 64 values. Each block is divided by
 its largest magnitude (absmax) and every value is replaced by the nearest of 16 code points: NF4's are quantiles of a
-normal distribution, FP4's a tiny float. That is 4 bits a weight plus 32 bits a block for absmax; double quantisation
+normal distribution, FP4's a tiny float. That is 4 bits a weight plus 32 bits a block for absmax; double quantization
 stores the absmax values themselves in 8 bits, which brings 4.5 bits a weight down to 4.13.
 
 Eight bits (LLM.int8(), Dettmers et al. 2022, section 2): each row is divided by its absmax and rounded to -127 ... 127.
@@ -17,20 +17,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
-from nanoft.io.untrusted import parse_json
 
 BLOCK = 64  # weights that share one scale
-NESTED = 256  # scales that share a scale of their own (double quantisation)
-MAX_NOTE = 4096  # bytes of what bitsandbytes notes beside a weight; it needs 200
+NESTED = 256  # scales that share a scale of their own (double quantization)
 # Weights that are packed or unpacked at a time, which bounds the memory it takes: on a CPU what its caches hold,
 # elsewhere more, because every kernel costs its start.
 CHUNK, GPU_CHUNK = 1 << 20, 1 << 23
@@ -77,7 +74,7 @@ class _Packed(nn.Module):
         return unpack(self.parts, self.kind, (self.out_features, self.in_features), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _FrozenProduct.apply(x, self)
+        y = _FrozenMatmul.apply(x, self)
         return y if self.bias is None else y + self.bias
 
 
@@ -87,17 +84,17 @@ class Linear4bit(_Packed):
     NAMES = ("packed", "absmax", "nested_absmax", "nested_map", "offset")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str, double: bool, dtype: torch.dtype):
-        """Quantise `weight`, (out, in), on its device.
+        """Quantize `weight`, (out, in), on its device.
 
         Args:
             weight: any float dtype; in_features * out_features must be a multiple of 64.
             bias: (out,) or None, kept in `dtype`.
             kind: "nf4" or "fp4".
-            double: quantise the blocks' scales to 8 bits as well.
+            double: quantize the blocks' scales to 8 bits as well.
             dtype: what the weight is rounded to before it is packed and when it is unpacked.
         """
         if weight.numel() % BLOCK:
-            raise UserError(f"quantization.bits: a weight of {tuple(weight.shape)} is no multiple of {BLOCK}: use 16")
+            raise UserError(f"quantization.bits: {tuple(weight.shape)} weights are not a multiple of {BLOCK}: use 16")
         packed, absmax = pack_4bit(weight.to(dtype), kind)
         scales = pack_scales(absmax) if double else [absmax]
         super().__init__([packed, *scales], weight.shape, kind, bias, dtype)
@@ -109,7 +106,7 @@ class Linear8bit(_Packed):
     NAMES = ("codes", "absmax")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        """Quantise `weight`, (out, in), on its device; `bias` and `dtype` as in Linear4bit."""
+        """Quantize `weight`, (out, in), on its device; `bias` and `dtype` as in Linear4bit."""
         super().__init__(pack_8bit(weight.to(dtype)), weight.shape, "int8", bias, dtype)
 
 
@@ -122,10 +119,10 @@ def quantize(weight: Tensor, quantization: tuple[str, bool], dtype: torch.dtype)
     return Linear8bit(weight, None, dtype) if kind == "int8" else Linear4bit(weight, None, kind, double, dtype)
 
 
-# --- products: all that a linear with an adapter needs of its base
+# --- matrix products: all that an adapter needs of its base
 
 
-def product(layer: Frozen, x: Tensor) -> Tensor:
+def matmul(layer: Frozen, x: Tensor) -> Tensor:
     """x W^T, (..., in) -> (..., out), in x's number format, without the bias; no part of autograd's graph if packed."""
     if isinstance(layer, nn.Linear):
         return x @ layer.weight.to(x.dtype).T
@@ -133,7 +130,7 @@ def product(layer: Frozen, x: Tensor) -> Tensor:
     return torch.ops.nanoft.frozen_matmul.default(x, layer.parts, layer.kind, shape, layer.dtype, False)
 
 
-def gradient(layer: Frozen, grad: Tensor) -> Tensor:
+def matmul_backward(layer: Frozen, grad: Tensor) -> Tensor:
     """dL/dx = dL/dy W, (..., out) -> (..., in), in grad's number format."""
     if isinstance(layer, nn.Linear):
         return grad @ layer.weight.to(grad.dtype)
@@ -141,17 +138,17 @@ def gradient(layer: Frozen, grad: Tensor) -> Tensor:
     return torch.ops.nanoft.frozen_matmul.default(grad, layer.parts, layer.kind, shape, layer.dtype, True)
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """`product` with `gradient` for its backward; nothing is saved but the layer itself."""
+class _FrozenMatmul(torch.autograd.Function):
+    """`matmul` with `matmul_backward`; nothing is saved for backward but the layer itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Linear4bit | Linear8bit) -> Tensor:
         ctx.layer = layer
-        return product(layer, x)
+        return matmul(layer, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return gradient(ctx.layer, grads[0]), None
+        return matmul_backward(ctx.layer, grads[0]), None
 
 
 # One operator, which torch.compile does not look into: were unpacking traced, the compiler would be free to keep the
@@ -209,7 +206,7 @@ def _steps(kind: str) -> tuple[int, list[tuple[float, int]]]:
 
 
 def pack_scales(absmax: Tensor) -> list[Tensor]:
-    """Double quantisation: absmax less its mean, in blocks of 256, as 8-bit codes of a dynamic map.
+    """Double quantization: absmax less its mean, in blocks of 256, as 8-bit codes of a dynamic map.
 
     Worked out on the CPU, whose mean differs in its last bit from other devices'.
 
@@ -327,122 +324,7 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
     return torch.cartesian_prod(codes, codes).to(device)
 
 
-# --- unpacking once instead
-
-
-def choose_dequantize(policy: str, device_type: str, extra_bytes: int, free_bytes: int) -> Literal["per_use", "cached"]:
-    """auto: cached on CUDA if that takes at most a third of the free memory, for activations are worth more; else not.
-
-    Args:
-        policy: `quantization.dequantize`.
-        extra_bytes: by which the model grows if its weights are kept unpacked.
-    """
-    if policy == "auto":
-        return "cached" if device_type == "cuda" and 3 * extra_bytes <= free_bytes else "per_use"
-    return "cached" if policy == "cached" else "per_use"
-
-
-def cache_weights(model: nn.Module, policy: str) -> Literal["per_use", "cached"]:
-    """Where the policy says so, unpack every weight once: its linear becomes a frozen nn.Linear with the same product.
-
-    Returns:
-        What was chosen.
-    """
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))]
-    if not layers:
-        return "per_use"
-    device = layers[0][1].parts[0].device
-    unpacked = sum(layer.out_features * layer.in_features * layer.dtype.itemsize for _, layer in layers)
-    extra = unpacked - sum(packed_bytes(layer) for _, layer in layers)
-    chosen = choose_dequantize(policy, device.type, extra, _free_bytes(device))
-    while chosen == "cached" and layers:
-        name, layer = layers.pop()  # the packed weight is gone before the next one is unpacked
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, _unpacked(layer))
-    return chosen
-
-
-def _unpacked(layer: Linear4bit | Linear8bit) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
-    linear.register_parameter("bias", layer.bias)
-    return linear
-
-
-def _free_bytes(device: torch.device) -> int:
-    """What the GPU has left, with what torch holds there and does not use."""
-    if device.type != "cuda":
-        return 0
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
-
-
 def packed_bytes(layer: Frozen) -> int:
     """Bytes that the layer's weight really takes: codes, scales and the scales of the scales."""
     parts = [layer.weight] if isinstance(layer, nn.Linear) else layer.parts
     return sum(part.numel() * part.element_size() for part in parts)
-
-
-# --- weights that bitsandbytes packed and transformers saved
-
-
-def stored_tensors(
-    shape: tuple[int, ...], quantization: tuple[str, bool]
-) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """What a file holds of a packed linear: name after the module's -> number format and shape (None: any)."""
-    (kind, double), weights = quantization, math.prod(shape)
-    if kind == "int8":
-        return {"weight": ("I8", shape), "SCB": ("F32", shape[:1])}
-    blocks = weights // BLOCK
-    tensors: dict[str, tuple[str, tuple[int, ...] | None]] = {
-        "weight": ("U8", (weights // 2, 1)),
-        "weight.absmax": ("U8" if double else "F32", (blocks,)),
-        "weight.quant_map": ("F32", (16,)),
-        f"weight.quant_state.bitsandbytes__{kind}": ("U8", None),  # JSON
-    }
-    if double:
-        tensors["weight.nested_absmax"] = ("F32", (math.ceil(blocks / NESTED),))
-        tensors["weight.nested_quant_map"] = ("F32", (256,))
-    return tensors
-
-
-def read_stored(
-    tensors: dict[str, Tensor], shape: tuple[int, ...], quantization: tuple[str, bool], dtype: torch.dtype
-) -> Linear4bit | Linear8bit:
-    """The linear, (out, in), of the tensors that `stored_tensors` names; for 8 bits, a `weight_format` as well.
-
-    Raises:
-        UserError: what the tensors say of themselves is not what is expected.
-    """
-    kind, double = quantization
-    if kind == "int8":
-        if (tensors.get("weight_format", torch.tensor(0)) != 0).any():
-            raise UserError("weight_format: not in rows: save the model again with bitsandbytes 0.45 or newer")
-        return Linear8bit.of_parts([tensors["weight"], tensors["SCB"]], shape, kind, dtype)
-    offset = _check_note(tensors[f"weight.quant_state.bitsandbytes__{kind}"], shape, quantization)
-    if not torch.allclose(tensors["weight.quant_map"].cpu(), torch.tensor(CODES[kind]), atol=1e-4):
-        raise UserError(f"weight.quant_map: not the code points of {kind}")
-    scales = [tensors["weight.absmax"]]
-    if double:
-        scales += [tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"]]
-        scales += [torch.tensor(offset, dtype=torch.float32, device=scales[0].device)]
-    return Linear4bit.of_parts([tensors["weight"], *scales], shape, kind, dtype)
-
-
-def _check_note(note: Tensor, shape: tuple[int, ...], quantization: tuple[str, bool]) -> float:
-    """The mean that was taken from the scales, out of the note beside a 4-bit weight."""
-    try:
-        said = parse_json(note[:MAX_NOTE].cpu().numpy().tobytes())
-    except ValueError:
-        raise UserError("weight.quant_state: damaged: fetch or copy the model again") from None
-    (kind, double), said = quantization, said if isinstance(said, dict) else {}
-    expected: dict[str, Any] = {"quant_type": kind, "blocksize": BLOCK, "shape": list(shape)}
-    if double:
-        expected |= {"nested_blocksize": NESTED, "nested_dtype": "float32"}
-    for name, wanted in expected.items():
-        if said.get(name) != wanted:
-            raise UserError(f"weight.quant_state: {name} is {said.get(name)!r:.60} instead of {wanted!r}")
-    offset: Any = said.get("nested_offset") if double else 0.0
-    if type(offset) not in (int, float) or not abs(offset) < torch.finfo(torch.float32).max:
-        raise UserError(f"weight.quant_state: nested_offset: {offset!r:.60} is no number")
-    return float(offset)

@@ -38,7 +38,7 @@ def validation_loss(model: Decoder, samples: Sequence[Sample], batch_size: int, 
                 pad_to_multiple(eval_batches(samples, batch_size, pad_id), distributed.world_size())
             ):
                 placed = batch.to(device)
-                hidden = model(placed.ids, placed.positions, placed.documents, rows=placed.rows)
+                hidden = model(placed.ids, placed.positions, placed.documents, placed.target_positions)
                 nats += token_nll(hidden, model.head, placed.targets).cpu().double().sum().item()
                 count += batch.target_tokens
     finally:

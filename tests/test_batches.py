@@ -41,7 +41,7 @@ def records_of(window: list[Batch]) -> list[int]:
 
 def describe(batch: Batch) -> list[Any]:
     bounds = None if batch.documents is None else batch.documents.bounds
-    tensors = (batch.ids, batch.positions, bounds, batch.rows, batch.targets)
+    tensors = (batch.ids, batch.positions, bounds, batch.target_positions, batch.targets)
     return [None if tensor is None else tensor.tolist() for tensor in tensors] + [batch.tokens, batch.records]
 
 
@@ -79,13 +79,14 @@ def test_collate_against_brute_force(grouping: list[int]) -> None:
     for r, row in enumerate(rows):
         flat = [int(token) for sample in row for token in sample.ids]
         assert batch.ids[r].tolist() == flat + [PAD] * (width - len(flat))
-    found = [(int(at) // width, int(at) % width, int(to)) for at, to in zip(batch.rows, batch.targets, strict=True)]
+    pairs = zip(batch.target_positions, batch.targets, strict=True)
+    found = [(int(at) // width, int(at) % width, int(to)) for at, to in pairs]
     assert found == predictions(rows, batch)
     assert batch.target_tokens == len(found) == sum(int(sample.is_target[1:].sum()) for sample in samples)
     assert batch.tokens == sum(len(sample.ids) for sample in samples)
     assert batch.records == list(range(8))
     assert (batch.documents is None) == (batch.positions is None) == (grouping == [1] * 8)
-    assert (batch.ids.dtype, batch.rows.dtype, batch.targets.dtype) == (torch.int64,) * 3
+    assert (batch.ids.dtype, batch.target_positions.dtype, batch.targets.dtype) == (torch.int64,) * 3
 
 
 def test_packed_rows_say_where_their_documents_lie() -> None:
@@ -106,14 +107,14 @@ def test_first_token_of_a_document_is_never_predicted() -> None:
     for rows in ([whole], [[sample] for sample in whole]):
         batch = collate(rows, PAD)
         assert batch.targets.tolist() == [6, 6, 6, 6]
-        assert batch.ids.ravel()[batch.rows].tolist() == [5, 5, 5, 5]
+        assert batch.ids.ravel()[batch.target_positions].tolist() == [5, 5, 5, 5]
 
 
 def test_a_target_that_is_the_pad_token_is_kept() -> None:
     sample = Sample(np.array([5, PAD], np.int32), np.array([False, True]), 0)
     longer = Sample(np.array([5, 6, 7, 8], np.int32), np.array([False] * 4), 1)
     batch = collate([[sample], [longer]], PAD)
-    assert (batch.rows.tolist(), batch.targets.tolist()) == ([0], [PAD])
+    assert (batch.target_positions.tolist(), batch.targets.tolist()) == ([0], [PAD])
 
 
 def test_on_the_cpu_a_batch_stays_itself() -> None:
@@ -286,7 +287,7 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(
         """The gradient of the summed loss."""
         model = load_model(tmp_path, torch.device("cpu"), torch.float32)
         batch = collate(rows, PAD)
-        hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
+        hidden = model(batch.ids, batch.positions, batch.documents, target_positions=batch.target_positions)
         target_nll(hidden, model.head, batch.targets).backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -331,7 +332,7 @@ def test_padding_to_a_multiple_changes_nothing_else() -> None:
     assert torch.equal(exact.ids, wide.ids[:, :12])
     assert (wide.ids[:, 12:] == PAD).all()
     assert torch.equal(exact.targets, wide.targets)
-    assert torch.equal(wide.ids.ravel()[wide.rows + 1], wide.targets)
+    assert torch.equal(wide.ids.ravel()[wide.target_positions + 1], wide.targets)
 
 
 def test_the_longest_micro_batch() -> None:

@@ -20,8 +20,8 @@ import train
 from nanoft.config import Config
 from nanoft.config.loading import load_file
 from nanoft.config.settings import SECTION_NAMES, SECTION_TYPES
-from nanoft.model import keep_by_policy
 from nanoft.models.families import decoder_config
+from nanoft.recompute import keep_by_policy
 from nanoft.training.memory_plan import count_parameters, estimate_memory
 from tiny_models import make_chat_model, write_records
 

@@ -73,6 +73,7 @@ def test_no_held_out_prompt_is_in_the_training_data() -> None:
     assert questions.isdisjoint(asked)
 
 
+@pytest.mark.quick
 def test_the_conversations_are_tool_calls_some_with_system_messages_and_several_turns() -> None:
     lines = (ROOT / "configs" / "tiny" / "conversations.jsonl").read_text().splitlines()
     chats = [json.loads(line)["messages"] for line in lines]
@@ -95,6 +96,7 @@ def test_the_shipped_files_are_what_the_script_writes(name: str, tmp_path: Path)
     assert (tmp_path / name).read_bytes() == shipped.read_bytes()
 
 
+@pytest.mark.quick
 def test_the_base_is_small_and_loads_in_transformers() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

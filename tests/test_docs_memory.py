@@ -12,9 +12,9 @@ from shapes import MISTRAL_7B, SHAPES
 from nanoft.config import Config
 from nanoft.config.loading import load_file
 from nanoft.generation.decode import Decoding
-from nanoft.model import keep_by_policy
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
+from nanoft.recompute import keep_by_policy
 from nanoft.training.memory_plan import (
     MARGIN,
     Machine,

@@ -107,6 +107,7 @@ def test_refused_in_one_line(name: str, refusals: dict[str, tuple[str, float]]) 
     assert seconds < SECONDS
 
 
+@pytest.mark.quick
 def test_the_payload_would_be_noticed() -> None:
     pickle.loads(pickle.dumps(Payload()))
     assert CANARY.exists()
@@ -135,6 +136,7 @@ SAFE_FROM = {
 }
 
 
+@pytest.mark.quick
 def test_the_ranges_of_dependencies_leave_known_holes_out() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
@@ -176,6 +178,7 @@ def test_no_token_leaves(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert SECRET_KEY not in text
 
 
+@pytest.mark.quick
 def test_a_small_file_that_unpacks_to_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanoft.data.sources.LONGEST_OBJECT", 1 << 20)
     for size, refused in ((1 << 19, False), (1 << 20, True)):

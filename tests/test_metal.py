@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +18,17 @@ from safetensors.torch import load_file
 import eval as evaluation
 import merge
 import train
-from nanoft import UserError, attention, model, nf4
-from nanoft.attention import Documents, attend, rotate
+from nanoft import UserError, nf4
+from nanoft.attention import Documents
 from nanoft.config import LoRAConfig, TrainingConfig
 from nanoft.generation import generate
-from nanoft.lora import LoRALinear, principal
+from nanoft.kernels import attention
+from nanoft.kernels.attention import FastContext, attend
+from nanoft.lora import top_singular_factors, variant_of
 from nanoft.loss import target_nll
+from nanoft.model import SelfAttention
 from nanoft.optim import build_optimizer
+from nanoft.recompute import run_block
 from nanoft.runtime import memory
 from nanoft.runtime.device import WATERMARK, choose_device, choose_dtype, preserve_rng_state, rng_state
 from nanoft.runtime.memory import Shortage, memory_limit_bytes
@@ -69,7 +74,7 @@ def attention_piece(device: torch.device, window: int | None, packed: bool) -> P
 
 def rotation_piece(device: torch.device) -> Pieces:
     x, angle = numbers(2, 5, 3, 8).to(device).requires_grad_(), numbers(1, 5, 1, 4, seed=1).to(device)
-    y = rotate(x, angle.cos(), angle.sin())
+    y, _ = FastContext(angle.cos(), angle.sin()).rotate(x, x, SimpleNamespace(kind=SelfAttention))
     return [y.detach(), *torch.autograd.grad(y.sum(), x)]
 
 
@@ -90,7 +95,8 @@ def packed_piece(device: torch.device, kind: str, double: bool) -> Pieces:
 def adapter_piece(device: torch.device, **options: Any) -> Pieces:
     base = torch.nn.Linear(64, 96, bias=False, device="meta")
     base.weight = torch.nn.Parameter(numbers(96, 64).to(device), requires_grad=False)
-    adapter = LoRALinear(base, LoRAConfig(rank=4, **options), torch.Generator().manual_seed(0))
+    lora = LoRAConfig(rank=4, **options)
+    adapter = variant_of(lora)(base, lora, torch.Generator().manual_seed(0))
     x = numbers(5, 64, seed=1).to(device)
     y = adapter(x)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), (adapter.lora_A, adapter.lora_B))]
@@ -139,7 +145,7 @@ def test_a_piece_is_the_same_as_on_the_cpu(piece: str, mps: torch.device, monkey
 
 
 @pytest.mark.mps
-def test_a_block_computed_again_drops_what_it_dropped_before(mps: torch.device) -> None:
+def test_a_recomputed_block_has_the_same_dropout_masks(mps: torch.device) -> None:
     class Dropping(torch.nn.Module):
         def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
             return F.dropout(x, 0.5)
@@ -149,7 +155,7 @@ def test_a_block_computed_again_drops_what_it_dropped_before(mps: torch.device) 
         x = torch.ones(64, 64).to(mps).requires_grad_()
         y = x
         for _ in range(3):
-            y = model.run_block(Dropping(), y, None, None, keep)  # type: ignore[arg-type]
+            y = run_block(Dropping(), y, None, None, keep)  # type: ignore[arg-type]
         after = torch.mps.get_rng_state()
         y.sum().backward()
         assert x.grad is not None
@@ -213,7 +219,7 @@ def test_the_whole_job_takes_the_metal_path(
     run = train_run(tmp_path / "run", base, records, **settings)
     said = capsys.readouterr().out
     assert "computing in bfloat16" in said
-    assert "chunks of 256 queries, documents of like length together" in said
+    assert "chunks of 256 queries, documents of similar length batched" in said
     assert {"embedding", "_softmax_backward_data", "_fused_adamw_", "bernoulli_"} <= metal.operations
     assert metal.fraction == 1.0
 
@@ -361,5 +367,5 @@ def test_the_environment_check_runs_on_metal(mps: torch.device, capsys: pytest.C
 
 
 def test_principal_components_are_found_on_the_cpu(metal: Metal) -> None:
-    b, a = principal(numbers(8, 6).to("mps"), 6, torch.Generator())
+    b, a = top_singular_factors(numbers(8, 6).to("mps"), 6, torch.Generator())
     assert torch.allclose(b @ a, numbers(8, 6), atol=1e-5)

@@ -14,9 +14,10 @@ from nanoft import UserError
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
 from nanoft.lora import inject_lora
-from nanoft.model import Decoder, compile_blocks, embedding_noise, keep_by_policy, select_rows
+from nanoft.model import Decoder, embedding_noise, select
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
+from nanoft.recompute import compile_blocks
 from tiny_models import CASES, make_reference
 
 CPU = torch.device("cpu")
@@ -66,8 +67,8 @@ def test_some_rows_are_those_of_all_and_so_are_their_gradients(case: str, keep: 
 
     def run(rows: torch.Tensor, chosen: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         model = load_model(tmp_path, CPU, torch.float32)
-        model.keep = [keep] * 3
-        hidden = model(ids, rows=rows) if chosen else select_rows(model(ids), rows)
+        model.activation_policy = [keep] * 3
+        hidden = model(ids, target_positions=rows) if chosen else select(model(ids), rows)
         hidden.sin().sum().backward()
         return hidden, {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
@@ -77,13 +78,6 @@ def test_some_rows_are_those_of_all_and_so_are_their_gradients(case: str, keep: 
         assert torch.allclose(few, all_, atol=1e-5)
         assert own.keys() == other.keys()
         assert all(torch.allclose(own[name], other[name], atol=1e-4, rtol=1e-4) for name in own)
-
-
-def test_policies_say_which_blocks_are_computed_again() -> None:
-    assert keep_by_policy("none", 2, 3) == ["all"] * 3
-    assert keep_by_policy("every_k", 2, 5) == ["all", "input", "all", "input", "all"]
-    assert keep_by_policy("full", 2, 2) == ["input"] * 2
-    assert keep_by_policy("offload", 2, 2) == ["offloaded"] * 2
 
 
 def test_neftune_noise_is_uniform_in_alpha_over_the_root_of_its_size_and_only_there_in_training(tmp_path: Path) -> None:
@@ -114,7 +108,7 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(
 
     def gradients(compiled: bool, keep: Any) -> dict[str, torch.Tensor]:
         model = load_model(tmp_path, CPU, torch.float32)
-        model.keep = ["all", keep, keep]
+        model.activation_policy = ["all", keep, keep]
         if compiled:
             monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(COMPILE, backend=backend))
             compile_blocks(model)
@@ -125,24 +119,6 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(
     for keep in ("all", "input"):
         found = gradients(True, keep)
         assert all(torch.allclose(found[n], expected[n], rtol=1e-4, atol=1e-4) for n in expected)
-
-
-@pytest.mark.parametrize("keep", ["input", "offloaded"])
-def test_activations_computed_again_give_the_same_gradients(keep: Any, tmp_path: Path) -> None:
-    make_reference("qwen3", tmp_path)
-    ids = torch.randint(0, 199, (2, 20), generator=torch.Generator().manual_seed(1))
-
-    def gradients(kept: list[Any], frozen: bool) -> dict[str, torch.Tensor]:
-        model = load_model(tmp_path, CPU, torch.float32)
-        model.model.embed_tokens.requires_grad_(not frozen)
-        model.keep = kept
-        model(ids).square().sum().backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    for frozen in (False, True):
-        plain, again = gradients(["all"] * 3, frozen), gradients(["all", keep, keep], frozen)
-        assert plain.keys() == again.keys() == gradients([keep] * 3, frozen).keys()
-        assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 @pytest.mark.parametrize("case", ["llama3-rope", "qwen2-window", "mistral-window"])

@@ -21,15 +21,13 @@ from nanoft.nf4 import (
     Frozen,
     Linear4bit,
     Linear8bit,
-    cache_weights,
-    choose_dequantize,
     dynamic_map,
-    gradient,
+    matmul,
+    matmul_backward,
     pack_4bit,
     pack_8bit,
     pack_scales,
     packed_bytes,
-    product,
     quantize,
     unpack,
 )
@@ -276,9 +274,9 @@ def test_products_are_those_of_the_unpacked_weight(name: str, dtype: torch.dtype
     layer = frozen_layers()[name]
     x, grad = torch.randn(2, 3, 128).to(dtype), torch.randn(2, 3, 96).to(dtype)
     w = dense(layer).to(dtype)
-    assert torch.equal(product(layer, x), x @ w.T)
-    assert torch.equal(gradient(layer, grad), grad @ w)
-    assert product(layer, x).dtype == gradient(layer, grad).dtype == dtype
+    assert torch.equal(matmul(layer, x), x @ w.T)
+    assert torch.equal(matmul_backward(layer, grad), grad @ w)
+    assert matmul(layer, x).dtype == matmul_backward(layer, grad).dtype == dtype
     assert (dense(layer) - weight()).abs().max() < (0.001 if name.startswith("int8") else 0.05)
 
 
@@ -374,50 +372,6 @@ def test_a_weight_that_does_not_fill_blocks_is_refused() -> None:
     assert Linear8bit(torch.randn(3, 5), None, torch.float32).dequantize().shape == (3, 5)
 
 
-# --- unpacking once
-
-
-def small_model() -> nn.Sequential:
-    first = Linear4bit(weight(), None, "nf4", True, torch.bfloat16)
-    second = Linear8bit(weight(64, 96), torch.arange(64.0), torch.bfloat16)
-    return nn.Sequential(first, nn.SiLU(), nn.Sequential(second), nn.Linear(64, 4, dtype=torch.bfloat16))
-
-
-@torch.no_grad()
-def test_cached_weights_are_frozen_linears_with_the_same_products() -> None:
-    model, x = small_model(), torch.randn(5, 128).bfloat16()
-    hidden, head, bias = model[:2](x), model[3], model[2][0].bias
-    products = [product(model[0], x), product(model[2][0], hidden), gradient(model[0], hidden)]
-    assert cache_weights(model, "auto") == cache_weights(model, "per_use") == "per_use"  # on a CPU
-    assert isinstance(model[0], Linear4bit)
-    assert cache_weights(model, "cached") == "cached"
-    first, second = model[0], model[2][0]
-    assert type(first) is type(second) is nn.Linear
-    found = [product(first, x), product(second, hidden), gradient(first, hidden)]
-    assert all(torch.equal(own, other) for own, other in zip(found, products, strict=True))
-    assert (first.bias, second.bias) == (None, bias)
-    assert model[3] is head
-    assert all(not p.requires_grad and p.dtype == torch.bfloat16 for p in (first.weight, second.weight, bias))
-    assert packed_bytes(first) == 2 * 96 * 128
-    assert cache_weights(model, "cached") == "per_use"  # nothing is packed any more
-
-
-@pytest.mark.parametrize(
-    ("policy", "device_type", "extra", "free", "chosen"),
-    [
-        ("auto", "cuda", 10, 30, "cached"),
-        ("auto", "cuda", 10, 29, "per_use"),
-        ("auto", "cpu", 10, 1000, "per_use"),
-        ("auto", "mps", 10, 1000, "per_use"),
-        ("cached", "cpu", 10, 0, "cached"),
-        ("cached", "cuda", 10, 0, "cached"),
-        ("per_use", "cuda", 0, 1000, "per_use"),
-    ],
-)
-def test_when_weights_are_cached(policy: str, device_type: str, extra: int, free: int, chosen: str) -> None:
-    assert choose_dequantize(policy, device_type, extra, free) == chosen
-
-
 def test_which_way_unpacks_where(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = nf4.uses_bitsandbytes
     assert [chosen(device) for device in ("cuda", "cpu", "mps")] == [True, True, False]
@@ -480,11 +434,3 @@ def test_a_layer_compiled_on_cuda_keeps_no_unpacked_weight(form: tuple[str, bool
     y = compiled(x)
     assert torch.cuda.memory_allocated() - before < 2048 * 2048  # one weight takes twice that
     assert torch.allclose(y, layers(x), atol=0.02, rtol=0.02)
-
-
-@pytest.mark.gpu
-@cuda
-def test_memory_decides_on_cuda() -> None:
-    model = small_model().cuda()
-    assert cache_weights(model, "auto") == "cached"  # a few kilobytes
-    assert isinstance(model[0], nn.Linear)

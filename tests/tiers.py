@@ -18,12 +18,12 @@ def rest_is_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
 
 
 def mark_quick(items: Iterable[pytest.Item]) -> None:
-    """Marks as `quick` the first two tests of a file that are not slow; in a file that marks some itself, no more."""
-    files: dict[Any, list[pytest.Item]] = {}
+    """Marks as `quick` one case of each of a file's first four tests that are not slow, unless the file marks some."""
+    files: dict[Any, dict[str, pytest.Item]] = {}
+    marked = {item.path for item in items if item.get_closest_marker("quick")}
     for item in items:
-        if not item.get_closest_marker("slow"):
-            files.setdefault(item.path, []).append(item)
+        if item.path not in marked and not item.get_closest_marker("slow"):
+            files.setdefault(item.path, {}).setdefault(item.name.split("[")[0], item)
     for tests in files.values():
-        if not any(item.get_closest_marker("quick") for item in tests):
-            for item in tests[:2]:
-                item.add_marker("quick")
+        for item in list(tests.values())[:4]:
+            item.add_marker("quick")

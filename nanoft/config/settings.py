@@ -186,6 +186,7 @@ class SystemConfig(Section):
     memory_gb: float | None = bounded(None, 0.1)  # of the device, for --plan where it is not; where it is, it counts
     ranks: int = bounded(1, 1)  # processes that share each optimizer step: as many as torchrun starts
     profile: bool = False  # record a few steps into profile/, and the operators that take the time
+    kernels: Literal["auto", "plain"] = "auto"  # plain: only the core's own formulas, slower and with more memory
     debug: bool = False  # stop at the operation whose gradient is NaN, and name it (several times slower)
 
 

@@ -149,7 +149,7 @@ def likelihoods(
             group = pieces[at : at + batch_size]
             cut = [_window(samples[number], start, first, end) for number, start, first, end in group]
             batch = collate(TokenDataset.of(cut), list(np.arange(len(cut))[:, None]), chat.pad_id).to(device)
-            hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
+            hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)
             nll = token_nll(hidden, model.head, batch.targets).cpu().double().numpy()  # row behind row
             for place, own in enumerate(np.split(nll, _ends(group)), start=at):
                 number, _, first, end = pieces[place]

@@ -21,13 +21,14 @@ import torch
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.generation.chat import ChatSession, check_text
-from nanoft.generation.decode import SHARE, Decoding
+from nanoft.generation.decode import Decoding
 from nanoft.generation.sampling import GREEDY, Sampler, Sampling
 from nanoft.io.untrusted import read_json
+from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import linears_of
 from nanoft.model import Decoder
+from nanoft.models.dequantize import cache_weights
 from nanoft.models.open import open_chat_tokenizer, open_model
-from nanoft.nf4 import cache_weights
 from nanoft.runtime.command import Arguments, command
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
 from nanoft.runtime.memory import available_host_bytes
@@ -167,7 +168,7 @@ def main(argv: list[str]) -> int:
 def has_room(model: Decoder) -> bool:
     """Whether the weights of a packed base may lie there unpacked, which makes a token several times as fast."""
     needed = sum(layer.out_features * layer.in_features for layer in linears_of(model).values()) * 4  # bytes, at most
-    return needed <= SHARE * available_host_bytes()
+    return needed <= MEMORY_SHARE * available_host_bytes()
 
 
 def build_parser() -> Arguments:

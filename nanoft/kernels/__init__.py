@@ -1,1 +1,141 @@
-"""TODO."""
+"""Optimized implementations of the core's equations: removing any of them changes speed and memory, not results.
+
+`apply` installs them at three seams: the class of a block (`FastBlock`: the same modules, linears computed in groups),
+the context of a forward pass (`FastContext`: attention without masks), and the twin of a block for generation
+(decode.py). What a kernel does not know, by its exact type, is left to the reference.
+
+The core is meant to be edited, and an optimized form of what it said before would silently ignore the edit. So `apply`
+first compares the two on a toy model (`verify`), and where they differ, the reference is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoft.attention import Documents
+from nanoft.config import LoRAConfig
+from nanoft.kernels.attention import FastContext
+from nanoft.kernels.block import FastBlock, supports
+from nanoft.kernels.decode import FastCacheContext, twin
+from nanoft.lora import inject_lora, linears_of, matches_target
+from nanoft.model import Decoder, DecoderConfig
+
+TOLERANCE = 1e-7  # relative, in float64
+# The toy batch: two sequences of six tokens, as two documents or packed with three.
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5]])
+DOCUMENTS = Documents((4, 2, 6), torch.tensor([0, 4, 6, 12], dtype=torch.int32))
+
+
+def apply(model: Decoder, lora: LoRAConfig | None = None) -> str:
+    """Make every block fast that the kernels support, after injection and quantization, before compiling and sharding.
+
+    Args:
+        lora: settings of the model's adapters; None: it has none.
+    Returns:
+        A warning if the kernels do not compute what the core says, and so the reference is used; else "".
+    """
+    if difference := verify(model.config, lora):
+        return f"the kernels do not compute what the core says ({difference}): the reference path is used instead"
+    install(model)
+    return ""
+
+
+def install(model: Decoder) -> None:
+    """The same without a look whether the results are those of the core."""
+    for block in model.model.layers:
+        if supports(block):
+            block.__class__ = FastBlock
+    model.context_class = FastContext
+
+
+def is_applied(model: Decoder) -> bool:
+    return issubclass(model.context_class, FastContext)
+
+
+def describe(model: Decoder) -> str:
+    """How many blocks are fast, for the log."""
+    fast = sum(isinstance(block, FastBlock) for block in model.model.layers)
+    return f"{fast} of {len(model.model.layers)} blocks fast" if is_applied(model) else "reference path"
+
+
+def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
+    """One step of a toy model with the same switches and adapters, in float64, by the core and by the kernels.
+
+    It covers neither dropout nor quantized weights, nor kernels of another device.
+
+    Returns:
+        What differs first; "" if nothing does.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _toy(config, lora)
+        expected = _step(model)
+        install(model)
+        found = _step(model)
+        with torch.no_grad():
+            found["answers"], expected["answers"] = _answer(model), expected["hidden states"]
+    for name, tensor in found.items():
+        if not (tensor - expected[name]).norm() <= TOLERANCE * expected[name].norm():
+            return name
+    return ""
+
+
+def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
+    """A model of two layers with the same switches, every trained parameter away from its start."""
+    sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
+    sizes |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
+    for field in fields(config):
+        if isinstance(value := getattr(config, field.name), tuple):  # a value per layer
+            sizes[field.name] = value[0], value[-1]
+    sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
+    model = Decoder(replace(config, **sizes))
+    _perturb(model)
+    if lora is not None:
+        names = linears_of(model)
+        targets = tuple(t for t in lora.target_modules if any(matches_target(name, t) for name in names))
+        own: dict[str, Any] = {"rank": 2, "alpha": 3.0, "dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
+        own |= {"bias": "none" if lora.bias == "none" else "lora_only", "target_modules": targets or ("all-linear",)}
+        inject_lora(model, replace(lora, **own), seed=0)
+        _perturb(model)
+    return model.double()
+
+
+@torch.no_grad()
+def _perturb(model: Decoder) -> None:
+    """Move every trained parameter away from its start: zeros and ones hide mistakes."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+
+
+def _step(model: Decoder) -> dict[str, Tensor]:
+    """Hidden states of two sequences, and the gradients of a step on them and on packed documents, by parameter."""
+    with torch.enable_grad():
+        hidden = model(IDS)
+        packed = model(IDS, POSITIONS, DOCUMENTS, target_positions=torch.tensor([1, 2, 6, 9]))
+        loss = hidden.square().sum() + packed.sin().sum()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+    named = {f"gradient of {name}": gradient for name, gradient in zip(trained, gradients, strict=True)}
+    return {"hidden states": hidden.detach(), "packed": packed.detach(), **named}
+
+
+def _answer(model: Decoder) -> Tensor:
+    """The hidden states of the two sequences once more, token by token, as in generation."""
+    blocks, (batch, length), c = [twin(block, False) for block in model.model.layers], IDS.shape, model.config
+    cos, sin = model.rotation(torch.arange(length).expand(batch, -1), torch.float64)
+    tables = FastCacheContext.tables(cos, sin, torch.ones(batch, length, dtype=torch.bool))
+    keys, values = ([cos.new_zeros(batch, c.num_kv_heads, length, c.head_dim) for _ in blocks] for _ in range(2))
+    hidden = []
+    for slot in range(length):
+        x = model.model.embed_tokens(IDS[:, slot : slot + 1])
+        context = FastCacheContext(tables, keys, values, slot, 0)
+        for block in blocks:
+            x = block(x, context)
+        hidden.append(model.model.norm(x))
+    return torch.cat(hidden, dim=1)

@@ -29,7 +29,7 @@ from nanoft.config.settings import check_expressions
 from nanoft.io.atomic import write_file
 from nanoft.io.tensor_files import load_tensors, write_tensors
 from nanoft.io.untrusted import read_json, time_limit
-from nanoft.lora import MATCHING_SECONDS, LoRALinear, by_pattern, is_meant, linears_of, widen
+from nanoft.lora import MATCHING_SECONDS, LoRALinear, by_pattern, linears_of, matches_target, variant_of
 
 NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
 PEFT_PREFIX = "base_model.model."
@@ -66,31 +66,31 @@ def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
         f"{PEFT_PREFIX}{name}.{key}": tensor.detach()
         for name, adapter in adapters.items()
         for part, key in PEFT_NAMES.items()
-        if (tensor := getattr(adapter, part)) is not None
+        if (tensor := getattr(adapter, part, None)) is not None
     }
 
 
 def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The same adapter without PiSSA, as a LoRA of rank 2r on the same base (Meng et al. 2024, appendix C).
+    """The same adapter as plain LoRA on the same base: PiSSA's has rank 2r (Meng et al. 2024, appendix C).
 
     Args:
         lora: what the adapter was trained as.
         tensors: of a checkpoint.
     Returns:
-        Settings with the same scaling, alpha / r or alpha / sqrt(r), for twice the rank; tensors as in PEFT's files.
+        Settings for the rank of the change with the same scaling, alpha / r or alpha / sqrt(r); tensors as in PEFT's
+        files.
     """
-    if lora.init == "default":
+    variant = variant_of(lora)
+    if variant.FACTORS == LoRALinear.FACTORS:
         return lora, tensors
-    more = math.sqrt(2) if lora.rslora else 2
-    ranks = {key: 2 * rank for key, rank in lora.rank_pattern.items()}
+    more = math.sqrt(variant.RANKS) if lora.rslora else variant.RANKS
+    ranks = {key: variant.RANKS * rank for key, rank in lora.rank_pattern.items()}
     alphas = {key: more * alpha for key, alpha in lora.alpha_pattern.items()}
-    plain = dict(tensors)
-    for module in [
-        name.removesuffix(PEFT_NAMES["lora_A0"]) for name in tensors if name.endswith(PEFT_NAMES["lora_A0"])
-    ]:
-        a, b, a0, b0 = (module + PEFT_NAMES[part] for part in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
-        plain[a], plain[b] = widen(plain[a], plain[b], plain.pop(a0), plain.pop(b0))
-    rank, alpha = 2 * lora.rank, more * lora.alpha
+    plain, a_name, b_name = dict(tensors), PEFT_NAMES["lora_A"], PEFT_NAMES["lora_B"]
+    for module in [name.removesuffix(a_name) for name in tensors if name.endswith(a_name)]:
+        factors = [plain.pop(module + PEFT_NAMES[part]) for part in variant.FACTORS]
+        plain[module + a_name], plain[module + b_name] = variant.plain_factors(*factors)
+    rank, alpha = variant.RANKS * lora.rank, more * lora.alpha
     return replace(lora, init="default", rank=rank, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas), plain
 
 
@@ -174,10 +174,10 @@ def select_modules(
             re.compile(word)
         except re.error as error:
             raise UserError(f"--only: {word!r:.60} is neither a name nor a regular expression: {error}") from None
-        if not any(is_meant(name, word) for name in modules):
+        if not any(matches_target(name, word) for name in modules):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
             raise UserError(f"--only: {word!r} names nothing that this adapter changes: it has {known}")
-    kept = [name for name in modules if any(is_meant(name, word) for word in only)]
+    kept = [name for name in modules if any(matches_target(name, word) for word in only)]
     tensors = {f"{PEFT_PREFIX}{name}.{key}": tensor for name in kept for key, tensor in modules[name].items()}
     ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in kept}
     alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in kept}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanoft import UserError
+from nanoft import UserError, kernels
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted, verify
 from nanoft.config import LoRAConfig
 from nanoft.config.loading import load_file
@@ -93,7 +94,8 @@ def open_model(source: str, device: torch.device, dtype: torch.dtype, original_b
     if is_run(source) and not (run / "model").is_dir():
         return _open_checkpoint(run, device, dtype, original_base)
     directory = find_model(str(run / "model") if is_run(source) else source, "RUN|MODEL")
-    return LoadedModel(load_model(directory, device, dtype).eval(), {}, directory, directory, dtype=dtype)
+    model = _with_kernels(load_model(directory, device, dtype)).eval()
+    return LoadedModel(model, {}, directory, directory, dtype=dtype)
 
 
 def is_run(source: str | Path) -> bool:
@@ -137,7 +139,7 @@ def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, origin
         adapter = _read_checkpoint(run)
         return replace(_attach(adapter, device, dtype, original_base), step=adapter.step)
     saved, base = best_checkpoint(run), find_model(config.model.name)
-    model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
+    model = _with_kernels(load_model(base, device, dtype, files=[saved.path / "model.safetensors"])).eval()
     return LoadedModel(model, {}, base, base, dtype=dtype, step=checkpoint_step(saved))
 
 
@@ -198,7 +200,17 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
 def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, original_base: bool) -> LoadedModel:
     """Base and adapter, put together as they were in training; a base that is stored packed is its own original."""
     quantization = None if original_base else adapter.quantization
-    return attach_adapter(adapter, load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype))
+    model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
+    opened = attach_adapter(adapter, model)
+    _with_kernels(model, adapter.lora)
+    return opened
+
+
+def _with_kernels(model: Decoder, lora: LoRAConfig | None = None) -> Decoder:
+    """The model, fast where the kernels compute what the core says."""
+    if warning := kernels.apply(model, lora):
+        print(f"warning: {warning}", file=sys.stderr)
+    return model
 
 
 def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:

@@ -22,9 +22,10 @@ from nanoft.io.atomic import write_file
 from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
 from nanoft.io.untrusted import read_bytes, read_json, resolve_file
 from nanoft.model import Decoder, DecoderConfig, initialize
+from nanoft.models.bnb_format import read_stored, stored_tensors
 from nanoft.models.families import decoder_config, read_shape
 from nanoft.models.hub import TOKENIZER_FILES
-from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize, read_stored, stored_tensors
+from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # number formats, in safetensors' names, that mean what they say without a scale
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits

@@ -250,7 +250,7 @@ def rank_report(
             empty.
         step: of the weights; the optimizer's means may be those of a later one.
     """
-    if not adapters or any(adapter.lora_A0 is not None for adapter in adapters.values()):
+    if not adapters or any(adapter.FACTORS != LoRALinear.FACTORS for adapter in adapters.values()):
         return {}, "", ""
     values = summarize({name: measure_rank_usage(adapter, optimizer) for name, adapter in adapters.items()}, step)
     said, whole, means = values["summary"], values["all"], next(iter(values["modules"].values()))["gradient"]

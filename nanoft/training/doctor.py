@@ -30,12 +30,12 @@ from huggingface_hub import constants
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanoft import UserError
-from nanoft.attention import CHUNK, attend, has_varlen
 from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.cache import cache_home
 from nanoft.data.sources import find_files
 from nanoft.io.untrusted import one_line
+from nanoft.kernels.attention import CHUNK, attend, has_varlen
 from nanoft.metrics import answers
 from nanoft.models.families import read_shape
 from nanoft.models.hub import find_model

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from nanoft import TrainingFailed, UserError
-from nanoft.attention import CHUNK
 from nanoft.config import Config
+from nanoft.kernels.attention import CHUNK
 from nanoft.lora import inject_lora, linears_of
 from nanoft.loss import chunk_rows
-from nanoft.model import Decoder, DecoderConfig, Keep, keep_by_policy
+from nanoft.model import Decoder, DecoderConfig
+from nanoft.models.dequantize import choose_dequantize
 from nanoft.models.families import find_shape
-from nanoft.nf4 import choose_dequantize
 from nanoft.optim import check_optimizer
+from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import DTYPES, choose_device, choose_dtype
 from nanoft.runtime.memory import memory_limit_bytes, resident_bytes
 
@@ -56,7 +57,7 @@ class Plan:
     device_type: str
     rows: int
     length: int
-    keep: list[Keep]
+    keep: list[ActivationPolicy]
 
     @property
     def peak(self) -> float:
@@ -101,7 +102,7 @@ def estimate_memory(
     dtype: torch.dtype,
     rows: int,
     length: int,
-    keep: Sequence[Keep],
+    keep: Sequence[ActivationPolicy],
     baseline: float,
     target_share: float = 1.0,
 ) -> Plan:
@@ -109,7 +110,7 @@ def estimate_memory(
 
     Args:
         dtype: that the model computes in.
-        keep: of each block's activations, as in Decoder.keep.
+        keep: of each block's activations, as in Decoder.activation_policy.
         baseline: bytes of the process before anything is loaded, on a CPU.
         target_share: of the tokens that are targets.
     """
@@ -173,10 +174,12 @@ def loss_bytes(c: DecoderConfig, device_type: str, e: int, targets: float) -> fl
 # ---- Decisions
 
 
-def choose_recompute(peak_of: Callable[[list[Keep]], float], layers: int, room: float) -> list[Keep]:
+def choose_recompute(
+    peak_of: Callable[[list[ActivationPolicy]], float], layers: int, room: float
+) -> list[ActivationPolicy]:
     """Everything if it fits into `room` bytes; else as few blocks computed again as make it fit; at most all."""
     for again in range(layers + 1):
-        keep: list[Keep] = [*["input"] * again, *["all"] * (layers - again)]  # type: ignore[list-item]
+        keep: list[ActivationPolicy] = [*["input"] * again, *["all"] * (layers - again)]  # type: ignore[list-item]
         if peak_of(keep) <= room:
             break
     return keep
@@ -261,13 +264,13 @@ def find_machine(config: Config) -> Machine:
     return Machine(device, dtype, MARGIN * memory_limit_bytes(device), here=True)
 
 
-def make_planner(config: Config) -> Callable[[int, int, list[Keep]], Plan]:
+def make_planner(config: Config) -> Callable[[int, int, list[ActivationPolicy]], Plan]:
     """From rows, their length, and what each block keeps, to the memory of a step."""
     machine, decoder = find_machine(config), find_shape(config.model.name)
     device, dtype, counts = machine.device, machine.dtype, count_parameters(decoder, config)
     settled, baseline = decide_dequantize(config, counts, machine), resident_bytes(device)
 
-    def plan(rows: int, length: int, keep: list[Keep]) -> Plan:
+    def plan(rows: int, length: int, keep: list[ActivationPolicy]) -> Plan:
         return estimate_memory(decoder, counts, settled, device.type, dtype, rows, length, keep, baseline)
 
     return plan
@@ -309,7 +312,7 @@ def resolve_micro_batch_size(config: Config, recorded: dict[str, Any] | None) ->
     return config.override(dict(zip(ROWS, (rows, rows_a_rank // rows), strict=True)))
 
 
-def choose_activations(config: Config, rows: int, length: int) -> tuple[list[Keep], Plan]:
+def choose_activations(config: Config, rows: int, length: int) -> tuple[list[ActivationPolicy], Plan]:
     """What each block keeps for backward, by the policy or, if that is auto, by what fits; and the plan of it."""
     t, plan = config.training, make_planner(config)
     layers = find_shape(config.model.name).num_layers

@@ -210,7 +210,7 @@ def rehearse(model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, f
         for _ in range(2):  # the first one warms up, and leaves its gradients
             started = time.perf_counter()
             with autocast():
-                hidden = model(batch.ids, batch.positions, batch.documents, rows=batch.rows)
+                hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)
                 nll = target_nll(hidden, model.head, batch.targets)
             nll.backward()
             nll.item()  # waits for the device

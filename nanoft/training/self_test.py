@@ -36,7 +36,7 @@ from nanoft.batches import Batches, Sample, TokenDataset, collate
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
 from nanoft.config import Config
 from nanoft.generation.generate import generate
-from nanoft.lora import LoRALinear, by_pattern, disabled, weight_of
+from nanoft.lora import LoRALinear, by_pattern, disabled, variant_of, weight_of
 from nanoft.loss import chunk_rows, target_nll, token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
@@ -304,7 +304,7 @@ def packed_apart(model: Decoder, documents: TokenDataset, pad_id: int) -> float:
         alone = model(one.ids)
         farthest = max(farthest, relative_error(model.logits(together), model.logits(alone)))
         for i, hidden in enumerate((together, alone)):
-            losses[i] += token_nll(hidden[0, one.rows], model.head, one.targets).sum().cpu()
+            losses[i] += token_nll(hidden[0, one.target_positions], model.head, one.targets).sum().cpu()
     return max(farthest, relative_error(losses[0], losses[1]))
 
 
@@ -318,13 +318,13 @@ def packed_gradients_apart(job: TrainContext, go_on: GoOn, documents: TokenDatas
 
 def kept_apart(job: TrainContext, go_on: GoOn, documents: TokenDataset) -> float:
     """Activations kept against computed again, with the same dropout and noise: one gradient."""
-    batches, chosen = Batches(documents, 1, 1, 0, job.chat.pad_id), job.model.keep
+    batches, chosen = Batches(documents, 1, 1, 0, job.chat.pad_id), job.model.activation_policy
     found = []
     for keep in dict.fromkeys(("all", "input", *chosen)):
-        job.model.keep = [keep] * len(chosen)
+        job.model.activation_policy = [keep] * len(chosen)
         batches.seek(0, 0)
         found.append(gradient(job, go_on, batches))
-    job.model.keep = chosen
+    job.model.activation_policy = chosen
     return max(gradient_error(one, found[0]) for one in found[1:])
 
 
@@ -333,7 +333,7 @@ def loss_apart(job: TrainContext, documents: TokenDataset) -> float:
     model, t = job.model.eval(), job.config.training
     batch = collate(documents, [[0]], job.chat.pad_id).to(job.device)
     with torch.no_grad(), job.autocast():
-        hidden = model(batch.ids, rows=batch.rows)[0]  # (targets, hidden)
+        hidden = model(batch.ids, target_positions=batch.target_positions)[0]  # (targets, hidden)
     rows = torch.arange(chunk_rows(len(model.head), job.device) * 5 // 4 + 1, device=job.device)
     size = torch.linspace(0.5, 1.5, len(rows), device=job.device)[:, None]  # no two rows are the same
     hidden = (hidden[rows % len(hidden)] * size).to(hidden.dtype).requires_grad_()
@@ -400,7 +400,7 @@ def files_apart(job: TrainContext, directory: Path) -> float:
     again, generator = {}, torch.Generator()
     for name, adapter in job.adapters.items():
         rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-        again[name] = LoRALinear(adapter.base, replace(lora, rank=rank, alpha=alpha), generator).eval()
+        again[name] = variant_of(lora)(adapter.base, replace(lora, rank=rank, alpha=alpha), generator).eval()
     load_adapter_tensors(again, tensors, str(first))
     save_adapter(second, job.model, again, lora, base, note)
     if any((second / path.name).read_bytes() != path.read_bytes() for path in first.iterdir()):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nanoft import UserError, checkpoint
+from nanoft import UserError, checkpoint, kernels
 from nanoft.batches import Batches
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointManager
 from nanoft.config import Config
@@ -32,12 +32,14 @@ from nanoft.io import atomic
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
-from nanoft.model import Decoder, compile_blocks
+from nanoft.model import Decoder
+from nanoft.models.dequantize import cache_weights
 from nanoft.models.families import read_shape
 from nanoft.models.hub import find_model
 from nanoft.models.weights import check_quantization, hash_files, load_model, quantization_of, shard_paths
-from nanoft.nf4 import Linear4bit, Linear8bit, cache_weights
+from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.optim import build_optimizer
+from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
 from nanoft.runtime.device import choose_device, choose_dtype, describe_device, library_versions
 from nanoft.runtime.memory import available_host_bytes
@@ -127,11 +129,13 @@ def build_training(
     check_ids(corpus, read_shape(base).vocab_size)
     keep, plan = choose_activations(config, *batches.longest().ids.shape)  # from what is free before loading
     model = load_base(config, base, torch.device("cpu") if t.sharding == "full" else device, dtype)
-    model.keep = distributed.broadcast_from_rank0(lambda: keep)
+    model.activation_policy = distributed.broadcast_from_rank0(lambda: keep)
     model.neftune_alpha = t.neftune_alpha
     adapters: dict[str, LoRALinear] = {}
     if t.method == "lora":
         adapters = inject_lora(model, config.lora, config.system.seed)
+    if config.system.kernels == "auto" and (warning := kernels.apply(model, config.lora if adapters else None)):
+        run.print(f"warning: {warning}")
     if t.compile:
         compile_blocks(model)
     if t.sharding == "full":
@@ -183,6 +187,8 @@ def base_model(job: TrainContext) -> Iterator[Decoder]:
         job.optimizer.state.clear()  # its memory is needed for the second model
         split = job.config.training.sharding == "full"
         model = load_base(job.config, job.base_directory, torch.device("cpu") if split else job.device, job.dtype)
+        if job.config.system.kernels == "auto":
+            kernels.apply(model)
         if split:
             sharding.shard_model(model, job.device)
         yield model
@@ -206,6 +212,7 @@ def print_summary(job: TrainContext, state: TrainState, total_steps: int, second
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(job.adapters):
         say(f"          {line}")
+    say(f"kernels   {kernels.describe(job.model)}")
     say(f"attention {job.model.attention_backend(job.dtype, job.config.model.max_seq_length, job.batches.is_packed)}")
     for warning in config_warnings(c):
         say(f"warning: {warning}")

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from nanoft import kernels
 from nanoft.config import LoRAConfig
-from nanoft.export.streaming import StreamedDecoder, open_rows
-from nanoft.generation import decode
 from nanoft.generation.decode import Decoding
 from nanoft.generation.generate import generate
+from nanoft.kernels import decode as decode_kernels
 from nanoft.lora import disabled, inject_lora, linears_of
 from nanoft.model import Decoder
+from nanoft.models.dequantize import cache_weights
 from nanoft.models.weights import load_model
-from nanoft.nf4 import cache_weights
 from tiny_models import CASES, make_reference
 
 CPU = torch.device("cpu")
@@ -50,9 +50,9 @@ def largest_difference(exact: Decoder, model: Decoder, rows: list[int], steps: i
     return worst
 
 
-def test_compiled_blocks_are_not_compiled_again_for_prompts(tmp_path: Path) -> None:
+def test_compiled_blocks_are_not_compiled_again_for_prompts(path: str, tmp_path: Path) -> None:
     make_reference("mistral", tmp_path)
-    model = load_model(tmp_path, CPU, torch.float32).eval()
+    model = opened(path, tmp_path)
     expected = generate(model, PROMPTS, (), 8)
     compiled = []
 
@@ -66,63 +66,36 @@ def test_compiled_blocks_are_not_compiled_again_for_prompts(tmp_path: Path) -> N
     assert not compiled
 
 
-@pytest.fixture(params=[True, False], ids=["laid out", "as it lies"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the weights of these small models are laid out for the kernels."""
-    monkeypatch.setattr(decode, "CACHED", 0)
-    monkeypatch.setattr(decode, "SHARE", 1.0 if request.param else 0.0)
-    return bool(request.param and HAS_KERNELS)
+@pytest.fixture(params=["plain", "fast", "prepacked"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the ways to decode is taken: the core's blocks, their twins, twins with prepacked weights."""
+    monkeypatch.setattr(decode_kernels, "CACHED_BYTES", 0)
+    monkeypatch.setattr(decode_kernels, "MEMORY_SHARE", 1.0 if request.param == "prepacked" else 0.0)
+    return str(request.param)
+
+
+def opened(path: str, directory: Path, dtype: torch.dtype = torch.float32, form: Any = None) -> Decoder:
+    """The model for one of these ways."""
+    model = load_model(directory, CPU, dtype, form).eval()
+    if path != "plain":
+        kernels.install(model)
+    return model
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_is_a_pass_over_everything(case: str, layout: bool, tmp_path: Path) -> None:
+def test_a_step_is_a_pass_over_everything(case: str, path: str, tmp_path: Path) -> None:
     make_reference(case, tmp_path)
-    model = load_model(tmp_path, CPU, torch.float32).eval()
-    assert (Decoding(model).head is not None) == layout
+    model = opened(path, tmp_path)
+    assert (Decoding(model).head is not None) == (path == "prepacked" and HAS_KERNELS)
     for rows in ([0, 2, 3], [1], [3, 0]):
         assert largest_difference(model, model, rows, 20) < 1e-5
 
 
-@pytest.mark.skipif(not HAS_KERNELS, reason="for x86 with oneDNN")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_a_weight_laid_out_is_the_same_weight(rows: int, dtype: torch.dtype) -> None:
-    weight, x, bias = (torch.randn(shape, dtype=dtype) for shape in ((300, 70), (rows, 70), (300,)))
-    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
-    for known in (None, bias):
-        expected = exact if known is None else exact + known.double()
-        found = decode.laid_out(weight, known)(x)
-        assert found.dtype == dtype
-        # rounded after each of 70 sums in float32 (Higham 2002, eq. 3.5), and once in the number format
-        allowed = 71 * torch.finfo(torch.float32).eps * (size + 5) + torch.finfo(dtype).eps * expected.abs()
-        assert ((found.double() - expected).abs() <= allowed).all()
-
-
-def test_weights_are_laid_out_only_where_all_are_there_in_one_number_format(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_reference("mistral", tmp_path)
-    model = load_model(tmp_path, CPU, torch.float32).eval()
-    assert not decode.should_be_laid_out(model)  # so small
-    monkeypatch.setattr(decode, "CACHED", 0)
-    assert decode.should_be_laid_out(model) == HAS_KERNELS
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not decode.should_be_laid_out(model)
-    assert not decode.should_be_laid_out(load_model(tmp_path, CPU, torch.float16).eval())
-    assert not decode.should_be_laid_out(StreamedDecoder(open_rows(tmp_path)))
-    with monkeypatch.context() as patch:
-        patch.setattr(decode, "available_host_bytes", lambda: 1000.0)
-        assert not decode.should_be_laid_out(model)
-    next(iter(linears_of(model).values())).bfloat16()
-    assert not decode.should_be_laid_out(model)
-
-
-@pytest.mark.usefixtures("layout")
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["mistral-window", "qwen3"])
-def test_bfloat16_stays_within_its_roundings(case: str, tmp_path: Path) -> None:
+def test_bfloat16_stays_within_its_roundings(case: str, path: str, tmp_path: Path) -> None:
     make_reference(case, tmp_path)
-    model = load_model(tmp_path, CPU, torch.bfloat16).eval()
+    model = opened(path, tmp_path, torch.bfloat16)
     exact = load_model(tmp_path, CPU, torch.float32).eval()
     assert Decoding(model).join(PROMPTS, 2).dtype == torch.bfloat16
     own = largest_difference(exact, model, [0, 2], 12)
@@ -135,18 +108,17 @@ def test_bfloat16_stays_within_its_roundings(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's own word on a norm's float32 weight
 @pytest.mark.parametrize("case", ["qwen2", "qwen3"])
-def test_under_autocast_a_step_is_a_pass_too(case: str, tmp_path: Path) -> None:
+def test_under_autocast_a_step_is_a_pass_too(case: str, path: str, tmp_path: Path) -> None:
     make_reference(case, tmp_path)
-    model = load_model(tmp_path, CPU, torch.float32).eval()
+    model = opened(path, tmp_path)
     with torch.autocast("cpu", torch.bfloat16):
         assert largest_difference(model, model, [0, 2], 8) < 0.1
 
 
-@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("bits", [4, 8])
-def test_answers_on_a_packed_base_are_those_of_its_unpacked_weights(bits: int, tmp_path: Path) -> None:
+def test_answers_on_a_packed_base_are_those_of_its_unpacked_weights(bits: int, path: str, tmp_path: Path) -> None:
     make_reference("mistral-window", tmp_path)
-    packed = load_model(tmp_path, CPU, torch.float32, ("int8", False) if bits == 8 else ("nf4", True)).eval()
+    packed = opened(path, tmp_path, form=("int8", False) if bits == 8 else ("nf4", True))
     plain = load_model(tmp_path, CPU, torch.float32).eval()
     for name, linear in linears_of(plain).items():
         linear.weight.data = packed.get_submodule(name).dequantize()
@@ -159,11 +131,10 @@ def test_answers_on_a_packed_base_are_those_of_its_unpacked_weights(bits: int, t
 KINDS: list[dict[str, Any]] = [{}, {"dora": True, "rslora": True}, {"init": "pissa"}, {"bias": "lora_only"}]
 
 
-@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_answers_with_adapters_are_those_of_the_merged_model(kind: dict[str, Any], tmp_path: Path) -> None:
+def test_answers_with_adapters_are_those_of_the_merged_model(kind: dict[str, Any], path: str, tmp_path: Path) -> None:
     make_reference("qwen2-window", tmp_path)  # with biases
-    model = load_model(tmp_path, CPU, torch.float32).eval()
+    model = opened(path, tmp_path)
     merged = load_model(tmp_path, CPU, torch.float32).eval()
     before = generate(model, PROMPTS, (), 24)
     adapters = inject_lora(model, LoRAConfig(rank=4, target_modules=("all-linear",), **kind), seed=0)

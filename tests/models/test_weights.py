@@ -819,7 +819,7 @@ def test_what_peft_can_and_this_cannot_is_refused_by_name(
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_an_adapter_on_the_head_is_refused(runs: Path, tmp_path: Path) -> None:
     peft_adapter(runs, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
-    with pytest.raises(UserError, match="'lm_head' names no linear of this model"):
+    with pytest.raises(UserError, match="'lm_head' matches no linear of this model"):
         open_float32(tmp_path / "adapter")
 
 
@@ -842,12 +842,12 @@ def test_layers_saved_whole_beside_an_adapter_are_refused(runs: Path, tmp_path: 
         ({"target_modules": []}, r"target_modules: \[\] is not a list of module names"),
         ({"target_modules": [3]}, r"target_modules: \[3\] is not a list"),
         ({"target_modules": "("}, r"target_modules: '\(' is not a regular expression"),
-        ({"target_modules": "q_.*"}, r"target_modules: 'q_\.\*' names no linear of this model"),
+        ({"target_modules": "q_.*"}, r"target_modules: 'q_\.\*' matches no linear of this model"),
         ({"rank_pattern": {"q_proj": "x"}}, "lora.rank_pattern: .* is not a table"),
         ({"rank_pattern": {"q_proj": 3}}, "q_proj.lora_A.weight has rank 4, but adapter_config.json says 3"),
         ({"alpha_pattern": {"q_proj": 0}}, "lora.alpha_pattern: 0 is out of range"),
         ({"alpha_pattern": {"(": 1}}, r"lora.alpha_pattern: '\(' is not a regular expression"),
-        ({"alpha_pattern": {"lm_head": 1}}, "lora.alpha_pattern: 'lm_head' fits no adapter"),
+        ({"alpha_pattern": {"lm_head": 1}}, "lora.alpha_pattern: 'lm_head' matches no adapter"),
         ({"bias": "some"}, "bias: 'some' is not supported"),
         ({"base_model_name_or_path": None}, "adapter_config.json: base_model_name_or_path: empty"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path: 3 is not a name"),

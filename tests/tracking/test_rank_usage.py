@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import train
 from nanoft.config import LoRAConfig
-from nanoft.lora import LoRALinear, inject_lora
+from nanoft.lora import LoRALinear, PiSSALinear, inject_lora
 from nanoft.nf4 import Linear4bit
 from nanoft.tracking.rank_usage import (
     MIN_STEPS,
@@ -332,7 +332,7 @@ def test_words() -> None:
 def test_a_report_without_adapters_is_empty() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
     assert rank_report({}, optimizer, 500) == ({}, "", "")
-    pissa = LoRALinear(nn.Linear(8, 8), LoRAConfig(rank=2, init="pissa"), torch.Generator())
+    pissa = PiSSALinear(nn.Linear(8, 8), LoRAConfig(rank=2, init="pissa"), torch.Generator())
     assert rank_report({"q_proj": pissa}, optimizer, 500) == ({}, "", "")
 
 

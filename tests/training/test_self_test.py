@@ -16,10 +16,12 @@ from tiers import rest_is_slow
 from torch import Tensor
 
 import train
-from nanoft import loss, model
+from nanoft import attention as core_attention
+from nanoft import loss, recompute
 from nanoft.batches import Sample, TokenDataset
 from nanoft.generation import decode
-from nanoft.lora import LoRALinear
+from nanoft.kernels import attention
+from nanoft.lora import DoRALinear, LoRALinear
 from nanoft.models import adapter_files
 from nanoft.tracking.run import Run
 from nanoft.training import self_test, setup, state
@@ -121,9 +123,10 @@ def no_number(patch: pytest.MonkeyPatch) -> None:
 
 
 def see_each_other(patch: pytest.MonkeyPatch) -> None:
-    real = model.attend
-    for module in (model, decode):
-        patch.setattr(module, "attend", lambda q, k, v, window, documents: real(q, k, v, window, None))
+    """In the core and in its kernel: a kernel that differs alone is not used."""
+    mask, attend = core_attention.causal_mask, attention.attend
+    patch.setattr(core_attention, "causal_mask", lambda *arguments: mask(*arguments[:-1], None))
+    patch.setattr(attention, "attend", lambda q, k, v, window, *_: attend(q, k, v, window))
 
 
 def begin_anywhere(patch: pytest.MonkeyPatch) -> None:
@@ -166,7 +169,7 @@ def merge_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def merge_without_lengths(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LoRALinear, "merged", lambda self, weight: weight + delta(self))
+    patch.setattr(DoRALinear, "merged", lambda self, weight: weight + delta(self))
 
 
 def save_rounded(patch: pytest.MonkeyPatch) -> None:
@@ -200,8 +203,10 @@ def leave_a_chunk_out(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_dropout_the_second_time(patch: pytest.MonkeyPatch) -> None:
-    real = model.checkpoint
-    patch.setattr(model, "checkpoint", lambda *arguments, **more: real(*arguments, **more, preserve_rng_state=False))
+    real = recompute.checkpoint
+    patch.setattr(
+        recompute, "checkpoint", lambda *arguments, **more: real(*arguments, **more, preserve_rng_state=False)
+    )
 
 
 def see_the_padding(patch: pytest.MonkeyPatch) -> None:
@@ -209,7 +214,7 @@ def see_the_padding(patch: pytest.MonkeyPatch) -> None:
 
     def prepare(self: decode.Decoding) -> None:
         real(self)
-        self.mask.zero_()
+        self.tables[-1].zero_()  # what is added to the scores of empty slots
         for row, empty in enumerate(self.empty):
             for values in self.values:
                 values[row, :, :empty] = 3.0

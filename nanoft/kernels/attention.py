@@ -1,0 +1,273 @@
+"""Faster attention, with less memory: the same results as the masks of nanoft/attention.py.
+
+The weights of all pairs are never kept, so memory grows with the length and not with its square. On CUDA one kernel
+does that (FlashAttention, Dao 2023), with a form for packed documents of any lengths. Elsewhere packed documents of
+similar length are batched, which costs the sum of their squared lengths; a mask costs the square of the sum.
+Where PyTorch has no such kernel (a window, Metal), or only a slow one (bfloat16 on a CPU), `_Chunked` evaluates the
+formula in plain operations, a chunk of queries at a time.
+
+Notation in comments: b batch, q and k positions that ask and answer, h query heads, g key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nanoft.attention import AttentionLayer, Documents, SequenceContext
+from nanoft.kernels import metal
+from nanoft.model import SelfAttention
+
+SIMILAR = 0.8  # documents of at least this share of the longest one's length are batched with it
+CHUNK = 256  # queries at a time in `_Chunked`: their weights fit into a CPU's cache
+
+Group = tuple[Tensor, Tensor]  # positions of some documents' tokens, (n, width); which of them are real, (tokens,)
+
+
+class FastContext(SequenceContext):
+    """A `SequenceContext` with a rotation in two passes and an attention without masks, for `SelfAttention` alone.
+
+    A subclass of that layer may mean something else by its call, so it gets the reference.
+    """
+
+    def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling() or not is_known(layer):  # the compiler fuses the formula itself
+            return super().rotate(q, k, layer)
+        return _Rotation.apply(q, self.cos, self.sin), _Rotation.apply(k, self.cos, self.sin)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        if not is_known(layer):
+            return super().attend(q, k, v, layer)
+        groups = None if self.documents is None or has_varlen(q, layer.window) else self._groups
+        return attend(q, k, v, layer.window, self.documents, groups)
+
+    @functools.cached_property
+    def _groups(self) -> list[Group]:
+        return [] if self.documents is None else group_documents(self.documents)
+
+    @classmethod
+    def describe(cls, q: Tensor, window: int | None, packed: bool) -> str:
+        if packed and has_varlen(q, window):
+            return "varlen kernel (FlashAttention)"
+        batched = ", documents of similar length batched" if packed else ""
+        if _needs_chunks(q, window):
+            return f"chunks of {CHUNK} queries{batched}"
+        if q.device.type != "cuda":
+            return f"PyTorch's kernel for {q.device.type}{batched}"
+        t = q.transpose(1, 2)
+        choice = torch._fused_sdp_choice(t, t, t, is_causal=True)
+        return f"{torch.nn.attention.SDPBackend(choice).name.lower().replace('_', ' ')} kernel{batched}"
+
+
+def is_known(layer: Any) -> bool:
+    """Whether a layer, or the module that it stands for in generation, is exactly a `SelfAttention`."""
+    return getattr(layer, "kind", type(layer)) is SelfAttention
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # nothing to fuse with it, and its lengths keep changing
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    documents: Documents | None = None,
+    groups: list[Group] | None = None,
+) -> Tensor:
+    """Causal attention of q, (b, q, h, d), to k and v, (b, q, g, d), h a multiple of g: (b, q, h, d).
+
+    Args:
+        window: how many positions back a query sees, its own among them; None: all of them.
+        documents: of a packed batch; None: each sequence is one.
+        groups: the same documents as `group_documents` gives them, if they are known.
+    """
+    window = None if window is None or window >= q.shape[1] else window
+    if documents is None:
+        return _causal(q, k, v, window)
+    flat = [part.flatten(0, 1) for part in (q, k, v)]  # (b * q, heads, d): the sequences end to end
+    if has_varlen(q, window):
+        return _varlen(flat, documents, window).view_as(q)
+    return _by_groups(flat, groups or group_documents(documents), window).view_as(q)
+
+
+def group_documents(documents: Documents) -> list[Group]:
+    """Batches of documents of similar length, on their device.
+
+    A document that is shorter than its batch is continued by the next one: nothing in it sees what comes after it.
+    """
+    lengths = torch.tensor(documents.lengths)
+    starts = lengths.cumsum(0) - lengths
+    groups, left = [], lengths.argsort(descending=True, stable=True)
+    while len(left):
+        width = int(lengths[left[0]])
+        count = int((lengths[left] > SIMILAR * width).sum())
+        chosen, left = left[:count], left[count:]
+        places = (starts[chosen, None] + torch.arange(width)).clamp(max=int(lengths.sum()) - 1)
+        real = torch.arange(width) < lengths[chosen, None]
+        groups.append((places, real.flatten().nonzero().squeeze(1)))
+    device = documents.bounds.device
+    return [(places.to(device), real.to(device)) for places, real in groups]
+
+
+def _by_groups(flat: list[Tensor], groups: list[Group], window: int | None) -> Tensor:
+    """Documents of similar length as one batch, (tokens, h, d)."""
+    outputs = []
+    for places, real in groups:
+        q, k, v = (part.index_select(0, places.flatten()).unflatten(0, places.shape) for part in flat)
+        within = None if window is None or window >= places.shape[1] else window
+        outputs.append(_causal(q, k, v, within).flatten(0, 1).index_select(0, real))
+    order = torch.cat([places.flatten()[real] for places, real in groups]).argsort()
+    return torch.cat(outputs).index_select(0, order)
+
+
+def _needs_chunks(q: Tensor, window: int | None) -> bool:
+    """PyTorch's kernels know no windows, Metal's no backward, and a CPU's is slow in bfloat16."""
+    return window is not None or metal.needs_chunks(q) or (q.device.type == "cpu" and q.dtype == torch.bfloat16)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    if _needs_chunks(q, window):
+        return _Chunked.apply(q, k, v, window)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, q, d)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+@functools.cache
+def _varlen_kernel() -> tuple[Any, frozenset[str]]:
+    """PyTorch's attention for documents of different lengths, from 2.10 on, and the names of its options.
+
+    Importing it takes 71 MB and a second, so this is called only where there is CUDA.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, frozenset()
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def has_varlen(q: Tensor, window: int | None) -> bool:
+    """Whether one kernel can attend to documents of different lengths."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    kernel, options = _varlen_kernel()
+    return kernel is not None and (window is None or "window_size" in options)
+
+
+def _varlen(flat: list[Tensor], documents: Documents, window: int | None) -> Tensor:
+    """One kernel for all documents, (tokens, h, d). The names of its options depend on PyTorch's version."""
+    q, k, v = flat
+    kernel, known = _varlen_kernel()
+    bounds, longest = documents.bounds, max(documents.lengths)
+    options: dict[str, Any] = {"is_causal": True}
+    if "window_size" in known:
+        options = {"window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    else:
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    return kernel(q, k, v, bounds, bounds, longest, longest, **options)
+
+
+class _Chunked(torch.autograd.Function):
+    """Causal attention, a chunk of queries at a time; backward recomputes their weights P (Dao et al. 2022, section 3).
+
+        S = q k^T / sqrt(d),  P = softmax(S),  y = P v
+        dv = P^T dy,  dP = dy v^T,  dS = P (dP - sum_k P dP),  dq = dS k / sqrt(d),  dk = dS^T q / sqrt(d)
+
+    The h / g query heads that share a key head are stacked into one matrix.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.window = window
+        keys, values = _by_head(k), _by_head(v)  # (b g, k, d)
+        y = torch.empty_like(q)
+        for here, seen in _chunks(q.shape[1], window):
+            p = _weights(q[:, here], keys[:, seen], here.start - seen.start, window)
+            y[:, here] = _ungrouped(p @ values[:, seen], y[:, here])
+            del p  # before the next chunk's
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v = ctx.saved_tensors
+        keys, values = _by_head(k), _by_head(v)
+        dq, scale = torch.empty_like(q), q.shape[-1] ** -0.5
+        wide = torch.promote_types(k.dtype, torch.float32)  # of the sums over chunks
+        dk, dv = (torch.zeros(keys.shape, dtype=wide, device=q.device) for _ in range(2))
+        for here, seen in _chunks(q.shape[1], ctx.window):
+            p = _weights(q[:, here], keys[:, seen], here.start - seen.start, ctx.window)  # (b g, h/g q, k)
+            dy = _grouped(grad_outputs[0][:, here], keys.shape[0])
+            dv[:, seen] += p.transpose(1, 2) @ dy
+            dp = dy @ values[:, seen].transpose(1, 2)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            del p, dp  # memory is at its peak here
+            dk[:, seen] += ds.transpose(1, 2) @ _grouped(q[:, here], keys.shape[0])
+            dq[:, here] = _ungrouped(ds @ keys[:, seen], dq[:, here])
+            del ds  # before the next chunk's p
+        unheaded = [t.to(k.dtype).unflatten(0, (len(k), -1)).transpose(1, 2) for t in (dk.mul_(scale), dv)]
+        return dq.mul_(scale), *unheaded, None
+
+
+def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(queries, the keys that any of them sees), the last chunk first: the others fit into the memory that it frees."""
+    for start in reversed(range(0, length, CHUNK)):
+        first = 0 if window is None else max(0, start - window + 1)
+        end = min(start + CHUNK, length)
+        yield slice(start, end), slice(first, end)
+
+
+def _weights(q: Tensor, keys: Tensor, offset: int, window: int | None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of a chunk, (b g, h/g q, k); its first query stands at key number `offset`."""
+    length, repeats = q.shape[1], q.shape[0] * q.shape[2] // keys.shape[0]
+    unseen = torch.full((length, keys.shape[1]), -torch.inf, dtype=q.dtype, device=q.device)
+    hidden = unseen.triu(offset + 1)  # -inf for keys after the query, 0 for the others
+    if window is not None:
+        hidden = hidden + unseen.tril(offset - window)
+    queries = _grouped(q, len(keys))
+    scores = torch.baddbmm(hidden.repeat(repeats, 1)[None], queries, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return scores.softmax(-1)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """(b, k, g, d) -> (b g, k, d)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _grouped(q: Tensor, groups: int) -> Tensor:
+    """(b, q, h, d) -> (b g, h/g q, d): the query heads of a key head stacked."""
+    return q.transpose(1, 2).reshape(groups, -1, q.shape[-1])
+
+
+def _ungrouped(stacked: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_grouped`, to the shape of `like`, (b, q, h, d)."""
+    batch, length, heads, size = like.shape
+    return stacked.view(batch, heads, length, size).transpose(1, 2)
+
+
+class _Rotation(torch.autograd.Function):
+    """`rotate` in two passes over x instead of five. Its gradient is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = x.chunk(2, dim=-1)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y_first, y_second = y.chunk(2, dim=-1)
+        torch.mul(first, cos, out=y_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=y_second).addcmul_(first, sin)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotation.apply(grad_outputs[0], cos, -sin), None, None

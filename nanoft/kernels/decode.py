@@ -1,0 +1,139 @@
+"""Generation with less overhead: a block without modules, weights in the order in which a CPU reads them, one rotation.
+
+A step of generation is one position per sequence: its matrix products are small, so what costs is reading the weights
+and, in a small model, Python itself. Here a block becomes its twin: the block's own `forward`, and those of its parts,
+on plain objects whose linears are functions. No equation of the block stands here a second time.
+"""
+
+from __future__ import annotations
+
+import platform
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanoft.attention import AttentionLayer, CacheContext
+from nanoft.kernels.block import FastBlock
+from nanoft.lora import VARIANTS, LoRALinear, linears_of, weight_of
+from nanoft.model import MLP, Block, Decoder, RMSNorm, SelfAttention
+from nanoft.nf4 import Linear4bit, Linear8bit
+from nanoft.runtime.memory import available_host_bytes
+
+Function = Callable[..., Tensor]
+MEMORY_SHARE = 0.5  # of the free memory that a second copy of the weights may take
+CACHED_BYTES = 16e6  # of float32 weights that fit into a processor's caches, where their order does not matter
+
+
+class FastCacheContext(CacheContext):
+    """A `CacheContext` that rotates q and k together and needs no mask where no slot is empty."""
+
+    @classmethod
+    def tables(cls, cos: Tensor, sin: Tensor, filled: Tensor) -> tuple[Tensor, ...]:
+        """What each half of a head and its other half are multiplied by, (b, slots, 1, d), and 0 or -inf per slot."""
+        mask = torch.zeros(filled.shape, dtype=cos.dtype, device=cos.device).masked_fill(~filled, -torch.inf)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1), mask[:, None, None]
+
+    def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
+        both = torch.cat((q, k), dim=2)  # (b, 1, h + g, d)
+        swapped = both.view(*both.shape[:3], 2, -1).flip(3).view(both.shape)  # each half in the other's place
+        both = torch.addcmul(both * self.cos, swapped, self.sin)
+        return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        keys, values, seen = self.write(k, v, layer)
+        # the h / g query heads of a key head become as many queries of it, so that no key is repeated
+        queries = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
+        mask = self.filled[..., seen] if seen.start < self.full else None
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(q.shape)
+
+
+def twin(module: Any, prepack: bool) -> Function:
+    """A function that computes what the module computes; the module itself where its type is not known."""
+    if isinstance(module, FastBlock):
+        return Twin(Block, module, prepack)
+    if type(module) in (SelfAttention, MLP):
+        return Twin(type(module), module, prepack)
+    if type(module) in VARIANTS.values():
+        return adapted(module, prepack) if module.enabled else twin(module.base, prepack)
+    if prepack and type(module) in (nn.Linear, Linear4bit, Linear8bit):
+        return prepacked(weight_of(module), module.bias)
+    if type(module) is nn.Linear:
+        return lambda x, weight=module.weight, bias=module.bias: F.linear(x, weight, bias)
+    if type(module) is RMSNorm:
+        return lambda x, formula=module.formula, weight=module.weight: formula(x, weight)
+    return module
+
+
+class Twin:
+    """The attributes and the methods of a module, without nn.Module, and with twins in the place of its children."""
+
+    def __init__(self, kind: type[nn.Module], module: nn.Module, prepack: bool):
+        self.kind = kind
+        for name, value in vars(kind).items():
+            if isinstance(value, types.FunctionType) and not name.startswith("_"):
+                setattr(self, name, types.MethodType(value, self))
+            elif isinstance(value, staticmethod):
+                setattr(self, name, value.__func__)
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                setattr(self, name, value)
+        for name, child in module._modules.items():
+            setattr(self, name, None if child is None else twin(child, prepack))
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        return self.forward(*arguments)  # type: ignore[attr-defined]
+
+
+def adapted(linear: LoRALinear, prepack: bool) -> Function:
+    """A linear with its adapter; A and B are rounded to the number format of the model once."""
+    base, (a, b), scaling = twin(linear.base, prepack), linear.factors(), linear.scaling
+    rounded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def forward(x: Tensor) -> Tensor:
+        y = base(x)
+        if y.dtype not in rounded:
+            rounded[y.dtype] = a.to(y.dtype).T, b.to(y.dtype).T
+        a_t, b_t = rounded[y.dtype]
+        flat = y.view(-1, y.shape[-1])
+        flat.addmm_(x.to(y.dtype).view(-1, x.shape[-1]) @ a_t, b_t, alpha=scaling)
+        return linear.apply_magnitude_and_bias(y)
+
+    return forward
+
+
+# ---- Weights in the order in which a CPU reads them
+
+
+def prepacked(weight: Tensor, bias: Tensor | None) -> Function:
+    """x W^T + b from a copy of W, (out, in), in the blocks of oneDNN's kernels, which torch's compiler uses as well.
+
+    From W as it lies in memory, a product with few rows reads at half the memory's speed: with the copy a token takes
+    half the time, in float32 and in bfloat16 (bench/generate.md).
+    """
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    kernel: Function = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: kernel(x, blocks, bias, "none", [], "")
+
+
+def should_prepack(model: Decoder) -> bool:
+    """Whether there are such kernels for all weights of the model, whether they pay, and whether memory allows it.
+
+    Not under autocast: it casts what a product is given, and these kernels do not.
+    """
+    dtype = model.head.dtype
+    here = model.head.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    if not here or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        return False
+    if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    linears = linears_of(model).values()
+    if not {type(linear) for linear in linears} <= {nn.Linear, Linear4bit, Linear8bit}:  # their weights lie elsewhere
+        return False
+    dtypes = {linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype for linear in linears}
+    numbers = sum(linear.out_features * linear.in_features for linear in linears) + model.head.numel()
+    least = CACHED_BYTES if dtype == torch.float32 else 0  # PyTorch's own bfloat16 product takes these kernels, too
+    return dtypes == {dtype} and least < numbers * dtype.itemsize <= MEMORY_SHARE * available_host_bytes()

@@ -1,0 +1,145 @@
+"""Attention against a plain softmax over all pairs, its gradients, and what decides which path is taken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from plain_attention import places, plainly, tensors, who_sees_whom
+
+from nanoft.attention import Documents
+from nanoft.kernels import attention
+from nanoft.kernels.attention import FastContext, attend
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("packed", [(11, 11), (5, 6, 1, 10), (11, 3, 8)])
+def test_output_and_gradients_are_those_of_the_plain_formula(
+    window: int | None, chunk: int, chunked: bool, packed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "CHUNK", chunk)
+    if chunked:
+        monkeypatch.setattr(attention, "_needs_chunks", lambda q, window: True)
+    parts = tensors((2, 11), torch.float64)
+    bounds = torch.tensor((0, *packed), dtype=torch.int32).cumsum(0)
+    documents = None if packed == (11, 11) else Documents(packed, bounds)
+    place = places(packed, 2, 11)
+    expected = plainly(*parts, who_sees_whom(*place, window))
+    y = attend(*parts, window, documents)
+    assert torch.allclose(y, expected, atol=1e-12)
+    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for own, other in zip(
+        torch.autograd.grad(y, parts, towards), torch.autograd.grad(expected, parts, towards), strict=True
+    ):
+        assert torch.allclose(own, other, atol=1e-12)
+
+
+def test_in_bfloat16_on_a_cpu_chunks_stay_within_two_roundings_of_float64() -> None:
+    parts = tensors((2, 300), torch.bfloat16)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    seen = torch.ones(300, 300, dtype=torch.bool).tril()[None, None]
+    expected = plainly(*exact, seen)
+    towards = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, exact, towards)
+
+    assert FastContext.describe(parts[0], None, False) == "chunks of 256 queries"
+    y = attend(*parts)
+    found = [y, *torch.autograd.grad(y, parts, towards.bfloat16())]
+    for own, other in zip(found, [expected, *wanted], strict=True):
+        assert (own.double() - other).norm() < 2**-7 * other.norm()  # a rounding to bfloat16 is up to 2^-9
+
+
+def test_the_log_names_what_computes_it() -> None:
+    q = torch.zeros(1, 4, 2, 8)
+    assert FastContext.describe(q, None, False) == "PyTorch's kernel for cpu"
+    assert FastContext.describe(q, None, True) == "PyTorch's kernel for cpu, documents of similar length batched"
+    assert FastContext.describe(q, 2, False) == "chunks of 256 queries"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("window", [None, 20])
+def test_the_kernel_for_many_lengths_equals_the_masked_formula(window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 128, n, 64, generator=generator).bfloat16().cuda().requires_grad_() for n in (8, 2, 2)]
+    lengths = (100, 28, 1, 127)
+    documents = Documents(lengths, torch.tensor((0, *lengths)).cumsum(0).int().cuda())
+    place = [t.cuda() for t in places(lengths, 2, 128)]
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    expected = plainly(*exact, who_sees_whom(*place, window))
+    y = attend(*parts, window, documents)
+    towards = torch.randn(y.shape, generator=generator).cuda()
+    assert (y.double() - expected).norm() < 0.01 * expected.norm()
+    wanted = torch.autograd.grad(expected, exact, towards.double())
+    for own, other in zip(torch.autograd.grad(y, parts, towards.bfloat16()), wanted, strict=True):
+        assert (own.double() - other).norm() < 0.02 * other.norm()
+
+
+SHAPES = [(300, None, None), (300, 100, None), (300, None, (200, 100, 299, 1)), (300, 64, (200, 100, 299, 1))]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize(("length", "window", "packed"), SHAPES)
+def test_chunks_are_what_pytorchs_kernel_gives_in_float32(
+    length: int, window: int | None, packed: tuple[int, ...] | None, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = tensors((2, length), torch.float32, heads=8, groups=groups)
+    documents = None
+    place = places(packed or (length, length), 2, length)
+    if packed:
+        documents = Documents(packed, torch.tensor((0, *packed), dtype=torch.int32).cumsum(0).int())
+    q, k, v = (part.transpose(1, 2) for part in parts)
+    seen = who_sees_whom(*place, window)  # (b, 1, q, k)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2)
+    monkeypatch.setattr(attention, "_needs_chunks", lambda q, window: True)  # as on Metal
+    y = attend(*parts, window, documents)
+    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    assert (y - expected).norm() < 1e-6 * expected.norm()
+    wanted = torch.autograd.grad(expected, parts, towards)
+    for own, other in zip(torch.autograd.grad(y, parts, towards), wanted, strict=True):
+        assert (own - other).norm() < 2e-6 * other.norm()  # dk, dv: of two sums over all queries, in other orders
+
+
+PEAK = """
+import re, torch
+from nanoft.kernels import attention
+attention._needs_chunks = lambda q, window: True  # as on Metal
+
+def plainly(q, k, v):
+    return (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1) @ v.transpose(1, 2)
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+def measure(attend, length):
+    parts = (torch.randn(1, length, 2, 16, requires_grad=True) for _ in range(3))
+    attend(*parts).sum().backward()
+    return peak()
+
+measure(attention.attend, 64)  # starts the libraries
+print(peak(), measure(attention.attend, 1024), measure(attention.attend, 4096), measure(plainly, 4096))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_chunks_grows_with_the_length_and_not_with_its_square() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=ROOT)
+    before, *peaks = map(float, done.stdout.split())
+    shorter, longer, plain = (peak - before for peak in peaks)  # MiB
+    square = 2 * 4096**2 * 4 / 2**20  # one matrix of all pairs, 2 heads
+    assert longer < 8 * shorter  # four times the length: 4 if linear, 16 if square
+    assert longer < square  # not one such matrix
+    assert plain > 2 * square  # the plain formula; or this could not fail
+
+
+def test_varlen_is_not_imported_where_there_is_no_cuda() -> None:
+    code = "import sys, nanoft.kernels, nanoft.training.setup; print('torch.nn.attention.varlen' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
