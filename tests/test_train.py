@@ -65,6 +65,7 @@ def gradients(
     return taken
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
 def test_a_window_has_one_gradient_however_it_is_split(
@@ -310,6 +311,7 @@ def test_full_training_gives_a_model_that_transformers_loads(tmp_path: Path) -> 
     assert torch.equal(model.state_dict()["lm_head.weight"], trained["lm_head.weight"].float())
 
 
+@pytest.mark.quick
 def test_the_run_directory_holds_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = quick(tmp_path / "run")
     assert train.main(arguments) == 0
@@ -485,6 +487,7 @@ def test_the_directory_of_another_run_is_refused_and_kept(tmp_path: Path, capsys
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.quick
 def test_a_config_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     refused(["configs/nowhere.py"], ["configs/nowhere.py", "no such config file"], capsys)
 

@@ -18,11 +18,14 @@ def rest_is_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
 
 
 def mark_quick(items: Iterable[pytest.Item]) -> None:
-    """Marks as `quick` one case of each of a file's first four tests that are not slow, unless the file marks some."""
+    """Marks as `quick` one case of each of a file's first four tests that are not slow, unless the file marks some.
+
+    The whole runs of tests/faults are no test of one module, and never quick.
+    """
     files: dict[Any, dict[str, pytest.Item]] = {}
     marked = {item.path for item in items if item.get_closest_marker("quick")}
     for item in items:
-        if item.path not in marked and not item.get_closest_marker("slow"):
+        if item.path not in marked and item.path.parent.name != "faults" and not item.get_closest_marker("slow"):
             files.setdefault(item.path, {}).setdefault(item.name.split("[")[0], item)
     for tests in files.values():
         for item in list(tests.values())[:4]:
