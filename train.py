@@ -31,7 +31,7 @@ from nanoft.checkpoint import Checkpoint
 from nanoft.config import Config
 from nanoft.config.loading import load_config, read_overrides
 from nanoft.loss import target_nll
-from nanoft.optim import learning_rate, set_learning_rate, warmup_length
+from nanoft.optim import learning_rate, set_learning_rate
 from nanoft.runtime import distributed
 from nanoft.runtime.command import Arguments, StopRequest, command, ignore_broken_output
 from nanoft.runtime.device import choose_device, choose_dtype, describe_device, library_versions, seed_everything
@@ -56,6 +56,7 @@ from nanoft.training.recovery import halve_micro_batch
 from nanoft.training.saving import ensure_final_checkpoint, log_memory, report_failure, report_save, save
 from nanoft.training.setup import Provenance, build_training, init_run_dir, load_data, print_summary
 from nanoft.training.state import TrainContext, TrainState, start_from, starting_state
+from nanoft.training.validation import validate_config
 
 STOPPED_BY_SIGNAL = 75
 CONFIGS = Path(__file__).parent / "configs"
@@ -146,10 +147,7 @@ def accumulate(job: TrainContext, window: list[Batch]) -> tuple[float, float]:
 
 def scheduled_rate(job: TrainContext, state: TrainState, total_steps: int) -> float:
     """The learning rate that the schedule has for the next step."""
-    t = job.config.training
-    warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
-    shape = (t.lr_scheduler, t.min_lr_ratio, t.lr_power)
-    return learning_rate(state.step, total_steps, t.learning_rate, warmup_steps, *shape)
+    return learning_rate(state.step, total_steps, job.config.training)
 
 
 def count(state: TrainState, window: list[Batch], loss: float, seconds: float, joules: float) -> None:
@@ -476,6 +474,7 @@ def main(argv: list[str]) -> int:
     if path == "auto":
         path = pick_config(positional)
     config = load_config(path, positional)
+    validate_config(config)
     if args.plan:  # alone, system.ranks says of how many processes one is planned
         return distributed.broadcast_from_rank0(
             lambda: show_plan(distributed.resolve_world_size(config) if distributed.world_size() > 1 else config)

@@ -19,9 +19,9 @@ import eval as evaluation
 import merge
 import train
 from nanoft import UserError, nf4
+from nanoft.__main__ import main
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig, TrainingConfig
-from nanoft.generation import generate
 from nanoft.kernels import attention
 from nanoft.kernels.attention import FastContext, attend
 from nanoft.lora import top_singular_factors, variant_of
@@ -238,7 +238,7 @@ def test_the_whole_job_takes_the_metal_path(
     assert evaluation.main([str(run), "--data", str(records), "--json", str(measured), "--compare-base"]) == 0
     report = json.loads((run / "report.json").read_text())
     assert json.loads(measured.read_text())["tuned"]["perplexity"] == pytest.approx(report["tuned"]["perplexity"], 0.3)
-    assert generate.main([str(run), "--prompt", "Say 3 please.", "--max-new-tokens", "8"]) == 0
+    assert main(["chat", str(run), "--prompt", "Say 3 please.", "--max-new-tokens", "8"]) == 0
     assert merge.main([str(run), "--out", str(tmp_path / "merged")]) == 0
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
@@ -337,14 +337,14 @@ def test_the_limit_is_an_error_that_is_understood() -> None:
 
 
 WATERMARKS = {
-    "": ("green", "what Metal recommends"),
-    "1.5": ("yellow", "swaps"),
-    "0": ("yellow", "swaps"),
-    "0.9": ("red", "stops PyTorch"),
-    "3": ("red", "not from 0 to 2"),
-    "half": ("red", "is no number"),
-    "0.7 0.6": ("green", "LOW_WATERMARK_RATIO=0.6"),
-    "0.7 0.8": ("red", "stops PyTorch"),
+    "": ("ok", "what Metal recommends"),
+    "1.5": ("warn", "swaps"),
+    "0": ("warn", "swaps"),
+    "0.9": ("FAIL", "PyTorch refuses it"),
+    "3": ("FAIL", "out of range"),
+    "half": ("FAIL", "not a number"),
+    "0.7 0.6": ("ok", "LOW_WATERMARK_RATIO=0.6"),
+    "0.7 0.8": ("FAIL", "PyTorch refuses it"),
 }
 
 
@@ -353,16 +353,16 @@ def test_the_environment_check_judges_the_watermark(ratio: str, metal: Metal, mo
     for name, value in zip((WATERMARK, WATERMARK.replace("HIGH", "LOW")), ratio.split(), strict=False):
         monkeypatch.setenv(name, value)
     line = doctor.metal()
-    assert line.color == WATERMARKS[ratio][0]
+    assert line.outcome == WATERMARKS[ratio][0]
     assert WATERMARKS[ratio][1] in line.found
 
 
 @pytest.mark.mps
 def test_the_environment_check_runs_on_metal(mps: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = {line.name: line for line in doctor.look_around(choose_device("mps"))}
+    lines = {line.name: line for line in doctor.check_machine(choose_device("mps"))}
     assert "bfloat16" in lines["precision"].found
     assert "chunks of 256 queries" in lines["attention"].found
-    assert "table lookup" in lines["4-bit weights"].found
+    assert "table look-up" in lines["4-bit weights"].found
     assert "Metal recommends" in lines["device memory"].found
 
 

@@ -295,7 +295,7 @@ def test_if_the_last_save_never_worked_the_exit_code_says_so(
 ) -> None:
     refuse_saves(monkeypatch, 8)
     assert train.main(quick(tmp_path / "run")) == 2
-    assert capsys.readouterr().err == ("error: No space left on device: put that right, then the same command again\n")
+    assert capsys.readouterr().err == ("error: No space left on device: fix that and run the same command again\n")
     monkeypatch.undo()
     assert train.main(quick(tmp_path / "run")) == 0
     steps_are_all_there(tmp_path / "run", 8)

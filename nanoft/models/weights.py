@@ -23,7 +23,7 @@ from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read
 from nanoft.io.untrusted import read_bytes, read_json, resolve_file
 from nanoft.model import Decoder, DecoderConfig, initialize
 from nanoft.models.bnb_format import read_stored, stored_tensors
-from nanoft.models.families import decoder_config, read_shape
+from nanoft.models.families import FAMILIES, find_family, read_shape
 from nanoft.models.hub import TOKENIZER_FILES
 from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize
 
@@ -278,19 +278,14 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """The source's config.json with the new dtype, not quantized, and with both forms of the dtype and rope fields.
+    """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized.
 
-    Readers of transformers 4 know `torch_dtype`, `rope_theta`, `rope_scaling`; version 5 writes `dtype` and
-    `rope_parameters`. With one form only, the other reader silently takes a default.
+    transformers 4 reads `torch_dtype`, version 5 `dtype`; both are written.
     """
     config = read_json(source / "config.json")
     config.pop("quantization_config", None)
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    rope = decoder_config(config).rope
-    scaling = {key: value for key, value in rope.parameters.items() if key not in ("type", "rope_type", "rope_theta")}
-    config["rope_theta"] = rope.theta
-    config["rope_parameters"] = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}
-    config["rope_scaling"] = None if rope.kind == "default" else {**config["rope_parameters"], "type": rope.kind}
+    config = FAMILIES[find_family(config)].export(config)
     write_file(out / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -107,7 +108,7 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
         pad_to_multiple_of=d.pad_to_multiple_of,
     )
     windows = batches.windows_in_epoch()
-    steps = t.max_steps or t.num_epochs * windows
+    steps = t.max_steps or math.ceil(t.num_epochs * windows)
     plan = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **plan})
     if not distributed.process_rank():

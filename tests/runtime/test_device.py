@@ -130,7 +130,7 @@ def test_libraries_are_quiet() -> None:
         (
             OSError(28, "No space left on device", "/disk/x"),
             2,
-            "error: /disk/x: No space left on device: put that right",
+            "error: /disk/x: No space left on device: fix that",
         ),
     ],
 )
