@@ -36,10 +36,10 @@ def test_another_split_of_the_same_rows_may_go_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"lora__rank": 4}, "lora.rank: 16 -> 4; the adapter would have another shape"),
+        ({"lora__rank": 4}, "lora.rank: 16 -> 4; the shape, scale or initialization of the adapter"),
         ({"training__micro_batch_size": 1}, "gradient_accumulation_steps: 8 -> 2; the steps already taken"),
-        ({"system__seed": 5}, "system.seed: 0 -> 5; order, dropout"),
-        ({"data__packing": True}, "data.packing: False -> True; other samples, or in another order"),
+        ({"system__seed": 5}, "system.seed: 0 -> 5; data order, dropout"),
+        ({"data__packing": True}, "data.packing: False -> True; the samples or their order would differ"),
     ],
 )
 def test_what_may_not_change_is_said_with_the_reason(
