@@ -64,7 +64,7 @@ GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb
 
 def train(job: TrainContext, state: TrainState, stop: StopRequest, total_steps: int) -> TrainState:
     """The loop. Returns how far it came; a checkpoint of that step is on the disk."""
-    watch, energy, is_first = MemoryMonitor(job.device), EnergyMeter(job.device), not distributed.process_rank()
+    watch, energy = MemoryMonitor(job.device), EnergyMeter(job.device)
     probe = Profiler(job.config, job.run)
     job.model.train()
     with job.saves, probe, progress_bar(job, state, total_steps) as bar:
