@@ -8,7 +8,6 @@ from typing import Literal
 
 Outcome = Literal["ok", "warn", "FAIL"]
 COLORS = {"ok": "32", "warn": "33", "FAIL": "31"}  # ANSI: green, yellow, red
-FORCEABLE = ("room", "stop", "bos", "targets", "prompt", "head", "disk")  # checks that --force may override
 
 
 @dataclass(frozen=True)
