@@ -35,7 +35,7 @@ from typing import Any
 from nanoft.batches import Batches
 from nanoft.config import DataConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import open_corpus
+from nanoft.data.dataset import build_datasets
 
 HERE = Path(__file__).parent
 LENGTH = 2048
@@ -108,7 +108,7 @@ def run_nanoft(work: Path, near_duplicates: float | None = None, leaks: str = "i
     chat = ChatTokenizer.from_directory(work / "model")
     near: dict[str, Any] = {"near_duplicates": near_duplicates, "near_leaks": leaks}
     data = DataConfig(train_file=str(work / "data.jsonl"), **near)
-    corpus = open_corpus(data, LENGTH, 0, chat, print)
+    corpus = build_datasets(data, chat, LENGTH, 0, print)
     return {"seconds": time.perf_counter() - started, "tokens": corpus.report["training"]["tokens"]}
 
 
@@ -156,7 +156,7 @@ def run_batches(work: Path, packing: bool) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     chat = ChatTokenizer.from_directory(work / "model")
-    corpus = open_corpus(DataConfig(train_file=str(work / "data.jsonl")), LENGTH, 0, chat, print)
+    corpus = build_datasets(DataConfig(train_file=str(work / "data.jsonl")), chat, LENGTH, 0, print)
     run = Batches(corpus.training, 4, 4, 0, chat.pad_id, pack_length=LENGTH if packing else None)
     started, tokens, windows = time.perf_counter(), 0, 0
     while time.perf_counter() - started < 10 and windows < 3 * run.windows_in_epoch():
@@ -212,7 +212,7 @@ def packing(files: list[Path], tokenizer: Path, length: int) -> list[str]:
     chat = ChatTokenizer.from_directory(tokenizer)
     ways: list[dict[str, Any]] = [{}, {"group_by_length": True}, {"pack_length": length}]
     for file in files:
-        corpus = open_corpus(DataConfig(train_file=str(file), validation_split=0.0), length, 0, chat, print)
+        corpus = build_datasets(DataConfig(train_file=str(file), validation_split=0.0), chat, length, 0, print)
         full = [f"{Batches(corpus.training, 4, 4, 0, chat.pad_id, **way).utilization():.1%}" for way in ways]
         side = corpus.report["training"]
         cells = [file.name, f"{length:,}", f"{side['samples']:,}", f"{side['tokens']:,}", *full]

@@ -1,14 +1,14 @@
 """Samples to batches: order, packing, collation, and a position that can be resumed.
 
 The unit of training is the window: all micro-batches of one optimizer step. Which samples a window holds is a pure
-function of (seed, epoch, index), so a run can go on from any window without replaying what came before, and a window
-holds the same samples however it is cut into micro-batches. Inside a window rows are sorted by length, so that a
-micro-batch pads little.
+function of (seed, epoch, index), so a run resumes at any window without replaying what came before, and a window holds
+the same samples however it is cut into micro-batches. Within a window sequences are sorted by length, so that a
+micro-batch needs little padding.
 
-A row is one sample, or several one behind another when packing; then each token carries its place in its document
-(`positions`), the model is told where the documents lie (`documents`), and they do not see each other. Samples lie one
-behind another in one array of numbers, usually a file mapped into memory, so a million of them cost nothing until they
-are used; a token that is a target is stored as its complement, ~id, which is negative.
+A row of a batch is one sample, or several when packing; then each token carries its place in its document
+(`positions`), and documents do not attend to each other (`documents`). All samples lie in one array of numbers, usually
+a memory-mapped file, so a million of them cost nothing until they are used; a target token is stored as its complement
+~id, which is negative.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from torch import Tensor
 from nanoft.attention import Documents
 
 Array = np.ndarray[Any, Any]
-MEGABATCH = 50  # windows among which rows are sorted when grouping by length
+MEGABATCH = 50  # windows within which rows are sorted by length when grouping
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sequence: ids (n,) int32, is_target (n,) bool, and the record it came from."""
+    """One training sequence, and the record it came from."""
 
-    ids: np.ndarray[Any, np.dtype[np.int32]]
-    is_target: np.ndarray[Any, np.dtype[np.bool_]]
+    ids: np.ndarray[Any, np.dtype[np.int32]]  # (n,)
+    is_target: np.ndarray[Any, np.dtype[np.bool_]]  # (n,)
     record: int
-    turn: int | None = None  # the only message of the record that is a target; None: as many as there are
+    turn: int | None = None  # the only message of the record that is a target; None: all that can be
 
 
 class TokenDataset(Sequence[Sample]):
-    """Many samples in one array; a selection of them shares it."""
+    """Many samples in one array, which selections of them share."""
 
     def __init__(self, tokens: Array, starts: Array, records: Array, chosen: Array):
         """
         Args:
-            tokens: (total,) int32: ids, the targets among them as ~id.
-            starts: (n + 1,) int64: where each sample begins; the last one is the end.
+            tokens: (total,) int32: ids, targets as ~id.
+            starts: (n + 1,) int64: where each sample begins, and the end of the last one.
             records: (n,): the record that each sample came from.
-            chosen: (m,) int64: which of the n samples are in this selection, in order.
+            chosen: (m,) int64: the samples of this selection, in order.
         """
         self.tokens, self.starts, self.chosen = tokens, starts, chosen
         self.records = records[chosen]
@@ -56,7 +56,7 @@ class TokenDataset(Sequence[Sample]):
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> TokenDataset:
-        """A few samples that are in memory."""
+        """From a few samples in memory."""
         if isinstance(samples, TokenDataset):
             return samples
         starts = np.cumsum([0, *(len(sample.ids) for sample in samples)])
@@ -81,12 +81,12 @@ class TokenDataset(Sequence[Sample]):
 
 
 def encode_targets(sample: Sample) -> Array:
-    """A sample as one array of numbers."""
+    """A sample as one array: ids, targets as ~id."""
     return np.where(sample.is_target, ~sample.ids, sample.ids)
 
 
 def decode_targets(tokens: Array) -> tuple[Array, Array]:
-    """(ids, is_target) of such an array: the sign says which, and turns the bits back."""
+    """(ids, is_target) of such an array: the sign marks a target, and inverts its bits."""
     return tokens ^ (tokens >> 31), tokens < 0
 
 
@@ -213,8 +213,8 @@ class Batches:
     def _arrange(self, epoch: int) -> tuple[Array, Array]:
         """(samples by slot, order of the rows) of an epoch.
 
-        Rows are packed once, by length alone; every epoch deals samples of the same length anew among their slots. So
-        the number of windows never changes, and who shares a row with whom does.
+        Rows are packed once, by length alone; every epoch permutes samples of equal length among their slots. So the
+        number of windows is constant, while the samples that share a row vary.
         """
         if not self.shuffle:
             return self._slots, np.arange(len(self._row_lengths))
@@ -227,7 +227,7 @@ class Batches:
         return members, self._group(order, rng) if self.group_by_length else order
 
     def _group(self, order: Array, rng: np.random.Generator) -> Array:
-        """Sort by length within some windows, so that each window's rows are alike; then shuffle those windows."""
+        """Sort by length within MEGABATCH windows, so that each has similar rows; then shuffle those windows."""
         size = self.window_rows
         near = np.arange(len(order)) // (MEGABATCH * size)
         order = order[np.lexsort((self._row_lengths[order], near))]
@@ -244,15 +244,14 @@ def one_per_row(count: int) -> tuple[Array, Array]:
 def pack(lengths: Array, capacity: int) -> tuple[Array, Array]:
     """Best fit decreasing: the longest sample first, each into the fullest row that still has room for it.
 
-    A bin-packing heuristic that needs at most 11/9 of the fewest rows (Johnson 1974, "Fast algorithms for bin
-    packing"); on many short samples it leaves next to nothing empty. A number whose bit c says that a row with c free
-    tokens exists finds the fullest fitting row at once.
+    A bin-packing heuristic that needs at most 11/9 of the minimum number of rows (Johnson 1974, "Fast algorithms for
+    bin packing"). A bit set, whose bit c says that a row with c free tokens exists, finds the fullest fitting row.
 
     Returns:
-        slots: (n,) the samples, row behind row. bounds: (rows + 1,) where each row begins among them.
+        slots: (n,) the samples of all rows. bounds: (rows + 1,) where each row begins among them.
     """
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens -> rows that have so many
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens -> rows
     free = 0  # bit c: with_room[c] is not empty
     for sample in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[sample])
@@ -275,11 +274,10 @@ def pack(lengths: Array, capacity: int) -> tuple[Array, Array]:
 def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_multiple_of: int = 1) -> Batch:
     """Rows of samples to one batch, padded on the right to the longest row.
 
-    A token's target is its next token, if that is a target of the same document: the first token of a document is
-    predicted by nothing.
+    A token's target is its next token, if that is a target of the same document: nothing predicts the first token.
 
     Args:
-        rows: of each row, the places of its samples in `samples`.
+        rows: for each row, the indices of its samples in `samples`.
     """
     counts = [len(row) for row in rows]
     members = np.concatenate(rows).astype(np.int64)
@@ -289,7 +287,7 @@ def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_mult
     width = _round_up(int(row_lengths.max()), pad_to_multiple_of)
 
     total = int(lengths.sum())
-    ends = np.cumsum(lengths)  # of each document, if there were no padding
+    ends = np.cumsum(lengths)  # of each document, without padding
     position = np.arange(total) - np.repeat(ends - lengths, lengths)  # 0, 1, 2, ... in each document
     source = np.repeat(samples.begins[members], lengths) + position
     padding_before = row_of * width - (np.cumsum(row_lengths) - row_lengths)[row_of]
@@ -301,7 +299,7 @@ def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_mult
     batch_ids = np.full(shape, pad_id, dtype=np.int64)
     batch_ids.ravel()[place] = ids
     packed = max(counts) > 1
-    predicts = place[is_target] - 1  # who predicts a target: the token before it
+    predicts = place[is_target] - 1  # the token before a target
     return Batch(
         ids=torch.from_numpy(batch_ids),
         positions=_scattered(shape, place, position) if packed else None,
@@ -321,7 +319,7 @@ def _scattered(shape: tuple[int, int], place: Array, values: Array) -> Tensor:
 
 
 def _documents(lengths: Array, row_lengths: Array, counts: list[int], width: int) -> Documents:
-    """The documents of rows laid one behind another, the padding at the end of each row among them."""
+    """The documents of all rows in order; the padding at the end of a row counts as one."""
     with_padding = np.insert(lengths, np.cumsum(counts), width - row_lengths)
     with_padding = with_padding[with_padding > 0]
     bounds = np.concatenate(([0], np.cumsum(with_padding))).astype(np.int32)
@@ -343,7 +341,7 @@ def pad_to_multiple(batches: Iterable[Batch], multiple: int) -> Iterator[Batch]:
 
 
 def eval_batches(samples: Sequence[Sample], batch_size: int, pad_id: int) -> Iterable[Batch]:
-    """Every sample once, sorted by length so that batches pad little: for evaluation."""
+    """Every sample once, sorted by length to minimize padding: for evaluation."""
     samples = TokenDataset.of(samples)
     ordered = np.argsort(samples.lengths, kind="stable")
     for start in range(0, len(ordered), batch_size):

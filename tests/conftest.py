@@ -18,6 +18,10 @@ from hypothesis import settings
 # one another most of the time. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Settings of whoever runs the tests: before any fixture, and for the processes that tests start.
+for variable in [name for name in os.environ if name.startswith("NANOFT_")]:
+    del os.environ[variable]
+
 # Signals as a terminal has them: a shell's background jobs (and nohup) have SIGINT and SIGHUP ignored, and so would
 # every process that a test starts.
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -33,12 +37,6 @@ settings.load_profile("steady")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tokenized data goes where pytest cleans up."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(autouse=True)
-def _no_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("NANOFT_")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="module")

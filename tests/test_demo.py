@@ -12,7 +12,7 @@ import pytest
 
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import open_corpus
+from nanoft.data.dataset import build_datasets
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
@@ -62,7 +62,7 @@ def test_no_held_out_prompt_is_in_the_training_data() -> None:
     config = load_config(TINY)
     d = config.data
     chat = ChatTokenizer.from_directory(Path(config.model.name))
-    corpus = open_corpus(d, config.model.max_seq_length, config.system.seed, chat, print)
+    corpus = build_datasets(d, chat, config.model.max_seq_length, config.system.seed, print)
     sides = (corpus.training, corpus.validation)
     training, held_out = (corpus.conversations(side, len(side)) for side in sides)
     assert len(training) + len(held_out) >= 2000

@@ -23,7 +23,7 @@ from nanoft.config.loading import load_config, load_file
 from nanoft.config.settings import SECTION_TYPES
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import SHAPES
-from nanoft.metrics.answers import CONSTRAINTS, ROUGE, SCORES
+from nanoft.metrics.answers import METRICS
 from nanoft.runtime.command import Arguments
 from nanoft.runtime.memory import MemoryReading
 
@@ -238,9 +238,9 @@ def test_each_trouble_has_a_symptom_a_cause_a_check_and_a_fix() -> None:
 # What is quoted there, and the command that makes the program say it.
 ERRORS = {
     "no such field: did you mean lora.rank?": "train.py CONFIG lora.rnk=8",
-    "no known shape: its first record has the fields q, a": "train.py CONFIG data.train_file=odd.jsonl",
+    "unknown shape: its first record has the fields q, a": "train.py CONFIG data.train_file=odd.jsonl",
     "records are malformed, more than data.max_bad_records": "train.py CONFIG data.train_file=bad.jsonl",
-    "no message of it is to be learned": "train.py CONFIG data.train_file=unlearned.jsonl",
+    "none of its messages is a target": "train.py CONFIG data.train_file=unlearned.jsonl",
     "quantization.bits: 4 freezes the base": "train.py CONFIG quantization.bits=4 training.method=full",
     "adamw_paged runs on cuda": "train.py CONFIG training.optimizer=adamw_paged system.device=cpu",
     "this model brings Python code of its own": "train.py CONFIG --plan model.name=code",
@@ -394,15 +394,15 @@ def test_the_shapes_of_the_data_document_are_those_of_the_program() -> None:
     found = re.findall(r"^\| `(\w+)` \| (`.*) \|$", DATA, re.MULTILINE)
     shown = {name: set(re.findall(r"`(\w+)`", fields)) for name, fields in found if name in SHAPES}
     assert shown.keys() == SHAPES.keys()
-    for name, (required, known, _) in SHAPES.items():
-        assert {*required, *known} <= shown[name], name
+    for name, shape in SHAPES.items():
+        assert {*shape.required, *shape.fields} <= shown[name], name
 
 
 def test_every_metric_is_in_the_document_and_every_one_there_is_a_metric() -> None:
 
     table = EVALUATION[EVALUATION.index("## Metrics of the answers") : EVALUATION.index("## How to read it")]
     named = set(re.findall(r"`(\w+)[`:]", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))))
-    assert named == {*SCORES, *ROUGE, *CONSTRAINTS, "bleu"} - {"exact_match"}
+    assert named == METRICS.keys() - {"exact_match"}
 
 
 def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:

@@ -172,7 +172,7 @@ def test_no_token_leaves(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_small_file_that_unpacks_to_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanoft.data.sources.LONGEST_OBJECT", 1 << 20)
+    monkeypatch.setattr("nanoft.data.sources.MAX_OBJECT", 1 << 20)
     for size, refused in ((1 << 19, False), (1 << 20, True)):
         with gzip.open(tmp_path / "a.json.gz", "wb") as file:
             file.write(b'{"text": "' + b"x" * size + b'"}')

@@ -25,13 +25,14 @@ from nanoft.config import LoRAConfig, TrainingConfig
 from nanoft.kernels import attention
 from nanoft.kernels.attention import FastContext, attend
 from nanoft.lora import top_singular_factors, variant_of
-from nanoft.loss import target_nll
+from nanoft.loss import token_nll
 from nanoft.model import SelfAttention
 from nanoft.optim import build_optimizer
 from nanoft.recompute import run_block
 from nanoft.runtime import memory
-from nanoft.runtime.device import WATERMARK, choose_device, choose_dtype, preserve_rng_state, rng_state
+from nanoft.runtime.device import choose_device, choose_dtype, preserve_rng_state, rng_state
 from nanoft.runtime.memory import Shortage, memory_limit_bytes
+from nanoft.runtime.metal import WATERMARK
 from nanoft.training import doctor
 from tiny_models import make_chat_model, train_run, write_records
 
@@ -80,7 +81,7 @@ def rotation_piece(device: torch.device) -> Pieces:
 
 def loss_piece(device: torch.device) -> Pieces:
     hidden, head = (numbers(n, 32).to(device).requires_grad_() for n in (50, 199))
-    nll = target_nll(hidden, head, torch.arange(50).to(device), 0.1, 1e-3)
+    nll = token_nll(hidden, head, torch.arange(50).to(device), 0.1, 1e-3).sum()
     return [nll.detach(), *torch.autograd.grad(nll, (hidden, head))]
 
 
@@ -294,7 +295,7 @@ def test_bfloat16_is_tried_not_believed(metal: Metal) -> None:
     assert choose_dtype("auto", device) == torch.bfloat16
     metal.without = (torch.bfloat16,)
     assert choose_dtype("auto", device) == torch.float32
-    with pytest.raises(UserError, match=r"model\.dtype: mps does not multiply in bfloat16 here: set model\.dtype"):
+    with pytest.raises(UserError, match=r"bfloat16 matmul is not supported on this GPU: set model\.dtype"):
         choose_dtype("bfloat16", device)
 
 

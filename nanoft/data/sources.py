@@ -1,8 +1,8 @@
-"""Where the data is, and what is in it: files, directories, globs and Hub datasets to raw records, one after another.
+"""Data sources to raw records: files, directories, globs and Hub datasets, read one record after another.
 
-JSON, JSON Lines, CSV, TSV and Parquet are streamed, so a file's size does not matter. A record that cannot be read (a
-line that is not JSON, a ragged row, bytes that are not UTF-8) comes as a BadRecord in its place, and reading goes on;
-a file that cannot be read as a whole (cut off, not what its name says, damaged) is one line that says so.
+JSON, JSON Lines, CSV, TSV and Parquet are streamed, so the size of a file does not matter. A record that cannot be
+read (a line that is not JSON, a ragged row, bytes that are not UTF-8) is yielded as a BadRecord in its place, and
+reading goes on. A file that cannot be read as a whole (truncated, damaged, of another kind) is a UserError.
 """
 
 from __future__ import annotations
@@ -22,51 +22,49 @@ from typing import IO, Any
 
 from nanoft import UserError
 
-Raw = Any  # what a file holds in place of a record, or the BadRecord that says why it cannot be read
+Raw = Any  # any value in place of a record, or a BadRecord
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 HUB = "hf://datasets/"
 HUB_NAME = re.compile(r"([^/@]+)/([^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*?))?/*")
-METADATA = ["dataset_info.json", "dataset_infos.json", "*config.json"]  # about a dataset, beside its data
+METADATA = ["dataset_info.json", "dataset_infos.json", "*config.json"]  # describe a dataset, are not its data
 TRAIN = re.compile("(?<![a-z])train", re.IGNORECASE)  # in a path: "train", "my_train"; not "constrained"
-LONGEST_RECORD = 64 << 20  # bytes; a longer line is not a record but a file without line ends
-LONGEST_OBJECT = 512 << 20  # bytes of a file that is one object, unpacked; it is read as a whole
+MAX_RECORD = 64 << 20  # bytes; a longer line is a file without line ends
+MAX_OBJECT = 512 << 20  # bytes, uncompressed, of a file that is one JSON object: it is read into memory
 CHUNK = 1 << 20
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class BadRecord(ValueError):
-    """This record cannot be used, and why."""
+    """Why a record cannot be used."""
 
 
 # ---- Which files
 
 
 def find_files(spec: str, name: str = "data.train_file") -> list[list[Path]]:
-    """The files of each comma-separated part: a file, a directory, a glob, or a dataset on the Hub.
+    """The files of each comma-separated part: a file, a directory, a glob, or a Hub dataset.
 
     Args:
-        spec: such as `a.jsonl,more/*.csv,hf://datasets/openai/gsm8k/main`.
-        name: of the setting, for messages.
+        spec: for example `a.jsonl,more/*.csv,hf://datasets/openai/gsm8k/main`.
+        name: the config field or option, for messages.
     Raises:
-        UserError: a part is empty, is not there, or holds no data file.
+        UserError: a part is empty, does not exist, or has no data file.
     """
     if not spec.strip():
-        raise UserError(
-            f"{name}: is empty: give a file (.json .jsonl .csv .tsv .parquet), a directory or hf://datasets/"
-        )
+        raise UserError(f"{name}: is empty: give a file ({' '.join(SUFFIXES)}), a directory or hf://datasets/")
     parts = [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(",")]
     return [_find_part(part, name) for part in parts]
 
 
 def _find_part(part: str, name: str) -> list[Path]:
     if part.startswith(HUB):
-        return _fetch(part, name)
+        return _download(part, name)
     if os.path.isdir(part):
         return _data_files(Path(part), part, name)
     if glob.has_magic(part) and not os.path.exists(part):
         found = sorted(Path(path) for path in glob.glob(part, recursive=True) if os.path.isfile(path))
         if not found:
-            raise UserError(f"{name}: {part}: no file has such a name")
+            raise UserError(f"{name}: {part}: no file matches")
         return found
     if not os.path.isfile(part):
         raise UserError(f"{name}: {part}: no such file (a dataset on the Hub is {HUB}owner/name)")
@@ -74,43 +72,37 @@ def _find_part(part: str, name: str) -> list[Path]:
 
 
 def _data_files(directory: Path, part: str, name: str) -> list[Path]:
-    """The files of a directory whose names end as data files do, in the order of their names; no hidden ones."""
-    found = sorted(
-        path
-        for path in directory.rglob("*")
-        if _suffix(path) in SUFFIXES
-        and path.is_file()
-        and not any(path.match(pattern) for pattern in METADATA)
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-    )
+    """The data files below a directory, sorted by name, without hidden ones."""
+
+    def is_data(path: Path) -> bool:
+        ignored = any(path.match(pattern) for pattern in METADATA)
+        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        return _suffix(path) in SUFFIXES and path.is_file() and not ignored and not hidden
+
+    found = sorted(filter(is_data, directory.rglob("*")))
     if not found:
         raise UserError(f"{name}: {part}: a directory without data files ({' '.join(SUFFIXES)})")
     return found
 
 
-def _fetch(part: str, name: str) -> list[Path]:
-    """hf://datasets/OWNER/NAME[@REVISION][/PATH]: its data files, in the Hub's cache; of several splits, train."""
+def _download(part: str, name: str) -> list[Path]:
+    """The data files of hf://datasets/OWNER/NAME[@REVISION][/PATH]; only those of the train split if there are more."""
     named = HUB_NAME.fullmatch(part.removeprefix(HUB))
     if not named:
-        raise UserError(f"{name}: {part}: write {HUB}owner/name, and a path behind it for a part of the dataset")
+        raise UserError(f"{name}: {part}: write {HUB}owner/name, followed by a path for a part of the dataset")
     owner, repository, revision, inside = named.groups(default="")
     if ".." in f"{owner}/{repository}/{revision}/{inside}".split("/"):
-        raise UserError(f"{name}: {part}: .. leads out of the dataset: name a file or a directory in it")
+        raise UserError(f"{name}: {part}: .. leads out of the dataset: name a file or directory in it")
     endings = [f"*{suffix}{packed}" for suffix in SUFFIXES for packed in ("", ".gz")]
     wanted = [inside, *(f"{inside}/{ending}" for ending in endings)] if inside else endings
     from huggingface_hub import snapshot_download
 
     try:
-        root = snapshot_download(
-            f"{owner}/{repository}",
-            repo_type="dataset",
-            revision=revision or None,
-            allow_patterns=wanted,
-            ignore_patterns=METADATA,
-        )
+        patterns: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": METADATA}
+        root = snapshot_download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
     except Exception as error:  # the Hub client raises many kinds: no network, no such dataset, gated, bad name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: {part}: not to be had from the Hub: {reason}") from None
+        raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason}") from None
     place = Path(root, inside)
     found = [place] if inside and place.is_file() else _data_files(place, part, name)
     train = [path for path in found if TRAIN.search(str(path.relative_to(place)))]
@@ -118,7 +110,7 @@ def _fetch(part: str, name: str) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    """Without .gz."""
+    """The suffix that says how to read a file: that before .gz."""
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
@@ -126,18 +118,18 @@ def _suffix(path: Path) -> str:
 
 
 def read_raw(
-    path: Path, delimiter: str | None = None, tick: Callable[[int], None] = lambda position: None
+    path: Path, delimiter: str | None = None, on_progress: Callable[[int], None] = lambda position: None
 ) -> Iterator[tuple[int, Raw]]:
-    """(line, record) pairs of one file, read as it is consumed; what is not a record comes as a BadRecord.
+    """Stream the (line, record) pairs of one file; what is not a record is yielded as a BadRecord.
 
     Args:
-        tick: told how many bytes of the file have been read, now and then.
+        on_progress: called now and then with the number of bytes read.
     Raises:
         UserError: the file as a whole cannot be read.
     """
     suffix, count = _suffix(path), 0
     if suffix not in READERS:
-        raise UserError(f"{path}: unknown kind of file {path.suffix!r}: give {' '.join(SUFFIXES)}, or one of them .gz")
+        raise UserError(f"{path}: unknown file type {path.suffix!r}: give {' '.join(SUFFIXES)}, also as .gz")
     try:
         with open(path, "rb") as raw:
             stream: Any = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
@@ -147,9 +139,9 @@ def read_raw(
             stream.seek(3 if head.startswith(codecs.BOM_UTF8) else 0)
             for count, item in enumerate(READERS[suffix](stream, path, delimiter), start=1):
                 if count % 256 == 0:
-                    tick(raw.tell())
+                    on_progress(raw.tell())
                 yield item
-            tick(os.fstat(raw.fileno()).st_size)
+            on_progress(os.fstat(raw.fileno()).st_size)
     except (OSError, EOFError, zlib.error) as error:
         what = "damaged" if path.name.endswith(".gz") else "cannot be read"
         raise UserError(f"{path}: {what} after {count:,} records: {error}") from None
@@ -158,32 +150,34 @@ def read_raw(
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Lines, which end at newlines only; one that is longer than a record may be is cut there."""
-    while line := stream.readline(LONGEST_RECORD):
-        if len(line) == LONGEST_RECORD and not line.endswith(b"\n"):
-            while (rest := stream.readline(LONGEST_RECORD)) and not rest.endswith(b"\n"):
+    """Lines, split at newlines only; an over-long one is cut at MAX_RECORD."""
+    while line := stream.readline(MAX_RECORD):
+        if len(line) == MAX_RECORD and not line.endswith(b"\n"):
+            while (rest := stream.readline(MAX_RECORD)) and not rest.endswith(b"\n"):
                 pass
         yield line
 
 
 def _read_lines(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    """JSON Lines: one object a line."""
+    """JSON Lines: one object per line."""
     for number, line in enumerate(_lines(stream), start=1):
-        if len(line) >= LONGEST_RECORD:
-            yield number, BadRecord(f"longer than {LONGEST_RECORD >> 20} MiB")
+        if len(line) >= MAX_RECORD:
+            yield number, BadRecord(f"longer than {MAX_RECORD >> 20} MiB")
         elif line.strip():
             yield number, _parse_line(line)
 
 
 def _parse_line(line: bytes | bytearray) -> Raw:
     try:
-        return parse_json(line.decode("utf-8"))
+        return decode_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRecord(f"not UTF-8 at byte {error.start + 1}")
+    except BadRecord as error:
+        return error
 
 
 def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    """An array of records; JSON Lines, as many files are named; an object that holds one array, or is a record."""
+    """An array of records, an object with one, a single record, or JSON Lines in spite of the name."""
     start = stream.tell()
     opening = next((byte for byte in iter(lambda: stream.read(1), b"") if not byte.isspace()), b"")
     stream.seek(start)
@@ -197,17 +191,17 @@ def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator
 
 
 def _read_whole(stream: IO[bytes], path: Path) -> bytearray:
-    """All of a file, within bounds: a small .gz can hold a terabyte."""
+    """All of a file, within a bound: a small .gz can hold a terabyte."""
     content = bytearray()
     while piece := stream.read(CHUNK):
         content += piece
-        if len(content) > LONGEST_OBJECT:
-            raise UserError(f"{path}: one object of more than {LONGEST_OBJECT >> 20} MiB: give JSON Lines instead")
+        if len(content) > MAX_OBJECT:
+            raise UserError(f"{path}: one object of more than {MAX_OBJECT >> 20} MiB: convert it to JSON Lines")
     return content
 
 
 def _read_array(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Raw]]:
-    """The elements of an array, one after another."""
+    """Stream the elements of an array."""
     text, number = _JsonText(stream, path), 0
     text.take("[")
     while text.peek() != "]":
@@ -219,21 +213,21 @@ def _read_array(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Raw]]:
         raise UserError(f"{path}: the array is empty: it needs at least one record")
     text.take("]")
     if text.peek():
-        raise UserError(f"{path}: not valid JSON: something stands behind the array")
+        raise UserError(f"{path}: not valid JSON: extra data after the array")
 
 
 class _JsonText:
-    """A window over a JSON text that moves on as its values are read."""
+    """A JSON text read value by value through a sliding window."""
 
     def __init__(self, stream: IO[bytes], path: Path):
         self.stream, self.path = stream, path
-        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # as in a table
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bad bytes: lone surrogates
         self.window, self.at = "", 0
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
-            self.at = WHITE_SPACE.match(self.window, self.at).end()  # type: ignore[union-attr]  # (matches nothing too)
+            self.at = WHITE_SPACE.match(self.window, self.at).end()  # type: ignore[union-attr]  # always matches
             if self.at < len(self.window):
                 return self.window[self.at]
             if not self._more():
@@ -247,7 +241,7 @@ class _JsonText:
         self.at += 1
 
     def value(self, number: int) -> Any:
-        """The next value; what is cut off at the window's end is tried again with more, also 1 that may be 1.5e+3."""
+        """The next value; near the end of the window it is parsed again with more text: 1 may begin 1.5e3."""
         self.peek()
         while True:
             try:
@@ -262,12 +256,12 @@ class _JsonText:
             if not reason and (end + 2 < len(self.window) or not self._more()):
                 self.at += length
                 return value
-            too_long = f"longer than {LONGEST_RECORD >> 20} MiB, or " * (len(self.window) - self.at > LONGEST_RECORD)
+            too_long = f"longer than {MAX_RECORD >> 20} MiB, or " * (len(self.window) - self.at > MAX_RECORD)
             if reason and (too_long or not self._more()):
                 raise UserError(f"{self.path}: record {number}: {too_long}not valid JSON: {reason}")
 
     def _more(self) -> bool:
-        """Read on; half as much again as is waiting, so that a long value is not tried too often."""
+        """Extend the window by at least half, so that a long value is parsed only a few times."""
         self.window, self.at = self.window[self.at :], 0
         read = self.stream.read(max(CHUNK, len(self.window) // 2))
         self.window += self.decoder.decode(read, final=not read)
@@ -275,7 +269,7 @@ class _JsonText:
 
 
 def _read_object(content: bytearray, path: Path) -> Iterator[tuple[int, Raw]]:
-    """{"version": ..., "data": [...]}: the records are those of the only array; without one, or of turns: a record."""
+    """The records of the only array in {"version": ..., "data": [...]}; without one, or of turns: one record."""
     whole = _parse_line(content)
     if isinstance(whole, BadRecord):
         raise UserError(f"{path}: {whole}")
@@ -296,8 +290,8 @@ def _read_object(content: bytearray, path: Path) -> Iterator[tuple[int, Raw]]:
 
 
 def _read_table(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    """CSV and TSV with a header; a byte that is not UTF-8 becomes half a character, which no record may hold."""
-    csv.field_size_limit(LONGEST_RECORD // 4)  # characters, for each of which the reader holds four bytes
+    """CSV and TSV with a header; a byte that is not UTF-8 becomes a lone surrogate, which rejects the record."""
+    csv.field_size_limit(MAX_RECORD // 4)  # characters, of four bytes each in memory
     text = (line.decode("utf-8", "surrogateescape") for line in _lines(stream))
     first = next(text, "")
     if not first:
@@ -321,7 +315,7 @@ def _read_table(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterato
             return
         except csv.Error as error:
             if "unexpected end" in str(error):
-                raise UserError(f"{path}:{line}: a quote that opens here is never closed") from None
+                raise UserError(f"{path}:{line}: the quote opened here is never closed") from None
             yield line, BadRecord(f"not valid CSV: {error}")
             continue
         if row and len(row) != len(names):
@@ -339,33 +333,31 @@ def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Itera
         table = parquet.ParquetFile(stream)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(1024))
         yield from enumerate(rows, start=1)
-    except Exception as error:  # pyarrow raises many kinds: of its own, and of dates and texts that Python cannot hold
+    except Exception as error:  # pyarrow raises many kinds, also for dates and strings that Python cannot hold
         raise UserError(f"{path}: not valid Parquet: {' '.join(str(error).split())}") from None
 
 
-# Each reads a stream from behind its byte-order mark; a path for messages; a delimiter for tables.
+# Arguments: a stream positioned after its byte-order mark, the path for messages, the delimiter of tables.
 READERS: dict[str, Callable[[IO[bytes], Path, str | None], Iterator[tuple[int, Raw]]]] = {
     ".json": _read_json,
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
-    ".csv": _read_table,
-    ".tsv": _read_table,
+    **dict.fromkeys((".jsonl", ".ndjson"), _read_lines),
+    **dict.fromkeys((".csv", ".tsv"), _read_table),
     ".parquet": _read_parquet,
 }
 
 
 def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON and no value to train on")
+    raise ValueError(f"{constant} is not JSON")
 
 
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def parse_json(text: str) -> Raw:
-    """The value, or the BadRecord that says why there is none."""
+def decode_json(text: str) -> Any:
+    """The value of a JSON text; raises BadRecord."""
     try:
         return DECODER.decode(text)
     except RecursionError:
-        return BadRecord("nested too deeply")
+        raise BadRecord("nested too deeply") from None
     except ValueError as error:
-        return BadRecord(f"not valid JSON: {error}")
+        raise BadRecord(f"not valid JSON: {error}") from None

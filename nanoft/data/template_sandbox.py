@@ -1,13 +1,13 @@
 """Chat templates: programs from strangers, run under bounds.
 
 A chat template is a Jinja program that comes with a model and turns messages into text. Jinja's sandbox keeps it away
-from Python's internals; it does not keep it from asking for a gigabyte (`'%1000000000d' % 1`), from looping for a day,
-or from doubling a list forty times. So three things are counted here: the turns of its loops, the characters of
-everything it makes, and its time. What can make a large value at once (a product, a format, a replacement) is
-estimated before it is done. A template that asks for too much is refused in one line.
+from Python's internals; it does not keep it from asking for a gigabyte (`'%1000000000d' % 1`), looping for a day, or
+doubling a list forty times. So three things are bounded here: the iterations of its loops, the characters of everything
+it makes, and its time. What can make a large value at once (a product, a format, a replacement) is estimated
+beforehand. A template that exceeds a bound is refused in one line.
 
-A template may also mark what the assistant says, with {% generation %} ... {% endgeneration %}. The marked text is
-wrapped in two characters that no text contains, which `find_marks` takes out again.
+A template may mark what the assistant says with {% generation %} ... {% endgeneration %}. The marked text is wrapped in
+two noncharacters, which `find_marks` removes.
 """
 
 from __future__ import annotations
@@ -31,54 +31,46 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-# Noncharacters (Unicode 23.7): reserved for a program's own use, never part of a text.
+# Noncharacters (Unicode 23.7): reserved for internal use, never part of a text.
 OPENING, CLOSING = "\ufdd1", "\ufdd2"
-# What a template's own code can raise; a sandbox escape is a TemplateError.
+# What rendering can raise; an attempt to escape the sandbox is a TemplateError.
 TEMPLATE_ERRORS = (
-    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError
 )  # fmt: skip
-# What compiling one can raise: too many levels for Jinja's parser, or for Python's.
+# What compiling can raise: also too many levels for Jinja's or Python's parser.
 COMPILE_ERRORS = (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError)
 MAX_SOURCE = 200_000  # characters of a template; long ones have 20,000
 MAX_OUTPUT = 1_000_000  # characters of a rendering, besides four times those of the messages
-MAX_MADE = 64  # times the output: characters of all values on the way to it
+MAX_MADE = 64  # times the output: characters of all intermediate values
 MAX_AT_ONCE = 16  # times the output: estimated characters of one value
 MAX_WIDTH = 999  # of a field in a format
 MAX_BITS = 256  # of an integer
 MAX_DIGITS = 20  # that a number may be rounded to
-MAX_OPERATORS = 64  # + and ~ of an expression that are not checked one by one
-MAX_TURNS = 1_000_000  # of all loops, macros and filters of one rendering
+MAX_OPERATORS = 64  # unchecked + and ~ in one expression
+MAX_STEPS = 1_000_000  # iterations, macro and filter calls of one rendering
 MAX_SECONDS = 5.0  # of this thread's processor time, per rendering
-# Nothing of this does a template need; each can be made to take minutes or gigabytes, or gives another text every time.
+# Not needed by templates; each can take minutes or gigabytes, or is random.
 UNUSED_FILTERS = ("urlize", "wordwrap", "striptags", "pprint", "random")
 UNUSED_METHODS = ("encode", "to_bytes", "translate", "maketrans", "striptags", "unescape", "expandtabs", "zfill")
-# Filters and methods of texts whose result is larger than what they are given.
+# Filters and string methods whose result may be larger than their arguments.
 GROWING = ("replace", "join", "indent", "center", "ljust", "rjust", "batch", "slice", "tojson", "truncate", "sum")
 STRIPPING = ("strip", "lstrip", "rstrip", "trim")
 MACHINERY = (Context, EvalContext, Environment)  # what Jinja itself passes to some filters
 
 
-class TooMuch(TemplateError):
-    """The template asks for more than it may."""
+class LimitExceeded(TemplateError):
+    """The template exceeds a bound."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """What templates are written for: a sandbox without write access, bounds, and the helpers that they call."""
+    """The environment that templates are written for: sandboxed, read-only, bounded, with their helpers."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
-    def __init__(self, now: Callable[[], datetime]):
-        """
-        Args:
-            now: the clock that `strftime_now` reads.
-        """
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_GenerationTag, loopcontrols],
-            finalize=self.made_of,
-            optimized=False,  # nothing is computed while compiling
-        )
+    def __init__(self, now: Callable[[], datetime]):  # the clock of strftime_now
+        extensions = [_GenerationTag, loopcontrols]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.track)
+        self.optimized = False  # nothing is computed while compiling
         self._begin({})
         self.filters["tojson"] = self._to_json
         self.filters["indent"] = _indent
@@ -92,9 +84,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = lambda form: now().strftime(self._checked_form(form, 1))
 
     def compile_bounded(self, source: str) -> Template:
-        """A template with a count in each loop; raises one of COMPILE_ERRORS."""
+        """Compile a template with counters in its loops; raises one of COMPILE_ERRORS."""
         if len(source) > MAX_SOURCE:
-            raise TooMuch(f"{len(source):,} characters: a template may have {MAX_SOURCE:,}")
+            raise LimitExceeded(f"{len(source):,} characters: the limit is {MAX_SOURCE:,}")
         self._begin({})
         code = self.compile(_Counted().visit(self.parse(source)))
         assert isinstance(code, CodeType)
@@ -107,21 +99,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _begin(self, variables: dict[str, Any]) -> None:
         self.given, self.limit, self.knows_limit = variables, MAX_OUTPUT, False
-        self.made, self.turns, self.deadline = 0, 0, float("inf")
+        self.made, self.steps, self.deadline = 0, 0, float("inf")
 
     # ---- What is counted
 
-    def count_turn(self) -> None:
-        """Stands at the beginning of each loop's and macro's body, and before each call and comparison."""
-        self.turns += 1
-        if self.turns % 64 == 0:
-            now = time.thread_time()  # slow on some machines, and few templates come here
+    def count_step(self) -> None:
+        """Called in each iteration and macro, and before each call and comparison."""
+        self.steps += 1
+        if self.steps % 64 == 0:
+            now = time.thread_time()  # slow on some machines
             self.deadline = min(self.deadline, now + MAX_SECONDS)
-            if self.turns > MAX_TURNS or now > self.deadline:
-                raise TooMuch(f"it asks for more than {MAX_TURNS:,} turns of its loops, or {MAX_SECONDS:g} seconds")
+            if self.steps > MAX_STEPS or now > self.deadline:
+                raise LimitExceeded(f"it takes more than {MAX_STEPS:,} steps, or {MAX_SECONDS:g} seconds")
 
-    def made_of(self, value: Any) -> Any:
-        """Count a value that the template has made; a list of lists of lists ... counts as it would be written out."""
+    def track(self, value: Any) -> Any:
+        """Count the size of a value, lists and objects as they would be written out."""
         if isinstance(value, str):
             self.made += len(value)
             if len(value) > self.limit:
@@ -134,34 +126,34 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def concat(self, pieces: Iterable[str]) -> str:  # (Jinja has "".join here)
-        """Join output, or a macro's or a block's, as long as it is not too long."""
+        """Join the output of the template, a macro or a block."""
         pieces = list(pieces)
         self._fits(sum(map(len, pieces)), 1)
         return "".join(pieces)
 
     def compared(self, value: Any) -> Any:
-        """The result of a comparison, which may have gone through a million values."""
-        self.count_turn()
+        """Count a comparison, which may go through a million values."""
+        self.count_step()
         return value
 
     def add(self, left: Any, right: Any) -> Any:
-        """The + operator, in an expression with many of them."""
-        return self.made_of(left + right)
+        """The + operator in an expression with many of them."""
+        return self.track(left + right)
 
     def concatenate(self, *values: Any) -> str:
         """The ~ operator."""
         for value in values:
-            self.made_of(value)
+            self.track(value)
         return self.concat(map(str, values))
 
     def _fits(self, size: int, times: int) -> int:
-        """The size, if it is not more than so many times the limit."""
+        """The size, if it is at most so many times the limit."""
         if size > times * self.limit and size > times * self._learn_limit():
-            raise TooMuch(f"it asks for more than {times * self.limit:,} characters")
+            raise LimitExceeded(f"it asks for more than {times * self.limit:,} characters")
         return size
 
     def _learn_limit(self) -> int:
-        """What may be written grows with what there is to write; few renderings come so far that it must be known."""
+        """The limit grows with the variables; few renderings come so far that it must be known."""
         if not self.knows_limit:
             self.limit += 4 * sum(_size(value) for value in self.given.values())
             self.knows_limit = True
@@ -180,23 +172,23 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             bits = left.bit_length(), right.bit_length()
             size = bits[0] * max(abs(right), 1) if operator == "**" else sum(bits)
             if size > MAX_BITS:
-                raise TooMuch(f"it asks for a number of {size:,} bits")
-        return self.made_of(super().call_binop(context, operator, left, right))
+                raise LimitExceeded(f"it asks for a number of {size:,} bits")
+        return self.track(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of a macro, a helper, or a value's method."""
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if owner is self:
             return function(*args)  # what _Counted has put there
-        self.count_turn()
+        self.count_step()
         for value in (*args, *kwargs.values()):
-            self.made_of(value)
+            self.track(value)
         if isinstance(owner, str):
             self._check_slow(name, owner, args)
         if isinstance(owner, str) and name in GROWING:
             args = tuple(list(arg) if name == "join" else arg for arg in args)
             self._check_growth(name, owner, args)
-        return self.made_of(super().call(context, function, *args, **kwargs))
+        return self.track(super().call(context, function, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in UNUSED_METHODS and super().is_safe_attribute(obj, attr, value)
@@ -215,11 +207,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return checked
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter or a test: its arguments are weighed, its result is counted."""
+        """A filter or test with its arguments checked and its result counted."""
 
-        @functools.wraps(function)  # keeps what Jinja has noted on the function
+        @functools.wraps(function)  # keeps Jinja's attributes
         def checked(*args: Any, **kwargs: Any) -> Any:
-            self.count_turn()
+            self.count_step()
             given = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, MACHINERY)]
             for arg in given:
                 if not isinstance(arg, str) and _size(arg, MAX_OUTPUT) > MAX_OUTPUT:
@@ -228,46 +220,46 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 self._checked_form(str(given[0]), _size(given[1:], MAX_AT_ONCE * MAX_OUTPUT))
             if name in GROWING and given:
                 if isinstance(given[0], (Iterator, range)):
-                    values = list(given[0])  # says how much it gives by giving it
+                    values = list(given[0])
                     args = tuple(values if arg is given[0] else arg for arg in args)
                     given[0] = values
                 self._check_growth(name, given[0], given[1:])
             if given:
                 self._check_slow(name, given[0], given[1:])
-            return self.made_of(function(*args, **kwargs))
+            return self.track(function(*args, **kwargs))
 
         return checked
 
     def _check_slow(self, name: str, subject: Any, others: Iterable[Any]) -> None:
-        """What takes long for large arguments, although what it gives is small."""
+        """Refuse what takes long for large arguments although its result is small."""
         if name == "round" and any(isinstance(other, int) and abs(other) > MAX_DIGITS for other in others):
-            raise TooMuch(f"it asks for more than {MAX_DIGITS} digits")
+            raise LimitExceeded(f"it asks for more than {MAX_DIGITS} digits")
         if name == "int" and isinstance(subject, str) and len(subject) > MAX_WIDTH:
-            raise TooMuch(f"it asks for a number of {len(subject):,} digits")
+            raise LimitExceeded(f"it asks for a number of {len(subject):,} digits")
         if name in STRIPPING and any(isinstance(other, str) and len(other) > MAX_WIDTH for other in others):
-            raise TooMuch(f"it asks to strip more than {MAX_WIDTH} different characters")
+            raise LimitExceeded(f"it asks to strip more than {MAX_WIDTH} different characters")
 
     def _check_growth(self, name: str, subject: Any, others: Iterable[Any]) -> None:
-        """At most as large as the subject times what is put to each of its parts."""
+        """The result is at most the subject times what is added to each of its parts."""
         others = list(others)[1:] if name == "replace" else list(others)
         if name == "sum" and any(isinstance(other, (list, tuple)) for other in others):
-            raise TooMuch("it asks for a sum of lists")
+            raise LimitExceeded("it asks for a sum of lists")
         each = sum(abs(other) if isinstance(other, int) else _size(other) for other in others)
         self._fits((_size(subject) + 1) * (each + 1), MAX_AT_ONCE)
 
     def _checked_form(self, form: str, size: int) -> str:
-        """A format whose fields are narrow and not too many for values of that size; `'%1000000000d' % 1` is not."""
+        """A format string, if its fields are narrow and not too many: not `'%1000000000d' % 1`."""
         fields = str(form).count("%") + str(form).count("{")
         wide = re.search(r"\d{4}|%[^%a-zA-Z]*\*|:[^}]*\{", str(form))
         if fields and wide:
-            raise TooMuch(f"it formats with {form!r:.40}")
+            raise LimitExceeded(f"it formats with {form!r:.40}")
         self._fits(fields * (size + MAX_WIDTH), MAX_AT_ONCE)
         return form
 
     def _to_json(self, value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        """As transformers has it: characters as they are, nothing escaped for HTML."""
+        """As in transformers: no characters escaped."""
         if isinstance(value, Undefined):
-            raise TemplateError("tojson of something undefined")
+            raise TemplateError("tojson of an undefined value")
         encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, **options)
         pieces, length = [], 0
         for piece in encoder.iterencode(value):
@@ -277,29 +269,29 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Counted(NodeTransformer):
-    """Put a count into loops, macros and comparisons, and weigh what is kept: literals, and values that get a name.
+    """Insert counters into loops, macros and comparisons, and track literals and assigned values.
 
-    Between two of these an expression can only put together as many values as it has operators, so + and ~ need no
-    check of their own unless there are very many.
+    Between two of these an expression combines only as many values as it has operators, so + and ~ are not checked
+    unless there are very many.
     """
 
     def _count(self, node: Any) -> Any:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("count_turn", [], node.lineno)).set_lineno(node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_call("count_step", [], node.lineno)).set_lineno(node.lineno))
         return node
 
-    def _weigh(self, node: Any) -> Any:
+    def _track(self, node: Any) -> Any:
         self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") != "load" else _call("made_of", [node], node.lineno)
+        return node if getattr(node, "ctx", "load") != "load" else _call("track", [node], node.lineno)
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
         self.generic_visit(node)
-        node.node = _call("made_of", [node.node], node.lineno)
+        node.node = _call("track", [node.node], node.lineno)
         return node
 
     def visit_With(self, node: nodes.With) -> nodes.Node:
         self.generic_visit(node)
-        node.values = [_call("made_of", [value], node.lineno) for value in node.values]
+        node.values = [_call("track", [value], node.lineno) for value in node.values]
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
@@ -318,21 +310,21 @@ class _Counted(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return _call("made_of", [node], node.lineno) if isinstance(node.arg, nodes.Slice) else node
+        return _call("track", [node], node.lineno) if isinstance(node.arg, nodes.Slice) else node
 
     visit_For = visit_Macro = visit_CallBlock = _count
-    visit_List = visit_Tuple = visit_Dict = _weigh
+    visit_List = visit_Tuple = visit_Dict = _track
 
 
 def _call(method: str, arguments: list[Any], line: int) -> nodes.Call:
-    """The call of one of the environment's methods, which a template cannot name itself."""
+    """A call of one of the environment's methods, which a template cannot name."""
     call = nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
     call.set_lineno(line)
     return call
 
 
 class _GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}: marks what the assistant says, in some templates."""
+    """{% generation %} ... {% endgeneration %}: marks what the assistant says."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own protocol)
 
@@ -344,7 +336,7 @@ class _GenerationTag(Extension):
 
 
 def find_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """A rendering without its generation marks, and the spans that they stood around."""
+    """A rendered text without its generation marks, and the marked spans."""
     if OPENING not in text:
         return text, []
     spans: list[tuple[int, int]] = []
@@ -361,7 +353,7 @@ def find_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _size(value: Any, enough: int = MAX_AT_ONCE * MAX_OUTPUT) -> int:
-    """The characters of all texts in a value, one more for each part; stops counting beyond `enough`."""
+    """Characters of all strings in a value, plus one for each element; stops counting beyond `enough`."""
     if isinstance(value, str):
         return len(value)
     count, todo = 0, [value]
@@ -381,9 +373,9 @@ def _size(value: Any, enough: int = MAX_AT_ONCE * MAX_OUTPUT) -> int:
 
 
 def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    """Jinja's own, for texts only: it begins with `s += newline`, which makes a list of messages longer."""
+    """Jinja's own, for strings only: its `s += newline` would extend a list of messages."""
     if not isinstance(s, str):
-        raise TemplateError(f"indent: {type(s).__name__} is no text")
+        raise TemplateError(f"indent: {type(s).__name__} is not a string")
     return do_indent(s, width, first, blank)
 
 

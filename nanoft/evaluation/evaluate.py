@@ -228,8 +228,8 @@ def answer_figures(completions: Sequence[Completion], metrics: Sequence[Metric])
     """Exact match, stop rate, and the requested metrics."""
     if not completions:
         return {}
-    pairs = [(c.answer, c.reference) for c in completions]
-    own = {metric.name: metric.figure(pairs) for metric in metrics if metric.name != "exact_match"}
+    triples = [(c.answer, c.reference, c.prompt) for c in completions]
+    own = {metric.name: metric.figure(triples) for metric in metrics if metric.name != "exact_match"}
     exact, stopped = (Figure.mean([getattr(c, name) for c in completions]) for name in ("exact", "stopped"))
     return {"exact_match": exact, "stop_rate": stopped, **own}
 

@@ -11,11 +11,14 @@ from typing import Any
 from nanoft import UserError
 from nanoft.batches import Sample, TokenDataset
 from nanoft.config import Config, DataConfig
+from nanoft.config.functions import UNTRUSTED
 from nanoft.config.loading import load_config
 from nanoft.data import filters
+from nanoft.data.builder import NEAR
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import NEAR, Corpus, data_hash, open_corpus, reading_of
-from nanoft.data.formats import Conversation, read_file
+from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash
+from nanoft.data.formats import Conversation
+from nanoft.data.records import ReadOptions, format_function, read_file
 from nanoft.data.sources import find_files
 from nanoft.evaluation.evaluate import Prompt, held_out_prompts
 from nanoft.evaluation.report import leakage_of_run, settings_of
@@ -51,7 +54,9 @@ def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     find_files(data.train_file, "--data" if file else "data.train_file")
     if not file:
         trained = _recorded_config(source)
-        if (trained.data, trained.system.seed) != (config.data, config.system.seed):
+        format_function(config.data.format)  # a function must be named again
+        trained_on = dataclasses.replace(trained.data, format=trained.data.format.removeprefix(UNTRUSTED))
+        if (trained_on, trained.system.seed) != (config.data, config.system.seed):
             raise UserError(
                 f"{source}: with another seed or data setting, training samples would be evaluated: use --data FILE"
             )
@@ -92,18 +97,18 @@ def read_held_out(
     """
     e = config.evaluation
     limit = NO_LIMIT if file and _is_text(data) else config.model.max_seq_length
-    corpus = open_corpus(data, limit, config.system.seed, chat, print)
+    corpus = build_datasets(data, chat, limit, config.system.seed, print)
     samples = corpus.training if file else corpus.validation
     if not len(samples):
         raise UserError(f"{source}: this run has no validation data (data.validation_split=0): give --data FILE")
-    prompts = held_out_prompts(corpus.conversations(corpus.whole(samples), e.prompts), e.prompts)
+    prompts = held_out_prompts(corpus.conversations(corpus.untruncated(samples), e.prompts), e.prompts)
     samples = samples[: e.max_samples]
     return HeldOut(
         samples,
         prompts,
         read_general(general, chat, e.max_samples) if general else [],
-        {e.by_field: corpus.values(samples, e.by_field)} if e.by_field else {},
-        [corpus.place(record) for record in samples.records.tolist()],
+        {e.by_field: corpus.field_values(samples, e.by_field)} if e.by_field else {},
+        [corpus.location(record) for record in samples.records.tolist()],
         _leakage_of_file(source, corpus, samples, chat) if file else leakage_of_run(corpus.report, data.near_leaks),
     )
 
@@ -111,7 +116,7 @@ def read_held_out(
 def _is_text(data: DataConfig) -> bool:
     """Whether all files are plain texts, which are evaluated completely, whatever their length."""
     files = [file for part in find_files(data.train_file, "--data") for file in part]
-    return all(str(next(iter(read_file(file, reading_of(data))))).startswith("text ") for file in files)
+    return all(str(next(iter(read_file(file, ReadOptions.from_config(data))))) == "text" for file in files)
 
 
 def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Sample]:
@@ -122,26 +127,28 @@ def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Samp
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--general: {file}: cannot be read as UTF-8 text: {error}") from None
     else:
-        records = read_file(Path(file), reading_of(DataConfig(train_file=file)))
-        texts = [record.said() for record in records if isinstance(record, Conversation)]
+        records = read_file(Path(file), ReadOptions.from_config(DataConfig(train_file=file)))
+        texts = [record.full_text() for record in records if isinstance(record, Conversation)]
     samples = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts[:limit]) if text.strip()])
     if not any(sample.is_target.any() for sample in samples):
         raise UserError(f"--general: {file}: contains no text")
     return samples
 
 
-def _leakage_of_file(source: str, corpus: Corpus, samples: TokenDataset, chat: ChatTokenizer) -> dict[str, Any]:
+def _leakage_of_file(
+    source: str, corpus: PreparedDataset, samples: TokenDataset, chat: ChatTokenizer
+) -> dict[str, Any]:
     """How many prompts of a file are among those that the run was trained on."""
     if not is_run(source):
         return {"said": "not checked: the training data of the model is unknown: name the run"}
     try:
         trained = _recorded_config(source)
         _require_unchanged(trained, source)
-        train_set = open_corpus(trained.data, trained.model.max_seq_length, trained.system.seed, chat, print)
+        train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
-    prompts = list(corpus.questions(samples))
-    exact, near = filters.leaks(prompts, train_set.questions(train_set.training), NEAR)
+    prompts = list(corpus.first_user_texts(samples))
+    exact, near = filters.count_leaks(prompts, train_set.first_user_texts(train_set.training), NEAR)
     said = f"of {len(prompts):,} prompts, {exact:,} are in the training data word for word and {near:,} nearly so"
     return {"prompts": len(prompts), "exact": exact, "near": near, "said": said}
 

@@ -98,14 +98,14 @@ def verdict(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
     decisive = [name for name in dict.fromkeys(("loss", inputs.primary)) if name in compared]
     if not decisive:
         return "none: there is no validation data"
-    better = any(_direction(name, compared[name]) > 0 for name in decisive)
-    worse = any(_direction(name, compared[name]) < 0 for name in decisive)
+    better = any(_direction(inputs.tuned.figures[name], compared[name]) > 0 for name in decisive)
+    worse = any(_direction(inputs.tuned.figures[name], compared[name]) < 0 for name in decisive)
     word = "better in one, worse in the other" if better and worse else "better" if better else "worse" if worse else ""
     figures = " and ".join(_describe(name, compared[name], inputs.tuned.figures[name]) for name in decisive)
     return f"{word or 'no clear difference'}: {figures}"
 
 
-def _direction(name: str, c: Comparison) -> int:
+def _direction(figure: Figure, c: Comparison) -> int:
     """1: the whole interval is an improvement; -1: a deterioration; 0: it contains zero.
 
     A loss that is not finite is worse than any that is.
@@ -113,7 +113,7 @@ def _direction(name: str, c: Comparison) -> int:
     finite = [math.isfinite(one.value) for one in (c.base, c.tuned)]
     if not all(finite):
         return finite[1] - finite[0]
-    sign = -1 if name in PERPLEXITIES else 1
+    sign = 1 if figure.higher_is_better and figure.unit != "nats" else -1
     return sign * ((c.change.low > 0) - (c.change.high < 0))
 
 
@@ -254,7 +254,8 @@ def outcomes(inputs: ReportInputs) -> list[str]:
     """wins, losses or ties of tuned against base, for each prompt, by the primary metric."""
     if not inputs.base or inputs.primary not in inputs.tuned.figures or inputs.primary not in inputs.base.figures:
         return []
-    gains = inputs.tuned.figures[inputs.primary].each() - inputs.base.figures[inputs.primary].each()
+    after, before = inputs.tuned.figures[inputs.primary], inputs.base.figures[inputs.primary]
+    gains = (after.each() - before.each()) * (1 if after.higher_is_better else -1)
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 

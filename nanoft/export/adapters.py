@@ -21,6 +21,7 @@ from nanoft.config.loading import load_config
 from nanoft.export.merge import Onto, copy_tokenizer
 from nanoft.export.staging import replaced_directory
 from nanoft.export.streaming import StreamedDecoder, open_rows
+from nanoft.io.hashing import hash_named_files
 from nanoft.io.untrusted import read_json
 from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
@@ -30,7 +31,6 @@ from nanoft.models.open import LoadedModel, TrainedAdapter, attach_adapter, find
 from nanoft.models.weights import (
     base_files,
     copy_companions,
-    hash_files,
     quantization_of,
     save_model,
     stored_dtype,
@@ -82,7 +82,7 @@ def parse_weights(text: str | None, count: int) -> list[float]:
 
 def require_same_base(adapter: TrainedAdapter) -> None:
     """Refuse a base that the adapter fits, but whose files are not those that it was trained on."""
-    if adapter.base_sha256 and hash_files(base_files(adapter.base)) != adapter.base_sha256:
+    if adapter.base_sha256 and hash_named_files(base_files(adapter.base)) != adapter.base_sha256:
         raise UserError(
             f"{adapter.base}: its files are not those that {adapter.place} was trained on (SHA-256 differs): "
             "restore them, or add --any-base"

@@ -82,7 +82,7 @@ class Weights:
         step = max(1, SLAB // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            slab = self.files.headers[name].read_rows(name, rows) if whole is None else whole[rows]
+            slab = self.files.headers[name].read(name, rows) if whole is None else whole[rows]
             if adapter is not None and part == "weight":
                 slab = adapter.merged(slab.float(), rows)
             yield slab.to(self.dtype)

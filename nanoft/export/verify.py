@@ -21,7 +21,7 @@ from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import open_corpus
+from nanoft.data.dataset import build_datasets
 from nanoft.evaluation.evaluate import Prompt, held_out_prompts
 from nanoft.export.adapters import open_adapter
 from nanoft.export.merge import Onto, weights_of
@@ -134,9 +134,9 @@ def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Promp
     if is_run(source):
         config = load_config(Path(source) / "config.json")
         with suppress(UserError):
-            corpus = open_corpus(config.data, config.model.max_seq_length, config.system.seed, chat, print)
+            corpus = build_datasets(config.data, chat, config.model.max_seq_length, config.system.seed, print)
             samples = corpus.validation if len(corpus.validation) else corpus.training
-            conversations = corpus.conversations(corpus.whole(samples), PROMPTS)
+            conversations = corpus.conversations(corpus.untruncated(samples), PROMPTS)
             return list(samples[: VERIFY_TOKENS // 8]), held_out_prompts(conversations, PROMPTS)
     return [], []
 

@@ -1,15 +1,13 @@
-"""How sure is a figure? Draw the samples again, and look how far it moves.
+"""How certain is a figure? The paired bootstrap.
 
-A perplexity on 200 samples is a perplexity of those 200 samples; others would have given another. The bootstrap (Efron
-1979, "Bootstrap methods: another look at the jackknife") asks how different: draw 200 of the 200 with replacement,
-compute the figure again, ten thousand times; the middle 95 % of what comes out is the interval. Two models are compared
-on the same draws, sample by sample, so that what makes a sample hard for both cancels out.
+A perplexity on 200 samples is a perplexity of those 200 samples; others would give another. The bootstrap (Efron 1979,
+"Bootstrap methods: another look at the jackknife") estimates how different: resample 200 of the 200 with replacement,
+compute the figure again, ten thousand times; the middle 95 % of the results is the interval. Two models are compared on
+the same resamples, so that what makes a sample hard for both cancels out.
 
 Every figure here is a function of sums over the samples: a mean is sum of scores / number, a loss is sum of nats / sum
-of tokens, BLEU is made of ten sums. A draw is then nothing but a matrix product of how often each sample came up,
-(draws, n), with what each sample adds to the sums, (n, k).
-
-The interval covers a little less than it says where there are fewer than some thirty samples.
+of tokens, BLEU is made of ten sums. Resampling is then a matrix product of how often each sample was chosen,
+(resamples, n), with what each sample adds to the sums, (n, k). Below about thirty samples, the interval is too narrow.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-DRAWS = 10_000
+RESAMPLES = 10_000
 AT_ONCE = 1 << 20  # counts in memory
 LEVEL = 0.95
 
@@ -39,12 +37,12 @@ class Figure:
     parts: Array
     of_sums: Callable[[Array], Array] = ratio
     unit: Literal["nats", "share", "number"] = "share"
+    higher_is_better: bool = True
 
     @classmethod
-    def mean(cls, values: Any, unit: Literal["nats", "share", "number"] = "share") -> Figure:
-        """The mean of one value a sample."""
-        column = np.asarray(values, dtype=np.float64)
-        return cls(np.stack([column, np.ones_like(column)], axis=1), unit=unit)
+    def mean(cls, values: Any) -> Figure:
+        """The mean of one value per sample, (n,)."""
+        return cls(np.stack([values, np.ones(len(values))], axis=1))
 
     @property
     def value(self) -> float:
@@ -57,7 +55,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95 % interval; NaN where there are fewer than two samples or the figure is not finite."""
+    """A figure and its 95 % interval; NaN with fewer than two samples, or if the figure is not finite."""
 
     value: float
     low: float
@@ -71,53 +69,50 @@ class Comparison:
     base: Interval
     tuned: Interval
     change: Interval  # tuned - base
-    p: float  # of so large a change, in either direction, if there were none
+    p: float  # two-sided p-value of the change
 
 
 def interval(figure: Figure, seed: int = 0) -> Interval:
     """The percentile interval of one figure."""
-    drawn = [figure.of_sums(counts @ figure.parts) for counts in _draws(seed, figure)]
-    return _interval(figure.value, drawn)
+    return _interval(figure.value, [figure.of_sums(counts @ figure.parts) for counts in _resamples(seed, figure)])
 
 
 def compare(base: Figure, tuned: Figure, seed: int = 0) -> Comparison:
-    """The paired bootstrap: both figures on the same draws (Efron & Tibshirani 1993, chapter 13).
+    """The paired bootstrap: both figures on the same resamples (Efron & Tibshirani 1993, chapter 13).
 
-    The p-value is twice the share of draws on which the change has the other sign or is none, one draw added so that
-    it is never 0 (Davison & Hinkley 1997, section 4.2).
+    The p-value is twice the share of resamples on which the change has the other sign or is zero, with one added so
+    that it is never 0 (Davison & Hinkley 1997, section 4.2).
     """
-    drawn: tuple[list[Array], list[Array]] = [], []
-    for counts in _draws(seed, base, tuned):
-        drawn[0].append(base.of_sums(counts @ base.parts))
-        drawn[1].append(tuned.of_sums(counts @ tuned.parts))
-    changes = [after - before for before, after in zip(*drawn, strict=True)]
+    pairs = [[f.of_sums(counts @ f.parts) for f in (base, tuned)] for counts in _resamples(seed, base, tuned)]
+    before, after = [old for old, _ in pairs], [new for _, new in pairs]
+    changes = [new - old for old, new in pairs]
     change = _interval(tuned.value - base.value, changes)
     p = float("nan")
     if np.isfinite(change.low):
         every = np.concatenate(changes)
-        p = min(1.0, 2 * (1 + min((every <= 0).sum(), (every >= 0).sum())) / (1 + DRAWS))
-    return Comparison(_interval(base.value, drawn[0]), _interval(tuned.value, drawn[1]), change, p)
+        p = min(1.0, 2 * (1 + min((every <= 0).sum(), (every >= 0).sum())) / (1 + RESAMPLES))
+    return Comparison(_interval(base.value, before), _interval(tuned.value, after), change, p)
 
 
-def _interval(value: float, drawn: list[Array]) -> Interval:
-    every = np.concatenate(drawn) if drawn else np.empty(0)
-    every = every[~np.isnan(every)]  # a draw in which nothing was counted
+def _interval(value: float, resampled: list[Array]) -> Interval:
+    every = np.concatenate(resampled) if resampled else np.empty(0)
+    every = every[~np.isnan(every)]  # a resample in which nothing was counted
     if not len(every) or not np.isfinite(every).all():
         return Interval(value, float("nan"), float("nan"))
     low, high = np.quantile(every, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high))
 
 
-def _draws(seed: int, *figures: Figure) -> Iterator[Array]:
-    """(rows, n) blocks of how often each sample comes up in a draw of n; DRAWS rows in all.
+def _resamples(seed: int, *figures: Figure) -> Iterator[Array]:
+    """Blocks (m, n) of how often each sample is chosen in n draws with replacement; RESAMPLES rows in all.
 
-    None where they would say nothing: of one sample, or of parts that are not finite.
+    None for a single sample, or if the parts are not finite.
     """
     n = len(figures[0].parts)
     if n < 2 or not all(np.isfinite(figure.parts).all() for figure in figures):
         return
-    rng, rows = np.random.default_rng(seed), max(1, AT_ONCE // n)
-    for start in range(0, DRAWS, rows):
-        size = min(rows, DRAWS - start)
+    rng, block = np.random.default_rng(seed), max(1, AT_ONCE // n)
+    for start in range(0, RESAMPLES, block):
+        size = min(block, RESAMPLES - start)
         chosen = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
         yield np.bincount(chosen.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)

@@ -40,9 +40,8 @@ from nanoft.models.families import read_shape
 from nanoft.models.hub import find_model
 from nanoft.models.weights import check_quantization, quantization_of, shard_paths
 from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
-from nanoft.optim import check_optimizer
+from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.runtime.device import (
-    WATERMARK,
     choose_device,
     choose_dtype,
     describe_device,
@@ -50,6 +49,7 @@ from nanoft.runtime.device import (
     supports_matmul,
 )
 from nanoft.runtime.memory import memory_limit_bytes
+from nanoft.runtime.metal import WATERMARK
 from nanoft.tracking.trackers import require_tracker_packages
 from nanoft.training.checks import Check
 from nanoft.training.memory_plan import (
@@ -60,6 +60,7 @@ from nanoft.training.memory_plan import (
     resolve_micro_batch_size,
 )
 from nanoft.training.preflight import check_room
+from nanoft.training.validation import validate_config
 
 TESTED = {"torch": ((2, 8), (2, 14)), "python": ((3, 11), (3, 15))}  # first supported, first untested
 LOW_RATIO = 1.4  # default of PYTORCH_MPS_LOW_WATERMARK_RATIO, which must not exceed the high one
@@ -248,7 +249,7 @@ def validate_environment(config: Config, device: torch.device) -> None:
 
 def needs_bitsandbytes(config: Config) -> bool:
     """4-bit weights, and optimizers with 8-bit or paged state."""
-    return config.quantization.bits == 4 or config.training.optimizer not in ("adamw", "sgd")
+    return config.quantization.bits == 4 or OPTIMIZERS[config.training.optimizer].needs_bitsandbytes
 
 
 def _settings(config: Config) -> Check:
@@ -304,6 +305,8 @@ def run(args: argparse.Namespace) -> int:
     """`python -m nanoft doctor [CONFIG]`; returns the exit code: 2 if a check fails."""
     quiet_libraries()
     config = load_config(args.config, args.overrides) if args.config else None
+    if config:
+        validate_config(config)
     passed = True
     for check in chain(check_machine(_device_of(config), config), check_config(config) if config else ()):
         print(check, flush=True)

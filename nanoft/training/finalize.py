@@ -111,7 +111,7 @@ def measure(job: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
     """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
     c, e = job.config, job.config.evaluation
     try:
-        conversations = job.corpus.conversations(job.corpus.whole(job.corpus.validation), e.prompts)
+        conversations = job.corpus.conversations(job.corpus.untruncated(job.corpus.validation), e.prompts)
         prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), answers.select_metrics(e.metrics)
         while True:
             with Shortage(job.device), job.autocast():
@@ -154,7 +154,7 @@ def report_inputs(
     e, groups = job.config.evaluation, {}
     if e.by_field and len(job.validation):
         try:
-            groups = {e.by_field: job.corpus.values(job.validation, e.by_field)}
+            groups = {e.by_field: job.corpus.field_values(job.validation, e.by_field)}
         except UserError as reason:  # the run is done: no reason to lose its report
             job.run.print(f"warning: {reason}")
     provenance = (job.run.recorded_config() or {}).get("provenance", {})
@@ -165,7 +165,7 @@ def report_inputs(
         primary=next(iter(e.metrics), "exact_match"),
         limit=e.max_new_tokens,
         groups=groups,
-        places=[job.corpus.place(record) for record in job.validation.records.tolist()],
+        places=[job.corpus.location(record) for record in job.validation.records.tolist()],
         leakage=leakage_of_run(job.corpus.report, job.config.data.near_leaks) if len(job.validation) else {},
         training=training,
         provenance={

@@ -24,15 +24,14 @@ import numpy as np
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.batches import Batch, Batches, Sample, TokenDataset
+from nanoft.batches import Batch, Batches, Sample, TokenDataset, eval_batches
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import Corpus
+from nanoft.data.dataset import PreparedDataset
 from nanoft.io.tensor_files import write_tensors
-from nanoft.loss import target_nll
 from nanoft.model import Decoder
+from nanoft.objectives import Objective
 from nanoft.optim import optimizer_tensors
-from nanoft.perplexity import validation_loss
 from nanoft.runtime import distributed
 from nanoft.runtime.device import preserve_rng_state
 from nanoft.runtime.memory import Shortage, peak_memory_gb
@@ -84,7 +83,7 @@ def check_room(config: Config, length: int = 0) -> Check:
     return Check("room", needed <= there, found, "" if needed <= there else f"set {suggest_savings(config, 1, length)}")
 
 
-def check_ids(corpus: Corpus, vocab_size: int) -> None:
+def check_ids(corpus: PreparedDataset, vocab_size: int) -> None:
     """Every token is in the model's vocabulary: one that is not would read beyond the embedding.
 
     Raises:
@@ -100,7 +99,7 @@ def check_ids(corpus: Corpus, vocab_size: int) -> None:
         )
 
 
-def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check]:
+def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
     """Everything that can be told from the tokens alone."""
     spread = np.linspace(0, len(corpus.training) - 1, min(LOOKED_AT, len(corpus.training))).astype(int)
     samples = [corpus.training[int(at)] for at in spread]
@@ -112,7 +111,7 @@ def check_data(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> list[Check
     ]
 
 
-def _check_stop(samples: list[Sample], corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
+def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
     """Every trained turn ends in a token that stops an answer; one that was cut has no end."""
     last: list[int] = []
     for sample in samples:
@@ -145,7 +144,7 @@ def _check_bos(samples: list[Sample], chat: ChatTokenizer) -> Check:
     )
 
 
-def _check_targets(samples: list[Sample], corpus: Corpus) -> Check:
+def _check_targets(samples: list[Sample], corpus: PreparedDataset) -> Check:
     """There is something to learn in every sample."""
     without = sum(not s.is_target.any() for s in samples)
     share = corpus.report["training"]["target_tokens"] / corpus.report["training"]["tokens"]
@@ -154,7 +153,7 @@ def _check_targets(samples: list[Sample], corpus: Corpus) -> Check:
     )
 
 
-def _check_prompt(corpus: Corpus, chat: ChatTokenizer, train_on: str) -> Check:
+def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
     """What the model is given in use is what stood before its answers in training."""
     looked_at, differing, extra = 0, 0, ""
     for conversation in corpus.conversations(corpus.training, RENDERED):
@@ -199,7 +198,7 @@ def check_head(model: Decoder, chat: ChatTokenizer, samples: TokenDataset) -> Ch
     )
 
 
-def rehearse(model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, float]:
+def rehearse(objective: Objective, model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, float]:
     """Forward and backward over the longest micro-batch, and the seconds that it takes; nothing is changed.
 
     The optimizer's state is laid out already, so its memory is counted, whatever kind it is.
@@ -210,21 +209,21 @@ def rehearse(model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, f
         for _ in range(2):  # the first one warms up, and leaves its gradients
             started = time.perf_counter()
             with autocast():
-                hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)
-                nll = target_nll(hidden, model.head, batch.targets)
-            nll.backward()
-            nll.item()  # waits for the device
+                loss = objective.loss(model, batch)
+            loss.backward()
+            loss.item()  # waits for the device
             seconds.append(time.perf_counter() - started)
     for parameter in trained:
         parameter.grad = None
     return Check("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit"), min(seconds)
 
 
-def rehearse_evaluation(model: Decoder, samples: TokenDataset, size: int, pad_id: int, autocast: Autocast) -> Check:
+def rehearse_evaluation(job: TrainContext) -> Check:
     """The loss of the longest evaluation batch."""
+    samples, size = job.validation, job.config.evaluation.batch_size
     longest = samples[np.argsort(-samples.lengths, kind="stable")[:size]]
-    with autocast():
-        validation_loss(model, longest, size, pad_id)
+    with job.autocast():
+        job.objective.evaluate(job.model, eval_batches(longest, size, job.chat.pad_id))
     return Check("eval", True, f"{len(longest)} rows of up to {longest.lengths.max()} tokens fit")
 
 
@@ -258,7 +257,9 @@ def check_disk(directory: Path, size: int, keep: int) -> Check:
 # ---- For people to look at
 
 
-def show_window(batches: Batches, index: int, corpus: Corpus, chat: ChatTokenizer, color: bool) -> Iterator[str]:
+def show_window(
+    batches: Batches, index: int, corpus: PreparedDataset, chat: ChatTokenizer, color: bool
+) -> Iterator[str]:
     """A window of the current epoch as the model sees it: borders of documents, targets, special tokens, counts."""
     for number, (rows, batch) in enumerate(zip(batches.rows(index), batches.window(index), strict=True), start=1):
         height, width = batch.ids.shape
@@ -272,11 +273,11 @@ def show_window(batches: Batches, index: int, corpus: Corpus, chat: ChatTokenize
                 sample = batches.samples[place]
                 where = f"row {row}" + (f", document {document} of {len(members)}" if len(members) > 1 else "")
                 counts = f"{len(sample.ids):,} tokens, {int(sample.is_target[1:].sum()):,} targets"
-                yield f"  ── {where}: {corpus.place(sample.record)}, {counts}"
-                yield chat.mark(sample, color)
+                yield f"  ── {where}: {corpus.location(sample.record)}, {counts}"
+                yield chat.highlight_targets(sample, color)
 
 
-def preview(corpus: Corpus, chat: ChatTokenizer, seed: int) -> str:
+def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:
     """The shortest, the longest, a truncated and three random samples: ids, text and mask."""
     samples = corpus.training
     cut = np.flatnonzero(np.isin(samples.chosen, corpus.truncated))
@@ -290,11 +291,11 @@ def preview(corpus: Corpus, chat: ChatTokenizer, seed: int) -> str:
     return "\n".join(itertools.chain.from_iterable(_describe(name, samples[at], corpus, chat) for name, at in chosen))
 
 
-def _describe(name: str, sample: Sample, corpus: Corpus, chat: ChatTokenizer) -> list[str]:
+def _describe(name: str, sample: Sample, corpus: PreparedDataset, chat: ChatTokenizer) -> list[str]:
     targets = int(sample.is_target.sum())
     return [
-        f"==== {name}: {corpus.place(sample.record)}, {len(sample.ids)} tokens, {targets} targets",
-        chat.mark(sample, color=False),
+        f"==== {name}: {corpus.location(sample.record)}, {len(sample.ids)} tokens, {targets} targets",
+        chat.highlight_targets(sample, color=False),
         "ids   " + " ".join(map(str, sample.ids.tolist())),
         "mask  " + " ".join(str(int(value)) for value in sample.is_target),
         "",
@@ -315,9 +316,9 @@ def preflight_checks(job: TrainContext, state: TrainState, forced: list[str]) ->
     measured, predicted = peak_memory_gb(job.device), job.plan.peak / 1e9
     job.run.print(f"memory    {describe_recompute(job.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(job.validation):
-        size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
+        size = job.config.evaluation.batch_size
         with Shortage(job.device) as short_of_memory:
-            job.run.print(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
+            job.run.print(rehearse_evaluation(job).line())
         if short_of_memory:
             job.run.print(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be taken")
     weights = distributed.gather_full(trained_weights(job))
@@ -350,14 +351,14 @@ def rehearse_step(job: TrainContext, state: TrainState) -> float:
     while True:
         longest = job.batches.longest()
         with Shortage(job.device), distributed.same_exception(job.device):
-            fits, seconds = rehearse(job.model, longest, job.autocast)
+            fits, seconds = rehearse(job.objective, job.model, longest, job.autocast)
             job.run.print(fits.line())
             return seconds / longest.tokens
         halve_micro_batch(job, state)
 
 
 def show_step(
-    run: Run, batches: Batches, corpus: Corpus, chat: ChatTokenizer, step: int | None, total_steps: int
+    run: Run, batches: Batches, corpus: PreparedDataset, chat: ChatTokenizer, step: int | None, total_steps: int
 ) -> None:
     """The window of an optimizer step (the first, if none is given) as the model sees it."""
     if step is not None and not 1 <= step <= total_steps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -26,9 +27,11 @@ from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointManager
 from nanoft.config import Config
 from nanoft.config.resume import check_same_run, resume_fingerprint
 from nanoft.config.settings import config_warnings
+from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import REJECTED, Corpus, data_hash, describe_data, open_corpus
+from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash, describe_data
 from nanoft.io import atomic
+from nanoft.io.hashing import hash_named_files
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora
@@ -36,8 +39,9 @@ from nanoft.model import Decoder
 from nanoft.models.dequantize import cache_weights
 from nanoft.models.families import read_shape
 from nanoft.models.hub import find_model
-from nanoft.models.weights import check_quantization, hash_files, load_model, quantization_of, shard_paths
+from nanoft.models.weights import check_quantization, load_model, quantization_of, shard_paths
 from nanoft.nf4 import Linear4bit, Linear8bit
+from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
@@ -73,7 +77,7 @@ def init_run_dir(config: Config, run: Run, resume: str) -> Provenance:
         "device": device.type,
         "dtype": str(choose_dtype(config.model.dtype, device)).removeprefix("torch."),
         "data_sha256": data_hash(config.data),
-        "base_sha256": hash_files([*tokenizer, *weights]),
+        "base_sha256": hash_named_files([*tokenizer, *weights]),
         "date": date,
     }
     if recorded is not None:
@@ -87,14 +91,14 @@ def init_run_dir(config: Config, run: Run, resume: str) -> Provenance:
     return provenance
 
 
-def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, Corpus, Batches]:
+def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, PreparedDataset, Batches]:
     """The tokenizer, the samples and their order; says what became of every record."""
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     chat = ChatTokenizer.from_directory(find_model(config.model.name), d.template_args)
     chat.date = date
     started = time.perf_counter()
     bar = config.logging.progress_bar and not distributed.process_rank()
-    corpus = distributed.main_process_first(lambda: open_corpus(d, length, seed, chat, run.print, bar))
+    corpus = distributed.main_process_first(lambda: build_datasets(d, chat, length, seed, run.print, bar))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     batches = Batches(
         corpus.training,
@@ -107,7 +111,7 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
         pad_to_multiple_of=d.pad_to_multiple_of,
     )
     windows = batches.windows_in_epoch()
-    steps = t.max_steps or t.num_epochs * windows
+    steps = t.max_steps or math.ceil(t.num_epochs * windows)
     plan = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **plan})
     if not distributed.process_rank():
@@ -115,12 +119,12 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
     for line in describe_data(corpus.report):
         run.print(line)
     used, seconds = batches.utilization(), time.perf_counter() - started
-    run.print(f"batches   {windows:,} steps an epoch, {used:.1%} of them no padding ({seconds:.1f} s)")
+    run.print(f"batches   {windows:,} steps per epoch, {100 * (1 - used):.1f} % padding ({seconds:.1f} s)")
     return chat, corpus, batches
 
 
 def build_training(
-    config: Config, run: Run, provenance: Provenance, chat: ChatTokenizer, corpus: Corpus, batches: Batches
+    config: Config, run: Run, provenance: Provenance, chat: ChatTokenizer, corpus: PreparedDataset, batches: Batches
 ) -> TrainContext:
     """Model, adapters and optimizer; the data is there already, because it fails fastest."""
     t, device = config.training, choose_device(config.system.device)
@@ -154,6 +158,7 @@ def build_training(
         chat,
         model,
         adapters,
+        build_objective(config),
         optimizer,
         corpus,
         batches,
@@ -217,7 +222,7 @@ def print_summary(job: TrainContext, state: TrainState, total_steps: int, second
     for warning in config_warnings(c):
         say(f"warning: {warning}")
     if c.logging.show_example:
-        say(f"example   {job.chat.mark(job.batches.samples[0], color=sys.stdout.isatty())}")
+        say(f"example   {job.chat.highlight_targets(job.batches.samples[0], color=sys.stdout.isatty())}")
     if state.step:
         say(f"resuming  after step {state.step} of {total_steps}")
     left, epochs = total_steps - state.step, job.corpus.report["epochs"]

@@ -16,11 +16,12 @@ from nanoft.batches import Batches, TokenDataset
 from nanoft.checkpoint import AsyncCheckpointWriter, Checkpoint, CheckpointManager
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import Corpus
+from nanoft.data.dataset import PreparedDataset
 from nanoft.kernels import sharding
 from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
+from nanoft.objectives import Objective
 from nanoft.optim import load_optimizer_tensors, optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import set_rng_state
@@ -54,8 +55,9 @@ class TrainContext:
     chat: ChatTokenizer
     model: Decoder
     adapters: dict[str, LoRALinear]  # empty when every parameter is trained
+    objective: Objective
     optimizer: torch.optim.Optimizer
-    corpus: Corpus
+    corpus: PreparedDataset
     batches: Batches
     validation: TokenDataset
     checkpoints: CheckpointManager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import shutil
@@ -18,7 +17,7 @@ import pytest
 
 from nanoft import UserError
 from nanoft.data import cache
-from nanoft.data.cache import cached, hash_files, hash_unless_known
+from nanoft.data.cache import load_or_build
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ class Builder:
         (directory / "b.txt").write_text("hello")
 
     def get(self, key: str = "k") -> Path:
-        return cached(key, self, self.said.append)
+        return load_or_build(key, self, self.said.append)[0]
 
 
 def content(entry: Path) -> dict[str, bytes]:
@@ -54,6 +53,7 @@ def test_built_once_for_each_key(home: Path) -> None:
     assert build.built == 2
     assert (first / "b.txt").read_text() == "hello"
     assert build.said == []
+    assert [load_or_build(key, build, print)[1] for key in ("k", "third", "third")] == [True, False, True]
 
 
 def flip(entry: Path, chance: random.Random) -> None:
@@ -88,7 +88,7 @@ def test_a_damaged_entry_is_built_again(home: Path, name: str) -> None:
         if content(build.get()) != whole:
             pytest.fail("a damaged entry was used")
         assert build.built == count
-    assert all("damaged: it is built again" in line for line in build.said)
+    assert all("damaged: rebuilding it" in line for line in build.said)
     assert len(build.said) == 6
 
 
@@ -98,12 +98,12 @@ def test_a_build_that_fails_or_dies_leaves_nothing(home: Path) -> None:
         raise UserError("no")
 
     with pytest.raises(UserError, match=r"^no$"):
-        cached("k", fail, print)
+        load_or_build("k", fail, print)
     assert list(home.iterdir()) == []
     code = (
-        "import os, signal; from nanoft.data.cache import cached\n"
+        "import os, signal; from nanoft.data.cache import load_or_build\n"
         "def die(directory):\n    (directory / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "cached('k', die, print)"
+        "load_or_build('k', die, print)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     (left,) = home.iterdir()
@@ -140,7 +140,7 @@ def test_two_builders_of_the_same(home: Path) -> None:
         inner(directory)
         opened.append(open(inner.get() / "b.txt"))  # noqa: SIM115 (held open while the other one ends)
 
-    entry = cached("k", slow, inner.said.append)
+    entry, _ = load_or_build("k", slow, inner.said.append)
     assert content(entry)["b.txt"] == b"hello"
     assert (entry / "b.txt").stat().st_ino == os.fstat(opened[0].fileno()).st_ino
     opened[0].close()
@@ -148,7 +148,7 @@ def test_two_builders_of_the_same(home: Path) -> None:
 
 
 def test_what_was_not_used_for_longest_goes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "KEEP", 3)
+    monkeypatch.setattr(cache, "MAX_ENTRIES", 3)
     build = Builder()
     entries = {}
     for age, key in enumerate("abcd"):
@@ -169,7 +169,7 @@ def test_no_place_to_write_but_for_this_process(tmp_path: Path, monkeypatch: pyt
     assert content(entry) == {"a.bin": bytes(range(256)) * 20, "b.txt": b"hello"}
     assert entry.parent == tmp_path
     (warning,) = build.said
-    assert "file/nanoft: the cache cannot be written (Not a directory): the data is prepared for once" in warning
+    assert "file/nanoft: the cache is not writable (Not a directory): the data is not cached" in warning
     shutil.rmtree(entry)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written .*set XDG_CACHE_HOME"):
@@ -179,7 +179,8 @@ def test_no_place_to_write_but_for_this_process(tmp_path: Path, monkeypatch: pyt
 def test_what_is_prepared_for_once_goes_with_the_process(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code = (
-        "from nanoft.data.cache import cached; print(cached('k', lambda d: (d / 'x').write_text('x'), lambda _: None))"
+        "from nanoft.data.cache import load_or_build\n"
+        "print(load_or_build('k', lambda d: (d / 'x').write_text('x'), lambda _: None)[0])"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -194,8 +195,6 @@ def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "a").write_text("one")
-    assert hash_unless_known([tmp_path / "a"]) == hash_unless_known([tmp_path / "a"])
     build = Builder()
     assert content(build.get()) == content(build.get())
     assert build.built == 2
@@ -212,51 +211,3 @@ def test_a_cache_that_somebody_else_keeps_is_used(home: Path, monkeypatch: pytes
         monkeypatch.setattr(os, name, read_only)
     assert build.get() == entry
     assert (build.built, build.said) == (1, [])
-
-
-def test_hash_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the same by hand; sizes keep files apart."""
-    monkeypatch.setattr(cache, "HASH_AT_ONCE", 4)
-    (tmp_path / "a").write_bytes(b"abcdefghi")
-    (tmp_path / "b").write_bytes(b"")
-    pieces = b"".join(hashlib.sha256(piece).digest() for piece in (b"abcd", b"efgh", b"i"))
-    expected = hashlib.sha256(b"[9, 0]" + pieces).hexdigest()
-    assert hash_files([tmp_path / "a", tmp_path / "b"]) == expected
-    (tmp_path / "a").write_bytes(b"abcd")
-    (tmp_path / "b").write_bytes(b"efghi")
-    assert hash_files([tmp_path / "a", tmp_path / "b"]) != expected
-    with pytest.raises(UserError, match="nothing: cannot be read"):
-        hash_files([tmp_path / "nothing"])
-
-
-def test_a_file_at_rest_is_hashed_once_and_one_that_was_touched_again(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache, "SETTLED", 0)
-    read: list[str] = []
-    real = cache.hash_files
-    monkeypatch.setattr(cache, "hash_files", lambda files: read.extend(f.name for f in files) or real(files))
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_text("one")
-    b.write_text("two")
-    first = hash_unless_known([a, b])
-    assert hash_unless_known([a, b]) == first != hash_unless_known([b, a])
-    assert read == ["a", "b"]
-    stat = a.stat()
-    a.write_text("ONE")
-    os.utime(a, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size, the same time: the inode's time tells
-    assert hash_unless_known([a, b]) != first
-    a.write_text("one")
-    assert hash_unless_known([a, b]) == first
-    assert read == ["a", "b", "a", "a"]
-    for damage in ("{", "[]", '{"x": 1}', "\\"):
-        (home / cache.MEMO).write_text(damage)
-        assert hash_unless_known([a, b]) == first
-    with pytest.raises(UserError, match="nothing: cannot be read"):
-        hash_unless_known([tmp_path / "nothing"])
-
-
-def test_a_file_that_has_just_changed_is_not_believed_to_be_at_rest(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("one")
-    hash_unless_known([tmp_path / "a"])
-    assert (home / cache.MEMO).read_text() == "{}"

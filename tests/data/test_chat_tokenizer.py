@@ -251,8 +251,8 @@ def test_plain_text_without_bos_has_nothing_to_predict_its_first_token(tmp_path:
 
 def test_mark_shows_targets(tiny: ChatTokenizer) -> None:
     (sample,) = samples_of(tiny, one_turn("Go?", "Yes."))
-    assert tiny.mark(sample, color=False) == "<s>[INST]Go?[/INST]⟦Yes.</s>⟧"
-    assert tiny.mark(sample, color=True) == "\033[2m<s>[INST]Go?[/INST]\033[0m\033[32mYes.</s>\033[0m"
+    assert tiny.highlight_targets(sample, color=False) == "<s>[INST]Go?[/INST]⟦Yes.</s>⟧"
+    assert tiny.highlight_targets(sample, color=True) == "\033[2m<s>[INST]Go?[/INST]\033[0m\033[32mYes.</s>\033[0m"
 
 
 # ---- The first token
@@ -405,7 +405,7 @@ def test_a_pre_tokenizer_that_drops_characters(tmp_path: Path) -> None:
 def test_a_turn_that_a_rewritten_history_does_not_show_cannot_be_left_out(tmp_path: Path) -> None:
     chat = read(tmp_path, STYLES["qwen"])
     messages = [{**m, "weight": int(i != 1)} for i, m in enumerate(conversation(TALK))]
-    with pytest.raises(TemplateRefusal, match=r"data\.train_on=all cannot leave one out"):
+    with pytest.raises(TemplateRefusal, match=r"rewrites earlier turns: use data\.train_on=assistant"):
         chat.render_samples(messages, 0, train_on="all")
 
 
@@ -575,7 +575,7 @@ def test_tool_calls_are_learned_and_tools_are_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("tools", "what"), [([TOOL], "tools"), (None, "tool_calls")])
 def test_templates_that_leave_tools_out_are_refused(tmp_path: Path, tools: Any, what: str) -> None:
     chat = read(tmp_path, STYLES["chatml"])
-    with pytest.raises(TemplateRefusal, match=f"leaves {what} out"):
+    with pytest.raises(TemplateRefusal, match=f"omits {what}:"):
         chat.render_samples(TOOLED if tools is None else one_turn("a"), 0, tools)
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,9 +23,10 @@ from templates import STYLES, TINY, Style, save
 from nanoft import UserError
 from nanoft.batches import Batches, Sample
 from nanoft.config import DataConfig
-from nanoft.data import dataset
+from nanoft.data import builder, dataset
+from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import REJECTED, Corpus, describe_data, open_corpus
+from nanoft.data.dataset import PreparedDataset, build_datasets, describe_data
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "tiny" / "conversations.jsonl"
@@ -51,16 +56,16 @@ def write(path: Path, records: list[Any]) -> str:
     return str(path)
 
 
-def build(chat: ChatTokenizer, file: str | Path, limit: int = 512, seed: int = 0, **changes: Any) -> Corpus:
+def build(chat: ChatTokenizer, file: str | Path, limit: int = 512, seed: int = 0, **changes: Any) -> PreparedDataset:
     fields = {"validation_split": 0.0, **changes}
-    return open_corpus(DataConfig(train_file=str(file), **fields), limit, seed, chat, print)
+    return build_datasets(DataConfig(train_file=str(file), **fields), chat, limit, seed, print)
 
 
-def lines_of(found: Corpus, samples: Any) -> list[int]:
-    return [int(found.place(record).rpartition(":")[2]) for record in samples.records.tolist()]
+def lines_of(found: PreparedDataset, samples: Any) -> list[int]:
+    return [int(found.location(record).rpartition(":")[2]) for record in samples.records.tolist()]
 
 
-def rejected(found: Corpus) -> list[tuple[str, int]]:
+def rejected(found: PreparedDataset) -> list[tuple[str, int]]:
     entries = [json.loads(line) for line in (found.directory / REJECTED).read_text(encoding="utf-8").splitlines()]
     assert all(entry.keys() == {"kind", "reason", "file", "line"} for entry in entries)
     return [(entry["kind"], entry["line"]) for entry in entries]
@@ -90,7 +95,7 @@ def test_conversations_come_back_from_their_files(chat: ChatTokenizer, tmp_path:
     found = build(chat, f"{first},{second}", validation_split=0.5)
     for side in (found.training, found.validation):
         conversations = found.conversations(side, 100)
-        assert [c.file for c in conversations] == [found.place(r).rpartition(":")[0] for r in side.records.tolist()]
+        assert [c.file for c in conversations] == [found.location(r).rpartition(":")[0] for r in side.records.tolist()]
         assert [c.line for c in conversations] == lines_of(found, side)
         texts = [chat.decode(sample.ids.tolist(), keep_special=True) for sample in side]
         assert texts == [chat.render(c.messages) for c in conversations]
@@ -109,7 +114,7 @@ def test_several_samples_of_one_record(tmp_path: Path) -> None:
 def test_what_is_trained_on(chat: ChatTokenizer, tmp_path: Path, train_on: str) -> None:
     turns = talk("a", "b", "c", "d")
     found = build(chat, write(tmp_path / "d.jsonl", [{"messages": turns}]), train_on=train_on)
-    shown = chat.mark(found.training[0], color=False)
+    shown = chat.highlight_targets(found.training[0], color=False)
     expected = {
         "assistant": "<s>[INST]a[/INST]⟦b</s>⟧[INST]c[/INST]⟦d</s>⟧",
         "last_assistant": "<s>[INST]a[/INST]b</s>[INST]c[/INST]⟦d</s>⟧",
@@ -148,8 +153,8 @@ def test_everything_that_is_left_out_is_counted_and_written_down(chat: ChatToken
     assert lines_of(found, found.training) == [line for line in range(1, 61) if line not in expected]
     said = "\n".join(describe_data(found.report))
     for kind in expected.values():
-        assert f"left out: {kind}" in said
-    assert "read 60 records as prompt_completion (prompt, completion) from " in said
+        assert f"removed: {kind}" in said
+    assert "read 60 records (prompt_completion: prompt, completion) from " in said
     assert f"warning: {tmp_path / 'd.jsonl'}:4: not valid JSON" in said
 
 
@@ -174,7 +179,7 @@ def test_columns_are_mapped(chat: ChatTokenizer, tmp_path: Path) -> None:
     columns = {"instruction": "q", "response": "a", "system": "s"}
     found = build(chat, tmp_path / "d.csv", columns=columns)
     assert [m["content"] for m in found.conversations(found.training, 1)[0].messages] == ["Be kind", "Hello", "Hi"]
-    assert "alpaca (system, instruction, output)" in describe_data(found.report)[0]
+    assert "(alpaca: system, instruction, output)" in describe_data(found.report)[0]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
@@ -248,8 +253,8 @@ def test_replies_that_are_cut_off_are_a_warning(chat: ChatTokenizer, tmp_path: P
 # ---- Sides
 
 
-def questions(found: Corpus, side: Any) -> list[str]:
-    return [c.question() for c in found.conversations(side, len(side))]
+def questions(found: PreparedDataset, side: Any) -> list[str]:
+    return [c.first_user_text() for c in found.conversations(side, len(side))]
 
 
 def test_a_share_or_a_number_is_held_out_whatever_the_order(chat: ChatTokenizer, tmp_path: Path) -> None:
@@ -277,7 +282,7 @@ def test_strata_groups_and_time(chat: ChatTokenizer, tmp_path: Path) -> None:
     file = write(tmp_path / "d.jsonl", records)
     by_question = {record["prompt"]: record for record in records}
 
-    def fields(found: Corpus, side: Any, name: str) -> Counter[str]:
+    def fields(found: PreparedDataset, side: Any, name: str) -> Counter[str]:
         return Counter(by_question[question][name] for question in questions(found, side))
 
     found = build(chat, file, validation_split=0.2, split_stratify="source")
@@ -386,7 +391,7 @@ def test_near_duplicates_and_near_leaks(chat: ChatTokenizer, tmp_path: Path) -> 
         assert found.report["removed"] == removed
         assert len(found.training) == 35 - sum(removed.values())
         assert found.report["near_leaks"] == (leaks != "ignore")
-        warned = any("1 training records ask nearly what" in line for line in describe_data(found.report))
+        warned = any("1 training prompts are near duplicates" in line for line in describe_data(found.report))
         assert warned is (leaks == "warn")
         assert not list(found.directory.glob("*.sig"))
     assert {line for _, line in rejected(found)} == {10, 31, 32, 33, 34, 35}
@@ -409,7 +414,7 @@ def test_weights_say_how_often_a_file_is_seen(
     first = write(tmp_path / "a.jsonl", [pair(f"a{n}") for n in range(10)])
     second = write(tmp_path / "b.jsonl", [pair(f"b{n}") for n in range(40)])
     found = build(chat, f"{first},{second}", weights=weights)
-    files = Counter(found.place(record).rpartition(":")[0] for record in found.training.records.tolist())
+    files = Counter(found.location(record).rpartition(":")[0] for record in found.training.records.tolist())
     assert (files[first], files[second]) == counts
     seen = Counter(found.training.records.tolist())
     assert max(seen[r] for r in seen if r < 10) - min(seen.get(r, 0) for r in range(10)) <= 1
@@ -427,7 +432,7 @@ def test_nothing_is_left_for_training(chat: ChatTokenizer, tmp_path: Path) -> No
 # ---- The cache
 
 
-def same(a: Corpus, b: Corpus) -> bool:
+def same(a: PreparedDataset, b: PreparedDataset) -> bool:
     sides = ("training", "validation")
     return a.report == b.report and all(
         [s.ids.tolist() for s in getattr(a, side)] == [s.ids.tolist() for s in getattr(b, side)] for side in sides
@@ -438,9 +443,68 @@ def test_the_second_time_nothing_is_read(chat: ChatTokenizer, tmp_path: Path, mo
     file = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(30)])
     first = build(chat, file, validation_split=0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "read_file", lambda *_: pytest.fail("read again"))
+        patch.setattr(builder, "read_file", lambda *_: pytest.fail("read again"))
         assert same(build(chat, file, validation_split=0.2), first)
         assert build(chat, file, validation_split=0.2, packing=True).directory == first.directory
+
+
+# ---- Code: nanoft's own, and the user's
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from nanoft.config import DataConfig
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import build_datasets, data_hash
+data = DataConfig(train_file=sys.argv[1], validation_split=0.0, format=sys.argv[3])
+prepared = build_datasets(data, ChatTokenizer.from_directory(Path(sys.argv[2])), 512, 0, print)
+print("targets", prepared.report["training"]["target_tokens"])
+print("hash", data_hash(data))
+"""
+
+
+def run_script(directory: Path, file: str, data_format: str = "auto") -> str:
+    """Output of SCRIPT with the package and the user's functions of a directory."""
+    command = [sys.executable, "-c", SCRIPT, file, str(TINY), data_format]
+    environment = {**os.environ, "PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr[-500:]
+
+
+def test_edited_data_code_is_not_answered_from_the_cache(tmp_path: Path) -> None:
+    """A copy of the package is edited, as somebody who changes nanoft would do."""
+    file = write(tmp_path / "d.jsonl", [{"document": f"text {n}", "summary": "short"} for n in range(10)])
+    shutil.copytree(ROOT / "nanoft", tmp_path / "copy" / "nanoft", ignore=shutil.ignore_patterns("__pycache__"))
+    formats = tmp_path / "copy" / "nanoft" / "data" / "formats.py"
+    first, again = (run_script(tmp_path / "copy", file) for _ in range(2))
+    assert "from the cache" not in first
+    assert "from the cache" in again
+    assert first.splitlines()[-2:] == again.splitlines()[-2:]
+    source = formats.read_text()
+    assert source.count('text_of(record, "summary")') == 1
+    formats.write_text(source.replace('text_of(record, "summary")', 'text_of(record, "summary") + " and more"'))
+    edited, cached = (run_script(tmp_path / "copy", file) for _ in range(2))
+    assert "from the cache" not in edited
+    assert "from the cache" in cached
+    targets = [int(re.findall(r"targets (\d+)", text)[0]) for text in (first, edited, cached)]
+    assert targets[0] < targets[1] == targets[2]
+
+
+def test_an_edited_format_function_is_not_answered_from_the_cache(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", [{"q": f"q{n}", "a": "yes"} for n in range(10)])
+    (tmp_path / "user").mkdir()
+    module = tmp_path / "user" / "my_format.py"
+    module.write_text('def convert(record):\n    return {"prompt": record["q"], "completion": record["a"]}\n')
+    os.symlink(ROOT / "nanoft", tmp_path / "user" / "nanoft")
+    first, again = (run_script(tmp_path / "user", file, "my_format:convert") for _ in range(2))
+    assert "from the cache" not in first
+    assert "from the cache" in again
+    module.write_text(module.read_text().replace('record["a"]', 'record["a"] * 2'))
+    edited = run_script(tmp_path / "user", file, "my_format:convert")
+    assert "from the cache" not in edited
+    hashes = [re.findall(r"hash (\w+)", text)[0] for text in (first, again, edited)]
+    assert hashes[0] == hashes[1] != hashes[2]  # so that a run is not resumed with another function
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -503,7 +567,7 @@ def test_any_records_end_in_counts_that_add_up(chat: ChatTokenizer, tmp_path: Pa
     try:
         found = build(chat, file, 24, max_bad_records=1.0, truncation=policy, validation_split=share)
     except UserError as error:
-        if not re.search(r"none of \d+ records is left|no record is left|no known shape|not valid JSON", str(error)):
+        if not re.search(r"none of \d+ records is left|no record is left|unknown shape|not valid JSON", str(error)):
             raise
         return
     sides = [found.training, found.validation]
@@ -534,13 +598,13 @@ def test_fields_and_questions_are_those_of_the_records(chat: ChatTokenizer, tmp_
     second = write(tmp_path / "b.jsonl", [{"messages": system + talk("x", "y", "z", "w"), "topic": "m"}])
     found = build(chat, f"{first},{second}", validation_split=0.3)
     for side in (found.training, found.validation):
-        questions = [c.question() for c in found.conversations(side, 99)]
-        assert sorted(found.questions(side)) == sorted(questions)
+        questions = [c.first_user_text() for c in found.conversations(side, 99)]
+        assert sorted(found.first_user_texts(side)) == sorted(questions)
         expected = []
         for record in side.records.tolist():
-            file, _, line = found.place(record).rpartition(":")
+            file, _, line = found.location(record).rpartition(":")
             raw = json.loads(Path(file).read_text().splitlines()[int(line) - 1])
             expected.append(str(raw.get("topic", "(none)")))
-        assert found.values(side, "topic") == expected
+        assert found.field_values(side, "topic") == expected
     with pytest.raises(UserError, match="tpic: no record has this field: there are prompt, completion"):
-        found.values(found.training, "tpic")
+        found.field_values(found.training, "tpic")

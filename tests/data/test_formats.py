@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from nanoft import UserError
-from nanoft.data.formats import SHAPES, UNDESIRABLE, Conversation, Reading, Rejected, read_file
+from nanoft.data.formats import SHAPES, Conversation
+from nanoft.data.records import UNDESIRABLE, ReadOptions, Rejected, read_file
 
 SYSTEM, USER, ASSISTANT = ({"role": r, "content": c} for r, c in (("system", "S"), ("user", "Q"), ("assistant", "A")))
 TOOL = {"role": "tool", "content": "T"}
@@ -37,7 +38,7 @@ def read(path: Path, records: list[Any], **reading: Any) -> tuple[str, list[Conv
     else:
         parts = [json.dumps(record) for record in records]
         path.write_text(f"[{','.join(parts)}]" if path.suffix == ".json" else "\n".join(parts), encoding="utf-8")
-    shape, *items = read_file(path, Reading(**reading))
+    shape, *items = read_file(path, ReadOptions(**reading))
     assert isinstance(shape, str)
     good = [item for item in items if isinstance(item, Conversation)]
     bad = [item for item in items if isinstance(item, Rejected)]
@@ -67,20 +68,20 @@ def calling(calls: Any) -> dict[str, Any]:
 
 # Name -> (shape as it is said, record, messages that it means).
 READ: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
-    "messages": ("messages (messages)", {"messages": [SYSTEM, USER, ASSISTANT], "x": 1}, [SYSTEM, USER, ASSISTANT]),
-    "messages as JSON": ("messages (messages)", {"messages": json.dumps([USER, ASSISTANT])}, [USER, ASSISTANT]),
-    "left unanswered": ("messages (messages)", {"messages": [USER, ASSISTANT, USER]}, [USER, ASSISTANT]),
-    "tool unanswered": ("messages (messages)", {"messages": [USER, ASSISTANT, USER, CALLS, TOOL]},
+    "messages": ("messages", {"messages": [SYSTEM, USER, ASSISTANT], "x": 1}, [SYSTEM, USER, ASSISTANT]),
+    "messages as JSON": ("messages", {"messages": json.dumps([USER, ASSISTANT])}, [USER, ASSISTANT]),
+    "left unanswered": ("messages", {"messages": [USER, ASSISTANT, USER]}, [USER, ASSISTANT]),
+    "tool unanswered": ("messages", {"messages": [USER, ASSISTANT, USER, CALLS, TOOL]},
                         [USER, ASSISTANT, USER, CALLS]),
-    "developer": ("messages (messages)", turns(("developer", "S"), ("user", "Q"), ("assistant", "A")),
+    "developer": ("messages", turns(("developer", "S"), ("user", "Q"), ("assistant", "A")),
                   [SYSTEM, USER, ASSISTANT]),
     "function role": (
-        "messages (messages)",
+        "messages",
         {"messages": [USER, CALLS, {"role": "function", "name": "add", "content": "T"}, ASSISTANT]},
         [USER, CALLS, {**TOOL, "name": "add"}, ASSISTANT],
     ),
     "tool calls": (
-        "messages (messages)",
+        "messages",
         {"messages": [
             {**USER, "name": "Eva", "tool_calls": None},
             {"role": "assistant", "tool_calls": [call("add", '{"a": 1}', id="c1")]},
@@ -91,85 +92,85 @@ READ: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
         [{**USER, "name": "Eva"}, CALLS, {**TOOL, "tool_call_id": "c1"}, {**TOOL, "tool_call_id": "c2"}, ASSISTANT],
     ),
     "tool calls of other forms": (
-        "messages (messages)",
+        "messages",
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": json.dumps([
             {"name": "add", "arguments": {"a": [1, None, "é"]}}, {"function": {"name": "now"}, "id": None}])}]},
         [USER, {**CALLS, "tool_calls": [call("add", {"a": [1, None, "é"]}), call("now", {})]}],
     ),
     "weight and train": (
-        "messages (messages)",
+        "messages",
         {"messages": [USER, {**ASSISTANT, "weight": 0}, {**USER, "z": 1}, {**ASSISTANT, "train": False}]},
         [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "train": False}],
     ),
     "parts": (
-        "messages (messages)",
+        "messages",
         turns(("user", [{"type": "text", "text": "Q"}, {"text": "?"}]), ("assistant", [{"type": "text", "text": "A"}])),
         [{**USER, "content": "Q?"}, ASSISTANT],
     ),
-    "reasoning": ("messages (messages)", {"messages": [USER, {**ASSISTANT, "reasoning_content": "Hm"}]},
+    "reasoning": ("messages", {"messages": [USER, {**ASSISTANT, "reasoning_content": "Hm"}]},
                   [USER, {**ASSISTANT, "reasoning_content": "Hm"}]),
-    "sharegpt": ("sharegpt (conversations)", speak(("system", "S"), ("human", "Q"), ("gpt", "A")),
+    "sharegpt": ("sharegpt: conversations", speak(("system", "S"), ("human", "Q"), ("gpt", "A")),
                  [SYSTEM, USER, ASSISTANT]),
-    "sharegpt names": ("sharegpt (conversations)", speak(*itertools.chain(*((("user", "Q"), (n, "A")) for n in (
+    "sharegpt names": ("sharegpt: conversations", speak(*itertools.chain(*((("user", "Q"), (n, "A")) for n in (
         "assistant", "chatgpt", "bing", "bard")))), [USER, ASSISTANT] * 4),
-    "sharegpt system": ("sharegpt (system, conversations)", speak(("human", "Q"), ("gpt", "A"), system="S"),
+    "sharegpt system": ("sharegpt: system, conversations", speak(("human", "Q"), ("gpt", "A"), system="S"),
                         [SYSTEM, USER, ASSISTANT]),
-    "sharegpt with roles": ("sharegpt (system, conversations)", {"conversations": [USER, ASSISTANT], "system": "S"},
+    "sharegpt with roles": ("sharegpt: system, conversations", {"conversations": [USER, ASSISTANT], "system": "S"},
                             [SYSTEM, USER, ASSISTANT]),
     "sharegpt tools": (
-        "sharegpt (conversations)",
+        "sharegpt: conversations",
         speak(("human", "Q"), ("function_call", '{"name": "add", "arguments": {"a": 1}}'), ("observation", "T"),
               ("function_response", "T"), ("tool", "T"), ("gpt", "A")),
         [USER, {**CALLS, "tool_calls": [call("add", {"a": 1})]}, TOOL, TOOL, TOOL, ASSISTANT],
     ),
     "sharegpt several calls": (
-        "sharegpt (conversations)",
+        "sharegpt: conversations",
         speak(("human", "Q"), ("function_call", '[{"name": "f", "arguments": "{}"}, {"name": "g"}]')),
         [USER, {**CALLS, "tool_calls": [call("f", {}), call("g", {})]}],
     ),
-    "sharegpt weight": ("sharegpt (conversations)", {"conversations": [
+    "sharegpt weight": ("sharegpt: conversations", {"conversations": [
         {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", "weight": 1, "train": True}]},
         [USER, {**ASSISTANT, "weight": 1, "train": True}]),
-    "alpaca": ("alpaca (instruction, input, output)", {"instruction": "Q", "input": "", "output": "A"},
+    "alpaca": ("alpaca: instruction, input, output", {"instruction": "Q", "input": "", "output": "A"},
                [USER, ASSISTANT]),
-    "alpaca without input": ("alpaca (instruction, output)", {"instruction": "Q", "output": "A"}, [USER, ASSISTANT]),
+    "alpaca without input": ("alpaca: instruction, output", {"instruction": "Q", "output": "A"}, [USER, ASSISTANT]),
     "alpaca with all": (
-        "alpaca (system, history, instruction, input, output)",
+        "alpaca: system, history, instruction, input, output",
         {"output": "A", "input": "X", "instruction": "Q", "history": [["Q1", "A1"], ["Q2", "A2"]], "system": "S",
          "text": "all of it"},
         turns(("system", "S"), ("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2"),
               ("user", "Q\n\nX"), ("assistant", "A"))["messages"],
     ),
-    "alpaca with nulls": ("alpaca (system, history, instruction, input, output)",
+    "alpaca with nulls": ("alpaca: system, history, instruction, input, output",
                           {"instruction": "Q", "input": None, "output": "A", "history": None, "system": None},
                           [USER, ASSISTANT]),
-    "prompt": ("prompt_completion (system, prompt, completion)", {"prompt": "Q", "completion": "A", "system": "S"},
+    "prompt": ("prompt_completion: system, prompt, completion", {"prompt": "Q", "completion": "A", "system": "S"},
                [SYSTEM, USER, ASSISTANT]),
-    "prompt of turns": ("prompt_completion (prompt, completion)",
+    "prompt of turns": ("prompt_completion: prompt, completion",
                         {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, [SYSTEM, USER, ASSISTANT]),
-    "prompt of turns and system": ("prompt_completion (system, prompt, completion)",
+    "prompt of turns and system": ("prompt_completion: system, prompt, completion",
                                    {"prompt": [USER], "completion": [ASSISTANT], "system": "S"},
                                    [SYSTEM, USER, ASSISTANT]),
-    "question": ("question_answer (question, answer)", {"question": "Q", "answer": "A"}, [USER, ASSISTANT]),
+    "question": ("question_answer: question, answer", {"question": "Q", "answer": "A"}, [USER, ASSISTANT]),
     "question with context": (
-        "question_answer (system, context, question, answer)",
+        "question_answer: system, context, question, answer",
         {"question": "Q", "answer": "A", "context": "C", "system": "S"},
         [SYSTEM, {**USER, "content": "C\n\nQ"}, ASSISTANT],
     ),
-    "summary": ("summarization (document, summary)", {"document": "D", "summary": "A"},
+    "summary": ("summarization: document, summary", {"document": "D", "summary": "A"},
                 [{**USER, "content": "Summarize the following text.\n\nD"}, ASSISTANT]),
     "squad": (
-        "extractive_qa (context, question, answers)",
+        "extractive_qa: context, question, answers",
         {"id": "1", "context": "C", "question": "Q", "answers": {"text": ["A", "B"], "answer_start": [1]}},
         [{**USER, "content": "C\n\nQ"}, ASSISTANT],
     ),
-    "squad 2": ("extractive_qa (context, question, answers)",
+    "squad 2": ("extractive_qa: context, question, answers",
                 {"context": "C", "question": "Q", "answers": [{"text": "A", "answer_start": 0}]},
                 [{**USER, "content": "C\n\nQ"}, ASSISTANT]),
-    "answers as texts": ("extractive_qa (system, context, question, answers)",
+    "answers as texts": ("extractive_qa: system, context, question, answers",
                          {"context": "C", "question": "Q", "answers": ["A", "B"], "system": "S"},
                          [SYSTEM, {**USER, "content": "C\n\nQ"}, ASSISTANT]),
-    "answers as JSON": ("extractive_qa (context, question, answers)",
+    "answers as JSON": ("extractive_qa: context, question, answers",
                         {"context": "C", "question": "Q", "answers": '{"text": ["A"]}'},
                         [{**USER, "content": "C\n\nQ"}, ASSISTANT]),
 }  # fmt: skip
@@ -183,21 +184,21 @@ def test_shapes(tmp_path: Path, name: str, suffix: str) -> None:
     said, (conversation,), bad = read(path, [record])
     assert (said, bad) == (shape, [])
     assert conversation == Conversation(expected, None, str(path), 1)
-    assert conversation.question() == next(m["content"] for m in expected if m["role"] == "user")
+    assert conversation.first_user_text() == next(m["content"] for m in expected if m["role"] == "user")
     assert conversation.characters() == sum(len(m["content"]) for m in expected)
-    forced = read(path, [record], shape=shape.partition(" ")[0])
+    forced = read(path, [record], shape=shape.partition(":")[0])
     assert forced[:2] == (said, [conversation])
 
 
 def test_every_shape_is_tested() -> None:
-    assert {said.partition(" ")[0] for said, _, _ in READ.values()} | {"text"} == set(SHAPES)
+    assert {said.partition(":")[0] for said, _, _ in READ.values()} | {"text"} == set(SHAPES)
 
 
 def test_plain_text(path: Path) -> None:
     said, (conversation,), (bad,) = read(path, [{"text": "Once\nupon"}, {"text": " \n"}])
-    assert said == "text (text)"
+    assert said == "text"
     assert conversation == Conversation([], "Once\nupon", str(path), 1)
-    assert conversation.question() == "Once\nupon"
+    assert conversation.first_user_text() == "Once\nupon"
     assert conversation.characters() == 9
     assert bad == Rejected("text is empty", str(path), 2)
 
@@ -210,12 +211,12 @@ def test_tools(path: Path, tools: Any, as_text: bool) -> None:
     for record in [*records, {"prompt": [USER], "completion": [ASSISTANT], "tools": field}]:
         said, (conversation,), _ = read(path, [record])
         assert conversation.tools == (tools or None)
-        assert said.endswith(", tools)")
+        assert said.endswith(", tools")
 
 
 def test_tools_of_a_shape_without_tools_are_another_thing(path: Path) -> None:
     said, (conversation,), _ = read(path, [{"instruction": "Q", "output": "A", "tools": "a hammer"}])
-    assert (said, conversation.tools) == ("alpaca (instruction, output)", None)
+    assert (said, conversation.tools) == ("alpaca: instruction, output", None)
 
 
 # ---- Records that cannot be used
@@ -225,14 +226,14 @@ for _ in range(400):
     DEEP = {"a": DEEP}
 ASKED = ("user", "Q")
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "role": (turns(("bot", "A")), "unknown role 'bot': there are system, user, assistant, tool"),
+    "role": (turns(("bot", "A")), "unknown role 'bot': expected one of system, user, assistant, tool"),
     "role of ShareGPT": (turns(("human", "Q"), ("assistant", "A")), "unknown role 'human'"),
-    "nobody answers": (turns(("system", "S"), ASKED), "no assistant message, so there is no target token"),
-    "assistant first": (turns(("assistant", "A"), ASKED), "the assistant speaks first: there is no prompt"),
-    "assistant behind system": (turns(("system", "S"), ("assistant", "A")), "the assistant speaks first"),
-    "tool first": (turns(("tool", "T"), ("assistant", "A")), "the tool speaks first"),
+    "nobody answers": (turns(("system", "S"), ASKED), "no assistant message, so there are no target tokens"),
+    "assistant first": (turns(("assistant", "A"), ASKED), "from the assistant: there is no prompt"),
+    "assistant behind system": (turns(("system", "S"), ("assistant", "A")), "the first message is from the assistant"),
+    "tool first": (turns(("tool", "T"), ("assistant", "A")), "the first message is from the tool"),
     "system later": (turns(ASKED, ("system", "S"), ("assistant", "A")), "system after user: turns must alternate"),
-    "two systems": (turns(("system", "S"), ("system", "S"), ASKED, ("assistant", "A")), "the system speaks first"),
+    "two systems": (turns(("system", "S"), ("system", "S"), ASKED, ("assistant", "A")), "is from the system"),
     "two questions": (turns(ASKED, ASKED, ("assistant", "A")), "user after user: turns must alternate"),
     "two answers": (turns(ASKED, ("assistant", "A"), ("assistant", "A")), "assistant after assistant"),
     "two in the tail": (turns(ASKED, ("assistant", "A"), ASKED, ASKED), "user after user"),
@@ -242,10 +243,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "empty parts": (turns(ASKED, ("assistant", [])), "an assistant message is empty"),
     "empty in the tail": (turns(ASKED, ("assistant", "A"), ("user", "")), "a user message is empty"),
     "image": (turns(("user", [{"type": "image_url"}]), ("assistant", "A")), "content: has a part of type 'image_url'"),
-    "part of a number": (turns(("user", [{"type": "text", "text": 5}]), ("assistant", "A")), "text: 5 is not a text"),
+    "part of a number": (turns(("user", [{"type": "text", "text": 5}]), ("assistant", "A")), "text: 5 is not a string"),
     "part without text": (turns(("user", [{"type": "text"}]), ("assistant", "A")), "a turn is malformed: KeyError"),
-    "name": ({"messages": [{**USER, "name": 5}, ASSISTANT]}, "name: 5 is not a text"),
-    "reasoning": ({"messages": [USER, {**ASSISTANT, "reasoning_content": []}]}, "reasoning_content: [] is not a text"),
+    "name": ({"messages": [{**USER, "name": 5}, ASSISTANT]}, "name: 5 is not a string"),
+    "reasoning": ({"messages": [USER, {**ASSISTANT, "reasoning_content": []}]}, "content: [] is not a string"),
     "weight": ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "weight must be 0 or 1, and train true or false"),
     "train": ({"messages": [USER, {**ASSISTANT, "train": "no"}]}, "weight must be 0 or 1, and train true or false"),
     "long weight": ({"messages": [USER, {**ASSISTANT, "weight": "x" * 999}]}, "weight must be 0 or 1"),
@@ -253,12 +254,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "calls as object": (calling({"name": "f"}), "a turn is malformed"),
     "call without name": (calling([{"x": 1}]), "a turn is malformed: KeyError"),
     "call with an empty name": (calling([call(" ", {})]), "a tool's name is empty"),
-    "call of a number": (calling([call("f", {}, id=5)]), "id: 5 is not a text"),
+    "call of a number": (calling([call("f", {}, id=5)]), "id: 5 is not a string"),
     "call as text": (calling(["f()"]), "a turn is malformed"),
     "arguments": (calling([call("f", "{a: 1}")]), "arguments: not valid JSON"),
-    "arguments as list": (calling([call("f", [1])]), "arguments [1] are not an object"),
-    "half in arguments": (calling([call("f", {"a": ["\ud800"]})]), "arguments: holds half a character"),
-    "garbage in a name": (calling([call("f", {"\x00": 1})]), "arguments: holds a character that no text has (U+0000)"),
+    "arguments as list": (calling([call("f", [1])]), "arguments [1] are not a JSON object"),
+    "half in arguments": (calling([call("f", {"a": ["\ud800"]})]), "arguments: contains a lone surrogate"),
+    "garbage in a name": (calling([call("f", {"\x00": 1})]), "arguments: contains a control character (U+0000)"),
     "deep arguments": (calling([call("f", DEEP)]), "arguments: nested too deeply"),
     "tools": (GOOD | {"tools": 5}, "tools: expected a list of functions with names"),
     "tools as object": (GOOD | {"tools": FUNCTION}, "tools: expected a list of functions with names"),
@@ -266,35 +267,35 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "tools as texts": (GOOD | {"tools": ["add"]}, "a turn is malformed"),
     "tools no JSON": (GOOD | {"tools": "[add]"}, "tools: not valid JSON"),
     "deep tools": (GOOD | {"tools": [{"name": "f", "parameters": DEEP}]}, "tools: nested too deeply"),
-    "half in tools": (GOOD | {"tools": [{"name": "f", "description": "\udc80"}]}, "tools: holds half a character"),
-    "deep content": (turns(ASKED, ("assistant", DEEP)), "is not a text"),
+    "half in tools": (GOOD | {"tools": [{"name": "f", "description": "\udc80"}]}, "tools: contains a lone surrogate"),
+    "deep content": (turns(ASKED, ("assistant", DEEP)), "is not a string"),
     "speaker": (speak(("alien", "Q")), "unknown speaker 'alien'"),
     "speaker as list": (speak(([], "Q")), "a turn is malformed: TypeError"),
     "no speaker": ({"conversations": [{"value": "Q"}]}, "a turn is malformed: KeyError: 'from'"),
     "no value": ({"conversations": [{"from": "human"}]}, "a turn is malformed: KeyError: 'value'"),
     "function call": (speak(("human", "Q"), ("function_call", "add(1)")), "function_call: not valid JSON"),
     "conversations of texts": ({"conversations": ["Q", "A"]}, "a turn is malformed"),
-    "system twice": (speak(("system", "S"), ("human", "Q"), ("gpt", "A"), system="S"), "the system speaks first"),
-    "output null": ({"instruction": "Q", "output": None}, "output: null is not a text"),
-    "input list": ({"instruction": "Q", "input": ["X"], "output": "A"}, 'input: ["X"] is not a text'),
-    "system number": ({"instruction": "Q", "output": "A", "system": 3}, "system: 3 is not a text"),
+    "system twice": (speak(("system", "S"), ("human", "Q"), ("gpt", "A"), system="S"), "is from the system"),
+    "output null": ({"instruction": "Q", "output": None}, "output: null is not a string"),
+    "input list": ({"instruction": "Q", "input": ["X"], "output": "A"}, 'input: ["X"] is not a string'),
+    "system number": ({"instruction": "Q", "output": "A", "system": 3}, "system: 3 is not a string"),
     "history of texts": ({"instruction": "Q", "output": "A", "history": ["ab", "cd"]}, "history is not a list of [q"),
     "history of objects": ({"instruction": "Q", "output": "A", "history": [{"q": "Q", "a": "A"}]}, "history is not a"),
     "history of threes": ({"instruction": "Q", "output": "A", "history": [["a", "b", "c"]]}, "history is not a list"),
-    "history of nulls": ({"instruction": "Q", "output": "A", "history": [["a", None]]}, "content: null is not a text"),
+    "history of nulls": ({"instruction": "Q", "output": "A", "history": [["a", None]]}, "null is not a string"),
     "history as object": ({"instruction": "Q", "output": "A", "history": {"ab": 1}}, "history is not a list"),
     "completion empty": ({"prompt": "Q", "completion": ""}, "an assistant message is empty"),
-    "prompt of turns only": ({"prompt": [USER], "completion": "A"}, "is not a text"),
+    "prompt of turns only": ({"prompt": [USER], "completion": "A"}, "is not a string"),
     "prompt without turns": ({"prompt": [], "completion": [ASSISTANT]}, "prompt is not a list of turns"),
-    "answer list": ({"question": "Q", "answer": ["A"]}, 'answer: ["A"] is not a text'),
-    "context number": ({"question": "Q", "answer": "A", "context": 5}, "context: 5 is not a text"),
-    "summary number": ({"document": "D", "summary": 0}, "summary: 0 is not a text"),
+    "answer list": ({"question": "Q", "answer": ["A"]}, 'answer: ["A"] is not a string'),
+    "context number": ({"question": "Q", "answer": "A", "context": 5}, "context: 5 is not a string"),
+    "summary number": ({"document": "D", "summary": 0}, "summary: 0 is not a string"),
     "no answers": ({"context": "C", "question": "Q", "answers": {"text": [], "answer_start": []}}, "answers: has none"),
     "answers null": ({"context": "C", "question": "Q", "answers": None}, "answers: has none"),
     "answers without text": ({"context": "C", "question": "Q", "answers": {"a": 1}}, "a turn is malformed: KeyError"),
-    "answers of numbers": ({"context": "C", "question": "Q", "answers": [5]}, "answer: 5 is not a text"),
-    "text null": ({"text": None}, "text: null is not a text"),
-    "text garbage": ({"text": "a\ufffeb"}, "text: holds a character that no text has (U+FFFE)"),
+    "answers of numbers": ({"context": "C", "question": "Q", "answers": [5]}, "answer: 5 is not a string"),
+    "text null": ({"text": None}, "text: null is not a string"),
+    "text garbage": ({"text": "a\ufffeb"}, "text: contains a reserved Unicode noncharacter (U+FFFE)"),
 }  # fmt: skip
 
 
@@ -335,11 +336,13 @@ def test_no_depth_is_too_deep_to_be_reported(tmp_path: Path) -> None:
         deep = "[" * depth + "]" * depth
         (tmp_path / "a.json").write_text(f'[{{"conversations": [{{"role": "user", "content": {deep}}}]}}]')
         try:
-            reasons += [item.reason for item in read_file(tmp_path / "a.json", Reading()) if isinstance(item, Rejected)]
+            reasons += [
+                item.reason for item in read_file(tmp_path / "a.json", ReadOptions()) if isinstance(item, Rejected)
+            ]
         except UserError as error:
             reasons.append(str(error))
     assert len(reasons) == 201
-    assert "is not a text" in reasons[0]
+    assert "is not a string" in reasons[0]
     assert reasons[-1] == f"{tmp_path / 'a.json'}: record 1: nested too deeply"
 
 
@@ -351,7 +354,7 @@ ALPACA = {"instruction": "Q", "input": "", "output": "A"}
 def test_the_shape_is_told_from_the_majority(path: Path) -> None:
     odd: list[Any] = [{"text": "not like the others"}, [1, 2], None]
     said, good, bad = read(path, odd + [ALPACA] * 5)
-    assert (said, len(good)) == ("alpaca (instruction, input, output)", 5)
+    assert (said, len(good)) == ("alpaca: instruction, input, output", 5)
     assert [(item.line, item.reason) for item in bad] == [
         (1, "expected the fields instruction, output, found text"),
         (2, "expected the fields instruction, output, found list"),
@@ -363,16 +366,16 @@ def test_the_shape_is_told_from_the_majority(path: Path) -> None:
 def test_the_shape_is_told_from_the_first_thousand(tmp_path: Path, suffix: str) -> None:
     records = [ALPACA] * 499 + [GOOD] * 501 + [ALPACA | {"system": "S"}] * 1000
     said, good, bad = read(tmp_path / f"data{suffix}", records)
-    assert (said, len(good), len(bad)) == ("messages (messages)", 501, 1499)
+    assert (said, len(good), len(bad)) == ("messages", 501, 1499)
     assert {item.reason for item in bad} >= {"expected the fields messages, found instruction, input, output"}
     said, good, _ = read(tmp_path / f"data{suffix}", [ALPACA] * 1000 + [ALPACA | {"system": "S"}])
-    assert said == "alpaca (instruction, input, output)"  # of the first thousand
+    assert said == "alpaca: instruction, input, output"  # of the first thousand
     assert good[-1].messages[0] == SYSTEM  # but all are read alike
 
 
 def test_the_said_fields_are_those_of_any_of_them(path: Path) -> None:
     records = [{"instruction": "Q", "output": "A"}, {"instruction": "Q", "output": "A", "history": [], "z": 1}]
-    assert read(path, records)[0] == "alpaca (history, instruction, output)"
+    assert read(path, records)[0] == "alpaca: history, instruction, output"
 
 
 AMBIGUOUS: dict[str, tuple[list[Any], str]] = {
@@ -382,7 +385,7 @@ AMBIGUOUS: dict[str, tuple[list[Any], str]] = {
     ),
     "three": (
         [{"context": "C", "question": "Q", "answer": "A", "answers": ["A"], "document": "D", "summary": "S"}],
-        "can be read in 3 ways: choose data.format=question_answer (question, answer) or data.format=summarization "
+        "fit 3 shapes: choose data.format=question_answer (question, answer) or data.format=summarization "
         "(document, summary) or data.format=extractive_qa (context, question, answers)",
     ),
     "half and half": (
@@ -397,7 +400,7 @@ def test_what_can_be_read_in_two_ways_is_not_guessed(path: Path, name: str) -> N
     records, choices = AMBIGUOUS[name]
     with pytest.raises(UserError) as raised:
         read(path, records)
-    assert str(raised.value).startswith(f"{path}: its records can be read in ")
+    assert str(raised.value).startswith(f"{path}: its records fit ")
     assert choices in str(raised.value)
     assert "\n" not in str(raised.value)
     for choice in choices.split("data.format=")[1:]:
@@ -407,16 +410,16 @@ def test_what_can_be_read_in_two_ways_is_not_guessed(path: Path, name: str) -> N
 
 
 def test_a_plain_text_beside_other_fields_is_not_ambiguous(path: Path) -> None:
-    assert read(path, [ALPACA | {"text": "T"}])[0] == "alpaca (instruction, input, output)"
+    assert read(path, [ALPACA | {"text": "T"}])[0] == "alpaca: instruction, input, output"
     assert read(path, [ALPACA | {"text": "T"}], shape="text")[1][0].text == "T"
 
 
 UNKNOWN: dict[str, tuple[list[Any], str]] = {
     "fields": (
         [{"q": "Q", "a": "A"}],
-        ": no known shape: its first record has the fields q, a: map them with data.colu",
+        ": unknown shape: its first record has the fields q, a: map them with data.colu",
     ),
-    "list": ([["Q", "A"]], ": no known shape: its first record has no fields: it is a list"),
+    "list": ([["Q", "A"]], ": unknown shape: its first record has no fields: it is a list"),
     "newlines": ([{"a\nb": 1}], r"has the fields a\nb: map them"),
     "many": ([{f"field {n}": n for n in range(1000)}], "has the fields field 0, field 1, "),
 }
@@ -436,31 +439,31 @@ def test_an_unknown_shape_says_what_there_is(path: Path, name: str) -> None:
 def test_nothing_but_bad_lines_names_the_first(path: Path) -> None:
     path.write_text("\n\n{oh\nno}\n")
     with pytest.raises(UserError, match=r"data\.jsonl:3: not valid JSON"):
-        list(read_file(path, Reading()))
-    _, *items = read_file(path, Reading("text"))
+        list(read_file(path, ReadOptions()))
+    _, *items = read_file(path, ReadOptions("text"))
     assert [item.line for item in items if isinstance(item, Rejected)] == [3, 4]
 
 
 # ---- Columns, labels, fields
 
 COLUMNS: dict[str, tuple[dict[str, str], dict[str, Any], str, list[dict[str, Any]]]] = {
-    "alpaca": ({"instruction": "q", "output": "a"}, {"q": "Q", "a": "A"}, "alpaca (instruction, output)",
+    "alpaca": ({"instruction": "q", "output": "a"}, {"q": "Q", "a": "A"}, "alpaca: instruction, output",
                [USER, ASSISTANT]),
-    "response": ({"instruction": "q", "response": "a"}, {"q": "Q", "a": "A"}, "alpaca (instruction, output)",
+    "response": ({"instruction": "q", "response": "a"}, {"q": "Q", "a": "A"}, "alpaca: instruction, output",
                  [USER, ASSISTANT]),
-    "one of them": ({"output": "reply"}, {"instruction": "Q", "reply": "A"}, "alpaca (instruction, output)",
+    "one of them": ({"output": "reply"}, {"instruction": "Q", "reply": "A"}, "alpaca: instruction, output",
                     [USER, ASSISTANT]),
     "swapped": ({"question": "answer", "answer": "question"}, {"question": "A", "answer": "Q"},
-                "question_answer (question, answer)", [USER, ASSISTANT]),
+                "question_answer: question, answer", [USER, ASSISTANT]),
     "over another": ({"prompt": "q", "completion": "prompt"}, {"q": "Q", "prompt": "A"},
-                     "prompt_completion (prompt, completion)", [USER, ASSISTANT]),
+                     "prompt_completion: prompt, completion", [USER, ASSISTANT]),
     "a shape less": ({"messages": "chat", "z": "prompt"}, {"chat": [USER, ASSISTANT], "prompt": "P", "completion": "C"},
-                     "messages (messages)", [USER, ASSISTANT]),
+                     "messages", [USER, ASSISTANT]),
     "an option": ({"system": "persona"}, {"instruction": "Q", "output": "A", "persona": "S"},
-                  "alpaca (system, instruction, output)", [SYSTEM, USER, ASSISTANT]),
-    "one for two": ({"question": "x", "answer": "x"}, {"x": "A"}, "question_answer (question, answer)",
+                  "alpaca: system, instruction, output", [SYSTEM, USER, ASSISTANT]),
+    "one for two": ({"question": "x", "answer": "x"}, {"x": "A"}, "question_answer: question, answer",
                     [{**USER, "content": "A"}, ASSISTANT]),
-    "replaced": ({"instruction": "q"}, {"instruction": "old", "q": "Q", "output": "A"}, "alpaca (instruction, output)",
+    "replaced": ({"instruction": "q"}, {"instruction": "old", "q": "Q", "output": "A"}, "alpaca: instruction, output",
                  [USER, ASSISTANT]),
 }  # fmt: skip
 
@@ -495,7 +498,7 @@ LABELS: list[tuple[Any, bool | None]] = [
 def test_labels(path: Path) -> None:
     records = [{"prompt": "Q", "completion": "A", "label": label} for label, _ in LABELS] + [ALPACA]
     said, good, bad = read(path, [*records, {"prompt": "Q", "completion": "A"}], label_field="label")
-    assert said == "prompt_completion (prompt, completion)"
+    assert said == "prompt_completion: prompt, completion"
     outcome = dict.fromkeys((c.line for c in good), True) | {item.line: False for item in bad}
     undesirable = {item.line for item in bad if item.reason == UNDESIRABLE}
     for line, (label, kept) in enumerate(LABELS, start=1):
@@ -528,7 +531,7 @@ def test_fields_are_kept_for_the_split(path: Path) -> None:
         {"time": "2024-02-29", "user": ""},
     ]
     assert [item.reason.split(":")[0] for item in bad] == ["user"] * 5
-    assert "no value to split by" in bad[1].reason
+    assert "not a value to split by" in bad[1].reason
 
 
 def test_fields_of_a_table_with_dates(tmp_path: Path) -> None:
@@ -543,13 +546,13 @@ def test_fields_of_a_table_with_dates(tmp_path: Path) -> None:
     assert (len(good_ones), bad_one.line) == (2, 3)
     nested = [{"text": "a", "time": [date]}]
     _, _, (bad_one,) = read(tmp_path / "data.parquet", nested, fields=("time",))
-    assert bad_one.reason.startswith('time: ["2024-02-29 12:00:00"] is no value')
+    assert bad_one.reason.startswith('time: ["2024-02-29 12:00:00"] is not a value')
 
 
 def test_values_that_json_has_not_are_no_arguments(tmp_path: Path) -> None:
     calls = {**CALLS, "tool_calls": [call("f", {"a": b"bytes"})]}
     _, _, (bad,) = read(tmp_path / "data.parquet", [{"messages": [USER, calls]}])
-    assert bad.reason == "arguments: has a bytes, which JSON has not"
+    assert bad.reason == "arguments: has a bytes, which is not JSON"
 
 
 # ---- Some lines only
@@ -558,8 +561,8 @@ def test_values_that_json_has_not_are_no_arguments(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wanted", [{1}, {4, 2}, {1500}, {3, 2000}, {5000}, set()])
 def test_only_some_lines(path: Path, wanted: set[int]) -> None:
     path.write_text("".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(1, 2001)))
-    said, *items = read_file(path, Reading(), only=wanted)
-    assert said == "text (text)"
+    said, *items = read_file(path, ReadOptions(), only=wanted)
+    assert said == "text"
     assert [(c.line, c.text) for c in items if isinstance(c, Conversation)] == [
         (n, str(n)) for n in sorted(wanted) if n <= 2000
     ]
@@ -569,10 +572,10 @@ def test_only_some_lines(path: Path, wanted: set[int]) -> None:
 def test_reading_ends_with_the_last_line_that_is_wanted(path: Path) -> None:
     path.write_bytes(b'{"text": "x"}\n' * 2000)
     ticks: list[int] = []
-    assert len(list(read_file(path, Reading(), ticks.append, only={3}))) == 2
+    assert len(list(read_file(path, ReadOptions(), ticks.append, only={3}))) == 2
     assert path.stat().st_size not in ticks
     ticks.clear()
-    assert len(list(read_file(path, Reading(), ticks.append))) == 2001
+    assert len(list(read_file(path, ReadOptions(), ticks.append))) == 2001
     assert ticks[-1] == path.stat().st_size
 
 
@@ -630,7 +633,7 @@ SPECIAL = {
 
 def record_of(shape: str) -> st.SearchStrategy[Any]:
     """A record with the fields of a shape, whose values are often as they should be."""
-    required, known, _ = SHAPES[shape]
+    required, known = SHAPES[shape].required, SHAPES[shape].fields
     fields = {name: mostly(SPECIAL.get(name, OFTEN)) for name in (*known, "label")}
     optional = {name: fields.pop(name) for name in list(fields) if name not in required}
     return st.fixed_dictionaries(fields, optional=optional)
@@ -670,7 +673,7 @@ def assert_sound(c: Conversation) -> None:
     assert c.tools is None or all(isinstance(t.get("function", t)["name"], str) for t in c.tools)
     texts = [value for value in [c.messages, c.tools] if value is not None]
     assert not GARBAGE & set("".join(all_texts(texts)))
-    assert c.question().strip()
+    assert c.first_user_text().strip()
 
 
 def all_texts(value: Any) -> list[str]:

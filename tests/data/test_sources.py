@@ -25,7 +25,8 @@ from pyarrow import parquet
 
 from nanoft import UserError
 from nanoft.data import sources
-from nanoft.data.formats import Conversation, Reading, Rejected, read_file
+from nanoft.data.formats import Conversation
+from nanoft.data.records import ReadOptions, Rejected, read_file
 from nanoft.data.sources import BadRecord, find_files, read_raw
 
 GOOD = b'{"prompt": "Q", "completion": "A"}'
@@ -49,7 +50,7 @@ def within(seconds: float) -> Iterator[None]:
 
 def read(path: Path, **reading: Any) -> tuple[list[Conversation], list[Rejected]]:
     with within(10):
-        _, *items = read_file(path, Reading(**reading))
+        _, *items = read_file(path, ReadOptions(**reading))
     good = [item for item in items if isinstance(item, Conversation)]
     bad = [item for item in items if isinstance(item, Rejected)]
     assert len(good) + len(bad) == len(items)
@@ -104,7 +105,7 @@ NOT_FOUND = {
     "a.json,,b.jsonl": "no such file",
     "a.json,nothing": "nothing: no such file",
     "empty": "empty: a directory without data files",
-    "*.xml": r"\*\.xml: no file has such a name",
+    "*.xml": r"\*\.xml: no file matches",
     "a\0b": "no such file",
     "hf://datasets/": "write hf://datasets/owner/name",
     "hf://datasets/gsm8k": "write hf://datasets/owner/name",
@@ -197,7 +198,7 @@ def test_what_the_cache_holds_besides_the_data_is_not_read(hub: type[Hub]) -> No
 
 
 NOT_ON_THE_HUB = {
-    "no/such": "hf://datasets/no/such: not to be had from the Hub: ",
+    "no/such": "hf://datasets/no/such: could not be downloaded from the Hub: ",
     "some/data/nothing": "hf://datasets/some/data/nothing: a directory without data files",
     "some/data@../..": "hf://datasets/some/data@../..: .. leads out of the dataset",
     "some/data/a/../..": "hf://datasets/some/data/a/../..: .. leads out of the dataset",
@@ -215,7 +216,9 @@ def test_a_hub_dataset_that_cannot_be_had_is_one_line(hub: type[Hub], name: str)
 
 def test_without_the_hub_it_says_so(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(UserError, match=r"^data\.train_file: hf://datasets/some/data: not to be had") as raised:
+    with pytest.raises(
+        UserError, match=r"^data\.train_file: hf://datasets/some/data: could not be downloaded"
+    ) as raised:
         find_files("hf://datasets/some/data")
     assert "\n" not in str(raised.value)
 
@@ -245,9 +248,9 @@ USER, ASSISTANT = b'{"role": "user", "content": "Q"}', b'{"role": "assistant", "
 PARQUET = make_parquet([{"prompt": f"Q{n}", "completion": "A"} for n in range(3000)])
 NESTED = [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": c}]} for c in ("A", None)]
 PACKED = gzip.compress(lines(*[GOOD] * 2000), mtime=0)
-GARBAGE = "holds a character that no text has (U+%s)"
+GARBAGE = "contains a control character (U+%s)"
 UNWANTED = ("0000", "0007", "001B", "007F", "009F", "FFFF", "FDD0")
-HALF = "holds half a character"
+HALF = "contains a lone surrogate"
 ONE_RECORD_NEEDED = "it needs at least one record"
 
 # Name -> (content, the error as a text; or the number of good records and a piece of each reason in order).
@@ -317,16 +320,16 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "two commas.json": (b"[" + GOOD + b",, " + GOOD + b"]", "record 2: not valid JSON"),
     "missing comma.json": (b"[" + GOOD + b"\n" + GOOD + b"]", "expected ',' between records, found '{'"),
     "semicolon.json": (b"[" + GOOD + b";" + GOOD + b"]", "expected ',' between records, found ';'"),
-    "garbage behind.json": (array(GOOD) + b" x", "something stands behind the array"),
-    "two arrays.json": (array(GOOD) + b"\n" + array(GOOD), "something stands behind the array"),
-    "half a character behind.json": (array(GOOD) + b"\xf0\x9f", "something stands behind the array"),
-    "nul behind.json": (array(GOOD) + b"\0", "something stands behind the array"),
+    "garbage behind.json": (array(GOOD) + b" x", "extra data after the array"),
+    "two arrays.json": (array(GOOD) + b"\n" + array(GOOD), "extra data after the array"),
+    "half a character behind.json": (array(GOOD) + b"\xf0\x9f", "extra data after the array"),
+    "nul behind.json": (array(GOOD) + b"\0", "extra data after the array"),
     "object with an array.json": (b'{"version": 1, "data": ' + array(GOOD, GOOD) + b"}", (2,)),
     "object with two arrays.json": (b'{"train": [%s], "test": [%s]}' % (GOOD, GOOD), "found 2: 'train, test'"),
     "object with an empty array.json": (b'{"data": []}', "the array 'data' is empty"),
     "object with an array of texts.json": (b'{"data": ["a", "b"]}', "no fields: it is a str"),
-    "empty object.json": (b"{}", "no known shape"),
-    "object of objects.json": (b'{"1": %s, "2": %s}' % (GOOD, GOOD), "no known shape: its first record has the fields"),
+    "empty object.json": (b"{}", "unknown shape"),
+    "object of objects.json": (b'{"1": %s, "2": %s}' % (GOOD, GOOD), "unknown shape: its first record has the fields"),
     "one record.json": (GOOD, (1,)),
     "one pretty record.json": (json.dumps(json.loads(GOOD), indent=4).encode(), (1,)),
     "one record with turns.json": (turns(USER, ASSISTANT), (1,)),
@@ -340,7 +343,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "lines and blank lines.json": (b"\n\n" + b"\r\n\r\n".join([GOOD, GOOD, b"{", GOOD]), (3, "not valid JSON")),
     "lines, the second broken.json": (lines(GOOD, b"{"), (1, "not valid JSON")),
     "lines, the first broken.json": (lines(b"{", GOOD), "not valid JSON: Expecting property name"),
-    "lines of arrays.json": (lines(array(GOOD), array(GOOD)), "something stands behind the array"),
+    "lines of arrays.json": (lines(array(GOOD), array(GOOD)), "extra data after the array"),
     "array.jsonl": (array(GOOD, GOOD).replace(b"\n", b"") + b"\n", "no fields: it is a list"),
     "pretty array.jsonl": (json.dumps([json.loads(GOOD)], indent=1).encode(), ":1: not valid JSON"),
     "number.json": (b"42", "expected an array of records, or an object with one: found int"),
@@ -376,11 +379,18 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     ),
     "numbers.jsonl": (
         lines(GOOD, answer(b"5"), answer(b"1e999"), answer(b"1" * 5000), answer(b"0." + b"1" * 5000), answer(b"01")),
-        (1, "completion: 5 is not a text", "Infinity is not a text", "Exceeds the limit", "is not a text", "delimiter"),
+        (
+            1,
+            "completion: 5 is not a string",
+            "Infinity is not a string",
+            "Exceeds the limit",
+            "is not a string",
+            "delimiter",
+        ),
     ),
     "nulls.jsonl": (
         lines(GOOD, answer(b"null"), b'{"prompt": null, "completion": null}', b"null"),
-        (1, "completion: null is not a text", "prompt: null is not a text", "found NoneType"),
+        (1, "completion: null is not a string", "prompt: null is not a string", "found NoneType"),
     ),
     "records of other types.jsonl": (
         lines(GOOD, b"[]", b'"Q"', b"0", b"false", b"{}", b"[" + GOOD + b"]"),
@@ -388,7 +398,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     ),
     "lists for texts.jsonl": (
         lines(GOOD, *map(answer, (b"[]", b'["A"]', b'[["A"]]', b'{"text": "A"}', b"[5]"))),
-        (1, *(f"completion: {value} is not a text" for value in ("[]", '["A"]', '[["A"]]', '{"text": "A"}', "[5]"))),
+        (1, *(f"completion: {value} is not a string" for value in ("[]", '["A"]', '[["A"]]', '{"text": "A"}', "[5]"))),
     ),
     "deep.jsonl": (
         lines(
@@ -396,7 +406,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
             *(answer(b"[" * n + b"]" * n) for n in (100, 5_000, 100_000)),
             *(answer(b'{"a":' * n + b"1" + b"}" * n) for n in (100, 100_000)),
         ),
-        (1, "not a text", "nested too deeply", "nested too deeply", "not a text", "nested too deeply"),
+        (1, "not a string", "nested too deeply", "nested too deeply", "not a string", "nested too deeply"),
     ),
     "duplicate keys.jsonl": (lines(b'{"prompt": 5, "prompt": "Q", "completion": "A"}'), (1,)),
     "other fields.jsonl": (
@@ -451,17 +461,17 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
             1,
             "messages is not a list of turns",
             "no assistant message",
-            "the assistant speaks first",
+            "the first message is from the assistant",
             *["a turn is malformed: TypeError"] * 4,
             *["a turn is malformed: KeyError"] * 3,
             "unknown role 'bot'",
             "unknown role None",
             "a turn is malformed: TypeError",
-            "content: null is not a text",
-            'content: {"text": "A"} is not a text',
+            "content: null is not a string",
+            'content: {"text": "A"} is not a string',
             "assistant after assistant",
             "user after user",
-            'content: [["A"]] is not a text',
+            'content: [["A"]] is not a string',
             "messages is not a list of turns",
             "messages is not a list of turns",
             "messages: not valid JSON",
@@ -473,13 +483,13 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "good.csv": (HEAD + b'Q,A\n"Q, ""quoted""\nover lines","A"\n', (2,)),
     "header only.csv": (HEAD, ONE_RECORD_NEEDED),
     "ragged.csv": (HEAD + b"Q,A\nQ\nQ,A,B\n\nQ,A\n", (2, "1 columns where the header has 2", "3 columns where")),
-    "unclosed quote.csv": (HEAD + b'Q,A\n"Q,A\nQ,A\n', ":3: a quote that opens here is never closed"),
+    "unclosed quote.csv": (HEAD + b'Q,A\n"Q,A\nQ,A\n', ":3: the quote opened here is never closed"),
     "unclosed header.csv": (b'prompt,"completion\nQ,A\n', ":1: the header is not valid CSV"),
     "stray quote.csv": (HEAD + b'Q,A\n"Q"x,A\nQ,A"B\n', (2, "not valid CSV")),
     "duplicate header.csv": (b"prompt,completion,prompt\nQ,A,Q\n", ":1: the header has ['prompt'"),
     "empty header.csv": (b",prompt,completion\n0,Q,A\n", ":1: the header has ['', 'prompt'"),
     "blank header.csv": (b"prompt,completion, \nQ,A,B\n", ":1: the header has"),
-    "no header.csv": (b"Q,A\nQ,B\n", "no known shape: its first record has the fields Q, A"),
+    "no header.csv": (b"Q,A\nQ,B\n", "unknown shape: its first record has the fields Q, A"),
     "nul.csv": (HEAD + b"Q,A\nQ,A\0B\nQ,A\n", (2, GARBAGE % "0000")),
     "latin-1.csv": (HEAD + "Q,A\nQ,café\nQ,A\n".encode("latin-1"), (2, f"completion: {HALF}")),
     "latin-1 header.csv": (b"prompt,completion,caf\xe9\nQ,A,B\n", (1,)),
@@ -487,8 +497,8 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "semicolon.csv": (b"prompt;completion\nQ;A, or B\n", (1,)),
     "tabs.csv": (b"prompt\tcompletion\nQ\tA, or B\n", (1,)),
     "pipes.csv": (b"prompt|completion\nQ|A\n", (1,)),
-    "wrong delimiter.csv": (b"prompt:completion\nQ:A\n", "no known shape: its first record has the fields prompt:comp"),
-    "commas.tsv": (HEAD + b"Q,A\n", "no known shape: its first record has the fields prompt,completion"),
+    "wrong delimiter.csv": (b"prompt:completion\nQ:A\n", "unknown shape: its first record has the fields prompt:comp"),
+    "commas.tsv": (HEAD + b"Q,A\n", "unknown shape: its first record has the fields prompt,completion"),
     "good.tsv": (b"prompt\tcompletion\nQ, Q\tA\n", (1,)),
     "windows.csv": (HEAD.replace(b"\n", b"\r\n") + b'Q,A\r\n"Q\r\nQ",A\r\n', (2,)),
     "old mac.csv": (HEAD.replace(b"\n", b"\r") + b"Q,A\rQ,A\r", ":1: the header is not valid CSV"),
@@ -512,9 +522,9 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
         make_parquet([{"prompt": p, "completion": c} for p, c in (("Q", "A"), ("Q", None), (None, "A"))]),
         (1, "completion: null", "prompt: null"),
     ),
-    "nested.parquet": (make_parquet(NESTED), (1, "content: null is not a text")),
-    "bytes.parquet": (make_parquet([{"prompt": "Q", "completion": b"A\xff"}]), (0, "is not a text")),
-    "numbers.parquet": (make_parquet([{"prompt": "Q", "completion": 1.5}]), (0, "completion: 1.5 is not a text")),
+    "nested.parquet": (make_parquet(NESTED), (1, "content: null is not a string")),
+    "bytes.parquet": (make_parquet([{"prompt": "Q", "completion": b"A\xff"}]), (0, "is not a string")),
+    "numbers.parquet": (make_parquet([{"prompt": "Q", "completion": 1.5}]), (0, "completion: 1.5 is not a string")),
     "bad text.parquet": (
         make_parquet([{"prompt": "Q", "completion": "caf@"}], compression=None, use_dictionary=False).replace(
             b"caf@", b"caf\xe9"
@@ -522,9 +532,9 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
         "not valid Parquet: 'utf-8' codec",
     ),
     # names
-    "data.txt": (lines(GOOD), "unknown kind of file '.txt'"),
-    "data": (lines(GOOD), "unknown kind of file ''"),
-    "data.jsonl.bz2": (lines(GOOD), "unknown kind of file '.bz2'"),
+    "data.txt": (lines(GOOD), "unknown file type '.txt'"),
+    "data": (lines(GOOD), "unknown file type ''"),
+    "data.jsonl.bz2": (lines(GOOD), "unknown file type '.bz2'"),
     "DATA.JSONL": (lines(GOOD), (1,)),
     "data.ndjson": (lines(GOOD), (1,)),
 }
@@ -587,7 +597,7 @@ def test_a_delimiter_goes_before_what_is_found(tmp_path: Path) -> None:
     for name in ("a.csv", "a.tsv"):
         (tmp_path / name).write_text("prompt:completion\n1,1,1\t1:A\n")
         ((conversation,), _) = read(tmp_path / name, delimiter=":")
-        assert conversation.question() == "1,1,1\t1"
+        assert conversation.first_user_text() == "1,1,1\t1"
 
 
 # ---- Lines and positions
@@ -614,7 +624,7 @@ def test_ticks_go_up_to_the_size(tmp_path: Path, name: str) -> None:
     record = {"prompt": "Q" * 100, "completion": "A"}
     write_as(path, [{**record, "prompt": f"{n} {record['prompt']}"} for n in range(2000)])
     ticks: list[int] = []
-    assert len(list(read_raw(path, tick=ticks.append))) == 2000
+    assert len(list(read_raw(path, on_progress=ticks.append))) == 2000
     assert len(ticks) >= 2000 // 256
     assert ticks[-1] == path.stat().st_size
     assert max(ticks) == ticks[-1]
@@ -634,10 +644,11 @@ import resource, sys, time
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
 from nanoft import UserError
-from nanoft.data.formats import Conversation, Reading, read_file
+from nanoft.data.formats import Conversation
+from nanoft.data.records import ReadOptions, read_file
 start = time.process_time()
 try:
-    _, *items = read_file(Path(sys.argv[1]), Reading())
+    _, *items = read_file(Path(sys.argv[1]), ReadOptions())
     print("".join("+" if isinstance(item, Conversation) else "-" for item in items))
 except UserError as error:
     print(error)
@@ -649,7 +660,7 @@ LONG_LINES = {
     "text.jsonl": (b'%s\n{"prompt": "', b'", "completion": "A"}\n%s\n', r"^\+-\+$"),
     "spaces.jsonl": (b"%s\n", b"\n%s\n", r"^\+-\+$"),
     "array.json": (b'[%s,\n{"prompt": "', b'"},\n%s]', r"record 2: longer than 64 MiB, or not valid JSON: Unterm"),
-    "object.json": (b'{"n": 1, "data": "', b'"}', r"no known shape"),
+    "object.json": (b'{"n": 1, "data": "', b'"}', r"unknown shape"),
     "cell.csv": (b"prompt,completion\nQ,A\nQ,", b"\nQ,A\n", r"^\+-\+$"),
     "header.csv": (b"prompt,", b"\nQ,A\n", r"the header is not valid CSV"),
     "quote.csv": (b'prompt,completion\nQ,A\nQ,"', b'"\nQ,A\n', r"^\+-\+$"),
@@ -765,7 +776,7 @@ def assert_ends_well(path: Path) -> None:
     """In records, good or bad, or in a line that names the file."""
     try:
         with within(5):
-            shape, *items = read_file(path, Reading())
+            shape, *items = read_file(path, ReadOptions())
     except UserError as error:
         shape, items = str(error), []
         messages = [shape]

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nanoft import UserError, perplexity
-from nanoft.batches import Sample
+from nanoft.batches import Sample, eval_batches
 from nanoft.config import EvaluationConfig, LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation
@@ -69,7 +69,7 @@ def test_the_loss_weighs_every_target_token_alike(parts: Any, batch_size: int) -
     model, chat, reference, _ = parts
     samples = encoded(chat)
     nats = [nll for sample in samples for nll in nats_of_transformers(reference, sample)]
-    loss, tokens = perplexity.validation_loss(model, samples, batch_size, chat.pad_id)
+    loss, tokens = perplexity.validation_loss(model, eval_batches(samples, batch_size, chat.pad_id))
     assert tokens == len(nats)
     assert abs(loss - sum(nats) / len(nats)) < 1e-5
     means = [sum(part) / len(part) for part in (nats_of_transformers(reference, sample) for sample in samples)]
@@ -98,10 +98,10 @@ def test_dropout_is_off_while_measuring(parts: Any) -> None:
             adapter.lora_B.normal_(std=0.5)
     samples = encoded(chat)
     model.train()
-    first, second = (perplexity.validation_loss(model, samples, 4, chat.pad_id) for _ in range(2))
+    first, second = (perplexity.validation_loss(model, eval_batches(samples, 4, chat.pad_id)) for _ in range(2))
     assert first == second
     with disabled(adapters):
-        assert perplexity.validation_loss(model, samples, 4, chat.pad_id) != first
+        assert perplexity.validation_loss(model, eval_batches(samples, 4, chat.pad_id)) != first
 
 
 def test_held_out_prompts_are_all_but_the_last_answer() -> None:
@@ -208,7 +208,7 @@ def test_prompt_response_and_overall_perplexity_are_those_of_transformers(parts:
     assert figures["target_tokens"] == is_target.sum()
     assert figures["prompt_tokens"] == (~is_target).sum()
     assert (figures["loss"], figures["target_tokens"]) == pytest.approx(
-        perplexity.validation_loss(model, samples, batch_size, chat.pad_id), rel=1e-6
+        perplexity.validation_loss(model, eval_batches(samples, batch_size, chat.pad_id)), rel=1e-6
     )
 
 
@@ -265,7 +265,7 @@ def test_samples_without_targets_cannot_be_measured(parts: Any) -> None:
     model, chat, _, _ = parts
     masked = [Sample(sample.ids, np.zeros(len(sample.ids), bool), 0) for sample in encoded(chat)]
     with pytest.raises(UserError, match="no target token"):
-        perplexity.validation_loss(model, masked, 4, chat.pad_id)
+        perplexity.validation_loss(model, eval_batches(masked, 4, chat.pad_id))
     assert evaluate.likelihoods(model, chat, masked, 4, 512).figures().keys() == {"prompt_loss", "overall_loss"}
 
 

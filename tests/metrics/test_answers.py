@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from nanoft import UserError
-from nanoft.metrics.answers import normalize, select_metrics
+from nanoft.metrics.answers import METRICS, normalize, select_metrics
 from nanoft.metrics.bootstrap import interval
 
 WORDS = [
@@ -47,9 +45,13 @@ def texts(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [*pairs, ("", "the cat"), ("a cat sat on the mat", "a cat sat on the mat")]
 
 
-def score(name: str, answer: str, reference: str = "") -> float:
+def triples(pairs: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    return [(answer, reference, "a prompt") for answer, reference in pairs]
+
+
+def score(name: str, answer: str, reference: str = "", prompt: str = "") -> float:
     (metric,) = select_metrics([name])
-    return metric.figure([(answer, reference)]).value
+    return metric.figure([(answer, reference, prompt)]).value
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")])
@@ -57,7 +59,7 @@ def test_rouge_is_that_of_rouge_score(name: str, theirs: str) -> None:
     pairs = texts(30)
     scorer = RougeScorer([theirs])
     expected = [scorer.score(reference, answer)[theirs].fmeasure for answer, reference in pairs]
-    figure = select_metrics([name])[0].figure(pairs)
+    figure = select_metrics([name])[0].figure(triples(pairs))
     assert figure.each().tolist() == expected
     assert figure.value == pytest.approx(sum(expected) / len(expected), abs=1e-12)
     assert len(set(expected)) > 10
@@ -69,9 +71,11 @@ def test_bleu_is_that_of_sacrebleu() -> None:
         pairs = texts(25, seed)
         answers, references = map(list, zip(*pairs, strict=True))
         expected = sacrebleu.corpus_bleu(answers, [references]).score
-        assert bleu.figure(pairs).value == pytest.approx(expected, abs=1e-9)
+        assert bleu.figure(triples(pairs)).value == pytest.approx(expected, abs=1e-9)
         assert 5 < expected < 95
-    assert bleu.figure([("nothing", "in common")]).value == sacrebleu.corpus_bleu(["nothing"], [["in common"]]).score
+    assert (
+        bleu.figure([("nothing", "in common", "")]).value == sacrebleu.corpus_bleu(["nothing"], [["in common"]]).score
+    )
 
 
 def test_an_interval_of_bleu_is_that_of_sacrebleu() -> None:
@@ -79,7 +83,7 @@ def test_an_interval_of_bleu_is_that_of_sacrebleu() -> None:
     pairs = texts(60)
     answers, references = map(list, zip(*pairs, strict=True))
     theirs = sacrebleu.metrics.BLEU().corpus_score(answers, [references], n_bootstrap=1000)
-    own = interval(select_metrics(["bleu"])[0].figure(pairs))
+    own = interval(select_metrics(["bleu"])[0].figure(triples(pairs)))
     assert (own.low + own.high) / 2 == pytest.approx(theirs._mean, abs=0.6)
     assert (own.high - own.low) / 2 == pytest.approx(theirs._ci, rel=0.15)
 
@@ -100,6 +104,21 @@ def test_an_interval_of_bleu_is_that_of_sacrebleu() -> None:
         ("numeric", "minus: -0.5", "-.5", 1),
         ("numeric", "4", "14", 0),
         ("numeric", "none", "none", 0),
+        ("numeric", "10-7", "7", 1),  # a subtraction: its last number
+        ("numeric", "10-7", "-7", 0),
+        ("numeric", "10 - 7", "7", 1),
+        ("numeric", "(3)-7", "7", 1),
+        ("numeric", "5%-7%", "7", 1),
+        ("numeric", "x-7", "7", 1),  # a hyphen
+        ("numeric", "1,000-500.5", "500.5", 1),
+        ("numeric", "3-10=-7", "-7", 1),
+        ("numeric", "(-7)", "-7", 1),
+        ("numeric", "x=-7", "-7", 1),
+        ("numeric", "-$7", "-7", 1),
+        ("numeric", "10-$7", "7", 1),
+        ("numeric", "\N{MINUS SIGN}7", "-7", 1),
+        ("numeric", "5*-3", "-3", 1),
+        ("numeric", "#### 10", "10-10-10", 1),
         ("numeric", "0.1", "0.10000000000000001", 0),
         ("json_valid", ' {"a": [1, null]}\n', "", 1),
         ("json_valid", '{"a": NaN}', "", 0),
@@ -158,15 +177,28 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = list(sys.path)
     (metric,) = select_metrics(["my_metric_module:closeness"])
     assert sys.path == path
-    figure = metric.figure([("abc", "a"), ("a", "a")])
+    figure = metric.figure([("abc", "a", ""), ("a", "a", "")])
     assert figure.each().tolist() == [-2, 0]
     assert figure.value == -1
-    for name, message in (("broken", "ZeroDivisionError"), ("lost", "gave nan")):
+    for name, message in (("broken", "ZeroDivisionError"), ("lost", "returned nan")):
         with pytest.raises(UserError, match=message):
-            select_metrics([f"my_metric_module:{name}"])[0].figure([("a", "b")])
-    for name, message in (("absent", "AttributeError"), ("number", "is no function")):
+            select_metrics([f"my_metric_module:{name}"])[0].figure([("a", "b", "")])
+    for name, message in (("absent", "AttributeError"), ("number", "is not a function")):
         with pytest.raises(UserError, match=message):
             select_metrics([f"my_metric_module:{name}"])
+
+
+def test_a_function_of_ones_own_may_take_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_prompt_module.py").write_text(
+        "def two(answer, reference):\n    return len(answer + reference)\n"
+        "def three(answer, reference, prompt):\n    return len(answer + reference) * 100 + len(prompt)\n"
+        "def named(answer, reference, *, strict=False):\n    return 5\n"
+        "class Judge:\n    def __call__(self, answer, reference, question):\n        return len(question)\n"
+        "judge = Judge()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    values = {name: score(f"my_prompt_module:{name}", "ab", "c", "four") for name in ("two", "three", "named", "judge")}
+    assert values == {"two": 3, "three": 304, "named": 5, "judge": 4}
 
 
 @pytest.mark.parametrize(
@@ -199,9 +231,20 @@ def test_a_missing_extra_is_named(name: str, package: str, monkeypatch: pytest.M
         select_metrics([name])
 
 
-def test_no_metric_is_more_than_right_or_less_than_wrong() -> None:
-    names: list[Any] = ["exact_match", "normalized_match", "contains", "token_f1", "numeric", "json_valid", "one_line"]
-    for metric in select_metrics([*names, "rouge_1", "rouge_2", "rouge_l"]):
-        each = metric.figure(texts(20)).each()
-        assert np.all((each >= 0) & (each <= 1))
-        assert math.isfinite(metric.figure(texts(20)).value)
+# An argument for each metric that takes one, and an answer that the metric must find right.
+ARGUMENTS = {"N": "1", "PATTERN": "7"}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_has_its_unit_its_bounds_and_its_best_value(name: str) -> None:
+    entry = METRICS[name]
+    (metric,) = select_metrics([f"{name}:{ARGUMENTS[entry.argument]}" if entry.argument else name])
+    figure, best = metric.figure(triples(texts(20))), 1.0 if entry.unit == "share" else 100.0
+    assert (figure.unit, figure.higher_is_better) == (entry.unit, entry.higher_is_better)
+    assert np.all((figure.each() >= 0) & (figure.each() <= best + 1e-9))
+    assert 0 <= figure.value <= best
+    perfect = '{"a": [1, 2, 3, 4, 5, 6]}' if "json" in name else "7" if entry.argument else "a cat sat on the mat 7"
+    same = metric.figure(triples([(perfect, perfect)] * 3)).value
+    assert same == pytest.approx(best if entry.higher_is_better else 0.0)
+    worse = metric.figure(triples([(perfect, perfect), ("", perfect)])).value
+    assert (worse <= same) == entry.higher_is_better or worse == same

@@ -1,4 +1,4 @@
-"""The machine: devices, seeds, signals and memory figures."""
+"""Devices, dtypes, seeds and random state."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import logging
 import os
 import platform
 import random
-import signal
 import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from nanoft import TrainingFailed, UserError, __version__
-from nanoft.runtime import device, memory
-from nanoft.runtime.command import STOP_SIGNALS, StopRequest, command
+from nanoft import UserError, __version__
+from nanoft.runtime import device
 from nanoft.runtime.device import (
     choose_device,
     choose_dtype,
@@ -32,19 +27,7 @@ from nanoft.runtime.device import (
     seed_everything,
     set_rng_state,
 )
-from nanoft.runtime.memory import (
-    MemoryMonitor,
-    MemoryReading,
-    available_host_bytes,
-    cgroup_limits,
-    is_out_of_memory,
-    memory_limit_bytes,
-    peak_memory_gb,
-    read_memory,
-    theil_sen_slope,
-)
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 PRESENT = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
 
@@ -410,7 +393,9 @@ def test_the_memory_of_a_gpu_is_watched_beside_the_hosts() -> None:
 
 def test_the_description_names_the_machine() -> None:
     memory = f"{psutil.virtual_memory().total / 1e9:.0f} GB"
-    assert describe_device(CPU) == f"CPU, {torch.get_num_threads()} threads, {memory}"
+    for threads, words in ((1, "1 thread"), (3, "3 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert describe_device(CPU) == f"CPU, {words}, {memory}"
 
 
 def test_versions_are_those_that_are_installed() -> None:

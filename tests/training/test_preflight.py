@@ -17,7 +17,7 @@ from nanoft.batches import Batches
 from nanoft.config import DataConfig
 from nanoft.config.loading import load_file
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import Corpus, open_corpus
+from nanoft.data.dataset import PreparedDataset, build_datasets
 from nanoft.models.weights import load_model
 from nanoft.training.preflight import (
     Check,
@@ -39,13 +39,13 @@ def read(directory: Path, style: Style, template_args: Any = None, **settings: A
     return ChatTokenizer.from_directory(save(directory, style, **settings), template_args)
 
 
-def build(path: Path, chat: ChatTokenizer, count: int = 20, limit: int = 512, **settings: Any) -> Corpus:
+def build(path: Path, chat: ChatTokenizer, count: int = 20, limit: int = 512, **settings: Any) -> PreparedDataset:
     records = [{"prompt": f"Question {n} {'x ' * n}", "completion": f"Answer {n}"} for n in range(count)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return open_corpus(DataConfig(train_file=str(path), validation_split=0.0, **settings), limit, 0, chat, print)
+    return build_datasets(DataConfig(train_file=str(path), validation_split=0.0, **settings), chat, limit, 0, print)
 
 
-def verdicts(chat: ChatTokenizer, corpus: Corpus, train_on: str = "assistant") -> dict[str, Check]:
+def verdicts(chat: ChatTokenizer, corpus: PreparedDataset, train_on: str = "assistant") -> dict[str, Check]:
     return {check.name: check for check in check_data(corpus, chat, train_on)}
 
 
@@ -216,4 +216,4 @@ def test_a_window_as_the_model_sees_it(tmp_path: Path, packing: bool) -> None:
     assert sum(int(tokens) for _, tokens, _ in places) == sum(batch.tokens for batch in window)
     assert ("document 2 of" in "\n".join(lines)) is packing
     texts = [line for line in lines if line.startswith("<s>")]
-    assert texts == [chat.mark(corpus.training[record], color=False) for record in records]
+    assert texts == [chat.highlight_targets(corpus.training[record], color=False) for record in records]

@@ -1,0 +1,58 @@
+"""Functions of the user's own, which a config names as `package.module:function`.
+
+Importing a module runs it, so such a name is accepted from a Python config, the command line and the environment only,
+never from a file of data (YAML, JSON, a run's config.json): see `loading.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanoft import UserError
+
+FUNCTION = re.compile(r"(?!regex:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+UNTRUSTED = "untrusted "  # stands before the name of a function that a run's config.json holds
+
+
+def is_function(name: str) -> bool:
+    return FUNCTION.fullmatch(name) is not None
+
+
+def import_function(name: str, field: str, signature: str) -> Callable[..., Any]:
+    """Import `package.module:function`; the current directory is searched last.
+
+    Args:
+        field: the config field that names it, for messages.
+        signature: what the function has to look like, for messages.
+    Raises:
+        UserError: it cannot be imported, or is not a function.
+    """
+    module, _, function = name.partition(":")
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except UserError:
+        raise
+    except Exception as error:  # the module is the user's program, and so is the mistake
+        raise UserError(f"{field}: {name}: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise UserError(f"{field}: {name}: is not a function: write def {function}{signature}")
+    return found
+
+
+def source_file(function: Callable[..., Any]) -> Path | None:
+    """The Python file that defines a function; None for a built-in."""
+    try:
+        return Path(inspect.getfile(inspect.unwrap(function)))
+    except TypeError:
+        return None

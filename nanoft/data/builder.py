@@ -1,0 +1,402 @@
+"""One pass over the data files: what is kept, rendered, tokenized, split and written to the cache.
+
+read -> check -> seen before? -> render -> encode -> fits? -> token ids on disk         one pass, streamed
+near duplicates -> split -> leaks -> weights                                             on a few numbers per record
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from nanoft import UserError
+from nanoft.batches import Array, Sample, TokenDataset, encode_targets
+from nanoft.config import DataConfig
+from nanoft.data import filters, splits
+from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
+from nanoft.data.formats import Conversation
+from nanoft.data.records import UNDESIRABLE, ReadOptions, Rejected, read_file
+from nanoft.data.truncation import fit
+
+PERCENTILES = (50, 90, 99, 100)
+MALFORMED = "malformed"
+TOKENS, REJECTED, REPORT = "tokens.bin", "rejected.jsonl", "report.json"
+NEAR = 0.8  # Jaccard similarity of near-equal prompts, unless data.near_duplicates is set
+FULL_TEXT, PROMPT = "full_text.sig", "prompt.sig"  # MinHash signatures, while building
+
+
+class DatasetBuilder:
+    """Writes a data set to a directory, with a few numbers for each record and each sample in memory."""
+
+    def __init__(self, directory: Path, data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int):
+        self.directory, self.data, self.tokenizer = directory, data, tokenizer
+        self.max_length, self.seed = max_length, seed
+        self.removed: Counter[str] = Counter()
+        self.first_malformed: list[str] = []
+        self.shapes: list[dict[str, Any]] = []
+        self.read = self.cut_off = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
+        self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
+        self.seen_systems: set[int] = set()
+        self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
+        self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
+        # for each record
+        self.file, self.line, self.part = array("l"), array("q"), array("l")
+        self.question, self.prompt, self.normalized_prompt = array("Q"), array("Q"), array("Q")  # split keys
+        self.group, self.time = array("Q"), array("d")
+        self.stratum: list[Any] = []
+        # for each sample
+        self.starts, self.record, self.truncated = array("q", [0]), array("l"), array("q")
+        self.targets = array("l")
+
+    def build(self, parts: list[list[Path]], progress_bar: bool) -> None:
+        """Read the files of all parts, and write everything that the cache keeps."""
+        self.files = [(number, file) for number, files in enumerate(parts) for file in files]
+        self.validation_part = len(parts) - 1 if self.data.validation_file is not None else -1
+        with contextlib.ExitStack() as stack:
+            self.tokens = stack.enter_context(open(self.directory / TOKENS, "wb", buffering=1 << 20))
+            self.rejected = stack.enter_context(open(self.directory / REJECTED, "w", encoding="utf-8"))
+            self.signatures = {
+                name: stack.enter_context(open(self.directory / name, "wb")) for name in self._signed_texts()
+            }
+            self._tokenize(progress_bar)
+            self._reject_lost()
+            self._check_malformed()
+            if not self.record:
+                raise UserError(self._none_left())
+            is_training, is_validation = self._split()
+        self._write(is_training, is_validation)
+
+    def _signed_texts(self) -> list[str]:
+        """Of which texts MinHash signatures are needed."""
+        data, full_text = self.data, [FULL_TEXT] if self.data.near_duplicates else []
+        holds_out = data.validation_file or data.validation_split or data.validation_size
+        return [*full_text, PROMPT] if holds_out and data.near_leaks != "ignore" else full_text
+
+    # ---- The pass over the files
+
+    def _tokenize(self, progress_bar: bool) -> None:
+        size = sum(os.path.getsize(file) for _, file in self.files)
+        shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": "tokenizing", "leave": False, "delay": 1.0}
+        with tqdm(total=size, disable=not progress_bar, **shown) as self.bar:
+            for sample in self.tokenizer.encode(self._render()):
+                self._add_sample(sample)
+        for stream in (self.tokens, *self.signatures.values()):
+            stream.flush()
+
+    def _reject(self, kind: str, reason: str, file: str, line: int) -> None:
+        """Count a record that is not used, and write it to rejected.jsonl."""
+        self.removed[kind] += 1
+        entry = {"kind": kind, "reason": reason, "file": file, "line": line}
+        self.rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if kind == MALFORMED and len(self.first_malformed) < 5:
+            self.first_malformed.append(f"{file}:{line}: {reason}")
+
+    def _reject_record(self, record: int, kind: str, reason: str) -> None:
+        self._reject(kind, reason, str(self.files[self.file[record]][1]), self.line[record])
+
+    def _render(self) -> Iterator[Rendered]:
+        for number, (part, file) in enumerate(self.files):
+            for conversation in self._read(file, part == self.validation_part):
+                record = self._add_record(conversation, number, part)
+                if pieces := self._render_samples(conversation, record):
+                    self.in_flight[record] = conversation
+                    yield from pieces
+
+    def _read(self, file: Path, is_validation: bool) -> Iterator[Conversation]:
+        """The records of a file that are worth rendering."""
+        kept, done = 0, 0
+
+        def advance(position: int) -> None:
+            nonlocal done
+            self.bar.update(position - done)
+            done = position
+
+        for item in read_file(file, ReadOptions.from_config(self.data), advance):
+            if isinstance(item, str):
+                self.shapes.append({"file": str(file), "shape": item, "records": 0})
+                continue
+            self.read += 1
+            self.shapes[-1]["records"] += 1
+            if isinstance(item, Rejected):
+                kind = UNDESIRABLE if item.reason == UNDESIRABLE else MALFORMED
+                self._reject(kind, item.reason, item.file, item.line)
+            elif unwanted := self._unwanted(item, is_validation):
+                self._reject(*unwanted, item.file, item.line)
+            else:
+                kept += 1
+                yield item
+            if kept == self.data.max_samples:
+                return
+
+    def _unwanted(self, item: Conversation, is_validation: bool) -> tuple[str, str] | None:
+        """(kind, reason) why a valid record is not rendered; None: it is."""
+        characters, longest = item.characters(), self.data.max_characters or math.inf
+        if characters < self.data.min_characters:
+            return "too short", f"{characters} characters, fewer than data.min_characters={self.data.min_characters}"
+        if characters > longest:
+            return "too many characters", f"{characters} characters, more than data.max_characters={longest}"
+        if self.data.deduplicate:
+            mark = filters.content_hash(item) << 1 | is_validation
+            if mark in self.seen:
+                return "duplicate", "equals an earlier record"
+            self.seen.add(mark)
+        return None
+
+    def _add_record(self, item: Conversation, file: int, part: int) -> int:
+        """Note what the split depends on; returns the record's number."""
+        data, prompt = self.data, item.prompt()
+        key = functools.partial(splits.split_key, seed=self.seed)
+        self.file.append(file)
+        self.line.append(item.line)
+        self.part.append(part)
+        self.question.append(key(item.first_user_text()))
+        self.prompt.append(key(prompt))
+        self.normalized_prompt.append(key(filters.normalized(prompt)))
+        if data.split_group:
+            self.group.append(key(item.fields[data.split_group]))
+        if data.split_time:
+            self.time.append(_time(item, data.split_time))
+        if strata := data.split_stratify or data.label_field:
+            length_bin = 1 << (max(item.characters(), 1).bit_length() - 1)  # 512 to 1023 characters: 512
+            self.stratum.append(length_bin if strata == "length" else item.fields[strata])
+        if self.signatures:
+            self._sign(item)
+        self.cut_off += filters.looks_truncated(item)
+        return len(self.file) - 1
+
+    def _sign(self, item: Conversation) -> None:
+        """Write MinHash signatures, without a system message that an earlier record has, too."""
+        if item.messages and item.messages[0]["role"] == "system":
+            system = splits.split_key(item.messages[0]["content"], self.seed)
+            if system in self.seen_systems:
+                item = dataclasses.replace(item, messages=item.messages[1:])
+            self.seen_systems.add(system)
+        for name, stream in self.signatures.items():
+            stream.write(filters.minhash(item.prompt() if name == PROMPT else item.full_text()).tobytes())
+
+    def _render_samples(self, conversation: Conversation, record: int) -> list[Rendered]:
+        if conversation.text is not None:
+            return [self.tokenizer.text_sample(conversation.text, record)]
+        messages, tools, reason = conversation.messages, conversation.tools, "none of its messages is a target"
+        try:
+            pieces = self.tokenizer.render_samples(messages, record, tools, self.data.train_on)
+            if any(piece.spans for piece in pieces):
+                return pieces
+        except TemplateRefusal as error:
+            reason = str(error)
+        self._reject(MALFORMED, reason, conversation.file, conversation.line)
+        return []
+
+    def _add_sample(self, sample: Sample) -> None:
+        """Write an encoded sample if it fits."""
+        while (oldest := next(iter(self.in_flight))) < sample.record:
+            del self.in_flight[oldest]
+        targets = int(sample.is_target.sum())
+        fitted = self._fit(sample) if targets else None
+        kept = int(fitted.is_target.sum()) if fitted else 0
+        self.target_tokens_lost += targets - kept
+        if not targets:
+            self._lose(sample, MALFORMED, "the sequence has no target tokens")
+        elif fitted is None:
+            reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.max_length}"
+            self._lose(sample, "too long", f"{reason} (data.truncation={self.data.truncation})")
+        elif len(fitted.ids) < self.data.min_tokens:
+            reason = f"{len(fitted.ids)} tokens, fewer than data.min_tokens={self.data.min_tokens}"
+            self._lose(sample, "too few tokens", reason)
+        else:
+            if len(fitted.ids) < len(sample.ids):
+                self.truncated.append(len(self.record))
+            self.tokens.write(encode_targets(fitted).tobytes())
+            self.starts.append(self.starts[-1] + len(fitted.ids))
+            self.record.append(sample.record)
+            self.targets.append(kept)
+
+    def _fit(self, sample: Sample) -> Sample | None:
+        conversation, data = self.in_flight[sample.record], self.data
+        try:
+            return fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
+        except TemplateRefusal:
+            return None  # the template needs what was cut
+
+    def _lose(self, sample: Sample, kind: str, reason: str) -> None:
+        """Count a lost sample; its record is rejected if it has no other."""
+        self.samples_lost += 1
+        self.lost.setdefault(sample.record, (kind, reason))
+
+    def _reject_lost(self) -> None:
+        """Reject the records of which no sample is left."""
+        used = set(self.record) if self.lost else set()
+        for record in sorted(self.lost.keys() - used):
+            self._reject_record(record, *self.lost[record])
+
+    def _check_malformed(self) -> None:
+        """Stop if so many records are malformed that the data is not what its owner believes."""
+        bad = self.removed[MALFORMED]
+        if bad > self.data.max_bad_records * self.read:
+            raise UserError(
+                f"{self.first_malformed[0]} ({bad:,} of {self.read:,} records are malformed, more than "
+                f"data.max_bad_records={self.data.max_bad_records} allows: repair them"
+                + "".join(f"; {reason}" for reason in self.first_malformed[1:])
+                + ")"
+            )
+
+    def _none_left(self) -> str:
+        """Why there is nothing to train on, and what to change."""
+        reasons = ", ".join(f"{count} {kind}" for kind, count in self.removed.most_common())
+        fix = ""
+        if self.removed["too long"]:
+            better = "" if self.data.truncation == "prompt" else ", or set data.truncation=prompt"
+            fix = f": none fits model.max_seq_length={self.max_length}: raise it{better}"
+        return f"data: none of {self.read} records is left ({reasons or 'there were none'}){fix}"
+
+    # ---- The split
+
+    def _split(self) -> tuple[Array, Array]:
+        """(is_training, is_validation) of each record: near duplicates removed, split, leaks removed."""
+        data, prompts = self.data, np.array(self.normalized_prompt, np.uint64)
+        used = np.zeros(len(prompts), dtype=np.bool_)
+        used[np.array(self.record)] = True
+        is_validation = used & (np.array(self.part) == self.validation_part)
+        pool = used & (np.array(self.part) != self.validation_part)
+        if data.near_duplicates:
+            signatures = np.memmap(self.directory / FULL_TEXT, dtype=np.uint32, mode="r")
+            near = filters.near_duplicates(signatures.reshape(-1, filters.COMPONENTS), data.near_duplicates, pool)
+            reason = f"shares {data.near_duplicates:.0%} of its 5-grams with an earlier record"
+            self._remove(near, "near duplicate", reason)
+            pool &= ~near
+        if data.validation_file is None:
+            is_validation[pool] = self._hold_out(pool)
+        is_training = pool & ~is_validation
+        leaks = is_training & np.isin(prompts, prompts[is_validation])
+        if PROMPT in self.signatures:
+            read = functools.partial(_read_signatures, self.directory / PROMPT)
+            near = filters.near_matches(read, data.near_duplicates or NEAR, is_training & ~leaks, is_validation)
+            self.near_leaks = int(near.sum())
+            if data.near_leaks == "remove":
+                leaks |= near
+        self._remove(leaks, "leak", "its prompt is that of a validation record")
+        return is_training & ~leaks, is_validation
+
+    def _remove(self, which: Array, kind: str, reason: str) -> None:
+        for record in np.flatnonzero(which).tolist():
+            self._reject_record(record, kind, reason)
+
+    def _hold_out(self, pool: Array) -> Array:
+        """Which records of the pool are held out."""
+        data, count = self.data, int(pool.sum())
+        size = data.validation_size or round(data.validation_split * count)
+        if data.validation_size is None and data.validation_split and count > 1:
+            size = max(size, 1)
+        if size >= count > 1:
+            raise UserError(f"data.validation_size: {size}: there are {count} records: leave some for training")
+        # Equal questions stay together; where a few questions are asked of many documents, equal prompts do.
+        question, prompt = np.array(self.question, np.uint64)[pool], np.array(self.prompt, np.uint64)[pool]
+        keys = question if 2 * len(np.unique(question)) >= count else prompt
+        if data.split_time:
+            return splits.hold_out_newest(np.array(self.time)[pool], keys, size)
+        strata = np.zeros(len(pool), np.int64)
+        if self.stratum:
+            values = {value: number for number, value in enumerate(sorted(set(self.stratum), key=str))}
+            strata = np.array([values[value] for value in self.stratum])
+        if data.split_group:
+            keys = np.array(self.group, np.uint64)[pool]
+        return splits.hold_out(keys, strata[pool], size)
+
+    def _weighted(self, chosen: Array, record: Array) -> Array:
+        """Each part's samples as often as its weight says: whole copies, and a random subset for the fraction."""
+        if not self.data.weights:
+            return chosen
+        part, rng = np.array(self.part)[record[chosen]], np.random.default_rng([self.seed, 1])
+        copies = []
+        for number, weight in enumerate(self.data.weights):
+            own = chosen[part == number]
+            rest = rng.permutation(own)[: round((weight % 1) * len(own))]
+            copies += [own] * int(weight) + [np.sort(rest)]
+        return np.concatenate(copies)
+
+    # ---- What is written
+
+    def _write(self, is_training: Array, is_validation: Array) -> None:
+        record = np.array(self.record, np.int64)
+        arrays = {
+            "starts": np.array(self.starts, np.int64),
+            "records": record,
+            "truncated": np.array(self.truncated, np.int64),
+            "training": self._weighted(np.flatnonzero(is_training[record]), record),
+            "validation": np.flatnonzero(is_validation[record]),
+            "record_file": np.array(self.file, np.int32),
+            "record_line": np.array(self.line, np.int64),
+        }
+        if not len(arrays["training"]):
+            leaks = f" ({self.removed['leak']} of them are leaks)" if self.removed["leak"] else ""
+            raise UserError(f"data: no record is left for training{leaks}: see the settings of data.validation_...")
+        for name, values in arrays.items():
+            np.save(self.directory / f"{name}.npy", values)
+        for path in self.directory.glob("*.sig"):
+            path.unlink()
+        tokens = np.memmap(self.directory / TOKENS, dtype=np.int32, mode="r")
+        sides = {n: TokenDataset(tokens, arrays["starts"], record, arrays[n]) for n in ("training", "validation")}
+        text = json.dumps(self._report(sides), indent=2, ensure_ascii=False)
+        (self.directory / REPORT).write_text(text + "\n", encoding="utf-8")
+
+    def _report(self, sides: dict[str, TokenDataset]) -> dict[str, Any]:
+        """What became of the data, as report.json keeps it."""
+        return {
+            "files": self.shapes,
+            "removed": dict(self.removed.most_common()),
+            "truncated": len(self.truncated),
+            "truncation": self.data.truncation,
+            "max_seq_length": self.max_length,
+            "cut_off_replies": self.cut_off,
+            **{name: getattr(self, name) for name in ("read", "first_malformed", "samples_lost", "target_tokens_lost")},
+            "near_leaks": self.near_leaks,
+            "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",
+            **{name: self._describe(samples) for name, samples in sides.items()},
+        }
+
+    def _describe(self, samples: TokenDataset) -> dict[str, Any]:
+        lengths, records = samples.lengths, np.unique(samples.records)
+        percentiles = PERCENTILES if len(samples) else ()
+        described: dict[str, Any] = {
+            "records": len(records),
+            "samples": len(samples),
+            "tokens": int(lengths.sum()),
+            "target_tokens": int(np.array(self.targets, np.int64)[samples.chosen].sum()),
+            "length": {f"p{p}": int(np.percentile(lengths, p, method="higher")) for p in percentiles},
+        }
+        if self.stratum:
+            described["strata"] = dict(sorted(Counter(str(self.stratum[r]) for r in records.tolist()).items()))
+        return described
+
+
+def _time(item: Conversation, name: str) -> float:
+    """A number or an ISO 8601 date as seconds; later is larger."""
+    value = item.fields[name]
+    try:
+        with contextlib.suppress(ValueError):
+            return float(value)
+        date = datetime.fromisoformat(value)
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise UserError(
+            f"{item.file}:{item.line}: {name}: {value!r:.40} is neither a number nor a date like 2024-02-29 "
+            "(data.split_time)"
+        ) from None
+
+
+def _read_signatures(path: Path, start: int, stop: int) -> Array:
+    width = filters.COMPONENTS
+    return np.fromfile(path, np.uint32, (stop - start) * width, offset=4 * start * width).reshape(-1, width)
