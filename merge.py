@@ -59,7 +59,7 @@ from nanoft.export.gguf_file import export_gguf
 from nanoft.export.merge import EXPORT_DTYPES, copy_tokenizer, merge, parse_size
 from nanoft.export.staging import new_directory, require_new
 from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
-from nanoft.io.atomic import write_file
+from nanoft.io.atomic import write_file, write_json
 from nanoft.models.adapter_files import adapter_tensors, save_mlx
 from nanoft.models.open import LoadedModel, TrainedAdapter, find_adapter, open_chat_tokenizer, read_trained_adapter
 from nanoft.models.weights import stored_dtype, stored_quantization
@@ -138,7 +138,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
             lines = ["the adapter in PEFT's format"]
         model = StreamedDecoder(open_rows(staging)) if args.format == "hf" else opened.model
         weights_said = verify.describe_weights(opened, merged=args.format == "hf")
-        model_card.write_json(
+        write_json(
             staging / "parity.json", model_card.parity_record(model, chat, prompts, args.parity_tokens, weights_said)
         )
         summed = zip(args.sources, hashes, factors, strict=True)
@@ -152,7 +152,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
         } | facts
         card = model_card.model_card(args.format, facts, model_card.run_facts(source), adapter.base, lines)
         write_file(staging / "README.md", [card.encode()])
-        model_card.write_json(staging / "provenance.json", model_card.provenance_record(source, facts, staging, files))
+        write_json(staging / "provenance.json", model_card.provenance_record(source, facts, staging, files))
     return [f"{args.out}: {lines[0]}", *lines[1:]]
 
 

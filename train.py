@@ -29,7 +29,6 @@ from nanoft.batches import Batch, eval_batches, pad_to_multiple
 from nanoft.checkpoint import Checkpoint
 from nanoft.config import Config
 from nanoft.config.loading import load_config, read_overrides
-from nanoft.loss import target_nll
 from nanoft.optim import learning_rate, set_learning_rate
 from nanoft.runtime import distributed
 from nanoft.runtime.command import Arguments, StopRequest, command, ignore_broken_output

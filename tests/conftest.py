@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from hypothesis import settings
+from tiers import mark_quick
 
 # One thread, here and in every process that a test starts: two processes with two threads each on two cores wait for
 # one another most of the time. Set before torch is imported.
@@ -31,6 +32,11 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
 # The same examples every time; pytest --hypothesis-profile=default draws new ones.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_quick(items)
 
 
 @pytest.fixture(autouse=True, scope="session")

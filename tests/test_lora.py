@@ -290,6 +290,7 @@ def test_a_frozen_a_costs_no_product_for_its_gradient(freeze: bool) -> None:
     assert counter.get_total_flops() == 2 * (dx + db + (0 if freeze else da))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("name", ["lora", "together", "pissa"])
 def test_a_compiled_block_has_the_gradients_of_an_eager_one(name: str, base: Path) -> None:

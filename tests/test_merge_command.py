@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from runs import run_merge
 from safetensors.torch import load_file, save_file
+from tiers import rest_is_slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge as command
@@ -451,7 +452,9 @@ FULL = """
 """
 
 
-@pytest.mark.parametrize(("form", "out"), [("hf", "deep/out"), ("gguf", "deep/out.gguf")])
+@pytest.mark.parametrize(
+    ("form", "out"), rest_is_slow([("hf", "deep/out"), ("gguf", "deep/out.gguf")], ("hf", "deep/out"))
+)
 def test_a_disk_that_is_full_leaves_nothing(form: str, out: str, runs: Path, tmp_path: Path) -> None:
     if form == "gguf":
         pytest.importorskip("gguf")

@@ -113,6 +113,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class TrainingConfig(Section):
+    objective: str = "sft"  # (table) what training minimizes
     method: Literal["lora", "full"] = "lora"  # train adapters or every parameter
     micro_batch_size: int | Literal["auto"] = bounded(4, 1)  # sequences per forward pass; auto: what fits
     gradient_accumulation_steps: int = bounded(4, 1)  # micro-batches per step; with auto: sequences

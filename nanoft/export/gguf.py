@@ -438,7 +438,7 @@ def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
             raise UserError(f"--out: {each}: already exists: choose another name or remove it")
 
     def place(staging: Path, _: Path) -> None:
-        for path in targets:
+        for path in places:
             os.rename(staging / path.name, path)
 
     with new_directory(out, place=place) as staging:

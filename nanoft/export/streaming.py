@@ -97,7 +97,7 @@ class Weights:
 
     def row(self, name: str, number: int) -> Tensor:
         """One row of an embedding, (1, hidden): a copy, since a view keeps the mapped pages around it in memory."""
-        return self.files.headers[name].read_rows(name, slice(number, number + 1)).to(self.dtype, copy=True)
+        return self.files.headers[name].read(name, slice(number, number + 1)).to(self.dtype, copy=True)
 
     def whole(self, name: str) -> Tensor:
         """A complete weight, in float32."""

@@ -17,7 +17,7 @@ from nanoft import UserError
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
-from nanoft.io.atomic import write_file
+from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
 from nanoft.io.untrusted import read_bytes, read_json, resolve_file
 from nanoft.model import Decoder, DecoderConfig, initialize

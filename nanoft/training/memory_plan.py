@@ -32,7 +32,7 @@ from nanoft.models.families import find_shape
 from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import DTYPES, choose_device, choose_dtype
-from nanoft.runtime.memory import memory_limit_bytes, resident_bytes
+from nanoft.runtime.memory import held_bytes, memory_limit_bytes
 from nanoft.training.validation import validate_config
 
 MiB = 2**20

@@ -538,7 +538,9 @@ def test_a_hub_name_is_fetched_once_and_only_as_data(hub: type[Hub], monkeypatch
 
 
 def test_a_hub_name_that_cannot_be_had_is_one_line(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"^model.name: no/such: no such directory, and could not be downloaded from the Hub: ") as raised:
+    with pytest.raises(
+        UserError, match=r"^model.name: no/such: no such directory, and could not be downloaded from the Hub: "
+    ) as raised:
         find_model("no/such")
     assert "\n" not in str(raised.value)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
