@@ -1,12 +1,10 @@
 """Is the answer right? METRICS is the table of metrics, for evaluation and for rewards.
 
 A metric is a function of an answer and its reference, most of them from 0 (wrong) to 1 (right). Exact match suits
-labels and tool calls, numeric answers arithmetic, token F1 short facts; ROUGE and BLEU count common n-grams and suit
-summaries and translations, where even a good answer shares only half of them. Constraints (length, JSON, a pattern)
-look at the answer alone. ROUGE and BLEU are those of rouge-score and sacrebleu, so the figures are the published ones.
+labels and tool calls, numeric answers arithmetic, token F1 short facts; ROUGE and BLEU (those of rouge-score and
+sacrebleu) count common n-grams and suit summaries and translations. Constraints look at the answer alone.
 
-Your own metric is `def function(answer, reference, prompt)` (or without the prompt), named `package.module:function`.
-It returns a number, larger being better.
+Your own metric is `def function(answer, reference, prompt)`, or without the prompt: a number, larger being better.
 """
 
 from __future__ import annotations
