@@ -152,7 +152,7 @@ class Batches:
         self.shuffle, self.group_by_length, self.pad_to_multiple_of = shuffle, group_by_length, pad_to_multiple_of
         lengths = self.samples.lengths
         self.is_packed = pack_length is not None
-        one_per_row = np.arange(len(lengths)), np.arange(len(lengths) + 1)
+        one_per_row: tuple[Array, Array] = np.arange(len(lengths)), np.arange(len(lengths) + 1)
         slots, self._bounds = pack(lengths, pack_length) if pack_length is not None else one_per_row
         self._slots = slots  # (n,) the sample in each slot; row r has the slots bounds[r]:bounds[r + 1]
         self._slots_by_length = np.argsort(lengths[slots], kind="stable")
