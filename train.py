@@ -25,13 +25,11 @@ from torch import nn
 from tqdm import tqdm
 
 from nanoft import TrainingFailed, UserError, checkpoint, guard
-from nanoft import perplexity as perplexities
-from nanoft.batches import Batch, pad_to_multiple
+from nanoft.batches import Batch, eval_batches, pad_to_multiple
 from nanoft.checkpoint import Checkpoint
 from nanoft.config import Config
 from nanoft.config.loading import load_config, read_overrides
-from nanoft.loss import target_nll
-from nanoft.optim import learning_rate, set_learning_rate, warmup_length
+from nanoft.optim import learning_rate, set_learning_rate
 from nanoft.runtime import distributed
 from nanoft.runtime.command import Arguments, StopRequest, command, ignore_broken_output
 from nanoft.runtime.device import choose_device, choose_dtype, describe_device, library_versions, seed_everything
@@ -56,6 +54,7 @@ from nanoft.training.recovery import halve_micro_batch
 from nanoft.training.saving import ensure_final_checkpoint, log_memory, report_failure, report_save, save
 from nanoft.training.setup import Provenance, build_training, init_run_dir, load_data, print_summary
 from nanoft.training.state import TrainContext, TrainState, start_from, starting_state
+from nanoft.training.validation import validate_config
 
 STOPPED_BY_SIGNAL = 75
 CONFIGS = Path(__file__).parent / "configs"
@@ -66,7 +65,7 @@ GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb
 def train(job: TrainContext, state: TrainState, stop: StopRequest, total_steps: int) -> TrainState:
     """The loop. Returns how far it came; a checkpoint of that step is on the disk."""
     watch, energy, is_first = MemoryMonitor(job.device), EnergyMeter(job.device), not distributed.process_rank()
-    probe = Profiler(job.config, job.run.directory, job.run.log, job.run.print, records=is_first)
+    probe = Profiler(job.config, job.run)
     job.model.train()
     with job.saves, probe, progress_bar(job, state, total_steps) as bar:
         if state.step == 0 and job.config.guard.max_rollbacks:
@@ -125,17 +124,16 @@ def accumulate(job: TrainContext, window: list[Batch]) -> tuple[float, float]:
         The loss, in nats per target token of the window, and the norm of the gradient before clipping.
     """
     t, model = job.config.training, job.model
-    window_targets = sum(micro_batch.target_tokens for micro_batch in window)
+    job.objective.prepare(model, window)
+    units = job.objective.count(window)
     loss = torch.zeros((), device=job.device)
     distributed.seed_process(job.config.system.seed, job.batches.epoch, job.batches.index)
     with distributed.same_exception(job.device):
         for micro_batch in distributed.shard(pad_to_multiple(window, distributed.world_size())):
             batch = micro_batch.to(job.device)
             with job.autocast():
-                hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, n, hidden)
-                nll = target_nll(hidden, model.head, batch.targets, t.label_smoothing, t.z_loss)
-            # sum over target tokens / target tokens of the WINDOW: the same however the window is split
-            micro_loss = nll / window_targets
+                # sum over units / units of the WINDOW: the same however the window is split
+                micro_loss = job.objective.loss(model, batch) / units
             micro_loss.backward()
             loss += micro_loss.detach()
     parameters = [p for _, p in job.trained]
@@ -146,10 +144,7 @@ def accumulate(job: TrainContext, window: list[Batch]) -> tuple[float, float]:
 
 def scheduled_rate(job: TrainContext, state: TrainState, total_steps: int) -> float:
     """The learning rate that the schedule has for the next step."""
-    t = job.config.training
-    warmup_steps = warmup_length(t.warmup_steps, t.warmup_ratio, total_steps)
-    shape = (t.lr_scheduler, t.min_lr_ratio, t.lr_power)
-    return learning_rate(state.step, total_steps, t.learning_rate, warmup_steps, *shape)
+    return learning_rate(state.step, total_steps, job.config.training)
 
 
 def count(state: TrainState, window: list[Batch], loss: float, seconds: float, joules: float) -> None:
@@ -282,11 +277,12 @@ def evaluate_now(job: TrainContext, state: TrainState) -> None:
     if not len(job.validation):
         return
     try:
-        loss, tokens = validation_loss(job)
+        figures = validation_loss(job)
     except Exception as error:  # a run is worth more than a look at it
         job.model.train()
         report_failure(job, state, "evaluation", error)
         return
+    loss = figures["loss"]
     state.best_step, state.best_loss = distributed.broadcast_from_rank0(
         lambda: (state.best_step, state.best_loss)
     )  # if it was saved
@@ -295,18 +291,17 @@ def evaluate_now(job: TrainContext, state: TrainState) -> None:
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
     log_memory(job, state, "evaluated")
-    perplexity = perplexities.safe_exp(loss)
-    job.run.log("eval", state.step, loss=loss, perplexity=perplexity, target_tokens=tokens)
+    job.run.log("eval", state.step, **figures)
     best = " (best so far)" if state.best_step == state.step else ""
-    job.run.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}{best}")
+    job.run.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {figures['perplexity']:.4g}{best}")
 
 
-def validation_loss(job: TrainContext) -> tuple[float, int]:
-    """(nats per target token, target tokens), in smaller batches if memory is short."""
+def validation_loss(job: TrainContext) -> dict[str, float]:
+    """What the objective measures, in smaller batches if memory is short."""
     rows = job.config.evaluation.batch_size
     while rows:
         with Shortage(job.device), job.autocast():
-            return perplexities.validation_loss(job.model, job.validation, rows, job.chat.pad_id)
+            return job.objective.evaluate(job.model, eval_batches(job.validation, rows, job.chat.pad_id))
         rows //= 2
         job.model.train()  # the attempt that failed has left it in evaluation, and dropout off
     raise TrainingFailed("out of memory with one validation sample")
@@ -476,6 +471,7 @@ def main(argv: list[str]) -> int:
     if path == "auto":
         path = pick_config(positional)
     config = load_config(path, positional)
+    validate_config(config)
     if args.plan:  # alone, system.ranks says of how many processes one is planned
         return distributed.broadcast_from_rank0(
             lambda: show_plan(distributed.resolve_world_size(config) if distributed.world_size() > 1 else config)

@@ -25,7 +25,7 @@ from nanoft.config import DataConfig, LoRAConfig, TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
 from nanoft.lora import inject_lora
-from nanoft.loss import target_nll
+from nanoft.loss import token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.families import decoder_config
@@ -254,8 +254,8 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
         window_targets = sum(batch.target_tokens for batch in batches)
         loss = torch.zeros((), device=device)
         for batch in batches:
-            hidden = model(batch.ids, batch.positions, batch.documents, target_positions=batch.target_positions)
-            micro_loss = target_nll(hidden, model.head, batch.targets) / window_targets
+            hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)
+            micro_loss = token_nll(hidden, model.head, batch.targets).sum() / window_targets
             micro_loss.backward()
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in trained], MAX_GRAD_NORM)

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 
 from nanoft.config import LoRAConfig
-from nanoft.export.merge import merge, open_adapter
-from nanoft.export.streaming import StreamedDecoder, give_back_freed_memory, open_rows
-from nanoft.export.verify import prove
+from nanoft.export.adapters import open_adapter
+from nanoft.export.merge import merge
+from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
+from nanoft.export.verify import verify_merge
 from nanoft.generation.generate import generate
 from nanoft.io.atomic import write_file
 from nanoft.io.tensor_files import Specs, encode_safetensors
@@ -108,7 +109,7 @@ def resident(field: str) -> int:
 
 def measure(adapter: Path, out: Path) -> dict[str, Any]:
     """Merge, prove, ask: the seconds and the peak memory of each."""
-    give_back_freed_memory()
+    return_freed_memory()
     figures: dict[str, Any] = {"before_gb": resident("VmRSS") / 1e9}
 
     def part(name: str, work: Callable[[], Any]) -> Any:
@@ -122,7 +123,7 @@ def measure(adapter: Path, out: Path) -> dict[str, Any]:
     opened = part("open", lambda: open_adapter(read_trained_adapter(str(adapter)), "original"))
     part("merge", lambda: merge(opened, torch.bfloat16, "original", out))
     prompts = torch.randint(32000, (PROMPTS, TOKENS), generator=torch.Generator().manual_seed(3)).tolist()
-    proof = part("prove", lambda: prove(opened, out, prompts, torch.bfloat16))
+    proof = part("prove", lambda: verify_merge(opened, out, prompts, torch.bfloat16))
     assert proof.holds, proof
     figures["proof"] = {"max_difference": proof.max_difference, "allowed": proof.allowed, "effect": proof.effect}
     merged = StreamedDecoder(open_rows(out))

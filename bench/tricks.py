@@ -50,22 +50,22 @@ def every_row() -> None:
 
     Decoder.forward = decode
 
-    def target_nll(hidden: Any, head: Any, targets: Any) -> Any:
+    def token_nll(hidden: Any, head: Any, targets: Any) -> Any:
         labels = torch.full((hidden.shape[0] * hidden.shape[1],), contender.IGNORE)
         labels[wanted[0]] = targets
-        return F.cross_entropy((hidden.flatten(0, 1) @ head.T).float(), labels, reduction="sum")
+        return F.cross_entropy((hidden.flatten(0, 1) @ head.T).float(), labels, reduction="none")
 
-    loss.target_nll = target_nll
+    loss.token_nll = token_nll
 
 
 def torch_loss() -> None:
     """torch.nn.functional.linear_cross_entropy over the target rows (PyTorch 2.13)."""
     import torch.nn.functional as F
 
-    def target_nll(hidden: Any, head: Any, targets: Any) -> Any:
-        return F.linear_cross_entropy(hidden.flatten(0, 1), head, targets, reduction="sum")
+    def token_nll(hidden: Any, head: Any, targets: Any) -> Any:
+        return F.linear_cross_entropy(hidden.flatten(0, 1), head, targets, reduction="none")
 
-    loss.target_nll = target_nll
+    loss.token_nll = token_nll
 
 
 def whole_last_block() -> None:

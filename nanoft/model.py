@@ -108,6 +108,7 @@ class DecoderConfig:
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over head_dim on queries and keys (Qwen3)
     windows: tuple[int | None, ...]  # per layer: how far back a position sees; None: all the way
+    family: str  # its entry in FAMILIES (nanoft/models/families.py)
 
 
 class RMSNorm(nn.Module):

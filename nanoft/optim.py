@@ -1,16 +1,21 @@
-"""Optimizer and learning rate.
+"""Optimizers and learning-rate schedules: one table each, beside the mathematics.
 
-AdamW (Loshchilov & Hutter 2019) keeps two running means for each parameter: 8 bytes beside its 4. Where that is too
-much, they are stored in 8 bits each (Dettmers et al. 2022), or in pages that move to the CPU's memory when the GPU's is
-full (Dettmers et al. 2023, section 3); SGD keeps one running sum, or nothing. nanoft names state by parameter, never
-by position, so that a checkpoint can be matched to a model. The learning rate is a pure function of the step: there is
+AdamW (Loshchilov & Hutter 2019) keeps two running means for each parameter: 8 bytes in addition to its 4. Where that is
+too much, they are stored in 8 bits each (Dettmers et al. 2022), or in pages that move to the CPU's memory when the GPU
+is full (Dettmers et al. 2023, section 3); SGD keeps one running sum, or nothing. State is named by parameter, never by
+position, so that a checkpoint can be matched to a model. The learning rate is a pure function of the step: there is
 no scheduler state that could be lost.
+
+A new optimizer or schedule is an entry of `OPTIMIZERS` or `SCHEDULES`, and a field of `TrainingConfig` if it has a
+setting of its own. The memory plan, the checks of device and sharding, and the tests read the tables.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,89 +24,133 @@ from torch import Tensor, nn
 from nanoft import UserError
 from nanoft.config import TrainingConfig
 
-RUNS_ON = {"adamw_8bit": ("cuda", "cpu"), "adamw_paged": ("cuda",), "adamw_8bit_paged": ("cuda",)}  # others: anywhere
+Groups = list[dict[str, Any]]  # params, weight_decay, and scale: a factor on the learning rate
+State = dict[str, Any]  # of one parameter
 
 
-def check_optimizer(kind: str, device: torch.device) -> None:
-    """Refuse what bitsandbytes has no kernel for on this device.
+@dataclass(frozen=True)
+class Optimizer:
+    """What the rest of nanoft knows about an optimizer."""
+
+    build: Callable[[Groups, TrainingConfig], torch.optim.Optimizer]
+    init_state: Callable[[Any, dict[str, Any], nn.Parameter, str], State]  # (optimizer, group, p, its name) -> zeros
+    bytes_per_parameter: Callable[[TrainingConfig], float]  # of that state
+    devices: tuple[str, ...] = ("cuda", "mps", "cpu")
+    needs_bitsandbytes: bool = False
+    shardable: bool = True  # whether its state can be split over ranks (FSDP2)
+
+
+def _adamw(groups: Groups, t: TrainingConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=(t.beta1, t.beta2), eps=t.epsilon, fused=True)
+
+
+def _adamw_state(_: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> State:
+    return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def _sgd(groups: Groups, t: TrainingConfig) -> torch.optim.Optimizer:
+    fused = t.sharding == "none"  # PyTorch's fused SGD, unlike its AdamW, does not take sharded parameters
+    return torch.optim.SGD(groups, momentum=t.momentum, fused=fused)
+
+
+def _sgd_state(_: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> State:
+    return {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
+
+
+def _bitsandbytes(kind: str, bytes_per_parameter: float, *devices: str) -> Optimizer:
+    def build(groups: Groups, t: TrainingConfig) -> torch.optim.Optimizer:
+        from bitsandbytes import optim
+
+        return getattr(optim, kind)(groups, betas=(t.beta1, t.beta2), eps=t.epsilon)
+
+    return Optimizer(build, _bitsandbytes_state, lambda t: bytes_per_parameter, devices, True, shardable=False)
+
+
+def _bitsandbytes_state(optimizer: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> State:
+    if name.endswith("embed_tokens.weight"):  # rare tokens have rare, large gradients: 32 bits (2022, section 2.3)
+        return {"step": 0, **{key: optimizer.get_state_buffer(p) for key in ("state1", "state2")}}
+    optimizer.init_state(group, p, 0, 0)  # 8 bits, one scale per 256 values; 32 bits for fewer than 4096 values
+    return optimizer.state[p]
+
+
+# AdamW: m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  w <- w - lr (m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + eps)
+# + decay w) at step k.  SGD: m <- momentum m + g + decay w,  w <- w - lr m.
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer(_adamw, _adamw_state, lambda t: 8.0),
+    "adamw_8bit": _bitsandbytes("AdamW8bit", 2.04, "cuda", "cpu"),
+    "adamw_paged": _bitsandbytes("PagedAdamW32bit", 8.0, "cuda"),
+    "adamw_8bit_paged": _bitsandbytes("PagedAdamW8bit", 2.04, "cuda"),
+    "sgd": Optimizer(_sgd, _sgd_state, lambda t: 4.0 * (t.momentum > 0)),
+}
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Refuse an optimizer that has no kernel for this device.
 
     Raises:
-        UserError: names the devices that it runs on.
+        UserError: names the devices that it runs on, and the most similar optimizer that runs here.
     """
-    devices = RUNS_ON.get(kind, (device.type,))
-    if device.type not in devices:
-        where, other = " or ".join(devices), "adamw_8bit" if "8bit" in kind and device.type == "cpu" else "adamw"
-        raise UserError(
-            f"training.optimizer: {kind} runs on {where}, and this is {device.type}: set training.optimizer={other}"
-        )
+    devices, here = OPTIMIZERS[name].devices, [n for n, entry in OPTIMIZERS.items() if device.type in entry.devices]
+    if name not in here:
+        similar = difflib.get_close_matches(name, here, n=1, cutoff=0.0)[0]
+        where = f"{name} runs on {' or '.join(devices)}, and this is {device.type}"
+        raise UserError(f"training.optimizer: {where}: set training.optimizer={similar}")
 
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], t: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer over named parameters, with its state laid out: zeros, as before the first step.
+    """The optimizer over named parameters, with its state allocated: zeros, as before the first step.
 
     Weight decay is for matrices; vectors (norms, biases) have none. LoRA+ (Hayou et al. 2024): B, which starts at zero,
     learns `lora_plus_ratio` times as fast as A. A group's learning rate is the schedule's times its `scale`.
     """
-    named = list(parameters)
+    names = {p: name for name, p in parameters}
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, p in named:
+    for p, name in names.items():
         decay = t.weight_decay if p.dim() >= 2 else 0.0
         scale = t.lora_plus_ratio if name.endswith("lora_B") else 1.0
         members.setdefault((decay, scale), []).append(p)
     groups = [{"params": ps, "weight_decay": decay, "scale": scale} for (decay, scale), ps in members.items()]
-    optimizer = _make(groups, t)
+    kind = OPTIMIZERS[t.optimizer]
+    optimizer = kind.build(groups, t)
     set_learning_rate(optimizer, t.learning_rate)
-    _lay_out_state(optimizer, {p for name, p in named if name.endswith("embed_tokens.weight")})
+    for group in optimizer.param_groups:  # now, so that its memory shows before training and a checkpoint fills it
+        for p in group["params"]:
+            optimizer.state[p] = kind.init_state(optimizer, group, p, names[p])
     return optimizer
 
 
-def _make(groups: list[dict[str, Any]], t: TrainingConfig) -> torch.optim.Optimizer:
-    if t.optimizer == "sgd":  # m <- momentum * m + g + decay * w,   w <- w - rate * m
-        fused = t.sharding == "none"  # PyTorch has the fused kernel of AdamW for split parameters, but not this one
-        return torch.optim.SGD(groups, momentum=t.momentum, fused=fused)
-    adam = {"betas": (t.beta1, t.beta2), "eps": t.epsilon}
-    if t.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **adam, fused=True)  # type: ignore[arg-type]
-    from bitsandbytes import optim
-
-    kinds = {"adamw_8bit": "AdamW8bit", "adamw_paged": "PagedAdamW32bit", "adamw_8bit_paged": "PagedAdamW8bit"}
-    return getattr(optim, kinds[t.optimizer])(groups, **adam)
+def _wsd(t: float, c: TrainingConfig) -> float:
+    """Warm-up, stable, decay (Hu et al. 2024, section 4): 1, then over the last `lr_decay_ratio` half a cosine to 0."""
+    decayed = max(0.0, (t - 1) / c.lr_decay_ratio + 1)  # share of the decay that is done
+    return (1 + math.cos(math.pi * decayed)) / 2
 
 
-def _lay_out_state(optimizer: Any, embeddings: set[nn.Parameter]) -> None:
-    """Make now what the first step would make: what it takes shows before training, and loading only has to fill it."""
-    for g, group in enumerate(optimizer.param_groups):
-        for i, p in enumerate(group["params"]):
-            if isinstance(optimizer, torch.optim.SGD):
-                optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
-            elif isinstance(optimizer, torch.optim.AdamW):
-                moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-            elif p in embeddings:  # rare tokens have rare, large gradients: 32 bits (Dettmers et al. 2022, section 2.3)
-                optimizer.state[p] = {"step": 0, **{key: optimizer.get_state_buffer(p) for key in ("state1", "state2")}}
-            else:  # 8 bits with a scale for each block of 256; 32 bits for tensors of less than 4096 values
-                optimizer.init_state(group, p, g, i)
+# The rate at t, as a share of the peak: t in [0, 1) over the steps after the warm-up.
+SCHEDULES: dict[str, Callable[[float, TrainingConfig], float]] = {
+    "cosine": lambda t, c: (1 + math.cos(math.pi * t)) / 2,  # Loshchilov & Hutter 2017, eq. 5
+    "cosine_with_restarts": lambda t, c: (1 + math.cos(math.pi * (c.lr_cycles * t % 1))) / 2,  # the same, SGDR
+    "wsd": _wsd,
+    "linear": lambda t, c: 1 - t,
+    "polynomial": lambda t, c: (1 - t) ** c.lr_power,
+    "constant": lambda t, c: 1.0,
+}
 
 
-def warmup_length(steps: int | None, ratio: float, total_steps: int) -> int:
+def warmup_length(total_steps: int, c: TrainingConfig) -> int:
     """Steps of linear warm-up: as given, or a share of all steps."""
-    return round(ratio * total_steps) if steps is None else steps
+    return round(c.warmup_ratio * total_steps) if c.warmup_steps is None else c.warmup_steps
 
 
-def learning_rate(
-    step: int, total_steps: int, peak: float, warmup_steps: int, shape: str, min_ratio: float, power: float = 1.0
-) -> float:
-    """The rate for the step that follows `step` completed ones.
+def learning_rate(step: int, total_steps: int, c: TrainingConfig) -> float:
+    """The learning rate of the step that follows `step` completed ones.
 
-    Warm-up rises linearly and reaches the peak at its end; then, with t in [0, 1) over the remaining steps,
-    cosine: (1 + cos(pi t)) / 2 (Loshchilov & Hutter 2017, eq. 5); linear: 1 - t; polynomial: (1 - t)^power;
-    constant: 1, from 1 to `min_ratio`.
+    Warm-up rises linearly and reaches the peak at its end; then the schedule falls from 1 to `min_lr_ratio` of it.
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / (warmup_steps + 1)
-    t = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    shapes = {"cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t, "polynomial": (1 - t) ** power, "constant": 1}
-    return peak * (min_ratio + (1 - min_ratio) * shapes[shape])
+    warmup = warmup_length(total_steps, c)
+    if step < warmup:
+        return c.learning_rate * (step + 1) / (warmup + 1)
+    t = (step - warmup) / max(1, total_steps - warmup)
+    return c.learning_rate * (c.min_lr_ratio + (1 - c.min_lr_ratio) * SCHEDULES[c.lr_scheduler](t, c))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -112,7 +161,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
     """The optimizer's state as named tensors: `<parameter>.exp_avg`, ..., as the optimizer calls them.
 
-    A copy is made of plain numbers only (bitsandbytes counts its steps in an int); tensors are the optimizer's own.
+    Tensors are the optimizer's own, not copies; plain numbers (bitsandbytes counts steps in an int) become tensors.
     """
     return {f"{name}.{key}": torch.as_tensor(value) for name, p in named for key, value in optimizer.state[p].items()}
 
@@ -120,7 +169,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[st
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
 ) -> None:
-    """Fill the laid-out state with what `optimizer_tensors` gave, matched by name.
+    """Fill the allocated state with what `optimizer_tensors` gave, matched by name.
 
     Raises:
         UserError: a parameter's state is missing, has another shape or type, or belongs to no parameter.

@@ -13,10 +13,15 @@ from typing import Any
 import huggingface_hub
 import pytest
 from hypothesis import settings
+from tiers import mark_quick
 
 # One thread, here and in every process that a test starts: two processes with two threads each on two cores wait for
 # one another most of the time. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Settings of whoever runs the tests: before any fixture, and for the processes that tests start.
+for variable in [name for name in os.environ if name.startswith("NANOFT_")]:
+    del os.environ[variable]
 
 # Signals as a terminal has them: a shell's background jobs (and nohup) have SIGINT and SIGHUP ignored, and so would
 # every process that a test starts.
@@ -29,16 +34,15 @@ settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_quick(items)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tokenized data goes where pytest cleans up."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(autouse=True)
-def _no_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("NANOFT_")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nanoft import batches
 from nanoft.batches import Batch, Batches, Sample, TokenDataset, pack
-from nanoft.loss import target_nll
+from nanoft.loss import token_nll
 from nanoft.models.weights import load_model
 from nanoft.training.self_test import gradient_error, packed_apart
 from tiny_models import make_reference
@@ -288,7 +288,7 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(
         model = load_model(tmp_path, torch.device("cpu"), torch.float32)
         batch = collate(rows, PAD)
         hidden = model(batch.ids, batch.positions, batch.documents, target_positions=batch.target_positions)
-        target_nll(hidden, model.head, batch.targets).backward()
+        token_nll(hidden, model.head, batch.targets).sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     alone = flow([[sample] for sample in samples])

@@ -37,6 +37,7 @@ def options(**changes: Any) -> argparse.Namespace:
     return step.parse([], **changes)
 
 
+@pytest.mark.slow
 def test_nanoft_and_the_peer_take_the_same_step() -> None:
     """Packed documents beside padded ones, so a wrong mask, position, loss or accumulation would show."""
     done = run("step.py", *TINY, "--shape", "packed", "--micro", "3", "--dtype", "float32")
@@ -53,6 +54,7 @@ def test_nanoft_and_the_peer_take_the_same_step() -> None:
     assert ours["tok_s_p10"] <= ours["tok_s"] <= ours["tok_s_p90"]
 
 
+@pytest.mark.slow
 def test_another_peer_is_told_what_every_peer_knows_and_its_losses_are_not_compared(tmp_path: Path) -> None:
     peer = tmp_path / "other.py"
     peer.write_text("import json, sys; print(json.dumps({'tok_s': 1, 'step_s': 1, 'peak_rss_mb': len(sys.argv) - 1}))")
@@ -137,6 +139,7 @@ def test_curves_are_found_again_and_what_is_no_curve_shows() -> None:
     assert growth.fit(x[:3], [1.0, 2.0, 3.0], 2) is None  # a parabola fits any three points
 
 
+@pytest.mark.slow
 def test_growth_writes_its_points_and_curves(tmp_path: Path) -> None:
     done = run("growth.py", *TINY[:-2], "--quick", "--minutes", "0.05", "--out", str(tmp_path / "growth"))
     assert done.returncode == 0, done.stderr

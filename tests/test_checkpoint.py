@@ -9,7 +9,6 @@ import json
 import os
 import random
 import shutil
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,15 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
+from tiers import rest_is_slow
 from torch import Tensor
 
-from nanoft import UserError
+from nanoft import UserError, checkpoint
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, copy_matching, verify
-from nanoft.io import atomic
-from nanoft.io.atomic import hash_file, replace_file, write_file
-from nanoft.io.tensor_files import SAFETENSORS_DTYPES, encode_safetensors, write_tensors
 
 FILES = ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 OPERATIONS = ["open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir"]
@@ -50,80 +46,6 @@ def is_whole(path: Path, step: int) -> bool:
     files = {name: load_file(path / f"{name}.safetensors") for name in ("adapter", "optimizer")}
     same = all(torch.equal(files[f][n], t) for f, named in tensors(step).items() for n, t in named.items())
     return same and json.loads((path / "state.json").read_text())["step"] == step
-
-
-# --- files
-
-
-@pytest.mark.parametrize("dtype", SAFETENSORS_DTYPES, ids=str)
-def test_safetensors_reads_what_is_written(dtype: torch.dtype, tmp_path: Path) -> None:
-    values = {
-        "matrix": torch.arange(12).reshape(3, 4).to(dtype),
-        "transposed": torch.arange(12).reshape(3, 4).to(dtype).T,
-        "scalar": torch.tensor(1).to(dtype),
-        "empty": torch.zeros(0, 5, dtype=dtype),
-        "odd length": torch.ones(3, dtype=torch.uint8),
-        "wide": torch.ones(2, dtype=torch.float64),
-    }
-    noted = write_tensors(tmp_path / "x.safetensors", values)
-    back = load_file(tmp_path / "x.safetensors")
-    assert back.keys() == values.keys()
-    for name, value in values.items():
-        assert back[name].dtype == value.dtype
-        assert torch.equal(back[name], value)
-    content = (tmp_path / "x.safetensors").read_bytes()
-    assert noted == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    header = int.from_bytes(content[:8], "little")
-    assert header % 8 == 0
-    for entry in json.loads(content[8 : 8 + header]).values():
-        if "dtype" in entry:
-            width = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}[entry["dtype"]]
-            assert entry["data_offsets"][0] % width == 0, "aligned"
-    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}, "transformers refuses files without it"
-
-
-def test_tensors_are_read_one_at_a_time_and_once() -> None:
-    asked: list[str] = []
-
-    def read(name: str) -> Tensor:
-        asked.append(name)
-        return torch.full((2,), float(len(asked)))
-
-    specs = dict.fromkeys("cab", (torch.float32, (2,)))
-    pieces = encode_safetensors(specs, read)
-    next(pieces)
-    assert asked == [], "the header needs no tensor"
-    for count, _ in enumerate(pieces, start=1):
-        assert len(asked) == count
-    assert sorted(asked) == ["a", "b", "c"]
-
-
-def test_a_new_file_never_replaces_one_and_obeys_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        write_file(tmp_path / "x", [b"one"])
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
-    with pytest.raises(FileExistsError):
-        write_file(tmp_path / "x", [b"two"])
-    assert (tmp_path / "x").read_bytes() == b"one"
-
-
-def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:3]))
-    content = bytes(range(200))
-    noted = write_file(tmp_path / "x", [content[:77], content[77:]])
-    assert (tmp_path / "x").read_bytes() == content
-    assert noted == hash_file(tmp_path / "x") == {"size": 200, "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
-    (tmp_path / "best.json").write_bytes(b"old")
-    replace_file(tmp_path / "best.json", b"new")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"best.json": b"new"}
 
 
 # --- saving, keeping, loading
@@ -519,14 +441,14 @@ def test_a_state_that_is_no_object_does_not_pass(content: bytes, path: Path) -> 
 
 
 def test_a_file_that_the_disk_cannot_read_is_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = atomic.hash_file
+    real = checkpoint.hash_file
 
     def bad_sector(file: Path) -> Any:
         if file.name == "optimizer.safetensors":
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
         return real(file)
 
-    monkeypatch.setattr(atomic, "hash_file", bad_sector)
+    monkeypatch.setattr(checkpoint, "hash_file", bad_sector)
     with pytest.raises(CheckpointCorrupted, match=r"optimizer\.safetensors: cannot be read: Input/output error"):
         verify(path)
 
@@ -660,7 +582,7 @@ def test_killed_before_any_operation_a_whole_checkpoint_is_left(redo: bool, tmp_
         assert set(outcomes) == {3, 4}
 
 
-@pytest.mark.parametrize("error", [28, 5, 122])  # ENOSPC, EIO, EDQUOT
+@pytest.mark.parametrize("error", rest_is_slow([28, 5, 122], 28))  # ENOSPC, EIO, EDQUOT
 @pytest.mark.parametrize("redo", [False, True])
 def test_refused_by_the_disk_anywhere_nothing_is_lost(error: int, redo: bool, tmp_path: Path) -> None:
     def refuse() -> None:
@@ -787,7 +709,9 @@ def test_power_may_fail_at_any_time(tmp_path: Path) -> None:
     assert lose_power_everywhere(tmp_path) == []
 
 
-@pytest.mark.parametrize("forgotten", ["adapter.safetensors", "state.json", "manifest.json", "best.json"])
+@pytest.mark.parametrize(
+    "forgotten", rest_is_slow(["adapter.safetensors", "state.json", "manifest.json", "best.json"], "manifest.json")
+)
 def test_a_forgotten_fsync_would_be_found(forgotten: str, tmp_path: Path) -> None:
     assert lose_power_everywhere(tmp_path, lambda path: forgotten in path) != []
 

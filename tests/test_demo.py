@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import rest_is_slow
 
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", rest_is_slow([16, 4], 16))
 def test_the_demo_teaches_tool_calls_and_says_so(bits: int, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), str(TINY), f"output.dir={tmp_path / 'run'}"]
     done = subprocess.run([*command, f"quantization.bits={bits}"], capture_output=True, text=True, check=False)
@@ -72,6 +73,7 @@ def test_no_held_out_prompt_is_in_the_training_data() -> None:
     assert questions.isdisjoint(asked)
 
 
+@pytest.mark.quick
 def test_the_conversations_are_tool_calls_some_with_system_messages_and_several_turns() -> None:
     lines = (ROOT / "configs" / "tiny" / "conversations.jsonl").read_text().splitlines()
     chats = [json.loads(line)["messages"] for line in lines]
@@ -94,6 +96,7 @@ def test_the_shipped_files_are_what_the_script_writes(name: str, tmp_path: Path)
     assert (tmp_path / name).read_bytes() == shipped.read_bytes()
 
 
+@pytest.mark.quick
 def test_the_base_is_small_and_loads_in_transformers() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import importlib
@@ -25,6 +24,7 @@ from nanoft.config.settings import SECTION_TYPES
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import SHAPES
 from nanoft.metrics.answers import METRICS
+from nanoft.runtime.command import Arguments
 from nanoft.runtime.memory import MemoryReading
 
 ROOT = Path(__file__).parent.parent
@@ -126,16 +126,13 @@ def alone(command: str) -> str:
 def test_a_command_is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its options are the parser's, its settings exist and have valid values."""
 
-    def parse(kind: str) -> None:
-        original = getattr(argparse.ArgumentParser, kind)
+    original = Arguments.parse
 
-        def parse_and_stop(self: argparse.ArgumentParser, *args: object) -> None:
-            original(self, *args)
-            raise Parsed
+    def parse_and_stop(self: Arguments, argv: list[str]) -> None:
+        original(self, argv)
+        raise Parsed
 
-        monkeypatch.setattr(argparse.ArgumentParser, kind, parse_and_stop)
-
-    parse("parse_args"), parse("parse_intermixed_args")
+    monkeypatch.setattr(Arguments, "parse", parse_and_stop)
     main, arguments = main_of(words_of(command))
     with pytest.raises(Parsed):
         main(arguments)

@@ -56,12 +56,12 @@ def test_data_that_changed_since_is_noticed(
     try:
         records.write_text(whole + '{"prompt": "new", "completion": "x"}\n')
         assert command.main([str(runs / "lora")]) == 2
-        assert "its data changed since it was trained" in capsys.readouterr().err
+        assert "its data changed after training" in capsys.readouterr().err
     finally:
         records.write_text(whole)
     monkeypatch.setenv("NANOFT_SYSTEM__SEED", "5")
     assert command.main([str(runs / "lora")]) == 2
-    assert "another seed or data setting" in capsys.readouterr().err
+    assert "with another seed or data setting" in capsys.readouterr().err
 
 
 def test_all_of_another_file_is_measured_whatever_the_run_left_out(tmp_path: Path, runs: Path) -> None:
@@ -125,7 +125,7 @@ def test_an_adapter_directory_compares_with_its_base(runs: Path, tmp_path: Path)
     assert [alone[which] for which in ("base", "tuned", "changes")] == [
         whole[which] for which in ("base", "tuned", "changes")
     ]
-    assert "not known what the model was trained on" in alone["leakage"]["said"]
+    assert "the training data of the model is unknown" in alone["leakage"]["said"]
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
@@ -299,7 +299,7 @@ def test_a_run_reports_by_field_and_by_the_metrics_of_its_config(runs: Path, tmp
     again, first = (
         place.read_text().partition("## Leakage")[0] for place in (tmp_path / "report.md", run / "report.md")
     )
-    assert "### The worst answers" in again
+    assert "### Worst answers" in again
     assert again.partition("## Perplexity")[2] == first.partition("## Perplexity")[2]
 
 
@@ -307,7 +307,7 @@ def test_prompts_that_were_trained_on_are_found(runs: Path, tmp_path: Path, caps
     whole = figures(runs / "lora", "--data", runs / "data.jsonl", "evaluation.prompts=0", out=tmp_path / "1.json")
     trained = json.loads((runs / "lora" / "report.json").read_text())["data"]["training"]["records"]
     assert (whole["leakage"]["prompts"], whole["leakage"]["exact"]) == (24, trained)
-    assert f"of 24 prompts, {trained} stand in the training data word for word" in capsys.readouterr().out
+    assert f"of 24 prompts, {trained} are in the training data word for word" in capsys.readouterr().out
     fresh = tmp_path / "fresh.jsonl"
     fresh.write_text(
         "".join(json.dumps({"prompt": f"What is {n}?", "completion": "A number."}) + "\n" for n in range(9))
@@ -405,8 +405,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown field of a run": (["RUN", "evaluation.prompt=3"], "did you mean evaluation.prompts?"),
     "out of range": (["RUN", "evaluation.batch_size=0"], "evaluation.batch_size: 0 is out of range"),
     "another rank": (["RUN", "lora.rank=3"], "lora.rank=3: cannot be changed here"),
-    "another split": (["RUN", "data.validation_split=0.5"], "another seed or data setting"),
-    "another seed": (["RUN", "system.seed=5"], "another seed or data setting"),
+    "another split": (["RUN", "data.validation_split=0.5"], "with another seed or data setting"),
+    "another seed": (["RUN", "system.seed=5"], "with another seed or data setting"),
     "another model": (["RUN", "model.name=x"], "model.name=x: cannot be changed here"),
     "json in no directory": (["RUN", "--json", "/no/such/figures.json"], "--json: /no/such/figures.json"),
     "json is a directory": (["RUN", "--json", "ROOT"], "--json: "),
@@ -455,7 +455,7 @@ def test_a_run_from_random_weights_has_no_base(runs: Path, tmp_path: Path, capsy
     run = train_run(tmp_path / "run", runs / "base", runs / "data.jsonl", **changes)
     capsys.readouterr()
     assert command.main([str(run), "--compare-base"]) == 2
-    assert "began with random weights" in capsys.readouterr().err
+    assert "started from random weights" in capsys.readouterr().err
     assert command.main([str(run)]) == 0
 
 
@@ -465,7 +465,7 @@ def test_a_run_that_held_nothing_out_asks_for_data(
     run = train_run(tmp_path / "run", runs / "base", runs / "data.jsonl", data__validation_split=0.0)
     capsys.readouterr()
     assert command.main([str(run)]) == 2
-    assert "held nothing out (data.validation_split=0): give --data FILE" in capsys.readouterr().err
+    assert "has no validation data (data.validation_split=0): give --data FILE" in capsys.readouterr().err
 
 
 def test_figures_that_cannot_be_written_at_the_end_are_an_error(

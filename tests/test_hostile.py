@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from fuzz import TARGETS, search
 from hostile import CANARY, CASES, SECRET, TOKEN, Case, Payload, stolen
+from tiers import rest_is_slow
 
 import eval as eval_command
 import train
@@ -65,11 +66,15 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def refusals(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[str, float]]]:
-    """What every case is refused with, and the seconds that it took."""
+def refusals(
+    good: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[dict[str, tuple[str, float]]]:
+    """What every selected case is refused with, and the seconds that it took."""
+    items: list[Any] = [item for item in request.session.items if "refusals" in getattr(item, "fixturenames", ())]
+    selected = [item.callspec.params["name"] for item in items]
     root = tmp_path_factory.mktemp("hostile")
-    places = {name: root / f"case{number}" for number, name in enumerate(CASES)}
-    cases = [(name, prepare(case, places[name], good), str(places[name])) for name, case in CASES.items()]
+    places = {name: root / f"case{number}" for number, name in enumerate(selected)}
+    cases = [(name, prepare(CASES[name], places[name], good), str(places[name])) for name in selected]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "RUST_BACKTRACE": "0"}
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "hostile.py"],
@@ -81,7 +86,7 @@ def refusals(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
         check=False,
     )
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert [name for name, _, _ in results] == list(CASES), done.stderr[-1000:]
+    assert [name for name, _, _ in results] == selected, done.stderr[-1000:]
     yield {name: (said, seconds) for name, said, seconds in results}
     files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
     small = [path for path in files if path.stat().st_size < 1 << 20]
@@ -91,7 +96,7 @@ def refusals(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 
 
 @linux
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", rest_is_slow(CASES, *list(CASES)[::4]))
 def test_refused_in_one_line(name: str, refusals: dict[str, tuple[str, float]]) -> None:
     said, seconds = refusals[name]
     assert re.search(CASES[name].says, said), said
@@ -102,6 +107,7 @@ def test_refused_in_one_line(name: str, refusals: dict[str, tuple[str, float]]) 
     assert seconds < SECONDS
 
 
+@pytest.mark.quick
 def test_the_payload_would_be_noticed() -> None:
     pickle.loads(pickle.dumps(Payload()))
     assert CANARY.exists()
@@ -130,6 +136,7 @@ SAFE_FROM = {
 }
 
 
+@pytest.mark.quick
 def test_the_ranges_of_dependencies_leave_known_holes_out() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
@@ -171,6 +178,7 @@ def test_no_token_leaves(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert SECRET_KEY not in text
 
 
+@pytest.mark.quick
 def test_a_small_file_that_unpacks_to_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanoft.data.sources.MAX_OBJECT", 1 << 20)
     for size, refused in ((1 << 19, False), (1 << 20, True)):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanoft import UserError, lora
 from nanoft.config import LoRAConfig
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora, top_singular_factors, variant_of
-from nanoft.loss import target_nll
+from nanoft.loss import token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.weights import load_model
@@ -36,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mean_loss(model: Decoder) -> Tensor:
-    return target_nll(model(IDS, target_positions=TARGETS), model.head, IDS[:, 1:].flatten()) / len(TARGETS)
+    return token_nll(model(IDS, target_positions=TARGETS), model.head, IDS[:, 1:].flatten()).mean()
 
 
 def gradients(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
@@ -290,6 +290,7 @@ def test_a_frozen_a_costs_no_product_for_its_gradient(freeze: bool) -> None:
     assert counter.get_total_flops() == 2 * (dx + db + (0 if freeze else da))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("name", ["lora", "together", "pissa"])
 def test_a_compiled_block_has_the_gradients_of_an_eager_one(name: str, base: Path) -> None:

@@ -19,19 +19,20 @@ import eval as evaluation
 import merge
 import train
 from nanoft import UserError, nf4
+from nanoft.__main__ import main
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig, TrainingConfig
-from nanoft.generation import generate
 from nanoft.kernels import attention
 from nanoft.kernels.attention import FastContext, attend
 from nanoft.lora import top_singular_factors, variant_of
-from nanoft.loss import target_nll
+from nanoft.loss import token_nll
 from nanoft.model import SelfAttention
 from nanoft.optim import build_optimizer
 from nanoft.recompute import run_block
 from nanoft.runtime import memory
-from nanoft.runtime.device import WATERMARK, choose_device, choose_dtype, preserve_rng_state, rng_state
+from nanoft.runtime.device import choose_device, choose_dtype, preserve_rng_state, rng_state
 from nanoft.runtime.memory import Shortage, memory_limit_bytes
+from nanoft.runtime.metal import WATERMARK
 from nanoft.training import doctor
 from tiny_models import make_chat_model, train_run, write_records
 
@@ -80,7 +81,7 @@ def rotation_piece(device: torch.device) -> Pieces:
 
 def loss_piece(device: torch.device) -> Pieces:
     hidden, head = (numbers(n, 32).to(device).requires_grad_() for n in (50, 199))
-    nll = target_nll(hidden, head, torch.arange(50).to(device), 0.1, 1e-3)
+    nll = token_nll(hidden, head, torch.arange(50).to(device), 0.1, 1e-3).sum()
     return [nll.detach(), *torch.autograd.grad(nll, (hidden, head))]
 
 
@@ -238,7 +239,7 @@ def test_the_whole_job_takes_the_metal_path(
     assert evaluation.main([str(run), "--data", str(records), "--json", str(measured), "--compare-base"]) == 0
     report = json.loads((run / "report.json").read_text())
     assert json.loads(measured.read_text())["tuned"]["perplexity"] == pytest.approx(report["tuned"]["perplexity"], 0.3)
-    assert generate.main([str(run), "--prompt", "Say 3 please.", "--max-new-tokens", "8"]) == 0
+    assert main(["chat", str(run), "--prompt", "Say 3 please.", "--max-new-tokens", "8"]) == 0
     assert merge.main([str(run), "--out", str(tmp_path / "merged")]) == 0
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
@@ -294,7 +295,7 @@ def test_bfloat16_is_tried_not_believed(metal: Metal) -> None:
     assert choose_dtype("auto", device) == torch.bfloat16
     metal.without = (torch.bfloat16,)
     assert choose_dtype("auto", device) == torch.float32
-    with pytest.raises(UserError, match=r"model\.dtype: mps does not multiply in bfloat16 here: set model\.dtype"):
+    with pytest.raises(UserError, match=r"bfloat16 matmul is not supported on this GPU: set model\.dtype"):
         choose_dtype("bfloat16", device)
 
 
@@ -337,14 +338,14 @@ def test_the_limit_is_an_error_that_is_understood() -> None:
 
 
 WATERMARKS = {
-    "": ("green", "what Metal recommends"),
-    "1.5": ("yellow", "swaps"),
-    "0": ("yellow", "swaps"),
-    "0.9": ("red", "stops PyTorch"),
-    "3": ("red", "not from 0 to 2"),
-    "half": ("red", "is no number"),
-    "0.7 0.6": ("green", "LOW_WATERMARK_RATIO=0.6"),
-    "0.7 0.8": ("red", "stops PyTorch"),
+    "": ("ok", "what Metal recommends"),
+    "1.5": ("warn", "swaps"),
+    "0": ("warn", "swaps"),
+    "0.9": ("FAIL", "PyTorch refuses it"),
+    "3": ("FAIL", "out of range"),
+    "half": ("FAIL", "not a number"),
+    "0.7 0.6": ("ok", "LOW_WATERMARK_RATIO=0.6"),
+    "0.7 0.8": ("FAIL", "PyTorch refuses it"),
 }
 
 
@@ -353,16 +354,16 @@ def test_the_environment_check_judges_the_watermark(ratio: str, metal: Metal, mo
     for name, value in zip((WATERMARK, WATERMARK.replace("HIGH", "LOW")), ratio.split(), strict=False):
         monkeypatch.setenv(name, value)
     line = doctor.metal()
-    assert line.color == WATERMARKS[ratio][0]
+    assert line.outcome == WATERMARKS[ratio][0]
     assert WATERMARKS[ratio][1] in line.found
 
 
 @pytest.mark.mps
 def test_the_environment_check_runs_on_metal(mps: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = {line.name: line for line in doctor.look_around(choose_device("mps"))}
+    lines = {line.name: line for line in doctor.check_machine(choose_device("mps"))}
     assert "bfloat16" in lines["precision"].found
     assert "chunks of 256 queries" in lines["attention"].found
-    assert "table lookup" in lines["4-bit weights"].found
+    assert "table look-up" in lines["4-bit weights"].found
     assert "Metal recommends" in lines["device memory"].found
 
 

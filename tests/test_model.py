@@ -94,6 +94,7 @@ def test_neftune_noise_is_uniform_in_alpha_over_the_root_of_its_size_and_only_th
     assert not torch.equal(model.train()(ids), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_blocks_have_the_gradients_of_eager_ones(

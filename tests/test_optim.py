@@ -1,7 +1,11 @@
-"""Each optimizer against its formula and its library, the schedule against transformers, a saved state against none."""
+"""Optimizers against their formulas and libraries, schedules against transformers, resumed against uninterrupted steps.
+
+Tests over OPTIMIZERS and SCHEDULES run for every entry of the tables: a new one is tested without being listed here.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +18,25 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 from transformers import (
+    Trainer,
+    TrainingArguments,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
+    get_cosine_with_hard_restarts_schedule_with_warmup,
     get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
     get_polynomial_decay_schedule_with_warmup,
+    get_wsd_schedule,
 )
 
+import train
 from nanoft import UserError
 from nanoft.config import TrainingConfig
 from nanoft.io.tensor_files import write_tensors
+from nanoft.models.open import open_model
 from nanoft.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
     build_optimizer,
     check_optimizer,
     learning_rate,
@@ -33,6 +45,7 @@ from nanoft.optim import (
     set_learning_rate,
     warmup_length,
 )
+from tiny_models import make_chat_model, train_run, write_records
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -41,14 +54,14 @@ Named = list[tuple[str, nn.Parameter]]
 THEIRS = {
     "cosine": get_cosine_schedule_with_warmup,
     "linear": get_linear_schedule_with_warmup,
-    "constant": lambda optimizer, warmup, total: get_constant_schedule_with_warmup(optimizer, warmup),
+    "constant": lambda optimizer, warmup, num_training_steps: get_constant_schedule_with_warmup(optimizer, warmup),
 }
 
 
-def their_rates(schedule: Any, warmup: int, total: int, **extra: float) -> list[float]:
+def their_rates(schedule: Any, warmup: int, total: int, **extra: Any) -> list[float]:
     """transformers' rates for steps 0, 1, ..., total - 1 around a peak of 1."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = schedule(optimizer, warmup, total, **extra)
+    scheduler = schedule(optimizer, warmup, num_training_steps=total, **extra)
     rates = []
     for _ in range(total):
         rates.append(scheduler.get_last_lr()[0])
@@ -57,57 +70,86 @@ def their_rates(schedule: Any, warmup: int, total: int, **extra: float) -> list[
     return rates
 
 
-@pytest.mark.parametrize("shape", THEIRS)
+def our_rates(name: str, warmup: int, total: int, **settings: Any) -> list[float]:
+    t = TrainingConfig(lr_scheduler=name, warmup_steps=warmup, learning_rate=1.0, **settings)
+    return [learning_rate(step, total, t) for step in range(total)]
+
+
+@pytest.mark.parametrize("name", THEIRS)
 @pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 10), (5, 40), (10, 10)])
-def test_schedule_equals_transformers_without_its_idle_first_step(shape: str, warmup: int, total: int) -> None:
-    # transformers warms up from a rate of 0, a step that changes nothing; ours leaves that step out
-    theirs = their_rates(THEIRS[shape], warmup + 1, total + 1)
+def test_schedule_equals_transformers_without_its_idle_first_step(name: str, warmup: int, total: int) -> None:
+    # transformers warms up from a rate of 0, a step that changes nothing; ours skips that step
+    theirs = their_rates(THEIRS[name], warmup + 1, total + 1)
     assert theirs[0] == 0.0
-    ours = [learning_rate(step, total, 3e-4, warmup, shape, 0.0) for step in range(total)]
-    assert ours == pytest.approx([3e-4 * rate for rate in theirs[1:]], rel=1e-12)
+    assert our_rates(name, warmup, total) == pytest.approx(theirs[1:], rel=1e-12)
 
 
 def test_min_ratio_equals_transformers() -> None:
     theirs = their_rates(get_cosine_with_min_lr_schedule_with_warmup, 5, 30, min_lr_rate=0.1)
-    ours = [learning_rate(step, 29, 1.0, 4, "cosine", 0.1) for step in range(29)]
-    assert ours == pytest.approx(theirs[1:], rel=1e-12)
+    assert our_rates("cosine", 4, 29, min_lr_ratio=0.1) == pytest.approx(theirs[1:], rel=1e-12)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("min_ratio", [0.0, 0.1])
 def test_polynomial_equals_transformers(power: float, min_ratio: float) -> None:
     theirs = their_rates(get_polynomial_decay_schedule_with_warmup, 5, 30, lr_end=min_ratio, power=power)
-    ours = [learning_rate(step, 29, 1.0, 4, "polynomial", min_ratio, power) for step in range(29)]
+    ours = our_rates("polynomial", 4, 29, min_lr_ratio=min_ratio, lr_power=power)
     assert ours == pytest.approx(theirs[1:], rel=1e-12)
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear", "polynomial"])
-def test_the_ends(shape: str) -> None:
-    def rate(step: int) -> float:
-        return learning_rate(step, 100, 2.0, 10, shape, 0.25)
+@pytest.mark.parametrize("cycles", [1, 2, 3, 5])
+def test_restarts_equal_transformers(cycles: int) -> None:
+    theirs = their_rates(get_cosine_with_hard_restarts_schedule_with_warmup, 5, 65, num_cycles=cycles)
+    ours = our_rates("cosine_with_restarts", 4, 64, lr_cycles=cycles)
+    assert ours == pytest.approx(theirs[1:], rel=1e-9)
+    assert sum(rate == 1.0 for rate in ours[4:]) == cycles  # each begins at the peak
+    if cycles == 1:
+        assert ours == our_rates("cosine", 4, 64)
 
-    assert rate(0) == 2.0 / 11
-    assert rate(10) == 2.0  # the first step after the warm-up
-    assert rate(55) == pytest.approx(2.0 * (0.25 + 0.75 / 2))  # half-way
-    assert rate(100) == pytest.approx(0.5)
-    assert max(rate(step) for step in range(100)) == 2.0
-    rates = [rate(step) for step in range(10, 101)]
+
+@pytest.mark.parametrize("min_ratio", [0.0, 0.1])
+@pytest.mark.parametrize("decay", [1, 12, 60])  # steps, of the 60 after the warm-up
+def test_wsd_equals_transformers(min_ratio: float, decay: int) -> None:
+    extra = {"num_decay_steps": decay, "min_lr_ratio": min_ratio}
+    theirs = their_rates(get_wsd_schedule, 5, 65, **extra)
+    ours = our_rates("wsd", 4, 64, lr_decay_ratio=decay / 60, min_lr_ratio=min_ratio)
+    assert ours[4:] == pytest.approx(theirs[5:], rel=1e-9)  # their warm-up begins at min_lr_ratio, ours at 0
+    assert ours[4 : 64 - decay + 1] == [1.0] * (60 - decay + 1)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_warms_up_and_stays_between_peak_and_minimum(name: str) -> None:
+    t = TrainingConfig(lr_scheduler=name, learning_rate=2.0, warmup_steps=10, min_lr_ratio=0.25)
+    assert [learning_rate(step, 100, t) for step in range(10)] == [2.0 * (step + 1) / 11 for step in range(10)]
+    assert learning_rate(10, 100, t) == 2.0  # the first step after the warm-up
+    assert all(0.5 <= learning_rate(step, 100, t) <= 2.0 for step in range(10, 100))
+    assert TrainingConfig(lr_scheduler=name).lr_scheduler == name
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "polynomial"])
+def test_the_ends(name: str) -> None:
+    t = TrainingConfig(lr_scheduler=name, learning_rate=2.0, warmup_steps=10, min_lr_ratio=0.25)
+    assert learning_rate(55, 100, t) == pytest.approx(2.0 * (0.25 + 0.75 / 2))  # half-way
+    assert learning_rate(100, 100, t) == pytest.approx(0.5)
+    rates = [learning_rate(step, 100, t) for step in range(10, 101)]
     assert rates == sorted(rates, reverse=True)
 
 
 def test_constant_stays_at_the_peak_whatever_the_end() -> None:
-    assert {learning_rate(step, 9, 0.5, 2, "constant", 0.1) for step in range(2, 9)} == {0.5}
+    assert set(our_rates("constant", 2, 9, min_lr_ratio=0.1)[2:]) == {1.0}
 
 
-def test_a_warmup_as_long_as_the_run_never_divides_by_zero() -> None:
-    assert learning_rate(5, 5, 1.0, 5, "cosine", 0.0) == 1.0
-    assert learning_rate(0, 1, 1.0, 0, "cosine", 0.0) == 1.0
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_warmup_as_long_as_the_run_never_divides_by_zero(name: str) -> None:
+    t = TrainingConfig(lr_scheduler=name, learning_rate=1.0, warmup_steps=5)
+    assert learning_rate(5, 5, t) == 1.0
+    assert our_rates(name, 0, 1) == [1.0]
 
 
 def test_warmup_is_steps_or_a_share_of_them() -> None:
-    assert warmup_length(None, 0.03, 1000) == 30
-    assert warmup_length(7, 0.03, 1000) == 7
-    assert warmup_length(0, 0.5, 1000) == 0
+    assert warmup_length(1000, TrainingConfig(warmup_ratio=0.03)) == 30
+    assert warmup_length(1000, TrainingConfig(warmup_steps=7)) == 7
+    assert warmup_length(1000, TrainingConfig(warmup_ratio=0.5, warmup_steps=0)) == 0
 
 
 # --- updates
@@ -116,13 +158,12 @@ SHAPES = {"matrix": (3, 4), "vector": (5,), "large": (70, 60), "q.lora_A": (2, 6
 EMBEDDING = {"model.embed_tokens.weight": (50, 100)}
 COMMON: dict[str, Any] = {"learning_rate": 9.9, "beta2": 0.98, "epsilon": 1e-6, "weight_decay": 0.1}
 ON_CPU: dict[str, dict[str, Any]] = {
-    "adamw": {},
-    "adamw_8bit": {"optimizer": "adamw_8bit"},
-    "sgd": {"optimizer": "sgd"},
+    **{name: {"optimizer": name} for name, entry in OPTIMIZERS.items() if "cpu" in entry.devices},
     "sgd-plain": {"optimizer": "sgd", "momentum": 0.0},
     "lora-plus": {"lora_plus_ratio": 16.0},
     "lora-plus-8bit": {"optimizer": "adamw_8bit", "lora_plus_ratio": 16.0},
 }
+KNOWN = ("adamw", "adamw_8bit", "sgd", "sgd-plain", "lora-plus", "lora-plus-8bit")  # against their libraries
 
 
 def toy(device: str = "cpu") -> Named:
@@ -207,7 +248,7 @@ def library(kind: str, named: Named) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(rest + embedding, **adam, fused=True)]
 
 
-@pytest.mark.parametrize("kind", ON_CPU)
+@pytest.mark.parametrize("kind", KNOWN)
 def test_updates_and_state_equal_the_library_bit_for_bit(kind: str) -> None:
     ours, theirs = toy(), toy()
     optimizer = fresh(ours, **ON_CPU[kind])
@@ -293,10 +334,24 @@ def test_a_device_without_the_kernels_is_refused(kind: str, device: str, message
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu", "mps"])
-def test_what_runs_everywhere_is_refused_nowhere(device: str) -> None:
-    for kind in ("adamw", "sgd"):
-        check_optimizer(kind, torch.device(device))
-    check_optimizer("adamw_8bit_paged", torch.device("cuda"))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_runs_on_its_devices_or_another_is_named(name: str, device: str) -> None:
+    if device in OPTIMIZERS[name].devices:
+        check_optimizer(name, torch.device(device))
+        return
+    with pytest.raises(UserError, match="set training") as caught:
+        check_optimizer(name, torch.device(device))
+    assert device in OPTIMIZERS[str(caught.value).rpartition("=")[2]].devices
+
+
+@pytest.mark.parametrize("kind", ON_CPU)
+def test_the_table_has_the_bytes_of_the_state(kind: str) -> None:
+    """Of a matrix large enough that blocks and code books do not count."""
+    named = [("matrix", nn.Parameter(torch.zeros(1024, 1024)))]
+    t = TrainingConfig(**ON_CPU[kind])
+    state = optimizer_tensors(build_optimizer(named, t), named)
+    size = sum(tensor.nbytes for tensor in state.values()) / 1024**2
+    assert OPTIMIZERS[t.optimizer].bytes_per_parameter(t) == pytest.approx(size, rel=0.01)
 
 
 # --- state
@@ -400,6 +455,63 @@ def test_a_state_of_nothing_makes_a_file(tmp_path: Path) -> None:
     load_optimizer_tensors(optimizer, named, load_file(tmp_path / "optimizer.safetensors"))
 
 
+# --- in a run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, and data."""
+    root = tmp_path_factory.mktemp("optim")
+    make_chat_model(root / "base")
+    write_records(root / "data.jsonl")
+    return root
+
+
+def train_and_resume(directory: Path, base: Path, **changes: Any) -> list[dict[str, Any]]:
+    """A run whose result does not change when it is resumed half-way; returns its `train` events."""
+    train_run(directory, base / "base", base / "data.jsonl", training__log_steps=1, **changes)
+    result = directory / "adapter" / "adapter_model.safetensors"
+    before = load_file(result)
+    assert any(tensor.any() for name, tensor in before.items() if "lora_B" in name)
+    checkpoint = directory / "checkpoints" / "step-000002"
+    assert train.main([str(directory.with_name(f"{directory.name}.json")), "--resume", str(checkpoint)]) == 0
+    after = load_file(result)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "train"]
+
+
+@pytest.mark.parametrize("name", [name for name, entry in OPTIMIZERS.items() if "cpu" in entry.devices])
+def test_every_optimizer_trains_resumes_and_passes_plan_and_self_test(name: str, base: Path, tmp_path: Path) -> None:
+    train_and_resume(tmp_path / "run", base, training__optimizer=name)
+    for option in ("--plan", "--selftest"):
+        assert train.main([str(tmp_path / "run.json"), option]) == 0
+    assert open_model(str(tmp_path / "run"), torch.device("cpu"), torch.float32).adapters
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_trains_and_resumes_at_its_rates(name: str, base: Path, tmp_path: Path) -> None:
+    changes = {"lr_scheduler": name, "learning_rate": 0.01, "warmup_steps": 1}
+    events = train_and_resume(tmp_path / "run", base, **{f"training__{key}": value for key, value in changes.items()})
+    expected = [learning_rate(step, 4, TrainingConfig(**changes)) for step in range(4)]
+    assert [event["learning_rate"] for event in events] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1, 1.5])
+def test_a_fraction_of_an_epoch_is_rounded_up_to_steps_as_in_transformers(
+    epochs: float, base: Path, tmp_path: Path
+) -> None:
+    """18 training records in windows of 4: 5 steps per epoch."""
+    changes = {"training__num_epochs": epochs, "training__max_steps": None, "training__micro_batch_size": 2}
+    train_run(tmp_path / "run", base / "base", base / "data.jsonl", **changes)
+    arguments = TrainingArguments(str(tmp_path / "theirs"), num_train_epochs=epochs, gradient_accumulation_steps=2)
+    arguments.per_device_train_batch_size = 2
+    loader = torch.utils.data.DataLoader(list(range(18)), batch_size=2)
+    trainer = Trainer(nn.Linear(1, 1), arguments)
+    *_, steps = trainer.set_initial_training_values(arguments, loader)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == steps
+
+
 # --- kinds that need a GPU
 
 PAGED = {"adamw_paged": bnb.AdamW32bit, "adamw_8bit_paged": bnb.AdamW8bit}
@@ -422,7 +534,7 @@ def test_paged_equals_unpaged_bit_for_bit(kind: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("kind", [*ON_CPU, *PAGED])
+@pytest.mark.parametrize("kind", dict.fromkeys([*ON_CPU, *OPTIMIZERS]))
 def test_on_a_gpu_three_steps_and_three_more_are_six(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "large", (400, 300))
     interrupted_equals_whole("cuda", **ON_CPU.get(kind, {"optimizer": kind}))

@@ -33,6 +33,7 @@ from runs import (
     write,
 )
 from safetensors.torch import load_file, save_file
+from tiers import rest_is_slow
 
 import train
 from nanoft import kernels
@@ -64,6 +65,7 @@ def gradients(
     return taken
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
 def test_a_window_has_one_gradient_however_it_is_split(
@@ -78,7 +80,7 @@ def test_a_window_has_one_gradient_however_it_is_split(
             assert max(self_test.relative_error(split[name], gradient) for name, gradient in whole.items()) <= allowed
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", rest_is_slow(VARIANTS, "lora-dropout", "qlora", "full", "packed"))
 def test_resumed_equals_uninterrupted_bit_for_bit(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +311,7 @@ def test_full_training_gives_a_model_that_transformers_loads(tmp_path: Path) -> 
     assert torch.equal(model.state_dict()["lm_head.weight"], trained["lm_head.weight"].float())
 
 
+@pytest.mark.quick
 def test_the_run_directory_holds_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = quick(tmp_path / "run")
     assert train.main(arguments) == 0
@@ -484,10 +487,12 @@ def test_the_directory_of_another_run_is_refused_and_kept(tmp_path: Path, capsys
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.quick
 def test_a_config_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     refused(["configs/nowhere.py"], ["configs/nowhere.py", "no such config file"], capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_fast_step_has_the_loss_curve_of_the_plain_one(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

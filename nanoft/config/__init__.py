@@ -1,29 +1,17 @@
-"""Settings of a run: the typed tree (`settings`), reading it (`loading`), what may change on resume (`resume`)."""
+"""Settings of a run: the dataclasses (`settings`), reading them (`loading`), what may change on resume (`resume`)."""
 
+# isort: off
+from nanoft.config.loading import load_config as load_config, load_file as load_file
 from nanoft.config.settings import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    GuardConfig,
-    LoggingConfig,
-    LoRAConfig,
-    ModelConfig,
-    OutputConfig,
-    QuantizationConfig,
-    SystemConfig,
-    TrainingConfig,
+    Config as Config,
+    DataConfig as DataConfig,
+    EvaluationConfig as EvaluationConfig,
+    GuardConfig as GuardConfig,
+    LoggingConfig as LoggingConfig,
+    LoRAConfig as LoRAConfig,
+    ModelConfig as ModelConfig,
+    OutputConfig as OutputConfig,
+    QuantizationConfig as QuantizationConfig,
+    SystemConfig as SystemConfig,
+    TrainingConfig as TrainingConfig,
 )
-
-__all__ = [
-    "Config",
-    "DataConfig",
-    "EvaluationConfig",
-    "GuardConfig",
-    "LoRAConfig",
-    "LoggingConfig",
-    "ModelConfig",
-    "OutputConfig",
-    "QuantizationConfig",
-    "SystemConfig",
-    "TrainingConfig",
-]

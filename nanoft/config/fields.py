@@ -1,4 +1,4 @@
-"""TODO."""
+"""Types of config fields: whether a value fits, and how a string on the command line is read as one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from nanoft import UserError
 from nanoft.io.untrusted import parse_yaml
 
-NAMES = r"[\[(]?[\w.:-]+([,\s]+[\w.:-]+)*[\])]?"  # q_proj,v_proj
+NAMES = r"[\[(]?[\w.:-]+([,\s]+[\w.:-]+)*[\])]?"  # a list of names: q_proj,v_proj
 
 
 def bounded(default: Any, low: float, high: float = math.inf) -> Any:
@@ -23,13 +23,14 @@ def bounded(default: Any, low: float, high: float = math.inf) -> Any:
     return field(default=default, metadata={"low": low, "high": high})
 
 
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of an error message about an unknown name: the nearest known one, or all of them."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f": did you mean {prefix}{match[0]}?" if match else f": there are {', '.join(known)}"
 
 
-def _parse(key: str, text: str, hint: Any) -> Any:
-    """Read `text` as the field's type; `none` stands for no value where that is allowed."""
+def parse(key: str, text: str, hint: Any) -> Any:
+    """Convert `text` to the type of a field; `none` means no value where the type allows it."""
     options = _options(hint)
     if type(None) in options and text.lower() in ("none", "null", ""):
         return None
@@ -53,7 +54,7 @@ def _parse(key: str, text: str, hint: Any) -> Any:
 
 
 def _parse_table(text: str) -> dict[str, Any]:
-    """`{instruction: q, response: a}`, as YAML writes a table on one line."""
+    """A table in YAML's inline form: `{instruction: q, response: a}`."""
     table = parse_yaml(text)
     if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
         raise ValueError
@@ -61,11 +62,12 @@ def _parse_table(text: str) -> dict[str, Any]:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The types that a field may have."""
+    """The members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise a UserError if `value` is not of type `hint`."""
     if not any(_fits(value, option) for option in _options(hint)):
         raise UserError(f"{name}: {value!r:.100} is not {_describe(hint)}")
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Read a config from a file, the environment and the command line; the later source wins."""
 
 from __future__ import annotations
 
@@ -26,13 +26,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Ma
     """
     changes = read_overrides(overrides, environment)
     config = load_file(path).override(changes)
-    if config.output.dir:
-        return config
-    return config.override({"output.dir": f"runs/{run_name(path, changes)}"})
+    return config if config.output.dir else config.override({"output.dir": f"runs/{run_name(path, changes)}"})
 
 
 def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What the environment and then the command line change, as `section.field` -> value.
+    """The changes of the environment, then of the command line, as `section.field` -> value.
 
     Raises:
         UserError: something that is not section.field=value.
@@ -41,22 +39,26 @@ def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os
 
 
 def run_name(path: str | Path, changes: Mapping[str, str]) -> str:
-    """The config's name; with overrides, a hash of them behind it, so that another experiment is another directory."""
+    """The name of the config, and a hash of the overrides if there are any: one directory per experiment."""
     kept = sorted(f"{k}={v}" for k, v in changes.items() if not k.startswith(("logging.", "output.")))
     digest = hashlib.sha256("\n".join(kept).encode()).hexdigest()[:6]
     return f"{Path(path).stem}-{digest}" if kept else Path(path).stem
 
 
-def load_file(path: str | Path) -> Config:
-    """Read one config file: Python (defines `config`), YAML or JSON (sections)."""
-    path = Path(path)
+def load_file(path: str | Path, beside: str = "") -> Config:
+    """Read one config file: Python (defines `config`), YAML or JSON.
+
+    Args:
+        beside: a file, such as `__file__` of a config that builds on another; `path` is relative to its directory.
+    """
+    path = Path(beside).parent / path
     if not path.is_file():
         raise UserError(f"{path}: no such config file: try configs/tiny.py")
     try:
         if path.suffix == ".py":
             return _run_python(path)
         tree = _read_tree(path)
-        provenance = tree.pop("provenance", None)  # what a run directory's config.json adds
+        provenance = tree.pop("provenance", None)  # in the config.json of a run
         if not isinstance(provenance, dict | None):
             raise UserError("provenance: not a table: the file is damaged")
         config = _from_flat(tree) if _is_flat(tree) else Config.from_dict(tree)
@@ -95,13 +97,13 @@ def _read_tree(path: Path) -> dict[str, Any]:
 
 
 def _is_flat(tree: Mapping[str, Any]) -> bool:
-    """Whether there is no section, but a setting at the top."""
+    """Whether the file has settings at the top level, and no section."""
     settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
     return settings and not tree.keys() & SECTION_TYPES.keys()
 
 
 def _from_flat(tree: Mapping[str, Any]) -> Config:
-    """A config from Hugging Face's names; a mistake is reported by the name that the file has."""
+    """A config from Hugging Face's names; errors use the names of the file."""
     found = translate(tree)
     try:
         return Config().override({field: value for field, (_, value) in found.items()})
@@ -111,7 +113,7 @@ def _from_flat(tree: Mapping[str, Any]) -> Config:
 
 
 def _run_python(path: Path) -> Config:
-    """A config written in Python is the user's own program: run it and take its `config`."""
+    """Run a Python config, the user's own program, and return its `config`."""
     spec = importlib.util.spec_from_file_location(f"nanoft_config_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -122,7 +124,7 @@ def _run_python(path: Path) -> Config:
         raise UserError(f"line {error.lineno}: {error.msg}") from None
     except UserError:
         raise
-    except Exception as error:  # the file is the user's program, and so is the mistake
+    except Exception as error:
         raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
@@ -133,8 +135,8 @@ def _run_python(path: Path) -> Config:
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """NANOFT_SECTION__FIELD=value -> {"section.field": value}."""
     named = {k: v for k, v in environment.items() if k.startswith(ENVIRONMENT_PREFIX)}
-    if odd := sorted(key for key in named if "__" not in key.removeprefix(ENVIRONMENT_PREFIX)):
-        raise UserError(f"{odd[0]}: no such setting: write NANOFT_SECTION__FIELD (two underscores) or unset it")
+    if odd := sorted(key for key in named if "__" not in key):
+        raise UserError(f"{odd[0]}: no such setting: write NANOFT_SECTION__FIELD (two underscores), or unset it")
     return {k.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1): v for k, v in named.items()}
 
 

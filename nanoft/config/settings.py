@@ -1,11 +1,14 @@
 """Every setting of a run, in one typed tree.
 
-A config is a value: frozen dataclasses, one per concern, that check themselves when they are made and never change.
-A config file is a small Python module that defines `config`, or YAML/JSON with the same sections, or a flat one with
-Hugging Face's names (nanoft/aliases.py); one builds on another with `base.override({"training.learning_rate": 1e-4})`.
+A config is a value: frozen dataclasses, one per concern, that validate themselves when they are made and never change.
+A config file is a small Python module that defines `config`, or YAML/JSON with the same sections, or a flat file with
+Hugging Face's names (nanoft/config/aliases.py). One config builds on another: `base.override(lora={"rank": 8})`.
 Later sources win: the file, then the environment (`NANOFT_TRAINING__MAX_STEPS=20`), then the command line
-(`training.max_steps=20`). A name that does not exist is an error with the nearest name that does, because a misspelled
-setting that is silently ignored costs a GPU day.
+(`training.max_steps=20`). An unknown name is an error that suggests the nearest known one, because a misspelled setting
+that is silently ignored costs a GPU day.
+
+Types, ranges and combinations are checked here. Fields marked (table) name an entry of a table elsewhere, such as
+`OPTIMIZERS` in nanoft/optim.py: `validate_config` in nanoft/training/validation.py checks them.
 """
 
 from __future__ import annotations
@@ -20,23 +23,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanoft import UserError
-from nanoft.config.fields import _check_type, _nearest, _parse, bounded
+from nanoft.config.fields import bounded, check_type, nearest, parse
 from nanoft.io.untrusted import redact
-
-Optimizer = Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "sgd"]
 
 
 class Section:
-    """Base of the section dataclasses: checks types and ranges when an instance is made."""
+    """Base of the section dataclasses: validates types and ranges when an instance is made."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
             name = f"{SECTION_NAMES[type(self).__name__]}.{item.name}"
-            _check_type(name, value, hints[item.name])
-            if redact(repr(value)) != repr(value):  # a run's config.json is for everyone
-                raise UserError(f"{name}: holds an access token: take it out, and set HF_TOKEN or WANDB_API_KEY")
+            check_type(name, value, hints[item.name])
+            if redact(repr(value)) != repr(value):  # a run's config.json gets shared
+                raise UserError(f"{name}: contains an access token: remove it and set HF_TOKEN or WANDB_API_KEY")
             low, high = item.metadata.get("low", -math.inf), item.metadata.get("high", math.inf)
             for number in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(number, (int, float)) and not low <= number <= high:
@@ -47,116 +48,119 @@ class Section:
 @dataclass(frozen=True)
 class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 where it is fast
-    max_seq_length: int = bounded(2048, 8)  # tokens; longer samples are truncated or dropped (data.truncation)
-    random_init: bool = False  # start from random weights: pre-train from config.json and tokenizer alone
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 where fast
+    max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
+    random_init: bool = False  # pre-train from random weights; needs config.json and tokenizer only
 
 
 @dataclass(frozen=True)
 class LoRAConfig(Section):
-    rank: int = bounded(16, 1, 4096)  # width r of the update B A
+    rank: int = bounded(16, 1, 4096)  # r of the update B A
     alpha: float = bounded(32.0, 1e-6)  # the update is scaled by alpha / rank
-    dropout: float = bounded(0.0, 0.0, 0.99)  # probability, on the adapter's input only
+    dropout: float = bounded(0.0, 0.0, 0.99)  # probability, on the input of the adapter
     target_modules: tuple[str, ...] = ("all-linear",)  # or attention, mlp, names (q_proj), regular expressions
-    # By module, for names or regular expressions; the first that fits:
+    # Per module, by name or regular expression; the first match counts:
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"low": 1, "high": 4096})  # {q_proj: 8}
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"low": 1e-6})  # {q_proj: 16}
-    rslora: bool = False  # scale by alpha / sqrt(rank), so that a higher rank learns as fast (rsLoRA)
-    dora: bool = False  # learn the length of each row of the weight by itself (DoRA)
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead (rsLoRA)
+    dora: bool = False  # train the norm of each output row of the weight separately (DoRA)
     freeze_a: bool = False  # train B only (LoRA-FA)
-    init: Literal["default", "pissa"] = "default"  # pissa: begin with the weight's principal directions (PiSSA)
-    bias: Literal["none", "all", "lora_only"] = "none"  # train all biases, or those of linears with adapters
+    init: str = "default"  # (table) or pissa: start from the top singular vectors of the weight (PiSSA)
+    bias: Literal["none", "all", "lora_only"] = "none"  # biases to train; lora_only: of linears with adapters
 
 
 @dataclass(frozen=True)
 class QuantizationConfig(Section):
-    bits: Literal[4, 8, 16] = 16  # frozen linears in 4 (QLoRA) or 8 bits; 16: as they are in model.dtype
-    type: Literal["nf4", "fp4"] = "nf4"  # the 4-bit code book
-    double: bool = True  # 4 bits: quantize the scales of the blocks too: 0.37 bit less per weight
-    dequantize: Literal["auto", "per_use", "cached"] = "auto"  # at each use, or once; auto: if a GPU has room, once
+    bits: Literal[4, 8, 16] = 16  # of frozen linear weights; 4: QLoRA; 8: int8, one scale per row; 16: model.dtype
+    type: Literal["nf4", "fp4"] = "nf4"  # 4-bit data type
+    double: bool = True  # 4 bits: quantize the block scales too; saves 0.37 bits per weight
+    dequantize: Literal["auto", "per_use", "cached"] = "auto"  # at each use, or once; auto: once if a GPU has room
 
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    # What is read
-    train_file: str = ""  # file, directory, glob or hf://datasets/owner/name; several by commas
-    weights: tuple[float, ...] = ()  # how often each of several train_files is seen in an epoch; empty: once
-    validation_file: str | None = None  # none: split from train_file
-    format: str = "auto"  # shape of the records; auto: detected; package.module:function: a function of your own
-    columns: dict[str, str] = field(default_factory=dict)  # {instruction: q}: name here -> name in the file
-    delimiter: str | None = None  # of CSV files; none: found in the header
-    label_field: str | None = None  # keep only records that this field calls desirable (true, 1, good, ...)
-    max_samples: int | None = bounded(None, 1)  # keep only the first so many records of each file
-    # What is kept
-    max_bad_records: float = bounded(0.05, 0.0, 1.0)  # share of malformed records above which the run stops
-    deduplicate: bool = True  # leave out records that say exactly what an earlier one says
-    near_duplicates: float | None = bounded(None, 0.3, 1.0)  # leave out records with this share of 5-grams in common
-    near_leaks: Literal["warn", "remove", "ignore"] = "warn"  # prompts that nearly stand in the validation data
-    min_characters: int = bounded(1, 1)  # of all messages of a record together
-    max_characters: int | None = bounded(None, 1)  # the same, at most
-    min_tokens: int = bounded(1, 1)  # of a sample
-    # What is held out, when there is no validation_file
-    validation_split: float = bounded(0.05, 0.0, 0.9)  # share of the prompts
-    validation_size: int | None = bounded(None, 1)  # so many records instead of a share
-    split_stratify: str | None = None  # a field, or `length`: each of its values gives its share; none: label_field
-    split_group: str | None = None  # a field: records with the same value stay on one side
-    split_time: str | None = None  # a field with dates or numbers: the newest records are held out
-    # What becomes of it
-    template_args: dict[str, Any] = field(default_factory=dict)  # more for the chat template: {enable_thinking: false}
-    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # whose tokens are targets
-    truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of over-long samples
-    packing: bool = False  # several short samples in one row; they never attend to each other
-    group_by_length: bool = False  # rows of like length together, so that batches pad little
-    pad_to_multiple_of: int = bounded(1, 1, 1024)  # widths of micro-batches are rounded up to it
+    # Reading
+    train_file: str = ""  # file, directory, glob or hf://datasets/owner/name; or several, separated by commas
+    weights: tuple[float, ...] = ()  # passes over each of several train_files per epoch; empty: 1 each
+    validation_file: str | None = None  # none: split off from train_file
+    format: str = "auto"  # (table) record shape, or module:function; auto: detected
+    columns: dict[str, str] = field(default_factory=dict)  # standard name -> name in the file: {instruction: q}
+    delimiter: str | None = None  # of CSV files; none: detected from the header
+    label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...)
+    max_samples: int | None = bounded(None, 1)  # records to keep of each file, from its start
+    # Filtering
+    max_bad_records: float = bounded(0.05, 0.0, 1.0)  # largest accepted share of malformed records
+    deduplicate: bool = True  # drop exact copies of earlier records
+    near_duplicates: float | None = bounded(None, 0.3, 1.0)  # drop records that share this fraction of 5-grams
+    near_leaks: Literal["warn", "remove", "ignore"] = "warn"  # training prompts that nearly equal validation prompts
+    min_characters: int = bounded(1, 1)  # per record, over all messages
+    max_characters: int | None = bounded(None, 1)  # per record, over all messages
+    min_tokens: int = bounded(1, 1)  # per sample
+    # Splitting, without a validation_file
+    validation_split: float = bounded(0.05, 0.0, 0.9)  # share of the prompts to hold out
+    validation_size: int | None = bounded(None, 1)  # number of records to hold out instead
+    split_stratify: str | None = None  # field, or `length`, to stratify by; none: label_field
+    split_group: str | None = None  # field whose records with the same value stay together
+    split_time: str | None = None  # field with dates or numbers: hold out the newest records
+    # Tokenizing and batching
+    template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
+    truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples
+    packing: bool = False  # several samples per sequence; they never attend to each other
+    group_by_length: bool = False  # similar lengths in one batch: less padding
+    pad_to_multiple_of: int = bounded(1, 1, 1024)  # tokens; micro-batch lengths are rounded up to it
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Section):
-    method: Literal["lora", "full"] = "lora"  # train adapters, or every parameter
-    micro_batch_size: int | Literal["auto"] = bounded(4, 1)  # rows per forward pass; auto: as many as fit into memory
-    gradient_accumulation_steps: int = bounded(4, 1)  # micro-batches per optimizer step; with auto: rows of a step
-    num_epochs: int = bounded(3, 1)  # passes over the training data
-    max_steps: int | None = bounded(None, 1)  # stop after so many optimizer steps, whatever num_epochs says
-    optimizer: Optimizer = "adamw"  # 8bit: moments in 8 bits; paged: moments move to the CPU when the GPU is full
-    learning_rate: float = bounded(2e-4, 0.0)  # peak
-    lora_plus_ratio: float = bounded(1.0, 1.0)  # B learns so many times as fast as A (LoRA+); 16 is usual
-    lr_scheduler: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"  # shape after the warm-up
-    lr_power: float = bounded(1.0, 0.0)  # of polynomial: (1 - t)^power
-    warmup_ratio: float = bounded(0.03, 0.0, 1.0)  # share of the steps spent on linear warm-up
-    warmup_steps: int | None = bounded(None, 0)  # if given, beats warmup_ratio
+    objective: str = "sft"  # (table) what training minimizes
+    method: Literal["lora", "full"] = "lora"  # train adapters or every parameter
+    micro_batch_size: int | Literal["auto"] = bounded(4, 1)  # sequences per forward pass; auto: what fits
+    gradient_accumulation_steps: int = bounded(4, 1)  # micro-batches per step; with auto: sequences
+    num_epochs: float = bounded(3, 1e-6)  # passes over the training data; steps are rounded up
+    max_steps: int | None = bounded(None, 1)  # optimizer steps; overrides num_epochs
+    optimizer: str = "adamw"  # (table) 8bit: moments in 8 bits; paged: moments move to the CPU when the GPU is full
+    learning_rate: float = bounded(2e-4, 0.0)  # peak, reached after the warm-up
+    lora_plus_ratio: float = bounded(1.0, 1.0)  # learning rate of B / that of A (LoRA+); 16 is usual
+    lr_scheduler: str = "cosine"  # (table) shape after the warm-up
+    lr_power: float = bounded(1.0, 0.0)  # exponent of polynomial: (1 - t)^power
+    lr_cycles: int = bounded(1, 1)  # of cosine_with_restarts: cosines after the warm-up; 1: the same as cosine
+    lr_decay_ratio: float = bounded(0.1, 0.001, 1.0)  # of wsd: share of the steps after the warm-up spent on the decay
+    warmup_ratio: float = bounded(0.03, 0.0, 1.0)  # share of all steps spent on linear warm-up
+    warmup_steps: int | None = bounded(None, 0)  # optimizer steps; overrides warmup_ratio
     min_lr_ratio: float = bounded(0.0, 0.0, 1.0)  # the schedule ends at learning_rate * min_lr_ratio
-    weight_decay: float = bounded(0.0, 0.0)  # decoupled (sgd: added to the gradient); matrices only
-    beta1: float = bounded(0.9, 0.0, 0.99999)  # decay of the gradient's running mean
-    beta2: float = bounded(0.999, 0.0, 0.99999)  # decay of its running square
-    epsilon: float = bounded(1e-8, 0.0)  # added to the root of the running square
-    momentum: float = bounded(0.9, 0.0, 0.99999)  # of sgd, which knows neither beta nor epsilon
-    max_grad_norm: float = bounded(1.0, 0.0)  # clip the global gradient norm to this; 0: no clipping
+    weight_decay: float = bounded(0.0, 0.0)  # decoupled (sgd: added to the gradient), of matrices
+    beta1: float = bounded(0.9, 0.0, 0.99999)  # decay of the running mean of the gradient
+    beta2: float = bounded(0.999, 0.0, 0.99999)  # decay of the running mean of its square
+    epsilon: float = bounded(1e-8, 0.0)  # added to the root of the running square of adamw
+    momentum: float = bounded(0.9, 0.0, 0.99999)  # of sgd, which has neither beta nor epsilon
+    max_grad_norm: float = bounded(1.0, 0.0)  # clips the global gradient norm; 0: no clipping
     label_smoothing: float = bounded(0.0, 0.0, 0.99)  # probability spread evenly over the vocabulary
     z_loss: float = bounded(0.0, 0.0, 1.0)  # weight of the squared log-normalizer; 1e-4 where it is used
-    neftune_alpha: float = bounded(0.0, 0.0)  # uniform noise on the embeddings while training (NEFTune); 5 is usual
-    checkpointing: Literal["auto", "none", "every_k", "full", "offload"] = "auto"  # activations computed again
-    checkpoint_every: int = bounded(2, 1)  # with every_k: of so many blocks, the activations of one are computed again
-    sharding: Literal["none", "full"] = "none"  # full: weights, gradients and moments split over the ranks (torchrun)
-    compile: bool = False  # compile each block: worth its minute on CUDA; a CPU needs a C++ compiler for it
-    log_steps: int = bounded(10, 1)  # optimizer steps between two `train` lines of metrics.jsonl
+    neftune_alpha: float = bounded(0.0, 0.0)  # scale of uniform noise on the embeddings (NEFTune); 5 is usual
+    checkpointing: Literal["auto", "none", "every_k", "full", "offload"] = "auto"  # activation checkpointing
+    checkpoint_every: int = bounded(2, 1)  # k of every_k: one block in k is recomputed
+    sharding: Literal["none", "full"] = "none"  # full: shard weights, gradients and state over the ranks
+    compile: bool = False  # torch.compile each block: takes a minute; a CPU needs a C++ compiler
+    log_steps: int = bounded(10, 1)  # optimizer steps between `train` lines of metrics.jsonl
     eval_steps: int = bounded(100, 0)  # optimizer steps between evaluations; 0: only at the end
     save_steps: int = bounded(500, 0)  # optimizer steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = bounded(3, 1)  # the newest so many, and the best
-    early_stopping_patience: int = bounded(0, 0)  # stop after so many evaluations without improvement; 0: never
-    early_stopping_threshold: float = bounded(0.0, 0.0)  # what counts as improvement, in nats per target token
-    keep_every: int = bounded(0, 0)  # and those of steps that are multiples of this, for good; 0: no others
+    keep_checkpoints: int = bounded(3, 1)  # how many of the newest; the best is kept too
+    early_stopping_patience: int = bounded(0, 0)  # evaluations without improvement; 0: never stop early
+    early_stopping_threshold: float = bounded(0.0, 0.0)  # smallest improvement, in nats per target token
+    keep_every: int = bounded(0, 0)  # steps between checkpoints that are never deleted; 0: none
 
 
 @dataclass(frozen=True)
 class GuardConfig(Section):
-    """What happens when a loss or gradient is not finite, or far above those before."""
+    """What happens when a loss or gradient norm is not finite, or spikes."""
 
-    max_skips: int = bounded(5, 1)  # windows left out in a row before the run goes back to its last checkpoint
-    max_rollbacks: int = bounded(3, 0)  # so often; then it ends with exit code 3
-    rollback_rate: float = bounded(0.5, 0.001, 1.0)  # factor on the learning rate at each rollback
-    on_spike: Literal["warn", "skip", "rollback"] = "warn"  # the strongest measure against a spike
-    spike_score: float = bounded(10.0, 1.0)  # robust deviations above the median that make a spike
-    spike_window: int = bounded(100, 20)  # steps that it is compared with
+    max_skips: int = bounded(5, 1)  # consecutive windows to skip before rolling back to a checkpoint
+    max_rollbacks: int = bounded(3, 0)  # before the run ends with exit code 3
+    rollback_rate: float = bounded(0.5, 0.001, 1.0)  # factor on the learning rate per rollback
+    on_spike: Literal["warn", "skip", "rollback"] = "warn"  # strongest response to a spike
+    spike_score: float = bounded(10.0, 1.0)  # a spike is this many robust deviations above the median
+    spike_window: int = bounded(100, 20)  # steps to compare with
 
 
 @dataclass(frozen=True)
@@ -166,47 +170,47 @@ class OutputConfig(Section):
 
 @dataclass(frozen=True)
 class LoggingConfig(Section):
-    progress_bar: bool = True  # a tqdm bar on stderr
+    progress_bar: bool = True  # tqdm, on stderr
     show_example: bool = True  # print one training sample with its target tokens marked
-    plots: Literal["none", "end", "epoch", "step"] = "none"  # when to draw the curves in plots/; step: each logged one
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # who is told besides metrics.jsonl; wandb: offline
-    gradient_steps: int = bounded(0, 0)  # optimizer steps between two looks at the gradients by module; 0: none
+    plots: Literal["none", "end", "epoch", "step"] = "none"  # when to draw plots/; step: every log_steps
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # in addition to metrics.jsonl; wandb: offline
+    gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
 
 @dataclass(frozen=True)
 class SystemConfig(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     seed: int = bounded(0, 0, 2**32 - 1)  # data order, adapter initialization, dropout
-    deterministic: bool = False  # deterministic CUDA kernels (slower); the CPU always is
-    threads: int = bounded(0, 0)  # CPU threads; 0: PyTorch's choice
-    memory_gb: float | None = bounded(None, 0.1)  # of the device, for --plan where it is not; where it is, it counts
-    ranks: int = bounded(1, 1)  # processes that share each optimizer step: as many as torchrun starts
-    profile: bool = False  # record a few steps into profile/, and the operators that take the time
-    kernels: Literal["auto", "plain"] = "auto"  # plain: only the core's own formulas, slower and with more memory
-    debug: bool = False  # stop at the operation whose gradient is NaN, and name it (several times slower)
+    deterministic: bool = False  # deterministic CUDA kernels (slower); a CPU is always deterministic
+    threads: int = bounded(0, 0)  # of the CPU; 0: PyTorch's default
+    memory_gb: float | None = bounded(None, 0.1)  # of the device, for --plan on another machine
+    ranks: int = bounded(1, 1)  # world size: the number of processes that torchrun starts
+    profile: bool = False  # write a profile of a few steps into profile/
+    kernels: Literal["auto", "plain"] = "auto"  # plain: the formulas of the core only; slower, more memory
+    debug: bool = False  # name the operation whose gradient is NaN, and stop (several times slower)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(Section):
-    batch_size: int = bounded(16, 1)  # rows per forward pass
-    max_samples: int | None = bounded(None, 1)  # evaluate the loss on at most so many validation samples
-    prompts: int = bounded(200, 0)  # held-out prompts answered by base and tuned at the end; 0: none
-    prompt_batch_size: int = bounded(64, 1)  # prompts answered at once
-    max_new_tokens: int = bounded(128, 1)  # per answer
-    temperature: float = bounded(0.0, 0.0)  # of the answers; 0: always the most likely token
-    top_k: int = bounded(0, 0)  # with a temperature: among so many of the likeliest tokens; 0: all
-    top_p: float = bounded(1.0, 1e-6, 1.0)  # with a temperature: among the likeliest tokens with this probability
-    min_p: float = bounded(0.0, 0.0, 1.0)  # with a temperature: among tokens with this share of the likeliest one's
-    repetition_penalty: float = bounded(1.0, 0.01)  # makes tokens that were there less likely; 1: it does not
-    metrics: tuple[str, ...] = ()  # of the answers, besides exact match: docs/evaluation.md; the first decides who wins
-    by_field: str | None = None  # a field of the records: perplexity for each of its values
-    stride: int | None = bounded(None, 1)  # of the windows over texts longer than the context; none: half the context
-    samples: int = bounded(3, 0)  # answers shown side by side
+    batch_size: int = bounded(16, 1)  # sequences per forward pass
+    max_samples: int | None = bounded(None, 1)  # validation samples for the loss, at most
+    prompts: int = bounded(200, 0)  # held-out prompts that base and tuned model answer at the end
+    prompt_batch_size: int = bounded(64, 1)  # prompts generated at once
+    max_new_tokens: int = bounded(128, 1)  # tokens per answer
+    temperature: float = bounded(0.0, 0.0)  # of sampling; 0: greedy
+    top_k: int = bounded(0, 0)  # sample from this many of the likeliest tokens; 0: all
+    top_p: float = bounded(1.0, 1e-6, 1.0)  # sample from the likeliest tokens with this total probability
+    min_p: float = bounded(0.0, 0.0, 1.0)  # sample from tokens with this share of the top probability
+    repetition_penalty: float = bounded(1.0, 0.01)  # divides the logits of earlier tokens; 1: no effect
+    metrics: tuple[str, ...] = ()  # (table) besides exact match; the first picks the winner: docs/evaluation.md
+    by_field: str | None = None  # record field: report perplexity for each of its values
+    stride: int | None = bounded(None, 1)  # tokens; of windows over texts beyond the context; none: half of it
+    samples: int = bounded(3, 0)  # answers to show side by side
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run: every section, checked alone and against the others."""
+    """One run: every section, validated alone and together."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -220,99 +224,92 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if self.training.method == "full" and self.quantization.bits != 16:
-            raise UserError(
-                f"quantization.bits: {self.quantization.bits} freezes the base, and training.method=full trains it: "
-                "set quantization.bits=16 or training.method=lora"
-            )
-        if self.training.sharding == "full":
-            self._check_sharding()
-        if self.model.random_init and self.training.method != "full":
-            raise UserError("model.random_init: an adapter on random weights learns nothing: set training.method=full")
-        if self.training.lora_plus_ratio != 1 and self.training.method != "lora":
-            raise UserError("training.lora_plus_ratio: there is no B to speed up: set it to 1 or training.method=lora")
-        if self.logging.gradient_steps and self.training.sharding == "full":
-            raise UserError("logging.gradient_steps: gradients are split by training.sharding=full: set it to 0")
-        if not self.lora.target_modules:
-            raise UserError("lora.target_modules: empty: name at least one module, for example q_proj,v_proj")
+        t, d, bits, sharded = self.training, self.data, self.quantization.bits, self.training.sharding == "full"
+        stride, length = self.evaluation.stride, self.model.max_seq_length
+        ranks, packed = [self.lora.rank, *self.lora.rank_pattern.values()], f"quantization.bits: {bits}"
+        _refuse(
+            t.method == "full" and bits != 16, f"{packed} needs a frozen base: set it to 16 or training.method=lora"
+        )
+        fix = "set it to 16 (each of N processes holds an Nth of it) or training.sharding=none"
+        _refuse(sharded and bits != 16, f"{packed}: packed weights cannot be sharded: {fix}")
+        _refuse(
+            sharded and t.compile, "training.compile: not supported with training.sharding=full: change one of them"
+        )
+        per_module = sharded and self.logging.gradient_steps
+        _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
+        random = self.model.random_init and t.method != "full"
+        _refuse(random, "model.random_init: adapters cannot train random weights: set training.method=full")
+        no_b = t.lora_plus_ratio != 1 and t.method != "lora"
+        _refuse(no_b, "training.lora_plus_ratio: lora_plus_ratio needs training.method=lora: set one of them")
+        _refuse(not self.lora.target_modules, "lora.target_modules: empty: name at least one module, such as q_proj")
         check_expressions(self.lora)
-        if self.lora.init == "pissa" and max([self.lora.rank, *self.lora.rank_pattern.values()]) > 2048:
-            raise UserError("lora.init: pissa is saved as a LoRA of twice its rank: set lora.rank to 2048 at most")
-        if self.data.validation_file and self.data.validation_file == self.data.train_file:
-            raise UserError("data.validation_file: the same file as data.train_file: leave it out to split that file")
-        if self.data.split_time and (self.data.split_group or self.data.split_stratify):
-            raise UserError("data.split_time: holds out the newest records: leave split_group and split_stratify out")
-        if self.evaluation.stride and self.evaluation.stride >= self.model.max_seq_length:
-            raise UserError(
-                f"evaluation.stride: {self.evaluation.stride}: windows of model.max_seq_length="
-                f"{self.model.max_seq_length} tokens must overlap: make it smaller"
-            )
-        if any(not 0 <= weight <= 100 for weight in self.data.weights):
-            raise UserError(f"data.weights: {self.data.weights}: a weight is how often a file is seen: from 0 to 100")
+        pissa = self.lora.init == "pissa" and max(ranks) > 2048
+        _refuse(pissa, "lora.init: pissa is saved as LoRA of twice the rank: set lora.rank to 2048 or less")
+        same = d.validation_file and d.validation_file == d.train_file
+        _refuse(same, "data.validation_file: equals data.train_file: remove it to split that file")
+        two_splits = d.split_time and (d.split_group or d.split_stratify)
+        _refuse(two_splits, "data.split_time: cannot be combined with split_group or split_stratify: remove them")
+        windows = f"evaluation.stride: {stride}: windows of model.max_seq_length={length} tokens must overlap"
+        _refuse(stride and stride >= length, f"{windows}: lower it")
+        wrong_weight = any(not 0 <= weight <= 100 for weight in d.weights)
+        _refuse(wrong_weight, f"data.weights: {d.weights}: each weight must be between 0 and 100")
         try:
-            json.dumps([self.data.template_args, self.data.columns])
+            json.dumps([d.template_args, d.columns])
         except (TypeError, ValueError):
-            raise UserError("data.template_args: a value is no text, number, true, false, list or table") from None
+            raise UserError("data.template_args: not JSON: use text, numbers, booleans, lists and tables") from None
 
-    def _check_sharding(self) -> None:
-        """FSDP2 splits parameters of one tensor each, and bitsandbytes keeps packed weights and moments elsewhere."""
-        if self.quantization.bits != 16:
-            raise UserError(
-                f"quantization.bits: {self.quantization.bits}: packed weights are no parameters that can be split: "
-                "set quantization.bits=16 (each of N processes holds an Nth of it) or training.sharding=none"
-            )
-        if self.training.optimizer not in ("adamw", "sgd"):
-            raise UserError(
-                f"training.optimizer: {self.training.optimizer} cannot split its state: set training.optimizer=adamw "
-                "(each of N processes holds an Nth of it) or training.sharding=none"
-            )
-        if self.training.compile:
-            raise UserError("training.compile: not with training.sharding=full: set one of them back")
+    def override(self, changes: Mapping[str, Any] | None = None, /, **sections: Mapping[str, Any]) -> Config:
+        """Return a copy with some fields replaced; strings are parsed by the field's type.
 
-    def override(self, changes: Mapping[str, Any]) -> Config:
-        """Return a copy with `section.field` keys replaced; strings are parsed by the field's type.
+            config.override({"training.max_steps": 20})
+            config.override(training={"max_steps": 20}, lora={"rank": 8})
 
         Raises:
             UserError: unknown name, wrong type, value out of range, or a combination that cannot work.
         """
+        nested = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
         by_section: dict[str, dict[str, Any]] = {}
-        for key, value in changes.items():
+        for key, value in {**(changes or {}), **nested}.items():
             section, name, hint = _find_field(key)
-            by_section.setdefault(section, {})[name] = _parse(key, value, hint) if isinstance(value, str) else value
-        sections = {s: dataclasses.replace(getattr(self, s), **_listed(changed)) for s, changed in by_section.items()}
-        return dataclasses.replace(self, **sections)
+            value = parse(key, value, hint) if isinstance(value, str) else value
+            by_section.setdefault(section, {})[name] = tuple(value) if isinstance(value, list) else value
+        replaced = {section: dataclasses.replace(getattr(self, section), **new) for section, new in by_section.items()}
+        return dataclasses.replace(self, **replaced)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The tree as plain JSON values; `Config.from_dict` gives an equal config back."""
+        """The tree as plain JSON values; `Config.from_dict` is the inverse."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Config:
         """Build a config from nested sections, as in YAML or JSON."""
-        changes: dict[str, Any] = {}
         for section, fields in tree.items():
             if section not in SECTION_TYPES:
-                raise UserError(f"{section}: no such section{_nearest(str(section), SECTION_TYPES)}")
+                raise UserError(f"{section}: no such section{nearest(str(section), SECTION_TYPES)}")
             if not isinstance(fields, Mapping):
                 raise UserError(f"{section}: {fields!r:.100} is not a table of fields")
-            changes.update({f"{section}.{name}": value for name, value in fields.items()})
-        return cls().override(changes)
+        return cls().override(**tree)
 
     def effective_batch_size(self) -> int:
-        """Rows per optimizer step, on all ranks together."""
+        """Sequences per optimizer step, over all ranks."""
         return self.micro_batch_rows() * self.training.gradient_accumulation_steps * self.system.ranks
 
     def micro_batch_rows(self) -> int:
-        """Rows per forward pass; 1 as long as `auto` has not been decided."""
+        """Sequences per forward pass; 1 while `auto` is not resolved."""
         size = self.training.micro_batch_size
         return 1 if size == "auto" else size
 
 
+def _refuse(broken: object, message: str) -> None:
+    if broken:
+        raise UserError(message)
+
+
 def check_expressions(lora: LoRAConfig) -> None:
-    """Every name of a module may be a regular expression, and must be a valid one.
+    """Validate names of modules, which may be regular expressions.
 
     Raises:
-        UserError: names the first that is not.
+        UserError: names the first invalid one.
     """
     for name in ("target_modules", "rank_pattern", "alpha_pattern"):
         for expression in getattr(lora, name):
@@ -328,20 +325,22 @@ SECTION_NAMES: dict[str, str] = {hint.__name__: name for name, hint in SECTION_T
 
 
 def config_warnings(config: Config) -> list[str]:
-    """What is allowed and yet probably not meant; one line each, for the terminal."""
+    """Valid settings that are probably a mistake, one line each."""
     training, warnings = config.training, []
     if training.warmup_steps is None and training.warmup_ratio > 0.2:
-        warnings.append(f"training.warmup_ratio={training.warmup_ratio}: more than 20 % of the steps go to warm-up")
+        warnings.append(f"training.warmup_ratio={training.warmup_ratio}: more than 20 % of the steps are warm-up")
     if training.warmup_steps and training.max_steps and training.warmup_steps > 0.2 * training.max_steps:
-        warnings.append(f"training.warmup_steps={training.warmup_steps}: more than 20 % of the steps go to warm-up")
+        warnings.append(f"training.warmup_steps={training.warmup_steps}: more than 20 % of the steps are warm-up")
     if config.effective_batch_size() < 4:
         warnings.append(
-            f"effective batch size {config.effective_batch_size()}: gradients are noisy below 4; "
+            f"effective batch size {config.effective_batch_size()}: gradients are noisy below 4: "
             "raise training.gradient_accumulation_steps"
         )
-    adaptive = training.optimizer != "sgd"  # whose rates are of another order
+    adaptive = training.optimizer.startswith("adamw")  # others take learning rates of another order
     if adaptive and training.method == "lora" and training.learning_rate > 5e-4:
-        warnings.append(f"training.learning_rate={training.learning_rate}: above 5e-4, LoRA on a large model diverges")
+        warnings.append(
+            f"training.learning_rate={training.learning_rate}: above 5e-4, LoRA on large models may diverge"
+        )
     if adaptive and training.method == "full" and training.learning_rate > 1e-4 and not config.model.random_init:
         warnings.append(f"training.learning_rate={training.learning_rate}: high for training every parameter")
     return warnings
@@ -352,14 +351,9 @@ def _find_field(key: str) -> tuple[str, str, Any]:
     section, _, name = key.partition(".")
     if section not in SECTION_TYPES:
         homes = [s for s, t in SECTION_TYPES.items() if not name and section in typing.get_type_hints(t)]
-        hint = f": did you mean {homes[0]}.{section}?" if homes else _nearest(section, SECTION_TYPES)
+        hint = f": did you mean {homes[0]}.{section}?" if homes else nearest(section, SECTION_TYPES)
         raise UserError(f"{key}: no such section{hint}")
     hints = typing.get_type_hints(SECTION_TYPES[section])
     if name not in hints:
-        raise UserError(f"{key}: no such field{_nearest(name, hints, f'{section}.')}")
+        raise UserError(f"{key}: no such field{nearest(name, hints, f'{section}.')}")
     return section, name, hints[name]
-
-
-def _listed(changed: dict[str, Any]) -> dict[str, Any]:
-    """YAML and JSON have lists where the dataclasses have tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}

@@ -1,9 +1,9 @@
-"""What a reader of the result wants to know, in the order of asking: is it better, by how much, how sure, at what cost?
+"""The evaluation report: is the model better, by how much, how sure is that, and what qualifies it?
 
-The verdict is one sentence and never says more than the interval does: better or worse only where the whole 95 %
-interval lies on one side of no change. Behind it stand the tables (base beside tuned on the same samples), where it is
-good and where it is not (by length, by a field of the records, the worst answers), what could make the figures too good
-(prompts of the evaluation among the training data), and what it takes to do it again.
+The verdict is one sentence and never claims more than the intervals do: better or worse only where the whole 95 %
+interval lies on one side of zero change. Below it stand the tables (base and tuned on the same samples), breakdowns (by
+length, by a field of the records, the worst answers), what could inflate the figures (evaluation prompts in the
+training data), and what it takes to reproduce them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from nanoft.config import Config
 from nanoft.evaluation.evaluate import PERPLEXITIES, EvalResult
 from nanoft.io.tables import format_duration, markdown_table
 from nanoft.metrics.answers import token_f1
-from nanoft.metrics.bootstrap import Comparison, Figure, Interval, compare, interval
+from nanoft.metrics.bootstrap import Comparison, Figure, compare, interval
 from nanoft.perplexity import safe_exp
 
-STOP_RATE = 0.95  # below it after training, something in the data keeps the model from stopping
+STOP_RATE = 0.95  # a trained model below it probably learned not to stop from its data
 FORGETTING = 0.05  # rise of the perplexity of a general text that is worth a warning
 WORST, LOSSES = 10, 10  # answers listed
 GROUPS = 20  # values of a field listed; the rest together
-OUTCOMES = ("wins", "losses", "ties")  # of tuned, prompt by prompt
+OUTCOMES = ("wins", "losses", "ties")  # of tuned against base, per prompt
 LENGTH = "tokens of the response"
-LEGEND = (
-    "Change and 95 % interval by drawing the samples again, the same for both (paired bootstrap, 10,000 draws); "
-    "p: of so large a change if there were none."
-)
+LEGEND = "95 % interval and p-value from a paired bootstrap (10,000 resamples)."
+
+Groups = dict[str, dict[str, Any]]  # name of a group -> its figures
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,19 @@ class ReportInputs:
     name: str
     tuned: EvalResult
     base: EvalResult | None = None
-    primary: str = "exact_match"  # the metric by which an answer wins
-    limit: int | None = None  # evaluation.max_new_tokens, if a model that was trained is to be judged by its stops
+    primary: str = "exact_match"  # the metric that decides which answer wins
+    limit: int | None = None  # evaluation.max_new_tokens of a trained model, whose stop rate is then checked
     groups: dict[str, list[str]] = field(default_factory=dict)  # a field -> its value for each sample
     places: list[str] = field(default_factory=list)  # file:line of each sample
     leakage: dict[str, Any] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
-    shown: int = 3  # answers side by side
+    shown: int = 3  # answers shown side by side
     seed: int = 0
 
     def compared(self) -> dict[str, Comparison]:
         """Each figure that both models have."""
-        before = self.base.figures if self.base else {}
-        after = self.tuned.figures
+        before, after = self.base.figures if self.base else {}, self.tuned.figures
         return {name: compare(before[name], after[name], self.seed) for name in after if name in before}
 
 
@@ -65,51 +63,50 @@ def results(base: EvalResult | None, tuned: EvalResult) -> dict[str, Any]:
     return {**({"base": base.to_dict()} if base else {}), "tuned": tuned.to_dict()}
 
 
-def report(found: ReportInputs) -> tuple[dict[str, Any], str, str]:
-    """report.json's object, the text for the terminal, and report.md."""
-    compared = found.compared()
-    said, warned = verdict(found, compared), warnings(found, compared)
-    outcome = outcomes(found)
+def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
+    """The object of report.json, the text for the terminal, and report.md."""
+    compared, outcome = inputs.compared(), outcomes(inputs)
+    conclusion, cautions = verdict(inputs, compared), warnings(inputs, compared)
     values = {
-        "verdict": said,
-        "warnings": warned,
+        "verdict": conclusion,
+        "warnings": cautions,
         "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
-        "by": breakdowns(found),
-        "hardest": hardest(found),
-        "answers": answers(found, outcome),
-        "leakage": found.leakage,
-        "training": found.training,
-        "cost": cost(found),
-        "provenance": found.provenance,
+        "by": breakdowns(inputs),
+        "hardest": hardest(inputs),
+        "answers": answers(inputs, outcome),
+        "leakage": inputs.leakage,
+        "training": inputs.training,
+        "cost": cost(inputs),
+        "provenance": inputs.provenance,
     }
-    won = [f"answers   {_counted(outcome)} (by {label(found.primary)})"] if outcome else []
-    head = "\n".join([f"verdict   {said}", *won, *(f"warning: {line}" for line in warned)])
-    main, samples = comparison(found, compared), side_by_side(found.base, found.tuned, range(found.shown))
-    asked = _breakdowns(found, list(found.groups))
-    terminal = f"\n{main}\n\n{head}\n{asked}\n{samples}".rstrip()
-    measured = results(found.base, found.tuned) | {name: value for name, value in values.items() if value}
-    return measured, terminal, _markdown(found, main, said, warned)
+    counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
+    won = [f"answers   {counts} (by {label(inputs.primary)})"] if outcome else []
+    head = "\n".join([f"verdict   {conclusion}", *won, *(f"warning: {line}" for line in cautions)])
+    main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
+    terminal = f"\n{main}\n\n{head}\n{_breakdowns(inputs, list(inputs.groups))}\n{samples}".rstrip()
+    evaluated = results(inputs.base, inputs.tuned) | {name: value for name, value in values.items() if value}
+    return evaluated, terminal, _markdown(inputs, main, conclusion, cautions)
 
 
 # ---- The verdict
 
 
-def verdict(found: ReportInputs, compared: dict[str, Comparison]) -> str:
-    """One sentence: better, worse, both, or no clear difference; with the intervals that say so."""
-    if found.base is None:
-        return "none: the base was not measured"
-    judged = [name for name in dict.fromkeys(("loss", found.primary)) if name in compared]
-    if not judged:
+def verdict(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
+    """One sentence: better, worse, both, or no clear difference; with the intervals."""
+    if inputs.base is None:
+        return "none: the base was not evaluated"
+    decisive = [name for name in dict.fromkeys(("loss", inputs.primary)) if name in compared]
+    if not decisive:
         return "none: there is no validation data"
-    better = any(_direction(found.tuned.figures[name], compared[name]) > 0 for name in judged)
-    worse = any(_direction(found.tuned.figures[name], compared[name]) < 0 for name in judged)
+    better = any(_direction(inputs.tuned.figures[name], compared[name]) > 0 for name in decisive)
+    worse = any(_direction(inputs.tuned.figures[name], compared[name]) < 0 for name in decisive)
     word = "better in one, worse in the other" if better and worse else "better" if better else "worse" if worse else ""
-    figures = " and ".join(_in_words(name, compared[name], found.tuned.figures[name]) for name in judged)
+    figures = " and ".join(_describe(name, compared[name], inputs.tuned.figures[name]) for name in decisive)
     return f"{word or 'no clear difference'}: {figures}"
 
 
 def _direction(figure: Figure, c: Comparison) -> int:
-    """1: the whole interval is on the better side of no change; -1: on the worse one; 0: it holds no change.
+    """1: the whole interval is an improvement; -1: a deterioration; 0: it contains zero.
 
     A loss that is not finite is worse than any that is.
     """
@@ -120,32 +117,28 @@ def _direction(figure: Figure, c: Comparison) -> int:
     return sign * ((c.change.low > 0) - (c.change.high < 0))
 
 
-def _in_words(name: str, c: Comparison, figure: Figure) -> str:
+def _describe(name: str, c: Comparison, figure: Figure) -> str:
     before, after, change, span, p = _cells(c, figure.unit)
-    many = f"{len(figure.parts):,} {'samples' if name in PERPLEXITIES else 'prompts'}"
-    return f"{label(name)} from {before} to {after} ({change}, 95 % interval {span}, p {p}, {many})"
+    count = f"{len(figure.parts):,} {'samples' if name in PERPLEXITIES else 'prompts'}"
+    return f"{label(name)} from {before} to {after} ({change}, 95 % interval {span}, p {p}, {count})"
 
 
-def warnings(found: ReportInputs, compared: dict[str, Comparison]) -> list[str]:
-    """What a reader should know before believing the verdict."""
-    told = []
-    figures = found.tuned.figures
-    if found.limit and "stop_rate" in figures and figures["stop_rate"].value < STOP_RATE:
-        told.append(
-            f"only {figures['stop_rate'].value:.1%} of the answers end by themselves within {found.limit} tokens: "
-            "raise evaluation.max_new_tokens, or see whether training ends its turns (train.py --show-batch)"
+def warnings(inputs: ReportInputs, compared: dict[str, Comparison]) -> list[str]:
+    """What a reader should know before relying on the verdict."""
+    found, figures = [], inputs.tuned.figures
+    if inputs.limit and "stop_rate" in figures and figures["stop_rate"].value < STOP_RATE:
+        found.append(
+            f"only {figures['stop_rate'].value:.1%} of the answers stop within {inputs.limit} tokens: "
+            "raise evaluation.max_new_tokens, or check that training samples end their turns (train.py --show-batch)"
         )
-    if "general_loss" in compared:
-        rise = _relative(compared["general_loss"].change.value)
-        if rise > FORGETTING:
-            told.append(
-                f"perplexity of the general text rises by {rise:.1%}: the model forgets: "
-                "lower training.learning_rate or lora.rank, or mix general data in"
-            )
-    if found.leakage.get("exact") or found.leakage.get("near"):
-        told.append(found.leakage["said"])
-    told += [f"{label(name)} is not finite" for name, figure in figures.items() if not math.isfinite(figure.value)]
-    return told
+    if "general_loss" in compared and (rise := _relative(compared["general_loss"].change.value)) > FORGETTING:
+        found.append(
+            f"perplexity of the general text rises by {rise:.1%}: the model forgets: "
+            "lower training.learning_rate or lora.rank, or mix in general data"
+        )
+    if inputs.leakage.get("exact") or inputs.leakage.get("near"):
+        found.append(inputs.leakage["said"])
+    return found + [f"{label(name)} is not finite" for name, f in figures.items() if not math.isfinite(f.value)]
 
 
 # ---- Tables
@@ -155,21 +148,20 @@ def label(name: str) -> str:
     return PERPLEXITIES.get(name, name).replace("_", " ")
 
 
-def comparison(found: ReportInputs, compared: dict[str, Comparison]) -> str:
-    """Base beside tuned, as a table; what was not measured is a dash."""
+def comparison(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
+    """Base and tuned as a table, with a dash for what was not measured."""
     rows = []
-    for name, figure in found.tuned.figures.items():
-        if found.base is None:
-            measured = interval(figure, found.seed)
-            rows.append([label(name), _shown(measured.value, figure.unit), _span(measured, figure.unit)])
+    for name, figure in inputs.tuned.figures.items():
+        if inputs.base is None:
+            i = interval(figure, inputs.seed)
+            span = "-" if math.isnan(i.low) else f"{_shown(i.low, figure.unit)} to {_shown(i.high, figure.unit)}"
+            rows.append([label(name), _shown(i.value, figure.unit), span])
         elif name in compared:
             rows.append([label(name), *_cells(compared[name], figure.unit)])
         else:
             rows.append([label(name), "-", _shown(figure.value, figure.unit), "-", "-", "-"])
-    header = ["", "tuned", "95 % interval"]
-    if found.base is not None:
-        header = ["", "base", "tuned", "change", "95 % interval", "p"]
-    return markdown_table(header, rows) if rows else "nothing was measured: there is no validation data"
+    header = ["", "base", "tuned", "change", "95 % interval", "p"] if inputs.base else ["", "tuned", "95 % interval"]
+    return markdown_table(header, rows) if rows else "nothing was evaluated: there is no validation data"
 
 
 def _cells(c: Comparison, unit: str) -> list[str]:
@@ -184,12 +176,8 @@ def _shown(value: float, unit: str) -> str:
     return f"{value:.1%}" if unit == "share" else f"{safe_exp(value) if unit == 'nats' else value:.4g}"
 
 
-def _span(i: Interval, unit: str) -> str:
-    return "-" if math.isnan(i.low) else f"{_shown(i.low, unit)} to {_shown(i.high, unit)}"
-
-
 def _change(value: float, unit: str) -> str:
-    """Perplexity in per cent of the base's, shares in points, other figures as they are."""
+    """Perplexity relative to the base's, shares in percentage points, other figures as differences."""
     if math.isnan(value):
         return "-"
     if unit == "nats":
@@ -199,169 +187,157 @@ def _change(value: float, unit: str) -> str:
 
 
 def _relative(nats: float) -> float:
-    """exp(tuned loss - base loss) - 1: the change of perplexity as a share of the base's."""
+    """exp(tuned loss - base loss) - 1: relative change of perplexity."""
     return math.expm1(nats) if nats < 700 else math.inf
 
 
-def breakdowns(found: ReportInputs) -> dict[str, dict[str, dict[str, Any]]]:
-    """Perplexity by length of the response and by the fields that were asked for: heading -> group -> figures."""
-    figure = found.tuned.figures.get("loss")
+def breakdowns(inputs: ReportInputs) -> dict[str, Groups]:
+    """Perplexity by length of the response and by the requested fields: heading -> group -> figures."""
+    figure = inputs.tuned.figures.get("loss")
     if figure is None:
         return {}
     lengths = figure.parts[:, 1].astype(int)
     starts = [1 << int(n).bit_length() - 1 if n else 0 for n in lengths]  # powers of two: 16 to 31 is one group
     by_length = {f"{start} to {2 * start - 1}": np.equal(starts, start) for start in sorted(set(starts)) if start}
-    groups = {LENGTH: by_length}
-    for heading, values in found.groups.items():
+    masks = {LENGTH: by_length}
+    for heading, values in inputs.groups.items():
         listed = [value for value, _ in Counter(values).most_common(GROUPS)]
-        groups[heading] = {value: np.array([v == value for v in values]) for value in listed}
+        masks[heading] = {value: np.array([v == value for v in values]) for value in listed}
         rest = np.array([v not in listed for v in values])
-        groups[heading] |= {"(others)": rest} if rest.any() else {}
-    return {heading: {name: _group(found, rows) for name, rows in parts.items()} for heading, parts in groups.items()}
+        masks[heading] |= {"(others)": rest} if rest.any() else {}
+    return {heading: {name: _group(inputs, mask) for name, mask in parts.items()} for heading, parts in masks.items()}
 
 
-def _group(found: ReportInputs, rows: Any) -> dict[str, Any]:
-    """One line of a breakdown: the samples `rows`, (n,) bool."""
-    tuned = found.tuned.figures["loss"]
-    base = found.base.figures.get("loss") if found.base else None
-    line: dict[str, Any] = {"samples": int(rows.sum()), "tokens": int(tuned.parts[rows, 1].sum())}
-    for column, figure in (("base", base), ("tuned", tuned)):
-        if figure is not None and line["tokens"]:
-            line[column] = safe_exp(dataclasses.replace(figure, parts=figure.parts[rows]).value)
-    return line
+def _group(inputs: ReportInputs, mask: Any) -> dict[str, Any]:
+    """The figures of the samples where `mask`, (n,) bool, is true."""
+    models = {"base": inputs.base, "tuned": inputs.tuned}
+    tokens = int(inputs.tuned.figures["loss"].parts[mask, 1].sum())
+    group: dict[str, Any] = {"samples": int(mask.sum()), "tokens": tokens}
+    for name, model in models.items():
+        if model and "loss" in model.figures and tokens:
+            figure = model.figures["loss"]
+            group[name] = safe_exp(dataclasses.replace(figure, parts=figure.parts[mask]).value)
+    return group
 
 
-def _breakdown(found: ReportInputs, title: str, heading: str, groups: dict[str, dict[str, Any]]) -> str:
-    """A breakdown under its title; nothing where there is nothing to tell."""
-    columns = ["base", "tuned"] if found.base else ["tuned"]
+def _breakdown(inputs: ReportInputs, title: str, heading: str, groups: Groups) -> str:
+    """A breakdown as a section; empty without groups."""
+    columns = ["base", "tuned"] if inputs.base else ["tuned"]
     rows = [
-        [_cell(name), f"{row['samples']:,}", f"{row['tokens']:,}"]
-        + [f"{row[column]:.4g}" if column in row else "-" for column in columns]
-        for name, row in groups.items()
+        [_cell(name), f"{group['samples']:,}", f"{group['tokens']:,}"]
+        + [f"{group[column]:.4g}" if column in group else "-" for column in columns]
+        for name, group in groups.items()
     ]
     return f"\n## {title}\n\n{markdown_table([_cell(heading), 'samples', 'tokens', *columns], rows)}\n" if rows else ""
 
 
-def _breakdowns(found: ReportInputs, only: Sequence[str] | None = None) -> str:
-    parts = {heading: groups for heading, groups in breakdowns(found).items() if only is None or heading in only}
+def _breakdowns(inputs: ReportInputs, only: Sequence[str] | None = None) -> str:
     return "".join(
-        _breakdown(found, f"Perplexity by {_cell(heading)}", heading, groups) for heading, groups in parts.items()
+        _breakdown(inputs, f"Perplexity by {_cell(heading)}", heading, groups)
+        for heading, groups in breakdowns(inputs).items()
+        if only is None or heading in only
     )
 
 
-def hardest(found: ReportInputs) -> dict[str, dict[str, Any]]:
-    """The samples that the tuned model finds least likely, by place: wrong references are often among them."""
-    if "loss" not in found.tuned.figures or not found.places:
+def hardest(inputs: ReportInputs) -> Groups:
+    """The samples with the highest perplexity of the tuned model, by place: often their reference is wrong."""
+    if "loss" not in inputs.tuned.figures or not inputs.places:
         return {}
-    order = np.argsort(-np.nan_to_num(found.tuned.figures["loss"].each()), kind="stable")[:WORST]
-    return {found.places[at]: _group(found, np.arange(len(found.places)) == at) for at in order.tolist()}
+    order = np.argsort(-np.nan_to_num(inputs.tuned.figures["loss"].each()), kind="stable")[:WORST]
+    return {inputs.places[at]: _group(inputs, np.arange(len(inputs.places)) == at) for at in order.tolist()}
 
 
 # ---- Answers
 
 
-def outcomes(found: ReportInputs) -> list[str]:
-    """wins, losses or ties: of each prompt, whether tuned is better than base by the primary metric."""
-    if not found.base or found.primary not in found.tuned.figures or found.primary not in found.base.figures:
+def outcomes(inputs: ReportInputs) -> list[str]:
+    """wins, losses or ties of tuned against base, for each prompt, by the primary metric."""
+    if not inputs.base or inputs.primary not in inputs.tuned.figures or inputs.primary not in inputs.base.figures:
         return []
-    after, before = found.tuned.figures[found.primary], found.base.figures[found.primary]
+    after, before = inputs.tuned.figures[inputs.primary], inputs.base.figures[inputs.primary]
     gains = (after.each() - before.each()) * (1 if after.higher_is_better else -1)
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 
-def _counted(outcome: Sequence[str]) -> str:
-    return ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
-
-
-def answers(found: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
-    """Every prompt with what was answered, which were answered worst, and who won, for report.json."""
-    if not found.tuned.exchanges:
+def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
+    """The `answers` object of report.json: every prompt with its answers, the worst ones, who won."""
+    if not inputs.tuned.completions:
         return {}
-    each = [{"prompt": e.prompt, "reference": e.reference, "tuned": e.answer} for e in found.tuned.exchanges]
-    if found.base and outcome:
-        for line, before, word in zip(each, found.base.exchanges, outcome, strict=True):
+    each = [{"prompt": c.prompt, "reference": c.reference, "tuned": c.answer} for c in inputs.tuned.completions]
+    if inputs.base and outcome:
+        for line, before, word in zip(each, inputs.base.completions, outcome, strict=True):
             line |= {"base": before.answer, "outcome": word}
     counts = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
-    return {"metric": found.primary, **counts, "worst": worst(found), "each": each}
+    return {"metric": inputs.primary, **counts, "worst": worst(inputs), "each": each}
 
 
-def worst(found: ReportInputs) -> list[int]:
-    """The prompts answered worst: by the primary metric, then by the words in common with the reference."""
-    if found.primary not in found.tuned.figures:
+def worst(inputs: ReportInputs) -> list[int]:
+    """The prompts with the worst answers: by the primary metric, then by token F1."""
+    if inputs.primary not in inputs.tuned.figures:
         return []
-    scores = found.tuned.figures[found.primary].each().tolist()
-
-    def rank(index: int) -> tuple[float, float]:
-        exchange = found.tuned.exchanges[index]
-        return scores[index], token_f1(exchange.answer, exchange.reference)
-
-    wrong = [index for index, exchange in enumerate(found.tuned.exchanges) if not exchange.exact]
-    return sorted(wrong, key=rank)[:WORST]
+    scores, completions = inputs.tuned.figures[inputs.primary].each().tolist(), inputs.tuned.completions
+    wrong = [index for index, completion in enumerate(completions) if not completion.exact]
+    f1 = {index: token_f1(completions[index].answer, completions[index].reference) for index in wrong}
+    return sorted(wrong, key=lambda index: (scores[index], f1[index]))[:WORST]
 
 
-def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int] | range) -> str:
+def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int]) -> str:
     """Some prompts with the reference and both answers."""
     blocks = []
-    for index in which:
-        if index >= len(tuned.exchanges):
-            break
-        exchange = tuned.exchanges[index]
-        lines = [("prompt", exchange.prompt), ("wanted", exchange.reference)]
-        if base and index < len(base.exchanges):
-            lines.append(("base", base.exchanges[index].answer))
-        lines.append(("tuned", exchange.answer))
+    for index in (index for index in which if index < len(tuned.completions)):
+        completion = tuned.completions[index]
+        lines = [("prompt", completion.prompt), ("wanted", completion.reference)]
+        if base and index < len(base.completions):
+            lines.append(("base", base.completions[index].answer))
+        lines.append(("tuned", completion.answer))
         blocks.append("\n".join(f"{name:>7}: {_one_line(text)}" for name, text in lines))
     return "\n\n".join(blocks)
 
 
-def _answers_section(found: ReportInputs) -> str:
-    outcome = outcomes(found)
-    text = ""
+def _answers_section(inputs: ReportInputs) -> str:
+    outcome, text = outcomes(inputs), ""
+    shown: dict[str, Sequence[int]] = {"Worst answers": worst(inputs), "Answers side by side": range(inputs.shown)}
     if outcome:
         counts = [f"{outcome.count(word):,}" for word in OUTCOMES]
-        lost = [index for index, word in enumerate(outcome) if word == "losses"]
-        text += f"\n## Answers: wins and losses by {label(found.primary)}\n\n"
-        text += markdown_table(["wins of tuned", "losses", "ties"], [counts]) + "\n"
-        text += _block("Lost", side_by_side(found.base, found.tuned, lost[:LOSSES]))
-    text += _block("The worst answers", side_by_side(found.base, found.tuned, worst(found)))
-    return text + _block("Answers side by side", side_by_side(found.base, found.tuned, range(found.shown)))
-
-
-def _block(heading: str, text: str) -> str:
-    return f"\n### {heading}\n\n```\n{text}\n```\n" if text else ""
+        text = f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{markdown_table(OUTCOMES, [counts])}\n"
+        shown = {"Losses": [n for n, word in enumerate(outcome) if word == "losses"][:LOSSES], **shown}
+    for heading, which in shown.items():
+        if block := side_by_side(inputs.base, inputs.tuned, which):
+            text += f"\n### {heading}\n\n```\n{block}\n```\n"
+    return text
 
 
 # ---- Leakage, cost, provenance
 
 
 def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
-    """What the split of a run's own data did about prompts on both sides.
+    """Prompts on both sides of the split of a run's own data.
 
     Args:
-        data: what became of the data (nanoft/corpus.py).
+        data: the report of the data (nanoft/data/dataset.py).
         near: data.near_leaks.
     """
     removed, kept = data["removed"].get("leak", 0), data["near_leaks"] if data["near_leaks_are"] == "kept" else 0
-    said = "no prompt of the validation data stands in the training data"
-    said += f" ({removed:,} training records that did were left out)" if removed else ""
+    said = "no prompt of the validation data is in the training data"
+    said += f" ({removed:,} such training records were removed)" if removed else ""
     if near == "ignore":
-        said += "; prompts that nearly do were not looked for (data.near_leaks=ignore)"
+        said += "; near duplicates were not checked (data.near_leaks=ignore)"
     elif kept:
-        said += f"; {kept:,} training records ask nearly what a validation record asks (data.near_leaks=remove)"
+        said += f"; {kept:,} training records nearly repeat a validation prompt (data.near_leaks=remove removes them)"
     else:
-        said += ", nor nearly so"
+        said += ", nor a near duplicate"
     return {"exact": 0, "near": kept, "removed": removed, "said": said}
 
 
-def cost(found: ReportInputs) -> dict[str, float]:
-    """Seconds, and watt-hours where the machine counts them."""
-    known = {f"training_{key}": found.training[key] for key in ("seconds", "energy_wh") if key in found.training}
-    measured = [one for one in (found.base, found.tuned) if one]
-    return known | {"evaluation_seconds": round(sum(one.seconds for one in measured), 3)}
+def cost(inputs: ReportInputs) -> dict[str, float]:
+    """Seconds, and watt-hours where the machine measures them."""
+    known = {f"training_{key}": inputs.training[key] for key in ("seconds", "energy_wh") if key in inputs.training}
+    seconds = sum(result.seconds for result in (inputs.base, inputs.tuned) if result)
+    return known | {"evaluation_seconds": round(seconds, 3)}
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """What a config has that is not the default, but for names of places."""
+    """Settings that are not the default, except names and files."""
     plain = Config().to_dict()
     return {
         f"{section}.{name}": value
@@ -372,35 +348,33 @@ def settings_of(config: Config) -> dict[str, Any]:
     }
 
 
-def _provenance(provenance: dict[str, Any]) -> str:
-    """A list: one entry a line, however long."""
-    text = "\n## Provenance\n\n"
-    for key, value in provenance.items():
+def _markdown(inputs: ReportInputs, main: str, conclusion: str, cautions: Sequence[str]) -> str:
+    text = f"# {inputs.name}\n\n**Verdict.** {_sentence(conclusion)}\n"
+    text += "".join(f"\n**Warning.** {line}.\n" for line in cautions)
+    text += f"\n{main}\n" + (f"\n{LEGEND}\n" if inputs.base and inputs.tuned.figures else "")
+    if inputs.training:
+        rows = [[_with_unit(key), f"{value:,}"] for key, value in inputs.training.items()]
+        rows.append(["evaluation", format_duration(cost(inputs)["evaluation_seconds"])])
+        text += f"\n{markdown_table(['training', ''], rows)}\n"
+    text += _breakdowns(inputs) + _breakdown(inputs, "Samples with the highest perplexity", "sample", hardest(inputs))
+    text += _answers_section(inputs)
+    if inputs.leakage:
+        text += f"\n## Leakage\n\n{_sentence(inputs.leakage['said'])}\n"
+    if inputs.provenance:
+        text += "\n## Provenance\n\n"
+    for key, value in inputs.provenance.items():
         pairs = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
         text += f"- {key.replace('_', ' ')}: {' '.join(str(pairs).split())}\n"
-    return text
-
-
-def _markdown(found: ReportInputs, main: str, said: str, warned: Sequence[str]) -> str:
-    text = f"# {found.name}\n\n**Verdict.** {said[0].upper()}{said[1:]}.\n"
-    text += "".join(f"\n**Warning.** {line}.\n" for line in warned)
-    text += f"\n{main}\n" + (f"\n{LEGEND}\n" if found.base and found.tuned.figures else "")
-    if found.training:
-        took = format_duration(cost(found)["evaluation_seconds"])
-        rows = [[_with_unit(key), f"{value:,}"] for key, value in found.training.items()]
-        text += f"\n{markdown_table(['training', ''], [*rows, ['evaluation', took]])}\n"
-    text += _breakdowns(found) + _breakdown(found, "The samples of the highest perplexity", "sample", hardest(found))
-    text += _answers_section(found)
-    if found.leakage:
-        text += f"\n## Leakage\n\n{found.leakage['said'][0].upper()}{found.leakage['said'][1:]}.\n"
-    if found.provenance:
-        text += _provenance(found.provenance)
     return text
 
 
 def _with_unit(key: str) -> str:
     """peak_memory_gb: peak memory, GB."""
     return key.replace("_gb", ", GB").replace("_wh", ", Wh").replace("_", " ")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _cell(text: str) -> str:

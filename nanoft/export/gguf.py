@@ -1,14 +1,14 @@
-"""A model, or an adapter, as a GGUF file: what llama.cpp and Ollama read.
+"""Export a model, or an adapter, as a GGUF file for llama.cpp and Ollama.
 
-A GGUF file is one list of facts (the shape, the rope, the tokenizer, the chat template) and one list of tensors. The
-facts must be complete, because what is missing is silently taken to be something else. The tensors are those of the
-Hugging Face files under other names, but for one thing: llama.cpp's `llama` architecture, which covers Llama and
+A GGUF file is a list of metadata (the shape, the rope, the tokenizer, the chat template) and a list of tensors. The
+metadata must be complete, because llama.cpp silently uses a default for what is missing. The tensors are those of the
+Hugging Face files under other names, with one difference: llama.cpp's `llama` architecture, which covers Llama and
 Mistral, rotates neighbors (x0, x1), (x2, x3), ... where Hugging Face rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ...
-So the rows of q and k, and their biases, are put in another order. Qwen's architectures rotate as Hugging Face does.
+So the rows of q and k, and their biases, are permuted. Qwen's architectures rotate as Hugging Face does.
 
-Merging is done as in nanoft/export.py: in float32, one tensor at a time, rounded or quantized once, at the end. The
-file is read back into our own decoder before it gets its name, and its logits are compared with those of base and
-adapter.
+Weights are merged as in nanoft/export/merge.py: in float32, one tensor at a time, rounded or quantized once, at the
+end. Before the file gets its final name, it is read back into nanoft's decoder, and its logits are compared with those
+of base and adapter.
 """
 
 from __future__ import annotations
@@ -32,23 +32,25 @@ from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export.gguf_companions import companions
 from nanoft.export.gguf_tokenizer import read_vocabulary
-from nanoft.export.merge import TOLERANCE, check_room, new_directory, weights_of
+from nanoft.export.merge import check_room, weights_of
+from nanoft.export.staging import new_directory
 from nanoft.export.streaming import SLAB, StreamedDecoder
-from nanoft.export.verify import PROOF_TOKENS, Proof, compare, hidden_states, next_tokens
+from nanoft.export.verify import PROOF_TOKENS, TOLERANCE, Proof, compare, hidden_states, next_tokens
 from nanoft.io.untrusted import read_json
 from nanoft.lora import disabled
 from nanoft.model import Decoder, DecoderConfig
+from nanoft.models.families import FAMILIES
 from nanoft.models.open import LoadedModel
 
 BaseWeights = Literal["original", "nf4"]
-Read = Callable[[str], Tensor]  # a merged weight by its Hugging Face name, float32
+Read = Callable[[str], Tensor]  # Hugging Face name -> merged weight, float32
 WRITTEN = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")  # by the gguf package
-K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: its LLAMA_FTYPE_MOSTLY_..., include/llama.h
+K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: LLAMA_FTYPE_MOSTLY_... of include/llama.h
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
 TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-BLOCK, K_BLOCK = 32, 256  # numbers of a row in one block: Q8_0, Q5_0, Q4_0; K-quants
-# How far a quantized model's logits may be from the adapter's, as a share of the logits' standard deviation. A wrong
-# order of rows moves them by several; four bits alone may move them by one.
+BLOCK, K_BLOCK = 32, 256  # values per block: Q8_0, Q5_0, Q4_0; K-quants
+# Largest difference of a quantized model's logits, as a share of their standard deviation. A wrong order of rows moves
+# them by several standard deviations; four bits alone may move them by one.
 QUANTIZED_TOLERANCE = {"q8_0": 0.5}
 
 
@@ -58,27 +60,25 @@ QUANTIZED_TOLERANCE = {"q8_0": 0.5}
 def write_gguf(
     opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: BaseWeights, out: Path
 ) -> list[str]:
-    """Write base + adapter (or a plain model) as one GGUF file.
+    """Write a model, with its adapter merged if there is one, as one GGUF file.
 
     Args:
         dtype: one of GGUF_DTYPES.
-        onto: the base's original weights, or the quantized ones that the adapter was trained against, unpacked.
+        onto: the original weights of the base, or the dequantized ones that the adapter was trained on.
         out: does not exist yet.
     Returns:
-        What a user should know about the file.
+        Notes for the user.
     Raises:
-        UserError: llama.cpp has no such model or tokenizer, or a package is missing.
+        UserError: llama.cpp does not support the model or tokenizer, or a package is missing.
     """
     if dtype in K_QUANTS:
         llama_cpp = _import_llama_cpp(dtype)
-        whole = out.with_name(f"{out.name}.f16")
-        notes = write_gguf(opened, chat, name, "f16", onto, whole)
-        _quantize(llama_cpp, whole, out, K_QUANTS[dtype])
-        whole.unlink()
+        unquantized = out.with_name(f"{out.name}.f16")
+        notes = write_gguf(opened, chat, name, "f16", onto, unquantized)
+        _quantize(llama_cpp, unquantized, out, K_QUANTS[dtype])
+        unquantized.unlink()
         if any(size % K_BLOCK for size in (opened.model.config.hidden_size, opened.model.config.intermediate_size)):
-            notes.append(
-                f"rows that do not divide into blocks of {K_BLOCK} are in the nearest format that has smaller ones"
-            )
+            notes.append(f"tensors whose rows are not multiples of {K_BLOCK} have a format with smaller blocks")
         return notes
     gguf, config = _import_gguf(), opened.model.config
     writer = gguf.GGUFWriter(out, architecture(config))
@@ -90,13 +90,14 @@ def write_gguf(
     if dtype not in TORCH_DTYPES:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     shapes, read = merged_tensors(opened, onto)
-    new_name = tensor_names(config)
-    entries = [
-        Entry(
-            new_name(t), shape, _tensor_format(new_name(t), shape, dtype, config), partial(_in_order, read, t, config)
-        )
-        for t, shape in shapes.items()
-    ]
+    new_name, entries = tensor_names(config), []
+
+    def read_permuted(hf_name: str) -> Tensor:
+        return permute_qk(read(hf_name), hf_name, config)
+
+    for hf_name, shape in shapes.items():
+        form = _tensor_format(new_name(hf_name), shape, dtype, config)
+        entries.append(Entry(new_name(hf_name), shape, form, partial(read_permuted, hf_name)))
     factors = _rope_factors(config)
     if factors is not None:
         entries.append(Entry("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
@@ -105,20 +106,20 @@ def write_gguf(
 
 
 def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> None:
-    """Write the adapter alone, for llama.cpp to add to a GGUF file of its base: y = W x + (alpha / r) B A x.
+    """Write the adapter alone, which llama.cpp adds to a GGUF file of its base: y = W x + (alpha / r) B A x.
 
-    There is one alpha a file: rsLoRA's scaling becomes alpha = s r, and where it differs between linears, B carries it.
+    A file has one alpha: rsLoRA's scaling s becomes alpha = s r; where it differs between linears, B is rescaled.
 
     Raises:
-        UserError: an adapter that is more than two factors.
+        UserError: an adapter with more than two factors.
     """
     for place, adapter in opened.adapters.items():
         if adapter.lora_magnitude_vector is not None:
-            raise UserError(f"--format gguf-lora: {place}: llama.cpp has no DoRA: use --format gguf")
+            raise UserError(f"--format gguf-lora: {place}: llama.cpp does not support DoRA adapters: use --format gguf")
         if adapter.bias is not None:
-            raise UserError(f"--format gguf-lora: {place}: llama.cpp's adapters hold no biases: use --format gguf")
+            raise UserError(f"--format gguf-lora: {place}: adapters of llama.cpp have no biases: use --format gguf")
     if dtype not in TORCH_DTYPES:
-        raise UserError(f"--dtype: {dtype}: an adapter is not quantized: one of {', '.join(TORCH_DTYPES)}")
+        raise UserError(f"--dtype: {dtype}: adapters are not quantized: choose one of {', '.join(TORCH_DTYPES)}")
     gguf, config = _import_gguf(), opened.model.config
     writer = gguf.GGUFWriter(out, architecture(config))
     writer.add_type("adapter")
@@ -139,8 +140,8 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
 
 
 def merged_tensors(opened: LoadedModel, onto: BaseWeights) -> tuple[dict[str, tuple[int, ...]], Read]:
-    """Shapes by name, and a function that reads one merged weight in float32."""
-    if opened.step is not None and not opened.adapters:  # a checkpoint of full training: it is in memory
+    """Shapes by name, and a function that returns one merged weight in float32."""
+    if opened.step is not None and not opened.adapters:  # a checkpoint of full fine-tuning is in memory
         parameters = dict(opened.model.named_parameters())
         return {name: tuple(p.shape) for name, p in parameters.items()}, lambda name: parameters[name].detach().float()
     weights = replace(weights_of(opened, onto), adapters=opened.adapters)
@@ -151,7 +152,7 @@ def _import_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UserError("--format gguf: it needs the package gguf: pip install -e '.[gguf]'") from None
+        raise UserError("--format gguf: needs the package gguf: pip install -e '.[gguf]'") from None
     return gguf
 
 
@@ -160,7 +161,7 @@ def _import_llama_cpp(dtype: str) -> Any:
         return importlib.import_module("llama_cpp")
     except ImportError:
         raise UserError(
-            f"--dtype {dtype}: it needs llama.cpp's own quantizer: pip install llama-cpp-python; "
+            f"--dtype {dtype}: needs llama.cpp's quantizer: pip install llama-cpp-python; "
             f"or write --dtype f16 and run: llama-quantize FILE.gguf OUT.gguf {dtype}"
         ) from None
 
@@ -170,16 +171,16 @@ class Entry(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    form: str  # its number format, F32, Q8_0, ...
+    form: str  # F32, Q8_0, ...
     read: Callable[[], Tensor]  # float32
 
 
 def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
-    """The facts, the list of tensors, and the tensors one by one; on the disk when this returns."""
+    """Write metadata, tensor list and the tensors one by one; they are on disk when this returns."""
     total = 0
     for entry in entries:
         form = gguf.GGMLQuantizationType[entry.form]
-        block, size = gguf.GGML_QUANT_SIZES[form]  # numbers in a block, bytes of it
+        block, size = gguf.GGML_QUANT_SIZES[form]  # values per block, bytes per block
         size_bytes = math.prod(entry.shape) // block * size
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size_bytes, form)
         total += size_bytes
@@ -197,43 +198,48 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
 
 
 def _quantize(llama_cpp: Any, source: Path, out: Path, ftype: int) -> None:
-    """llama.cpp's own quantizer, without what it prints about each tensor."""
+    """Run llama.cpp's quantizer, without its output about each tensor."""
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype, settings.nthread = ftype, torch.get_num_threads()
     if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), settings) != 0:
-        raise UserError(f"--out: {out.name}: llama.cpp's quantizer failed: is the disk full? --dtype q8_0 needs none")
+        raise UserError(
+            f"--out: {out.name}: llama.cpp's quantizer failed: check that the disk is not full, or use --dtype q8_0"
+        )
     with open(out, "rb") as file:
         os.fsync(file.fileno())
 
 
-# ---- Facts
+# ---- Metadata
 
 
 def architecture(config: DecoderConfig) -> str:
-    """llama.cpp's name; `llama` is Mistral's, too.
+    """llama.cpp's name of the architecture.
 
     Raises:
-        UserError: llama.cpp's architecture lacks something that the model has.
+        UserError: llama.cpp does not have the family, or its architecture lacks something that the model uses.
     """
-    name = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias and not config.o_bias else "llama"
-    rope = config.rope
+    name, rope = FAMILIES[config.family].gguf, config.rope
+    if name is None:
+        raise UserError(f"--format gguf: llama.cpp has no architecture for {config.family}: use --format hf")
     if name == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
         raise UserError(
-            "--format gguf: head_dim: llama.cpp's qwen2 has hidden_size / num_attention_heads: use --format hf"
+            "--format gguf: head_dim: llama.cpp's qwen2 requires hidden_size / num_attention_heads: use --format hf"
         )
     if name == "qwen3" and config.qkv_bias:
         raise UserError("--format gguf: attention_bias: llama.cpp's qwen3 has no biases: use --format hf")
     if rope.kind == "llama3" and name != "llama":
-        raise UserError(f"--format gguf: rope type llama3: llama.cpp's {name} has no such thing: use --format hf")
+        raise UserError(f"--format gguf: rope type llama3: llama.cpp's {name} does not support it: use --format hf")
     turns = (rope.parameters.get("beta_fast") or 32, rope.parameters.get("beta_slow") or 1)
     if rope.kind == "yarn" and (turns != (32, 1) or not rope.parameters.get("truncate", True)):
-        raise UserError("--format gguf: rope type yarn: llama.cpp knows beta_fast 32, beta_slow 1, truncate true only")
+        raise UserError(
+            "--format gguf: rope type yarn: llama.cpp has only beta_fast 32, beta_slow 1, truncate: use --format hf"
+        )
     return name
 
 
 def _add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
-    """Everything about the model but its tokenizer; returns notes."""
+    """Add the metadata of the model, without its tokenizer; return notes."""
     writer.add_block_count(c.num_layers)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
@@ -249,8 +255,8 @@ def _add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     if windows and min(windows) < length:
         length = min(windows)
         notes.append(
-            f"llama.cpp has no sliding window for this architecture: the file says {length} tokens of context, "
-            "within which there is no difference"
+            f"llama.cpp has no sliding window for this architecture: the file limits the context to {length} tokens, "
+            "within which the window has no effect"
         )
     if len(set(c.windows)) == 1 and windows:
         writer.add_sliding_window(windows[0])
@@ -259,7 +265,7 @@ def _add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
 
 
 def _add_rope(writer: Any, c: DecoderConfig) -> None:
-    """llama3's scaling is not here: it is a tensor (`_rope_factors`)."""
+    """Add the rope; llama3's scaling is a tensor instead (`_rope_factors`)."""
     rope = c.rope
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(rope.theta)
@@ -268,12 +274,12 @@ def _add_rope(writer: Any, c: DecoderConfig) -> None:
         writer.add_rope_scaling_factor(float(rope.parameters["factor"]))
     if rope.kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(rope.parameters["original_max_position_embeddings"]))
-        own = 0.1 * math.log(rope.parameters["factor"]) + 1.0  # what llama.cpp puts on cos and sin by itself
+        own = 0.1 * math.log(rope.parameters["factor"]) + 1.0  # llama.cpp's own factor on cos and sin
         writer.add_rope_scaling_attn_factors(rope.angles(c.head_dim)[1] / own)
 
 
 def _rope_factors(config: DecoderConfig) -> Tensor | None:
-    """What llama.cpp divides each angular frequency by, (head_dim / 2,), for Llama 3.1's scaling."""
+    """The divisors of the angular frequencies, (head_dim / 2,), for Llama 3.1's scaling."""
     rope = config.rope
     if rope.kind != "llama3":
         return None
@@ -282,7 +288,7 @@ def _rope_factors(config: DecoderConfig) -> Tensor | None:
 
 
 def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> list[str]:
-    """Tokens, how to use them, and the chat template; returns notes."""
+    """Add the tokenizer and the chat template; return notes."""
     vocabulary = read_vocabulary(chat, config.vocab_size)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -298,7 +304,7 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> l
     unknown, padding = (chat.tokenizer.token_to_id(chat.special.get(key, "")) for key in ("unk_token", "pad_token"))
     turn_end = chat.tokenizer.token_to_id(chat.turn_end[0]) if chat.turn_end else None
     others = [stop for stop in chat.stop_ids if stop not in (chat.eos_id, turn_end)]
-    # llama.cpp stops on three ids, and on a few texts that it knows: the ends of text, of turn and of message.
+    # llama.cpp stops on three ids (end of text, of turn, of message), and on a few texts that it knows.
     stops = {"eos": chat.eos_id, "eot": turn_end, "eom": next(iter(others), None)}
     for key, number in {"bos": chat.bos_id, **stops, "padding": padding, "unknown": unknown}.items():
         if number is not None:
@@ -306,9 +312,9 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> l
     writer.add_chat_template(chat.template)
     notes = list(vocabulary.notes)
     if others[1:]:
-        notes.append(f"llama.cpp may not stop on the ids {others[1:]}: give it their texts as stop strings")
+        notes.append(f"llama.cpp may not stop on the ids {others[1:]}: pass their texts as stop strings")
     if chat.template_args:
-        notes.append(f"the chat template was trained with {chat.template_args}: llama-server --chat-template-kwargs")
+        notes.append(f"the chat template was used with {chat.template_args}: set llama-server --chat-template-kwargs")
     return notes
 
 
@@ -316,19 +322,19 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> l
 
 
 def tensor_names(config: DecoderConfig) -> Callable[[str], str]:
-    """A function from Hugging Face's names to GGUF's."""
+    """A function from Hugging Face's tensor names to GGUF's."""
     gguf = _import_gguf()
-    kind = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture(config)]
-    names = gguf.get_tensor_name_map(kind, config.num_layers)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[architecture(config)], config.num_layers)
     return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def permute_qk(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
-    """Rows of q and k, in each head, from the order (first half, second half) to pairs of neighbors; or back.
+    """Permute the rows of q and k, within each head, from (first half, second half) to pairs of neighbors; or back.
 
     Args:
-        tensor: (out, ...), of which out = heads * head_dim.
-        name: Hugging Face's, of the weight or bias.
+        tensor: (out, ...), where out = heads * head_dim.
+        name: of the weight or bias, in Hugging Face files.
     """
     is_rotated = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
     if not is_rotated or architecture(config) != "llama":
@@ -337,14 +343,10 @@ def permute_qk(tensor: Tensor, name: str, config: DecoderConfig, back: bool = Fa
     return tensor.unflatten(0, (-1, *halves)).transpose(1, 2).flatten(0, 2)
 
 
-def _in_order(read: Read, name: str, config: DecoderConfig) -> Tensor:
-    return permute_qk(read(name), name, config)
-
-
 def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: DecoderConfig) -> str:
-    """The number format of one tensor: vectors stay float32; rows that do not divide into blocks of 32 become float16.
+    """The number format of one tensor: float32 for vectors, float16 for rows that are not multiples of 32.
 
-    Where four or five bits are asked for, the head keeps eight: its errors go straight into the logits.
+    With four or five bits, the head keeps eight: its errors go straight into the logits.
     """
     if len(shape) == 1:
         return "F32"
@@ -352,22 +354,21 @@ def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: Decode
         return dtype.upper()
     if shape[-1] % BLOCK:
         return "F16"
-    head = "token_embd.weight" if config.tied else "output.weight"
-    return "Q8_0" if name == head else dtype.upper()
+    return "Q8_0" if name == ("token_embd.weight" if config.tied else "output.weight") else dtype.upper()
 
 
 def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
-    """A float32 tensor as an array of its bytes in a number format."""
+    """Convert a float32 tensor to a number format; returns an array of bytes."""
     if form.lower() not in TORCH_DTYPES:
         return gguf.quants.quantize(tensor.contiguous().numpy(), gguf.GGMLQuantizationType[form])
     rounded = tensor.to(TORCH_DTYPES[form.lower()]).contiguous()
     if form == "F16" and not rounded.isfinite().all():
-        raise UserError(f"--dtype: {name} has values that float16 has not: use --dtype bf16 or f32")
+        raise UserError(f"--dtype: {name} has values that overflow float16: use --dtype bf16 or f32")
     return rounded.view(torch.uint8).numpy()
 
 
 class GGUFWeights:
-    """The weights of a file of ours, some rows at a time: names, order of rows and quantization undone, in float32."""
+    """Reads the weights of an exported file back, some rows at a time: as in Hugging Face files, in float32."""
 
     def __init__(self, path: Path, config: DecoderConfig):
         self.config, self.gguf = config, _import_gguf()
@@ -378,7 +379,7 @@ class GGUFWeights:
         self.tensors = {name: stored[new_name(name)] for name in self.shapes}
 
     def rows(self, name: str) -> Iterator[Tensor]:
-        """A weight from the top, (some rows, ...); of q and k whole heads, in which rows change places."""
+        """A weight in slices from the top, (some rows, ...); of q and k in whole heads, which are permuted."""
         shape, head = self.shapes[name], self.config.head_dim
         step = max(1, SLAB // math.prod(shape[1:]) // head) * head
         for start in range(0, shape[0], step):
@@ -402,7 +403,7 @@ def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], d
     """Compare the logits of the file, read back, with those of base and adapter, in float32.
 
     Args:
-        prompts: token ids, none empty, at least one.
+        prompts: token ids; at least one prompt, none empty.
     """
     rows, model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model
     stored = StreamedDecoder(GGUFWeights(path, model.config))
@@ -414,31 +415,31 @@ def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], d
     return Proof(found.max_difference, share * found.spread, effect, found.same_top_token)
 
 
-# ---- What lies beside the file
+# ---- The file and its companions
 
 
 @contextmanager
 def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
-    """Where to write a GGUF file, so that it and what lies beside it get their names at the end, or vanish.
+    """Yields where to write a GGUF file: it and its companions get their names together at the end, or are deleted.
 
     Args:
-        out: FILE.gguf, beside which FILE.Modelfile and FILE.parity.json will be; or a directory of its own.
-        name: of the file in such a directory.
+        out: FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be; or a directory of its own.
+        name: of the file in that directory.
     Raises:
-        UserError: something of that name exists, or cannot be written.
+        UserError: a file of that name exists, or cannot be written.
     """
     if out.suffix != ".gguf":
-        with new_directory(out) as aside:
-            yield aside / name
+        with new_directory(out) as staging:
+            yield staging / name
         return
     places = [*companions(out, out), out]
     for each in places:
         if os.path.lexists(each):
-            raise UserError(f"--out: {each}: exists already: choose another name or remove it")
+            raise UserError(f"--out: {each}: already exists: choose another name or remove it")
 
-    def place(aside: Path, _: Path) -> None:
-        for each in places:  # the model last
-            os.rename(aside / each.name, each)
+    def place(staging: Path, _: Path) -> None:
+        for path in places:
+            os.rename(staging / path.name, path)
 
-    with new_directory(out, place=place) as aside:
-        yield aside / out.name
+    with new_directory(out, place=place) as staging:
+        yield staging / out.name

@@ -1,4 +1,8 @@
-"""TODO."""
+"""The files next to a GGUF file: a Modelfile for Ollama, and prompts with expected answers for checking an engine.
+
+Ollama does not read the chat template in a GGUF file; it has a template language of its own (Go's). A template that
+only puts fixed texts around messages is translated; for any other, the Modelfile says that prompts must be sent raw.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message, TemplateRefusal
-from nanoft.io.atomic import write_file
+from nanoft.io.atomic import write_file, write_json
 
 
 def companions(path: Path, out: Path) -> list[Path]:
-    """Where the Modelfile and the parity file of a GGUF file are: they have its name, unless the directory has."""
+    """Paths of the Modelfile and the parity file, with the GGUF file's name unless it has its own directory."""
     prefix = f"{path.stem}." if out.suffix == ".gguf" else ""
     return [path.with_name(f"{prefix}{name}") for name in ("Modelfile", "parity.json")]
 
 
 def write_companions(path: Path, out: Path, modelfile: str, expected: dict[str, Any]) -> None:
-    """Write the Modelfile and the parity file of a GGUF file at `path`, which will be `out` or in it."""
-    texts = (modelfile, json.dumps(expected, indent=2, ensure_ascii=False) + "\n")
-    for place, text in zip(companions(path, out), texts, strict=True):
-        write_file(place, [text.encode()])
+    """Write the Modelfile and the parity file of a GGUF file at `path`, which will become `out` or be in it."""
+    recipe, parity = companions(path, out)
+    write_file(recipe, [modelfile.encode()])
+    write_json(parity, expected)
 
 
 def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> str:
-    """A Modelfile for Ollama: where the weights are, what ends an answer, and the template in Ollama's language.
-
-    Args:
-        file: name of the GGUF file.
-        adapter_of: the base's name, if the file is an adapter.
-    """
+    """A Modelfile for Ollama: weights, stop strings, chat template; adapter_of: the base's name of an adapter file."""
     lines = ["# ollama create NAME -f THIS_FILE"]
     if adapter_of is None:
         lines.append(f"FROM ./{file}")
@@ -43,17 +42,16 @@ def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> 
         lines.append(f'TEMPLATE """{template}"""')
     else:
         lines += [
-            "# This model's chat template does more than Ollama's can. It is in the GGUF file, for llama.cpp;",
-            '# Ollama needs prompts that are rendered already: send them with "raw": true.',
+            "# Ollama cannot express this model's chat template. The GGUF file has it, for llama.cpp;",
+            '# send rendered prompts to Ollama, with "raw": true.',
         ]
     return "\n".join(lines) + "\n"
 
 
 def ollama_template(chat: ChatTokenizer) -> str | None:
-    """The chat template as a Go template, if it only puts fixed texts around messages; None if it does more.
+    """The chat template as a Go template; None if it does more than put fixed texts around messages.
 
-    The fixed texts are found by rendering, and checked by rendering: they must be all that lies between the messages of
-    a longer conversation, too.
+    The fixed texts are found by rendering short conversations and verified by rendering a longer one.
     """
     system, *turns = (
         {"role": role, "content": f"{role.upper()}-{number}"}
@@ -70,7 +68,7 @@ def ollama_template(chat: ChatTokenizer) -> str | None:
     opening = _without_bos(chat, opening)
     branches = f"{{{{ if eq $i 0 }}}}{_go(opening)}{{{{ else }}}}{_go(later)}{{{{ end }}}}"
     before = after = ""
-    with suppress(TemplateRefusal, ValueError):  # many templates know no system message: Ollama's is left out, then
+    with suppress(TemplateRefusal, ValueError):  # many templates have no system message
         before, after, *rest = _gaps(chat, [system, *turns])
         if rest != [asked, said + later, asked, said + later, asked]:
             return None
@@ -84,11 +82,7 @@ def ollama_template(chat: ChatTokenizer) -> str | None:
 
 
 def _gaps(chat: ChatTokenizer, messages: Sequence[Message]) -> list[str]:
-    """What the template puts before, between and behind messages; behind a question, what asks for the answer.
-
-    Raises:
-        ValueError: a message is left out, or changed.
-    """
+    """The texts around messages, the last with the generation prompt; a ValueError if a message is changed."""
     rest, gaps = chat.render(messages, add_generation_prompt=messages[-1]["role"] == "user"), []
     for message in messages:
         before, found, rest = rest.partition(message["content"])
@@ -99,12 +93,12 @@ def _gaps(chat: ChatTokenizer, messages: Sequence[Message]) -> list[str]:
 
 
 def _without_bos(chat: ChatTokenizer, text: str) -> str:
-    """Ollama puts the BOS there itself, if the file says so."""
+    """Ollama adds the BOS itself."""
     return text.removeprefix(chat.special["bos_token"]) if chat.wants_bos else text
 
 
 def _go(text: str) -> str:
-    """A text as an action of Go's templates."""
+    """A string literal in a Go template."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 

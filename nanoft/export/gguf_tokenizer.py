@@ -1,15 +1,15 @@
-"""A Hugging Face tokenizer as GGUF holds it.
+"""A Hugging Face tokenizer in GGUF's form.
 
-llama.cpp does not read tokenizer.json; it has tokenizers of its own and takes from the file what they need. Two kinds
+llama.cpp does not read tokenizer.json; it has its own tokenizers and takes their data from the GGUF file. Two kinds
 cover the models here:
 
-    gpt2    byte-level BPE (GPT-2, Llama 3, Qwen): tokens and merges. How a text is cut into words before anything is
-            merged is not data but a name, `pre`, of a rule that is compiled into llama.cpp.
-    llama   SentencePiece's BPE (Llama 2, Mistral): tokens and scores. Whatever two neighbors make the token with the
-            highest score are merged first; characters that no token has are spelled in bytes.
+    gpt2    byte-level BPE (GPT-2, Llama 3, Qwen): tokens and merges. How a text is split into words before merging is
+            not data but a name, `pre`, of a rule that is compiled into llama.cpp.
+    llama   SentencePiece BPE (Llama 2, Mistral): tokens and scores. The two neighbors that form the token with the
+            highest score are merged first; characters without a token are spelled in bytes.
 
-A wrong name gives a file that loads and talks, from ids that the model never saw. So the name follows from what
-tokenizer.json does, step by step, and what llama.cpp has no rule for is refused.
+A wrong name gives a file that loads and answers, but from ids that the model never saw. So the name is derived from
+what tokenizer.json does, step by step, and a tokenizer without a matching rule is refused.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from typing import Any
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer, TemplateRefusal
 
-# Kinds of tokens, `tokenizer.ggml.token_type` of the GGUF specification.
+# Token types, `tokenizer.ggml.token_type` of the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"  # SentencePiece's
-UNREACHED = -1e9  # the score of a token that nothing merges into
-# What cuts a text into words, by the names that llama.cpp has for it (src/llama-vocab.cpp). The expressions are those
-# of the models' own tokenizer.json.
+UNREACHED = -1e9  # the score of a token that no merge forms
+# How a text is split into words, from the models' own tokenizer.json; llama.cpp's names are in src/llama-vocab.cpp.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -41,7 +40,7 @@ TEKKEN = (
 )
 Steps = tuple[tuple[str, ...], ...]
 GPT2_WORDS, BYTES_ONLY = ("ByteLevel", "words"), ("ByteLevel",)
-# (the steps, whether a word that is a token is taken whole, without merging) -> name
+# (steps, ignore_merges: whether a word that is a token is not split) -> llama.cpp's name
 PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {
     ((GPT2_WORDS,), False): "gpt-2",
     ((("Digits",), GPT2_WORDS), False): "smollm",
@@ -54,7 +53,7 @@ PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The fields under `tokenizer.ggml` that depend on tokenizer.json."""
+    """The `tokenizer.ggml` metadata that depends on tokenizer.json."""
 
     model: str  # gpt2 | llama
     pre: str
@@ -62,49 +61,47 @@ class Vocabulary:
     types: list[int]
     merges: list[str]  # of gpt2, "left right"
     scores: list[float]  # of llama
-    space_prefix: bool  # whether a text, and what follows a control token, begins with a space that nobody wrote
-    notes: list[str]  # where llama.cpp does not do quite the same
+    space_prefix: bool  # whether a space is added before a text and after each control token
+    notes: list[str]  # known differences in llama.cpp
 
 
 def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
-    """What llama.cpp needs to give the ids that this tokenizer gives.
+    """What llama.cpp needs to produce the same ids; ids below vocab_size without a token become unused tokens.
 
-    Args:
-        vocab_size: rows of the embedding; ids that no token has are filled with unused ones.
     Raises:
-        UserError: llama.cpp cannot do what this tokenizer does.
+        UserError: llama.cpp does not support this tokenizer.
     """
     tokenizer = json.loads(chat.tokenizer.to_str())
     model, added = tokenizer["model"], {token["id"]: token for token in tokenizer["added_tokens"]}
     for token in added.values():
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            _refuse(f"the token {token['content']!r} takes the spaces around it with it")
+            _refuse(f"the token {token['content']!r} strips the spaces around it")
     if model["type"] != "BPE" or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
-        _refuse(f"its model is {model['type']}, not a BPE as GPT-2 or SentencePiece have it")
+        _refuse(f"its model is {model['type']}, not the BPE of GPT-2 or SentencePiece")
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     texts = {number: token for token, number in chat.tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(texts) >= vocab_size:
-        raise UserError(f"tokenizer.json: it has the id {max(texts)}, but the model only {vocab_size} embeddings")
+        raise UserError(f"tokenizer.json: the id {max(texts)} is beyond the model's {vocab_size} embeddings")
     spelled = model["byte_fallback"]
     tokens = [_text(number, texts, added, spelled) for number in range(vocab_size)]
     types = [_kind(number, texts, added, model) for number in range(vocab_size)]
     if len(set(tokens)) < vocab_size:
-        _refuse("two of its tokens have the same text")
+        _refuse("two tokens have the same text")
     if spelled:
         space = _space_prefix(tokenizer, chat)
         return Vocabulary("llama", "default", tokens, types, [], _scores(tokens, merges), space, [])
     pre = _pre(tokenizer)
-    notes = ["llama.cpp cuts words of scripts with combining marks (Khmer, Hindi) differently"] * (pre == "tekken")
-    notes += ["llama.cpp does not normalize texts to NFC: send them so"] * bool(tokenizer["normalizer"])
+    notes = ["llama.cpp splits words of scripts with combining marks (Khmer, Hindi) differently"] * (pre == "tekken")
+    notes += ["llama.cpp does not normalize texts to NFC: send normalized texts"] * bool(tokenizer["normalizer"])
     return Vocabulary("gpt2", pre, tokens, types, [f"{a} {b}" for a, b in merges], [], False, notes)
 
 
 def _refuse(reason: str) -> None:
-    raise UserError(f"--format gguf: tokenizer.json: llama.cpp cannot do what it does: {reason}: use --format hf")
+    raise UserError(f"--format gguf: tokenizer.json is not supported by llama.cpp: {reason}: use --format hf")
 
 
 def _text(number: int, texts: dict[int, str], added: dict[int, Any], spelled: bool) -> str:
-    """A token's text; llama.cpp looks for added ones in the text as it is, with its spaces."""
+    """A token's text; llama.cpp searches added tokens in the raw text, with plain spaces."""
     text = texts.get(number, f"[PAD{number}]")
     return text.replace(SPACE, " ") if spelled and number in added else text
 
@@ -123,19 +120,19 @@ def _kind(number: int, texts: dict[int, str], added: dict[int, Any], model: dict
 
 
 def _pre(tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level BPE cuts a text into words."""
-    if (normalizer := tokenizer["normalizer"]) and normalizer["type"] != "NFC":  # Qwen's, which llama.cpp leaves out
+    """llama.cpp's name for how a byte-level BPE splits a text into words."""
+    if (normalizer := tokenizer["normalizer"]) and normalizer["type"] != "NFC":  # Qwen's, which llama.cpp omits
         _refuse(f"its normalizer is {normalizer['type']}")
     steps = _steps(tokenizer["pre_tokenizer"] or {"type": "none"})
     whole = bool(tokenizer["model"].get("ignore_merges"))
     if (steps, whole) not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS.values())
-        _refuse(f"it cuts texts into words in a way that has no name there (there are {known})")
+        _refuse(f"it splits texts into words by an unknown rule (known: {known})")
     return PRE_TOKENIZERS[steps, whole]
 
 
 def _steps(part: dict[str, Any]) -> Steps:
-    """A pre-tokenizer as a tuple that can be looked up; settings that change what it does are part of it."""
+    """A pre-tokenizer as a key of PRE_TOKENIZERS; unsupported settings give an unknown key."""
     kind = part["type"]
     if kind == "Sequence":
         return tuple(step for inner in part["pretokenizers"] for step in _steps(inner))
@@ -149,7 +146,7 @@ def _steps(part: dict[str, Any]) -> Steps:
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """Minus the rank of the first merge that makes the token: what BPE merges first must score highest."""
+    """Minus the index of the first merge that forms the token: what BPE merges first must score highest."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
@@ -157,9 +154,9 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
 
 
 def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
-    """Whether a space is put before a text and behind every control token, which llama.cpp does both or neither.
+    """Whether a space is added before a text and after each control token; llama.cpp does both or neither.
 
-    A Metaspace that puts it before the very first character only does neither in chats that open with a control token.
+    A Metaspace that adds it before the first word only does neither in chats that begin with a control token.
     """
     normalizer, words = tokenizer["normalizer"], tokenizer["pre_tokenizer"]
     parts = (normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]) if normalizer else []
@@ -172,7 +169,7 @@ def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
     if words["type"] != "Metaspace" or words["split"]:
         _refuse(f"its pre-tokenizer is {words['type']}, not SentencePiece's")
     if words["prepend_scheme"] == "first" and not _opens_with_control(chat):
-        _refuse("it puts a space before the first word only, and its chats open with text")
+        _refuse("it adds a space before the first word only, and its chats begin with text")
     return bool(words["prepend_scheme"] == "always")
 
 

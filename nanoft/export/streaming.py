@@ -1,17 +1,17 @@
-"""A decoder whose matrices stay on the disk.
+"""A decoder whose weight matrices stay on the disk.
 
-A 7B model in float32 takes 28 GB; to merge an adapter into it, to prove the result and to ask it a question, no more
-than a few rows of one matrix are needed at a time. So a linear here reads its weight, some rows at a time, whenever it
-is asked, multiplies, and forgets it:
+A 7B model in float32 takes 28 GB; merging an adapter into it, verifying the result and asking it a question need no
+more than a few rows of one matrix at a time. A linear layer here reads its weight in slabs of rows whenever it is
+called, multiplies, and drops them:
 
     y[:, rows] = x W[rows]^T
 
-The decoder around it is the ordinary one, adapters attach to it as to any other, and its answers are the same; only
-each pass reads the whole model again, so that many tokens should go through in one pass.
+The rest of the decoder is the ordinary one, adapters attach to it as to any other, and its answers are the same. Each
+pass reads the whole model again, so many tokens should go through in one pass.
 
-`Weights` says what is read: a model's files; or those with their linears quantized and unpacked again, as an adapter
-was trained on them; or either with an adapter merged in and rounded. Merging writes the rows of the last kind to files,
-and to try a merge without writing it, a decoder can be put on them.
+`Weights` says what is read: a model's files; or those quantized and dequantized, as an adapter was trained on them; or
+either with an adapter merged in and rounded. Merging writes the last kind to files; a decoder on it tries a merge
+without writing it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from nanoft.models.families import read_shape
 from nanoft.models.weights import WeightFiles, is_block_linear, open_weights
 from nanoft.nf4 import quantize
 
-SLAB = 1 << 22  # numbers of a weight that are held at a time: 16 MB in float32
+SLAB = 1 << 22  # elements of a weight in memory at a time: 16 MB in float32
 
 
 class Rows(Protocol):
-    """Weights that a decoder can be put on, wherever they lie."""
+    """Weights that a `StreamedDecoder` can read, wherever they are stored."""
 
     @property
     def config(self) -> DecoderConfig: ...
@@ -55,38 +55,40 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's weights, as they are to be used, some rows at a time."""
+    """A model's weights, some rows at a time: quantized, merged and rounded as requested."""
 
     config: DecoderConfig
     files: WeightFiles
-    quantization: tuple[str, bool] | None = None  # pack plain linears of the blocks in this form, and unpack them
-    unpacked: torch.dtype = torch.float32  # what an unpacked weight is rounded to
+    quantization: tuple[str, bool] | None = (
+        None  # quantize the linear layers of the blocks in this form, and dequantize
+    )
+    unpacked: torch.dtype = torch.float32  # dtype of a dequantized weight
     adapters: Mapping[str, LoRALinear] = field(default_factory=dict)  # merged in
-    dtype: torch.dtype = torch.float32  # of the rows: the arithmetic is done in float32, and rounded to this once
+    dtype: torch.dtype = torch.float32  # of the rows: computed in float32, rounded once
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every weight, in the files' order."""
+        """Shape of every weight, in the files' order."""
         return self.files.shapes
 
     def rows(self, name: str) -> Iterator[Tensor]:
-        """A weight from the top, (some rows, ...) in `dtype`."""
+        """A weight in slabs of rows, (some rows, ...) in `dtype`."""
         place, _, part = name.rpartition(".")
         adapter = self.adapters.get(place)
         if adapter is not None and part == "bias" and adapter.bias is not None:
             yield adapter.bias.detach().to(self.dtype)
             return
-        shape, whole = self.shapes[name], self._through_packing(name)
+        shape, whole = self.shapes[name], self._dequantized(name)
         step = max(1, SLAB // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            slab = self.files.headers[name].read_rows(name, rows) if whole is None else whole[rows]
+            slab = self.files.headers[name].read(name, rows) if whole is None else whole[rows]
             if adapter is not None and part == "weight":
                 slab = adapter.merged(slab.float(), rows)
             yield slab.to(self.dtype)
 
-    def _through_packing(self, name: str) -> Tensor | None:
-        """What a packed weight stands for, (out, in); None for one that is used as its file has it."""
+    def _dequantized(self, name: str) -> Tensor | None:
+        """A quantized weight dequantized, (out, in); None for one that is used as it is stored."""
         if self.files.is_packed(name):
             return self.files.read_packed(name, self.unpacked, torch.device("cpu")).dequantize()
         if self.quantization and not self.files.stored and is_block_linear(name):
@@ -94,11 +96,11 @@ class Weights:
         return None
 
     def row(self, name: str, number: int) -> Tensor:
-        """One row of an embedding, (1, hidden): copied, for a view keeps what the kernel read around it in memory."""
-        return self.files.headers[name].read_rows(name, slice(number, number + 1)).to(self.dtype, copy=True)
+        """One row of an embedding, (1, hidden): a copy, since a view keeps the mapped pages around it in memory."""
+        return self.files.headers[name].read(name, slice(number, number + 1)).to(self.dtype, copy=True)
 
     def whole(self, name: str) -> Tensor:
-        """All of a weight, in float32."""
+        """A complete weight, in float32."""
         return torch.cat([part.float() for part in self.rows(name)])
 
 
@@ -108,7 +110,7 @@ def open_rows(
     """The weights of a Hugging Face directory.
 
     Raises:
-        UserError: missing, unexpected or mis-shaped tensors, all of them listed; damaged files; unknown architecture.
+        UserError: missing, unexpected or mis-shaped tensors, all listed; damaged files; unknown architecture.
     """
     config = read_shape(directory)
     with torch.device("meta"):
@@ -116,17 +118,17 @@ def open_rows(
     return Weights(config, open_weights(directory, blank), quantization, unpacked)
 
 
-def give_back_freed_memory() -> None:
-    """Have the C library return a large block to the system when it is freed, rather than keep it for later (glibc)."""
+def return_freed_memory() -> None:
+    """Make glibc return large blocks to the system when they are freed, rather than keep them."""
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MB
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, which by default grows to 32 MB
 
 
 class StreamedLinear(nn.Linear):
-    """y = x W^T + b with a W that is read anew each time."""
+    """y = x W^T + b with a W that is read from disk in each call."""
 
     def __init__(self, weights: Rows, name: str):
-        nn.Module.__init__(self)  # not nn.Linear's, which would make room for W
+        nn.Module.__init__(self)  # nn.Linear's would allocate W
         self.weights, self.name = weights, f"{name}.weight"
         self.out_features, self.in_features = weights.shapes[self.name]
         has_bias = f"{name}.bias" in weights.shapes
@@ -134,7 +136,7 @@ class StreamedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """W whole, (out, in) float32: for DoRA, which needs the lengths of its rows."""
+        """The complete W, (out, in) float32: DoRA needs the norms of its rows."""
         return self.weights.whole(self.name)
 
     @torch.no_grad()
@@ -148,7 +150,7 @@ class StreamedLinear(nn.Linear):
 
 
 class StreamedEmbedding(nn.Module):
-    """The rows of the embedding that are asked for."""
+    """An embedding that reads the rows it needs."""
 
     def __init__(self, weights: Rows, name: str):
         super().__init__()
@@ -180,7 +182,7 @@ class StreamedDecoder(Decoder):
 
     @property
     def head(self) -> Tensor:
-        """The shape, dtype and device of the output embedding; NaN all over, for who would multiply by it."""
+        """Shape, dtype and device of the output embedding; all NaN, so that using its values shows."""
         return torch.tensor(math.nan).expand(self.config.vocab_size, self.config.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,35 +1,56 @@
-"""TODO."""
+"""Is the merged model the model that was trained?
+
+Before a merged model gets its name, its logits are compared with those of base + adapter on real prompts, in float32 on
+the CPU. `compare_bases` also measures which base the merged model should have: perplexity and KL divergence of the
+merge onto the original weights and onto the quantized ones, against the model as it was trained. Models are read from
+disk, so many tokens go through in one pass.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nanoft.export.merge import TOLERANCE, open_adapter, weights_of
+from nanoft import UserError
+from nanoft.batches import Sample
+from nanoft.config.loading import load_config
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import build_datasets
+from nanoft.evaluation.evaluate import Prompt, held_out_prompts
+from nanoft.export.adapters import open_adapter
+from nanoft.export.merge import Onto, weights_of
 from nanoft.export.streaming import StreamedDecoder, open_rows
+from nanoft.io.tables import markdown_table
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.models.open import LoadedModel, TrainedAdapter
+from nanoft.models.open import LoadedModel, TrainedAdapter, is_run
+from nanoft.models.weights import stored_dtype
 from nanoft.perplexity import safe_exp
 
-PROOF_TOKENS = 64  # of each prompt: every weight has its part in any token
-PASS_TOKENS = 640  # that go through a model together, which reads all of its weights each time
-LOGIT_ROWS = 64  # positions whose logits are held at a time
+# Allowed difference of logits, as a share of their standard deviation: rounding every weight to 8 (bf16) or 11 (f16)
+# significant bits moves the logits by about this much; a wrong merge moves them by whole units.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
+PLAIN_TEXTS = ["The quick brown fox jumps over the lazy dog.", '{"city": "Oslo", "people": 4}', "1 2 3 4 5 6 7 8 9 10"]
+PROMPTS = 8
+VERIFY_TOKENS = 4096  # held-out tokens of --verify; an eighth of it without
+PROOF_TOKENS = 64  # of each prompt: every weight contributes to any token
+PASS_TOKENS = 640  # tokens of one forward pass, which reads all weights
+LOGIT_ROWS = 64  # positions whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Merged against adapter on the same prompts: the largest difference of a logit, and what was allowed."""
+    """Merged model against base + adapter on the same prompts."""
 
-    max_difference: float
+    max_difference: float  # of a logit
     allowed: float
-    effect: float  # the largest difference that the adapter itself makes, for comparison
+    effect: float  # max difference that the adapter itself makes, for comparison
     same_top_token: float  # share of positions
 
     @property
@@ -37,24 +58,21 @@ class Proof:
         return self.max_difference <= self.allowed
 
 
-# --- the proof
-
-
 @dataclass(frozen=True)
 class Agreement:
-    """What one model says beside what another says, on the same tokens."""
+    """Predictions of one model against those of a reference, on the same tokens."""
 
     max_difference: float  # of a logit
-    spread: float  # standard deviation of the other's logits
+    spread: float  # standard deviation of the reference's logits
     same_top_token: float  # share of positions
-    divergence: float  # KL from the other's distribution of the next token to this one's, nats a position
+    divergence: float  # KL(reference || model) of the next token, nats per position
     perplexity: float
-    wanted_perplexity: float  # the other's
+    wanted_perplexity: float  # the reference's
 
 
 @torch.no_grad()
 def hidden_states(model: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Last hidden states of every position of every row, one after another, (tokens, hidden)."""
+    """Last hidden states of all positions of all rows, concatenated, (tokens, hidden)."""
     found: list[Tensor] = []
     start = 0
     while start < len(rows):
@@ -64,8 +82,8 @@ def hidden_states(model: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
         group = rows[start:stop]
         ids = torch.zeros(len(group), max(map(len, group)), dtype=torch.int64)
         for at, row in enumerate(group):
-            ids[at, : len(row)] = torch.tensor(row)  # padding on the right: no token sees it
-        hidden = model(ids)  # (b, longest, hidden)
+            ids[at, : len(row)] = torch.tensor(row)  # padding on the right, which no token attends to
+        hidden = model(ids)  # (batch, longest, hidden)
         found += [hidden[at, : len(row)] for at, row in enumerate(group)]
         start = stop
     return torch.cat(found)
@@ -73,22 +91,23 @@ def hidden_states(model: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
 
 @torch.no_grad()
 def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden: Tensor, targets: Tensor) -> Agreement:
-    """Two models' predictions from their last hidden states, (tokens, hidden), some positions at a time.
+    """Compare two models' predictions from their last hidden states, (tokens, hidden), some positions at a time.
 
     Args:
-        targets: the token that follows, (tokens,); -1 where it does not count for perplexity.
+        targets: the next token of each position, (tokens,); -1 where it does not count for perplexity.
     """
     farthest, total, squares, numbers = 0.0, 0.0, 0.0, 0
     same, divergence, nats, wanted_nats, count = 0, 0.0, 0.0, 0.0, int((targets >= 0).sum())
     for rows in (slice(at, at + LOGIT_ROWS) for at in range(0, len(targets), LOGIT_ROWS)):
         found, wanted = model.logits(hidden[rows]), wanted_model.logits(wanted_hidden[rows])  # (n, vocab)
-        farthest = max(farthest, _farthest(found, wanted))
+        difference = (found - wanted).abs().nan_to_num(nan=math.inf)  # inf - inf: a weight overflowed
+        farthest = max(farthest, difference.max().item())
         total += wanted.sum(dtype=torch.float64).item()
         squares += wanted.square().sum(dtype=torch.float64).item()
         numbers += wanted.numel()
         same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
         found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
-        divergence += (wanted.exp() * (wanted - found)).sum().item()  # sum of p log(p / q)
+        divergence += (wanted.exp() * (wanted - found)).sum().item()  # sum p log(p / q)
         targeted = targets[rows] >= 0
         chosen = targets[rows][targeted][:, None]
         nats -= found[targeted].gather(1, chosen).double().sum().item()
@@ -98,63 +117,131 @@ def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden
     return Agreement(farthest, spread, same / len(targets), max(0.0, divergence / len(targets)), *perplexities)
 
 
-def _farthest(a: Tensor, b: Tensor) -> float:
-    """The largest difference; infinite if a weight became infinite on the way, so that NaN comes out."""
-    return (a - b).abs().nan_to_num(nan=math.inf).max().item()
-
-
 def next_tokens(rows: Sequence[Sequence[int]], targeted: Sequence[Sequence[bool]] | None = None) -> Tensor:
-    """What follows each position of each row, (tokens,); -1 at a row's end, and where the next token is no target."""
+    """The next token of each position, (tokens,); -1 at the end of a row, and where the next token is no target."""
     found: list[int] = []
     for at, row in enumerate(rows):
-        follows = [True] * len(row) if targeted is None else targeted[at]
-        found += [token if counts else -1 for token, counts in zip(row[1:], follows[1:], strict=True)] + [-1]
+        counts = [True] * len(row) if targeted is None else targeted[at]
+        found += [token if is_target else -1 for token, is_target in zip(row[1:], counts[1:], strict=True)] + [-1]
     return torch.tensor(found)
 
 
-def prove(opened: LoadedModel, merged_directory: Path, prompts: list[list[int]], dtype: torch.dtype) -> Proof:
-    """Compare the merged model's logits with base + adapter, both computed in float32 on the CPU.
+# ---- What models are compared on
+
+
+def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Prompt]]:
+    """Samples and prompts of a run, held out if it has a validation split; none if its data is gone."""
+    if is_run(source):
+        config = load_config(Path(source) / "config.json")
+        with suppress(UserError):
+            corpus = build_datasets(config.data, chat, config.model.max_seq_length, config.system.seed, print)
+            samples = corpus.validation if len(corpus.validation) else corpus.training
+            conversations = corpus.conversations(corpus.untruncated(samples), PROMPTS)
+            return list(samples[: VERIFY_TOKENS // 8]), held_out_prompts(conversations, PROMPTS)
+    return [], []
+
+
+def proof_prompts(chat: ChatTokenizer, samples: Sequence[Sample]) -> list[list[int]]:
+    """Token ids to verify a merge on: a few plain texts, and a few samples of the run."""
+    ids = [chat.tokenizer.encode(text).ids for text in PLAIN_TEXTS]
+    ids += [sample.ids.tolist() for sample in samples[:PROMPTS]]
+    return [row for row in ids if row]
+
+
+def describe_weights(opened: LoadedModel, merged: bool) -> str:
+    """What the answers in parity.json are computed with: an adapter on another base may answer differently."""
+    if merged:
+        return "those of this export, before any quantization of its own"
+    form = opened.quantization[0] if opened.quantization else "its own number format"
+    return f"the adapter on its base in {form}; on another base answers may differ"
+
+
+# ---- A merged model against base + adapter
+
+
+def verify_merge(opened: LoadedModel, merged: Path, prompts: list[list[int]], dtype: torch.dtype) -> Proof:
+    """Compare the logits of a merged directory with those of base + adapter.
 
     Args:
         prompts: token ids, none empty, at least one; the first `PROOF_TOKENS` of each are used.
+        dtype: of the merged weights.
     """
     rows = [ids[:PROOF_TOKENS] for ids in prompts]
     targets = next_tokens(rows)
-    model, merged = opened.model, StreamedDecoder(open_rows(merged_directory))
+    model, merged_model = opened.model, StreamedDecoder(open_rows(merged))
     wanted = hidden_states(model, rows)
     with disabled(opened.adapters):
         base = hidden_states(model, rows)
     effect = compare(model, base, model, wanted, targets).max_difference
-    found = compare(merged, hidden_states(merged, rows), model, wanted, targets)
+    found = compare(merged_model, hidden_states(merged_model, rows), model, wanted, targets)
     return Proof(found.max_difference, TOLERANCE[dtype] * found.spread, effect, found.same_top_token)
 
 
-def verify(
-    adapter: TrainedAdapter, dtype: torch.dtype, rows: list[list[int]], targeted: list[list[bool]]
-) -> dict[str, Agreement]:
-    """How near each possible merge is to the model that was trained: base as in training, adapter beside it.
+def rounding_error(unmerged: Path, base: Path, merged: Path) -> str:
+    """How far an unmerged model is from the base, and why."""
+    dtype = str(stored_dtype(merged)).removeprefix("torch.")
+    why = f"the merged weights had been rounded to {dtype}, which cannot be undone"
+    with suppress(UserError, KeyError):
+        ours, theirs, farthest = open_rows(unmerged), open_rows(base), 0.0
+        for name in theirs.shapes:
+            for a, b in zip(ours.rows(name), theirs.rows(name), strict=True):
+                farthest = max(farthest, (a - b).abs().max().item())
+        return f"largest difference of a weight from {base}: {farthest:.2g} ({why})"
+    return f"note: {why}; the base is not available for comparison"
 
-    Nothing is written: the merged weights are made, and rounded to `dtype`, as they are asked for.
+
+# ---- Which base to merge onto
+
+
+def compare_bases(
+    adapter: TrainedAdapter, dtype: torch.dtype, chat: ChatTokenizer, samples: Sequence[Sample], limit: int
+) -> tuple[dict[Onto, Agreement], int]:
+    """How close each possible merge is to the model as it was trained, without writing it.
 
     Args:
-        rows: token ids of held-out samples.
-        targeted: which of them are targets, for perplexity.
+        dtype: of the merged weights.
+        samples: held-out samples, of which so many are used that they reach `limit` tokens; none: plain texts.
     Returns:
-        By base, `original` and, if the adapter was trained on a quantized one, `nf4`.
+        By base, `original` and, if the adapter was trained on a quantized one, `nf4`; and the number of tokens.
     """
+    rows: list[list[int]] = []
+    targeted: list[list[bool]] = []
+    for sample in samples:
+        if sum(map(len, rows)) < limit:
+            rows.append(sample.ids.tolist())
+            targeted.append(sample.is_target.tolist())
+    if not rows:
+        rows = [row for row in proof_prompts(chat, []) if len(row) > 1]
+        targeted = [[True] * len(row) for row in rows]
     trained = open_adapter(adapter, "nf4")
     wanted, targets = hidden_states(trained.model, rows), next_tokens(rows, targeted)
-    found: dict[str, Agreement] = {}
-    bases: tuple[Literal["original", "nf4"], ...] = ("original", "nf4") if adapter.quantization else ("original",)
+    bases: tuple[Onto, ...] = ("original", "nf4") if adapter.quantization else ("original",)
+    found: dict[Onto, Agreement] = {}
     for onto in bases:
-        weights = weights_of(trained, onto)
-        merged = StreamedDecoder(replace(weights, adapters=trained.adapters, dtype=dtype))
+        merged = StreamedDecoder(replace(weights_of(trained, onto), adapters=trained.adapters, dtype=dtype))
         found[onto] = compare(merged, hidden_states(merged, rows), trained.model, wanted, targets)
-    return found
+    return found, sum(map(len, rows))
 
 
-def recommended(found: dict[str, Agreement]) -> str:
-    """The base with the lower perplexity; where they are within 0.1 %, the one nearer to what was trained."""
+def describe_bases(found: dict[Onto, Agreement], tokens: int, chosen: str) -> list[str]:
+    """The comparison as lines: a table and, where there is a choice, a recommendation."""
+    trained = next(iter(found.values())).wanted_perplexity
+    rows = [
+        [f"--base {name}", f"{a.perplexity:.5g}", f"{a.perplexity / a.wanted_perplexity - 1:+.3%}",
+         f"{a.divergence:.2e}", f"{a.same_top_token:.1%}"]
+        for name, a in found.items()
+    ]  # fmt: skip
+    lines = [
+        f"on {tokens:,} held-out tokens, compared with the model as it was trained (perplexity {trained:.5g}):",
+        markdown_table(["merged", "perplexity", "change", "KL (nats)", "same top token"], rows),
+    ]
+    best = recommend_base(found)
+    switch = "" if best == chosen else f": --base {best} merges onto those"
+    return lines + [f"recommended: onto the {best} weights{switch}"] * (len(found) > 1)
+
+
+def recommend_base(found: dict[Onto, Agreement]) -> Onto:
+    """The base with the lower perplexity; within 0.1 %, the one closer to the trained model."""
     lowest = min(agreement.perplexity for agreement in found.values())
-    near = {name: a for name, a in found.items() if a.perplexity <= 1.001 * lowest}
+    near = [name for name, a in found.items() if a.perplexity <= 1.001 * lowest]
     return min(near or found, key=lambda name: found[name].divergence)

@@ -1,83 +1,147 @@
-"""A conversation in the terminal, or line by line through a pipe.
+"""`python -m nanoft chat`: one answer, a conversation in the terminal, or one answer per line of a pipe.
 
-What was said is kept as messages and rendered by the training template each time, so the model sees what it was trained
-on. Text appears as its tokens come; a character whose bytes are spread over several tokens waits until it is whole. A
-talk that outgrows the model's context loses its oldest exchanges, and that is said.
+The conversation is kept as messages and rendered with the training template each time, so the model sees the format it
+was trained on. Text is shown as its tokens arrive; a character whose bytes span several tokens waits until it is
+complete. When a conversation outgrows the model's context, the oldest questions are dropped, with a note.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
+
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
-from nanoft.lora import LoRALinear, disabled
+from nanoft.generation.generate import stream
+from nanoft.generation.sampling import GREEDY, Sampling
+from nanoft.io.untrusted import read_json
+from nanoft.kernels.decode import MEMORY_SHARE
+from nanoft.lora import LoRALinear, disabled, linears_of
+from nanoft.models.dequantize import cache_weights
+from nanoft.models.open import open_chat_tokenizer, open_model
+from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
+from nanoft.runtime.memory import available_host_bytes
 
-Speak = Callable[[list[int], int], Iterator[int]]  # prompt ids and a limit to the answer's ids, without the stop
+Generate = Callable[[list[int], int], Iterator[int]]  # prompt ids, maximum number of new tokens -> ids without the stop
 HELP = """\
-/reset        a new talk, with the same system message
-/system TEXT  a new talk, with this system message; without TEXT, with none
-/base         what the base says to the last question, without the adapter
-/help         this
-/quit         the end, as Ctrl-D
-Ctrl-C        the end of an answer"""
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new line: a terminal would obey them
-UNFINISHED = "\ufffd"  # what bytes that are no character yet decode to
+/reset        new conversation with the same system message
+/system TEXT  new conversation with this system message; without TEXT, with none
+/base         the base model's answer to the last question, without the adapter
+/help         this list
+/quit         exit, like Ctrl-D
+Ctrl-C        stop an answer"""
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: escape codes for the terminal
+INCOMPLETE = "\ufffd"  # what the bytes of an incomplete character decode to
+
+
+def run(args: argparse.Namespace) -> int:
+    """`python -m nanoft chat RUN|MODEL`; returns the exit code."""
+    sampling = read_sampling(args)
+    for option, text in (("--prompt", args.prompt), ("--system", args.system)):
+        check_text(option, text or "")
+    quiet_libraries()
+    device = choose_device("auto")
+    loaded = open_model(args.source, device, choose_dtype("auto", device))
+    if args.base and not loaded.adapters:
+        raise UserError(f"--base: {args.source} has no adapter to switch off: remove --base, or name a LoRA run")
+    bytes_needed = sum(linear.out_features * linear.in_features for linear in linears_of(loaded.model).values()) * 4
+    has_room = device.type == "cpu" and bytes_needed <= MEMORY_SHARE * available_host_bytes()
+    cache_weights(loaded.model, "cached" if has_room else "auto")  # a dequantized base is several times as fast
+    chat = open_chat_tokenizer(args.source, loaded)
+    generator = torch.Generator()
+    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+
+    def generate(prompt: list[int], limit: int) -> Iterator[int]:
+        for step in stream(loaded.model, [prompt], chat.stop_ids, limit, sampling, generator):
+            if step[0][1] not in chat.stop_ids:
+                yield step[0][1]
+
+    context = read_json(loaded.base_directory / "config.json").get("max_position_embeddings") or math.inf
+    session = ChatSession(chat, generate, loaded.adapters, args.base, context, args.max_new_tokens, args.system)
+    session.run() if args.prompt is None else session.ask(args.prompt)
+    return 0
+
+
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    """The command's sampling options.
+
+    Raises:
+        UserError: one is out of range, or has no effect.
+    """
+    ranges = {
+        "max_new_tokens": (args.max_new_tokens >= 1, ">= 1"),
+        "temperature": (0 <= args.temperature < math.inf, "a number >= 0"),
+        "top_k": (args.top_k >= 0, ">= 0, where 0 means all tokens"),
+        "top_p": (0 < args.top_p <= 1, "above 0 and at most 1"),
+        "min_p": (0 <= args.min_p <= 1, "between 0 and 1"),
+        "repetition_penalty": (0 < args.repetition_penalty < math.inf, "a number above 0"),
+        "seed": (args.seed is None or 0 <= args.seed < 2**63, "between 0 and 2^63 - 1"),
+    }
+    for name, (is_valid, wanted) in ranges.items():
+        if not is_valid:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is out of range: it must be {wanted}")
+    for name in ("top_k", "top_p", "min_p"):
+        if args.temperature == 0 and getattr(args, name) != getattr(GREEDY, name):
+            raise UserError(f"--{name.replace('_', '-')}: no effect at temperature 0: add --temperature 0.7")
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
 
 
 def stream_text(chat: ChatTokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text as its tokens come; all pieces together are the decoded ids."""
+    """Text as its tokens arrive; the pieces concatenate to the decoded ids."""
     so_far: list[int] = []
-    text, told = "", 0  # `told` characters of the text have been yielded
+    text, shown = "", 0  # `shown` characters of the text have been yielded
     for token in ids:
         so_far.append(token)
         text = chat.decode(so_far)
-        if len(text) > told and not text.endswith(UNFINISHED):
-            yield text[told:]
-            told = len(text)
-    if len(text) > told:
-        yield text[told:]
+        if len(text) > shown and not text.endswith(INCOMPLETE):
+            yield text[shown:]
+            shown = len(text)
+    if len(text) > shown:
+        yield text[shown:]
 
 
 class ChatSession:
-    """Questions and answers, and the commands between them."""
+    """A conversation, and the commands that control it."""
 
     def __init__(
         self,
         chat: ChatTokenizer,
-        speak: Speak,
+        generate: Generate,
         adapters: dict[str, LoRALinear],
-        beside: bool,
+        with_base: bool,
         context: float,
         max_new_tokens: int,
         system: str | None,
     ):
         """
         Args:
-            adapters: what to switch off for the base's answers.
-            beside: let the base answer every question, too.
-            context: tokens that prompt and answer may have together.
+            adapters: switched off for the base model's answers.
+            with_base: show the base model's answer to every question, too.
+            context: maximum number of tokens of prompt and answer together.
         """
-        self.chat, self.speak, self.adapters, self.beside = chat, speak, adapters, beside
+        self.chat, self.generate, self.adapters, self.with_base = chat, generate, adapters, with_base
         self.context, self.max_new_tokens = context, max_new_tokens
         self.in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.messages: list[Message] = []
-        self.begin(system)
+        self.reset(system)
 
-    def begin(self, system: str | None) -> None:
-        """A new talk."""
+    def reset(self, system: str | None) -> None:
+        """Start a new conversation."""
         self.messages = [{"role": "system", "content": system}] if system else []
 
     # ---- Answers
 
     def ask(self, question: str) -> None:
-        """Answer a question, as part of the talk.
+        """Answer a question and add both to the conversation.
 
         Raises:
-            UserError: it does not fit into the context, or the template refuses it; it is then not part of the talk.
+            UserError: it does not fit into the context, or the template rejects it; the conversation is unchanged.
         """
         check_text("stdin", question)
         self.messages.append({"role": "user", "content": question})
@@ -86,14 +150,14 @@ class ChatSession:
         except UserError:
             self.messages.pop()
             raise
-        said = self.say(self.speak, prompt, limit, "tuned: " if self.beside else "")
-        if self.beside:
-            self.say(self.base, prompt, limit, "base: ")
-        self.messages.append({"role": "assistant", "content": said})
+        answer = self.show_answer(self.generate, prompt, limit, "tuned: " if self.with_base else "")
+        if self.with_base:
+            self.show_answer(self.generate_base, prompt, limit, "base: ")
+        self.messages.append({"role": "assistant", "content": answer})
 
     def fit(self) -> tuple[list[int], int]:
-        """The prompt's ids and the answer's limit; leaves out the oldest exchanges if they are too many."""
-        wanted, forgotten = min(self.max_new_tokens, self.context // 4), 0  # tokens to keep free for the answer
+        """Prompt ids and the limit of the answer; drops the oldest questions if they do not fit."""
+        wanted, dropped = min(self.max_new_tokens, self.context // 4), 0  # tokens to reserve for the answer
         while True:
             prompt = self.chat.encode_prompt(self.messages)
             room = self.context - len(prompt)
@@ -101,27 +165,27 @@ class ChatSession:
             if room >= wanted or len(questions) == 1:
                 break
             del self.messages[questions[0] : questions[1]]
-            forgotten += 1
+            dropped += 1
         if room < 1:
             raise UserError(f"the prompt has {len(prompt)} tokens, the model's context {self.context}: shorten it")
-        if forgotten:
-            what = "question no longer fits" if forgotten == 1 else f"{forgotten} questions no longer fit"
-            note(f"the oldest {what} into {self.context} tokens: forgotten")
+        if dropped:
+            what = "question does" if dropped == 1 else f"{dropped} questions do"
+            note(f"the oldest {what} not fit into the context of {self.context} tokens any more: dropped")
         return prompt, int(min(room, self.max_new_tokens))
 
-    def say(self, speak: Speak, prompt: list[int], limit: int, name: str) -> str:
-        """Show an answer as it comes; in a terminal Ctrl-C ends it."""
+    def show_answer(self, generate: Generate, prompt: list[int], limit: int, name: str) -> str:
+        """Show an answer as it is generated, and return it; in a terminal, Ctrl-C stops it."""
         ids: list[int] = []
         pieces: list[str] = []
 
-        def kept() -> Iterator[int]:
-            for token in speak(prompt, limit):
+        def recorded() -> Iterator[int]:
+            for token in generate(prompt, limit):
                 ids.append(token)
                 yield token
 
         self.show(name)
         try:
-            for piece in stream_text(self.chat, kept()):
+            for piece in stream_text(self.chat, recorded()):
                 self.show(piece)
                 pieces.append(piece)
         except KeyboardInterrupt:
@@ -129,31 +193,31 @@ class ChatSession:
                 raise
         self.show("\n")
         if len(ids) == limit < self.max_new_tokens:
-            note(f"cut short: the model's context of {self.context} tokens is full")
+            note(f"truncated: the model's context of {self.context} tokens is full")
         elif len(ids) == limit and self.in_terminal:
-            note(f"cut short after {limit} tokens: see --max-new-tokens")
+            note(f"truncated after {limit} tokens (--max-new-tokens)")
         return "".join(pieces)
 
-    def base(self, prompt: list[int], limit: int) -> Iterator[int]:
-        """`speak`, with the adapters switched off."""
+    def generate_base(self, prompt: list[int], limit: int) -> Iterator[int]:
+        """`generate` with the adapters switched off."""
         with disabled(self.adapters):
-            yield from self.speak(prompt, limit)
+            yield from self.generate(prompt, limit)
 
     def show(self, text: str) -> None:
-        print(CONTROLS.sub(UNFINISHED, text) if self.in_terminal else text, end="", flush=True)
+        print(CONTROLS.sub(INCOMPLETE, text) if self.in_terminal else text, end="", flush=True)
 
     # ---- Lines
 
     def run(self) -> None:
-        """Answer line by line until the input ends, or /quit, or an empty line that comes through a pipe."""
+        """Answer line by line until the input ends, /quit, or an empty line of a pipe."""
         if self.in_terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  # gives input() its arrow keys
-            note("/help lists the commands, Ctrl-D ends")
+            note("/help lists the commands, Ctrl-D exits")
         while (line := self.read()) is not None and line != "/quit":
             try:
                 if line.startswith("/") and (self.in_terminal or line.split()[0] in HELP.split()):
-                    self.obey(*line.split(maxsplit=1))
+                    self.run_command(*line.split(maxsplit=1))
                 elif line:
                     self.ask(line)
             except UserError as error:
@@ -162,13 +226,13 @@ class ChatSession:
                 note(str(error))
 
     def read(self) -> str | None:
-        """The next line without the space around it; None: there is none."""
+        """The next line without surrounding space; None at the end."""
         try:
             line = input("> " if self.in_terminal else "").strip()
         except EOFError:
             self.show("\n" if self.in_terminal else "")
             return None
-        except KeyboardInterrupt:  # forgets what was typed
+        except KeyboardInterrupt:  # discards what was typed
             if not self.in_terminal:
                 raise
             self.show("\n")
@@ -177,35 +241,37 @@ class ChatSession:
             raise UserError("stdin: not UTF-8: convert it, for example with iconv") from None
         return line if line or self.in_terminal else None
 
-    def obey(self, command: str, text: str = "") -> None:
-        """Do what a line that begins with / says."""
+    def run_command(self, command: str, text: str = "") -> None:
+        """Run a line that starts with /."""
         if command == "/reset":
             first = self.messages[0] if self.messages else {}
-            self.begin(first["content"] if first.get("role") == "system" else None)
+            self.reset(first["content"] if first.get("role") == "system" else None)
         elif command == "/system":
-            self.begin(text)
+            self.reset(text)
         elif command == "/base":
-            self.hear_base()
+            self.show_base_answer()
         else:
-            note(HELP if command == "/help" else f"{command}: no such command\n{HELP}")
+            note(HELP if command == "/help" else f"{command}: unknown command\n{HELP}")
 
-    def hear_base(self) -> None:
-        """The base's answer to the last question."""
+    def show_base_answer(self) -> None:
+        """Show the base model's answer to the last question."""
         if not self.adapters:
             note("there is no adapter to switch off")
         elif len(self.messages) < 2:
-            note("nothing was asked yet")
+            note("no question yet")
         else:
             prompt = self.chat.encode_prompt(self.messages[:-1])
-            self.say(self.base, prompt, int(min(self.context - len(prompt), self.max_new_tokens)), "base: ")
+            self.show_answer(
+                self.generate_base, prompt, int(min(self.context - len(prompt), self.max_new_tokens)), "base: "
+            )
 
 
 def check_text(where: str, text: str) -> None:
-    """Refuse what came as bytes that are no UTF-8: Python passes them on as half characters."""
+    """Refuse bytes that are not UTF-8, which Python passes on as surrogates."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where}: not UTF-8: convert it, for example with iconv")
 
 
 def note(text: str) -> None:
-    """A word that is no part of the talk."""
+    """Print a remark that is not part of the conversation."""
     print(text, file=sys.stderr, flush=True)

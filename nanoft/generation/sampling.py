@@ -1,15 +1,15 @@
-"""From logits to the next token: what may be said, and a draw from it.
+"""Sampling: from logits to the next token.
 
-Temperature 0 takes the likeliest token. Otherwise the logits are changed in this order, which is transformers':
+Temperature 0 takes the most likely token. Otherwise the logits are changed in this order, which is transformers':
 
-    repetition penalty   what was said or asked before gets less likely (CTRL, Keskar et al. 2019, section 4.1)
-    temperature          l / T: below 1 sharper, above 1 flatter
-    top-k                only the k likeliest (Fan et al. 2018)
-    top-p                only the likeliest that together have probability p (Holtzman et al. 2020)
-    min-p                only what is at least min_p times as likely as the likeliest (Nguyen et al. 2024)
+    repetition penalty   tokens of the prompt or the answer become less likely (CTRL, Keskar et al. 2019, section 4.1)
+    temperature          logits / T: below 1 sharper, above 1 flatter
+    top-k                keep the k most likely (Fan et al. 2018)
+    top-p                keep the most likely that together have probability p (Holtzman et al. 2020)
+    min-p                keep those at least min_p times as likely as the most likely (Nguyen et al. 2024)
 
-and a token is drawn by its probability. Every draw of an answer has a random number of its own, made from the seed
-before the first one, so an answer depends on the seed and on which prompt it is, not on when other answers end.
+and a token is sampled from the softmax. All random numbers of an answer are generated before its first token, so it
+depends on the seed and on the index of its prompt, not on when other answers finish.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BELOW_ONE = 1 - 2**-23  # times a number in [0, 1): then also its product with a total is below the total
+BELOW_ONE = 1 - 2**-23  # scales [0, 1) so that noise * total stays below total in float32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; as it stands, the likeliest."""
+    """How the next token is chosen; the defaults are greedy."""
 
-    temperature: float = 0.0  # 0: no draw
-    top_k: int = 0  # 0: any number
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
@@ -39,18 +39,18 @@ GREEDY = Sampling()
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits, (b, vocab), of tokens that were seen, (b, vocab) bool: over the penalty if positive, else times it."""
+    """Logits, (batch, vocab), over the penalty if positive, else times it, where `seen`, (batch, vocab) bool."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits, (b, vocab), at a temperature above 0, and -inf for what may not be said; at least one token may."""
+    """Logits, (batch, vocab), at a temperature above 0; -inf for tokens that are filtered out, which is never all."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
     if sampling.top_p < 1:
         ascending, order = logits.sort()
-        outside = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p  # all up to here is not needed to reach p
+        outside = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p  # the rest already reaches p
         outside[:, -1] = False
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     if sampling.min_p > 0:
@@ -59,16 +59,16 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the noise: (b,), from (b, vocab) and (b,)."""
+def sample(logits: Tensor, noise: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds the noise, (batch,), from (batch, vocab) and (batch,)."""
     cumulative = logits.softmax(-1).cumsum(-1)
-    target = noise[:, None] * cumulative[:, -1:]  # the sum is 1 but for rounding
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return drawn.clamp(max=logits.shape[-1] - 1)  # of a model that says NaN only
+    target = noise[:, None] * cumulative[:, -1:]  # the total is 1 up to rounding
+    sampled = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return sampled.clamp(max=logits.shape[-1] - 1)  # beyond it only if all is NaN
 
 
 class Sampler:
-    """Chooses the tokens of a batch of answers, step by step; remembers what each row has seen."""
+    """Chooses the next token of each row of a batch; remembers which tokens each row has seen."""
 
     def __init__(
         self,
@@ -81,45 +81,46 @@ class Sampler:
     ):
         """
         Args:
-            prompts: of all answers there will be; those of a batch are said by `join`.
-            generator: on the CPU, so that a seed means the same on every device; None: torch's own.
+            prompts: of all answers; `join` says which are in the batch.
+            steps: maximum number of tokens of an answer.
+            generator: on the CPU, so that a seed gives the same on every device; None: torch's default.
         """
         self.sampling, self.prompts, self.device = sampling, prompts, device
         self.noise: Tensor | None = None  # (prompts, steps)
         if sampling.temperature > 0:
             self.noise = (torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE).to(device)
-        self.rows = torch.zeros(0, dtype=torch.long, device=device)  # (b,): the prompt of each row of the batch
-        self.said = torch.zeros_like(self.rows)  # (b,): tokens of its answer so far
-        self.seen: Tensor | None = None  # (b, vocab)
+        self.rows = torch.zeros(0, dtype=torch.long, device=device)  # (batch,): the prompt of each row
+        self.lengths = torch.zeros_like(self.rows)  # (batch,): tokens of its answer so far
+        self.seen: Tensor | None = None  # (batch, vocab)
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(0, vocab, dtype=torch.bool, device=device)
 
     def join(self, rows: Sequence[int]) -> None:
-        """Answers to these prompts begin, behind the rows that are there."""
+        """Append rows for the prompts with these indices."""
         self.rows = torch.cat((self.rows, torch.tensor(rows, device=self.device)))
-        self.said = F.pad(self.said, (0, len(rows)))
+        self.lengths = F.pad(self.lengths, (0, len(rows)))
         if self.seen is not None:
-            asked = torch.zeros(len(rows), self.seen.shape[1], dtype=torch.bool)
-            for row, prompt in zip(asked, rows, strict=True):
+            seen = torch.zeros(len(rows), self.seen.shape[1], dtype=torch.bool)
+            for row, prompt in zip(seen, rows, strict=True):
                 row[torch.tensor(self.prompts[prompt])] = True
-            self.seen = torch.cat((self.seen, asked.to(self.device)))
+            self.seen = torch.cat((self.seen, seen.to(self.device)))
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next token of each row, (b,), from logits (b, vocab)."""
+        """The next token of each row, (batch,), from logits, (batch, vocab)."""
         if self.seen is not None:
             logits = penalize(logits, self.seen, self.sampling.repetition_penalty)
         if self.noise is None:
             newest = logits.argmax(-1)
         else:
-            last = self.noise.shape[1] - 1  # an answer that has ended may still be in the batch
-            newest = draw(warp(logits, self.sampling), self.noise[self.rows, self.said.clamp(max=last)])
+            last = self.noise.shape[1] - 1  # a finished answer may still be in the batch
+            newest = sample(warp(logits, self.sampling), self.noise[self.rows, self.lengths.clamp(max=last)])
         if self.seen is not None:
             self.seen.scatter_(1, newest[:, None], True)
-        self.said += 1
+        self.lengths += 1
         return newest
 
-    def keep(self, places: Tensor) -> None:
-        """Leave the other rows behind."""
-        self.rows, self.said = self.rows[places], self.said[places]
+    def keep(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, (rows,) int64, and drop the others."""
+        self.rows, self.lengths = self.rows[rows], self.lengths[rows]
         if self.seen is not None:
-            self.seen = self.seen[places]
+            self.seen = self.seen[rows]

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Text for people: durations and Markdown tables, as the terminal and report.md show them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 def format_duration(seconds: float) -> str:
-    """A duration for people: 9 s, 2 min 5 s, 3 h 10 min."""
+    """A duration: 9 s, 2 min 5 s, 3 h 10 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; reads well in a terminal, too."""
+    """A Markdown table with aligned columns, also readable in a terminal."""
     cells = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [

@@ -1,13 +1,12 @@
-"""The safetensors format, read with suspicion.
+"""The safetensors format: a strict reader and a streaming writer.
 
     8 bytes     n, the size of the header, little-endian
     n bytes     JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
-    the rest    the tensors' bytes, one after another, without a gap
+    the rest    the tensors' bytes, one after another, without gaps
 
-Nothing in such a file can run code. But it can lie: about sizes, so that a reader allocates a terabyte; with two
-tensors in one place, or one name twice, so that two readers see two models. The safetensors library refuses most of
-that, takes a name that is there twice without a word, and reads a header of 100 MB. So the header is read here first,
-strictly, before the library sees the file and before anything is allocated.
+Such a file cannot run code, but its header can lie: about sizes, so that a reader allocates a terabyte; or with one
+name twice, so that two readers see two models. The safetensors library accepts duplicate names and headers of 100 MB,
+so the header is validated here before the library opens the file and before anything is allocated.
 """
 
 from __future__ import annotations
@@ -29,71 +28,63 @@ from nanoft import UserError
 from nanoft.io.atomic import write_file
 from nanoft.io.untrusted import MAX_JSON, parse_json, resolve_file
 
-# Bytes of an element, by safetensors' names; those of less than a byte are nobody's weights here.
+# Bytes of an element by safetensors' dtype names; those of less than a byte are not supported.
 SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+SAFETENSORS_DTYPES = {  # that are written
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 MAX_DIMENSIONS = 8
 FIELDS = {"dtype", "shape", "data_offsets"}
+Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> tensors by name
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors file says of one of its tensors."""
+    """What a safetensors file says about one of its tensors."""
 
     path: Path
     form: str  # F32, BF16, U8, ...
     shape: tuple[int, ...]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, a view of the file; that is opened anew, for an open one keeps in memory what was read of it."""
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of the tensor, a view of the file, which is opened anew: an open file keeps what was read in memory."""
         with open_safetensors(self.path) as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
             return tensor
-
-    def read_rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows of the tensor."""
-        with open_safetensors(self.path) as file:
-            part: Tensor = file.get_slice(name)[rows]
-            return part
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Every tensor of a file by name, in the order of their bytes; nothing of them is read.
+    """The tensors of a file by name, in the order of their bytes, without reading them.
 
     Raises:
-        UserError: no such file, a link that leads out of its directory, or a header that is not exactly right.
+        UserError: no such file, a link that leaves its directory, or an invalid header.
     """
     try:
         return _parse(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}): fetch or copy it again") from None
+        raise UserError(f"{path}: corrupted ({error}): download or copy it again") from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file, views of it.
-
-    Raises:
-        UserError: as `read_header`.
-    """
-    found = read_header(path)
+    """All tensors of a file, as views of it; raises as `read_header`."""
+    headers = read_header(path)
     with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in found}
+        return {name: file.get_tensor(name) for name in headers}
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, open to read.
-
-    Raises:
-        UserError: truncated or otherwise not whole.
-    """
+    """Open a safetensors file for reading; a truncated or invalid one is a UserError."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}): fetch or copy it again") from None
+        raise UserError(f"{path}: corrupted ({error}): download or copy it again") from None
 
 
 def _parse(path: Path) -> dict[str, TensorHeader]:
@@ -101,60 +92,46 @@ def _parse(path: Path) -> dict[str, TensorHeader]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_JSON):
-            raise ValueError(f"no safetensors file: a header of {length:,} bytes, where the file has {size:,}")
+            raise ValueError(f"not a safetensors file: a header of {length:,} bytes in a file of {size:,}")
         table = parse_json(file.read(length), unique=True)
     if not isinstance(table, dict):
-        raise ValueError("its header is not a table")
-    notes = table.pop("__metadata__", {})
-    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise ValueError("its __metadata__ is not a table of texts")
+        raise ValueError("the header is not a JSON object")
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is not an object of strings")
     headers, end = {}, 0
-    for start, stop, name, form, shape in sorted(_entry(name, said) for name, said in table.items()):
+    for start, stop, name, form, shape in sorted(_entry(name, entry) for name, entry in table.items()):
         if start != end:
-            raise ValueError(f"{name!r:.60} begins at byte {start:,}, where {end:,} comes next")
+            raise ValueError(f"{name!r:.60} begins at byte {start:,} instead of {end:,}")
         headers[name], end = TensorHeader(path, form, shape), stop
     if end != size - 8 - length:
-        raise ValueError(f"its tensors have {end:,} bytes, and the file has {size - 8 - length:,} for them")
+        raise ValueError(f"the header describes {end:,} bytes of tensors, but the file has {size - 8 - length:,}")
     return headers
 
 
-def _entry(name: str, said: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
-    """(first byte, the byte behind the last, name, form, shape) of a tensor, if all that fits together."""
-    if not isinstance(said, dict) or said.keys() != FIELDS or not name.isprintable():
-        raise ValueError(f"{name!r:.60}: expected dtype, shape and data_offsets of it")
-    form, shape, place = said["dtype"], said["shape"], said["data_offsets"]
+def _entry(name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
+    """(first byte, end, name, dtype, shape) of a tensor; a ValueError if they are inconsistent."""
+    if not isinstance(entry, dict) or entry.keys() != FIELDS or not name.isprintable():
+        raise ValueError(f"{name!r:.60}: expected the fields dtype, shape and data_offsets")
+    form, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(form, str) or form not in SIZES:
-        raise ValueError(f"{name!r:.60}: its type is {form!r:.20}")
-    if not isinstance(shape, list) or not isinstance(place, list) or len(shape) > MAX_DIMENSIONS or len(place) != 2:
-        raise ValueError(f"{name!r:.60}: expected a shape and two places")
-    if any(type(number) is not int or not 0 <= number < 2**63 for number in shape + place):
-        raise ValueError(f"{name!r:.60}: a size or place is no whole number of 64 bits")
-    start, stop = place
+        raise ValueError(f"{name!r:.60}: unknown dtype {form!r:.20}")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
+        raise ValueError(f"{name!r:.60}: expected a shape and two offsets")
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in shape + offsets):
+        raise ValueError(f"{name!r:.60}: a size or offset is not a non-negative 64-bit integer")
+    start, stop = offsets
     if math.prod(shape) * SIZES[form] != stop - start:
-        raise ValueError(f"{name!r:.60}: {shape!r:.60} of {form} does not take the bytes {start:,} to {stop:,}")
+        raise ValueError(f"{name!r:.60}: {shape!r:.60} of {form} does not match the bytes {start:,} to {stop:,}")
     return start, stop, name, form, tuple(shape)
 
 
-Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> named tensors
-Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the tensors of a file: dtype and shape by name
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
 def encode_safetensors(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
-    """Tensors in the safetensors format, one at a time: 8 bytes of header size, JSON header, raw data.
+    """The bytes of a safetensors file, one tensor at a time.
 
     Args:
-        specs: name -> (dtype, shape) of every tensor of the file.
-        read: gives a tensor by name, or its rows some at a time; called once each, and only one is held.
+        specs: dtype and shape of every tensor, by name.
+        read: returns a tensor by name, or its rows in parts; called once each, and only one is held.
     """
     ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -175,6 +152,5 @@ def encode_safetensors(specs: Specs, read: Callable[[str], Tensor | Iterable[Ten
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write tensors that are in memory; see `write_file`."""
-    return write_file(
-        path, encode_safetensors({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.__getitem__)
-    )
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_file(path, encode_safetensors(specs, tensors.__getitem__))

@@ -1,13 +1,13 @@
-"""What comes from strangers, read within bounds; and what must never leave, taken out.
+"""Bounded readers for files of unknown origin, and redaction of what must not leave.
 
-A model, an adapter, a data set or a run directory may come from anyone. Its JSON may be nested a hundred thousand deep
-or be a pipe that never ends, its YAML may refer to itself until it fills the memory, its files may be links to a key in
-the home directory, its regular expressions may take longer than the universe has. So every small file is read here:
+A model, an adapter, a data set or a run directory may come from anyone. Its JSON may be nested 100,000 deep or be a
+pipe that never ends, its YAML may refer to itself until memory is full, its files may be links to a key in the home
+directory, and its regular expressions may run forever. So every small file is read here:
 
-- a plain file, of bounded size, that lies where its directory is (`read_bytes`)
-- values nested to a bounded depth, whatever the format (`parse_json`, `parse_yaml`)
+- a plain file of bounded size inside its own directory (`read_bytes`)
+- values nested to a bounded depth, in any format (`parse_json`, `parse_yaml`)
 
-and a text on its way out (an error, a log, a report) loses access tokens and control characters (`redact`, `one_line`).
+Text on its way out (an error, a log, a report) loses access tokens and control characters (`redact`, `one_line`).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ import yaml
 
 from nanoft import UserError
 
-MAX_JSON = 16 << 20  # bytes; an index of 90,000 tensors has 9 MB. In Python's objects at most 25 times as much
-MAX_YAML = 100_000  # characters; PyYAML reads 100,000 in a second
-MAX_NODES = 10_000  # values of a YAML text, each alias counted as what it stands for
-MAX_DIGITS = 100  # of a whole number in YAML
-MAX_DEPTH = 64  # lists and tables within one another
+MAX_JSON = 16 << 20  # bytes; an index of 90,000 tensors has 9 MB. Python objects take at most 25 times as much
+MAX_YAML = 100_000  # characters, which take PyYAML a second
+MAX_NODES = 10_000  # values of a YAML text with all aliases expanded
+MAX_DIGITS = 100  # of an integer in YAML
+MAX_DEPTH = 64  # of nested lists and objects
 MAX_LINE = 2000  # characters of an error
-CODE_FIELDS = ("auto_map", "trust_remote_code", "custom_pipelines")  # name Python code that comes with a model
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # variables whose values never leave
-SHORTEST_SECRET = 12  # characters; a shorter value is a placeholder, which may be an ordinary word
-# Hugging Face's tokens, W&B's, what stands before the @ of an address, and what an address calls a token.
+CODE_FIELDS = ("auto_map", "trust_remote_code", "custom_pipelines")  # refer to Python code that comes with a model
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
+MIN_SECRET = 12  # characters; a shorter value is a placeholder, which may be an ordinary word
+# Hugging Face's tokens, W&B's, credentials in a URL (user:password@), and its token parameter.
 TOKEN = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bwandb_v\d+_\w{20,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|(?<=[?&]token=)[^&\s]+"
 )
@@ -47,10 +47,8 @@ def read_bytes(path: Path, limit: int = MAX_JSON, confined: bool = True) -> byte
     """The content of a plain file.
 
     Args:
-        limit: bytes that it may have.
-        confined: if it is a link, then to a file of its own directory, or to the Hub's cache of that model.
-    Raises:
-        UserError: no such file, not a plain one, too large, or a link that leads elsewhere.
+        limit: maximum size in bytes; a larger file is a UserError.
+        confined: a link must stay in its directory, see `resolve_file`.
     """
     try:
         found = resolve_file(path) if confined else path
@@ -66,66 +64,50 @@ def read_bytes(path: Path, limit: int = MAX_JSON, confined: bool = True) -> byte
 
 
 def resolve_file(path: Path) -> Path:
-    """Where a file really is, which must be its own directory: a link could lead to any file that you may read.
+    """Resolve links, which must stay in the file's directory: others could lead to any file that the user may read.
 
-    The Hub's cache keeps models--x--y/snapshots/<revision>/<file> as a link into models--x--y/blobs.
-
-    Raises:
-        UserError: no such file, not a plain one, or a link that leads elsewhere.
+    In the Hub's cache, models--x--y/snapshots/<revision>/<file> is a link into models--x--y/blobs. Raises a UserError
+    for what is missing, not a plain file, or a link that leads elsewhere.
     """
     try:
         real, home = path.resolve(strict=True), path.parent.resolve()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte in it, links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # name too long, a zero byte in it, circular links
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not real.is_relative_to(home) and not real.is_relative_to(cache):
-        raise UserError(f"{path}: a link that leads out of its directory, to {real}: copy the file itself there")
+        raise UserError(f"{path}: a link that leads out of its directory, to {real}: copy the file there instead")
     if not real.is_file():
         raise UserError(f"{path}: not a plain file")
     return real
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: no such file, not JSON, not an object, too large or too deep.
-    """
+    """A JSON object from a file; anything else is a UserError."""
     try:
         value = parse_json(read_bytes(path))
     except ValueError as error:
-        raise UserError(f"{path}: damaged or not JSON: {error}") from None
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
     return value
 
 
 def refuse_code(config: dict[str, Any]) -> None:
-    """Refuse a model's config.json or tokenizer_config.json that asks for Python code of its own.
-
-    Raises:
-        UserError: there is such a field.
-    """
+    """Raise a UserError if a config.json or tokenizer_config.json refers to Python code of its model."""
     for name in CODE_FIELDS:
         if config.get(name):
             raise UserError(
                 f"{name}: {config[name]!r:.100}: this model brings Python code of its own, which nanoft never runs: "
-                "if it is an ordinary model without that code, take the field out"
+                "if it works without that code, remove the field"
             )
 
 
 def parse_json(content: bytes, unique: bool = False) -> Any:
-    """A JSON value, of bounded depth.
-
-    Args:
-        unique: refuse an object that has a name twice; otherwise the last one counts.
-    Raises:
-        ValueError: not UTF-8, not JSON, too deep.
-    """
+    """A JSON value of bounded depth, or a ValueError; `unique` refuses duplicate names (else the last counts)."""
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repetition if unique else None)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_names if unique else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     level: list[Any] = [[value]]
@@ -137,21 +119,17 @@ def parse_json(content: bytes, unique: bool = False) -> Any:
     return value
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, value in pairs:
         if name in table:
-            raise ValueError(f"{name!r:.60} is there twice")
+            raise ValueError(f"{name!r:.60} appears twice")
         table[name] = value
     return table
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML value: plain data only (`yaml.SafeLoader`), of bounded size and depth when every alias is written out.
-
-    Raises:
-        ValueError: not YAML, too large, too deep, or a value that is not what its tag says.
-    """
+    """A YAML value: plain data (`yaml.SafeLoader`) of bounded size and depth, aliases expanded; else a ValueError."""
     if len(text) > MAX_YAML:
         raise ValueError(f"longer than {MAX_YAML:,} characters")
     try:
@@ -168,11 +146,11 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except (LookupError, AttributeError, ArithmeticError, TypeError):  # PyYAML's, at `!!int ''` and `!!timestamp x`
-        raise ValueError("a value is not what its tag says") from None
+        raise ValueError("a value does not match its tag") from None
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
-    """How many values a node stands for, and how deep; infinitely many, if it stands within itself."""
+    """Number of values and depth of a node with its aliases expanded; infinite if it contains itself."""
     if id(node) not in known:
         known[id(node)] = math.inf, math.inf
         items: list[Any] = node.value if isinstance(node.value, list) else []
@@ -186,13 +164,13 @@ def _measure(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[fl
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """End the block with a UserError when it takes longer; Python's regular expressions can be interrupted so.
+    """Interrupt the block, which may be a regular expression, with a UserError after this time.
 
-    In another thread than the main one, which alone is told of signals, there is no limit.
+    There is no limit in other threads than the main one, which alone receives signals.
     """
 
     def too_late(_number: int, _frame: FrameType | None) -> None:
-        raise UserError(f"{what}: takes longer than {seconds:g} seconds: write it more simply")
+        raise UserError(f"{what}: takes longer than {seconds:g} seconds: simplify it")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -207,16 +185,16 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
 
 def redact(text: str) -> str:
-    """The text without access tokens: those that the environment holds, and what looks like one."""
+    """Replace access tokens, from the environment or by their form, with ***."""
     for name in SECRETS:
         value = os.environ.get(name, "")
-        if len(value) >= SHORTEST_SECRET:
+        if len(value) >= MIN_SECRET:
             text = text.replace(value, "***")
     return TOKEN.sub("***", text)
 
 
 def one_line(error: object) -> str:
-    """An error as one line for the terminal: without tokens, without control characters, of bounded length."""
+    """An error as one line for the terminal: redacted, without control characters, of bounded length."""
     text = redact(" ".join(str(error).split()))
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:MAX_LINE])
     return shown + (" ..." if len(text) > MAX_LINE else "")

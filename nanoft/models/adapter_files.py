@@ -1,16 +1,15 @@
-"""An adapter as files, in the layout of the PEFT library, so that other tools read it and theirs are read here.
+"""An adapter as files, in the format of the PEFT library, so that other tools can read it and theirs can be read here.
 
-adapter_config.json says what the adapter is, adapter_model.safetensors holds its tensors under PEFT's names. PEFT's
-format has no place for how the base was quantized in training; that is noted in a file of its own.
+adapter_config.json describes the adapter; adapter_model.safetensors holds its tensors under PEFT's names. PEFT's format
+has no field for how the base was quantized in training; that goes into a file of its own, nanoft.json.
 
-A checkpoint holds the same tensors, and PiSSA's A0 and B0 besides: they say what was taken out of the base, exactly,
-which a decomposition on another machine would not.
+A checkpoint also holds what only some variants have, such as PiSSA's A0 and B0: what was taken out of the base must be
+known exactly, and a decomposition repeated on another machine would not be exact.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -26,14 +25,14 @@ from torch import Tensor, nn
 from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.config.settings import check_expressions
-from nanoft.io.atomic import write_file
+from nanoft.io.atomic import write_json
 from nanoft.io.tensor_files import load_tensors, write_tensors
 from nanoft.io.untrusted import read_json, time_limit
 from nanoft.lora import MATCHING_SECONDS, LoRALinear, by_pattern, linears_of, matches_target, variant_of
 
-NOTE = "nanoft.json"  # a file of its own: PEFT warns at keys of adapter_config.json that it does not know
+NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
 PEFT_PREFIX = "base_model.model."
-# An adapter's tensors here and there. The base's bias is the trained one.
+# Attributes of LoRALinear -> names in PEFT's files. The bias of the base layer is the trained one.
 PEFT_NAMES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -42,26 +41,27 @@ PEFT_NAMES = {
     "lora_A0": "lora_A0.weight",  # in checkpoints only
     "lora_B0": "lora_B0.weight",
 }
-# Fields of adapter_config.json that are read here or say nothing about the result ...
+A, B, BIAS = PEFT_NAMES["lora_A"], PEFT_NAMES["lora_B"], PEFT_NAMES["bias"]
+# Fields of adapter_config.json that are read here or do not change the result ...
 PEFT_FIELDS = frozenset(
     """
     base_model_name_or_path r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version inference_mode
     megatron_core qalora_group_size runtime_config ensure_weight_tying rank_pattern alpha_pattern
     """.split()  # noqa: SIM905
 )
-# ... and fields that change it, with the only values understood here. Any other field must be unset.
+# ... and fields that do, with the supported values. Any other field must be unset.
 PEFT_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", "all", "lora_only"),
     "use_rslora": (True,),
     "use_dora": (True,),
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # these leave the base's weights as they are
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # these leave the base's weights unchanged
     "revision": ("main",),
 }
 
 
 def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
-    """All that a checkpoint needs of the adapters, under PEFT's names."""
+    """The tensors of the adapters that a checkpoint stores, under PEFT's names."""
     return {
         f"{PEFT_PREFIX}{name}.{key}": tensor.detach()
         for name, adapter in adapters.items()
@@ -74,49 +74,50 @@ def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
     """The same adapter as plain LoRA on the same base: PiSSA's has rank 2r (Meng et al. 2024, appendix C).
 
     Args:
-        lora: what the adapter was trained as.
+        lora: the settings of training.
         tensors: of a checkpoint.
     Returns:
-        Settings for the rank of the change with the same scaling, alpha / r or alpha / sqrt(r); tensors as in PEFT's
-        files.
+        Settings with the rank of the update and the same scaling; tensors as in PEFT's files.
     """
     variant = variant_of(lora)
     if variant.FACTORS == LoRALinear.FACTORS:
         return lora, tensors
-    more = math.sqrt(variant.RANKS) if lora.rslora else variant.RANKS
+    more = math.sqrt(variant.RANKS) if lora.rslora else variant.RANKS  # keeps alpha / r, or alpha / sqrt(r)
     ranks = {key: variant.RANKS * rank for key, rank in lora.rank_pattern.items()}
     alphas = {key: more * alpha for key, alpha in lora.alpha_pattern.items()}
-    plain, a_name, b_name = dict(tensors), PEFT_NAMES["lora_A"], PEFT_NAMES["lora_B"]
-    for module in [name.removesuffix(a_name) for name in tensors if name.endswith(a_name)]:
+    plain = dict(tensors)
+    for module in [name.removesuffix(A) for name in tensors if name.endswith(A)]:
         factors = [plain.pop(module + PEFT_NAMES[part]) for part in variant.FACTORS]
-        plain[module + a_name], plain[module + b_name] = variant.plain_factors(*factors)
+        plain[module + A], plain[module + B] = variant.plain_factors(*factors)
     rank, alpha = variant.RANKS * lora.rank, more * lora.alpha
     return replace(lora, init="default", rank=rank, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas), plain
 
 
 @torch.no_grad()
 def load_adapter_tensors(adapters: dict[str, LoRALinear], tensors: dict[str, Tensor], source: str) -> None:
-    """Copy tensors with PEFT's names into the adapters; every one must be there and fit, and no other.
+    """Copy tensors with PEFT's names into the adapters.
 
     Raises:
         UserError: missing, unexpected or mis-shaped tensors, by name.
     """
     expected = adapter_tensors(adapters)
     known = (".lora_", ".base_layer.bias")
-    if whole := sorted(n for n in tensors if n.startswith(PEFT_PREFIX) and not any(part in n for part in known)):
-        raise UserError(f"{source}: {whole[0]}: layers that are trained whole beside an adapter are not supported")
-    if odd := sorted(expected.keys() ^ tensors.keys()):
-        what = "missing" if odd[0] in expected else "unexpected"
-        raise UserError(f"{source}: {len(odd)} tensors do not fit this model, first {odd[0]} ({what}): is it its base?")
+    if full := sorted(n for n in tensors if n.startswith(PEFT_PREFIX) and not any(part in n for part in known)):
+        raise UserError(f"{source}: {full[0]}: fully trained layers beside an adapter are not supported")
+    if wrong := sorted(expected.keys() ^ tensors.keys()):
+        what = "missing" if wrong[0] in expected else "unexpected"
+        raise UserError(
+            f"{source}: {len(wrong)} tensors do not match this model, first {wrong[0]} ({what}): is it the right base?"
+        )
     for name, own in expected.items():
         if own.shape != tensors[name].shape:
             have, want = tuple(tensors[name].shape), tuple(own.shape)
             raise UserError(f"{source}: {name} is {have}, but this model and rank need {want}")
         if not tensors[name].is_floating_point():
-            raise UserError(f"{source}: {name} holds {tensors[name].dtype}, where weights are floating-point numbers")
+            raise UserError(f"{source}: {name} is {tensors[name].dtype}, but weights must be floating-point")
         own.copy_(tensors[name])
     for adapter in adapters.values():
-        adapter.train(adapter.training)  # forgets the norm of what it was
+        adapter.train(adapter.training)  # drops cached norms
 
 
 def save_adapter(
@@ -127,18 +128,19 @@ def save_adapter(
     base_name: str,
     note: dict[str, Any],
 ) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT expects them.
+    """Write adapter_model.safetensors, adapter_config.json and nanoft.json.
 
     Args:
-        directory: made if it is missing; holds no adapter yet.
-        model: the adapters' own.
-        lora: what they were trained as.
-        base_name: a directory or a name on the Hub.
-        note: what PEFT's format has no place for: how the base was quantized, what training computed in.
+        directory: created if missing; holds no adapter yet.
+        base_name: a directory or a Hub name.
+        note: the content of nanoft.json: how the base was quantized, the dtype of training.
     """
     directory.mkdir(parents=True, exist_ok=True)
     plain, tensors = as_plain_lora(lora, adapter_tensors(adapters))
     write_tensors(directory / "adapter_model.safetensors", tensors)
+    # PEFT's target_modules: last parts of names, unless linears without an adapter share them.
+    bare = {name.rpartition(".")[2] for name in linears_of(model)}
+    targets = sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in adapters})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -148,7 +150,7 @@ def save_adapter(
         "rank_pattern": plain.rank_pattern,
         "alpha_pattern": plain.alpha_pattern,
         "lora_dropout": plain.dropout,
-        "target_modules": _peft_targets(model, adapters),
+        "target_modules": targets,
         "use_rslora": plain.rslora,
         "use_dora": plain.dora,
         "bias": plain.bias,
@@ -156,17 +158,17 @@ def save_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    for name, content in (("adapter_config.json", config), (NOTE, note)):
-        write_file(directory / name, [(json.dumps(content, indent=2) + "\n").encode()])
+    write_json(directory / "adapter_config.json", config)
+    write_json(directory / NOTE, note)
 
 
 def select_modules(
     lora: LoRAConfig, tensors: dict[str, Tensor], only: Sequence[str]
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """A part of an adapter in PEFT's layout: the modules that `only` means, in the words of lora.target_modules.
+    """The part of an adapter in PEFT's format that `only` selects, in the syntax of lora.target_modules.
 
     Raises:
-        UserError: a word that means no module of the adapter, or is no regular expression.
+        UserError: a pattern is invalid or matches no module.
     """
     modules = _by_module(tensors)
     for word in only:
@@ -176,13 +178,13 @@ def select_modules(
             raise UserError(f"--only: {word!r:.60} is neither a name nor a regular expression: {error}") from None
         if not any(matches_target(name, word) for name in modules):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-            raise UserError(f"--only: {word!r} names nothing that this adapter changes: it has {known}")
+            raise UserError(f"--only: {word!r} matches no module of this adapter, which has {known}")
     kept = [name for name in modules if any(matches_target(name, word) for word in only)]
     tensors = {f"{PEFT_PREFIX}{name}.{key}": tensor for name in kept for key, tensor in modules[name].items()}
     ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in kept}
     alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in kept}
-    has_bias = any(PEFT_NAMES["bias"] in modules[name] for name in kept)
-    return _by_name(replace(lora, bias="lora_only" if has_bias else "none"), ranks, alphas), tensors
+    has_bias = any(BIAS in modules[name] for name in kept)
+    return _with_ranks(replace(lora, bias="lora_only" if has_bias else "none"), ranks, alphas), tensors
 
 
 def sum_adapters(
@@ -190,60 +192,54 @@ def sum_adapters(
     weights: Sequence[float],
     base_bias: Callable[[str], Tensor | None],
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The sum of adapters of one base, w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ..., as one adapter, exactly.
+    """The weighted sum of adapters of one base, w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ..., as one adapter, exactly.
 
-    It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so that the ranks add up. A trained bias
-    is b + w_1 (b_1 - b) + w_2 (b_2 - b) + ... What DoRA does to a weight, m (W + s B A) / |W + s B A|, is no sum.
+    It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so the ranks add up. A trained bias is
+    b + w_1 (b_1 - b) + w_2 (b_2 - b) + ... DoRA's m (W + s B A) / |W + s B A| is not such a sum.
 
     Args:
-        parts: settings and tensors in PEFT's layout (see `as_plain_lora`).
+        parts: settings and tensors in PEFT's format (see `as_plain_lora`).
         base_bias: the base's bias of a module, (out,) or None.
     Raises:
-        UserError: one of them is a DoRA.
+        UserError: one of them is a DoRA adapter.
     """
     if any(lora.dora for lora, _ in parts):
-        raise UserError(
-            "--weights: DoRA gives each row of W + s B A a length of its own, which is no change that could be added, "
-            "weighted or taken away: merge a DoRA by itself"
-        )
+        raise UserError("--weights: DoRA adapters cannot be summed: merge them one at a time")
     modules = [_by_module(tensors) for _, tensors in parts]
-    names = list(dict.fromkeys(name for part in modules for name in part))
     with_bias = any(lora.bias != "none" for lora, _ in parts)
     combined: dict[str, Tensor] = {}
-    for name in names:
+    ranks: dict[str, int] = {}
+    for name in dict.fromkeys(name for part in modules for name in part):
         a, b, bias = [], [], base_bias(name) if with_bias else None
         change = 0 if bias is None else torch.zeros_like(bias)
         for (lora, _), part, weight in zip(parts, modules, weights, strict=True):
             if name in part:
-                a.append(part[name][PEFT_NAMES["lora_A"]].float())
-                b.append(part[name][PEFT_NAMES["lora_B"]].float() * (weight * _scaling(lora, name)))
-                if bias is not None and PEFT_NAMES["bias"] in part[name]:
-                    change = change + weight * (part[name][PEFT_NAMES["bias"]].float() - bias)
-        place = f"{PEFT_PREFIX}{name}."
-        combined[place + PEFT_NAMES["lora_A"]], combined[place + PEFT_NAMES["lora_B"]] = (
-            torch.cat(a),
-            torch.cat(b, dim=1),
-        )
+                a.append(part[name][A].float())
+                b.append(part[name][B].float() * (weight * _scaling(lora, name)))
+                if bias is not None and BIAS in part[name]:
+                    change = change + weight * (part[name][BIAS].float() - bias)
+        prefix = f"{PEFT_PREFIX}{name}."
+        combined[prefix + A], combined[prefix + B] = torch.cat(a), torch.cat(b, dim=1)
+        ranks[name] = len(combined[prefix + A])
         if bias is not None:
-            combined[place + PEFT_NAMES["bias"]] = bias + change
-    ranks = {name: len(combined[f"{PEFT_PREFIX}{name}.{PEFT_NAMES['lora_A']}"]) for name in names}
+            combined[prefix + BIAS] = bias + change
     plain = LoRAConfig(bias="lora_only" if with_bias else "none")
-    return _by_name(plain, ranks, dict(ranks)), combined  # alpha / r = 1
+    return _with_ranks(plain, ranks, dict(ranks)), combined  # alpha / r = 1
 
 
 def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors with PEFT's names by module, and there by the last part of the name."""
+    """module -> PEFT's name of the part -> tensor."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         key = next((key for key in PEFT_NAMES.values() if name.endswith(f".{key}")), None)
         if key is None:
-            raise UserError(f"{name}: layers that are trained whole beside an adapter are not supported")
+            raise UserError(f"{name}: fully trained layers beside an adapter are not supported")
         modules.setdefault(name.removeprefix(PEFT_PREFIX).removesuffix(f".{key}"), {})[key] = tensor
     return modules
 
 
-def _by_name(lora: LoRAConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoRAConfig:
-    """The settings of an adapter whose modules are told by name; what most of them have is the default."""
+def _with_ranks(lora: LoRAConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoRAConfig:
+    """Settings with a rank and an alpha for each module; the most common ones become the defaults."""
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return replace(
         lora,
@@ -262,7 +258,7 @@ def _scaling(lora: LoRAConfig, name: str) -> float:
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """One SHA-256 over names and values, whatever file they come from."""
+    """SHA-256 of names and values, independent of the file format."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + b"\0")
@@ -271,23 +267,21 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def save_mlx(directory: Path, adapters: dict[str, LoRALinear], layers: int, base_name: str) -> None:
-    """Write adapters.safetensors and adapter_config.json as mlx-lm expects them.
+    """Write adapters.safetensors and adapter_config.json in the format of mlx-lm.
 
-    There A and B are transposed, lora_a (in, r) and lora_b (r, out), and one rank and one scale serve all modules: a
-    smaller rank is filled up with zeros, another scale goes into lora_b.
+    There A and B are transposed, lora_a (in, r) and lora_b (r, out), and all modules share one rank and one scale: a
+    smaller rank is padded with zeros, another scale goes into lora_b.
 
     Args:
-        directory: holds no adapter yet.
-        layers: of the model.
-        base_name: a directory or a name on the Hub.
+        layers: number of layers of the model.
+        base_name: a directory or a Hub name.
     Raises:
-        UserError: the adapter trained biases, for which mlx-lm has no place.
+        UserError: the adapter has trained biases.
     """
     if any(adapter.bias is not None for adapter in adapters.values()):
-        raise UserError("--format mlx: an adapter of mlx-lm cannot hold trained biases: merge it with --format hf")
+        raise UserError("--format mlx: mlx-lm has no trained biases: merge the adapter with --format hf")
     rank = max(len(adapter.factors()[0]) for adapter in adapters.values())
     scale = next(iter(adapters.values())).scaling
-    dora = any(adapter.lora_magnitude_vector is not None for adapter in adapters.values())
     tensors: dict[str, Tensor] = {}
     for name, adapter in adapters.items():
         a, b = (factor.detach() for factor in adapter.factors())
@@ -297,59 +291,48 @@ def save_mlx(directory: Path, adapters: dict[str, LoRALinear], layers: int, base
         if adapter.lora_magnitude_vector is not None:
             tensors[f"{name}.m"] = adapter.lora_magnitude_vector.detach()
     write_tensors(directory / "adapters.safetensors", tensors)
-    inside = sorted({name.split(".", 3)[3] for name in adapters})  # without model.layers.N.
+    keys = sorted({name.split(".", 3)[3] for name in adapters})  # without model.layers.N.
     config = {
-        "fine_tune_type": "dora" if dora else "lora",
+        "fine_tune_type": "dora" if any(name.endswith(".m") for name in tensors) else "lora",
         "num_layers": layers,
-        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": inside},
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
         "model": base_name,
     }
-    write_file(directory / "adapter_config.json", [(json.dumps(config, indent=2) + "\n").encode()])
-
-
-def _peft_targets(model: nn.Module, adapters: dict[str, LoRALinear]) -> list[str]:
-    """The last parts of the names, as other tools like them; whole names where not all that end so have adapters."""
-    bare = {name.rpartition(".")[2] for name in linears_of(model)}
-    return sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in adapters})
+    write_json(directory / "adapter_config.json", config)
 
 
 def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], dict[str, Any]]:
-    """What the files say: settings, the base's name, tensors, and nanoft's note (empty if another tool wrote them).
+    """Settings, the base's name, tensors, and the content of nanoft.json (empty if another tool wrote the adapter).
 
     Raises:
-        UserError: a file is missing or damaged, or the adapter is of a kind that is not supported.
+        UserError: a file is missing or corrupted, or this kind of adapter is not supported.
     """
-    config = read_json(directory / "adapter_config.json")
+    path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    config = read_json(path)
     note = read_json(directory / NOTE) if (directory / NOTE).is_file() else {}
     try:
         lora = _settings(config)
     except UserError as error:
-        raise UserError(f"{directory / 'adapter_config.json'}: {error}") from None
-    weights = directory / "adapter_model.safetensors"
-    if not weights.is_file() and (directory / "adapter_model.bin").is_file():
-        raise UserError(
-            f"{directory / 'adapter_model.bin'}: a pickle, which can run code, is not read: "
-            "save the adapter again with PEFT, which writes adapter_model.safetensors"
-        )
+        raise UserError(f"{path}: {error}") from None
     if not weights.is_file():
-        raise UserError(f"{directory}: {weights.name} is missing: copy the whole adapter directory")
+        pickle = weights.with_suffix(".bin")
+        if pickle.is_file():
+            raise UserError(
+                f"{pickle}: pickles can run code and are not read: save the adapter again with a newer PEFT"
+            )
+        raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
     tensors = load_tensors(weights)
-    with time_limit(MATCHING_SECONDS, f"{directory / 'adapter_config.json'}: rank_pattern"):
-        _check_ranks(lora, tensors, weights)
+    with time_limit(MATCHING_SECONDS, f"{path}: rank_pattern"):
+        for name, tensor in tensors.items():  # before memory for the ranks of the settings is allocated
+            module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{A}")
+            have = tensor.shape[0] if tensor.dim() else 0
+            if a and have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
+                raise UserError(f"{weights}: {name} has rank {have}, but adapter_config.json says {rank}")
     return lora, config.get("base_model_name_or_path") or "", tensors, note
 
 
-def _check_ranks(lora: LoRAConfig, tensors: dict[str, Tensor], weights: Path) -> None:
-    """Every A, (rank, in), has the rank that the settings say, before memory is asked for what they say."""
-    for name, tensor in tensors.items():
-        module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{PEFT_NAMES['lora_A']}")
-        have = tensor.shape[0] if tensor.dim() else 0
-        if a and have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
-            raise UserError(f"{weights}: {name} has rank {have}, but adapter_config.json says {rank}")
-
-
 def _settings(config: dict[str, Any]) -> LoRAConfig:
-    """The fields of adapter_config.json. Only what is understood may pass: any other could change what it does."""
+    """adapter_config.json as settings; a field that is not known here could change the result and is refused."""
     for key, value in config.items():
         if value and key not in PEFT_FIELDS and value not in PEFT_VALUES.get(key, ()):
             raise UserError(f"{key}: {value!r:.60} is not supported")
@@ -357,7 +340,7 @@ def _settings(config: dict[str, Any]) -> LoRAConfig:
         raise UserError(f"base_model_name_or_path: {config['base_model_name_or_path']!r:.60} is not a name")
     rank, alpha, targets = config.get("r"), config.get("lora_alpha", 8), config.get("target_modules")
     if type(rank) is not int or rank < 1:
-        raise UserError(f"the field r: {rank!r:.60} is not a rank: expected a whole number from 1 on")
+        raise UserError(f"r: {rank!r:.60} is not a positive integer")
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise UserError(f"lora_alpha: {alpha!r:.60} is not a positive number")
     names: list[Any] = targets if isinstance(targets, list) else [targets]

@@ -1,12 +1,16 @@
-"""Model families: what a Hugging Face `config.json` says, as the switches of the one decoder in `nanoft/model.py`.
+"""Model families: what a Hugging Face `config.json` says, as the switches of the one decoder in nanoft/model.py.
 
-A field that is not known here is refused: a setting that is silently ignored is a model that is silently wrong.
+`FAMILIES` has one entry per family: how to read its config.json, how to write it for an exported model, and its name in
+llama.cpp. A field that is not known here is refused: a setting that is silently ignored is a model that is silently
+wrong. A new family is an entry, the fields that it reads, and, if no combination of switches describes it, a new switch
+in the decoder.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,19 @@ from nanoft.io.untrusted import read_json, refuse_code
 from nanoft.model import DecoderConfig, Rope
 from nanoft.models.hub import find_model
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+Fields = Mapping[str, Any]  # of a config.json
+
+
+@dataclass(frozen=True)
+class Family:
+    """How an architecture of transformers maps to the decoder."""
+
+    architecture: str  # its name in config.json
+    switches: Callable[[Fields], dict[str, Any]]  # config.json -> the DecoderConfig fields in which families differ
+    gguf: str | None  # its name in llama.cpp; None: llama.cpp does not have it
+    export: Callable[[Fields], dict[str, Any]]  # config.json -> the one of an exported model
+
+
 # Fields of a config.json that this module reads ...
 READ_FIELDS = frozenset(
     """
@@ -30,7 +41,7 @@ READ_FIELDS = frozenset(
     hidden_act attention_dropout quantization_config pretraining_tp partial_rotary_factor
     """.split()  # noqa: SIM905
 )
-# ... and fields that say nothing about the logits.
+# ... and fields that do not affect the logits.
 HARMLESS_FIELDS = frozenset(
     """
     _name_or_path bos_token_id eos_token_id pad_token_id unk_token_id initializer_range torch_dtype dtype
@@ -41,78 +52,85 @@ HARMLESS_FIELDS = frozenset(
 )
 
 
-def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
+def decoder_config(hf: Fields) -> DecoderConfig:
     """Read a Hugging Face `config.json`.
 
     Raises:
         UserError: unknown architecture, or a field that may change the logits and is not known here.
     """
-    family = _family(hf)
+    family = find_family(hf)
     _refuse_unknown(hf)
     try:
         hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
-        bias = bool(hf.get("attention_bias", False))
-        return DecoderConfig(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=hf["intermediate_size"],
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope=_read_rope(hf),
-            tied=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2" or (bias and family != "mistral"),
-            o_bias=bias and family in ("llama", "qwen3"),
-            mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
-            qk_norm=family == "qwen3",
-            windows=_read_windows(hf, family, layers),
-        )
+        common = {
+            "vocab_size": hf["vocab_size"],
+            "hidden_size": hidden,
+            "intermediate_size": hf["intermediate_size"],
+            "num_layers": layers,
+            "num_heads": heads,
+            "num_kv_heads": hf.get("num_key_value_heads") or heads,
+            "head_dim": hf.get("head_dim") or hidden // heads,
+            "norm_eps": hf.get("rms_norm_eps", 1e-6),
+            "rope": _read_rope(hf),
+            "tied": bool(hf.get("tie_word_embeddings", False)),
+            **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "qk_norm"), False),
+            "family": family,
+        }
+        return DecoderConfig(**{**common, "windows": (None,) * layers, **FAMILIES[family].switches(hf)})
     except KeyError as error:
         raise UserError(f"config.json: the field {error} is missing") from None
 
 
-def _family(hf: Mapping[str, Any]) -> str:
+def find_family(hf: Fields) -> str:
+    """The key in FAMILIES: by `architectures`, or by `model_type` if there are none.
+
+    Raises:
+        UserError: none that is known.
+    """
     names = hf.get("architectures") or []
-    known = [ARCHITECTURES[name] for name in names if name in ARCHITECTURES]
-    if not known and not names and hf.get("model_type") in ARCHITECTURES.values():
-        known = [hf["model_type"]]
-    if not known:
+    known = {family.architecture: name for name, family in FAMILIES.items()}
+    found = [known[name] for name in names if name in known]
+    if not names and hf.get("model_type") in FAMILIES:
+        found = [hf["model_type"]]
+    if not found:
         raise UserError(
             f"config.json: architectures: {', '.join(names) or 'none'} is not supported: "
-            f"there are {', '.join(ARCHITECTURES)}"
+            f"the supported ones are {', '.join(known)}"
         )
-    return known[0]
+    return found[0]
 
 
 def _refuse_unknown(hf: Mapping[str, Any]) -> None:
-    """Only what is understood may pass: every other field could change the logits."""
+    """Refuse every field that is not known: it could change the logits."""
     expected = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0}
     for name, wanted in expected.items():
         if hf.get(name, wanted) not in (wanted, None):
-            raise UserError(f"config.json: {name}: {hf[name]!r} is not supported: only {wanted!r} is")
+            raise UserError(
+                f"config.json: {name}: {hf[name]!r} is not supported: set it to {wanted!r} if that is right"
+            )
     if hf.get("attention_dropout"):
         raise UserError(f"config.json: attention_dropout: {hf['attention_dropout']} is not supported: set it to 0.0")
     if (quantized := hf.get("quantization_config")) and quantized.get("quant_method") != "bitsandbytes":
         raise UserError(
-            "config.json: quantization_config: weights quantized by another tool than bitsandbytes are not supported: "
+            "config.json: quantization_config: only weights quantized by bitsandbytes are supported: "
             "name the original model and set quantization.bits=4"
         )
     for name, value in hf.items():
         if name not in READ_FIELDS | HARMLESS_FIELDS and value is not None:
             raise UserError(
-                f"config.json: {name}: {value!r} is a field that nanoft does not know and that may change the model: "
-                "if it does not, remove it from config.json"
+                f"config.json: {name}: {value!r}: unknown field, which may change the model: "
+                "remove it from config.json if it does not"
             )
 
 
 def _read_rope(hf: Mapping[str, Any]) -> Rope:
-    """Classic form: rope_theta + rope_scaling; current form: rope_parameters holds both."""
+    """Classic form: rope_theta and rope_scaling; current form: rope_parameters has both."""
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(f"config.json: rope type {kind!r} is not supported: there are default, linear, llama3, yarn")
+        raise UserError(
+            f"config.json: rope type {kind!r} is not supported: the supported ones are default, linear, llama3, yarn"
+        )
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("config.json: rope: a partial_rotary_factor other than 1 is not supported")
     theta = hf.get("rope_theta") or scaling.get("rope_theta") or 10000.0
@@ -126,20 +144,58 @@ def _read_rope(hf: Mapping[str, Any]) -> Rope:
     return Rope(theta=float(theta), kind=kind, parameters=parameters)
 
 
-def _read_windows(hf: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
-    """Mistral: 4096 unless the field says otherwise. Qwen: only if asked, from max_window_layers on. Llama: never."""
-    if family == "llama":
-        return (None,) * layers
-    if family == "mistral":
-        return (hf.get("sliding_window", 4096),) * layers
+def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
+    """The fields with the rope in its classic and in its current form.
+
+    transformers 4 reads `rope_theta` and `rope_scaling`, version 5 `rope_parameters`; a reader that finds only the
+    other form silently uses a default.
+    """
+    rope = _read_rope(hf)
+    scaling = {key: value for key, value in rope.parameters.items() if key not in ("type", "rope_type", "rope_theta")}
+    current = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}
+    classic = None if rope.kind == "default" else {**current, "type": rope.kind}
+    return {**hf, "rope_theta": rope.theta, "rope_parameters": current, "rope_scaling": classic}
+
+
+# ---- The families
+
+
+def _llama(hf: Fields) -> dict[str, Any]:
+    bias = bool(hf.get("attention_bias", False))
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(hf.get("mlp_bias", False))}
+
+
+def _mistral(hf: Fields) -> dict[str, Any]:
+    """A sliding window of 4096 unless the field says otherwise."""
+    return {"windows": (hf.get("sliding_window", 4096),) * hf["num_hidden_layers"]}
+
+
+def _qwen2(hf: Fields) -> dict[str, Any]:
+    return {"qkv_bias": True, "windows": _qwen_windows(hf)}
+
+
+def _qwen3(hf: Fields) -> dict[str, Any]:
+    bias, head_dim = bool(hf.get("attention_bias", False)), hf.get("head_dim") or 128
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "head_dim": head_dim, "windows": _qwen_windows(hf)}
+
+
+def _qwen_windows(hf: Fields) -> tuple[int | None, ...]:
+    """With use_sliding_window only: in the layers that layer_types names, or from max_window_layers on."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     if hf.get("layer_types"):
         return tuple(window if kind == "sliding_attention" else None for kind in hf["layer_types"])
     first = hf.get("max_window_layers", 28)
-    return tuple(window if index >= first else None for index in range(layers))
+    return tuple(window if index >= first else None for index in range(hf["num_hidden_layers"]))
 
 
-# The most that a config.json may ask for: several times the largest model there is.
+FAMILIES: dict[str, Family] = {  # by model_type
+    "llama": Family("LlamaForCausalLM", _llama, "llama", with_both_rope_forms),
+    "mistral": Family("MistralForCausalLM", _mistral, "llama", with_both_rope_forms),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, "qwen2", with_both_rope_forms),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, "qwen3", with_both_rope_forms),
+}
+
+# Upper limits of sizes in a config.json: several times those of the largest models.
 MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
@@ -148,7 +204,11 @@ WIDEST_WINDOW = 1 << 31
 
 
 def read_shape(directory: Path) -> DecoderConfig:
-    """The decoder's shape from the directory's config.json."""
+    """The DecoderConfig of a directory.
+
+    Raises:
+        UserError: a field of its config.json is missing, unknown, of the wrong type or out of range.
+    """
     path = directory / "config.json"
     stored = read_json(path)
     try:
@@ -159,17 +219,19 @@ def read_shape(directory: Path) -> DecoderConfig:
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path}: a field is missing or of the wrong kind ({error}): fetch the file again") from None
+        raise UserError(
+            f"{path}: a field is missing or has the wrong type ({error}): download the file again"
+        ) from None
     return config
 
 
 def find_shape(name: str) -> DecoderConfig:
-    """The shape of a model by its directory or Hub name; of the latter nothing but config.json is fetched."""
+    """The DecoderConfig of a directory or Hub name; from the Hub, only config.json is downloaded."""
     return read_shape(find_model(name, files=["config.json"]))
 
 
 def _check_sizes(stored: dict[str, Any]) -> None:
-    """Sizes that no model has, found before anything of that size is made."""
+    """Refuse sizes that no model has, before anything of that size is allocated."""
     for name, most in MOST.items():
         value = stored.get(name)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
@@ -177,15 +239,17 @@ def _check_sizes(stored: dict[str, Any]) -> None:
 
 
 def _check_shape(config: DecoderConfig) -> None:
-    """Values that no decoder can have, found before they fail deep inside one."""
+    """Refuse values that no decoder can have, before they fail deep inside one."""
     if config.num_heads % config.num_kv_heads or config.head_dim % 2 or config.head_dim < 1:
-        raise UserError("the heads do not divide: num_attention_heads by num_key_value_heads, and head_dim by 2")
+        raise UserError("num_attention_heads must be a multiple of num_key_value_heads, and head_dim of 2")
     if type(config.norm_eps) not in (int, float) or not 0 <= config.norm_eps < 1:
-        raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not a small number")
+        raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not between 0 and 1")
     windows = [window for window in config.windows if window is not None]
     wrong = any(type(window) is not int or not 1 <= window <= WIDEST_WINDOW for window in windows)
     if wrong or len(config.windows) != config.num_layers:
-        raise UserError(f"sliding_window, layer_types: not a window, or none, for each of {config.num_layers} layers")
+        raise UserError(
+            f"sliding_window, layer_types: must give a window or none for each of {config.num_layers} layers"
+        )
     frequencies, factor = config.rope.angles(config.head_dim)
     if not frequencies.isfinite().all() or not math.isfinite(factor):
-        raise UserError(f"rope: {config.rope.theta}, {dict(config.rope.parameters)!r:.200} give no finite angles")
+        raise UserError(f"rope: {config.rope.theta}, {dict(config.rope.parameters)!r:.200}: the angles are not finite")

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Finding a model: a local directory, or a name on the Hugging Face Hub, whose files are downloaded into its cache."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from nanoft import UserError
 
-# What is fetched from the Hub: data only, never code, never pickles. The pattern of the weights leaves out the second
-# copy of them that some models carry as consolidated.safetensors.
+# Files that are downloaded: data, never code or pickles. The pattern of the weights excludes the second copy that some
+# models have as consolidated.safetensors.
 HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
 TOKENIZER_FILES = [
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
@@ -18,13 +18,14 @@ TOKENIZER_FILES = [
 
 
 def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HUB_FILES, *TOKENIZER_FILES)) -> Path:
-    """A local directory, or a Hub name fetched into the Hub's cache.
+    """The directory of a model, which is downloaded if it is not local.
 
     Args:
-        field: where the name comes from, for the message.
-        files: patterns of what is fetched.
+        name: a directory or a Hub name.
+        field: where the name comes from, for error messages.
+        files: patterns of the files to download.
     Raises:
-        UserError: neither a directory nor a model on the Hub that can be had.
+        UserError: no such directory, and the download failed.
     """
     if not name:
         raise UserError(f"{field}: empty: give a directory in the Hugging Face layout or a Hub name")
@@ -38,4 +39,6 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HU
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{field}: {name}: no such directory, and not to be had from the Hub: {reason}") from None
+        raise UserError(
+            f"{field}: {name}: no such directory, and could not be downloaded from the Hub: {reason}"
+        ) from None

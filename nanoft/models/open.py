@@ -1,4 +1,9 @@
-"""TODO."""
+"""Opening what a user names: a run, an adapter or a model becomes a decoder that is ready to use.
+
+A run means its result: adapter/ on the base it was trained on (quantized as in training), or model/ after full
+fine-tuning. A run without a result yet means its best checkpoint. An adapter directory, a model directory or a Hub name
+mean themselves.
+"""
 
 from __future__ import annotations
 
@@ -28,38 +33,38 @@ from nanoft.runtime.device import DTYPES
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """An adapter as training left it, read from an adapter directory or from a run's checkpoint."""
+    """An adapter read from an adapter directory or from a checkpoint."""
 
-    place: Path  # where its tensors are, for messages
+    place: Path  # of its tensors, for messages
     base: Path
-    base_name: str  # as the run's config or the adapter has it: a directory or a name on the Hub
+    base_name: str  # a directory or a Hub name, as the run's config or the adapter has it
     tokenizer: Path
     lora: LoRAConfig
     tensors: dict[str, Tensor]
-    quantization: tuple[str, bool] | None  # the form (nf4 | fp4 | int8, double) of the base in training
-    dtype: torch.dtype  # what training computed in
-    base_sha256: str | None = None  # of the base's files in training, if that is known
-    step: int | None = None  # of the checkpoint that it is, for a run that has no result yet
+    quantization: tuple[str, bool] | None  # of the base in training: (nf4 | fp4 | int8, double)
+    dtype: torch.dtype  # of training
+    base_sha256: str | None = None  # of the base's files in training, if known
+    step: int | None = None  # of the checkpoint, if the run has no result yet
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be asked, and what is known of how its adapter was trained."""
+    """A model that is ready to use, and how its adapter was trained."""
 
     model: Decoder
     adapters: dict[str, LoRALinear]  # empty for a plain model
     base_directory: Path
     tokenizer_directory: Path
-    quantization: tuple[str, bool] | None = None  # the form (nf4 | fp4 | int8, double) of the base in training
-    dtype: torch.dtype = torch.float32  # what training computed in
-    step: int | None = None  # of the checkpoint that was opened, for a run that has no result yet
+    quantization: tuple[str, bool] | None = None  # of the base in training: (nf4 | fp4 | int8, double)
+    dtype: torch.dtype = torch.float32  # of training
+    step: int | None = None  # of the checkpoint, if the run has no result yet
 
 
 def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = False) -> ChatTokenizer:
-    """The tokenizer and template of an opened model, with the template's variables of the run that trained it.
+    """The tokenizer and chat template of a loaded model, with the template arguments of its run.
 
     Args:
-        as_trained: a template that prints the date prints that of the run, not today's.
+        as_trained: a template that prints the date prints that of the run instead of today's.
     """
     if not is_run(source):
         return ChatTokenizer.from_directory(opened.tokenizer_directory)
@@ -70,20 +75,17 @@ def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = Fal
         try:
             chat.date = datetime.fromisoformat(date)
         except (TypeError, ValueError):
-            raise UserError(f"{path}: provenance.date: {date!r:.60} is not a date: the file is damaged") from None
+            raise UserError(f"{path}: provenance.date: {date!r:.60} is not a date: the file is corrupted") from None
     return chat
 
 
 def open_model(source: str, device: torch.device, dtype: torch.dtype, original_base: bool = False) -> LoadedModel:
-    """Load what a RUN, ADAPTER or MODEL argument names: a run directory, an adapter, a model directory, a Hub name.
-
-    A run means its result: adapter/ on the base it was trained on (quantized if it was), or model/ for full training.
-    A run that has none yet means its best checkpoint.
+    """Load what a RUN, ADAPTER or MODEL argument names.
 
     Args:
-        original_base: put an adapter on the base as it is stored, whatever it was trained on.
+        original_base: load the base as it is stored, even if it was quantized in training.
     Raises:
-        UserError: none of these, or something in it does not fit.
+        UserError: it is none of these, or its parts do not match.
     """
     if not source:
         raise UserError("RUN|MODEL: empty: give a run directory, a model directory or a Hub name")
@@ -99,23 +101,19 @@ def open_model(source: str, device: torch.device, dtype: torch.dtype, original_b
 
 
 def is_run(source: str | Path) -> bool:
-    """Whether a directory is a run's: it has the run's config and its checkpoints."""
+    """Whether a directory is a run directory: it has config.json and checkpoints/."""
     return os.path.isfile(Path(source) / "config.json") and os.path.isdir(Path(source) / "checkpoints")
 
 
 def find_adapter(source: str) -> Path | None:
-    """The adapter directory that a RUN or ADAPTER argument means; None if it means none."""
+    """The adapter directory that a RUN or ADAPTER argument names, or None."""
     path = Path(source)
     candidates = [path / "adapter", path] if is_run(path) else [path]
     return next((c for c in candidates if os.path.isfile(c / "adapter_config.json")), None)
 
 
 def best_checkpoint(run: Path) -> Checkpoint:
-    """The checkpoint that best.json names, every byte checked; without best.json, the newest that is whole.
-
-    Raises:
-        UserError: there is none yet, or it is damaged.
-    """
+    """The checkpoint in best.json, or without one the newest valid one, all hashes verified; else a UserError."""
     best = run / "best.json"
     found = sorted((run / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
     if best.is_file():
@@ -127,13 +125,13 @@ def best_checkpoint(run: Path) -> Checkpoint:
         except (CheckpointCorrupted, OSError) as reason:
             damage.append(str(reason))
     if damage:
-        fix = f"remove {best} to take the newest checkpoint that is whole" if best.is_file() else "train again"
+        fix = f"remove {best} to use the newest valid checkpoint" if best.is_file() else "train again"
         raise UserError(f"{damage[0]}: {fix}")
-    raise UserError(f"{run}: this run has no checkpoint yet: let it train (run its train.py command again)")
+    raise UserError(f"{run}: this run has no checkpoint yet: run its train.py command again")
 
 
 def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, original_base: bool) -> LoadedModel:
-    """The best checkpoint of a run on its base; after full training it holds every weight itself."""
+    """The best checkpoint of a run, on its base; after full fine-tuning the checkpoint has all weights."""
     config = load_file(run / "config.json")
     if config.training.method != "full":
         adapter = _read_checkpoint(run)
@@ -144,11 +142,7 @@ def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, origin
 
 
 def checkpoint_step(saved: Checkpoint) -> int:
-    """The optimizer step of a checkpoint.
-
-    Raises:
-        UserError: it has none.
-    """
+    """The optimizer step of a checkpoint, or a UserError."""
     step = saved.state.get("step")
     if type(step) is not int:
         raise UserError(f"{saved.path / 'state.json'}: step: {step!r:.60} is not a step: train again")
@@ -156,11 +150,7 @@ def checkpoint_step(saved: Checkpoint) -> int:
 
 
 def read_trained_adapter(source: str) -> TrainedAdapter:
-    """The adapter that a RUN or ADAPTER argument names: the run's result or else its best checkpoint, or a directory.
-
-    Raises:
-        UserError: something in it is missing, damaged or not supported.
-    """
+    """The adapter that a RUN or ADAPTER argument names: a run's result or best checkpoint, or an adapter directory."""
     path = find_adapter(source)
     return _read_checkpoint(Path(source)) if path is None else _read_adapter_directory(path)
 
@@ -172,18 +162,18 @@ def _read_checkpoint(run: Path) -> TrainedAdapter:
         provenance = read_json(run / "config.json")["provenance"]
         trained_in, base_sha256 = DTYPES[provenance["dtype"]], provenance.get("base_sha256")
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{run / 'config.json'}: provenance.dtype is missing or damaged: train again") from None
+        raise UserError(f"{run / 'config.json'}: provenance.dtype is missing or invalid: train again") from None
     path, step = saved.path / "adapter.safetensors", checkpoint_step(saved)
     try:
         lora, tensors = as_plain_lora(config.lora, load_tensors(path))
-    except (KeyError, RuntimeError):  # one of A, B, A0, B0 is missing, or does not fit the others
+    except (KeyError, RuntimeError):  # one of A, B, A0, B0 is missing, or has another shape
         raise UserError(f"{path}: not the tensors of an adapter with lora.init={config.lora.init}") from None
     base, name, quantization = find_model(config.model.name), config.model.name, quantization_of(config)
     return TrainedAdapter(saved.path, base, name, base, lora, tensors, quantization, trained_in, base_sha256, step)
 
 
 def _read_adapter_directory(path: Path) -> TrainedAdapter:
-    """An adapter in PEFT's format; what nanoft notes beside it says how the base was quantized."""
+    """An adapter in PEFT's format; nanoft.json says how the base was quantized."""
     lora, base_name, tensors, note = read_adapter(path)
     base = find_model(base_name, f"{path / 'adapter_config.json'}: base_model_name_or_path")
     tokenizer = path if (path / "tokenizer.json").is_file() else base
@@ -192,13 +182,13 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
         quantization = ({"nf4": "nf4", "fp4": "fp4", "int8": "int8"}[q["type"]], bool(q["double"])) if q else None
         trained_in = DTYPES[note.get("dtype", "float32")]
     except (KeyError, TypeError):
-        raise UserError(f"{path / NOTE}: damaged: copy the adapter again") from None
+        raise UserError(f"{path / NOTE}: corrupted: copy the adapter again") from None
     base_sha256 = note.get("base_sha256")
     return TrainedAdapter(path, base, base_name, tokenizer, lora, tensors, quantization, trained_in, base_sha256)
 
 
 def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, original_base: bool) -> LoadedModel:
-    """Base and adapter, put together as they were in training; a base that is stored packed is its own original."""
+    """Load base and adapter as in training."""
     quantization = None if original_base else adapter.quantization
     model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
     opened = attach_adapter(adapter, model)
@@ -214,11 +204,7 @@ def _with_kernels(model: Decoder, lora: LoRAConfig | None = None) -> Decoder:
 
 
 def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
-    """Put an adapter on a model, in place.
-
-    Raises:
-        UserError: it does not fit this model.
-    """
+    """Add an adapter to a model, in place; a UserError if it does not match."""
     try:
         adapters = inject_lora(model, adapter.lora, seed=0)
     except UserError as error:

@@ -1,8 +1,7 @@
-"""Between a Hugging Face directory on disk and a decoder in memory.
+"""Loading the weights of a Hugging Face directory into a decoder, and writing a decoder as such a directory.
 
-The weights of a model can be larger than what is left of the memory once the model itself is there, so they are
-streamed: one tensor is read, converted (and, for QLoRA, quantized), put in its place, and forgotten before the next one
-is read. The decoder is first built on the `meta` device, which has shapes but no storage.
+Weights are streamed: the decoder is built on the `meta` device, which has shapes but no storage; then each tensor is
+read, converted (for QLoRA quantized) and placed before the next one. Peak memory is the model plus one tensor.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from nanoft import UserError
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
-from nanoft.io.atomic import write_file
+from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
 from nanoft.io.untrusted import read_bytes, read_json, resolve_file
 from nanoft.model import Decoder, DecoderConfig, initialize
 from nanoft.models.bnb_format import read_stored, stored_tensors
-from nanoft.models.families import decoder_config, read_shape
+from nanoft.models.families import FAMILIES, find_family, read_shape
 from nanoft.models.hub import TOKENIZER_FILES
 from nanoft.nf4 import CODES, Linear4bit, Linear8bit, quantize
 
-FLOATS = {"F64", "F32", "F16", "BF16"}  # number formats, in safetensors' names, that mean what they say without a scale
+FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
 PICKLES = (
     "pytorch_model*.bin",
@@ -71,11 +70,7 @@ def shard_paths(directory: Path) -> list[Path]:
 
 
 def read_headers(paths: list[Path]) -> dict[str, TensorHeader]:
-    """Every tensor of the files by name, in their order.
-
-    Raises:
-        UserError: a file that is truncated or otherwise not whole; a name that is in two files.
-    """
+    """The tensors of all files by name; a UserError if a file is invalid or a name is in two files."""
     headers: dict[str, TensorHeader] = {}
     for path in paths:
         for name, header in read_header(path).items():
@@ -87,7 +82,7 @@ def read_headers(paths: list[Path]) -> dict[str, TensorHeader]:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weights of a model as its files hold them: plain, or a linear's packed by bitsandbytes in several tensors."""
+    """The weights of a model as they are stored: plain, or packed by bitsandbytes in several tensors per linear."""
 
     headers: dict[str, TensorHeader]
     shapes: dict[str, tuple[int, ...]]  # of every weight, in the files' order
@@ -98,7 +93,7 @@ class WeightFiles:
         return bool(self.stored and found and found.form in ("U8", "I8") and is_block_linear(name))
 
     def read(self, name: str) -> Tensor:
-        """A plain weight, a view of its file."""
+        """A plain weight, as a view of its file."""
         return self.headers[name].read(name)
 
     def read_packed(self, name: str, dtype: torch.dtype, device: torch.device) -> Linear4bit | Linear8bit:
@@ -119,7 +114,7 @@ class WeightFiles:
 
 
 def open_weights(directory: Path, model: Decoder, paths: list[Path] | None = None) -> WeightFiles:
-    """Compare the headers of a model's files with the model, before any tensor is read.
+    """Validate the headers of a model's files against the decoder, before any tensor is read.
 
     Args:
         model: on any device, for the names and shapes of its parameters.
@@ -144,7 +139,7 @@ def open_weights(directory: Path, model: Decoder, paths: list[Path] | None = Non
             forms, wanted = expected[name]
             faults += [] if found.form in forms else [f"{name} is of type {found.form}"]
             faults += [] if wanted in (None, found.shape) else [f"{name} is {found.shape} instead of {wanted}"]
-        elif not is_spare(name, model.config):
+        elif not is_redundant(name, model.config):
             faults.append(f"unexpected {name}")
     if faults:
         shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
@@ -152,13 +147,13 @@ def open_weights(directory: Path, model: Decoder, paths: list[Path] | None = Non
     return files
 
 
-def is_spare(name: str, config: DecoderConfig) -> bool:
-    """Tensors that some files carry although they follow from others (a tied head, old rotary buffers), or describe."""
+def is_redundant(name: str, config: DecoderConfig) -> bool:
+    """Whether a tensor may be in the files but is not needed: a tied head, old rotary buffers, a format number."""
     return (config.tied and name == "lm_head.weight") or name.endswith(("rotary_emb.inv_freq", f"_proj.{FORMAT}"))
 
 
 def is_block_linear(name: str) -> bool:
-    """Whether a parameter is what quantization is for: the matrix of a linear in a block."""
+    """Whether a parameter is the weight of a linear in a block, which is what quantization applies to."""
     return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
 
@@ -214,23 +209,23 @@ def load_model(
     unpacked_dtype: torch.dtype | None = None,
     files: list[Path] | None = None,
 ) -> Decoder:
-    """Build the decoder of a Hugging Face directory and fill it.
+    """Build the decoder of a Hugging Face directory and load its weights.
 
     Args:
         dtype: of every weight that is not quantized.
-        quantization: (nf4 | fp4 | int8, double): pack the linears of the blocks as they arrive; None: not now.
-        random_seed: ignore the files' weights and draw random ones.
-        unpacked_dtype: what packed weights stand for is rounded to this; None: `dtype`.
-        files: take the weights from these files instead of the directory's.
+        quantization: (nf4 | fp4 | int8, double): quantize the linears of the blocks while loading; None: do not.
+        random_seed: initialize the weights randomly instead of reading them.
+        unpacked_dtype: dtype of dequantized weights; None: `dtype`.
+        files: read the weights from these files instead of the directory's.
     Raises:
-        UserError: missing, unexpected or mis-shaped tensors, all of them listed; damaged files; unknown architecture.
+        UserError: missing, unexpected or mis-shaped tensors, all listed; corrupted files; unknown architecture.
     """
     config = read_shape(directory)
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     if random_seed is not None:
         model.to_empty(device=device)
-        for module in model.modules():  # norms to 1, biases to 0: the constructor's values were lost on `meta`
+        for module in model.modules():  # norms 1, biases 0: the constructor's values were lost on `meta`
             if isinstance(getattr(module, "bias", None), nn.Parameter):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
             if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 1:  # type: ignore
@@ -244,7 +239,7 @@ def load_model(
         if weights.is_packed(name):
             _replace(model, name, weights.read_packed(name, unpacked_dtype or dtype, device))
             continue
-        tensor = weights.read(name).to(device=device, dtype=dtype, copy=True)  # no view of a file that may change
+        tensor = weights.read(name).to(device=device, dtype=dtype, copy=True)  # a view would follow changes of the file
         if quantization and not weights.stored and is_block_linear(name):
             _replace(model, name, quantize(tensor, quantization, unpacked_dtype or dtype))
             continue
@@ -254,7 +249,7 @@ def load_model(
 
 
 def _replace(model: Decoder, name: str, linear: nn.Module) -> None:
-    """Put a packed linear in the place of the one whose weight has this name; the bias arrived, or is still to come."""
+    """Replace the linear whose weight has this name by a quantized one, which takes over its bias."""
     place, _, last = name.removesuffix(".weight").rpartition(".")
     parent = model.get_submodule(place)
     linear.register_parameter("bias", getattr(parent, last).bias)
@@ -262,7 +257,7 @@ def _replace(model: Decoder, name: str, linear: nn.Module) -> None:
 
 
 def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write a full model into an empty directory: weights in `dtype`, and the source's config and tokenizer."""
+    """Write a full model into an empty directory: weights in `dtype`, with the source's config and tokenizer."""
     parameters = dict(model.named_parameters())
     specs: Specs = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
     write_file(out / "model.safetensors", encode_safetensors(specs, lambda name: parameters[name].to(dtype)))
@@ -278,43 +273,39 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """The source's config.json with the new dtype, not quantized, and with both forms of the dtype and rope fields.
+    """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized.
 
-    Readers of transformers 4 know `torch_dtype`, `rope_theta`, `rope_scaling`; version 5 writes `dtype` and
-    `rope_parameters`. With one form only, the other reader silently takes a default.
+    transformers 4 reads `torch_dtype`, version 5 `dtype`; both are written.
     """
     config = read_json(source / "config.json")
     config.pop("quantization_config", None)
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    rope = decoder_config(config).rope
-    scaling = {key: value for key, value in rope.parameters.items() if key not in ("type", "rope_type", "rope_theta")}
-    config["rope_theta"] = rope.theta
-    config["rope_parameters"] = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}
-    config["rope_scaling"] = None if rope.kind == "default" else {**config["rope_parameters"], "type": rope.kind}
+    config = FAMILIES[find_family(config)].export(config)
     write_file(out / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """The tokenizer's files and generation_config.json, byte for byte.
+    """Copy the tokenizer's files and generation_config.json.
 
-    Where the source has no chat template, the one that nanoft renders with goes along, so that others render alike;
-    where generation_config.json lacks the token that ends a turn, it is put there, so that others stop alike.
+    If the source has no chat template, the default one that training used is added; if generation_config.json lacks a
+    token that ends a turn, that is added, so that other tools render and stop as nanoft does.
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             write_file(out / name, [read_bytes(source / name, MAX_TOKENIZER)])
     path = source / "generation_config.json"
-    content = read_bytes(path) if path.is_file() else b""
+    stop_ids: list[int] = []
+    settings = read_json(path) if path.is_file() else {}
     if (source / "tokenizer.json").is_file():
         chat = ChatTokenizer.from_directory(source)
+        stop_ids = chat.stop_ids
         if not chat.has_own_template:
             write_file(out / "chat_template.jinja", [chat.template.encode()])
-        settings = read_json(path) if content else {}
-        known = settings.get("eos_token_id", [])
-        if not set(chat.stop_ids) <= set(known if isinstance(known, list) else [known]):
-            content = (json.dumps({**settings, "eos_token_id": chat.stop_ids}, indent=2) + "\n").encode()
-    if content:
-        write_file(out / path.name, [content])
+    known = settings.get("eos_token_id", [])
+    if not set(stop_ids) <= set(known if isinstance(known, list) else [known]):
+        write_json(out / path.name, {**settings, "eos_token_id": stop_ids})
+    elif path.is_file():
+        write_file(out / path.name, [read_bytes(path)])
 
 
 def base_files(directory: Path) -> list[Path]:

@@ -1,4 +1,11 @@
-"""TODO."""
+"""What every command shares: arguments, exit codes, standard streams, and stopping on a signal.
+
+A user who asks for `--help` or mistypes an option should not wait for torch, whose import takes seconds. A script
+therefore builds its parser first, and imports what needs torch after this:
+
+    if __name__ == "__main__":
+        PARSER.check(sys.argv[1:])
+"""
 
 from __future__ import annotations
 
@@ -10,11 +17,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from nanoft import TrainingFailed, UserError
+from nanoft import TrainingFailed, UserError, __version__
+from nanoft.config.suggestion import suggest_override
 from nanoft.io.untrusted import one_line
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -22,10 +30,52 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Arguments(argparse.ArgumentParser):
-    """Command-line arguments; a mistake in them is one line, like every other."""
+    """Command-line arguments with `--version`; a mistake in them is a UserError, one line like every other."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.add_argument("--version", action="version", version=f"nanoft {__version__}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Options and positional arguments in any order; a setting that is spelled as an option is explained.
+
+        Raises:
+            UserError: an unknown option, a missing argument, a value of the wrong type.
+        """
+        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
+        args, unknown = parse(argv)
+        if unknown and unknown[0].startswith("-") and hasattr(args, "overrides"):
+            name, equals, value = unknown[0].partition("=")
+            following = argv[argv.index(unknown[0]) + 1 :] if not equals else [value]
+            value = next((word for word in following[:1] if equals or not word.startswith("--")), "VALUE")
+            if field := suggest_override(name.lstrip("-")):
+                raise UserError(f"{name}: settings are written section.field=value: {field}={value}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return args
+
+    def check(self, argv: list[str]) -> None:
+        """Answer --help, --version and mistakes, and end the process; go on if there are none of them."""
+
+        def main(argv: list[str]) -> int:
+            self.parse(argv)
+            return 0
+
+        with contextlib.ExitStack() as silence:
+            if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, one answers
+                silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            if code := command(main)(argv):
+                sys.exit(code)
+
+
+def renamed(old: str, new: str) -> NoReturn:
+    """End a command that has another name now."""
+    print(f"error: python -m {old}: is now: python -m nanoft {new}", file=sys.stderr)
+    sys.exit(2)
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
@@ -36,7 +86,7 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         open_standard_streams()
         try:
             code = main(argv)
-            sys.stdout.flush()  # here, and not at the interpreter's end, a reader that has gone is noticed
+            sys.stdout.flush()  # notices a closed pipe here rather than at interpreter exit
             return code
         except UserError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
@@ -47,13 +97,13 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
-        except BrokenPipeError:  # `... | head`: the reader has gone, and that is no mistake
+        except BrokenPipeError:  # `... | head` has read enough, which is not an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except OSError as error:  # a full disk, a directory that may not be written
+        except OSError as error:  # a full disk, a directory that is not writable
             where = f"{error.filename}: " if error.filename else ""
             what = one_line(f"{where}{error.strerror or error}")
-            print(f"error: {what}: put that right, then the same command again", file=sys.stderr)
+            print(f"error: {what}: fix that and run the same command again", file=sys.stderr)
             return 2
 
     return with_exit_code
@@ -62,8 +112,8 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 def open_standard_streams() -> None:
     """Make stdin, stdout and stderr usable, however the command was started.
 
-    A closed one (`>&-`) would hand its number to the next file that is opened, and what a library prints would go into
-    a checkpoint. A letter that the terminal's encoding does not have is printed as its number.
+    The descriptor of a closed one (`>&-`) would be reused by the next file that is opened, and what a library prints
+    would go into a checkpoint. Characters that the terminal cannot encode are escaped.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -74,38 +124,38 @@ def open_standard_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-class _Forgiving(io.FileIO):
-    """A file that takes everything: what cannot be written is dropped."""
+class _Lenient(io.FileIO):
+    """A file whose failed writes are dropped."""
 
     def write(self, data: Any) -> int:
-        written = None  # also when the other side is slow and does not block
+        written = None  # None also from a non-blocking descriptor
         with contextlib.suppress(OSError):
             written = super().write(data)
         return memoryview(data).nbytes if written is None else written
 
 
 def ignore_broken_output() -> None:
-    """From now on nothing that happens to the terminal can end the process.
+    """From now on, ignore failed writes to stdout and stderr.
 
-    A training must outlive whoever watches it: `| head` that has read enough, a closed session, a full disk under a
-    redirected log. What was printed stands in train.log, too.
+    Training must survive its terminal: `| head` that has read enough, a closed session, a full disk under a redirected
+    log. train.log has everything that was printed.
     """
     for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
         stream = getattr(sys, name)
         if stream is not original or not isinstance(stream, io.TextIOWrapper):
-            continue  # a notebook's or a test's own
+            continue  # replaced by a notebook or a test
         with contextlib.suppress(OSError):
             stream.flush()
-        buffer = io.BufferedWriter(_Forgiving(stream.fileno(), "w", closefd=False))
+        buffer = io.BufferedWriter(_Lenient(stream.fileno(), "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True))
 
 
 class StopRequest:
-    """Turn a signal into a wish that the loop reads between two steps; a second SIGINT stops at once.
+    """Turn a signal into a flag that the loop reads between two steps; a second SIGINT stops immediately.
 
-    SIGINT: Ctrl-C. SIGTERM: batch systems, `kill`. SIGHUP: the terminal went away. SIGUSR1: what SLURM sends a while
-    before the time is up (`--signal=USR1@120`). What was ignored before stays ignored: `nohup` means it. Python hands
-    signals to the main thread only, so in another one this changes nothing.
+    SIGINT: Ctrl-C. SIGTERM: batch systems, `kill`. SIGHUP: the terminal was closed. SIGUSR1: sent by SLURM before the
+    time limit (`--signal=USR1@120`). Signals that are ignored, as under `nohup`, stay ignored. Python delivers signals
+    to the main thread only; in another thread this does nothing.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,7 @@
-"""The machine under the run: which device, which number format, which seed, how much memory.
+"""The machine under the run: which device, dtype and random state it uses, and which library versions.
 
-Everything that asks "where am I running?" asks here, so that the other modules never mention CUDA, Metal or the CPU.
+CUDA, Metal and the CPU differ here and in `memory` only (Metal's own rules are in `metal`), so that the modules above
+receive a torch.device and a dtype and need not know more.
 """
 
 from __future__ import annotations
@@ -20,60 +21,62 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError, __version__
+from nanoft.runtime import metal
 from nanoft.runtime.memory import memory_limit_bytes, total_memory_gb
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WATERMARK = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"  # the limit on Metal, relative to what Metal recommends; 0: none
 LIBRARIES = ("torch", "safetensors", "tokenizers", "bitsandbytes", "numpy")
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto` takes CUDA, then Metal, then the CPU; a device that is not there is the user's to change.
+    """The device of system.device; `auto` prefers CUDA, then Metal, then the CPU.
 
-    PyTorch lets a Mac's GPU have 1.7 times what Metal recommends: the Mac swaps, and no error says that memory ran out.
-    So Metal gives what it recommends and no more, unless PYTORCH_MPS_HIGH_WATERMARK_RATIO says otherwise.
+    Raises:
+        UserError: this machine has no such device.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [name for name, is_present in present.items() if is_present]
     if wanted == "auto":
-        wanted = next(name for name, there in present.items() if there)
-    if not present[wanted]:
-        there = ", ".join(name for name, there in present.items() if there)
-        raise UserError(f"system.device: {wanted} is not available here (there is {there}): set system.device=auto")
-    if wanted == "mps" and WATERMARK not in os.environ:
-        torch.mps.set_per_process_memory_fraction(1.0)
+        wanted = available[0]
+    if wanted not in available:
+        there = ", ".join(available)
+        raise UserError(f"system.device: {wanted} is not available here (available: {there}): set system.device=auto")
+    if wanted == "mps":
+        metal.set_memory_limit()
     return torch.device(wanted)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU that computes in it, float32 elsewhere.
+    """The dtype of model.dtype; `auto` is bfloat16 on a GPU that computes in it, float32 elsewhere.
 
-    float16 is no choice: its smallest number is 6e-8, and gradients of a loss divided by thousands of tokens are less.
+    float16 is not offered: its smallest positive number is 6e-8, and gradients of a loss divided by thousands of tokens
+    are smaller.
 
     Raises:
-        UserError: the device does not multiply in what is wanted.
+        UserError: the device does not support it.
     """
-    if wanted != "auto":
-        if wanted != "float32" and not supports_matmul(DTYPES[wanted], device):
-            raise UserError(f"model.dtype: {device.type} does not multiply in {wanted} here: set model.dtype=float32")
-        return DTYPES[wanted]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "mps" and supports_matmul(torch.bfloat16, device)
-    return torch.bfloat16 if fast else torch.float32
+    if wanted == "auto":
+        is_fast = device.type == "mps" and supports_matmul(torch.bfloat16, device)
+        if device.type == "cuda":
+            is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if is_fast else torch.float32
+    if wanted != "float32" and not supports_matmul(DTYPES[wanted], device):
+        where = "CPU" if device.type == "cpu" else "GPU"
+        raise UserError(f"model.dtype: {wanted} matmul is not supported on this {where}: set model.dtype=float32")
+    return DTYPES[wanted]
 
 
 def supports_matmul(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a small matrix product comes out right: tried, because no version number says it."""
+    """Whether a small matmul gives the right result: no version number says so, so it is tried."""
     try:
         x = torch.eye(8, dtype=dtype, device=device)
         return torch.equal((x @ x).cpu(), x.cpu())
-    except (RuntimeError, TypeError):  # Metal says TypeError
+    except (RuntimeError, TypeError):  # Metal raises TypeError
         return False
 
 
 def seed_everything(seed: int, threads: int, deterministic: bool) -> None:
-    """Seed every generator, bound the CPU threads, ask for deterministic kernels, and hush the libraries."""
+    """Seed all generators; set the number of CPU threads (0: unchanged) and deterministic kernels; quiet libraries."""
     quiet_libraries()
     random.seed(seed)
     np.random.seed(seed)
@@ -86,7 +89,7 @@ def seed_everything(seed: int, threads: int, deterministic: bool) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' notices off the terminal: what nanoft prints is all that a user needs to read."""
+    """Silence warnings and progress bars of other libraries."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("bitsandbytes", "huggingface_hub", "torch"):
@@ -94,7 +97,7 @@ def quiet_libraries() -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every global generator as JSON values (dropout and the like draw from them)."""
+    """The state of all global generators, which dropout uses, as JSON values."""
     version, python_state, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -110,22 +113,22 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore a state from `rng_state`."""
     version, python_state, gauss = state["python"]
     random.setstate((version, tuple(python_state), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_from_hex(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
-        here = state["cuda"][: torch.cuda.device_count()]  # the run may have begun on a machine with more
-        torch.cuda.set_rng_state_all([_from_hex(s) for s in here])
+        states = state["cuda"][: torch.cuda.device_count()]  # the run may have started on a machine with more GPUs
+        torch.cuda.set_rng_state_all([_from_hex(s) for s in states])
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(_from_hex(state["mps"]))
 
 
 @contextlib.contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """What is done within draws no numbers from those that come after it, on any device."""
+    """Restore the state of all generators when the block ends."""
     state = rng_state()
     try:
         yield
@@ -138,16 +141,17 @@ def _from_hex(text: str) -> Tensor:
 
 
 def describe_device(device: torch.device) -> str:
-    """One phrase for the terminal: the device, its memory, the threads."""
+    """The device, its memory and the CPU threads, for the terminal."""
     memory = total_memory_gb(device)
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GB"
     if device.type == "mps":
-        return f"Metal, {memory:.0f} GB unified memory, of which it may have {memory_limit_bytes(device) / 1e9:.1f}"
-    return f"CPU, {torch.get_num_threads()} threads, {memory:.0f} GB"
+        return f"Metal, {memory:.0f} GB unified memory, {memory_limit_bytes(device) / 1e9:.1f} GB usable"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads != 1)}, {memory:.0f} GB"
 
 
 def library_versions() -> dict[str, str]:
-    """What a result depends on: Python and the libraries that compute."""
+    """Versions of nanoft, Python and the libraries that results depend on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"nanoft": __version__, "python": platform.python_version(), **libraries}

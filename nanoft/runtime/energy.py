@@ -1,12 +1,12 @@
-"""What a run takes from the socket, as far as the machine counts it.
+"""Energy that a run takes, as far as the hardware counts it.
 
-GPUs of NVIDIA (Volta and newer) and most processors count their own energy:
+NVIDIA GPUs (Volta and newer) and most processors count their own energy:
 
     GPU         NVML, nvmlDeviceGetTotalEnergyConsumption: millijoules since the driver was loaded
-    processor   Linux's powercap, /sys/class/powercap/intel-rapl:N/energy_uj (AMD's, too): microjoules, which begin
-                again at 0 after max_energy_range_uj; on most systems only root may read them
+    processor   Linux powercap, /sys/class/powercap/intel-rapl:N/energy_uj (also on AMD): microjoules, which wrap around
+                at max_energy_range_uj; on most systems only root may read them
 
-A counter that cannot be read is left out, and so the figure is a lower bound: no memory, no fans, no power supply.
+Counters that cannot be read are skipped, and memory, fans and power supply are not counted: it is a lower bound.
 """
 
 from __future__ import annotations
@@ -25,69 +25,65 @@ JOULES_PER_WH = 3600
 
 @dataclass
 class EnergyCounter:
-    """Something that counts energy, and what it said last."""
+    """A hardware counter and its last value."""
 
     read: Callable[[], float]  # J
-    ends_at: float  # J: then it begins again at 0
-    before: float
+    wraps_at: float  # J
+    last: float
 
     def used(self) -> float:
-        """Joules since the last look; 0 if it can no longer be read."""
+        """Joules since the last call; 0 if the counter can no longer be read."""
         try:
             now = self.read()
         except (OSError, ValueError):
             return 0.0
-        used = now - self.before if now >= self.before else now + self.ends_at - self.before
-        self.before = now
+        used = now - self.last if now >= self.last else now + self.wraps_at - self.last
+        self.last = now
         return used
 
 
 class EnergyMeter:
-    """The counters of a device and of the processors beside it."""
+    """The counters of a device and of the processors of its host."""
 
     def __init__(self, device: torch.device):
-        readers = _processors() + (_gpu(device) if device.type == "cuda" else [])
-        self.counters = [EnergyCounter(read, ends_at, read()) for read, ends_at in readers]
+        self.counters = _processors() + (_gpu(device) if device.type == "cuda" else [])
 
     def used(self) -> float:
-        """Joules since the last look, or since the beginning; 0 where nothing is counted."""
+        """Joules since the last call, or since the start; 0 without counters."""
         return sum(counter.used() for counter in self.counters)
 
 
-def _processors() -> list[tuple[Callable[[], float], float]]:
-    """Each package's counter and its end; a package's parts (cores, memory) are in its own."""
-    found: list[tuple[Callable[[], float], float]] = []
+def _processors() -> list[EnergyCounter]:
+    """One counter per package, which includes its cores and memory controller."""
+    counters: list[EnergyCounter] = []
     for zone in sorted(POWERCAP.glob("intel-rapl:*")):
         try:
             if (zone / "name").read_text().startswith("package"):
-                end = float((zone / "max_energy_range_uj").read_text()) / 1e6
                 read = _microjoules(zone / "energy_uj")
-                read()
-                found.append((read, end))
+                counters.append(EnergyCounter(read, _microjoules(zone / "max_energy_range_uj")(), read()))
         except (OSError, ValueError):
             continue
-    return found
+    return counters
 
 
 def _microjoules(path: Path) -> Callable[[], float]:
     return lambda: float(path.read_text()) / 1e6
 
 
-def _gpu(device: torch.device) -> list[tuple[Callable[[], float], float]]:
-    """NVML's counter of a GPU, by its driver's own library; none if there is no such counter, as in a slice of one."""
+def _gpu(device: torch.device) -> list[EnergyCounter]:
+    """NVML's counter, through the driver's own library; none if the GPU has none, as a MIG slice."""
     handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
     name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
 
     def read() -> float:
         if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
-            raise OSError("NVML has no energy counter here")
+            raise OSError("no NVML energy counter")
         return millijoules.value / 1000
 
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
             return []
-        read()
+        return [EnergyCounter(read, math.inf, read())]
     except (OSError, AttributeError):  # no driver, or an older one
         return []
-    return [(read, math.inf)]

@@ -1,10 +1,15 @@
-"""TODO."""
+"""How much memory a run holds and may hold, on the device and on the host, and a monitor that warns before it runs out.
+
+The limit of a process is what it holds plus what is free. In a container or a batch job, Linux grants less than the
+machine has: the limits of all cgroups above the process count. Readings take some tens of microseconds.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import itertools
+import re
 import resource
 import statistics
 import sys
@@ -18,41 +23,60 @@ from types import TracebackType
 import psutil
 import torch
 
-CGROUPS = Path("/sys/fs/cgroup")  # where Linux shows the limits of containers and batch systems
-MEMBERSHIP = Path("/proc/self/cgroup")  # and which of them this process lives under
+from nanoft.runtime import metal
+
+CGROUPS = Path("/sys/fs/cgroup")  # limits of containers and batch systems
+MEMBERSHIP = Path("/proc/self/cgroup")  # the cgroups of this process
+
+
+def held_bytes(device: torch.device) -> float:
+    """Memory that this process holds: reserved by PyTorch on a GPU, resident (RSS) on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.memory_reserved(device))
+    return metal.held_bytes() if device.type == "mps" else float(psutil.Process().memory_info().rss)
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process has held so far, in 10^9 bytes: on the GPU if it computes there, else resident."""
+    """Peak memory of this process in 10^9 bytes: of tensors on CUDA, resident on a CPU; on Metal, what is held now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 1e9
+        return metal.held_bytes() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def memory_limit_bytes(device: torch.device) -> float:
-    """What this process may have in all: what it has, and what is free."""
+    """Memory that this process may hold: what it holds and what is free."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     if device.type == "mps":
-        # Device and host share one memory, and other programs use it, too.
-        held, recommended = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
-        return min(float(recommended), held + available_host_bytes())
-    return available_host_bytes() + psutil.Process().memory_info().rss
+        return metal.limit_bytes(available_host_bytes())
+    return available_host_bytes() + held_bytes(device)
+
+
+def total_memory_gb(device: torch.device) -> float:
+    """Memory of a CUDA GPU, or else of the machine, in 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    return psutil.virtual_memory().total / 1e9
+
+
+def available_host_bytes() -> float:
+    """Main memory that this process can still take without swapping: the machine's, or what a cgroup grants."""
+    return float(min([psutil.virtual_memory().available, *(limit - used for limit, used in cgroup_limits())]))
 
 
 def cgroup_limits() -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of each cgroup above this process that has a limit.
+    """Limit and usage in bytes of each cgroup above this process that has a limit.
 
-    A page cache that can be dropped (`inactive_file`) is not counted as used. Source: the kernel's
-    admin-guide/cgroup-v2 ("Memory Interface Files") and cgroup-v1/memory.
+    Page cache that can be dropped (`inactive_file`) is not counted. Source: the kernel's admin-guide/cgroup-v2
+    ("Memory Interface Files") and cgroup-v1/memory.
     """
     with contextlib.suppress(OSError):  # not Linux
         for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
-            if not controllers:  # version 2: one tree
+            if not controllers:  # version 2
                 yield from _limits(CGROUPS, path, "memory.max", "memory.current", "inactive_file")
             elif "memory" in controllers.split(","):
                 names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
@@ -60,36 +84,21 @@ def cgroup_limits() -> Iterator[tuple[int, int]]:
 
 
 def _limits(root: Path, path: str, limit: str, usage: str, cache: str) -> Iterator[tuple[int, int]]:
-    """From the process's own cgroup up to the root; inside a container, only the root may be there."""
+    """From the process's own cgroup up to the root; in a container, only the root may be visible."""
     own = root / path.lstrip("/")
     for directory in itertools.takewhile(lambda parent: parent.is_relative_to(root), [own, *own.parents]):
-        with contextlib.suppress(OSError, ValueError):  # not there; `max`: no limit here
+        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
             most, used = (int((directory / name).read_text(encoding="utf-8")) for name in (limit, usage))
             statistic = dict(row.split() for row in (directory / "memory.stat").read_text("utf-8").splitlines())
             yield most, used - int(statistic.get(cache, 0))
 
 
-def total_memory_gb(device: torch.device) -> float:
-    """What the device has in all, in 10^9 bytes; on a Mac and a CPU, the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 1e9
-    return psutil.virtual_memory().total / 1e9
-
-
-def resident_bytes(device: torch.device) -> float:
-    """What the process has before anything is loaded; on a GPU, nothing."""
-    return float(psutil.Process().memory_info().rss) if device.type == "cpu" else 0.0
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
+    """Whether an error means that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    texts = (
-        *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed"),
-        "invalid buffer size",  # on Metal: a tensor larger than it can have
-    )
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    texts = "out of memory|can(no|')t allocate memory|not enough memory|alloc_failed|invalid buffer size"  # last: Metal
+    return isinstance(error, RuntimeError) and bool(re.search(texts, str(error).lower()))
 
 
 class Shortage:
@@ -117,85 +126,64 @@ class Shortage:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what nobody uses any more."""
+    """Collect garbage and return the allocator's unused memory to the device."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
-
-
-def available_host_bytes() -> float:
-    """Main memory that this process could still take without swapping: the machine's, or what a cgroup grants."""
-    return float(min([psutil.virtual_memory().available, *(limit - used for limit, used in cgroup_limits())]))
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
 
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """Memory at one moment, in bytes: held by this process, and all that it may have, on the device and on the host."""
+    """Bytes that this process holds and may hold, on the device and on the host; equal if the device is the CPU."""
 
     device_held: float
     device_limit: float
-    host_held: float  # resident
+    host_held: float
     host_limit: float
 
     def shares(self) -> dict[str, float]:
-        """How much of what it may have the process holds; a computer whose device is the CPU has only the host."""
-        shares = {"device": self.device_held / self.device_limit, "host": self.host_held / self.host_limit}
-        if self.device_limit == self.host_limit:
-            del shares["device"]
-        return shares
+        """Held memory as a share of the limit, by place."""
+        host = {"host": self.host_held / self.host_limit}
+        return host if self.device_limit == self.host_limit else {"device": self.device_held / self.device_limit} | host
 
     def figures(self) -> dict[str, float]:
-        """For a `memory` line of metrics.jsonl, in 10^9 bytes."""
-        names = ("device_held", "device_limit", "host_held", "host_limit")
-        return {f"{name}_gb": round(getattr(self, name) / 1e9, 4) for name in names}
+        """For a `memory` event of metrics.jsonl, in 10^9 bytes."""
+        return {f"{name}_gb": round(value / 1e9, 4) for name, value in vars(self).items()}
 
 
 def read_memory(device: torch.device) -> MemoryReading:
-    """Look at the machine; some tens of microseconds."""
-    held = float(psutil.Process().memory_info().rss)
+    """The memory of this process now."""
+    held = held_bytes(torch.device("cpu"))
     limit = available_host_bytes() + held
-    if device.type == "cuda":
-        return MemoryReading(float(torch.cuda.memory_reserved(device)), memory_limit_bytes(device), held, limit)
-    if device.type == "mps":
-        return MemoryReading(float(torch.mps.driver_allocated_memory()), memory_limit_bytes(device), held, limit)
-    return MemoryReading(held, limit, held, limit)
+    if device.type == "cpu":
+        return MemoryReading(held, limit, held, limit)
+    return MemoryReading(held_bytes(device), memory_limit_bytes(device), held, limit)
 
 
 class MemoryMonitor:
-    """Warns before memory runs out: at 85, 90 and 95 % of what the process may have, and when it grows and grows.
+    """Warns before memory runs out: at 85, 90 and 95 % of the limit, and when memory leaks.
 
-    A leak is told from noise by medians: of each window of looks one median, through the windows the line whose slope
-    is the median of all slopes between two of them (Theil, 1950; Sen, 1968). It is a leak if nearly all of those slopes
-    rise and the line has grown by more than a reader of caches explains.
+    To tell a leak from noise, each window of readings gives one median, and the slope is the median of all slopes
+    between two windows (Theil, 1950; Sen, 1968). It is a leak if nearly all of those slopes are positive and memory has
+    grown by more than caches explain.
     """
 
     LEVELS = (0.85, 0.90, 0.95)
-    LOOKS = 30  # of a window
+    WINDOW_READINGS = 30
     WINDOWS = 8
-    RISING = 0.9  # share of the slopes that must be positive
-    GROWTH = 0.02  # of what was held, over all windows; and at least
-    GROWTH_BYTES = 32e6
+    RISING = 0.9  # share of positive slopes in a leak
+    GROWTH, GROWTH_BYTES = 0.02, 32e6  # of a leak over all windows: at least this share of held memory, and this much
 
     def __init__(self, device: torch.device, every_s: float = 1.0):
-        """
-        Args:
-            every_s: seconds between two looks; what `check` costs in between is reading the clock.
-        """
-        self.device, self.every_s = device, every_s
-        self.told: dict[str, float] = {}  # place -> the highest level that was warned of
-        self.leak_told = False
+        self.device, self.every_s = device, every_s  # seconds between readings; in between, only the clock is read
+        self._warned: dict[str, float] = {}  # place -> the highest level that was warned of
+        self._leak_warned = False
         self._last_s = -float("inf")
-        self._looks: list[tuple[int, float]] = []
+        self._readings: list[tuple[int, float]] = []
         self._windows: deque[tuple[float, float]] = deque(maxlen=self.WINDOWS)  # (step, bytes)
 
     def check(self, step: int) -> list[str]:
-        """Look, if it is time to; returns what to warn of, each thing once.
-
-        Args:
-            step: completed optimizer steps, for saying how fast memory grows.
-        """
+        """New warnings after `step` completed optimizer steps, if a reading is due."""
         if time.monotonic() - self._last_s < self.every_s:
             return []
         self._last_s = time.monotonic()
@@ -205,38 +193,37 @@ class MemoryMonitor:
     def _levels(self, now: MemoryReading) -> Iterator[str]:
         for place, share in now.shares().items():
             level = max((level for level in self.LEVELS if level <= share), default=0.0)
-            if level <= self.told.get(place, 0.0):
-                continue
-            self.told[place] = level
-            limit = now.host_limit if place == "host" else now.device_limit
-            where = f"the {limit / 1e9:.2f} GB that it may have" + (f" on {self.device}" if place == "device" else "")
-            yield (
-                f"the process holds {share:.0%} of {where}: lower training.micro_batch_size and raise "
-                "gradient_accumulation_steps as much, set training.checkpointing=full, or lower model.max_seq_length"
-            )
+            if level > self._warned.get(place, 0.0):
+                self._warned[place] = level
+                limit = now.host_limit if place == "host" else now.device_limit
+                yield (
+                    f"the process holds {share:.0%} of its {place} memory limit of {limit / 1e9:.2f} GB: lower "
+                    "training.micro_batch_size and raise gradient_accumulation_steps by the same factor, "
+                    "set training.checkpointing=full, or lower model.max_seq_length"
+                )
 
     def _leak(self, step: int, now: MemoryReading) -> Iterator[str]:
-        self._looks.append((step, now.host_held))
-        if len(self._looks) < self.LOOKS:
+        self._readings.append((step, now.host_held))
+        if len(self._readings) < self.WINDOW_READINGS:
             return
-        steps, held = zip(*self._looks, strict=True)
-        self._looks.clear()
+        steps, held = zip(*self._readings, strict=True)
+        self._readings.clear()
         self._windows.append((statistics.median(steps), statistics.median(held)))
-        if self.leak_told or len(self._windows) < self.WINDOWS:
+        if self._leak_warned or len(self._windows) < self.WINDOWS:
             return
         per_step, rising = theil_sen_slope(list(self._windows))
         (first_step, first), (last_step, last) = self._windows[0], self._windows[-1]
         grown = per_step * (last_step - first_step)
         if rising >= self.RISING and grown > max(self.GROWTH * first, self.GROWTH_BYTES):
-            self.leak_told = True
-            left, steps_watched = (now.host_limit - last) / per_step, last_step - first_step
+            self._leak_warned = True
             yield (
-                f"memory has grown by {grown / 1e6:,.0f} MB in {steps_watched:,.0f} steps and is full in about "
-                f"{left:,.0f} more: stop with Ctrl-C and give the same command again: a fresh process goes on"
+                f"memory has grown by {grown / 1e6:,.0f} MB in {last_step - first_step:,.0f} steps and will be full in "
+                f"about {(now.host_limit - last) / per_step:,.0f} more: stop with Ctrl-C and run the same command "
+                "again, which resumes in a new process"
             )
 
 
 def theil_sen_slope(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Median of the slopes between all pairs of points (Theil, 1950; Sen, 1968), and the share of them that rise."""
+    """Median slope between all pairs of points (Theil, 1950; Sen, 1968), and the share of positive slopes."""
     slopes = [(y - b) / (x - a) for (a, b), (x, y) in itertools.combinations(points, 2) if x != a]
     return (statistics.median(slopes), sum(s > 0 for s in slopes) / len(slopes)) if slopes else (0.0, 0.0)

@@ -1,14 +1,14 @@
-"""Looking at runs from outside: beside one another, or while one goes on. Only metrics.jsonl and its like are read.
+"""Runs from outside: several side by side, or one while it trains. Only metrics.jsonl and files beside it are read.
 
-    python -m nanoft compare runs/a runs/b --plot both.svg      a table and the eval losses in one plot
+    python -m nanoft compare runs/a runs/b --plot both.svg      a table, and the eval losses in one plot
     python -m nanoft compare runs/a --follow                    curves in the terminal until the run is done
 
-A run that is watched does not know it: nothing in its directory is touched. Where the output is not a terminal,
-`--follow` prints a line for each event instead of drawing.
+Nothing in a run's directory is touched. Where the output is not a terminal, `--follow` prints one line per event.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -23,49 +23,35 @@ from typing import Any
 from nanoft import UserError
 from nanoft.io.tables import format_duration, markdown_table
 from nanoft.io.untrusted import one_line, parse_json, read_bytes
-from nanoft.runtime.command import Arguments, command
 from nanoft.tracking import plots
 from nanoft.tracking.plots import Events, number, read_events
 from nanoft.tracking.run import may_be_running
 
-UNSAID = ("logging", "output", "provenance")  # sections that make no other run
-PACE = 20  # of so many train lines, the median time a step is taken
+IGNORED = ("logging", "output", "provenance")  # sections that do not change what is trained
+PACE = 20  # the time per step is the median over so many train events
 WARNINGS = 3  # shown on the dashboard
 WIDTH, HEIGHT = 72, 8  # of a chart, in characters
-HOME, REST = "\x1b[H\x1b[2J", "\x1b[0J"  # to the top of a cleared screen
+HOME, REST = "\x1b[H\x1b[2J", "\x1b[0J"  # clear the screen and go to its top; clear below the cursor
 
 
-@command
-def main(argv: list[str]) -> int:
-    parser = Arguments(
-        prog="python -m nanoft compare",
-        description="Compare runs, or follow one.",
-        epilog="examples: python -m nanoft compare runs/a runs/b --plot both.svg; "
-        "python -m nanoft compare runs/a --follow",
-    )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories to compare")
-    parser.add_argument("--plot", metavar="FILE", help=f"draw their eval losses ({', '.join(plots.KINDS)})")
-    parser.add_argument("--follow", metavar="RUN", help="show a run until it is done; it need not have begun")
-    parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks; default: 2")
-    args = parser.parse_args(argv)
-    if args.follow:
-        if args.runs or args.plot:
-            raise UserError("--follow: shows one run alone: leave the others and --plot out")
-        return follow(Path(args.follow), max(0.05, args.every))
-    if not args.runs:
-        raise UserError("RUN: none given: python -m nanoft compare runs/a runs/b")
-    return compare([Path(name) for name in args.runs], Path(args.plot) if args.plot else None)
+def run(args: argparse.Namespace) -> int:
+    """`python -m nanoft compare RUN... [--follow]`; returns the exit code."""
+    if not args.follow:
+        return compare([Path(name) for name in args.runs], Path(args.plot) if args.plot else None)
+    if len(args.runs) > 1 or args.plot:
+        raise UserError("--follow: shows one run: remove the other runs and --plot")
+    return follow(Path(args.runs[0]), max(0.05, args.every))
 
 
-# ---- Beside one another
+# ---- Side by side
 
 
 def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
     """Print a table of runs: the settings that differ, then the figures; draw their eval losses."""
-    directories = list(dict.fromkeys(directories))  # one that is named twice is one
+    directories = list(dict.fromkeys(directories))  # without duplicates
     for directory in directories:
         if not (directory / "metrics.jsonl").is_file():
-            raise UserError(f"{directory}: no run that has begun: there is no metrics.jsonl")
+            raise UserError(f"{directory}: not a run that has started: it has no metrics.jsonl: give a run directory")
     names = _names(directories)
     runs = dict(zip(names, (read_events(directory) for directory in directories), strict=True))
     settings = [settings_of(directory) for directory in directories]
@@ -77,7 +63,7 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
     print(markdown_table(["", *names], rows))
     for name, events in runs.items():
         if events.damaged:
-            print(f"{name}: damaged lines of metrics.jsonl, left out: {events.damaged:,}")
+            print(f"{name}: skipped {events.damaged:,} damaged lines of metrics.jsonl")
     if plot:
         plots.save(plots.comparison(runs), plot)
         print(f"plot      {plot}")
@@ -85,23 +71,23 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
-    """The last part of each path, or the whole where that is not enough to tell them apart."""
+    """The last part of each path; the whole paths where those are ambiguous."""
     short = [directory.resolve().name for directory in directories]
     named = short if len(set(short)) == len(short) else [str(directory) for directory in directories]
     return [one_line(name).replace("|", "/") for name in named]
 
 
 def settings_of(directory: Path) -> dict[str, Any]:
-    """section.field -> value of config.json, and the hashes of data and base; empty if it is damaged or not there."""
+    """section.field -> value in config.json, and the hashes of data and base; empty if it is missing or damaged."""
     tree = _json(directory / "config.json")
-    sections = {name: part for name, part in tree.items() if isinstance(part, dict) and name not in UNSAID}
+    sections = {name: part for name, part in tree.items() if isinstance(part, dict) and name not in IGNORED}
     found = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
     hashes = _part(tree, "provenance")
     return found | {key: str(hashes[key])[:12] for key in ("data_sha256", "base_sha256") if key in hashes}
 
 
 def figures(events: Events, report: dict[str, Any]) -> dict[str, str]:
-    """What came out of a run, in words; from the report if there is one, else from what was logged so far."""
+    """Results of a run as text; from its report if there is one, otherwise from what was logged so far."""
     training, tuned = _part(report, "training"), _part(report, "tuned")
     best, last = events.best(), events.last("eval", "loss")
     speeds = [v for v in events.series("train", "tokens_per_second")[1] if math.isfinite(v)]
@@ -146,22 +132,22 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# ---- While it goes on
+# ---- One run, live
 
 
 def follow(directory: Path, every_s: float) -> int:
-    """Show a run until it is done, or until nobody works on it any more.
+    """Show a run until it is done, or until no process owns it any more.
 
     Raises:
-        UserError: there is something else of that name.
+        UserError: the path exists, but is not a directory.
     """
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"--follow: {directory}: is a file: give a run directory")
+        raise UserError(f"--follow: {directory}: not a directory: give a run directory")
     redraws = sys.stdout.isatty()
     seen: set[tuple[Any, ...]] = set()
-    said = ""
+    is_announced = False
     while True:
-        goes_on = not (directory / "metrics.jsonl").exists() or is_owned(directory)  # asked before the file is read
+        is_running = not (directory / "metrics.jsonl").exists() or is_owned(directory)  # before reading the file
         events = read_events(directory)
         if redraws:
             width = shutil.get_terminal_size((80, 24)).columns
@@ -171,30 +157,30 @@ def follow(directory: Path, every_s: float) -> int:
                 key = line["event"], line["step"], line.get("time"), line.get("what")
                 if key not in seen:
                     seen.add(key)
-                    print(in_a_line(line), flush=True)
-            if not events.lines and not said:
-                said = f"{directory}: has not begun: waiting"
-                print(said, flush=True)
-        if events.of("done") or not goes_on:
+                    print(event_line(line), flush=True)
+            if not events.lines and not is_announced:
+                is_announced = True
+                print(f"{directory}: has not started: waiting", flush=True)
+        if events.of("done") or not is_running:
             break
         time.sleep(every_s)
     if events.damaged and not redraws:
-        print(f"damaged lines, left out: {events.damaged:,}")
+        print(f"skipped {events.damaged:,} damaged lines")
     if not events.of("done"):
-        print(f"{directory}: ended before it was done: the command that began it goes on with it")
+        print(f"{directory}: stopped before it was done: run the same train.py command again to resume")
     return 0
 
 
 def is_owned(directory: Path) -> bool:
-    """Whether a process works on the run, by the note in its lock; the lock itself is left alone."""
+    """Whether a process owns the run, according to the note in its lock file; the lock itself is not touched."""
     try:
         return may_be_running((directory / ".lock").read_text(encoding="utf-8", errors="replace").strip())
     except OSError:
         return False
 
 
-def in_a_line(event: dict[str, Any]) -> str:
-    """An event for people: step 20  train  loss 1.234  grad norm 0.5 ..."""
+def event_line(event: dict[str, Any]) -> str:
+    """An event as text: step 20 train: loss 1.234, grad norm 0.5, ..."""
     names = {
         "train": ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb"),
         "eval": ("loss", "perplexity"),
@@ -213,27 +199,27 @@ def dashboard(name: str, events: Events, width: int = WIDTH) -> list[str]:
     """The state of a run as lines of text."""
     name = one_line(name)
     if not events.lines:
-        return [f"{name}: has not begun"]
+        return [f"{name}: has not started"]
     step, total, left = progress(events)
     head = f"{name}  step {step:g}" + (f" of {total:g} ({step / total:.0%})" if total else "")
     state = "done" if events.of("done") else f"{format_duration(left)} left" if math.isfinite(left) else ""
     lines = [f"{head}  {state}"]
     if train := events.of("train")[-1:]:
-        lines.append(in_a_line(train[0]))
+        lines.append(event_line(train[0]))
     if best := events.best():
         lines.append(f"eval loss {events.last('eval', 'loss'):.4f}, best {best['loss']:.4f} at step {best['step']:g}")
     both = [events.series(event, "loss") for event in ("train", "eval")]
     lines += ["", "loss (*), eval loss (o)", *chart(both, width)]
     lines += ["", "gradient norm", *chart([events.series("train", "grad_norm")], width, HEIGHT // 2)]
-    told = events.of("warning")[-WARNINGS:]
-    lines += ["", *(in_a_line(line) for line in told)] if told else []
+    recent = events.of("warning")[-WARNINGS:]
+    lines += ["", *(event_line(line) for line in recent)] if recent else []
     if events.damaged:
-        lines.append(f"damaged lines, left out: {events.damaged:,}")
+        lines.append(f"skipped {events.damaged:,} damaged lines")
     return lines
 
 
 def progress(events: Events) -> tuple[float, float, float]:
-    """Completed steps, all steps (0: not known), and the seconds that the rest will take (NaN: not known)."""
+    """Completed steps, total steps (0: unknown), and the remaining seconds (NaN: unknown)."""
     step = max(line["step"] for line in events.lines)
     total = max([number(line.get("total_steps")) for line in events.of("memory") if "total_steps" in line] or [0.0])
     train = [(line["step"], number(line.get("time"))) for line in events.of("train")[-PACE - 1 :]]
@@ -242,11 +228,11 @@ def progress(events: Events) -> tuple[float, float, float]:
 
 
 def chart(series: Sequence[tuple[list[float], list[float]]], width: int = WIDTH, height: int = HEIGHT) -> list[str]:
-    """Curves as text: `*` the first, `o` the second, over a frame with the least and largest values and steps."""
+    """Curves as text: `*` the first, `o` the second, on axes with the smallest and largest values and steps."""
     points = [(x, y, mark) for (xs, ys), mark in zip(series, "*o", strict=False) for x, y in zip(xs, ys, strict=True)]
     points = [point for point in points if math.isfinite(point[1])]
     if not points:
-        return ["  (nothing yet)"]
+        return ["  (no data yet)"]
     xs, ys = [point[0] for point in points], [point[1] for point in points]
     left, bottom, across, up = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
     columns = max(10, width - 11)

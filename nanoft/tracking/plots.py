@@ -1,20 +1,20 @@
-"""A run's metrics.jsonl as curves: read back, whatever state it is in, and drawn.
+"""The curves of a run: reads metrics.jsonl back, in whatever state it is, and plots it.
 
-    python -m nanoft plot runs/tiny        writes runs/tiny/plots/curves.png and curves.svg, also while it runs
+    python -m nanoft plot runs/tiny        writes runs/tiny/plots/curves.png and curves.svg, also during training
 
-The file may be of a run that is going on, or that was killed in the middle of a line: what is not a whole event is
-counted and passed over. Curves are drawn in black, told apart by dashes and marks, so that they survive a printer; the
-same file gives the same bytes (one version of matplotlib assumed), so that a plot can be kept under version control.
+The run may still be training, or may have been killed in the middle of a line: damaged lines are counted and skipped.
+Curves are black and differ in dashes and markers, so they survive printing. The same metrics.jsonl gives the same bytes
+(for one version of matplotlib), so a plot can be kept under version control.
 
-train.py draws in a process of its own (nanoft/sinks.py): this module therefore imports neither torch nor anything that
-does, and matplotlib only where it draws.
+During training, plots are drawn in a separate process (nanoft/tracking/trackers.py). This module therefore imports
+neither torch nor anything that does, and matplotlib only where it plots.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from nanoft import UserError
+from nanoft.io.atomic import replace_file
 from nanoft.io.untrusted import one_line, parse_json
 
 EXTRA = "needs matplotlib: pip install -e '.[plot]'"
 KINDS = (".png", ".svg", ".pdf")
-PANELS = [  # what is told -> its curves: name, event, key
+PANELS = [  # label of the axis -> curves: name, event, key
     ("loss, nats per target token", [("loss", "train", "loss"), ("eval loss", "eval", "loss")]),
     ("learning rate", [("learning rate", "train", "learning_rate")]),
     ("gradient norm", [("grad norm", "train", "grad_norm")]),
@@ -34,10 +35,10 @@ PANELS = [  # what is told -> its curves: name, event, key
     ("memory, GB", [("peak", "train", "peak_memory_gb"), ("held", "train", "device_held_gb")]),
 ]
 DASHES = ["-", "--", ":", "-."]
-MARKS = ["o", "s", "^", "x", "D"]  # five and four: the twenty-first run looks like the first
-FEW = 40  # points; so many or fewer are marked, since one alone makes no line
+MARKS = ["o", "s", "^", "x", "D"]  # 5 markers x 4 dashes: 20 runs look different
+FEW = 40  # up to so many points get markers: a single one makes no line
 STYLE = {
-    "svg.hashsalt": "nanoft",  # names of clip paths: else they are drawn by lot
+    "svg.hashsalt": "nanoft",  # names of clip paths; otherwise random
     "svg.fonttype": "none",  # text stays text
     "font.size": 9,
     "axes.grid": True,
@@ -49,7 +50,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Events:
-    """The whole lines of a metrics.jsonl, in order, and how many were not whole."""
+    """The valid lines of a metrics.jsonl, in order, and the number of damaged ones."""
 
     lines: list[dict[str, Any]] = field(default_factory=list)
     damaged: int = 0
@@ -58,7 +59,7 @@ class Events:
         return [line for line in self.lines if line["event"] in kinds]
 
     def series(self, event: str, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a curve; NaN, which leaves a gap, for what is missing or was not finite."""
+        """Steps and values of a curve; missing and non-finite values are NaN, which leaves a gap."""
         lines = self.of(event)
         return [float(line["step"]) for line in lines], [number(line.get(key)) for line in lines]
 
@@ -67,7 +68,7 @@ class Events:
         return next((v for v in reversed(self.series(event, key)[1]) if math.isfinite(v)), math.nan)
 
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the lowest loss, the first of equals."""
+        """The first evaluation with the lowest loss."""
         finite = [line for line in self.of("eval") if math.isfinite(number(line.get("loss")))]
         return min(finite, key=lambda line: line["loss"], default=None)
 
@@ -79,23 +80,23 @@ def number(value: Any) -> float:
 
 
 def read_events(directory: Path) -> Events:
-    """What metrics.jsonl of a run directory says; nothing, if the run has not begun.
+    """The events of a run directory; none if the run has not started.
 
     Raises:
-        UserError: the file is there and cannot be read.
+        UserError: metrics.jsonl is not a regular file.
     """
     path = directory / "metrics.jsonl"
     if not path.exists():
         return Events()
     if not path.is_file():
-        raise UserError(f"{path}: not a plain file")
+        raise UserError(f"{path}: not a regular file: give a run directory")
     events = [as_event(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-    whole = [event for event in events if event is not None]
-    return Events(whole, len(events) - len(whole))
+    valid = [event for event in events if event is not None]
+    return Events(valid, len(events) - len(valid))
 
 
 def as_event(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None if it is not a whole one."""
+    """A line of metrics.jsonl; None if it is damaged."""
     try:
         values = parse_json(line)
     except ValueError:
@@ -105,11 +106,11 @@ def as_event(line: bytes) -> dict[str, Any] | None:
 
 
 def draw(directory: Path) -> list[Path]:
-    """The curves of a run in its plots/, as curves.png and curves.svg; returns their paths.
+    """Write plots/curves.png and plots/curves.svg of a run; returns their paths.
 
     Raises:
         UserError: matplotlib is not installed.
-        OSError: the disk refuses.
+        OSError: they cannot be written.
     """
     picture = figure(read_events(directory), directory.resolve().name)
     (directory / "plots").mkdir(exist_ok=True)
@@ -120,7 +121,7 @@ def draw(directory: Path) -> list[Path]:
 
 
 def figure(events: Events, title: str) -> Any:
-    """A matplotlib Figure with a panel for each of `PANELS`, one above the other."""
+    """A matplotlib Figure with one panel for each of `PANELS`."""
     with style():
         from matplotlib.figure import Figure
 
@@ -154,14 +155,14 @@ def comparison(runs: dict[str, Events]) -> Any:
 def curve(
     axes: Any, steps: Sequence[float], values: Sequence[float], label: str, index: int, gid: str, marked: bool = False
 ) -> None:
-    """One line; the `index` decides how it looks, `gid` is its name in an SVG."""
+    """Plot one line in the style number `index`; `gid` is its id in an SVG."""
     mark = MARKS[index % len(MARKS)] if marked or len(steps) <= FEW else ""
     looks = {"color": "black", "linewidth": 1.0, "markersize": 3.5, "markerfacecolor": "white"}
     axes.plot(steps, values, DASHES[index % len(DASHES)], marker=mark, label=label, gid=gid, **looks)
 
 
 def style() -> Any:
-    """matplotlib's own defaults and `STYLE`, whatever the user's matplotlibrc says, while the block lasts.
+    """A context with matplotlib's defaults and `STYLE`, whatever the user's matplotlibrc says.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -174,34 +175,26 @@ def style() -> Any:
 
 
 def save(picture: Any, path: Path) -> None:
-    """Write a figure in one go, in the format of its name, without the time of day in it."""
+    """Write a figure atomically, in the format of its suffix, without a timestamp."""
     if path.suffix not in KINDS:
-        raise UserError(f"{path}: a plot is one of {', '.join(KINDS)}: give the file such a name")
+        raise UserError(f"{path}: unknown plot format: use one of {', '.join(KINDS)}")
     buffer = io.BytesIO()
     dates = {".svg": "Date", ".pdf": "CreationDate"}
     undated = {dates[path.suffix]: None} if path.suffix in dates else {}
     with style():
         picture.savefig(buffer, format=path.suffix[1:], metadata=undated)
-    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    aside.write_bytes(buffer.getvalue())
-    os.replace(aside, path)  # a viewer sees the old picture or the new one
+    replace_file(path, buffer.getvalue())  # a viewer sees the old picture or the new one
 
 
 def plain(text: str) -> str:
-    """A name as it is: matplotlib would read what stands between two dollars as a formula, and `_` hides a label."""
+    """A name escaped for matplotlib, which reads `$...$` as a formula and hides labels that start with `_`."""
     return ("\u200b" if text.startswith("_") else "") + one_line(text).replace("$", r"\$")
 
 
-def main(argv: list[str]) -> int:
-    """`python -m nanoft plot RUN`; one line on stderr for a mistake."""
-    try:
-        if len(argv) != 1 or argv[0].startswith("-"):
-            raise UserError("usage: python -m nanoft plot RUN")
-        if not Path(argv[0]).is_dir():
-            raise UserError(f"{argv[0]}: no such run directory")
-        for path in draw(Path(argv[0])):
-            print(path)
-    except (UserError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+def run(args: argparse.Namespace) -> int:
+    """`python -m nanoft plot RUN`; returns the exit code."""
+    if not Path(args.run).is_dir():
+        raise UserError(f"{args.run}: no such run directory")
+    for path in draw(Path(args.run)):
+        print(path)
     return 0

@@ -1,11 +1,11 @@
-"""Looking closer at the steps of a run: gradients by module, where the time goes, which operation makes a NaN.
+"""Diagnostics inside the training loop: gradients by module, a profile of a few steps, the operation that produces NaN.
 
-    logging.gradient_steps=10    a `gradients` line every ten steps: norm, largest entry, share of zeros by module
+    logging.gradient_steps=10    every 10 steps, a `gradients` event: norm, maximum and share of zeros by module type
     system.profile=true          a few steps recorded by torch.profiler, for chrome://tracing or ui.perfetto.dev
-    system.debug=true            the run ends at the first operation whose gradient is NaN, and says which
+    system.debug=true            the run ends at the first operation whose gradient is NaN, and names it
 
-None of them changes a result: they read, and take time. (`system.debug` does change what follows: the guard, which
-would leave such a window out, is not asked.)
+None of them changes a result; they only take time. (With `system.debug` a NaN ends the run, where the guard would skip
+the window.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,100 +22,78 @@ from torch import nn
 
 from nanoft import TrainingFailed
 from nanoft.config import Config
+from nanoft.tracking.run import NullRun, Run
 
-SETTLING, WARM_UP, RECORDED = 2, 1, 3  # steps before, steps that the profiler warms up with, steps in the trace
+WAIT, WARM_UP, ACTIVE = 2, 1, 3  # steps of the profiler's schedule; the active ones are in the trace
 TOP = 15  # operators in the table
-NAN = re.compile(r"Function '(\w+)' returned nan values")  # what torch's anomaly mode raises
-FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')  # of the traceback that it warns with before
+NAN = re.compile(r"Function '(\w+)' returned nan values")  # raised by torch's anomaly mode
+FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')  # in the warning that anomaly mode gives first
 
 
 class Profiler:
-    """What a config asks to look at. `with Probe(...) as probe:` around the loop, `probe.step(...)` in each step."""
+    """The diagnostics that a config asks for: a context around the loop, with `step` called after each step."""
 
-    def __init__(
-        self,
-        config: Config,
-        directory: Path,
-        log: Callable[..., None],
-        print: Callable[[str], None],
-        records: bool = True,
-    ):
-        """
-        Args:
-            log: takes the event, the step and its values, as `Run.log` does.
-            print: takes a line for people.
-            records: whether this process writes the profile; of several, one does.
-        """
-        self.config, self.directory, self.log, self.print, self.records = config, directory, log, print, records
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run = config, run
         self._open = contextlib.ExitStack()
         self._profile: torch.profiler.profile | None = None
 
     def __enter__(self) -> Profiler:
         if self.config.system.debug:
             self._open.enter_context(named_anomalies())
-        if self.config.system.profile and self.records:
-            schedule = torch.profiler.schedule(wait=SETTLING, warmup=WARM_UP, active=RECORDED, repeat=1)
-            self._profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self._keep)
+        if self.config.system.profile and not isinstance(self.run, NullRun):  # only rank 0 records
+            schedule = torch.profiler.schedule(wait=WAIT, warmup=WARM_UP, active=ACTIVE, repeat=1)
+            self._profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self._save_profile)
             self._profile.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self._profile is not None:
-            self._end_profile()
+            if self._profile.step_num < WAIT + WARM_UP:
+                self.run.print(f"profile   empty: recording starts after {WAIT + WARM_UP} steps, and the run had fewer")
+            self._profile.stop()
         self._open.__exit__(*error)
 
     def step(self, step: int, trained: Iterable[tuple[str, nn.Parameter]], grad_norm: float) -> None:
-        """After an optimizer step, while its gradients are there.
-
-        Args:
-            grad_norm: of the gradient before it was clipped.
-        """
+        """Record an optimizer step, before its gradients are freed; grad_norm is the norm before clipping."""
         every = self.config.logging.gradient_steps
         if every and step % every == 0:
             limit = self.config.training.max_grad_norm
             unclipped = max(1.0, (grad_norm + 1e-6) / limit) if limit else 1.0  # as clip_grad_norm_ has scaled it
-            self.log("gradients", step, modules=gradients_by_module(trained, unclipped))
+            self.run.log("gradients", step, modules=gradients_by_module(trained, unclipped))
         if self._profile is not None:
             self._profile.step()
 
-    def _end_profile(self) -> None:
-        assert self._profile is not None
-        early = self._profile.step_num < SETTLING + WARM_UP
-        self._profile.stop()
-        self._profile = None
-        if early:
-            self.print(f"profile   nothing: it begins after {SETTLING + WARM_UP} steps, and there were fewer")
-
-    def _keep(self, profile: torch.profiler.profile) -> None:
-        """The trace to the disk, the operators that take the time to train.log."""
-        path = self.directory / "profile" / "trace.json"
+    def _save_profile(self, profile: torch.profiler.profile) -> None:
+        """Write the trace to disk and the most expensive operators to train.log."""
+        path = self.run.directory / "profile" / "trace.json"
         try:
             path.parent.mkdir(exist_ok=True)
             profile.export_chrome_trace(str(path))
-        except (OSError, RuntimeError) as error:  # the disk refuses: a run is worth more than a look at it
-            self.log("warning", 0, what="profile failed", error=str(error))
-            self.print(f"warning: profile failed: {error}")
+        except (OSError, RuntimeError) as error:  # disk full, for example: training continues
+            self.run.log("warning", 0, what="profile failed", error=str(error))
+            self.run.print(f"warning: profile failed: {error}")
         operators = profile.key_averages()
         on_device = any(operator.self_device_time_total for operator in operators)
         order = "self_device_time_total" if on_device else "self_cpu_time_total"
-        self.print(f"profile   {RECORDED} steps in {path}: open it in ui.perfetto.dev or chrome://tracing")
-        self.print(operators.table(sort_by=order, row_limit=TOP, max_name_column_width=40))
+        self.run.print(f"profile   {ACTIVE} steps in {path}: open it in ui.perfetto.dev or chrome://tracing")
+        self.run.print(operators.table(sort_by=order, row_limit=TOP, max_name_column_width=40))
 
 
 def gradients_by_module(trained: Iterable[tuple[str, nn.Parameter]], scale: float = 1.0) -> dict[str, dict[str, float]]:
-    """Norm, largest magnitude and share of zeros of the gradients of all modules of one name (q_proj, down_proj, ...).
+    """Norm, maximum magnitude and share of zeros of the gradients by module type (q_proj, down_proj, ...).
 
-    The squares of the norms add up to that of the whole gradient. A large share of zeros: tokens or features that a
-    module never sees; a norm far below the others': a module that does not learn.
+    The squared norms add up to that of the whole gradient. Many zeros: tokens or features that a module never sees; a
+    norm far below the others': a module that does not learn.
 
     Args:
-        trained: (name, parameter); one without gradient counts as zeros.
+        trained: (name, parameter); a parameter without a gradient counts as zeros.
         scale: factor on the gradients, to undo clipping.
     """
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained:
         parts.setdefault(module_type(name), []).append(parameter)
-    return {name: _figures(parameters, scale) for name, parameters in parts.items()}
+    return {name: _gradient_figures(parameters, scale) for name, parameters in parts.items()}
 
 
 def module_type(name: str) -> str:
@@ -124,7 +102,7 @@ def module_type(name: str) -> str:
     return ".".join(words[-2:] if words[-1].startswith(("lora_", "bias")) else words[-1:])
 
 
-def _figures(parameters: list[nn.Parameter], scale: float) -> dict[str, float]:
+def _gradient_figures(parameters: list[nn.Parameter], scale: float) -> dict[str, float]:
     gradients = [p.grad.detach().float() for p in parameters if p.grad is not None]
     entries = sum(p.numel() for p in parameters)
     if not gradients:
@@ -132,18 +110,14 @@ def _figures(parameters: list[nn.Parameter], scale: float) -> dict[str, float]:
     norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
     largest = torch.stack([g.abs().amax() for g in gradients]).amax()
     filled = torch.stack([torch.count_nonzero(g) for g in gradients]).sum()
-    norm, most, count = torch.stack([torch.linalg.vector_norm(norms), largest, filled.to(norms)]).tolist()  # one wait
+    norm, most, count = torch.stack([torch.linalg.vector_norm(norms), largest, filled.to(norms)]).tolist()  # one sync
     return {"norm": scale * norm, "max": scale * most, "zeros": 1 - count / entries}
 
 
 @contextlib.contextmanager
 def named_anomalies() -> Iterator[None]:
-    """torch's anomaly mode, whose two messages (which operation, and where it was called) become one line.
-
-    Raises:
-        TrainingFailed: an operation gave NaN in the backward pass.
-    """
-    with warnings.catch_warnings(record=True) as told, torch.autograd.set_detect_anomaly(True):
+    """torch's anomaly mode, with its two messages (operation and call site) as one TrainingFailed."""
+    with warnings.catch_warnings(record=True) as caught, torch.autograd.set_detect_anomaly(True):
         warnings.simplefilter("always")
         try:
             yield
@@ -151,14 +125,14 @@ def named_anomalies() -> Iterator[None]:
             found = NAN.search(str(error))
             if not found:
                 raise
-            traces = [str(w.message) for w in told if "Traceback of forward call" in str(w.message)]
+            traces = [str(w.message) for w in caught if "Traceback of forward call" in str(w.message)]
             raise TrainingFailed(
-                f"system.debug: the gradient of {found[1]} is NaN{_place(traces)}: see what goes into that operation, "
-                "or lower training.learning_rate; without system.debug such a window is left out"
+                f"system.debug: the gradient of {found[1]} is NaN{_call_site(traces)}: check the inputs of that "
+                "operation or lower training.learning_rate; without system.debug the window would be skipped"
             ) from None
 
 
-def _place(traces: list[str]) -> str:
-    """Where the operation was called: the innermost line of the program that is not torch's."""
+def _call_site(traces: list[str]) -> str:
+    """Where the operation was called: the innermost frame outside torch."""
     frames = [f for trace in traces[-1:] for f in FRAME.findall(trace) if "/torch/" not in f[0]]
     return f", called in {Path(frames[-1][0]).name}, line {frames[-1][1]} ({frames[-1][2]})" if frames else ""

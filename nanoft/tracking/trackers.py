@@ -1,11 +1,11 @@
-"""Who else is told what a run logs: its plots, TensorBoard, Weights & Biases. All are off unless asked for.
+"""Trackers: plots, TensorBoard and Weights & Biases. All of them are off by default.
 
-`Run.log` writes each event to metrics.jsonl and hands it, already without access tokens, to every listener. A listener
-that raises is dropped with a warning: whoever watches a run must not be able to end it, nor to slow it down. Hence
-the plots are drawn by another process, one at a time, which may take a tenth of the time at most.
+`Run.log` writes each event to metrics.jsonl and passes it, with access tokens already redacted, to every tracker. A
+tracker must neither end a run nor slow it down: one that raises is removed with a warning, and plots are drawn by
+another process, one at a time, for at most a tenth of the time.
 
-TensorBoard: `tensorboard --logdir RUN/tensorboard`. Weights & Biases stays offline, in RUN/wandb, for `wandb sync`;
-only who has set WANDB_MODE=online is taken at their word.
+TensorBoard: `tensorboard --logdir RUN/tensorboard`. Weights & Biases writes to RUN/wandb, offline unless WANDB_MODE is
+set; upload it with `wandb sync`.
 """
 
 from __future__ import annotations
@@ -26,61 +26,51 @@ from nanoft.tracking.plots import number
 from nanoft.tracking.run import Tracker
 
 PACKAGES = {"plots": ("matplotlib", "plot"), "tensorboard": ("tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
-MAX_TIME_SHARE = 0.1  # of the time may be spent on drawing
-TIMEOUT_S = 60.0  # for one drawing, once the run is over
-SOURCE = Path(__file__).parent.parent  # where the process that draws finds nanoft
+MAX_TIME_SHARE = 0.1  # of the run's time, for drawing plots
+TIMEOUT_S = 60.0  # for one drawing
+SOURCE = Path(__file__).parent.parent  # makes nanoft importable in the process that draws
 
 
 def require_tracker_packages(wanted: LoggingConfig) -> None:
-    """Refuse what would need a package that is not there.
-
-    Raises:
-        UserError: names the extra.
-    """
-    for field, value, off in (("plots", wanted.plots, "none"), ("report_to", wanted.report_to, "none")):
-        package, extra = PACKAGES.get("plots" if field == "plots" else value, ("", ""))
-        if value != off and importlib.util.find_spec(package) is None:
-            raise UserError(f"logging.{field}: {value} needs {package}: pip install -e '.[{extra}]', or set {off}")
+    """Raise a UserError that names the extra to install, if a tracker's package is missing."""
+    for field, value, key in (("plots", wanted.plots, "plots"), ("report_to", wanted.report_to, wanted.report_to)):
+        if value != "none" and importlib.util.find_spec(PACKAGES[key][0]) is None:
+            package, extra = PACKAGES[key]
+            raise UserError(f"logging.{field}: {value} needs {package}: pip install -e '.[{extra}]', or set none")
 
 
 def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
-    """Those that a config asks for.
-
-    Args:
-        step: after which the run begins or goes on.
-    """
-    found: list[Tracker] = []
+    """The trackers that the config asks for, after `step` completed steps."""
+    trackers: list[Tracker] = []
     if config.logging.plots != "none":
-        found.append(Plots(directory, config.logging.plots))
+        trackers.append(Plots(directory, config.logging.plots))
     if config.logging.report_to == "tensorboard":
-        found.append(TensorBoard(directory / "tensorboard", step))
+        trackers.append(TensorBoard(directory / "tensorboard", step))
     if config.logging.report_to == "wandb":
-        found.append(WandB(directory, config))
-    return found
+        trackers.append(WandB(directory, config))
+    return trackers
 
 
 def curves_section(wanted: LoggingConfig) -> str:
-    """What report.md says of the plots, which are drawn when everything is logged."""
+    """The section of report.md with the plots, which are drawn after it is written."""
     return "\n## Curves\n\n![curves](plots/curves.png)\n" if wanted.plots != "none" else ""
 
 
 def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The finite numbers of an event by name: train/loss, gradients/modules/q_proj/norm."""
+    """The finite numbers of an event, by name: train/loss, gradients/modules/q_proj/norm."""
 
-    def inside(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    def flatten(name: str, value: Any) -> Iterator[tuple[str, float]]:
         if isinstance(value, dict):
             for key, part in value.items():
-                yield from inside(f"{name}/{key}", part)
+                yield from flatten(f"{name}/{key}", part)
         elif math.isfinite(number(value)):
             yield name, number(value)
 
-    for key, value in event.items():
-        if key not in ("step", "time"):
-            yield from inside(f"{event['event']}/{key}", value)
+    yield from flatten(event["event"], {key: value for key, value in event.items() if key not in ("step", "time")})
 
 
 class Plots:
-    """Draws plots/ again after every logged step or epoch, and when the run ends, in a process of its own."""
+    """Redraws plots/ after every logged step or epoch and at the end of the run, in a separate process."""
 
     name = "drawing plots"
 
@@ -92,11 +82,7 @@ class Plots:
         self._is_due = False
 
     def log(self, event: dict[str, Any]) -> None:
-        """Begin to draw, if it is time for that.
-
-        Raises:
-            RuntimeError: the last drawing failed.
-        """
+        """Start drawing if it is due; a RuntimeError if the last drawing failed."""
         self._collect()
         if event["event"] in ("train", "eval"):
             epoch = event.get("epoch", self._epoch)
@@ -106,18 +92,12 @@ class Plots:
             self._start()
 
     def close(self) -> None:
-        """Draw a last time, and wait for it; a process that is stuck is ended.
-
-        Raises:
-            RuntimeError: the drawing failed.
-            subprocess.TimeoutExpired: it took longer than `PATIENCE_S`.
-        """
+        """Draw a last time, wait for it, and raise if it fails or takes longer than `TIMEOUT_S`."""
         self._collect(wait=True)
         self._start()
         self._collect(wait=True)
 
     def _start(self) -> None:
-        """Some milliseconds, however large this process is."""
         path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
         self._started, self._is_due = time.monotonic(), False
         self._process = subprocess.Popen(
@@ -127,14 +107,14 @@ class Plots:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is for the training, which ends this one in its own time
+            start_new_session=True,  # Ctrl-C must reach the training only, which ends this process itself
         )
 
     def _collect(self, wait: bool = False) -> None:
         if self._process is None or (self._process.poll() is None and not wait):
             return
         try:
-            _, said = self._process.communicate(timeout=TIMEOUT_S)
+            _, stderr = self._process.communicate(timeout=TIMEOUT_S)
         except BaseException:
             self._process.kill()
             self._process.communicate()
@@ -143,11 +123,11 @@ class Plots:
         now = time.monotonic()
         self._not_before = now + (now - self._started) * (1 / MAX_TIME_SHARE - 1)
         if code:
-            raise RuntimeError((said.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("error: "))
+            raise RuntimeError((stderr.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("error: "))
 
 
 class TensorBoard:
-    """Event files for TensorBoard; what a resumed or rolled back run does again replaces what was there."""
+    """TensorBoard event files; after a resume or rollback, repeated steps replace the old ones."""
 
     name = "TensorBoard"
 
@@ -193,9 +173,8 @@ class WandB:
                 config=self.config.to_dict(),
                 settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
             )
-            self._run.define_metric("*", step_metric="step")  # W&B's own step could not go back
-        values = dict(scalars(event))
-        if values:
+            self._run.define_metric("*", step_metric="step")  # W&B's own step cannot go back after a rollback
+        if values := dict(scalars(event)):
             self._run.log({**values, "step": event["step"]})
 
     def close(self) -> None:

@@ -29,10 +29,11 @@ from nanoft.loss import chunk_rows
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.dequantize import choose_dequantize
 from nanoft.models.families import find_shape
-from nanoft.optim import check_optimizer
+from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import DTYPES, choose_device, choose_dtype
-from nanoft.runtime.memory import memory_limit_bytes, resident_bytes
+from nanoft.runtime.memory import held_bytes, memory_limit_bytes
+from nanoft.training.validation import validate_config
 
 MiB = 2**20
 # Beside what is counted: bytes that kernels, caches and threads bring, and how many tensors of (tokens, intermediate)
@@ -43,7 +44,6 @@ KERNELS, TRANSIENT = 64 * MiB, 7
 KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 60 * MiB}, {2: 28.5, 4: 23}
 BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
 MARGIN = 0.9  # of the memory that this process may have: what a plan may fill
-MOMENTS = {"adamw": 8.0, "adamw_paged": 8.0, "adamw_8bit": 2.04, "adamw_8bit_paged": 2.04}  # bytes a parameter
 EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
 ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
@@ -118,7 +118,7 @@ def estimate_memory(
     stored = 4 if full else e
     tokens = rows * length
     bits = 16 if full or config.quantization.dequantize == "cached" else config.quantization.bits
-    moments = MOMENTS.get(config.training.optimizer, 4.0 * (config.training.momentum > 0))
+    moments = OPTIMIZERS[config.training.optimizer].bytes_per_parameter(config.training)
     block = kept_by_block(decoder, counts, config, e) * tokens
     waiting = {"all": block, "input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     cpu = device_type == "cpu"
@@ -268,7 +268,7 @@ def make_planner(config: Config) -> Callable[[int, int, list[ActivationPolicy]],
     """From rows, their length, and what each block keeps, to the memory of a step."""
     machine, decoder = find_machine(config), find_shape(config.model.name)
     device, dtype, counts = machine.device, machine.dtype, count_parameters(decoder, config)
-    settled, baseline = decide_dequantize(config, counts, machine), resident_bytes(device)
+    settled, baseline = decide_dequantize(config, counts, machine), held_bytes(device) if device.type == "cpu" else 0.0
 
     def plan(rows: int, length: int, keep: list[ActivationPolicy]) -> Plan:
         return estimate_memory(decoder, counts, settled, device.type, dtype, rows, length, keep, baseline)
@@ -363,6 +363,7 @@ def suggest_savings(config: Config, rows: int, length: int) -> str:
     for name, value in changes.items():
         with contextlib.suppress(UserError):  # out of range: a row cannot be halved; or not on this device
             changed = config.override({name: value})
+            validate_config(changed)
             check_optimizer(changed.training.optimizer, device)
             size = min(rows, changed.micro_batch_rows()), min(length, changed.model.max_seq_length)
             # what is freed is not spent on keeping more activations

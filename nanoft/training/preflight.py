@@ -24,15 +24,14 @@ import numpy as np
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.batches import Batch, Batches, Sample, TokenDataset
+from nanoft.batches import Batch, Batches, Sample, TokenDataset, eval_batches
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.io.tensor_files import write_tensors
-from nanoft.loss import target_nll
 from nanoft.model import Decoder
+from nanoft.objectives import Objective
 from nanoft.optim import optimizer_tensors
-from nanoft.perplexity import validation_loss
 from nanoft.runtime import distributed
 from nanoft.runtime.device import preserve_rng_state
 from nanoft.runtime.memory import Shortage, peak_memory_gb
@@ -199,7 +198,7 @@ def check_head(model: Decoder, chat: ChatTokenizer, samples: TokenDataset) -> Ch
     )
 
 
-def rehearse(model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, float]:
+def rehearse(objective: Objective, model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, float]:
     """Forward and backward over the longest micro-batch, and the seconds that it takes; nothing is changed.
 
     The optimizer's state is laid out already, so its memory is counted, whatever kind it is.
@@ -210,21 +209,21 @@ def rehearse(model: Decoder, batch: Batch, autocast: Autocast) -> tuple[Check, f
         for _ in range(2):  # the first one warms up, and leaves its gradients
             started = time.perf_counter()
             with autocast():
-                hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)
-                nll = target_nll(hidden, model.head, batch.targets)
-            nll.backward()
-            nll.item()  # waits for the device
+                loss = objective.loss(model, batch)
+            loss.backward()
+            loss.item()  # waits for the device
             seconds.append(time.perf_counter() - started)
     for parameter in trained:
         parameter.grad = None
     return Check("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit"), min(seconds)
 
 
-def rehearse_evaluation(model: Decoder, samples: TokenDataset, size: int, pad_id: int, autocast: Autocast) -> Check:
+def rehearse_evaluation(job: TrainContext) -> Check:
     """The loss of the longest evaluation batch."""
+    samples, size = job.validation, job.config.evaluation.batch_size
     longest = samples[np.argsort(-samples.lengths, kind="stable")[:size]]
-    with autocast():
-        validation_loss(model, longest, size, pad_id)
+    with job.autocast():
+        job.objective.evaluate(job.model, eval_batches(longest, size, job.chat.pad_id))
     return Check("eval", True, f"{len(longest)} rows of up to {longest.lengths.max()} tokens fit")
 
 
@@ -317,9 +316,9 @@ def preflight_checks(job: TrainContext, state: TrainState, forced: list[str]) ->
     measured, predicted = peak_memory_gb(job.device), job.plan.peak / 1e9
     job.run.print(f"memory    {describe_recompute(job.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(job.validation):
-        size, pad_id = job.config.evaluation.batch_size, job.chat.pad_id
+        size = job.config.evaluation.batch_size
         with Shortage(job.device) as short_of_memory:
-            job.run.print(rehearse_evaluation(job.model, job.validation, size, pad_id, job.autocast).line())
+            job.run.print(rehearse_evaluation(job).line())
         if short_of_memory:
             job.run.print(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be taken")
     weights = distributed.gather_full(trained_weights(job))
@@ -352,7 +351,7 @@ def rehearse_step(job: TrainContext, state: TrainState) -> float:
     while True:
         longest = job.batches.longest()
         with Shortage(job.device), distributed.same_exception(job.device):
-            fits, seconds = rehearse(job.model, longest, job.autocast)
+            fits, seconds = rehearse(job.objective, job.model, longest, job.autocast)
             job.run.print(fits.line())
             return seconds / longest.tokens
         halve_micro_batch(job, state)

@@ -37,7 +37,7 @@ from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, Checkp
 from nanoft.config import Config
 from nanoft.generation.generate import generate
 from nanoft.lora import LoRALinear, by_pattern, disabled, variant_of, weight_of
-from nanoft.loss import chunk_rows, target_nll, token_nll
+from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
 from nanoft.runtime.device import seed_everything
@@ -339,13 +339,13 @@ def loss_apart(job: TrainContext, documents: TokenDataset) -> float:
     hidden = (hidden[rows % len(hidden)] * size).to(hidden.dtype).requires_grad_()
     wanted = [hidden, model.head] if model.head.requires_grad else [hidden]
     arguments = (hidden, model.head, batch.targets[rows % len(batch.targets)], t.label_smoothing, t.z_loss)
-    ours, plain = target_nll(*arguments), plain_nll(*arguments)
+    ours, plain = token_nll(*arguments).sum(), plain_nll(*arguments)
     pairs = zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(plain, wanted), strict=True)
     return max(relative_error(ours.detach(), plain.detach()), *itertools.starmap(relative_error, pairs))
 
 
 def plain_nll(hidden: Tensor, head: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """`target_nll` as PyTorch says it, on all logits, (n, vocab)."""
+    """The sum of `token_nll` as PyTorch says it, on all logits, (n, vocab)."""
     logits = hidden @ head.to(hidden.dtype).T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -40,6 +41,7 @@ from nanoft.models.families import read_shape
 from nanoft.models.hub import find_model
 from nanoft.models.weights import check_quantization, load_model, quantization_of, shard_paths
 from nanoft.nf4 import Linear4bit, Linear8bit
+from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
@@ -109,7 +111,7 @@ def load_data(config: Config, run: Run, date: datetime) -> tuple[ChatTokenizer, 
         pad_to_multiple_of=d.pad_to_multiple_of,
     )
     windows = batches.windows_in_epoch()
-    steps = t.max_steps or t.num_epochs * windows
+    steps = t.max_steps or math.ceil(t.num_epochs * windows)
     plan = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **plan})
     if not distributed.process_rank():
@@ -156,6 +158,7 @@ def build_training(
         chat,
         model,
         adapters,
+        build_objective(config),
         optimizer,
         corpus,
         batches,

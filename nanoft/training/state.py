@@ -21,6 +21,7 @@ from nanoft.kernels import sharding
 from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
+from nanoft.objectives import Objective
 from nanoft.optim import load_optimizer_tensors, optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import set_rng_state
@@ -54,6 +55,7 @@ class TrainContext:
     chat: ChatTokenizer
     model: Decoder
     adapters: dict[str, LoRALinear]  # empty when every parameter is trained
+    objective: Objective
     optimizer: torch.optim.Optimizer
     corpus: PreparedDataset
     batches: Batches

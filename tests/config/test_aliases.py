@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 import train
 from nanoft import UserError
 from nanoft.config import Config, TrainingConfig
-from nanoft.config.aliases import ALIASES, OPTIMIZERS, SCHEDULES, translate
+from nanoft.config.aliases import ALIASES, RENAMED, TRANSLATED
 from nanoft.config.loading import load_file
 from nanoft.config.settings import SECTION_TYPES
-from nanoft.optim import learning_rate
+from nanoft.optim import OPTIMIZERS, learning_rate
+from nanoft.training.validation import validate_config
 from tiny_models import make_chat_model, write_records
 
 FIELDS = {f"{section}.{item.name}" for section, kind in SECTION_TYPES.items() for item in dataclasses.fields(kind)}
@@ -124,6 +125,9 @@ def test_every_name_leads_to_a_field() -> None:
     ("flat", "changes"),
     [
         ({"lr_scheduler_type": "constant_with_warmup"}, {"training.lr_scheduler": "constant"}),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, {"training.lr_scheduler": "wsd"}),
+        ({"lr_scheduler_type": "cosine_with_restarts"}, {"training.lr_scheduler": "cosine_with_restarts"}),
+        ({"num_train_epochs": 1.5}, {"training.num_epochs": 1.5}),
         ({"warmup_steps": 0, "warmup_ratio": 0.1}, {"training.warmup_ratio": 0.1}),
         ({"warmup_steps": 0}, {"training.warmup_steps": 0}),
         ({"warmup_steps": 20}, {"training.warmup_steps": 20}),
@@ -156,25 +160,24 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
         ({"lora_rnk": 8}, "lora_rnk: no such setting in a flat file: did you mean lora_r"),
         ({"xyzzy": 8}, "xyzzy: no such setting in a flat file: docs/configs.md lists the names"),
         ({"lora_r": 0}, "lora_r: lora.rank: 0 is out of range"),
-        ({"num_train_epochs": 1.5}, "num_train_epochs: training.num_epochs: 1.5 is not a whole number"),
+        ({"num_train_epochs": 0}, "num_train_epochs: training.num_epochs: 0 is out of range"),
         ({"learning_rate": "fast"}, "learning_rate: training.learning_rate: 'fast' is not a finite number"),
-        ({"bf16": True, "fp16": True}, "bf16 and fp16: both are true: leave fp16 out"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16: both are true: remove fp16"),
         ({"fp16": True}, "fp16: True is none of False: float16 gradients underflow: set bf16=true"),
         ({"torch_dtype": "float16"}, "torch_dtype: 'float16' is none of auto, float32, bfloat16"),
         ({"bf16": True, "torch_dtype": "float32"}, "bf16 and torch_dtype: set model.dtype to bfloat16 and to float32"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit: set quantization.bits to 4"),
-        ({"optim": "lion_8bit"}, "optim: 'lion_8bit' is none of adamw_torch, "),
-        ({"lr_scheduler_type": "inverse_sqrt"}, "lr_scheduler_type: 'inverse_sqrt' is none of cosine"),
+        ({"optim": 1}, "optim: training.optimizer: 1 is not a text"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 9}, "lr_scheduler_type and warmup_steps: set training."),
-        ({"eval_strategy": "epoch"}, "eval_strategy: 'epoch' is none of steps, no: give eval_steps"),
+        ({"eval_strategy": "epoch"}, "eval_strategy: 'epoch' is none of steps, no: set eval_steps"),
         ({"eval_strategy": "no", "eval_steps": 9}, "eval_strategy and eval_steps: set training.eval_steps to 0 and"),
-        ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, wandb: set one of them"),
+        ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, wandb: choose one"),
         ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, wandb"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: ['lm_head'] has no counterpart"),
         ({"deepspeed": {"stage": 3}}, "deepspeed: {'stage': 3} is none of"),
-        ({"push_to_hub": True}, "push_to_hub: True is none of False: leave it out: nothing is uploaded"),
-        ({"trust_remote_code": True}, "a model's own code is never run"),
-        ({"use_peft": False, "use_4bit": True}, "quantization.bits: 4 freezes the base"),
+        ({"push_to_hub": True}, "push_to_hub: True is none of False: remove it: nothing is uploaded"),
+        ({"trust_remote_code": True}, "remove it: code that comes with a model is never run"),
+        ({"use_peft": False, "use_4bit": True}, "quantization.bits: 4 needs a frozen base"),
     ],
     ids=str,
 )
@@ -193,9 +196,9 @@ def test_a_section_among_flat_names_is_a_file_of_sections(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", [item.value for item in OptimizerNames])
 def test_an_optimizer_is_the_one_that_transformers_makes_or_refused(name: str, tmp_path: Path) -> None:
-    if name not in OPTIMIZERS:
-        with pytest.raises(UserError, match=f"optim: '{name}' is none of"):
-            translate({"optim": name})
+    if flat_config(tmp_path, optim=name).training.optimizer not in OPTIMIZERS:
+        with pytest.raises(UserError, match=f"training.optimizer: '{name}' is not known"):
+            validate_config(flat_config(tmp_path, optim=name))
         return
     theirs, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=name, use_cpu=True))
     t = flat_config(tmp_path, optim=name).training
@@ -209,29 +212,41 @@ def test_an_optimizer_is_the_one_that_transformers_makes_or_refused(name: str, t
     assert (t.beta1, t.beta2, t.epsilon) == (*options["betas"], options["eps"])
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+NOT_THERE = {"inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "greedy"}
+
+
+@pytest.mark.parametrize("name", sorted(item.value for item in SchedulerType))
 def test_a_schedule_has_the_rates_of_transformers(name: str, tmp_path: Path) -> None:
     """Warm-up begins at 0 there and one step further here: compared from its end on."""
-    warmup, total = 10, 100
+    if name in NOT_THERE:
+        with pytest.raises(UserError, match=f"training.lr_scheduler: '{name}' is not known"):
+            validate_config(flat_config(tmp_path, lr_scheduler_type=name))
+        return
+    warmup, total = 10, 110
     given = {} if name == "constant" else {"warmup_steps": warmup}
+    extra = {"num_decay_steps": 10} if name == "warmup_stable_decay" else {}  # training.lr_decay_ratio: 0.1 of 100
     t = flat_config(tmp_path, lr_scheduler_type=name, learning_rate=1.0, **given).training
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = get_scheduler(name, optimizer, warmup, total)
+    schedule = get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=extra)
     for step in range(total):
         if step >= warmup or name == "constant":
-            ours = learning_rate(step, total, 1.0, t.warmup_steps or 0, t.lr_scheduler, t.min_lr_ratio, t.lr_power)
+            ours = learning_rate(step, total, t)
             assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
         optimizer.step()
         schedule.step()
 
 
 def test_the_trainer_has_the_names_that_are_said_to_be_its_own() -> None:
-    text = (Path(__file__).parents[2] / "nanoft" / "config" / "aliases.py").read_text(encoding="utf-8")
-    body = text.partition("# Training (TrainingArguments)")[2].partition("# When to tell")[0]
-    names = {line.split('"')[1] for line in body.splitlines() if line.startswith('    "')}
-    earlier = {"warmup_ratio"}  # of transformers 4
-    assert len(names) > 15
-    assert names - earlier <= {item.name for item in dataclasses.fields(TrainingArguments)}
+    """Of every setting of training there is one name that transformers, or PEFT's LoRA+, knows."""
+    known = {item.name for item in dataclasses.fields(TrainingArguments)} | {"loraplus_lr_ratio", "warmup_ratio"}
+    known |= {"early_stopping_patience", "early_stopping_threshold"}  # of its callback
+    training = [names.split() for field, names in RENAMED.items() if field.startswith("training.")]
+    training += [
+        n.split() for n, alias in TRANSLATED.items() if alias.field.startswith("training.") and "peft" not in n
+    ]
+    assert len(training) > 20
+    assert [names for names in training if not known & set(names)] == []
+    assert len(ALIASES) == sum(len(names.split()) for names in [*RENAMED.values(), *TRANSLATED])  # none twice
 
 
 def test_a_flat_file_runs(tmp_path: Path) -> None:

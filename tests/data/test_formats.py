@@ -716,6 +716,7 @@ def test_any_record_becomes_a_sound_conversation_or_a_reason(
         assert len(message) < 1000
 
 
+@pytest.mark.slow
 def test_the_drawn_records_are_not_all_bad(scratch: Path) -> None:
     """Else the test above would test little."""
     counts = dict.fromkeys(SHAPES, 0)

@@ -22,6 +22,7 @@ from hub import Hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from tiers import rest_is_slow
 
 from nanoft import UserError
 from nanoft.data import sources
@@ -667,7 +668,7 @@ LONG_LINES = {
 }
 
 
-@pytest.mark.parametrize("name", LONG_LINES)
+@pytest.mark.parametrize("name", rest_is_slow(LONG_LINES, "line.jsonl"))
 def test_a_line_of_100_megabytes_takes_little_time_and_memory(tmp_path: Path, name: str) -> None:
     before, behind, expected = LONG_LINES[name]
     path = tmp_path / name

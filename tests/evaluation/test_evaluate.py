@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nanoft import UserError, perplexity
-from nanoft.batches import Sample
+from nanoft.batches import Sample, eval_batches
 from nanoft.config import EvaluationConfig, LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation
@@ -69,7 +69,7 @@ def test_the_loss_weighs_every_target_token_alike(parts: Any, batch_size: int) -
     model, chat, reference, _ = parts
     samples = encoded(chat)
     nats = [nll for sample in samples for nll in nats_of_transformers(reference, sample)]
-    loss, tokens = perplexity.validation_loss(model, samples, batch_size, chat.pad_id)
+    loss, tokens = perplexity.validation_loss(model, eval_batches(samples, batch_size, chat.pad_id))
     assert tokens == len(nats)
     assert abs(loss - sum(nats) / len(nats)) < 1e-5
     means = [sum(part) / len(part) for part in (nats_of_transformers(reference, sample) for sample in samples)]
@@ -98,10 +98,10 @@ def test_dropout_is_off_while_measuring(parts: Any) -> None:
             adapter.lora_B.normal_(std=0.5)
     samples = encoded(chat)
     model.train()
-    first, second = (perplexity.validation_loss(model, samples, 4, chat.pad_id) for _ in range(2))
+    first, second = (perplexity.validation_loss(model, eval_batches(samples, 4, chat.pad_id)) for _ in range(2))
     assert first == second
     with disabled(adapters):
-        assert perplexity.validation_loss(model, samples, 4, chat.pad_id) != first
+        assert perplexity.validation_loss(model, eval_batches(samples, 4, chat.pad_id)) != first
 
 
 def test_held_out_prompts_are_all_but_the_last_answer() -> None:
@@ -130,12 +130,12 @@ def answer_of_transformers(reference: PreTrainedModel, directory: Path, messages
 def test_answers_come_back_in_order_and_equal_transformers(parts: Any, batch_size: int) -> None:
     model, chat, reference, directory = parts
     prompts = evaluate.held_out_prompts(unequal(), 50)
-    exchanges = evaluate.answer_all(model, chat, prompts, batch_size, 6)
-    assert [e.reference for e in exchanges] == [prompt.reference for prompt in prompts]
-    assert [e.prompt for e in exchanges] == [prompt.messages[-1]["content"] for prompt in prompts]
+    completions = evaluate.answer_all(model, chat, prompts, batch_size, 6)
+    assert [e.reference for e in completions] == [prompt.reference for prompt in prompts]
+    assert [e.prompt for e in completions] == [prompt.messages[-1]["content"] for prompt in prompts]
     expected = [answer_of_transformers(reference, directory, prompt.messages, 6) for prompt in prompts]
-    assert [(e.answer, e.stopped) for e in exchanges] == expected
-    assert len({e.answer for e in exchanges}) > 1
+    assert [(e.answer, e.stopped) for e in completions] == expected
+    assert len({e.answer for e in completions}) > 1
 
 
 def test_a_model_that_always_stops_and_one_that_never_does(parts: Any) -> None:
@@ -152,25 +152,25 @@ def test_a_model_that_always_stops_and_one_that_never_does(parts: Any) -> None:
             model.model.embed_tokens.weight[:, 0] = 5.0
             model.lm_head.weight.normal_(std=0.01)
             model.lm_head.weight[stop, 0] = sign
-        exchanges = evaluate.answer_all(model, chat, prompts, 2, 4)
-        assert evaluate.answer_figures(exchanges, [])["stop_rate"].value == expected
-        assert all((e.answer == "") == (sign > 0) for e in exchanges)
+        completions = evaluate.answer_all(model, chat, prompts, 2, 4)
+        assert evaluate.answer_figures(completions, [])["stop_rate"].value == expected
+        assert all((e.answer == "") == (sign > 0) for e in completions)
 
 
-def exchange(answer: str, reference: str, stopped: bool = True) -> Completion:
+def completion(answer: str, reference: str, stopped: bool = True) -> Completion:
     return Completion("prompt", reference, answer, stopped)
 
 
 def test_exact_match_ignores_outer_space_only() -> None:
     same = [("a b", "a b"), (" a b\n", "a b"), ("a b", "\ta b ")]
     other = [("a  b", "a b"), ("A b", "a b"), ("a b.", "a b"), ("", "a b"), ("a b a b", "a b")]
-    assert all(exchange(*pair).exact for pair in same)
-    assert not any(exchange(*pair).exact for pair in other)
+    assert all(completion(*pair).exact for pair in same)
+    assert not any(completion(*pair).exact for pair in other)
 
 
 def test_metrics_stand_beside_exact_match_and_stop_rate() -> None:
-    exchanges = [exchange("x", "x"), exchange("x", "y"), exchange("y z", "y", False), exchange("z", "z")]
-    found = evaluate.answer_figures(exchanges, select_metrics(["exact_match", "contains", "token_f1"]))
+    completions = [completion("x", "x"), completion("x", "y"), completion("y z", "y", False), completion("z", "z")]
+    found = evaluate.answer_figures(completions, select_metrics(["exact_match", "contains", "token_f1"]))
     assert {name: figure.value for name, figure in found.items()} == {
         "exact_match": 0.5,
         "stop_rate": 0.75,
@@ -208,7 +208,7 @@ def test_prompt_response_and_overall_perplexity_are_those_of_transformers(parts:
     assert figures["target_tokens"] == is_target.sum()
     assert figures["prompt_tokens"] == (~is_target).sum()
     assert (figures["loss"], figures["target_tokens"]) == pytest.approx(
-        perplexity.validation_loss(model, samples, batch_size, chat.pad_id), rel=1e-6
+        perplexity.validation_loss(model, eval_batches(samples, batch_size, chat.pad_id)), rel=1e-6
     )
 
 
@@ -265,7 +265,7 @@ def test_samples_without_targets_cannot_be_measured(parts: Any) -> None:
     model, chat, _, _ = parts
     masked = [Sample(sample.ids, np.zeros(len(sample.ids), bool), 0) for sample in encoded(chat)]
     with pytest.raises(UserError, match="no target token"):
-        perplexity.validation_loss(model, masked, 4, chat.pad_id)
+        perplexity.validation_loss(model, eval_batches(masked, 4, chat.pad_id))
     assert evaluate.likelihoods(model, chat, masked, 4, 512).figures().keys() == {"prompt_loss", "overall_loss"}
 
 
@@ -299,7 +299,7 @@ def test_sampled_answers_follow_the_seed(parts: Any) -> None:
 
 
 def test_a_result_holds_what_was_measured_and_nothing_else() -> None:
-    exchanges = [exchange("x", "x"), exchange("x", "y"), exchange("y", "y", False), exchange("z", "z")]
+    completions = [completion("x", "x"), completion("x", "y"), completion("y", "y", False), completion("z", "z")]
     assert EvalResult().to_dict() == {}
     assert EvalResult().perplexity is None
     loss = Figure(np.array([[5 * math.log(7), 5], [7 * math.log(7), 7]]), unit="nats")
@@ -308,7 +308,7 @@ def test_a_result_holds_what_was_measured_and_nothing_else() -> None:
         "loss": pytest.approx(math.log(7)),
         "target_tokens": 12,
     }
-    measured = EvalResult(evaluate.answer_figures(exchanges, []), exchanges)
+    measured = EvalResult(evaluate.answer_figures(completions, []), completions)
     assert measured.to_dict() == {"exact_match": 0.75, "stop_rate": 0.75, "prompts": 4}
 
 

@@ -29,8 +29,8 @@ def measured(
     if nats_a_token is not None:
         nats = np.stack([TOKENS * nats_a_token, np.zeros(8)], axis=1)
         figures = Likelihoods(nats, np.stack([TOKENS, 0 * TOKENS], axis=1), TOKENS).figures()
-    exchanges = [Completion(f"question {n}", "r", letter, stopped) for n, letter in enumerate(answers)]
-    return EvalResult({**figures, **answer_figures(exchanges, select_metrics(metrics))}, exchanges, 1.5)
+    completions = [Completion(f"question {n}", "r", letter, stopped) for n, letter in enumerate(answers)]
+    return EvalResult({**figures, **answer_figures(completions, select_metrics(metrics))}, completions, 1.5)
 
 
 def cells(text: str) -> list[list[str]]:
@@ -66,8 +66,8 @@ def test_what_was_not_measured_is_not_shown() -> None:
     rows = {row[0]: row[1:] for row in cells(reported(both, loss_only)[1])}
     assert rows["exact match"] == ["-", "100.0%", "-", "-", "-"]
     values, terminal, markdown = reported(EvalResult())
-    assert "nothing was measured: there is no validation data" in terminal
-    assert "nothing was measured" in markdown
+    assert "nothing was evaluated: there is no validation data" in terminal
+    assert "nothing was evaluated" in markdown
     assert values["tuned"] == {}
     assert report.results(measured(HARD), both).keys() == {"base", "tuned"}
 
@@ -91,14 +91,14 @@ def test_the_verdict_says_what_the_intervals_say(case: str) -> None:
     assert values["verdict"].startswith(f"{expected}: perplexity from ")
     assert values["verdict"] in terminal
     assert markdown.startswith(f"# name\n\n**Verdict.** {expected[0].upper()}{expected[1:]}: ")
-    assert values["verdict"].count("95 % interval") == (2 if tuned.exchanges else 1)
+    assert values["verdict"].count("95 % interval") == (2 if tuned.completions else 1)
     low, high = (values["changes"]["loss"]["change"][end] for end in ("low", "high"))
     assert (high < 0) == (case in ("both better", "one better, one unclear", "one each way"))
     assert (low > 0) == (case == "worse")
 
 
 def test_without_a_base_or_with_one_sample_there_is_no_verdict_of_better_or_worse() -> None:
-    assert reported(measured(HARD))[0]["verdict"] == "none: the base was not measured"
+    assert reported(measured(HARD))[0]["verdict"] == "none: the base was not evaluated"
     one = [EvalResult({"loss": Figure(np.array([[nats, 1.0]]), unit="nats")}) for nats in (1.0, 2.0)]
     values, terminal, _ = reported(*one)
     assert values["verdict"].startswith("no clear difference: perplexity from 7.389 to 2.718")
@@ -111,7 +111,7 @@ def test_a_model_that_does_not_stop_or_forgets_is_warned_of() -> None:
     base, tuned = measured(HARD, "r" * 8), measured(HARD, "r" * 8, stopped=False)
     assert reported(tuned, base)[0].get("warnings") is None  # not trained: nothing to blame training for
     (line,) = reported(tuned, base, limit=64)[0]["warnings"]
-    assert "only 0.0% of the answers end by themselves within 64 tokens" in line
+    assert "only 0.0% of the answers stop within 64 tokens" in line
     assert line in reported(tuned, base, limit=64)[2]
     for rise, told in ((0.049, False), (0.051, True)):
         general = Figure(np.array([[1.0, 1], [2.0, 1]]), unit="nats")
@@ -143,7 +143,7 @@ def test_wins_losses_and_ties_are_counted_and_listed() -> None:
     assert found["each"][2] == {
         "prompt": "question 2", "reference": "r", "base": "r", "tuned": "x", "outcome": "losses",
     }  # fmt: skip
-    lost = markdown[markdown.index("### Lost") : markdown.index("### The worst answers")]
+    lost = markdown[markdown.index("### Losses") : markdown.index("### Worst answers")]
     assert "question 2" in lost
     assert lost.count("prompt:") == 1
 
@@ -160,8 +160,8 @@ def test_the_metric_of_ones_choice_decides_who_wins() -> None:
 
 def test_the_worst_answers_come_first_and_no_right_one_among_them() -> None:
     answers = ["one two three four", "one two three", "one", "nothing", "one two"]
-    exchanges = [Completion(str(n), "one two three four", answer, True) for n, answer in enumerate(answers)]
-    found = ReportInputs("name", EvalResult(answer_figures(exchanges, []), exchanges))
+    completions = [Completion(str(n), "one two three four", answer, True) for n, answer in enumerate(answers)]
+    found = ReportInputs("name", EvalResult(answer_figures(completions, []), completions))
     assert report.worst(found) == [3, 2, 4, 1]
     many = [Completion(str(n), "r", "x", True) for n in range(40)]
     assert len(report.worst(ReportInputs("name", EvalResult(answer_figures(many, []), many)))) == 10
@@ -210,17 +210,17 @@ def test_the_samples_that_are_hardest_are_named() -> None:
         "base": pytest.approx(math.exp(2.3)),
         "tuned": pytest.approx(math.exp(1.3)),
     }
-    assert "## The samples of the highest perplexity" in markdown
+    assert "## Samples with the highest perplexity" in markdown
     assert "highest perplexity" not in reported(measured(HARD))[2]
 
 
-def exchange(answer: str, reference: str) -> Completion:
+def completion(answer: str, reference: str) -> Completion:
     return Completion("prompt", reference, answer, True)
 
 
 def test_samples_show_both_answers_on_one_line_each() -> None:
-    tuned = EvalResult(exchanges=[exchange("new\nanswer", "wanted"), exchange("long " * 100, "b")])
-    base = EvalResult(exchanges=[exchange("old", "wanted"), exchange("older", "b")])
+    tuned = EvalResult(completions=[completion("new\nanswer", "wanted"), completion("long " * 100, "b")])
+    base = EvalResult(completions=[completion("old", "wanted"), completion("older", "b")])
     both = report.side_by_side(base, tuned, range(1))
     assert [line.split(": ", 1) for line in both.splitlines()] == [
         [" prompt", "prompt"],
@@ -255,8 +255,8 @@ def test_whatever_is_said_the_report_is_one_of_markdown() -> None:
     rng = random.Random(3)
     pieces = ["```", "\n", "|", "# head", "a", "\r", "\x00", "</pre>"]
     said = ["".join(rng.choice(pieces) for _ in range(12)) for _ in range(30)]
-    exchanges = [Completion(text, text[::-1], text[3:], True) for text in said]
-    found = EvalResult(answer_figures(exchanges, []), exchanges)
+    completions = [Completion(text, text[::-1], text[3:], True) for text in said]
+    found = EvalResult(answer_figures(completions, []), completions)
     _, _, markdown = reported(found, found)
     fences = [line for line in markdown.splitlines() if line.startswith("```")]
     assert fences == ["```"] * 4  # the worst ten, and side by side
@@ -267,11 +267,11 @@ def test_the_leak_check_of_a_split_is_told_as_it_was_made() -> None:
         data = {"removed": {}, "near_leaks": 0, "near_leaks_are": "kept", **changes}
         return report.leakage_of_run(data, near)["said"]
 
-    assert said("warn").endswith("stands in the training data, nor nearly so")
-    assert "4 training records that did were left out" in said("warn", removed={"leak": 4})
-    assert "3 training records ask nearly what" in said("warn", near_leaks=3)
+    assert said("warn").endswith("is in the training data, nor a near duplicate")
+    assert "4 such training records were removed" in said("warn", removed={"leak": 4})
+    assert "3 training records nearly repeat" in said("warn", near_leaks=3)
     assert "3" not in said("remove", near_leaks=3, near_leaks_are="removed")
-    assert "were not looked for" in said("ignore")
+    assert "near duplicates were not checked" in said("ignore")
 
 
 def test_settings_that_are_not_the_default_are_told() -> None:

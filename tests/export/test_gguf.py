@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from nanoft.export.gguf_companions import modelfile, ollama_template, write_comp
 from nanoft.export.merge import merge
 from nanoft.export.model_card import parity_record
 from nanoft.generation.generate import generate
+from nanoft.models import families
 from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
 from tiny_models import CASES, LLAMA3, make_chat_model, make_packed
 
@@ -221,7 +223,7 @@ def test_values_that_float16_lacks_are_refused(made: Any, tmp_path: Path) -> Non
     opened, chat = made("mistral")
     with torch.no_grad():
         opened.adapters["model.layers.0.mlp.up_proj"].lora_B.mul_(1e9)
-    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight has values that float16 has not: use --dtype bf16"):
+    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight has values that overflow float16: use --dtype bf16"):
         write((opened, chat), tmp_path / "model.gguf", "f16")
 
 
@@ -262,7 +264,7 @@ def test_within_a_sliding_window_there_is_no_difference(tmp_path: Path) -> None:
     opened = open_model(str(tmp_path / "base"), CPU, torch.float32)
     chat = open_chat_tokenizer(str(tmp_path / "base"), opened)
     (note,) = write_gguf(opened, chat, "x", "f32", "original", tmp_path / "model.gguf")
-    assert "no sliding window for this architecture: the file says 16 tokens of context" in note
+    assert "no sliding window for this architecture: the file limits the context to 16 tokens" in note
     known = facts(tmp_path / "model.gguf")
     assert (known["llama.context_length"], known["llama.attention.sliding_window"]) == (16, 16)
     llama = in_llama_cpp(tmp_path / "model.gguf")
@@ -317,8 +319,8 @@ def test_what_the_file_cannot_say_is_told(made: Any, tmp_path: Path) -> None:
     more = [chat.tokenizer.token_to_id(token) for token in ("[INST]", "[/INST]")]
     thinking = ChatTokenizer(chat.tokenizer, chat.settings, chat.template, more, {"enable_thinking": False})
     stops, variables = write_gguf(opened, thinking, "x", "f32", "original", tmp_path / "model.gguf")
-    assert stops == f"llama.cpp may not stop on the ids [{max(more)}]: give it their texts as stop strings"
-    assert "trained with {'enable_thinking': False}" in variables
+    assert stops == f"llama.cpp may not stop on the ids [{max(more)}]: pass their texts as stop strings"
+    assert "used with {'enable_thinking': False}" in variables
     assert facts(tmp_path / "model.gguf")["tokenizer.ggml.eom_token_id"] == min(more)
 
 
@@ -330,7 +332,7 @@ def test_what_the_file_cannot_say_is_told(made: Any, tmp_path: Path) -> None:
     [
         ("qwen3-bias", {}, "attention_bias: llama.cpp's qwen3 has no biases"),
         ("qwen2", {"head_dim": 16}, "head_dim: llama.cpp's qwen2"),
-        ("qwen3", {"rope_parameters": LLAMA3}, "rope type llama3: llama.cpp's qwen3 has no such thing"),
+        ("qwen3", {"rope_parameters": LLAMA3}, "rope type llama3: llama.cpp's qwen3 does not support it"),
         (
             "llama-yarn",
             {"rope_parameters": {**CASES["llama-yarn"][2]["rope_parameters"], "beta_fast": 16}},
@@ -347,7 +349,19 @@ def test_what_llama_cpp_cannot_compute_is_refused(
         write((opened, open_chat_tokenizer(str(tmp_path), opened)), tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize(("variant", "reason"), [("dora", "no DoRA"), ("bias", "hold no biases")])
+def test_a_family_that_llama_cpp_does_not_have_is_refused_in_one_line(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(families.FAMILIES, "mistral", replace(families.FAMILIES["mistral"], gguf=None))
+    for kind in ("gguf", "gguf-lora"):
+        out = tmp_path / f"{kind}.gguf"
+        assert command.main([str(runs / "lora"), "--format", kind, "--out", str(out)]) == 2
+        error = "error: --format gguf: llama.cpp has no architecture for mistral: use --format hf\n"
+        assert capsys.readouterr().err == error
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(("variant", "reason"), [("dora", "not support DoRA"), ("bias", "have no biases")])
 def test_adapters_of_more_than_two_factors_are_refused(variant: str, reason: str, made: Any, tmp_path: Path) -> None:
     kinds: dict[str, dict[str, Any]] = {"dora": {"dora": True}, "bias": {"bias": "lora_only"}}
     opened, _ = made("qwen2", lora=LoRAConfig(rank=4, alpha=6.0, **kinds[variant]))
@@ -357,7 +371,7 @@ def test_adapters_of_more_than_two_factors_are_refused(variant: str, reason: str
 
 def test_missing_packages_are_named(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(UserError, match=r"--dtype q4_k_m: it needs llama\.cpp's own quantizer: pip install"):
+    with pytest.raises(UserError, match=r"--dtype q4_k_m: needs llama\.cpp's quantizer: pip install"):
         write(made("mistral"), tmp_path / "model.gguf", "q4_k_m")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]'"):
@@ -388,7 +402,7 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
     for name in ("m.gguf", "m.Modelfile"):
         other = out.with_name(name.replace("m.", "n."))
         other.write_text("mine")
-        with pytest.raises(UserError, match="exists already"), atomic_gguf(out.with_name("n.gguf"), "unused"):
+        with pytest.raises(UserError, match="already exists"), atomic_gguf(out.with_name("n.gguf"), "unused"):
             pass
         assert other.read_text() == "mine"
         other.unlink()
@@ -456,7 +470,7 @@ def test_ollamas_template_renders_as_the_models_own(style: str, tmp_path: Path) 
     template = ollama_template(chat)
     if style == "mistral":  # it moves the system text to the last question
         assert template is None
-        assert "does more than Ollama's can" in modelfile("m.gguf", chat)
+        assert "Ollama cannot express this model's chat template" in modelfile("m.gguf", chat)
         return
     assert template is not None
     turns = [{"role": role, "content": f"{role} says {n}"} for n in range(3) for role in ("user", "assistant")]
@@ -525,7 +539,7 @@ def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.C
     ("run", "arguments", "reason"),
     [
         ("lora", ["--dtype", "q8_0"], "--dtype: q8_0: only --format gguf has it"),
-        ("lora", ["--format", "gguf-lora", "--dtype", "q4_0"], "--dtype: q4_0: an adapter is not quantized"),
+        ("lora", ["--format", "gguf-lora", "--dtype", "q4_0"], "--dtype: q4_0: adapters are not quantized"),
         ("lora", ["--format", "gguf", "--base", "nf4"], "was trained on the original weights: leave --base out"),
         ("full", ["--format", "gguf-lora"], "this run trained every parameter"),
         ("base", ["--format", "gguf-lora"], "no adapter here"),
@@ -544,5 +558,5 @@ def test_mistakes_leave_one_line_and_no_file(
 def test_what_is_there_is_not_overwritten(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out.Modelfile").write_text("mine")
     assert run_merge(runs / "lora", "--out", tmp_path / "out.gguf", "--format", "gguf") == 2
-    assert "out.Modelfile: exists already" in capsys.readouterr().err
+    assert "out.Modelfile: already exists" in capsys.readouterr().err
     assert names(tmp_path) == {"out.Modelfile"}

@@ -182,7 +182,7 @@ def test_a_space_before_the_first_word_only_is_none_where_chats_open_with_a_cont
     assert text.startswith("<s>[INST]")
     assert ids_of(llama, text) == chat.tokenizer.encode(text, add_special_tokens=False).ids
     save(tmp_path / "other", STYLES["zephyr"], tokenizer_json=byte_fallback())
-    with pytest.raises(UserError, match="a space before the first word only, and its chats open with text"):
+    with pytest.raises(UserError, match="a space before the first word only, and its chats begin with text"):
         read_vocabulary(ChatTokenizer.from_directory(tmp_path / "other"), 1000)
 
 
@@ -212,12 +212,12 @@ def stripping(text: str) -> str:
 BERT_WORDS = {"type": "Whitespace"}
 PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 REFUSED = {
-    "an expression of its own": (trained(split(r"[a-z]+|.")), "in a way that has no name there"),
-    "other words": (edited(byte_level(), pre_tokenizer=BERT_WORDS), "in a way that has no name there"),
-    "space before words": (edited(byte_level(), pre_tokenizer=PREFIXED), "in a way that has no name there"),
-    "GPT-2's words taken whole": (edited(byte_level(), model__ignore_merges=True), "in a way that has no name"),
+    "an expression of its own": (trained(split(r"[a-z]+|.")), "by an unknown rule"),
+    "other words": (edited(byte_level(), pre_tokenizer=BERT_WORDS), "by an unknown rule"),
+    "space before words": (edited(byte_level(), pre_tokenizer=PREFIXED), "by an unknown rule"),
+    "GPT-2's words taken whole": (edited(byte_level(), model__ignore_merges=True), "by an unknown rule"),
     "lower case": (edited(byte_level(), normalizer={"type": "Lowercase"}), "its normalizer is Lowercase"),
-    "spaces swallowed": (stripping(byte_level()), "'<s>' takes the spaces around it with it"),
+    "spaces swallowed": (stripping(byte_level()), "'<s>' strips the spaces around it"),
     "words kept apart": (
         edited(byte_fallback(), pre_tokenizer={"type": "Metaspace", "replacement": "▁", "split": True}),
         "its pre-tokenizer is Metaspace",
@@ -231,11 +231,11 @@ REFUSED = {
 def test_what_llama_cpp_cannot_do_is_refused(case: str, tmp_path: Path) -> None:
     text, reason = REFUSED[case]
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(UserError, match=f"--format gguf: tokenizer.json: llama.cpp cannot do what it does: .*{reason}"):
+    with pytest.raises(UserError, match=f"--format gguf: tokenizer.json is not supported by llama.cpp: .*{reason}"):
         read_vocabulary(ChatTokenizer.from_directory(tmp_path), 2000)
 
 
 def test_more_tokens_than_embeddings_are_refused(tmp_path: Path) -> None:
     save(tmp_path, STYLES["chatml"])
-    with pytest.raises(UserError, match=r"it has the id 3\d\d, but the model only 300 embeddings"):
+    with pytest.raises(UserError, match=r"the id 3\d\d is beyond the model's 300 embeddings"):
         read_vocabulary(ChatTokenizer.from_directory(tmp_path), 300)

@@ -24,9 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanoft import UserError
 from nanoft.config import Config, LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.export import adapters as adapters_module
 from nanoft.export import merge as merging
-from nanoft.export.merge import TOLERANCE, copy_adapter, merge, new_directory, save_result
-from nanoft.export.verify import prove
+from nanoft.export.adapters import copy_adapter, save_result
+from nanoft.export.merge import merge
+from nanoft.export.staging import new_directory
+from nanoft.export.verify import TOLERANCE, verify_merge
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.models import weights
 from nanoft.models.adapter_files import PEFT_PREFIX
@@ -135,7 +138,7 @@ def test_variations_of_lora_merge_as_in_peft(variant: str, tmp_path: Path) -> No
             and ("weight" in name or "bias" in MERGE_VARIANTS[variant])
         )
         assert torch.equal(tensor, before[name]) != trained, name
-    proof = prove(opened, out, PROMPTS, torch.float32)
+    proof = verify_merge(opened, out, PROMPTS, torch.float32)
     assert proof.holds
     assert proof.effect > 100 * proof.allowed
 
@@ -144,10 +147,10 @@ def test_variations_of_lora_merge_as_in_peft(variant: str, tmp_path: Path) -> No
 def test_variations_of_lora_merge_onto_nf4(variant: str, tmp_path: Path) -> None:
     lora = replace(LORA, **MERGE_VARIANTS[variant])
     opened = make(tmp_path, "llama-bias", lora=lora, quantization={"type": "nf4", "double": True}, dtype="float32")
-    assert prove(opened, merged(opened, tmp_path / "out", onto="nf4"), PROMPTS, torch.float32).holds
+    assert verify_merge(opened, merged(opened, tmp_path / "out", onto="nf4"), PROMPTS, torch.float32).holds
     original = reopen(tmp_path / "adapter", original_base=True)
-    assert prove(original, merged(original, tmp_path / "original"), PROMPTS, torch.float32).holds
-    assert not prove(original, tmp_path / "out", PROMPTS, torch.float32).holds
+    assert verify_merge(original, merged(original, tmp_path / "original"), PROMPTS, torch.float32).holds
+    assert not verify_merge(original, tmp_path / "out", PROMPTS, torch.float32).holds
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 24), (torch.bfloat16, 8), (torch.float16, 11)])
@@ -169,7 +172,7 @@ def test_a_merged_weight_is_the_exact_sum_rounded_once(dtype: torch.dtype, bits:
         allowed = half_step + (exact.abs() + 1) * 2.0**-22 + 2.0**-25  # float32 sums; float16 below its normal range
         assert ((tensor.double() - exact).abs() <= allowed).all(), name
     assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
-    assert prove(opened, out, PROMPTS, dtype).holds
+    assert verify_merge(opened, out, PROMPTS, dtype).holds
 
 
 def test_onto_a_packed_base_is_its_unpacked_weight_plus_the_change(tmp_path: Path) -> None:
@@ -230,9 +233,9 @@ def test_onto_nf4_is_the_unpacked_weight_plus_the_change(
     theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert (logits(theirs) - logits(opened.model)).abs().max() < 1e-4  # the model that was trained
-    assert prove(opened, out, PROMPTS, torch.float32).holds
+    assert verify_merge(opened, out, PROMPTS, torch.float32).holds
     original = reopen(tmp_path / "adapter", original_base=True)
-    assert not prove(original, out, PROMPTS, torch.float32).holds
+    assert not verify_merge(original, out, PROMPTS, torch.float32).holds
 
 
 def test_tensors_that_follow_from_others_are_left_out(tmp_path: Path) -> None:
@@ -271,6 +274,7 @@ MEASURE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from /proc")
 def test_merging_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 128, "num_hidden_layers": 4}
@@ -380,12 +384,12 @@ WRONG = {
 def test_the_proof_fails_when_a_weight_is_wrong(fault: str, dtype: torch.dtype, tmp_path: Path) -> None:
     opened = make(tmp_path)
     out = merged(opened, tmp_path / "out", dtype)
-    good = prove(opened, out, PROMPTS, dtype)
+    good = verify_merge(opened, out, PROMPTS, dtype)
     assert good.holds
     name, change = WRONG[fault]
     base = load_file(tmp_path / "base/model.safetensors")
     change_weight(out, name, change or (lambda w: base[name].to(w.dtype)))
-    bad = prove(opened, out, PROMPTS, dtype)
+    bad = verify_merge(opened, out, PROMPTS, dtype)
     assert not bad.holds
     assert bad.max_difference > 2 * good.max_difference
     assert bad.allowed == good.allowed
@@ -394,7 +398,7 @@ def test_the_proof_fails_when_a_weight_is_wrong(fault: str, dtype: torch.dtype, 
 def test_what_is_allowed_scales_with_the_logits_and_the_effect_is_the_adapters(tmp_path: Path) -> None:
     opened = make(tmp_path)
     out = merged(opened, tmp_path / "out")
-    proof = prove(opened, out, [IDS[0].tolist()], torch.float32)
+    proof = verify_merge(opened, out, [IDS[0].tolist()], torch.float32)
     with torch.no_grad():
         base = logits(load_model(tmp_path / "base", CPU, torch.float32))
         tuned = logits(opened.model)
@@ -402,7 +406,7 @@ def test_what_is_allowed_scales_with_the_logits_and_the_effect_is_the_adapters(t
     assert proof.allowed == pytest.approx(1e-4 * tuned.std().item(), rel=1e-4)
     assert proof.same_top_token == 1.0
     assert proof.max_difference < proof.allowed < proof.effect
-    assert prove(opened, tmp_path / "base", PROMPTS, torch.float32).same_top_token < 1.0
+    assert verify_merge(opened, tmp_path / "base", PROMPTS, torch.float32).same_top_token < 1.0
     assert all(adapter.enabled for adapter in opened.adapters.values())
 
 
@@ -410,8 +414,8 @@ def test_a_weight_beyond_float16_is_noticed(tmp_path: Path) -> None:
     make_chat_model(tmp_path / "base")
     change_weight(tmp_path / "base", f"{UP}.weight", lambda w: w.index_fill(0, torch.tensor([3]), 1e6))
     opened = reopen(make_adapter(tmp_path / "base", tmp_path / "adapter"))
-    assert prove(opened, merged(opened, tmp_path / "bf16", torch.bfloat16), PROMPTS, torch.bfloat16).holds
-    assert not prove(opened, merged(opened, tmp_path / "f16", torch.float16), PROMPTS, torch.float16).holds
+    assert verify_merge(opened, merged(opened, tmp_path / "bf16", torch.bfloat16), PROMPTS, torch.bfloat16).holds
+    assert not verify_merge(opened, merged(opened, tmp_path / "f16", torch.float16), PROMPTS, torch.float16).holds
 
 
 # --- all or nothing
@@ -537,7 +541,7 @@ def test_a_result_that_cannot_be_written_leaves_the_earlier_one(
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights if full else merging, "copy_companions", full_disk)
+    monkeypatch.setattr(adapters_module if not full else weights, "copy_companions", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_result(*arguments, tmp_path / "base", config, 4, torch.float32)
     assert [path.name for path in run.iterdir()] == [place.name]

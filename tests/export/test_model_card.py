@@ -208,7 +208,7 @@ def test_nothing_is_sent_unless_it_is_asked_for(runs: Path, tmp_path: Path, serv
     assert handler.posted == []
 
 
-@pytest.mark.parametrize(("repository", "message"), [("model", "write owner/name"), ("a/b/c", "write owner/name")])
+@pytest.mark.parametrize(("repository", "message"), [("model", "use owner/name"), ("a/b/c", "use owner/name")])
 def test_a_name_that_is_none_is_refused_before_any_work(
     repository: str, message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.export import streaming
-from nanoft.export.merge import open_adapter
+from nanoft.export.adapters import open_adapter
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.export.verify import hidden_states
 from nanoft.generation.generate import generate
@@ -136,8 +136,8 @@ def test_a_missing_shard_and_a_short_one_are_refused(tmp_path: Path) -> None:
 MEASURE = """
     import sys, torch
     from pathlib import Path
-    from nanoft.export.merge import open_adapter
-    from nanoft.export.streaming import StreamedDecoder, give_back_freed_memory, open_rows
+    from nanoft.export.adapters import open_adapter
+    from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
     from nanoft.export.verify import hidden_states
     from nanoft.models.open import read_trained_adapter
 
@@ -146,7 +146,7 @@ MEASURE = """
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
     torch.set_num_threads(1)
-    give_back_freed_memory()
+    return_freed_memory()
     hidden_states(StreamedDecoder(open_rows(Path(sys.argv[1]))), [[1, 2]])
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
     before = resident("VmRSS")
@@ -156,6 +156,7 @@ MEASURE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from /proc")
 def test_a_pass_holds_a_few_rows_of_the_model(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 128, "num_hidden_layers": 4}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness import Fault
 from scene import Scene
+from tiers import rest_is_slow
 
 from nanoft.checkpoint import MANIFEST, verify
 
@@ -23,7 +24,7 @@ def newest(directory: Path) -> int:
     return max(int(verify(path).state["step"]) for path in paths if (path / MANIFEST).is_file())
 
 
-@pytest.mark.parametrize("what", ["kill", "torn"])
+@pytest.mark.parametrize("what", rest_is_slow(["kill", "torn"], "torn"))
 def test_killed_in_a_save(scene: Scene, what: str, tmp_path: Path) -> None:
     """At every fifth operation, and in the middle of every third write."""
     save = scene.save_of(4)

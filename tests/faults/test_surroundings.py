@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT, Fault
 from scene import STEPS, Scene, one_line, wait_for
+from tiers import rest_is_slow
 
 SLOW_DISK = Fault("slow", times=10**6)
 
@@ -154,7 +155,7 @@ TERMINALS = {
 }
 
 
-@pytest.mark.parametrize("case", TERMINALS)
+@pytest.mark.parametrize("case", rest_is_slow(TERMINALS, "ascii and a full disk"))
 def test_a_terminal_that_fails(scene: Scene, case: str, tmp_path: Path) -> None:
     directory = tmp_path / ("läufe" if "ascii" in case else "run")
     shown = ["logging.progress_bar=true", "logging.show_example=true"]

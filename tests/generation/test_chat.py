@@ -1,4 +1,4 @@
-"""The talk in a terminal and through a pipe: what is shown, what is remembered, what the commands do."""
+"""The chat in a terminal and through a pipe: what is shown, what is remembered, what the commands do."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from nanoft import UserError
+from nanoft.__main__ import main
 from nanoft.config import LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.generation import generate
 from nanoft.generation.chat import HELP, ChatSession, stream_text
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder
@@ -30,7 +30,7 @@ from tiny_models import make_chat_model
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("talk") / "model"
+    directory = tmp_path_factory.mktemp("chat") / "model"
     make_chat_model(directory)
     return directory
 
@@ -88,7 +88,7 @@ def test_pieces_come_at_once(chat: ChatTokenizer) -> None:
     assert [(piece, len(given)) for piece in stream_text(chat, one_by_one())] == [("a", 1), ("🎉", 5), ("b", 6)]
 
 
-# ---- A talk with a model whose answers are written down
+# ---- A conversation with a model whose answers are written down
 
 
 class Script:
@@ -111,8 +111,8 @@ def adapters() -> dict[str, LoRALinear]:
     return inject_lora(Decoder(decoder_config(config)), LoRAConfig(rank=2), seed=0)
 
 
-def talk_of(chat: ChatTokenizer, script: Script, **settings: Any) -> ChatSession:
-    chosen = {"beside": False, "context": 10_000, "max_new_tokens": 50, "system": None, **settings}
+def session_of(chat: ChatTokenizer, script: Script, **settings: Any) -> ChatSession:
+    chosen = {"with_base": False, "context": 10_000, "max_new_tokens": 50, "system": None, **settings}
     return ChatSession(chat, script, script.adapters, **chosen)
 
 
@@ -127,16 +127,16 @@ def assistant(text: str) -> str:
 OPEN = "<|im_start|>assistant\n"
 
 
-def run_lines(talk: ChatSession, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_lines(session: ChatSession, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    talk.run()
+    session.run()
 
 
 def test_a_pipe_gets_an_answer_a_line_and_nothing_else(
     chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = Script(chat, ["uno", "due"], {})
-    run_lines(talk_of(chat, script, system="S"), "one\n two \n\nnever read\n", monkeypatch)
+    run_lines(session_of(chat, script, system="S"), "one\n two \n\nnever read\n", monkeypatch)
     assert capsys.readouterr() == ("uno\ndue\n", "")
     system = "<|im_start|>system\nS<|im_end|>\n"
     first = system + user("one") + OPEN
@@ -152,10 +152,10 @@ def test_commands_through_a_pipe(
 ) -> None:
     script = Script(chat, ["A1", "B1", "A2", "A3", "A4", "A5"], adapters)
     lines = ["/base", "q1", "/base", "/reset", "q2", "/system be  brief", "q3", "/reset", "q4", "/system"]
-    run_lines(talk_of(chat, script), "\n".join([*lines, "/etc/passwd?", "/help", "/quit", "q6"]), monkeypatch)
+    run_lines(session_of(chat, script), "\n".join([*lines, "/etc/passwd?", "/help", "/quit", "q6"]), monkeypatch)
     out, err = capsys.readouterr()
     assert out == "A1\nbase: B1\nA2\nA3\nA4\nA5\n"
-    assert err == f"nothing was asked yet\n{HELP}\n"
+    assert err == f"no question yet\n{HELP}\n"
     brief = "<|im_start|>system\nbe  brief<|im_end|>\n"
     assert script.asked == [
         (user("q1") + OPEN, 50, True),
@@ -168,56 +168,59 @@ def test_commands_through_a_pipe(
     assert all(adapter.enabled for adapter in adapters.values())
 
 
-def test_the_base_beside_every_answer_is_not_part_of_the_talk(
+def test_the_base_answer_is_not_part_of_the_conversation(
     chat: ChatTokenizer, adapters: dict[str, LoRALinear], capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = Script(chat, ["T1", "B1", "T2", "B2"], adapters)
-    talk = talk_of(chat, script, beside=True)
-    talk.ask("q1")
-    talk.ask("q2")
+    session = session_of(chat, script, with_base=True)
+    session.ask("q1")
+    session.ask("q2")
     assert capsys.readouterr().out == "tuned: T1\nbase: B1\ntuned: T2\nbase: B2\n"
     assert script.asked[3] == (user("q1") + assistant("T1") + user("q2") + OPEN, 50, False)
 
 
-def test_a_talk_that_outgrows_the_context_forgets_its_oldest_questions_and_says_so(
+def test_a_conversation_that_outgrows_the_context_drops_its_oldest_questions_and_says_so(
     chat: ChatTokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     length = len(chat.encode_prompt([{"role": "system", "content": "S"}, {"role": "user", "content": "q" * 20}]))
     script = Script(chat, ["x" * 10] * 9, {})
-    talk = talk_of(chat, script, system="S", context=3 * length, max_new_tokens=10)
+    session = session_of(chat, script, system="S", context=3 * length, max_new_tokens=10)
     for _ in range(6):
-        talk.ask("q" * 20)
+        session.ask("q" * 20)
     prompts = [prompt for prompt, _, _ in script.asked]
     assert prompts[0].count("qqq" * 5) == 1
     assert max(prompt.count("q" * 20) for prompt in prompts) == prompts[-1].count("q" * 20) < 6
     assert all(prompt.startswith("<|im_start|>system\nS<|im_end|>") for prompt in prompts)
     said = capsys.readouterr().err.splitlines()
     assert said
-    assert all(line == f"the oldest question no longer fits into {3 * length} tokens: forgotten" for line in said)
+    assert all(
+        line == f"the oldest question does not fit into the context of {3 * length} tokens any more: dropped"
+        for line in said
+    )
 
 
 def test_a_question_larger_than_the_context_is_refused_and_not_remembered(
     chat: ChatTokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = Script(chat, ["yes" * 20], {})
-    talk = talk_of(chat, script, context=60)
+    session = session_of(chat, script, context=60)
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, the model's context 60: shorten it"):
-        talk.ask("y" * 200)
-    assert talk.messages == []
-    talk.ask("hi")
+        session.ask("y" * 200)
+    assert session.messages == []
+    session.ask("hi")
     left = 60 - len(chat.encode_prompt([{"role": "user", "content": "hi"}]))
     assert script.asked == [(user("hi") + OPEN, min(left, 50), True)]
     out, err = capsys.readouterr()
     assert len(byte_tokens(chat, out)) == left + 1
-    assert err == "cut short: the model's context of 60 tokens is full\n"
+    assert err == "truncated: the model's context of 60 tokens is full\n"
 
 
 def test_input_that_is_no_text_is_one_line(chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     with pytest.raises(UserError, match="stdin: not UTF-8"):
-        talk_of(chat, Script(chat, [], {})).run()
+        session_of(chat, Script(chat, [], {})).run()
     with pytest.raises(UserError, match="stdin: not UTF-8"):  # in the C locale it comes like this
-        talk_of(chat, Script(chat, [], {})).ask(b"\xff".decode(errors="surrogateescape"))
+        session_of(chat, Script(chat, [], {})).ask(b"\xff".decode(errors="surrogateescape"))
 
 
 class Interrupted(Script):
@@ -234,13 +237,13 @@ def test_ctrl_c_in_a_terminal_ends_the_answer_and_what_was_said_stays(
     chat: ChatTokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = Interrupted(chat, ["long answer", "an"], {})
-    talk = talk_of(chat, script)
-    talk.in_terminal = True
-    talk.ask("q1")
-    talk.ask("q2")
+    session = session_of(chat, script)
+    session.in_terminal = True
+    session.ask("q1")
+    session.ask("q2")
     assert capsys.readouterr().out == "lon\nan\n"
     assert script.asked[1][0] == user("q1") + assistant("lon") + user("q2") + OPEN
-    piped = talk_of(chat, Interrupted(chat, ["long answer"], {}))
+    piped = session_of(chat, Interrupted(chat, ["long answer"], {}))
     with pytest.raises(KeyboardInterrupt):
         piped.ask("q1")
 
@@ -285,7 +288,7 @@ def test_a_terminal_has_prompt_signs_and_ctrl_c_does_not_end_the_program(directo
         terminal.until("/help lists the commands")
         terminal.until("> ")
         terminal.type("/nonsense")
-        assert "/nonsense: no such command" in terminal.until("> ")
+        assert "/nonsense: unknown command" in terminal.until("> ")
         terminal.type("/base")
         assert "there is no adapter to switch off" in terminal.until("> ")
         terminal.type("")  # an empty line ends nothing here
@@ -306,18 +309,18 @@ def test_what_a_terminal_would_obey_is_not_sent_to_it(
     chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = Script(chat, ["a\x1b[31mb\nc\td\x07"] * 2, {})
-    talk = talk_of(chat, script)
-    talk.ask("q")
+    session = session_of(chat, script)
+    session.ask("q")
     assert capsys.readouterr().out == "a\x1b[31mb\nc\td\x07\n"
-    talk.in_terminal = True
-    talk.ask("q")
+    session.in_terminal = True
+    session.ask("q")
     assert capsys.readouterr().out == "a\ufffd[31mb\nc\td\ufffd\n"
 
 
 def test_the_command_draws_the_same_again_for_a_seed(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*more: str) -> str:
         options = ["--temperature", "2", "--prompt", "Say 4.", "--max-new-tokens", "12", *more]
-        assert generate.main([str(directory), *options]) == 0
+        assert main(["chat", str(directory), *options]) == 0
         return capsys.readouterr().out
 
     assert said("--seed", "1") == said("--seed", "1") != said("--seed", "2")

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import rest_is_slow
 from transformers import AutoTokenizer, PreTrainedModel
 
-from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.__main__ import main
+from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.generation import generate
 from nanoft.generation.decode import Decoding
-from nanoft.generation.generate import Answer, answer
+from nanoft.generation.generate import Answer
 from nanoft.generation.sampling import Sampling
 from nanoft.model import Decoder
 from nanoft.models.weights import load_model
@@ -85,14 +87,14 @@ def test_the_order_of_prompts_changes_nothing(tmp_path: Path) -> None:
         assert together == [alone[i] for i in order]
 
 
-@pytest.mark.parametrize("case", ["mistral", "mistral-window", "qwen2-window"])
-@pytest.mark.parametrize("crowd", [0.0, 0.5, 0.99])
-@pytest.mark.parametrize("at_once", [None, 3, 2, 1])
+@pytest.mark.parametrize("case", rest_is_slow(["mistral", "mistral-window", "qwen2-window"], "mistral-window"))
+@pytest.mark.parametrize("refill", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("batch_size", [None, 3, 2, 1])
 def test_rows_that_leave_or_come_later_change_nothing_for_the_others(
-    case: str, crowd: float, at_once: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, refill: float, batch_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never, when half have ended, at once; the longest prompt goes early, and with it the others' empty slots."""
-    monkeypatch.setattr(generate, "CROWD", crowd)
+    monkeypatch.setattr(generate, "REFILL", refill)
     model, _ = model_and_reference(case, tmp_path)
     free = [ids_of(generate.generate(model, [prompt], (), 40))[0] for prompt in PROMPTS]
     stops = [free[1][2], free[0][9], free[3][20]]
@@ -101,9 +103,9 @@ def test_rows_that_leave_or_come_later_change_nothing_for_the_others(
         end = next((at for at, token in enumerate(ids) if token in stops), None)
         expected.append(Answer(ids[:end], end is not None))
     assert len({len(said.ids) for said in expected}) > 2
-    assert generate.generate(model, PROMPTS, stops, 40, at_once=at_once) == expected
+    assert generate.generate(model, PROMPTS, stops, 40, batch_size=batch_size) == expected
     order = [2, 0, 3, 1]  # a prompt longer than all that is there joins
-    together = generate.generate(model, [PROMPTS[row] for row in order], stops, 40, at_once=at_once)
+    together = generate.generate(model, [PROMPTS[row] for row in order], stops, 40, batch_size=batch_size)
     assert together == [expected[row] for row in order]
 
 
@@ -132,7 +134,7 @@ def test_places_are_taken_again_when_answers_end_and_the_batch_is_never_larger(
     assert min(lengths) < 5
     assert max(lengths) == 30
     widths = rows_of_steps(monkeypatch)
-    assert generate.generate(model, prompts, stops, 30, at_once=8) == expected
+    assert generate.generate(model, prompts, stops, 30, batch_size=8) == expected
     assert max(widths) == 8
     one_by_one = sum(max(lengths[at : at + 8]) for at in range(0, 24, 8))  # steps, if batches waited for their longest
     assert len(widths) < one_by_one
@@ -177,7 +179,7 @@ def test_the_last_token_may_be_the_stop_and_none_may_be_asked_for(tmp_path: Path
 def test_steps_tell_each_token_as_it_comes(tmp_path: Path) -> None:
     model, _ = model_and_reference("mistral", tmp_path)
     free = ids_of(generate.generate(model, PROMPTS, (), 8))
-    told = list(generate.steps(model, PROMPTS, (), 8))
+    told = list(generate.stream(model, PROMPTS, (), 8))
     assert told == [[(row, ids[step]) for row, ids in enumerate(free)] for step in range(8)]
 
 
@@ -185,10 +187,10 @@ def test_steps_tell_each_token_as_it_comes(tmp_path: Path) -> None:
 
 
 def sampled(
-    model: Decoder, prompts: list[list[int]], seed: int, at_once: int | None = None, **settings: Any
+    model: Decoder, prompts: list[list[int]], seed: int, batch_size: int | None = None, **settings: Any
 ) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return ids_of(generate.generate(model, prompts, (), 16, Sampling(**settings), generator, at_once))
+    return ids_of(generate.generate(model, prompts, (), 16, Sampling(**settings), generator, batch_size))
 
 
 def test_a_seed_gives_the_same_answers_and_each_row_its_own(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_a_seed_gives_the_same_answers_and_each_row_its_own(tmp_path: Path) -> N
     first = sampled(model, PROMPTS, 1, **settings)
     assert first == sampled(model, PROMPTS, 1, **settings) != sampled(model, PROMPTS, 2, **settings)
     assert first[:1] == sampled(model, PROMPTS[:1], 1, **settings)  # the first row's draws, whoever is there
-    assert first == sampled(model, PROMPTS, 1, at_once=2, **settings)
+    assert first == sampled(model, PROMPTS, 1, batch_size=2, **settings)
     generator = torch.Generator().manual_seed(1)
     some = ids_of(generate.generate(model, PROMPTS, (), 16, Sampling(**settings), generator, only=[3, 1]))
     assert some == [[], first[1], [], first[3]]  # each prompt has its own draws
@@ -216,6 +218,11 @@ def test_a_repetition_penalty_is_that_of_transformers_generate(tmp_path: Path) -
 
 
 # --- the command
+
+
+def answer(model: Decoder, chat: ChatTokenizer, messages: list[Message], limit: int) -> str:
+    """The greedy answer to a conversation."""
+    return chat.decode(generate.generate(model, [chat.encode_prompt(messages)], chat.stop_ids, limit)[0].ids)
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +267,11 @@ def test_a_run_answers_with_its_adapter(
     said = []
     for source in (model_directory, trained, trained / "adapter"):
         capsys.readouterr()
-        assert generate.main([str(source), "--prompt", "Say 4 please.", "--max-new-tokens", "16"]) == 0
+        assert main(["chat", str(source), "--prompt", "Say 4 please.", "--max-new-tokens", "16"]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] != said[1] == said[2]
     capsys.readouterr()
-    assert generate.main([str(trained), "--base", "--prompt", "Say 4 please.", "--max-new-tokens", "16"]) == 0
+    assert main(["chat", str(trained), "--base", "--prompt", "Say 4 please.", "--max-new-tokens", "16"]) == 0
     assert capsys.readouterr().out == f"tuned: {said[1]}base: {said[0]}"
 
 
@@ -284,7 +291,7 @@ REFUSING = "{{ raise_exception('first line\\nsecond line') }}"
         (["MODEL", "--min-p", "1.5"], "--min-p: 1.5 is out of range"),
         (["MODEL", "--repetition-penalty", "0"], "--repetition-penalty: 0.0 is out of range"),
         (["MODEL", "--seed", "-3"], "--seed: -3 is out of range"),
-        (["MODEL", "--top-p", "0.9"], "--top-p: nothing is drawn at temperature 0: add --temperature 0.7"),
+        (["MODEL", "--top-p", "0.9"], "--top-p: no effect at temperature 0: add --temperature 0.7"),
         (["MODEL", "--base"], "has no adapter to switch off"),
         (["MODEL", "--system", "\udcff"], "--system: not UTF-8"),
         (["MODEL", "--system", "S"], "the chat template refuses these messages: first line second line"),
@@ -296,7 +303,7 @@ def test_a_mistake_is_one_line_and_code_2(
     make_chat_model(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(REFUSING)
     arguments = [str(tmp_path) if part == "MODEL" else part for part in arguments]
-    assert generate.main([*arguments, "--prompt", "hi"]) == 2
+    assert main(["chat", *arguments, "--prompt", "hi"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
@@ -313,7 +320,7 @@ def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        generate.main(["--help"])
+        main(["chat", "--help"])
     assert left.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "python -m nanoft chat runs/tiny --prompt" in said

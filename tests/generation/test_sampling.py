@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits processors, and draws against the probabilities that they leave."""
+"""Sampling against transformers' logits processors, and samples against the probabilities that they leave."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from nanoft.generation.sampling import BELOW_ONE, Sampler, Sampling, draw, penalize, warp
+from nanoft.generation.sampling import BELOW_ONE, Sampler, Sampling, penalize, sample, warp
 
 CPU = torch.device("cpu")
 VOCAB, DRAWS = 60, 40_000
@@ -123,10 +123,10 @@ def test_the_largest_noise_still_draws_what_may_be_said() -> None:
     for seed in range(200):
         row = torch.randn(1, 1000, generator=torch.Generator().manual_seed(seed)) * 3
         row[0, 900:] = -torch.inf
-        assert int(draw(row, largest)) < 900
-        assert int(draw(row, torch.zeros(1))) == 0
+        assert int(sample(row, largest)) < 900
+        assert int(sample(row, torch.zeros(1))) == 0
     row[0, :7] = -torch.inf
-    assert int(draw(row, torch.zeros(1))) == 7
+    assert int(sample(row, torch.zeros(1))) == 7
 
 
 def all_of(sampling: Sampling, prompts: list[list[int]], vocab: int, steps: int, seed: int = 0) -> Sampler:
@@ -171,4 +171,4 @@ def test_a_seed_repeats_and_another_differs() -> None:
 
 
 def test_logits_that_are_no_numbers_give_a_token_all_the_same() -> None:
-    assert 0 <= int(draw(torch.full((1, 5), torch.nan), torch.full((1,), 0.5))) < 5
+    assert 0 <= int(sample(torch.full((1, 5), torch.nan), torch.full((1,), 0.5))) < 5

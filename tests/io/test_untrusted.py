@@ -42,7 +42,7 @@ def test_json_at_the_bound() -> None:
 
 def test_a_name_twice_is_refused_where_it_matters() -> None:
     assert parse_json(b'{"a": 1, "a": 2}') == {"a": 2}
-    with pytest.raises(ValueError, match="'a' is there twice"):
+    with pytest.raises(ValueError, match="'a' appears twice"):
         parse_json(b'{"b": {"a": 1, "a": 1}}', unique=True)
 
 

@@ -108,6 +108,7 @@ evaluate.generate = answering
 """
 
 
+@pytest.mark.quick
 def test_two_ranks_with_one_micro_batch_each_are_one_rank_with_two(alone: Path, tmp_path: Path) -> None:
     """The same bits: a + b has one rounding. The second rank has nothing to do in the last window of an epoch."""
     directory = tmp_path / "run"
@@ -143,6 +144,7 @@ train.train = looping
 """
 
 
+@pytest.mark.slow
 def test_three_ranks_and_memory_that_is_short_on_one(tmp_path: Path) -> None:
     """All take the same window again with 2 rows instead of 3; the samples, and so the losses, stay the same."""
     whole, directory = tmp_path / "whole", tmp_path / "run"
@@ -610,6 +612,7 @@ def test_the_words_that_ranks_say_to_one_another(tmp_path: Path) -> None:
     assert sorted(out.split("\n"))[1:] == [f"rank {n} is done" for n in range(3)]
 
 
+@pytest.mark.quick
 def test_alone_there_is_nobody_to_talk_to() -> None:
     assert (distributed.process_rank(), distributed.world_size()) == (0, 1)
     assert distributed.broadcast_from_rank0(lambda: {1, 2}) == {1, 2}, "not even JSON is made of it"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from runs import training, write_events
 
+from nanoft.__main__ import main
 from nanoft.tracking import compare
 from nanoft.tracking.plots import Events, read_events
 from nanoft.tracking.run import Run
@@ -38,7 +39,7 @@ def test_runs_are_compared_by_what_differs_and_what_came_of_it(
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     report = {"tuned": {"exact_match": 0.625}, "training": {"seconds": 125.0, "tokens_per_second": 3000.4}}
     (tmp_path / "b" / "report.json").write_text(json.dumps(report))
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     said = capsys.readouterr().out
     table = cells(said)
     assert table[""] == ["a", "b"]
@@ -52,7 +53,7 @@ def test_runs_are_compared_by_what_differs_and_what_came_of_it(
     assert table["memory, GB"] == ["1.50", "1.50"]
     assert table["time"] == ["18 s", "2 min 5 s"]
     assert table["state"] == ["not done", "not done"]
-    assert "b: damaged lines of metrics.jsonl, left out: 1" in said
+    assert "b: skipped 1 damaged lines of metrics.jsonl" in said
 
 
 def test_damaged_files_beside_it_do_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,14 +61,14 @@ def test_damaged_files_beside_it_do_no_harm(tmp_path: Path, capsys: pytest.Captu
         write_events(tmp_path / name, [])
         for file in ("config.json", "report.json"):
             (tmp_path / name / file).write_text(text)
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert cells(capsys.readouterr().out)["steps"] == ["0", "0"]
 
 
 def test_one_plot_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     runs = [str(write_events(tmp_path / name, training(30))) for name in ("a", "b")]
-    assert compare.main([*runs, "--plot", str(tmp_path / "all.svg")]) == 0
+    assert main(["compare", *runs, "--plot", str(tmp_path / "all.svg")]) == 0
     text = (tmp_path / "all.svg").read_text()
     assert 'id="run.0"' in text
     assert 'id="run.1"' in text
@@ -76,14 +77,14 @@ def test_one_plot_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: RUN: none given"),
-        (["nowhere"], "error: nowhere: no run that has begun"),
-        (["--follow", "a", "b"], "error: --follow: shows one run alone"),
-        (["--follow", __file__], f"error: --follow: {__file__}: is a file"),
+        ([], "error: the following arguments are required: RUN"),
+        (["nowhere"], "error: nowhere: not a run that has started"),
+        (["--follow", "a", "b"], "error: --follow: shows one run"),
+        (["--follow", __file__], f"error: --follow: {__file__}: not a directory"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main(arguments) == 2
+    assert main(["compare", *arguments]) == 2
     said = capsys.readouterr().err
     assert said.startswith(message)
     assert said.count("\n") == 1
@@ -99,7 +100,7 @@ def test_the_chart_puts_the_extremes_at_the_edges() -> None:
         "        0 |                    *",
         "          +0                  10",
     ]
-    assert compare.chart([([], [])]) == ["  (nothing yet)"]
+    assert compare.chart([([], [])]) == ["  (no data yet)"]
     assert "*" in compare.chart([([3.0], [1.0])])[-2]  # a single point
 
 
@@ -120,8 +121,8 @@ def test_the_dashboard_tells_where_the_run_stands(tmp_path: Path) -> None:
     assert [f"w{n}" in text for n in range(5)] == [False, False, True, True, True]
     assert "\x1b" not in text
     assert "hf_" not in text
-    assert lines[-1] == "damaged lines, left out: 1"
-    assert compare.dashboard("a", Events()) == ["a: has not begun"]
+    assert lines[-1] == "skipped 1 damaged lines"
+    assert compare.dashboard("a", Events()) == ["a: has not started"]
 
 
 def test_following_waits_for_a_run_tells_each_event_once_and_ends_with_it(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_following_waits_for_a_run_tells_each_event_once_and_ends_with_it(tmp_pa
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout is not None
-        assert "has not begun" in process.stdout.readline()
+        assert "has not started" in process.stdout.readline()
         with Run.open(tmp_path / "run") as run:
             run.open_metrics(0, [0, 0], [])
             for step in (1, 2, 3):
@@ -160,7 +161,7 @@ def test_following_a_run_that_nobody_works_on_ends(tmp_path: Path, capsys: pytes
         assert thread.is_alive()  # somebody does
     thread.join(10)
     assert not thread.is_alive()
-    assert "ended before it was done" in capsys.readouterr().out
+    assert "stopped before it was done" in capsys.readouterr().out
 
 
 def test_a_terminal_is_drawn_anew(

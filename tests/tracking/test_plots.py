@@ -99,7 +99,7 @@ def test_a_run_without_a_step_and_one_with_an_odd_name_are_drawn(tmp_path: Path)
     runs = {name: read_events(write_events(tmp_path / "x", training(20))) for name in ("_a", "$\\frac$", "c")}
     plots.save(plots.comparison(runs), tmp_path / "all.svg")
     assert "$\\frac$" in "".join(ElementTree.parse(tmp_path / "all.svg").getroot().itertext())
-    with pytest.raises(UserError, match=r"a plot is one of \.png, \.svg, \.pdf"):
+    with pytest.raises(UserError, match=r"unknown plot format: use one of \.png, \.svg, \.pdf"):
         plots.save(plots.comparison(runs), tmp_path / "all.txt")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,18 +15,20 @@ from nanoft import TrainingFailed
 from nanoft.config import Config
 from nanoft.tracking import profiler
 from nanoft.tracking.profiler import Profiler, gradients_by_module, module_type
+from nanoft.tracking.run import NullRun
 
 
 def make(directory: Path, **changes: Any) -> tuple[Profiler, list[tuple[Any, ...]], list[str]]:
     logged: list[tuple[Any, ...]] = []
     said: list[str] = []
     config = Config().override({name.replace("__", "."): value for name, value in changes.items()})
-    return Profiler(config, directory, lambda *a, **k: logged.append((*a, k)), said.append), logged, said
+    run: Any = SimpleNamespace(directory=directory, log=lambda *a, **k: logged.append((*a, k)), print=said.append)
+    return Profiler(config, run), logged, said
 
 
 def test_one_of_several_processes_writes_the_profile(tmp_path: Path) -> None:
     config = Config().override({"system.profile": True})
-    with Profiler(config, tmp_path, print, print, records=False) as watching:
+    with Profiler(config, NullRun(tmp_path)) as watching:
         for step in range(8):
             watching.step(step, [], 1.0)
     assert list(tmp_path.iterdir()) == []
@@ -90,7 +93,7 @@ def test_a_profile_is_json_with_the_operators_of_its_steps(tmp_path: Path) -> No
             looking.step(step, [], 1.0)
     events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events]
-    assert names.count("aten::mm") == profiler.RECORDED
+    assert names.count("aten::mm") == profiler.ACTIVE
     steps = {name for name in names if str(name).startswith("ProfilerStep#")}
     assert steps == {f"ProfilerStep#{n}" for n in (3, 4, 5)}
     assert "aten::mm" in "\n".join(said)
@@ -100,7 +103,7 @@ def test_a_run_too_short_for_a_profile_says_so(tmp_path: Path) -> None:
     looking, _, said = make(tmp_path, system__profile=True)
     with looking:
         looking.step(1, [], 1.0)
-    assert said == ["profile   nothing: it begins after 3 steps, and there were fewer"]
+    assert said == ["profile   empty: recording starts after 3 steps, and the run had fewer"]
 
 
 def test_a_profile_that_the_disk_refuses_is_an_event(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_types_are_judged_alone_and_the_run_without_what_is_dropped() -> None:
     assert advice == {"q_proj": ("lower", 4), "up_proj": ("lower", 8), "down_proj": ("drop", None)}
     assert (found["all"]["advice"]["rank"], found["all"]["drop"]) == (8, ["down_proj"])
     assert found["all"]["modules"] == 6
-    assert found["summary"].startswith("rank 8 would do: ")
+    assert found["summary"].startswith("rank 8 is enough: ")
     assert found["summary"].endswith("; try without down_proj")
     assert found["modules"].keys() == modules.keys()
     line = found["types"]["q_proj"]
@@ -323,7 +323,7 @@ def test_types_are_judged_alone_and_the_run_without_what_is_dropped() -> None:
 def test_words() -> None:
     verdicts = [("raise", 32), ("lower", 4), ("drop", None), ("fine", None), ("none", None)]
     said = [str(Advice(verdict, "", rank)) for verdict, rank in verdicts]
-    assert said == ["try rank 32", "rank 4 would do", "try without", "fine", "no advice"]
+    assert said == ["try rank 32", "rank 4 is enough", "try without", "fine", "no advice"]
 
 
 # --- the report
@@ -342,6 +342,44 @@ def test_a_frozen_a_has_no_gradient_to_report() -> None:
     adapter(torch.ones(3, 8)).sum().backward()
     optimizer.step()
     assert measure_rank_usage(adapter, optimizer).gradient == gradient_stats([adapter.lora_B], optimizer)
+
+
+def test_adapters_that_train_neither_a_nor_b_are_reported_without_gradients() -> None:
+    adapters = adapters_on({"a.q_proj": nn.Linear(20, 20), "b.k_proj": nn.Linear(20, 20)}, rank=4, alpha=8.0)
+    for adapter in adapters.values():
+        adapter.lora_A.requires_grad_(False)
+        adapter.lora_B.requires_grad_(False)
+    bias = nn.Parameter(torch.ones(20))
+    bias.grad = torch.ones(20)
+    optimizer = torch.optim.AdamW([bias])
+    optimizer.step()
+    values, terminal, _ = rank_report(adapters, optimizer, 500)
+    assert [usage["gradient"] for usage in values["adapters"]["modules"].values()] == [None, None]
+    assert terminal.endswith("no advice: the update is zero")
+
+
+def test_an_adapter_of_another_kind_is_measured_by_its_factors() -> None:
+    """As LoRA-XS: B R A with only R, (r, r), trained."""
+
+    class Square(LoRALinear):
+        def __init__(self, base: nn.Linear, rank: int):
+            nn.Module.__init__(self)
+            self.base, self.scaling = base, 2.0
+            self.down, self.up = random(rank, 20), random(20, rank, seed=1)
+            self.square = nn.Parameter(random(rank, rank, seed=2))
+
+        def factors(self) -> tuple[Tensor, Tensor]:
+            return self.square @ self.down, self.up
+
+    adapter = Square(nn.Linear(20, 20).requires_grad_(False), 4)
+    optimizer = torch.optim.AdamW([adapter.square], lr=0.0)
+    adapter.square.grad = random(4, 4, seed=3)
+    optimizer.step()
+    found = measure_rank_usage(adapter, optimizer)
+    whole = 2 * (adapter.up @ adapter.square @ adapter.down).detach().numpy()
+    assert found.singular_values == pytest.approx(np.linalg.svd(whole, compute_uv=False)[:4], rel=1e-5)
+    assert found.gradient == gradient_stats([adapter.square], optimizer) is not None
+    assert rank_report({"q_proj": adapter}, optimizer, 500)[0]
 
 
 def test_a_report_says_what_the_optimizer_does_not_keep() -> None:
@@ -397,5 +435,5 @@ def test_the_demo_reports_its_adapters(tmp_path: Path, capsys: pytest.CaptureFix
     assert all(row[-1].strip() == "no advice" for row in rows[2:])
     said = capsys.readouterr().out.splitlines()
     where = next(n for n, line in enumerate(said) if line.startswith("adapters  effective rank "))
-    assert said[where + 1] == f"advice    no advice: 3 steps are too few to judge by, {MIN_STEPS} are needed"
+    assert said[where + 1] == f"advice    no advice: 3 steps are not enough evidence, {MIN_STEPS} are needed"
     assert said[where - 1] == said[where + 2] == ""

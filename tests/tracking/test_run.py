@@ -54,7 +54,8 @@ def lines(run: Run) -> list[dict[str, Any]]:
 def test_one_process_owns_the_directory_at_a_time(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with other_owner(directory) as process:
-        with pytest.raises(UserError, match=rf"output\.dir: .*run: in use by process {process.pid} on {HOST} since 20"):
+        owner = rf"output\.dir: .*run is in use by process {process.pid} on {HOST} since 20"
+        with pytest.raises(UserError, match=owner):
             Run.open(directory)
         assert directory.is_dir()  # whoever comes second takes nothing away
     with Run.open(directory):
@@ -122,11 +123,11 @@ def test_a_lock_that_was_removed_as_the_message_says_is_made_anew(tmp_path: Path
 
 def test_a_directory_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="not empty and not a run"):
+    with pytest.raises(UserError, match="not empty and not a nanoft run"):
         Run.open(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         Run.open(tmp_path / "thesis.tex")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write to"):
         Run.open(tmp_path / "thesis.tex" / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -198,7 +199,7 @@ def test_the_recorded_config_is_read_or_said_to_be_damaged(tmp_path: Path) -> No
         (run.directory / "metrics.jsonl").write_text("")
         assert run.recorded_config() == recorded
         (run.directory / "config.json").write_text('{"lora": ')
-        with pytest.raises(UserError, match=r"config\.json: damaged"):
+        with pytest.raises(UserError, match=r"config\.json: corrupted"):
             run.recorded_config()
 
 
@@ -325,7 +326,7 @@ def test_a_directory_that_is_no_longer_ours_is_noticed_before_a_save(tmp_path: P
         run.sync()
         directory.rename(tmp_path / "elsewhere")
         run.print("still here")
-        with pytest.raises(UserError, match=r"output\.dir: .*run: was removed or replaced"):
+        with pytest.raises(UserError, match=r"output\.dir: .*run was removed or replaced"):
             run.sync()
         with Run.open(directory), pytest.raises(UserError, match="was removed or replaced"):
             run.sync()

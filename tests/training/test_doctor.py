@@ -1,4 +1,4 @@
-"""The environment check: what works is green, what does not is red and says why, and the exit code follows."""
+"""The environment check: what works is ok, what does not is FAIL and says why, and the exit code follows."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hub import Hub
 from metal import pretended_metal
 
 import train
+from nanoft.__main__ import main
 from nanoft.models.hub import find_model
 from nanoft.training import doctor
 from tiny_models import make_chat_model
@@ -25,23 +26,23 @@ CPU = torch.device("cpu")
 
 
 def lines(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, tuple[str, str]]]:
-    """Exit code, and by name the color of each line and what it says."""
-    code = doctor.main(list(arguments))
+    """Exit code, and by name the outcome of each line and what it says."""
+    code = main(["doctor", *arguments])
     found = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    return code, {rest[:13].strip(): (color, rest[14:]) for color, rest in found}
+    return code, {rest[:13].strip(): (outcome, rest[14:]) for outcome, rest in found}
 
 
 def test_this_machine_runs_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     code, said = lines([TINY, "system.device=cpu", "quantization.bits=4"], capsys)
     assert code == 0
-    assert "red" not in {color for color, _ in said.values()}
+    assert "FAIL" not in {outcome for outcome, _ in said.values()}
     assert torch.__version__ in said["torch"][1]
     assert "math" in said["attention"][1]
     assert "4 layers of 128" in said["model"][1]
     assert "GFLOP/s" in said["matmul"][1]
-    assert said["room"][0] == "green"
+    assert said["room"][0] == "ok"
     troubles = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    named = re.findall(r"nanoft\.runtime[^|]*?\(lines? ([^)]*)\)", troubles)
+    named = re.findall(r"nanoft doctor[^|]*?\(lines? ([^)]*)\)", troubles)
     lines_of_document = {name for names in named for name in re.findall(r"`([^`]+)`", names)}
     assert len(lines_of_document) >= 5
     assert lines_of_document - {"bfloat16"} <= said.keys()  # that one is of a GPU without
@@ -58,19 +59,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_config_lacks_is_red(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_config_lacks_fails(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     changes, name, text = REFUSED[case]
     if case == "a device that is not here" and torch.backends.mps.is_available():
         changes = ["system.device=cuda"]
     code, said = lines([TINY, *changes], capsys)
     assert code == 2
-    assert said[name][0] == "red"
+    assert said[name][0] == "FAIL"
     assert text.replace("mps", changes[0].rpartition("=")[2]) in said[name][1]
 
 
-def test_rows_that_will_be_halved_are_yellow(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_will_be_halved_warn(capsys: pytest.CaptureFixture[str]) -> None:
     code, said = lines([TINY, "system.device=cpu", "training.micro_batch_size=100000"], capsys)
-    assert (code, said["room"][0]) == (0, "yellow")
+    assert (code, said["room"][0]) == (0, "warn")
 
 
 def test_the_device_is_that_of_the_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +124,7 @@ def test_a_run_begins_with_what_it_needs(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bitsandbytes_that_unpacks_wrongly_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bitsandbytes_that_dequantizes_incorrectly_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor.unpack_bitsandbytes
 
     def wrong(*args: Any) -> torch.Tensor:
@@ -132,41 +133,41 @@ def test_a_bitsandbytes_that_unpacks_wrongly_is_red(monkeypatch: pytest.MonkeyPa
     def broken(*_: Any) -> torch.Tensor:
         raise OSError("libcudart.so: cannot open shared object file")
 
-    assert doctor.four_bits(CPU).color == "green"
-    for fault, text in ((wrong, "unpacks wrongly"), (broken, "libcudart")):
+    assert doctor.four_bits(CPU).outcome == "ok"
+    for fault, text in ((wrong, "dequantizes incorrectly"), (broken, "libcudart")):
         monkeypatch.setattr(doctor, "unpack_bitsandbytes", fault)
         line = doctor.four_bits(CPU)
-        assert line.color == "red"
+        assert line.outcome == "FAIL"
         assert text in line.found
         assert "quantization.bits=16" in line.fix
 
 
-def test_a_bitsandbytes_that_a_config_does_without_is_yellow(
+def test_a_bitsandbytes_that_a_config_does_without_warns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "unpack_bitsandbytes", lambda *_: torch.zeros(64 * 128))
-    for changes, expected in (([], (0, "yellow")), (["quantization.bits=4"], (2, "red"))):
+    for changes, expected in (([], (0, "warn")), (["quantization.bits=4"], (2, "FAIL"))):
         code, said = lines([TINY, "system.device=cpu", *changes], capsys)
         assert (code, said["4-bit weights"][0]) == expected
 
 
-def test_attention_that_is_wrong_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = doctor.attention(CPU)
-    assert line.color == "green"
+    assert line.outcome == "ok"
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: q)
     (line,) = doctor.attention(CPU)
-    assert (line.color, line.found) == ("red", "no kernel work")
+    assert (line.outcome, line.found) == ("FAIL", "no kernel work")
 
 
-def test_other_versions_are_yellow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_versions_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "3.1.0")
     found = {line.name: line for line in doctor.versions()}
-    assert (found["torch"].color, found["torch"].fix) == ("yellow", "tested with 2.8 to 2.13")
+    assert (found["torch"].outcome, found["torch"].fix) == ("warn", "tested with 2.8 to 2.13")
 
 
-def test_a_little_disk_is_yellow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_little_disk_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "GB_ON_DISK", 1e9)
-    assert {line.color for line in doctor.disk()} == {"yellow"}
+    assert {line.outcome for line in doctor.disk()} == {"warn"}
 
 
 def test_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,7 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits() -> None:
         choose_rows(lambda rows: 10.0 * rows, 12, 9)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_step_is_near_what_a_process_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
     import plan as bench_plan

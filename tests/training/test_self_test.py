@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from runs import TINY, VARIANTS, one_line, quick
+from tiers import rest_is_slow
 from torch import Tensor
 
 import train
@@ -64,7 +65,7 @@ def try_it(directory: Path, base: dict[str, Any], **changes: Any) -> int:
     return train.main([*quick(directory / "run", **{**base, **changes}), "--selftest"])
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *MORE])
+@pytest.mark.parametrize("variant", rest_is_slow([*VARIANTS, *MORE], "lora-dropout", "qlora", "packed"))
 def test_it_passes(
     variant: str,
     base: dict[str, Any],
@@ -262,7 +263,7 @@ BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], set[str
 ]
 
 
-@pytest.mark.parametrize(("break_it", "changes", "wrong"), BROKEN)
+@pytest.mark.parametrize(("break_it", "changes", "wrong"), rest_is_slow(BROKEN, *BROKEN[::6]))
 def test_it_fails_where_something_is_wrong_and_only_there(
     break_it: Callable[[pytest.MonkeyPatch], None],
     changes: dict[str, Any],

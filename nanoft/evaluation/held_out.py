@@ -1,0 +1,167 @@
+"""What eval.py evaluates on: a run's own validation split, or all of another file, and whether training has seen it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanoft import UserError
+from nanoft.batches import Sample, TokenDataset
+from nanoft.config import Config, DataConfig
+from nanoft.config.functions import UNTRUSTED
+from nanoft.config.loading import load_config
+from nanoft.data import filters
+from nanoft.data.builder import NEAR
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash
+from nanoft.data.formats import Conversation
+from nanoft.data.records import ReadOptions, format_function, read_file
+from nanoft.data.sources import find_files
+from nanoft.evaluation.evaluate import Prompt, held_out_prompts
+from nanoft.evaluation.report import leakage_of_run, settings_of
+from nanoft.io.untrusted import read_json
+from nanoft.models.open import is_run
+from nanoft.runtime.device import library_versions
+
+NO_LIMIT = 2**31 - 1  # tokens of a plain text, which is evaluated through windows
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Samples for the likelihood, prompts for the answers, a general text for forgetting; and what is known of them."""
+
+    samples: TokenDataset
+    prompts: list[Prompt]
+    general: list[Sample] = field(default_factory=list)
+    groups: dict[str, list[str]] = field(default_factory=dict)  # evaluation.by_field -> its value for each sample
+    places: list[str] = field(default_factory=list)  # file:line of each sample
+    leakage: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
+    """All of `--data FILE`, or the run's own validation split; checked before anything is loaded.
+
+    Raises:
+        UserError: there is no data, or the run was trained on another split of it.
+    """
+    data = _all_of(file, config.data) if file else config.data
+    if not data.train_file:
+        what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"
+        raise UserError(f"{source}: {what} has no validation data: give --data FILE")
+    find_files(data.train_file, "--data" if file else "data.train_file")
+    if not file:
+        trained = _recorded_config(source)
+        format_function(config.data.format)  # a function must be named again
+        trained_on = dataclasses.replace(trained.data, format=trained.data.format.removeprefix(UNTRUSTED))
+        if (trained_on, trained.system.seed) != (config.data, config.system.seed):
+            raise UserError(
+                f"{source}: with another seed or data setting, training samples would be evaluated: use --data FILE"
+            )
+        _require_unchanged(config, source)
+    return data
+
+
+def _all_of(file: str, settings: DataConfig) -> DataConfig:
+    """Settings that read a file as the run reads its own, without splitting or filtering it."""
+    kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "train_on", "truncation")
+    return DataConfig(
+        train_file=file, validation_split=0.0, deduplicate=False, **{name: getattr(settings, name) for name in kept}
+    )
+
+
+def _recorded_config(source: str) -> Config:
+    return load_config(Path(source) / "config.json", environment={})
+
+
+def _recorded_provenance(source: str) -> dict[str, Any]:
+    return read_json(Path(source) / "config.json").get("provenance", {})
+
+
+def _require_unchanged(config: Config, source: str) -> None:
+    if _recorded_provenance(source).get("data_sha256") != data_hash(config.data):
+        raise UserError(f"{source}: its data changed after training: restore it, or give --data FILE")
+
+
+def read_held_out(
+    config: Config, data: DataConfig, source: str, file: str | None, general: str | None, chat: ChatTokenizer
+) -> HeldOut:
+    """Read and tokenize everything to evaluate on.
+
+    Args:
+        data: what `choose_data` returned.
+        file: `--data`.
+        general: `--general`.
+    """
+    e = config.evaluation
+    limit = NO_LIMIT if file and _is_text(data) else config.model.max_seq_length
+    corpus = build_datasets(data, chat, limit, config.system.seed, print)
+    samples = corpus.training if file else corpus.validation
+    if not len(samples):
+        raise UserError(f"{source}: this run has no validation data (data.validation_split=0): give --data FILE")
+    prompts = held_out_prompts(corpus.conversations(corpus.untruncated(samples), e.prompts), e.prompts)
+    samples = samples[: e.max_samples]
+    return HeldOut(
+        samples,
+        prompts,
+        read_general(general, chat, e.max_samples) if general else [],
+        {e.by_field: corpus.field_values(samples, e.by_field)} if e.by_field else {},
+        [corpus.location(record) for record in samples.records.tolist()],
+        _leakage_of_file(source, corpus, samples, chat) if file else leakage_of_run(corpus.report, data.near_leaks),
+    )
+
+
+def _is_text(data: DataConfig) -> bool:
+    """Whether all files are plain texts, which are evaluated completely, whatever their length."""
+    files = [file for part in find_files(data.train_file, "--data") for file in part]
+    return all(str(next(iter(read_file(file, ReadOptions.from_config(data))))) == "text" for file in files)
+
+
+def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Sample]:
+    """The texts of a file: a .txt file is one text; of records, their messages."""
+    if Path(file).suffix == ".txt":
+        try:
+            texts = [Path(file).read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--general: {file}: cannot be read as UTF-8 text: {error}") from None
+    else:
+        records = read_file(Path(file), ReadOptions.from_config(DataConfig(train_file=file)))
+        texts = [record.full_text() for record in records if isinstance(record, Conversation)]
+    samples = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts[:limit]) if text.strip()])
+    if not any(sample.is_target.any() for sample in samples):
+        raise UserError(f"--general: {file}: contains no text")
+    return samples
+
+
+def _leakage_of_file(
+    source: str, corpus: PreparedDataset, samples: TokenDataset, chat: ChatTokenizer
+) -> dict[str, Any]:
+    """How many prompts of a file are among those that the run was trained on."""
+    if not is_run(source):
+        return {"said": "not checked: the training data of the model is unknown: name the run"}
+    try:
+        trained = _recorded_config(source)
+        _require_unchanged(trained, source)
+        train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print)
+    except UserError as reason:
+        return {"said": f"not checked: {reason}"}
+    prompts = list(corpus.first_user_texts(samples))
+    exact, near = filters.count_leaks(prompts, train_set.first_user_texts(train_set.training), NEAR)
+    said = f"of {len(prompts):,} prompts, {exact:,} are in the training data word for word and {near:,} nearly so"
+    return {"prompts": len(prompts), "exact": exact, "near": near, "said": said}
+
+
+def provenance(config: Config, data: DataConfig, source: str, file: str | None) -> dict[str, Any]:
+    """What it takes to reproduce the evaluation: model, data, settings, versions."""
+    recorded = _recorded_provenance(source) if is_run(source) else {}
+    return {
+        "base": config.model.name,
+        "data": file or config.data.validation_file or config.data.train_file,
+        "data_sha256": data_hash(data),
+        **{name: recorded[name] for name in ("base_sha256", "date") if name in recorded},
+        "settings": settings_of(config),
+        "evaluation": {name: v for name, v in dataclasses.asdict(config.evaluation).items() if v is not None},
+        "versions": library_versions(),
+    }

@@ -1,0 +1,43 @@
+"""Supervised fine-tuning: make the assistant's tokens likely, each weighing the same.
+
+    loss of a step = sum over target tokens of -log p(token | tokens before it)  /  target tokens of the window
+
+Prompt tokens are read and never predicted: their positions give no logits and no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from nanoft import perplexity
+from nanoft.batches import Batch
+from nanoft.config import Config
+from nanoft.loss import token_nll
+from nanoft.model import Decoder
+
+
+class SFT:
+    """The sum of the negative log-likelihood over target tokens, with label smoothing and z-loss if asked for."""
+
+    unit = "target tokens"
+
+    def __init__(self, config: Config):
+        self.label_smoothing, self.z_loss = config.training.label_smoothing, config.training.z_loss
+
+    def prepare(self, model: Decoder, window: Sequence[Batch]) -> None:
+        """Nothing: each token's loss stands for itself."""
+
+    def count(self, window: Sequence[Batch]) -> float:
+        return sum(batch.target_tokens for batch in window)
+
+    def loss(self, model: Decoder, batch: Batch) -> Tensor:
+        """Sum over the target tokens of a micro-batch, in nats."""
+        hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, targets, hidden)
+        return token_nll(hidden, model.head, batch.targets, self.label_smoothing, self.z_loss).sum()
+
+    def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss in nats per target token (never smoothed), its perplexity, and how many tokens that is."""
+        loss, target_tokens = perplexity.validation_loss(model, batches)
+        return {"loss": loss, "perplexity": perplexity.safe_exp(loss), "target_tokens": target_tokens}

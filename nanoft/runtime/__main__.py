@@ -1,0 +1,6 @@
+"""The old spelling of `python -m nanoft doctor`."""
+
+from nanoft.runtime.command import renamed
+
+if __name__ == "__main__":
+    renamed("nanoft.runtime", "doctor")

@@ -1,0 +1,126 @@
+"""Every family against transformers, from config.json to export: a new entry of FAMILIES is tested by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from templates import STYLES, save
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import merge
+import train
+from nanoft import UserError
+from nanoft.models.families import FAMILIES, decoder_config, find_family, with_both_rope_forms
+from nanoft.models.weights import load_model
+from tiny_models import SMALL, train_run, write_records
+
+CPU = torch.device("cpu")
+
+
+def make_family(name: str, directory: Path, **changes: object) -> PreTrainedModel:
+    """A random model of the family as transformers configures it, with a tokenizer and chat template."""
+    save(directory, STYLES["chatml"])
+    vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab_size()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SMALL, "head_dim": 16, "vocab_size": vocabulary, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too: a wrong detail shows
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A family's name, and a directory with a base, data and a finished run."""
+    root = tmp_path_factory.mktemp(request.param)
+    make_family(request.param, root / "base")
+    train_run(root / "run", root / "base", write_records(root / "data.jsonl"))
+    return request.param, root
+
+
+@torch.no_grad()
+def test_logits_equal_transformers(family: tuple[str, Path]) -> None:
+    name, root = family
+    ids = torch.arange(5, 60)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(root / "base", attn_implementation="eager")(ids).logits
+    ours = load_model(root / "base", CPU, torch.float32)
+    assert ours.config.family == name
+    assert (ours.logits(ours(ids)) - theirs).abs().max() < 1e-5 * theirs.std()
+
+
+def test_a_written_config_says_the_same_to_both_versions_and_to_us(family: tuple[str, Path]) -> None:
+    """Version 4 of transformers reads the classic form of the rope only, version 5 the current one."""
+    name, root = family
+    stored = json.loads((root / "base" / "config.json").read_text())
+    written = FAMILIES[name].export(stored)
+    assert find_family(written) == name
+    current = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
+    classic = {key: value for key, value in written.items() if key != "rope_parameters"}
+    decoders = [decoder_config(fields) for fields in (stored, written, current, classic)]
+    frequencies = [decoder.rope.angles(decoder.head_dim)[0] for decoder in decoders]
+    assert all(torch.equal(frequencies[0], other) for other in frequencies)
+    assert len({(d.windows, d.qkv_bias, d.o_bias, d.qk_norm, d.head_dim) for d in decoders}) == 1
+    assert FAMILIES[name].export(written) == written
+
+
+def test_resuming_repeats_the_run_bit_for_bit(family: tuple[str, Path]) -> None:
+    _, root = family
+    before = load_file(root / "run" / "adapter" / "adapter_model.safetensors")
+    checkpoint = root / "run" / "checkpoints" / "step-000002"
+    assert train.main([str(root / "run.json"), "--resume", str(checkpoint)]) == 0
+    after = load_file(root / "run" / "adapter" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("option", ["--plan", "--selftest"])
+def test_plan_and_self_test_pass(family: tuple[str, Path], option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, root = family
+    assert train.main([str(root / "run.json"), option]) == 0, capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_merged_model_is_read_by_transformers(family: tuple[str, Path], tmp_path: Path) -> None:
+    _, root = family
+    assert merge.main([str(root / "run"), "--out", str(tmp_path / "merged"), "--dtype", "f32"]) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    ours = load_model(tmp_path / "merged", CPU, torch.float32)
+    ids = torch.arange(5, 60)[None]
+    assert (ours.logits(ours(ids)) - theirs(ids).logits).abs().max() < 1e-5 * theirs(ids).logits.std()
+
+
+def test_gguf_is_written_and_verified_or_refused_in_one_line(
+    family: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, root = family
+    out = tmp_path / "model.gguf"
+    code = merge.main([str(root / "run"), "--format", "gguf", "--dtype", "f32", "--out", str(out)])
+    assert code == (2 if FAMILIES[name].gguf is None else 0)
+    assert out.exists() == (code == 0)
+    if code:
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- what is refused
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match="architectures: FooForCausalLM is not supported: the supported ones are Llama"):
+        find_family({"architectures": ["FooForCausalLM"], "model_type": "llama"})
+    with pytest.raises(UserError, match="architectures: none is not supported"):
+        find_family({})
+    assert find_family({"model_type": "qwen3"}) == "qwen3"
+
+
+def test_the_default_rope_has_no_scaling_in_either_form() -> None:
+    fields = with_both_rope_forms({"rope_theta": 5e5})
+    assert fields["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
+    assert fields["rope_scaling"] is None

@@ -1,0 +1,67 @@
+"""Names of table entries: each entry passes, and a misspelled one is answered with the nearest, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+from nanoft import UserError
+from nanoft.config import Config
+from nanoft.data.formats import SHAPES
+from nanoft.lora import VARIANTS
+from nanoft.metrics.answers import SCORES
+from nanoft.optim import OPTIMIZERS, SCHEDULES
+from nanoft.training.validation import validate_config
+
+TABLES: dict[str, list[str]] = {
+    "training.optimizer": list(OPTIMIZERS),
+    "training.lr_scheduler": list(SCHEDULES),
+    "data.format": ["auto", *SHAPES],
+    "lora.init": [init for init, dora in VARIANTS if not dora],
+    "evaluation.metrics": list(SCORES),
+}
+ENTRIES = [(field, name) for field, names in TABLES.items() for name in names]
+
+
+def with_name(field: str, name: str) -> Config:
+    return Config().override({field: (name,) if field == "evaluation.metrics" else name})
+
+
+@pytest.mark.parametrize(("field", "name"), ENTRIES)
+def test_every_entry_of_a_table_is_valid_and_its_misspelling_is_answered_with_it(field: str, name: str) -> None:
+    validate_config(with_name(field, name))
+    with pytest.raises(UserError) as caught:
+        validate_config(with_name(field, f"{name}z"))
+    message = str(caught.value)
+    assert message.startswith(f"{field}: ")
+    assert message.endswith(f"did you mean {name}?")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_sharding_follows_the_table(name: str) -> None:
+    config = Config().override(training={"optimizer": name, "sharding": "full"})
+    if OPTIMIZERS[name].shardable:
+        validate_config(config)
+    else:
+        with pytest.raises(UserError, match=f"training.optimizer: the state of {name} cannot be sharded: set "):
+            validate_config(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.optimizer=adamw_8bits", "training.optimizer: 'adamw_8bits' is not known: did you mean adamw_8bit?"),
+        ("training.lr_scheduler=cosin", "training.lr_scheduler: 'cosin' is not known: did you mean cosine?"),
+    ],
+)
+def test_train_answers_before_anything_is_made(
+    change: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Any = tmp_path / "run"
+    assert train.main(["configs/tiny.py", change, f"output.dir={run}"]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not run.exists()
