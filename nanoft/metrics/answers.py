@@ -84,8 +84,9 @@ def _select(name: str) -> Metric:
         return Metric(name, _own(name), Entry(_own, unit="number"))
     forms = {kind: f"{kind}:{entry.argument}" if entry.argument else kind for kind, entry in METRICS.items()}
     near = difflib.get_close_matches(kind, forms, n=1, cutoff=0.5)
-    hint = f"did you mean {forms[near[0]]}?" if near else f"there are {', '.join(forms.values())}"
-    raise UserError(f"evaluation.metrics: {name!r}: no such metric: {hint} (or package.module:function)")
+    known = f"there are {', '.join(forms.values())} and package.module:function"
+    hint = f"did you mean {forms[near[0]]}?" if near else known
+    raise UserError(f"evaluation.metrics: {name!r}: no such metric: {hint}")
 
 
 # ---- Right or wrong
