@@ -381,14 +381,14 @@ def test_split_and_short_of_memory_it_ends_with_what_would_help(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"quantization.bits": 4}, "quantization.bits: 4: packed weights are no parameters that can be split: set "),
-        ({"training.optimizer": "adamw_8bit"}, "training.optimizer: adamw_8bit cannot split its state: set "),
-        ({"training.compile": True}, "training.compile: not with training.sharding=full"),
+        ({"quantization.bits": 4}, "quantization.bits: 4: packed weights cannot be sharded: set "),
+        ({"training.optimizer": "adamw_8bit"}, "training.optimizer: the state of adamw_8bit cannot be sharded: set "),
+        ({"training.compile": True}, "training.compile: not supported with training.sharding=full"),
     ],
 )
 def test_what_cannot_be_split_is_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        Config().override({"training.sharding": "full", **changes})
+        validate_config(Config().override({"training.sharding": "full", **changes}))
 
 
 def test_alone_there_is_nobody_to_share_with() -> None:
@@ -529,6 +529,7 @@ import torch
 from torch import nn
 from nanoft import TrainingFailed, UserError
 from nanoft.runtime import distributed
+from nanoft.training.validation import validate_config
 
 def raised(act):
     try:
