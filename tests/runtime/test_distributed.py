@@ -22,6 +22,7 @@ from nanoft.config import Config
 from nanoft.config.resume import check_ranks, first_difference, resume_fingerprint
 from nanoft.runtime import distributed
 from nanoft.training.memory_plan import resolve_micro_batch_size
+from nanoft.training.validation import validate_config
 
 # train.py with something done before, and the exit code written down: torchrun itself ends with 1 whatever it was
 WORKER = """
@@ -529,7 +530,6 @@ import torch
 from torch import nn
 from nanoft import TrainingFailed, UserError
 from nanoft.runtime import distributed
-from nanoft.training.validation import validate_config
 
 def raised(act):
     try:
