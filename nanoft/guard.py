@@ -142,8 +142,8 @@ def diagnose(model: nn.Module, *inputs: Any) -> str:
     try:
         model(*inputs)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
     if found:
         return f"the first output that is not finite is that of {found[0]}"
     return "weights and activations are finite, so it arises in the loss or in backward"
