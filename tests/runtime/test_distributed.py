@@ -23,7 +23,8 @@ from nanoft.config import Config
 from nanoft.config.resume import check_ranks, first_difference, resume_fingerprint
 from nanoft.models.families import decoder_config
 from nanoft.runtime import distributed
-from nanoft.training.memory_plan import resolve_micro_batch_size
+from nanoft.runtime.machine import Machine, select_device
+from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
 from nanoft.training.validation import validate_config
 
 # train.py with something done before, and the exit code written down: torchrun itself ends with 1 whatever it was
