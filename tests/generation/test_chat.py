@@ -193,7 +193,10 @@ def test_a_conversation_that_outgrows_the_context_drops_its_oldest_questions_and
     assert all(prompt.startswith("<|im_start|>system\nS<|im_end|>") for prompt in prompts)
     said = capsys.readouterr().err.splitlines()
     assert said
-    assert all(line == f"the oldest question does not fit into the context of {3 * length} tokens any more: dropped" for line in said)
+    assert all(
+        line == f"the oldest question does not fit into the context of {3 * length} tokens any more: dropped"
+        for line in said
+    )
 
 
 def test_a_question_larger_than_the_context_is_refused_and_not_remembered(
