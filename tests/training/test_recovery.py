@@ -26,11 +26,11 @@ from runs import (
 from tiers import rest_is_slow
 
 import train
-from nanoft import perplexity
+from nanoft import TrainingFailed, UserError, perplexity
 from nanoft.checkpoint import CheckpointManager
 from nanoft.objectives import sft
 from nanoft.runtime import memory
-from nanoft.training import progress
+from nanoft.training import progress, recovery
 
 # --- not finite
 
@@ -358,3 +358,11 @@ def test_on_cuda_memory_that_really_runs_out_halves_the_micro_batch(tmp_path: Pa
     assert "out of memory" in capsys.readouterr().out
     same = [loss for _, loss in losses(tmp_path / "4")]
     assert [loss for _, loss in losses(tmp_path / "short")] == pytest.approx(same, rel=1e-2)
+
+
+def test_the_clauses_of_the_ladder_are_those_of_recovery() -> None:
+    """OutOfMemory, SkipStep and RollBack are no errors that a command reports; Diverged is."""
+    assert issubclass(recovery.RollBack, recovery.SkipStep)
+    assert issubclass(recovery.Diverged, TrainingFailed)
+    assert not issubclass(recovery.SkipStep, (TrainingFailed, UserError))
+    assert not issubclass(recovery.OutOfMemory, (TrainingFailed, UserError))
