@@ -318,7 +318,7 @@ def test_memory_is_told_at_every_stage_and_warned_of(tmp_path: Path, monkeypatch
     assert all(0.05 < line["host_held_gb"] < line["host_limit_gb"] for line in events(tmp_path / "run", "train"))
     (warning,) = events(tmp_path / "run")
     assert (warning["what"], warning["step"]) == ("memory", 1)
-    assert "of the" in warning["text"]
+    assert "of its host memory limit" in warning["text"]
     assert "warning: memory after step 1: the process holds" in capsys.readouterr().out
 
 
