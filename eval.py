@@ -59,6 +59,7 @@ from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_mo
 from nanoft.models.weights import load_model
 from nanoft.runtime.device import choose_device, choose_dtype, seed_everything
 from nanoft.tracking.run import to_json
+from nanoft.training.validation import validate_config
 
 # Settings that define the model: with others, something would be evaluated that nobody trained.
 FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.")
@@ -68,6 +69,7 @@ FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.
 def main(argv: list[str]) -> int:
     args = PARSER.parse(argv)
     config = read_config(args)
+    validate_config(config)
     check_arguments(args, config)
     metrics = answers.select_metrics(config.evaluation.metrics)
     data = choose_data(config, args.source, args.data)

@@ -1,9 +1,8 @@
 """Samples to batches: order, packing, collation, and a position that can be resumed.
 
 The unit of training is the window: all micro-batches of one optimizer step. Which samples a window holds is a pure
-function of (seed, epoch, index), so a run resumes at any window without replaying what came before, and a window holds
-the same samples however it is cut into micro-batches. Within a window sequences are sorted by length, so that a
-micro-batch needs little padding.
+function of (seed, epoch, index), so a run resumes at any window without replaying what came before, and it does not
+depend on how the window is cut into micro-batches. Within a window rows are sorted by length, which saves padding.
 
 A row of a batch is one sample, or several when packing; then each token carries its place in its document
 (`positions`), and documents do not attend to each other (`documents`). All samples lie in one array of numbers, usually
@@ -168,9 +167,9 @@ class Batches:
     ):
         """
         Args:
-            pack_length: tokens that a row of several samples may have; None: one sample a row.
+            pack_length: maximum tokens of a row of several samples; None: one sample per row.
             shuffle: a new order every epoch; otherwise the order given.
-            group_by_length: windows of rows that are about equally long; the order of the windows stays random.
+            group_by_length: windows of rows of similar length, in random order.
             pad_to_multiple_of: the width of a micro-batch is rounded up to it.
         """
         self.samples, self.pad_id, self.seed = TokenDataset.of(samples), pad_id, seed
@@ -178,7 +177,8 @@ class Batches:
         self.shuffle, self.group_by_length, self.pad_to_multiple_of = shuffle, group_by_length, pad_to_multiple_of
         lengths = self.samples.lengths
         self.is_packed = pack_length is not None
-        slots, self._bounds = pack(lengths, pack_length) if pack_length is not None else one_per_row(len(lengths))
+        one_per_row: tuple[Array, Array] = np.arange(len(lengths)), np.arange(len(lengths) + 1)
+        slots, self._bounds = pack(lengths, pack_length) if pack_length is not None else one_per_row
         self._slots = slots  # (n,) the sample in each slot; row r has the slots bounds[r]:bounds[r + 1]
         self._slots_by_length = np.argsort(lengths[slots], kind="stable")
         self._row_lengths = np.add.reduceat(lengths[slots], self._bounds[:-1]) if len(slots) else np.empty(0, np.int64)
@@ -267,11 +267,6 @@ class Batches:
         return np.concatenate([order[: full * size].reshape(full, size)[windows].ravel(), order[full * size :]])
 
 
-def one_per_row(count: int) -> tuple[Array, Array]:
-    """(slots, bounds) of rows with one sample each, in the order given."""
-    return np.arange(count), np.arange(count + 1)
-
-
 def pack(lengths: Array, capacity: int) -> tuple[Array, Array]:
     """Best fit decreasing: the longest sample first, each into the fullest row that still has room for it.
 
@@ -327,13 +322,11 @@ def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_mult
     is_target &= position > 0
 
     shape = (len(rows), width)
-    batch_ids = np.full(shape, pad_id, dtype=np.int64)
-    batch_ids.ravel()[place] = ids
     packed = max(counts) > 1
     predicts = place[is_target] - 1  # the token before a target
     return Batch(
-        ids=torch.from_numpy(batch_ids),
-        positions=_scattered(shape, place, position) if packed else None,
+        ids=_scattered(shape, place, ids, pad_id),
+        positions=_scattered(shape, place, position, 0) if packed else None,
         documents=_documents(lengths, row_lengths, counts, width) if packed else None,
         target_positions=torch.from_numpy(predicts),
         targets=torch.from_numpy(ids[is_target].astype(np.int64)),
@@ -342,9 +335,9 @@ def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_mult
     )
 
 
-def _scattered(shape: tuple[int, int], place: Array, values: Array) -> Tensor:
-    """Zeros with `values` at the flat places."""
-    filled = np.zeros(shape, dtype=np.int64)
+def _scattered(shape: tuple[int, int], place: Array, values: Array, fill: int) -> Tensor:
+    """`values` at the flat places, `fill` elsewhere."""
+    filled = np.full(shape, fill, dtype=np.int64)
     filled.ravel()[place] = values
     return torch.from_numpy(filled)
 
@@ -362,7 +355,7 @@ def _round_up(value: Any, multiple: int) -> Any:
 
 
 def pad_to_multiple(batches: Iterable[Batch], multiple: int) -> Iterator[Batch]:
-    """The same, and behind them as many without a target as make their number a multiple."""
+    """Append batches without targets until their number is a multiple."""
     count = 0
     for count, batch in enumerate(batches, start=1):  # noqa: B007
         yield batch

@@ -139,8 +139,8 @@ def diagnose(model: nn.Module, *inputs: Any) -> str:
     try:
         model(*inputs)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
     where = "weights and activations are finite, so it arises in the loss or in backward"
     return f"the first output that is not finite is that of {found[0]}" if found else where
 

@@ -102,7 +102,10 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "two negatives": (one(entry(shape=[-1, -2])), "is not a non-negative 64-bit integer"),
     "shape that overflows": (one(entry(0, 0, [2**62, 4])), "does not match the bytes"),
     "place that overflows": (one(entry(0, 2**64)), "is not a non-negative 64-bit integer"),
-    "a number of 5,000 digits": (one('{"dtype":"F32","shape":[1' + "0" * 5000 + '],"data_offsets":[0,8]}'), "damaged"),
+    "a number of 5,000 digits": (
+        one('{"dtype":"F32","shape":[1' + "0" * 5000 + '],"data_offsets":[0,8]}'),
+        "corrupted",
+    ),
     "a million dimensions": (one(entry(shape=[1] * 1_000_000)), "a shape and two offsets"),
     "shape as a number": (one(entry(shape=2)), "a shape and two offsets"),
     "shape of lists": (one(entry(shape=[[2]])), "is not a non-negative 64-bit integer"),
@@ -240,7 +243,7 @@ MODELS = {f"header: {name}": Case("model", put(WEIGHTS, data), says) for name, (
     "config with a mark in front": Case("model", put(CONFIG, b"\xef\xbb\xbf{}"), "BOM"),
     "config nested": Case("model", raw_field(CONFIG, "x", "[" * 900 + "]" * 900), "nested too deeply"),
     "an unknown field of 10 MB": Case("model", raw_field(CONFIG, "x", '"' + "y" * 10_000_000 + '"'), "x: 'yyy"),
-    "a number of 5,000 digits": Case("model", raw_field(CONFIG, "hidden_size", "1" + "0" * 5000), "not JSON"),
+    "a number of 5,000 digits": Case("model", raw_field(CONFIG, "hidden_size", "1" + "0" * 5000), "not valid JSON"),
     "code of its own": Case("model", fields(CONFIG, auto_map={"AutoModel": "evil.Model"}), "auto_map: .*never runs"),
     "code of its own, asked for": Case("model", fields(CONFIG, trust_remote_code=True), "trust_remote_code"),
     "code of its own, for a pipeline": Case("model", fields(CONFIG, custom_pipelines={"x": {}}), "custom_pipelines"),
@@ -422,17 +425,19 @@ def retype(directory: Path) -> None:
 
 
 ADAPTERS = {
-    "adapter in a pickle": Case("adapter", only_pickle(ADAPTED, "adapter_model.bin"), "adapter_model.bin: a pickle"),
+    "adapter in a pickle": Case(
+        "adapter", only_pickle(ADAPTED, "adapter_model.bin"), "adapter_model.bin: pickles can run code"
+    ),
     "adapter linked from elsewhere": Case("adapter", link(ADAPTED), "leads out of its directory"),
     "adapter as a pipe": Case("adapter", pipe(ADAPTED), "is missing"),
     "its config linked from elsewhere": Case("adapter", link(ADAPTER), "leads out of its directory"),
     "its config nested": Case("adapter", raw_field(ADAPTER, "x", "[" * 80 + "]" * 80), "nested too deeply"),
     "its note nested": Case("adapter", put("nanoft.json", '{"a":' * 80 + "1" + "}" * 80), "nested too deeply"),
-    "its tensors in one place": Case("adapter", put(ADAPTED, HEADERS["one place for two"][0]), "damaged"),
-    "its tensors twice": Case("adapter", put(ADAPTED, HEADERS["a name twice"][0]), "damaged"),
+    "its tensors in one place": Case("adapter", put(ADAPTED, HEADERS["one place for two"][0]), "corrupted"),
+    "its tensors twice": Case("adapter", put(ADAPTED, HEADERS["a name twice"][0]), "corrupted"),
     "a matrix that is a number": Case("adapter", first_a([], "F32", 4), "has rank 0"),
     "a matrix of nothing": Case("adapter", first_a([0, 32], "F32", 0), "has rank 0"),
-    "whole numbers": Case("adapter", retype, "holds torch.int32"),
+    "whole numbers": Case("adapter", retype, "is torch.int32, but"),
     "targets that never end": Case("adapter", fields(ADAPTER, target_modules=ENDLESS), "takes longer than"),
     "targets that never end, as a list": Case(
         "adapter", fields(ADAPTER, target_modules=[ENDLESS]), "takes longer than"

@@ -414,8 +414,3 @@ def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:
     chat = ChatTokenizer.from_directory(ROOT / "configs" / "tiny" / "base")
     (sample,) = chat.encode(iter(chat.render_samples(messages, 0)))
     assert f"{len(sample.ids)} tokens, {sample.is_target.sum()} of them targets" in TOUR
-
-
-def test_they_are_short() -> None:
-    assert len(README.splitlines()) <= 160
-    assert len(TOUR.splitlines()) <= 150

@@ -308,7 +308,7 @@ def test_what_was_merged_can_be_taken_out_again(
 def test_what_cannot_be_taken_out_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_chat_model(tmp_path / "base", "qwen2")
     for name, changes, message in (
-        ("dora", {"lora__dora": True}, "DoRA gives each row"),
+        ("dora", {"lora__dora": True}, "DoRA adapters cannot be summed"),
         ("bias", {"lora__bias": "lora_only"}, "replaced biases"),
     ):
         run = train_run(tmp_path / name, tmp_path / "base", runs / "data.jsonl", **changes)
@@ -317,7 +317,7 @@ def test_what_cannot_be_taken_out_is_refused(runs: Path, tmp_path: Path, capsys:
         assert run_merge(run, "--unmerge", tmp_path / f"{name}-merged", "--out", tmp_path / "x") == 2
         assert message in capsys.readouterr().err
     assert run_merge(tmp_path / "dora", tmp_path / "bias", "--out", tmp_path / "x") == 2
-    assert "merge a DoRA by itself" in capsys.readouterr().err
+    assert "merge them one at a time" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -553,8 +553,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a full run": (["ROOT/full"], "trained every parameter"),
     "a full run as an adapter": (["ROOT/full", "--format", "peft"], "trained every parameter"),
     "not quantized": (["ROOT/lora", "--base", "nf4"], "--base nf4: "),
-    "truncated": (["ADAPTER"], "adapter_model.safetensors: damaged"),
-    "truncated peft": (["ADAPTER", "--format", "peft"], "adapter_model.safetensors: damaged"),
+    "truncated": (["ADAPTER"], "adapter_model.safetensors: corrupted"),
+    "truncated peft": (["ADAPTER", "--format", "peft"], "adapter_model.safetensors: corrupted"),
     "infinite": (["ADAPTER", "--format", "mlx"], "lora_A.weight contains NaN or infinity"),
     "infinite gguf": (["ADAPTER", "--format", "gguf-lora"], "lora_A.weight contains NaN or infinity"),
     "gone": (["ADAPTER"], "adapter_model.safetensors is missing"),
@@ -569,7 +569,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "one weight": (["ROOT/lora", "ROOT/lora", "--weights", "1"], "give 2 numbers, one for each adapter"),
     "weight is text": (["ROOT/lora", "--weights", "half"], "give 1 numbers, one for each adapter"),
     "no expression": (["ROOT/lora", "--only", "(q"], "--only: '(q' is neither a name nor a regular expression"),
-    "no module": (["ROOT/lora", "--only", "w_proj"], "--only: 'w_proj' names nothing"),
+    "no module": (["ROOT/lora", "--only", "w_proj"], "--only: 'w_proj' matches no module"),
     "other base": (["ROOT/lora", "ADAPTER"], "they cannot be summed"),
     "dtype of an adapter": (["ROOT/lora", "--format", "mlx", "--dtype", "f32"], "--dtype: needs --format hf"),
     "verify of a file": (["ROOT/lora", "--format", "gguf", "--verify"], "--verify: needs --format hf"),

@@ -7,7 +7,6 @@ prompt and a completion, or text. A record that cannot be used is rejected with 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -18,6 +17,7 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.config import DataConfig
+from nanoft.config.fields import nearest
 from nanoft.config.functions import UNTRUSTED, import_function, is_function
 from nanoft.data.formats import ALIASES, ROLES, SHAPES, Conversation, Message, nonempty, parse_tools, text_of
 from nanoft.data.sources import BadRecord, Raw, read_raw
@@ -64,9 +64,8 @@ def check_format(name: str) -> None:
         UserError: it is neither auto, nor an entry of the table, nor package.module:function.
     """
     if name not in ("auto", *SHAPES) and not is_function(name.removeprefix(UNTRUSTED)):
-        near = difflib.get_close_matches(name, ["auto", *SHAPES], n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"choose auto, {', '.join(SHAPES)} or package.module:function"
-        raise UserError(f"data.format: {name!r:.60}: no such format: {hint}")
+        names = ("auto", *SHAPES, "package.module:function")
+        raise UserError(f"data.format: {name!r:.60} is not known{nearest(name, names)}")
 
 
 def format_function(name: str) -> Callable[..., Any] | None:

@@ -41,6 +41,12 @@ class HeldOut:
     leakage: dict[str, Any] = field(default_factory=dict)
 
 
+def print_warning(line: str) -> None:
+    """Print what is said about data while it is read, except that it comes from the cache."""
+    if "from the cache: " not in line:
+        print(line)
+
+
 def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     """All of `--data FILE`, or the run's own validation split; checked before anything is loaded.
 
@@ -97,7 +103,7 @@ def read_held_out(
     """
     e = config.evaluation
     limit = NO_LIMIT if file and _is_text(data) else config.model.max_seq_length
-    corpus = build_datasets(data, chat, limit, config.system.seed, print)
+    corpus = build_datasets(data, chat, limit, config.system.seed, print_warning)
     samples = corpus.training if file else corpus.validation
     if not len(samples):
         raise UserError(f"{source}: this run has no validation data (data.validation_split=0): give --data FILE")
@@ -144,7 +150,7 @@ def _leakage_of_file(
     try:
         trained = _recorded_config(source)
         _require_unchanged(trained, source)
-        train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print)
+        train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print_warning)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
     prompts = list(corpus.first_user_texts(samples))

@@ -23,6 +23,7 @@ from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
 from nanoft.evaluation.evaluate import Prompt, held_out_prompts
+from nanoft.evaluation.held_out import print_warning
 from nanoft.export.adapters import open_adapter
 from nanoft.export.merge import Onto, weights_of
 from nanoft.export.streaming import StreamedDecoder, open_rows
@@ -134,7 +135,7 @@ def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Promp
     if is_run(source):
         config = load_config(Path(source) / "config.json")
         with suppress(UserError):
-            corpus = build_datasets(config.data, chat, config.model.max_seq_length, config.system.seed, print)
+            corpus = build_datasets(config.data, chat, config.model.max_seq_length, config.system.seed, print_warning)
             samples = corpus.validation if len(corpus.validation) else corpus.training
             conversations = corpus.conversations(corpus.untruncated(samples), PROMPTS)
             return list(samples[: VERIFY_TOKENS // 8]), held_out_prompts(conversations, PROMPTS)

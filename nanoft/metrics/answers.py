@@ -1,12 +1,10 @@
 """Is the answer right? METRICS is the table of metrics, for evaluation and for rewards.
 
 A metric is a function of an answer and its reference, most of them from 0 (wrong) to 1 (right). Exact match suits
-labels and tool calls, numeric answers arithmetic, token F1 short facts; ROUGE and BLEU count common n-grams and suit
-summaries and translations, where even a good answer shares only half of them. Constraints (length, JSON, a pattern)
-look at the answer alone. ROUGE and BLEU are those of rouge-score and sacrebleu, so the figures are the published ones.
+labels and tool calls, numeric answers arithmetic, token F1 short facts; ROUGE and BLEU (those of rouge-score and
+sacrebleu) count common n-grams and suit summaries and translations. Constraints look at the answer alone.
 
-Your own metric is `def function(answer, reference, prompt)` (or without the prompt), named `package.module:function`.
-It returns a number, larger being better.
+Your own metric is `def function(answer, reference, prompt)`, or without the prompt: a number, larger being better.
 """
 
 from __future__ import annotations
@@ -86,8 +84,9 @@ def _select(name: str) -> Metric:
         return Metric(name, _own(name), Entry(_own, unit="number"))
     forms = {kind: f"{kind}:{entry.argument}" if entry.argument else kind for kind, entry in METRICS.items()}
     near = difflib.get_close_matches(kind, forms, n=1, cutoff=0.5)
-    hint = f"did you mean {forms[near[0]]}?" if near else f"there are {', '.join(forms.values())}"
-    raise UserError(f"evaluation.metrics: {name!r}: no such metric: {hint} (or package.module:function)")
+    known = f"there are {', '.join(forms.values())} and package.module:function"
+    hint = f"did you mean {forms[near[0]]}?" if near else known
+    raise UserError(f"evaluation.metrics: {name!r}: no such metric: {hint}")
 
 
 # ---- Right or wrong

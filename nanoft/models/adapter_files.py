@@ -86,8 +86,9 @@ def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
     ranks = {key: variant.RANKS * rank for key, rank in lora.rank_pattern.items()}
     alphas = {key: more * alpha for key, alpha in lora.alpha_pattern.items()}
     plain = dict(tensors)
-    for module in [name.removesuffix(A) for name in tensors if name.endswith(A)]:
-        factors = [plain.pop(module + PEFT_NAMES[part]) for part in variant.FACTORS]
+    suffixes = tuple(PEFT_NAMES[part] for part in variant.FACTORS)
+    for module in dict.fromkeys(name.rpartition(".lora_")[0] + "." for name in tensors if name.endswith(suffixes)):
+        factors = [plain.pop(module + suffix) for suffix in suffixes]  # a KeyError if one is missing
         plain[module + A], plain[module + B] = variant.plain_factors(*factors)
     rank, alpha = variant.RANKS * lora.rank, more * lora.alpha
     return replace(lora, init="default", rank=rank, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas), plain

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.fields import nearest
-from nanoft.data.formats import SHAPES
+from nanoft.data.records import check_format
 from nanoft.lora import VARIANTS
 from nanoft.metrics.answers import select_metrics
 from nanoft.objectives import OBJECTIVES
@@ -32,7 +32,7 @@ def validate_config(config: Config) -> None:
     check_name("lora.init", config.lora.init, dict.fromkeys(init for init, _ in VARIANTS))
     if (config.lora.init, config.lora.dora) not in VARIANTS:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
-    check_name("data.format", config.data.format, ("auto", *SHAPES))
+    check_format(config.data.format)
     select_metrics(config.evaluation.metrics)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
         raise UserError(

@@ -249,7 +249,13 @@ USER, ASSISTANT = b'{"role": "user", "content": "Q"}', b'{"role": "assistant", "
 PARQUET = make_parquet([{"prompt": f"Q{n}", "completion": "A"} for n in range(3000)])
 NESTED = [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": c}]} for c in ("A", None)]
 PACKED = gzip.compress(lines(*[GOOD] * 2000), mtime=0)
-GARBAGE = "contains a control character (U+%s)"
+
+
+def garbage(code: str) -> str:
+    kind = "control character" if int(code, 16) < 0xA0 else "reserved Unicode noncharacter"
+    return f"contains a {kind} (U+{code})"
+
+
 UNWANTED = ("0000", "0007", "001B", "007F", "009F", "FFFF", "FDD0")
 HALF = "contains a lone surrogate"
 ONE_RECORD_NEEDED = "it needs at least one record"
@@ -421,7 +427,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     ),
     "control characters.jsonl": (
         lines(GOOD, *(answer(rf'"a\u{code}b"'.encode()) for code in UNWANTED)),
-        (1, *(GARBAGE % code for code in UNWANTED)),
+        (1, *(garbage(code) for code in UNWANTED)),
     ),
     "white space.jsonl": (lines(answer('"a\u2028b\u0085c\u00a0\ufeff"'.encode()), answer(rb'"\t\n\f\r.\u200b"')), (2,)),
     "raw control characters.jsonl": (lines(GOOD, answer(b'"a\x01b"'), answer(b'"a\tb"')), (1, "Invalid", "Invalid")),
@@ -491,7 +497,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "empty header.csv": (b",prompt,completion\n0,Q,A\n", ":1: the header has ['', 'prompt'"),
     "blank header.csv": (b"prompt,completion, \nQ,A,B\n", ":1: the header has"),
     "no header.csv": (b"Q,A\nQ,B\n", "unknown shape: its first record has the fields Q, A"),
-    "nul.csv": (HEAD + b"Q,A\nQ,A\0B\nQ,A\n", (2, GARBAGE % "0000")),
+    "nul.csv": (HEAD + b"Q,A\nQ,A\0B\nQ,A\n", (2, garbage("0000"))),
     "latin-1.csv": (HEAD + "Q,A\nQ,café\nQ,A\n".encode("latin-1"), (2, f"completion: {HALF}")),
     "latin-1 header.csv": (b"prompt,completion,caf\xe9\nQ,A,B\n", (1,)),
     "latin-1 header unknown.csv": (b"caf\xe9,b\nQ,A\n", r"the fields caf\udce9, b"),

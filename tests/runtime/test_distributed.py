@@ -25,6 +25,7 @@ from nanoft.models.families import decoder_config
 from nanoft.runtime import distributed
 from nanoft.runtime.machine import Machine, select_device
 from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
+from nanoft.training.validation import validate_config
 
 # train.py with something done before, and the exit code written down: torchrun itself ends with 1 whatever it was
 WORKER = """
@@ -386,14 +387,14 @@ def test_split_and_short_of_memory_it_ends_with_what_would_help(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"quantization.bits": 4}, "quantization.bits: 4: packed weights are no parameters that can be split: set "),
-        ({"training.optimizer": "adamw_8bit"}, "training.optimizer: adamw_8bit cannot split its state: set "),
-        ({"training.compile": True}, "training.compile: not with training.sharding=full"),
+        ({"quantization.bits": 4}, "quantization.bits: 4: packed weights cannot be sharded: set "),
+        ({"training.optimizer": "adamw_8bit"}, "training.optimizer: the state of adamw_8bit cannot be sharded: set "),
+        ({"training.compile": True}, "training.compile: not supported with training.sharding=full"),
     ],
 )
 def test_what_cannot_be_split_is_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        Config().override({"training.sharding": "full", **changes})
+        validate_config(Config().override({"training.sharding": "full", **changes}))
 
 
 def test_alone_there_is_nobody_to_share_with() -> None:

@@ -12,7 +12,7 @@ from nanoft import UserError
 from nanoft.config import Config
 from nanoft.data.formats import SHAPES
 from nanoft.lora import VARIANTS
-from nanoft.metrics.answers import SCORES
+from nanoft.metrics.answers import METRICS
 from nanoft.optim import OPTIMIZERS, SCHEDULES
 from nanoft.training.validation import validate_config
 
@@ -21,7 +21,7 @@ TABLES: dict[str, list[str]] = {
     "training.lr_scheduler": list(SCHEDULES),
     "data.format": ["auto", *SHAPES],
     "lora.init": [init for init, dora in VARIANTS if not dora],
-    "evaluation.metrics": list(SCORES),
+    "evaluation.metrics": [name for name, entry in METRICS.items() if not entry.argument],
 }
 ENTRIES = [(field, name) for field, names in TABLES.items() for name in names]
 
@@ -37,7 +37,7 @@ def test_every_entry_of_a_table_is_valid_and_its_misspelling_is_answered_with_it
         validate_config(with_name(field, f"{name}z"))
     message = str(caught.value)
     assert message.startswith(f"{field}: ")
-    assert message.endswith(f"did you mean {name}?")
+    assert f"did you mean {name}?" in message
     assert len(message.splitlines()) == 1
 
 
