@@ -15,9 +15,8 @@ from nanoft.generation.decode import Decoding
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
 from nanoft.recompute import keep_by_policy
+from nanoft.runtime.machine import Machine
 from nanoft.training.memory_plan import (
-    MARGIN,
-    Machine,
     Plan,
     choose_recompute,
     count_parameters,
@@ -35,15 +34,16 @@ CPU = torch.device("cpu")
 def plan(config: Config) -> Plan:
     """What --plan computes for a GPU with the memory that the config names, where no such GPU is."""
     decoder, t = decoder_config(SHAPES[config.model.name]), config.training
-    counts, room = count_parameters(decoder, config), MARGIN * (config.system.memory_gb or 0) * 1e9
-    config = decide_dequantize(config, counts, Machine(torch.device("cuda"), torch.bfloat16, room, here=False))
+    counts = count_parameters(decoder, config)
+    machine = Machine(torch.device("cuda"), torch.bfloat16, (config.system.memory_gb or 0) * 1e9, present=False)
+    config = decide_dequantize(config, counts, machine)
 
     def of(keep: list) -> Plan:
         size = config.micro_batch_rows(), config.model.max_seq_length
         return estimate_memory(decoder, counts, config, "cuda", torch.bfloat16, *size, keep, 0.0)
 
     if t.checkpointing == "auto":
-        return of(choose_recompute(lambda keep: of(keep).peak, decoder.num_layers, room))
+        return of(choose_recompute(lambda keep: of(keep).peak, decoder.num_layers, machine.room_bytes))
     return of(keep_by_policy(t.checkpointing, t.checkpoint_every, decoder.num_layers))
 
 
