@@ -10,7 +10,7 @@ from torch import nn
 from nanoft import UserError
 from nanoft.io.tables import markdown_table
 from nanoft.lora import DoRALinear, disabled
-from nanoft.models.model_files import stored_quantization
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel
 from nanoft.nf4 import quantize
 
@@ -26,7 +26,7 @@ def compare_quantization(
     form = loaded.quantization or ("nf4", True)
     if not loaded.adapters:
         raise UserError(f"--quantization: {source} has no adapter: name a LoRA run or an adapter")
-    if stored_quantization(loaded.base_directory):
+    if ModelFiles.read(loaded.base_directory).quantization:
         raise UserError(
             f"--quantization: {loaded.base_directory} has quantized weights only: name a run on the original"
         )

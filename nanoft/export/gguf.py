@@ -6,9 +6,8 @@ Hugging Face files under other names, with one difference: llama.cpp's `llama` a
 Mistral, rotates neighbors (x0, x1), (x2, x3), ... where Hugging Face rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ...
 So the rows of q and k, and their biases, are permuted. Qwen's architectures rotate as Hugging Face does.
 
-Weights are merged as in nanoft/export/merge.py: in float32, one tensor at a time, rounded or quantized once, at the
-end. Before the file gets its final name, it is read back into nanoft's decoder, and its logits are compared with those
-of base and adapter.
+Weights are merged in float32, one tensor at a time, and rounded or quantized once. Before the file gets its final name,
+it is read back into nanoft's decoder, and its logits are compared with those of base and adapter.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,20 +28,15 @@ from torch import Tensor
 
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.export.gguf_companions import companions
 from nanoft.export.gguf_tokenizer import read_vocabulary
-from nanoft.export.merge import check_room, weights_of
-from nanoft.export.staging import new_directory
-from nanoft.export.streaming import SLAB, StreamedDecoder
-from nanoft.export.verify import PROOF_TOKENS, TOLERANCE, Proof, compare, hidden_states, next_tokens
+from nanoft.export.merge import Onto, check_room, weights_of
+from nanoft.export.streaming import SLAB
+from nanoft.export.verify import TOLERANCE, Proof, prove
 from nanoft.io.untrusted import read_json
-from nanoft.lora import disabled
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.families import FAMILIES
 from nanoft.models.open import LoadedModel
 
-BaseWeights = Literal["original", "nf4"]
-Read = Callable[[str], Tensor]  # Hugging Face name -> merged weight, float32
 WRITTEN = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")  # by the gguf package
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: LLAMA_FTYPE_MOSTLY_... of include/llama.h
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
@@ -57,51 +50,71 @@ QUANTIZED_TOLERANCE = {"q8_0": 0.5}
 # ---- The file
 
 
-def write_gguf(
-    opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: BaseWeights, out: Path
-) -> list[str]:
-    """Write a model, with its adapter merged if there is one, as one GGUF file.
+def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: Onto, out: Path) -> list[str]:
+    """Write a model, with its adapter merged if there is one, as one new GGUF file; return notes for the user.
 
     Args:
         dtype: one of GGUF_DTYPES.
-        onto: the original weights of the base, or the dequantized ones that the adapter was trained on.
-        out: does not exist yet.
-    Returns:
-        Notes for the user.
     Raises:
         UserError: llama.cpp does not support the model or tokenizer, or a package is missing.
     """
     if dtype in K_QUANTS:
-        llama_cpp = _import_llama_cpp(dtype)
-        unquantized = out.with_name(f"{out.name}.f16")
-        notes = write_gguf(opened, chat, name, "f16", onto, unquantized)
-        _quantize(llama_cpp, unquantized, out, K_QUANTS[dtype])
-        unquantized.unlink()
-        if any(size % K_BLOCK for size in (opened.model.config.hidden_size, opened.model.config.intermediate_size)):
-            notes.append(f"tensors whose rows are not multiples of {K_BLOCK} have a format with smaller blocks")
-        return notes
-    gguf, config = _import_gguf(), opened.model.config
-    writer = gguf.GGUFWriter(out, architecture(config))
-    writer.add_type("model")
-    writer.add_name(name)
+        return _write_k_quants(opened, chat, name, dtype, onto, out)
+    config = opened.model.config
+    gguf, writer = _open_writer(out, config, "model", name)
     notes = _add_shape(writer, config, read_json(opened.base_directory / "config.json"))
     notes += _add_tokenizer(writer, chat, config)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     if dtype not in TORCH_DTYPES:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    shapes, read = merged_tensors(opened, onto)
+    if opened.step is not None and not opened.adapters:  # a checkpoint of full fine-tuning is in memory
+        parameters = dict(opened.model.named_parameters())
+        shapes = {hf_name: tuple(parameter.shape) for hf_name, parameter in parameters.items()}
+    else:
+        parameters, weights = {}, replace(weights_of(opened, onto), adapters=opened.adapters)
+        shapes = weights.shapes
+
+    def read(hf_name: str) -> Tensor:
+        merged = parameters[hf_name].detach().float() if parameters else weights.whole(hf_name)
+        return permute_qk(merged, hf_name, config)
+
     new_name, entries = tensor_names(config), []
-
-    def read_permuted(hf_name: str) -> Tensor:
-        return permute_qk(read(hf_name), hf_name, config)
-
     for hf_name, shape in shapes.items():
         form = _tensor_format(new_name(hf_name), shape, dtype, config)
-        entries.append(Entry(new_name(hf_name), shape, form, partial(read_permuted, hf_name)))
-    factors = _rope_factors(config)
-    if factors is not None:
+        entries.append(Entry(new_name(hf_name), shape, form, partial(read, hf_name)))
+    if config.rope.kind == "llama3":  # scaled by a tensor: the divisors of the angular frequencies, (head_dim / 2,)
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        factors = config.rope.theta**-exponents / config.rope.angles(config.head_dim)[0]
         entries.append(Entry("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
     _write(gguf, writer, entries, out)
+    return notes
+
+
+def _write_k_quants(
+    opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: Onto, out: Path
+) -> list[str]:
+    """Write float16 first, which llama.cpp's quantizer converts, without its output about each tensor."""
+    try:
+        llama_cpp: Any = importlib.import_module("llama_cpp")
+    except ImportError:
+        raise UserError(
+            f"--dtype {dtype}: needs llama.cpp's quantizer: pip install llama-cpp-python; "
+            f"or write --dtype f16 and run: llama-quantize FILE.gguf OUT.gguf {dtype}"
+        ) from None
+    unquantized = out.with_name(f"{out.name}.f16")
+    notes = write_gguf(opened, chat, name, "f16", onto, unquantized)
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = K_QUANTS[dtype], torch.get_num_threads()
+    if llama_cpp.llama_model_quantize(str(unquantized).encode(), str(out).encode(), settings) != 0:
+        raise UserError(
+            f"--out: {out.name}: llama.cpp's quantizer failed: check that the disk is not full, or use --dtype q8_0"
+        )
+    with open(out, "rb") as file:
+        os.fsync(file.fileno())
+    unquantized.unlink()
+    if any(size % K_BLOCK for size in (opened.model.config.hidden_size, opened.model.config.intermediate_size)):
+        notes.append(f"tensors whose rows are not multiples of {K_BLOCK} have a format with smaller blocks")
     return notes
 
 
@@ -111,7 +124,7 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     A file has one alpha: rsLoRA's scaling s becomes alpha = s r; where it differs between linears, B is rescaled.
 
     Raises:
-        UserError: an adapter with more than two factors.
+        UserError: an adapter with more than two factors or a dtype that is quantized.
     """
     for place, adapter in opened.adapters.items():
         if adapter.lora_magnitude_vector is not None:
@@ -120,10 +133,8 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
             raise UserError(f"--format gguf-lora: {place}: adapters of llama.cpp have no biases: use --format gguf")
     if dtype not in TORCH_DTYPES:
         raise UserError(f"--dtype: {dtype}: adapters are not quantized: choose one of {', '.join(TORCH_DTYPES)}")
-    gguf, config = _import_gguf(), opened.model.config
-    writer = gguf.GGUFWriter(out, architecture(config))
-    writer.add_type("adapter")
-    writer.add_name(name)
+    config = opened.model.config
+    gguf, writer = _open_writer(out, config, "adapter", name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     alphas = {place: adapter.scaling * len(adapter.factors()[0]) for place, adapter in opened.adapters.items()}
     alpha = next(iter(alphas.values()))
@@ -139,31 +150,20 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     _write(gguf, writer, entries, out)
 
 
-def merged_tensors(opened: LoadedModel, onto: BaseWeights) -> tuple[dict[str, tuple[int, ...]], Read]:
-    """Shapes by name, and a function that returns one merged weight in float32."""
-    if opened.step is not None and not opened.adapters:  # a checkpoint of full fine-tuning is in memory
-        parameters = dict(opened.model.named_parameters())
-        return {name: tuple(p.shape) for name, p in parameters.items()}, lambda name: parameters[name].detach().float()
-    weights = replace(weights_of(opened, onto), adapters=opened.adapters)
-    return weights.shapes, weights.whole
-
-
 def _import_gguf() -> Any:
     try:
-        import gguf
+        return importlib.import_module("gguf")
     except ImportError:
         raise UserError("--format gguf: needs the package gguf: pip install -e '.[gguf]'") from None
-    return gguf
 
 
-def _import_llama_cpp(dtype: str) -> Any:
-    try:
-        return importlib.import_module("llama_cpp")
-    except ImportError:
-        raise UserError(
-            f"--dtype {dtype}: needs llama.cpp's quantizer: pip install llama-cpp-python; "
-            f"or write --dtype f16 and run: llama-quantize FILE.gguf OUT.gguf {dtype}"
-        ) from None
+def _open_writer(out: Path, config: DecoderConfig, kind: str, name: str) -> tuple[Any, Any]:
+    """The gguf package and its writer of a model or an adapter."""
+    gguf = _import_gguf()
+    writer = gguf.GGUFWriter(out, architecture(config))
+    writer.add_type(kind)
+    writer.add_name(name)
+    return gguf, writer
 
 
 class Entry(NamedTuple):
@@ -197,44 +197,25 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
         writer.close()
 
 
-def _quantize(llama_cpp: Any, source: Path, out: Path, ftype: int) -> None:
-    """Run llama.cpp's quantizer, without its output about each tensor."""
-    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = ftype, torch.get_num_threads()
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), settings) != 0:
-        raise UserError(
-            f"--out: {out.name}: llama.cpp's quantizer failed: check that the disk is not full, or use --dtype q8_0"
-        )
-    with open(out, "rb") as file:
-        os.fsync(file.fileno())
-
-
 # ---- Metadata
 
 
 def architecture(config: DecoderConfig) -> str:
-    """llama.cpp's name of the architecture.
-
-    Raises:
-        UserError: llama.cpp does not have the family, or its architecture lacks something that the model uses.
-    """
-    name, rope = FAMILIES[config.family].gguf, config.rope
-    if name is None:
-        raise UserError(f"--format gguf: llama.cpp has no architecture for {config.family}: use --format hf")
-    if name == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
-        raise UserError(
-            "--format gguf: head_dim: llama.cpp's qwen2 requires hidden_size / num_attention_heads: use --format hf"
-        )
-    if name == "qwen3" and config.qkv_bias:
-        raise UserError("--format gguf: attention_bias: llama.cpp's qwen3 has no biases: use --format hf")
-    if rope.kind == "llama3" and name != "llama":
-        raise UserError(f"--format gguf: rope type llama3: llama.cpp's {name} does not support it: use --format hf")
+    """llama.cpp's name of the architecture; a UserError if it does not have the family or something the model uses."""
+    name, rope, missing = FAMILIES[config.family].gguf, config.rope, ""
     turns = (rope.parameters.get("beta_fast") or 32, rope.parameters.get("beta_slow") or 1)
-    if rope.kind == "yarn" and (turns != (32, 1) or not rope.parameters.get("truncate", True)):
-        raise UserError(
-            "--format gguf: rope type yarn: llama.cpp has only beta_fast 32, beta_slow 1, truncate: use --format hf"
-        )
+    if name is None:
+        missing = f"llama.cpp has no architecture for {config.family}"
+    elif name == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
+        missing = "head_dim: llama.cpp's qwen2 requires hidden_size / num_attention_heads"
+    elif name == "qwen3" and config.qkv_bias:
+        missing = "attention_bias: llama.cpp's qwen3 has no biases"
+    elif rope.kind == "llama3" and name != "llama":
+        missing = f"rope type llama3: llama.cpp's {name} does not support it"
+    elif rope.kind == "yarn" and (turns != (32, 1) or not rope.parameters.get("truncate", True)):
+        missing = "rope type yarn: llama.cpp has only beta_fast 32, beta_slow 1, truncate"
+    if name is None or missing:
+        raise UserError(f"--format gguf: {missing}: use --format hf")
     return name
 
 
@@ -249,7 +230,16 @@ def _add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     writer.add_value_length(c.head_dim)
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_vocab_size(c.vocab_size)
-    _add_rope(writer, c)
+    rope = c.rope  # llama3's scaling is a tensor instead
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(rope.theta)
+    if rope.kind in ("linear", "yarn"):
+        writer.add_string(f"{writer.arch}.rope.scaling.type", rope.kind)
+        writer.add_rope_scaling_factor(float(rope.parameters["factor"]))
+    if rope.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(rope.parameters["original_max_position_embeddings"]))
+        own = 0.1 * math.log(rope.parameters["factor"]) + 1.0  # llama.cpp's own factor on cos and sin
+        writer.add_rope_scaling_attn_factors(rope.angles(c.head_dim)[1] / own)
     length, notes = int(hf.get("max_position_embeddings") or 4096), []
     windows = [window for window in c.windows if window is not None]
     if windows and min(windows) < length:
@@ -262,29 +252,6 @@ def _add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
         writer.add_sliding_window(windows[0])
     writer.add_context_length(length)
     return notes
-
-
-def _add_rope(writer: Any, c: DecoderConfig) -> None:
-    """Add the rope; llama3's scaling is a tensor instead (`_rope_factors`)."""
-    rope = c.rope
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(rope.theta)
-    if rope.kind in ("linear", "yarn"):
-        writer.add_string(f"{writer.arch}.rope.scaling.type", rope.kind)
-        writer.add_rope_scaling_factor(float(rope.parameters["factor"]))
-    if rope.kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(int(rope.parameters["original_max_position_embeddings"]))
-        own = 0.1 * math.log(rope.parameters["factor"]) + 1.0  # llama.cpp's own factor on cos and sin
-        writer.add_rope_scaling_attn_factors(rope.angles(c.head_dim)[1] / own)
-
-
-def _rope_factors(config: DecoderConfig) -> Tensor | None:
-    """The divisors of the angular frequencies, (head_dim / 2,), for Llama 3.1's scaling."""
-    rope = config.rope
-    if rope.kind != "llama3":
-        return None
-    plain = rope.theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim)
-    return plain / rope.angles(config.head_dim)[0]
 
 
 def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> list[str]:
@@ -344,17 +311,13 @@ def permute_qk(tensor: Tensor, name: str, config: DecoderConfig, back: bool = Fa
 
 
 def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: DecoderConfig) -> str:
-    """The number format of one tensor: float32 for vectors, float16 for rows that are not multiples of 32.
-
-    With four or five bits, the head keeps eight: its errors go straight into the logits.
-    """
+    """The number format of one tensor: float32 for vectors, float16 for rows that are not multiples of 32."""
     if len(shape) == 1:
         return "F32"
-    if dtype in TORCH_DTYPES:
-        return dtype.upper()
-    if shape[-1] % BLOCK:
+    if dtype not in TORCH_DTYPES and shape[-1] % BLOCK:
         return "F16"
-    return "Q8_0" if name == ("token_embd.weight" if config.tied else "output.weight") else dtype.upper()
+    is_head = name == ("token_embd.weight" if config.tied else "output.weight")  # its errors go straight into logits
+    return "Q8_0" if is_head and dtype not in TORCH_DTYPES else dtype.upper()
 
 
 def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
@@ -368,7 +331,7 @@ def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
 
 
 class GGUFWeights:
-    """Reads the weights of an exported file back, some rows at a time: as in Hugging Face files, in float32."""
+    """Reads the weights of an exported file back as `Rows`: as in Hugging Face files, in float32."""
 
     def __init__(self, path: Path, config: DecoderConfig):
         self.config, self.gguf = config, _import_gguf()
@@ -380,17 +343,15 @@ class GGUFWeights:
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """A weight in slices from the top, (some rows, ...); of q and k in whole heads, which are permuted."""
-        shape, head = self.shapes[name], self.config.head_dim
-        step = max(1, SLAB // math.prod(shape[1:]) // head) * head
-        for start in range(0, shape[0], step):
+        (out, *inner), head = self.shapes[name], self.config.head_dim
+        step = max(1, SLAB // math.prod(inner) // head) * head
+        for start in range(0, out, step):
             yield permute_qk(self._read(name, slice(start, start + step)), name, self.config, back=True)
 
     def row(self, name: str, number: int) -> Tensor:
-        """One row of the embedding, (1, hidden)."""
         return self._read(name, slice(number, number + 1))
 
     def whole(self, name: str) -> Tensor:
-        """All of a weight."""
         return torch.cat(list(self.rows(name)))
 
     def _read(self, name: str, rows: slice) -> Tensor:
@@ -398,48 +359,7 @@ class GGUFWeights:
         return torch.from_numpy(np.array(self.gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)))
 
 
-@torch.no_grad()
 def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:
-    """Compare the logits of the file, read back, with those of base and adapter, in float32.
-
-    Args:
-        prompts: token ids; at least one prompt, none empty.
-    """
-    rows, model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model
-    stored = StreamedDecoder(GGUFWeights(path, model.config))
-    targets, wanted = next_tokens(rows), hidden_states(model, rows)
-    with disabled(opened.adapters):
-        effect = compare(model, hidden_states(model, rows), model, wanted, targets).max_difference
-    found = compare(stored, hidden_states(stored, rows), model, wanted, targets)
+    """Compare the logits of the file, read back, with those of base and adapter, in float32; see `prove`."""
     share = TOLERANCE[TORCH_DTYPES[dtype]] if dtype in TORCH_DTYPES else QUANTIZED_TOLERANCE.get(dtype, math.inf)
-    return Proof(found.max_difference, share * found.spread, effect, found.same_top_token)
-
-
-# ---- The file and its companions
-
-
-@contextmanager
-def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
-    """Yields where to write a GGUF file: it and its companions get their names together at the end, or are deleted.
-
-    Args:
-        out: FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be; or a directory of its own.
-        name: of the file in that directory.
-    Raises:
-        UserError: a file of that name exists, or cannot be written.
-    """
-    if out.suffix != ".gguf":
-        with new_directory(out) as staging:
-            yield staging / name
-        return
-    places = [*companions(out, out), out]
-    for each in places:
-        if os.path.lexists(each):
-            raise UserError(f"--out: {each}: already exists: choose another name or remove it")
-
-    def place(staging: Path, _: Path) -> None:
-        for path in places:
-            os.rename(staging / path.name, path)
-
-    with new_directory(out, place=place) as staging:
-        yield staging / out.name
+    return prove(opened, GGUFWeights(path, opened.model.config), prompts, share)

@@ -40,7 +40,12 @@ def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] 
         staging.mkdir(parents=True, exist_ok=True)
         with _locked(staging, out):
             try:
-                _keep_finished(staging)
+                finished = read_progress(staging)
+                for path in staging.iterdir():  # what an interrupted call left, except its finished shards
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif path.name not in finished and path.name != PROGRESS:
+                        path.unlink()
                 yield staging
                 (staging / PROGRESS).unlink(missing_ok=True)
                 sync_directory(staging)
@@ -64,7 +69,7 @@ def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] 
 
 def require_new(out: str | Path) -> None:
     if os.path.lexists(out):
-        raise UserError(f"--out: {out}: exists already: choose another name or remove it")
+        raise UserError(f"--out: {out}: already exists: choose another name or remove it")
 
 
 @contextmanager
@@ -78,16 +83,6 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
         raise UserError(f"--out: {out}: another process is writing it: wait for it, or choose another") from None
     finally:
         os.close(descriptor)
-
-
-def _keep_finished(staging: Path) -> None:
-    """Remove what an interrupted call left, except its finished shards."""
-    finished = read_progress(staging)
-    for path in staging.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in finished and path.name != PROGRESS:
-            path.unlink()
 
 
 def read_progress(staging: Path) -> dict[str, Any]:

@@ -26,8 +26,7 @@ from nanoft.io.untrusted import read_json
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter
-from nanoft.models.hub import find_model
-from nanoft.models.model_files import ModelFiles, quantization_of
+from nanoft.models.model_files import ModelFiles, find_model, quantization_of
 from nanoft.models.weights import load_model
 from nanoft.runtime.device import DTYPES
 
@@ -81,24 +80,23 @@ def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = Fal
 
 
 def open_model(source: str, device: torch.device, dtype: torch.dtype, original_base: bool = False) -> LoadedModel:
-    """Load what a RUN, ADAPTER or MODEL argument names.
-
-    Args:
-        original_base: load the base as it is stored, even if it was quantized in training.
-    Raises:
-        UserError: it is none of these, or its parts do not match.
-    """
+    """Load what a RUN, ADAPTER or MODEL argument names; `original_base`: the base as it is stored, not quantized."""
     if not source:
         raise UserError("RUN|MODEL: empty: give a run directory, a model directory or a Hub name")
     path = find_adapter(source)
     if path is not None:
         return _attach(_read_adapter_directory(path), device, dtype, original_base)
-    run = Path(source)
-    if is_run(source) and not (run / "model").is_dir():
-        return _open_checkpoint(run, device, dtype, original_base)
-    directory = find_model(str(run / "model") if is_run(source) else source, "RUN|MODEL")
-    model = _with_kernels(load_model(directory, device, dtype)).eval()
-    return LoadedModel(model, {}, directory, directory, dtype=dtype)
+    run, files, step = Path(source), None, None
+    if not is_run(source) or (run / "model").is_dir():
+        directory = find_model(str(run / "model") if is_run(source) else source, "RUN|MODEL")
+    elif (config := load_file(run / "config.json")).training.method != "full":
+        adapter = _read_checkpoint(run)
+        return replace(_attach(adapter, device, dtype, original_base), step=adapter.step)
+    else:  # a checkpoint of full fine-tuning has all weights
+        saved, directory = best_checkpoint(run), find_model(config.model.name)
+        files, step = [saved.path / "model.safetensors"], checkpoint_step(saved)
+    model = _with_kernels(load_model(directory, device, dtype, files=files)).eval()
+    return LoadedModel(model, {}, directory, directory, dtype=dtype, step=step)
 
 
 def is_run(source: str | Path) -> bool:
@@ -131,19 +129,7 @@ def best_checkpoint(run: Path) -> Checkpoint:
     raise UserError(f"{run}: this run has no checkpoint yet: run its train.py command again")
 
 
-def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, original_base: bool) -> LoadedModel:
-    """The best checkpoint of a run, on its base; after full fine-tuning the checkpoint has all weights."""
-    config = load_file(run / "config.json")
-    if config.training.method != "full":
-        adapter = _read_checkpoint(run)
-        return replace(_attach(adapter, device, dtype, original_base), step=adapter.step)
-    saved, base = best_checkpoint(run), find_model(config.model.name)
-    model = _with_kernels(load_model(base, device, dtype, files=[saved.path / "model.safetensors"])).eval()
-    return LoadedModel(model, {}, base, base, dtype=dtype, step=checkpoint_step(saved))
-
-
 def checkpoint_step(saved: Checkpoint) -> int:
-    """The optimizer step of a checkpoint, or a UserError."""
     step = saved.state.get("step")
     if type(step) is not int:
         raise UserError(f"{saved.path / 'state.json'}: step: {step!r:.60} is not a step: train again")
@@ -157,7 +143,6 @@ def read_trained_adapter(source: str) -> TrainedAdapter:
 
 
 def _read_checkpoint(run: Path) -> TrainedAdapter:
-    """The adapter in the best checkpoint of a run."""
     config, saved = load_file(run / "config.json"), best_checkpoint(run)
     try:
         provenance = read_json(run / "config.json")["provenance"]
