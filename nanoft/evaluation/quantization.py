@@ -18,10 +18,9 @@ from nanoft.nf4 import quantize
 def compare_quantization(
     source: str, loaded: LoadedModel, perplexity: Callable[[], float | None]
 ) -> tuple[dict[str, Any], str]:
-    """Figures and a table, for the run's own quantization or else NF4; leaves the model quantized.
+    """Figures and a table, for the run's own quantization or else NF4, which the model keeps.
 
-    Args:
-        perplexity: evaluates `loaded.model` as it is at the moment.
+    `perplexity` evaluates `loaded.model` as it is at the moment.
     """
     form = loaded.quantization or ("nf4", True)
     if not loaded.adapters:
@@ -33,7 +32,7 @@ def compare_quantization(
     figures: dict[str, dict[str, float | None]] = {}
     for weights in ("original", form[0]):
         if weights != "original":
-            quantize_in_place(loaded, form)
+            _quantize_in_place(loaded, form)
         with disabled(loaded.adapters):
             base = perplexity()
         figures[weights] = {"base": base, "tuned": perplexity()}
@@ -43,7 +42,7 @@ def compare_quantization(
     return {"quantization": figures}, text
 
 
-def quantize_in_place(loaded: LoadedModel, form: tuple[str, bool]) -> None:
+def _quantize_in_place(loaded: LoadedModel, form: tuple[str, bool]) -> None:
     """Quantize the linear layers of the blocks one after another; the adapters stay."""
     for name, linear in list(loaded.model.named_modules()):
         parent, _, leaf = name.rpartition(".")

@@ -69,11 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_sampling(args: argparse.Namespace) -> Sampling:
-    """The command's sampling options.
-
-    Raises:
-        UserError: one is out of range, or has no effect.
-    """
+    """The command's sampling options; a UserError for one that is out of range or has no effect."""
     ranges = {
         "max_new_tokens": (args.max_new_tokens >= 1, ">= 1"),
         "temperature": (0 <= args.temperature < math.inf, "a number >= 0"),
@@ -110,21 +106,10 @@ class ChatSession:
     """A conversation, and the commands that control it."""
 
     def __init__(
-        self,
-        chat: ChatTokenizer,
-        generate: Generate,
-        adapters: dict[str, LoRALinear],
-        with_base: bool,
-        context: float,
-        max_new_tokens: int,
-        system: str | None,
-    ):
-        """
-        Args:
-            adapters: switched off for the base model's answers.
-            with_base: show the base model's answer to every question, too.
-            context: maximum number of tokens of prompt and answer together.
-        """
+        self, chat: ChatTokenizer, generate: Generate, adapters: dict[str, LoRALinear], with_base: bool,
+        context: float, max_new_tokens: int, system: str | None,
+    ):  # fmt: skip
+        """Show the base model's answers, too, if `with_base`; prompt and answer fit into `context` tokens."""
         self.chat, self.generate, self.adapters, self.with_base = chat, generate, adapters, with_base
         self.context, self.max_new_tokens = context, max_new_tokens
         self.in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -132,17 +117,10 @@ class ChatSession:
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
-        """Start a new conversation."""
         self.messages = [{"role": "system", "content": system}] if system else []
 
-    # ---- Answers
-
     def ask(self, question: str) -> None:
-        """Answer a question and add both to the conversation.
-
-        Raises:
-            UserError: it does not fit into the context, or the template rejects it; the conversation is unchanged.
-        """
+        """Answer a question and add both to the conversation, which a UserError leaves unchanged."""
         check_text("stdin", question)
         self.messages.append({"role": "user", "content": question})
         try:
@@ -176,7 +154,7 @@ class ChatSession:
     def show_answer(self, generate: Generate, prompt: list[int], limit: int, name: str) -> str:
         """Show an answer as it is generated, and return it; in a terminal, Ctrl-C stops it."""
         ids: list[int] = []
-        pieces: list[str] = []
+        text = ""
 
         def recorded() -> Iterator[int]:
             for token in generate(prompt, limit):
@@ -187,7 +165,7 @@ class ChatSession:
         try:
             for piece in stream_text(self.chat, recorded()):
                 self.show(piece)
-                pieces.append(piece)
+                text += piece
         except KeyboardInterrupt:
             if not self.in_terminal:
                 raise
@@ -196,17 +174,14 @@ class ChatSession:
             note(f"truncated: the model's context of {self.context} tokens is full")
         elif len(ids) == limit and self.in_terminal:
             note(f"truncated after {limit} tokens (--max-new-tokens)")
-        return "".join(pieces)
+        return text
 
     def generate_base(self, prompt: list[int], limit: int) -> Iterator[int]:
-        """`generate` with the adapters switched off."""
         with disabled(self.adapters):
             yield from self.generate(prompt, limit)
 
     def show(self, text: str) -> None:
         print(CONTROLS.sub(INCOMPLETE, text) if self.in_terminal else text, end="", flush=True)
-
-    # ---- Lines
 
     def run(self) -> None:
         """Answer line by line until the input ends, /quit, or an empty line of a pipe."""
@@ -242,28 +217,21 @@ class ChatSession:
         return line if line or self.in_terminal else None
 
     def run_command(self, command: str, text: str = "") -> None:
-        """Run a line that starts with /."""
         if command == "/reset":
             first = self.messages[0] if self.messages else {}
             self.reset(first["content"] if first.get("role") == "system" else None)
         elif command == "/system":
             self.reset(text)
-        elif command == "/base":
-            self.show_base_answer()
-        else:
+        elif command != "/base":
             note(HELP if command == "/help" else f"{command}: unknown command\n{HELP}")
-
-    def show_base_answer(self) -> None:
-        """Show the base model's answer to the last question."""
-        if not self.adapters:
+        elif not self.adapters:
             note("there is no adapter to switch off")
         elif len(self.messages) < 2:
             note("no question yet")
         else:
             prompt = self.chat.encode_prompt(self.messages[:-1])
-            self.show_answer(
-                self.generate_base, prompt, int(min(self.context - len(prompt), self.max_new_tokens)), "base: "
-            )
+            limit = int(min(self.context - len(prompt), self.max_new_tokens))
+            self.show_answer(self.generate_base, prompt, limit, "base: ")
 
 
 def check_text(where: str, text: str) -> None:

@@ -74,14 +74,9 @@ class Decoding:
         return self.model.logits(hidden) if self.head is None else self.head(hidden).float()
 
     def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
-        """Take in prompts, behind the sequences that are there, whose newest slot and theirs become the same.
+        """Take in prompts, none empty, behind the sequences that are there, whose newest slot and theirs become the same.
 
-        Args:
-            prompts: token ids, none empty.
-            more: tokens that may follow each, and at most follow the sequences that are there.
-
-        Returns:
-            The last hidden state of each prompt, (prompts, n).
+        At most `more` tokens may follow each sequence. Returns the last hidden state of each prompt, (prompts, n).
         """
         longest = max(map(len, prompts))
         length = max(self.length, longest)
