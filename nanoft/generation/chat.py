@@ -1,8 +1,8 @@
 """`python -m nanoft chat`: one answer, a conversation in the terminal, or one answer per line of a pipe.
 
-The conversation is kept as messages and rendered with the training template each time, so the model sees the format it
-was trained on. Text is shown as its tokens arrive; a character whose bytes span several tokens waits until it is
-complete. When a conversation outgrows the model's context, the oldest questions are dropped, with a note.
+The messages are rendered with the training template each time. Text is shown as its tokens arrive; a character whose
+bytes span several tokens waits until it is complete. When a conversation outgrows the model's context, the oldest
+questions are dropped, with a note.
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
 
 def stream_text(chat: ChatTokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Text as its tokens arrive; the pieces concatenate to the decoded ids."""
-    so_far: list[int] = []
-    text, shown = "", 0  # `shown` characters of the text have been yielded
+    so_far, text, shown = list[int](), "", 0  # `shown` characters of the text have been yielded
     for token in ids:
         so_far.append(token)
         text = chat.decode(so_far)
@@ -113,11 +112,10 @@ class ChatSession:
         self.chat, self.generate, self.adapters, self.with_base = chat, generate, adapters, with_base
         self.context, self.max_new_tokens = context, max_new_tokens
         self.in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.messages: list[Message] = []
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def ask(self, question: str) -> None:
         """Answer a question and add both to the conversation, which a UserError leaves unchanged."""
@@ -153,8 +151,7 @@ class ChatSession:
 
     def show_answer(self, generate: Generate, prompt: list[int], limit: int, name: str) -> str:
         """Show an answer as it is generated, and return it; in a terminal, Ctrl-C stops it."""
-        ids: list[int] = []
-        text = ""
+        ids, text = list[int](), ""
 
         def recorded() -> Iterator[int]:
             for token in generate(prompt, limit):
@@ -241,5 +238,4 @@ def check_text(where: str, text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print a remark that is not part of the conversation."""
     print(text, file=sys.stderr, flush=True)

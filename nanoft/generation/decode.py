@@ -1,7 +1,7 @@
 """Decoding with a cache: one more token for every sequence, without a second pass over what was there.
 
-The prompts are read as training reads them, packed into one sequence, and each layer's keys and values are kept. After
-that a step is one position per sequence. Both run the blocks of nanoft/model.py; only their context differs.
+The prompts are read packed, as in training, and each layer's keys and values are kept. After that a step is one
+position per sequence. Both run the blocks of nanoft/model.py; only their context differs.
 
     k, v of the new position go into the cache;  y = softmax(q K^T / sqrt(d)) V  over what is there
 
@@ -74,7 +74,7 @@ class Decoding:
         return self.model.logits(hidden) if self.head is None else self.head(hidden).float()
 
     def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
-        """Take in prompts, none empty, behind the sequences that are there, whose newest slot and theirs become the same.
+        """Take in prompts, none empty, whose last slot and the newest of the sequences that are there become the same.
 
         At most `more` tokens may follow each sequence. Returns the last hidden state of each prompt, (prompts, n).
         """

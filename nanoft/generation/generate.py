@@ -39,7 +39,7 @@ def generate(
 
     Args:
         prompts: token ids, none empty.
-        generator: random numbers for sampling, on the CPU; None: torch's default generator.
+        generator: on the CPU; None: torch's default.
         batch_size: answers that are generated together; None: all.
         only: indices of the prompts to answer, with the random numbers they have among all prompts. None: all.
     """
