@@ -220,10 +220,7 @@ def measure(
     model: Decoder, chat: ChatTokenizer, samples: Sequence[Sample], prompts: Sequence[Prompt], e: EvaluationConfig,
     context: int, metrics: Sequence[Metric] = (), general: Sequence[Sample] = (), seed: int = 0,
 ) -> EvalResult:  # fmt: skip
-    """Evaluate likelihood on samples, answers to prompts, and the loss on a general text.
-
-    `context` is the maximum length of a forward pass; `metrics` are those besides exact match and stop rate.
-    """
+    """The likelihood of samples, answers to prompts (exact match, stop rate, metrics), and the loss on a general text."""
     started = time.perf_counter()
     figures: dict[str, Figure] = {}
     if len(samples):

@@ -29,22 +29,14 @@ def compare_quantization(
         raise UserError(
             f"--quantization: {loaded.base_directory} has quantized weights only: name a run on the original"
         )
-    figures: dict[str, dict[str, float | None]] = {}
-    for weights in ("original", form[0]):
-        if weights != "original":
-            _quantize_in_place(loaded, form)
+
+    def both() -> dict[str, float | None]:
         with disabled(loaded.adapters):
             base = perplexity()
-        figures[weights] = {"base": base, "tuned": perplexity()}
-    rows = [[weights, *(f"{value:.5g}" for value in pair.values())] for weights, pair in figures.items()]
-    trained_on = f"{loaded.quantization[0]} weights" if loaded.quantization else "the original weights"
-    text = f"{markdown_table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on {trained_on}"
-    return {"quantization": figures}, text
+        return {"base": base, "tuned": perplexity()}
 
-
-def _quantize_in_place(loaded: LoadedModel, form: tuple[str, bool]) -> None:
-    """Quantize the linear layers of the blocks one after another; the adapters stay."""
-    for name, linear in list(loaded.model.named_modules()):
+    figures = {"original": both()}
+    for name, linear in list(loaded.model.named_modules()):  # one after another; the adapters stay
         parent, _, leaf = name.rpartition(".")
         if isinstance(linear, nn.Linear) and name.startswith("model.layers."):
             quantized = quantize(linear.weight.detach(), form, loaded.dtype)
@@ -53,3 +45,8 @@ def _quantize_in_place(loaded: LoadedModel, form: tuple[str, bool]) -> None:
     for adapter in loaded.adapters.values():
         if isinstance(adapter, DoRALinear):
             adapter.measure_base()
+    figures[form[0]] = both()
+    rows = [[weights, *(f"{value:.5g}" for value in pair.values())] for weights, pair in figures.items()]
+    trained_on = f"{loaded.quantization[0]} weights" if loaded.quantization else "the original weights"
+    text = f"{markdown_table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on {trained_on}"
+    return {"quantization": figures}, text

@@ -23,7 +23,7 @@ from nanoft.metrics.answers import token_f1
 from nanoft.metrics.bootstrap import Comparison, Figure, compare, interval
 from nanoft.perplexity import safe_exp
 
-STOP_RATE = 0.95  # a trained model below it probably learned not to stop from its data
+STOP_RATE = 0.95  # a trained model below it probably learned not to stop
 FORGETTING = 0.05  # rise of the perplexity of a general text that is worth a warning
 WORST = 10  # answers listed
 OUTCOMES = ("wins", "losses", "ties")  # of tuned against base, per prompt
@@ -54,11 +54,6 @@ class ReportInputs:
         return {name: compare(before[name], after[name], self.seed) for name in after if name in before}
 
 
-def results(base: EvalResult | None, tuned: EvalResult) -> dict[str, Any]:
-    """The `base` and `tuned` objects of report.json and of eval.py --json."""
-    return {**({"base": base.to_dict()} if base else {}), "tuned": tuned.to_dict()}
-
-
 def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     """The object of report.json, the text for the terminal, and report.md."""
     compared, outcome = inputs.compared(), outcomes(inputs)
@@ -75,7 +70,8 @@ def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
     by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
     terminal = f"\n{main}\n\n{head}\n{''.join(by[name] for name in inputs.groups if name in by)}\n{samples}".rstrip()
-    evaluated = results(inputs.base, inputs.tuned) | {name: value for name, value in values.items() if value}
+    evaluated = {**({"base": inputs.base.to_dict()} if inputs.base else {}), "tuned": inputs.tuned.to_dict()}
+    evaluated |= {name: value for name, value in values.items() if value}
     return evaluated, terminal, _markdown(inputs, main, conclusion, cautions, "".join(by.values()))
 
 

@@ -1,13 +1,9 @@
 """Export a model, or an adapter, as a GGUF file for llama.cpp and Ollama.
 
-A GGUF file is a list of metadata (the shape, the rope, the tokenizer, the chat template) and a list of tensors. The
-metadata must be complete, because llama.cpp silently uses a default for what is missing. The tensors are those of the
-Hugging Face files under other names, with one difference: llama.cpp's `llama` architecture, which covers Llama and
-Mistral, rotates neighbors (x0, x1), (x2, x3), ... where Hugging Face rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ...
-So the rows of q and k, and their biases, are permuted. Qwen's architectures rotate as Hugging Face does.
-
-Weights are merged in float32, one tensor at a time, and rounded or quantized once. Before the file gets its final name,
-it is read back into nanoft's decoder, and its logits are compared with those of base and adapter.
+A GGUF file is a list of metadata and a list of tensors. The metadata must be complete, because llama.cpp silently uses
+a default for what is missing. The tensors are those of the Hugging Face files under other names, but llama.cpp's
+`llama` architecture, which covers Llama and Mistral, rotates neighbors (x0, x1), (x2, x3), ... where Hugging Face
+rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ... So the rows of q and k, and their biases, are permuted.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +25,7 @@ from torch import Tensor
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export.gguf_tokenizer import read_vocabulary
-from nanoft.export.merge import Onto, check_room, weights_of
+from nanoft.export.merge import EXPORT_DTYPES, Onto, check_room, weights_of
 from nanoft.export.streaming import SLAB
 from nanoft.export.verify import TOLERANCE, Proof, prove
 from nanoft.io.untrusted import read_json
@@ -37,27 +33,18 @@ from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.families import FAMILIES
 from nanoft.models.open import LoadedModel
 
-WRITTEN = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")  # by the gguf package
+WRITTEN = (*EXPORT_DTYPES, "q8_0", "q5_0", "q4_0")  # by the gguf package
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: LLAMA_FTYPE_MOSTLY_... of include/llama.h
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
-TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 BLOCK, K_BLOCK = 32, 256  # values per block: Q8_0, Q5_0, Q4_0; K-quants
+Entry = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]  # name, shape, format (F32, Q8_0, ...), float32 values
 # Largest difference of a quantized model's logits, as a share of their standard deviation. A wrong order of rows moves
 # them by several standard deviations; four bits alone may move them by one.
 QUANTIZED_TOLERANCE = {"q8_0": 0.5}
 
 
-# ---- The file
-
-
 def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: Onto, out: Path) -> list[str]:
-    """Write a model, with its adapter merged if there is one, as one new GGUF file; return notes for the user.
-
-    Args:
-        dtype: one of GGUF_DTYPES.
-    Raises:
-        UserError: llama.cpp does not support the model or tokenizer, or a package is missing.
-    """
+    """Write a model, with its adapter merged, as one new GGUF file in one of GGUF_DTYPES; return notes for the user."""
     if dtype in K_QUANTS:
         return _write_k_quants(opened, chat, name, dtype, onto, out)
     config = opened.model.config
@@ -65,7 +52,7 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
     notes = _add_shape(writer, config, read_json(opened.base_directory / "config.json"))
     notes += _add_tokenizer(writer, chat, config)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
-    if dtype not in TORCH_DTYPES:
+    if dtype not in EXPORT_DTYPES:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if opened.step is not None and not opened.adapters:  # a checkpoint of full fine-tuning is in memory
         parameters = dict(opened.model.named_parameters())
@@ -78,14 +65,14 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
         merged = parameters[hf_name].detach().float() if parameters else weights.whole(hf_name)
         return permute_qk(merged, hf_name, config)
 
-    new_name, entries = tensor_names(config), []
+    new_name, entries = tensor_names(config), list[Entry]()
     for hf_name, shape in shapes.items():
         form = _tensor_format(new_name(hf_name), shape, dtype, config)
-        entries.append(Entry(new_name(hf_name), shape, form, partial(read, hf_name)))
+        entries.append((new_name(hf_name), shape, form, partial(read, hf_name)))
     if config.rope.kind == "llama3":  # scaled by a tensor: the divisors of the angular frequencies, (head_dim / 2,)
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         factors = config.rope.theta**-exponents / config.rope.angles(config.head_dim)[0]
-        entries.append(Entry("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
+        entries.append(("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
     _write(gguf, writer, entries, out)
     return notes
 
@@ -122,31 +109,28 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     """Write the adapter alone, which llama.cpp adds to a GGUF file of its base: y = W x + (alpha / r) B A x.
 
     A file has one alpha: rsLoRA's scaling s becomes alpha = s r; where it differs between linears, B is rescaled.
-
-    Raises:
-        UserError: an adapter with more than two factors or a dtype that is quantized.
     """
     for place, adapter in opened.adapters.items():
         if adapter.lora_magnitude_vector is not None:
             raise UserError(f"--format gguf-lora: {place}: llama.cpp does not support DoRA adapters: use --format gguf")
         if adapter.bias is not None:
             raise UserError(f"--format gguf-lora: {place}: adapters of llama.cpp have no biases: use --format gguf")
-    if dtype not in TORCH_DTYPES:
-        raise UserError(f"--dtype: {dtype}: adapters are not quantized: choose one of {', '.join(TORCH_DTYPES)}")
+    if dtype not in EXPORT_DTYPES:
+        raise UserError(f"--dtype: {dtype}: adapters are not quantized: choose one of {', '.join(EXPORT_DTYPES)}")
     config = opened.model.config
     gguf, writer = _open_writer(out, config, "adapter", name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     alphas = {place: adapter.scaling * len(adapter.factors()[0]) for place, adapter in opened.adapters.items()}
     alpha = next(iter(alphas.values()))
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    new_name, entries = tensor_names(config), []
+    new_name, entries = tensor_names(config), list[Entry]()
     for place, adapter in opened.adapters.items():
         weight = f"{place}.weight"
         a, b = (factor.detach().float() for factor in adapter.factors())  # (r, in), (out, r)
         b = permute_qk(b * (alphas[place] / alpha), weight, config)
         for part, tensor in (("lora_a", a), ("lora_b", b)):
             read = partial(torch.clone, tensor)
-            entries.append(Entry(f"{new_name(weight)}.{part}", tuple(tensor.shape), dtype.upper(), read))
+            entries.append((f"{new_name(weight)}.{part}", tuple(tensor.shape), dtype.upper(), read))
     _write(gguf, writer, entries, out)
 
 
@@ -166,31 +150,22 @@ def _open_writer(out: Path, config: DecoderConfig, kind: str, name: str) -> tupl
     return gguf, writer
 
 
-class Entry(NamedTuple):
-    """A tensor of a GGUF file."""
-
-    name: str
-    shape: tuple[int, ...]
-    form: str  # F32, Q8_0, ...
-    read: Callable[[], Tensor]  # float32
-
-
 def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
     """Write metadata, tensor list and the tensors one by one; they are on disk when this returns."""
     total = 0
-    for entry in entries:
-        form = gguf.GGMLQuantizationType[entry.form]
-        block, size = gguf.GGML_QUANT_SIZES[form]  # values per block, bytes per block
-        size_bytes = math.prod(entry.shape) // block * size
-        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size_bytes, form)
+    for name, shape, form, _ in entries:
+        kind = gguf.GGMLQuantizationType[form]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]  # values per block
+        size_bytes = math.prod(shape) // block * block_bytes
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size_bytes, kind)
         total += size_bytes
     check_room(out.parent, total)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry in entries:
-            writer.write_tensor_data(_encode(gguf, entry.name, entry.read(), entry.form))
+        for name, _, form, read in entries:
+            writer.write_tensor_data(_encode(gguf, name, read(), form))
         writer.flush()
         os.fsync(writer.fout[0].fileno())
     finally:
@@ -299,9 +274,7 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], str]:
 def permute_qk(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
     """Permute the rows of q and k, within each head, from (first half, second half) to pairs of neighbors; or back.
 
-    Args:
-        tensor: (out, ...), where out = heads * head_dim.
-        name: of the weight or bias, in Hugging Face files.
+    `tensor` is (heads * head_dim, ...), and `name` that of the weight or bias in Hugging Face files.
     """
     is_rotated = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
     if not is_rotated or architecture(config) != "llama":
@@ -314,17 +287,17 @@ def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: Decode
     """The number format of one tensor: float32 for vectors, float16 for rows that are not multiples of 32."""
     if len(shape) == 1:
         return "F32"
-    if dtype not in TORCH_DTYPES and shape[-1] % BLOCK:
+    if dtype not in EXPORT_DTYPES and shape[-1] % BLOCK:
         return "F16"
     is_head = name == ("token_embd.weight" if config.tied else "output.weight")  # its errors go straight into logits
-    return "Q8_0" if is_head and dtype not in TORCH_DTYPES else dtype.upper()
+    return "Q8_0" if is_head and dtype not in EXPORT_DTYPES else dtype.upper()
 
 
 def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
     """Convert a float32 tensor to a number format; returns an array of bytes."""
-    if form.lower() not in TORCH_DTYPES:
+    if form.lower() not in EXPORT_DTYPES:
         return gguf.quants.quantize(tensor.contiguous().numpy(), gguf.GGMLQuantizationType[form])
-    rounded = tensor.to(TORCH_DTYPES[form.lower()]).contiguous()
+    rounded = tensor.to(EXPORT_DTYPES[form.lower()]).contiguous()
     if form == "F16" and not rounded.isfinite().all():
         raise UserError(f"--dtype: {name} has values that overflow float16: use --dtype bf16 or f32")
     return rounded.view(torch.uint8).numpy()
@@ -361,5 +334,5 @@ class GGUFWeights:
 
 def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:
     """Compare the logits of the file, read back, with those of base and adapter, in float32; see `prove`."""
-    share = TOLERANCE[TORCH_DTYPES[dtype]] if dtype in TORCH_DTYPES else QUANTIZED_TOLERANCE.get(dtype, math.inf)
+    share = TOLERANCE[EXPORT_DTYPES[dtype]] if dtype in EXPORT_DTYPES else QUANTIZED_TOLERANCE.get(dtype, math.inf)
     return prove(opened, GGUFWeights(path, opened.model.config), prompts, share)

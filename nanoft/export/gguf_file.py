@@ -84,11 +84,7 @@ def _open(args: argparse.Namespace) -> LoadedModel:
 def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
     """Yield where to write a GGUF file: it and its companions get their names together at the end, or are deleted.
 
-    Args:
-        out: FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be; or a directory of its own.
-        name: of the file in that directory.
-    Raises:
-        UserError: a file of that name exists, or cannot be written.
+    `out` is FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be; or a directory for the file `name`.
     """
     if out.suffix != ".gguf":
         with new_directory(out) as staging:
@@ -124,17 +120,15 @@ def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> 
     if template := ollama_template(chat):
         lines.append(f'TEMPLATE """{template}"""')
     else:
-        lines += [
-            "# Ollama cannot express this model's chat template. The GGUF file has it, for llama.cpp;",
-            '# send rendered prompts to Ollama, with "raw": true.',
-        ]
+        lines.append("# Ollama cannot express this model's chat template. The GGUF file has it, for llama.cpp;")
+        lines.append('# send rendered prompts to Ollama, with "raw": true.')
     return "\n".join(lines) + "\n"
 
 
 def ollama_template(chat: ChatTokenizer) -> str | None:
     """The chat template as a Go template; None if it does more than put fixed texts around messages.
 
-    The fixed texts are found by rendering short conversations and verified by rendering a longer one.
+    These are found by rendering short conversations and verified by rendering a longer one.
     """
     system, *turns = (
         {"role": role, "content": f"{role.upper()}-{number}"}

@@ -8,8 +8,8 @@ cover the models here:
     llama   SentencePiece BPE (Llama 2, Mistral): tokens and scores. The two neighbors that form the token with the
             highest score are merged first; characters without a token are spelled in bytes.
 
-A wrong name gives a file that loads and answers, but from ids that the model never saw. So the name is derived from
-what tokenizer.json does, step by step, and a tokenizer without a matching rule is refused.
+A wrong name gives a file that answers from ids that the model never saw. So the name is derived from what
+tokenizer.json does, step by step, and a tokenizer without a matching rule is refused.
 """
 
 from __future__ import annotations
@@ -65,11 +65,7 @@ class Vocabulary:
 
 
 def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
-    """What llama.cpp needs to produce the same ids; ids below vocab_size without a token become unused tokens.
-
-    Raises:
-        UserError: llama.cpp does not support this tokenizer.
-    """
+    """What llama.cpp needs to produce the same ids; ids below vocab_size without a token become unused tokens."""
     tokenizer = json.loads(chat.tokenizer.to_str())
     model, added = tokenizer["model"], {token["id"]: token for token in tokenizer["added_tokens"]}
     for token in added.values():
@@ -139,10 +135,7 @@ def _steps(part: dict[str, Any]) -> Steps:
 
 
 def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
-    """Whether a space is added before a text and after each control token; llama.cpp does both or neither.
-
-    A Metaspace that adds it before the first word only does neither in chats that begin with a control token.
-    """
+    """Whether a space is added before a text and after each control token; llama.cpp does both or neither."""
     normalizer, words = tokenizer["normalizer"], tokenizer["pre_tokenizer"]
     parts = (normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]) if normalizer else []
     prepended = {"type": "Prepend", "prepend": SPACE}
@@ -153,7 +146,7 @@ def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
         return prepended in parts
     if words["type"] != "Metaspace" or words["split"]:
         _refuse(f"its pre-tokenizer is {words['type']}, not SentencePiece's")
-    if words["prepend_scheme"] == "first":
+    if words["prepend_scheme"] == "first":  # which is never, in chats that begin with a control token
         prompt = ""
         with suppress(TemplateRefusal):
             prompt = chat.render_prompt([{"role": "user", "content": "a"}])

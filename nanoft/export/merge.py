@@ -53,14 +53,11 @@ def merge(
     """Write base + adapter as a Hugging Face directory: shards, index, config, tokenizer, generation_config.
 
     Args:
-        opened: the adapter on its base; only the adapter and the base's path are used.
         out: an existing directory, empty except for finished shards.
         shard_bytes: maximum size of a shard.
         resumable: record finished shards in `PROGRESS`, and skip those recorded there whose hash agrees.
     Returns:
         Size in bytes and SHA-256 of each shard.
-    Raises:
-        UserError: not enough disk space.
     """
     weights = replace(weights_of(opened, onto), adapters=opened.adapters, dtype=dtype)
     shards: list[Specs] = [{}]  # which weights go into which new file, in the order of the old ones
@@ -219,21 +216,14 @@ def open_adapter(adapter: TrainedAdapter, onto: Onto) -> LoadedModel:
     return replace(opened, step=adapter.step)
 
 
-# ---- Files of an adapter or a run
-
-
 def save_result(
     run: Path, model: Decoder, adapters: dict[str, LoRALinear], base: Path, config: Config, step: int,
     dtype: torch.dtype,
 ) -> Path:  # fmt: skip
     """The result of a run with its tokenizer: `run`/adapter in PEFT's format, or `run`/model in Hugging Face's.
 
-    It replaces an earlier result when it is complete. A full model is stored in its base's dtype.
-
-    Args:
-        base: directory of the model that training started from.
-        step: of the checkpoint that the weights are from.
-        dtype: compute dtype of training, recorded with an adapter.
+    It replaces an earlier result when it is complete. `base` is the model that training started from, in whose dtype a
+    full model is stored; `step` is of the weights' checkpoint; `dtype` is that of training.
     """
     out = run / ("adapter" if adapters else "model")
     with replaced_directory(out) as staging:

@@ -21,12 +21,8 @@ PROGRESS = ".finished.json"  # beside finished shards: size and SHA-256 of each
 def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] = os.rename) -> Iterator[Path]:
     """Yield a staging directory that becomes `out` at the end, or is removed if anything fails.
 
-    Args:
-        key: identifies the content. After an interruption (Ctrl-C, a signal, power), the shards that `PROGRESS` names
-            stay, and the next call with this key continues from them; a call with another key removes them.
-        place: moves the content of the staging directory to `out`.
-    Raises:
-        UserError: `out` exists, or cannot be created, or another process is writing it.
+    After an interruption (Ctrl-C, a signal, power), the shards that `PROGRESS` names stay; the next call with this key
+    continues from them, one with another key removes them. `place` moves the content of the directory to `out`.
     """
     require_new(out)
     created = [parent for parent in out.parents if not parent.exists()]

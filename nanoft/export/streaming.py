@@ -5,9 +5,8 @@ matrix at a time. A linear layer here reads its weight in slabs of rows whenever
 
     y[:, rows] = x W[rows]^T
 
-The rest of the decoder is the ordinary one. Each pass reads the whole model, so many tokens should go through in one.
-`Weights` says what is read: a model's files; or those quantized and dequantized, as an adapter was trained on them; or
-either with an adapter merged in and rounded, which is what merging writes to files.
+Each pass reads the whole model, so many tokens should go through in one. `Weights` says what is read: a model's files;
+or those quantized and dequantized, as in training; or either with an adapter merged in and rounded, as files get it.
 """
 
 from __future__ import annotations

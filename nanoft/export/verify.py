@@ -16,6 +16,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
@@ -42,7 +43,6 @@ PROMPTS = 8
 VERIFY_TOKENS = 4096  # held-out tokens of --verify; an eighth of it without
 PROOF_TOKENS = 64  # of each prompt: every weight contributes to any token
 PASS_TOKENS = 640  # tokens of one forward pass, which reads all weights
-LOGIT_ROWS = 64  # positions whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,11 @@ def hidden_states(model: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
 def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden: Tensor, targets: Tensor) -> Agreement:
     """Compare two models' predictions from their last hidden states, (tokens, hidden), some positions at a time.
 
-    Args:
-        targets: the next token of each position, (tokens,); -1 where it does not count for perplexity.
+    `targets` are from `next_tokens`.
     """
     farthest, total, squares, numbers = 0.0, 0.0, 0.0, 0
     same, divergence, nats, wanted_nats, count = 0, 0.0, 0.0, 0.0, int((targets >= 0).sum())
-    for rows in (slice(at, at + LOGIT_ROWS) for at in range(0, len(targets), LOGIT_ROWS)):
+    for rows in torch.arange(len(targets)).split(64):
         found, wanted = model.logits(hidden[rows]), wanted_model.logits(wanted_hidden[rows])  # (n, vocab)
         difference = (found - wanted).abs().nan_to_num(nan=math.inf)  # inf - inf: a weight overflowed
         farthest = max(farthest, difference.max().item())
@@ -105,10 +104,8 @@ def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden
         same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
         found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
         divergence += (wanted.exp() * (wanted - found)).sum().item()  # sum p log(p / q)
-        targeted = targets[rows] >= 0
-        chosen = targets[rows][targeted][:, None]
-        nats -= found[targeted].gather(1, chosen).double().sum().item()
-        wanted_nats -= wanted[targeted].gather(1, chosen).double().sum().item()
+        nats += F.nll_loss(found.double(), targets[rows], ignore_index=-1, reduction="sum").item()
+        wanted_nats += F.nll_loss(wanted.double(), targets[rows], ignore_index=-1, reduction="sum").item()
     spread = math.sqrt(max(0.0, squares - total * total / numbers) / max(1, numbers - 1))
     perplexities = [safe_exp(n / count) if count else math.nan for n in (nats, wanted_nats)]
     return Agreement(farthest, spread, same / len(targets), max(0.0, divergence / len(targets)), *perplexities)
@@ -154,11 +151,9 @@ def verify_merge(opened: LoadedModel, merged: Path, prompts: Sequence[list[int]]
 
 
 def prove(opened: LoadedModel, merged: Rows, prompts: Sequence[list[int]], tolerance: float) -> Proof:
-    """Compare the logits of merged weights with those of base + adapter, in float32.
+    """Compare the logits of merged weights with those of base + adapter, in float32, on `PROOF_TOKENS` of each prompt.
 
-    Args:
-        prompts: token ids, none empty, at least one; the first `PROOF_TOKENS` of each are used.
-        tolerance: allowed difference, as a share of the logits' standard deviation.
+    `tolerance` is the allowed difference, as a share of the logits' standard deviation.
     """
     rows, model, merged_model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model, StreamedDecoder(merged)
     targets, wanted = next_tokens(rows), hidden_states(model, rows)
@@ -174,10 +169,9 @@ def rounding_error(unmerged: Path, base: Path, merged: Path) -> str:
     dtype = str(ModelFiles.read(merged).dtype()).removeprefix("torch.")
     why = f"the merged weights had been rounded to {dtype}, which cannot be undone"
     with suppress(UserError, KeyError):
-        ours, theirs, farthest = open_rows(unmerged), open_rows(base), 0.0
-        for name in theirs.shapes:
-            for a, b in zip(ours.rows(name), theirs.rows(name), strict=True):
-                farthest = max(farthest, (a - b).abs().max().item())
+        ours, theirs = open_rows(unmerged), open_rows(base)
+        pairs = ((a, b) for name in theirs.shapes for a, b in zip(ours.rows(name), theirs.rows(name), strict=True))
+        farthest = max((a - b).abs().max().item() for a, b in pairs)
         return f"largest difference of a weight from {base}: {farthest:.2g} ({why})"
     return f"note: {why}; the base is not available for comparison"
 
@@ -187,10 +181,8 @@ def compare_bases(
 ) -> tuple[dict[Onto, Agreement], int]:
     """How close each possible merge, in `dtype`, is to the model as it was trained, without writing it.
 
-    Args:
-        samples: held-out samples, of which so many are used that they reach `limit` tokens; none: plain texts.
-    Returns:
-        By base, `original` and, if the adapter was trained on a quantized one, `nf4`; and the number of tokens.
+    So many held-out samples are used that they reach `limit` tokens; without any, plain texts. Returns the figures by
+    base, and the number of tokens.
     """
     before = np.cumsum([0, *(len(sample.ids) for sample in samples)])
     used = [sample for sample, tokens in zip(samples, before, strict=False) if tokens < limit]

@@ -97,8 +97,7 @@ class Decoding:
         return hidden
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The prompts' last hidden states, (b, n), and each layer's keys and values, (b, g, longest, d), which end
-        in the same slot. The layers see them packed: none is padded, and none sees another."""
+        """Last hidden states, (b, n), and each layer's keys and values, (b, g, longest, d), ending in the same slot."""
         lengths = [len(prompt) for prompt in prompts]
         longest, ends = max(lengths), torch.tensor(lengths).cumsum(0)
         ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)  # (1, tokens)

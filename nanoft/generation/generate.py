@@ -4,8 +4,7 @@ Prompts of different lengths are read as training reads packed documents, so non
 pass adds one token to every answer; finished answers leave the batch and waiting prompts take their places, so one long
 answer does not hold up a batch.
 
-    generate(model, prompts, stop_ids, max_new_tokens)      all answers, complete
-    stream(model, prompts, stop_ids, max_new_tokens)        the new tokens of each step, as they come
+`generate` returns all answers, complete; `stream` yields the new tokens of each step, as they come.
 """
 
 from __future__ import annotations

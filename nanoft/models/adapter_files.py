@@ -114,13 +114,7 @@ def save_adapter(
     directory: Path, model: nn.Module, adapters: dict[str, LoRALinear], lora: LoRAConfig, base_name: str,
     note: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write adapter_model.safetensors, adapter_config.json and nanoft.json.
-
-    Args:
-        directory: created if missing; holds no adapter yet.
-        base_name: a directory or a Hub name.
-        note: the content of nanoft.json: how the base was quantized, the dtype of training.
-    """
+    """Write adapter_model.safetensors, adapter_config.json and nanoft.json, which holds `note`."""
     directory.mkdir(parents=True, exist_ok=True)
     plain, tensors = as_plain_lora(lora, adapter_tensors(adapters))
     write_tensors(directory / "adapter_model.safetensors", tensors)

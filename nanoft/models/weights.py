@@ -1,7 +1,7 @@
 """Loading the weights of a Hugging Face directory into a decoder, and writing a decoder as such a directory.
 
-Weights are streamed: the decoder is built on the `meta` device, which has shapes but no storage; then each tensor is
-read, converted (for QLoRA quantized) and placed before the next one. Peak memory is the model plus one tensor.
+The decoder is built on the `meta` device, which has shapes but no storage; then each tensor is read, converted (for
+QLoRA quantized) and placed before the next one. Peak memory is the model plus one tensor.
 """
 
 from __future__ import annotations
@@ -113,7 +113,6 @@ def load_model(
     """Build the decoder of a Hugging Face directory and load its weights; raises what `open_weights` does.
 
     Args:
-        base: the directory, or what was read of it before.
         dtype: of every weight that is not quantized.
         quantization: the form in which the linears of the blocks are quantized while loading; None: not.
         random_seed: initialize the weights randomly instead of reading them.

@@ -27,7 +27,6 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.evaluation.evaluate import Prompt
 from nanoft.export.gguf import (
     K_QUANTS,
-    TORCH_DTYPES,
     WRITTEN,
     architecture,
     verify_gguf,
@@ -35,7 +34,7 @@ from nanoft.export.gguf import (
     write_gguf_lora,
 )
 from nanoft.export.gguf_file import atomic_gguf, companions, modelfile, ollama_template
-from nanoft.export.merge import merge
+from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.model_card import parity_record
 from nanoft.generation.generate import generate
 from nanoft.models import families
@@ -135,7 +134,7 @@ def ours(opened: LoadedModel, ids: list[int], count: int, stops: list[int]) -> l
 # --- the tensors
 
 
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("dtype", EXPORT_DTYPES)
 @pytest.mark.parametrize("case", FAMILIES)
 def test_tensors_are_the_merged_weights_bit_for_bit(case: str, dtype: str, made: Any, tmp_path: Path) -> None:
     """Against the merged Hugging Face model, its rows put in llama.cpp's order one by one."""
@@ -154,7 +153,7 @@ def test_tensors_are_the_merged_weights_bit_for_bit(case: str, dtype: str, made:
             half = c.head_dim // 2
             heads = range(0, len(weight), c.head_dim)
             weight = weight[[head + pair + side * half for head in heads for pair in range(half) for side in (0, 1)]]
-        number_format = torch.float32 if weight.dim() == 1 else TORCH_DTYPES[dtype]
+        number_format = torch.float32 if weight.dim() == 1 else EXPORT_DTYPES[dtype]
         tensor = found[names.get_name(name, (".weight", ".bias"))]
         assert bytes(tensor.data) == weight.to(number_format).view(torch.uint8).numpy().tobytes(), name
         assert tensor.tensor_type.name == str(number_format).removeprefix("torch.").replace("bfloat", "BF").replace(
