@@ -220,7 +220,7 @@ def measure(
     model: Decoder, chat: ChatTokenizer, samples: Sequence[Sample], prompts: Sequence[Prompt], e: EvaluationConfig,
     context: int, metrics: Sequence[Metric] = (), general: Sequence[Sample] = (), seed: int = 0,
 ) -> EvalResult:  # fmt: skip
-    """The likelihood of samples, answers to prompts (exact match, stop rate, metrics), and the loss on a general text."""
+    """The likelihood of samples, answers to prompts and their metrics, and the loss on a general text."""
     started = time.perf_counter()
     figures: dict[str, Figure] = {}
     if len(samples):

@@ -33,8 +33,6 @@ Groups = dict[str, dict[str, Any]]  # name of a group -> its figures
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """Everything that a report is made of."""
-
     name: str
     tuned: EvalResult
     base: EvalResult | None = None
@@ -322,8 +320,7 @@ def _markdown(inputs: ReportInputs, main: str, conclusion: str, cautions: Sequen
             text += f"\n### {heading}\n\n```\n{block}\n```\n"
     if inputs.leakage:
         text += f"\n## Leakage\n\n{_sentence(inputs.leakage['said'])}\n"
-    if inputs.provenance:
-        text += "\n## Provenance\n\n"
+    text += "\n## Provenance\n\n" if inputs.provenance else ""
     for key, value in inputs.provenance.items():
         pairs = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
         text += f"- {key.replace('_', ' ')}: {' '.join(str(pairs).split())}\n"

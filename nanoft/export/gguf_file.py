@@ -171,5 +171,4 @@ def _gaps(chat: ChatTokenizer, messages: Sequence[Message]) -> list[str]:
 
 
 def _go(text: str) -> str:
-    """A string literal in a Go template."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

@@ -57,13 +57,11 @@ def parity_record(
         answers = generate(model, [item["ids"] for item in asked], chat.stop_ids, max_new_tokens)
         for item, answer in zip(asked, answers, strict=True):
             item |= {"answer_ids": answer.ids, "answer": chat.decode(answer.ids), "stopped": answer.stopped}
+    decoding = "greedy, float32; the ids of an answer do not include the stop id"
     return {
-        "weights": weights,
-        "decoding": "greedy, float32; the ids of an answer do not include the stop id",
-        "max_new_tokens": max_new_tokens,
-        "stop_ids": list(chat.stop_ids),
-        "prompts": asked,
-    }
+        "weights": weights, "decoding": decoding, "max_new_tokens": max_new_tokens,
+        "stop_ids": list(chat.stop_ids), "prompts": asked,
+    }  # fmt: skip
 
 
 def provenance_record(source: str, facts: Mapping[str, Any], out: Path, known: Mapping[str, Any]) -> dict[str, Any]:

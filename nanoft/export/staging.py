@@ -83,11 +83,10 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
 
 def read_progress(staging: Path) -> dict[str, Any]:
     """Size and SHA-256 of each finished shard; none if the file is missing or damaged."""
-    try:
+    with suppress(OSError, ValueError):
         found = json.loads((staging / PROGRESS).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 @contextmanager

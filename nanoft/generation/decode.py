@@ -50,8 +50,7 @@ class Decoding:
         self.model, self.device = model, model.head.device
         self.length = self.slots = 0  # slots in use, and there
         self.empty: list[int] = []  # slots before each prompt
-        self.keys: list[Tensor] = []  # of each layer, (b, g, slots, d)
-        self.values: list[Tensor] = []
+        self.keys, self.values = list[Tensor](), list[Tensor]()  # of each layer, (b, g, slots, d)
         self.is_fast = kernels.is_applied(model)
         self.prepacks = self.is_fast and not distributed.is_sharded() and should_prepack(model)
         self.head = prepacked(model.head, None) if self.prepacks else None

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BELOW_ONE = 1 - 2**-23  # scales [0, 1) so that noise * total stays below total in float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -76,8 +78,7 @@ class Sampler:
         self.sampling, self.prompts, self.device = sampling, prompts, device
         self.noise: Tensor | None = None  # (prompts, steps)
         if sampling.temperature > 0:
-            below_one = 1 - 2**-23  # so that noise * total stays below total in float32
-            self.noise = (torch.rand(len(prompts), steps, generator=generator) * below_one).to(device)
+            self.noise = (torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE).to(device)
         self.rows = torch.zeros(0, dtype=torch.long, device=device)  # (batch,): the prompt of each row
         self.lengths = torch.zeros_like(self.rows)  # (batch,): tokens of its answer so far
         self.seen: Tensor | None = None  # (batch, vocab)
