@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -84,12 +84,12 @@ class Likelihoods:
             "overall_loss": (self.nats.sum(axis=1), self.tokens.sum(axis=1)),
             "bits_per_byte": (self.nats[:, 0] / math.log(2), self.text_bytes),
         }
-        units = dict.fromkeys(columns, "nats") | {"bits_per_byte": "number"}
-        return {
-            name: Figure(np.stack(pair, axis=1).astype(np.float64), unit=units[name])
-            for name, pair in columns.items()
-            if pair[1].sum() > 0
-        }
+        found: dict[str, Figure] = {}
+        for name, pair in columns.items():
+            if pair[1].sum() > 0:
+                unit: Literal["nats", "number"] = "number" if name == "bits_per_byte" else "nats"
+                found[name] = Figure(np.stack(pair, axis=1).astype(np.float64), unit=unit)
+        return found
 
 
 @dataclass(frozen=True)

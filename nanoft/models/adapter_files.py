@@ -207,11 +207,11 @@ def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def _with_ranks(lora: LoRAConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoRAConfig:
     """Settings with a rank and an alpha for each module; the most common ones become the defaults."""
-    (rank, alpha) = (statistics.mode(values.values()) for values in (ranks, alphas))
+    rank, alpha = statistics.mode(ranks.values()), statistics.mode(alphas.values())
     rank_pattern = {name: value for name, value in ranks.items() if value != rank}
     alpha_pattern = {name: value for name, value in alphas.items() if value != alpha}
-    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "target_modules": tuple(ranks)}
-    return replace(lora, rank=rank, alpha=alpha, **patterns)
+    plain = replace(lora, rank=rank, alpha=alpha, target_modules=tuple(ranks))
+    return replace(plain, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:

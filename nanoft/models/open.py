@@ -83,13 +83,13 @@ def open_model(source: str, device: torch.device, dtype: torch.dtype, original_b
     """Load what a RUN, ADAPTER or MODEL argument names; `original_base`: the base as it is stored, not quantized."""
     if not source:
         raise UserError("RUN|MODEL: empty: give a run directory, a model directory or a Hub name")
-    run, adapter = Path(source), None
+    run, lora = Path(source), None
     config = load_file(run / "config.json") if is_run(source) and not (run / "model").is_dir() else None
     if find_adapter(source) is not None or (config is not None and config.training.method != "full"):
         adapter = read_trained_adapter(source)
         quantization = None if original_base else adapter.quantization
         model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
-        opened = replace(attach_adapter(adapter, model), step=adapter.step)
+        opened, lora = replace(attach_adapter(adapter, model), step=adapter.step), adapter.lora
     elif config is not None:  # a checkpoint of full fine-tuning has all weights
         saved, base = best_checkpoint(run), find_model(config.model.name)
         model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
@@ -97,7 +97,7 @@ def open_model(source: str, device: torch.device, dtype: torch.dtype, original_b
     else:
         base = find_model(str(run / "model") if is_run(source) else source, "RUN|MODEL")
         opened = LoadedModel(load_model(base, device, dtype).eval(), {}, base, base, dtype=dtype)
-    if warning := kernels.apply(opened.model, adapter and adapter.lora):
+    if warning := kernels.apply(opened.model, lora):
         print(f"warning: {warning}", file=sys.stderr)
     return opened
 
