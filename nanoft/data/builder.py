@@ -25,10 +25,9 @@ from tqdm import tqdm
 from nanoft import UserError
 from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
-from nanoft.data import filters, splits
+from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import Conversation
-from nanoft.data.records import UNDESIRABLE, ReadOptions, Rejected, read_file
+from nanoft.data.formats import UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
 from nanoft.data.truncation import fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -68,33 +67,22 @@ class DatasetBuilder:
         with contextlib.ExitStack() as stack:
             self.tokens = stack.enter_context(open(self.directory / TOKENS, "wb", buffering=1 << 20))
             self.rejected = stack.enter_context(open(self.directory / REJECTED, "w", encoding="utf-8"))
-            self.signatures = {
-                name: stack.enter_context(open(self.directory / name, "wb")) for name in self._signed_texts()
-            }
-            self._tokenize(progress_bar)
-            self._reject_lost()
-            self._check_malformed()
-            if not self.record:
-                raise UserError(self._none_left())
+            data, signed = self.data, [FULL_TEXT] if self.data.near_duplicates else []
+            holds_out = data.validation_file or data.validation_split or data.validation_size
+            signed += [PROMPT] if holds_out and data.near_leaks != "ignore" else []
+            self.signatures = {name: stack.enter_context(open(self.directory / name, "wb")) for name in signed}
+            shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1.0}
+            size = sum(os.path.getsize(file) for _, file in self.files)
+            with tqdm(desc="tokenizing", total=size, disable=not progress_bar, **shown) as self.bar:
+                for sample in self.tokenizer.encode(self._render()):
+                    self._add_sample(sample)
+            for stream in (self.tokens, *self.signatures.values()):
+                stream.flush()
+            self._check_records()
             is_training, is_validation = self._split()
         self._write(is_training, is_validation)
 
-    def _signed_texts(self) -> list[str]:
-        """Of which texts MinHash signatures are needed."""
-        data, full_text = self.data, [FULL_TEXT] if self.data.near_duplicates else []
-        holds_out = data.validation_file or data.validation_split or data.validation_size
-        return [*full_text, PROMPT] if holds_out and data.near_leaks != "ignore" else full_text
-
     # ---- The pass over the files
-
-    def _tokenize(self, progress_bar: bool) -> None:
-        size = sum(os.path.getsize(file) for _, file in self.files)
-        shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": "tokenizing", "leave": False, "delay": 1.0}
-        with tqdm(total=size, disable=not progress_bar, **shown) as self.bar:
-            for sample in self.tokenizer.encode(self._render()):
-                self._add_sample(sample)
-        for stream in (self.tokens, *self.signatures.values()):
-            stream.flush()
 
     def _reject(self, kind: str, reason: str, file: str, line: int) -> None:
         """Count a record that is not used, and write it to rejected.jsonl."""
@@ -158,7 +146,7 @@ class DatasetBuilder:
     def _add_record(self, item: Conversation, file: int, part: int) -> int:
         """Note what the split depends on; returns the record's number."""
         data, prompt = self.data, item.prompt()
-        key = functools.partial(splits.split_key, seed=self.seed)
+        key = functools.partial(filters.split_key, seed=self.seed)
         self.file.append(file)
         self.line.append(item.line)
         self.part.append(part)
@@ -180,7 +168,7 @@ class DatasetBuilder:
     def _sign(self, item: Conversation) -> None:
         """Write MinHash signatures, without a system message that an earlier record has, too."""
         if item.messages and item.messages[0]["role"] == "system":
-            system = splits.split_key(item.messages[0]["content"], self.seed)
+            system = filters.split_key(item.messages[0]["content"], self.seed)
             if system in self.seen_systems:
                 item = dataclasses.replace(item, messages=item.messages[1:])
             self.seen_systems.add(system)
@@ -204,17 +192,21 @@ class DatasetBuilder:
         """Write an encoded sample if it fits."""
         while (oldest := next(iter(self.in_flight))) < sample.record:
             del self.in_flight[oldest]
+        conversation, data = self.in_flight[sample.record], self.data
+        fitted: Sample | None = None
         targets = int(sample.is_target.sum())
-        fitted = self._fit(sample) if targets else None
+        if targets:
+            with contextlib.suppress(TemplateRefusal):  # the template needs what was cut
+                fitted = fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
         kept = int(fitted.is_target.sum()) if fitted else 0
         self.target_tokens_lost += targets - kept
         if not targets:
             self._lose(sample, MALFORMED, "the sequence has no target tokens")
         elif fitted is None:
             reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.max_length}"
-            self._lose(sample, "too long", f"{reason} (data.truncation={self.data.truncation})")
-        elif len(fitted.ids) < self.data.min_tokens:
-            reason = f"{len(fitted.ids)} tokens, fewer than data.min_tokens={self.data.min_tokens}"
+            self._lose(sample, "too long", f"{reason} (data.truncation={data.truncation})")
+        elif len(fitted.ids) < data.min_tokens:
+            reason = f"{len(fitted.ids)} tokens, fewer than data.min_tokens={data.min_tokens}"
             self._lose(sample, "too few tokens", reason)
         else:
             if len(fitted.ids) < len(sample.ids):
@@ -224,43 +216,25 @@ class DatasetBuilder:
             self.record.append(sample.record)
             self.targets.append(kept)
 
-    def _fit(self, sample: Sample) -> Sample | None:
-        conversation, data = self.in_flight[sample.record], self.data
-        try:
-            return fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
-        except TemplateRefusal:
-            return None  # the template needs what was cut
-
     def _lose(self, sample: Sample, kind: str, reason: str) -> None:
         """Count a lost sample; its record is rejected if it has no other."""
         self.samples_lost += 1
         self.lost.setdefault(sample.record, (kind, reason))
 
-    def _reject_lost(self) -> None:
-        """Reject the records of which no sample is left."""
-        used = set(self.record) if self.lost else set()
-        for record in sorted(self.lost.keys() - used):
+    def _check_records(self) -> None:
+        """Reject records of which no sample is left; stop if too many are malformed, or none is left at all."""
+        for record in sorted(self.lost.keys() - set(self.record)):
             self._reject_record(record, *self.lost[record])
-
-    def _check_malformed(self) -> None:
-        """Stop if so many records are malformed that the data is not what its owner believes."""
-        bad = self.removed[MALFORMED]
-        if bad > self.data.max_bad_records * self.read:
-            raise UserError(
-                f"{self.first_malformed[0]} ({bad:,} of {self.read:,} records are malformed, more than "
-                f"data.max_bad_records={self.data.max_bad_records} allows: repair them"
-                + "".join(f"; {reason}" for reason in self.first_malformed[1:])
-                + ")"
-            )
-
-    def _none_left(self) -> str:
-        """Why there is nothing to train on, and what to change."""
-        reasons = ", ".join(f"{count} {kind}" for kind, count in self.removed.most_common())
-        fix = ""
-        if self.removed["too long"]:
-            better = "" if self.data.truncation == "prompt" else ", or set data.truncation=prompt"
-            fix = f": none fits model.max_seq_length={self.max_length}: raise it{better}"
-        return f"data: none of {self.read} records is left ({reasons or 'there were none'}){fix}"
+        bad, limit = self.removed[MALFORMED], self.data.max_bad_records
+        if bad > limit * self.read:
+            first, *others = self.first_malformed
+            counted = f"{bad:,} of {self.read:,} records are malformed, more than data.max_bad_records={limit} allows"
+            raise UserError("; ".join([f"{first} ({counted}: repair them", *others]) + ")")
+        if not self.record:
+            reasons = ", ".join(f"{count} {kind}" for kind, count in self.removed.most_common()) or "there were none"
+            fix = f": none fits model.max_seq_length={self.max_length}: raise it" if self.removed["too long"] else ""
+            fix += ", or set data.truncation=prompt" if fix and self.data.truncation != "prompt" else ""
+            raise UserError(f"data: none of {self.read} records is left ({reasons}){fix}")
 
     # ---- The split
 
@@ -306,36 +280,32 @@ class DatasetBuilder:
         question, prompt = np.array(self.question, np.uint64)[pool], np.array(self.prompt, np.uint64)[pool]
         keys = question if 2 * len(np.unique(question)) >= count else prompt
         if data.split_time:
-            return splits.hold_out_newest(np.array(self.time)[pool], keys, size)
+            return filters.hold_out_newest(np.array(self.time)[pool], keys, size)
         strata = np.zeros(len(pool), np.int64)
         if self.stratum:
             values = {value: number for number, value in enumerate(sorted(set(self.stratum), key=str))}
             strata = np.array([values[value] for value in self.stratum])
         if data.split_group:
             keys = np.array(self.group, np.uint64)[pool]
-        return splits.hold_out(keys, strata[pool], size)
-
-    def _weighted(self, chosen: Array, record: Array) -> Array:
-        """Each part's samples as often as its weight says: whole copies, and a random subset for the fraction."""
-        if not self.data.weights:
-            return chosen
-        part, rng = np.array(self.part)[record[chosen]], np.random.default_rng([self.seed, 1])
-        copies = []
-        for number, weight in enumerate(self.data.weights):
-            own = chosen[part == number]
-            rest = rng.permutation(own)[: round((weight % 1) * len(own))]
-            copies += [own] * int(weight) + [np.sort(rest)]
-        return np.concatenate(copies)
+        return filters.hold_out(keys, strata[pool], size)
 
     # ---- What is written
 
     def _write(self, is_training: Array, is_validation: Array) -> None:
         record = np.array(self.record, np.int64)
-        arrays = {
+        training, rng = np.flatnonzero(is_training[record]), np.random.default_rng([self.seed, 1])
+        part = np.array(self.part)[record[training]]
+        copies: list[Array] = []
+        for number, weight in enumerate(self.data.weights):  # whole copies, and a random subset for the fraction
+            own = training[part == number]
+            rest = rng.permutation(own)[: round((weight % 1) * len(own))]
+            copies += [own] * int(weight) + [np.sort(rest)]
+        training = np.concatenate(copies) if copies else training
+        arrays: dict[str, Array] = {
             "starts": np.array(self.starts, np.int64),
             "records": record,
             "truncated": np.array(self.truncated, np.int64),
-            "training": self._weighted(np.flatnonzero(is_training[record]), record),
+            "training": training,
             "validation": np.flatnonzero(is_validation[record]),
             "record_file": np.array(self.file, np.int32),
             "record_line": np.array(self.line, np.int64),
@@ -353,7 +323,6 @@ class DatasetBuilder:
         (self.directory / REPORT).write_text(text + "\n", encoding="utf-8")
 
     def _report(self, sides: dict[str, TokenDataset]) -> dict[str, Any]:
-        """What became of the data, as report.json keeps it."""
         return {
             "files": self.shapes,
             "removed": dict(self.removed.most_common()),
@@ -391,10 +360,8 @@ def _time(item: Conversation, name: str) -> float:
         date = datetime.fromisoformat(value)
         return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
-        raise UserError(
-            f"{item.file}:{item.line}: {name}: {value!r:.40} is neither a number nor a date like 2024-02-29 "
-            "(data.split_time)"
-        ) from None
+        what = f"{value!r:.40} is neither a number nor a date like 2024-02-29 (data.split_time)"
+        raise UserError(f"{item.file}:{item.line}: {name}: {what}") from None
 
 
 def _read_signatures(path: Path, start: int, stop: int) -> Array:

@@ -27,11 +27,7 @@ STALE_AFTER = 86400  # seconds after which an unfinished build is deleted
 
 
 def load_or_build(key: str, build: Callable[[Path], None], log: Callable[[str], None]) -> tuple[Path, bool]:
-    """The entry of a key, and whether it was in the cache; if not, `build(directory)` makes it.
-
-    Raises:
-        UserError: the cache cannot be written; or whatever `build` raises.
-    """
+    """The entry of a key, and whether it was in the cache; if not, `build(directory)` makes it."""
     home = cache_home()
     entry = home / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
@@ -44,7 +40,10 @@ def load_or_build(key: str, build: Callable[[Path], None], log: Callable[[str], 
                 temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
             except OSError as error:
                 log(f"warning: {home}: the cache is not writable ({error.strerror}): the data is not cached")
-                return _build_uncached(build), False
+                entry = Path(tempfile.mkdtemp(prefix="nanoft-"))
+                atexit.register(shutil.rmtree, entry, ignore_errors=True)
+                build(entry)
+                return entry, False
             _build(temporary, entry, build)
             _prune(home, entry)
         with contextlib.suppress(OSError):  # the cache may belong to another user
@@ -60,13 +59,6 @@ def cache_home() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
     except RuntimeError:  # not a fixed name in the shared temporary directory: others could put data there
         return Path(os.devnull) / "nanoft"
-
-
-def _build_uncached(build: Callable[[Path], None]) -> Path:
-    entry = Path(tempfile.mkdtemp(prefix="nanoft-"))
-    atexit.register(shutil.rmtree, entry, ignore_errors=True)
-    build(entry)
-    return entry
 
 
 def _build(temporary: Path, entry: Path, build: Callable[[Path], None]) -> None:
@@ -89,9 +81,8 @@ def _is_intact(entry: Path) -> bool:
     """Whether the entry exists, with every byte as it was written."""
     try:
         hashes = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
-        return {path.name for path in entry.iterdir()} == {MANIFEST, *hashes} and all(
-            hash_content(entry / name) == digest for name, digest in hashes.items()
-        )
+        is_complete = {path.name for path in entry.iterdir()} == {MANIFEST, *hashes}
+        return is_complete and all(hash_content(entry / name) == digest for name, digest in hashes.items())
     except (OSError, ValueError, UserError, TypeError):
         return False
 

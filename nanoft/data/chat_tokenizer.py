@@ -19,13 +19,12 @@ it (<think></think>) is not a target, and the turn ends with the first control t
 from __future__ import annotations
 
 import datetime
-import functools
 import hashlib
 import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,11 +117,7 @@ class ChatTokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path, template_args: Mapping[str, Any] | None = None) -> ChatTokenizer:
-        """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json.
-
-        Raises:
-            UserError: there is no tokenizer.json, or a file is not valid.
-        """
+        """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
         tokenizer = tokenizer_files.read_tokenizer(directory)
         settings, stop_ids = tokenizer_files.read_config(directory), tokenizer_files.read_stop_ids(directory)
         template = tokenizer_files.read_template(directory, settings)
@@ -142,15 +137,10 @@ class ChatTokenizer:
     # ---- Messages to text
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None) -> str:
-        """Render messages to the string that the model sees.
-
-        Raises:
-            TemplateRefusal: the template refuses these messages, or is broken.
-        """
+        """The string that the model sees; raises TemplateRefusal."""
         return find_marks(self._render(self._clean(messages), add_generation_prompt, self._escape(tools)))[0]
 
     def render_prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
-        """The prompt: messages, and the beginning of the answer."""
         return self.render(messages, add_generation_prompt=True, tools=tools)
 
     def render_samples(
@@ -173,7 +163,9 @@ class ChatTokenizer:
             excluded = [self._turn(whole, index) for index in answers if not is_trained(messages[index])]
             if not all(whole.text.startswith(after[:end]) for after, (_, end) in excluded):
                 raise TemplateRefusal("the chat template rewrites earlier turns: use data.train_on=assistant")
-            return [Rendered(whole.text, _complement([span for _, span in excluded], len(whole.text)), record)]
+            edges = [0, *itertools.chain.from_iterable(span for _, span in excluded), len(whole.text)]
+            between = zip(edges[::2], edges[1::2], strict=True)
+            return [Rendered(whole.text, [(start, end) for start, end in between if start < end], record)]
         turns = [i for i in (answers[-1:] if train_on == "last_assistant" else answers) if is_trained(messages[i])]
         pieces = [self._turn(whole, index) for index in turns]
         if all(after is whole.text or whole.text.startswith(after[:end]) for after, (_, end) in pieces):
@@ -193,15 +185,9 @@ class ChatTokenizer:
     def _render(self, cleaned: list[Message], add_generation_prompt: bool, tools: Any) -> str:
         """The text, with generation marks if the template sets any."""
         try:
-            return self._environment.render(
-                self._compiled,
-                **self.template_args,
-                messages=cleaned,
-                add_generation_prompt=add_generation_prompt,
-                tools=tools or None,
-                documents=None,
-                **self.special,
-            )
+            given = {"messages": cleaned, "tools": tools or None, "documents": None}
+            given |= {"add_generation_prompt": add_generation_prompt, **self.special, **self.template_args}
+            return self._environment.render(self._compiled, **given)
         except TEMPLATE_ERRORS as error:
             raise TemplateRefusal(f"the chat template refuses these messages: {error}") from None
 
@@ -226,10 +212,7 @@ class ChatTokenizer:
         return after, (start, end)
 
     def _verbatim(self, whole: _RenderedConversation, index: int, before: str) -> int:
-        """Where the turn ends, if the prompt is followed by just the answer and its end, as in most templates; else 0.
-
-        This saves rendering the conversation up to each of its answers.
-        """
+        """Where the turn ends, if just the answer and its end follow the prompt: saves a rendering; else 0."""
         content = whole.messages[index].get("content", "")
         ending = self._tail[: self.turn_end.end()] if self.turn_end else ""
         if ending and content and whole.text.startswith(before):
@@ -286,20 +269,20 @@ class ChatTokenizer:
 
     def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """The ids of a prompt; a prefix of those that the model was trained on."""
-        return self._first_bos(self._ids(self.render_prompt(messages, tools)))
+        ids = self._ids(self.render_prompt(messages, tools))
+        return [self.bos_id or 0, *ids] if self.wants_bos and ids[:1] != [self.bos_id] else ids
 
     def encode(self, rendered: Iterable[Rendered]) -> Iterator[Sample]:
         """Encode texts; the tokenizer's threads encode one batch while the next ones are being rendered."""
         with ThreadPoolExecutor(2) as pool:  # one may wait for the GIL while the other keeps all cores busy
             under_way: deque[tuple[list[Rendered], Any]] = deque()
             items = iter(rendered)
-            while batch := list(itertools.islice(items, BATCH)):
-                under_way.append((batch, pool.submit(self._encode_batch, [item.text for item in batch])))
-                if len(under_way) > 4:
-                    batch, encodings = under_way.popleft()
-                    yield from self._samples(batch, encodings.result())
-            for batch, encodings in under_way:
-                yield from self._samples(batch, encodings.result())
+            while (batch := list(itertools.islice(items, BATCH))) or under_way:
+                if batch:
+                    under_way.append((batch, pool.submit(self._encode_batch, [item.text for item in batch])))
+                if not batch or len(under_way) > 4:
+                    oldest, encodings = under_way.popleft()
+                    yield from self._samples(oldest, encodings.result())
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
@@ -315,15 +298,10 @@ class ChatTokenizer:
         return "".join(pieces)
 
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
-        """Ids; with each token's character offsets, unless they follow from the tokens' widths."""
+        # The fast one gives no character offsets: then they follow from the tokens' widths.
         encode = self.tokenizer.encode_batch if self._widths is None else self.tokenizer.encode_batch_fast
         with as_user_error(CANNOT_ENCODE):
             return encode(texts, add_special_tokens=False)
-
-    def _encode(self, text: str) -> Encoding:
-        """Ids, with each token's character offsets."""
-        with as_user_error(CANNOT_ENCODE):
-            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_now(self, rendered: list[Rendered]) -> list[Sample]:
         """Encode a few texts, without threads."""
@@ -334,43 +312,37 @@ class ChatTokenizer:
             ids = np.array(encoded.ids, dtype=np.int32)
             ends = self._ends(item.text, ids)
             if self._widths is not None and ends is None:
-                encoded = self._encode(item.text)  # with offsets
-            edge = functools.partial(_edge, encoded) if ends is None else _edge_by_width(item.text, ends)
-            edges = [(edge(start), edge(end)) for start, end in item.spans]
+                encoded = self._encode(item.text)
+            edges = [[_edge(item.text, encoded, ends, at) for at in span] for span in item.spans]
             if item.turns and any(is_inside for (_, is_inside), _ in edges):
                 yield from map(self._sample_of_turn, itertools.repeat(item), item.spans, item.turns)
-            else:
-                spans = [(first, last + inside) for (first, _), (last, inside) in edges]
-                yield self._sample(item, ids, encoded, spans)
+                continue
+            is_target = np.zeros(len(ids), dtype=np.bool_)
+            for (first, _), (last, is_inside) in edges:
+                is_target[first : last + is_inside] = True
+            if BREAK in item.text:  # its tokens are dropped
+                kept = np.array([item.text[start:end] != BREAK for start, end in encoded.offsets], dtype=np.bool_)
+                ids, is_target = ids[kept], is_target[kept]
+            yield self._with_bos(ids, is_target, item.record, item.turn)
 
     def _ends(self, text: str, ids: Any) -> Any:
         """(n,) where each token ends, in bytes, from the tokens' widths; None if only the library knows."""
         if self._widths is None or BREAK in text:
             return None
         ends = np.cumsum(self._widths[ids])
-        size = len(text) if text.isascii() else len(text.encode())
-        return ends if len(ends) and ends[-1] == size else None
-
-    def _sample(self, item: Rendered, ids: Any, encoded: Encoding, spans: list[tuple[int, int]]) -> Sample:
-        """The sample of a text whose targets are the tokens of `spans`."""
-        is_target = np.zeros(len(ids), dtype=np.bool_)
-        for first, last in spans:
-            is_target[first:last] = True
-        if BREAK in item.text:  # its tokens are dropped
-            kept = np.array([item.text[start:end] != BREAK for start, end in encoded.offsets], dtype=np.bool_)
-            ids, is_target = ids[kept], is_target[kept]
-        return self._with_bos(ids, is_target, item.record, item.turn)
+        return ends if len(ends) and ends[-1] == len(text.encode()) else None
 
     def _sample_of_turn(self, item: Rendered, span: tuple[int, int], turn: int) -> Sample:
-        """A turn whose first token would merge with the end of the prompt: prompt and answer are encoded separately.
-
-        In use the model is given the ids of the prompt alone, so these are the ids to train on.
-        """
+        """A turn whose first token would merge with the end of the prompt: both are encoded separately, as in use."""
         start, end = span
         prompt = self._ids(item.text[:start])
         broken = item.text[:start] + BREAK + item.text[start:end]
         ids = np.array(prompt + self._ids(broken, after=start), dtype=np.int32)
         return self._with_bos(ids, np.arange(len(ids)) >= len(prompt), item.record, turn)
+
+    def _encode(self, text: str) -> Encoding:  # ids, with each token's character offsets
+        with as_user_error(CANNOT_ENCODE):
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _ids(self, text: str, after: int = -1) -> list[int]:
         """The ids of a text, without those of BREAK; only of tokens that begin after a character."""
@@ -379,11 +351,6 @@ class ChatTokenizer:
             return encoded.ids
         pairs = zip(encoded.ids, encoded.offsets, strict=True)
         return [token for token, (start, end) in pairs if start > after and text[start:end] != BREAK]
-
-    def _first_bos(self, ids: list[int]) -> list[int]:
-        """Exactly one BOS, if the tokenizer adds one."""
-        wanted = self.wants_bos and ids[:1] != [self.bos_id]
-        return [self.bos_id or 0, *ids] if wanted else ids
 
     def _with_bos(self, ids: Any, is_target: Any, record: int, turn: int | None) -> Sample:
         if self.wants_bos and (not len(ids) or ids[0] != self.bos_id):
@@ -410,31 +377,18 @@ def is_trained(message: Message) -> bool:
     return bool(message.get("train", True)) and message.get("weight", 1) != 0
 
 
-def _edge(encoded: Encoding, character: int) -> tuple[int, bool]:
+def _edge(text: str, encoded: Encoding, ends: Any, character: int) -> tuple[int, bool]:
     """The first token at or after a character, and whether it is one that begins before the character and contains it.
 
     A character made of several tokens gives all of them its own start; the first of them is taken.
     """
+    if ends is not None:  # where each token ends, in bytes
+        byte = character if text.isascii() else len(text[:character].encode())
+        at = int(np.searchsorted(ends, byte, side="right"))
+        return at, byte != (ends[at - 1] if at else 0)
     token = encoded.char_to_token(character)
     if token is not None:
         start = encoded.token_to_chars(token)
         return token, start is not None and start[0] < character
     after = (at for at, (start, _) in enumerate(encoded.offsets) if start >= character)
     return next(after, len(encoded)), False
-
-
-def _edge_by_width(text: str, ends: Any) -> Callable[[int], tuple[int, bool]]:
-    """`_edge`, from where each token ends."""
-
-    def edge(character: int) -> tuple[int, bool]:
-        byte = character if text.isascii() else len(text[:character].encode())
-        token = int(np.searchsorted(ends, byte, side="right"))
-        return token, byte != (ends[token - 1] if token else 0)
-
-    return edge
-
-
-def _complement(spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """The text between and around the spans."""
-    edges = [0, *itertools.chain(*spans), length]
-    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]

@@ -25,8 +25,7 @@ from nanoft.config.functions import source_file
 from nanoft.data.builder import PERCENTILES, REPORT, TOKENS, DatasetBuilder
 from nanoft.data.cache import cache_home, load_or_build
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.formats import Conversation
-from nanoft.data.records import ReadOptions, format_function, read_file
+from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
 from nanoft.data.sources import find_files, read_raw
 from nanoft.io import untrusted
 from nanoft.io.hashing import hash_named_files, hash_remembered
@@ -61,11 +60,7 @@ class PreparedDataset:
             yield conversation.first_user_text()
 
     def field_values(self, samples: TokenDataset, name: str) -> list[str]:
-        """A field of the record that each sample came from, as in its file; `(none)` where it is missing.
-
-        Raises:
-            UserError: no record has the field.
-        """
+        """A field of the record that each sample came from, as in its file; `(none)` where it is missing."""
         found: dict[int, str] = {}
         fields: dict[str, None] = {}
         for file, records in self._lines(samples.records.tolist()):
@@ -80,11 +75,9 @@ class PreparedDataset:
 
     def untruncated(self, samples: TokenDataset) -> TokenDataset:
         """The samples that were not truncated: the prompts of the others were not seen whole in training."""
-        part: TokenDataset = samples[~np.isin(samples.chosen, self.truncated)]
-        return part
+        return samples[~np.isin(samples.chosen, self.truncated)]
 
     def location(self, record: int) -> str:
-        """file:line of a record."""
         return f"{self.files[self.record_file[record]]}:{self.record_line[record]}"
 
     def _lines(self, records: list[int]) -> Iterator[tuple[Path, dict[int, int]]]:
@@ -115,8 +108,6 @@ def build_datasets(
     Args:
         max_length: tokens of a sample (model.max_seq_length).
         log: called with lines for the user.
-    Raises:
-        UserError: a file cannot be read, too many records are malformed, or no sample is left.
     """
     parts, options = _parts(data), ReadOptions.from_config(data)
     files = [file for part in parts for file in part]
@@ -125,7 +116,9 @@ def build_datasets(
         DatasetBuilder(directory, data, tokenizer, max_length, seed).build(parts, progress_bar)
 
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name not in NOT_IN_KEY}
-    versions = [tokenizers.__version__, jinja2.__version__, _code_hash()]
+    # An edit of the code that decides which samples come out must not be answered from the cache.
+    code = [*sorted(Path(__file__).parent.glob("*.py")), Path(batches.__file__), Path(untrusted.__file__)]
+    versions = [tokenizers.__version__, jinja2.__version__, hash_named_files(code)]
     depends_on = [versions, settings, max_length, seed, list(map(str, files)), tokenizer.fingerprint(), data_hash(data)]
     entry, was_cached = load_or_build(json.dumps(depends_on, sort_keys=True, default=str), build, log)
     if was_cached:
@@ -143,15 +136,9 @@ def build_datasets(
 def data_hash(data: DataConfig) -> str:
     """One hash of the contents of all data files, and of the source of the user's own format function."""
     files, function = [file for part in _parts(data) for file in part], format_function(data.format)
-    source = source_file(function) if function is not None else None
-    files += [source] if source is not None else []
+    if function is not None and (source := source_file(function)) is not None:
+        files.append(source)
     return hash_remembered(files, cache_home() / "hashes.json")
-
-
-def _code_hash() -> str:
-    """A hash of the code that decides which samples come out: an edit of it must not be answered from the cache."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return hash_named_files([*sources, Path(batches.__file__), Path(untrusted.__file__)])
 
 
 def _parts(data: DataConfig) -> list[list[Path]]:
@@ -171,18 +158,16 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     if report["cut_off_replies"]:
         lines.append(f"warning: {report['cut_off_replies']:,} records end in a reply that stops in mid-sentence")
     if report["near_leaks"] and report["near_leaks_are"] == "kept":
-        lines.append(
-            f"warning: {report['near_leaks']:,} training prompts are near duplicates of validation prompts: "
-            "set data.near_leaks=remove to remove them"
-        )
+        what = "training prompts are near duplicates of validation prompts: set data.near_leaks=remove to remove them"
+        lines.append(f"warning: {report['near_leaks']:,} {what}")
     rows = [["records read", f"{report['read']:,}", ""]]
     rows += [[f"removed: {kind}", f"{count:,}", ""] for kind, count in report["removed"].items()]
     sides = [report["training"], report["validation"]]
     for name in ("records", "samples", "tokens", "target_tokens"):
         rows.append([name.replace("_", " "), *(f"{side[name]:,}" for side in sides)])
-    for name in (f"p{p}" for p in PERCENTILES):
-        label = "longest" if name == "p100" else f"length, {name[1:]} %"
-        rows.append([label, *(f"{side['length'][name]:,}" if side["length"] else "-" for side in sides)])
+    for p in PERCENTILES:
+        lengths = [f"{side['length'][f'p{p}']:,}" if side["length"] else "-" for side in sides]
+        rows.append(["longest" if p == 100 else f"length, {p} %", *lengths])
     for value in dict.fromkeys(value for side in sides for value in side.get("strata", {})):
         shares = [f"{side['strata'].get(value, 0) / max(side['records'], 1):.1%}" for side in sides]
         rows.append([f"share of {value}", *shares])

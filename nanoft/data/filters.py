@@ -1,4 +1,4 @@
-"""Duplicates, near duplicates and leaks between training and validation.
+"""Duplicates, near duplicates, which records are held out for validation, and leaks between both sides.
 
 Exact duplicates have equal hashes. Near duplicates are found by MinHash (Broder 1997, "On the resemblance and
 containment of documents"): two texts agree in a component of their signatures with the probability that is the Jaccard
@@ -8,6 +8,9 @@ similarity of their sets of word 5-grams,
 
 and banding (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", section 3.4) finds the pairs worth comparing
 without comparing all. A record that stands on both sides of a split turns the validation loss into a memory test.
+
+A split depends on a hash of the seed and of what a record opens with, never on its place in the file: the same seed
+holds out the same records in any order, and a larger share holds out more of them, not others.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -73,15 +77,31 @@ def band_height(threshold: float) -> int:
 def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
     """(n,) bool: which of the `kept` records resemble an earlier one that stays.
 
+    Two records do if they agree in a whole band and in `threshold` of all components. Within a group that agrees in a
+    band, each is compared with its predecessor and with the first one, so that a group of many copies costs no more
+    than its size.
+
     Args:
         signatures: (n, COMPONENTS) uint32.
         threshold: Jaccard similarity of the sets of 5-grams.
         kept: (n,) bool.
     """
+    records = np.flatnonzero(kept)
+    pairs: set[tuple[int, int]] = set()  # the earlier record first
+    for band in _bands(threshold):
+        keys = _band_keys(signatures[records, band])
+        order = np.argsort(keys, kind="stable")
+        equal = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1  # places in `order` that equal the one before
+        first = place = -1
+        for at in equal.tolist():
+            before, here = records[order[at - 1 : at + 1]].tolist()
+            first = first if at == place + 1 else before
+            place = at
+            pairs |= {(before, here), (first, here)}
     removed = np.zeros(len(signatures), dtype=np.bool_)
-    candidates = np.flatnonzero(kept)
-    for first, second in sorted(_similar(signatures, candidates, threshold), key=lambda pair: pair[::-1]):
-        removed[second] |= not removed[first]
+    for before, here in sorted(pairs, key=lambda pair: pair[::-1]):
+        if (signatures[before] == signatures[here]).mean() >= threshold:
+            removed[here] |= not removed[before]
     return removed
 
 
@@ -145,22 +165,46 @@ def _band_keys(band: Array) -> Array:
     return (band.astype(np.uint64) * _FACTORS[: band.shape[1]]).sum(axis=1, dtype=np.uint64)
 
 
-def _similar(signatures: Array, records: Array, threshold: float) -> set[tuple[int, int]]:
-    """Pairs of records, the earlier first, that agree in a whole band and in `threshold` of all components.
+def split_key(value: Any, seed: int) -> int:
+    """64 bits: the place of a prompt, or of a group, in the order in which records are held out."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{value}".encode()).digest()[:8], "big")
 
-    Within a group that agrees in a band, each record is compared with its predecessor and with the first one, so that
-    a group of many copies costs no more than its size.
+
+def hold_out(keys: Array, strata: Array, size: int) -> Array:
+    """(n,) bool: about `size` records, those with the smallest keys of their stratum.
+
+    Records with equal keys stay together; a group larger than what is still wanted is passed over.
+
+    Args:
+        keys: (n,) uint64, of the prompt or the group.
+        strata: (n,) int: each stratum gives its share; a key belongs to the smallest stratum that it occurs in.
     """
-    pairs: set[tuple[int, int]] = set()
-    for band in _bands(threshold):
-        keys = _band_keys(signatures[records, band])
-        order = np.argsort(keys, kind="stable")
-        equal = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1  # places in `order` that equal the one before
-        first = place = -1
-        for at in equal.tolist():
-            if at != place + 1:
-                first = int(records[order[at - 1]])
-            place = at
-            before, here = int(records[order[at - 1]]), int(records[order[at]])
-            pairs |= {(before, here), (first, here)}
-    return {pair for pair in pairs if (signatures[pair[0]] == signatures[pair[1]]).mean() >= threshold}
+    unique, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    home = np.full(len(unique), np.iinfo(np.int64).max)
+    np.minimum.at(home, inverse, strata)
+    chosen = np.zeros(len(unique), dtype=np.bool_)
+    members = {stratum: np.flatnonzero(home == stratum) for stratum in np.unique(home).tolist()}  # sorted by key
+    for stratum, left in _allot(size, {s: int(counts[m].sum()) for s, m in members.items()}).items():
+        for group in members[stratum].tolist():
+            if left and counts[group] <= left:
+                chosen[group] = True
+                left -= counts[group]
+    return chosen[inverse]
+
+
+def hold_out_newest(times: Array, keys: Array, size: int) -> Array:
+    """(n,) bool: the newest records; of those with equal times, the ones with the smaller keys."""
+    held = np.zeros(len(times), dtype=np.bool_)
+    held[np.lexsort((keys, -times))[:size]] = True
+    return held
+
+
+def _allot(size: int, available: dict[int, int]) -> dict[int, int]:
+    """The whole numbers that add up to `size` and are nearest to each part's share (largest remainder)."""
+    total = sum(available.values())
+    exact = {part: size * count / total for part, count in available.items()}
+    shares = {part: int(share) for part, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda part: (shares[part] - exact[part], part))
+    for part in by_remainder[: size - sum(shares.values())]:
+        shares[part] += 1
+    return shares

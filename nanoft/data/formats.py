@@ -1,21 +1,30 @@
-"""The shapes in which data sets write down a conversation, and how each is converted to messages.
+"""Records to conversations: the shapes in which data sets write them down, their detection, the check of their turns.
 
-Instruction data comes in a few shapes. SHAPES is the table of them: a new shape is one entry, its conversion stands
-above. A conversion may assume that the required fields are there; whatever it raises rejects the record.
+SHAPES is the table of shapes: a new one is an entry, and its conversion stands above. A conversion may assume that the
+required fields are there; whatever it raises rejects the record, with its file, line and reason. The shape is detected
+from the first thousand records; where two fit equally well, the user has to choose. With
+`data.format=package.module:function` the user's own function converts each record instead.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from nanoft.data.sources import BadRecord, decode_json
+from nanoft import UserError
+from nanoft.config import DataConfig
+from nanoft.config.fields import nearest
+from nanoft.config.functions import UNTRUSTED, import_function, is_function
+from nanoft.data.sources import BadRecord, Raw, decode_json, read_raw
 
 Message = dict[str, Any]
+DETECT_FROM = 1000  # records from which a file's shape is detected
 MAX_DEPTH = 100  # of lists and objects in tools and their arguments
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
@@ -26,6 +35,11 @@ SHAREGPT_ROLES = {
     "system": "system",
 }
 KEPT_FIELDS = ("name", "tool_call_id", "reasoning_content")  # of a message, besides role, content and tool_calls
+RETURNED = ("messages", "prompt_completion", "text")  # shapes that the user's own function may return
+UNDESIRABLE = "undesirable label"  # the one reason that is not a mistake in the data
+DESIRABLE = dict.fromkeys(("true", "1", "1.0", "desirable", "chosen", "good", "yes"), True) | dict.fromkeys(
+    ("false", "0", "0.0", "undesirable", "rejected", "bad", "no"), False
+)  # 1.0 and 0.0: from tables with missing values
 # Control characters except white space (tab, newline, form feed, ...); lone surrogates; noncharacters.
 INVALID = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
@@ -122,19 +136,17 @@ def _sharegpt(record: dict[str, Any]) -> list[Message]:
     turns = _list(record, "conversations")
     if all(isinstance(turn, dict) and "from" not in turn and "role" in turn for turn in turns):
         return [*_system(record), *_messages({"messages": turns})]
-    unknown = [turn["from"] for turn in turns if turn["from"] not in SHAREGPT_ROLES]
-    if unknown:
-        raise BadRecord(f"unknown speaker {unknown[0]!r:.40}")
-    return [*_system(record), *(_sharegpt_turn(turn) for turn in turns)]
-
-
-def _sharegpt_turn(turn: dict[str, Any]) -> Message:
-    value, role = text_of(turn, "value"), SHAREGPT_ROLES[turn["from"]]
-    if turn["from"] == "function_call":
-        calls = _as_json(value, "function_call")
-        calls = calls if isinstance(calls, list) else [calls]
-        return {"role": role, "content": "", "tool_calls": [_tool_call(c) for c in calls], **_training_fields(turn)}
-    return {"role": role, "content": value, **_training_fields(turn)}
+    messages = _system(record)
+    for turn in turns:
+        if turn["from"] not in SHAREGPT_ROLES:
+            raise BadRecord(f"unknown speaker {turn['from']!r:.40}")
+        message: Message = {"role": SHAREGPT_ROLES[turn["from"]], "content": text_of(turn, "value")}
+        if turn["from"] == "function_call":
+            found = _as_json(message["content"], "function_call")
+            calls = found if isinstance(found, list) else [found]
+            message |= {"content": "", "tool_calls": [_tool_call(call) for call in calls]}
+        messages.append({**message, **_training_fields(turn)})
+    return messages
 
 
 def _alpaca(record: dict[str, Any]) -> list[Message]:
@@ -169,15 +181,14 @@ def _summarization(record: dict[str, Any]) -> list[Message]:
     return [*_system(record), *_exchange(question, text_of(record, "summary"))]
 
 
-def _extractive_qa(record: dict[str, Any]) -> list[Message]:
+def _squad(record: dict[str, Any]) -> list[Message]:
     """{"context", "question", "answers": {"text": [...], ...} | [...]}, as SQuAD writes it; the first answer counts."""
     answers = _as_json(record["answers"], "answers")
     answers = answers["text"] if isinstance(answers, dict) else answers
     first = answers[0] if isinstance(answers, list) and answers else answers
     if not first:
         raise BadRecord("answers: has none")
-    first = first["text"] if isinstance(first, dict) else first
-    return _question_answer({**record, "answer": first})
+    return _question_answer({**record, "answer": first["text"] if isinstance(first, dict) else first})
 
 
 def _system(record: dict[str, Any]) -> list[Message]:
@@ -195,30 +206,25 @@ class Shape:
     required: tuple[str, ...]  # fields that every record has; `auto` detects the shape by them
     fields: tuple[str, ...]  # all fields that are read, in the order in which they are shown
     to_messages: Callable[[dict[str, Any]], list[Message]] | None  # None: plain text
-    aliases: Mapping[str, str] = field(default_factory=dict)  # other names of fields in data.columns
 
 
 SHAPES = {
     "messages": Shape(("messages",), ("messages", "tools"), _messages),
     "sharegpt": Shape(("conversations",), ("system", "conversations", "tools"), _sharegpt),
-    "alpaca": Shape(
-        ("instruction", "output"),
-        ("system", "history", "instruction", "input", "output"),
-        _alpaca,
-        aliases={"response": "output"},
-    ),
+    "alpaca": Shape(("instruction", "output"), ("system", "history", "instruction", "input", "output"), _alpaca),
     "prompt_completion": Shape(("prompt", "completion"), ("system", "prompt", "completion", "tools"), _pair),
     "question_answer": Shape(("question", "answer"), ("system", "context", "question", "answer"), _question_answer),
     "summarization": Shape(("document", "summary"), ("system", "document", "summary"), _summarization),
-    "extractive_qa": Shape(
-        ("context", "question", "answers"), ("system", "context", "question", "answers"), _extractive_qa
-    ),
+    "extractive_qa": Shape(("context", "question", "answers"), ("system", "context", "question", "answers"), _squad),
     "text": Shape(("text",), ("text",), None),
 }
-ALIASES = {alias: name for shape in SHAPES.values() for alias, name in shape.aliases.items()}
+ALIASES = {"response": "output"}  # other names of fields in data.columns
 
 
-def parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
+# ---- Checks of values
+
+
+def _parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
     tools = _as_json(record.get("tools") or None, "tools")
     if not tools:
         return None
@@ -275,3 +281,196 @@ def nonempty(text: str, what: str) -> str:
     if not text.strip():
         raise BadRecord(f"{what} is empty")
     return text
+
+
+# ---- Files to conversations
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that cannot be used, and where it was read."""
+
+    reason: str
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read: the fields of the `data` section that say so."""
+
+    shape: str = "auto"  # an entry of SHAPES, or package.module:function
+    columns: Mapping[str, str] = field(default_factory=dict)  # name in nanoft -> name in the file
+    delimiter: str | None = None  # of CSV files; None: detected from the header
+    label_field: str | None = None  # keep only records that it marks as desirable
+    fields: tuple[str, ...] = ()  # kept with each conversation, for the split
+
+    @classmethod
+    def from_config(cls, data: DataConfig) -> ReadOptions:
+        wanted = {data.split_stratify or data.label_field, data.split_group, data.split_time} - {None, "length"}
+        fields = tuple(sorted(str(name) for name in wanted))
+        return cls(data.format, data.columns, data.delimiter, data.label_field, fields)
+
+
+def check_format(name: str) -> None:
+    """Raise a UserError if data.format is neither auto, nor an entry of SHAPES, nor package.module:function."""
+    if name not in ("auto", *SHAPES) and not is_function(name.removeprefix(UNTRUSTED)):
+        names = ("auto", *SHAPES, "package.module:function")
+        raise UserError(f"data.format: {name!r:.60} is not known{nearest(name, names)}")
+
+
+def format_function(name: str) -> Callable[..., Any] | None:
+    """The user's own function that data.format names, imported; None if it names a shape."""
+    check_format(name)
+    if name.startswith(UNTRUSTED):
+        name = name.removeprefix(UNTRUSTED)
+        raise UserError(f"data.format: {name} is code, which config.json cannot name: add data.format={name} again")
+    return import_function(name, "data.format", "(record)") if is_function(name) else None
+
+
+def _detect_shape(path: Path, records: list[tuple[int, Raw]]) -> str:
+    """The shape whose required fields most records have; `text` only if nothing else fits."""
+    votes = dict.fromkeys(SHAPES, 0)
+    for _, record in records:
+        if isinstance(record, dict):
+            fitting = [name for name, shape in SHAPES.items() if all(field in record for field in shape.required)]
+            for name in [name for name in fitting if name != "text"] or fitting:
+                votes[name] += 1
+    best = [name for name in votes if votes[name] and votes[name] == max(votes.values())]
+    if len(best) > 1:
+        choices = " or ".join(f"data.format={name} ({', '.join(SHAPES[name].required)})" for name in best)
+        raise UserError(f"{path}: its records fit {len(best)} shapes: choose {choices}")
+    if best:
+        return best[0]
+    line, first = records[0]
+    if isinstance(first, BadRecord):
+        raise UserError(f"{path}:{line}: {first}")
+    has = f"the fields {_names(first)}" if isinstance(first, dict) else f"no fields: it is a {type(first).__name__}"
+    known = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in SHAPES.items())
+    raise UserError(f"{path}: unknown shape: its first record has {has}: map them with data.columns to one of {known}")
+
+
+def read_file(
+    path: Path,
+    options: ReadOptions,
+    on_progress: Callable[[int], None] = lambda position: None,
+    only: Collection[int] | None = None,
+) -> Iterator[Conversation | Rejected | str]:
+    """All records of a file in order; before them, a description of the shape they are read in.
+
+    Args:
+        on_progress: called now and then with the number of bytes read.
+        only: lines to convert; None: all. Reading ends with the last of them.
+    Raises:
+        UserError: the file cannot be read, or the user's own function failed.
+    """
+    shape, function = options.shape, format_function(options.shape)
+    raw = read_raw(path, options.delimiter, on_progress)
+    records = ((line, _rename(record, options.columns)) for line, record in raw)
+    first = list(itertools.islice(records, DETECT_FROM))
+    if function is not None:
+        yield shape
+    else:
+        shape = _detect_shape(path, first) if shape == "auto" else shape
+        present = {name for _, record in first if isinstance(record, dict) for name in record}
+        found = [name for name in SHAPES[shape].fields if name in present]
+        yield shape if found == [shape] else f"{shape}: {', '.join(found)}"
+    last = max(only, default=0) if only is not None else math.inf
+    for line, record in itertools.chain(first, records):
+        if line > last:
+            return
+        if only is not None and line not in only:
+            continue
+        try:
+            yield _convert(record, shape, function, str(path), line, options)
+        except BadRecord as reason:
+            yield Rejected(str(reason), str(path), line)
+        except RecursionError:  # from putting a value into a message
+            yield Rejected("nested too deeply", str(path), line)
+
+
+def _rename(record: Raw, columns: Mapping[str, str]) -> Raw:
+    """The record with its columns named as the shapes name them."""
+    if not columns or not isinstance(record, dict):
+        return record
+    if missing := [column for column in columns.values() if column not in record]:
+        return BadRecord(f"has no column {missing[0]!r:.60} (data.columns)")
+    kept = {name: value for name, value in record.items() if name not in columns.values()}
+    return kept | {ALIASES.get(name, name): record[column] for name, column in columns.items()}
+
+
+def _convert(record: Raw, shape: str, function: Any, path: str, line: int, options: ReadOptions) -> Conversation:
+    if isinstance(record, BadRecord):
+        raise record
+    required = SHAPES[shape].required if function is None else ()
+    if not isinstance(record, dict) or not all(name in record for name in required):
+        found = _names(record) if isinstance(record, dict) else type(record).__name__
+        raise BadRecord(f"expected {'the fields ' + ', '.join(required) if required else 'an object'}, found {found}")
+    if (label := options.label_field) is not None:  # data for KTO has good and bad answers: only good ones are imitated
+        if label not in record:
+            raise BadRecord(f"has no field {label!r} (data.label_field)")
+        value = str(record[label]).strip().lower()
+        if value not in DESIRABLE:
+            raise BadRecord(f"{label}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)")
+        if not DESIRABLE[value]:
+            raise BadRecord(UNDESIRABLE)
+    fields = {name: _split_field(record, name) for name in options.fields}
+    if function is not None:
+        record, shape = _call(function, record, f"{path}:{line}: data.format={shape}")
+    to_messages = SHAPES[shape].to_messages
+    if to_messages is None:
+        return Conversation([], nonempty(text_of(record, "text"), "text"), path, line, None, fields)
+    try:
+        messages = to_messages(record)
+        tools = _parse_tools(record) if "tools" in SHAPES[shape].fields else None
+    except BadRecord:
+        raise
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
+        raise BadRecord(f"a turn is malformed: {type(error).__name__}: {error}"[:200]) from None
+    _check_turns(messages)
+    return Conversation(messages, None, path, line, tools, fields)
+
+
+def _call(function: Callable[..., Any], record: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
+    """What the user's function makes of a record, and its shape; a list stands for messages, a string for text."""
+    try:
+        found = function(record)
+    except Exception as error:  # the function is the user's program, and so is the mistake
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from None
+    found = {"messages": found} if isinstance(found, list) else {"text": found} if isinstance(found, str) else found
+    for shape in RETURNED if isinstance(found, dict) else ():
+        if all(name in found for name in SHAPES[shape].required):
+            return found, shape
+    what = f"the fields {_names(found)}" if isinstance(found, dict) else type(found).__name__
+    raise BadRecord(f"data.format: the function returned {what}: expected messages, prompt and completion, or text")
+
+
+def _split_field(record: dict[str, Any], name: str) -> Any:
+    value = record.get(name)
+    if value is None or isinstance(value, (list, dict)) or value != value:
+        raise BadRecord(f"{name}: {json.dumps(value, default=str):.40} is not a value to split by")
+    return value if isinstance(value, (int, float)) else text_of({name: str(value)}, name)
+
+
+def _check_turns(messages: list[Message]) -> None:
+    """Check the order of roles, and drop unanswered messages at the end."""
+    for message in messages:
+        if message["role"] not in ROLES:
+            raise BadRecord(f"unknown role {message['role']!r:.40}: expected one of {', '.join(ROLES)}")
+        if message["role"] != "tool" and not message.get("tool_calls"):
+            kind = "an assistant message" if message["role"] == "assistant" else f"a {message['role']} message"
+            nonempty(message["content"], kind)
+    spoken = [message["role"] for message in messages[messages[0]["role"] == "system" :]]
+    if "assistant" not in spoken:
+        raise BadRecord("no assistant message, so there are no target tokens")
+    if spoken[0] != "user":
+        raise BadRecord(f"the first message is from the {spoken[0]}: there is no prompt")
+    for before, after in itertools.pairwise(spoken):
+        if after == "system" or (before == after and after != "tool"):
+            raise BadRecord(f"{after} after {before}: turns must alternate")
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
+
+
+def _names(record: dict[str, Any]) -> str:
+    return repr(", ".join(record))[1:-1][:200]

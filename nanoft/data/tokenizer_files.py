@@ -28,11 +28,6 @@ MAX_GROWTH = 64  # factor by which a normalizer or decoder may lengthen a text
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """Read tokenizer.json.
-
-    Raises:
-        UserError: there is none, or it is not valid.
-    """
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file: a model needs its tokenizer.json")
@@ -78,8 +73,7 @@ def read_template(directory: Path, settings: dict[str, Any]) -> str | None:
             raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        entries = [entry for entry in template if isinstance(entry, dict) and "template" in entry]
-        named = {str(entry.get("name")): entry["template"] for entry in entries}
+        named = {str(t.get("name")): t["template"] for t in template if isinstance(t, dict) and "template" in t}
         template = named.get("default", next(iter(named.values()), template))
     if not isinstance(template, str | None):
         path = directory / "tokenizer_config.json"
@@ -124,11 +118,7 @@ def byte_widths(tokenizer: Tokenizer) -> Array | None:
 
 
 def _check(tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that would fill the memory or never end, or that cannot encode a letter.
-
-    Raises:
-        ValueError: says why; or whatever the library raises.
-    """
+    """Refuse a tokenizer that would fill the memory or never end, or that cannot encode a letter."""
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= MAX_ID:
         raise ValueError(f"a token has the id {largest:,}")
