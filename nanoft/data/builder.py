@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 from array import array
 from collections import Counter
@@ -51,14 +50,12 @@ class DatasetBuilder:
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
-        # for each record
-        self.file, self.line, self.part = array("l"), array("q"), array("l")
-        self.question, self.prompt, self.normalized_prompt = array("Q"), array("Q"), array("Q")  # split keys
-        self.group, self.time = array("Q"), array("d")
+        # for each record; the keys are of the split
+        self.file, self.line, self.part, self.time = array("l"), array("q"), array("l"), array("d")
+        self.question, self.prompt, self.normalized_prompt, self.group = (array("Q") for _ in range(4))
         self.stratum: list[Any] = []
         # for each sample
-        self.starts, self.record, self.truncated = array("q", [0]), array("l"), array("q")
-        self.targets = array("l")
+        self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
 
     def build(self, parts: list[list[Path]], progress_bar: bool) -> None:
         """Read the files of all parts, and write everything that the cache keeps."""
@@ -105,12 +102,10 @@ class DatasetBuilder:
 
     def _read(self, file: Path, is_validation: bool) -> Iterator[Conversation]:
         """The records of a file that are worth rendering."""
-        kept, done = 0, 0
+        kept, start = 0, self.bar.n
 
         def advance(position: int) -> None:
-            nonlocal done
-            self.bar.update(position - done)
-            done = position
+            self.bar.update(start + position - self.bar.n)
 
         for item in read_file(file, ReadOptions.from_config(self.data), advance):
             if isinstance(item, str):
@@ -131,11 +126,11 @@ class DatasetBuilder:
 
     def _unwanted(self, item: Conversation, is_validation: bool) -> tuple[str, str] | None:
         """(kind, reason) why a valid record is not rendered; None: it is."""
-        characters, longest = item.characters(), self.data.max_characters or math.inf
-        if characters < self.data.min_characters:
-            return "too short", f"{characters} characters, fewer than data.min_characters={self.data.min_characters}"
-        if characters > longest:
-            return "too many characters", f"{characters} characters, more than data.max_characters={longest}"
+        count, shortest, longest = item.characters(), self.data.min_characters, self.data.max_characters
+        if count < shortest:
+            return "too short", f"{count} characters, fewer than data.min_characters={shortest}"
+        if longest and count > longest:
+            return "too many characters", f"{count} characters, more than data.max_characters={longest}"
         if self.data.deduplicate:
             mark = filters.content_hash(item) << 1 | is_validation
             if mark in self.seen:
@@ -245,9 +240,10 @@ class DatasetBuilder:
         used[np.array(self.record)] = True
         is_validation = used & (np.array(self.part) == self.validation_part)
         pool = used & (np.array(self.part) != self.validation_part)
+        signed = {name: np.memmap(self.directory / name, np.uint32, "r") for name in self.signatures}
+        signatures = {name: values.reshape(-1, filters.COMPONENTS) for name, values in signed.items()}
         if data.near_duplicates:
-            signatures = np.memmap(self.directory / FULL_TEXT, dtype=np.uint32, mode="r")
-            near = filters.near_duplicates(signatures.reshape(-1, filters.COMPONENTS), data.near_duplicates, pool)
+            near = filters.near_duplicates(signatures[FULL_TEXT], data.near_duplicates, pool)
             reason = f"shares {data.near_duplicates:.0%} of its 5-grams with an earlier record"
             self._remove(near, "near duplicate", reason)
             pool &= ~near
@@ -255,9 +251,10 @@ class DatasetBuilder:
             is_validation[pool] = self._hold_out(pool)
         is_training = pool & ~is_validation
         leaks = is_training & np.isin(prompts, prompts[is_validation])
-        if PROMPT in self.signatures:
-            read = functools.partial(_read_signatures, self.directory / PROMPT)
-            near = filters.near_matches(read, data.near_duplicates or NEAR, is_training & ~leaks, is_validation)
+        if PROMPT in signatures:
+            near = filters.near_matches(
+                signatures[PROMPT], data.near_duplicates or NEAR, is_training & ~leaks, is_validation
+            )
             self.near_leaks = int(near.sum())
             if data.near_leaks == "remove":
                 leaks |= near
@@ -319,11 +316,7 @@ class DatasetBuilder:
             path.unlink()
         tokens = np.memmap(self.directory / TOKENS, dtype=np.int32, mode="r")
         sides = {n: TokenDataset(tokens, arrays["starts"], record, arrays[n]) for n in ("training", "validation")}
-        text = json.dumps(self._report(sides), indent=2, ensure_ascii=False)
-        (self.directory / REPORT).write_text(text + "\n", encoding="utf-8")
-
-    def _report(self, sides: dict[str, TokenDataset]) -> dict[str, Any]:
-        return {
+        report = {
             "files": self.shapes,
             "removed": dict(self.removed.most_common()),
             "truncated": len(self.truncated),
@@ -335,6 +328,8 @@ class DatasetBuilder:
             "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",
             **{name: self._describe(samples) for name, samples in sides.items()},
         }
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (self.directory / REPORT).write_text(text + "\n", encoding="utf-8")
 
     def _describe(self, samples: TokenDataset) -> dict[str, Any]:
         lengths, records = samples.lengths, np.unique(samples.records)
@@ -362,8 +357,3 @@ def _time(item: Conversation, name: str) -> float:
     except (ValueError, OverflowError):
         what = f"{value!r:.40} is neither a number nor a date like 2024-02-29 (data.split_time)"
         raise UserError(f"{item.file}:{item.line}: {name}: {what}") from None
-
-
-def _read_signatures(path: Path, start: int, stop: int) -> Array:
-    width = filters.COMPONENTS
-    return np.fromfile(path, np.uint32, (stop - start) * width, offset=4 * start * width).reshape(-1, width)

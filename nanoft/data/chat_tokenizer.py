@@ -18,6 +18,7 @@ it (<think></think>) is not a target, and the turn ends with the first control t
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import itertools
@@ -36,6 +37,7 @@ from tokenizers import Encoding, Tokenizer
 from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.data import tokenizer_files
+from nanoft.data.formats import TRAINING_FIELDS
 from nanoft.data.formats import Message as Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
 from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, byte_widths, token_text
@@ -49,7 +51,6 @@ DEFAULT_TEMPLATE = (
 )
 EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of every template
-TRAINING_FIELDS = ("train", "weight")  # of a message: not for the template
 CANNOT_ENCODE = "tokenizer.json: this tokenizer cannot encode a text"
 BATCH = 128  # texts handed to the tokenizer's threads together
 
@@ -72,7 +73,7 @@ class Rendered:
         return self.turns[0] if len(self.turns) == 1 else None
 
 
-class _RenderedConversation(NamedTuple):
+class _Whole(NamedTuple):
     messages: list[Message]  # cleaned
     tools: Any
     text: str
@@ -155,7 +156,7 @@ class ChatTokenizer:
             TemplateRefusal: the template cannot be used for training on this conversation.
         """
         cleaned, escaped = self._clean(messages), self._escape(tools)
-        whole = _RenderedConversation(cleaned, escaped, *find_marks(self._render(cleaned, False, escaped)))
+        whole = _Whole(cleaned, escaped, *find_marks(self._render(cleaned, False, escaped)))
         if tools or any("tool_calls" in message for message in messages):
             self._check_tools(whole.text, messages, tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -191,7 +192,7 @@ class ChatTokenizer:
         except TEMPLATE_ERRORS as error:
             raise TemplateRefusal(f"the chat template refuses these messages: {error}") from None
 
-    def _turn(self, whole: _RenderedConversation, index: int) -> tuple[str, tuple[int, int]]:
+    def _turn(self, whole: _Whole, index: int) -> tuple[str, tuple[int, int]]:
         """A text that begins with everything up to turn `index`, and the span of that turn's targets in it."""
         before = find_marks(self._render(whole.messages[:index], True, whole.tools))[0]
         if not whole.marks and (end := self._verbatim(whole, index, before)):
@@ -202,8 +203,13 @@ class ChatTokenizer:
         if not after.startswith(before):
             raise TemplateRefusal("the chat template renders an answered prompt that does not start with the prompt")
         marked = [mark for mark in marks if mark[1] > len(before)]
-        if marked:
-            start, end = self._complete(after, max(marked[0][0], len(before)), marked[-1][1])
+        if marked:  # the marked span, extended to the token that ends the turn
+            start, end = max(marked[0][0], len(before)), marked[-1][1]
+            inside = len(after[:end].rstrip())
+            if any(after.endswith(control, start, inside) for control in self.control_texts):
+                end = inside
+            elif following := self._control.match(after, end):
+                end = following.end()
         else:
             start = self._start_of_turn(after, len(before), whole.messages[index])
             end = self._end_of_turn(after, len(before))
@@ -211,7 +217,7 @@ class ChatTokenizer:
             raise TemplateRefusal("the chat template omits the answer: there are no target tokens")
         return after, (start, end)
 
-    def _verbatim(self, whole: _RenderedConversation, index: int, before: str) -> int:
+    def _verbatim(self, whole: _Whole, index: int, before: str) -> int:
         """Where the turn ends, if just the answer and its end follow the prompt: saves a rendering; else 0."""
         content = whole.messages[index].get("content", "")
         ending = self._tail[: self.turn_end.end()] if self.turn_end else ""
@@ -235,14 +241,6 @@ class ChatTokenizer:
         ends = [match.end() for match in self._control.finditer(text, start)]
         return ends[-1] if ends and not text[ends[-1] :].strip() else len(text.rstrip())
 
-    def _complete(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """A marked span, extended to the token that ends the turn."""
-        inside = len(text[:end].rstrip())
-        if any(text.endswith(control, start, inside) for control in self.control_texts):
-            return start, inside
-        following = self._control.match(text, end)
-        return start, following.end() if following else end
-
     def _probe_template(self) -> tuple[str, str]:
         """What the template puts between the prompt and an answer, and after the answer."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PLACEHOLDER}]
@@ -257,13 +255,11 @@ class ChatTokenizer:
         """Refuse a template that silently omits tools or their calls."""
         plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
         for what, other, offered in (("tool_calls", plain, tools), ("tools", messages, None)):
-            if (other, offered) != (messages, tools):
-                try:
-                    without = self.render(other, tools=offered)
-                except TemplateRefusal:
-                    continue  # it needs them
-                if without == rendered:
-                    raise TemplateRefusal(f"the chat template omits {what}: it does not support tools")
+            without = None
+            with contextlib.suppress(TemplateRefusal):  # it needs them
+                without = self.render(other, tools=offered)
+            if without == rendered and (other, offered) != (messages, tools):
+                raise TemplateRefusal(f"the chat template omits {what}: it does not support tools")
 
     # ---- Text to ids
 
@@ -361,14 +357,12 @@ class ChatTokenizer:
 
     def _escape(self, value: Any) -> Any:
         """Break up control tokens that occur in the texts of a message, however deep."""
-        if isinstance(value, str):
-            while len(value) >= self._shortest and self._breakable.search(value):
-                value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
-            return value
         if isinstance(value, dict):
             return {self._escape(key): self._escape(part) for key, part in value.items()}
         if isinstance(value, list):
             return [self._escape(part) for part in value]
+        while isinstance(value, str) and len(value) >= self._shortest and self._breakable.search(value):
+            value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
         return value
 
 

@@ -20,7 +20,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,43 +105,35 @@ def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
     return removed
 
 
-def near_matches(
-    read: Callable[[int, int], Array], threshold: float, kept: Array, others: Array, at_once: int = 50_000
-) -> Array:
+def near_matches(signatures: Array, threshold: float, kept: Array, others: Array, at_once: int = 50_000) -> Array:
     """(n,) bool: which of the `kept` records resemble one of the `others` (the other side of the split).
 
     Args:
-        read: (start, stop) -> those of the (n, COMPONENTS) signatures; only those of `others` are held in memory.
+        signatures: (n, COMPONENTS) uint32, often memory-mapped: only those of `others` are held in memory.
         kept, others: (n,) bool.
     """
     found = np.zeros(len(kept), dtype=np.bool_)
-    blocks = [(start, min(start + at_once, len(kept))) for start in range(0, len(kept), at_once)]
-    held = np.concatenate([np.empty((0, COMPONENTS), np.uint32), *(read(*b)[others[b[0] : b[1]]] for b in blocks)])
+    held = np.asarray(signatures[others])
     if not len(held):
         return found
     bands = _bands(threshold)
     orders = [np.argsort(_band_keys(held[:, band]), kind="stable") for band in bands]
-    for start, stop in blocks:
-        records = np.flatnonzero(kept[start:stop])
-        block = read(start, stop)[records]
+    for start in range(0, len(kept), at_once):
+        records = start + np.flatnonzero(kept[start : start + at_once])
+        block = np.asarray(signatures[records])
         for band, order in zip(bands, orders, strict=True):
             known, keys = _band_keys(held[:, band])[order], _band_keys(block[:, band])
             place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
             equal = np.flatnonzero(known[place] == keys)
             agree = (block[equal] == held[order[place[equal]]]).mean(axis=1)
-            found[start + records[equal[agree >= threshold]]] = True
+            found[records[equal[agree >= threshold]]] = True
     return found
 
 
 def count_leaks(
     prompts: Sequence[str], trained_on: Iterable[str], threshold: float, at_once: int = 20_000
 ) -> tuple[int, int]:
-    """How many prompts of an evaluation occur in the training data: exactly, and (besides those) nearly.
-
-    Args:
-        trained_on: the prompts of the training data, streamed.
-        threshold: Jaccard similarity of the sets of 5-grams.
-    """
+    """How many prompts of an evaluation occur in the training data (streamed): exactly, and (besides those) nearly."""
     texts = [normalized(text) for text in prompts]
     own = np.stack([minhash(text) for text in prompts]) if prompts else np.empty((0, COMPONENTS), np.uint32)
     known, near, stream = set(texts), np.zeros(len(texts), np.bool_), iter(trained_on)
@@ -150,7 +142,7 @@ def count_leaks(
         exact |= known & {normalized(text) for text in block}
         both = np.concatenate([own, *(minhash(text)[None] for text in block)])
         is_own = np.arange(len(both)) < len(own)
-        near |= near_matches(lambda a, b, both=both: both[a:b], threshold, is_own, ~is_own)[: len(own)]  # type: ignore[misc]
+        near |= near_matches(both, threshold, is_own, ~is_own)[: len(own)]
     is_exact = np.array([text in exact for text in texts], np.bool_)
     return int(is_exact.sum()), int((near & ~is_exact).sum())
 

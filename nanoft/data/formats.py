@@ -34,6 +34,7 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
     "system": "system",
 }
+TRAINING_FIELDS = ("weight", "train")  # of a message: whether it is a target
 KEPT_FIELDS = ("name", "tool_call_id", "reasoning_content")  # of a message, besides role, content and tool_calls
 RETURNED = ("messages", "prompt_completion", "text")  # shapes that the user's own function may return
 UNDESIRABLE = "undesirable label"  # the one reason that is not a mistake in the data
@@ -55,25 +56,20 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     fields: dict[str, Any] = field(default_factory=dict)  # those of ReadOptions.fields
 
+    def full_text(self) -> str:
+        return self.text or "\n".join(message["content"] for message in self.messages)
+
+    def characters(self) -> int:
+        return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
+
     def first_user_text(self) -> str:
         """The first user message, or the plain text: conversations that begin alike stay on one side of a split."""
-        if self.text is not None:
-            return self.text
-        return next((m["content"] for m in self.messages if m["role"] == "user"), "")
+        return self.text or next((m["content"] for m in self.messages if m["role"] == "user"), "")
 
     def prompt(self) -> str:
         """Everything before the first answer."""
-        if self.text is not None:
-            return self.text
         before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
-        return "\n".join(message["content"] for message in before)
-
-    def full_text(self) -> str:
-        return "\n".join(m["content"] for m in self.messages) if self.text is None else self.text
-
-    def characters(self) -> int:
-        """Characters of all messages together."""
-        return len(self.text) if self.text is not None else sum(len(m["content"]) for m in self.messages)
+        return self.text or "\n".join(message["content"] for message in before)
 
 
 # ---- Raw records to messages
@@ -101,8 +97,7 @@ def _message(turn: Any) -> Message:
 
 
 def _training_fields(turn: dict[str, Any]) -> dict[str, Any]:
-    """`weight` and `train`: whether a message is a target."""
-    found = {name: turn[name] for name in ("weight", "train") if turn.get(name) is not None}
+    found = {name: turn[name] for name in TRAINING_FIELDS if turn.get(name) is not None}
     if found.get("weight", 1) not in (0, 1) or not isinstance(found.get("train", True), bool):
         raise BadRecord(f"weight must be 0 or 1, and train true or false: found {found!r:.60}")
     return found
@@ -135,8 +130,8 @@ def _sharegpt(record: dict[str, Any]) -> list[Message]:
     """{"conversations": [{"from": "human" | "gpt" | ..., "value"}, ...], "system" (optional)}."""
     turns = _list(record, "conversations")
     if all(isinstance(turn, dict) and "from" not in turn and "role" in turn for turn in turns):
-        return [*_system(record), *_messages({"messages": turns})]
-    messages = _system(record)
+        return _messages({"messages": turns})
+    messages: list[Message] = []
     for turn in turns:
         if turn["from"] not in SHAREGPT_ROLES:
             raise BadRecord(f"unknown speaker {turn['from']!r:.40}")
@@ -158,27 +153,25 @@ def _alpaca(record: dict[str, Any]) -> list[Message]:
     if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         raise BadRecord("history is not a list of [question, answer] pairs")
     turns = [_exchange(_content(asked), _content(answered)) for asked, answered in earlier]
-    return [*_system(record), *itertools.chain(*turns), *_exchange(question, text_of(record, "output"))]
+    return [*itertools.chain(*turns), *_exchange(question, text_of(record, "output"))]
 
 
 def _pair(record: dict[str, Any]) -> list[Message]:
     """{"prompt", "completion"}, both texts or both lists of messages."""
     if isinstance(record["prompt"], list) and isinstance(record["completion"], list):
-        turns = [_message(turn) for name in ("prompt", "completion") for turn in _list(record, name)]
-        return [*_system(record), *turns]
-    return [*_system(record), *_exchange(text_of(record, "prompt"), text_of(record, "completion"))]
+        return [_message(turn) for name in ("prompt", "completion") for turn in _list(record, name)]
+    return _exchange(text_of(record, "prompt"), text_of(record, "completion"))
 
 
 def _question_answer(record: dict[str, Any]) -> list[Message]:
     """{"question", "answer", "context" (optional)}."""
     context = f"{text_of(record, 'context')}\n\n" if record.get("context") else ""
-    return [*_system(record), *_exchange(context + text_of(record, "question"), text_of(record, "answer"))]
+    return _exchange(context + text_of(record, "question"), text_of(record, "answer"))
 
 
 def _summarization(record: dict[str, Any]) -> list[Message]:
     """{"document", "summary"}."""
-    question = f"Summarize the following text.\n\n{text_of(record, 'document')}"
-    return [*_system(record), *_exchange(question, text_of(record, "summary"))]
+    return _exchange(f"Summarize the following text.\n\n{text_of(record, 'document')}", text_of(record, "summary"))
 
 
 def _squad(record: dict[str, Any]) -> list[Message]:
@@ -189,10 +182,6 @@ def _squad(record: dict[str, Any]) -> list[Message]:
     if not first:
         raise BadRecord("answers: has none")
     return _question_answer({**record, "answer": first["text"] if isinstance(first, dict) else first})
-
-
-def _system(record: dict[str, Any]) -> list[Message]:
-    return [{"role": "system", "content": text_of(record, "system")}] if record.get("system") else []
 
 
 def _exchange(question: str, answer: str) -> list[Message]:
@@ -219,9 +208,6 @@ SHAPES = {
     "text": Shape(("text",), ("text",), None),
 }
 ALIASES = {"response": "output"}  # other names of fields in data.columns
-
-
-# ---- Checks of values
 
 
 def _parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -353,28 +339,18 @@ def _detect_shape(path: Path, records: list[tuple[int, Raw]]) -> str:
 def read_file(
     path: Path,
     options: ReadOptions,
-    on_progress: Callable[[int], None] = lambda position: None,
-    only: Collection[int] | None = None,
+    on_progress: Callable[[int], None] = lambda position: None,  # called now and then with the number of bytes read
+    only: Collection[int] | None = None,  # lines to convert; None: all
 ) -> Iterator[Conversation | Rejected | str]:
-    """All records of a file in order; before them, a description of the shape they are read in.
-
-    Args:
-        on_progress: called now and then with the number of bytes read.
-        only: lines to convert; None: all. Reading ends with the last of them.
-    Raises:
-        UserError: the file cannot be read, or the user's own function failed.
-    """
+    """All records of a file in order; before them, a description of the shape they are read in."""
     shape, function = options.shape, format_function(options.shape)
     raw = read_raw(path, options.delimiter, on_progress)
     records = ((line, _rename(record, options.columns)) for line, record in raw)
     first = list(itertools.islice(records, DETECT_FROM))
-    if function is not None:
-        yield shape
-    else:
-        shape = _detect_shape(path, first) if shape == "auto" else shape
-        present = {name for _, record in first if isinstance(record, dict) for name in record}
-        found = [name for name in SHAPES[shape].fields if name in present]
-        yield shape if found == [shape] else f"{shape}: {', '.join(found)}"
+    shape = _detect_shape(path, first) if shape == "auto" else shape
+    present = {name for _, record in first if isinstance(record, dict) for name in record}
+    found = [name for name in SHAPES[shape].fields if name in present] if function is None else [shape]
+    yield shape if found == [shape] else f"{shape}: {', '.join(found)}"
     last = max(only, default=0) if only is not None else math.inf
     for line, record in itertools.chain(first, records):
         if line > last:
@@ -390,7 +366,6 @@ def read_file(
 
 
 def _rename(record: Raw, columns: Mapping[str, str]) -> Raw:
-    """The record with its columns named as the shapes name them."""
     if not columns or not isinstance(record, dict):
         return record
     if missing := [column for column in columns.values() if column not in record]:
@@ -422,6 +397,8 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         return Conversation([], nonempty(text_of(record, "text"), "text"), path, line, None, fields)
     try:
         messages = to_messages(record)
+        if record.get("system") and "system" in SHAPES[shape].fields:
+            messages.insert(0, {"role": "system", "content": text_of(record, "system")})
         tools = _parse_tools(record) if "tools" in SHAPES[shape].fields else None
     except BadRecord:
         raise

@@ -17,6 +17,7 @@ from nanoft import UserError
 from nanoft.batches import Batches, Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
+from nanoft.data.formats import TRAINING_FIELDS
 from nanoft.runtime.checks import Check
 
 SAMPLES_CHECKED = 2000  # evenly spread
@@ -86,7 +87,7 @@ def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -
         if not answers or train_on == "all":
             continue
         messages = conversation.messages[: answers[0] + 1]
-        plain = [{key: value for key, value in m.items() if key not in ("weight", "train")} for m in messages]
+        plain = [{key: value for key, value in m.items() if key not in TRAINING_FIELDS} for m in messages]
         (sample, *_) = chat.encode_now(chat.render_samples(plain, 0, conversation.tools))
         before = sample.ids[: int(sample.is_target.argmax())].tolist()
         prompt = chat.encode_prompt(plain[:-1], conversation.tools)

@@ -42,11 +42,7 @@ class BadRecord(ValueError):
 
 
 def find_files(spec: str, name: str = "data.train_file") -> list[list[Path]]:
-    """The files of each part of a spec like `a.jsonl,folder,more/*.csv,hf://datasets/openai/gsm8k/main`.
-
-    Args:
-        name: the config field or option, for messages.
-    """
+    """The files of each part of `a.jsonl,folder,more/*.csv,hf://datasets/openai/gsm8k/main`; name: for messages."""
     if not spec.strip():
         raise UserError(f"{name}: is empty: give a file ({' '.join(SUFFIXES)}), a directory or hf://datasets/")
     found = []
@@ -111,11 +107,7 @@ def _suffix(path: Path) -> str:  # without .gz
 def read_raw(
     path: Path, delimiter: str | None = None, on_progress: Callable[[int], None] = lambda position: None
 ) -> Iterator[tuple[int, Raw]]:
-    """Stream the (line, record) pairs of one file; what is not a record is yielded as a BadRecord.
-
-    Args:
-        on_progress: called now and then with the number of bytes read.
-    """
+    """Stream the (line, record) pairs of one file; `on_progress` is called now and then with the bytes read."""
     suffix, count = _suffix(path), 0
     if suffix not in READERS:
         raise UserError(f"{path}: unknown file type {path.suffix!r}: give {' '.join(SUFFIXES)}, also as .gz")
@@ -148,7 +140,6 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _read_lines(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    """JSON Lines: one object per line."""
     for number, line in enumerate(_lines(stream), start=1):
         if len(line) >= MAX_RECORD:
             yield number, BadRecord(f"longer than {MAX_RECORD >> 20} MiB")
@@ -262,8 +253,7 @@ def _read_object(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterat
     arrays = {name: value for name, value in whole.items() if isinstance(value, list)}
     openings = [value[0] for value in arrays.values() if value and isinstance(value[0], dict)]
     if not arrays or any("role" in opening or "from" in opening for opening in openings):
-        yield 1, whole
-        return
+        arrays = {"": [whole]}
     if len(arrays) > 1:
         raise UserError(f"{wanted} {len(arrays)}: {', '.join(arrays)!r:.100}")
     ((name, records),) = arrays.items()
@@ -290,21 +280,19 @@ def _read_table(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterato
         raise UserError(f"{path}:1: the header is not valid CSV: {error}") from None
     if not names or not all(map(str.strip, names)) or len(set(names)) < len(names):
         raise UserError(f"{path}:1: the header has {names!r:.80}: it needs one name for each column")
-    while True:
+    row: list[str] | None = names
+    while row is not None:
         line = rows.line_num + 1
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            row = next(rows, None)
+            if row and len(row) != len(names):
+                yield line, BadRecord(f"{len(row)} columns where the header has {len(names)}")
+            elif row:
+                yield line, dict(zip(names, row, strict=True))
         except csv.Error as error:
             if "unexpected end" in str(error):
                 raise UserError(f"{path}:{line}: the quote opened here is never closed") from None
             yield line, BadRecord(f"not valid CSV: {error}")
-            continue
-        if row and len(row) != len(names):
-            yield line, BadRecord(f"{len(row)} columns where the header has {len(names)}")
-        elif row:
-            yield line, dict(zip(names, row, strict=True))
 
 
 def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:

@@ -1,13 +1,11 @@
 """Chat templates: programs from strangers, run under bounds.
 
-A chat template is a Jinja program that comes with a model and turns messages into text. Jinja's sandbox keeps it away
-from Python's internals; it does not keep it from asking for a gigabyte (`'%1000000000d' % 1`), looping for a day, or
-doubling a list forty times. So three things are bounded here: the iterations of its loops, the characters of everything
-it makes, and its time. What can make a large value at once (a product, a format, a replacement) is estimated
-beforehand. A template that exceeds a bound is refused in one line.
+Jinja's sandbox keeps a chat template away from Python's internals; it does not keep it from asking for a gigabyte
+(`'%1000000000d' % 1`), looping for a day, or doubling a list forty times. So three things are bounded here: the
+iterations of its loops, the characters of everything it makes, and its time. What can make a large value at once (a
+product, a format, a replacement) is estimated beforehand. A template that exceeds a bound is refused in one line.
 
-A template may mark what the assistant says with {% generation %} ... {% endgeneration %}. The marked text is wrapped in
-two noncharacters, which `find_marks` removes.
+What {% generation %} ... {% endgeneration %} marks is wrapped in two noncharacters, which `find_marks` removes.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from typing import Any
 from jinja2 import Environment, Template, TemplateError, Undefined, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_indent
-from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -55,7 +52,7 @@ UNUSED_METHODS = ("encode", "to_bytes", "translate", "maketrans", "striptags", "
 # Filters and string methods whose result may be larger than their arguments.
 GROWING = ("replace", "join", "indent", "center", "ljust", "rjust", "batch", "slice", "tojson", "truncate", "sum")
 STRIPPING = ("strip", "lstrip", "rstrip", "trim")
-MACHINERY = (Context, EvalContext, Environment)  # what Jinja itself passes to some filters
+MACHINERY = (Context, nodes.EvalContext, Environment)  # what Jinja itself passes to some filters
 
 
 class LimitExceeded(TemplateError):
@@ -240,12 +237,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """As in transformers: no characters escaped."""
         if isinstance(value, Undefined):
             raise TemplateError("tojson of an undefined value")
-        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, **options)
-        pieces, length = [], 0
-        for piece in encoder.iterencode(value):
-            pieces.append(piece)
-            length = self._fits(length + len(piece), 1)
-        return "".join(pieces)
+        text = ""
+        for piece in json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, **options).iterencode(value):
+            text += piece
+            self._fits(len(text), 1)
+        return text
 
 
 class _Counted(NodeTransformer):
@@ -317,8 +313,7 @@ def _size(value: Any, enough: int = MAX_AT_ONCE * MAX_OUTPUT) -> int:
         if isinstance(part, str):
             count += len(part)
         elif isinstance(part, dict):
-            todo.extend(part.keys())
-            todo.extend(part.values())
+            todo.extend((*part.keys(), *part.values()))
         elif isinstance(part, (list, tuple)):
             todo.extend(part)
         elif isinstance(part, Namespace):

@@ -119,8 +119,7 @@ def test_resemblance_between_two_sides_only(at_once: int) -> None:
     training, validation = np.array([1, 1, 1, 0, 0], dtype=np.bool_), np.array([0, 0, 0, 1, 0], dtype=np.bool_)
 
     def found(others: Any) -> list[bool]:
-        read = lambda start, stop: signatures[start:stop]  # noqa: E731
-        return filters.near_matches(read, 0.8, training, others, at_once).tolist()
+        return filters.near_matches(signatures, 0.8, training, others, at_once).tolist()
 
     assert found(validation) == [True, True, False, False, False]
     assert found(np.zeros(5, dtype=np.bool_)) == [False] * 5
@@ -138,7 +137,7 @@ def test_near_leaks_against_brute_force(threshold: float) -> None:
         training.append(" ".join(words))
     signatures = np.stack([filters.minhash(text) for text in [*training, *held]])
     kept = np.arange(160) < 80
-    found = filters.near_matches(lambda a, b: signatures[a:b], threshold, kept, ~kept, 37)
+    found = filters.near_matches(signatures, threshold, kept, ~kept, 37)
     similarity = np.array([jaccard(a, b) for a, b in zip(training, held, strict=True)])
     above, below = similarity > threshold + 0.05, similarity < threshold - 0.12
     assert above.sum() >= 4
