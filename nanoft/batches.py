@@ -137,8 +137,7 @@ class Window:
         return len(self.micro_batches)
 
     @property
-    def tokens(self) -> int:
-        """Without padding."""
+    def tokens(self) -> int:  # without padding
         return sum(batch.tokens for batch in self)
 
     @property

@@ -82,7 +82,6 @@ class DatasetBuilder:
     # ---- The pass over the files
 
     def _reject(self, kind: str, reason: str, file: str, line: int) -> None:
-        """Count a record that is not used, and write it to rejected.jsonl."""
         self.removed[kind] += 1
         entry = {"kind": kind, "reason": reason, "file": file, "line": line}
         self.rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -94,14 +93,22 @@ class DatasetBuilder:
 
     def _render(self) -> Iterator[Rendered]:
         for number, (part, file) in enumerate(self.files):
-            for conversation in self._read(file, part == self.validation_part):
-                record = self._add_record(conversation, number, part)
-                if pieces := self._render_samples(conversation, record):
-                    self.in_flight[record] = conversation
-                    yield from pieces
+            for item in self._read(file, part == self.validation_part):
+                record, reason = self._add_record(item, number, part), "none of its messages is a target"
+                self.in_flight[record] = item
+                if item.text is not None:
+                    yield self.tokenizer.text_sample(item.text, record)
+                    continue
+                try:
+                    pieces = self.tokenizer.render_samples(item.messages, record, item.tools, self.data.train_on)
+                    if any(piece.spans for piece in pieces):
+                        yield from pieces
+                        continue
+                except TemplateRefusal as error:
+                    reason = str(error)
+                self._reject(MALFORMED, reason, item.file, item.line)
 
     def _read(self, file: Path, is_validation: bool) -> Iterator[Conversation]:
-        """The records of a file that are worth rendering."""
         kept, start = 0, self.bar.n
 
         def advance(position: int) -> None:
@@ -155,36 +162,17 @@ class DatasetBuilder:
         if strata := data.split_stratify or data.label_field:
             length_bin = 1 << (max(item.characters(), 1).bit_length() - 1)  # 512 to 1023 characters: 512
             self.stratum.append(length_bin if strata == "length" else item.fields[strata])
-        if self.signatures:
-            self._sign(item)
         self.cut_off += filters.looks_truncated(item)
-        return len(self.file) - 1
-
-    def _sign(self, item: Conversation) -> None:
-        """Write MinHash signatures, without a system message that an earlier record has, too."""
-        if item.messages and item.messages[0]["role"] == "system":
-            system = filters.split_key(item.messages[0]["content"], self.seed)
-            if system in self.seen_systems:
+        if self.signatures and item.messages and item.messages[0]["role"] == "system":
+            system = key(item.messages[0]["content"])
+            if system in self.seen_systems:  # signed without a system message that an earlier record has, too
                 item = dataclasses.replace(item, messages=item.messages[1:])
             self.seen_systems.add(system)
         for name, stream in self.signatures.items():
             stream.write(filters.minhash(item.prompt() if name == PROMPT else item.full_text()).tobytes())
-
-    def _render_samples(self, conversation: Conversation, record: int) -> list[Rendered]:
-        if conversation.text is not None:
-            return [self.tokenizer.text_sample(conversation.text, record)]
-        messages, tools, reason = conversation.messages, conversation.tools, "none of its messages is a target"
-        try:
-            pieces = self.tokenizer.render_samples(messages, record, tools, self.data.train_on)
-            if any(piece.spans for piece in pieces):
-                return pieces
-        except TemplateRefusal as error:
-            reason = str(error)
-        self._reject(MALFORMED, reason, conversation.file, conversation.line)
-        return []
+        return len(self.file) - 1
 
     def _add_sample(self, sample: Sample) -> None:
-        """Write an encoded sample if it fits."""
         while (oldest := next(iter(self.in_flight))) < sample.record:
             del self.in_flight[oldest]
         conversation, data = self.in_flight[sample.record], self.data
@@ -212,7 +200,6 @@ class DatasetBuilder:
             self.targets.append(kept)
 
     def _lose(self, sample: Sample, kind: str, reason: str) -> None:
-        """Count a lost sample; its record is rejected if it has no other."""
         self.samples_lost += 1
         self.lost.setdefault(sample.record, (kind, reason))
 
@@ -266,7 +253,6 @@ class DatasetBuilder:
             self._reject_record(record, kind, reason)
 
     def _hold_out(self, pool: Array) -> Array:
-        """Which records of the pool are held out."""
         data, count = self.data, int(pool.sum())
         size = data.validation_size or round(data.validation_split * count)
         if data.validation_size is None and data.validation_split and count > 1:

@@ -36,11 +36,19 @@ from tokenizers import Encoding, Tokenizer
 
 from nanoft import UserError
 from nanoft.batches import Sample
-from nanoft.data import tokenizer_files
 from nanoft.data.formats import TRAINING_FIELDS
 from nanoft.data.formats import Message as Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
-from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, byte_widths, token_text
+from nanoft.data.tokenizer_files import (
+    BREAK,
+    PLACEHOLDER,
+    SPECIAL_TOKENS,
+    as_user_error,
+    byte_widths,
+    read_settings,
+    read_tokenizer,
+    token_text,
+)
 
 # For a base model without a template: ChatML as plain text, since the model does not have ChatML's tokens; a turn ends
 # with the end-of-sequence token.
@@ -119,11 +127,9 @@ class ChatTokenizer:
     @classmethod
     def from_directory(cls, directory: Path, template_args: Mapping[str, Any] | None = None) -> ChatTokenizer:
         """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
-        tokenizer = tokenizer_files.read_tokenizer(directory)
-        settings, stop_ids = tokenizer_files.read_config(directory), tokenizer_files.read_stop_ids(directory)
-        template = tokenizer_files.read_template(directory, settings)
         if taken := sorted(set(template_args or ()) & {*RESERVED, *SPECIAL_TOKENS}):
             raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
+        tokenizer, (settings, template, stop_ids) = read_tokenizer(directory), read_settings(directory)
         try:
             return cls(tokenizer, settings, template, stop_ids, template_args)
         except COMPILE_ERRORS as error:
@@ -184,7 +190,6 @@ class ChatTokenizer:
         return [self._escape(message) for message in kept]
 
     def _render(self, cleaned: list[Message], add_generation_prompt: bool, tools: Any) -> str:
-        """The text, with generation marks if the template sets any."""
         try:
             given = {"messages": cleaned, "tools": tools or None, "documents": None}
             given |= {"add_generation_prompt": add_generation_prompt, **self.special, **self.template_args}
@@ -299,8 +304,7 @@ class ChatTokenizer:
         with as_user_error(CANNOT_ENCODE):
             return encode(texts, add_special_tokens=False)
 
-    def encode_now(self, rendered: list[Rendered]) -> list[Sample]:
-        """Encode a few texts, without threads."""
+    def encode_now(self, rendered: list[Rendered]) -> list[Sample]:  # without threads
         return list(self._samples(rendered, self._encode_batch([item.text for item in rendered])))
 
     def _samples(self, batch: list[Rendered], encodings: list[Encoding]) -> Iterator[Sample]:

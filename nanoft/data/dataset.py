@@ -2,13 +2,22 @@
 
 Tokenizing a million records takes minutes, so it is done once (`builder.py`): the result is kept under a hash of all it
 depends on: the contents of the files, the tokenizer, the template and its date, the settings, and the code that makes
-samples of them. The token ids are memory-mapped, so a data set of any size opens in the time it takes to verify it.
+samples of them. An entry of the cache is built in a temporary directory, gets a manifest with a hash of each file, and
+is renamed into place; one that does not match its manifest is rebuilt. Without a writable cache the data is built for
+this process only. The token ids are memory-mapped, so a data set of any size opens in the time it takes to verify it.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
+import hashlib
 import json
+import os
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +29,22 @@ import tokenizers
 
 from nanoft import UserError, batches
 from nanoft.batches import Array, TokenDataset
+from nanoft.checkpoint import MANIFEST
 from nanoft.config import DataConfig
 from nanoft.config.functions import source_file
 from nanoft.data.builder import PERCENTILES, REPORT, TOKENS, DatasetBuilder
-from nanoft.data.cache import cache_home, load_or_build
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
 from nanoft.data.sources import find_files, read_raw
 from nanoft.io import untrusted
-from nanoft.io.hashing import hash_named_files, hash_remembered
+from nanoft.io.atomic import sync_directory
+from nanoft.io.hashing import hash_content, hash_named_files, hash_remembered
 from nanoft.io.tables import markdown_table
 
+Log = Callable[[str], None]  # called with lines for the user
 NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batches does with the samples
+MAX_ENTRIES = 16  # the least recently used ones are deleted
+STALE_AFTER = 86400  # seconds after which an unfinished build is deleted
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,6 @@ class PreparedDataset:
         return [found[record] for record in records]
 
     def first_user_texts(self, samples: TokenDataset) -> Iterator[str]:
-        """What each record of the samples opens with, streamed file by file."""
         for _, conversation in self._read(np.unique(samples.records).tolist()):
             yield conversation.first_user_text()
 
@@ -96,19 +108,9 @@ class PreparedDataset:
 
 
 def build_datasets(
-    data: DataConfig,
-    tokenizer: ChatTokenizer,
-    max_length: int,
-    seed: int,
-    log: Callable[[str], None],
-    progress_bar: bool = False,
+    data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, progress_bar: bool = False
 ) -> PreparedDataset:
-    """Read, tokenize and split the files of a config, or load the result from the cache.
-
-    Args:
-        max_length: tokens of a sample (model.max_seq_length).
-        log: called with lines for the user.
-    """
+    """Read, tokenize and split the files of a config, or load the result from the cache."""
     parts, options = _parts(data), ReadOptions.from_config(data)
     files = [file for part in parts for file in part]
 
@@ -124,10 +126,8 @@ def build_datasets(
     if was_cached:
         log(f"data      from the cache: {entry}")
     arrays = {path.stem: np.load(path) for path in entry.glob("*.npy")}
-    tokens = np.memmap(entry / TOKENS, dtype=np.int32, mode="r")
-    training, validation = (
-        TokenDataset(tokens, arrays["starts"], arrays["records"], arrays[name]) for name in ("training", "validation")
-    )
+    shared = np.memmap(entry / TOKENS, dtype=np.int32, mode="r"), arrays["starts"], arrays["records"]
+    training, validation = (TokenDataset(*shared, arrays[name]) for name in ("training", "validation"))
     report = json.loads((entry / REPORT).read_text(encoding="utf-8"))
     origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated")}
     return PreparedDataset(training, validation, report, entry, files, options=options, **origin)
@@ -151,8 +151,77 @@ def _parts(data: DataConfig) -> list[list[Path]]:
     return [*parts, [file for part in find_files(data.validation_file, "data.validation_file") for file in part]]
 
 
+def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Path, bool]:
+    """The entry of a key, and whether it was in the cache; if not, `build(directory)` makes it."""
+    home = cache_home()
+    entry = home / hashlib.sha256(key.encode()).hexdigest()[:32]
+    try:
+        found = _is_intact(entry)
+        if not found:
+            if os.path.lexists(entry):
+                log(f"warning: {entry}: the cached data is damaged: rebuilding it")
+            try:
+                home.mkdir(parents=True, exist_ok=True)
+                temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
+            except OSError as error:
+                log(f"warning: {home}: the cache is not writable ({error.strerror}): the data is not cached")
+                entry = Path(tempfile.mkdtemp(prefix="nanoft-"))
+                atexit.register(shutil.rmtree, entry, ignore_errors=True)
+                build(entry)
+                return entry, False
+            _build(temporary, entry, build)
+            _prune(home, entry)
+        with contextlib.suppress(OSError):  # the cache may belong to another user
+            os.utime(entry)  # used now
+    except OSError as error:
+        raise UserError(f"{home}: the cache cannot be written ({error.strerror}): set XDG_CACHE_HOME") from None
+    return entry, found
+
+
+def cache_home() -> Path:
+    """In the user's cache directory; without a home directory, a path where nothing can be written."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
+    except RuntimeError:  # not a fixed name in the shared temporary directory: others could put data there
+        return Path(os.devnull) / "nanoft"
+
+
+def _build(temporary: Path, entry: Path, build: Callable[[Path], None]) -> None:
+    try:
+        build(temporary)
+        hashes = {path.name: hash_content(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
+        for path in temporary.iterdir():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        if not _is_intact(entry):  # else another process has built it meanwhile
+            shutil.rmtree(entry, ignore_errors=True)
+            os.rename(temporary, entry)
+        sync_directory(entry.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_intact(entry: Path) -> bool:
+    try:
+        hashes = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
+        is_complete = {path.name for path in entry.iterdir()} == {MANIFEST, *hashes}
+        return is_complete and all(hash_content(entry / name) == digest for name, digest in hashes.items())
+    except (OSError, ValueError, UserError, TypeError):
+        return False
+
+
+def _prune(home: Path, newest: Path) -> None:
+    """Delete the least recently used entries, and what builds that died left behind."""
+    entries = sorted((p for p in home.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    complete = [path for path in entries if not path.name.startswith(".tmp-")]
+    stale = [p for p in entries if p.name.startswith(".tmp-") and time.time() - p.stat().st_mtime > STALE_AFTER]
+    for path in [*complete[MAX_ENTRIES:], *stale]:
+        if path != newest:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def describe_data(report: dict[str, Any]) -> list[str]:
-    """The report as lines for the terminal."""
     lines = [f"data      read {f['records']:,} records ({f['shape']}) from {f['file']}" for f in report["files"]]
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
     if report["cut_off_replies"]:

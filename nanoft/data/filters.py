@@ -65,13 +65,14 @@ def minhash(text: str) -> Array:
     return ((hashes[:, None] * _FACTORS + _OFFSETS) >> np.uint64(32)).min(axis=0).astype(np.uint32)
 
 
-def band_height(threshold: float) -> int:
-    """Components in a band: r of COMPONENTS / r bands find a pair of similarity s with probability 1 - (1 - s^r)^b.
+def bands(threshold: float) -> list[slice]:
+    """The b = COMPONENTS / r bands of r components, which find a pair of similarity s with probability 1 - (1 - s^r)^b.
 
     The largest r that finds RECALL of the pairs at the threshold compares the fewest others.
     """
     found = [r for r in range(1, COMPONENTS + 1) if 1 - (1 - threshold**r) ** (COMPONENTS // r) >= RECALL]
-    return max(found, default=1)
+    height = max(found, default=1)
+    return [slice(start, start + height) for start in range(0, COMPONENTS - height + 1, height)]
 
 
 def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
@@ -79,16 +80,11 @@ def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
 
     Two records do if they agree in a whole band and in `threshold` of all components. Within a group that agrees in a
     band, each is compared with its predecessor and with the first one, so that a group of many copies costs no more
-    than its size.
-
-    Args:
-        signatures: (n, COMPONENTS) uint32.
-        threshold: Jaccard similarity of the sets of 5-grams.
-        kept: (n,) bool.
+    than its size. signatures: (n, COMPONENTS) uint32; threshold: Jaccard similarity of the sets of 5-grams.
     """
     records = np.flatnonzero(kept)
     pairs: set[tuple[int, int]] = set()  # the earlier record first
-    for band in _bands(threshold):
+    for band in bands(threshold):
         keys = _band_keys(signatures[records, band])
         order = np.argsort(keys, kind="stable")
         equal = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1  # places in `order` that equal the one before
@@ -108,20 +104,17 @@ def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
 def near_matches(signatures: Array, threshold: float, kept: Array, others: Array, at_once: int = 50_000) -> Array:
     """(n,) bool: which of the `kept` records resemble one of the `others` (the other side of the split).
 
-    Args:
-        signatures: (n, COMPONENTS) uint32, often memory-mapped: only those of `others` are held in memory.
-        kept, others: (n,) bool.
+    Of the (n, COMPONENTS) signatures, often memory-mapped, only those of `others` are held in memory.
     """
     found = np.zeros(len(kept), dtype=np.bool_)
     held = np.asarray(signatures[others])
     if not len(held):
         return found
-    bands = _bands(threshold)
-    orders = [np.argsort(_band_keys(held[:, band]), kind="stable") for band in bands]
+    orders = [(band, np.argsort(_band_keys(held[:, band]), kind="stable")) for band in bands(threshold)]
     for start in range(0, len(kept), at_once):
         records = start + np.flatnonzero(kept[start : start + at_once])
         block = np.asarray(signatures[records])
-        for band, order in zip(bands, orders, strict=True):
+        for band, order in orders:
             known, keys = _band_keys(held[:, band])[order], _band_keys(block[:, band])
             place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
             equal = np.flatnonzero(known[place] == keys)
@@ -147,11 +140,6 @@ def count_leaks(
     return int(is_exact.sum()), int((near & ~is_exact).sum())
 
 
-def _bands(threshold: float) -> list[slice]:
-    height = band_height(threshold)
-    return [slice(start, start + height) for start in range(0, COMPONENTS - height + 1, height)]
-
-
 def _band_keys(band: Array) -> Array:
     """(n,) uint64: equal for equal bands, and for hardly any others."""
     return (band.astype(np.uint64) * _FACTORS[: band.shape[1]]).sum(axis=1, dtype=np.uint64)
@@ -175,8 +163,14 @@ def hold_out(keys: Array, strata: Array, size: int) -> Array:
     home = np.full(len(unique), np.iinfo(np.int64).max)
     np.minimum.at(home, inverse, strata)
     chosen = np.zeros(len(unique), dtype=np.bool_)
+    # Whole numbers that add up to `size` and are nearest to each stratum's share (largest remainder).
     members = {stratum: np.flatnonzero(home == stratum) for stratum in np.unique(home).tolist()}  # sorted by key
-    for stratum, left in _allot(size, {s: int(counts[m].sum()) for s, m in members.items()}).items():
+    exact = {stratum: size * int(counts[own].sum()) / len(keys) for stratum, own in members.items()}
+    shares = {stratum: int(share) for stratum, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda stratum: (shares[stratum] - exact[stratum], stratum))
+    for stratum in by_remainder[: size - sum(shares.values())]:
+        shares[stratum] += 1
+    for stratum, left in shares.items():
         for group in members[stratum].tolist():
             if left and counts[group] <= left:
                 chosen[group] = True
@@ -189,14 +183,3 @@ def hold_out_newest(times: Array, keys: Array, size: int) -> Array:
     held = np.zeros(len(times), dtype=np.bool_)
     held[np.lexsort((keys, -times))[:size]] = True
     return held
-
-
-def _allot(size: int, available: dict[int, int]) -> dict[int, int]:
-    """The whole numbers that add up to `size` and are nearest to each part's share (largest remainder)."""
-    total = sum(available.values())
-    exact = {part: size * count / total for part, count in available.items()}
-    shares = {part: int(share) for part, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda part: (shares[part] - exact[part], part))
-    for part in by_remainder[: size - sum(shares.values())]:
-        shares[part] += 1
-    return shares

@@ -29,14 +29,14 @@ MAX_DEPTH = 100  # of lists and objects in tools and their arguments
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
 SHAREGPT_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+    "human": "user",
+    "user": "user",
     "system": "system",
 }
 TRAINING_FIELDS = ("weight", "train")  # of a message: whether it is a target
 KEPT_FIELDS = ("name", "tool_call_id", "reasoning_content")  # of a message, besides role, content and tool_calls
-RETURNED = ("messages", "prompt_completion", "text")  # shapes that the user's own function may return
 UNDESIRABLE = "undesirable label"  # the one reason that is not a mistake in the data
 DESIRABLE = dict.fromkeys(("true", "1", "1.0", "desirable", "chosen", "good", "yes"), True) | dict.fromkeys(
     ("false", "0", "0.0", "undesirable", "rejected", "bad", "no"), False
@@ -85,7 +85,8 @@ def _message(turn: Any) -> Message:
     calls = turn.get("tool_calls") or None
     if "content" not in turn and not calls:
         raise KeyError("content")
-    message: Message = {"role": role, "content": _content(turn.get("content"), optional=calls is not None)}
+    said = turn.get("content")
+    message: Message = {"role": role, "content": "" if calls and said is None else _content(said)}
     if calls:
         if role != "assistant":
             raise BadRecord(f"tool_calls: {role!r:.40} cannot call tools: only the assistant can")
@@ -103,13 +104,9 @@ def _training_fields(turn: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _content(value: Any, optional: bool = False) -> str:
-    """A text, or OpenAI's list of content parts if all are text."""
-    if value is None and optional:
-        return ""
+def _content(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        kinds = {part.get("type") or "text" for part in value} - {"text"}
-        if kinds:
+        if kinds := {part.get("type") or "text" for part in value} - {"text"}:
             raise BadRecord(f"content: has a part of type {sorted(map(str, kinds))[0]!r:.40}: only text is supported")
         return "".join(text_of(part, "text") for part in value)
     return text_of({"content": value}, "content")
@@ -146,14 +143,12 @@ def _sharegpt(record: dict[str, Any]) -> list[Message]:
 
 def _alpaca(record: dict[str, Any]) -> list[Message]:
     """{"instruction", "input" (may be empty), "output", "system", "history": [[question, answer], ...] (optional)}."""
-    question = text_of(record, "instruction")
-    if record.get("input"):
-        question = f"{question}\n\n{text_of(record, 'input')}"
+    added = f"\n\n{text_of(record, 'input')}" if record.get("input") else ""
     earlier = _as_json(record.get("history") or [], "history")
     if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         raise BadRecord("history is not a list of [question, answer] pairs")
     turns = [_exchange(_content(asked), _content(answered)) for asked, answered in earlier]
-    return [*itertools.chain(*turns), *_exchange(question, text_of(record, "output"))]
+    return [*itertools.chain(*turns), *_exchange(text_of(record, "instruction") + added, text_of(record, "output"))]
 
 
 def _pair(record: dict[str, Any]) -> list[Message]:
@@ -222,7 +217,6 @@ def _parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _check_value(value: Any, name: str, depth: int = 0) -> None:
-    """Check every text in lists and objects, to a bounded depth."""
     if depth > MAX_DEPTH:
         raise BadRecord(f"{name}: nested too deeply")
     if isinstance(value, str):
@@ -300,8 +294,8 @@ class ReadOptions:
 
 def check_format(name: str) -> None:
     """Raise a UserError if data.format is neither auto, nor an entry of SHAPES, nor package.module:function."""
-    if name not in ("auto", *SHAPES) and not is_function(name.removeprefix(UNTRUSTED)):
-        names = ("auto", *SHAPES, "package.module:function")
+    names = ("auto", *SHAPES, "package.module:function")
+    if name not in names[:-1] and not is_function(name.removeprefix(UNTRUSTED)):
         raise UserError(f"data.format: {name!r:.60} is not known{nearest(name, names)}")
 
 
@@ -319,7 +313,7 @@ def _detect_shape(path: Path, records: list[tuple[int, Raw]]) -> str:
     votes = dict.fromkeys(SHAPES, 0)
     for _, record in records:
         if isinstance(record, dict):
-            fitting = [name for name, shape in SHAPES.items() if all(field in record for field in shape.required)]
+            fitting = [name for name, shape in SHAPES.items() if record.keys() >= {*shape.required}]
             for name in [name for name in fitting if name != "text"] or fitting:
                 votes[name] += 1
     best = [name for name in votes if votes[name] and votes[name] == max(votes.values())]
@@ -409,13 +403,12 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
 
 
 def _call(function: Callable[..., Any], record: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
-    """What the user's function makes of a record, and its shape; a list stands for messages, a string for text."""
     try:
         found = function(record)
     except Exception as error:  # the function is the user's program, and so is the mistake
         raise UserError(f"{where}: {type(error).__name__}: {error}") from None
     found = {"messages": found} if isinstance(found, list) else {"text": found} if isinstance(found, str) else found
-    for shape in RETURNED if isinstance(found, dict) else ():
+    for shape in ("messages", "prompt_completion", "text") if isinstance(found, dict) else ():
         if all(name in found for name in SHAPES[shape].required):
             return found, shape
     what = f"the fields {_names(found)}" if isinstance(found, dict) else type(found).__name__

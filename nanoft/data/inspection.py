@@ -30,10 +30,8 @@ def check_vocabulary(corpus: PreparedDataset, vocab_size: int) -> None:
     pieces = (tokens[at : at + at_once] for at in range(0, len(tokens), at_once))
     largest = max((int(np.maximum(piece, ~piece).max()) for piece in pieces), default=0)  # a target is stored as ~id
     if largest >= vocab_size:
-        raise UserError(
-            f"model.name: its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}: "
-            "tokenizer.json is another model's: fetch the directory again"
-        )
+        found = f"its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}"
+        raise UserError(f"model.name: {found}: tokenizer.json is another model's: fetch the directory again")
 
 
 def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
@@ -81,7 +79,7 @@ def _check_bos(samples: list[Sample], chat: ChatTokenizer) -> Check:
 
 def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
     """What the model is given in use is what stood before its answers in training."""
-    looked_at, differing, extra = 0, 0, ""
+    extras = []  # what follows the prompt in training
     for conversation in corpus.conversations(corpus.training, CONVERSATIONS_CHECKED):
         answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
         if not answers or train_on == "all":
@@ -91,25 +89,18 @@ def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -
         (sample, *_) = chat.encode_now(chat.render_samples(plain, 0, conversation.tools))
         before = sample.ids[: int(sample.is_target.argmax())].tolist()
         prompt = chat.encode_prompt(plain[:-1], conversation.tools)
-        looked_at += 1
-        if before != prompt:
-            differing += 1
-            extra = chat.decode(before[len(prompt) :], keep_special=True)
-    found = f"{looked_at - differing} of {looked_at} prompts are the same in training and in use"
-    if extra:
-        found += f"; in training {extra!r:.60} follows"
+        extras.append(chat.decode(before[len(prompt) :], keep_special=True) if before != prompt else None)
+    differing = [extra for extra in extras if extra is not None]
+    found = f"{len(extras) - len(differing)} of {len(extras)} prompts are the same in training and in use"
+    found += f"; in training {differing[-1]!r:.60} follows" if differing and differing[-1] else ""
     fix = "the template adds it to the answers; for Qwen3 set data.template_args={enable_thinking: false}"
     return Check.of("prompt", not differing, found, fix)
 
 
 def show_step(
     batches: Batches, corpus: PreparedDataset, tokenizer: ChatTokenizer, step: int | None, skipped: set[tuple[int, int]]
-) -> Iterator[str]:
-    """Lines about the window of an optimizer step (the first, if none is given), for --show-batch and --show-step.
-
-    Args:
-        skipped: (epoch, index) of windows that no step was made of.
-    """
+) -> Iterator[str]:  # skipped: (epoch, index) of windows that no step was made of
+    """Lines about the window of an optimizer step (the first, if none is given), for --show-batch and --show-step."""
     if step is not None and not 1 <= step <= corpus.report["steps"]:
         raise UserError(f"--show-step: {step}: this run has the steps 1 to {corpus.report['steps']}")
     size = batches.windows_in_epoch()
@@ -140,8 +131,7 @@ def show_window(
 def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:
     """The shortest, the longest, a truncated and three random samples: ids, text and mask."""
     samples = corpus.training
-    cut = np.flatnonzero(np.isin(samples.chosen, corpus.truncated))
-    chance = random.Random(seed)
+    cut, chance = np.flatnonzero(np.isin(samples.chosen, corpus.truncated)), random.Random(seed)
     chosen = [
         ("shortest", int(samples.lengths.argmin())),
         ("longest", int(samples.lengths.argmax())),

@@ -38,9 +38,6 @@ class BadRecord(ValueError):
     """Why a record cannot be used."""
 
 
-# ---- Which files
-
-
 def find_files(spec: str, name: str = "data.train_file") -> list[list[Path]]:
     """The files of each part of `a.jsonl,folder,more/*.csv,hf://datasets/openai/gsm8k/main`; name: for messages."""
     if not spec.strip():
@@ -63,7 +60,6 @@ def find_files(spec: str, name: str = "data.train_file") -> list[list[Path]]:
 
 
 def _data_files(directory: Path, part: str, name: str) -> list[Path]:
-    """The data files below a directory, sorted by name, without hidden ones."""
     found = []
     for path in sorted(directory.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
@@ -99,9 +95,6 @@ def _download(part: str, name: str) -> list[Path]:
 
 def _suffix(path: Path) -> str:  # without .gz
     return Path(path.name.removesuffix(".gz")).suffix.lower()
-
-
-# ---- Files to raw records
 
 
 def read_raw(
@@ -193,8 +186,7 @@ class _JsonText:
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bad bytes: lone surrogates
         self.window, self.at = "", 0
 
-    def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+    def peek(self) -> str:  # the next character that is not white space; empty at the end
         while True:
             self.at = WHITE_SPACE.match(self.window, self.at).end()  # type: ignore[union-attr]  # always matches
             if self.at < len(self.window):

@@ -127,12 +127,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.count_step()
         return value
 
-    def add(self, left: Any, right: Any) -> Any:
-        """The + operator in an expression with many of them."""
-        return self.track(left + right)
-
-    def concatenate(self, *values: Any) -> str:
-        """The ~ operator."""
+    def concatenate(self, *values: Any) -> str:  # the ~ operator
         for value in values:
             self.track(value)
         return self.concat(map(str, values))
@@ -146,7 +141,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     # ---- What is estimated before it is done
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """One of * ** %."""
         if isinstance(left, str) and operator == "%":
             self._checked_form(left, _size(right))
         elif operator == "*" and (hasattr(left, "__len__") or hasattr(right, "__len__")):
@@ -160,7 +154,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return self.track(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call of a macro, a helper, or a value's method."""
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if owner is self:
             return function(*args)  # what _Counted has put there
@@ -176,17 +169,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return attr not in UNUSED_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """`'{}'.format(...)`, with the sandbox's formatter."""
-        wrapped = super().wrap_str_format(value)
-        if wrapped is None:
-            return None
+        wrapped: Any = super().wrap_str_format(value)
 
-        @functools.wraps(wrapped)
         def checked(*args: Any, **kwargs: Any) -> Any:
             self._checked_form(value.__self__, _size([args, kwargs]))
             return wrapped(*args, **kwargs)
 
-        return checked
+        return wrapped and functools.wraps(wrapped)(checked)
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter or test with its arguments checked and its result counted."""
@@ -268,7 +257,7 @@ class _Counted(NodeTransformer):
                 quick = all(part.op not in ("in", "notin") and isinstance(part.expr, nodes.Const) for part in node.ops)
                 return node if quick else call("compared", node)
             case nodes.Add() if operators >= MAX_OPERATORS:
-                return call("add", node.left, node.right)
+                return call("track", node)
             case nodes.Concat():
                 return call("concatenate", *node.nodes)
             case nodes.Getitem(arg=nodes.Slice()) | nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load"):

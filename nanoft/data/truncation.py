@@ -19,7 +19,6 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation, Message
 
 OMITTED = " [...] "  # replaces the middle of a message
-ATTEMPTS = 24
 
 
 def fit(
@@ -48,7 +47,6 @@ def fit(
 
 
 def _cut_response(sample: Sample, limit: int) -> Sample | None:
-    """The first `limit` tokens, up to the last target among them."""
     targets = np.flatnonzero(sample.is_target[:limit])
     if not len(targets):
         return None
@@ -90,7 +88,7 @@ def _cut_longest(messages: list[Message], encode: Callable[[list[Message]], Samp
     longest = max(given, key=lambda index: len(messages[index]["content"]))
     content = messages[longest]["content"]
     keep = len(content)
-    for _ in range(ATTEMPTS):
+    for _ in range(24):
         sample: Sample = encode(messages)
         excess = len(sample.ids) - limit
         if excess <= 0:

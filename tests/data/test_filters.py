@@ -97,7 +97,7 @@ def test_near_duplicates_against_brute_force(threshold: float) -> None:
 
 def test_rows_of_a_band_find_95_percent_at_the_threshold() -> None:
     for threshold in (0.3, 0.5, 0.8, 0.95, 1.0):
-        rows = filters.band_height(threshold)
+        rows = filters.bands(threshold)[0].stop
         found = [1 - (1 - threshold**r) ** (filters.COMPONENTS // r) for r in (rows, rows + 1)]
         assert found[0] >= 0.95
         assert found[1] < 0.95 or rows == filters.COMPONENTS
