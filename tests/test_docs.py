@@ -1,7 +1,7 @@
 """README and docs against the program: commands parse, one of each family runs, and every name and message exists.
 
-A failure names the document and the words that are wrong, and says what to write instead. The documents are read as they
-are, so a new command, field, message or file in them is checked without being listed here.
+A failure names the document and the words that are wrong, and says what to write instead. A new command, field,
+message or file in a document is checked without being listed here.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def family(command: str) -> tuple[str, ...]:
     what = words[words.index("--format") + 1] if "--format" in words else ""
     options = sorted({word for word in words if word.startswith("--") and word != "--format"})
     fields = sorted({word.split("=")[0] for word in words if word.startswith(("evaluation.", "quantization."))})
-    return (" ".join(words[1:3] if words[1] == "-m" else words[1:2]), what, *options, *fields)
+    return (" ".join(words[1:4] if words[1] == "-m" else words[1:2]), what, *options, *fields)
 
 
 TO_RUN = {family(c): c for _, c in COMMANDS if is_ours(c) and reason_not_to_run(c) is None}
@@ -355,7 +355,7 @@ def quoted_messages() -> list[str]:
 def test_a_quoted_message_is_in_the_source(quoted: str) -> None:
     """Its parts between `...`, of which each stands for a value."""
     said = strings_of_the_program()
-    parts = (part.strip() for part in quoted.split("..."))
+    parts = (part.strip(" :,") for part in quoted.split("..."))
     fix = f"troubleshooting.md: {quoted!r}: no message has it: quote what the program says, with ... for values"
     all_exist((part for part in parts if part not in said), fix)
 
