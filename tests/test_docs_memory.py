@@ -1,4 +1,4 @@
-"""docs/memory.md against the planner: every planned figure in it is computed again."""
+"""docs/memory.md against the planner: every planned figure in it is recomputed."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_the_arithmetic_of_the_example_is_right() -> None:
         assert value / scale == pytest.approx(float(shown.replace(",", "")), abs=5e-4), formula
 
 
-def test_each_lever_moves_the_peak_as_the_table_says() -> None:
-    rows = re.findall(r"^\| `([\w.]+)=(\w+)` \| ([\d.]+) \|", section("What a lever saves"), re.MULTILINE)
+def test_each_setting_moves_the_peak_as_the_table_says() -> None:
+    rows = re.findall(r"^\| `([\w.]+)=(\w+)` \| ([\d.]+) \|", section("What a setting saves"), re.MULTILINE)
     assert len(rows) >= 12
     found = {f"{name}={value}": gb(plan(EXAMPLE.override({name: value})).peak) for name, value, _ in rows}
     assert found == {f"{name}={value}": shown for name, value, shown in rows}
 
 
-def test_the_price_of_computing_blocks_again() -> None:
+def test_the_cost_of_recomputing_blocks() -> None:
     decoder = decoder_config(MISTRAL_7B)
     counts = count_parameters(decoder, EXAMPLE)
     once, twice = (gflop_per_token(decoder, counts, EXAMPLE, 2048, again) for again in (0.0, 1.0))
@@ -82,16 +82,16 @@ def test_the_price_of_computing_blocks_again() -> None:
     assert round(100 * (twice / once - 1)) == int(shown)
 
 
-def test_the_table_of_cards_is_the_plan_of_their_configs() -> None:
-    lines = [line.strip("| ").split(" | ") for line in section("By card").splitlines() if line.startswith("| ")]
+def test_the_table_of_gpus_is_the_plan_of_their_configs() -> None:
+    lines = [line.strip("| ").split(" | ") for line in section("By GPU").splitlines() if line.startswith("| ")]
     names, *rows = [cells for cells in lines if not cells[0].startswith("---")]
     plans = [plan(load_file(ROOT / name.strip("`"))) for name in names[1:]]
     shown = {cells[0].strip("`"): cells[1:] for cells in rows}
     expected = {name: [gb(p.parts[name]) for p in plans] for name in plans[0].parts if name in shown}
     expected |= {
         "peak": [gb(p.peak) for p in plans],
-        "blocks computed again": [f"{sum(k != 'all' for k in p.keep)} of {len(p.keep)}" for p in plans],
-        "rows x tokens": [f"{p.rows} x {p.length}" for p in plans],
+        "blocks recomputed": [f"{sum(k != 'all' for k in p.keep)} of {len(p.keep)}" for p in plans],
+        "sequences x tokens": [f"{p.rows} x {p.length}" for p in plans],
     }
     assert {name: cells for name, cells in shown.items() if name != "model"} == expected
     assert len(expected) == 11
