@@ -66,7 +66,9 @@ class Decoding:
 
     def blocks(self) -> Iterable[Callable[..., Tensor]]:
         """The blocks as functions; of a sharded model one after the other, each while its weights are gathered."""
-        return sharding.unsharded(list(self.model.model.layers), self._function) or self._functions
+        if distributed.is_sharded():
+            return sharding.unsharded(self.model.model.layers, self._function)
+        return self._functions
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (b, vocab)."""

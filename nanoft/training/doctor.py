@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.loading import load_config
-from nanoft.data.cache import cache_home
+from nanoft.data.dataset import cache_home
 from nanoft.data.sources import find_files
 from nanoft.io.untrusted import one_line
 from nanoft.kernels.attention import CHUNK, attend, has_varlen
