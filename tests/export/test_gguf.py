@@ -541,7 +541,7 @@ def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.C
     [
         ("lora", ["--dtype", "q8_0"], "--dtype: q8_0: only --format gguf has it"),
         ("lora", ["--format", "gguf-lora", "--dtype", "q4_0"], "--dtype: q4_0: adapters are not quantized"),
-        ("lora", ["--format", "gguf", "--base", "nf4"], "was trained on the original weights: leave --base out"),
+        ("lora", ["--format", "gguf", "--base", "nf4"], "was trained on the original weights: remove --base"),
         ("full", ["--format", "gguf-lora"], "this run trained every parameter"),
         ("base", ["--format", "gguf-lora"], "no adapter here"),
     ],
