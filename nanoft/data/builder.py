@@ -183,25 +183,22 @@ class DatasetBuilder:
                 fitted = fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
         kept = int(fitted.is_target.sum()) if fitted else 0
         self.target_tokens_lost += targets - kept
-        if not targets:
-            self._lose(sample, MALFORMED, "the sequence has no target tokens")
-        elif fitted is None:
-            reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.max_length}"
-            self._lose(sample, "too long", f"{reason} (data.truncation={data.truncation})")
-        elif len(fitted.ids) < data.min_tokens:
-            reason = f"{len(fitted.ids)} tokens, fewer than data.min_tokens={data.min_tokens}"
-            self._lose(sample, "too few tokens", reason)
-        else:
+        if fitted and len(fitted.ids) >= data.min_tokens:
             if len(fitted.ids) < len(sample.ids):
                 self.truncated.append(len(self.record))
             self.tokens.write(encode_targets(fitted).tobytes())
             self.starts.append(self.starts[-1] + len(fitted.ids))
             self.record.append(sample.record)
             self.targets.append(kept)
-
-    def _lose(self, sample: Sample, kind: str, reason: str) -> None:
+            return
+        lost = MALFORMED, "the sequence has no target tokens"
+        if fitted:
+            lost = "too few tokens", f"{len(fitted.ids)} tokens, fewer than data.min_tokens={data.min_tokens}"
+        elif targets:
+            reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.max_length}"
+            lost = "too long", f"{reason} (data.truncation={data.truncation})"
         self.samples_lost += 1
-        self.lost.setdefault(sample.record, (kind, reason))
+        self.lost.setdefault(sample.record, lost)
 
     def _check_records(self) -> None:
         """Reject records of which no sample is left; stop if too many are malformed, or none is left at all."""

@@ -31,16 +31,14 @@ ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and
 SHAREGPT_ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
-    "human": "user",
-    "user": "user",
+    **dict.fromkeys(("human", "user"), "user"),
     "system": "system",
 }
 TRAINING_FIELDS = ("weight", "train")  # of a message: whether it is a target
 KEPT_FIELDS = ("name", "tool_call_id", "reasoning_content")  # of a message, besides role, content and tool_calls
 UNDESIRABLE = "undesirable label"  # the one reason that is not a mistake in the data
-DESIRABLE = dict.fromkeys(("true", "1", "1.0", "desirable", "chosen", "good", "yes"), True) | dict.fromkeys(
-    ("false", "0", "0.0", "undesirable", "rejected", "bad", "no"), False
-)  # 1.0 and 0.0: from tables with missing values
+GOOD = ("true", "1", "1.0", "desirable", "chosen", "good", "yes")  # 1.0 and 0.0: from tables with missing values
+BAD = ("false", "0", "0.0", "undesirable", "rejected", "bad", "no")
 # Control characters except white space (tab, newline, form feed, ...); lone surrogates; noncharacters.
 INVALID = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
@@ -70,9 +68,6 @@ class Conversation:
         """Everything before the first answer."""
         before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
         return self.text or "\n".join(message["content"] for message in before)
-
-
-# ---- Raw records to messages
 
 
 def _messages(record: dict[str, Any]) -> list[Message]:
@@ -263,9 +258,6 @@ def nonempty(text: str, what: str) -> str:
     return text
 
 
-# ---- Files to conversations
-
-
 @dataclass(frozen=True)
 class Rejected:
     """A record that cannot be used, and where it was read."""
@@ -379,9 +371,9 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         if label not in record:
             raise BadRecord(f"has no field {label!r} (data.label_field)")
         value = str(record[label]).strip().lower()
-        if value not in DESIRABLE:
+        if value not in GOOD + BAD:
             raise BadRecord(f"{label}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)")
-        if not DESIRABLE[value]:
+        if value in BAD:
             raise BadRecord(UNDESIRABLE)
     fields = {name: _split_field(record, name) for name in options.fields}
     if function is not None:
