@@ -58,7 +58,6 @@ class DatasetBuilder:
         self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
 
     def build(self, parts: list[list[Path]], progress_bar: bool) -> None:
-        """Read the files of all parts, and write everything that the cache keeps."""
         self.files = [(number, file) for number, files in enumerate(parts) for file in files]
         self.validation_part = len(parts) - 1 if self.data.validation_file is not None else -1
         with contextlib.ExitStack() as stack:
@@ -78,8 +77,6 @@ class DatasetBuilder:
             self._check_records()
             is_training, is_validation = self._split()
         self._write(is_training, is_validation)
-
-    # ---- The pass over the files
 
     def _reject(self, kind: str, reason: str, file: str, line: int) -> None:
         self.removed[kind] += 1
@@ -215,8 +212,6 @@ class DatasetBuilder:
             fix += ", or set data.truncation=prompt" if fix and self.data.truncation != "prompt" else ""
             raise UserError(f"data: none of {self.read} records is left ({reasons}){fix}")
 
-    # ---- The split
-
     def _split(self) -> tuple[Array, Array]:
         """(is_training, is_validation) of each record: near duplicates removed, split, leaks removed."""
         data, prompts = self.data, np.array(self.normalized_prompt, np.uint64)
@@ -268,8 +263,6 @@ class DatasetBuilder:
         if data.split_group:
             keys = np.array(self.group, np.uint64)[pool]
         return filters.hold_out(keys, strata[pool], size)
-
-    # ---- What is written
 
     def _write(self, is_training: Array, is_validation: Array) -> None:
         record = np.array(self.record, np.int64)

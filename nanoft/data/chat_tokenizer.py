@@ -130,8 +130,6 @@ class ChatTokenizer:
         variables = json.dumps([self.template, self.template_args, self.special, date], sort_keys=True, default=str)
         return variables + hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 
-    # ---- Messages to text
-
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None) -> str:
         """The string that the model sees; raises TemplateRefusal."""
         return find_marks(self._render(self._clean(messages), add_generation_prompt, self._escape(tools)))[0]
@@ -255,8 +253,6 @@ class ChatTokenizer:
             if without == rendered and (other, offered) != (messages, tools):
                 raise TemplateRefusal(f"the chat template omits {what}: it does not support tools")
 
-    # ---- Text to ids
-
     def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """The ids of a prompt; a prefix of those that the model was trained on."""
         ids = self._ids(self.render_prompt(messages, tools))
@@ -292,6 +288,10 @@ class ChatTokenizer:
         encode = self.tokenizer.encode_batch if self._widths is None else self.tokenizer.encode_batch_fast
         with as_user_error(CANNOT_ENCODE):
             return encode(texts, add_special_tokens=False)
+
+    def _encode(self, text: str) -> Encoding:  # ids, with each token's character offsets
+        with as_user_error(CANNOT_ENCODE):
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_now(self, rendered: list[Rendered]) -> list[Sample]:  # without threads
         return list(self._samples(rendered, self._encode_batch([item.text for item in rendered])))
@@ -329,10 +329,6 @@ class ChatTokenizer:
         ids = np.array(prompt + self._ids(broken, after=start), dtype=np.int32)
         return self._with_bos(ids, np.arange(len(ids)) >= len(prompt), item.record, turn)
 
-    def _encode(self, text: str) -> Encoding:  # ids, with each token's character offsets
-        with as_user_error(CANNOT_ENCODE):
-            return self.tokenizer.encode(text, add_special_tokens=False)
-
     def _ids(self, text: str, after: int = -1) -> list[int]:
         """The ids of a text, without those of BREAK; only of tokens that begin after a character."""
         encoded = self._encode(text)
@@ -359,8 +355,7 @@ class ChatTokenizer:
         return value
 
 
-def is_trained(message: Message) -> bool:
-    """Whether a message may be a target: OpenAI's `weight`, axolotl's `train`."""
+def is_trained(message: Message) -> bool:  # OpenAI's `weight`, axolotl's `train`
     return bool(message.get("train", True)) and message.get("weight", 1) != 0
 
 

@@ -64,8 +64,7 @@ class Conversation:
         """The first user message, or the plain text: conversations that begin alike stay on one side of a split."""
         return self.text or next((m["content"] for m in self.messages if m["role"] == "user"), "")
 
-    def prompt(self) -> str:
-        """Everything before the first answer."""
+    def prompt(self) -> str:  # everything before the first answer
         before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
         return self.text or "\n".join(message["content"] for message in before)
 

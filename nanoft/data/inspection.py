@@ -35,7 +35,6 @@ def check_vocabulary(corpus: PreparedDataset, vocab_size: int) -> None:
 
 
 def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
-    """Everything that can be told from the tokens alone."""
     spread = np.linspace(0, len(corpus.training) - 1, min(SAMPLES_CHECKED, len(corpus.training))).astype(int)
     samples = [corpus.training[int(at)] for at in spread]
     without, sums = sum(not sample.is_target.any() for sample in samples), corpus.report["training"]

@@ -200,11 +200,10 @@ def _bleu_of_sums(sums: Array) -> Array:
 
 
 def _own(name: str) -> Score:
-    """The user's function, with or without the prompt as its third argument."""
     function = import_function(name, "evaluation.metrics", "(answer, reference, prompt)")
     try:
         inspect.signature(function).bind("answer", "reference", "prompt")
-        count = 3
+        count = 3  # the third is the prompt
     except (TypeError, ValueError):  # does not take three; or a built-in without a signature
         count = 2
 
