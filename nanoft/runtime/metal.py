@@ -1,15 +1,18 @@
-"""What differs on Apple GPUs (Metal) at run time: device and host share one memory, whose limit is only advice.
+"""What differs on Apple GPUs (Metal) whether or not kernels are used: a limit on memory, and dropout when recomputing.
 
-PyTorch lets the GPU of a Mac allocate 1.7 times what Metal recommends; beyond the recommendation macOS swaps, and no
-error says so. Here the recommendation is the limit, unless PYTORCH_MPS_HIGH_WATERMARK_RATIO is set. What differs in the
-model is in kernels/metal.py; docs/metal.md explains both.
+Device and host share one memory. PyTorch lets the GPU allocate 1.7 times what Metal recommends; beyond the
+recommendation macOS swaps, and no error says so. Here the recommendation is the limit, unless
+PYTORCH_MPS_HIGH_WATERMARK_RATIO is set. kernels/metal.py has the overview; docs/metal.md is the guide for users.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 WATERMARK = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"  # limit as a multiple of Metal's recommendation; 0: no limit
 
@@ -32,3 +35,23 @@ def limit_bytes(available: float) -> float:
         available: bytes of main memory that are free.
     """
     return min(float(torch.mps.recommended_max_memory()), held_bytes() + available)
+
+
+def with_same_dropout(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The block as a function that draws the same dropout masks when it is recomputed.
+
+    `checkpoint` restores the random numbers of CUDA and the CPU, but not those of Metal (PyTorch 2.8 to 2.13).
+    """
+    first: list[Tensor] = []
+
+    def call(*arguments: Any) -> Tensor:
+        state = torch.mps.get_rng_state()
+        if not first:
+            first.append(state)
+            return block(*arguments)
+        torch.mps.set_rng_state(first[0])
+        y = block(*arguments)
+        torch.mps.set_rng_state(state)
+        return y
+
+    return call

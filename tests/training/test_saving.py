@@ -1,35 +1,29 @@
-"""What a save that failed in the background does to the state; in whole runs: test_recovery.py."""
+"""What is logged of a save, and what becomes of the best step if its save failed; the rest: test_recovery.py."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nanoft.checkpoint import SaveResult
-from nanoft.training.saving import report_save
+from nanoft.training.saving import log_save
 from nanoft.training.state import TrainState
 
 
-def context(best: tuple[int, float] | None) -> Any:
-    """As much of a TrainContext as a report needs, and what it logged."""
-    logged: list[tuple[str, int, dict[str, Any]]] = []
-    run = SimpleNamespace(log=lambda event, step, **values: logged.append((event, step, values)), print=lambda _: None)
-    return SimpleNamespace(run=run, logged=logged, checkpoints=SimpleNamespace(best=lambda: best))
-
-
-@pytest.mark.parametrize(("best", "expected"), [((2, 0.5), (2, 0.5)), (None, (0, float("inf")))])
-def test_a_best_checkpoint_that_was_not_saved_is_not_the_best(best: Any, expected: Any) -> None:
-    job, state = context(best), TrainState(step=5, best_step=4, best_loss=0.1)
-    report_save(job, state, SaveResult(4, error=OSError("full")))
-    assert (state.best_step, state.best_loss) == expected
-    assert job.logged == [("warning", 5, {"what": "saving step 4 failed", "error": "OSError: full"})]
-
-
-def test_another_save_that_failed_leaves_the_best(tmp_path: Any) -> None:
-    job, state = context((2, 0.5)), TrainState(step=5, best_step=2, best_loss=0.5)
-    report_save(job, state, SaveResult(4, error=OSError("full")))
-    report_save(job, state, None)
-    assert (state.best_step, state.best_loss) == (2, 0.5)
-    assert len(job.logged) == 1
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_best_step_that_was_not_saved_is_not_the_best(failed: bool, tmp_path: Path) -> None:
+    logged: list[tuple[str, int]] = []
+    run = SimpleNamespace(
+        directory=tmp_path, log=lambda event, step, **_: logged.append((event, step)), print=lambda _: None
+    )
+    ctx: Any = SimpleNamespace(run=run, checkpoints=SimpleNamespace(best=lambda: (2, 1.5)))
+    state = TrainState(step=5, best_step=4, best_loss=1.0)
+    error = OSError(28, "No space left on device") if failed else None
+    log_save(ctx, state, SaveResult(4, tmp_path / "checkpoints" / "step-000004", error))
+    assert (state.best_step, state.best_loss) == ((2, 1.5) if failed else (4, 1.0))
+    assert logged == [("warning", 5) if failed else ("checkpoint", 4)]
+    log_save(ctx, state, None)
+    assert len(logged) == 1
