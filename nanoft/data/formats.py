@@ -299,7 +299,7 @@ def format_function(name: str) -> Callable[..., Any] | None:
     return import_function(name, "data.format", "(record)") if is_function(name) else None
 
 
-def _detect_shape(path: Path, records: list[tuple[int, Raw]]) -> str:
+def detect_shape(path: Path, records: list[tuple[int, Raw]]) -> str:
     """The shape whose required fields most records have; `text` only if nothing else fits."""
     votes = dict.fromkeys(SHAPES, 0)
     for _, record in records:
@@ -332,7 +332,7 @@ def read_file(
     raw = read_raw(path, options.delimiter, on_progress)
     records = ((line, _rename(record, options.columns)) for line, record in raw)
     first = list(itertools.islice(records, DETECT_FROM))
-    shape = _detect_shape(path, first) if shape == "auto" else shape
+    shape = detect_shape(path, first) if shape == "auto" else shape
     present = {name for _, record in first if isinstance(record, dict) for name in record}
     found = [name for name in SHAPES[shape].fields if name in present] if function is None else [shape]
     yield shape if found == [shape] else f"{shape}: {', '.join(found)}"
