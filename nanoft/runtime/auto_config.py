@@ -29,7 +29,6 @@ def pick_config(overrides: list[str]) -> Path:
 
 
 def config_for(device_type: str, memory_gb: float) -> Path:
-    """The config in configs/ for a device with so much memory."""
     if device_type == "cuda":
         return CONFIGS / next(name for name, needed in GPU_CONFIGS.items() if memory_gb >= needed)
     return CONFIGS / {"mps": "m4.py", "cpu": "cpu.py"}[device_type]

@@ -13,8 +13,6 @@ from nanoft.runtime import distributed
 from nanoft.runtime.device import DTYPES, choose_device, choose_dtype, describe_device
 from nanoft.runtime.memory import memory_limit_bytes
 
-PLANNED_SHARE = 0.9  # of the memory that a plan may fill
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -27,21 +25,13 @@ class Machine:
 
     @classmethod
     def detect(cls, config: Config) -> Machine:
-        """This machine.
-
-        Raises:
-            UserError: the device is not available, or it has no matmul in model.dtype.
-        """
+        """This machine."""
         device = choose_device(config.system.device)
         return cls(device, choose_dtype(config.model.dtype, device), memory_limit_bytes(device))
 
     @classmethod
     def detect_or_describe(cls, config: Config) -> Machine:
-        """This machine, or for --plan the one that the config describes if its device is not available here.
-
-        Raises:
-            UserError: the device is not available, and system.memory_gb is not set.
-        """
+        """This machine, or for --plan the one that the config describes if its device is not available here."""
         memory_gb = config.system.memory_gb
         try:
             choose_device(config.system.device)
@@ -55,7 +45,7 @@ class Machine:
     @property
     def room_bytes(self) -> float:
         """What a plan may fill."""
-        return PLANNED_SHARE * self.memory_bytes
+        return 0.9 * self.memory_bytes
 
     @property
     def name(self) -> str:
@@ -68,20 +58,17 @@ class Machine:
 
 
 def select_device(device: torch.device, sharding: str) -> None:
-    """Make this process's own GPU the one that `cuda` means, before anything is allocated on it.
-
-    Raises:
-        UserError: there are fewer GPUs than processes, it is a Mac's, or there is nobody to shard with.
-    """
-    if sharding == "full" and distributed.world_size() == 1:
+    """Make this process's own GPU the one that `cuda` means, before anything is allocated on it."""
+    world_size = distributed.world_size()
+    if sharding == "full" and world_size == 1:
         raise UserError(
             "training.sharding: full shards the model over processes, and this is the only one: start it with "
             "torchrun --nproc-per-node N train.py, or set training.sharding=none"
         )
-    if distributed.world_size() > 1 and device.type == "mps":
+    if world_size > 1 and device.type == "mps":
         raise UserError("system.device: Metal is used by one process: start train.py without torchrun")
-    if distributed.world_size() > 1 and device.type == "cuda":
-        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size())), torch.cuda.device_count()
+    if world_size > 1 and device.type == "cuda":
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), torch.cuda.device_count()
         if wanted > there:
             raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
         if "LOCAL_RANK" not in os.environ:

@@ -173,10 +173,8 @@ def event_line(event: dict[str, Any]) -> str:
         "warning": ("what", "text", "error"),
         "done": ("steps", "seconds", "tokens_per_second", "peak_memory_gb"),
     }[event["event"]]
-    values = {name: event[name] for name in names if name in event}
-    parts = [
-        f"{name.replace('_', ' ')} {v:{'.5g' if isinstance(v, (int, float)) else ''}}" for name, v in values.items()
-    ]
+    values = {name.replace("_", " "): event[name] for name in names if name in event}
+    parts = [f"{name} {f'{v:.5g}' if isinstance(v, (int, float)) else v}" for name, v in values.items()]
     return one_line(f"step {event['step']:g} {event['event']}: {', '.join(parts)}")
 
 

@@ -7,8 +7,8 @@ an r x r matrix, so dW itself is never formed:
 
 How far to trust the advice: directions without energy were not needed. A full spectrum is only a hint, because noise
 fills all directions alike: try the larger rank, and trust the validation loss. A young adapter says nothing, because B
-starts at 0 and AdamW's first step is lr * sign(gradient). AdamW moves parameters equally far whether gradients are small
-or large, so a module can be dropped only if its gradients, known from AdamW's moments, are negligible, too.
+starts at 0 and AdamW's first step is lr * sign(gradient). AdamW moves parameters equally far whether gradients are
+small or large, so a module can be dropped only if its gradients, known from AdamW's moments, are negligible, too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Trackers: plots, TensorBoard and Weights & Biases. All of them are off by default.
 
-`Run.log` passes each event, with access tokens redacted, to every tracker. A tracker must neither end a run nor slow it
-down: one that raises is removed with a warning, and plots are drawn by another process, for at most a tenth of the time.
+`Run.log` passes each event, with access tokens redacted, to every tracker. A tracker must neither end nor slow a run:
+one that raises is removed with a warning, and plots are drawn by another process, for at most a tenth of the time.
 TensorBoard: `tensorboard --logdir RUN/tensorboard`. Weights & Biases: upload RUN/wandb with `wandb sync`.
 """
 
