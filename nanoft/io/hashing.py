@@ -15,6 +15,7 @@ from nanoft import UserError
 from nanoft.io.atomic import replace_file
 
 PIECE = 8 << 20  # bytes hashed at once
+SETTLED = 2_000_000_000  # nanoseconds; a file that was modified more recently may change again unnoticed
 
 
 def hash_named_files(paths: Iterable[Path]) -> str:
@@ -76,5 +77,5 @@ def _state(file: Path) -> list[int] | None:
         stat = os.stat(file)
     except OSError:
         return None  # hash_content raises
-    at_rest = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000
+    at_rest = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] if at_rest else None

@@ -82,7 +82,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, as views of it; raises as `read_header`."""
+    """All tensors of a file, as views of it."""
     headers = read_header(path)
     with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in headers}

@@ -22,7 +22,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -64,7 +64,10 @@ def distributed_main(main: Callable[[list[str]], int]) -> Callable[[list[str]], 
         try:
             code = main(argv)
         except (UserError, TrainingFailed) as error:  # without destroying the group: others may wait in it
-            if not _first_to_report(str(error)):
+            is_first = True
+            with suppress(RuntimeError):  # torchrun is gone
+                is_first = _store is None or _store.add(str(error), 1) == 1
+            if not is_first:
                 raise SystemExit(3 if isinstance(error, TrainingFailed) else 2) from None
             raise
         if world_size() > 1:
@@ -108,9 +111,6 @@ def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
             if theirs.get(name) != value:
                 differ = f"{name} is {theirs.get(name)} on rank {other} and {value} on rank 0"
                 raise UserError(f"torchrun: {differ}: make them the same")
-
-
-# ---- From rank 0
 
 
 def broadcast_from_rank0(find_out: Callable[[], Any]) -> Any:
@@ -161,9 +161,6 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
         tensor.detach().copy_(sent)
 
 
-# ---- One window, many ranks
-
-
 def shard(items: Iterable[T]) -> Iterator[T]:
     """This rank's share: of what is sorted by length, each rank gets short and long items."""
     return itertools.islice(items, process_rank(), None, world_size())
@@ -196,10 +193,7 @@ def gradients_summed_over_ranks(
 
 
 def seed_process(seed: int, epoch: int, index: int) -> None:
-    """Dropout and noise of a rank are a pure function of (seed, rank, epoch, index).
-
-    Rank 0 keeps the generator that a checkpoint holds, as a single process does.
-    """
+    """Dropout of a rank is a pure function of (seed, rank, epoch, index); rank 0 keeps the generator of checkpoints."""
     if process_rank():
         own = np.random.SeedSequence([seed, process_rank(), epoch, index]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(own))
@@ -207,10 +201,9 @@ def seed_process(seed: int, epoch: int, index: int) -> None:
 
 @torch.no_grad()
 def all_reduce_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the loss and each gradient by its sum over the ranks.
+    """Replace the loss and each gradient by its sum over the ranks, in a few large messages.
 
-    In a few large messages: many small ones would each wait for the network. With a sharded model, FSDP has summed the
-    gradients during backward, and divided them by the world size.
+    With a sharded model, FSDP has summed the gradients during backward, and divided them by the world size.
     """
     if world_size() == 1:
         return
@@ -299,9 +292,6 @@ def same_exception(device: torch.device) -> Iterator[None]:
         raise TrainingFailed("another process failed: see its message")
 
 
-# ---- Messages
-
-
 @contextmanager
 def _explained() -> Iterator[None]:
     """Turn the error of a broken connection into one line."""
@@ -326,11 +316,3 @@ def _read(key: str) -> bytes:
     with _explained():
         _store.wait([key], PATIENCE)
         return _store.get(key)
-
-
-def _first_to_report(text: str) -> bool:
-    """Whether no other rank has said it."""
-    try:
-        return _store is None or _store.add(text, 1) == 1
-    except RuntimeError:  # torchrun is gone
-        return True

@@ -1,6 +1,4 @@
-"""Energy that a run takes, as far as the hardware counts it.
-
-NVIDIA GPUs (Volta and newer) and most processors count their own energy:
+"""Energy that a run takes, as far as the hardware counts it:
 
     GPU         NVML, nvmlDeviceGetTotalEnergyConsumption: millijoules since the driver was loaded
     processor   Linux powercap, intel-rapl:N/energy_uj (also on AMD): microjoules, which wrap around at

@@ -27,7 +27,6 @@ from nanoft.tracking.run import may_be_running
 
 IGNORED = ("logging", "output", "provenance")  # sections that do not change what is trained
 PACE = 20  # the time per step is the median over so many train events
-WIDTH, HEIGHT = 72, 8  # of a chart, in characters
 HOME, REST = "\x1b[H\x1b[2J", "\x1b[0J"  # clear the screen and go to its top; clear below the cursor
 
 
@@ -57,7 +56,11 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
     settings = [settings_of(directory) for directory in directories]
     keys = dict.fromkeys(key for one in settings for key in one)
     differ = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
-    rows = [[key, *(_setting(s.get(key)) for s in settings)] for key in differ]
+    rows = []
+    for key in differ:
+        values = [value if isinstance(value := one.get(key), str) else json.dumps(value) for one in settings]
+        texts = [one_line(value).replace("|", "/") for value in values]
+        rows.append([key, *(text if len(text) <= 40 else f"...{text[-37:]}" for text in texts)])
     columns = [figures(events, _json(d / "report.json")) for events, d in zip(runs.values(), directories, strict=True)]
     rows += [[key, *(column[key] for column in columns)] for key in columns[0]]
     print(markdown_table(["", *names], rows))
@@ -81,7 +84,7 @@ def settings_of(directory: Path) -> dict[str, Any]:
 
 def figures(events: Events, report: dict[str, Any]) -> dict[str, str]:
     """Results of a run as text; from its report if there is one, otherwise from what was logged so far."""
-    training, tuned = _part(report, "training"), _part(report, "tuned")
+    training = _part(report, "training")
     best, last = events.best(), events.last("eval", "loss")
     speeds = events.finite("train", "tokens_per_second")
     times = [t for t in (number(line.get("time")) for line in events.lines) if math.isfinite(t)]
@@ -92,7 +95,7 @@ def figures(events: Events, report: dict[str, Any]) -> dict[str, str]:
         "best eval loss": f"{best['loss']:.4f} (step {best['step']:g})" if best else "-",
         "last eval loss": _figure(last, "{:.4f}"),
         "perplexity": _figure(math.exp(min(best["loss"], 700.0)) if best else math.nan, "{:.4g}"),
-        "exact match": _figure(number(tuned.get("exact_match")), "{:.1%}"),
+        "exact match": _figure(number(_part(report, "tuned").get("exact_match")), "{:.1%}"),
         "tokens/s": _figure(speed, "{:,.0f}"),
         "memory, GB": _figure(max(events.finite("train", "peak_memory_gb"), default=math.nan), "{:.2f}"),
         "time": format_duration(took) if math.isfinite(took) else "-",
@@ -107,11 +110,6 @@ def _part(report: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _figure(value: float, form: str) -> str:
     return form.format(value) if math.isfinite(value) else "-"
-
-
-def _setting(value: Any) -> str:
-    text = one_line(value if isinstance(value, str) else json.dumps(value)).replace("|", "/")
-    return text if len(text) <= 40 else f"...{text[-37:]}"
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -129,11 +127,13 @@ def follow(directory: Path, every_s: float) -> int:
     """Show a run until it is done, or until no process owns it any more; not on a terminal, one line per event."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--follow: {directory}: not a directory: give a run directory")
-    redraws = sys.stdout.isatty()
+    redraws, lock = sys.stdout.isatty(), directory / ".lock"
     seen: set[tuple[Any, ...]] = set()
     is_announced = False
     while True:
-        is_running = not (directory / "metrics.jsonl").exists() or is_owned(directory)  # before reading the file
+        # Before reading the file. The lock itself is not touched, its note says who owns the run.
+        note = lock.read_text("utf-8", errors="replace").strip() if lock.is_file() else ""
+        is_running = not (directory / "metrics.jsonl").exists() or may_be_running(note)
         events = read_events(directory)
         if redraws:
             width = shutil.get_terminal_size((80, 24)).columns
@@ -157,14 +157,6 @@ def follow(directory: Path, every_s: float) -> int:
     return 0
 
 
-def is_owned(directory: Path) -> bool:
-    """Whether a process owns the run, according to the note in its lock file; the lock itself is not touched."""
-    try:
-        return may_be_running((directory / ".lock").read_text(encoding="utf-8", errors="replace").strip())
-    except OSError:
-        return False
-
-
 def event_line(event: dict[str, Any]) -> str:
     """An event as text: step 20 train: loss 1.234, grad norm 0.5, ..."""
     names = {
@@ -178,7 +170,7 @@ def event_line(event: dict[str, Any]) -> str:
     return one_line(f"step {event['step']:g} {event['event']}: {', '.join(parts)}")
 
 
-def dashboard(name: str, events: Events, width: int = WIDTH) -> list[str]:
+def dashboard(name: str, events: Events, width: int = 72) -> list[str]:
     """The state of a run as lines of text."""
     name = one_line(name)
     if not events.lines:
@@ -193,7 +185,7 @@ def dashboard(name: str, events: Events, width: int = WIDTH) -> list[str]:
         lines.append(f"eval loss {events.last('eval', 'loss'):.4f}, best {best['loss']:.4f} at step {best['step']:g}")
     both = [events.series(event, "loss") for event in ("train", "eval")]
     lines += ["", "loss (*), eval loss (o)", *chart(both, width)]
-    lines += ["", "gradient norm", *chart([events.series("train", "grad_norm")], width, HEIGHT // 2)]
+    lines += ["", "gradient norm", *chart([events.series("train", "grad_norm")], width, height=4)]
     recent = events.of("warning")[-3:]
     lines += ["", *(event_line(line) for line in recent)] if recent else []
     if events.damaged:
@@ -210,7 +202,7 @@ def progress(events: Events) -> tuple[float, float, float]:
     return step, total, (total - step) * statistics.median(paces) if total and paces else math.nan
 
 
-def chart(series: Sequence[tuple[list[float], list[float]]], width: int = WIDTH, height: int = HEIGHT) -> list[str]:
+def chart(series: Sequence[tuple[list[float], list[float]]], width: int = 72, height: int = 8) -> list[str]:
     """Curves as text: `*` the first, `o` the second, on axes with the smallest and largest values and steps."""
     points = [(x, y, mark) for (xs, ys), mark in zip(series, "*o", strict=False) for x, y in zip(xs, ys, strict=True)]
     points = [point for point in points if math.isfinite(point[1])]

@@ -21,7 +21,7 @@ from nanoft import UserError
 from nanoft.io.atomic import replace_file
 from nanoft.io.untrusted import one_line, parse_json
 
-KINDS = (".png", ".svg", ".pdf")
+UNDATED: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # metadata
 PANELS = [  # label of the axis -> curves: name, event, key
     ("loss, nats per target token", [("loss", "train", "loss"), ("eval loss", "eval", "loss")]),
     ("learning rate", [("learning rate", "train", "learning_rate")]),
@@ -31,7 +31,6 @@ PANELS = [  # label of the axis -> curves: name, event, key
 ]
 DASHES = ["-", "--", ":", "-."]
 MARKS = ["o", "s", "^", "x", "D"]  # 5 markers x 4 dashes: 20 runs look different
-FEW = 40  # up to so many points get markers: a single one makes no line
 STYLE = {
     "svg.hashsalt": "nanoft",  # names of clip paths; otherwise random
     "svg.fonttype": "none",  # text stays text
@@ -101,12 +100,9 @@ def as_event(line: bytes) -> dict[str, Any] | None:
 
 def draw(directory: Path) -> list[Path]:
     """Write plots/curves.png and plots/curves.svg of a run; returns their paths."""
-    picture = figure(read_events(directory), directory.resolve().name)
-    (directory / "plots").mkdir(exist_ok=True)
-    paths = [directory / "plots" / f"curves{kind}" for kind in (".png", ".svg")]
-    for path in paths:
-        save(picture, path)
-    return paths
+    picture, folder = figure(read_events(directory), directory.resolve().name), directory / "plots"
+    folder.mkdir(exist_ok=True)
+    return [save(picture, folder / "curves.png"), save(picture, folder / "curves.svg")]
 
 
 def figure(events: Events, title: str) -> Any:
@@ -141,7 +137,7 @@ def comparison(runs: dict[str, Events]) -> Any:
     return picture
 
 
-def curve(axes: Any, points: tuple[list[float], list[float]], label: str, index: int, gid: str, few: int = FEW) -> None:
+def curve(axes: Any, points: tuple[list[float], list[float]], label: str, index: int, gid: str, few: int = 40) -> None:
     """Plot (steps, values) in the style number `index`, up to `few` points with markers; `gid` is its id in an SVG."""
     mark = MARKS[index % len(MARKS)] if len(points[0]) <= few else ""
     looks = {"color": "black", "linewidth": 1.0, "markersize": 3.5, "markerfacecolor": "white"}
@@ -157,16 +153,15 @@ def style() -> Any:
     return matplotlib.style.context(["default", STYLE])
 
 
-def save(picture: Any, path: Path) -> None:
-    """Write a figure atomically, in the format of its suffix, without a timestamp."""
-    if path.suffix not in KINDS:
-        raise UserError(f"{path}: unknown plot format: use one of {', '.join(KINDS)}")
+def save(picture: Any, path: Path) -> Path:
+    """Write a figure atomically, in the format of its suffix, without a timestamp; returns its path."""
+    if path.suffix not in UNDATED:
+        raise UserError(f"{path}: unknown plot format: use one of {', '.join(UNDATED)}")
     buffer = io.BytesIO()
-    dates = {".svg": "Date", ".pdf": "CreationDate"}
-    undated = {dates[path.suffix]: None} if path.suffix in dates else {}
     with style():
-        picture.savefig(buffer, format=path.suffix[1:], metadata=undated)
+        picture.savefig(buffer, format=path.suffix[1:], metadata=UNDATED[path.suffix])
     replace_file(path, buffer.getvalue())  # a viewer sees the old picture or the new one
+    return path
 
 
 def plain(text: str) -> str:

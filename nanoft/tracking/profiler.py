@@ -24,7 +24,6 @@ from nanoft.config import Config
 from nanoft.tracking.run import NullRun, Run
 
 WAIT, WARM_UP, ACTIVE = 2, 1, 3  # steps of the profiler's schedule; the active ones are in the trace
-NAN = re.compile(r"Function '(\w+)' returned nan values")  # raised by torch's anomaly mode
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')  # in the warning that anomaly mode gives first
 
 
@@ -64,14 +63,13 @@ class Profiler:
 
     def _save_profile(self, profile: torch.profiler.profile) -> None:
         """Write the trace to disk and the most expensive operators to train.log."""
-        path = self.run.directory / "profile" / "trace.json"
+        path, operators = self.run.directory / "profile" / "trace.json", profile.key_averages()
         try:
             path.parent.mkdir(exist_ok=True)
             profile.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:  # disk full, for example: training continues
             self.run.log("warning", 0, what="profile failed", error=str(error))
             self.run.print(f"warning: profile failed: {error}")
-        operators = profile.key_averages()
         order = "self_device_time_total" if any(o.self_device_time_total for o in operators) else "self_cpu_time_total"
         self.run.print(f"profile   {ACTIVE} steps in {path}: open it in ui.perfetto.dev or chrome://tracing")
         self.run.print(operators.table(sort_by=order, row_limit=15, max_name_column_width=40))
@@ -116,7 +114,7 @@ def named_anomalies() -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            found = NAN.search(str(error))
+            found = re.search(r"Function '(\w+)' returned nan values", str(error))
             if not found:
                 raise
             traces = [str(w.message) for w in caught if "Traceback of forward call" in str(w.message)]

@@ -29,9 +29,6 @@ from nanoft.nf4 import Frozen
 
 MIN_STEPS = 100  # before any advice
 MIN_RANK = 4  # a spectrum of fewer values has no tail
-FULL = 0.9  # a spectrum is full if its effective rank is at least this share of r ...
-TAIL = 0.25  # ... and its smallest value this share of its largest: it was cut off before it decayed
-SPARE = 0.5  # a rank is too high if this share of it is enough; a smaller saving is not worth another run
 NEGLIGIBLE = 0.1  # of the other modules' median, that is 1 % of their energy
 LEGEND = """\
 Weights after step {step}; medians over the modules of a type; report.json has every module.
@@ -47,9 +44,7 @@ root mean square of the clipped gradients, and their |mean| relative to it, from
 
 
 @dataclass(frozen=True)
-class GradientStats:
-    """What AdamW's moments say about an adapter's gradients (after clipping)."""
-
+class GradientStats:  # after clipping
     rms: float
     signal: float  # |mean gradient| / |RMS gradient|: 1 if the gradient is constant
     noise: float  # the signal of independent gradients with mean zero
@@ -58,8 +53,6 @@ class GradientStats:
 
 @dataclass(frozen=True)
 class RankUsage:
-    """How one adapter used its rank."""
-
     rank: int
     singular_values: list[float]  # of dW, (rank,), descending
     effective_rank: float
@@ -116,7 +109,6 @@ def gradient_stats(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Op
 
     m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t); rms = sqrt(mean v^), signal = |m^| / |sqrt(v^)|. Independent
     gradients of mean zero have signal^2 = (1 - beta1)(1 + beta1^t) / ((1 + beta1)(1 - beta1^t)) on average: the noise.
-    None if the optimizer keeps no such moments of them, or there are no parameters.
     """
     betas = {p: group["betas"] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
     states = [optimizer.state.get(p, {}) if p in betas else {} for p in parameters]
@@ -170,11 +162,11 @@ def advise(modules: Sequence[RankUsage], others: Sequence[RankUsage], step: int)
         return Advice("drop", f"update and gradients are less than {NEGLIGIBLE:.0%} of the other modules'")
     if most == 0:
         return Advice("none", "the update is zero")
-    if enough <= SPARE * rank:
+    if enough <= rank / 2:  # a smaller saving is not worth another run
         return Advice("lower", f"at most {most} of {rank} directions hold 99 % of the energy", enough)
     if rank < MIN_RANK:
         return Advice("none", f"a spectrum of {rank} directions is not enough evidence")
-    if fullness >= FULL and tail >= TAIL:
+    if fullness >= 0.9 and tail >= 0.25:  # the spectrum was cut off before it decayed
         why = f"the spectrum is full (effective rank {fullness:.0%} of {rank}), without decay"
         return Advice("raise", why, 2 * rank)
     return Advice("fine", f"{most} of {rank} directions hold 99 % of the energy, and the spectrum decays")
@@ -185,9 +177,9 @@ def aggregate(modules: Sequence[RankUsage]) -> dict[str, Any]:
     largest = {name: max(getattr(m, name) for m in modules) for name in ("rank", "directions_90", "directions_99")}
     names = ("effective_rank", "stable_rank", "relative_update")
     medians = {name: median(getattr(m, name) for m in modules) for name in names}
-    rms, signal = ([getattr(m.gradient, name) for m in modules if m.gradient] for name in ("rms", "signal"))
-    gradients = {"gradient": median(rms) if rms else None, "signal": median(signal) if signal else None}
-    return {"modules": len(modules), **largest, **medians, **gradients}
+    known = [m.gradient for m in modules if m.gradient]
+    rms, signal = (median(getattr(g, name) for g in known) if known else None for name in ("rms", "signal"))
+    return {"modules": len(modules), **largest, **medians, "gradient": rms, "signal": signal}
 
 
 def summarize(modules: dict[str, RankUsage], step: int) -> dict[str, Any]:
@@ -223,10 +215,8 @@ def rank_report(
     usages = {name: measure_rank_usage(adapter, optimizer) for name, adapter in adapters.items()}
     values = summarize(usages, step)
     summary, run = values["summary"], values["all"]
-    terminal = (
-        f"\n\nadapters  effective rank {run['effective_rank']:.1f} of {run['rank']}, "
-        f"update {run['relative_update']:.2%} of the base (medians)\nadvice    {summary}"
-    )
+    used, moved = f"{run['effective_rank']:.1f} of {run['rank']}", f"{run['relative_update']:.2%} of the base"
+    terminal = f"\n\nadapters  effective rank {used}, update {moved} (medians)\nadvice    {summary}"
     header = ["", "modules", "effective rank", "stable rank", "90 %, 99 %", "update", "gradient", "signal", "advice"]
     rows = []
     for kind, line in values["types"].items():

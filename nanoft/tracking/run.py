@@ -44,8 +44,7 @@ from nanoft.io.untrusted import redact
 from nanoft.runtime.distributed import broadcast_from_rank0
 from nanoft.tracking.plots import as_event
 
-# Temporary files and directories that a killed process left behind.
-LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.md|adapter|model)|preflight)-\d+")
+LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.md|adapter|model)|preflight)-\d+")  # of a killed process
 
 
 @dataclass
@@ -78,13 +77,12 @@ class Meter:
         self.nats, self.tokens, self.target_tokens, self.seconds = 0.0, 0, 0, 0.0
         return values
 
-    def tokens_per_second(self) -> float:
-        """Non-padding tokens per second over the whole run."""
+    def tokens_per_second(self) -> float:  # over the whole run
         return self.total_tokens / max(self.total_seconds, 1e-9)
 
 
 class AppendOnlyFile:
-    """A file that only grows, by complete lines, even if writes fail."""
+    """A file that only grows, by complete lines, even if writes fail; pending lines are written with the next one."""
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -92,12 +90,10 @@ class AppendOnlyFile:
         self._pending = b""  # lines whose write failed
 
     def append(self, line: str) -> None:
-        """Write all pending lines and this one; after an OSError the file is unchanged and the line is pending."""
         self._pending += to_utf8(line + "\n")
         self._write()
 
     def sync(self) -> None:
-        """Write all pending lines and fsync; may raise OSError."""
         self._write()
         os.fsync(self._file)
 
@@ -188,13 +184,11 @@ class Run:
         if not path.is_file() or not (self.directory / "metrics.jsonl").is_file():
             return None
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(tree["provenance"], dict):
-                datetime.fromisoformat(tree["provenance"]["date"])
-                return dict(tree)
+            tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            datetime.fromisoformat(tree["provenance"]["date"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            pass
-        raise UserError(f"{path}: corrupted: remove the directory or choose another output.dir")
+            raise UserError(f"{path}: corrupted: remove the directory or choose another output.dir") from None
+        return tree
 
     def finished_step(self) -> int | None:
         """The last step of a finished run, which has a report.json; otherwise None."""
@@ -223,10 +217,8 @@ class Run:
     def open_metrics(self, step: int, position: list[int], skipped: list[list[int]], rolled_back: bool = False) -> None:
         """Open metrics.jsonl for appending, without the events after `step`, which will be logged again.
 
-        Args:
-            position: (epoch, window) that comes next.
-            skipped: windows that will not be retried, so that their events are kept.
-            rolled_back: this process rolled back to `step`: keep all warnings that are not about windows.
+        The window at `position`, (epoch, window), comes next; those that were `skipped` will not be retried, so their
+        events are kept. After a roll-back to `step`, so are all warnings that are not about windows.
         """
         if self._metrics is not None:
             self._metrics.close()
@@ -361,7 +353,7 @@ def to_utf8(text: str) -> bytes:
 
 
 class NullRun(Run):
-    """The run directory on ranks other than 0: readable, but nothing is printed or written."""
+    """The run on ranks other than 0, which print and write nothing."""
 
     def __init__(self, directory: Path):
         self.directory, self.checkpoints = directory, directory / "checkpoints"

@@ -22,7 +22,6 @@ from nanoft.config import Config, LoggingConfig
 from nanoft.tracking.plots import number
 from nanoft.tracking.run import Tracker
 
-MAX_TIME_SHARE = 0.1  # of the run's time, for drawing plots
 TIMEOUT_S = 60.0  # for one drawing
 
 
@@ -36,14 +35,11 @@ def require_tracker_packages(wanted: LoggingConfig) -> None:
 
 def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     """The trackers that the config asks for, after `step` completed steps."""
-    trackers: list[Tracker] = []
-    if config.logging.plots != "none":
-        trackers.append(Plots(directory, config.logging.plots))
-    if config.logging.report_to == "tensorboard":
+    plots, report_to = config.logging.plots, config.logging.report_to
+    trackers: list[Tracker] = [Plots(directory, plots)] if plots != "none" else []
+    if report_to == "tensorboard":
         trackers.append(TensorBoard(directory / "tensorboard", step))
-    if config.logging.report_to == "wandb":
-        trackers.append(WandB(directory, config))
-    return trackers
+    return [*trackers, WandB(directory, config)] if report_to == "wandb" else trackers
 
 
 def curves_section(wanted: LoggingConfig) -> str:
@@ -117,7 +113,7 @@ class Plots:
             raise
         code, self._process = self._process.returncode, None
         now = time.monotonic()
-        self._not_before = now + (now - self._started) * (1 / MAX_TIME_SHARE - 1)
+        self._not_before = now + 9 * (now - self._started)  # draws for at most a tenth of the time
         if code:
             raise RuntimeError((stderr.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("error: "))
 
