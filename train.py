@@ -47,7 +47,7 @@ import torch
 
 from nanoft import guard, kernels
 from nanoft.batches import Batches, Window, share_of_rank
-from nanoft.checkpoint import AsyncCheckpointWriter, NullWriter
+from nanoft.checkpoint import AsyncCheckpointWriter
 from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
@@ -170,12 +170,11 @@ def build(
     objective = build_objective(config)
     optimizer = build_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.training)
     checkpoints = setup.open_checkpoints(config, run, provenance)
-    writer_class = NullWriter if distributed.process_rank() else AsyncCheckpointWriter
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
         validation=corpus.validation[: config.evaluation.max_samples], model=model, adapters=adapters,
         objective=objective, optimizer=optimizer, checkpoints=checkpoints,
-        writer=writer_class(checkpoints, available_host_bytes), planner=planner, plan=plan,
+        writer=AsyncCheckpointWriter(checkpoints, available_host_bytes), planner=planner, plan=plan,
     )  # fmt: skip
 
 

@@ -2,10 +2,10 @@
 
     y_i = sum_j softmax_j(q_i k_j^T / sqrt(d)) v_j     over j in the same document, not after i, within the window
 
-A layer is a function of one position except here. So everything that depends on positions stands in one object, the
-`SequenceContext` of a forward pass: it rotates queries and keys by their positions and lets each position attend to
-those that it may see. Training, reading prompts and a step with a cache differ in their context alone, and an optimized
-attention (nanoft/kernels/attention.py) is another context with the same results.
+A layer is a function of one position except here. So everything that depends on positions is in one object, the
+`SequenceContext` of a forward pass: it rotates queries and keys, and lets each position attend to those that it may
+see. Training, reading prompts and a step with a cache differ in their context alone; an optimized attention
+(nanoft/kernels/attention.py) is another context with the same results.
 
 Notation in comments: b batch, q and k positions that ask and answer, h query heads, g key/value heads, d head size.
 """
@@ -39,12 +39,7 @@ class SequenceContext:
     """What the layers of one forward pass share: the rotation of each position, and who sees whom."""
 
     def __init__(self, cos: Tensor, sin: Tensor, documents: Documents | None = None):
-        """Describe the positions of one batch.
-
-        Args:
-            cos: of each position's angles, (b or 1, q, 1, d / 2), like sin.
-            documents: of a packed batch; None: each sequence is one document.
-        """
+        """cos and sin are of each position's angles, (b or 1, q, 1, d / 2); no documents: each sequence is one."""
         self.cos, self.sin, self.documents = cos, sin, documents
         self._masks: dict[int | None, Tensor] = {}
 
@@ -72,8 +67,7 @@ class CacheContext(SequenceContext):
     """
 
     def __init__(self, tables: tuple[Tensor, ...], keys: list[Tensor], values: list[Tensor], slot: int, full: int):
-        """Describe the new positions.
-
+        """
         Args:
             tables: as `tables` made them.
             keys: of each layer, (b, g, slots, d), like values; the new ones are written into them.
@@ -118,21 +112,14 @@ def causal_mask(
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), (b, q, h, d).
 
-    Args:
-        q: (b, q, h, d).
-        k: (b, k, g, d), like v; h is a multiple of g, and h / g query heads share a key head (Ainslie et al. 2023).
-        mask: whether a query sees a key, (b or 1, 1, q, k) bool.
+    q is (b, q, h, d), k and v are (b, k, g, d), where h / g query heads share a key head (Ainslie et al. 2023); mask
+    says whether a query sees a key, (b or 1, 1, q, k) bool.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, positions, d)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) by its position's angle (RoFormer, Su et al. 2021, eq. 34).
-
-    Args:
-        x: (b, q, heads, d).
-        cos: (b or 1, q, 1, d / 2), like sin.
-    """
+    """Turn each pair (x_i, x_{i + d/2}) of x, (b, q, heads, d), by its position's angle (RoFormer, eq. 34)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -5,7 +5,7 @@ trained on. So a checkpoint is written under a temporary name and published by o
 trusted that does not match its hash:
 
     .tmp-step-000100-<pid>/   each file is streamed, hashed on the way, and fsynced
-    manifest.json             size and SHA-256 of every file, and which run they belong to; written last, fsynced
+    manifest.json             size and SHA-256 of every file and of itself, and whose run it is; written last, fsynced
     verification              every byte is read back; then the directory is fsynced
     rename to step-000100     atomic; then the parent directory is fsynced
     rotation                  only now may an older checkpoint be deleted; never the best, never the newest
@@ -44,6 +44,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 SWITCH_S = 1e-4  # how long a save may keep the interpreter while training waits for it; Python's default is 5e-3
 RETRY_S = 60.0  # after a save that failed
+NOBODY: Mapping[str, Any] = {}  # the identity of a checkpoint that may be anybody's
 
 
 class CheckpointCorrupted(Exception):
@@ -65,12 +66,7 @@ class CheckpointManager:
     """The checkpoints of one run, in one directory."""
 
     def __init__(
-        self,
-        directory: Path,
-        keep: int,
-        keep_every: int = 0,
-        identity: Mapping[str, Any] | None = None,
-        owner: bool = True,
+        self, directory: Path, keep: int, keep_every: int = 0, identity: Mapping[str, Any] = NOBODY, owner: bool = True
     ):
         """
         Args:
@@ -79,12 +75,11 @@ class CheckpointManager:
             keep_every: steps that are multiples of it are kept for good; 0: none.
             identity: what the checkpoints belong to (hashes of config, base and data, library versions), as JSON
                 values; those that end in _sha256 must be equal when a checkpoint is loaded.
-            owner: whether this process writes there; of several, only one may.
+            owner: whether this process writes there; of several ranks, only rank 0 does.
         """
         self.directory, self.keep, self.keep_every = directory, keep, keep_every
-        self.identity = dict(identity or {})
+        self.identity, self.owner = dict(identity), owner
         self.best_file = directory.parent / "best.json"
-        self.owner = owner
         if owner:
             directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -107,7 +102,7 @@ class CheckpointManager:
             files = {f"{n}.safetensors": write_tensors(aside / f"{n}.safetensors", t) for n, t in tensors.items()}
             files["state.json"] = write_file(aside / "state.json", [_dump(state)])
             body = {"format": FORMAT, "step": step, "belongs_to": self.identity, "files": files}
-            write_file(aside / MANIFEST, [_sealed(body)])
+            write_file(aside / MANIFEST, [_dump({"body": body, "sha256": hashlib.sha256(_dump(body)).hexdigest()})])
             try:
                 verify(aside)
             except CheckpointCorrupted as reason:  # the disk returns something else than what was written
@@ -121,16 +116,13 @@ class CheckpointManager:
             self.best_file.unlink(missing_ok=True)
         else:
             place = f"checkpoints/{self.path(best[0]).name}"
-            record = {"step": best[0], "validation_loss": best[1], "checkpoint": place}
-            replace_file(self.best_file, _dump(record))
+            replace_file(self.best_file, _dump({"step": best[0], "validation_loss": best[1], "checkpoint": place}))
         self._rotate(step)
         return final
 
     def newest(self, before: float = math.inf) -> tuple[Checkpoint | None, list[str]]:
-        """The newest valid checkpoint (None if there are none at all), and what is wrong with newer ones.
+        """The newest valid checkpoint of a step before `before`, or None, and what is wrong with later ones.
 
-        Args:
-            before: only those of earlier steps.
         Raises:
             UserError: there are checkpoints, and every one is corrupted.
         """
@@ -145,18 +137,8 @@ class CheckpointManager:
         return None, []
 
     def verify(self, path: Path) -> Checkpoint:
-        """Check every file of a checkpoint, and that it is one of this run.
-
-        Raises:
-            CheckpointCorrupted: it must not be used, and why.
-        """
-        saved, found = verify(path), _read_manifest(path).get("belongs_to", {})
-        for key, value in self.identity.items():
-            if key.endswith("_sha256") and found.get(key) != value:
-                raise CheckpointCorrupted(
-                    f"{path}: belongs to another run: its {key.removesuffix('_sha256')} is not this one's"
-                )
-        return saved
+        """Check every file of a checkpoint, and that it is one of this run: see the function."""
+        return verify(path, self.identity)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in rising order."""
@@ -177,12 +159,10 @@ class CheckpointManager:
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, which the run will take again, perhaps differently."""
-        if not self.owner:
-            return
-        best = self.best()
-        if best is not None and best[0] > step:
-            self.best_file.unlink()
-        self._remove(later for later in self.steps() if later > step)
+        if self.owner:
+            if (best := self.best()) and best[0] > step:
+                self.best_file.unlink()
+            self._remove(later for later in self.steps() if later > step)
 
     def _publish(self, aside: Path, step: int) -> Path:
         """Rename the finished directory; an older one of the same step (corrupted, or redone) is replaced."""
@@ -220,8 +200,7 @@ class CheckpointManager:
         """Delete what is older than the last `keep`, and steps after `newest`, which a rollback has undone."""
         own = [step for step in self.steps() if step <= newest]
         spared = {*own[-self.keep :], *(self.best() or ())[:1]}
-        if self.keep_every:
-            spared |= {step for step in own if step and step % self.keep_every == 0}
+        spared |= {step for step in own if self.keep_every and step and step % self.keep_every == 0}
         self._remove(step for step in self.steps() if step not in spared)
 
     def _remove(self, steps: Iterable[int]) -> None:
@@ -244,14 +223,11 @@ class SaveResult:
 class AsyncCheckpointWriter:
     """Saves from copies in a background thread, one at a time, while training goes on.
 
-    As a context manager it waits for the last save, unless the process was interrupted.
+    As a context manager it waits for the last save, unless the process was interrupted. Where the copies need more than
+    half of the free memory, training waits for the save. Only the owner of the checkpoints saves.
     """
 
     def __init__(self, checkpoints: CheckpointManager, free_bytes: Callable[[], float]):
-        """
-        Args:
-            free_bytes: free memory; a save whose copies need more than half of it runs while training waits.
-        """
         self.checkpoints, self.free_bytes = checkpoints, free_bytes
         self.last_step = -1  # of the last save that worked
         self._failed_at = math.inf
@@ -261,16 +237,10 @@ class AsyncCheckpointWriter:
 
     def start(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None) -> None:
         """Start a save (see CheckpointManager.save); the one before must have been collected."""
+        if not self.checkpoints.owner:
+            return
         started = time.perf_counter()
         self._outcome = outcome = SaveResult(step)
-        copied = sum(t.nbytes for named in tensors.values() for t in named.values()) < self.free_bytes() / 2
-        if copied:
-            try:
-                tensors = {
-                    file: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for file, ts in tensors.items()
-                }
-            except (RuntimeError, MemoryError):  # less was free than reported
-                copied = False
 
         def work() -> None:
             usual = sys.getswitchinterval()
@@ -284,9 +254,10 @@ class AsyncCheckpointWriter:
             outcome.seconds = time.perf_counter() - started
 
         self._thread = None
-        if copied:
-            with contextlib.suppress(RuntimeError):  # no thread can be started
-                thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
+        if sum(t.nbytes for named in tensors.values() for t in named.values()) < self.free_bytes() / 2:
+            with contextlib.suppress(RuntimeError, MemoryError):  # less is free than reported; no thread can start
+                copies = {f: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for f, ts in tensors.items()}
+                tensors, thread = copies, threading.Thread(target=work, name=f"save-{step}", daemon=True)
                 thread.start()
                 self._thread = thread
         if self._thread is None:
@@ -319,11 +290,11 @@ class AsyncCheckpointWriter:
             self._thread.join()
 
 
-def verify(path: Path) -> Checkpoint:
-    """Check every file of a checkpoint against its manifest.
+def verify(path: Path, identity: Mapping[str, Any] = NOBODY) -> Checkpoint:
+    """Check every file of a checkpoint against its manifest, and that it is of the run with this identity.
 
     Raises:
-        CheckpointCorrupted: anything missing, surplus, changed, or not a plain file.
+        CheckpointCorrupted: anything missing, surplus, changed, or not a plain file; or of another run.
     """
     body = _read_manifest(path)
     names = {entry.name for entry in path.iterdir()}
@@ -344,6 +315,10 @@ def verify(path: Path) -> Checkpoint:
         state = None
     if not isinstance(state, dict):
         raise CheckpointCorrupted(f"{path / 'state.json'}: missing or not a JSON object")
+    for key, value in identity.items():
+        if key.endswith("_sha256") and body.get("belongs_to", {}).get(key) != value:
+            what = key.removesuffix("_sha256")
+            raise CheckpointCorrupted(f"{path}: belongs to another run: its {what} is not this one's")
     return Checkpoint(path, state)
 
 
@@ -372,10 +347,12 @@ def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where:
     Raises:
         UserError: names the first that does not fit.
     """
+
+    def describe(tensor: Tensor | None, absent: str) -> str:
+        return absent if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+
     for name in sorted(own.keys() | saved.keys()):
-        have, want = (
-            f"{tuple(t.shape)} {t.dtype}" if t is not None else "missing" for t in (saved.get(name), own.get(name))
-        )
+        have, want = describe(saved.get(name), "missing"), describe(own.get(name), "none")
         if have != want:
             raise UserError(f"{where}: {name}: {have}, but this run needs {want}: start anew with another output.dir")
     with torch.no_grad():
@@ -385,15 +362,3 @@ def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where:
 
 def _dump(value: Any) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode()
-
-
-def _sealed(body: dict[str, Any]) -> bytes:
-    """The manifest with a hash of itself, so that a flipped bit in it is noticed, too."""
-    return _dump({"body": body, "sha256": hashlib.sha256(_dump(body)).hexdigest()})
-
-
-class NullWriter(AsyncCheckpointWriter):
-    """The writer of ranks other than 0, which save nothing."""
-
-    def start(self, *_: Any) -> None:
-        pass

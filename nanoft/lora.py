@@ -13,13 +13,11 @@ Variants:
 - PiSSA (Meng et al. 2024): A and B start as the r largest singular directions A0, B0 of W, which are taken out of W:
   y = (W - s B0 A0) x + s B A x. Here W stays as it is, and the change is written as
   B A - B0 A0 = (B - B0) A + B0 (A - A0): a LoRA of rank 2r, exactly zero at first, whose small differences are taken
-  in float32. So the base is still there to compare with, the adapter fits it, and it may be quantized (W is then the
-  dequantized weight; QPiSSA, which quantizes W - s B0 A0, is something else).
+  in float32. So W may be quantized, and the adapter fits it (QPiSSA, which quantizes W - s B0 A0, is something else).
 - Biases can be trained, too, in float32.
 
-The first two are settings of `LoRALinear`; DoRA and PiSSA are subclasses of it, found in `VARIANTS`. A new variant is a
-subclass that overrides `make_factors` (what is trained), `plain_factors` (A and B of the change, for the forward pass
-and for export as plain LoRA) or `apply_magnitude_and_bias` (what follows the sum), and an entry of the table.
+A new variant is a subclass of `LoRALinear` that overrides `make_factors` (what is trained), `plain_factors` (A and B of
+the change, in the forward pass and in export as plain LoRA) or `apply_magnitude_and_bias`, and an entry of `VARIANTS`.
 """
 
 from __future__ import annotations
@@ -43,7 +41,6 @@ from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, matmul
 WORDS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
 MATCHING_SECONDS = 5.0  # for regular expressions, which may be a stranger's: `(.+)+!` would take for ever
 EXACT_SVD = 1024  # of a larger matrix the largest singular vectors are found by iteration
-SUBSPACE_ITERATIONS = 8
 SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros can be divided by its norm
 
 
@@ -52,7 +49,6 @@ class LoRALinear(nn.Module):
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # what a checkpoint holds of A and B
     RANKS: ClassVar[int] = 1  # the rank of the change, in units of lora.rank
-    PERTURBED: ClassVar[str] = "lora_B"  # a trained factor in which the change is linear: the self-test moves it
 
     lora_A: nn.Parameter  # (r, in)
     lora_B: nn.Parameter  # (out, r)
@@ -60,7 +56,6 @@ class LoRALinear(nn.Module):
     bias: nn.Parameter | None  # b': (out,), if it is trained
 
     def __init__(self, base: Frozen, lora: LoRAConfig, generator: torch.Generator):
-        """Put a fresh adapter beside `base`; `lora` has the rank and the alpha of this linear."""
         super().__init__()
         self.base, self.dropout, self.enabled = base, lora.dropout, True
         self.scaling = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
@@ -92,9 +87,8 @@ class LoRALinear(nn.Module):
         return self.plain_factors(*(getattr(self, name) for name in self.FACTORS))
 
     @staticmethod
-    def plain_factors(*factors: Tensor) -> tuple[Tensor, Tensor]:
+    def plain_factors(a: Tensor, b: Tensor, *starts: Tensor) -> tuple[Tensor, Tensor]:
         """The same from the tensors of FACTORS."""
-        a, b = factors
         return a, b
 
     def apply_magnitude_and_bias(self, y: Tensor) -> Tensor:
@@ -115,11 +109,9 @@ class LoRALinear(nn.Module):
         return None
 
     def merged(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The weight of one linear that does the same, W + s B A, (out, in) float32.
+        """The weight of one linear that does the same, W + s B A, (out, in) float32; or some rows of it.
 
-        Args:
-            weight: W, (out, in) float32, on any device; or some of its output rows.
-            rows: which they are; each is merged by itself.
+        `weight` is W or those rows, in float32, on any device.
         """
         a, b = (factor.detach().float().to(weight.device) for factor in self.factors())
         return torch.addmm(weight, b[rows], a, alpha=self.scaling)
@@ -138,7 +130,7 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(self.norm(torch.float32))
 
     def measure_base(self) -> None:
-        """Take the norms of W's rows again: the base is another one."""
+        """Compute the norms of W's rows; again when the base was replaced."""
         self.norm_kept: Tensor | None = None
         self.squares = torch.linalg.vector_norm(weight_of(self.base), dim=1, dtype=torch.float32).square()
 
@@ -190,9 +182,9 @@ class PiSSALinear(LoRALinear):
         return a, b
 
     @staticmethod
-    def plain_factors(*factors: Tensor) -> tuple[Tensor, Tensor]:
+    def plain_factors(a: Tensor, b: Tensor, *starts: Tensor) -> tuple[Tensor, Tensor]:
         """B A - B0 A0 as one product: B' = [B - B0, B0] and A' = [A; A - A0]."""
-        a, b, a0, b0 = factors
+        a0, b0 = starts
         return torch.cat((a, a - a0)), torch.cat((b - b0, b0), dim=1)
 
 
@@ -231,7 +223,7 @@ def top_singular_factors(weight: Tensor, rank: int, generator: torch.Generator) 
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
     else:
         basis = torch.randn(weight.shape[1], min(2 * rank, *weight.shape), generator=generator).to(weight.device)
-        for _ in range(SUBSPACE_ITERATIONS):
+        for _ in range(8):
             basis = torch.linalg.qr(weight.T @ torch.linalg.qr(weight @ basis).Q).Q  # (in, 2 rank), orthonormal
         u, s, vt = torch.linalg.svd(weight @ basis, full_matrices=False)
         vt = vt @ basis.T
@@ -242,8 +234,6 @@ def top_singular_factors(weight: Tensor, rank: int, generator: torch.Generator) 
 def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, LoRALinear]:
     """Freeze the model and put an adapter beside every linear that `lora.target_modules` matches.
 
-    Args:
-        seed: of the random A.
     Returns:
         The adapters by module name, in the model's order.
     Raises:
@@ -251,14 +241,12 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, LoRA
             singular values (PiSSA), a bias to be trained that has no adapter.
     """
     model.requires_grad_(False)
-    linears = linears_of(model)
+    linears, generator = linears_of(model), torch.Generator().manual_seed(seed)
     with time_limit(MATCHING_SECONDS, "lora.target_modules, lora.rank_pattern, lora.alpha_pattern"):
         settings = _settings_by_name(linears, lora)
-    generator = torch.Generator().manual_seed(seed)
     adapters = {}
     for name, own in settings.items():
-        base = linears[name]
-        most = min(base.in_features, base.out_features)
+        base, most = linears[name], min(linears[name].in_features, linears[name].out_features)
         if own.init == "pissa" and own.rank > most:
             raise UserError(f"lora.rank: {own.rank}: {name} has only {most} singular values: set lora.rank={most}")
         parent, _, last = name.rpartition(".")

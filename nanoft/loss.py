@@ -3,9 +3,8 @@
 For a vocabulary of 32,768 and 4,096 positions the logits alone take 0.5 GB in float32, and their gradient as much
 again, although only positions that predict a target matter (in instruction data often one in five). So the model
 returns the hidden states of those positions only, and `token_nll` takes them a chunk at a time: it computes the
-chunk's logits, losses and gradient, and keeps only the gradient with respect to the hidden states. Nothing of size
-(n, vocab) outlives its chunk, and a chunk is small enough for a CPU's cache, where the passes over it are several times
-faster.
+chunk's logits, losses and gradient, and keeps only the gradient with respect to the hidden states. A chunk is small
+enough for a CPU's cache, where the passes over it are several times faster.
 
 With logits l = W h, p = softmax(l) and lse = log sum exp(l), the negative log-likelihood is  L = lse - l[target],
 dL/dl = p - onehot(target),  dL/dh = W^T (p - onehot),  dL/dW = (p - onehot) h^T.
@@ -25,9 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 16 << 20}  # of float32 logits at once: half of a large last-level cache
-CHUNK_BYTES_ELSEWHERE = 128 << 20  # 1,024 rows of a vocabulary of 32,768: enough to fill a GPU
-
 
 def token_nll(
     hidden: Tensor, head: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
@@ -42,8 +38,6 @@ def token_nll(
         z_loss: weight of the squared log-normalizer.
     Returns:
         (n,) float32 (float64 for float64 inputs), in nats.
-    Raises:
-        ValueError: hidden and targets differ in n.
     """
     hidden = hidden.flatten(0, -2)
     if len(hidden) != len(targets):
@@ -52,14 +46,15 @@ def token_nll(
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
-    """Rows of logits that are computed at once; at least 16, so that the product stays one of matrices."""
-    return max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE) // (4 * vocab))
+    """Rows of float32 logits that are computed at once; at least 16, so that the product stays one of matrices."""
+    cache = 16 << 20  # bytes: half of a large last-level cache of a CPU
+    enough = 128 << 20  # to fill a GPU: 1,024 rows of a vocabulary of 32,768
+    return max(16, (cache if device.type == "cpu" else enough) // (4 * vocab))
 
 
 def _chunks(n: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    """0:rows, rows:2 rows, ... up to n."""
     rows = chunk_rows(vocab, device)
-    yield from (slice(start, start + rows) for start in range(0, n, rows))
+    return (slice(start, start + rows) for start in range(0, n, rows))
 
 
 def _chunk_nll(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,19 +1,15 @@
 """The decoder: token ids in, hidden states out.
 
 One class serves Llama 2/3, Mistral, Qwen2 and Qwen3, because they differ only in a few switches: a bias on some
-projections, a norm on queries and keys, a sliding window, a way of stretching the rotary positions. `DecoderConfig`
-holds those switches; nanoft/models/families.py reads them from a Hugging Face `config.json`.
+projections, a norm on queries and keys, a sliding window, a way of stretching the rotary positions.
 
     x = embedding[ids]
     in every block:  x = x + attention(norm(x)),  x = x + mlp(norm(x))
     hidden = norm(x),  logits = hidden @ head^T
 
 Every equation stands here once, for training, evaluation and generation. What depends on positions is in the context of
-a forward pass (nanoft/attention.py). nanoft/kernels/ has optimized forms of the same equations: a block may be a
-subclass with the same modules, and `Decoder.context_class` a context with the same results.
-
-Module names equal the names of the tensors in Hugging Face files, so loading is a look-up and an adapter saved here
-has the keys that other tools expect.
+a forward pass (attention.py); kernels/ has optimized forms of the same equations. Module names equal the names of the
+tensors in Hugging Face files, so loading is a look-up and an adapter saved here has the keys that other tools expect.
 
 Notation in comments: b batch, q positions, h query heads, g key/value heads, d head size, n target positions.
 """
@@ -75,23 +71,20 @@ def _yarn_frequencies(frequency: Tensor, theta: float, head_dim: int, p: Mapping
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: keep, 1: divide
     stretched = frequency * (1 - ramp) + frequency / factor * ramp
-    return stretched, _yarn_attention_factor(factor, p)
 
-
-def _yarn_attention_factor(factor: float, p: Mapping[str, Any]) -> float:
-    def magnitude(scale: float) -> float:  # YaRN eq. 22: sqrt(1/t) = 0.1 ln(s) + 1
+    def magnitude(scale: float) -> float:  # eq. 22: sqrt(1/t) = 0.1 ln(s) + 1
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if p.get("attention_factor") is not None:
-        return float(p["attention_factor"])
+        return stretched, float(p["attention_factor"])
     if p.get("mscale") and p.get("mscale_all_dim"):
-        return magnitude(p["mscale"]) / magnitude(p["mscale_all_dim"])
-    return magnitude(1.0)
+        return stretched, magnitude(p["mscale"]) / magnitude(p["mscale_all_dim"])
+    return stretched, magnitude(1.0)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder: what is left of a config.json once every convention is resolved."""
+    """The switches and sizes of a decoder, which nanoft/models/families.py reads from a config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -142,7 +135,6 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """The attention's output for the normed residual stream x, both (b, q, hidden)."""
         q, k, v = self.heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), context)
         return self.o_proj(context.attend(q, k, v, self).flatten(2))
 
@@ -166,7 +158,6 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The MLP's output for the normed residual stream x, both (b, q, hidden)."""
         return self.down_proj(self.activate(self.gate_proj(x), self.up_proj(x)))
 
     @staticmethod
@@ -203,7 +194,7 @@ def embedding_noise(x: Tensor, alpha: float) -> Tensor:
 
 
 class Trunk(nn.Module):
-    """Embedding, blocks and final norm; a module of its own because the tensor names say `model.`."""
+    """Embedding, blocks and final norm: the tensors whose names start with `model.`."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -241,8 +232,8 @@ class Decoder(nn.Module):
         Args:
             ids: token ids, (batch, seq).
             positions: of each token in its document, (batch, seq); None: 0, 1, 2, ...
-            documents: of a packed batch, which do not see each other. None: one document a sequence, padded on the
-                right if at all (no token sees what comes after it, so such padding needs no mask).
+            documents: of a packed batch; None: each sequence is one, padded on the right if at all (no token sees what
+                comes after it, so such padding needs no mask).
             target_positions: flat positions b * seq + s whose hidden state is wanted, (n,); None: all.
         """
         x = self.model.embed_tokens(ids)

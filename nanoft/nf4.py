@@ -52,7 +52,7 @@ class _Packed(nn.Module):
 
     def __init__(self, parts: list[Tensor], shape: tuple[int, ...], kind: str, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
-        self.out_features, self.in_features = shape
+        self.shape = self.out_features, self.in_features = tuple(shape)
         self.kind, self.dtype = kind, dtype
         for name, part in zip(self.NAMES, parts, strict=False):
             self.register_buffer(name, part, persistent=False)
@@ -71,7 +71,7 @@ class _Packed(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that this layer really multiplies by, (out, in)."""
-        return unpack(self.parts, self.kind, (self.out_features, self.in_features), self.dtype)
+        return unpack(self.parts, self.kind, self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = _FrozenMatmul.apply(x, self)
@@ -84,14 +84,12 @@ class Linear4bit(_Packed):
     NAMES = ("packed", "absmax", "nested_absmax", "nested_map", "offset")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str, double: bool, dtype: torch.dtype):
-        """Quantize `weight`, (out, in), on its device.
+        """Quantize `weight`, (out, in) with a multiple of 64 numbers, on its device.
 
         Args:
-            weight: any float dtype; in_features * out_features must be a multiple of 64.
-            bias: (out,) or None, kept in `dtype`.
             kind: "nf4" or "fp4".
             double: quantize the blocks' scales to 8 bits as well.
-            dtype: what the weight is rounded to before it is packed and when it is unpacked.
+            dtype: of the bias, and what the weight is rounded to before it is packed and when it is unpacked.
         """
         if weight.numel() % BLOCK:
             raise UserError(f"quantization.bits: {tuple(weight.shape)} weights are not a multiple of {BLOCK}: use 16")
@@ -106,7 +104,6 @@ class Linear8bit(_Packed):
     NAMES = ("codes", "absmax")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        """Quantize `weight`, (out, in), on its device; `bias` and `dtype` as in Linear4bit."""
         super().__init__(pack_8bit(weight.to(dtype)), weight.shape, "int8", bias, dtype)
 
 
@@ -126,16 +123,14 @@ def matmul(layer: Frozen, x: Tensor) -> Tensor:
     """x W^T, (..., in) -> (..., out), in x's number format, without the bias; no part of autograd's graph if packed."""
     if isinstance(layer, nn.Linear):
         return x @ layer.weight.to(x.dtype).T
-    shape = (layer.out_features, layer.in_features)
-    return torch.ops.nanoft.frozen_matmul.default(x, layer.parts, layer.kind, shape, layer.dtype, False)
+    return torch.ops.nanoft.frozen_matmul.default(x, layer.parts, layer.kind, layer.shape, layer.dtype, False)
 
 
 def matmul_backward(layer: Frozen, grad: Tensor) -> Tensor:
     """dL/dx = dL/dy W, (..., out) -> (..., in), in grad's number format."""
     if isinstance(layer, nn.Linear):
         return grad @ layer.weight.to(grad.dtype)
-    shape = (layer.out_features, layer.in_features)
-    return torch.ops.nanoft.frozen_matmul.default(grad, layer.parts, layer.kind, shape, layer.dtype, True)
+    return torch.ops.nanoft.frozen_matmul.default(grad, layer.parts, layer.kind, layer.shape, layer.dtype, True)
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -180,7 +175,7 @@ def _frozen_matmul_shape(
 def pack_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Codes, two in a byte, (numel / 2, 1) uint8, and the blocks' scales, (numel / 64,) float32.
 
-    A few chunks of memory are needed besides the result. Equal to bitsandbytes on the CPU, bit for bit.
+    Equal to bitsandbytes on the CPU, bit for bit.
     """
     blocks = weight.detach().reshape(-1, BLOCK)
     packed = torch.empty((len(blocks), BLOCK // 2), dtype=torch.uint8, device=weight.device)
@@ -208,12 +203,10 @@ def _steps(kind: str) -> tuple[int, list[tuple[float, int]]]:
 def pack_scales(absmax: Tensor) -> list[Tensor]:
     """Double quantization: absmax less its mean, in blocks of 256, as 8-bit codes of a dynamic map.
 
-    Worked out on the CPU, whose mean differs in its last bit from other devices'.
-
     Returns:
         codes (blocks,) uint8, their blocks' scales (blocks / 256,), the map (256,), the mean ().
     """
-    device, absmax = absmax.device, absmax.cpu()
+    device, absmax = absmax.device, absmax.cpu()  # on other devices the mean differs in its last bit
     offset = absmax.mean()
     values = F.pad(absmax - offset, (0, -len(absmax) % NESTED)).view(-1, NESTED)
     nested = values.abs().amax(1)
@@ -264,16 +257,11 @@ def _chunks(rows: Tensor) -> Iterator[slice]:
 def unpack(parts: list[Tensor], kind: str, shape: tuple[int, ...] | list[int], dtype: torch.dtype) -> Tensor:
     """The weight that the parts stand for, (out, in): each code's value times its scale, rounded to `dtype`.
 
-    Args:
-        parts: nf4, fp4: codes and absmax, or codes and the four of `pack_scales`; int8: codes and absmax.
+    The parts are codes and absmax; of a weight with double quantization, codes and the four of `pack_scales`.
     """
-    if kind == "int8":
-        return _unpack_rows(parts, dtype)
-    unpack_4bit = unpack_bitsandbytes if uses_bitsandbytes(parts[0].device.type) else unpack_table
-    return unpack_4bit(parts, kind, dtype).view(*shape)
-
-
-def _unpack_rows(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    if kind != "int8":
+        unpack_4bit = unpack_bitsandbytes if uses_bitsandbytes(parts[0].device.type) else unpack_table
+        return unpack_4bit(parts, kind, dtype).view(*shape)
     codes, absmax = parts
     weight, scale = torch.empty(codes.shape, dtype=dtype, device=codes.device), (absmax / 127)[:, None]
     for part in _chunks(codes):
@@ -303,18 +291,15 @@ def unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> T
 def unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
     packed, absmax, *nested = parts
     if nested:
-        absmax = _unpack_scales(absmax, *nested)
+        scales, values, offset = nested
+        scales = scales.repeat_interleave(NESTED)[: len(absmax)]
+        absmax = torch.index_select(values, 0, absmax.int()) * scales + offset
     table, packed = _pairs(kind, packed.device), packed.view(-1, BLOCK // 2)
     weight = torch.empty((len(absmax), BLOCK), dtype=dtype, device=packed.device)
     for part in _chunks(weight):
         pairs = F.embedding(packed[part].int(), table)  # (blocks, 32, 2)
         weight[part] = pairs.view(-1, BLOCK) * absmax[part, None]
     return weight
-
-
-def _unpack_scales(codes: Tensor, nested: Tensor, values: Tensor, offset: Tensor) -> Tensor:
-    nested = nested.repeat_interleave(NESTED)[: len(codes)]
-    return torch.index_select(values, 0, codes.int()) * nested + offset
 
 
 @functools.cache
@@ -327,4 +312,4 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
 def packed_bytes(layer: Frozen) -> int:
     """Bytes that the layer's weight really takes: codes, scales and the scales of the scales."""
     parts = [layer.weight] if isinstance(layer, nn.Linear) else layer.parts
-    return sum(part.numel() * part.element_size() for part in parts)
+    return sum(part.nbytes for part in parts)

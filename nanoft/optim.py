@@ -4,17 +4,14 @@ AdamW (Loshchilov & Hutter 2019) keeps two running means for each parameter: 8 b
 too much, they are stored in 8 bits each (Dettmers et al. 2022), or in pages that move to the CPU's memory when the GPU
 is full (Dettmers et al. 2023, section 3); SGD keeps one running sum, or nothing. State is named by parameter, never by
 position, so that a checkpoint can be matched to a model. The learning rate is a pure function of the step: there is
-no scheduler state that could be lost.
-
-A new optimizer or schedule is an entry of `OPTIMIZERS` or `SCHEDULES`, and a field of `TrainingConfig` if it has a
-setting of its own. The memory plan, the checks of device and sharding, and the tests read the tables.
+no scheduler state that could be lost. A new optimizer or schedule is an entry of `OPTIMIZERS` or `SCHEDULES`.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoft import UserError
+from nanoft.checkpoint import copy_matching
 from nanoft.config import TrainingConfig
 
 Groups = list[dict[str, Any]]  # params, weight_decay, and scale: a factor on the learning rate
@@ -119,26 +117,16 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], t: TrainingC
     return optimizer
 
 
-def _wsd(t: float, c: TrainingConfig) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024, section 4): 1, then over the last `lr_decay_ratio` half a cosine to 0."""
-    decayed = max(0.0, (t - 1) / c.lr_decay_ratio + 1)  # share of the decay that is done
-    return (1 + math.cos(math.pi * decayed)) / 2
-
-
 # The rate at t, as a share of the peak: t in [0, 1) over the steps after the warm-up.
 SCHEDULES: dict[str, Callable[[float, TrainingConfig], float]] = {
     "cosine": lambda t, c: (1 + math.cos(math.pi * t)) / 2,  # Loshchilov & Hutter 2017, eq. 5
     "cosine_with_restarts": lambda t, c: (1 + math.cos(math.pi * (c.lr_cycles * t % 1))) / 2,  # the same, SGDR
-    "wsd": _wsd,
+    # Warm-up, stable, decay (Hu et al. 2024, section 4): 1, then over the last `lr_decay_ratio` half a cosine to 0.
+    "wsd": lambda t, c: (1 + math.cos(math.pi * max(0.0, (t - 1) / c.lr_decay_ratio + 1))) / 2,
     "linear": lambda t, c: 1 - t,
     "polynomial": lambda t, c: (1 - t) ** c.lr_power,
     "constant": lambda t, c: 1.0,
 }
-
-
-def warmup_length(total_steps: int, c: TrainingConfig) -> int:
-    """Steps of linear warm-up: as given, or a share of all steps."""
-    return round(c.warmup_ratio * total_steps) if c.warmup_steps is None else c.warmup_steps
 
 
 def learning_rate(step: int, total_steps: int, c: TrainingConfig) -> float:
@@ -146,7 +134,7 @@ def learning_rate(step: int, total_steps: int, c: TrainingConfig) -> float:
 
     Warm-up rises linearly and reaches the peak at its end; then the schedule falls from 1 to `min_lr_ratio` of it.
     """
-    warmup = warmup_length(total_steps, c)
+    warmup = round(c.warmup_ratio * total_steps) if c.warmup_steps is None else c.warmup_steps
     if step < warmup:
         return c.learning_rate * (step + 1) / (warmup + 1)
     t = (step - warmup) / max(1, total_steps - warmup)
@@ -167,23 +155,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[st
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
 ) -> None:
     """Fill the allocated state with what `optimizer_tensors` gave, matched by name.
 
     Raises:
         UserError: a parameter's state is missing, has another shape or type, or belongs to no parameter.
     """
-    left = dict(tensors)
+    copy_matching(optimizer_tensors(optimizer, named), tensors, "optimizer.safetensors")
     for name, parameter in named:
         state = optimizer.state[parameter]
-        for key, held in state.items():
-            saved, wanted = left.pop(f"{name}.{key}", None), torch.as_tensor(held)
-            if saved is None or (saved.shape, saved.dtype) != (wanted.shape, wanted.dtype):
-                raise UserError(f"optimizer.safetensors: {name}.{key} is missing or does not fit: start a new run")
-            if isinstance(held, Tensor):
-                held.copy_(saved)
-            else:
-                state[key] = int(saved)
-    if left:
-        raise UserError(f"optimizer.safetensors: {next(iter(left))} belongs to no trained parameter: start a new run")
+        state.update({key: int(tensors[f"{name}.{key}"]) for key, held in state.items() if isinstance(held, int)})

@@ -2,8 +2,8 @@
 
     perplexity = exp(sum of -log p(token)  /  number of tokens)
 
-The sums run over every token of every batch and rank, in float64. A mean of the batches' means would weigh a token by
-how full its batch is, and change with the batch size.
+The sums run over every token of every batch and rank, in float64. A mean of the batches' means would weigh tokens by
+how full their batch is, and change with the batch size.
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ The policy wraps the call of a block from outside; the block does not know about
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
+
+from nanoft.runtime.metal import with_same_dropout
 
 ActivationPolicy = Literal["all", "input", "offloaded"]  # kept: all activations, the input, the input on the CPU
 
@@ -40,26 +41,6 @@ def run_block(
     repeatable = with_same_dropout(block) if x.device.type == "mps" else block
     with waiting:
         return checkpoint(repeatable, x, context, target_positions, use_reentrant=True)
-
-
-def with_same_dropout(block: nn.Module) -> Callable[..., Any]:
-    """The block as a function that draws the same dropout masks when it is recomputed.
-
-    `checkpoint` restores the random numbers of CUDA and the CPU, but not those of Metal (PyTorch 2.8 to 2.13).
-    """
-    first: list[Tensor] = []
-
-    def call(*arguments: Any) -> Any:
-        state = torch.mps.get_rng_state()
-        if not first:
-            first.append(state)
-            return block(*arguments)
-        torch.mps.set_rng_state(first[0])
-        y = block(*arguments)
-        torch.mps.set_rng_state(state)
-        return y
-
-    return call
 
 
 def compile_blocks(model: Any) -> None:

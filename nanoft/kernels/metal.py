@@ -1,8 +1,10 @@
-"""What the kernels do differently on Apple GPUs (PyTorch's `mps` device). docs/metal.md is the guide for users.
+"""The Metal path: what differs on Apple GPUs (PyTorch's `mps` device). docs/metal.md is the guide for users.
 
-There are no CUDA kernels, no float64 and no pinned memory, and PyTorch's attention keeps the weights of all pairs for
-backward. So attention is evaluated in chunks of queries, and NF4 by a table look-up in plain PyTorch (nanoft/nf4.py).
-Everything else runs the same operations as elsewhere.
+- Attention: PyTorch's keeps the weights of all pairs for backward, so it is evaluated in chunks of queries (below).
+- NF4 is unpacked by a table look-up in plain PyTorch (nanoft/nf4.py), because bitsandbytes has no kernels for Metal.
+- The memory limit and dropout in recomputed blocks are in nanoft/runtime/metal.py: the core needs them without kernels.
+
+There is no float64 and no pinned memory. Everything else runs the same operations as elsewhere.
 """
 
 from __future__ import annotations

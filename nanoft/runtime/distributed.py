@@ -104,7 +104,7 @@ def resolve_world_size(config: Config) -> Config:
 
 
 def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
-    """Refuse ranks that differ in a fact (versions, settings, ...: JSON values by name): their results would, too."""
+    """Refuse ranks that differ in versions, settings, ... (JSON values by name): their results would differ, too."""
     everyone = _all_gather(facts)
     for other, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
