@@ -13,7 +13,7 @@ import platform
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,26 @@ def preserve_rng_state() -> Iterator[None]:
         yield
     finally:
         set_rng_state(state)
+
+
+def with_same_dropout(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The block as a function that draws the same dropout masks when it is recomputed, on Metal.
+
+    `checkpoint` restores the random numbers of CUDA and the CPU, but not those of Metal (PyTorch 2.8 to 2.13).
+    """
+    first: list[Tensor] = []
+
+    def call(*arguments: Any) -> Tensor:
+        state = torch.mps.get_rng_state()
+        if not first:
+            first.append(state)
+            return block(*arguments)
+        torch.mps.set_rng_state(first[0])
+        y = block(*arguments)
+        torch.mps.set_rng_state(state)
+        return y
+
+    return call
 
 
 def _from_hex(text: str) -> Tensor:
