@@ -46,8 +46,7 @@ from nanoft.runtime.device import (
     supports_matmul,
 )
 from nanoft.runtime.machine import Machine
-from nanoft.runtime.memory import memory_limit_bytes
-from nanoft.runtime.metal import WATERMARK
+from nanoft.runtime.memory import WATERMARK, memory_limit_bytes
 from nanoft.tracking.trackers import require_tracker_packages
 from nanoft.training.memory_plan import Planner, describe_recompute, resolve_micro_batch_size
 from nanoft.training.preflight import check_room
