@@ -29,10 +29,9 @@ RUN = """
 import sys
 sys.path.insert(0, {root!r})
 import train
-from nanoft import job
-from nanoft.checkpoint import Background
+from nanoft.checkpoint import AsyncCheckpointWriter
 if {wait}:
-    job.Background = lambda checkpoints, _: Background(checkpoints, lambda: 0.0)  # no room for copies
+    train.AsyncCheckpointWriter = lambda checkpoints, _: AsyncCheckpointWriter(checkpoints, lambda: 0.0)  # no copies
 sys.exit(train.main({arguments!r}))
 """
 

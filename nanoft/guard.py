@@ -8,9 +8,9 @@ before it is taken, by its loss and by the norm of its gradient before clipping:
 
 A spike is measured with statistics that an outlier cannot move: the distance from the median of the last steps in units
 of their median absolute deviation (Hampel 1974; Leys et al. 2013). Of logarithms, because losses and gradient norms
-vary by factors, the more so the smaller they are. Too many windows skipped in a row mean that the weights have gone
-bad: the run rolls back to its last checkpoint, lowers the learning rate, and skips the windows that did it (as
-Chowdhery et al. 2022, section 5.1, did by hand). If that does not help, it ends and names where the first NaN arises.
+vary by factors. Too many windows skipped in a row mean that the weights have gone bad: the run rolls back to its last
+checkpoint, lowers the learning rate, and skips the windows that did it (as Chowdhery et al. 2022, section 5.1, did by
+hand). If that does not help, it ends and names where the first NaN arises.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SkipStep(Exception):
 
 
 class RollBack(SkipStep):
-    """Too many of them in a row: the weights must come from an earlier checkpoint."""
+    """Too many of them in a row: the weights must be restored from an earlier checkpoint."""
 
 
 class Diverged(TrainingFailed):
@@ -69,15 +69,12 @@ def check(config: GuardConfig, history: History, loss: float, grad_norm: float, 
     Returns:
         A warning about a spike that is tolerated, or "".
     Raises:
-        SkipStep: the window must be skipped.
-        RollBack: and it is the last of too many in a row.
+        SkipStep: the window must be skipped; RollBack: it is the last of too many in a row.
     """
 
     def skip(reason: str) -> SkipStep:
-        history.skips += 1
-        history.suspects.append(window.position)
-        kind = SkipStep if history.skips < config.max_skips else RollBack
-        return kind(reason, loss, grad_norm, window)
+        history.skips, history.suspects = history.skips + 1, [*history.suspects, window.position]
+        return (SkipStep if history.skips < config.max_skips else RollBack)(reason, loss, grad_norm, window)
 
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise skip(f"loss {loss:.6g}, gradient norm {grad_norm:.6g}")
@@ -144,9 +141,8 @@ def diagnose(model: nn.Module, *inputs: Any) -> str:
     finally:
         for handle in hooks:
             handle.remove()
-    if found:
-        return f"the first output that is not finite is that of {found[0]}"
-    return "weights and activations are finite, so it arises in the loss or in backward"
+    where = "weights and activations are finite, so it arises in the loss or in backward"
+    return f"the first output that is not finite is that of {found[0]}" if found else where
 
 
 def _is_finite(part: Any) -> bool:

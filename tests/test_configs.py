@@ -22,9 +22,8 @@ from nanoft.config.loading import load_file
 from nanoft.config.settings import SECTION_NAMES, SECTION_TYPES
 from nanoft.models.families import decoder_config
 from nanoft.recompute import keep_by_policy
-from nanoft.runtime import auto_config
 from nanoft.training.memory_plan import count_parameters, estimate_memory
-from tiny_models import make_chat_model, write_records
+from tiny_models import make_chat_model
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "configs" / "experiments").glob("*.py")])
@@ -190,55 +189,6 @@ def test_an_extra_that_is_not_installed_is_one_line(
 
 
 # --- auto
-
-
-@pytest.mark.parametrize(
-    ("device_type", "memory_gb", "name"),
-    [  # total memory as PyTorch gives it
-        ("cuda", 6.2, "gpu_8gb"),  # GTX 1660
-        ("cuda", 8.3, "gpu_8gb"),  # RTX 4060
-        ("cuda", 12.5, "gpu_12gb"),  # RTX 3060
-        ("cuda", 16.9, "gpu_12gb"),  # RTX 4080
-        ("cuda", 23.8, "gpu_24gb"),  # A10G
-        ("cuda", 25.4, "gpu_24gb"),  # RTX 4090
-        ("cuda", 42.3, "gpu_24gb"),  # A100 40GB
-        ("cuda", 85.0, "gpu_80gb"),  # H100
-        ("cuda", 150.1, "gpu_80gb"),  # H200
-        ("mps", 34.4, "m4"),
-        ("cpu", 16.0, "cpu"),
-    ],
-)
-def test_auto_takes_the_largest_config_that_the_device_has_memory_for(
-    device_type: str, memory_gb: float, name: str
-) -> None:
-    path = auto_config.config_for(device_type, memory_gb)
-    assert path.stem == name
-    config = load_file(path)
-    assert config.system.device == device_type
-    assert not config.system.memory_gb or config.system.memory_gb <= max(8, memory_gb * 1.01)
-
-
-@pytest.mark.parametrize(("has_bfloat16", "name"), [(True, "gpu_12gb"), (False, "gpu_8gb")])
-def test_auto_knows_that_float32_takes_twice_the_memory(
-    has_bfloat16: bool, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """16 GB with (RTX 4080) and without (T4)."""
-    monkeypatch.setattr(auto_config, "choose_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(auto_config, "total_memory_gb", lambda _: 16.9)
-    monkeypatch.setattr(auto_config, "describe_device", lambda _: "a card")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    assert auto_config.pick_config([]).stem == name
-
-
-def test_auto_says_what_it_takes_and_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_chat_model(tmp_path / "base")
-    own = [f"model.name={tmp_path / 'base'}", f"data.train_file={write_records(tmp_path / 'data.jsonl')}"]
-    few = ["training.max_steps=1", "evaluation.prompts=2", "model.max_seq_length=256", "system.device=cpu"]
-    assert train.main(["auto", *own, *few, f"output.dir={tmp_path / 'run'}"]) == 0
-    assert capsys.readouterr().out.startswith("auto      configs/cpu.py, because this is CPU, 1 threads")
-    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert recorded["model"]["name"] == str(tmp_path / "base")
-    assert recorded["training"]["gradient_accumulation_steps"] == 8  # that of configs/cpu.py
 
 
 def bindings(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:

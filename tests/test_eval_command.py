@@ -341,7 +341,7 @@ def test_a_function_of_ones_own_runs_only_for_who_may_ask(
     (tmp_path / "mine.json").write_text(json.dumps({"evaluation": {"metrics": ["own_half:half"]}}))
     capsys.readouterr()
     assert train.main([str(tmp_path / "mine.json")]) == 2
-    assert "would run code, which only a config in Python may ask for" in capsys.readouterr().err
+    assert "would run code, which only a Python config may ask for" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 
@@ -350,7 +350,9 @@ def test_an_unknown_metric_stops_training_before_anything_is_loaded(
 ) -> None:
     settings = ["model.name=" + str(runs / "base"), "data.train_file=" + str(runs / "data.jsonl")]
     assert train.main([*settings, "evaluation.metrics=blue", f"output.dir={tmp_path / 'run'}"]) == 2
-    assert capsys.readouterr().err == "error: evaluation.metrics: 'blue': no such metric: did you mean bleu?\n"
+    assert capsys.readouterr().err == (
+        "error: evaluation.metrics: 'blue': no such metric: did you mean bleu? (or package.module:function)\n"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -419,7 +421,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no field": (["RUN", "--by", "topic"], "evaluation.by_field: topic: no record has this field"),
     "no adapter to put on other weights": (["ROOT/full", "--quantization"], "has no adapter"),
     "empty data": (["RUN", "--data", "EMPTY"], "the file is empty"),
-    "no targets": (["RUN", "--data", "MASKED"], "no message of it is to be learned"),
+    "no targets": (["RUN", "--data", "MASKED"], "none of its messages is a target"),
     "nothing fits": (["RUN", "model.max_seq_length=8"], "model.max_seq_length"),
 }
 

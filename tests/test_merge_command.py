@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge as command
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.export import adapters, merge, staging, verify
+from nanoft.export import merge, staging, verify
 from nanoft.generation.generate import generate
 from nanoft.lora import disabled
 from nanoft.model import Decoder
@@ -226,7 +226,7 @@ def test_the_command_in_a_process_of_its_own(runs: Path, tmp_path: Path) -> None
     assert done.stdout.startswith(f"{tmp_path}/a/out: merged onto the original weights in float32")
     again = subprocess.run([*line, str(tmp_path / "a" / "out")], capture_output=True, text=True)
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr == f"error: --out: {tmp_path}/a/out: exists already: choose another name or remove it\n"
+    assert again.stderr == f"error: --out: {tmp_path}/a/out: already exists: choose another name or remove it\n"
 
 
 # --- parts, sums, and back
@@ -308,7 +308,7 @@ def test_what_was_merged_can_be_taken_out_again(
 def test_what_cannot_be_taken_out_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_chat_model(tmp_path / "base", "qwen2")
     for name, changes, message in (
-        ("dora", {"lora__dora": True}, "DoRA gives each row"),
+        ("dora", {"lora__dora": True}, "DoRA adapters cannot be summed"),
         ("bias", {"lora__bias": "lora_only"}, "replaced biases"),
     ):
         run = train_run(tmp_path / name, tmp_path / "base", runs / "data.jsonl", **changes)
@@ -317,7 +317,7 @@ def test_what_cannot_be_taken_out_is_refused(runs: Path, tmp_path: Path, capsys:
         assert run_merge(run, "--unmerge", tmp_path / f"{name}-merged", "--out", tmp_path / "x") == 2
         assert message in capsys.readouterr().err
     assert run_merge(tmp_path / "dora", tmp_path / "bias", "--out", tmp_path / "x") == 2
-    assert "merge a DoRA by itself" in capsys.readouterr().err
+    assert "merge them one at a time" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -553,8 +553,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a full run": (["ROOT/full"], "trained every parameter"),
     "a full run as an adapter": (["ROOT/full", "--format", "peft"], "trained every parameter"),
     "not quantized": (["ROOT/lora", "--base", "nf4"], "--base nf4: "),
-    "truncated": (["ADAPTER"], "adapter_model.safetensors: damaged"),
-    "truncated peft": (["ADAPTER", "--format", "peft"], "adapter_model.safetensors: damaged"),
+    "truncated": (["ADAPTER"], "adapter_model.safetensors: corrupted"),
+    "truncated peft": (["ADAPTER", "--format", "peft"], "adapter_model.safetensors: corrupted"),
     "infinite": (["ADAPTER", "--format", "mlx"], "lora_A.weight contains NaN or infinity"),
     "infinite gguf": (["ADAPTER", "--format", "gguf-lora"], "lora_A.weight contains NaN or infinity"),
     "gone": (["ADAPTER"], "adapter_model.safetensors is missing"),
@@ -569,7 +569,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "one weight": (["ROOT/lora", "ROOT/lora", "--weights", "1"], "give 2 numbers, one for each adapter"),
     "weight is text": (["ROOT/lora", "--weights", "half"], "give 1 numbers, one for each adapter"),
     "no expression": (["ROOT/lora", "--only", "(q"], "--only: '(q' is neither a name nor a regular expression"),
-    "no module": (["ROOT/lora", "--only", "w_proj"], "--only: 'w_proj' names nothing"),
+    "no module": (["ROOT/lora", "--only", "w_proj"], "--only: 'w_proj' matches no module"),
     "other base": (["ROOT/lora", "ADAPTER"], "they cannot be summed"),
     "dtype of an adapter": (["ROOT/lora", "--format", "mlx", "--dtype", "f32"], "--dtype: needs --format hf"),
     "verify of a file": (["ROOT/lora", "--format", "gguf", "--verify"], "--verify: needs --format hf"),
@@ -603,7 +603,7 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "file").write_text("kept")
-    monkeypatch.setattr(adapters, "open_adapter", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(merge, "open_adapter", lambda *_, **__: pytest.fail("loaded"))
     assert run_merge(runs / "lora", "--out", tmp_path / name if name else "") == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: --out: ")

@@ -415,7 +415,7 @@ DATA = {
     "wrong field": (lambda p: write(p / "d.jsonl", record(query="a", reply="b") * 9), ["d.jsonl", "query"]),
     "one in ten bad": (
         lambda p: write(p / "d.jsonl", PAIR * 9 + record(prompt=1, completion="two")),
-        ["d.jsonl:10: prompt: 1 is not a text", "1 of 10 records"],
+        ["d.jsonl:10: prompt: 1 is not a string", "1 of 10 records"],
     ),
     "not json": (lambda p: write(p / "d.jsonl", PAIR + "{oops\n"), ["d.jsonl:2"]),
     "nan": (lambda p: write(p / "d.jsonl", (PAIR + '{"prompt": "x", "completion": NaN}\n')), ["d.jsonl:2", "NaN"]),
@@ -428,7 +428,7 @@ DATA = {
 }
 MODELS = {
     "without weights": (without_weights, ["no weights here"]),
-    "truncated": (truncated, ["model.safetensors", "damaged"]),
+    "truncated": (truncated, ["model.safetensors", "corrupted"]),
     "renamed tensor": (renamed_tensor, ["missing model.layers.0.mlp.gate_proj.weight", "unexpected"]),
     "unknown architecture": (unknown_architecture, ["config.json", "Mamba is not supported", "MistralForCausalLM"]),
     "without tokenizer": (without_tokenizer, ["tokenizer.json"]),
@@ -481,7 +481,7 @@ def test_the_directory_of_another_run_is_refused_and_kept(tmp_path: Path, capsys
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.suffix}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
-    refused(quick(tmp_path / "other", **settings), ["output.dir", "not a run of nanoft"], capsys)
+    refused(quick(tmp_path / "other", **settings), ["output.dir", "not a nanoft run"], capsys)
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 

@@ -48,8 +48,7 @@ class Figure:
     def value(self) -> float:
         return float(self.of_sums(self.parts.sum(axis=0)))
 
-    def each(self) -> Array:
-        """(n,) the figure of each sample alone."""
+    def each(self) -> Array:  # (n,) the figure of each sample alone
         return self.of_sums(self.parts)
 
 

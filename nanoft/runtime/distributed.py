@@ -114,10 +114,8 @@ def resolve_world_size(config: Config) -> Config:
 
 
 def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
-    """Refuse ranks that differ: their results would, too.
+    """Refuse ranks that differ in versions, settings, ... (JSON values by name): their results would differ, too.
 
-    Args:
-        facts: versions, settings, ...: JSON values by name; the same names on every rank of the same version.
     Raises:
         UserError: the same one on every rank: who differs, in what.
     """

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.loading import load_config
-from nanoft.data.cache import cache_home
+from nanoft.data.dataset import cache_home
 from nanoft.data.sources import find_files
 from nanoft.io.untrusted import one_line
 from nanoft.kernels.attention import CHUNK, attend, has_varlen
@@ -222,6 +222,11 @@ def _try(name: str, trial: Callable[[Config], Check], config: Config) -> Check:
         return Check(name, "FAIL", one_line(error))
 
 
+def _names(config: Config) -> Check:
+    validate_config(config)
+    return Check("settings", "ok", "every name is known")
+
+
 def _device(config: Config) -> Check:
     return Check("config", "ok", f"runs on {choose_device(config.system.device).type}")
 
@@ -299,9 +304,10 @@ def run(args: argparse.Namespace) -> int:
     """`python -m nanoft doctor [CONFIG]`; returns the exit code: 2 if a check fails."""
     quiet_libraries()
     config = load_config(args.config, args.overrides) if args.config else None
-    if config:
-        validate_config(config)
     passed = True
+    if config and not (names := _try("settings", _names, config)).passed:
+        print(names, flush=True)
+        config, passed = None, False
     for check in chain(check_machine(_device_of(config), config), check_config(config) if config else ()):
         print(check, flush=True)
         passed &= check.passed

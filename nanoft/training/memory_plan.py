@@ -362,8 +362,9 @@ def show_plan(config: Config) -> int:
     Raises:
         UserError: it does not fit.
     """
-    machine, decoder = Machine.detect_or_describe(config), ModelFiles.find(config.model.name).decoder
-    check_optimizer(config.training.optimizer, machine.device)
+    machine = Machine.detect_or_describe(config)
+    check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
+    decoder = ModelFiles.find(config.model.name).decoder
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     planner = Planner.of(config, machine, decoder)

@@ -88,7 +88,7 @@ def test_a_full_disk_under_the_logs_costs_nothing_that_is_computed(scene: Scene,
     directory = tmp_path / "run"
     done = scene.run(directory, fault=Fault(full=("train.log",)))
     assert (done.code, done.err) == (0, "")
-    assert done.out.count("train.log: No space left on device: training goes on") == 1
+    assert done.out.count("train.log: No space left on device: training continues") == 1
     assert scene.check_result(directory).names == scene.whole.names - {"train.log"}
 
 
@@ -97,7 +97,7 @@ def test_lines_that_the_disk_refused_are_written_later(scene: Scene, times: int,
     directory = tmp_path / "run"
     done = scene.run(directory, fault=Fault(str(errno.ENOSPC), 5, r"/metrics\.jsonl$", times))
     assert (done.code, done.err) == (0, "")
-    assert done.out.count("metrics.jsonl: No space left on device: training goes on") == 1
+    assert done.out.count("metrics.jsonl: No space left on device: training continues") == 1
     scene.check(directory)
 
 

@@ -79,7 +79,7 @@ def test_a_directory_that_is_removed_meanwhile(scene: Scene, tmp_path: Path) -> 
     directory.rename(tmp_path / "removed")
     done = running.wait()
     assert done.code == 2
-    assert f"output.dir: {directory}: was removed or replaced" in one_line(done.err)
+    assert f"output.dir: {directory} was removed or replaced" in one_line(done.err)
     assert not directory.exists()
     (tmp_path / "removed").rename(directory)  # it was a mistake
     scene.goes_on(directory)
@@ -129,7 +129,7 @@ def test_homes_and_caches(scene: Scene, case: str, tmp_path: Path) -> None:
         environment["XDG_CACHE_HOME"] = ""  # as unset; the home comes from the list of users
     done = scene.run(tmp_path / "run", fault=Fault(environment=environment))
     assert (done.code, done.err) == (0, "")
-    assert ("the cache cannot be written" in done.out) == ("cannot be written" in case)
+    assert ("the cache is not writable" in done.out) == ("cannot be written" in case)
     scene.check(tmp_path / "run")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -48,3 +49,27 @@ def test_json_is_readable_and_holds_any_file_name(tmp_path: Path) -> None:
     assert "Grüße" in text
     assert text.endswith("}\n")
     assert noted == hash_file(tmp_path / "x.json")
+
+
+def test_a_file_is_what_its_hash_says(tmp_path: Path) -> None:
+    pieces = [b"abc", memoryview(b"defg"), b""]
+    expected = {"size": 7, "sha256": hashlib.sha256(b"abcdefg").hexdigest()}
+    assert write_file(tmp_path / "a", pieces) == expected == hash_file(tmp_path / "a")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "a", pieces)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_file(tmp_path / "a", b"old")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            replace_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    replace_file(tmp_path / "a", b"newer")  # what was left aside is in nobody's way
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"newer"

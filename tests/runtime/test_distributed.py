@@ -480,8 +480,8 @@ def test_the_rows_of_a_step_are_the_ranks_together() -> None:
     [
         (16, split(4, 4, 2), "set training.micro_batch_size=4 training.gradient_accumulation_steps=2"),
         (6, split(4, 2, 3), "set training.micro_batch_size=2 training.gradient_accumulation_steps=1"),
-        (8, split(4, 2, 3), "start as many processes as divide them"),
-        (4, split(1, 1, 8), "start as many processes as divide them"),
+        (8, split(4, 2, 3), "start a number of processes that divides it"),
+        (4, split(1, 1, 8), "start a number of processes that divides it"),
     ],
 )
 def test_how_to_split_the_rows_over_other_ranks(rows: int, config: Config, fix: str) -> None:

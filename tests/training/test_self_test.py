@@ -212,7 +212,7 @@ def save_another_alpha(patch: pytest.MonkeyPatch) -> None:
 
 def leave_a_chunk_out(patch: pytest.MonkeyPatch) -> None:
     real = loss._chunks
-    patch.setattr(loss, "_chunks", lambda *arguments: real(*arguments)[:1])
+    patch.setattr(loss, "_chunks", lambda *arguments: list(real(*arguments))[:1])
 
 
 def other_dropout_the_second_time(patch: pytest.MonkeyPatch) -> None:

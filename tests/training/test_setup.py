@@ -106,7 +106,7 @@ def test_a_damaged_config_of_a_run_is_one_line(damage: Any, tmp_path: Path, caps
     for name, text in (("config.json", json.dumps(damage)), ("metrics.jsonl", ""), (".lock", "")):
         (directory / name).write_text(text)
     assert train.main(quick(directory)) == 2
-    assert "config.json: damaged: remove the directory" in capsys.readouterr().err
+    assert "config.json: corrupted: remove the directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"rng": {}}, {"meter": 3}, {"guard": None}, {"surprise": 1}])

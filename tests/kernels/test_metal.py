@@ -37,7 +37,7 @@ from nanoft.runtime.metal import WATERMARK
 from nanoft.training import doctor
 from tiny_models import make_chat_model, train_run, write_records
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TINY = str(ROOT / "configs" / "tiny.py")
 REAL = torch.backends.mps.is_available()
 CPU = torch.device("cpu")

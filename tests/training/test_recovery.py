@@ -26,11 +26,11 @@ from runs import (
 from tiers import rest_is_slow
 
 import train
-from nanoft import perplexity
+from nanoft import TrainingFailed, UserError, perplexity
 from nanoft.checkpoint import CheckpointManager
 from nanoft.objectives import sft
 from nanoft.runtime import memory
-from nanoft.training import progress
+from nanoft.training import progress, recovery
 
 # --- not finite
 
@@ -318,7 +318,7 @@ def test_memory_is_told_at_every_stage_and_warned_of(tmp_path: Path, monkeypatch
     assert all(0.05 < line["host_held_gb"] < line["host_limit_gb"] for line in events(tmp_path / "run", "train"))
     (warning,) = events(tmp_path / "run")
     assert (warning["what"], warning["step"]) == ("memory", 1)
-    assert "of the" in warning["text"]
+    assert "of its host memory limit" in warning["text"]
     assert "warning: memory after step 1: the process holds" in capsys.readouterr().out
 
 
@@ -358,3 +358,11 @@ def test_on_cuda_memory_that_really_runs_out_halves_the_micro_batch(tmp_path: Pa
     assert "out of memory" in capsys.readouterr().out
     same = [loss for _, loss in losses(tmp_path / "4")]
     assert [loss for _, loss in losses(tmp_path / "short")] == pytest.approx(same, rel=1e-2)
+
+
+def test_the_clauses_of_the_ladder_are_those_of_recovery() -> None:
+    """OutOfMemory, SkipStep and RollBack are no errors that a command reports; Diverged is."""
+    assert issubclass(recovery.RollBack, recovery.SkipStep)
+    assert issubclass(recovery.Diverged, TrainingFailed)
+    assert not issubclass(recovery.SkipStep, (TrainingFailed, UserError))
+    assert not issubclass(recovery.OutOfMemory, (TrainingFailed, UserError))

@@ -1,0 +1,42 @@
+"""What a field says of itself, and how text becomes its value; whole configs: test_settings.py."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+
+from nanoft import UserError
+from nanoft.config import fields
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("3", int, 3),
+        ("1e-4", float, 1e-4),
+        ("TRUE", bool, True),
+        ("none", int | None, None),
+        ("auto", int | Literal["auto"], "auto"),
+        ("8", Literal[4, 8, 16], 8),
+        ("[q_proj, v_proj]", tuple[str, ...], ("q_proj", "v_proj")),
+        ("0.9 0.95", tuple[float, ...], (0.9, 0.95)),
+        ("{a: 1}", dict[str, int], {"a": 1}),
+    ],
+)
+def test_text_becomes_a_value_of_the_type(text: str, hint: Any, value: Any) -> None:
+    assert fields.parse("section.field", text, hint) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "says"),
+    [
+        ("x", int, "a whole number"),
+        ("yes", bool, "true or false"),
+        ("5", Literal[4, 8], "one of 4, 8"),
+        ("[1]", dict[str, int], "a table"),
+    ],
+)
+def test_text_of_another_type_is_refused(text: str, hint: Any, says: str) -> None:
+    with pytest.raises(UserError, match=rf"^section\.field: .*{says}"):
+        fields.parse("section.field", text, hint)
