@@ -63,8 +63,7 @@ class LoadedModel:
 def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = False) -> ChatTokenizer:
     """The tokenizer and chat template of a loaded model, with the template arguments of its run.
 
-    Args:
-        as_trained: a template that prints the date prints that of the run instead of today's.
+    With `as_trained`, a template that prints the date prints that of the run instead of today's.
     """
     if not is_run(source):
         return ChatTokenizer.from_directory(opened.tokenizer_directory)
@@ -83,9 +82,10 @@ def open_model(source: str, device: torch.device, dtype: torch.dtype, original_b
     """Load what a RUN, ADAPTER or MODEL argument names; `original_base`: the base as it is stored, not quantized."""
     if not source:
         raise UserError("RUN|MODEL: empty: give a run directory, a model directory or a Hub name")
-    run, lora = Path(source), None
-    config = load_file(run / "config.json") if is_run(source) and not (run / "model").is_dir() else None
-    if find_adapter(source) is not None or (config is not None and config.training.method != "full"):
+    run, lora, path, config = Path(source), None, find_adapter(source), None
+    if path is None and is_run(source) and not (run / "model").is_dir():
+        config = load_file(run / "config.json")
+    if path is not None or (config is not None and config.training.method != "full"):
         adapter = read_trained_adapter(source)
         quantization = None if original_base else adapter.quantization
         model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
