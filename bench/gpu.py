@@ -5,9 +5,9 @@
     python bench/gpu.py --only nf4        the cases whose name contains a word
 
 Every case is a contender (bench/contender.py) in a fresh process: random weights are generated on the device, one
-tensor at a time, and quantized at once. A case that fails, runs out of memory or time, or needs a missing package is a table
-row with the reason. Memory is the peak of the steps, not of building the model. If the peer ran on the same tokens,
-the largest difference of the loss is reported, and with the same checkpointing the ratio of speeds.
+tensor at a time, and quantized at once. A case that fails, runs out of memory or time, or needs a missing package is a
+table row with the reason. Memory is the peak of the steps, not of building the model. If the peer ran on the same
+tokens, the largest difference of the loss is reported, and with the same checkpointing the ratio of speeds.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
 train.py runs on the base of the embedded demo with synthetic data; it saves every 25 steps and evaluates every 100. Now
 and then its process receives SIGKILL or SIGTERM, and the same command is run again. In each process some losses are
 NaN, and one save fails because the disk is full. From outside, every half second: resident memory, open files, threads,
-and the new lines of metrics.jsonl. The growth of memory is the median slope between all pairs of readings of one process
-(Theil-Sen), without its first third. Results are written to bench/soak.json and bench/soak.md; exit code 1 means that a
-check failed.
+and the new lines of metrics.jsonl. The growth of memory is the median slope between all pairs of readings of one
+process (Theil-Sen), without its first third. Results are written to bench/soak.json and bench/soak.md; exit code 1
+means that a check failed.
 """
 
 from __future__ import annotations
