@@ -34,10 +34,9 @@ def generate(
     sampling: Sampling = GREEDY, generator: torch.Generator | None = None, batch_size: int | None = None,
     only: Sequence[int] | None = None,
 ) -> list[Answer]:  # fmt: skip
-    """Continue every prompt until a stop id or `max_new_tokens`.
+    """Continue every prompt, of which none is empty, until a stop id or `max_new_tokens`.
 
     Args:
-        prompts: token ids, none empty.
         generator: on the CPU; None: torch's default.
         batch_size: answers that are generated together; None: all.
         only: indices of the prompts to answer, with the random numbers they have among all prompts. None: all.

@@ -86,7 +86,6 @@ class Sampler:
             self.seen = torch.zeros(0, vocab, dtype=torch.bool, device=device)
 
     def join(self, rows: Sequence[int]) -> None:
-        """Append rows for the prompts with these indices."""
         self.rows = torch.cat((self.rows, torch.tensor(rows, device=self.device)))
         self.lengths = F.pad(self.lengths, (0, len(rows)))
         if self.seen is not None:
