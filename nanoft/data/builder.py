@@ -58,7 +58,6 @@ class DatasetBuilder:
         self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
 
     def build(self, parts: list[list[Path]], progress_bar: bool) -> None:
-        """Read the files of all parts, and write everything that the cache keeps."""
         self.files = [(number, file) for number, files in enumerate(parts) for file in files]
         self.validation_part = len(parts) - 1 if self.data.validation_file is not None else -1
         with contextlib.ExitStack() as stack:
@@ -78,8 +77,6 @@ class DatasetBuilder:
             self._check_records()
             is_training, is_validation = self._split()
         self._write(is_training, is_validation)
-
-    # ---- The pass over the files
 
     def _reject(self, kind: str, reason: str, file: str, line: int) -> None:
         self.removed[kind] += 1
@@ -183,25 +180,22 @@ class DatasetBuilder:
                 fitted = fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
         kept = int(fitted.is_target.sum()) if fitted else 0
         self.target_tokens_lost += targets - kept
-        if not targets:
-            self._lose(sample, MALFORMED, "the sequence has no target tokens")
-        elif fitted is None:
-            reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.max_length}"
-            self._lose(sample, "too long", f"{reason} (data.truncation={data.truncation})")
-        elif len(fitted.ids) < data.min_tokens:
-            reason = f"{len(fitted.ids)} tokens, fewer than data.min_tokens={data.min_tokens}"
-            self._lose(sample, "too few tokens", reason)
-        else:
+        if fitted and len(fitted.ids) >= data.min_tokens:
             if len(fitted.ids) < len(sample.ids):
                 self.truncated.append(len(self.record))
             self.tokens.write(encode_targets(fitted).tobytes())
             self.starts.append(self.starts[-1] + len(fitted.ids))
             self.record.append(sample.record)
             self.targets.append(kept)
-
-    def _lose(self, sample: Sample, kind: str, reason: str) -> None:
+            return
+        lost = MALFORMED, "the sequence has no target tokens"
+        if fitted:
+            lost = "too few tokens", f"{len(fitted.ids)} tokens, fewer than data.min_tokens={data.min_tokens}"
+        elif targets:
+            reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.max_length}"
+            lost = "too long", f"{reason} (data.truncation={data.truncation})"
         self.samples_lost += 1
-        self.lost.setdefault(sample.record, (kind, reason))
+        self.lost.setdefault(sample.record, lost)
 
     def _check_records(self) -> None:
         """Reject records of which no sample is left; stop if too many are malformed, or none is left at all."""
@@ -217,8 +211,6 @@ class DatasetBuilder:
             fix = f": none fits model.max_seq_length={self.max_length}: raise it" if self.removed["too long"] else ""
             fix += ", or set data.truncation=prompt" if fix and self.data.truncation != "prompt" else ""
             raise UserError(f"data: none of {self.read} records is left ({reasons}){fix}")
-
-    # ---- The split
 
     def _split(self) -> tuple[Array, Array]:
         """(is_training, is_validation) of each record: near duplicates removed, split, leaks removed."""
@@ -271,8 +263,6 @@ class DatasetBuilder:
         if data.split_group:
             keys = np.array(self.group, np.uint64)[pool]
         return filters.hold_out(keys, strata[pool], size)
-
-    # ---- What is written
 
     def _write(self, is_training: Array, is_validation: Array) -> None:
         record = np.array(self.record, np.int64)

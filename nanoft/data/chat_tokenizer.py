@@ -8,9 +8,9 @@ Both come from rendering, never from searching the text for markers:
     after  = render(messages[:i + 1])                              the prompt, answered
 
 `before` must be a prefix of `after`, and `after`, up to the end of the turn, a prefix of the whole conversation; the
-target is what lies between. A template may mark what the assistant says with {% generation %}; its marks are used, and
-verified in the same way. A template that rewrites history (it drops earlier reasoning, or moves the system message to
-the last turn) breaks the second condition: then each assistant turn becomes a sample of its own, rendered as in use.
+target is what lies between. The marks of a template with {% generation %} are used, and verified in the same way. A
+template that rewrites history (it drops earlier reasoning) breaks the second condition: then each assistant turn
+becomes a sample of its own, rendered as in use.
 
 What a template puts around an answer is learned once, by rendering a placeholder as the answer: an empty thought before
 it (<think></think>) is not a target, and the turn ends with the first control token after it.
@@ -36,19 +36,11 @@ from tokenizers import Encoding, Tokenizer
 
 from nanoft import UserError
 from nanoft.batches import Sample
+from nanoft.data import tokenizer_files
 from nanoft.data.formats import TRAINING_FIELDS
 from nanoft.data.formats import Message as Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
-from nanoft.data.tokenizer_files import (
-    BREAK,
-    PLACEHOLDER,
-    SPECIAL_TOKENS,
-    as_user_error,
-    byte_widths,
-    read_settings,
-    read_tokenizer,
-    token_text,
-)
+from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, token_text
 
 # For a base model without a template: ChatML as plain text, since the model does not have ChatML's tokens; a turn ends
 # with the end-of-sequence token.
@@ -75,10 +67,6 @@ class Rendered:
     spans: list[tuple[int, int]]
     record: int
     turns: list[int] = field(default_factory=list)  # the message of each span
-
-    @property
-    def turn(self) -> int | None:
-        return self.turns[0] if len(self.turns) == 1 else None
 
 
 class _Whole(NamedTuple):
@@ -113,7 +101,7 @@ class ChatTokenizer:
         self.control_texts = sorted((text for text in special if text), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self.control_texts)) or "(?!)")
         self._breakable = re.compile("|".join(re.escape(t) for t in self.control_texts if len(t) > 1) or "(?!)")
-        self._widths = byte_widths(tokenizer)
+        self._widths = tokenizer_files.byte_widths(tokenizer)
         self._shortest = min((len(text) for text in self.control_texts if len(text) > 1), default=0)
         self.date = datetime.datetime.now()  # what strftime_now returns
         self._environment = BoundedEnvironment(lambda: self.date)
@@ -129,7 +117,8 @@ class ChatTokenizer:
         """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
         if taken := sorted(set(template_args or ()) & {*RESERVED, *SPECIAL_TOKENS}):
             raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
-        tokenizer, (settings, template, stop_ids) = read_tokenizer(directory), read_settings(directory)
+        tokenizer = tokenizer_files.read_tokenizer(directory)
+        settings, template, stop_ids = tokenizer_files.read_settings(directory)
         try:
             return cls(tokenizer, settings, template, stop_ids, template_args)
         except COMPILE_ERRORS as error:
@@ -140,8 +129,6 @@ class ChatTokenizer:
         date = self.date.date().isoformat() if "strftime_now" in self.template else ""
         variables = json.dumps([self.template, self.template_args, self.special, date], sort_keys=True, default=str)
         return variables + hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
-
-    # ---- Messages to text
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None) -> str:
         """The string that the model sees; raises TemplateRefusal."""
@@ -266,8 +253,6 @@ class ChatTokenizer:
             if without == rendered and (other, offered) != (messages, tools):
                 raise TemplateRefusal(f"the chat template omits {what}: it does not support tools")
 
-    # ---- Text to ids
-
     def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """The ids of a prompt; a prefix of those that the model was trained on."""
         ids = self._ids(self.render_prompt(messages, tools))
@@ -304,6 +289,10 @@ class ChatTokenizer:
         with as_user_error(CANNOT_ENCODE):
             return encode(texts, add_special_tokens=False)
 
+    def _encode(self, text: str) -> Encoding:  # ids, with each token's character offsets
+        with as_user_error(CANNOT_ENCODE):
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
     def encode_now(self, rendered: list[Rendered]) -> list[Sample]:  # without threads
         return list(self._samples(rendered, self._encode_batch([item.text for item in rendered])))
 
@@ -323,7 +312,7 @@ class ChatTokenizer:
             if BREAK in item.text:  # its tokens are dropped
                 kept = np.array([item.text[start:end] != BREAK for start, end in encoded.offsets], dtype=np.bool_)
                 ids, is_target = ids[kept], is_target[kept]
-            yield self._with_bos(ids, is_target, item.record, item.turn)
+            yield self._with_bos(ids, is_target, item.record, item.turns[0] if len(item.turns) == 1 else None)
 
     def _ends(self, text: str, ids: Any) -> Any:
         """(n,) where each token ends, in bytes, from the tokens' widths; None if only the library knows."""
@@ -339,10 +328,6 @@ class ChatTokenizer:
         broken = item.text[:start] + BREAK + item.text[start:end]
         ids = np.array(prompt + self._ids(broken, after=start), dtype=np.int32)
         return self._with_bos(ids, np.arange(len(ids)) >= len(prompt), item.record, turn)
-
-    def _encode(self, text: str) -> Encoding:  # ids, with each token's character offsets
-        with as_user_error(CANNOT_ENCODE):
-            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _ids(self, text: str, after: int = -1) -> list[int]:
         """The ids of a text, without those of BREAK; only of tokens that begin after a character."""
@@ -370,8 +355,7 @@ class ChatTokenizer:
         return value
 
 
-def is_trained(message: Message) -> bool:
-    """Whether a message may be a target: OpenAI's `weight`, axolotl's `train`."""
+def is_trained(message: Message) -> bool:  # OpenAI's `weight`, axolotl's `train`
     return bool(message.get("train", True)) and message.get("weight", 1) != 0
 
 

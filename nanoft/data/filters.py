@@ -140,8 +140,7 @@ def count_leaks(
     return int(is_exact.sum()), int((near & ~is_exact).sum())
 
 
-def _band_keys(band: Array) -> Array:
-    """(n,) uint64: equal for equal bands, and for hardly any others."""
+def _band_keys(band: Array) -> Array:  # (n,) uint64: equal for equal bands, and for hardly any others
     return (band.astype(np.uint64) * _FACTORS[: band.shape[1]]).sum(axis=1, dtype=np.uint64)
 
 

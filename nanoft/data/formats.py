@@ -31,16 +31,14 @@ ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and
 SHAREGPT_ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
-    "human": "user",
-    "user": "user",
+    **dict.fromkeys(("human", "user"), "user"),
     "system": "system",
 }
 TRAINING_FIELDS = ("weight", "train")  # of a message: whether it is a target
 KEPT_FIELDS = ("name", "tool_call_id", "reasoning_content")  # of a message, besides role, content and tool_calls
 UNDESIRABLE = "undesirable label"  # the one reason that is not a mistake in the data
-DESIRABLE = dict.fromkeys(("true", "1", "1.0", "desirable", "chosen", "good", "yes"), True) | dict.fromkeys(
-    ("false", "0", "0.0", "undesirable", "rejected", "bad", "no"), False
-)  # 1.0 and 0.0: from tables with missing values
+GOOD = ("true", "1", "1.0", "desirable", "chosen", "good", "yes")  # 1.0 and 0.0: from tables with missing values
+BAD = ("false", "0", "0.0", "undesirable", "rejected", "bad", "no")
 # Control characters except white space (tab, newline, form feed, ...); lone surrogates; noncharacters.
 INVALID = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
@@ -66,13 +64,9 @@ class Conversation:
         """The first user message, or the plain text: conversations that begin alike stay on one side of a split."""
         return self.text or next((m["content"] for m in self.messages if m["role"] == "user"), "")
 
-    def prompt(self) -> str:
-        """Everything before the first answer."""
+    def prompt(self) -> str:  # everything before the first answer
         before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
         return self.text or "\n".join(message["content"] for message in before)
-
-
-# ---- Raw records to messages
 
 
 def _messages(record: dict[str, Any]) -> list[Message]:
@@ -263,9 +257,6 @@ def nonempty(text: str, what: str) -> str:
     return text
 
 
-# ---- Files to conversations
-
-
 @dataclass(frozen=True)
 class Rejected:
     """A record that cannot be used, and where it was read."""
@@ -308,7 +299,7 @@ def format_function(name: str) -> Callable[..., Any] | None:
     return import_function(name, "data.format", "(record)") if is_function(name) else None
 
 
-def _detect_shape(path: Path, records: list[tuple[int, Raw]]) -> str:
+def detect_shape(path: Path, records: list[tuple[int, Raw]]) -> str:
     """The shape whose required fields most records have; `text` only if nothing else fits."""
     votes = dict.fromkeys(SHAPES, 0)
     for _, record in records:
@@ -341,7 +332,7 @@ def read_file(
     raw = read_raw(path, options.delimiter, on_progress)
     records = ((line, _rename(record, options.columns)) for line, record in raw)
     first = list(itertools.islice(records, DETECT_FROM))
-    shape = _detect_shape(path, first) if shape == "auto" else shape
+    shape = detect_shape(path, first) if shape == "auto" else shape
     present = {name for _, record in first if isinstance(record, dict) for name in record}
     found = [name for name in SHAPES[shape].fields if name in present] if function is None else [shape]
     yield shape if found == [shape] else f"{shape}: {', '.join(found)}"
@@ -379,9 +370,9 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         if label not in record:
             raise BadRecord(f"has no field {label!r} (data.label_field)")
         value = str(record[label]).strip().lower()
-        if value not in DESIRABLE:
+        if value not in GOOD + BAD:
             raise BadRecord(f"{label}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)")
-        if not DESIRABLE[value]:
+        if value in BAD:
             raise BadRecord(UNDESIRABLE)
     fields = {name: _split_field(record, name) for name in options.fields}
     if function is not None:

@@ -35,14 +35,18 @@ def check_vocabulary(corpus: PreparedDataset, vocab_size: int) -> None:
 
 
 def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
-    """Everything that can be told from the tokens alone."""
     spread = np.linspace(0, len(corpus.training) - 1, min(SAMPLES_CHECKED, len(corpus.training))).astype(int)
     samples = [corpus.training[int(at)] for at in spread]
     without, sums = sum(not sample.is_target.any() for sample in samples), corpus.report["training"]
     share = f"{sums['target_tokens'] / sums['tokens']:.1%} of the tokens are targets"
+    doubled = sum(len(s.ids) > 1 and s.ids[0] == s.ids[1] == chat.bos_id for s in samples)
+    first = sum(s.ids[0] == chat.bos_id for s in samples)
+    begins = f"{first:,} of {len(samples):,} samples begin with one BOS, {doubled} with two"
+    begins = begins if chat.bos_id is not None else "the tokenizer has none"
+    fix = "take {{ bos_token }} out of the chat template, or the BOS out of the tokenizer's post-processor"
     return [
         _check_stop(samples, corpus, chat, train_on),
-        _check_bos(samples, chat),
+        Check.of("bos", not doubled, begins, fix),
         Check.of("targets", not without, f"{share}; samples without any: {without}", "data"),
         _check_prompt(corpus, chat, train_on),
     ]
@@ -64,17 +68,6 @@ def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokeni
     found = f"{len(last) - len(odd):,} of {len(last):,} turns end in a stop token ({stops}){shown}"
     fix = "the tuned model would not stop; put the template's end of turn into generation_config.json's eos_token_id"
     return Check.of("stop", len(odd) <= cut, found, fix)
-
-
-def _check_bos(samples: list[Sample], chat: ChatTokenizer) -> Check:
-    """BOS stands at the beginning only."""
-    if chat.bos_id is None:
-        return Check.of("bos", True, "the tokenizer has none")
-    doubled = sum(bool(len(s.ids) > 1 and s.ids[0] == s.ids[1] == chat.bos_id) for s in samples)
-    first = sum(bool(s.ids[0] == chat.bos_id) for s in samples)
-    found = f"{first:,} of {len(samples):,} samples begin with one BOS, {doubled} with two"
-    fix = "take {{ bos_token }} out of the chat template, or the BOS out of the tokenizer's post-processor"
-    return Check.of("bos", not doubled, found, fix)
 
 
 def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:

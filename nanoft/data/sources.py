@@ -123,8 +123,7 @@ def read_raw(
         raise UserError(f"{path}: the file is empty: it needs at least one record")
 
 
-def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Lines, split at newlines only; an over-long one is cut at MAX_RECORD."""
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:  # split at newlines only; an over-long one is cut at MAX_RECORD
     while line := stream.readline(MAX_RECORD):
         if len(line) == MAX_RECORD and not line.endswith(b"\n"):
             while (rest := stream.readline(MAX_RECORD)) and not rest.endswith(b"\n"):

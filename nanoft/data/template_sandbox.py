@@ -46,8 +46,7 @@ MAX_DIGITS = 20  # that a number may be rounded to
 MAX_OPERATORS = 64  # unchecked + and ~ in one expression
 MAX_STEPS = 1_000_000  # iterations, macro and filter calls of one rendering
 MAX_SECONDS = 5.0  # of this thread's processor time, per rendering
-# Not needed by templates; each can take minutes or gigabytes, or is random.
-UNUSED_FILTERS = ("urlize", "wordwrap", "striptags", "pprint", "random")
+# Not needed by templates, and each can take minutes or gigabytes.
 UNUSED_METHODS = ("encode", "to_bytes", "translate", "maketrans", "striptags", "unescape", "expandtabs", "zfill")
 # Filters and string methods whose result may be larger than their arguments.
 GROWING = ("replace", "join", "indent", "center", "ljust", "rjust", "batch", "slice", "tojson", "truncate", "sum")
@@ -71,7 +70,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._begin({})
         self.filters["tojson"] = self._to_json
         self.filters["indent"] = _indent
-        for name in UNUSED_FILTERS:
+        for name in ("urlize", "wordwrap", "striptags", "pprint", "random"):  # unused, slow or random
             del self.filters[name]
         tables: list[Any] = [self.filters, self.tests]
         for table in tables:
@@ -98,8 +97,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.limit = MAX_OUTPUT + 4 * sum(_size(value) for value in variables.values())
         self.made, self.steps, self.deadline = 0, 0, float("inf")
 
-    # ---- What is counted
-
     def count_step(self) -> None:
         """Called in each iteration and macro, and before each call and comparison."""
         self.steps += 1
@@ -122,8 +119,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._fits(sum(map(len, pieces)), 1)
         return "".join(pieces)
 
-    def compared(self, value: Any) -> Any:
-        """Count a comparison, which may go through a million values."""
+    def compared(self, value: Any) -> Any:  # a comparison may go through a million values
         self.count_step()
         return value
 
@@ -137,8 +133,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if size > times * self.limit:
             raise LimitExceeded(f"it asks for more than {times * self.limit:,} characters")
         return size
-
-    # ---- What is estimated before it is done
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if isinstance(left, str) and operator == "%":
@@ -223,7 +217,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return form
 
     def _to_json(self, value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        """As in transformers: no characters escaped."""
         if isinstance(value, Undefined):
             raise TemplateError("tojson of an undefined value")
         text = ""

@@ -52,11 +52,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], str | None, list[int]]:
-    """tokenizer_config.json (it may be missing), the chat template, and the ids that end an answer.
-
-    The template is in chat_template.jinja or tokenizer_config.json, there also as a list of named ones; the ids are
-    the eos_token_id of generation_config.json: none, one or several.
-    """
+    """The settings, the chat template (from its own file or the settings, which may list named ones), the stop ids."""
     path, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     settings = read_json(path) if path.is_file() else {}
     try:
@@ -119,8 +115,7 @@ def byte_widths(tokenizer: Tokenizer) -> Array | None:
     return widths
 
 
-def _growth(part: dict[str, Any]) -> float:
-    """The factor by which a normalizer or decoder may lengthen a text."""
+def _growth(part: dict[str, Any]) -> float:  # the factor by which a normalizer or decoder may lengthen a text
     if part["type"] == "Replace":
         taken = len(part["pattern"].get("String", ""))  # a regular expression, or an empty string, may remove nothing
         return max(1, len(part["content"]) / taken if taken else 1 + len(part["content"]))

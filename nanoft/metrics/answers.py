@@ -86,9 +86,6 @@ def _select(name: str) -> Metric:
     raise UserError(f"evaluation.metrics: {name!r}: no such metric: {hint}")
 
 
-# ---- Right or wrong
-
-
 def exact_match(answer: str, reference: str) -> float:
     return float(answer.strip() == reference.strip())
 
@@ -155,9 +152,6 @@ def _parse(text: str) -> tuple[Any] | None:
         return None
 
 
-# ---- Constraints on the answer alone
-
-
 def one_line(answer: str, _: str) -> float:
     return float("\n" not in answer.strip())
 
@@ -171,9 +165,6 @@ def _bound(units: Callable[[Any], Any], sign: int, value: str) -> Score:
     """At most (sign 1) or at least (sign -1) so many words (units: str.split) or characters (str)."""
     limit = int(value)
     return lambda answer, *_: float(sign * len(units(answer)) <= sign * limit)
-
-
-# ---- Metrics of other packages, and your own
 
 
 def _rouge(kind: str, _: str) -> Score:
@@ -209,11 +200,10 @@ def _bleu_of_sums(sums: Array) -> Array:
 
 
 def _own(name: str) -> Score:
-    """The user's function, with or without the prompt as its third argument."""
     function = import_function(name, "evaluation.metrics", "(answer, reference, prompt)")
     try:
         inspect.signature(function).bind("answer", "reference", "prompt")
-        count = 3
+        count = 3  # the third is the prompt
     except (TypeError, ValueError):  # does not take three; or a built-in without a signature
         count = 2
 

@@ -72,7 +72,6 @@ class Comparison:
 
 
 def interval(figure: Figure, seed: int = 0) -> Interval:
-    """The percentile interval of one figure."""
     return _interval(figure.value, [figure.of_sums(counts @ figure.parts) for counts in _resamples(seed, figure)])
 
 

@@ -1,8 +1,7 @@
 """Names in a config that stand for entries of tables: known ones pass, others are refused with the nearest known name.
 
 nanoft/config/ checks types and ranges, and knows no table: a new optimizer, schedule, record shape or metric is one
-entry beside its mathematics, and the field that names it is a plain string. All three commands call `validate_config`
-right after a config is loaded.
+entry beside its mathematics. All three commands call `validate_config` right after a config is loaded.
 """
 
 from __future__ import annotations
@@ -20,11 +19,7 @@ from nanoft.optim import OPTIMIZERS, SCHEDULES
 
 
 def validate_config(config: Config) -> None:
-    """Check the names of table entries, and what the tables say about the other settings.
-
-    Raises:
-        UserError: an unknown name; an optimizer that does not work with the other settings.
-    """
+    """Check the names of table entries, and what the tables say about other settings; a mistake is a UserError."""
     t = config.training
     check_name("training.objective", t.objective, OBJECTIVES)
     check_name("training.optimizer", t.optimizer, OPTIMIZERS)
@@ -42,10 +37,6 @@ def validate_config(config: Config) -> None:
 
 
 def check_name(field: str, name: str, known: Iterable[str]) -> None:
-    """Refuse a name that is not in a table.
-
-    Raises:
-        UserError: with the nearest known name, or all of them.
-    """
+    """Refuse a name that is not in a table with the nearest known name, or all of them."""
     if name not in (names := list(known)):
         raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, names)}")
