@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -135,12 +136,10 @@ def diagnose(model: nn.Module, *inputs: Any) -> str:
         if _is_finite(inputs) and not _is_finite(output):
             found.append(name)
 
-    hooks = [m.register_forward_hook(partial(hook, name or "model")) for name, m in model.named_modules()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(hook, name or "model")))
         model(*inputs)
-    finally:
-        for handle in hooks:
-            handle.remove()
     where = "weights and activations are finite, so it arises in the loss or in backward"
     return f"the first output that is not finite is that of {found[0]}" if found else where
 
