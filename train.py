@@ -61,10 +61,9 @@ from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
-from nanoft.runtime.auto_config import CONFIGS, pick_config
 from nanoft.runtime.device import choose_device, seed_everything
 from nanoft.runtime.energy import EnergyMeter
-from nanoft.runtime.machine import Machine, select_device
+from nanoft.runtime.machine import CONFIGS, Machine, pick_config, select_device
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, available_host_bytes
 from nanoft.tracking.profiler import Profiler
 from nanoft.tracking.run import Run

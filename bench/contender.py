@@ -1,9 +1,9 @@
-"""One contender of a benchmark, alone in its process: nanoft's step, bare matrix products, the making of packed data.
+"""One contender of a benchmark, in its own process: nanoft's step, bare matmuls, or the creation of packed data.
 
     python bench/contender.py nanoft --seq 4096 --bs 1 --nf4     prints one line of JSON
 
-What both sides share is here: the options, the seed that weights and tokens are drawn from, the stopwatch, and how much
-work a step is. bench/step.py, bench/growth.py, bench/tricks.py and bench/gpu.py start it.
+What both sides share is here: the options, the seed of weights and tokens, the timing, and the FLOP of a step.
+bench/step.py, bench/growth.py, bench/plan.py, bench/tricks.py and bench/gpu.py start it.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from nanoft.runtime.device import choose_device, seed_everything
 HERE = Path(__file__).resolve().parent
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALPHA, LEARNING_RATE, MAX_GRAD_NORM = 32.0, 2e-4, 1.0
-IGNORE = -100  # the label of a token that is not learned
-# Options that any peer must know, those that only bench/peer.py knows, and those that only nanoft has.
+IGNORE = -100  # the label of a token that is not a target
+# Options that any peer must accept, those that only bench/peer.py has as well, and those that only nanoft has.
 EVERY_PEER = "hidden layers heads kv ffn vocab seq bs steps warmup dtype ckpt nf4 r".split()  # noqa: SIM905
 OWN_PEER = "masked packed micro threads seed ids".split()  # noqa: SIM905
 OURS = "offload compile dequant".split()  # noqa: SIM905
 # Median tokens of prompt and of reply, and the deviation of their logarithm: much like GSM8K in a chat template.
 PROMPT_LENGTH, REPLY_LENGTH = (130, 0.4), (110, 0.6)
-# Of the loss, in nats, and of the gradient norm, relative: about ten times what two orders of the same sums differ by;
-# documents that see each other, or targets that are off by one, differ by several times as much again.
+# Of the loss, in nats, and of the gradient norm, relative: about ten times the effect of another order of summation.
+# Documents that attend to each other, or targets that are off by one, exceed it several times.
 TOLERANCE = {"bfloat16": (0.002, 0.02), "float32": (1e-4, 1e-3)}
 
 
 class Text(NamedTuple):
-    """A conversation as token ids; labels are the same ids, or IGNORE where nothing is learned."""
+    """A conversation as token ids; labels are the same ids, or IGNORE where there is no target."""
 
     ids: Any  # (n,) int64
     labels: Any  # (n,) int64
-    row: int  # of the packed batch
+    row: int  # its sequence in the packed batch
 
 
-# ---- What both sides share: options, tokens, the stopwatch
+# ---- What both sides share: options, tokens, timing
 
 
 def add_step_options(parser: argparse.ArgumentParser) -> None:
-    """What one contender is told; the names and the defaults are those of any peer."""
+    """The options of a contender; names and defaults are the same for any peer."""
     add = parser.add_argument
     add("--hidden", type=int, default=512)
     add("--layers", type=int, default=8)
@@ -69,27 +69,27 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     add("--kv", type=int, default=4)
     add("--ffn", type=int, default=1408)
     add("--vocab", type=int, default=32768)
-    add("--seq", type=int, default=1024, help="tokens of a row")
-    add("--bs", type=int, default=2, help="rows of a step")
+    add("--seq", type=int, default=1024, help="tokens per sequence")
+    add("--bs", type=int, default=2, help="sequences per step")
     add("--steps", type=int, default=6, help="counted steps")
-    add("--warmup", type=int, default=1, help="steps before them")
+    add("--warmup", type=int, default=1, help="discarded steps before them")
     add("--dtype", default="bfloat16", choices=list(TOLERANCE))
     add("--ckpt", type=int, nargs="?", const=1, default=0, help="activation checkpointing")
     add("--nf4", type=int, nargs="?", const=1, default=0, help="4-bit base, double quantization")
     add("--r", type=int, default=16, help="rank")
-    add("--masked", type=float, default=0.0, help="share of prompt tokens, which are not learned")
-    add("--packed", type=int, default=0, help="conversations of different lengths instead of full rows")
-    add("--micro", type=int, default=8, help="conversations that the peer pads together (transformers' default)")
-    add("--threads", type=int, default=0, help="0: torch's own choice")
+    add("--masked", type=float, default=0.0, help="share of prompt tokens, which are not targets")
+    add("--packed", type=int, default=0, help="conversations of different lengths instead of full sequences")
+    add("--micro", type=int, default=8, help="conversations per padded batch of the peer (transformers' default)")
+    add("--threads", type=int, default=0, help="0: torch's default")
     add("--seed", type=int, default=0)
     add("--ids", type=Path, help="a .npz of token ids, labels, lengths, steps and rows")
-    add("--offload", type=int, nargs="?", const=1, default=0, help="nanoft: checkpoints wait on the CPU")
+    add("--offload", type=int, nargs="?", const=1, default=0, help="nanoft: offload the inputs of blocks to the CPU")
     add("--compile", type=int, nargs="?", const=1, default=0, help="nanoft: torch.compile each block")
-    add("--dequant", choices=["per_use", "cached"], default="per_use", help="nanoft: unpack 4-bit weights once only")
+    add("--dequant", choices=["per_use", "cached"], default="per_use", help="nanoft: dequantize at each use, or once")
 
 
 def read_steps(args: argparse.Namespace) -> list[list[Text]]:
-    """The texts of every optimizer step: from the file, or full rows of random ids."""
+    """The texts of every optimizer step: from the file, or full sequences of random ids."""
     import numpy as np
 
     count = args.warmup + args.steps
@@ -108,7 +108,7 @@ def read_steps(args: argparse.Namespace) -> list[list[Text]]:
 
 
 def hf_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The model's shape, as a config.json has it."""
+    """The shape of the model as a config.json."""
     return {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
@@ -127,9 +127,9 @@ def hf_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def random_weight(args: argparse.Namespace, name: str, shape: Sequence[int], device: Any) -> Any:
-    """A tensor in float32 that depends on the seed and its name only, so that both sides have the same one.
+    """A float32 tensor that depends on the seed and its name only, so that both sides have the same one.
 
-    Norms are 1 and matrices N(0, 0.02), as transformers begins; of the adapters B is 0 and A has Kaiming's variance.
+    Norms are 1 and matrices N(0, 0.02), as in transformers; of the adapters, B is 0 and A has Kaiming's variance.
     """
     import torch
 
@@ -141,12 +141,12 @@ def random_weight(args: argparse.Namespace, name: str, shape: Sequence[int], dev
 
 
 def gflop_of_step(args: argparse.Namespace, texts: list[Text]) -> float:
-    """Floating-point operations, in 10^9, that a step cannot do without.
+    """Floating-point operations, in 10^9, that a step cannot avoid.
 
-    A product with n weights costs 2 n a token forward and 2 n more for the gradient of its input; the frozen weights
-    have no gradient, LoRA's have. Causal attention: 2 hidden (len + 1) a token forward, 2.5 times that backward, as
-    flash attention computes its scores again (Dao et al. 2022). The head: target tokens only. What is recomputed under
-    checkpointing, padded, or multiplied for tokens without a target is not useful, so it is not counted.
+    A matmul with n weights costs 2 n per token forward and 2 n for the gradient of its input; only LoRA's weights have
+    a gradient of their own. Causal attention: 2 hidden (len + 1) per token forward, 2.5 times that backward, because
+    flash attention recomputes its scores (Dao et al. 2022). The head: target tokens only. Recomputation, padding, and
+    logits of tokens without a target are not counted.
     """
     keys = args.kv * (args.hidden // args.heads)
     shapes = [(args.hidden, args.hidden)] * 2 + [(keys, args.hidden)] * 2 + [(args.ffn, args.hidden)] * 3
@@ -154,7 +154,7 @@ def gflop_of_step(args: argparse.Namespace, texts: list[Text]) -> float:
     adapters = args.layers * args.r * sum(out + n for out, n in shapes)
     tokens = sum(len(text.ids) for text in texts)
     targets = sum(int((text.labels[1:] != IGNORE).sum()) for text in texts)
-    pairs = sum(len(text.ids) * (len(text.ids) + 1) for text in texts)  # twice those that attention compares
+    pairs = sum(len(text.ids) * (len(text.ids) + 1) for text in texts)  # twice the pairs of attention
     attention = 3.5 * 2 * args.layers * args.hidden * pairs
     return (4 * linears * tokens + 6 * adapters * tokens + attention + 4 * args.vocab * args.hidden * targets) / 1e9
 
@@ -168,8 +168,8 @@ def measure(
     """Train on every step's texts and time it.
 
     Args:
-        to_batches: texts to what `train` takes, on the device; not timed.
-        train: one optimizer step; its loss and its gradient norm.
+        to_batches: from texts to the argument of `train`, on the device; not timed.
+        train: one optimizer step; returns the loss and the gradient norm.
     """
     import torch
 
@@ -179,7 +179,7 @@ def measure(
 
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()  # the steps' peak, not that of building the model
+        torch.cuda.reset_peak_memory_stats()  # the peak of the steps, not of building the model
     loaded_mb = peak_rss_mb()
     steps = read_steps(args)
     seconds, losses, norms = [], [], []
@@ -214,19 +214,19 @@ def measure(
 
 
 def peak_rss_mb() -> int:
-    """The largest resident set of this program; ru_maxrss also knows the one that started it, before it became this."""
+    """The largest resident set of this process; ru_maxrss would include the parent process before exec."""
     if sys.platform == "linux":
         return memory_kb("VmHWM") // 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20  # bytes on macOS
 
 
 def memory_kb(name: str) -> int:
-    """A line of Linux's account of this process."""
+    """A field of /proc/self/status."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(name))
 
 
-# ---- nanoft's side: all that this file knows of nanoft's model
+# ---- nanoft's side
 
 
 def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     load_adapter_tensors(adapters, {name: random_weight(args, name, shapes[name], device) for name in shapes}, "seed")
     if args.ckpt:
         model.activation_policy = ["offloaded" if args.offload else "input"] * args.layers
-    kernels.install(model)
+    kernels.apply(model)
     if args.compile:
         compile_blocks(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -270,7 +270,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_nanoft(args: argparse.Namespace, device: Any) -> Any:
-    """The base, one random tensor at a time, quantized as it arrives: never more than one tensor above its size."""
+    """The base, one random tensor at a time, quantized at once: at most one unquantized tensor is in memory."""
     import torch
 
     dtype = getattr(torch, args.dtype)
@@ -289,7 +289,7 @@ def build_nanoft(args: argparse.Namespace, device: Any) -> Any:
 
 
 def unpacked(layer: Any) -> Any:
-    """The same product from the weight that four bits stand for, kept in 16: QLoRA's numbers at LoRA's speed."""
+    """The same matmul with the weight dequantized once: the numbers of QLoRA at the speed of LoRA."""
     import torch
 
     linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -298,8 +298,7 @@ def unpacked(layer: Any) -> Any:
 
 
 def pack_rows(texts: list[Text], width: int) -> Any:
-    """nanoft's batch of one step: each text in the row that it was packed into."""
-
+    """nanoft's batch of one step: each text in the sequence that it was packed into."""
     samples = TokenDataset.of([Sample(t.ids.astype("int32"), t.labels != IGNORE, n) for n, t in enumerate(texts)])
     rows = [[n for n, t in enumerate(texts) if t.row == row] for row in sorted({t.row for t in texts})]
     return collate(samples, rows, pad_id=0, pad_to_multiple_of=width)
@@ -309,7 +308,7 @@ def pack_rows(texts: list[Text], width: int) -> Any:
 
 
 def write_packed(args: argparse.Namespace) -> dict[str, Any]:
-    """Pack a data set as nanoft does and keep the windows of the steps; the peer pads the same texts."""
+    """Pack a dataset as nanoft does, and write the windows of the steps; the peer pads the same texts."""
     import numpy as np
 
     samples = tokenized(args) if args.data else drawn(args)
@@ -343,15 +342,14 @@ def write_packed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tokenized(args: argparse.Namespace) -> Any:
-    """The records of a file, in the tokens of the repository's own tokenizer."""
-
+    """The records of a file, tokenized by the demo's tokenizer."""
     chat = ChatTokenizer.from_directory(HERE.parent / "configs" / "tiny" / "base")
     data = DataConfig(train_file=str(args.data), validation_split=0.0)
     return build_datasets(data, chat, args.seq, args.seed, lambda _: None).training
 
 
 def drawn(args: argparse.Namespace) -> Any:
-    """Two thousand conversations of random ids, as long as real ones: both parts are log-normal."""
+    """Two thousand conversations of random ids with realistic, log-normal lengths of prompt and reply."""
     import numpy as np
 
     chance = np.random.default_rng(args.seed)
@@ -365,11 +363,11 @@ def drawn(args: argparse.Namespace) -> Any:
     return TokenDataset.of(samples)
 
 
-# ---- The control: what the machine can do
+# ---- The control: the speed of the machine
 
 
 def run_matmul(args: argparse.Namespace) -> dict[str, Any]:
-    """GFLOP/s of a step's forward products as bare matrices, and the work of a step."""
+    """GFLOP/s of the forward matmuls of a step alone, and the GFLOP of a step."""
     import torch
 
     if args.threads:
@@ -417,7 +415,7 @@ CONTENDERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contender", choices=list(CONTENDERS))
-    parser.add_argument("--data", type=Path, help="records, for pack; without it, lengths are drawn")
+    parser.add_argument("--data", type=Path, help="records, for pack; default: random lengths")
     add_step_options(parser)
     args = parser.parse_args(argv)
     print(json.dumps(CONTENDERS[args.contender](args)))

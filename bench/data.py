@@ -1,17 +1,17 @@
-"""How fast data becomes training samples, and in how much memory: nanoft, datasets, and the library below both.
+"""Speed and memory of making training samples from data: nanoft, datasets, and the tokenizers library that both use.
 
     python bench/data.py                              100,000 records, three rounds: 8 minutes on 2 cores
-    python bench/data.py --records 1000000 --rounds 1 --near    the whole of it: 40 minutes, 3 GB of disk
-    python bench/data.py --packing a.json b.jsonl --tokenizer DIR    only how full packed rows are, on your own data
+    python bench/data.py --records 1000000 --rounds 1 --near    everything: 40 minutes, 3 GB of disk
+    python bench/data.py --packing a.json b.jsonl --tokenizer DIR    only the share of padding, on your own data
 
 Every contender runs in a process of its own, one after another in each round, on the same file:
 
-    nanoft       read, check, de-duplicate, render, encode, mask the targets, write the cache (near search off)
-    opened       the same command again: the cache is found, checked and mapped
+    nanoft       read, validate, deduplicate, render, encode, mask the targets, write the cache (near search off)
+    opened       the same again: the cache is found, verified and mapped
     datasets     datasets.load_dataset("json") and .map with transformers' apply_chat_template: ids, no mask, no checks
-    library      tokenizers' encode_batch on texts that are rendered already: what no user of that library can beat
+    library      encode_batch of tokenizers on texts that are rendered already: the limit for any user of that library
 
-Speeds are megabytes of the JSONL file a second. The results are written to bench/data.json and bench/data.md.
+Speeds are megabytes of the JSONL file per second. The results are written to bench/data.json and bench/data.md.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-# ---- What is measured on
+# ---- The data
 
 
 def make_records(path: Path, count: int) -> None:
-    """Chats of one or two exchanges, about 1.1 kB each: invented words, as frequent as words are (Zipf's law)."""
+    """Chats of one or two exchanges, about 1.1 kB each, of invented words with natural frequencies (Zipf's law)."""
     chance = random.Random(0)
     consonants, vowels = "b c d f g h l m n p r s t v st tr pl".split(), "a e i o u ai ea ou".split()  # noqa: SIM905
     syllables = [a + b for a in consonants for b in vowels]
@@ -78,7 +78,7 @@ def make_records(path: Path, count: int) -> None:
 
 
 def make_tokenizer(directory: Path, data: Path) -> None:
-    """A byte-level BPE of 32,000 tokens, as Llama 3 and Qwen have it, trained on the beginning of the data."""
+    """A byte-level BPE of 32,000 tokens, like those of Llama 3 and Qwen, trained on the start of the data."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -103,7 +103,6 @@ def make_tokenizer(directory: Path, data: Path) -> None:
 
 
 def run_nanoft(work: Path, near_duplicates: float | None = None, leaks: str = "ignore") -> dict[str, Any]:
-
     started = time.perf_counter()
     chat = ChatTokenizer.from_directory(work / "model")
     near: dict[str, Any] = {"near_duplicates": near_duplicates, "near_leaks": leaks}
@@ -151,7 +150,7 @@ def run_library(work: Path, places: bool) -> dict[str, Any]:
 
 
 def run_batches(work: Path, packing: bool) -> dict[str, Any]:
-    """Batches for a model that costs nothing."""
+    """Batches for a model that takes no time."""
     import torch
 
     torch.set_num_threads(1)
@@ -182,7 +181,7 @@ NEAR = ("nanoft, near leaks", "nanoft, near leaks and duplicates")
 
 
 def measure(name: str, work: Path) -> dict[str, Any]:
-    """One contender in a process of its own: seconds, and the most memory it or a child of it had at once."""
+    """One contender in a process of its own: seconds, and the peak memory of it or of one of its children."""
     cache = work / "cache"
     if name.startswith("nanoft"):
         shutil.rmtree(cache, ignore_errors=True)
@@ -206,8 +205,7 @@ def contend(name: str, work: Path) -> None:
 
 
 def packing(files: list[Path], tokenizer: Path, length: int) -> list[str]:
-    """How full rows are, packed and not, on real data: a line of the table for each file."""
-
+    """Share of tokens that are not padding, packed and not, on real data: a table line for each file."""
     lines = []
     chat = ChatTokenizer.from_directory(tokenizer)
     ways: list[dict[str, Any]] = [{}, {"group_by_length": True}, {"pack_length": length}]
@@ -221,7 +219,7 @@ def packing(files: list[Path], tokenizer: Path, length: int) -> list[str]:
 
 
 def print_packing(files: list[Path], tokenizer: Path) -> None:
-    print("| data | row | samples | tokens | padded | grouped by length | packed |")
+    print("| data | length | samples | tokens | padded | grouped by length | packed |")
     print("|---" * 7 + "|")
     for length in (1024, 2048):
         print("\n".join(packing(files, tokenizer, length)))
@@ -231,7 +229,7 @@ def print_packing(files: list[Path], tokenizer: Path) -> None:
 
 
 def summarize(rounds: list[dict[str, dict[str, Any]]], more: dict[str, Any], settings: dict[str, Any]) -> str:
-    """A Markdown table: medians over the rounds, and the range of each round's ratio."""
+    """A Markdown table: medians over the rounds, and the range of the ratios of the rounds."""
     size = f"{settings['records']:,} records, {settings['megabytes']:,.0f} MB of JSONL"
     lines = [
         f"# Data: {size}, rounds: {settings['rounds']}",
@@ -255,7 +253,7 @@ def summarize(rounds: list[dict[str, dict[str, Any]]], more: dict[str, Any], set
         said = f"{result['mb_per_second']:.2f} MB/s, {result['seconds']:,.0f} s, peak {result['peak_rss_mb']:,.0f} MB"
         if "batches" in name:
             speed = f"{result['tokens'] / result['seconds'] / 1e6:.1f} M tokens/s"
-            said = f"{speed} for a model of zero cost, {result['utilization']:.1%} no padding"
+            said = f"{speed} for a model that takes no time, {1 - result['utilization']:.1%} padding"
         lines.append(f"- {name}: {said}")
     return "\n".join(lines) + "\n"
 
@@ -264,8 +262,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--near", action="store_true", help="measure the near searches, too")
-    parser.add_argument("--out", type=Path, default=HERE / "data", help="without its suffix")
+    parser.add_argument("--near", action="store_true", help="measure the near searches too")
+    parser.add_argument("--out", type=Path, default=HERE / "data", help="without a suffix")
     parser.add_argument("--packing", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--tokenizer", type=Path, default=HERE.parent / "configs" / "tiny" / "base")
     parser.add_argument("--contender", help=argparse.SUPPRESS)

@@ -1,25 +1,23 @@
-"""Greedy answers, nanoft beside transformers' `generate`: how many tokens a second, and are they the same tokens?
+"""Greedy generation, nanoft and transformers' `generate`: tokens per second, and are they the same tokens?
 
     python bench/generate.py                       every case; writes bench/generate.json and bench/generate.md
     python bench/generate.py --case "small bfloat16 16" --rounds 1
     python bench/generate.py --side nanoft --model tiny --batch 32      one side, alone; prints one line of JSON
 
-Both sides run in fresh processes, one after another, in an order that turns every round, on one thread, with the same
-weights, prompts, stop ids and limit. There are four times as many prompts as a batch has places, and at least 16, of
-different lengths, as in an evaluation: `generate` answers a batch until its longest answer has ended, then the next;
-nanoft gives the place of an answer that has ended to the next prompt. A token counts if it belongs to an answer, its
-stop id included; padding, and what is computed for answers that have ended, does not. Reading the prompts is part of
-the time; a short call before that is not. Time is the process's CPU time, which on one thread is that of a clock, but
-for what else the machine does.
+Both sides run in fresh processes, one after another, in an order that rotates every round, on one thread, with the same
+weights, prompts, stop ids and limit. The number of prompts is four times the batch size, and at least 16; their lengths
+differ, as in an evaluation. `generate` runs a batch until its longest answer ends, then the next batch; nanoft gives
+the place of a finished answer to the next prompt. A token counts if it belongs to an answer, the stop id included;
+padding and tokens computed for finished answers do not. Reading the prompts is timed; a short warm-up call is not. Time
+is the CPU time of the process: with one thread it is wall time without the influence of other processes.
 
-- tiny: the repository's base model (configs/tiny/base) asked the questions of its data set, in its chat template.
-- small: 41 million random weights, 8 layers of 512, 32,768 tokens; random prompts of 16 to 128 tokens, answers of up
-  to 96. Its head holds the embedding in another order, so that it is as sure of the next token as a trained model and
-  does not repeat itself; one token in forty ends an answer. "no stop": a random head, and all answers are as long.
+- tiny: the demo's base model (configs/tiny/base) with the questions of its dataset, in its chat template.
+- small: 41 million random weights, 8 layers of 512, 32,768 tokens; random prompts of 16 to 128 tokens, answers of up to
+  96. The head is a permutation of the embedding, so that the model is as confident as a trained one and does not
+  repeat itself; one token in forty ends an answer. "no stop": a random head, and all answers have the same length.
 
-Tokens must be equal. In bfloat16 two orders of the same sum differ by a rounding, so there answers may part where the
-peer's own two best logits are nearly equal: the largest such gap is reported, and a larger one than TOLERANCE means
-that the case gives no ratio.
+Tokens must be equal. In bfloat16, sums depend on their order, so answers may diverge where the two largest logits of
+the peer are nearly equal. The largest such gap is reported; if it exceeds TOLERANCE, no ratio is reported.
 """
 
 from __future__ import annotations
@@ -42,9 +40,9 @@ from nanoft.models.weights import load_model
 
 TINY = HERE.parent / "configs" / "tiny" / "base"
 QUESTIONS = HERE.parent / "configs" / "tiny" / "conversations.jsonl"
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}  # of the largest logit: nearly equal
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}  # relative to the largest logit: nearly equal
 LIMITS = {"tiny": 64, "small": 96}  # new tokens
-CASES = [  # model, number format, batch, whether answers end
+CASES = [  # model, dtype, batch size, whether answers end
     ("tiny", "float32", 1, True),
     ("tiny", "float32", 32, True),
     ("tiny", "bfloat16", 32, True),
@@ -57,7 +55,7 @@ CASES = [  # model, number format, batch, whether answers end
 ]
 
 
-# ---- What both sides are given
+# ---- The task
 
 
 def task(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
@@ -78,9 +76,9 @@ def task(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
 
 
 def make_sure(args: argparse.Namespace, head: Any, embedding: Any) -> None:
-    """Let each token be followed by another one, in long circles: the head is the embedding, reordered.
+    """Make the model confident: each token predicts another one, because the head is a permutation of the embedding.
 
-    The embedding is made large, so that what the layers add to it does not hide it.
+    The embedding is scaled up so that it dominates what the layers add to it.
     """
     import torch
 
@@ -93,7 +91,7 @@ def make_sure(args: argparse.Namespace, head: Any, embedding: Any) -> None:
 def measure(
     args: argparse.Namespace, answer: Callable[[list[list[int]], list[int], int], list[list[int]]]
 ) -> dict[str, Any]:
-    """Answer all prompts, as often as asked; `answer` gives new ids, the stop id last."""
+    """Answer all prompts, `args.repeats` times; `answer` returns the new ids, the stop id last."""
     prompts, stops = task(args)
     answer(prompts[: args.batch], stops, 4)
     speeds = []
@@ -177,7 +175,7 @@ def upto_stop(ids: list[int], stops: set[int]) -> list[int]:
 
 
 def gaps(model: Any, prompt: list[int], ids: list[int]) -> list[float]:
-    """At each token of an answer, how far apart the two best logits are, relative to the largest."""
+    """For each token of an answer, the gap between the two largest logits, relative to the largest."""
     import torch
 
     with torch.no_grad():
@@ -190,7 +188,7 @@ def gaps(model: Any, prompt: list[int], ids: list[int]) -> list[float]:
 
 
 def contest(args: argparse.Namespace, case: tuple[str, str, int, bool]) -> dict[str, Any]:
-    """One case: rounds of both sides and what follows from them; a failure is part of the result."""
+    """One case: rounds of both sides and their summary; a failure is part of the result."""
     model, dtype, batch, stops = case
     options = ["--model", model, "--dtype", dtype, "--batch", str(batch), "--stops", str(int(stops))]
     options += ["--repeats", str(args.repeats)]
@@ -231,13 +229,13 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(ours: list[list[int]], theirs: list[list[int]], gaps: list[list[float]], dtype: str) -> dict[str, Any]:
-    """How many answers are equal, and the largest gap between the peer's best logits where one is not."""
+    """The number of equal answers, and the largest gap of the peer's logits where answers diverge."""
     differing = [row for row, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
-    parted = [
+    diverged = [
         gaps[row][next(at for at, token in enumerate(theirs[row]) if ours[row][at : at + 1] != [token])]
         for row in differing
     ]
-    largest = max(parted, default=0.0)
+    largest = max(diverged, default=0.0)
     return {
         "answers": len(theirs),
         "equal": len(theirs) - len(differing),
@@ -247,15 +245,15 @@ def compare(ours: list[list[int]], theirs: list[list[int]], gaps: list[list[floa
 
 
 def report(cases: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """A Markdown table, one line a case."""
-    columns = ["model, format, batch", "nanoft, tokens/s", "transformers, tokens/s", "speedup"]
+    """A Markdown table, one line per case."""
+    columns = ["model, dtype, batch size", "nanoft, tokens/s", "transformers, tokens/s", "speedup"]
     columns += ["nanoft, MB", "transformers, MB", "equal answers"]
     lines = [
-        "# Greedy answers: nanoft beside transformers' generate",
+        "# Greedy generation: nanoft and transformers",
         "",
         f"{settings['machine']}, one thread; {settings['versions']}; rounds: {settings['rounds']}. {settings['note']}",
         "Written by `bench/generate.py`, which says what is compared. Speeds are medians (p10 to p90 of all calls),",
-        "ratios medians (and range) over the rounds. Answers that part do so where the peer's two best logits differ",
+        "ratios medians (and range) over the rounds. Answers diverge only where the peer's two largest logits differ",
         f"by less than {TOLERANCE['bfloat16']:.0%} (bfloat16) or {TOLERANCE['float32']:.0e} (float32) of the largest.",
         "",
         f"| {' | '.join(columns)} |",
@@ -280,18 +278,18 @@ def table_row(case: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_step_options(parser)  # of which the shape, --dtype and --seed say something here
+    add_step_options(parser)  # only the shape, --dtype and --seed matter here
     parser.set_defaults(dtype="float32")
-    parser.add_argument("--case", help="only this one, as the table has it; prints its line of JSON")
+    parser.add_argument("--case", help="only this one, named as in the table; prints a line of JSON")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=2, help="times that all prompts are answered in a round")
-    parser.add_argument("--note", default="", help="a sentence for the report, such as what else the machine did")
-    parser.add_argument("--out", type=Path, default=HERE / "generate", help="without its suffix")
+    parser.add_argument("--repeats", type=int, default=2, help="how often all prompts are answered per round")
+    parser.add_argument("--note", default="", help="a sentence for the report")
+    parser.add_argument("--out", type=Path, default=HERE / "generate", help="without a suffix")
     parser.add_argument("--timeout-s", type=float, default=900, help="for each process")
     parser.add_argument("--side", choices=["nanoft", "peer"])
     parser.add_argument("--model", choices=list(LIMITS), default="small")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--stops", type=int, default=1, help="0: no answer ends by itself")
+    parser.add_argument("--stops", type=int, default=1, help="0: answers never end by a stop id")
     args = parser.parse_args(argv)
     if args.side:
         print(json.dumps(run_nanoft(args) if args.side == "nanoft" else run_peer(args)))

@@ -1,13 +1,13 @@
-"""One GPU, a model of Mistral-7B's shape: what each way of training it costs, and the peer in the same run.
+"""One GPU, the shape of Mistral-7B: speed and memory of each way to train it, and of the peer in the same session.
 
     python bench/gpu.py                   8 minutes; writes bench/gpu_<name of the GPU>.json and .md
-    python bench/gpu.py --smoke           tiny shapes, on the CPU if need be: does the script run?
+    python bench/gpu.py --smoke           tiny shapes, also on a CPU: does the script run?
     python bench/gpu.py --only nf4        the cases whose name contains a word
 
-Every case is a contender (bench/contender.py) in a fresh process: random weights drawn on the device, one tensor at a
-time, and quantized as they come. What fails, runs out of memory or of time, or needs a package that is not there is a
-row with the reason. Memory is the peak of the steps, without that of building the model. Where the peer ran on the
-same tokens, the largest difference of a step's loss is given, and with the same checkpointing the ratio of speeds.
+Every case is a contender (bench/contender.py) in a fresh process: random weights are generated on the device, one
+tensor at a time, and quantized at once. A case that fails, runs out of memory or time, or needs a missing package is a
+table row with the reason. Memory is the peak of the steps, not of building the model. If the peer ran on the same
+tokens, the largest difference of the loss is reported, and with the same checkpointing the ratio of speeds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from step import PEER, Failed, compare, difference, flags, in_process, own_comma
 MISTRAL_7B = {"hidden": 4096, "layers": 32, "heads": 32, "kv": 8, "ffn": 14336, "seq": 4096, "bs": 1}
 TINY = {"hidden": 64, "layers": 2, "heads": 4, "kv": 2, "ffn": 128, "vocab": 1024, "seq": 256, "bs": 1, "steps": 2}
 PACKED, NF4, CKPT, MASKED, COMPILE = {"packed": 1}, {"nf4": 1}, {"ckpt": 1}, {"masked": 0.7}, {"compile": 1}
-# What matters most comes first: a slow machine leaves out the end. Rows of 4,096 tokens, so many as `bs` says.
+# The most important cases come first: a slow machine skips the last ones. Sequences have 4,096 tokens.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("nanoft", PACKED),
     ("peer", PACKED),
@@ -64,10 +64,10 @@ def case_name(side: str, options: dict[str, Any]) -> str:
 def run_case(
     args: argparse.Namespace, side: str, options: dict[str, Any], work: Path, left_s: float, control: dict[str, Any]
 ) -> dict[str, Any]:
-    """One case in a fresh process: its figures, or why there are none."""
+    """One case in a fresh process: its figures, or the reason why there are none."""
     row: dict[str, Any] = {"case": case_name(side, options), "side": side, "options": options}
     if left_s < 5:
-        return {**row, "error": "not measured: the time was over"}
+        return {**row, "error": "not measured: out of time"}
     limit_s = min(left_s, args.case_s)
     case = argparse.Namespace(**{**vars(args), **options})
     case.ids = work / f"{case.bs}_rows.npz" if case.packed else None
@@ -83,8 +83,8 @@ def run_case(
     return {**row, **side_summary([result], control), **kept}
 
 
-def beside_peer(args: argparse.Namespace, row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a case of nanoft: how its losses differ from the peer's on the same tokens and base, and the speedup."""
+def compared_with_peer(args: argparse.Namespace, row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """For a case of nanoft: how its losses differ from the peer's on the same tokens and base, and the speedup."""
     if "error" in row or row["side"] == "peer":
         return {}
     found: dict[str, Any] = {}
@@ -94,20 +94,20 @@ def beside_peer(args: argparse.Namespace, row: dict[str, Any], rows: list[dict[s
         same = {key: row["options"].get(key) == other["options"].get(key) for key in ("packed", "masked", "bs", "nf4")}
         if all(same.values()):
             check = compare(args, row, other)
-            found |= {"losses_beside_peer": check}
+            found |= {"losses_compared_with_peer": check}
             if check["agree"] and row["options"].get("ckpt") == other["options"].get("ckpt"):
                 found |= {"speedup": round(row["tok_s"] / other["tok_s"], 3)}
     return found
 
 
 def report(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """A Markdown table, one line a case."""
+    """A Markdown table, one line per case."""
     columns = ["case", "tokens/s", "p10 to p90", "% of matmul", "peak MB", "reserved MB", "losses differ by", "speedup"]
     lines = [
         f"# {settings['device']}: {settings['shape']}",
         "",
         f"{settings['versions']}.",
-        "Written by `bench/gpu.py`, which says how. Bare matrix products of the step's sizes reach",
+        "Written by `bench/gpu.py`, which says how. Bare matmuls of the step's sizes reach",
         f"{settings['control']['gflop_s'] / 1e3:,.1f} TFLOP/s here: that is 100 %.",
         "",
         f"| {' | '.join(columns)} |",
@@ -119,7 +119,7 @@ def report(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 def table_row(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"| {row['case']} | {row['error'].replace('|', '/')} |" + " |" * 6
-    check = row.get("losses_beside_peer")
+    check = row.get("losses_compared_with_peer")
     cells = [
         row["case"],
         f"{row['tok_s']:,.0f}",
@@ -134,7 +134,7 @@ def table_row(row: dict[str, Any]) -> str:
 
 
 def run_cases(args: argparse.Namespace, out: Path | None, settings: dict[str, Any], started: float) -> str:
-    """All cases in their order; what is measured so far is on the disk after each."""
+    """All cases in order; results so far are written after each one."""
     rows: list[dict[str, Any]] = []
     text = ""
     with tempfile.TemporaryDirectory() as work:
@@ -143,7 +143,7 @@ def run_cases(args: argparse.Namespace, out: Path | None, settings: dict[str, An
                 continue
             left_s = args.minutes * 60 - (time.monotonic() - started)
             rows.append(run_case(args, side, options, Path(work), left_s, settings["control"]))
-            compared = [{**row, **beside_peer(args, row, rows)} for row in rows]
+            compared = [{**row, **compared_with_peer(args, row, rows)} for row in rows]
             text = report(compared, settings)
             say(table_row(compared[-1]))
             if out:
@@ -156,9 +156,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", default="", metavar="WORD")
-    parser.add_argument("--minutes", type=float, default=8, help="all cases together; what is left over is not run")
-    parser.add_argument("--case-s", type=float, default=120, help="one process")
-    parser.add_argument("--out", type=Path, help="without its suffix; default: bench/gpu_<name>, nothing for --smoke")
+    parser.add_argument("--minutes", type=float, default=8, help="for all cases; the remaining ones are skipped")
+    parser.add_argument("--case-s", type=float, default=120, help="timeout of one process, seconds")
+    parser.add_argument("--out", type=Path, help="without a suffix; default: bench/gpu_<name>; none for --smoke")
     add_step_options(parser)
     smoke = parser.parse_known_args()[0].smoke
     parser.set_defaults(warmup=3, **(TINY if smoke else MISTRAL_7B))
@@ -167,13 +167,13 @@ def main() -> int:
     try:
         here = in_process([*own_command("device")], args.case_s, bounded=False)["device"]
         if here == "CPU" and not smoke:
-            say("no GPU here: --smoke runs tiny shapes on the CPU")
+            say("no GPU here: use --smoke to run tiny shapes on the CPU")
             return 2
         control = in_process([*own_command("matmul"), *flags(args, EVERY_PEER)], args.case_s, bounded=False)
     except Failed as error:
-        say(f"no bare matrix products: {error}")
+        say(f"bare matmuls failed: {error}")
         return 1
-    shape = f"{args.layers} layers of {args.hidden}, rows of {args.seq:,} tokens, rank {args.r}, {args.dtype}"
+    shape = f"{args.layers} layers of {args.hidden}, sequences of {args.seq:,} tokens, rank {args.r}, {args.dtype}"
     settings = {"device": here, "shape": shape, "versions": versions(), "control": control}
     slug = re.sub(r"\W+", "_", here.lower()).strip("_")
     out = args.out or (None if smoke else HERE / f"gpu_{slug}")

@@ -1,4 +1,4 @@
-"""How a step grows: its time and its peak memory against the sequence length, the rank and the number of layers.
+"""Time and peak memory of a step as functions of the sequence length, the rank and the number of layers.
 
     python bench/growth.py                   512 to 32,768 tokens; a quarter of an hour or more on 2 cores
     python bench/growth.py --quick           a few small points
@@ -6,9 +6,9 @@
     python bench/growth.py --with-peer       transformers + peft as well
 
 Every point is a contender (bench/contender.py) in a fresh process. Curves are fitted by least squares of the relative
-error: a + b n for memory, and for time where the work is linear; a + b n + c n^2 for the time of a sequence, whose
-attention compares all pairs. The fit's largest relative residual stands beside it: a curve that does not fit is seen.
-Points that run out of memory or time are rows, too. Results are written to bench/growth.json and bench/growth.md.
+error: a + b n for memory, and for time where the work is linear; a + b n + c n^2 for time as a function of the length,
+because attention compares all pairs. The largest relative residual shows whether a curve fits. Points that run out of
+memory or time are reported too. Results are written to bench/growth.json and bench/growth.md.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from typing import Any
 from contender import EVERY_PEER, HERE, OURS, OWN_PEER, add_step_options
 from step import PEER, Failed, flags, in_process, machine, own_command, say, versions
 
-# Of each sweep: its points, those of --quick, and the degree of the curve through the times.
+# Of each sweep: its points, those of --quick, and the degree of the curve of the times.
 SWEEPS: dict[str, tuple[list[int], list[int], int]] = {
     "r": ([4, 8, 16, 32, 64, 128, 256], [4, 64, 256], 1),
     "layers": ([1, 2, 4, 8, 16], [1, 2, 4], 1),
     "seq": ([512, 1024, 2048, 4096, 8192, 16384, 32768], [512, 1024, 2048, 4096], 2),
 }
-NAMES = {"seq": "tokens of a row", "r": "rank", "layers": "layers"}
+NAMES = {"seq": "tokens per sequence", "r": "rank", "layers": "layers"}
 BAR = 30  # characters of the longest bar
 
 
 def run_sweeps(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """By sweep and side: the points, and the curves through them."""
+    """Points and fitted curves, by sweep and side."""
     commands = {"nanoft": own_command("nanoft"), **({"peer": shlex.split(PEER)} if args.with_peer else {})}
     sweeps: dict[str, dict[str, Any]] = {}
     started = time.monotonic()
@@ -50,9 +50,9 @@ def run_sweeps(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def run_point(args: argparse.Namespace, name: str, value: int, command: list[str], left_s: float) -> dict[str, Any]:
-    """One process: speed and peak memory, or why there are none."""
+    """One process: speed and peak memory, or the reason why there are none."""
     if left_s <= 0:
-        return {"error": f"not measured: the {args.minutes:g} minutes were over"}
+        return {"error": f"not measured: out of time ({args.minutes:g} minutes)"}
     point = argparse.Namespace(**{**vars(args), name: value})
     given = flags(point, [*EVERY_PEER, *OWN_PEER, *(OURS if command == own_command("nanoft") else [])])
     try:
@@ -64,7 +64,7 @@ def run_point(args: argparse.Namespace, name: str, value: int, command: list[str
 
 
 def fits(rows: list[dict[str, Any]], degree: int) -> dict[str, dict[str, Any] | None]:
-    """The curves through what was measured; none where there are no more points than coefficients."""
+    """Fitted curves; None if there are no more points than coefficients."""
     done = [row for row in rows if "error" not in row]
     wanted = {"step_s": degree, "peak_rss_mb": 1, "peak_cuda_mb": 1}
     return {
@@ -88,7 +88,7 @@ def fit(x: list[float], y: list[float], degree: int) -> dict[str, Any] | None:
 
 
 def report(sweeps: dict[str, dict[str, Any]], settings: dict[str, Any]) -> str:
-    lines = ["# How a step grows", "", f"{settings['machine']}; {settings['versions']}.", f"Base: {settings['base']}."]
+    lines = ["# Growth of a step", "", f"{settings['machine']}; {settings['versions']}.", f"Base: {settings['base']}."]
     lines += ["Written by `bench/growth.py`, which says how."]
     for name, sides in sweeps.items():
         for side, sweep in sides.items():
@@ -98,7 +98,7 @@ def report(sweeps: dict[str, dict[str, Any]], settings: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> list[str]:
-    """A line a point: tokens a second and peak memory, both as a bar from zero."""
+    """One line per point: tokens per second and peak memory, both as a bar from zero."""
     done = [row for row in rows if "error" not in row]
     memory = "peak_cuda_mb" if done and "peak_cuda_mb" in done[0] else "peak_rss_mb"
     fastest, largest = (max((row[key] for row in done), default=1) for key in ("tok_s", memory))
@@ -113,7 +113,7 @@ def plot(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def equation(key: str, found: dict[str, Any] | None, name: str) -> str:
-    what = {"step_s": "seconds a step", "peak_rss_mb": "peak resident MB", "peak_cuda_mb": "peak MB on the GPU"}[key]
+    what = {"step_s": "seconds per step", "peak_rss_mb": "peak resident MB", "peak_cuda_mb": "peak MB on the GPU"}[key]
     if found is None:
         return f"- {what}: too few points for a curve"
     terms = [f"{c:.3g}{('', ' n', ' n²')[power]}" for power, c in enumerate(found["coefficients"])]
@@ -125,8 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--with-peer", action="store_true")
-    parser.add_argument("--minutes", type=float, default=40, help="what has not begun by then is left out")
-    parser.add_argument("--out", type=Path, default=HERE / "growth", help="without its suffix")
+    parser.add_argument("--minutes", type=float, default=40, help="points that have not started by then are skipped")
+    parser.add_argument("--out", type=Path, default=HERE / "growth", help="without a suffix")
     add_step_options(parser)
     parser.set_defaults(layers=4, bs=1, steps=2)
     args = parser.parse_args()

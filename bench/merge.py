@@ -1,12 +1,11 @@
-"""How fast an adapter is merged, and in how much memory: shards of a 7B model's shape, written on the fly.
+"""Speed and memory of merging an adapter into shards of the shape of a 7B model, which are written first.
 
     python bench/merge.py                  writes bench/merge.json and bench/merge.md
-    python bench/merge.py --layers 4       a shorter model; nothing is written down
+    python bench/merge.py --layers 4       a smaller model; results are only printed
 
-The base is Mistral-7B's shape with random bfloat16 weights; the adapter has rank 16 on every linear of the blocks. A
-process of its own merges, proves the result and asks it a question, as merge.py does; its resident memory, everything
-included, is read from the kernel after each part, and the peak starts anew before each. Everything lies in a temporary
-directory and is deleted.
+The base has the shape of Mistral-7B and random bfloat16 weights; the adapter has rank 16 on every linear of the blocks.
+A process of its own merges, verifies the result and generates from it, as merge.py does. Its peak resident memory is
+reset before each part and read after it. All files are in a temporary directory and are deleted.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from typing import Any
 import torch
 
 from nanoft.config import LoRAConfig
-from nanoft.export.adapters import open_adapter
-from nanoft.export.merge import merge
+from nanoft.export.merge import merge, open_adapter
 from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
 from nanoft.export.verify import verify_merge
 from nanoft.generation.generate import generate
@@ -45,7 +43,7 @@ HERE = Path(__file__).parent
 PLACE = HERE / "merge"
 SHARD = 5 * 10**9
 RANK = 16
-TOKENS = 64  # of each of the prompts of the proof
+TOKENS = 64  # of each prompt of the verification
 PROMPTS = 2
 ANSWER_TOKENS = 4
 
@@ -60,7 +58,7 @@ def hf_config(layers: int) -> dict[str, Any]:
 
 
 def make_base(directory: Path, layers: int) -> int:
-    """Random weights in shards, some rows at a time; returns the bytes of all of them."""
+    """Write random weights in shards, some rows at a time; returns their size in bytes."""
     config = hf_config(layers)
     (directory / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
@@ -108,12 +106,12 @@ def resident(field: str) -> int:
 
 
 def measure(adapter: Path, out: Path) -> dict[str, Any]:
-    """Merge, prove, ask: the seconds and the peak memory of each."""
+    """Merge, verify, generate: seconds and peak memory of each."""
     return_freed_memory()
     figures: dict[str, Any] = {"before_gb": resident("VmRSS") / 1e9}
 
     def part(name: str, work: Callable[[], Any]) -> Any:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         start, cpu = time.perf_counter(), time.process_time()
         result = work()
         spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
@@ -123,11 +121,11 @@ def measure(adapter: Path, out: Path) -> dict[str, Any]:
     opened = part("open", lambda: open_adapter(read_trained_adapter(str(adapter)), "original"))
     part("merge", lambda: merge(opened, torch.bfloat16, "original", out))
     prompts = torch.randint(32000, (PROMPTS, TOKENS), generator=torch.Generator().manual_seed(3)).tolist()
-    proof = part("prove", lambda: verify_merge(opened, out, prompts, torch.bfloat16))
+    proof = part("verify", lambda: verify_merge(opened, out, prompts, torch.bfloat16))
     assert proof.holds, proof
     figures["proof"] = {"max_difference": proof.max_difference, "allowed": proof.allowed, "effect": proof.effect}
     merged = StreamedDecoder(open_rows(out))
-    part("ask", lambda: generate(merged, prompts[:4], (), ANSWER_TOKENS))
+    part("generate", lambda: generate(merged, prompts[:4], (), ANSWER_TOKENS))
     return figures
 
 
@@ -167,31 +165,31 @@ def run(layers: int) -> dict[str, Any]:
 
 def markdown(r: dict[str, Any]) -> str:
     model, proof, threads = r["model"], r["proof"], r["machine"]["threads"]
-    parts = [(name, r[name]) for name in ("open", "merge", "prove", "ask")]
+    parts = [(name, r[name]) for name in ("open", "merge", "verify", "generate")]
     return f"""# Merging an adapter of rank {RANK} on every linear
 
 {model["layers"]} layers of Mistral-7B's shape: {model["parameters"] / 1e9:.2f} billion random bfloat16 weights in
-{model["weights_gb"]:.1f} GB of shards; {threads} thread(s), on a machine that others used at the same time (CPU seconds
-are this process's own). Merged at {r["merge_gb_per_s"]:.2f} GB/s of wall time, {r["merge_gb_per_cpu_s"]:.2f} GB per CPU
+{model["weights_gb"]:.1f} GB of shards; {threads} thread(s), on a shared machine (CPU seconds are those
+of this process). Merged at {r["merge_gb_per_s"]:.2f} GB/s of wall time, {r["merge_gb_per_cpu_s"]:.2f} GB per CPU
 second: read, added in float32, rounded, hashed, written, synced.
 
-Resident memory is that of the whole process; Python and torch alone have {r["before_gb"]:.2f} GB. 1.5 times the largest
-tensor and 0.5 GB are {r["allowed_peak_gb"]:.2f} GB.
+Memory is that of the whole process; Python and torch alone take {r["before_gb"]:.2f} GB. The limit, 1.5 times the
+largest tensor plus 0.5 GB, is {r["allowed_peak_gb"]:.2f} GB.
 
 | part | seconds | CPU seconds | peak GB |
 |---|---|---|---|
 {chr(10).join(f"| {n} | {p['seconds']:.0f} | {p['cpu_seconds']:.0f} | {p['peak_gb']:.2f} |" for n, p in parts)}
 
-prove: {PROMPTS} prompts of {TOKENS} tokens through base, base + adapter and the merged files; largest logit difference
+verify: {PROMPTS} prompts of {TOKENS} tokens through base, base + adapter and the merged files; largest logit difference
 {proof["max_difference"]:.2g}, allowed {proof["allowed"]:.2g}, the adapter itself {proof["effect"]:.2g}.
-ask: 4 prompts of {TOKENS} tokens, {ANSWER_TOKENS} new tokens each, every weight read from the files for each token.
+generate: 4 prompts of {TOKENS} tokens, {ANSWER_TOKENS} new tokens each; every token reads all weights from the files.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--write", action="store_true", help="also with fewer layers")
+    parser.add_argument("--write", action="store_true", help="write the results with fewer layers too")
     parser.add_argument("--measure", nargs=2, metavar=("ADAPTER", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

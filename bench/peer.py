@@ -3,9 +3,9 @@
     python bench/peer.py --nf4 1 --ckpt 0 --seq 1024 --bs 2      prints one line of JSON
 
 What a Trainer does, without its bookkeeping: autocast to bfloat16, float32 adapters, SDPA attention, logits of every
-position, fused AdamW, gradients clipped to 1. Conversations of different lengths are padded on the right, `--micro` of
-them together, with an attention mask; their losses are summed and divided by the target tokens of the whole step.
-Weights and tokens are those that nanoft has in bench/contender.py.
+position, fused AdamW, gradients clipped to 1. Conversations of different lengths are padded on the right in batches of
+`--micro`, with an attention mask; their losses are summed and divided by the target tokens of the whole step. Weights
+and tokens are those of bench/contender.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 
 def build(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    """Base and adapters, ready to train."""
+    """Base and adapters."""
     dtype = getattr(torch, args.dtype)
     shape = {key: value for key, value in hf_config(args).items() if key not in ("architectures", "model_type")}
     with torch.device(device):
@@ -57,13 +57,13 @@ def build(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
 
 @torch.no_grad()
 def draw_weights(args: argparse.Namespace, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Fill parameters with what their names stand for, one at a time."""
+    """Fill parameters with the random values of their names, one at a time."""
     for name, parameter in parameters.items():
         parameter.copy_(random_weight(args, name, parameter.shape, parameter.device))
 
 
 def quantize(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Every linear of the blocks to bitsandbytes' 4 bits, with double quantization."""
+    """Replace every linear of the blocks by bitsandbytes' 4-bit linear, with double quantization."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for name, module in list(model.named_modules()):
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     def train(batches: list[dict[str, torch.Tensor]]) -> tuple[Any, Any]:
         optimizer.zero_grad()
-        # one batch: the mean over its targets; several: their sum over the targets of all, as the Trainer has it
+        # one batch: the mean over its targets; several: the sum over the targets of all, as in the Trainer
         targets = sum((batch["labels"][:, 1:] != IGNORE).sum() for batch in batches) if len(batches) > 1 else None
         total = torch.zeros((), device=device)
         for batch in batches:

@@ -1,9 +1,9 @@
-"""How near the plan's memory is to what a step really takes: nanoft/plan.py against fresh processes.
+"""Accuracy of the memory plan: nanoft/training/memory_plan.py against measurements in fresh processes.
 
     python bench/plan.py            every shape: 10 minutes on 2 cores; writes bench/plan.json and bench/plan.md
 
-Each shape is one contender (bench/contender.py), and what is compared is its largest resident set (on CUDA, the peak
-that was allocated). Memory, unlike time, does not depend on what else the machine does.
+Each shape is one contender (bench/contender.py). The plan is compared with its largest resident set; on CUDA, with the
+peak of allocated memory. Unlike time, memory does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "# Memory: planned and measured",
         "",
         f"{settings['machine']}; {settings['versions']}. Written by `bench/plan.py`.",
-        "The first line has the defaults of bench/contender.py; the others say what is different.",
+        "The first line has the defaults of bench/contender.py; the others name what differs.",
         "",
         "| shape | planned, MB | measured, MB | error |",
         "|---|---|---|---|",
@@ -87,7 +87,7 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "plan", help="without its suffix")
+    parser.add_argument("--out", type=Path, default=HERE / "plan", help="without a suffix")
     parser.add_argument("--shape", help="only this one, as options of bench/contender.py")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -1,11 +1,11 @@
-"""What a checkpoint costs the training: the demo with a save after every step, beside the demo without.
+"""What a checkpoint costs training: the demo with a save after every step, and without.
 
     python bench/save.py              5 rounds of 60 steps, about 6 minutes on 2 cores; writes bench/save.json and .md
     python bench/save.py --rounds 1
 
-Three contenders in fresh processes, in rotated order: no saves; a save after every step in the background, as
-train.py does it; the same while training waits. A step's time is that between two lines of metrics.jsonl, saves and
-all, so what a save takes is the difference between medians.
+Three contenders in fresh processes, in rotated order: no saves; a save after every step in the background, as in
+train.py; the same while training waits. The time of a step is that between two lines of metrics.jsonl, saves included,
+so the cost of a save is the difference of the medians.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ sys.exit(train.main({arguments!r}))
 
 
 def run(save_steps: int, wait: bool, steps: int) -> dict[str, list[float]]:
-    """Seconds of each step; and of each save, how long training stood still and when it was on the disk."""
+    """Seconds of each step; of each save, how long training waited and how long until it was on the disk."""
     with tempfile.TemporaryDirectory() as directory:
         where = Path(directory) / "run"
         changes = {
@@ -54,7 +54,7 @@ def run(save_steps: int, wait: bool, steps: int) -> dict[str, list[float]]:
         text = RUN.format(root=str(ROOT), wait=wait, arguments=arguments)
         subprocess.run([sys.executable, "-c", text], check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
-    times = [line["time"] for line in lines if line["event"] == "train"][5:-1]  # without warming up and the end
+    times = [line["time"] for line in lines if line["event"] == "train"][5:-1]  # without warm-up and the last step
     saves = [line for line in lines if line["event"] == "checkpoint" and line["step"] > 5]
     return {
         "step": [later - earlier for earlier, later in itertools.pairwise(times)],
@@ -90,10 +90,10 @@ def report(results: dict[str, list[dict[str, float]]]) -> str:
             "# What a checkpoint costs",
             "",
             f"{machine()}; {versions()}; the demo (configs/tiny.py), {len(plain)} rounds. Written by `bench/save.py`.",
-            "Median over the rounds (and their range). A save after every step is the worst case; the share is that of",
-            "one step.",
+            "Median over the rounds (and their range). A save after every step is the worst case; the slowdown",
+            "is that of one step.",
             "",
-            "| saves | a step | lost a save | training waited | on the disk after |",
+            "| saves | time per step | slowdown | training waited | on the disk after |",
             "|---|---|---|---|---|",
             *rows,
             "",
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=HERE / "save", help="without its suffix")
+    parser.add_argument("--out", type=Path, default=HERE / "save", help="without a suffix")
     args = parser.parse_args(argv)
     results: dict[str, Any] = contest(args.rounds, args.steps)
     args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,14 +1,14 @@
-"""A long run that is disturbed all the time: does it leak, lose a step, or write a line that cannot be read?
+"""A long run with injected faults: does it leak memory, lose a step, or write a broken line?
 
     python bench/soak.py                  20,000 steps of a small model: a quarter of an hour on one core
     python bench/soak.py --steps 1000
 
-train.py runs on the embedded demo's base with invented data; it saves every 25 steps and evaluates every 100. Processes
-are killed (SIGKILL) or asked to stop (SIGTERM) now and then, and the same command is given again. In each, some losses
-are NaN and one save meets a full disk. From outside, every half second: resident memory, open files, threads, and all
-lines of metrics.jsonl that are new. The slope of memory is the median of the slopes between all pairs of looks at one
-process (Theil-Sen), its first third left out. The result is written to bench/soak.json and bench/soak.md; exit code 1
-says that a promise was broken.
+train.py runs on the base of the embedded demo with synthetic data; it saves every 25 steps and evaluates every 100. Now
+and then its process receives SIGKILL or SIGTERM, and the same command is run again. In each process some losses are
+NaN, and one save fails because the disk is full. From outside, every half second: resident memory, open files, threads,
+and the new lines of metrics.jsonl. The growth of memory is the median slope between all pairs of readings of one
+process (Theil-Sen), without its first third. Results are written to bench/soak.json and bench/soak.md; exit code 1
+means that a check failed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from step import machine, versions  # noqa: E402
 
 from nanoft.runtime.memory import theil_sen_slope  # noqa: E402
 
-EVERY_S = 0.5  # between two looks
-NAMES = {-9: "killed", 75: "asked to stop", 2: "refused by the disk", 0: "ended"}  # what exit codes mean here
+EVERY_S = 0.5  # between two readings
+NAMES = {-9: "killed", 75: "asked to stop", 2: "refused by the disk", 0: "ended"}  # meaning of the exit codes
 SETTINGS = [
     *("lora.rank=4", "lora.dropout=0.1", "lora.target_modules=q_proj", "data.validation_split=0.1"),
     *("training.micro_batch_size=2", "training.gradient_accumulation_steps=2", "training.learning_rate=1e-4"),
@@ -53,7 +53,7 @@ SETTINGS = [
 
 @dataclass
 class Metrics:
-    """Reads metrics.jsonl as it grows, and notes what is wrong with it."""
+    """Follows metrics.jsonl as it grows, and records what is wrong with it."""
 
     path: Path
     inode: int = 0
@@ -63,11 +63,11 @@ class Metrics:
     wrong: list[str] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
 
-    def look(self) -> None:
+    def update(self) -> None:
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_ino != self.inode:  # a process has taken away what will be done again
+            if os.fstat(file.fileno()).st_ino != self.inode:  # rewritten by a process that resumed at an earlier step
                 self.inode, self.offset, self.step = os.fstat(file.fileno()).st_ino, 0, 0
                 self.events.clear()
             file.seek(self.offset)
@@ -92,20 +92,20 @@ class Metrics:
 
 @dataclass
 class Process:
-    """What was seen of one process: (step, resident bytes, open files, threads) at each look."""
+    """The readings of one process: (step, resident bytes, open files, threads)."""
 
-    looks: list[tuple[int, int, int, int]] = field(default_factory=list)
+    readings: list[tuple[int, int, int, int]] = field(default_factory=list)
     code: int = 0
 
     def steady(self) -> list[tuple[int, int, int, int]]:
-        """The looks at its training, without the first third and what came after its last step."""
-        last = max((look[0] for look in self.looks), default=0)
-        training = [look for look in self.looks if 0 < look[0] < last]
+        """The readings during training, without the first third and those after the last step."""
+        last = max((reading[0] for reading in self.readings), default=0)
+        training = [reading for reading in self.readings if 0 < reading[0] < last]
         return training[len(training) // 3 :]
 
 
 def soak(directory: Path, steps: int, seed: int) -> tuple[list[Process], Metrics, Counter[str]]:
-    """Train to the end, whatever happens to the processes."""
+    """Train to the end, restarting after each fault."""
     chance, disturbed = random.Random(seed), Counter[str]()
     data = directory / "data.jsonl"
     records = [{"prompt": f"Say {n} {'again ' * (n % 5)}", "completion": f"{n}" * (1 + n % 3)} for n in range(200)]
@@ -120,9 +120,8 @@ def soak(directory: Path, steps: int, seed: int) -> tuple[list[Process], Metrics
         processes.append(watch(settings, fault, metrics, until, end, directory))
         code = processes[-1].code
         disturbed[NAMES.get(code, f"exit code {code}")] += 1
-        print(
-            f"step {metrics.step:,} of {steps:,}: exit code {code}, {len(processes[-1].looks)} looks", file=sys.stderr
-        )
+        readings = len(processes[-1].readings)
+        print(f"step {metrics.step:,} of {steps:,}: exit code {code}, {readings} readings", file=sys.stderr)
         if len(processes) > 200:
             metrics.wrong.append("200 processes did not get to the end")
             break
@@ -130,67 +129,66 @@ def soak(directory: Path, steps: int, seed: int) -> tuple[list[Process], Metrics
 
 
 def watch(settings: list[str], fault: Fault, metrics: Metrics, until: int, end: int | None, directory: Path) -> Process:
-    """Run one process, look at it, and end it after that step."""
+    """Run one process, take readings, and send it the signal `end` after step `until`."""
     seen, begun = Process(), metrics.step
     command = [sys.executable, __file__, "--inside", json.dumps(asdict(fault)), *settings]
     with open(directory / "out", "ab") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         handle = psutil.Process(process.pid)
         while process.poll() is None:
             time.sleep(EVERY_S)
-            metrics.look()
+            metrics.update()
             try:
                 sizes = handle.memory_info().rss, handle.num_fds(), handle.num_threads()
-                seen.looks.append((metrics.step if metrics.step > begun else 0, *sizes))
-            except psutil.Error:  # it has just ended
+                seen.readings.append((metrics.step if metrics.step > begun else 0, *sizes))
+            except psutil.Error:  # the process has just ended
                 continue
             if end is not None and metrics.step >= until:
                 process.send_signal(end)
                 end = None
-    metrics.look()
+    metrics.update()
     seen.code = process.returncode
     return seen
 
 
 def figures(processes: list[Process], metrics: Metrics, disturbed: Counter[str]) -> dict[str, Any]:
-
     long = [process.steady() for process in processes if len(process.steady()) >= 20]
-    slopes = [theil_sen_slope([(step, rss) for step, rss, _, _ in looks])[0] * 1000 / 1e6 for looks in long]
-    grown = [looks[-1][1] - looks[0][1] for looks in long]
+    slopes = [theil_sen_slope([(step, rss) for step, rss, _, _ in readings])[0] * 1000 / 1e6 for readings in long]
+    grown = [readings[-1][1] - readings[0][1] for readings in long]
 
     def change(column: int) -> int:
-        """The largest change between the halves of a process, of the median over looks."""
-        halves = [(looks[: len(looks) // 2], looks[len(looks) // 2 :]) for looks in long]
-        medians = [[statistics.median(look[column] for look in half) for half in pair] for pair in halves]
+        """The largest change of the median reading between the two halves of a process."""
+        halves = [(readings[: len(readings) // 2], readings[len(readings) // 2 :]) for readings in long]
+        medians = [[statistics.median(reading[column] for reading in half) for half in pair] for pair in halves]
         return int(max((abs(b - a) for a, b in medians), default=0))
 
     return {
         "steps": metrics.step,
         "processes": len(processes),
         **{f"processes_{name.replace(' ', '_')}": count for name, count in disturbed.items()},
-        "windows_left_out": metrics.events["step skipped"],
+        "windows_skipped": metrics.events["step skipped"],
         "saves_failed": sum(count for what, count in metrics.events.items() if what.startswith("saving step")),
         "rollbacks": metrics.events["rolled back"],
         "evaluations": metrics.events["eval"],
-        "looks": sum(len(process.looks) for process in processes),
+        "readings": sum(len(process.readings) for process in processes),
         "lines_read": metrics.lines,
         "wrong_lines": len(metrics.wrong),
         "processes_long_enough": len(long),
-        "rss_mb": round(max((look[1] for looks in long for look in looks), default=0) / 1e6, 1),
+        "rss_mb": round(max((reading[1] for readings in long for reading in readings), default=0) / 1e6, 1),
         "rss_mb_per_1000_steps": round(statistics.median(slopes), 3) if slopes else None,
         "rss_mb_per_1000_steps_worst": round(max(slopes), 3) if slopes else None,
         "rss_mb_grown_worst": round(max(grown) / 1e6, 2) if grown else None,
-        "open_files": max((look[2] for looks in long for look in looks), default=0),
+        "open_files": max((reading[2] for readings in long for reading in readings), default=0),
         "open_files_change": change(2),
-        "threads": max((look[3] for looks in long for look in looks), default=0),
+        "threads": max((reading[3] for readings in long for reading in readings), default=0),
         "threads_change": change(3),
     }
 
 
 def kept(found: dict[str, Any], steps: int) -> dict[str, bool]:
-    """The promises."""
+    """The checks."""
     flat = found["rss_mb_per_1000_steps"] is None or found["rss_mb_per_1000_steps"] < 1
     return {
-        "every step once, every line whole": found["wrong_lines"] == 0 and found["steps"] == steps,
+        "every step once, every line complete": found["wrong_lines"] == 0 and found["steps"] == steps,
         "memory flat (below 1 MB in 1,000 steps)": flat,
         "open files and threads constant": found["open_files_change"] == found["threads_change"] == 0,
         "no exit code but 0, 75, -9, and 2 for the full disk": not any(
@@ -203,17 +201,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "soak", help="without its suffix")
+    parser.add_argument("--out", type=Path, default=HERE / "soak", help="without a suffix")
     args = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         found = figures(*(parts := soak(Path(scratch), args.steps, args.seed)))
     promises = kept(found, args.steps)
     settings = {"machine": machine(), "versions": versions(), "seconds": round(time.monotonic() - started)}
-    lines = ["# A long run, disturbed all the time", "", f"{settings['machine']}; {settings['versions']}."]
+    lines = ["# A long run with injected faults", "", f"{settings['machine']}; {settings['versions']}."]
     lines += ["Written by `bench/soak.py`, which says how.", "", "| | |", "|---|---|"]
     lines += [f"| {name.replace('_', ' ')} | {value} |" for name, value in {**found, **settings}.items()][:-3]
-    lines += ["", *(f"- {'kept' if good else 'BROKEN'}: {name}" for name, good in promises.items())]
+    lines += ["", *(f"- {'passed' if good else 'FAILED'}: {name}" for name, good in promises.items())]
     lines += [f"  {wrong}" for wrong in parts[1].wrong[:10]]
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     values = {**settings, "figures": found, "promises": promises, "wrong": parts[1].wrong[:100]}

@@ -1,17 +1,16 @@
-"""One optimizer step, nanoft beside transformers + peft: how fast, in how much memory, and is it the same step?
+"""One optimizer step, nanoft and transformers + peft: how fast, in how much memory, and is it the same step?
 
-    python bench/step.py --shape small                 2 rows of 1,024 random tokens; ends with one line of JSON
+    python bench/step.py --shape small                 2 sequences of 1,024 random tokens; ends with one line of JSON
     python bench/step.py --shape masked --nf4 --ckpt   7 of 10 tokens are prompt; 4-bit base; activation checkpointing
     python bench/step.py --shape packed --data a.json  real conversations: nanoft packs them, the peer pads them
     python bench/step.py --shape all --rounds 5        every shape; writes bench/step.json and bench/step.md
     python bench/step.py --peer "python other.py"      another peer with the options and the JSON line of bench/peer.py
 
-Both sides run in fresh processes, one after another, in an order that turns every round. They draw the same base
-weights, the same adapter and the same tokens from a seed, so losses and gradient norms must agree in every step: if
-they do not, no ratio is given. Warm-up steps are thrown away. Tokens a second count real tokens, never padding; the
-spread is p10 to p90 over all counted steps. Peak memory is the largest resident set of the process. A control
-multiplies matrices of the step's own sizes and nothing else, so that speeds can be given as a share of what the
-machine can do.
+Both sides run in fresh processes, one after another, in an order that rotates every round. They generate the same base
+weights, adapter and tokens from a seed, so losses and gradient norms must agree in every step; otherwise no ratio is
+reported. Warm-up steps are discarded. Tokens per second never count padding; the spread is p10 to p90 over all counted
+steps. Peak memory is the largest resident set of the process. A control run multiplies matrices of the step's sizes and
+nothing else, so that speeds can be given as a share of what the machine can do.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ GRID += [("long", 1, 1), ("masked", 0, 0), ("masked", 1, 0), ("packed", 0, 0), (
 
 
 class Failed(Exception):
-    """A process that gave no result, in one line."""
+    """A process without a result; the message is one line."""
 
 
 def own_command(contender: str) -> list[str]:
@@ -65,9 +64,9 @@ def in_process(command: list[str], timeout_s: float, bounded: bool = True) -> di
     """Run a command in a fresh process; its last line is JSON.
 
     Args:
-        bounded: let it have no more than the memory that is free.
+        bounded: limit its memory to what is free.
     Raises:
-        Failed: it ended badly, ran too long or said something else.
+        Failed: it failed, took too long, or printed something else.
     """
     paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
@@ -81,7 +80,7 @@ def in_process(command: list[str], timeout_s: float, bounded: bool = True) -> di
             preexec_fn=bound_memory if bounded else None,
         )
     except subprocess.TimeoutExpired:
-        raise Failed(f"not done after {timeout_s:.0f} s") from None
+        raise Failed(f"timeout after {timeout_s:.0f} s") from None
     except OSError as error:
         raise Failed(f"{command[0]}: {error.strerror}") from None
     if done.returncode < 0:
@@ -93,12 +92,12 @@ def in_process(command: list[str], timeout_s: float, bounded: bool = True) -> di
     try:
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        raise Failed("the last line that it printed is not JSON") from None
+        raise Failed("the last line of its output is not JSON") from None
     return result
 
 
 def bound_memory() -> None:
-    """In a child: fail with an error rather than make the machine swap or kill something else."""
+    """In a child process: fail with an error instead of making the machine swap or kill another process."""
     if sys.platform == "linux":
         with open("/proc/meminfo") as file:
             free_kb = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
@@ -106,11 +105,11 @@ def bound_memory() -> None:
 
 
 def contest(args: argparse.Namespace) -> dict[str, Any]:
-    """One shape: rounds of both sides, the control, and what follows from them; failures are part of the result."""
+    """One shape: rounds of both sides, the control, and their summary; failures are part of the result."""
     foreign = args.peer != PEER
     with tempfile.TemporaryDirectory() as temporary:
         args.ids = Path(temporary) / "ids.npz" if args.packed else None
-        os.environ["XDG_CACHE_HOME"] = temporary  # the tokenized data, too, is gone afterwards
+        os.environ["XDG_CACHE_HOME"] = temporary  # also deletes the tokenized data
         own = flags(args, [*EVERY_PEER, *OWN_PEER])
         commands = {
             "nanoft": [*own_command("nanoft"), *own, *flags(args, OURS)],
@@ -154,7 +153,7 @@ def summary(
     if errors:
         check: dict[str, Any] = {"checked": False, "why": "a side failed"}
     elif foreign:
-        check = {"checked": False, "why": "a peer of another make has weights and tokens of its own"}
+        check = {"checked": False, "why": "another peer has weights and tokens of its own"}
     else:
         check = compare(args, results["nanoft"][0], results["peer"][0])
     counts = not errors and check.get("agree", True)
@@ -212,7 +211,7 @@ def compare(args: argparse.Namespace, ours: dict[str, Any], theirs: dict[str, An
 
 
 def largest(values: list[float]) -> float | None:
-    """None where one is not finite: JSON has no word for it."""
+    """None if one is not finite, which JSON cannot express."""
     return round(max(values), 6) if all(map(math.isfinite, values)) else None
 
 
@@ -231,15 +230,15 @@ def say(line: str) -> None:
 
 
 def report(cases: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """A Markdown table, one line a shape."""
+    """A Markdown table, one line per shape."""
     columns = ["shape", "nanoft, tokens/s", "%", "peer, tokens/s", "%", "speedup"]
     columns += ["nanoft, MB", "peer, MB", "memory", "losses differ by"]
     lines = [
-        f"# One optimizer step: nanoft beside {settings['peer']}",
+        f"# One optimizer step: nanoft and {settings['peer']}",
         "",
         f"{settings['machine']}; {settings['versions']}; rounds: {settings['rounds']}.",
         "Written by `bench/step.py`, which says what is compared. Speeds are medians (p10 to p90 of all steps), ratios",
-        "medians (and range) over the rounds; % is the share of what plain matrix products of the same sizes reach.",
+        "medians (and range) over the rounds; % is the share of the rate of bare matmuls of the same sizes.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -303,15 +302,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="small")
     parser.add_argument("--peer", default=PEER, metavar="COMMAND", help="default: bench/peer.py")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--data", type=Path, help="records for packed shapes; without it, lengths are drawn")
+    parser.add_argument("--data", type=Path, help="records for packed shapes; default: random lengths")
     parser.add_argument("--timeout-s", type=float, default=1800, help="for each process")
-    parser.add_argument("--out", type=Path, default=HERE / "step", help="of --shape all, without its suffix")
+    parser.add_argument("--out", type=Path, default=HERE / "step", help="of --shape all, without a suffix")
     add_step_options(parser)
     return parser
 
 
 def parse(argv: Sequence[str], **case: Any) -> argparse.Namespace:
-    """The options, where those of a shape are the defaults."""
+    """The options; those of a shape are defaults."""
     parser = build_parser()
     shape = case.get("shape") or parser.parse_args(argv).shape
     parser.set_defaults(**SHAPES.get(shape, {}))

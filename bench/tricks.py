@@ -1,10 +1,10 @@
-"""What each trick of the step is worth: the whole step, then the step with one of them replaced by the plain way.
+"""What each optimization of the step is worth: the complete step, and the step with one of them removed.
 
-    python bench/tricks.py                     the peer's default shape, prompts masked, packed: 12 minutes on 2 cores
+    python bench/tricks.py                     the shapes small, masked, packed and long: 12 minutes on 2 cores
     python bench/tricks.py --shape packed --rounds 1
 
-Every variant runs in a fresh process, in an order that turns every round, on the same weights and tokens; how far its
-loss is from that of the whole step stands beside it. What was expected was written down before the measurement.
+Every variant runs in a fresh process, in an order that rotates every round, on the same weights and tokens. The
+difference of its loss from that of the complete step is reported. Expectations were written down before measuring.
 """
 
 from __future__ import annotations
@@ -25,28 +25,27 @@ from nanoft import loss
 from nanoft.attention import SequenceContext
 from nanoft.kernels import attention, block
 from nanoft.kernels.attention import FastContext
-from nanoft.kernels.lora import identity
+from nanoft.kernels.block import identity
 from nanoft.model import Decoder, select
 
 HERE = Path(__file__).resolve().parent
 
 
 def large_chunks() -> None:
-    """Logits of 1,024 rows at once, whatever the cache."""
-
+    """Logits of 1,024 positions at once, whatever the size of the cache."""
     loss.chunk_rows = lambda vocab, device: 1024
 
 
-def every_row() -> None:
-    """Logits of all rows, as a framework computes them: rows that are no targets weigh nothing."""
+def every_position() -> None:
+    """Logits at all positions, as frameworks compute them; those without a target are ignored."""
     import torch
     import torch.nn.functional as F
 
     forward, wanted = Decoder.forward, []
 
-    def decode(self: Any, *args: Any, target_positions: Any = None) -> Any:
+    def decode(self: Any, ids: Any, positions: Any, documents: Any, target_positions: Any) -> Any:
         wanted[:] = [target_positions]
-        return forward(self, *args)
+        return forward(self, ids, positions, documents)
 
     Decoder.forward = decode
 
@@ -55,31 +54,31 @@ def every_row() -> None:
         labels[wanted[0]] = targets
         return F.cross_entropy((hidden.flatten(0, 1) @ head.T).float(), labels, reduction="none")
 
-    loss.token_nll = token_nll
+    contender.token_nll = token_nll  # type: ignore[assignment]
 
 
 def torch_loss() -> None:
-    """torch.nn.functional.linear_cross_entropy over the target rows (PyTorch 2.13)."""
+    """torch.nn.functional.linear_cross_entropy at the target positions (PyTorch 2.13)."""
     import torch.nn.functional as F
 
     def token_nll(hidden: Any, head: Any, targets: Any) -> Any:
         return F.linear_cross_entropy(hidden.flatten(0, 1), head, targets, reduction="none")
 
-    loss.token_nll = token_nll
+    contender.token_nll = token_nll  # type: ignore[assignment]
 
 
-def whole_last_block() -> None:
+def full_last_block() -> None:
     """The last block for every position; only the head for target positions."""
     forward = Decoder.forward
 
-    def decode(self: Any, *args: Any, target_positions: Any = None) -> Any:
-        return select(forward(self, *args), target_positions)
+    def decode(self: Any, ids: Any, positions: Any, documents: Any, target_positions: Any) -> Any:
+        return select(forward(self, ids, positions, documents), target_positions)
 
     Decoder.forward = decode
 
 
 def plain_adapters() -> None:
-    """Every linear by itself, by the formula: W x + s B A x."""
+    """Each linear by its formula, W x + s B A x."""
 
     def one_by_one(linears: Sequence[Any], prepare: Any, *inputs: Any) -> list[Any]:
         x = prepare(*inputs)
@@ -89,9 +88,9 @@ def plain_adapters() -> None:
 
 
 def kept_inputs() -> None:
-    """Adapters together, but what norms and silu(gate) * up give is kept for backward."""
-    together = block.grouped_linear
-    block.grouped_linear = lambda linears, prepare, *inputs: together(linears, identity, prepare(*inputs))
+    """Linears in groups, but the outputs of norms and silu(gate) * up are kept for backward."""
+    grouped = block.grouped_linear
+    block.grouped_linear = lambda linears, prepare, *inputs: grouped(linears, identity, prepare(*inputs))
 
 
 def plain_rotation() -> None:
@@ -109,23 +108,38 @@ def masked_attention() -> None:
     FastContext.attend = SequenceContext.attend
 
 
-# The trick, the plain way instead of it, on which shape, and what was expected of taking it away.
+# The optimization, what replaces it, the shape, and what was expected of removing it.
 TRICKS: list[tuple[str, Callable[[], None], str, str]] = [
-    ("loss over target rows only", every_row, "masked", "0.7x: the head is 40 % of the products, and 70 % of it idle"),
-    ("the last block's MLP for target rows only", whole_last_block, "masked", "0.95x: 70 % of an eighth of the MLPs"),
-    ("logits in chunks that fit the cache", large_chunks, "small", "0.85x: six passes over 128 MB instead of 16 MB"),
-    ("the same, against linear_cross_entropy", torch_loss, "small", "about 1x: it is chunked as well"),
-    ("adapters of one input together", plain_adapters, "small", "0.85x; memory + 100 MB: three passes less a linear"),
-    ("inputs computed again", kept_inputs, "small", "1.03x; memory + 75 MB: 4.75 KiB a token and layer"),
-    ("rotation in two passes", plain_rotation, "small", "0.98x: it touches a tenth of what an MLP does"),
-    ("attention in chunks, bfloat16 on a CPU", kernel_attention, "small", "0.85x: the kernel was 38 % of a step"),
-    ("the same at 4,096 tokens", kernel_attention, "long", "0.7x: attention is half of the step"),
-    ("documents of like length together", masked_attention, "packed", "0.7x: 4 of 5 pairs are never looked at"),
+    (
+        "logits at target positions only",
+        every_position,
+        "masked",
+        "0.7x: 40 % of the FLOP, 70 % useless",
+    ),
+    (
+        "last MLP at target positions only",
+        full_last_block,
+        "masked",
+        "0.95x: 70 % of an eighth of the MLPs",
+    ),
+    (
+        "logits in chunks that fit into the cache",
+        large_chunks,
+        "small",
+        "0.85x: passes over 128 MB, not 16 MB",
+    ),
+    ("chunked loss (instead: linear_cross_entropy)", torch_loss, "small", "about 1x: it is chunked too"),
+    ("grouped linears", plain_adapters, "small", "0.85x, +100 MB: saves three passes per linear"),
+    ("recomputed inputs", kept_inputs, "small", "1.03x, +75 MB: 4.75 KiB per token and layer"),
+    ("rotation in two passes", plain_rotation, "small", "0.98x: it touches a tenth of the data of an MLP"),
+    ("chunked attention, bfloat16 on a CPU", kernel_attention, "small", "0.85x: the kernel was 38 % of a step"),
+    ("chunked attention, 4,096 tokens", kernel_attention, "long", "0.7x: attention is half of the step"),
+    ("documents batched by length", masked_attention, "packed", "0.7x: 4 of 5 pairs are never computed"),
 ]
 
 
 def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """One contender: the step with the trick taken away, or with none (an empty name)."""
+    """One contender: the step with one optimization removed, or none (an empty name)."""
     for trick, plain, _, _ in TRICKS:
         if trick == name:
             plain()
@@ -133,7 +147,7 @@ def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def measure(shape: str, rounds: int, argv: Sequence[str]) -> list[dict[str, Any]]:
-    """Every trick of a shape against the whole step."""
+    """Every optimization of a shape against the complete step."""
     tricks = [trick for trick in TRICKS if trick[2] == shape]
     names = ["", *(name for name, *_ in tricks)]
     args = step.parse(argv, shape=shape)
@@ -170,12 +184,12 @@ def measure(shape: str, rounds: int, argv: Sequence[str]) -> list[dict[str, Any]
 
 def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     lines = [
-        "# Each trick of the step, taken away",
+        "# The step with one optimization removed",
         "",
         f"{settings['machine']}; {settings['versions']}; rounds: {settings['rounds']}. Written by `bench/tricks.py`.",
-        "Speed without the trick, relative to the whole step: median (and range) over the rounds.",
+        "Speed relative to the complete step: median (and range) over the rounds.",
         "",
-        "| without | shape | expected | measured | more MB | losses differ by |",
+        "| removed | shape | expected | measured | more MB | losses differ by |",
         "|---|---|---|---|---|---|",
     ]
     lines += [

@@ -1,4 +1,4 @@
-"""docs/memory.md against the planner: every planned figure in it is computed again."""
+"""docs/memory.md against the planner: every planned figure in it is recomputed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,8 @@ from nanoft.config.loading import load_file
 from nanoft.generation.decode import Decoding
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
-from nanoft.recompute import keep_by_policy
-from nanoft.training.memory_plan import (
-    MARGIN,
-    Machine,
-    Plan,
-    choose_recompute,
-    count_parameters,
-    decide_dequantize,
-    estimate_memory,
-    gflop_per_token,
-)
+from nanoft.runtime.machine import Machine
+from nanoft.training.memory_plan import Plan, Planner, count_parameters, gflop_per_token
 from tiny_models import make_reference
 
 ROOT = Path(__file__).parent.parent
@@ -33,18 +24,11 @@ CPU = torch.device("cpu")
 
 
 def plan(config: Config) -> Plan:
-    """What --plan computes for a GPU with the memory that the config names, where no such GPU is."""
-    decoder, t = decoder_config(SHAPES[config.model.name]), config.training
-    counts, room = count_parameters(decoder, config), MARGIN * (config.system.memory_gb or 0) * 1e9
-    config = decide_dequantize(config, counts, Machine(torch.device("cuda"), torch.bfloat16, room, here=False))
-
-    def of(keep: list) -> Plan:
-        size = config.micro_batch_rows(), config.model.max_seq_length
-        return estimate_memory(decoder, counts, config, "cuda", torch.bfloat16, *size, keep, 0.0)
-
-    if t.checkpointing == "auto":
-        return of(choose_recompute(lambda keep: of(keep).peak, decoder.num_layers, room))
-    return of(keep_by_policy(t.checkpointing, t.checkpoint_every, decoder.num_layers))
+    """What --plan computes for a GPU with the memory that the config names, without such a GPU."""
+    memory_bytes = (config.system.memory_gb or 0) * 1e9
+    machine = Machine(torch.device("cuda"), torch.bfloat16, memory_bytes, present=False)
+    planner = Planner.of(config, machine, decoder_config(SHAPES[config.model.name]))
+    return planner.choose_activations(config.micro_batch_rows(), config.model.max_seq_length)
 
 
 def gb(size: float) -> str:
@@ -83,14 +67,14 @@ def test_the_arithmetic_of_the_example_is_right() -> None:
         assert value / scale == pytest.approx(float(shown.replace(",", "")), abs=5e-4), formula
 
 
-def test_each_lever_moves_the_peak_as_the_table_says() -> None:
-    rows = re.findall(r"^\| `([\w.]+)=(\w+)` \| ([\d.]+) \|", section("What a lever saves"), re.MULTILINE)
+def test_each_setting_moves_the_peak_as_the_table_says() -> None:
+    rows = re.findall(r"^\| `([\w.]+)=(\w+)` \| ([\d.]+) \|", section("What a setting saves"), re.MULTILINE)
     assert len(rows) >= 12
     found = {f"{name}={value}": gb(plan(EXAMPLE.override({name: value})).peak) for name, value, _ in rows}
     assert found == {f"{name}={value}": shown for name, value, shown in rows}
 
 
-def test_the_price_of_computing_blocks_again() -> None:
+def test_the_cost_of_recomputing_blocks() -> None:
     decoder = decoder_config(MISTRAL_7B)
     counts = count_parameters(decoder, EXAMPLE)
     once, twice = (gflop_per_token(decoder, counts, EXAMPLE, 2048, again) for again in (0.0, 1.0))
@@ -98,16 +82,16 @@ def test_the_price_of_computing_blocks_again() -> None:
     assert round(100 * (twice / once - 1)) == int(shown)
 
 
-def test_the_table_of_cards_is_the_plan_of_their_configs() -> None:
-    lines = [line.strip("| ").split(" | ") for line in section("By card").splitlines() if line.startswith("| ")]
+def test_the_table_of_gpus_is_the_plan_of_their_configs() -> None:
+    lines = [line.strip("| ").split(" | ") for line in section("By GPU").splitlines() if line.startswith("| ")]
     names, *rows = [cells for cells in lines if not cells[0].startswith("---")]
     plans = [plan(load_file(ROOT / name.strip("`"))) for name in names[1:]]
     shown = {cells[0].strip("`"): cells[1:] for cells in rows}
     expected = {name: [gb(p.parts[name]) for p in plans] for name in plans[0].parts if name in shown}
     expected |= {
         "peak": [gb(p.peak) for p in plans],
-        "blocks computed again": [f"{sum(k != 'all' for k in p.keep)} of {len(p.keep)}" for p in plans],
-        "rows x tokens": [f"{p.rows} x {p.length}" for p in plans],
+        "blocks recomputed": [f"{sum(k != 'all' for k in p.keep)} of {len(p.keep)}" for p in plans],
+        "sequences x tokens": [f"{p.rows} x {p.length}" for p in plans],
     }
     assert {name: cells for name, cells in shown.items() if name != "model"} == expected
     assert len(expected) == 11

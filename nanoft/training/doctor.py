@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.loading import load_config
-from nanoft.data.cache import cache_home
+from nanoft.data.dataset import cache_home
 from nanoft.data.sources import find_files
 from nanoft.io.untrusted import one_line
 from nanoft.kernels.attention import CHUNK, attend, has_varlen
@@ -45,8 +45,7 @@ from nanoft.runtime.device import (
     supports_matmul,
 )
 from nanoft.runtime.machine import Machine
-from nanoft.runtime.memory import memory_limit_bytes
-from nanoft.runtime.metal import WATERMARK
+from nanoft.runtime.memory import WATERMARK, memory_limit_bytes
 from nanoft.tracking.trackers import require_tracker_packages
 from nanoft.training.memory_plan import Planner, describe_recompute, resolve_micro_batch_size
 from nanoft.training.preflight import check_room

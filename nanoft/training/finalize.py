@@ -16,7 +16,7 @@ from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
 from nanoft.data.dataset import describe_data
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
-from nanoft.export.adapters import save_result
+from nanoft.export.merge import save_result
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.fields import nearest
-from nanoft.data.records import check_format
+from nanoft.data.formats import check_format
 from nanoft.lora import VARIANTS
 from nanoft.metrics.answers import select_metrics
 from nanoft.objectives import OBJECTIVES

@@ -445,7 +445,7 @@ def test_only_a_config_in_python_may_name_a_function(name: str, tmp_path: Path) 
     for suffix in ("json", "yaml"):
         path = write(tmp_path / f"c.{suffix}", json.dumps(tree))
         if function:
-            refused(lambda path=path: load_file(path), str(path), f"evaluation.metrics: {name}: runs code")
+            refused(lambda path=path: load_file(path), str(path), f"evaluation.metrics: {name}: would run code")
         else:
             assert load_file(path).evaluation.metrics == (name, "bleu")
     path = write(tmp_path / "config.json", json.dumps({**tree, "provenance": {}}))  # of a run: it goes on without

@@ -27,15 +27,15 @@ def test_lines_that_are_torn_missing_or_double_are_noticed(tmp_path: Path, monke
 
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path)
-    metrics.look()
+    metrics.update()
     path.write_text('{"event": "train", "step": 1}\n{"event": "eval", "step": 1}\n{"event": "tra')
-    metrics.look()
+    metrics.update()
     assert (metrics.step, metrics.lines, metrics.wrong) == (1, 2, [])
     with open(path, "a") as file:
         file.write('in", "step": 2}\n{"event": "train", "step": 2}\n{"event": "train", "step": 4}\n{"event": \n')
-    metrics.look()
+    metrics.update()
     assert metrics.wrong == ["step 2 after step 2", "step 4 after step 2", "not JSON: b'{\"event\": '"]
     path.rename(tmp_path / "before")
     path.write_text('{"event": "train", "step": 1}\n')  # a process has begun again
-    metrics.look()
+    metrics.update()
     assert (metrics.step, len(metrics.wrong)) == (1, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,8 @@ def test_a_leak_is_told_from_a_warm_up(leaks: bool, monkeypatch: pytest.MonkeyPa
     watch, kept, warnings = MemoryMonitor(CPU, every_s=0), [], []
     for step in range(60):
         if leaks or step < 8:
-            kept.append(np.ones(500_000))  # 4 MB, touched
+            kept.append(mmap.mmap(-1, 4_000_000))  # never memory that the allocator has kept
+            kept[-1].write(bytes(4_000_000))
         temporary = np.ones(250_000 * (1 + step % 3))
         warnings += [warning for warning in watch.check(step) if "grown" in warning]
         del temporary
