@@ -191,7 +191,7 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
                 loss, grad_norm = accumulate(ctx, window)
                 spike = guard.check(c.guard, state.guard, loss, grad_norm, window)  # raises SkipStep, RollBack
                 if spike:
-                    recovery.warn_of_window(ctx, state, "spike", spike, loss, grad_norm, window)
+                    recovery.warn_of_window(ctx, state, "spike", SkipStep(spike, loss, grad_norm, window))
                 lr = state.guard.lr_scale * learning_rate(state.step, ctx.total_steps, c.training)
                 set_learning_rate(ctx.optimizer, lr)
                 optimizer_step(ctx)

@@ -19,10 +19,9 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-import huggingface_hub
 import psutil
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanoft import UserError
@@ -102,8 +101,7 @@ def precision(device: torch.device) -> Iterator[Check]:
 
 def metal() -> Check:
     """The memory limit of PyTorch on Metal. Source: PyTorch's notes on MPS environment variables."""
-    name, low = WATERMARK, WATERMARK.replace("HIGH", "LOW")
-    macos = f"macOS {platform.mac_ver()[0]}"
+    name, low, macos = WATERMARK, WATERMARK.replace("HIGH", "LOW"), f"macOS {platform.mac_ver()[0]}"
     if name not in os.environ:
         return Check("Metal", "ok", f"{macos}; the limit is what Metal recommends; beyond it a Mac swaps")
     given = {key: os.environ[key] for key in (name, low) if key in os.environ}
@@ -181,7 +179,7 @@ def hub() -> Check:
     """Whether there is a token for gated models; it is neither shown nor sent."""
     if constants.HF_HUB_OFFLINE:
         return Check("Hub", "warn", "offline (HF_HUB_OFFLINE)", "models must be in the cache or in a directory")
-    if huggingface_hub.get_token():
+    if get_token():
         return Check("Hub", "ok", "has a token")
     return Check("Hub", "warn", "no token", "for gated models: hf auth login")
 
@@ -206,11 +204,7 @@ def _try(name: str, trial: Callable[[], str | Check]) -> Check:
 
 
 def validate_environment(config: Config, machine: Machine) -> None:
-    """Refuse what this machine cannot run, before anything is downloaded, read or loaded.
-
-    Raises:
-        UserError: the device does not support the optimizer, bitsandbytes does not work, or a package is missing.
-    """
+    """Refuse what this machine cannot run with a UserError, before anything is downloaded, read or loaded."""
     check_optimizer(config.training.optimizer, machine.device)
     require_tracker_packages(config.logging)
     answers.select_metrics(config.evaluation.metrics)

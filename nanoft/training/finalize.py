@@ -125,8 +125,7 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
                 release_memory(ctx.device, error)
             if e.batch_size == e.prompt_batch_size == 1:
                 raise TrainingFailed("out of memory at batch size 1")
-            halves = {name: max(1, getattr(e, name) // 2) for name in ("batch_size", "prompt_batch_size")}
-            e = replace(e, **halves)
+            e = replace(e, batch_size=max(1, e.batch_size // 2), prompt_batch_size=max(1, e.prompt_batch_size // 2))
     except Exception as error:
         report_failure(ctx, state, "evaluation", error)
         return evaluate.EvalResult()

@@ -159,17 +159,11 @@ def choose_recompute(
 
 
 def choose_rows(peak_of: Callable[[int], float], step_rows: int, room: float) -> int:
-    """The largest divisor of a step's rows that fits into `room` bytes as a micro-batch.
-
-    Raises:
-        UserError: not even one row fits.
-    """
+    """The largest divisor of a step's rows that fits into `room` bytes as a micro-batch; a UserError if none does."""
     fitting = [rows for rows in range(1, step_rows + 1) if step_rows % rows == 0 and peak_of(rows) <= room]
     if not fitting:
-        raise UserError(
-            f"model.max_seq_length: one row takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free: "
-            "lower it, or set quantization.bits=4"
-        )
+        sizes = f"one row takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free"
+        raise UserError(f"model.max_seq_length: {sizes}: lower it, or set quantization.bits=4")
     return fitting[-1]
 
 
@@ -231,11 +225,7 @@ def decide_dequantize(config: Config, counts: Counts, machine: Machine) -> Confi
 
 
 def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) -> Config:
-    """Replace training.micro_batch_size=auto by the numbers that config.json recorded, or by what fits now.
-
-    Raises:
-        UserError: the sequences of a step cannot be split evenly over the processes, or not even one fits.
-    """
+    """Replace training.micro_batch_size=auto by the numbers that config.json recorded, or by what fits now."""
     config = planner.config
     t, ranks = config.training, config.system.ranks
     if t.micro_batch_size != "auto":
@@ -254,7 +244,6 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
 
 
 def describe_recompute(plan: Plan) -> str:
-    """What is kept for backward, in words."""
     if again := sum(one != "all" for one in plan.keep):
         return f"activations of {again} of {len(plan.keep)} blocks recomputed"
     return "all activations kept"
@@ -272,7 +261,6 @@ def explained_out_of_memory(planner: Planner) -> Iterator[None]:
 
 
 def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
-    """The error for micro-batches of so many rows."""
     helps = suggest_savings(planner, rows, planner.config.model.max_seq_length)
     return TrainingFailed(f"out of memory with micro-batches of {rows} rows: try {helps}")
 
@@ -280,18 +268,12 @@ def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
 def suggest_savings(planner: Planner, rows: int, length: int) -> str:
     """The three changes that lower the planned peak most, and by how much."""
     config = planner.config
-    changes = {
-        "model.max_seq_length": length // 2,
-        "training.micro_batch_size": rows // 2,
-        "training.checkpointing": "full",
-        "quantization.bits": 4,
-        "training.method": "lora",
-        "training.optimizer": "adamw_8bit",
-        "lora.rank": config.lora.rank // 2,
-        "lora.target_modules": "attention",
-    }
+    changes: dict[str, Any] = {"model.max_seq_length": length // 2, "training.micro_batch_size": rows // 2}
+    changes |= {"training.checkpointing": "full", "training.optimizer": "adamw_8bit"}
     if config.training.method == "full":
-        del changes["quantization.bits"], changes["lora.rank"], changes["lora.target_modules"]
+        changes |= {"training.method": "lora"}
+    else:
+        changes |= {"quantization.bits": 4, "lora.rank": config.lora.rank // 2, "lora.target_modules": "attention"}
     before, saved = planner.choose_activations(rows, length), {}
     for name, value in changes.items():
         with contextlib.suppress(UserError):  # out of range: a row cannot be halved; or not on this device
@@ -308,11 +290,7 @@ def suggest_savings(planner: Planner, rows: int, length: int) -> str:
 
 
 def show_plan(config: Config) -> int:
-    """train.py --plan: print memory by part, and time, before anything is loaded.
-
-    Raises:
-        UserError: it does not fit.
-    """
+    """train.py --plan: print memory by part, and time, before anything is loaded; a UserError if it does not fit."""
     machine = Machine.detect_or_describe(config)
     check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
     decoder = ModelFiles.find(config.model.name).decoder

@@ -1,8 +1,7 @@
 """Before the first step: does the model see what you think it sees, and will it fit?
 
-Memory runs out at the longest batch after an hour, the disk at the first save; a frozen head whose row for the stop
-token was never trained cannot learn to stop. Each of these is tried before the run begins: one check, one line, and one
-fix. What the tokens alone tell is checked in nanoft/data/inspection.py.
+Memory runs out at the longest batch after an hour, the disk at the first save. Each is tried before the run begins: one
+check, one line, and one fix. What the tokens alone tell is checked in nanoft/data/inspection.py.
 """
 
 from __future__ import annotations
@@ -35,15 +34,11 @@ WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median ro
 
 
 def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
-    """Check the data, the head, memory and disk; returns the seconds that a step takes.
-
-    Raises:
-        UserError: a check fails and is not forced.
-    """
+    """Check the data, the head, memory and disk, which are UserErrors unless forced; returns the seconds of a step."""
     head = []
     if ctx.adapters and not ctx.config.model.random_init:
         head.append(check_head(ctx.model, ctx.tokenizer, ctx.corpus.training))
-    distributed.broadcast_from_rank0(lambda: show_and_require([*check_samples(ctx), *head], ctx, forced))
+    distributed.broadcast_from_rank0(lambda: require_shown([*check_samples(ctx), *head], ctx, forced))
     seconds_per_token, batches = rehearse_step(ctx, state), ctx.batches
     measured, predicted = peak_memory_gb(ctx.device), ctx.plan.peak / 1e9
     ctx.run.print(f"memory    {describe_recompute(ctx.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
@@ -51,15 +46,13 @@ def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
         rehearse_evaluation(ctx)
     weights = sharding.gather_full(ctx.trained_weights())
     moments = sharding.gather_full(optimizer_tensors(ctx.optimizer, ctx.trained))
-    where, keep = ctx.run.directory, ctx.config.training.keep_checkpoints
-    distributed.broadcast_from_rank0(
-        lambda: show_and_require([rehearse_save(where, weights, moments, keep)], ctx, forced)
-    )
+    out, keep = ctx.run.directory, ctx.config.training.keep_checkpoints
+    distributed.broadcast_from_rank0(lambda: require_shown([rehearse_save(out, weights, moments, keep)], ctx, forced))
     seconds = seconds_per_token * batches.samples.lengths.sum() / batches.windows_in_epoch()
     return float(seconds / distributed.world_size())
 
 
-def show_and_require(checks: list[Check], ctx: TrainContext, forced: list[str]) -> None:
+def require_shown(checks: list[Check], ctx: TrainContext, forced: list[str]) -> None:
     for check in checks:
         ctx.run.print(check.preflight_line())
     require_passed(checks, forced)
@@ -133,12 +126,9 @@ def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) 
     median = norms.median().item()
     ratios = {tokenizer.decode([token], keep_special=True): norms[token].item() / median for token in stops}
     found = ", ".join(f"{token!r}: {ratio:.2f}" for token, ratio in ratios.items()) or "no stop token in use"
-    return Check.of(
-        "head",
-        all(WEAK <= ratio <= STRONG for ratio in ratios.values()),
-        f"norm of the stop token's row of the head, relative to the median row: {found}",
-        "the base has not learned this token: use a template whose end of turn it knows, or training.method=full",
-    )
+    found = f"norm of the stop token's row of the head, relative to the median row: {found}"
+    fix = "the base has not learned this token: use a template whose end of turn it knows, or training.method=full"
+    return Check.of("head", all(WEAK <= ratio <= STRONG for ratio in ratios.values()), found, fix)
 
 
 def check_samples(ctx: TrainContext) -> list[Check]:

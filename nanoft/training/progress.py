@@ -130,11 +130,7 @@ def log_save(ctx: TrainContext, state: TrainState, outcome: SaveResult | None) -
 
 
 def ensure_final_checkpoint(ctx: TrainContext, state: TrainState) -> None:
-    """A checkpoint of where the run stands, whatever was saved before.
-
-    Raises:
-        OSError: the disk refuses; earlier checkpoints are untouched.
-    """
+    """A checkpoint of where the run stands, whatever was saved before; raises the OSError of a disk that refuses."""
 
     def last_saved(must_work: bool) -> int:
         outcome = ctx.writer.collect(wait=True)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanoft import TrainingFailed, UserError, guard
-from nanoft.batches import Window
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
 from nanoft.guard import Diverged, History, RollBack, SkipStep
 from nanoft.runtime.memory import OutOfMemory, release_memory
@@ -41,17 +40,13 @@ def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) 
 
 def skip_window(ctx: TrainContext, state: TrainState, bad: SkipStep) -> None:
     """Pass over a window, without a step."""
-    warn_of_window(ctx, state, "step skipped", bad.reason, bad.loss, bad.grad_norm, bad.window)
+    warn_of_window(ctx, state, "step skipped", bad)
     ctx.optimizer.zero_grad(set_to_none=True)
     state.skip(bad.window)
 
 
 def roll_back(ctx: TrainContext, state: TrainState, bad: RollBack) -> TrainState:
-    """Restore the newest checkpoint, lower the learning rate, and skip the windows that were bad in a row.
-
-    Raises:
-        Diverged: there were too many rollbacks. TrainingFailed: there is no checkpoint to restore.
-    """
+    """Restore the newest checkpoint, lower the learning rate, skip the bad windows; Diverged if done too often."""
     skip_window(ctx, state, bad)
     if state.guard.rollbacks >= ctx.config.guard.max_rollbacks:
         batch, seen = bad.window.micro_batches[-1].to(ctx.device), state.guard
@@ -100,13 +95,11 @@ def back_to_checkpoint(ctx: TrainContext, state: TrainState, history: History | 
     return back
 
 
-def warn_of_window(
-    ctx: TrainContext, state: TrainState, what: str, reason: str, loss: float, grad_norm: float, window: Window
-) -> None:
+def warn_of_window(ctx: TrainContext, state: TrainState, what: str, bad: SkipStep) -> None:
     """Name the records of a window whose loss or gradient is not as it should be."""
-    records = [ctx.corpus.location(record) for micro_batch in window for record in micro_batch.records]
-    figures = {"loss": str(loss), "grad_norm": str(grad_norm), "window": window.position}
+    records = [ctx.corpus.location(record) for micro_batch in bad.window for record in micro_batch.records]
+    figures = {"loss": str(bad.loss), "grad_norm": str(bad.grad_norm), "window": bad.window.position}
     ctx.run.log("warning", state.step, what=what, **figures, records=records)
     first = ", ".join(Path(record).name for record in records[:4])
     done = "the step is taken all the same" if what == "spike" else "window skipped"
-    ctx.run.print(f"warning: after step {state.step}: {reason}: {done}: {first}")
+    ctx.run.print(f"warning: after step {state.step}: {bad.reason}: {done}: {first}")

@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,7 @@ def resume(ctx: TrainContext, loop: Loop, steps: int) -> None:
 
 
 def run(ctx: TrainContext, loop: Loop) -> int:
-    """Do every check with a context that took no step, and is used up; returns the exit code.
-
-    Raises:
-        TrainingFailed: names the first check that failed.
-    """
+    """Do every check with a context that took no step, and is used up; a TrainingFailed names the first that failed."""
     ctx.run.open_metrics(0, [0, 0], [])
     say, tokens = ctx.run.print, min(TOKENS, ctx.batches.longest().ids.numel())
     documents = TokenDataset.of(cut(ctx.batches.samples, tokens))
@@ -207,14 +203,13 @@ def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tenso
     config = ctx.config.override({"training.max_grad_norm": 0.0, "guard.max_rollbacks": 0})
     unused = CheckpointManager(ctx.run.directory / "no" / "checkpoints", 1)
     ctx = saving_to(replace(ctx, config=config, batches=batches), unused)
-    hook = ctx.optimizer.register_step_pre_hook(take)
     torch.manual_seed(config.system.seed)
     try:
-        resume(ctx, loop, 1)
+        with ctx.optimizer.register_step_pre_hook(take):
+            resume(ctx, loop, 1)
     except _Taken:
         return taken
     finally:
-        hook.remove()
         ctx.optimizer.zero_grad(set_to_none=True)
     raise TrainingFailed("the loop took no step: its loss is not finite")
 
@@ -361,13 +356,10 @@ def merged_apart(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor) -
         return adapter.base.register_forward_hook(lambda _, inputs, __: merged_product(adapter, inputs[0]))
 
     expected = model.logits(model(ids))  # (b, s, vocab)
-    hooks = [merge(adapter) for adapter in adapters.values()]
-    try:
-        with disabled(adapters):
-            return relative_error(model.logits(model(ids)), expected)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, disabled(adapters):
+        for adapter in adapters.values():
+            hooks.enter_context(merge(adapter))
+        return relative_error(model.logits(model(ids)), expected)
 
 
 def files_apart(ctx: TrainContext, directory: Path) -> float:
@@ -388,10 +380,7 @@ def files_apart(ctx: TrainContext, directory: Path) -> float:
 
 
 def answers_apart(model: Decoder, prompts: list[list[int]]) -> float:
-    """Greedy answers to all prompts at once, with a cache, against a pass over each prompt and answer without one.
-
-    Returns how far the likeliest token is ahead of the answer's, in standard deviations of the logits.
-    """
+    """How far a pass without a cache prefers another token than the greedy answer's, in deviations of the logits."""
     farthest = 0.0
     for prompt, answer in zip(prompts, generate(model, prompts, (), ANSWER), strict=True):
         ids = torch.tensor([[*prompt, *answer.ids]], device=model.head.device)

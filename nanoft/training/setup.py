@@ -73,9 +73,6 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
     """On rank 0: check that the directory is new or holds this very run, and write its config.json.
 
     Returns what the run depends on; date (which a template may print) and CPU threads are those of its first session.
-
-    Raises:
-        UserError: the directory holds another run, or the model cannot be used.
     """
     check_quantization(files, quantization_of(config))
     weights = [] if config.model.random_init else files.shards()
@@ -113,11 +110,7 @@ def load_tokenizer(config: Config, files: ModelFiles, date: str) -> ChatTokenize
 
 
 def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[PreparedDataset, Batches]:
-    """The samples, and the order of those for training; prints what became of every record.
-
-    Raises:
-        UserError: something in the files cannot be used.
-    """
+    """The samples, and the order of those for training; prints what became of every record."""
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started = time.perf_counter()
     bar = config.logging.progress_bar and not distributed.process_rank()
@@ -177,8 +170,7 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
     """What will happen, before it happens: where, what is trained, how long it will take."""
     c, say = ctx.config, ctx.run.print
-    kinds = (Linear4bit, Linear8bit)
-    packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, kinds))
+    packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, (Linear4bit, Linear8bit)))
     total = sum(p.numel() for p in ctx.model.parameters()) + packed
     trainable = sum(p.numel() for _, p in ctx.trained)
     kind = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}" if ctx.adapters else "every parameter"
@@ -200,16 +192,15 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
         say(f"example   {ctx.tokenizer.highlight_targets(ctx.batches.samples[0], color=sys.stdout.isatty())}")
     if state.step:
         say(f"resuming  after step {state.step} of {ctx.total_steps}")
-    left, epochs = ctx.total_steps - state.step, ctx.corpus.report["epochs"]
+    left, epochs = ctx.total_steps - state.step, f"{ctx.corpus.report['epochs']:.3g} epochs"
     duration = format_duration(left * seconds_per_step)
-    say(f"plan      {left:,} steps ({epochs:.3g} epochs) of {c.effective_batch_size()} rows, about {duration}")
+    say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} rows, about {duration}")
 
 
 def is_complete(ctx: TrainContext, state: TrainState) -> bool:
     """Whether the run has done all its steps, and has its report."""
-    if state.step < ctx.total_steps and not state.should_stop_early(ctx.config.training):
-        return False
-    if distributed.broadcast_from_rank0(lambda: ctx.run.finished_step() != state.step):
+    has_steps_left = state.step < ctx.total_steps and not state.should_stop_early(ctx.config.training)
+    if has_steps_left or distributed.broadcast_from_rank0(lambda: ctx.run.finished_step() != state.step):
         return False
     ctx.run.print(f"complete  {ctx.run.directory} has done its {state.step} steps: see report.md there")
     return True

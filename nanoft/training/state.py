@@ -112,16 +112,11 @@ class TrainContext:
 
     @property
     def weights_file(self) -> str:
-        """The name of their file, without its ending."""
         return "adapter" if self.adapters else "model"
 
 
 def restore(ctx: TrainContext, resume: str) -> TrainState:
-    """Where the run begins, on every rank: --resume is auto, never, or the path of a checkpoint.
-
-    Raises:
-        UserError: `resume` names no checkpoint of this run, or every checkpoint is corrupted.
-    """
+    """Where the run begins, on every rank: --resume is auto, never, or the path of a checkpoint of this run."""
     try:
         return restore_from(ctx, lambda: find_checkpoint(ctx, resume))
     except CheckpointCorrupted as reason:

@@ -21,10 +21,15 @@ from nanoft.optim import OPTIMIZERS, SCHEDULES
 def validate_config(config: Config) -> None:
     """Check the names of table entries, and what the tables say about other settings; a mistake is a UserError."""
     t = config.training
-    check_name("training.objective", t.objective, OBJECTIVES)
-    check_name("training.optimizer", t.optimizer, OPTIMIZERS)
-    check_name("training.lr_scheduler", t.lr_scheduler, SCHEDULES)
-    check_name("lora.init", config.lora.init, dict.fromkeys(init for init, _ in VARIANTS))
+    names: dict[str, tuple[str, Iterable[str]]] = {
+        "training.objective": (t.objective, OBJECTIVES),
+        "training.optimizer": (t.optimizer, OPTIMIZERS),
+        "training.lr_scheduler": (t.lr_scheduler, SCHEDULES),
+        "lora.init": (config.lora.init, dict.fromkeys(init for init, _ in VARIANTS)),
+    }
+    for field, (name, known) in names.items():
+        if name not in known:
+            raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, list(known))}")
     if (config.lora.init, config.lora.dora) not in VARIANTS:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
     check_format(config.data.format)
@@ -34,9 +39,3 @@ def validate_config(config: Config) -> None:
             f"training.optimizer: the state of {t.optimizer} cannot be sharded: set training.optimizer=adamw "
             "(each of N processes holds an Nth of it) or training.sharding=none"
         )
-
-
-def check_name(field: str, name: str, known: Iterable[str]) -> None:
-    """Refuse a name that is not in a table with the nearest known name, or all of them."""
-    if name not in (names := list(known)):
-        raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, names)}")
