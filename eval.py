@@ -54,7 +54,7 @@ from nanoft.io.atomic import replace_file
 from nanoft.io.untrusted import redact
 from nanoft.lora import disabled
 from nanoft.metrics import answers
-from nanoft.models.hub import find_model
+from nanoft.models.model_files import find_model
 from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_model
 from nanoft.models.weights import load_model
 from nanoft.runtime.device import choose_device, choose_dtype, seed_everything

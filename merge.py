@@ -54,14 +54,15 @@ import torch
 from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.export import adapters, model_card, verify
+from nanoft.export import merge as export
+from nanoft.export import model_card, verify
 from nanoft.export.gguf_file import export_gguf
-from nanoft.export.merge import EXPORT_DTYPES, copy_tokenizer, merge, parse_size
+from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.staging import new_directory, require_new
 from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
 from nanoft.io.atomic import write_file, write_json
 from nanoft.models.adapter_files import adapter_tensors, save_mlx
-from nanoft.models.model_files import stored_dtype, stored_quantization
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel, TrainedAdapter, find_adapter, open_chat_tokenizer, read_trained_adapter
 from nanoft.runtime.device import quiet_libraries
 
@@ -86,9 +87,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--format: {args.format} is not written here: merge with --format hf first, then: {command}")
     if args.format != "gguf":
         for source in args.sources:
-            adapters.require_adapter(source)
+            export.require_adapter(source)
     if args.dtype and args.format == "hf" and args.dtype not in EXPORT_DTYPES:
-        raise UserError(f"--dtype: {args.dtype} needs --format gguf")
+        raise UserError(f"--dtype: {args.dtype}: only --format gguf has it: add it, or choose bf16, f16 or f32")
     given = {"--dtype": args.dtype and args.format not in GGUF, "--unmerge": args.unmerge, "--verify": args.verify}
     if unused := [flag for flag, value in given.items() if value and args.format != "hf"]:
         raise UserError(f"{unused[0]}: needs --format hf: remove one of the two")
@@ -105,36 +106,32 @@ def check_arguments(args: argparse.Namespace) -> None:
 def export_directory(args: argparse.Namespace) -> list[str]:
     """A merged model, or the adapter, in a new directory; returns lines for the terminal."""
     source, facts, files = args.sources[0], dict[str, Any](), dict[str, Any]()
-    adapter, hashes = adapters.choose_adapter(args.sources, args.weights, args.only, args.base, args.unmerge)
+    adapter, hashes = export.choose_adapter(args.sources, args.weights, args.only, args.base, args.unmerge)
     asked = {k: v for k, v in vars(args).items() if k not in ("out", "push", "verify", "parity_tokens")}
-    with new_directory(
-        Path(args.out), adapters.fingerprint(asked, adapter, hashes)
-    ) as staging:  # removed if anything fails
-        opened = adapters.open_adapter(
-            adapter, "original" if args.format == "hf" and args.base == "original" else "nf4"
-        )
+    with new_directory(Path(args.out), export.fingerprint(asked, adapter, hashes)) as staging:
+        opened = export.open_adapter(adapter, args.base if args.format == "hf" else "nf4")
         if not args.any_base and not args.unmerge:
-            adapters.require_same_base(adapter)
+            export.require_same_base(adapter)
         adapter = replace(adapter, tensors=adapter_tensors(opened.adapters))  # one copy in memory
         if opened.step is not None:
             print(f"{source}: has no result yet: exporting its best checkpoint, after step {opened.step}")
         chat = open_chat_tokenizer(source, opened, as_trained=True)
         samples, prompts = verify.held_out(source, chat)
-        factors = adapters.parse_weights(args.weights, len(hashes))
+        factors = export.parse_weights(args.weights, len(hashes))
         if args.format == "hf":
-            dtype = EXPORT_DTYPES[args.dtype] if args.dtype else stored_dtype(opened.base_directory)
-            files = merge(opened, dtype, args.base, staging, parse_size(args.shard_size), resumable=True)
+            dtype = EXPORT_DTYPES[args.dtype] if args.dtype else ModelFiles.read(opened.base_directory).dtype()
+            files = merge(opened, dtype, args.base, staging, export.parse_size(args.shard_size), resumable=True)
             lines, facts = verify_merged(args, adapter, opened, chat, samples, staging, dtype)
         elif args.format == "mlx":
             save_mlx(staging, opened.adapters, opened.model.config.num_layers, adapter.base_name)
-            copy_tokenizer(opened, staging)
+            export.copy_tokenizer(opened, staging)
             lines = ["the adapter in MLX's format"]
         else:
             found = find_adapter(source)
             if found and factors == [1.0] and not args.only:
-                adapters.copy_adapter(found, staging)  # it is in PEFT's format already
+                export.copy_adapter(found, staging)  # it is in PEFT's format already
             else:
-                adapters.write_peft(staging, opened, adapter)
+                export.write_peft(staging, opened, adapter)
             lines = ["the adapter in PEFT's format"]
         model = StreamedDecoder(open_rows(staging)) if args.format == "hf" else opened.model
         weights_said = verify.describe_weights(opened, merged=args.format == "hf")
@@ -174,7 +171,7 @@ def verify_merged(
         raise UserError(
             f"--out: {args.out}: the merged model is not base + adapter: {said}: try --dtype f32; nothing was kept"
         )
-    name, stored = str(dtype).removeprefix("torch."), stored_quantization(opened.base_directory)
+    name, stored = str(dtype).removeprefix("torch."), ModelFiles.read(opened.base_directory).quantization
     form = opened.quantization[0] if opened.quantization and (args.base == "nf4" or stored) else "original"
     what = f"subtracted from {args.unmerge}" if args.unmerge else f"merged onto the {form} weights"
     lines = [f"{what} in {name}; verified against base + adapter:"]

@@ -61,20 +61,17 @@ from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
-from nanoft.runtime.auto_config import CONFIGS, pick_config
 from nanoft.runtime.device import choose_device, seed_everything
 from nanoft.runtime.energy import EnergyMeter
-from nanoft.runtime.machine import Machine, select_device
+from nanoft.runtime.machine import CONFIGS, Machine, pick_config, select_device
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, available_host_bytes
 from nanoft.tracking.profiler import Profiler
 from nanoft.tracking.run import Run
-from nanoft.training import recovery, self_test, setup
+from nanoft.training import progress, recovery, self_test, setup
 from nanoft.training.doctor import validate_environment
 from nanoft.training.finalize import STOPPED_BY_SIGNAL, finalize
 from nanoft.training.memory_plan import Planner, explained_out_of_memory, show_plan
 from nanoft.training.preflight import preflight, require_room
-from nanoft.training.progress import log_step, progress_bar, validate_if_due, watch_memory
-from nanoft.training.saving import ensure_final_checkpoint, save, save_if_due
 from nanoft.training.setup import Provenance
 from nanoft.training.state import TrainContext, TrainState, restore
 from nanoft.training.validation import validate_config
@@ -117,7 +114,9 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
         if not shows_data:
             require_room(planner, args.force)  # before a large model is downloaded
         files = distributed.main_process_first(files.fetch)
-        provenance = setup.init_run_dir(config, run, machine, files, args.resume)
+        provenance = distributed.broadcast_from_rank0(
+            lambda: setup.init_run_dir(config, run, machine, files, args.resume)
+        )
         torch.set_num_threads(provenance["threads"])
         with explained_out_of_memory(planner):
             tokenizer = setup.load_tokenizer(config, files, provenance["date"])
@@ -146,14 +145,9 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
 
 
 def build(
-    planner: Planner,
-    run: Run,
-    provenance: Provenance,
-    files: ModelFiles,
-    tokenizer: ChatTokenizer,
-    corpus: PreparedDataset,
-    batches: Batches,
-) -> TrainContext:
+    planner: Planner, run: Run, provenance: Provenance, files: ModelFiles,
+    tokenizer: ChatTokenizer, corpus: PreparedDataset, batches: Batches,
+) -> TrainContext:  # fmt: skip
     """Model, adapters, optimizer and checkpoints."""
     config, machine = planner.config, planner.machine
     check_vocabulary(corpus, files.decoder.vocab_size)
@@ -183,9 +177,9 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
     """The loop. Returns the state after the last step; a checkpoint of it is on the disk."""
     c, monitor, energy = ctx.config, MemoryMonitor(ctx.device), EnergyMeter(ctx.device)
     ctx.model.train()
-    with ctx.writer, Profiler(c, ctx.run) as profiler, progress_bar(ctx, state) as bar:
+    with ctx.writer, Profiler(c, ctx.run) as profiler, progress.progress_bar(ctx, state) as bar:
         if state.step == 0 and c.guard.max_rollbacks:
-            save(ctx, state)  # what a rollback returns to; and whether saving works is known at once
+            progress.save(ctx, state)  # what a rollback returns to; and whether saving works is known at once
         while (
             state.step < ctx.total_steps
             and not distributed.stop_requested(stop)
@@ -197,7 +191,7 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
                 loss, grad_norm = accumulate(ctx, window)
                 spike = guard.check(c.guard, state.guard, loss, grad_norm, window)  # raises SkipStep, RollBack
                 if spike:
-                    recovery.warn_of_window(ctx, state, "spike", spike, loss, grad_norm, window)
+                    recovery.warn_of_window(ctx, state, "spike", SkipStep(spike, loss, grad_norm, window))
                 lr = state.guard.lr_scale * learning_rate(state.step, ctx.total_steps, c.training)
                 set_learning_rate(ctx.optimizer, lr)
                 optimizer_step(ctx)
@@ -205,17 +199,17 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
 
                 profiler.step(state.step, ctx.trained, grad_norm)
                 ctx.optimizer.zero_grad(set_to_none=True)
-                log_step(ctx, state, bar, loss, lr, grad_norm)
-                validate_if_due(ctx, state)
-                watch_memory(ctx, state, monitor)
-                save_if_due(ctx, state)
+                progress.log_step(ctx, state, bar, loss, lr, grad_norm)
+                progress.validate_if_due(ctx, state)
+                progress.watch_memory(ctx, state, monitor)
+                progress.save_if_due(ctx, state)
             except OutOfMemory as error:
                 state = recovery.halve_micro_batch(ctx, state, error)  # the same window again, in smaller pieces
             except RollBack as bad:
                 state = recovery.roll_back(ctx, state, bad)
             except SkipStep as bad:
                 recovery.skip_window(ctx, state, bad)
-        ensure_final_checkpoint(ctx, state)
+        progress.ensure_final_checkpoint(ctx, state)
     return state
 
 

@@ -27,8 +27,7 @@ from typing import Any
 import torch
 
 from nanoft.config import LoRAConfig
-from nanoft.export.adapters import open_adapter
-from nanoft.export.merge import merge
+from nanoft.export.merge import merge, open_adapter
 from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
 from nanoft.export.verify import verify_merge
 from nanoft.generation.generate import generate

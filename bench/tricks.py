@@ -25,7 +25,7 @@ from nanoft import loss
 from nanoft.attention import SequenceContext
 from nanoft.kernels import attention, block
 from nanoft.kernels.attention import FastContext
-from nanoft.kernels.lora import identity
+from nanoft.kernels.block import identity
 from nanoft.model import Decoder, select
 
 HERE = Path(__file__).resolve().parent

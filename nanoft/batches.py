@@ -41,16 +41,15 @@ class Sample:
 class TokenDataset(Sequence[Sample]):
     """Many samples in one array, which selections of them share."""
 
-    def __init__(self, tokens: Array, starts: Array, records: Array, chosen: Array):
-        """
-        Args:
-            tokens: (total,) int32: ids, targets as ~id.
-            starts: (n + 1,) int64: where each sample begins, and the end of the last one.
-            records: (n,): the record that each sample came from.
-            chosen: (m,) int64: the samples of this selection, in order.
-        """
-        self.tokens, self.starts, self.chosen = tokens, starts, chosen
-        self.records = records[chosen]
+    def __init__(
+        self,
+        tokens: Array,  # (total,) int32: ids, targets as ~id
+        starts: Array,  # (n + 1,) int64: where each sample begins, and the end of the last one
+        all_records: Array,  # (n,): the record that each sample came from
+        chosen: Array,  # (m,) int64: the samples of this selection, in order
+    ):
+        self.tokens, self.starts, self.all_records, self.chosen = tokens, starts, all_records, chosen
+        self.records = all_records[chosen]
         self.begins = starts[chosen]
         self.lengths = starts[chosen + 1] - self.begins
 
@@ -74,10 +73,7 @@ class TokenDataset(Sequence[Sample]):
             begin = int(self.begins[at])
             ids, is_target = decode_targets(np.asarray(self.tokens[begin : begin + int(self.lengths[at])]))
             return Sample(ids, is_target, int(self.records[at]))
-        part = TokenDataset.__new__(TokenDataset)
-        part.tokens, part.starts, part.chosen = self.tokens, self.starts, self.chosen[at]
-        part.records, part.begins, part.lengths = self.records[at], self.begins[at], self.lengths[at]
-        return part
+        return TokenDataset(self.tokens, self.starts, self.all_records, self.chosen[at])
 
 
 def encode_targets(sample: Sample) -> Array:
@@ -141,8 +137,7 @@ class Window:
         return len(self.micro_batches)
 
     @property
-    def tokens(self) -> int:
-        """Without padding."""
+    def tokens(self) -> int:  # without padding
         return sum(batch.tokens for batch in self)
 
     @property
@@ -160,18 +155,11 @@ class Batches:
         accumulation_steps: int,
         seed: int,
         pad_id: int,
-        pack_length: int | None = None,
-        shuffle: bool = True,
-        group_by_length: bool = False,
-        pad_to_multiple_of: int = 1,
+        pack_length: int | None = None,  # maximum tokens of a row of several samples; None: one sample per row
+        shuffle: bool = True,  # a new order every epoch; otherwise the order given
+        group_by_length: bool = False,  # windows of rows of similar length, in random order
+        pad_to_multiple_of: int = 1,  # the width of a micro-batch is rounded up to it
     ):
-        """
-        Args:
-            pack_length: maximum tokens of a row of several samples; None: one sample per row.
-            shuffle: a new order every epoch; otherwise the order given.
-            group_by_length: windows of rows of similar length, in random order.
-            pad_to_multiple_of: the width of a micro-batch is rounded up to it.
-        """
         self.samples, self.pad_id, self.seed = TokenDataset.of(samples), pad_id, seed
         self.micro_batch_size, self.window_rows = micro_batch_size, micro_batch_size * accumulation_steps
         self.shuffle, self.group_by_length, self.pad_to_multiple_of = shuffle, group_by_length, pad_to_multiple_of
@@ -190,11 +178,7 @@ class Batches:
         return -(-len(self._row_lengths) // self.window_rows)
 
     def next_window(self, epoch: int, index: int, skipped: Sequence[list[int]] = ()) -> Window:
-        """The first window at or after a position that is not skipped; a pure function, whatever came before.
-
-        Args:
-            skipped: [epoch, index] of windows to pass over.
-        """
+        """The first window at or after a position that is not among the skipped [epoch, index]; a pure function."""
         while [epoch, index] in skipped:
             epoch, index = self._following(epoch, index)
         self.seek(epoch)
@@ -205,7 +189,7 @@ class Batches:
 
     def window(self, index: int) -> list[Batch]:
         """The micro-batches of one window of the current epoch, short rows first."""
-        return [self._collate(piece) for piece in self.rows(index)]
+        return [collate(self.samples, piece, self.pad_id, self.pad_to_multiple_of) for piece in self.rows(index)]
 
     def rows(self, index: int) -> list[list[Array]]:
         """The same as places in `samples`: of each micro-batch, of each of its rows."""
@@ -215,14 +199,11 @@ class Batches:
     def longest(self) -> Batch:
         """A micro-batch of the longest rows: what needs the most memory."""
         longest = np.argsort(-self._row_lengths, kind="stable")[: self.micro_batch_size]
-        return self._collate(self._micro_batches(longest)[0])
+        return collate(self.samples, self._micro_batches(longest)[0], self.pad_id, self.pad_to_multiple_of)
 
     def _micro_batches(self, rows: Array) -> list[list[Array]]:
         members = [self._members[self._bounds[row] : self._bounds[row + 1]] for row in rows.tolist()]
         return [members[at : at + self.micro_batch_size] for at in range(0, len(members), self.micro_batch_size)]
-
-    def _collate(self, rows: list[Array]) -> Batch:
-        return collate(self.samples, rows, self.pad_id, self.pad_to_multiple_of)
 
     def seek(self, epoch: int) -> None:
         """Arrange the samples as an epoch has them; costs one shuffle, whatever was consumed before."""
@@ -298,12 +279,9 @@ def pack(lengths: Array, capacity: int) -> tuple[Array, Array]:
 
 
 def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_multiple_of: int = 1) -> Batch:
-    """Rows of samples to one batch, padded on the right to the longest row.
+    """Rows (of each the indices of its samples) to one batch, padded on the right to the longest row.
 
     A token's target is its next token, if that is a target of the same document: nothing predicts the first token.
-
-    Args:
-        rows: for each row, the indices of its samples in `samples`.
     """
     counts = [len(row) for row in rows]
     members = np.concatenate(rows).astype(np.int64)
@@ -354,19 +332,14 @@ def _round_up(value: Any, multiple: int) -> Any:
     return -(-value // multiple) * multiple
 
 
-def pad_to_multiple(batches: Iterable[Batch], multiple: int) -> Iterator[Batch]:
-    """Append batches without targets until their number is a multiple."""
-    count = 0
-    for count, batch in enumerate(batches, start=1):  # noqa: B007
-        yield batch
-    none = torch.empty(0, dtype=torch.int64)
-    for _ in range(-count % multiple):
-        yield dataclasses.replace(batch, target_positions=none, targets=none, tokens=0, records=[])
-
-
 def share_of_rank(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches rank, rank + N, ... of N ranks: as many on every rank, filled up with empty ones."""
-    return distributed.shard(pad_to_multiple(batches, distributed.world_size()))
+    """The batches rank, rank + N, ... of N ranks: as many on every rank, filled up with batches without targets."""
+    count, size, none = 0, distributed.world_size(), torch.empty(0, dtype=torch.int64)
+    for count, batch in enumerate(batches, start=1):
+        if (count - 1) % size == distributed.process_rank():
+            yield batch
+    if 0 < count % size <= distributed.process_rank():
+        yield dataclasses.replace(batch, target_positions=none, targets=none, tokens=0, records=[])
 
 
 def eval_batches(samples: Sequence[Sample], batch_size: int, pad_id: int) -> Iterable[Batch]:

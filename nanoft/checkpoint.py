@@ -44,7 +44,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 SWITCH_S = 1e-4  # how long a save may keep the interpreter while training waits for it; Python's default is 5e-3
 RETRY_S = 60.0  # after a save that failed
-NOBODY: Mapping[str, Any] = {}  # the identity of a checkpoint that may be anybody's
+ANY_RUN: Mapping[str, Any] = {}  # an identity that every checkpoint has
 
 
 class CheckpointCorrupted(Exception):
@@ -66,7 +66,7 @@ class CheckpointManager:
     """The checkpoints of one run, in one directory."""
 
     def __init__(
-        self, directory: Path, keep: int, keep_every: int = 0, identity: Mapping[str, Any] = NOBODY, owner: bool = True
+        self, directory: Path, keep: int, keep_every: int = 0, identity: Mapping[str, Any] = ANY_RUN, owner: bool = True
     ):
         """
         Args:
@@ -290,8 +290,8 @@ class AsyncCheckpointWriter:
             self._thread.join()
 
 
-def verify(path: Path, identity: Mapping[str, Any] = NOBODY) -> Checkpoint:
-    """Check every file of a checkpoint against its manifest, and that it is of the run with this identity.
+def verify(path: Path, identity: Mapping[str, Any] = ANY_RUN) -> Checkpoint:
+    """Check every file of a checkpoint against its manifest, and that it belongs to the run with this identity.
 
     Raises:
         CheckpointCorrupted: anything missing, surplus, changed, or not a plain file; or of another run.

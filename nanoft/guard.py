@@ -6,17 +6,17 @@ before it is taken, by its loss and by the norm of its gradient before clipping:
     not finite          the window is skipped: parameters, optimizer and schedule stay as they are
     a spike             a warning, then skipped, then a rollback, as far as guard.on_spike allows
 
-A spike is measured with statistics that an outlier cannot move: the distance from the median of the last steps in units
-of their median absolute deviation (Hampel 1974; Leys et al. 2013). Of logarithms, because losses and gradient norms
-vary by factors. Too many windows skipped in a row mean that the weights have gone bad: the run rolls back to its last
-checkpoint, lowers the learning rate, and skips the windows that did it (as Chowdhery et al. 2022, section 5.1, did by
-hand). If that does not help, it ends and names where the first NaN arises.
+A spike is far from the median of the last steps in units of their median absolute deviation, which an outlier cannot
+move (Hampel 1974); of logarithms, because losses and norms vary by factors. After too many skips in a row the run rolls
+back to its last checkpoint, lowers the learning rate, and skips the windows that did it (as Chowdhery et al. 2022,
+section 5.1, did by hand). If that does not help, it ends and names where the first NaN arises.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -135,12 +135,10 @@ def diagnose(model: nn.Module, *inputs: Any) -> str:
         if _is_finite(inputs) and not _is_finite(output):
             found.append(name)
 
-    hooks = [m.register_forward_hook(partial(hook, name or "model")) for name, m in model.named_modules()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(hook, name or "model")))
         model(*inputs)
-    finally:
-        for handle in hooks:
-            handle.remove()
     where = "weights and activations are finite, so it arises in the loss or in backward"
     return f"the first output that is not finite is that of {found[0]}" if found else where
 

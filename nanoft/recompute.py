@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from nanoft.runtime.metal import with_same_dropout
+from nanoft.runtime.device import with_same_dropout
 
 ActivationPolicy = Literal["all", "input", "offloaded"]  # kept: all activations, the input, the input on the CPU
 

@@ -29,7 +29,7 @@ from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.config.settings import SECTION_TYPES
-from nanoft.data.records import ReadOptions, read_file
+from nanoft.data.formats import ReadOptions, read_file
 from nanoft.data.sources import read_raw
 from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment
 from nanoft.io.tensor_files import SIZES, read_header

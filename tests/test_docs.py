@@ -1,4 +1,8 @@
-"""README and docs against the program: commands run or parse, configs load, and every name and file in them exists."""
+"""README and docs against the program: commands parse, one of each family runs, and every name and message exists.
+
+A failure names the document and the words that are wrong, and says what to write instead. A new command, field,
+message or file in a document is checked without being listed here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,7 @@ from nanoft.config.settings import SECTION_TYPES
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import SHAPES
 from nanoft.metrics.answers import METRICS
+from nanoft.optim import OPTIMIZERS, SCHEDULES
 from nanoft.runtime.command import Arguments
 from nanoft.runtime.memory import MemoryReading
 
@@ -34,7 +39,11 @@ TEXTS = {
 }
 README, TOUR, DATA, EVALUATION = (TEXTS[name] for name in ("README.md", "tour.md", "data.md", "evaluation.md"))
 TROUBLES = TEXTS["troubleshooting.md"]
-PROGRAM = [*(ROOT / "nanoft").glob("*.py"), *ROOT.glob("*.py"), *(ROOT / "configs").glob("**/*.py")]
+PACKAGES = sorted(path.parent.name for path in (ROOT / "nanoft").glob("*/__init__.py"))
+PROGRAM = [path for folder in ("nanoft", "configs") for path in sorted((ROOT / folder).rglob("*.py"))]
+PROGRAM += sorted(ROOT.glob("*.py"))
+SOURCES = {path: path.read_text(encoding="utf-8") for path in PROGRAM}
+TREES = {path: ast.parse(text) for path, text in SOURCES.items()}
 
 FEW = ["data.max_samples=60", "training.max_steps=2", "evaluation.prompts=3", "logging.progress_bar=false"]
 PLACEHOLDERS = {
@@ -45,35 +54,34 @@ PLACEHOLDERS = {
 }
 ENGINES = ("lm_eval", "ollama", "llama-cli", "llama-server", "llama-quantize", "llama-perplexity")
 TOOLS = ("python", "pip", "pytest", "torchrun", "hf", "tensorboard", "wandb", "nvidia-smi", "iconv", *ENGINES)
-# What no test of this file runs, and why. What is python all the same has its options checked.
+# Commands that no test of this file runs, and why. Those of nanoft are parsed all the same.
 NOT_RUN = {
     r"pip install|(python -m )?pytest": ".ci/run installs and tests in a clean environment, with README's own lines",
-    r"torchrun": "several processes: tests of the ranks run it",
+    r"torchrun": "several processes: tests/runtime/test_distributed.py",
     r"hf |iconv |nvidia-smi|tensorboard|wandb|cd |git |export ": "another program's command",
-    r"lm_eval|ollama|llama-": "these engines are not here; what they are given is tested (tests/test_gguf_export.py)",
-    r"python train.py auto|python .*configs/(?!tiny)": "needs the Hub, or a GPU: tests/test_configs.py plans all",
+    r"lm_eval|ollama|llama-": "these engines are not installed; their input is tested in tests/export/test_gguf.py",
+    r"python train.py auto|python .*configs/(?!tiny)": "needs the Hub or a GPU: tests/test_configs.py plans all",
     r"python train.py (auto|mine.py|my.yaml)": "the user's own files",
-    r"python merge.py BASE": "the user's own model; tests/test_gguf_export.py",
-    r"python -m nanoft plot": "takes a run's name and nothing else: tests/tracking/test_plots.py",
-    r"python bench/": "minutes, or a GPU; tests/test_bench.py runs small ones",
-    r"python configs/tiny/language.py build": "pre-trains the demo's base for minutes; tests/test_demo.py",
-    r"python tests/fuzz.py": "as long as you like; tests/test_hostile.py has its short form",
-    r"python .*--follow": "waits for a run that trains",
+    r"python merge.py BASE": "the user's own model: tests/export/test_gguf.py",
+    r"python bench/": "minutes, or a GPU: tests/test_bench.py runs small ones",
+    r"python configs/tiny/language.py build": "pre-trains the demo's base for minutes: tests/test_demo.py",
+    r"python tests/fuzz.py": "runs as long as you like: tests/test_hostile.py has a short form",
+    r"python .*--follow": "waits for a run that trains: tests/tracking/test_compare.py",
     r"python .*--base nf4": "needs a run in 4 bits: tests/test_merge_command.py",
-    r"python .*--selftest": "tests/test_selftest.py",
-    r"python .*--dtype q[456]_.*": "tests/test_gguf_export.py, where llama.cpp's quantizer is there",
-    r"python .*data.train_file=(FILE|...)|python .*model.name=MODEL": "as with the demo's own",
+    r"python .*--selftest": "tests/training/test_self_test.py",
+    r"python .*--dtype q[456]_.*": "needs llama.cpp's quantizer: tests/export/test_gguf.py",
+    r"python .*data.train_file=(FILE|...)|python .*model.name=MODEL": "runs as with the demo's own data and model",
 }
 
 
 def blocks(language: str, text: str) -> list[str]:
-    """What stands in fences of a language; of none, if it is empty."""
+    """The fenced code blocks of a language; "": of none."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [block for name, block in fenced if name == language]
 
 
 def commands(text: str) -> list[str]:
-    """Lines of shell blocks, and commands within the text, in backticks."""
+    """Commands in shell blocks, and in backticks within the text."""
     shell = [
         re.split(r"(?:^|\s)#\s", line)[0].strip()
         for block in [*blocks("sh", text), *blocks("bash", text), *blocks("", text)]
@@ -93,7 +101,7 @@ def reason_not_to_run(command: str) -> str | None:
 
 
 def words_of(command: str) -> list[str]:
-    """What a user would type: placeholders replaced, files of this project where they are."""
+    """The words that a user would type: placeholders replaced, files of this project with their full path."""
     words = [PLACEHOLDERS.get(word.partition("=")[2] or word, word) for word in shlex.split(command)]
     return [str(ROOT / word) if word.startswith(("configs/", "bench/", "tests/")) else word for word in words]
 
@@ -107,24 +115,30 @@ def main_of(words: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
 
 
 def is_ours(command: str) -> bool:
-    return re.match(r"python (-m nanoft (?!plot)|train.py|eval.py|merge.py)", command) is not None
+    return re.match(r"python (-m nanoft |train.py|eval.py|merge.py)", command) is not None
+
+
+def all_exist(found: Iterable[str], fix: str) -> None:
+    """Fail with the words that do not exist, and what to do about it."""
+    wrong = sorted(found)
+    assert not wrong, f"{', '.join(wrong)}: {fix}"
 
 
 # --- Commands
 
 
 class Parsed(BaseException):
-    """The arguments were understood, and nothing else was done."""
+    """The arguments were parsed; stop here."""
 
 
 def alone(command: str) -> str:
-    """What each process of a torchrun does."""
+    """The command that each process of a torchrun runs."""
     return re.sub(r"^torchrun .*?(?=\w+\.py)", "python ", command)
 
 
 @pytest.mark.parametrize("command", sorted({alone(c) for _, c in COMMANDS if is_ours(alone(c))}))
-def test_a_command_is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its options are the parser's, its settings exist and have valid values."""
+def test_a_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real parser knows its options; its settings exist and have valid values."""
 
     original = Arguments.parse
 
@@ -140,6 +154,11 @@ def test_a_command_is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None
     load_config(ROOT / "configs" / "tiny.py", settings, {})
 
 
+def test_pytest_is_given_files_that_exist() -> None:
+    named = {word for _, c in COMMANDS if "pytest" in c for word in c.split() if word.startswith("tests/")}
+    all_exist((word for word in named if not (ROOT / word).exists()), "no such test: write its path as in tests/")
+
+
 def test_the_other_scripts_have_the_options_that_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,25 +171,26 @@ def test_the_other_scripts_have_the_options_that_are_named(
             with pytest.raises(SystemExit, match="0"):
                 runpy.run_path(script, run_name="__main__")
             seen[script] = capsys.readouterr().out
-        assert [word for word in arguments if word.startswith("--") and word not in seen[script]] == [], command
+        unknown = (word for word in arguments if word.startswith("--") and word not in seen[script])
+        all_exist(unknown, f"not in the --help of {command!r}: write one of its options")
     assert len(seen) >= 5
 
 
 def family(command: str) -> tuple[str, ...]:
-    """Commands of one family do the same things: one of them is run."""
+    """Commands of one family differ in values only: one of them is run."""
     words = shlex.split(command)
     what = words[words.index("--format") + 1] if "--format" in words else ""
     options = sorted({word for word in words if word.startswith("--") and word != "--format"})
     fields = sorted({word.split("=")[0] for word in words if word.startswith(("evaluation.", "quantization."))})
-    return (" ".join(words[1:3] if words[1] == "-m" else words[1:2]), what, *options, *fields)
+    return (" ".join(words[1:4] if words[1] == "-m" else words[1:2]), what, *options, *fields)
 
 
 TO_RUN = {family(c): c for _, c in COMMANDS if is_ours(c) and reason_not_to_run(c) is None}
 
 
 def test_every_command_is_run_or_there_is_a_reason() -> None:
-    odd = [f"{name}: {c}" for name, c in COMMANDS if not is_ours(c) and reason_not_to_run(c) is None]
-    assert odd == []
+    odd = (f"{name}: {c}" for name, c in COMMANDS if not is_ours(c) and reason_not_to_run(c) is None)
+    all_exist(odd, "not a command of nanoft: correct it, or add it to NOT_RUN with the reason")
     assert {script for script, *_ in TO_RUN} >= {"train.py", "eval.py", "merge.py", "-m nanoft chat"}
 
 
@@ -186,7 +206,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ready(demo: Path, place: Path) -> None:
-    """A directory with the demo's run, and the files that the documents speak of."""
+    """Fill a directory with the demo's run, and with the files that the documents name."""
     shutil.copytree(demo / "runs", place / "runs")
     for other in ("a", "b"):
         (place / "runs" / other).symlink_to(place / "runs" / "tiny")
@@ -228,20 +248,22 @@ def test_each_trouble_has_a_symptom_a_cause_a_check_and_a_fix() -> None:
     found = rows(TROUBLES)
     assert len(found) >= 40
     for row in found:
-        assert len(row) == 4, row
-        assert all(row), row
+        assert len(row) == 4, f"troubleshooting.md: write | symptom | cause | check | fix |: {row}"
+        assert all(row), f"troubleshooting.md: a cell is empty: {row}"
         check = re.match(r"`(.*?)`", row[2])
-        assert check, row
-        assert is_ours(check[1]), row
+        assert check, f"troubleshooting.md: begin the check with a command in backticks: {row}"
+        assert is_ours(check[1]), f"troubleshooting.md: the check is not a command of nanoft: {row}"
 
 
-# What is quoted there, and the command that makes the program say it.
+# Quoted messages, and the command that makes the program print each. The others are compared with its source.
 ERRORS = {
     "no such field: did you mean lora.rank?": "train.py CONFIG lora.rnk=8",
+    "settings are written section.field=value": "train.py CONFIG --lr 1e-4",
+    "its records fit 2 shapes": "train.py CONFIG data.train_file=twofold.jsonl",
     "unknown shape: its first record has the fields q, a": "train.py CONFIG data.train_file=odd.jsonl",
     "records are malformed, more than data.max_bad_records": "train.py CONFIG data.train_file=bad.jsonl",
     "none of its messages is a target": "train.py CONFIG data.train_file=unlearned.jsonl",
-    "quantization.bits: 4 freezes the base": "train.py CONFIG quantization.bits=4 training.method=full",
+    "quantization.bits: 4 needs a frozen base": "train.py CONFIG quantization.bits=4 training.method=full",
     "adamw_paged runs on cuda": "train.py CONFIG training.optimizer=adamw_paged system.device=cpu",
     "this model brings Python code of its own": "train.py CONFIG --plan model.name=code",
     "is not supported": "train.py CONFIG --plan model.name=architecture",
@@ -250,25 +272,27 @@ ERRORS = {
     "take {{ bos_token }} out of the chat template": "train.py CONFIG --preflight model.name=doubled",
     "holds another run (lora.rank: 16 -> 8; ": "train.py CONFIG lora.rank=8 output.dir=runs/tiny",
     "this run has no checkpoint yet": "eval.py runs/empty",
-    "exists already": "merge.py RUN --out runs",
+    "already exists": "merge.py RUN --out runs",
     "its files are not those that": "merge.py adapter --out merged",
 }
 
 
 def write_bad_files(place: Path) -> None:
-    """Data and models with what is wrong with them in their names."""
+    """Data files and models, each named after what is wrong with it."""
     good = [{"prompt": f"Say {n}.", "completion": "yes"} for n in range(20)]
     unlearned = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
-    data = {"odd": [{"q": "a", "a": "b"}], "bad": [*good, {"prompt": ""}, {}], "unlearned": [unlearned]}
+    twofold = {"prompt": "a", "completion": "b", "question": "a", "answer": "b"}
+    data = {"odd": [{"q": "a", "a": "b"}], "bad": [*good, {"prompt": ""}, {}]}
+    data |= {"unlearned": [unlearned], "twofold": [twofold]}
     for name, records in data.items():
         (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
-    changes: dict[str, tuple[str, str, str]] = {  # a file, what stands there, and what instead
+    changes: dict[str, tuple[str, str, str]] = {  # a file, a text in it, and its replacement
         "code": ("config.json", "{", '{"auto_map": {"AutoModel": "a.B"},'),
         "architecture": ("config.json", "MistralForCausalLM", "PhiForCausalLM"),
         "vocabulary": ("config.json", '"vocab_size": 1212', '"vocab_size": 100'),
         "doubled": ("tokenizer_config.json", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"),
     }
-    for name in ("other", "pickle"):  # spoilt below
+    for name in ("other", "pickle"):  # changed below
         changes[name] = ("config.json", "{", "{")
     base = ROOT / "configs" / "tiny" / "base"
     for name, (file, old, new) in changes.items():
@@ -278,7 +302,7 @@ def write_bad_files(place: Path) -> None:
         (place / name / file).write_text(text.replace(old, new, 1))
     (place / "pickle" / "model.safetensors").rename(place / "pickle" / "pytorch_model.bin")
     weights = (base / "model.safetensors").read_bytes()
-    (place / "other" / "model.safetensors").write_bytes(weights[:-2] + bytes(2))  # its last number is another
+    (place / "other" / "model.safetensors").write_bytes(weights[:-2] + bytes(2))  # the last weight differs
     shutil.copytree(place / "runs" / "tiny" / "adapter", place / "adapter")
     path = place / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "other"}))
@@ -290,7 +314,7 @@ def write_bad_files(place: Path) -> None:
 def test_a_symptom_is_what_the_program_says(
     said: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in TROUBLES.replace("`", "")
+    assert said in TROUBLES.replace("`", ""), f"ERRORS: {said!r}: not quoted in troubleshooting.md: quote or remove it"
     ready(demo, tmp_path)
     write_bad_files(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -300,8 +324,40 @@ def test_a_symptom_is_what_the_program_says(
         arguments += [*FEW, *(given or ["output.dir=runs/other"])]
     assert main(arguments) == 2
     message = capfd.readouterr().err
-    assert said in message
+    assert said in message, f"troubleshooting.md: {said!r}: the program says {message!r}: quote that, also in ERRORS"
     assert message.count("\n") == 1
+
+
+def strings_of_the_program() -> str:
+    """The texts in its source, except docstrings: one per line, with \\0 for the values in f-strings."""
+    found, docstrings = [], set()
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr):
+                docstrings.add(node.value)
+            elif node in docstrings:
+                continue
+            elif isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def quoted_messages() -> list[str]:
+    """Of several words, in the column of symptoms."""
+    quoted = [text.replace("\\|", "|") for row in rows(TROUBLES) for text in re.findall(r"`(.+?)`", row[0])]
+    return [text for text in quoted if " " in text.strip() and not any(said in text for said in ERRORS)]
+
+
+@pytest.mark.parametrize("quoted", quoted_messages())
+def test_a_quoted_message_is_in_the_source(quoted: str) -> None:
+    """Its parts between `...`, of which each stands for a value."""
+    said = strings_of_the_program()
+    parts = (part.strip(" :,") for part in quoted.split("..."))
+    fix = f"troubleshooting.md: {quoted!r}: no message has it: quote what the program says, with ... for values"
+    all_exist((part for part in parts if part not in said), fix)
 
 
 # --- Names
@@ -315,13 +371,17 @@ def test_the_config_in_the_text_loads(tmp_path: Path) -> None:
     assert config.data.train_file == "chats.jsonl"
 
 
-@pytest.mark.parametrize("place", [*TEXTS, "the program"])
+@pytest.mark.parametrize("place", [*TEXTS, "CHANGELOG.md", "the program"])
 def test_every_field_that_is_mentioned_exists(place: str) -> None:
-    text = TEXTS.get(place) or "\n".join(path.read_text(encoding="utf-8") for path in PROGRAM)
+    if place == "the program":
+        text = "\n".join(SOURCES.values())
+    else:
+        text = TEXTS.get(place) or (ROOT / place).read_text(encoding="utf-8")
     fields = {f"{section}.{item.name}" for section, kind in SECTION_TYPES.items() for item in dataclasses.fields(kind)}
     sections = "|".join(SECTION_TYPES)
     mentioned = set(re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?==[\w.]|`)", text))
-    assert {name for name in mentioned if name.split(".")[1] not in ("py", "safetensors")} - fields == set()
+    mentioned = {name for name in mentioned if name.split(".")[1] not in ("py", "safetensors")}
+    all_exist(mentioned - fields, f"{place}: no such field: write one of nanoft/config/settings.py")
 
 
 def test_the_defaults_in_the_table_are_the_defaults() -> None:
@@ -331,7 +391,7 @@ def test_the_defaults_in_the_table_are_the_defaults() -> None:
     for section, name, shown in found:
         value = getattr(getattr(defaults, section), name)
         if (section, name) != ("output", "dir"):
-            assert shown.strip(" `").lower() == str(value).lower(), f"{section}.{name}"
+            assert shown.strip(" `").lower() == str(value).lower(), f"README.md: {section}.{name}: write {value}"
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -340,23 +400,27 @@ def test_every_file_that_is_mentioned_exists(name: str) -> None:
     mentioned = set(re.findall(r"`((?:nanoft|tests|configs|docs|bench)/[\w/.]+)`", text))
     mentioned |= {f"{place}/{page}" for place, page in re.findall(r"\]\((docs|bench)/([\w.]+)\)", text)}
     written = {file for file in mentioned if re.fullmatch(r"bench/\w+\.(md|json)", file) or file == "bench/gpu_"}
-    assert [file for file in mentioned - written if not (ROOT / file).exists()] == []
-    assert [file for file in written if not (ROOT / f"bench/{re.split('[._]', file[6:])[0]}.py").is_file()] == []
+    missing = {file for file in mentioned - written if not (ROOT / file).exists()}
+    missing |= {file for file in written if not (ROOT / f"bench/{re.split('[._]', file[6:])[0]}.py").is_file()}
+    all_exist(missing, f"{name}: no such file: write its present path")
 
 
-def test_every_module_is_on_the_tour_or_named_in_another_document() -> None:
-    everything = "\n".join(TEXTS.values())
-    modules = [path.name for path in (ROOT / "nanoft").glob("*.py") if path.name != "__init__.py"]
-    assert [
-        name for name in modules if f"nanoft/{name}" not in everything and f"nanoft.{name[:-3]}" not in everything
-    ] == []
+def test_the_core_and_every_package_are_in_the_readme() -> None:
+    reading = README[README.index("## Where to read") :]
+    core = {path.name for path in (ROOT / "nanoft").glob("*.py") if "renamed(" not in SOURCES[path]}
+    named = set(re.findall(r"`nanoft/(\w+\.py)`", reading))
+    fix = "README.md, Where to read: add it to the core, or move it into a package"
+    all_exist(core - named - {"__init__.py", "__main__.py"}, fix)
+    (tree,) = blocks("", reading)
+    listed = re.findall(r"^  (\w+)/", tree, re.MULTILINE)
+    all_exist(set(PACKAGES) ^ set(listed), "README.md, Where to read: list exactly the packages of nanoft/")
 
 
 def names_of_the_program() -> set[str]:
     """What is defined: functions, classes, methods, fields, constants; and fields of the config."""
     names = {item.name for kind in SECTION_TYPES.values() for item in dataclasses.fields(kind)}
-    for path in PROGRAM:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for tree in TREES.values():
+        for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 names.add(node.name)
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -367,50 +431,56 @@ def names_of_the_program() -> set[str]:
 
 def test_every_name_on_the_tour_exists() -> None:
     plain = re.sub(r"```.*?```", "", TOUR, flags=re.DOTALL)
-    named = [code for code in re.findall(r"`([^`\n]+)`", plain) if re.fullmatch(r"[A-Za-z_][\w.]*", code)]
-    named = [
-        code
-        for code in named
-        if not code.endswith((".py", ".jsonl", ".md")) and code.split(".")[0] not in SECTION_TYPES
-    ]
-    assert len(set(named)) >= 30
+    named = {code for code in re.findall(r"`([^`\n]+)`", plain) if re.fullmatch(r"[A-Za-z_][\w.]*", code)}
+    named = {code for code in named if not code.endswith((".py", ".jsonl", ".md"))}
+    named = {code for code in named if code.split(".")[0] not in SECTION_TYPES}
+    assert len(named) >= 30
     known = names_of_the_program()
-    assert sorted({code for code in named if not set(code.split(".")) <= known}) == []
+    fix = "tour.md: the program has no such function, class or table: write its present name"
+    all_exist((code for code in named if not set(code.split(".")) <= known), fix)
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_name_with_an_underscore_is_somewhere_in_the_program(name: str) -> None:
     words = {code for code in re.findall(r"`(\w+)`", TEXTS[name]) if "_" in code.strip("_")}
-    source = "\n".join(path.read_text(encoding="utf-8") for path in [*PROGRAM, *(ROOT / "bench").glob("*.py")])
-    composed = MemoryReading(0, 1, 0, 1).figures().keys()
-    assert sorted(word for word in words - composed if not re.search(rf"\b{word}\b", source)) == []
+    bench = (path.read_text(encoding="utf-8") for path in (ROOT / "bench").glob("*.py"))
+    known = set(re.findall(r"\w+", "\n".join([*SOURCES.values(), *bench])))
+    known |= MemoryReading(0, 1, 0, 1).figures().keys() | METRICS.keys()  # some are composed of parts
+    all_exist(words - known, f"{name}: nowhere in the program: write the present name")
 
 
 # --- What the documents say of the program
 
 
 def test_the_shapes_of_the_data_document_are_those_of_the_program() -> None:
-
     found = re.findall(r"^\| `(\w+)` \| (`.*) \|$", DATA, re.MULTILINE)
     shown = {name: set(re.findall(r"`(\w+)`", fields)) for name, fields in found if name in SHAPES}
-    assert shown.keys() == SHAPES.keys()
     for name, shape in SHAPES.items():
-        assert {*shape.required, *shape.fields} <= shown[name], name
+        assert name in shown, f"docs/data.md: add a row | `{name}` | `field`, ... | to the table of shapes"
+        missing = {*shape.required, *shape.fields} - shown[name]
+        assert not missing, f"docs/data.md, row of {name}: add the fields {', '.join(sorted(missing))}"
 
 
 def test_every_metric_is_in_the_document_and_every_one_there_is_a_metric() -> None:
-
     table = EVALUATION[EVALUATION.index("## Metrics of the answers") : EVALUATION.index("## How to read it")]
     named = set(re.findall(r"`(\w+)[`:]", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))))
-    assert named == METRICS.keys() - {"exact_match"}
+    missing, unknown = METRICS.keys() - {"exact_match"} - named, named - METRICS.keys()
+    assert not missing, f"docs/evaluation.md, Metrics of the answers: add a row for {', '.join(sorted(missing))}"
+    assert not unknown, f"docs/evaluation.md, Metrics of the answers: no such metric: {', '.join(sorted(unknown))}"
+
+
+@pytest.mark.parametrize("table", [SCHEDULES, OPTIMIZERS], ids=["schedules", "optimizers"])
+def test_the_readme_names_every_schedule_and_optimizer(table: dict[str, object]) -> None:
+    missing = (name for name in table if f"`{name}`" not in README)
+    all_exist(missing, "README.md: add it to the row of training.lr_scheduler or training.optimizer")
 
 
 def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:
-
     question = re.search(r'"user", "content": "(.*?)"', TOUR)
     assert question
     answer = '{"name": "convert_money", "arguments": {"amount": 55, "from": "euros", "to": "pesos"}}'
     messages = [{"role": "user", "content": question[1]}, {"role": "assistant", "content": answer}]
     chat = ChatTokenizer.from_directory(ROOT / "configs" / "tiny" / "base")
     (sample,) = chat.encode(iter(chat.render_samples(messages, 0)))
-    assert f"{len(sample.ids)} tokens, {sample.is_target.sum()} of them targets" in TOUR
+    said = f"{len(sample.ids)} tokens, {sample.is_target.sum()} of them targets"
+    assert said in TOUR, f"docs/tour.md, section 2: write: {said}"

@@ -14,16 +14,8 @@ from nanoft.config.loading import load_file
 from nanoft.generation.decode import Decoding
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
-from nanoft.recompute import keep_by_policy
 from nanoft.runtime.machine import Machine
-from nanoft.training.memory_plan import (
-    Plan,
-    choose_recompute,
-    count_parameters,
-    decide_dequantize,
-    estimate_memory,
-    gflop_per_token,
-)
+from nanoft.training.memory_plan import Plan, Planner, count_parameters, gflop_per_token
 from tiny_models import make_reference
 
 ROOT = Path(__file__).parent.parent
@@ -32,19 +24,11 @@ CPU = torch.device("cpu")
 
 
 def plan(config: Config) -> Plan:
-    """What --plan computes for a GPU with the memory that the config names, where no such GPU is."""
-    decoder, t = decoder_config(SHAPES[config.model.name]), config.training
-    counts = count_parameters(decoder, config)
-    machine = Machine(torch.device("cuda"), torch.bfloat16, (config.system.memory_gb or 0) * 1e9, present=False)
-    config = decide_dequantize(config, counts, machine)
-
-    def of(keep: list) -> Plan:
-        size = config.micro_batch_rows(), config.model.max_seq_length
-        return estimate_memory(decoder, counts, config, "cuda", torch.bfloat16, *size, keep, 0.0)
-
-    if t.checkpointing == "auto":
-        return of(choose_recompute(lambda keep: of(keep).peak, decoder.num_layers, machine.room_bytes))
-    return of(keep_by_policy(t.checkpointing, t.checkpoint_every, decoder.num_layers))
+    """What --plan computes for a GPU with the memory that the config names, without such a GPU."""
+    memory_bytes = (config.system.memory_gb or 0) * 1e9
+    machine = Machine(torch.device("cuda"), torch.bfloat16, memory_bytes, present=False)
+    planner = Planner.of(config, machine, decoder_config(SHAPES[config.model.name]))
+    return planner.choose_activations(config.micro_batch_rows(), config.model.max_seq_length)
 
 
 def gb(size: float) -> str:

@@ -350,9 +350,7 @@ def test_an_unknown_metric_stops_training_before_anything_is_loaded(
 ) -> None:
     settings = ["model.name=" + str(runs / "base"), "data.train_file=" + str(runs / "data.jsonl")]
     assert train.main([*settings, "evaluation.metrics=blue", f"output.dir={tmp_path / 'run'}"]) == 2
-    assert capsys.readouterr().err == (
-        "error: evaluation.metrics: 'blue': no such metric: did you mean bleu? (or package.module:function)\n"
-    )
+    assert capsys.readouterr().err == ("error: evaluation.metrics: 'blue': no such metric: did you mean bleu?\n")
     assert not (tmp_path / "run").exists()
 
 

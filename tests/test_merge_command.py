@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge as command
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.export import adapters, merge, staging, verify
+from nanoft.export import merge, staging, verify
 from nanoft.generation.generate import generate
 from nanoft.lora import disabled
 from nanoft.model import Decoder
@@ -226,7 +226,7 @@ def test_the_command_in_a_process_of_its_own(runs: Path, tmp_path: Path) -> None
     assert done.stdout.startswith(f"{tmp_path}/a/out: merged onto the original weights in float32")
     again = subprocess.run([*line, str(tmp_path / "a" / "out")], capture_output=True, text=True)
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr == f"error: --out: {tmp_path}/a/out: exists already: choose another name or remove it\n"
+    assert again.stderr == f"error: --out: {tmp_path}/a/out: already exists: choose another name or remove it\n"
 
 
 # --- parts, sums, and back
@@ -603,7 +603,7 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "file").write_text("kept")
-    monkeypatch.setattr(adapters, "open_adapter", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(merge, "open_adapter", lambda *_, **__: pytest.fail("loaded"))
     assert run_merge(runs / "lora", "--out", tmp_path / name if name else "") == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: --out: ")

@@ -23,7 +23,7 @@ def taken_from(name: str, paths: Iterable[Path]) -> bool:
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_tests_mirror_the_library(module: Path) -> None:
-    """nanoft/data/cache.py is tested in tests/data/test_cache.py, whose first tests are quick.
+    """nanoft/data/filters.py is tested in tests/data/test_filters.py, whose first tests are quick.
 
     A part of other modules is tested with those, and an old spelling in tests/test_main.py.
     """

@@ -2,9 +2,8 @@
 
     {"model_name": "Qwen/Qwen2.5-3B-Instruct", "use_4bit": true, "lora_r": 16, "num_train_epochs": 3, "bf16": true}
 
-`ALIASES` says what each name means. An unknown name is an error, and so is a value without a counterpart: a run that
-silently does something else than its file says is worse than none. What a file does not set has nanoft's default, not
-the Trainer's (learning_rate: 2e-4, not 5e-5).
+`ALIASES` says what each name means. An unknown name is an error, and so is a value without a counterpart. What a file
+does not set has nanoft's default, not the Trainer's (learning_rate: 2e-4, not 5e-5).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoft import UserError
+from nanoft.config.settings import Config
 
 Settings = dict[str, Any]  # section.field -> value
 
@@ -85,48 +85,40 @@ LORA_OR_FULL = "train LoRA adapters, or every parameter"
 TORCHRUN = "remove it: start train.py with torchrun, and set training.sharding=full to shard"
 NO_UPLOAD = "remove it: nothing is uploaded"
 
-# field -> names that mean the same, with the same values
+# Fields that have the same name there
+SAME_NAME = """
+    model.max_seq_length lora.target_modules lora.rank_pattern lora.alpha_pattern lora.bias data.train_file
+    data.validation_file data.packing data.group_by_length data.pad_to_multiple_of training.gradient_accumulation_steps
+    training.learning_rate training.warmup_ratio training.weight_decay training.max_grad_norm
+    training.early_stopping_patience training.early_stopping_threshold system.seed
+"""
+# field -> other names that mean the same, with the same values
 RENAMED = {
     "model.name": "model_name model_name_or_path base_model",
-    "model.max_seq_length": "max_seq_length max_length model_max_length",
+    "model.max_seq_length": "max_length model_max_length",
     "quantization.type": "bnb_4bit_quant_type",
     "quantization.double": "bnb_4bit_use_double_quant use_nested_quant",
     "lora.rank": "r lora_r",
     "lora.alpha": "lora_alpha",
     "lora.dropout": "lora_dropout",
-    "lora.target_modules": "target_modules lora_target_modules",
-    "lora.rank_pattern": "rank_pattern",
-    "lora.alpha_pattern": "alpha_pattern",
-    "lora.bias": "bias",
+    "lora.target_modules": "lora_target_modules",
     "lora.rslora": "use_rslora",
     "lora.dora": "use_dora",
-    "data.train_file": "train_file",
-    "data.validation_file": "validation_file eval_file",
+    "data.validation_file": "eval_file",
     "data.max_samples": "max_train_samples",
-    "data.packing": "packing",
-    "data.group_by_length": "group_by_length",
-    "data.pad_to_multiple_of": "pad_to_multiple_of",
     "training.lora_plus_ratio": "loraplus_lr_ratio",
     "training.micro_batch_size": "per_device_train_batch_size",
-    "training.gradient_accumulation_steps": "gradient_accumulation_steps",
     "training.num_epochs": "num_train_epochs",
-    "training.learning_rate": "learning_rate",
-    "training.warmup_ratio": "warmup_ratio",
-    "training.weight_decay": "weight_decay",
     "training.beta1": "adam_beta1",
     "training.beta2": "adam_beta2",
     "training.epsilon": "adam_epsilon",
-    "training.max_grad_norm": "max_grad_norm",
     "training.label_smoothing": "label_smoothing_factor",
     "training.neftune_alpha": "neftune_noise_alpha",
     "training.compile": "torch_compile",
     "training.keep_checkpoints": "save_total_limit",
-    "training.early_stopping_patience": "early_stopping_patience",
-    "training.early_stopping_threshold": "early_stopping_threshold",
     "evaluation.batch_size": "per_device_eval_batch_size",
     "evaluation.max_samples": "max_eval_samples",
     "output.dir": "output_dir",
-    "system.seed": "seed",
     "system.deterministic": "full_determinism",
 }
 # names (separated by spaces) -> what they mean
@@ -190,16 +182,14 @@ TRANSLATED = {
     "lr_scheduler_kwargs": Alias(values={}, fix="write a file with sections and set training.lr_* and min_lr_ratio"),
     "optim_args": Alias(values={}, fix="remove it"),
 }
-ALIASES = {name: Alias(field) for field, names in RENAMED.items() for name in names.split()}
+ALIASES = {field.partition(".")[2]: Alias(field) for field in SAME_NAME.split()}
+ALIASES |= {name: Alias(field) for field, names in RENAMED.items() for name in names.split()}
 ALIASES |= {name: alias for names, alias in TRANSLATED.items() for name in names.split()}
+SHORT = {"lr": "training.learning_rate", "epochs": "training.num_epochs", "batch_size": "training.micro_batch_size"}
 
 
 def translate(flat: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """The settings of a flat file as section.field -> (name in the file, value); a null is the same as no setting.
-
-    Raises:
-        UserError: an unknown name, a value without a counterpart, or two names that contradict each other.
-    """
+    """The settings of a flat file as section.field -> (name in the file, value); a null is the same as no setting."""
     if flat.get("bf16") is True and flat.get("fp16") is True:
         raise UserError("bf16 and fp16: both are true: remove fp16")
     found: dict[str, tuple[str, Any]] = {}
@@ -231,3 +221,13 @@ def _meaning(name: str, value: Any) -> Settings:
             raise UserError(f"{name}: {value!r:.60} {options}" + (f": {alias.fix}" if alias.fix else ""))
         setting = alias.values[one] if is_known else value
     return setting if isinstance(setting, dict) and alias.values is not None else {alias.field: setting}
+
+
+def suggest_override(name: str) -> str | None:
+    """The section.field that a name such as `lr` or `max-steps` most likely means; None if nothing is near."""
+    name = name.replace("-", "_")
+    fields = {f"{section}.{field}": field for section, part in Config().to_dict().items() for field in part}
+    meanings = {alias: known.field for alias, known in ALIASES.items() if known.field} | SHORT
+    meanings |= {field: path for path, field in reversed(fields.items())} | {path: path for path in fields}
+    nearest = difflib.get_close_matches(name, meanings, n=1, cutoff=0.75)
+    return meanings[nearest[0]] if nearest else None

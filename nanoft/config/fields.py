@@ -45,20 +45,15 @@ def parse(key: str, text: str, hint: Any) -> Any:
                 return (text,) if text else ()  # one regular expression
             return tuple(get_args(kind)[0](part) for part in text.strip("[]()").replace(",", " ").split())
         if get_origin(kind) is dict:
-            return _parse_table(text)
+            table = parse_yaml(text)  # in its inline form: {instruction: q, response: a}
+            if isinstance(table, dict) and all(isinstance(name, str) for name in table):
+                return table
+            raise ValueError
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
     except (StopIteration, KeyError, ValueError):
         raise UserError(f"{key}: {text!r:.100} is not {_describe(hint)}") from None
-
-
-def _parse_table(text: str) -> dict[str, Any]:
-    """A table in YAML's inline form: `{instruction: q, response: a}`."""
-    table = parse_yaml(text)
-    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
-        raise ValueError
-    return table
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -28,11 +28,7 @@ def is_function(name: str) -> bool:
 def import_function(name: str, field: str, signature: str) -> Callable[..., Any]:
     """Import `package.module:function`; the current directory is searched last.
 
-    Args:
-        field: the config field that names it, for messages.
-        signature: what the function has to look like, for messages.
-    Raises:
-        UserError: it cannot be imported, or is not a function.
+    `field` names it in a config, and `signature` says what it has to look like, for messages.
     """
     module, _, function = name.partition(":")
     here = os.getcwd()

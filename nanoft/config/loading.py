@@ -19,23 +19,24 @@ ENVIRONMENT_PREFIX = "NANOFT_"
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
-    """Read a config file, apply the environment and then the command line's `section.field=value` overrides.
-
-    Raises:
-        UserError: anything wrong, naming the file or the field, the value and the fix.
-    """
+    """Read a config file, apply the environment and then the command line's `section.field=value` overrides."""
     changes = read_overrides(overrides, environment)
     config = load_file(path).override(changes)
     return config if config.output.dir else config.override({"output.dir": f"runs/{run_name(path, changes)}"})
 
 
 def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The changes of the environment, then of the command line, as `section.field` -> value.
-
-    Raises:
-        UserError: something that is not section.field=value.
-    """
-    return {**_from_environment(environment), **_from_command_line(overrides)}
+    """NANOFT_SECTION__FIELD=value in the environment, then section.field=value overrides, as section.field -> value."""
+    named = {k: v for k, v in environment.items() if k.startswith(ENVIRONMENT_PREFIX)}
+    if odd := sorted(key for key in named if "__" not in key):
+        raise UserError(f"{odd[0]}: no such setting: write NANOFT_SECTION__FIELD (two underscores), or unset it")
+    changes = {k.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1): v for k, v in named.items()}
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"{item!r} is not section.field=value, for example training.max_steps=20")
+        changes[key.strip()] = value.strip()
+    return changes
 
 
 def run_name(path: str | Path, changes: Mapping[str, str]) -> str:
@@ -48,8 +49,7 @@ def run_name(path: str | Path, changes: Mapping[str, str]) -> str:
 def load_file(path: str | Path, beside: str = "") -> Config:
     """Read one config file: Python (defines `config`), YAML or JSON.
 
-    Args:
-        beside: a file, such as `__file__` of a config that builds on another; `path` is relative to its directory.
+    A config that builds on another gives its `__file__` as `beside`, to whose directory `path` is relative.
     """
     path = Path(beside).parent / path
     if not path.is_file():
@@ -61,7 +61,9 @@ def load_file(path: str | Path, beside: str = "") -> Config:
         provenance = tree.pop("provenance", None)  # in the config.json of a run
         if not isinstance(provenance, dict | None):
             raise UserError("provenance: not a table: the file is damaged")
-        config = _from_flat(tree) if _is_flat(tree) else Config.from_dict(tree)
+        has_settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
+        is_flat = has_settings and not tree.keys() & SECTION_TYPES.keys()
+        config = _from_flat(tree) if is_flat else Config.from_dict(tree)
         return _without_functions(config, is_of_run=provenance is not None)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
@@ -96,12 +98,6 @@ def _read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _is_flat(tree: Mapping[str, Any]) -> bool:
-    """Whether the file has settings at the top level, and no section."""
-    settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
-    return settings and not tree.keys() & SECTION_TYPES.keys()
-
-
 def _from_flat(tree: Mapping[str, Any]) -> Config:
     """A config from Hugging Face's names; errors use the names of the file."""
     found = translate(tree)
@@ -130,21 +126,3 @@ def _run_python(path: Path) -> Config:
     if not isinstance(config, Config):
         raise UserError("defines no `config`: write config = Config(...)")
     return config
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """NANOFT_SECTION__FIELD=value -> {"section.field": value}."""
-    named = {k: v for k, v in environment.items() if k.startswith(ENVIRONMENT_PREFIX)}
-    if odd := sorted(key for key in named if "__" not in key):
-        raise UserError(f"{odd[0]}: no such setting: write NANOFT_SECTION__FIELD (two underscores), or unset it")
-    return {k.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1): v for k, v in named.items()}
-
-
-def _from_command_line(overrides: Iterable[str]) -> dict[str, str]:
-    changes = {}
-    for item in overrides:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"{item!r} is not section.field=value, for example training.max_steps=20")
-        changes[key.strip()] = value.strip()
-    return changes

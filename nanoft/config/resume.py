@@ -44,10 +44,7 @@ def resume_fields(config: Config) -> dict[str, Any]:
 
 
 def resume_fingerprint(config: Config) -> str:
-    """SHA-256 of the `resume_fields` that differ from the defaults: equal for all checkpoints of a run.
-
-    A field that a later version adds does not change it.
-    """
+    """SHA-256 of the `resume_fields` that differ from the defaults, so that a field added later does not change it."""
     defaults = resume_fields(Config())
     chosen = {name: value for name, value in resume_fields(config).items() if value != defaults[name]}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
@@ -63,14 +60,7 @@ def first_difference(old: Config, new: Config) -> str | None:
 
 
 def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping[str, Any], where: str) -> None:
-    """Refuse to mix two runs in one directory.
-
-    Args:
-        recorded: the config.json of the directory.
-        provenance: of the run about to start: hashes of its data and base model.
-    Raises:
-        UserError: names the first difference.
-    """
+    """Refuse to mix two runs in one directory, whose config.json is `recorded`."""
     before = Config.from_dict({name: fields for name, fields in recorded.items() if name != "provenance"})
     if before.system.ranks != config.system.ranks:
         check_ranks(before.effective_batch_size(), config)
@@ -83,15 +73,10 @@ def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping
 
 
 def check_ranks(batch_size: int, config: Config) -> None:
-    """A run can be resumed on another number of processes if the effective batch size stays the same.
-
-    Raises:
-        UserError: it does not; how to set it.
-    """
+    """A run can be resumed on another number of processes if the effective batch size stays the same."""
     size, ranks = config.micro_batch_rows(), config.system.ranks
     if config.effective_batch_size() != batch_size:
-        divisors = (n for n in range(min(size, batch_size), 0, -1) if batch_size % (n * ranks) == 0 or n == 1)
-        fitting = next(divisors)
+        fitting = next(n for n in range(min(size, batch_size), 0, -1) if batch_size % (n * ranks) == 0 or n == 1)
         steps, left = divmod(batch_size, fitting * ranks)
         fix = f"set training.micro_batch_size={fitting} training.gradient_accumulation_steps={steps}"
         raise UserError(

@@ -3,9 +3,7 @@
 A config is a value: frozen dataclasses, one per concern, that validate themselves when they are made and never change.
 A config file is a small Python module that defines `config`, or YAML/JSON with the same sections, or a flat file with
 Hugging Face's names (nanoft/config/aliases.py). One config builds on another: `base.override(lora={"rank": 8})`.
-Later sources win: the file, then the environment (`NANOFT_TRAINING__MAX_STEPS=20`), then the command line
-(`training.max_steps=20`). An unknown name is an error that suggests the nearest known one, because a misspelled setting
-that is silently ignored costs a GPU day.
+Later sources win: the file, then the environment (`NANOFT_TRAINING__MAX_STEPS=20`), then the command line.
 
 Types, ranges and combinations are checked here. Fields marked (table) name an entry of a table elsewhere, such as
 `OPTIMIZERS` in nanoft/optim.py: `validate_config` in nanoft/training/validation.py checks them.
@@ -227,14 +225,12 @@ class Config:
         t, d, bits, sharded = self.training, self.data, self.quantization.bits, self.training.sharding == "full"
         stride, length = self.evaluation.stride, self.model.max_seq_length
         ranks, packed = [self.lora.rank, *self.lora.rank_pattern.values()], f"quantization.bits: {bits}"
-        _refuse(
-            t.method == "full" and bits != 16, f"{packed} needs a frozen base: set it to 16 or training.method=lora"
-        )
+        packed_full = t.method == "full" and bits != 16
+        _refuse(packed_full, f"{packed} needs a frozen base: set it to 16 or training.method=lora")
         fix = "set it to 16 (each of N processes holds an Nth of it) or training.sharding=none"
         _refuse(sharded and bits != 16, f"{packed}: packed weights cannot be sharded: {fix}")
-        _refuse(
-            sharded and t.compile, "training.compile: not supported with training.sharding=full: change one of them"
-        )
+        fix = "not supported with training.sharding=full: change one of them"
+        _refuse(sharded and t.compile, f"training.compile: {fix}")
         per_module = sharded and self.logging.gradient_steps
         _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
         random = self.model.random_init and t.method != "full"
@@ -261,11 +257,8 @@ class Config:
     def override(self, changes: Mapping[str, Any] | None = None, /, **sections: Mapping[str, Any]) -> Config:
         """Return a copy with some fields replaced; strings are parsed by the field's type.
 
-            config.override({"training.max_steps": 20})
-            config.override(training={"max_steps": 20}, lora={"rank": 8})
-
-        Raises:
-            UserError: unknown name, wrong type, value out of range, or a combination that cannot work.
+        config.override({"training.max_steps": 20})
+        config.override(training={"max_steps": 20}, lora={"rank": 8})
         """
         nested = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
         by_section: dict[str, dict[str, Any]] = {}
@@ -306,11 +299,7 @@ def _refuse(broken: object, message: str) -> None:
 
 
 def check_expressions(lora: LoRAConfig) -> None:
-    """Validate names of modules, which may be regular expressions.
-
-    Raises:
-        UserError: names the first invalid one.
-    """
+    """Validate names of modules, which may be regular expressions."""
     for name in ("target_modules", "rank_pattern", "alpha_pattern"):
         for expression in getattr(lora, name):
             try:
@@ -326,23 +315,19 @@ SECTION_NAMES: dict[str, str] = {hint.__name__: name for name, hint in SECTION_T
 
 def config_warnings(config: Config) -> list[str]:
     """Valid settings that are probably a mistake, one line each."""
-    training, warnings = config.training, []
-    if training.warmup_steps is None and training.warmup_ratio > 0.2:
-        warnings.append(f"training.warmup_ratio={training.warmup_ratio}: more than 20 % of the steps are warm-up")
-    if training.warmup_steps and training.max_steps and training.warmup_steps > 0.2 * training.max_steps:
-        warnings.append(f"training.warmup_steps={training.warmup_steps}: more than 20 % of the steps are warm-up")
-    if config.effective_batch_size() < 4:
-        warnings.append(
-            f"effective batch size {config.effective_batch_size()}: gradients are noisy below 4: "
-            "raise training.gradient_accumulation_steps"
-        )
-    adaptive = training.optimizer.startswith("adamw")  # others take learning rates of another order
-    if adaptive and training.method == "lora" and training.learning_rate > 5e-4:
-        warnings.append(
-            f"training.learning_rate={training.learning_rate}: above 5e-4, LoRA on large models may diverge"
-        )
-    if adaptive and training.method == "full" and training.learning_rate > 1e-4 and not config.model.random_init:
-        warnings.append(f"training.learning_rate={training.learning_rate}: high for training every parameter")
+    t, warnings, long = config.training, [], "more than 20 % of the steps are warm-up"
+    if t.warmup_steps is None and t.warmup_ratio > 0.2:
+        warnings.append(f"training.warmup_ratio={t.warmup_ratio}: {long}")
+    if t.warmup_steps and t.max_steps and t.warmup_steps > 0.2 * t.max_steps:
+        warnings.append(f"training.warmup_steps={t.warmup_steps}: {long}")
+    if (size := config.effective_batch_size()) < 4:
+        fix = "raise training.gradient_accumulation_steps"
+        warnings.append(f"effective batch size {size}: gradients are noisy below 4: {fix}")
+    adaptive = t.optimizer.startswith("adamw")  # others take learning rates of another order
+    if adaptive and t.method == "lora" and t.learning_rate > 5e-4:
+        warnings.append(f"training.learning_rate={t.learning_rate}: above 5e-4, LoRA on large models may diverge")
+    if adaptive and t.method == "full" and t.learning_rate > 1e-4 and not config.model.random_init:
+        warnings.append(f"training.learning_rate={t.learning_rate}: high for training every parameter")
     return warnings
 
 

@@ -1,6 +1,6 @@
 """From files to token ids: where records come from, which shapes they have, how they are rendered and masked.
 
 Read in the order in which a record travels: `sources` (files and the Hub), `formats` (record shapes), `chat_tokenizer`
-(the chat template, run safely by `template_sandbox`, and the mask of target tokens), `truncation`, `filters` (length
-limits, duplicates) and splits, `dataset` (the whole pipeline) and `cache` (its result on disk).
+(the chat template, run safely by `template_sandbox`, and the mask of targets), `truncation`, `filters` (duplicates and
+the split), `builder` (one pass over it all) and `dataset` (its result, kept in a cache).
 """

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 from array import array
 from collections import Counter
@@ -25,10 +24,9 @@ from tqdm import tqdm
 from nanoft import UserError
 from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
-from nanoft.data import filters, splits
+from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import Conversation
-from nanoft.data.records import UNDESIRABLE, ReadOptions, Rejected, read_file
+from nanoft.data.formats import UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
 from nanoft.data.truncation import fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -52,52 +50,35 @@ class DatasetBuilder:
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
-        # for each record
-        self.file, self.line, self.part = array("l"), array("q"), array("l")
-        self.question, self.prompt, self.normalized_prompt = array("Q"), array("Q"), array("Q")  # split keys
-        self.group, self.time = array("Q"), array("d")
+        # for each record; the keys are of the split
+        self.file, self.line, self.part, self.time = array("l"), array("q"), array("l"), array("d")
+        self.question, self.prompt, self.normalized_prompt, self.group = (array("Q") for _ in range(4))
         self.stratum: list[Any] = []
         # for each sample
-        self.starts, self.record, self.truncated = array("q", [0]), array("l"), array("q")
-        self.targets = array("l")
+        self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
 
     def build(self, parts: list[list[Path]], progress_bar: bool) -> None:
-        """Read the files of all parts, and write everything that the cache keeps."""
         self.files = [(number, file) for number, files in enumerate(parts) for file in files]
         self.validation_part = len(parts) - 1 if self.data.validation_file is not None else -1
         with contextlib.ExitStack() as stack:
             self.tokens = stack.enter_context(open(self.directory / TOKENS, "wb", buffering=1 << 20))
             self.rejected = stack.enter_context(open(self.directory / REJECTED, "w", encoding="utf-8"))
-            self.signatures = {
-                name: stack.enter_context(open(self.directory / name, "wb")) for name in self._signed_texts()
-            }
-            self._tokenize(progress_bar)
-            self._reject_lost()
-            self._check_malformed()
-            if not self.record:
-                raise UserError(self._none_left())
+            data, signed = self.data, [FULL_TEXT] if self.data.near_duplicates else []
+            holds_out = data.validation_file or data.validation_split or data.validation_size
+            signed += [PROMPT] if holds_out and data.near_leaks != "ignore" else []
+            self.signatures = {name: stack.enter_context(open(self.directory / name, "wb")) for name in signed}
+            shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1.0}
+            size = sum(os.path.getsize(file) for _, file in self.files)
+            with tqdm(desc="tokenizing", total=size, disable=not progress_bar, **shown) as self.bar:
+                for sample in self.tokenizer.encode(self._render()):
+                    self._add_sample(sample)
+            for stream in (self.tokens, *self.signatures.values()):
+                stream.flush()
+            self._check_records()
             is_training, is_validation = self._split()
         self._write(is_training, is_validation)
 
-    def _signed_texts(self) -> list[str]:
-        """Of which texts MinHash signatures are needed."""
-        data, full_text = self.data, [FULL_TEXT] if self.data.near_duplicates else []
-        holds_out = data.validation_file or data.validation_split or data.validation_size
-        return [*full_text, PROMPT] if holds_out and data.near_leaks != "ignore" else full_text
-
-    # ---- The pass over the files
-
-    def _tokenize(self, progress_bar: bool) -> None:
-        size = sum(os.path.getsize(file) for _, file in self.files)
-        shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": "tokenizing", "leave": False, "delay": 1.0}
-        with tqdm(total=size, disable=not progress_bar, **shown) as self.bar:
-            for sample in self.tokenizer.encode(self._render()):
-                self._add_sample(sample)
-        for stream in (self.tokens, *self.signatures.values()):
-            stream.flush()
-
     def _reject(self, kind: str, reason: str, file: str, line: int) -> None:
-        """Count a record that is not used, and write it to rejected.jsonl."""
         self.removed[kind] += 1
         entry = {"kind": kind, "reason": reason, "file": file, "line": line}
         self.rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -109,20 +90,26 @@ class DatasetBuilder:
 
     def _render(self) -> Iterator[Rendered]:
         for number, (part, file) in enumerate(self.files):
-            for conversation in self._read(file, part == self.validation_part):
-                record = self._add_record(conversation, number, part)
-                if pieces := self._render_samples(conversation, record):
-                    self.in_flight[record] = conversation
-                    yield from pieces
+            for item in self._read(file, part == self.validation_part):
+                record, reason = self._add_record(item, number, part), "none of its messages is a target"
+                self.in_flight[record] = item
+                if item.text is not None:
+                    yield self.tokenizer.text_sample(item.text, record)
+                    continue
+                try:
+                    pieces = self.tokenizer.render_samples(item.messages, record, item.tools, self.data.train_on)
+                    if any(piece.spans for piece in pieces):
+                        yield from pieces
+                        continue
+                except TemplateRefusal as error:
+                    reason = str(error)
+                self._reject(MALFORMED, reason, item.file, item.line)
 
     def _read(self, file: Path, is_validation: bool) -> Iterator[Conversation]:
-        """The records of a file that are worth rendering."""
-        kept, done = 0, 0
+        kept, start = 0, self.bar.n
 
         def advance(position: int) -> None:
-            nonlocal done
-            self.bar.update(position - done)
-            done = position
+            self.bar.update(start + position - self.bar.n)
 
         for item in read_file(file, ReadOptions.from_config(self.data), advance):
             if isinstance(item, str):
@@ -143,11 +130,11 @@ class DatasetBuilder:
 
     def _unwanted(self, item: Conversation, is_validation: bool) -> tuple[str, str] | None:
         """(kind, reason) why a valid record is not rendered; None: it is."""
-        characters, longest = item.characters(), self.data.max_characters or math.inf
-        if characters < self.data.min_characters:
-            return "too short", f"{characters} characters, fewer than data.min_characters={self.data.min_characters}"
-        if characters > longest:
-            return "too many characters", f"{characters} characters, more than data.max_characters={longest}"
+        count, shortest, longest = item.characters(), self.data.min_characters, self.data.max_characters
+        if count < shortest:
+            return "too short", f"{count} characters, fewer than data.min_characters={shortest}"
+        if longest and count > longest:
+            return "too many characters", f"{count} characters, more than data.max_characters={longest}"
         if self.data.deduplicate:
             mark = filters.content_hash(item) << 1 | is_validation
             if mark in self.seen:
@@ -158,7 +145,7 @@ class DatasetBuilder:
     def _add_record(self, item: Conversation, file: int, part: int) -> int:
         """Note what the split depends on; returns the record's number."""
         data, prompt = self.data, item.prompt()
-        key = functools.partial(splits.split_key, seed=self.seed)
+        key = functools.partial(filters.split_key, seed=self.seed)
         self.file.append(file)
         self.line.append(item.line)
         self.part.append(part)
@@ -172,97 +159,58 @@ class DatasetBuilder:
         if strata := data.split_stratify or data.label_field:
             length_bin = 1 << (max(item.characters(), 1).bit_length() - 1)  # 512 to 1023 characters: 512
             self.stratum.append(length_bin if strata == "length" else item.fields[strata])
-        if self.signatures:
-            self._sign(item)
         self.cut_off += filters.looks_truncated(item)
-        return len(self.file) - 1
-
-    def _sign(self, item: Conversation) -> None:
-        """Write MinHash signatures, without a system message that an earlier record has, too."""
-        if item.messages and item.messages[0]["role"] == "system":
-            system = splits.split_key(item.messages[0]["content"], self.seed)
-            if system in self.seen_systems:
+        if self.signatures and item.messages and item.messages[0]["role"] == "system":
+            system = key(item.messages[0]["content"])
+            if system in self.seen_systems:  # signed without a system message that an earlier record has, too
                 item = dataclasses.replace(item, messages=item.messages[1:])
             self.seen_systems.add(system)
         for name, stream in self.signatures.items():
             stream.write(filters.minhash(item.prompt() if name == PROMPT else item.full_text()).tobytes())
-
-    def _render_samples(self, conversation: Conversation, record: int) -> list[Rendered]:
-        if conversation.text is not None:
-            return [self.tokenizer.text_sample(conversation.text, record)]
-        messages, tools, reason = conversation.messages, conversation.tools, "none of its messages is a target"
-        try:
-            pieces = self.tokenizer.render_samples(messages, record, tools, self.data.train_on)
-            if any(piece.spans for piece in pieces):
-                return pieces
-        except TemplateRefusal as error:
-            reason = str(error)
-        self._reject(MALFORMED, reason, conversation.file, conversation.line)
-        return []
+        return len(self.file) - 1
 
     def _add_sample(self, sample: Sample) -> None:
-        """Write an encoded sample if it fits."""
         while (oldest := next(iter(self.in_flight))) < sample.record:
             del self.in_flight[oldest]
+        conversation, data = self.in_flight[sample.record], self.data
+        fitted: Sample | None = None
         targets = int(sample.is_target.sum())
-        fitted = self._fit(sample) if targets else None
+        if targets:
+            with contextlib.suppress(TemplateRefusal):  # the template needs what was cut
+                fitted = fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
         kept = int(fitted.is_target.sum()) if fitted else 0
         self.target_tokens_lost += targets - kept
-        if not targets:
-            self._lose(sample, MALFORMED, "the sequence has no target tokens")
-        elif fitted is None:
-            reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.max_length}"
-            self._lose(sample, "too long", f"{reason} (data.truncation={self.data.truncation})")
-        elif len(fitted.ids) < self.data.min_tokens:
-            reason = f"{len(fitted.ids)} tokens, fewer than data.min_tokens={self.data.min_tokens}"
-            self._lose(sample, "too few tokens", reason)
-        else:
+        if fitted and len(fitted.ids) >= data.min_tokens:
             if len(fitted.ids) < len(sample.ids):
                 self.truncated.append(len(self.record))
             self.tokens.write(encode_targets(fitted).tobytes())
             self.starts.append(self.starts[-1] + len(fitted.ids))
             self.record.append(sample.record)
             self.targets.append(kept)
-
-    def _fit(self, sample: Sample) -> Sample | None:
-        conversation, data = self.in_flight[sample.record], self.data
-        try:
-            return fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
-        except TemplateRefusal:
-            return None  # the template needs what was cut
-
-    def _lose(self, sample: Sample, kind: str, reason: str) -> None:
-        """Count a lost sample; its record is rejected if it has no other."""
+            return
+        lost = MALFORMED, "the sequence has no target tokens"
+        if fitted:
+            lost = "too few tokens", f"{len(fitted.ids)} tokens, fewer than data.min_tokens={data.min_tokens}"
+        elif targets:
+            reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.max_length}"
+            lost = "too long", f"{reason} (data.truncation={data.truncation})"
         self.samples_lost += 1
-        self.lost.setdefault(sample.record, (kind, reason))
+        self.lost.setdefault(sample.record, lost)
 
-    def _reject_lost(self) -> None:
-        """Reject the records of which no sample is left."""
-        used = set(self.record) if self.lost else set()
-        for record in sorted(self.lost.keys() - used):
+    def _check_records(self) -> None:
+        """Reject records of which no sample is left; stop if too many are malformed, or none is left at all."""
+        for record in sorted(self.lost.keys() - set(self.record)):
             self._reject_record(record, *self.lost[record])
-
-    def _check_malformed(self) -> None:
-        """Stop if so many records are malformed that the data is not what its owner believes."""
-        bad = self.removed[MALFORMED]
-        if bad > self.data.max_bad_records * self.read:
-            raise UserError(
-                f"{self.first_malformed[0]} ({bad:,} of {self.read:,} records are malformed, more than "
-                f"data.max_bad_records={self.data.max_bad_records} allows: repair them"
-                + "".join(f"; {reason}" for reason in self.first_malformed[1:])
-                + ")"
-            )
-
-    def _none_left(self) -> str:
-        """Why there is nothing to train on, and what to change."""
-        reasons = ", ".join(f"{count} {kind}" for kind, count in self.removed.most_common())
-        fix = ""
-        if self.removed["too long"]:
-            better = "" if self.data.truncation == "prompt" else ", or set data.truncation=prompt"
-            fix = f": none fits model.max_seq_length={self.max_length}: raise it{better}"
-        return f"data: none of {self.read} records is left ({reasons or 'there were none'}){fix}"
-
-    # ---- The split
+        bad, limit = self.removed[MALFORMED], self.data.max_bad_records
+        if bad > limit * self.read:
+            first, *others = self.first_malformed
+            counted = f"{bad:,} of {self.read:,} records are malformed, more than data.max_bad_records={limit} allows"
+            raise UserError("; ".join([f"{first} ({counted}: repair them", *others]) + ")")
+        if not self.record:
+            reasons = ", ".join(f"{count} {kind}" for kind, count in self.removed.most_common()) or "there were none"
+            fix = f": none fits model.max_seq_length={self.max_length}: raise it" if self.removed["too long"] else ""
+            fix += ", or set data.truncation=prompt" if fix and self.data.truncation != "prompt" else ""
+            raise UserError(f"data: none of {self.read} records is left ({reasons}){fix}")
 
     def _split(self) -> tuple[Array, Array]:
         """(is_training, is_validation) of each record: near duplicates removed, split, leaks removed."""
@@ -271,9 +219,10 @@ class DatasetBuilder:
         used[np.array(self.record)] = True
         is_validation = used & (np.array(self.part) == self.validation_part)
         pool = used & (np.array(self.part) != self.validation_part)
+        signed = {name: np.memmap(self.directory / name, np.uint32, "r") for name in self.signatures}
+        signatures = {name: values.reshape(-1, filters.COMPONENTS) for name, values in signed.items()}
         if data.near_duplicates:
-            signatures = np.memmap(self.directory / FULL_TEXT, dtype=np.uint32, mode="r")
-            near = filters.near_duplicates(signatures.reshape(-1, filters.COMPONENTS), data.near_duplicates, pool)
+            near = filters.near_duplicates(signatures[FULL_TEXT], data.near_duplicates, pool)
             reason = f"shares {data.near_duplicates:.0%} of its 5-grams with an earlier record"
             self._remove(near, "near duplicate", reason)
             pool &= ~near
@@ -281,9 +230,10 @@ class DatasetBuilder:
             is_validation[pool] = self._hold_out(pool)
         is_training = pool & ~is_validation
         leaks = is_training & np.isin(prompts, prompts[is_validation])
-        if PROMPT in self.signatures:
-            read = functools.partial(_read_signatures, self.directory / PROMPT)
-            near = filters.near_matches(read, data.near_duplicates or NEAR, is_training & ~leaks, is_validation)
+        if PROMPT in signatures:
+            near = filters.near_matches(
+                signatures[PROMPT], data.near_duplicates or NEAR, is_training & ~leaks, is_validation
+            )
             self.near_leaks = int(near.sum())
             if data.near_leaks == "remove":
                 leaks |= near
@@ -295,7 +245,6 @@ class DatasetBuilder:
             self._reject_record(record, kind, reason)
 
     def _hold_out(self, pool: Array) -> Array:
-        """Which records of the pool are held out."""
         data, count = self.data, int(pool.sum())
         size = data.validation_size or round(data.validation_split * count)
         if data.validation_size is None and data.validation_split and count > 1:
@@ -306,36 +255,30 @@ class DatasetBuilder:
         question, prompt = np.array(self.question, np.uint64)[pool], np.array(self.prompt, np.uint64)[pool]
         keys = question if 2 * len(np.unique(question)) >= count else prompt
         if data.split_time:
-            return splits.hold_out_newest(np.array(self.time)[pool], keys, size)
+            return filters.hold_out_newest(np.array(self.time)[pool], keys, size)
         strata = np.zeros(len(pool), np.int64)
         if self.stratum:
             values = {value: number for number, value in enumerate(sorted(set(self.stratum), key=str))}
             strata = np.array([values[value] for value in self.stratum])
         if data.split_group:
             keys = np.array(self.group, np.uint64)[pool]
-        return splits.hold_out(keys, strata[pool], size)
-
-    def _weighted(self, chosen: Array, record: Array) -> Array:
-        """Each part's samples as often as its weight says: whole copies, and a random subset for the fraction."""
-        if not self.data.weights:
-            return chosen
-        part, rng = np.array(self.part)[record[chosen]], np.random.default_rng([self.seed, 1])
-        copies = []
-        for number, weight in enumerate(self.data.weights):
-            own = chosen[part == number]
-            rest = rng.permutation(own)[: round((weight % 1) * len(own))]
-            copies += [own] * int(weight) + [np.sort(rest)]
-        return np.concatenate(copies)
-
-    # ---- What is written
+        return filters.hold_out(keys, strata[pool], size)
 
     def _write(self, is_training: Array, is_validation: Array) -> None:
         record = np.array(self.record, np.int64)
-        arrays = {
+        training, rng = np.flatnonzero(is_training[record]), np.random.default_rng([self.seed, 1])
+        part = np.array(self.part)[record[training]]
+        copies: list[Array] = []
+        for number, weight in enumerate(self.data.weights):  # whole copies, and a random subset for the fraction
+            own = training[part == number]
+            rest = rng.permutation(own)[: round((weight % 1) * len(own))]
+            copies += [own] * int(weight) + [np.sort(rest)]
+        training = np.concatenate(copies) if copies else training
+        arrays: dict[str, Array] = {
             "starts": np.array(self.starts, np.int64),
             "records": record,
             "truncated": np.array(self.truncated, np.int64),
-            "training": self._weighted(np.flatnonzero(is_training[record]), record),
+            "training": training,
             "validation": np.flatnonzero(is_validation[record]),
             "record_file": np.array(self.file, np.int32),
             "record_line": np.array(self.line, np.int64),
@@ -349,12 +292,7 @@ class DatasetBuilder:
             path.unlink()
         tokens = np.memmap(self.directory / TOKENS, dtype=np.int32, mode="r")
         sides = {n: TokenDataset(tokens, arrays["starts"], record, arrays[n]) for n in ("training", "validation")}
-        text = json.dumps(self._report(sides), indent=2, ensure_ascii=False)
-        (self.directory / REPORT).write_text(text + "\n", encoding="utf-8")
-
-    def _report(self, sides: dict[str, TokenDataset]) -> dict[str, Any]:
-        """What became of the data, as report.json keeps it."""
-        return {
+        report = {
             "files": self.shapes,
             "removed": dict(self.removed.most_common()),
             "truncated": len(self.truncated),
@@ -366,6 +304,8 @@ class DatasetBuilder:
             "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",
             **{name: self._describe(samples) for name, samples in sides.items()},
         }
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (self.directory / REPORT).write_text(text + "\n", encoding="utf-8")
 
     def _describe(self, samples: TokenDataset) -> dict[str, Any]:
         lengths, records = samples.lengths, np.unique(samples.records)
@@ -391,12 +331,5 @@ def _time(item: Conversation, name: str) -> float:
         date = datetime.fromisoformat(value)
         return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
-        raise UserError(
-            f"{item.file}:{item.line}: {name}: {value!r:.40} is neither a number nor a date like 2024-02-29 "
-            "(data.split_time)"
-        ) from None
-
-
-def _read_signatures(path: Path, start: int, stop: int) -> Array:
-    width = filters.COMPONENTS
-    return np.fromfile(path, np.uint32, (stop - start) * width, offset=4 * start * width).reshape(-1, width)
+        what = f"{value!r:.40} is neither a number nor a date like 2024-02-29 (data.split_time)"
+        raise UserError(f"{item.file}:{item.line}: {name}: {what}") from None

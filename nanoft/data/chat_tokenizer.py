@@ -8,9 +8,9 @@ Both come from rendering, never from searching the text for markers:
     after  = render(messages[:i + 1])                              the prompt, answered
 
 `before` must be a prefix of `after`, and `after`, up to the end of the turn, a prefix of the whole conversation; the
-target is what lies between. A template may mark what the assistant says with {% generation %}; its marks are used, and
-verified in the same way. A template that rewrites history (it drops earlier reasoning, or moves the system message to
-the last turn) breaks the second condition: then each assistant turn becomes a sample of its own, rendered as in use.
+target is what lies between. The marks of a template with {% generation %} are used, and verified in the same way. A
+template that rewrites history (it drops earlier reasoning) breaks the second condition: then each assistant turn
+becomes a sample of its own, rendered as in use.
 
 What a template puts around an answer is learned once, by rendering a placeholder as the answer: an empty thought before
 it (<think></think>) is not a target, and the turn ends with the first control token after it.
@@ -18,14 +18,14 @@ it (<think></think>) is not a target, and the turn ends with the first control t
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import functools
 import hashlib
 import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,9 +37,10 @@ from tokenizers import Encoding, Tokenizer
 from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.data import tokenizer_files
+from nanoft.data.formats import TRAINING_FIELDS
 from nanoft.data.formats import Message as Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
-from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, byte_widths, token_text
+from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, token_text
 
 # For a base model without a template: ChatML as plain text, since the model does not have ChatML's tokens; a turn ends
 # with the end-of-sequence token.
@@ -50,7 +51,6 @@ DEFAULT_TEMPLATE = (
 )
 EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of every template
-TRAINING_FIELDS = ("train", "weight")  # of a message: not for the template
 CANNOT_ENCODE = "tokenizer.json: this tokenizer cannot encode a text"
 BATCH = 128  # texts handed to the tokenizer's threads together
 
@@ -68,12 +68,8 @@ class Rendered:
     record: int
     turns: list[int] = field(default_factory=list)  # the message of each span
 
-    @property
-    def turn(self) -> int | None:
-        return self.turns[0] if len(self.turns) == 1 else None
 
-
-class _RenderedConversation(NamedTuple):
+class _Whole(NamedTuple):
     messages: list[Message]  # cleaned
     tools: Any
     text: str
@@ -105,7 +101,7 @@ class ChatTokenizer:
         self.control_texts = sorted((text for text in special if text), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self.control_texts)) or "(?!)")
         self._breakable = re.compile("|".join(re.escape(t) for t in self.control_texts if len(t) > 1) or "(?!)")
-        self._widths = byte_widths(tokenizer)
+        self._widths = tokenizer_files.byte_widths(tokenizer)
         self._shortest = min((len(text) for text in self.control_texts if len(text) > 1), default=0)
         self.date = datetime.datetime.now()  # what strftime_now returns
         self._environment = BoundedEnvironment(lambda: self.date)
@@ -118,16 +114,11 @@ class ChatTokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path, template_args: Mapping[str, Any] | None = None) -> ChatTokenizer:
-        """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json.
-
-        Raises:
-            UserError: there is no tokenizer.json, or a file is not valid.
-        """
-        tokenizer = tokenizer_files.read_tokenizer(directory)
-        settings, stop_ids = tokenizer_files.read_config(directory), tokenizer_files.read_stop_ids(directory)
-        template = tokenizer_files.read_template(directory, settings)
+        """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
         if taken := sorted(set(template_args or ()) & {*RESERVED, *SPECIAL_TOKENS}):
             raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
+        tokenizer = tokenizer_files.read_tokenizer(directory)
+        settings, template, stop_ids = tokenizer_files.read_settings(directory)
         try:
             return cls(tokenizer, settings, template, stop_ids, template_args)
         except COMPILE_ERRORS as error:
@@ -139,18 +130,11 @@ class ChatTokenizer:
         variables = json.dumps([self.template, self.template_args, self.special, date], sort_keys=True, default=str)
         return variables + hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 
-    # ---- Messages to text
-
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None) -> str:
-        """Render messages to the string that the model sees.
-
-        Raises:
-            TemplateRefusal: the template refuses these messages, or is broken.
-        """
+        """The string that the model sees; raises TemplateRefusal."""
         return find_marks(self._render(self._clean(messages), add_generation_prompt, self._escape(tools)))[0]
 
     def render_prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
-        """The prompt: messages, and the beginning of the answer."""
         return self.render(messages, add_generation_prompt=True, tools=tools)
 
     def render_samples(
@@ -165,7 +149,7 @@ class ChatTokenizer:
             TemplateRefusal: the template cannot be used for training on this conversation.
         """
         cleaned, escaped = self._clean(messages), self._escape(tools)
-        whole = _RenderedConversation(cleaned, escaped, *find_marks(self._render(cleaned, False, escaped)))
+        whole = _Whole(cleaned, escaped, *find_marks(self._render(cleaned, False, escaped)))
         if tools or any("tool_calls" in message for message in messages):
             self._check_tools(whole.text, messages, tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -173,7 +157,9 @@ class ChatTokenizer:
             excluded = [self._turn(whole, index) for index in answers if not is_trained(messages[index])]
             if not all(whole.text.startswith(after[:end]) for after, (_, end) in excluded):
                 raise TemplateRefusal("the chat template rewrites earlier turns: use data.train_on=assistant")
-            return [Rendered(whole.text, _complement([span for _, span in excluded], len(whole.text)), record)]
+            edges = [0, *itertools.chain.from_iterable(span for _, span in excluded), len(whole.text)]
+            between = zip(edges[::2], edges[1::2], strict=True)
+            return [Rendered(whole.text, [(start, end) for start, end in between if start < end], record)]
         turns = [i for i in (answers[-1:] if train_on == "last_assistant" else answers) if is_trained(messages[i])]
         pieces = [self._turn(whole, index) for index in turns]
         if all(after is whole.text or whole.text.startswith(after[:end]) for after, (_, end) in pieces):
@@ -191,21 +177,14 @@ class ChatTokenizer:
         return [self._escape(message) for message in kept]
 
     def _render(self, cleaned: list[Message], add_generation_prompt: bool, tools: Any) -> str:
-        """The text, with generation marks if the template sets any."""
         try:
-            return self._environment.render(
-                self._compiled,
-                **self.template_args,
-                messages=cleaned,
-                add_generation_prompt=add_generation_prompt,
-                tools=tools or None,
-                documents=None,
-                **self.special,
-            )
+            given = {"messages": cleaned, "tools": tools or None, "documents": None}
+            given |= {"add_generation_prompt": add_generation_prompt, **self.special, **self.template_args}
+            return self._environment.render(self._compiled, **given)
         except TEMPLATE_ERRORS as error:
             raise TemplateRefusal(f"the chat template refuses these messages: {error}") from None
 
-    def _turn(self, whole: _RenderedConversation, index: int) -> tuple[str, tuple[int, int]]:
+    def _turn(self, whole: _Whole, index: int) -> tuple[str, tuple[int, int]]:
         """A text that begins with everything up to turn `index`, and the span of that turn's targets in it."""
         before = find_marks(self._render(whole.messages[:index], True, whole.tools))[0]
         if not whole.marks and (end := self._verbatim(whole, index, before)):
@@ -216,8 +195,13 @@ class ChatTokenizer:
         if not after.startswith(before):
             raise TemplateRefusal("the chat template renders an answered prompt that does not start with the prompt")
         marked = [mark for mark in marks if mark[1] > len(before)]
-        if marked:
-            start, end = self._complete(after, max(marked[0][0], len(before)), marked[-1][1])
+        if marked:  # the marked span, extended to the token that ends the turn
+            start, end = max(marked[0][0], len(before)), marked[-1][1]
+            inside = len(after[:end].rstrip())
+            if any(after.endswith(control, start, inside) for control in self.control_texts):
+                end = inside
+            elif following := self._control.match(after, end):
+                end = following.end()
         else:
             start = self._start_of_turn(after, len(before), whole.messages[index])
             end = self._end_of_turn(after, len(before))
@@ -225,11 +209,8 @@ class ChatTokenizer:
             raise TemplateRefusal("the chat template omits the answer: there are no target tokens")
         return after, (start, end)
 
-    def _verbatim(self, whole: _RenderedConversation, index: int, before: str) -> int:
-        """Where the turn ends, if the prompt is followed by just the answer and its end, as in most templates; else 0.
-
-        This saves rendering the conversation up to each of its answers.
-        """
+    def _verbatim(self, whole: _Whole, index: int, before: str) -> int:
+        """Where the turn ends, if just the answer and its end follow the prompt: saves a rendering; else 0."""
         content = whole.messages[index].get("content", "")
         ending = self._tail[: self.turn_end.end()] if self.turn_end else ""
         if ending and content and whole.text.startswith(before):
@@ -252,14 +233,6 @@ class ChatTokenizer:
         ends = [match.end() for match in self._control.finditer(text, start)]
         return ends[-1] if ends and not text[ends[-1] :].strip() else len(text.rstrip())
 
-    def _complete(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """A marked span, extended to the token that ends the turn."""
-        inside = len(text[:end].rstrip())
-        if any(text.endswith(control, start, inside) for control in self.control_texts):
-            return start, inside
-        following = self._control.match(text, end)
-        return start, following.end() if following else end
-
     def _probe_template(self) -> tuple[str, str]:
         """What the template puts between the prompt and an answer, and after the answer."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PLACEHOLDER}]
@@ -274,32 +247,28 @@ class ChatTokenizer:
         """Refuse a template that silently omits tools or their calls."""
         plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
         for what, other, offered in (("tool_calls", plain, tools), ("tools", messages, None)):
-            if (other, offered) != (messages, tools):
-                try:
-                    without = self.render(other, tools=offered)
-                except TemplateRefusal:
-                    continue  # it needs them
-                if without == rendered:
-                    raise TemplateRefusal(f"the chat template omits {what}: it does not support tools")
-
-    # ---- Text to ids
+            without = None
+            with contextlib.suppress(TemplateRefusal):  # it needs them
+                without = self.render(other, tools=offered)
+            if without == rendered and (other, offered) != (messages, tools):
+                raise TemplateRefusal(f"the chat template omits {what}: it does not support tools")
 
     def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """The ids of a prompt; a prefix of those that the model was trained on."""
-        return self._first_bos(self._ids(self.render_prompt(messages, tools)))
+        ids = self._ids(self.render_prompt(messages, tools))
+        return [self.bos_id or 0, *ids] if self.wants_bos and ids[:1] != [self.bos_id] else ids
 
     def encode(self, rendered: Iterable[Rendered]) -> Iterator[Sample]:
         """Encode texts; the tokenizer's threads encode one batch while the next ones are being rendered."""
         with ThreadPoolExecutor(2) as pool:  # one may wait for the GIL while the other keeps all cores busy
             under_way: deque[tuple[list[Rendered], Any]] = deque()
             items = iter(rendered)
-            while batch := list(itertools.islice(items, BATCH)):
-                under_way.append((batch, pool.submit(self._encode_batch, [item.text for item in batch])))
-                if len(under_way) > 4:
-                    batch, encodings = under_way.popleft()
-                    yield from self._samples(batch, encodings.result())
-            for batch, encodings in under_way:
-                yield from self._samples(batch, encodings.result())
+            while (batch := list(itertools.islice(items, BATCH))) or under_way:
+                if batch:
+                    under_way.append((batch, pool.submit(self._encode_batch, [item.text for item in batch])))
+                if not batch or len(under_way) > 4:
+                    oldest, encodings = under_way.popleft()
+                    yield from self._samples(oldest, encodings.result())
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
@@ -315,18 +284,16 @@ class ChatTokenizer:
         return "".join(pieces)
 
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
-        """Ids; with each token's character offsets, unless they follow from the tokens' widths."""
+        # The fast one gives no character offsets: then they follow from the tokens' widths.
         encode = self.tokenizer.encode_batch if self._widths is None else self.tokenizer.encode_batch_fast
         with as_user_error(CANNOT_ENCODE):
             return encode(texts, add_special_tokens=False)
 
-    def _encode(self, text: str) -> Encoding:
-        """Ids, with each token's character offsets."""
+    def _encode(self, text: str) -> Encoding:  # ids, with each token's character offsets
         with as_user_error(CANNOT_ENCODE):
             return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def encode_now(self, rendered: list[Rendered]) -> list[Sample]:
-        """Encode a few texts, without threads."""
+    def encode_now(self, rendered: list[Rendered]) -> list[Sample]:  # without threads
         return list(self._samples(rendered, self._encode_batch([item.text for item in rendered])))
 
     def _samples(self, batch: list[Rendered], encodings: list[Encoding]) -> Iterator[Sample]:
@@ -334,38 +301,28 @@ class ChatTokenizer:
             ids = np.array(encoded.ids, dtype=np.int32)
             ends = self._ends(item.text, ids)
             if self._widths is not None and ends is None:
-                encoded = self._encode(item.text)  # with offsets
-            edge = functools.partial(_edge, encoded) if ends is None else _edge_by_width(item.text, ends)
-            edges = [(edge(start), edge(end)) for start, end in item.spans]
+                encoded = self._encode(item.text)
+            edges = [[_edge(item.text, encoded, ends, at) for at in span] for span in item.spans]
             if item.turns and any(is_inside for (_, is_inside), _ in edges):
                 yield from map(self._sample_of_turn, itertools.repeat(item), item.spans, item.turns)
-            else:
-                spans = [(first, last + inside) for (first, _), (last, inside) in edges]
-                yield self._sample(item, ids, encoded, spans)
+                continue
+            is_target = np.zeros(len(ids), dtype=np.bool_)
+            for (first, _), (last, is_inside) in edges:
+                is_target[first : last + is_inside] = True
+            if BREAK in item.text:  # its tokens are dropped
+                kept = np.array([item.text[start:end] != BREAK for start, end in encoded.offsets], dtype=np.bool_)
+                ids, is_target = ids[kept], is_target[kept]
+            yield self._with_bos(ids, is_target, item.record, item.turns[0] if len(item.turns) == 1 else None)
 
     def _ends(self, text: str, ids: Any) -> Any:
         """(n,) where each token ends, in bytes, from the tokens' widths; None if only the library knows."""
         if self._widths is None or BREAK in text:
             return None
         ends = np.cumsum(self._widths[ids])
-        size = len(text) if text.isascii() else len(text.encode())
-        return ends if len(ends) and ends[-1] == size else None
-
-    def _sample(self, item: Rendered, ids: Any, encoded: Encoding, spans: list[tuple[int, int]]) -> Sample:
-        """The sample of a text whose targets are the tokens of `spans`."""
-        is_target = np.zeros(len(ids), dtype=np.bool_)
-        for first, last in spans:
-            is_target[first:last] = True
-        if BREAK in item.text:  # its tokens are dropped
-            kept = np.array([item.text[start:end] != BREAK for start, end in encoded.offsets], dtype=np.bool_)
-            ids, is_target = ids[kept], is_target[kept]
-        return self._with_bos(ids, is_target, item.record, item.turn)
+        return ends if len(ends) and ends[-1] == len(text.encode()) else None
 
     def _sample_of_turn(self, item: Rendered, span: tuple[int, int], turn: int) -> Sample:
-        """A turn whose first token would merge with the end of the prompt: prompt and answer are encoded separately.
-
-        In use the model is given the ids of the prompt alone, so these are the ids to train on.
-        """
+        """A turn whose first token would merge with the end of the prompt: both are encoded separately, as in use."""
         start, end = span
         prompt = self._ids(item.text[:start])
         broken = item.text[:start] + BREAK + item.text[start:end]
@@ -380,11 +337,6 @@ class ChatTokenizer:
         pairs = zip(encoded.ids, encoded.offsets, strict=True)
         return [token for token, (start, end) in pairs if start > after and text[start:end] != BREAK]
 
-    def _first_bos(self, ids: list[int]) -> list[int]:
-        """Exactly one BOS, if the tokenizer adds one."""
-        wanted = self.wants_bos and ids[:1] != [self.bos_id]
-        return [self.bos_id or 0, *ids] if wanted else ids
-
     def _with_bos(self, ids: Any, is_target: Any, record: int, turn: int | None) -> Sample:
         if self.wants_bos and (not len(ids) or ids[0] != self.bos_id):
             ids, is_target = np.append(np.int32(self.bos_id or 0), ids), np.append(False, is_target)
@@ -394,47 +346,31 @@ class ChatTokenizer:
 
     def _escape(self, value: Any) -> Any:
         """Break up control tokens that occur in the texts of a message, however deep."""
-        if isinstance(value, str):
-            while len(value) >= self._shortest and self._breakable.search(value):
-                value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
-            return value
         if isinstance(value, dict):
             return {self._escape(key): self._escape(part) for key, part in value.items()}
         if isinstance(value, list):
             return [self._escape(part) for part in value]
+        while isinstance(value, str) and len(value) >= self._shortest and self._breakable.search(value):
+            value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
         return value
 
 
-def is_trained(message: Message) -> bool:
-    """Whether a message may be a target: OpenAI's `weight`, axolotl's `train`."""
+def is_trained(message: Message) -> bool:  # OpenAI's `weight`, axolotl's `train`
     return bool(message.get("train", True)) and message.get("weight", 1) != 0
 
 
-def _edge(encoded: Encoding, character: int) -> tuple[int, bool]:
+def _edge(text: str, encoded: Encoding, ends: Any, character: int) -> tuple[int, bool]:
     """The first token at or after a character, and whether it is one that begins before the character and contains it.
 
     A character made of several tokens gives all of them its own start; the first of them is taken.
     """
+    if ends is not None:  # where each token ends, in bytes
+        byte = character if text.isascii() else len(text[:character].encode())
+        at = int(np.searchsorted(ends, byte, side="right"))
+        return at, byte != (ends[at - 1] if at else 0)
     token = encoded.char_to_token(character)
     if token is not None:
         start = encoded.token_to_chars(token)
         return token, start is not None and start[0] < character
     after = (at for at, (start, _) in enumerate(encoded.offsets) if start >= character)
     return next(after, len(encoded)), False
-
-
-def _edge_by_width(text: str, ends: Any) -> Callable[[int], tuple[int, bool]]:
-    """`_edge`, from where each token ends."""
-
-    def edge(character: int) -> tuple[int, bool]:
-        byte = character if text.isascii() else len(text[:character].encode())
-        token = int(np.searchsorted(ends, byte, side="right"))
-        return token, byte != (ends[token - 1] if token else 0)
-
-    return edge
-
-
-def _complement(spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """The text between and around the spans."""
-    edges = [0, *itertools.chain(*spans), length]
-    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]

@@ -2,13 +2,22 @@
 
 Tokenizing a million records takes minutes, so it is done once (`builder.py`): the result is kept under a hash of all it
 depends on: the contents of the files, the tokenizer, the template and its date, the settings, and the code that makes
-samples of them. The token ids are memory-mapped, so a data set of any size opens in the time it takes to verify it.
+samples of them. An entry of the cache is built in a temporary directory, gets a manifest with a hash of each file, and
+is renamed into place; one that does not match its manifest is rebuilt. Without a writable cache the data is built for
+this process only. The token ids are memory-mapped, so a data set of any size opens in the time it takes to verify it.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
+import hashlib
 import json
+import os
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +29,22 @@ import tokenizers
 
 from nanoft import UserError, batches
 from nanoft.batches import Array, TokenDataset
+from nanoft.checkpoint import MANIFEST
 from nanoft.config import DataConfig
 from nanoft.config.functions import source_file
 from nanoft.data.builder import PERCENTILES, REPORT, TOKENS, DatasetBuilder
-from nanoft.data.cache import cache_home, load_or_build
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.formats import Conversation
-from nanoft.data.records import ReadOptions, format_function, read_file
+from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
 from nanoft.data.sources import find_files, read_raw
 from nanoft.io import untrusted
-from nanoft.io.hashing import hash_named_files, hash_remembered
+from nanoft.io.atomic import sync_directory
+from nanoft.io.hashing import hash_content, hash_named_files, hash_remembered
 from nanoft.io.tables import markdown_table
 
+Log = Callable[[str], None]  # called with lines for the user
 NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batches does with the samples
+MAX_ENTRIES = 16  # the least recently used ones are deleted
+STALE_AFTER = 86400  # seconds after which an unfinished build is deleted
 
 
 @dataclass(frozen=True)
@@ -56,16 +68,11 @@ class PreparedDataset:
         return [found[record] for record in records]
 
     def first_user_texts(self, samples: TokenDataset) -> Iterator[str]:
-        """What each record of the samples opens with, streamed file by file."""
         for _, conversation in self._read(np.unique(samples.records).tolist()):
             yield conversation.first_user_text()
 
     def field_values(self, samples: TokenDataset, name: str) -> list[str]:
-        """A field of the record that each sample came from, as in its file; `(none)` where it is missing.
-
-        Raises:
-            UserError: no record has the field.
-        """
+        """A field of the record that each sample came from, as in its file; `(none)` where it is missing."""
         found: dict[int, str] = {}
         fields: dict[str, None] = {}
         for file, records in self._lines(samples.records.tolist()):
@@ -80,11 +87,9 @@ class PreparedDataset:
 
     def untruncated(self, samples: TokenDataset) -> TokenDataset:
         """The samples that were not truncated: the prompts of the others were not seen whole in training."""
-        part: TokenDataset = samples[~np.isin(samples.chosen, self.truncated)]
-        return part
+        return samples[~np.isin(samples.chosen, self.truncated)]
 
     def location(self, record: int) -> str:
-        """file:line of a record."""
         return f"{self.files[self.record_file[record]]}:{self.record_line[record]}"
 
     def _lines(self, records: list[int]) -> Iterator[tuple[Path, dict[int, int]]]:
@@ -103,21 +108,9 @@ class PreparedDataset:
 
 
 def build_datasets(
-    data: DataConfig,
-    tokenizer: ChatTokenizer,
-    max_length: int,
-    seed: int,
-    log: Callable[[str], None],
-    progress_bar: bool = False,
+    data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, progress_bar: bool = False
 ) -> PreparedDataset:
-    """Read, tokenize and split the files of a config, or load the result from the cache.
-
-    Args:
-        max_length: tokens of a sample (model.max_seq_length).
-        log: called with lines for the user.
-    Raises:
-        UserError: a file cannot be read, too many records are malformed, or no sample is left.
-    """
+    """Read, tokenize and split the files of a config, or load the result from the cache."""
     parts, options = _parts(data), ReadOptions.from_config(data)
     files = [file for part in parts for file in part]
 
@@ -125,16 +118,16 @@ def build_datasets(
         DatasetBuilder(directory, data, tokenizer, max_length, seed).build(parts, progress_bar)
 
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name not in NOT_IN_KEY}
-    versions = [tokenizers.__version__, jinja2.__version__, _code_hash()]
+    # An edit of the code that decides which samples come out must not be answered from the cache.
+    code = [*sorted(Path(__file__).parent.glob("*.py")), Path(batches.__file__), Path(untrusted.__file__)]
+    versions = [tokenizers.__version__, jinja2.__version__, hash_named_files(code)]
     depends_on = [versions, settings, max_length, seed, list(map(str, files)), tokenizer.fingerprint(), data_hash(data)]
     entry, was_cached = load_or_build(json.dumps(depends_on, sort_keys=True, default=str), build, log)
     if was_cached:
         log(f"data      from the cache: {entry}")
     arrays = {path.stem: np.load(path) for path in entry.glob("*.npy")}
-    tokens = np.memmap(entry / TOKENS, dtype=np.int32, mode="r")
-    training, validation = (
-        TokenDataset(tokens, arrays["starts"], arrays["records"], arrays[name]) for name in ("training", "validation")
-    )
+    shared = np.memmap(entry / TOKENS, dtype=np.int32, mode="r"), arrays["starts"], arrays["records"]
+    training, validation = (TokenDataset(*shared, arrays[name]) for name in ("training", "validation"))
     report = json.loads((entry / REPORT).read_text(encoding="utf-8"))
     origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated")}
     return PreparedDataset(training, validation, report, entry, files, options=options, **origin)
@@ -143,15 +136,9 @@ def build_datasets(
 def data_hash(data: DataConfig) -> str:
     """One hash of the contents of all data files, and of the source of the user's own format function."""
     files, function = [file for part in _parts(data) for file in part], format_function(data.format)
-    source = source_file(function) if function is not None else None
-    files += [source] if source is not None else []
+    if function is not None and (source := source_file(function)) is not None:
+        files.append(source)
     return hash_remembered(files, cache_home() / "hashes.json")
-
-
-def _code_hash() -> str:
-    """A hash of the code that decides which samples come out: an edit of it must not be answered from the cache."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return hash_named_files([*sources, Path(batches.__file__), Path(untrusted.__file__)])
 
 
 def _parts(data: DataConfig) -> list[list[Path]]:
@@ -164,25 +151,92 @@ def _parts(data: DataConfig) -> list[list[Path]]:
     return [*parts, [file for part in find_files(data.validation_file, "data.validation_file") for file in part]]
 
 
+def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Path, bool]:
+    """The entry of a key, and whether it was in the cache; if not, `build(directory)` makes it."""
+    home = cache_home()
+    entry = home / hashlib.sha256(key.encode()).hexdigest()[:32]
+    try:
+        found = _is_intact(entry)
+        if not found:
+            if os.path.lexists(entry):
+                log(f"warning: {entry}: the cached data is damaged: rebuilding it")
+            try:
+                home.mkdir(parents=True, exist_ok=True)
+                temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
+            except OSError as error:
+                log(f"warning: {home}: the cache is not writable ({error.strerror}): the data is not cached")
+                entry = Path(tempfile.mkdtemp(prefix="nanoft-"))
+                atexit.register(shutil.rmtree, entry, ignore_errors=True)
+                build(entry)
+                return entry, False
+            _build(temporary, entry, build)
+            _prune(home, entry)
+        with contextlib.suppress(OSError):  # the cache may belong to another user
+            os.utime(entry)  # used now
+    except OSError as error:
+        raise UserError(f"{home}: the cache cannot be written ({error.strerror}): set XDG_CACHE_HOME") from None
+    return entry, found
+
+
+def cache_home() -> Path:
+    """In the user's cache directory; without a home directory, a path where nothing can be written."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
+    except RuntimeError:  # not a fixed name in the shared temporary directory: others could put data there
+        return Path(os.devnull) / "nanoft"
+
+
+def _build(temporary: Path, entry: Path, build: Callable[[Path], None]) -> None:
+    try:
+        build(temporary)
+        hashes = {path.name: hash_content(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
+        for path in temporary.iterdir():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        if not _is_intact(entry):  # else another process has built it meanwhile
+            shutil.rmtree(entry, ignore_errors=True)
+            os.rename(temporary, entry)
+        sync_directory(entry.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_intact(entry: Path) -> bool:
+    try:
+        hashes = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
+        is_complete = {path.name for path in entry.iterdir()} == {MANIFEST, *hashes}
+        return is_complete and all(hash_content(entry / name) == digest for name, digest in hashes.items())
+    except (OSError, ValueError, UserError, TypeError):
+        return False
+
+
+def _prune(home: Path, newest: Path) -> None:
+    """Delete the least recently used entries, and what builds that died left behind."""
+    entries = sorted((p for p in home.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    complete = [path for path in entries if not path.name.startswith(".tmp-")]
+    stale = [p for p in entries if p.name.startswith(".tmp-") and time.time() - p.stat().st_mtime > STALE_AFTER]
+    for path in [*complete[MAX_ENTRIES:], *stale]:
+        if path != newest:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def describe_data(report: dict[str, Any]) -> list[str]:
-    """The report as lines for the terminal."""
     lines = [f"data      read {f['records']:,} records ({f['shape']}) from {f['file']}" for f in report["files"]]
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
     if report["cut_off_replies"]:
         lines.append(f"warning: {report['cut_off_replies']:,} records end in a reply that stops in mid-sentence")
     if report["near_leaks"] and report["near_leaks_are"] == "kept":
-        lines.append(
-            f"warning: {report['near_leaks']:,} training prompts are near duplicates of validation prompts: "
-            "set data.near_leaks=remove to remove them"
-        )
+        what = "training prompts are near duplicates of validation prompts: set data.near_leaks=remove to remove them"
+        lines.append(f"warning: {report['near_leaks']:,} {what}")
     rows = [["records read", f"{report['read']:,}", ""]]
     rows += [[f"removed: {kind}", f"{count:,}", ""] for kind, count in report["removed"].items()]
     sides = [report["training"], report["validation"]]
     for name in ("records", "samples", "tokens", "target_tokens"):
         rows.append([name.replace("_", " "), *(f"{side[name]:,}" for side in sides)])
-    for name in (f"p{p}" for p in PERCENTILES):
-        label = "longest" if name == "p100" else f"length, {name[1:]} %"
-        rows.append([label, *(f"{side['length'][name]:,}" if side["length"] else "-" for side in sides)])
+    for p in PERCENTILES:
+        lengths = [f"{side['length'][f'p{p}']:,}" if side["length"] else "-" for side in sides]
+        rows.append(["longest" if p == 100 else f"length, {p} %", *lengths])
     for value in dict.fromkeys(value for side in sides for value in side.get("strata", {})):
         shares = [f"{side['strata'].get(value, 0) / max(side['records'], 1):.1%}" for side in sides]
         rows.append([f"share of {value}", *shares])

@@ -1,4 +1,4 @@
-"""Duplicates, near duplicates and leaks between training and validation.
+"""Duplicates, near duplicates, which records are held out for validation, and leaks between both sides.
 
 Exact duplicates have equal hashes. Near duplicates are found by MinHash (Broder 1997, "On the resemblance and
 containment of documents"): two texts agree in a component of their signatures with the probability that is the Jaccard
@@ -8,6 +8,9 @@ similarity of their sets of word 5-grams,
 
 and banding (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", section 3.4) finds the pairs worth comparing
 without comparing all. A record that stands on both sides of a split turns the validation loss into a memory test.
+
+A split depends on a hash of the seed and of what a record opens with, never on its place in the file: the same seed
+holds out the same records in any order, and a larger share holds out more of them, not others.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,67 +65,68 @@ def minhash(text: str) -> Array:
     return ((hashes[:, None] * _FACTORS + _OFFSETS) >> np.uint64(32)).min(axis=0).astype(np.uint32)
 
 
-def band_height(threshold: float) -> int:
-    """Components in a band: r of COMPONENTS / r bands find a pair of similarity s with probability 1 - (1 - s^r)^b.
+def bands(threshold: float) -> list[slice]:
+    """The b = COMPONENTS / r bands of r components, which find a pair of similarity s with probability 1 - (1 - s^r)^b.
 
     The largest r that finds RECALL of the pairs at the threshold compares the fewest others.
     """
     found = [r for r in range(1, COMPONENTS + 1) if 1 - (1 - threshold**r) ** (COMPONENTS // r) >= RECALL]
-    return max(found, default=1)
+    height = max(found, default=1)
+    return [slice(start, start + height) for start in range(0, COMPONENTS - height + 1, height)]
 
 
 def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
     """(n,) bool: which of the `kept` records resemble an earlier one that stays.
 
-    Args:
-        signatures: (n, COMPONENTS) uint32.
-        threshold: Jaccard similarity of the sets of 5-grams.
-        kept: (n,) bool.
+    Two records do if they agree in a whole band and in `threshold` of all components. Within a group that agrees in a
+    band, each is compared with its predecessor and with the first one, so that a group of many copies costs no more
+    than its size. signatures: (n, COMPONENTS) uint32; threshold: Jaccard similarity of the sets of 5-grams.
     """
+    records = np.flatnonzero(kept)
+    pairs: set[tuple[int, int]] = set()  # the earlier record first
+    for band in bands(threshold):
+        keys = _band_keys(signatures[records, band])
+        order = np.argsort(keys, kind="stable")
+        equal = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1  # places in `order` that equal the one before
+        first = place = -1
+        for at in equal.tolist():
+            before, here = records[order[at - 1 : at + 1]].tolist()
+            first = first if at == place + 1 else before
+            place = at
+            pairs |= {(before, here), (first, here)}
     removed = np.zeros(len(signatures), dtype=np.bool_)
-    candidates = np.flatnonzero(kept)
-    for first, second in sorted(_similar(signatures, candidates, threshold), key=lambda pair: pair[::-1]):
-        removed[second] |= not removed[first]
+    for before, here in sorted(pairs, key=lambda pair: pair[::-1]):
+        if (signatures[before] == signatures[here]).mean() >= threshold:
+            removed[here] |= not removed[before]
     return removed
 
 
-def near_matches(
-    read: Callable[[int, int], Array], threshold: float, kept: Array, others: Array, at_once: int = 50_000
-) -> Array:
+def near_matches(signatures: Array, threshold: float, kept: Array, others: Array, at_once: int = 50_000) -> Array:
     """(n,) bool: which of the `kept` records resemble one of the `others` (the other side of the split).
 
-    Args:
-        read: (start, stop) -> those of the (n, COMPONENTS) signatures; only those of `others` are held in memory.
-        kept, others: (n,) bool.
+    Of the (n, COMPONENTS) signatures, often memory-mapped, only those of `others` are held in memory.
     """
     found = np.zeros(len(kept), dtype=np.bool_)
-    blocks = [(start, min(start + at_once, len(kept))) for start in range(0, len(kept), at_once)]
-    held = np.concatenate([np.empty((0, COMPONENTS), np.uint32), *(read(*b)[others[b[0] : b[1]]] for b in blocks)])
+    held = np.asarray(signatures[others])
     if not len(held):
         return found
-    bands = _bands(threshold)
-    orders = [np.argsort(_band_keys(held[:, band]), kind="stable") for band in bands]
-    for start, stop in blocks:
-        records = np.flatnonzero(kept[start:stop])
-        block = read(start, stop)[records]
-        for band, order in zip(bands, orders, strict=True):
+    orders = [(band, np.argsort(_band_keys(held[:, band]), kind="stable")) for band in bands(threshold)]
+    for start in range(0, len(kept), at_once):
+        records = start + np.flatnonzero(kept[start : start + at_once])
+        block = np.asarray(signatures[records])
+        for band, order in orders:
             known, keys = _band_keys(held[:, band])[order], _band_keys(block[:, band])
             place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
             equal = np.flatnonzero(known[place] == keys)
             agree = (block[equal] == held[order[place[equal]]]).mean(axis=1)
-            found[start + records[equal[agree >= threshold]]] = True
+            found[records[equal[agree >= threshold]]] = True
     return found
 
 
 def count_leaks(
     prompts: Sequence[str], trained_on: Iterable[str], threshold: float, at_once: int = 20_000
 ) -> tuple[int, int]:
-    """How many prompts of an evaluation occur in the training data: exactly, and (besides those) nearly.
-
-    Args:
-        trained_on: the prompts of the training data, streamed.
-        threshold: Jaccard similarity of the sets of 5-grams.
-    """
+    """How many prompts of an evaluation occur in the training data (streamed): exactly, and (besides those) nearly."""
     texts = [normalized(text) for text in prompts]
     own = np.stack([minhash(text) for text in prompts]) if prompts else np.empty((0, COMPONENTS), np.uint32)
     known, near, stream = set(texts), np.zeros(len(texts), np.bool_), iter(trained_on)
@@ -130,37 +135,50 @@ def count_leaks(
         exact |= known & {normalized(text) for text in block}
         both = np.concatenate([own, *(minhash(text)[None] for text in block)])
         is_own = np.arange(len(both)) < len(own)
-        near |= near_matches(lambda a, b, both=both: both[a:b], threshold, is_own, ~is_own)[: len(own)]  # type: ignore[misc]
+        near |= near_matches(both, threshold, is_own, ~is_own)[: len(own)]
     is_exact = np.array([text in exact for text in texts], np.bool_)
     return int(is_exact.sum()), int((near & ~is_exact).sum())
 
 
-def _bands(threshold: float) -> list[slice]:
-    height = band_height(threshold)
-    return [slice(start, start + height) for start in range(0, COMPONENTS - height + 1, height)]
-
-
-def _band_keys(band: Array) -> Array:
-    """(n,) uint64: equal for equal bands, and for hardly any others."""
+def _band_keys(band: Array) -> Array:  # (n,) uint64: equal for equal bands, and for hardly any others
     return (band.astype(np.uint64) * _FACTORS[: band.shape[1]]).sum(axis=1, dtype=np.uint64)
 
 
-def _similar(signatures: Array, records: Array, threshold: float) -> set[tuple[int, int]]:
-    """Pairs of records, the earlier first, that agree in a whole band and in `threshold` of all components.
+def split_key(value: Any, seed: int) -> int:
+    """64 bits: the place of a prompt, or of a group, in the order in which records are held out."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{value}".encode()).digest()[:8], "big")
 
-    Within a group that agrees in a band, each record is compared with its predecessor and with the first one, so that
-    a group of many copies costs no more than its size.
+
+def hold_out(keys: Array, strata: Array, size: int) -> Array:
+    """(n,) bool: about `size` records, those with the smallest keys of their stratum.
+
+    Records with equal keys stay together; a group larger than what is still wanted is passed over.
+
+    Args:
+        keys: (n,) uint64, of the prompt or the group.
+        strata: (n,) int: each stratum gives its share; a key belongs to the smallest stratum that it occurs in.
     """
-    pairs: set[tuple[int, int]] = set()
-    for band in _bands(threshold):
-        keys = _band_keys(signatures[records, band])
-        order = np.argsort(keys, kind="stable")
-        equal = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1  # places in `order` that equal the one before
-        first = place = -1
-        for at in equal.tolist():
-            if at != place + 1:
-                first = int(records[order[at - 1]])
-            place = at
-            before, here = int(records[order[at - 1]]), int(records[order[at]])
-            pairs |= {(before, here), (first, here)}
-    return {pair for pair in pairs if (signatures[pair[0]] == signatures[pair[1]]).mean() >= threshold}
+    unique, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    home = np.full(len(unique), np.iinfo(np.int64).max)
+    np.minimum.at(home, inverse, strata)
+    chosen = np.zeros(len(unique), dtype=np.bool_)
+    # Whole numbers that add up to `size` and are nearest to each stratum's share (largest remainder).
+    members = {stratum: np.flatnonzero(home == stratum) for stratum in np.unique(home).tolist()}  # sorted by key
+    exact = {stratum: size * int(counts[own].sum()) / len(keys) for stratum, own in members.items()}
+    shares = {stratum: int(share) for stratum, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda stratum: (shares[stratum] - exact[stratum], stratum))
+    for stratum in by_remainder[: size - sum(shares.values())]:
+        shares[stratum] += 1
+    for stratum, left in shares.items():
+        for group in members[stratum].tolist():
+            if left and counts[group] <= left:
+                chosen[group] = True
+                left -= counts[group]
+    return chosen[inverse]
+
+
+def hold_out_newest(times: Array, keys: Array, size: int) -> Array:
+    """(n,) bool: the newest records; of those with equal times, the ones with the smaller keys."""
+    held = np.zeros(len(times), dtype=np.bool_)
+    held[np.lexsort((keys, -times))[:size]] = True
+    return held

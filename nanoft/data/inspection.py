@@ -17,6 +17,7 @@ from nanoft import UserError
 from nanoft.batches import Batches, Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
+from nanoft.data.formats import TRAINING_FIELDS
 from nanoft.runtime.checks import Check
 
 SAMPLES_CHECKED = 2000  # evenly spread
@@ -24,29 +25,29 @@ CONVERSATIONS_CHECKED = 32  # rendered again
 
 
 def check_vocabulary(corpus: PreparedDataset, vocab_size: int) -> None:
-    """Every token must be in the model's vocabulary: another one would be read beyond the embedding.
-
-    Raises:
-        UserError: names the largest that is not.
-    """
+    """Raise a UserError if a token is not in the model's vocabulary: it would be read beyond the embedding."""
     tokens, at_once = corpus.training.tokens, 1 << 24
     pieces = (tokens[at : at + at_once] for at in range(0, len(tokens), at_once))
     largest = max((int(np.maximum(piece, ~piece).max()) for piece in pieces), default=0)  # a target is stored as ~id
     if largest >= vocab_size:
-        raise UserError(
-            f"model.name: its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}: "
-            "tokenizer.json is another model's: fetch the directory again"
-        )
+        found = f"its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}"
+        raise UserError(f"model.name: {found}: tokenizer.json is another model's: fetch the directory again")
 
 
 def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
-    """Everything that can be told from the tokens alone."""
     spread = np.linspace(0, len(corpus.training) - 1, min(SAMPLES_CHECKED, len(corpus.training))).astype(int)
     samples = [corpus.training[int(at)] for at in spread]
+    without, sums = sum(not sample.is_target.any() for sample in samples), corpus.report["training"]
+    share = f"{sums['target_tokens'] / sums['tokens']:.1%} of the tokens are targets"
+    doubled = sum(len(s.ids) > 1 and s.ids[0] == s.ids[1] == chat.bos_id for s in samples)
+    first = sum(s.ids[0] == chat.bos_id for s in samples)
+    begins = f"{first:,} of {len(samples):,} samples begin with one BOS, {doubled} with two"
+    begins = begins if chat.bos_id is not None else "the tokenizer has none"
+    fix = "take {{ bos_token }} out of the chat template, or the BOS out of the tokenizer's post-processor"
     return [
         _check_stop(samples, corpus, chat, train_on),
-        _check_bos(samples, chat),
-        _check_targets(samples, corpus),
+        Check.of("bos", not doubled, begins, fix),
+        Check.of("targets", not without, f"{share}; samples without any: {without}", "data"),
         _check_prompt(corpus, chat, train_on),
     ]
 
@@ -64,72 +65,35 @@ def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokeni
     odd = [token for token in last if token not in chat.stop_ids]
     shown = f"; one ends in {chat.decode(odd[:1], keep_special=True)!r}" if odd else ""
     stops = ", ".join(repr(chat.decode([token], keep_special=True)) for token in chat.stop_ids)
-    return Check.of(
-        "stop",
-        len(odd) <= cut,
-        f"{len(last) - len(odd):,} of {len(last):,} turns end in a stop token ({stops}){shown}",
-        "the tuned model would not stop; put the template's end of turn into generation_config.json's eos_token_id",
-    )
-
-
-def _check_bos(samples: list[Sample], chat: ChatTokenizer) -> Check:
-    """BOS stands at the beginning only."""
-    if chat.bos_id is None:
-        return Check.of("bos", True, "the tokenizer has none")
-    doubled = sum(bool(len(s.ids) > 1 and s.ids[0] == s.ids[1] == chat.bos_id) for s in samples)
-    first = sum(bool(s.ids[0] == chat.bos_id) for s in samples)
-    fix = "take {{ bos_token }} out of the chat template, or the BOS out of the tokenizer's post-processor"
-    return Check.of(
-        "bos", not doubled, f"{first:,} of {len(samples):,} samples begin with one BOS, {doubled} with two", fix
-    )
-
-
-def _check_targets(samples: list[Sample], corpus: PreparedDataset) -> Check:
-    """There is something to learn in every sample."""
-    without = sum(not s.is_target.any() for s in samples)
-    share = corpus.report["training"]["target_tokens"] / corpus.report["training"]["tokens"]
-    return Check.of(
-        "targets", not without, f"{share:.1%} of the tokens are targets; samples without any: {without}", "data"
-    )
+    found = f"{len(last) - len(odd):,} of {len(last):,} turns end in a stop token ({stops}){shown}"
+    fix = "the tuned model would not stop; put the template's end of turn into generation_config.json's eos_token_id"
+    return Check.of("stop", len(odd) <= cut, found, fix)
 
 
 def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
     """What the model is given in use is what stood before its answers in training."""
-    looked_at, differing, extra = 0, 0, ""
+    extras = []  # what follows the prompt in training
     for conversation in corpus.conversations(corpus.training, CONVERSATIONS_CHECKED):
         answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
         if not answers or train_on == "all":
             continue
         messages = conversation.messages[: answers[0] + 1]
-        plain = [{key: value for key, value in m.items() if key not in ("weight", "train")} for m in messages]
+        plain = [{key: value for key, value in m.items() if key not in TRAINING_FIELDS} for m in messages]
         (sample, *_) = chat.encode_now(chat.render_samples(plain, 0, conversation.tools))
         before = sample.ids[: int(sample.is_target.argmax())].tolist()
         prompt = chat.encode_prompt(plain[:-1], conversation.tools)
-        looked_at += 1
-        if before != prompt:
-            differing += 1
-            extra = chat.decode(before[len(prompt) :], keep_special=True)
-    found = f"{looked_at - differing} of {looked_at} prompts are the same in training and in use"
-    if extra:
-        found += f"; in training {extra!r:.60} follows"
-    return Check.of(
-        "prompt",
-        not differing,
-        found,
-        "the template adds it to the answers; for Qwen3 set data.template_args={enable_thinking: false}",
-    )
+        extras.append(chat.decode(before[len(prompt) :], keep_special=True) if before != prompt else None)
+    differing = [extra for extra in extras if extra is not None]
+    found = f"{len(extras) - len(differing)} of {len(extras)} prompts are the same in training and in use"
+    found += f"; in training {differing[-1]!r:.60} follows" if differing and differing[-1] else ""
+    fix = "the template adds it to the answers; for Qwen3 set data.template_args={enable_thinking: false}"
+    return Check.of("prompt", not differing, found, fix)
 
 
 def show_step(
     batches: Batches, corpus: PreparedDataset, tokenizer: ChatTokenizer, step: int | None, skipped: set[tuple[int, int]]
-) -> Iterator[str]:
-    """Lines about the window of an optimizer step (the first, if none is given), for --show-batch and --show-step.
-
-    Args:
-        skipped: (epoch, index) of windows that no step was made of.
-    Raises:
-        UserError: the run has no such step.
-    """
+) -> Iterator[str]:  # skipped: (epoch, index) of windows that no step was made of
+    """Lines about the window of an optimizer step (the first, if none is given), for --show-batch and --show-step."""
     if step is not None and not 1 <= step <= corpus.report["steps"]:
         raise UserError(f"--show-step: {step}: this run has the steps 1 to {corpus.report['steps']}")
     size = batches.windows_in_epoch()
@@ -146,11 +110,8 @@ def show_window(
     """A window of the current epoch as the model sees it: borders of documents, targets, special tokens, counts."""
     for number, (rows, batch) in enumerate(zip(batches.rows(index), batches.window(index), strict=True), start=1):
         height, width = batch.ids.shape
-        padding = height * width - batch.tokens
-        yield (
-            f"micro-batch {number}: {height}x{width}, {batch.tokens:,} tokens, {batch.target_tokens:,} targets, "
-            f"{padding:,} padding"
-        )
+        counts = f"{batch.tokens:,} tokens, {batch.target_tokens:,} targets, {height * width - batch.tokens:,} padding"
+        yield f"micro-batch {number}: {height}x{width}, {counts}"
         for row, members in enumerate(rows, start=1):
             for document, place in enumerate(members.tolist(), start=1):
                 sample = batches.samples[place]
@@ -163,23 +124,19 @@ def show_window(
 def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:
     """The shortest, the longest, a truncated and three random samples: ids, text and mask."""
     samples = corpus.training
-    cut = np.flatnonzero(np.isin(samples.chosen, corpus.truncated))
-    chance = random.Random(seed)
+    cut, chance = np.flatnonzero(np.isin(samples.chosen, corpus.truncated)), random.Random(seed)
     chosen = [
         ("shortest", int(samples.lengths.argmin())),
         ("longest", int(samples.lengths.argmax())),
         *(("truncated", int(place)) for place in cut[:1]),
         *(("random", chance.randrange(len(samples))) for _ in range(3)),
     ]
-    return "\n".join(itertools.chain.from_iterable(_describe(name, samples[at], corpus, chat) for name, at in chosen))
-
-
-def _describe(name: str, sample: Sample, corpus: PreparedDataset, chat: ChatTokenizer) -> list[str]:
-    targets = int(sample.is_target.sum())
-    return [
-        f"==== {name}: {corpus.location(sample.record)}, {len(sample.ids)} tokens, {targets} targets",
-        chat.highlight_targets(sample, color=False),
-        "ids   " + " ".join(map(str, sample.ids.tolist())),
-        "mask  " + " ".join(str(int(value)) for value in sample.is_target),
-        "",
-    ]
+    lines = []
+    for name, at in chosen:
+        sample = samples[at]
+        counts = f"{len(sample.ids)} tokens, {int(sample.is_target.sum())} targets"
+        lines.append(f"==== {name}: {corpus.location(sample.record)}, {counts}")
+        lines.append(chat.highlight_targets(sample, color=False))
+        lines.append("ids   " + " ".join(map(str, sample.ids.tolist())))
+        lines += ["mask  " + " ".join(map(str, sample.is_target.astype(int).tolist())), ""]
+    return "\n".join(lines)

@@ -38,48 +38,33 @@ class BadRecord(ValueError):
     """Why a record cannot be used."""
 
 
-# ---- Which files
-
-
 def find_files(spec: str, name: str = "data.train_file") -> list[list[Path]]:
-    """The files of each comma-separated part: a file, a directory, a glob, or a Hub dataset.
-
-    Args:
-        spec: for example `a.jsonl,more/*.csv,hf://datasets/openai/gsm8k/main`.
-        name: the config field or option, for messages.
-    Raises:
-        UserError: a part is empty, does not exist, or has no data file.
-    """
+    """The files of each part of `a.jsonl,folder,more/*.csv,hf://datasets/openai/gsm8k/main`; name: for messages."""
     if not spec.strip():
         raise UserError(f"{name}: is empty: give a file ({' '.join(SUFFIXES)}), a directory or hf://datasets/")
-    parts = [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(",")]
-    return [_find_part(part, name) for part in parts]
-
-
-def _find_part(part: str, name: str) -> list[Path]:
-    if part.startswith(HUB):
-        return _download(part, name)
-    if os.path.isdir(part):
-        return _data_files(Path(part), part, name)
-    if glob.has_magic(part) and not os.path.exists(part):
-        found = sorted(Path(path) for path in glob.glob(part, recursive=True) if os.path.isfile(path))
-        if not found:
-            raise UserError(f"{name}: {part}: no file matches")
-        return found
-    if not os.path.isfile(part):
-        raise UserError(f"{name}: {part}: no such file (a dataset on the Hub is {HUB}owner/name)")
-    return [Path(part)]
+    found = []
+    for part in [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(",")]:
+        if part.startswith(HUB):
+            found.append(_download(part, name))
+        elif os.path.isdir(part):
+            found.append(_data_files(Path(part), part, name))
+        elif os.path.isfile(part):
+            found.append([Path(part)])
+        elif not glob.has_magic(part) or os.path.exists(part):
+            raise UserError(f"{name}: {part}: no such file (a dataset on the Hub is {HUB}owner/name)")
+        else:
+            found.append(sorted(Path(path) for path in glob.glob(part, recursive=True) if os.path.isfile(path)))
+            if not found[-1]:
+                raise UserError(f"{name}: {part}: no file matches")
+    return found
 
 
 def _data_files(directory: Path, part: str, name: str) -> list[Path]:
-    """The data files below a directory, sorted by name, without hidden ones."""
-
-    def is_data(path: Path) -> bool:
-        ignored = any(path.match(pattern) for pattern in METADATA)
+    found = []
+    for path in sorted(directory.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        return _suffix(path) in SUFFIXES and path.is_file() and not ignored and not hidden
-
-    found = sorted(filter(is_data, directory.rglob("*")))
+        if _suffix(path) in SUFFIXES and path.is_file() and not hidden and not any(map(path.match, METADATA)):
+            found.append(path)
     if not found:
         raise UserError(f"{name}: {part}: a directory without data files ({' '.join(SUFFIXES)})")
     return found
@@ -105,28 +90,17 @@ def _download(part: str, name: str) -> list[Path]:
         raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason}") from None
     place = Path(root, inside)
     found = [place] if inside and place.is_file() else _data_files(place, part, name)
-    train = [path for path in found if TRAIN.search(str(path.relative_to(place)))]
-    return train or found
+    return [path for path in found if TRAIN.search(str(path.relative_to(place)))] or found
 
 
-def _suffix(path: Path) -> str:
-    """The suffix that says how to read a file: that before .gz."""
+def _suffix(path: Path) -> str:  # without .gz
     return Path(path.name.removesuffix(".gz")).suffix.lower()
-
-
-# ---- Files to raw records
 
 
 def read_raw(
     path: Path, delimiter: str | None = None, on_progress: Callable[[int], None] = lambda position: None
 ) -> Iterator[tuple[int, Raw]]:
-    """Stream the (line, record) pairs of one file; what is not a record is yielded as a BadRecord.
-
-    Args:
-        on_progress: called now and then with the number of bytes read.
-    Raises:
-        UserError: the file as a whole cannot be read.
-    """
+    """Stream the (line, record) pairs of one file; `on_progress` is called now and then with the bytes read."""
     suffix, count = _suffix(path), 0
     if suffix not in READERS:
         raise UserError(f"{path}: unknown file type {path.suffix!r}: give {' '.join(SUFFIXES)}, also as .gz")
@@ -149,8 +123,7 @@ def read_raw(
         raise UserError(f"{path}: the file is empty: it needs at least one record")
 
 
-def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Lines, split at newlines only; an over-long one is cut at MAX_RECORD."""
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:  # split at newlines only; an over-long one is cut at MAX_RECORD
     while line := stream.readline(MAX_RECORD):
         if len(line) == MAX_RECORD and not line.endswith(b"\n"):
             while (rest := stream.readline(MAX_RECORD)) and not rest.endswith(b"\n"):
@@ -159,7 +132,6 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _read_lines(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    """JSON Lines: one object per line."""
     for number, line in enumerate(_lines(stream), start=1):
         if len(line) >= MAX_RECORD:
             yield number, BadRecord(f"longer than {MAX_RECORD >> 20} MiB")
@@ -187,21 +159,10 @@ def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator
         lines = (line for line in _lines(stream) if line.strip())
         is_lines = isinstance(_parse_line(next(lines)), dict) and next(lines, None) is not None
         stream.seek(start)
-        yield from _read_lines(stream, path, delimiter) if is_lines else _read_object(_read_whole(stream, path), path)
-
-
-def _read_whole(stream: IO[bytes], path: Path) -> bytearray:
-    """All of a file, within a bound: a small .gz can hold a terabyte."""
-    content = bytearray()
-    while piece := stream.read(CHUNK):
-        content += piece
-        if len(content) > MAX_OBJECT:
-            raise UserError(f"{path}: one object of more than {MAX_OBJECT >> 20} MiB: convert it to JSON Lines")
-    return content
+        yield from (_read_lines if is_lines else _read_object)(stream, path, delimiter)
 
 
 def _read_array(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Raw]]:
-    """Stream the elements of an array."""
     text, number = _JsonText(stream, path), 0
     text.take("[")
     while text.peek() != "]":
@@ -224,8 +185,7 @@ class _JsonText:
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bad bytes: lone surrogates
         self.window, self.at = "", 0
 
-    def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+    def peek(self) -> str:  # the next character that is not white space; empty at the end
         while True:
             self.at = WHITE_SPACE.match(self.window, self.at).end()  # type: ignore[union-attr]  # always matches
             if self.at < len(self.window):
@@ -268,21 +228,25 @@ class _JsonText:
         return bool(read)
 
 
-def _read_object(content: bytearray, path: Path) -> Iterator[tuple[int, Raw]]:
+def _read_object(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
     """The records of the only array in {"version": ..., "data": [...]}; without one, or of turns: one record."""
+    content = bytearray()
+    while piece := stream.read(CHUNK):  # piece by piece: a small .gz can hold a terabyte
+        content += piece
+        if len(content) > MAX_OBJECT:
+            raise UserError(f"{path}: one object of more than {MAX_OBJECT >> 20} MiB: convert it to JSON Lines")
     whole = _parse_line(content)
     if isinstance(whole, BadRecord):
         raise UserError(f"{path}: {whole}")
+    wanted = f"{path}: expected an array of records, or an object with one: found"
     if not isinstance(whole, dict):
-        raise UserError(f"{path}: expected an array of records, or an object with one: found {type(whole).__name__}")
+        raise UserError(f"{wanted} {type(whole).__name__}")
     arrays = {name: value for name, value in whole.items() if isinstance(value, list)}
     openings = [value[0] for value in arrays.values() if value and isinstance(value[0], dict)]
     if not arrays or any("role" in opening or "from" in opening for opening in openings):
-        yield 1, whole
-        return
+        arrays = {"": [whole]}
     if len(arrays) > 1:
-        found = f"{len(arrays)}: {', '.join(arrays)!r:.100}"
-        raise UserError(f"{path}: expected an array of records, or an object with one: found {found}")
+        raise UserError(f"{wanted} {len(arrays)}: {', '.join(arrays)!r:.100}")
     ((name, records),) = arrays.items()
     if not records:
         raise UserError(f"{path}: the array {name!r:.60} is empty: it needs at least one record")
@@ -307,21 +271,19 @@ def _read_table(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterato
         raise UserError(f"{path}:1: the header is not valid CSV: {error}") from None
     if not names or not all(map(str.strip, names)) or len(set(names)) < len(names):
         raise UserError(f"{path}:1: the header has {names!r:.80}: it needs one name for each column")
-    while True:
+    row: list[str] | None = names
+    while row is not None:
         line = rows.line_num + 1
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            row = next(rows, None)
+            if row and len(row) != len(names):
+                yield line, BadRecord(f"{len(row)} columns where the header has {len(names)}")
+            elif row:
+                yield line, dict(zip(names, row, strict=True))
         except csv.Error as error:
             if "unexpected end" in str(error):
                 raise UserError(f"{path}:{line}: the quote opened here is never closed") from None
             yield line, BadRecord(f"not valid CSV: {error}")
-            continue
-        if row and len(row) != len(names):
-            yield line, BadRecord(f"{len(row)} columns where the header has {len(names)}")
-        elif row:
-            yield line, dict(zip(names, row, strict=True))
 
 
 def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
@@ -346,11 +308,12 @@ READERS: dict[str, Callable[[IO[bytes], Path, str | None], Iterator[tuple[int, R
 }
 
 
-def _refuse_constant(constant: str) -> None:
+def refuse_constant(constant: str) -> None:
+    """For a JSON decoder: NaN and Infinity are Python's, not JSON's."""
     raise ValueError(f"{constant} is not JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def decode_json(text: str) -> Any:

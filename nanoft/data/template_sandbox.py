@@ -1,13 +1,11 @@
 """Chat templates: programs from strangers, run under bounds.
 
-A chat template is a Jinja program that comes with a model and turns messages into text. Jinja's sandbox keeps it away
-from Python's internals; it does not keep it from asking for a gigabyte (`'%1000000000d' % 1`), looping for a day, or
-doubling a list forty times. So three things are bounded here: the iterations of its loops, the characters of everything
-it makes, and its time. What can make a large value at once (a product, a format, a replacement) is estimated
-beforehand. A template that exceeds a bound is refused in one line.
+Jinja's sandbox keeps a chat template away from Python's internals; it does not keep it from asking for a gigabyte
+(`'%1000000000d' % 1`), looping for a day, or doubling a list forty times. So three things are bounded here: the
+iterations of its loops, the characters of everything it makes, and its time. What can make a large value at once (a
+product, a format, a replacement) is estimated beforehand. A template that exceeds a bound is refused in one line.
 
-A template may mark what the assistant says with {% generation %} ... {% endgeneration %}. The marked text is wrapped in
-two noncharacters, which `find_marks` removes.
+What {% generation %} ... {% endgeneration %} marks is wrapped in two noncharacters, which `find_marks` removes.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from typing import Any
 from jinja2 import Environment, Template, TemplateError, Undefined, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_indent
-from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -49,13 +46,12 @@ MAX_DIGITS = 20  # that a number may be rounded to
 MAX_OPERATORS = 64  # unchecked + and ~ in one expression
 MAX_STEPS = 1_000_000  # iterations, macro and filter calls of one rendering
 MAX_SECONDS = 5.0  # of this thread's processor time, per rendering
-# Not needed by templates; each can take minutes or gigabytes, or is random.
-UNUSED_FILTERS = ("urlize", "wordwrap", "striptags", "pprint", "random")
+# Not needed by templates, and each can take minutes or gigabytes.
 UNUSED_METHODS = ("encode", "to_bytes", "translate", "maketrans", "striptags", "unescape", "expandtabs", "zfill")
 # Filters and string methods whose result may be larger than their arguments.
 GROWING = ("replace", "join", "indent", "center", "ljust", "rjust", "batch", "slice", "tojson", "truncate", "sum")
 STRIPPING = ("strip", "lstrip", "rstrip", "trim")
-MACHINERY = (Context, EvalContext, Environment)  # what Jinja itself passes to some filters
+MACHINERY = (Context, nodes.EvalContext, Environment)  # what Jinja itself passes to some filters
 
 
 class LimitExceeded(TemplateError):
@@ -74,7 +70,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._begin({})
         self.filters["tojson"] = self._to_json
         self.filters["indent"] = _indent
-        for name in UNUSED_FILTERS:
+        for name in ("urlize", "wordwrap", "striptags", "pprint", "random"):  # unused, slow or random
             del self.filters[name]
         tables: list[Any] = [self.filters, self.tests]
         for table in tables:
@@ -98,10 +94,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return template.render(variables)
 
     def _begin(self, variables: dict[str, Any]) -> None:
-        self.given, self.limit, self.knows_limit = variables, MAX_OUTPUT, False
+        self.limit = MAX_OUTPUT + 4 * sum(_size(value) for value in variables.values())
         self.made, self.steps, self.deadline = 0, 0, float("inf")
-
-    # ---- What is counted
 
     def count_step(self) -> None:
         """Called in each iteration and macro, and before each call and comparison."""
@@ -114,14 +108,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def track(self, value: Any) -> Any:
         """Count the size of a value, lists and objects as they would be written out."""
-        if isinstance(value, str):
-            self.made += len(value)
-            if len(value) > self.limit:
-                self._fits(len(value), 1)
-        elif isinstance(value, (list, tuple, dict, Namespace)):
-            size = _size(value, MAX_OUTPUT)
-            self.made += size if size <= MAX_OUTPUT else self._fits(_size(value, self._learn_limit()), 1)
-        if self.made > MAX_MADE * self.limit:
+        if isinstance(value, (str, list, tuple, dict, Namespace)):
+            self.made += self._fits(_size(value, self.limit), 1)
             self._fits(self.made, MAX_MADE)
         return value
 
@@ -131,40 +119,24 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._fits(sum(map(len, pieces)), 1)
         return "".join(pieces)
 
-    def compared(self, value: Any) -> Any:
-        """Count a comparison, which may go through a million values."""
+    def compared(self, value: Any) -> Any:  # a comparison may go through a million values
         self.count_step()
         return value
 
-    def add(self, left: Any, right: Any) -> Any:
-        """The + operator in an expression with many of them."""
-        return self.track(left + right)
-
-    def concatenate(self, *values: Any) -> str:
-        """The ~ operator."""
+    def concatenate(self, *values: Any) -> str:  # the ~ operator
         for value in values:
             self.track(value)
         return self.concat(map(str, values))
 
     def _fits(self, size: int, times: int) -> int:
         """The size, if it is at most so many times the limit."""
-        if size > times * self.limit and size > times * self._learn_limit():
+        if size > times * self.limit:
             raise LimitExceeded(f"it asks for more than {times * self.limit:,} characters")
         return size
 
-    def _learn_limit(self) -> int:
-        """The limit grows with the variables; few renderings come so far that it must be known."""
-        if not self.knows_limit:
-            self.limit += 4 * sum(_size(value) for value in self.given.values())
-            self.knows_limit = True
-        return self.limit
-
-    # ---- What is estimated before it is done
-
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """One of * ** %."""
         if isinstance(left, str) and operator == "%":
-            self._checked_form(left, _size(right, MAX_AT_ONCE * MAX_OUTPUT))
+            self._checked_form(left, _size(right))
         elif operator == "*" and (hasattr(left, "__len__") or hasattr(right, "__len__")):
             sizes = [_size(v) if hasattr(v, "__len__") else v if isinstance(v, int) else 1 for v in (left, right)]
             self._fits(sizes[0] * sizes[1], 1)
@@ -176,7 +148,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return self.track(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call of a macro, a helper, or a value's method."""
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if owner is self:
             return function(*args)  # what _Counted has put there
@@ -184,27 +155,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         for value in (*args, *kwargs.values()):
             self.track(value)
         if isinstance(owner, str):
-            self._check_slow(name, owner, args)
-        if isinstance(owner, str) and name in GROWING:
-            args = tuple(list(arg) if name == "join" else arg for arg in args)
-            self._check_growth(name, owner, args)
+            args = tuple(map(list, args)) if name == "join" else args
+            self._check_call(name, owner, args)
         return self.track(super().call(context, function, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in UNUSED_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """`'{}'.format(...)`, with the sandbox's formatter."""
-        wrapped = super().wrap_str_format(value)
-        if wrapped is None:
-            return None
+        wrapped: Any = super().wrap_str_format(value)
 
-        @functools.wraps(wrapped)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            self._checked_form(value.__self__, _size([args, kwargs], MAX_AT_ONCE * MAX_OUTPUT))
+            self._checked_form(value.__self__, _size([args, kwargs]))
             return wrapped(*args, **kwargs)
 
-        return checked
+        return wrapped and functools.wraps(wrapped)(checked)
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter or test with its arguments checked and its result counted."""
@@ -214,58 +179,51 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.count_step()
             given = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, MACHINERY)]
             for arg in given:
-                if not isinstance(arg, str) and _size(arg, MAX_OUTPUT) > MAX_OUTPUT:
-                    self._fits(_size(arg, self._learn_limit()), 1)
+                if not isinstance(arg, str):
+                    self._fits(_size(arg, self.limit), 1)
             if name == "format":
-                self._checked_form(str(given[0]), _size(given[1:], MAX_AT_ONCE * MAX_OUTPUT))
-            if name in GROWING and given:
-                if isinstance(given[0], (Iterator, range)):
-                    values = list(given[0])
-                    args = tuple(values if arg is given[0] else arg for arg in args)
-                    given[0] = values
-                self._check_growth(name, given[0], given[1:])
+                self._checked_form(str(given[0]), _size(given[1:]))
+            if name in GROWING and given and isinstance(given[0], (Iterator, range)):
+                values = list(given[0])
+                args = tuple(values if arg is given[0] else arg for arg in args)
+                given[0] = values
             if given:
-                self._check_slow(name, given[0], given[1:])
+                self._check_call(name, given[0], given[1:])
             return self.track(function(*args, **kwargs))
 
         return checked
 
-    def _check_slow(self, name: str, subject: Any, others: Iterable[Any]) -> None:
-        """Refuse what takes long for large arguments although its result is small."""
+    def _check_call(self, name: str, subject: Any, others: Iterable[Any]) -> None:
+        """Refuse a filter or string method that takes long for these arguments, or whose result may be too large."""
         if name == "round" and any(isinstance(other, int) and abs(other) > MAX_DIGITS for other in others):
             raise LimitExceeded(f"it asks for more than {MAX_DIGITS} digits")
         if name == "int" and isinstance(subject, str) and len(subject) > MAX_WIDTH:
             raise LimitExceeded(f"it asks for a number of {len(subject):,} digits")
         if name in STRIPPING and any(isinstance(other, str) and len(other) > MAX_WIDTH for other in others):
             raise LimitExceeded(f"it asks to strip more than {MAX_WIDTH} different characters")
-
-    def _check_growth(self, name: str, subject: Any, others: Iterable[Any]) -> None:
-        """The result is at most the subject times what is added to each of its parts."""
-        others = list(others)[1:] if name == "replace" else list(others)
         if name == "sum" and any(isinstance(other, (list, tuple)) for other in others):
             raise LimitExceeded("it asks for a sum of lists")
-        each = sum(abs(other) if isinstance(other, int) else _size(other) for other in others)
-        self._fits((_size(subject) + 1) * (each + 1), MAX_AT_ONCE)
+        if name in GROWING:  # the result is at most the subject times what is added to each of its parts
+            added = list(others)[1:] if name == "replace" else others
+            each = sum(abs(other) if isinstance(other, int) else _size(other) for other in added)
+            self._fits((_size(subject) + 1) * (each + 1), MAX_AT_ONCE)
 
     def _checked_form(self, form: str, size: int) -> str:
         """A format string, if its fields are narrow and not too many: not `'%1000000000d' % 1`."""
         fields = str(form).count("%") + str(form).count("{")
-        wide = re.search(r"\d{4}|%[^%a-zA-Z]*\*|:[^}]*\{", str(form))
-        if fields and wide:
+        if fields and re.search(r"\d{4}|%[^%a-zA-Z]*\*|:[^}]*\{", str(form)):
             raise LimitExceeded(f"it formats with {form!r:.40}")
         self._fits(fields * (size + MAX_WIDTH), MAX_AT_ONCE)
         return form
 
     def _to_json(self, value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        """As in transformers: no characters escaped."""
         if isinstance(value, Undefined):
             raise TemplateError("tojson of an undefined value")
-        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, **options)
-        pieces, length = [], 0
-        for piece in encoder.iterencode(value):
-            pieces.append(piece)
-            length = self._fits(length + len(piece), 1)
-        return "".join(pieces)
+        text = ""
+        for piece in json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, **options).iterencode(value):
+            text += piece
+            self._fits(len(text), 1)
+        return text
 
 
 class _Counted(NodeTransformer):
@@ -275,52 +233,29 @@ class _Counted(NodeTransformer):
     unless there are very many.
     """
 
-    def _count(self, node: Any) -> Any:
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        def call(method: str, *arguments: Any) -> Any:  # of the environment, which a template cannot name
+            return nodes.Call(nodes.EnvironmentAttribute(method), [*arguments], [], None, None).set_lineno(node.lineno)
+
+        operators = sum(1 for _ in node.find_all((nodes.Add, nodes.Concat))) if isinstance(node, nodes.Add) else 0
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("count_step", [], node.lineno)).set_lineno(node.lineno))
+        match node:
+            case nodes.For() | nodes.Macro() | nodes.CallBlock():
+                node.body.insert(0, nodes.ExprStmt(call("count_step")).set_lineno(node.lineno))
+            case nodes.Assign():
+                node.node = call("track", node.node)
+            case nodes.With():
+                node.values = [call("track", value) for value in node.values]
+            case nodes.Compare():
+                quick = all(part.op not in ("in", "notin") and isinstance(part.expr, nodes.Const) for part in node.ops)
+                return node if quick else call("compared", node)
+            case nodes.Add() if operators >= MAX_OPERATORS:
+                return call("track", node)
+            case nodes.Concat():
+                return call("concatenate", *node.nodes)
+            case nodes.Getitem(arg=nodes.Slice()) | nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load"):
+                return call("track", node)
         return node
-
-    def _track(self, node: Any) -> Any:
-        self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") != "load" else _call("track", [node], node.lineno)
-
-    def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
-        self.generic_visit(node)
-        node.node = _call("track", [node.node], node.lineno)
-        return node
-
-    def visit_With(self, node: nodes.With) -> nodes.Node:
-        self.generic_visit(node)
-        node.values = [_call("track", [value], node.lineno) for value in node.values]
-        return node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        quick = all(part.op not in ("in", "notin") and isinstance(part.expr, nodes.Const) for part in node.ops)
-        return node if quick else _call("compared", [node], node.lineno)
-
-    def visit_Add(self, node: nodes.Add) -> nodes.Node:
-        many = sum(1 for _ in node.find_all((nodes.Add, nodes.Concat))) >= MAX_OPERATORS
-        self.generic_visit(node)
-        return _call("add", [node.left, node.right], node.lineno) if many else node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return _call("concatenate", node.nodes, node.lineno)
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        return _call("track", [node], node.lineno) if isinstance(node.arg, nodes.Slice) else node
-
-    visit_For = visit_Macro = visit_CallBlock = _count
-    visit_List = visit_Tuple = visit_Dict = _track
-
-
-def _call(method: str, arguments: list[Any], line: int) -> nodes.Call:
-    """A call of one of the environment's methods, which a template cannot name."""
-    call = nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
-    call.set_lineno(line)
-    return call
 
 
 class _GenerationTag(Extension):
@@ -337,19 +272,16 @@ class _GenerationTag(Extension):
 
 def find_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
     """A rendered text without its generation marks, and the marked spans."""
-    if OPENING not in text:
-        return text, []
     spans: list[tuple[int, int]] = []
-    start, length, clean = 0, 0, []
-    for part in re.split(f"([{OPENING}{CLOSING}])", text):
+    start, clean = 0, ""
+    for part in re.split(f"([{OPENING}{CLOSING}])", text) if OPENING in text else [text]:
         if part == OPENING:
-            start = length
+            start = len(clean)
         elif part == CLOSING:
-            spans.append((start, length))
+            spans.append((start, len(clean)))
         else:
-            clean.append(part)
-            length += len(part)
-    return "".join(clean), spans
+            clean += part
+    return clean, spans
 
 
 def _size(value: Any, enough: int = MAX_AT_ONCE * MAX_OUTPUT) -> int:
@@ -363,8 +295,7 @@ def _size(value: Any, enough: int = MAX_AT_ONCE * MAX_OUTPUT) -> int:
         if isinstance(part, str):
             count += len(part)
         elif isinstance(part, dict):
-            todo.extend(part.keys())
-            todo.extend(part.values())
+            todo.extend((*part.keys(), *part.values()))
         elif isinstance(part, (list, tuple)):
             todo.extend(part)
         elif isinstance(part, Namespace):
@@ -373,9 +304,8 @@ def _size(value: Any, enough: int = MAX_AT_ONCE * MAX_OUTPUT) -> int:
 
 
 def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    """Jinja's own, for strings only: its `s += newline` would extend a list of messages."""
     if not isinstance(s, str):
-        raise TemplateError(f"indent: {type(s).__name__} is not a string")
+        raise TemplateError(f"indent: {type(s).__name__} is not a string")  # Jinja's would extend a list of messages
     return do_indent(s, width, first, blank)
 
 

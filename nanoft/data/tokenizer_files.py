@@ -28,25 +28,32 @@ MAX_GROWTH = 64  # factor by which a normalizer or decoder may lengthen a text
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """Read tokenizer.json.
-
-    Raises:
-        UserError: there is none, or it is not valid.
-    """
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file: a model needs its tokenizer.json")
     with as_user_error(f"{path}: not a valid tokenizer"):
+        # Refuse one that would fill the memory or never end, or that cannot encode a letter.
         tokenizer = Tokenizer.from_buffer(read_bytes(path, MAX_TOKENIZER))
         tokenizer.no_truncation()  # a tokenizer.json may ask for both
         tokenizer.no_padding()
-        _check(tokenizer)
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= MAX_ID:
+            raise ValueError(f"a token has the id {largest:,}")
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        if len(special) > MAX_SPECIAL:
+            raise ValueError(f"{len(special):,} control tokens: at most {MAX_SPECIAL:,} are allowed")
+        if reserved := [text for text in special if {OPENING, CLOSING, BREAK, PLACEHOLDER} & set(text)]:
+            raise ValueError(f"the control token {reserved[0]!r:.60} contains a reserved Unicode noncharacter")
+        for part in (tokenizer.normalizer, tokenizer.decoder):
+            if part is not None and _growth(json.loads(part.__getstate__())) > MAX_GROWTH:
+                raise ValueError(f"its {type(part).__name__} makes a text more than {MAX_GROWTH} times as long")
+        tokenizer.encode("a 1", add_special_tokens=True)
     return tokenizer
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json, if there is one, and check its special tokens."""
-    path = directory / "tokenizer_config.json"
+def read_settings(directory: Path) -> tuple[dict[str, Any], str | None, list[int]]:
+    """The settings, the chat template (from its own file or the settings, which may list named ones), the stop ids."""
+    path, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     settings = read_json(path) if path.is_file() else {}
     try:
         refuse_code(settings)
@@ -55,40 +62,26 @@ def read_config(directory: Path) -> dict[str, Any]:
     for key in SPECIAL_TOKENS:
         if not isinstance(token_text(settings.get(key)), str | None):
             raise UserError(f"{path}: {key}: expected a string, found {settings[key]!r:.60}")
-    return settings
-
-
-def read_stop_ids(directory: Path) -> list[int]:
-    """The eos_token_id of generation_config.json: none, one or several."""
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {str(t.get("name")): t["template"] for t in template if isinstance(t, dict) and "template" in t}
+        template = named.get("default", next(iter(named.values()), template))
+    if file.is_file():
+        try:
+            template = read_bytes(file, 4 * MAX_SOURCE).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+    if not isinstance(template, str | None):
+        raise UserError(f"{path}: chat_template: expected a string, found {template!r:.60}")
     path = directory / "generation_config.json"
     stops = (read_json(path) if path.is_file() else {}).get("eos_token_id") or []
     stops = stops if isinstance(stops, list) else [stops]
     if not all(type(stop) is int and 0 <= stop < MAX_ID for stop in stops):
         raise UserError(f"{path}: eos_token_id: expected ids, found {stops!r:.60}")
-    return stops
+    return settings, template, stops
 
 
-def read_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """The chat template: chat_template.jinja, or that of tokenizer_config.json, which may be a list of named ones."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return read_bytes(file, 4 * MAX_SOURCE).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        entries = [entry for entry in template if isinstance(entry, dict) and "template" in entry]
-        named = {str(entry.get("name")): entry["template"] for entry in entries}
-        template = named.get("default", next(iter(named.values()), template))
-    if not isinstance(template, str | None):
-        path = directory / "tokenizer_config.json"
-        raise UserError(f"{path}: chat_template: expected a string, found {template!r:.60}")
-    return template
-
-
-def token_text(value: Any) -> str | None:
-    """A special token is a string, or an object with its content."""
+def token_text(value: Any) -> str | None:  # a special token is a string, or an object with its content
     return value.get("content") if isinstance(value, dict) else value
 
 
@@ -97,10 +90,9 @@ def as_user_error(message: str) -> Iterator[None]:
     """Turn what the tokenizers library raises into a UserError: a bare Exception, or a panic, a BaseException."""
     try:
         yield
-    except UserError:
-        raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        is_foreign = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if isinstance(error, UserError) or not is_foreign:
             raise
         raise UserError(f"{message}: {error}") from None
 
@@ -123,28 +115,7 @@ def byte_widths(tokenizer: Tokenizer) -> Array | None:
     return widths
 
 
-def _check(tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that would fill the memory or never end, or that cannot encode a letter.
-
-    Raises:
-        ValueError: says why; or whatever the library raises.
-    """
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    if largest >= MAX_ID:
-        raise ValueError(f"a token has the id {largest:,}")
-    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    if len(special) > MAX_SPECIAL:
-        raise ValueError(f"{len(special):,} control tokens: at most {MAX_SPECIAL:,} are allowed")
-    if reserved := [text for text in special if {OPENING, CLOSING, BREAK, PLACEHOLDER} & set(text)]:
-        raise ValueError(f"the control token {reserved[0]!r:.60} contains a reserved Unicode noncharacter")
-    for part in (tokenizer.normalizer, tokenizer.decoder):
-        if part is not None and _growth(json.loads(part.__getstate__())) > MAX_GROWTH:
-            raise ValueError(f"its {type(part).__name__} makes a text more than {MAX_GROWTH} times as long")
-    tokenizer.encode("a 1", add_special_tokens=True)
-
-
-def _growth(part: dict[str, Any]) -> float:
-    """The factor by which a normalizer or decoder may lengthen a text."""
+def _growth(part: dict[str, Any]) -> float:  # the factor by which a normalizer or decoder may lengthen a text
     if part["type"] == "Replace":
         taken = len(part["pattern"].get("String", ""))  # a regular expression, or an empty string, may remove nothing
         return max(1, len(part["content"]) / taken if taken else 1 + len(part["content"]))

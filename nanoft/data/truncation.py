@@ -19,44 +19,34 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation, Message
 
 OMITTED = " [...] "  # replaces the middle of a message
-ATTEMPTS = 24
 
 
 def fit(
-    sample: Sample,
-    conversation: Conversation,
-    tokenizer: ChatTokenizer,
-    limit: int,
-    policy: str,
-    train_on: str = "assistant",
+    sample: Sample, conversation: Conversation, tokenizer: ChatTokenizer, limit: int, policy: str, train_on: str
 ) -> Sample | None:
     """The sample with at most `limit` tokens; None if it is dropped.
 
     Args:
         policy: `drop`; `prompt` (shorten the prompt, keep all targets of what is kept); `response` (cut the tail);
-            `proportional` (both, in proportion to their lengths); `reject` (raise).
-    Raises:
-        UserError: the policy is `reject`, and the sample is too long.
+            `proportional` (both, in proportion to their lengths); `reject` (raise a UserError).
     """
     if len(sample.ids) <= limit or policy == "drop":
         return sample if len(sample.ids) <= limit else None
     if policy == "reject":
-        raise UserError(
-            f"{conversation.file}:{conversation.line}: {len(sample.ids):,} tokens are more than "
-            f"model.max_seq_length={limit}: raise it, or choose another data.truncation"
-        )
+        where = f"{conversation.file}:{conversation.line}: {len(sample.ids):,} tokens"
+        fix = "raise it, or choose another data.truncation"
+        raise UserError(f"{where} are more than model.max_seq_length={limit}: {fix}")
     if policy == "response":
-        return cut_response(sample, limit)
+        return _cut_response(sample, limit)
     if policy == "prompt":
-        return shorten_prompt(sample, conversation, tokenizer, limit, train_on)
+        return _shorten_prompt(sample, conversation, tokenizer, limit, train_on)
     targets = int(sample.is_target.sum())
     kept_targets = max(1, limit * targets // len(sample.ids))
-    shorter = shorten_prompt(sample, conversation, tokenizer, limit + targets - kept_targets, train_on)
-    return cut_response(shorter or sample, limit)
+    shorter = _shorten_prompt(sample, conversation, tokenizer, limit + targets - kept_targets, train_on)
+    return _cut_response(shorter or sample, limit)
 
 
-def cut_response(sample: Sample, limit: int) -> Sample | None:
-    """The first `limit` tokens, up to the last target among them."""
+def _cut_response(sample: Sample, limit: int) -> Sample | None:
     targets = np.flatnonzero(sample.is_target[:limit])
     if not len(targets):
         return None
@@ -64,13 +54,16 @@ def cut_response(sample: Sample, limit: int) -> Sample | None:
     return Sample(sample.ids[:end], sample.is_target[:end], sample.record, sample.turn)
 
 
-def shorten_prompt(
+def _shorten_prompt(
     sample: Sample, conversation: Conversation, tokenizer: ChatTokenizer, limit: int, train_on: str
 ) -> Sample | None:
     """Drop the oldest exchanges; if the last one alone is too long, the middle of its longest message."""
     if len(sample.ids) <= limit:
         return sample
-    messages = _only_turn(conversation.messages, sample.turn)
+    messages = conversation.messages
+    if sample.turn is not None:  # a turn that is a sample of its own: the conversation up to it, with no other target
+        earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[: sample.turn]]
+        messages = [*earlier, messages[sample.turn]]
     asked = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if not asked:
         return None  # plain text: everything is a target
@@ -89,21 +82,13 @@ def shorten_prompt(
     return shorter if shorter is not None and shorter.is_target.any() else None
 
 
-def _only_turn(messages: list[Message], turn: int | None) -> list[Message]:
-    """The conversation up to a turn that is a sample of its own, with no other target."""
-    if turn is None:
-        return messages
-    earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:turn]]
-    return [*earlier, messages[turn]]
-
-
 def _cut_longest(messages: list[Message], encode: Callable[[list[Message]], Sample], limit: int) -> Sample | None:
     """Cut more and more out of the middle of the longest user or tool message until the sample fits."""
     given = [index for index, message in enumerate(messages) if message["role"] in ("user", "tool")]
     longest = max(given, key=lambda index: len(messages[index]["content"]))
     content = messages[longest]["content"]
     keep = len(content)
-    for _ in range(ATTEMPTS):
+    for _ in range(24):
         sample: Sample = encode(messages)
         excess = len(sample.ids) - limit
         if excess <= 0:

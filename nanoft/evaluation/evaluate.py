@@ -1,9 +1,8 @@
 """Evaluation of one model: likelihood of held-out samples, and answers to held-out prompts.
 
 Perplexity is exp(sum NLL / sum target tokens) over the whole set: a mean of batch means would weigh a short batch like
-a long one. The perplexity of the prompts shows whether the model still reads as it did; bits per byte do not depend on
-the tokenizer. Exact match compares the generated answer with the reference, character by character. The stop rate, the
-share of answers that the model ended itself, shows what the loss hides: a model that never learned to stop.
+a long one. Bits per byte do not depend on the tokenizer. Exact match compares the generated answer with the reference,
+character by character. The stop rate, the share of answers that the model ended itself, shows what the loss hides.
 
 A sample longer than the context is read through overlapping windows. Each token is counted once, in the window where
 it has the longest history: the first window counts all its tokens, each later one its last `stride`:
@@ -19,7 +18,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -85,13 +84,12 @@ class Likelihoods:
             "overall_loss": (self.nats.sum(axis=1), self.tokens.sum(axis=1)),
             "bits_per_byte": (self.nats[:, 0] / math.log(2), self.text_bytes),
         }
-        return {
-            name: Figure(
-                np.stack(pair, axis=1).astype(np.float64), unit="number" if name == "bits_per_byte" else "nats"
-            )
-            for name, pair in columns.items()
-            if pair[1].sum() > 0
-        }
+        found: dict[str, Figure] = {}
+        for name, pair in columns.items():
+            if pair[1].sum() > 0:
+                unit: Literal["nats", "number"] = "number" if name == "bits_per_byte" else "nats"
+                found[name] = Figure(np.stack(pair, axis=1).astype(np.float64), unit=unit)
+        return found
 
 
 @dataclass(frozen=True)
@@ -125,18 +123,13 @@ class EvalResult:
 
 @torch.no_grad()
 def likelihoods(
-    model: Decoder,
-    chat: ChatTokenizer,
-    samples: Sequence[Sample],
-    batch_size: int,
-    context: int,
+    model: Decoder, chat: ChatTokenizer, samples: Sequence[Sample], batch_size: int, context: int,
     stride: int | None = None,
-) -> Likelihoods:
+) -> Likelihoods:  # fmt: skip
     """NLL of every token of every sample except the first, which nothing predicts.
 
-    Args:
-        context: maximum length of a forward pass; longer samples are read through windows.
-        stride: tokens that each further window counts, below `context`; None: half of the context.
+    Samples longer than `context` are read through windows, of which each further one counts `stride` tokens, below
+    `context`; None: half of it.
     """
     training, device, samples = model.training, model.head.device, TokenDataset.of(samples)
     model.eval()
@@ -147,11 +140,15 @@ def likelihoods(
     with distributed.same_exception(device):
         for at in distributed.split_work(range(0, len(pieces), batch_size)):
             group = pieces[at : at + batch_size]
-            cut = [_window(samples[number], start, first, end) for number, start, first, end in group]
+            cut: list[Sample] = []  # the tokens that each window reads, with those that it counts as targets
+            for number, start, first, end in group:
+                sample = samples[number]
+                cut.append(Sample(sample.ids[start:end], np.arange(start, end) >= first, sample.record))
             batch = collate(TokenDataset.of(cut), list(np.arange(len(cut))[:, None]), chat.pad_id).to(device)
             hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)
             nll = token_nll(hidden, model.head, batch.targets).cpu().double().numpy()
-            for place, own in enumerate(np.split(nll, _ends(group)), start=at):
+            ends = np.cumsum([end - first for _, _, first, end in group])  # of each window's counted tokens
+            for place, own in enumerate(np.split(nll, ends[:-1]), start=at):
                 number, _, first, end = pieces[place]
                 is_target = samples[number].is_target[first:end]
                 found[place] = [own[is_target].sum().item(), own[~is_target].sum().item()]
@@ -174,16 +171,6 @@ def windows(length: int, context: int, stride: int | None = None) -> list[tuple[
     return found
 
 
-def _window(sample: Sample, start: int, first: int, end: int) -> Sample:
-    """The tokens that a window reads, with those that it counts as targets."""
-    return Sample(sample.ids[start:end], np.arange(start, end) >= first, sample.record)
-
-
-def _ends(group: Sequence[tuple[int, int, int, int]]) -> Array:
-    """Where the counted tokens of each window end in their concatenation, without the last."""
-    return np.cumsum([end - first for _, _, first, end in group])[:-1]
-
-
 def _text_bytes(chat: ChatTokenizer, sample: Sample) -> int:
     """UTF-8 length of the decoded targets, in bytes."""
     bounds = np.flatnonzero(np.diff(sample.is_target, prepend=False, append=False)).tolist()
@@ -201,14 +188,9 @@ def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[
 
 
 def answer_all(
-    model: Decoder,
-    chat: ChatTokenizer,
-    prompts: Sequence[Prompt],
-    batch_size: int,
-    max_new: int,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-) -> list[Completion]:
+    model: Decoder, chat: ChatTokenizer, prompts: Sequence[Prompt], batch_size: int, max_new: int,
+    sampling: Sampling = GREEDY, seed: int = 0,
+) -> list[Completion]:  # fmt: skip
     """Answers to every prompt, in batches; the longest first, so that memory runs out at once or not at all."""
     training, generator = model.training, torch.Generator().manual_seed(seed)
     model.eval()
@@ -234,36 +216,20 @@ def answer_figures(completions: Sequence[Completion], metrics: Sequence[Metric])
     return {"exact_match": exact, "stop_rate": stopped, **own}
 
 
-# ---- All together
-
-
 def measure(
-    model: Decoder,
-    chat: ChatTokenizer,
-    samples: Sequence[Sample],
-    prompts: Sequence[Prompt],
-    e: EvaluationConfig,
-    context: int,
-    metrics: Sequence[Metric] = (),
-    general: Sequence[Sample] = (),
-    seed: int = 0,
-) -> EvalResult:
-    """Evaluate likelihood on samples, answers to prompts, and the loss on a general text.
-
-    Args:
-        context: maximum length of a forward pass (model.max_seq_length).
-        metrics: of the answers, besides exact match and stop rate.
-        seed: of sampled answers.
-    """
+    model: Decoder, chat: ChatTokenizer, samples: Sequence[Sample], prompts: Sequence[Prompt], e: EvaluationConfig,
+    context: int, metrics: Sequence[Metric] = (), general: Sequence[Sample] = (), seed: int = 0,
+) -> EvalResult:  # fmt: skip
+    """The likelihood of samples, answers to prompts and their metrics, and the loss on a general text."""
     started = time.perf_counter()
     figures: dict[str, Figure] = {}
     if len(samples):
         figures |= likelihoods(model, chat, samples, e.batch_size, context, e.stride).figures()
     if len(general):
         figures["general_loss"] = likelihoods(model, chat, general, e.batch_size, context, e.stride).figures()["loss"]
+    sampling = Sampling(e.temperature, e.top_k, e.top_p, e.min_p, e.repetition_penalty)
     completions: list[Completion] = []
     if prompts:
-        sampling = Sampling(e.temperature, e.top_k, e.top_p, e.min_p, e.repetition_penalty)
         completions = answer_all(model, chat, prompts, e.prompt_batch_size, e.max_new_tokens, sampling, seed)
     figures |= answer_figures(completions, metrics)
     return EvalResult(figures, completions, time.perf_counter() - started)

@@ -17,16 +17,13 @@ from nanoft.data import filters
 from nanoft.data.builder import NEAR
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash
-from nanoft.data.formats import Conversation
-from nanoft.data.records import ReadOptions, format_function, read_file
+from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
 from nanoft.data.sources import find_files
 from nanoft.evaluation.evaluate import Prompt, held_out_prompts
 from nanoft.evaluation.report import leakage_of_run, settings_of
 from nanoft.io.untrusted import read_json
 from nanoft.models.open import is_run
 from nanoft.runtime.device import library_versions
-
-NO_LIMIT = 2**31 - 1  # tokens of a plain text, which is evaluated through windows
 
 
 @dataclass(frozen=True)
@@ -48,18 +45,18 @@ def print_warning(line: str) -> None:
 
 
 def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
-    """All of `--data FILE`, or the run's own validation split; checked before anything is loaded.
-
-    Raises:
-        UserError: there is no data, or the run was trained on another split of it.
-    """
-    data = _all_of(file, config.data) if file else config.data
+    """All of `--data FILE`, or the run's own validation split; checked before anything is loaded."""
+    data = config.data
+    if file:  # read as the run reads its own data, without splitting or filtering it
+        kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "train_on", "truncation")
+        settings = {name: getattr(data, name) for name in kept}
+        data = DataConfig(train_file=file, validation_split=0.0, deduplicate=False, **settings)
     if not data.train_file:
         what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"
         raise UserError(f"{source}: {what} has no validation data: give --data FILE")
     find_files(data.train_file, "--data" if file else "data.train_file")
     if not file:
-        trained = _recorded_config(source)
+        trained = load_config(Path(source) / "config.json", environment={})
         format_function(config.data.format)  # a function must be named again
         trained_on = dataclasses.replace(trained.data, format=trained.data.format.removeprefix(UNTRUSTED))
         if (trained_on, trained.system.seed) != (config.data, config.system.seed):
@@ -68,18 +65,6 @@ def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
             )
         _require_unchanged(config, source)
     return data
-
-
-def _all_of(file: str, settings: DataConfig) -> DataConfig:
-    """Settings that read a file as the run reads its own, without splitting or filtering it."""
-    kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "train_on", "truncation")
-    return DataConfig(
-        train_file=file, validation_split=0.0, deduplicate=False, **{name: getattr(settings, name) for name in kept}
-    )
-
-
-def _recorded_config(source: str) -> Config:
-    return load_config(Path(source) / "config.json", environment={})
 
 
 def _recorded_provenance(source: str) -> dict[str, Any]:
@@ -94,15 +79,11 @@ def _require_unchanged(config: Config, source: str) -> None:
 def read_held_out(
     config: Config, data: DataConfig, source: str, file: str | None, general: str | None, chat: ChatTokenizer
 ) -> HeldOut:
-    """Read and tokenize everything to evaluate on.
-
-    Args:
-        data: what `choose_data` returned.
-        file: `--data`.
-        general: `--general`.
-    """
-    e = config.evaluation
-    limit = NO_LIMIT if file and _is_text(data) else config.model.max_seq_length
+    """Read and tokenize everything to evaluate on: `data` from `choose_data`, --data and --general."""
+    e, limit, options = config.evaluation, config.model.max_seq_length, ReadOptions.from_config(data)
+    if file:  # plain texts are evaluated completely, whatever their length
+        paths = [path for part in find_files(data.train_file, "--data") for path in part]
+        limit = 2**31 - 1 if all(str(next(iter(read_file(path, options)))) == "text" for path in paths) else limit
     corpus = build_datasets(data, chat, limit, config.system.seed, print_warning)
     samples = corpus.training if file else corpus.validation
     if not len(samples):
@@ -117,12 +98,6 @@ def read_held_out(
         [corpus.location(record) for record in samples.records.tolist()],
         _leakage_of_file(source, corpus, samples, chat) if file else leakage_of_run(corpus.report, data.near_leaks),
     )
-
-
-def _is_text(data: DataConfig) -> bool:
-    """Whether all files are plain texts, which are evaluated completely, whatever their length."""
-    files = [file for part in find_files(data.train_file, "--data") for file in part]
-    return all(str(next(iter(read_file(file, ReadOptions.from_config(data))))) == "text" for file in files)
 
 
 def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Sample]:
@@ -148,7 +123,7 @@ def _leakage_of_file(
     if not is_run(source):
         return {"said": "not checked: the training data of the model is unknown: name the run"}
     try:
-        trained = _recorded_config(source)
+        trained = load_config(Path(source) / "config.json", environment={})
         _require_unchanged(trained, source)
         train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print_warning)
     except UserError as reason:

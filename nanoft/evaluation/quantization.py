@@ -10,7 +10,7 @@ from torch import nn
 from nanoft import UserError
 from nanoft.io.tables import markdown_table
 from nanoft.lora import DoRALinear, disabled
-from nanoft.models.model_files import stored_quantization
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel
 from nanoft.nf4 import quantize
 
@@ -18,34 +18,25 @@ from nanoft.nf4 import quantize
 def compare_quantization(
     source: str, loaded: LoadedModel, perplexity: Callable[[], float | None]
 ) -> tuple[dict[str, Any], str]:
-    """Figures and a table, for the run's own quantization or else NF4; leaves the model quantized.
+    """Figures and a table, for the run's own quantization or else NF4, which the model keeps.
 
-    Args:
-        perplexity: evaluates `loaded.model` as it is at the moment.
+    `perplexity` evaluates `loaded.model` as it is at the moment.
     """
     form = loaded.quantization or ("nf4", True)
     if not loaded.adapters:
         raise UserError(f"--quantization: {source} has no adapter: name a LoRA run or an adapter")
-    if stored_quantization(loaded.base_directory):
+    if ModelFiles.read(loaded.base_directory).quantization:
         raise UserError(
             f"--quantization: {loaded.base_directory} has quantized weights only: name a run on the original"
         )
-    figures: dict[str, dict[str, float | None]] = {}
-    for weights in ("original", form[0]):
-        if weights != "original":
-            quantize_in_place(loaded, form)
+
+    def both() -> dict[str, float | None]:
         with disabled(loaded.adapters):
             base = perplexity()
-        figures[weights] = {"base": base, "tuned": perplexity()}
-    rows = [[weights, *(f"{value:.5g}" for value in pair.values())] for weights, pair in figures.items()]
-    trained_on = f"{loaded.quantization[0]} weights" if loaded.quantization else "the original weights"
-    text = f"{markdown_table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on {trained_on}"
-    return {"quantization": figures}, text
+        return {"base": base, "tuned": perplexity()}
 
-
-def quantize_in_place(loaded: LoadedModel, form: tuple[str, bool]) -> None:
-    """Quantize the linear layers of the blocks one after another; the adapters stay."""
-    for name, linear in list(loaded.model.named_modules()):
+    figures = {"original": both()}
+    for name, linear in list(loaded.model.named_modules()):  # one after another; the adapters stay
         parent, _, leaf = name.rpartition(".")
         if isinstance(linear, nn.Linear) and name.startswith("model.layers."):
             quantized = quantize(linear.weight.detach(), form, loaded.dtype)
@@ -54,3 +45,8 @@ def quantize_in_place(loaded: LoadedModel, form: tuple[str, bool]) -> None:
     for adapter in loaded.adapters.values():
         if isinstance(adapter, DoRALinear):
             adapter.measure_base()
+    figures[form[0]] = both()
+    rows = [[weights, *(f"{value:.5g}" for value in pair.values())] for weights, pair in figures.items()]
+    trained_on = f"{loaded.quantization[0]} weights" if loaded.quantization else "the original weights"
+    text = f"{markdown_table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on {trained_on}"
+    return {"quantization": figures}, text

@@ -1,9 +1,8 @@
 """The evaluation report: is the model better, by how much, how sure is that, and what qualifies it?
 
 The verdict is one sentence and never claims more than the intervals do: better or worse only where the whole 95 %
-interval lies on one side of zero change. Below it stand the tables (base and tuned on the same samples), breakdowns (by
-length, by a field of the records, the worst answers), what could inflate the figures (evaluation prompts in the
-training data), and what it takes to reproduce them.
+interval lies on one side of zero change. Below it stand tables, breakdowns, what could inflate the figures (evaluation
+prompts in the training data), and what it takes to reproduce them.
 """
 
 from __future__ import annotations
@@ -24,21 +23,16 @@ from nanoft.metrics.answers import token_f1
 from nanoft.metrics.bootstrap import Comparison, Figure, compare, interval
 from nanoft.perplexity import safe_exp
 
-STOP_RATE = 0.95  # a trained model below it probably learned not to stop from its data
+STOP_RATE = 0.95  # a trained model below it probably learned not to stop
 FORGETTING = 0.05  # rise of the perplexity of a general text that is worth a warning
-WORST, LOSSES = 10, 10  # answers listed
-GROUPS = 20  # values of a field listed; the rest together
+WORST = 10  # answers listed
 OUTCOMES = ("wins", "losses", "ties")  # of tuned against base, per prompt
-LENGTH = "tokens of the response"
-LEGEND = "95 % interval and p-value from a paired bootstrap (10,000 resamples)."
 
 Groups = dict[str, dict[str, Any]]  # name of a group -> its figures
 
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """Everything that a report is made of."""
-
     name: str
     tuned: EvalResult
     base: EvalResult | None = None
@@ -58,34 +52,25 @@ class ReportInputs:
         return {name: compare(before[name], after[name], self.seed) for name in after if name in before}
 
 
-def results(base: EvalResult | None, tuned: EvalResult) -> dict[str, Any]:
-    """The `base` and `tuned` objects of report.json and of eval.py --json."""
-    return {**({"base": base.to_dict()} if base else {}), "tuned": tuned.to_dict()}
-
-
 def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     """The object of report.json, the text for the terminal, and report.md."""
     compared, outcome = inputs.compared(), outcomes(inputs)
     conclusion, cautions = verdict(inputs, compared), warnings(inputs, compared)
-    values = {
-        "verdict": conclusion,
-        "warnings": cautions,
-        "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
-        "by": breakdowns(inputs),
-        "hardest": hardest(inputs),
-        "answers": answers(inputs, outcome),
-        "leakage": inputs.leakage,
-        "training": inputs.training,
-        "cost": cost(inputs),
-        "provenance": inputs.provenance,
-    }
+    changes = {name: dataclasses.asdict(c) for name, c in compared.items()}
+    values: dict[str, Any] = {
+        "verdict": conclusion, "warnings": cautions, "changes": changes,
+        "by": breakdowns(inputs), "hardest": hardest(inputs), "answers": answers(inputs, outcome),
+        "leakage": inputs.leakage, "training": inputs.training, "cost": cost(inputs), "provenance": inputs.provenance,
+    }  # fmt: skip
     counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
     won = [f"answers   {counts} (by {label(inputs.primary)})"] if outcome else []
     head = "\n".join([f"verdict   {conclusion}", *won, *(f"warning: {line}" for line in cautions)])
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
-    terminal = f"\n{main}\n\n{head}\n{_breakdowns(inputs, list(inputs.groups))}\n{samples}".rstrip()
-    evaluated = results(inputs.base, inputs.tuned) | {name: value for name, value in values.items() if value}
-    return evaluated, terminal, _markdown(inputs, main, conclusion, cautions)
+    by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
+    terminal = f"\n{main}\n\n{head}\n{''.join(by[name] for name in inputs.groups if name in by)}\n{samples}".rstrip()
+    evaluated = {**({"base": inputs.base.to_dict()} if inputs.base else {}), "tuned": inputs.tuned.to_dict()}
+    evaluated |= {name: value for name, value in values.items() if value}
+    return evaluated, terminal, _markdown(inputs, main, conclusion, cautions, "".join(by.values()))
 
 
 # ---- The verdict
@@ -98,20 +83,17 @@ def verdict(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
     decisive = [name for name in dict.fromkeys(("loss", inputs.primary)) if name in compared]
     if not decisive:
         return "none: there is no validation data"
-    better = any(_direction(inputs.tuned.figures[name], compared[name]) > 0 for name in decisive)
-    worse = any(_direction(inputs.tuned.figures[name], compared[name]) < 0 for name in decisive)
-    word = "better in one, worse in the other" if better and worse else "better" if better else "worse" if worse else ""
-    figures = " and ".join(_describe(name, compared[name], inputs.tuned.figures[name]) for name in decisive)
-    return f"{word or 'no clear difference'}: {figures}"
+    figures = inputs.tuned.figures
+    directions = {_direction(figures[name], compared[name]) for name in decisive} - {0}
+    words = {(): "no clear difference", (1,): "better", (-1,): "worse", (-1, 1): "better in one, worse in the other"}
+    described = " and ".join(_describe(name, compared[name], figures[name]) for name in decisive)
+    return f"{words[tuple(sorted(directions))]}: {described}"
 
 
 def _direction(figure: Figure, c: Comparison) -> int:
-    """1: the whole interval is an improvement; -1: a deterioration; 0: it contains zero.
-
-    A loss that is not finite is worse than any that is.
-    """
+    """1: the whole interval is an improvement; -1: a deterioration; 0: it contains zero, or neither loss is finite."""
     finite = [math.isfinite(one.value) for one in (c.base, c.tuned)]
-    if not all(finite):
+    if not all(finite):  # a loss that is not finite is worse than any that is
         return finite[1] - finite[0]
     sign = 1 if figure.higher_is_better and figure.unit != "nats" else -1
     return sign * ((c.change.low > 0) - (c.change.high < 0))
@@ -199,9 +181,9 @@ def breakdowns(inputs: ReportInputs) -> dict[str, Groups]:
     lengths = figure.parts[:, 1].astype(int)
     starts = [1 << int(n).bit_length() - 1 if n else 0 for n in lengths]  # powers of two: 16 to 31 is one group
     by_length = {f"{start} to {2 * start - 1}": np.equal(starts, start) for start in sorted(set(starts)) if start}
-    masks = {LENGTH: by_length}
+    masks = {"tokens of the response": by_length}
     for heading, values in inputs.groups.items():
-        listed = [value for value, _ in Counter(values).most_common(GROUPS)]
+        listed = [value for value, _ in Counter(values).most_common(20)]  # the rest together
         masks[heading] = {value: np.array([v == value for v in values]) for value in listed}
         rest = np.array([v not in listed for v in values])
         masks[heading] |= {"(others)": rest} if rest.any() else {}
@@ -210,10 +192,9 @@ def breakdowns(inputs: ReportInputs) -> dict[str, Groups]:
 
 def _group(inputs: ReportInputs, mask: Any) -> dict[str, Any]:
     """The figures of the samples where `mask`, (n,) bool, is true."""
-    models = {"base": inputs.base, "tuned": inputs.tuned}
     tokens = int(inputs.tuned.figures["loss"].parts[mask, 1].sum())
     group: dict[str, Any] = {"samples": int(mask.sum()), "tokens": tokens}
-    for name, model in models.items():
+    for name, model in (("base", inputs.base), ("tuned", inputs.tuned)):
         if model and "loss" in model.figures and tokens:
             figure = model.figures["loss"]
             group[name] = safe_exp(dataclasses.replace(figure, parts=figure.parts[mask]).value)
@@ -229,14 +210,6 @@ def _breakdown(inputs: ReportInputs, title: str, heading: str, groups: Groups) -
         for name, group in groups.items()
     ]
     return f"\n## {title}\n\n{markdown_table([_cell(heading), 'samples', 'tokens', *columns], rows)}\n" if rows else ""
-
-
-def _breakdowns(inputs: ReportInputs, only: Sequence[str] | None = None) -> str:
-    return "".join(
-        _breakdown(inputs, f"Perplexity by {_cell(heading)}", heading, groups)
-        for heading, groups in breakdowns(inputs).items()
-        if only is None or heading in only
-    )
 
 
 def hardest(inputs: ReportInputs) -> Groups:
@@ -285,38 +258,15 @@ def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int
     """Some prompts with the reference and both answers."""
     blocks = []
     for index in (index for index in which if index < len(tuned.completions)):
-        completion = tuned.completions[index]
-        lines = [("prompt", completion.prompt), ("wanted", completion.reference)]
-        if base and index < len(base.completions):
-            lines.append(("base", base.completions[index].answer))
-        lines.append(("tuned", completion.answer))
+        c = tuned.completions[index]
+        before = [("base", base.completions[index].answer)] if base and index < len(base.completions) else []
+        lines = [("prompt", c.prompt), ("wanted", c.reference), *before, ("tuned", c.answer)]
         blocks.append("\n".join(f"{name:>7}: {_one_line(text)}" for name, text in lines))
     return "\n\n".join(blocks)
 
 
-def _answers_section(inputs: ReportInputs) -> str:
-    outcome, text = outcomes(inputs), ""
-    shown: dict[str, Sequence[int]] = {"Worst answers": worst(inputs), "Answers side by side": range(inputs.shown)}
-    if outcome:
-        counts = [f"{outcome.count(word):,}" for word in OUTCOMES]
-        text = f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{markdown_table(OUTCOMES, [counts])}\n"
-        shown = {"Losses": [n for n, word in enumerate(outcome) if word == "losses"][:LOSSES], **shown}
-    for heading, which in shown.items():
-        if block := side_by_side(inputs.base, inputs.tuned, which):
-            text += f"\n### {heading}\n\n```\n{block}\n```\n"
-    return text
-
-
-# ---- Leakage, cost, provenance
-
-
 def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
-    """Prompts on both sides of the split of a run's own data.
-
-    Args:
-        data: the report of the data (nanoft/data/dataset.py).
-        near: data.near_leaks.
-    """
+    """Prompts on both sides of the split of a run's data, from its report and data.near_leaks."""
     removed, kept = data["removed"].get("leak", 0), data["near_leaks"] if data["near_leaks_are"] == "kept" else 0
     said = "no prompt of the validation data is in the training data"
     said += f" ({removed:,} such training records were removed)" if removed else ""
@@ -348,29 +298,33 @@ def settings_of(config: Config) -> dict[str, Any]:
     }
 
 
-def _markdown(inputs: ReportInputs, main: str, conclusion: str, cautions: Sequence[str]) -> str:
+def _markdown(inputs: ReportInputs, main: str, conclusion: str, cautions: Sequence[str], breakdown: str) -> str:
     text = f"# {inputs.name}\n\n**Verdict.** {_sentence(conclusion)}\n"
     text += "".join(f"\n**Warning.** {line}.\n" for line in cautions)
-    text += f"\n{main}\n" + (f"\n{LEGEND}\n" if inputs.base and inputs.tuned.figures else "")
+    text += f"\n{main}\n"
+    if inputs.base and inputs.tuned.figures:
+        text += "\n95 % interval and p-value from a paired bootstrap (10,000 resamples).\n"
     if inputs.training:
-        rows = [[_with_unit(key), f"{value:,}"] for key, value in inputs.training.items()]
+        names = [key.replace("_gb", ", GB").replace("_wh", ", Wh").replace("_", " ") for key in inputs.training]
+        rows = [[name, f"{value:,}"] for name, value in zip(names, inputs.training.values(), strict=True)]
         rows.append(["evaluation", format_duration(cost(inputs)["evaluation_seconds"])])
         text += f"\n{markdown_table(['training', ''], rows)}\n"
-    text += _breakdowns(inputs) + _breakdown(inputs, "Samples with the highest perplexity", "sample", hardest(inputs))
-    text += _answers_section(inputs)
+    text += breakdown + _breakdown(inputs, "Samples with the highest perplexity", "sample", hardest(inputs))
+    shown: dict[str, Sequence[int]] = {"Worst answers": worst(inputs), "Answers side by side": range(inputs.shown)}
+    if outcome := outcomes(inputs):
+        counts = [f"{outcome.count(word):,}" for word in OUTCOMES]
+        text += f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{markdown_table(OUTCOMES, [counts])}\n"
+        shown = {"Losses": [n for n, word in enumerate(outcome) if word == "losses"][:WORST], **shown}
+    for heading, which in shown.items():
+        if block := side_by_side(inputs.base, inputs.tuned, which):
+            text += f"\n### {heading}\n\n```\n{block}\n```\n"
     if inputs.leakage:
         text += f"\n## Leakage\n\n{_sentence(inputs.leakage['said'])}\n"
-    if inputs.provenance:
-        text += "\n## Provenance\n\n"
+    text += "\n## Provenance\n\n" if inputs.provenance else ""
     for key, value in inputs.provenance.items():
         pairs = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
         text += f"- {key.replace('_', ' ')}: {' '.join(str(pairs).split())}\n"
     return text
-
-
-def _with_unit(key: str) -> str:
-    """peak_memory_gb: peak memory, GB."""
-    return key.replace("_gb", ", GB").replace("_wh", ", Wh").replace("_", " ")
 
 
 def _sentence(text: str) -> str:

@@ -1,14 +1,9 @@
 """Export a model, or an adapter, as a GGUF file for llama.cpp and Ollama.
 
-A GGUF file is a list of metadata (the shape, the rope, the tokenizer, the chat template) and a list of tensors. The
-metadata must be complete, because llama.cpp silently uses a default for what is missing. The tensors are those of the
-Hugging Face files under other names, with one difference: llama.cpp's `llama` architecture, which covers Llama and
-Mistral, rotates neighbors (x0, x1), (x2, x3), ... where Hugging Face rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ...
-So the rows of q and k, and their biases, are permuted. Qwen's architectures rotate as Hugging Face does.
-
-Weights are merged as in nanoft/export/merge.py: in float32, one tensor at a time, rounded or quantized once, at the
-end. Before the file gets its final name, it is read back into nanoft's decoder, and its logits are compared with those
-of base and adapter.
+A GGUF file is a list of metadata and a list of tensors. The metadata must be complete, because llama.cpp silently uses
+a default for what is missing. The tensors are those of the Hugging Face files under other names, but llama.cpp's
+`llama` architecture, which covers Llama and Mistral, rotates neighbors (x0, x1), (x2, x3), ... where Hugging Face
+rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ... So the rows of q and k, and their biases, are permuted.
 """
 
 from __future__ import annotations
@@ -18,11 +13,10 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,78 +24,84 @@ from torch import Tensor
 
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.export.gguf_companions import companions
 from nanoft.export.gguf_tokenizer import read_vocabulary
-from nanoft.export.merge import check_room, weights_of
-from nanoft.export.staging import new_directory
-from nanoft.export.streaming import SLAB, StreamedDecoder
-from nanoft.export.verify import PROOF_TOKENS, TOLERANCE, Proof, compare, hidden_states, next_tokens
+from nanoft.export.merge import EXPORT_DTYPES, Onto, check_room, weights_of
+from nanoft.export.streaming import SLAB
+from nanoft.export.verify import TOLERANCE, Proof, prove
 from nanoft.io.untrusted import read_json
-from nanoft.lora import disabled
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.families import FAMILIES
 from nanoft.models.open import LoadedModel
 
-BaseWeights = Literal["original", "nf4"]
-Read = Callable[[str], Tensor]  # Hugging Face name -> merged weight, float32
-WRITTEN = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")  # by the gguf package
+WRITTEN = (*EXPORT_DTYPES, "q8_0", "q5_0", "q4_0")  # by the gguf package
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: LLAMA_FTYPE_MOSTLY_... of include/llama.h
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
-TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 BLOCK, K_BLOCK = 32, 256  # values per block: Q8_0, Q5_0, Q4_0; K-quants
+Entry = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]  # name, shape, format (F32, Q8_0, ...), float32 values
 # Largest difference of a quantized model's logits, as a share of their standard deviation. A wrong order of rows moves
 # them by several standard deviations; four bits alone may move them by one.
 QUANTIZED_TOLERANCE = {"q8_0": 0.5}
 
 
-# ---- The file
-
-
-def write_gguf(
-    opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: BaseWeights, out: Path
-) -> list[str]:
-    """Write a model, with its adapter merged if there is one, as one GGUF file.
-
-    Args:
-        dtype: one of GGUF_DTYPES.
-        onto: the original weights of the base, or the dequantized ones that the adapter was trained on.
-        out: does not exist yet.
-    Returns:
-        Notes for the user.
-    Raises:
-        UserError: llama.cpp does not support the model or tokenizer, or a package is missing.
-    """
+def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: Onto, out: Path) -> list[str]:
+    """Write a model, with its adapter merged, as one new GGUF file in one of GGUF_DTYPES; return notes for the user."""
     if dtype in K_QUANTS:
-        llama_cpp = _import_llama_cpp(dtype)
-        unquantized = out.with_name(f"{out.name}.f16")
-        notes = write_gguf(opened, chat, name, "f16", onto, unquantized)
-        _quantize(llama_cpp, unquantized, out, K_QUANTS[dtype])
-        unquantized.unlink()
-        if any(size % K_BLOCK for size in (opened.model.config.hidden_size, opened.model.config.intermediate_size)):
-            notes.append(f"tensors whose rows are not multiples of {K_BLOCK} have a format with smaller blocks")
-        return notes
-    gguf, config = _import_gguf(), opened.model.config
-    writer = gguf.GGUFWriter(out, architecture(config))
-    writer.add_type("model")
-    writer.add_name(name)
+        return _write_k_quants(opened, chat, name, dtype, onto, out)
+    config = opened.model.config
+    gguf, writer = _open_writer(out, config, "model", name)
     notes = _add_shape(writer, config, read_json(opened.base_directory / "config.json"))
     notes += _add_tokenizer(writer, chat, config)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
-    if dtype not in TORCH_DTYPES:
+    if dtype not in EXPORT_DTYPES:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    shapes, read = merged_tensors(opened, onto)
-    new_name, entries = tensor_names(config), []
+    if opened.step is not None and not opened.adapters:  # a checkpoint of full fine-tuning is in memory
+        parameters = dict(opened.model.named_parameters())
+        shapes = {hf_name: tuple(parameter.shape) for hf_name, parameter in parameters.items()}
+    else:
+        parameters, weights = {}, replace(weights_of(opened, onto), adapters=opened.adapters)
+        shapes = weights.shapes
 
-    def read_permuted(hf_name: str) -> Tensor:
-        return permute_qk(read(hf_name), hf_name, config)
+    def read(hf_name: str) -> Tensor:
+        merged = parameters[hf_name].detach().float() if parameters else weights.whole(hf_name)
+        return permute_qk(merged, hf_name, config)
 
+    new_name, entries = tensor_names(config), list[Entry]()
     for hf_name, shape in shapes.items():
         form = _tensor_format(new_name(hf_name), shape, dtype, config)
-        entries.append(Entry(new_name(hf_name), shape, form, partial(read_permuted, hf_name)))
-    factors = _rope_factors(config)
-    if factors is not None:
-        entries.append(Entry("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
+        entries.append((new_name(hf_name), shape, form, partial(read, hf_name)))
+    if config.rope.kind == "llama3":  # scaled by a tensor: the divisors of the angular frequencies, (head_dim / 2,)
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        factors = config.rope.theta**-exponents / config.rope.angles(config.head_dim)[0]
+        entries.append(("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
     _write(gguf, writer, entries, out)
+    return notes
+
+
+def _write_k_quants(
+    opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: Onto, out: Path
+) -> list[str]:
+    """Write float16 first, which llama.cpp's quantizer converts, without its output about each tensor."""
+    try:
+        llama_cpp: Any = importlib.import_module("llama_cpp")
+    except ImportError:
+        raise UserError(
+            f"--dtype {dtype}: needs llama.cpp's quantizer: pip install llama-cpp-python; "
+            f"or write --dtype f16 and run: llama-quantize FILE.gguf OUT.gguf {dtype}"
+        ) from None
+    unquantized = out.with_name(f"{out.name}.f16")
+    notes = write_gguf(opened, chat, name, "f16", onto, unquantized)
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = K_QUANTS[dtype], torch.get_num_threads()
+    if llama_cpp.llama_model_quantize(str(unquantized).encode(), str(out).encode(), settings) != 0:
+        raise UserError(
+            f"--out: {out.name}: llama.cpp's quantizer failed: check that the disk is not full, or use --dtype q8_0"
+        )
+    with open(out, "rb") as file:
+        os.fsync(file.fileno())
+    unquantized.unlink()
+    if any(size % K_BLOCK for size in (opened.model.config.hidden_size, opened.model.config.intermediate_size)):
+        notes.append(f"tensors whose rows are not multiples of {K_BLOCK} have a format with smaller blocks")
     return notes
 
 
@@ -109,132 +109,88 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     """Write the adapter alone, which llama.cpp adds to a GGUF file of its base: y = W x + (alpha / r) B A x.
 
     A file has one alpha: rsLoRA's scaling s becomes alpha = s r; where it differs between linears, B is rescaled.
-
-    Raises:
-        UserError: an adapter with more than two factors.
     """
     for place, adapter in opened.adapters.items():
         if adapter.lora_magnitude_vector is not None:
             raise UserError(f"--format gguf-lora: {place}: llama.cpp does not support DoRA adapters: use --format gguf")
         if adapter.bias is not None:
             raise UserError(f"--format gguf-lora: {place}: adapters of llama.cpp have no biases: use --format gguf")
-    if dtype not in TORCH_DTYPES:
-        raise UserError(f"--dtype: {dtype}: adapters are not quantized: choose one of {', '.join(TORCH_DTYPES)}")
-    gguf, config = _import_gguf(), opened.model.config
-    writer = gguf.GGUFWriter(out, architecture(config))
-    writer.add_type("adapter")
-    writer.add_name(name)
+    if dtype not in EXPORT_DTYPES:
+        raise UserError(f"--dtype: {dtype}: adapters are not quantized: choose one of {', '.join(EXPORT_DTYPES)}")
+    config = opened.model.config
+    gguf, writer = _open_writer(out, config, "adapter", name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     alphas = {place: adapter.scaling * len(adapter.factors()[0]) for place, adapter in opened.adapters.items()}
     alpha = next(iter(alphas.values()))
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    new_name, entries = tensor_names(config), []
+    new_name, entries = tensor_names(config), list[Entry]()
     for place, adapter in opened.adapters.items():
         weight = f"{place}.weight"
         a, b = (factor.detach().float() for factor in adapter.factors())  # (r, in), (out, r)
         b = permute_qk(b * (alphas[place] / alpha), weight, config)
         for part, tensor in (("lora_a", a), ("lora_b", b)):
             read = partial(torch.clone, tensor)
-            entries.append(Entry(f"{new_name(weight)}.{part}", tuple(tensor.shape), dtype.upper(), read))
+            entries.append((f"{new_name(weight)}.{part}", tuple(tensor.shape), dtype.upper(), read))
     _write(gguf, writer, entries, out)
-
-
-def merged_tensors(opened: LoadedModel, onto: BaseWeights) -> tuple[dict[str, tuple[int, ...]], Read]:
-    """Shapes by name, and a function that returns one merged weight in float32."""
-    if opened.step is not None and not opened.adapters:  # a checkpoint of full fine-tuning is in memory
-        parameters = dict(opened.model.named_parameters())
-        return {name: tuple(p.shape) for name, p in parameters.items()}, lambda name: parameters[name].detach().float()
-    weights = replace(weights_of(opened, onto), adapters=opened.adapters)
-    return weights.shapes, weights.whole
 
 
 def _import_gguf() -> Any:
     try:
-        import gguf
+        return importlib.import_module("gguf")
     except ImportError:
         raise UserError("--format gguf: needs the package gguf: pip install -e '.[gguf]'") from None
-    return gguf
 
 
-def _import_llama_cpp(dtype: str) -> Any:
-    try:
-        return importlib.import_module("llama_cpp")
-    except ImportError:
-        raise UserError(
-            f"--dtype {dtype}: needs llama.cpp's quantizer: pip install llama-cpp-python; "
-            f"or write --dtype f16 and run: llama-quantize FILE.gguf OUT.gguf {dtype}"
-        ) from None
-
-
-class Entry(NamedTuple):
-    """A tensor of a GGUF file."""
-
-    name: str
-    shape: tuple[int, ...]
-    form: str  # F32, Q8_0, ...
-    read: Callable[[], Tensor]  # float32
+def _open_writer(out: Path, config: DecoderConfig, kind: str, name: str) -> tuple[Any, Any]:
+    """The gguf package and its writer of a model or an adapter."""
+    gguf = _import_gguf()
+    writer = gguf.GGUFWriter(out, architecture(config))
+    writer.add_type(kind)
+    writer.add_name(name)
+    return gguf, writer
 
 
 def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
     """Write metadata, tensor list and the tensors one by one; they are on disk when this returns."""
     total = 0
-    for entry in entries:
-        form = gguf.GGMLQuantizationType[entry.form]
-        block, size = gguf.GGML_QUANT_SIZES[form]  # values per block, bytes per block
-        size_bytes = math.prod(entry.shape) // block * size
-        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size_bytes, form)
+    for name, shape, form, _ in entries:
+        kind = gguf.GGMLQuantizationType[form]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]  # values per block
+        size_bytes = math.prod(shape) // block * block_bytes
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size_bytes, kind)
         total += size_bytes
     check_room(out.parent, total)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry in entries:
-            writer.write_tensor_data(_encode(gguf, entry.name, entry.read(), entry.form))
+        for name, _, form, read in entries:
+            writer.write_tensor_data(_encode(gguf, name, read(), form))
         writer.flush()
         os.fsync(writer.fout[0].fileno())
     finally:
         writer.close()
 
 
-def _quantize(llama_cpp: Any, source: Path, out: Path, ftype: int) -> None:
-    """Run llama.cpp's quantizer, without its output about each tensor."""
-    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = ftype, torch.get_num_threads()
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), settings) != 0:
-        raise UserError(
-            f"--out: {out.name}: llama.cpp's quantizer failed: check that the disk is not full, or use --dtype q8_0"
-        )
-    with open(out, "rb") as file:
-        os.fsync(file.fileno())
-
-
 # ---- Metadata
 
 
 def architecture(config: DecoderConfig) -> str:
-    """llama.cpp's name of the architecture.
-
-    Raises:
-        UserError: llama.cpp does not have the family, or its architecture lacks something that the model uses.
-    """
-    name, rope = FAMILIES[config.family].gguf, config.rope
-    if name is None:
-        raise UserError(f"--format gguf: llama.cpp has no architecture for {config.family}: use --format hf")
-    if name == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
-        raise UserError(
-            "--format gguf: head_dim: llama.cpp's qwen2 requires hidden_size / num_attention_heads: use --format hf"
-        )
-    if name == "qwen3" and config.qkv_bias:
-        raise UserError("--format gguf: attention_bias: llama.cpp's qwen3 has no biases: use --format hf")
-    if rope.kind == "llama3" and name != "llama":
-        raise UserError(f"--format gguf: rope type llama3: llama.cpp's {name} does not support it: use --format hf")
+    """llama.cpp's name of the architecture; a UserError if it does not have the family or something the model uses."""
+    name, rope, missing = FAMILIES[config.family].gguf, config.rope, ""
     turns = (rope.parameters.get("beta_fast") or 32, rope.parameters.get("beta_slow") or 1)
-    if rope.kind == "yarn" and (turns != (32, 1) or not rope.parameters.get("truncate", True)):
-        raise UserError(
-            "--format gguf: rope type yarn: llama.cpp has only beta_fast 32, beta_slow 1, truncate: use --format hf"
-        )
+    if name is None:
+        missing = f"llama.cpp has no architecture for {config.family}"
+    elif name == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
+        missing = "head_dim: llama.cpp's qwen2 requires hidden_size / num_attention_heads"
+    elif name == "qwen3" and config.qkv_bias:
+        missing = "attention_bias: llama.cpp's qwen3 has no biases"
+    elif rope.kind == "llama3" and name != "llama":
+        missing = f"rope type llama3: llama.cpp's {name} does not support it"
+    elif rope.kind == "yarn" and (turns != (32, 1) or not rope.parameters.get("truncate", True)):
+        missing = "rope type yarn: llama.cpp has only beta_fast 32, beta_slow 1, truncate"
+    if name is None or missing:
+        raise UserError(f"--format gguf: {missing}: use --format hf")
     return name
 
 
@@ -249,7 +205,16 @@ def _add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     writer.add_value_length(c.head_dim)
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_vocab_size(c.vocab_size)
-    _add_rope(writer, c)
+    rope = c.rope  # llama3's scaling is a tensor instead
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(rope.theta)
+    if rope.kind in ("linear", "yarn"):
+        writer.add_string(f"{writer.arch}.rope.scaling.type", rope.kind)
+        writer.add_rope_scaling_factor(float(rope.parameters["factor"]))
+    if rope.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(rope.parameters["original_max_position_embeddings"]))
+        own = 0.1 * math.log(rope.parameters["factor"]) + 1.0  # llama.cpp's own factor on cos and sin
+        writer.add_rope_scaling_attn_factors(rope.angles(c.head_dim)[1] / own)
     length, notes = int(hf.get("max_position_embeddings") or 4096), []
     windows = [window for window in c.windows if window is not None]
     if windows and min(windows) < length:
@@ -262,29 +227,6 @@ def _add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
         writer.add_sliding_window(windows[0])
     writer.add_context_length(length)
     return notes
-
-
-def _add_rope(writer: Any, c: DecoderConfig) -> None:
-    """Add the rope; llama3's scaling is a tensor instead (`_rope_factors`)."""
-    rope = c.rope
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(rope.theta)
-    if rope.kind in ("linear", "yarn"):
-        writer.add_string(f"{writer.arch}.rope.scaling.type", rope.kind)
-        writer.add_rope_scaling_factor(float(rope.parameters["factor"]))
-    if rope.kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(int(rope.parameters["original_max_position_embeddings"]))
-        own = 0.1 * math.log(rope.parameters["factor"]) + 1.0  # llama.cpp's own factor on cos and sin
-        writer.add_rope_scaling_attn_factors(rope.angles(c.head_dim)[1] / own)
-
-
-def _rope_factors(config: DecoderConfig) -> Tensor | None:
-    """The divisors of the angular frequencies, (head_dim / 2,), for Llama 3.1's scaling."""
-    rope = config.rope
-    if rope.kind != "llama3":
-        return None
-    plain = rope.theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim)
-    return plain / rope.angles(config.head_dim)[0]
 
 
 def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> list[str]:
@@ -332,9 +274,7 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], str]:
 def permute_qk(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
     """Permute the rows of q and k, within each head, from (first half, second half) to pairs of neighbors; or back.
 
-    Args:
-        tensor: (out, ...), where out = heads * head_dim.
-        name: of the weight or bias, in Hugging Face files.
+    `tensor` is (heads * head_dim, ...), and `name` that of the weight or bias in Hugging Face files.
     """
     is_rotated = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
     if not is_rotated or architecture(config) != "llama":
@@ -344,31 +284,27 @@ def permute_qk(tensor: Tensor, name: str, config: DecoderConfig, back: bool = Fa
 
 
 def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: DecoderConfig) -> str:
-    """The number format of one tensor: float32 for vectors, float16 for rows that are not multiples of 32.
-
-    With four or five bits, the head keeps eight: its errors go straight into the logits.
-    """
+    """The number format of one tensor: float32 for vectors, float16 for rows that are not multiples of 32."""
     if len(shape) == 1:
         return "F32"
-    if dtype in TORCH_DTYPES:
-        return dtype.upper()
-    if shape[-1] % BLOCK:
+    if dtype not in EXPORT_DTYPES and shape[-1] % BLOCK:
         return "F16"
-    return "Q8_0" if name == ("token_embd.weight" if config.tied else "output.weight") else dtype.upper()
+    is_head = name == ("token_embd.weight" if config.tied else "output.weight")  # its errors go straight into logits
+    return "Q8_0" if is_head and dtype not in EXPORT_DTYPES else dtype.upper()
 
 
 def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
     """Convert a float32 tensor to a number format; returns an array of bytes."""
-    if form.lower() not in TORCH_DTYPES:
+    if form.lower() not in EXPORT_DTYPES:
         return gguf.quants.quantize(tensor.contiguous().numpy(), gguf.GGMLQuantizationType[form])
-    rounded = tensor.to(TORCH_DTYPES[form.lower()]).contiguous()
+    rounded = tensor.to(EXPORT_DTYPES[form.lower()]).contiguous()
     if form == "F16" and not rounded.isfinite().all():
         raise UserError(f"--dtype: {name} has values that overflow float16: use --dtype bf16 or f32")
     return rounded.view(torch.uint8).numpy()
 
 
 class GGUFWeights:
-    """Reads the weights of an exported file back, some rows at a time: as in Hugging Face files, in float32."""
+    """Reads the weights of an exported file back as `Rows`: as in Hugging Face files, in float32."""
 
     def __init__(self, path: Path, config: DecoderConfig):
         self.config, self.gguf = config, _import_gguf()
@@ -380,17 +316,15 @@ class GGUFWeights:
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """A weight in slices from the top, (some rows, ...); of q and k in whole heads, which are permuted."""
-        shape, head = self.shapes[name], self.config.head_dim
-        step = max(1, SLAB // math.prod(shape[1:]) // head) * head
-        for start in range(0, shape[0], step):
+        (out, *inner), head = self.shapes[name], self.config.head_dim
+        step = max(1, SLAB // math.prod(inner) // head) * head
+        for start in range(0, out, step):
             yield permute_qk(self._read(name, slice(start, start + step)), name, self.config, back=True)
 
     def row(self, name: str, number: int) -> Tensor:
-        """One row of the embedding, (1, hidden)."""
         return self._read(name, slice(number, number + 1))
 
     def whole(self, name: str) -> Tensor:
-        """All of a weight."""
         return torch.cat(list(self.rows(name)))
 
     def _read(self, name: str, rows: slice) -> Tensor:
@@ -398,48 +332,7 @@ class GGUFWeights:
         return torch.from_numpy(np.array(self.gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)))
 
 
-@torch.no_grad()
 def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:
-    """Compare the logits of the file, read back, with those of base and adapter, in float32.
-
-    Args:
-        prompts: token ids; at least one prompt, none empty.
-    """
-    rows, model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model
-    stored = StreamedDecoder(GGUFWeights(path, model.config))
-    targets, wanted = next_tokens(rows), hidden_states(model, rows)
-    with disabled(opened.adapters):
-        effect = compare(model, hidden_states(model, rows), model, wanted, targets).max_difference
-    found = compare(stored, hidden_states(stored, rows), model, wanted, targets)
-    share = TOLERANCE[TORCH_DTYPES[dtype]] if dtype in TORCH_DTYPES else QUANTIZED_TOLERANCE.get(dtype, math.inf)
-    return Proof(found.max_difference, share * found.spread, effect, found.same_top_token)
-
-
-# ---- The file and its companions
-
-
-@contextmanager
-def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
-    """Yields where to write a GGUF file: it and its companions get their names together at the end, or are deleted.
-
-    Args:
-        out: FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be; or a directory of its own.
-        name: of the file in that directory.
-    Raises:
-        UserError: a file of that name exists, or cannot be written.
-    """
-    if out.suffix != ".gguf":
-        with new_directory(out) as staging:
-            yield staging / name
-        return
-    places = [*companions(out, out), out]
-    for each in places:
-        if os.path.lexists(each):
-            raise UserError(f"--out: {each}: already exists: choose another name or remove it")
-
-    def place(staging: Path, _: Path) -> None:
-        for path in places:
-            os.rename(staging / path.name, path)
-
-    with new_directory(out, place=place) as staging:
-        yield staging / out.name
+    """Compare the logits of the file, read back, with those of base and adapter, in float32; see `prove`."""
+    share = TOLERANCE[EXPORT_DTYPES[dtype]] if dtype in EXPORT_DTYPES else QUANTIZED_TOLERANCE.get(dtype, math.inf)
+    return prove(opened, GGUFWeights(path, opened.model.config), prompts, share)

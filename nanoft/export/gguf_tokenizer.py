@@ -8,14 +8,15 @@ cover the models here:
     llama   SentencePiece BPE (Llama 2, Mistral): tokens and scores. The two neighbors that form the token with the
             highest score are merged first; characters without a token are spelled in bytes.
 
-A wrong name gives a file that loads and answers, but from ids that the model never saw. So the name is derived from
-what tokenizer.json does, step by step, and a tokenizer without a matching rule is refused.
+A wrong name gives a file that answers from ids that the model never saw. So the name is derived from what
+tokenizer.json does, step by step, and a tokenizer without a matching rule is refused.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer, TemplateRefusal
 
 # Token types, `tokenizer.ggml.token_type` of the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"  # SentencePiece's
-UNREACHED = -1e9  # the score of a token that no merge forms
 # How a text is split into words, from the models' own tokenizer.json; llama.cpp's names are in src/llama-vocab.cpp.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -66,11 +65,7 @@ class Vocabulary:
 
 
 def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
-    """What llama.cpp needs to produce the same ids; ids below vocab_size without a token become unused tokens.
-
-    Raises:
-        UserError: llama.cpp does not support this tokenizer.
-    """
+    """What llama.cpp needs to produce the same ids; ids below vocab_size without a token become unused tokens."""
     tokenizer = json.loads(chat.tokenizer.to_str())
     model, added = tokenizer["model"], {token["id"]: token for token in tokenizer["added_tokens"]}
     for token in added.values():
@@ -82,14 +77,17 @@ def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
     texts = {number: token for token, number in chat.tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(texts) >= vocab_size:
         raise UserError(f"tokenizer.json: the id {max(texts)} is beyond the model's {vocab_size} embeddings")
-    spelled = model["byte_fallback"]
-    tokens = [_text(number, texts, added, spelled) for number in range(vocab_size)]
+    tokens = [texts.get(number, f"[PAD{number}]") for number in range(vocab_size)]
     types = [_kind(number, texts, added, model) for number in range(vocab_size)]
+    if model["byte_fallback"]:  # llama.cpp searches added tokens in the raw text, with plain spaces
+        tokens = [text.replace(SPACE, " ") if number in added else text for number, text in enumerate(tokens)]
     if len(set(tokens)) < vocab_size:
         _refuse("two tokens have the same text")
-    if spelled:
-        space = _space_prefix(tokenizer, chat)
-        return Vocabulary("llama", "default", tokens, types, [], _scores(tokens, merges), space, [])
+    if model["byte_fallback"]:
+        # What BPE merges first must score highest: minus the index of the first merge that forms the token.
+        scores = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(merges)))}
+        found = [scores.get(token, -1e9) for token in tokens]  # -1e9: no merge forms it
+        return Vocabulary("llama", "default", tokens, types, [], found, _space_prefix(tokenizer, chat), [])
     pre = _pre(tokenizer)
     notes = ["llama.cpp splits words of scripts with combining marks (Khmer, Hindi) differently"] * (pre == "tekken")
     notes += ["llama.cpp does not normalize texts to NFC: send normalized texts"] * bool(tokenizer["normalizer"])
@@ -100,20 +98,13 @@ def _refuse(reason: str) -> None:
     raise UserError(f"--format gguf: tokenizer.json is not supported by llama.cpp: {reason}: use --format hf")
 
 
-def _text(number: int, texts: dict[int, str], added: dict[int, Any], spelled: bool) -> str:
-    """A token's text; llama.cpp searches added tokens in the raw text, with plain spaces."""
-    text = texts.get(number, f"[PAD{number}]")
-    return text.replace(SPACE, " ") if spelled and number in added else text
-
-
 def _kind(number: int, texts: dict[int, str], added: dict[int, Any], model: dict[str, Any]) -> int:
     if number not in texts:
         return UNUSED
-    if model["byte_fallback"]:
-        if texts[number] == model["unk_token"]:
-            return UNKNOWN
-        if BYTE_TOKEN.fullmatch(texts[number]):
-            return BYTE
+    if model["byte_fallback"] and texts[number] == model["unk_token"]:
+        return UNKNOWN
+    if model["byte_fallback"] and re.fullmatch(r"<0x[0-9A-F]{2}>", texts[number]):
+        return BYTE
     if number in added:
         return CONTROL if added[number]["special"] else USER_DEFINED
     return NORMAL
@@ -123,12 +114,10 @@ def _pre(tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name for how a byte-level BPE splits a text into words."""
     if (normalizer := tokenizer["normalizer"]) and normalizer["type"] != "NFC":  # Qwen's, which llama.cpp omits
         _refuse(f"its normalizer is {normalizer['type']}")
-    steps = _steps(tokenizer["pre_tokenizer"] or {"type": "none"})
-    whole = bool(tokenizer["model"].get("ignore_merges"))
-    if (steps, whole) not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS.values())
-        _refuse(f"it splits texts into words by an unknown rule (known: {known})")
-    return PRE_TOKENIZERS[steps, whole]
+    rule = _steps(tokenizer["pre_tokenizer"] or {"type": "none"}), bool(tokenizer["model"].get("ignore_merges"))
+    if rule not in PRE_TOKENIZERS:
+        _refuse(f"it splits texts into words by an unknown rule (known: {', '.join(PRE_TOKENIZERS.values())})")
+    return PRE_TOKENIZERS[rule]
 
 
 def _steps(part: dict[str, Any]) -> Steps:
@@ -145,19 +134,8 @@ def _steps(part: dict[str, Any]) -> Steps:
     return ((f"{kind} with settings",),)
 
 
-def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """Minus the index of the first merge that forms the token: what BPE merges first must score highest."""
-    ranks: dict[str, int] = {}
-    for rank, pair in enumerate(merges):
-        ranks.setdefault("".join(pair), rank)
-    return [-float(ranks[token]) if token in ranks else UNREACHED for token in tokens]
-
-
 def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
-    """Whether a space is added before a text and after each control token; llama.cpp does both or neither.
-
-    A Metaspace that adds it before the first word only does neither in chats that begin with a control token.
-    """
+    """Whether a space is added before a text and after each control token; llama.cpp does both or neither."""
     normalizer, words = tokenizer["normalizer"], tokenizer["pre_tokenizer"]
     parts = (normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]) if normalizer else []
     prepended = {"type": "Prepend", "prepend": SPACE}
@@ -168,14 +146,10 @@ def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
         return prepended in parts
     if words["type"] != "Metaspace" or words["split"]:
         _refuse(f"its pre-tokenizer is {words['type']}, not SentencePiece's")
-    if words["prepend_scheme"] == "first" and not _opens_with_control(chat):
-        _refuse("it adds a space before the first word only, and its chats begin with text")
+    if words["prepend_scheme"] == "first":  # which is never, in chats that begin with a control token
+        prompt = ""
+        with suppress(TemplateRefusal):
+            prompt = chat.render_prompt([{"role": "user", "content": "a"}])
+        if not prompt.startswith(tuple(chat.control_texts)):
+            _refuse("it adds a space before the first word only, and its chats begin with text")
     return bool(words["prepend_scheme"] == "always")
-
-
-def _opens_with_control(chat: ChatTokenizer) -> bool:
-    try:
-        prompt = chat.render_prompt([{"role": "user", "content": "a"}])
-    except TemplateRefusal:
-        return False
-    return prompt.startswith(tuple(chat.control_texts))

@@ -1,4 +1,4 @@
-"""An adapter merged into its base, as a model that any engine loads.
+"""An adapter merged into its base, as a model that any engine loads; and which adapter: a weighted sum, some modules.
 
 W' = W + scaling B A (with DoRA, rows rescaled to length m), and trained biases replace the old ones. The arithmetic is
 float32, a few rows at a time, straight from the base's shards to the new ones; the result is rounded once, at the end.
@@ -8,72 +8,81 @@ original weights, or the dequantized 4-bit weights. No model is in memory for an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from nanoft import UserError
-from nanoft.export.staging import PROGRESS, read_progress
-from nanoft.export.streaming import Weights, open_rows
+from nanoft import UserError, __version__
+from nanoft.config import Config
+from nanoft.config.loading import load_config
+from nanoft.export.staging import PROGRESS, read_progress, replaced_directory
+from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.io.atomic import hash_file, replace_file, write_file
+from nanoft.io.hashing import hash_named_files
 from nanoft.io.tensor_files import Specs, encode_safetensors
-from nanoft.models.open import LoadedModel
-from nanoft.models.weights import copy_companions, write_config
+from nanoft.io.untrusted import read_json
+from nanoft.lora import LoRALinear
+from nanoft.model import Decoder
+from nanoft.models.adapter_files import NOTE, hash_tensors, read_adapter, save_adapter, select_modules, sum_adapters
+from nanoft.models.model_files import TOKENIZER_FILES, ModelFiles, Quantization, base_files, quantization_of
+from nanoft.models.open import LoadedModel, TrainedAdapter, attach_adapter, find_adapter, is_run, read_trained_adapter
+from nanoft.models.weights import copy_companions, save_model, write_config
 
 Onto = Literal["original", "nf4"]  # the base's original weights, or those of training, dequantized
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-SHARD_BYTES = 5 * 10**9
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def weights_of(opened: LoadedModel, onto: Onto) -> Weights:
-    """The base's weights: as they are stored, or the quantized ones that the adapter was trained on, dequantized."""
+    """The base's weights, as they are stored or as the adapter was trained on them."""
     return open_rows(opened.base_directory, opened.quantization if onto == "nf4" else None, opened.dtype)
 
 
 def merge(
-    opened: LoadedModel,
-    dtype: torch.dtype,
-    onto: Onto,
-    out: Path,
-    shard_bytes: int | None = None,
+    opened: LoadedModel, dtype: torch.dtype, onto: Onto, out: Path, shard_bytes: int = 5 * 10**9,
     resumable: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Write base + adapter as a Hugging Face directory: shards, index, config, tokenizer, generation_config.
 
     Args:
-        opened: the adapter on its base; only the adapter and the base's path are used.
-        dtype: of the merged weights.
         out: an existing directory, empty except for finished shards.
-        shard_bytes: maximum size of a shard; None: `SHARD_BYTES`.
+        shard_bytes: maximum size of a shard.
         resumable: record finished shards in `PROGRESS`, and skip those recorded there whose hash agrees.
     Returns:
         Size in bytes and SHA-256 of each shard.
-    Raises:
-        UserError: not enough disk space.
     """
     weights = replace(weights_of(opened, onto), adapters=opened.adapters, dtype=dtype)
-    shards = _plan_shards(weights, shard_bytes or SHARD_BYTES)
+    shards: list[Specs] = [{}]  # which weights go into which new file, in the order of the old ones
+    for name, shape in weights.shapes.items():
+        added: Specs = {name: (dtype, shape)}
+        if shards[-1] and _bytes(shards[-1]) + _bytes(added) > shard_bytes:
+            shards.append({})
+        shards[-1].update(added)
+    files = {"model.safetensors": shards[0]}
+    if len(shards) > 1:
+        files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": specs for i, specs in enumerate(shards, start=1)}
     finished = {
         name: recorded
         for name, recorded in (read_progress(out) if resumable else {}).items()
-        if name in shards and (out / name).is_file() and hash_file(out / name) == recorded
+        if name in files and (out / name).is_file() and hash_file(out / name) == recorded
     }
-    check_room(out, sum(_bytes(specs) for name, specs in shards.items() if name not in finished))
-    for name in [name for name in shards if name not in finished]:
+    check_room(out, sum(_bytes(specs) for name, specs in files.items() if name not in finished))
+    for name in [name for name in files if name not in finished]:
         (out / name).unlink(missing_ok=True)
-        finished[name] = write_file(out / name, encode_safetensors(shards[name], weights.rows))
+        finished[name] = write_file(out / name, encode_safetensors(files[name], weights.rows))
         if resumable:
             replace_file(out / PROGRESS, json.dumps(finished).encode())
     if len(shards) > 1:
-        total = sum(_bytes(specs) for specs in shards.values())
-        weight_map = {tensor: name for name, specs in shards.items() for tensor in specs}
+        total = sum(map(_bytes, shards))
+        weight_map = {tensor: name for name, specs in files.items() for tensor in specs}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_file(out / "model.safetensors.index.json", [(json.dumps(index, indent=2) + "\n").encode()])
     write_config(opened.base_directory, out, dtype)
@@ -87,19 +96,6 @@ def copy_tokenizer(opened: LoadedModel, out: Path) -> None:
     template = opened.tokenizer_directory / "chat_template.jinja"
     if template.is_file():
         shutil.copyfile(template, out / "chat_template.jinja")
-
-
-def _plan_shards(weights: Weights, shard_bytes: int) -> dict[str, Specs]:
-    """Which weights go into which new file, in the order of the old ones."""
-    shards: list[Specs] = [{}]
-    for name, shape in weights.shapes.items():
-        added: Specs = {name: (weights.dtype, shape)}
-        if shards[-1] and _bytes(shards[-1]) + _bytes(added) > shard_bytes:
-            shards.append({})
-        shards[-1].update(added)
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": specs for i, specs in enumerate(shards, start=1)}
 
 
 def _bytes(specs: Specs) -> int:
@@ -116,6 +112,153 @@ def check_room(out: Path, needed: int) -> None:
 def parse_size(text: str) -> int:
     """Bytes of 500MB or 5GB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip().upper())
-    if not found or not (size := int(float(found[1]) * UNITS[found[2]])):
+    if not found or not (size := int(float(found[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]])):
         raise UserError(f"--shard-size: {text!r:.40} is not a size: write one like 500MB or 5GB")
     return size
+
+
+# ---- Which adapter
+
+
+def is_lora_run(source: str) -> bool:
+    return is_run(source) and load_config(Path(source) / "config.json").training.method == "lora"
+
+
+def require_adapter(source: str) -> None:
+    """Refuse a source that cannot have an adapter, before anything is loaded."""
+    if find_adapter(source) is None and not is_run(source):
+        raise UserError(f"{source}: no adapter here: give a LoRA run or an adapter directory")
+    if find_adapter(source) is None and not is_lora_run(source):
+        raise UserError(f"{source}: this run trained every parameter: its result is a complete model, in model/")
+
+
+def choose_adapter(
+    sources: Sequence[str], weights: str | None, only: str | None, onto: str, unmerge: str | None
+) -> tuple[TrainedAdapter, list[str]]:
+    """The adapter that sources, --weights, --only and --unmerge describe; and the hash of each source."""
+    adapters = [read_trained_adapter(source) for source in sources]
+    for adapter in adapters:  # an adapter that is exported as it is is not verified later
+        if broken := next((name for name, tensor in adapter.tensors.items() if not tensor.isfinite().all()), None):
+            raise UserError(f"{adapter.place}: {broken} contains NaN or infinity: export an earlier checkpoint")
+    factors, modules = parse_weights(weights, len(adapters)), only.split(",") if only else []
+    hashes = [hash_tensors(adapter.tensors) for adapter in adapters]
+    if unmerge:  # must have been merged, and be subtractable
+        directory = Path(unmerge)
+        if not directory.is_dir():
+            raise UserError(f"--unmerge: {directory}: no such directory: give a merged model")
+        if biased := next((adapter.place for adapter in adapters if adapter.lora.bias != "none"), None):
+            raise UserError(f"--unmerge: {biased} replaced biases, which only the base has: use the base")
+        record = directory / "provenance.json"
+        recorded = json.dumps(read_json(record).get("adapters")) if record.is_file() else None
+        if recorded is not None and not all(digest in recorded for digest in hashes):
+            raise UserError(f"--unmerge: {directory} was not merged from {adapters[0].place}: see its provenance.json")
+        return combine(adapters, [-factor for factor in factors], modules, directory), hashes
+    chosen = combine(adapters, factors, modules)
+    if onto == "nf4" and chosen.quantization is None and ModelFiles.read(chosen.base).quantization is None:
+        raise UserError(f"--base nf4: {sources[0]} was trained on the original weights: remove --base")
+    return chosen, hashes
+
+
+def parse_weights(text: str | None, count: int) -> list[float]:
+    """The numbers of --weights, one for each adapter; 1 each by default."""
+    try:
+        weights = [float(part) for part in text.split(",")] if text is not None else [1.0] * count
+    except ValueError:
+        weights = []
+    if len(weights) != count or not all(map(math.isfinite, weights)):
+        raise UserError(f"--weights: {text!r:.60}: give {count} numbers, one for each adapter, such as 0.7,0.3")
+    return weights
+
+
+def require_same_base(adapter: TrainedAdapter) -> None:
+    """Refuse a base that the adapter fits, but whose files are not those that it was trained on."""
+    if adapter.base_sha256 and hash_named_files(base_files(adapter.base)) != adapter.base_sha256:
+        raise UserError(
+            f"{adapter.base}: its files are not those that {adapter.place} was trained on (SHA-256 differs): "
+            "restore them, or add --any-base"
+        )
+
+
+def fingerprint(asked: dict[str, Any], adapter: TrainedAdapter, hashes: list[str]) -> str:
+    """16 hex digits, the same for the same command on the same files."""
+    base = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in base_files(adapter.base)]
+    text = json.dumps([__version__, asked, hashes, str(adapter.base.resolve()), base])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def combine(
+    adapters: Sequence[TrainedAdapter], weights: Sequence[float], only: Sequence[str], base: Path | None = None
+) -> TrainedAdapter:
+    """The weighted sum of adapters of one base, or the modules of it that `only` names; `base`: on another base."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.base.resolve() != first.base.resolve():
+            raise UserError(
+                f"{other.place}: its base is {other.base_name}, not {first.base_name}: they cannot be summed"
+            )
+    lora, tensors = first.lora, first.tensors
+    if len(adapters) > 1 or weights[0] != 1:
+        files = open_rows(base or first.base)
+        biases = [name for name in files.shapes if name.endswith(".bias")]
+        base_biases = {name.removesuffix(".bias"): files.whole(name) for name in biases}
+        lora, tensors = sum_adapters([(a.lora, a.tensors) for a in adapters], weights, base_biases.get)
+    if only:
+        lora, tensors = select_modules(lora, tensors, only)
+    same = all((a.quantization, a.dtype) == (first.quantization, first.dtype) for a in adapters)
+    quantization = first.quantization if same and base is None else None
+    return replace(first, lora=lora, tensors=tensors, quantization=quantization, base=base or first.base)
+
+
+def open_adapter(adapter: TrainedAdapter, onto: Onto) -> LoadedModel:
+    """An adapter on its base, whose weights stay on the disk; a UserError if it does not fit."""
+    quantization = adapter.quantization if onto == "nf4" else None
+    opened = attach_adapter(adapter, StreamedDecoder(open_rows(adapter.base, quantization, adapter.dtype)))
+    return replace(opened, step=adapter.step)
+
+
+def save_result(
+    run: Path, model: Decoder, adapters: dict[str, LoRALinear], base: Path, config: Config, step: int,
+    dtype: torch.dtype,
+) -> Path:  # fmt: skip
+    """The result of a run with its tokenizer: `run`/adapter in PEFT's format, or `run`/model in Hugging Face's.
+
+    It replaces an earlier result when it is complete. `base` is the model that training started from, in whose dtype a
+    full model is stored; `step` is of the weights' checkpoint; `dtype` is that of training.
+    """
+    out = run / ("adapter" if adapters else "model")
+    with replaced_directory(out) as staging:
+        if adapters:
+            base_sha256 = None
+            with suppress(UserError, AttributeError):
+                base_sha256 = read_json(run / "config.json").get("provenance", {}).get("base_sha256")
+            note = _note(quantization_of(config), dtype, step, base_sha256)
+            save_adapter(staging, model, adapters, config.lora, config.model.name, note)
+            copy_companions(base, staging)
+        else:
+            save_model(model, base, staging, ModelFiles.read(base).dtype())
+    return out
+
+
+def write_peft(out: Path, opened: LoadedModel, adapter: TrainedAdapter) -> None:
+    """An opened adapter in PEFT's format, with the tokenizer."""
+    note = _note(adapter.quantization, adapter.dtype, adapter.step, adapter.base_sha256)
+    save_adapter(out, opened.model, opened.adapters, adapter.lora, adapter.base_name, note)
+    copy_tokenizer(opened, out)
+
+
+def _note(form: Quantization | None, dtype: torch.dtype, step: int | None, base_sha256: str | None) -> dict[str, Any]:
+    """The content of nanoft.json: what PEFT's format does not record."""
+    return {
+        "quantization": dict(zip(("type", "double"), form, strict=True)) if form else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        **({} if step is None else {"step": step}),
+        **({"base_sha256": base_sha256} if base_sha256 else {}),
+    }
+
+
+def copy_adapter(source: Path, out: Path) -> None:
+    """Copy an adapter directory, which is in PEFT's format already: validated, and without unrelated files."""
+    read_adapter(source)
+    for name in ("adapter_model.safetensors", "adapter_config.json", NOTE, *TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)

@@ -1,8 +1,7 @@
 """The documents of an exported model: parity.json, provenance.json and the model card; and the upload to the Hub.
 
-parity.json holds prompts as rendered in training, their token ids, the ids that end an answer, and greedy answers. An
-engine that answers these ids differently has another template, tokenizer or weights than training had. provenance.json
-records base, data, settings, library versions and the hash of every file. README.md is the card that the Hub shows.
+An engine that answers the ids in parity.json differently has another template, tokenizer or weights than training had.
+provenance.json records base, data, settings, library versions and the hash of every file.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from nanoft.model import Decoder
 from nanoft.models.open import is_run
 from nanoft.runtime.device import library_versions
 
-PARITY_PROMPTS = 4
 PARITY_TOKENS = 256  # maximum length of a prompt
 PLAIN_PROMPTS = ["What is the capital of Norway?", "Count from 1 to 5."]  # if there is no data
 LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx"}
@@ -42,13 +40,9 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def parity_record(
     model: Decoder, chat: ChatTokenizer, prompts: Sequence[Prompt], max_new_tokens: int, weights: str
 ) -> dict[str, Any]:
-    """The content of parity.json: prompts as text and ids, and the model's greedy answers.
+    """The content of parity.json: prompts as text and ids, the ids that end an answer, and the model's greedy answers.
 
-    Args:
-        model: as exported.
-        prompts: of the run; long ones and those that the template refuses are skipped.
-        max_new_tokens: per answer; 0: no answers.
-        weights: a description of the weights that the answers are computed with.
+    Long prompts and those that the template refuses are skipped. `weights` says what the answers are computed with.
     """
     plain = [Prompt([{"role": "user", "content": text}], "") for text in PLAIN_PROMPTS]
     asked: list[dict[str, Any]] = []
@@ -58,27 +52,20 @@ def parity_record(
             ids = chat.encode_prompt(prompt.messages, prompt.tools)
             if 0 < len(ids) <= PARITY_TOKENS:
                 asked.append({"messages": prompt.messages, "tools": prompt.tools, "text": text, "ids": ids})
-    asked = asked[:PARITY_PROMPTS]
+    asked = asked[:4]
     if max_new_tokens and asked:
         answers = generate(model, [item["ids"] for item in asked], chat.stop_ids, max_new_tokens)
         for item, answer in zip(asked, answers, strict=True):
             item |= {"answer_ids": answer.ids, "answer": chat.decode(answer.ids), "stopped": answer.stopped}
+    decoding = "greedy, float32; the ids of an answer do not include the stop id"
     return {
-        "weights": weights,
-        "decoding": "greedy, float32; the ids of an answer do not include the stop id",
-        "max_new_tokens": max_new_tokens,
-        "stop_ids": list(chat.stop_ids),
-        "prompts": asked,
-    }
+        "weights": weights, "decoding": decoding, "max_new_tokens": max_new_tokens,
+        "stop_ids": list(chat.stop_ids), "prompts": asked,
+    }  # fmt: skip
 
 
 def provenance_record(source: str, facts: Mapping[str, Any], out: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of provenance.json: `facts` of the export, its run, library versions, and the hash of every file.
-
-    Args:
-        source: the run, or the adapter in it.
-        known: size and SHA-256 of files that were hashed when they were written.
-    """
+    """The content of provenance.json: the export, its run, library versions, and every file's hash, some `known`."""
     names = sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith("."))
     files = {name: known.get(name) or hash_file(out / name) for name in names}
     return {**facts, "run": run_facts(source), "versions": library_versions(), "files": files}
@@ -97,16 +84,8 @@ def run_facts(source: str) -> dict[str, Any]:
 
 
 def model_card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base: Path, proven: Sequence[str]) -> str:
-    """README.md: the Hub's front matter, how to load the model, training settings and metrics.
-
-    Args:
-        facts: as in provenance.json.
-        run: from `run_facts`.
-        base: the base's directory, whose card may name a license.
-        proven: lines about what was verified.
-    """
-    name = facts["base"]["name"]
-    method = "qlora" if facts["quantization"] else "lora"
+    """README.md: the Hub's front matter, how to load the model, lines about what was verified, settings and metrics."""
+    name, method = facts["base"]["name"], "qlora" if facts["quantization"] else "lora"
     front: dict[str, Any] = {"library_name": LIBRARIES.get(form, "transformers"), "pipeline_tag": "text-generation"}
     if hub := hub_name(name, base):
         front |= {"base_model": hub, "base_model_relation": "finetune" if form == "hf" else "adapter"}
@@ -116,11 +95,10 @@ def model_card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base
     lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {Path(name).name}, fine-tuned", *proven]
     if form in USE:
         lines.append(f"```python\n{USE[form].format(base=hub or name)}\n```")
-    settings = run.get("config", {})
-    if settings:
-        training, lora = settings["training"], settings["lora"]
-        rows = [["method", method], ["rank", str(lora["rank"])], ["alpha", str(lora["alpha"])]]
-        rows += [["learning rate", str(training["learning_rate"])], ["seed", str(settings["system"]["seed"])]]
+    if settings := run.get("config"):
+        values = {name: settings["lora"][name] for name in ("rank", "alpha")}
+        values |= {"learning rate": settings["training"]["learning_rate"], "seed": settings["system"]["seed"]}
+        rows = [[name, str(value)] for name, value in {"method": method, **values}.items()]
         lines.append("## Training\n\n" + markdown_table(["setting", ""], rows))
     metrics = run.get("metrics", {})
     if "tuned" in metrics:
@@ -157,13 +135,7 @@ def license_of(base: Path) -> str | None:
 
 
 def push(out: Path, repository: str) -> str:
-    """Upload a finished directory to the Hub, to a private repository if it is new; return its URL.
-
-    The token is the Hub client's: HF_TOKEN, or from `hf auth login`.
-
-    Raises:
-        UserError: the upload failed; the directory stays.
-    """
+    """Upload a finished directory to the Hub, to a private repository if it is new; return its URL."""
     from huggingface_hub import HfApi, get_token
 
     api = HfApi()

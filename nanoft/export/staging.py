@@ -21,12 +21,8 @@ PROGRESS = ".finished.json"  # beside finished shards: size and SHA-256 of each
 def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] = os.rename) -> Iterator[Path]:
     """Yield a staging directory that becomes `out` at the end, or is removed if anything fails.
 
-    Args:
-        key: identifies the content. After an interruption (Ctrl-C, a signal, power), the shards that `PROGRESS` names
-            stay, and the next call with this key continues from them; a call with another key removes them.
-        place: moves the content of the staging directory to `out`.
-    Raises:
-        UserError: `out` exists, or cannot be created, or another process is writing it.
+    After an interruption (Ctrl-C, a signal, power), the shards that `PROGRESS` names stay; the next call with this key
+    continues from them, one with another key removes them. `place` moves the content of the directory to `out`.
     """
     require_new(out)
     created = [parent for parent in out.parents if not parent.exists()]
@@ -40,7 +36,12 @@ def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] 
         staging.mkdir(parents=True, exist_ok=True)
         with _locked(staging, out):
             try:
-                _keep_finished(staging)
+                finished = read_progress(staging)
+                for path in staging.iterdir():  # what an interrupted call left, except its finished shards
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif path.name not in finished and path.name != PROGRESS:
+                        path.unlink()
                 yield staging
                 (staging / PROGRESS).unlink(missing_ok=True)
                 sync_directory(staging)
@@ -64,7 +65,7 @@ def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] 
 
 def require_new(out: str | Path) -> None:
     if os.path.lexists(out):
-        raise UserError(f"--out: {out}: exists already: choose another name or remove it")
+        raise UserError(f"--out: {out}: already exists: choose another name or remove it")
 
 
 @contextmanager
@@ -80,23 +81,12 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _keep_finished(staging: Path) -> None:
-    """Remove what an interrupted call left, except its finished shards."""
-    finished = read_progress(staging)
-    for path in staging.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in finished and path.name != PROGRESS:
-            path.unlink()
-
-
 def read_progress(staging: Path) -> dict[str, Any]:
     """Size and SHA-256 of each finished shard; none if the file is missing or damaged."""
-    try:
+    with suppress(OSError, ValueError):
         found = json.loads((staging / PROGRESS).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 @contextmanager

@@ -1,17 +1,12 @@
 """A decoder whose weight matrices stay on the disk.
 
-A 7B model in float32 takes 28 GB; merging an adapter into it, verifying the result and asking it a question need no
-more than a few rows of one matrix at a time. A linear layer here reads its weight in slabs of rows whenever it is
-called, multiplies, and drops them:
+A 7B model in float32 takes 28 GB, but merging an adapter into it and verifying the result need only a few rows of one
+matrix at a time. A linear layer here reads its weight in slabs of rows whenever it is called, multiplies, drops them:
 
     y[:, rows] = x W[rows]^T
 
-The rest of the decoder is the ordinary one, adapters attach to it as to any other, and its answers are the same. Each
-pass reads the whole model again, so many tokens should go through in one pass.
-
-`Weights` says what is read: a model's files; or those quantized and dequantized, as an adapter was trained on them; or
-either with an adapter merged in and rounded. Merging writes the last kind to files; a decoder on it tries a merge
-without writing it.
+Each pass reads the whole model, so many tokens should go through in one. `Weights` says what is read: a model's files;
+or those quantized and dequantized, as in training; or either with an adapter merged in and rounded, as files get it.
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ from torch import Tensor, nn
 
 from nanoft.lora import LoRALinear
 from nanoft.model import Decoder, DecoderConfig
-from nanoft.models.model_files import ModelFiles
+from nanoft.models.model_files import ModelFiles, Quantization
 from nanoft.models.weights import WeightFiles, is_block_linear, open_weights
 from nanoft.nf4 import quantize
 
@@ -44,11 +39,11 @@ class Rows(Protocol):
     def config(self) -> DecoderConfig: ...
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # of every weight, in the files' order
 
-    def rows(self, name: str) -> Iterator[Tensor]: ...
+    def rows(self, name: str) -> Iterator[Tensor]: ...  # a weight in slabs from the top, (some rows, ...)
 
-    def row(self, name: str, number: int) -> Tensor: ...
+    def row(self, name: str, number: int) -> Tensor: ...  # of an embedding, (1, hidden)
 
     def whole(self, name: str) -> Tensor: ...
 
@@ -59,26 +54,26 @@ class Weights:
 
     config: DecoderConfig
     files: WeightFiles
-    quantization: tuple[str, bool] | None = (
-        None  # quantize the linear layers of the blocks in this form, and dequantize
-    )
+    quantization: Quantization | None = None  # quantize the linears of the blocks in this form, and dequantize
     unpacked: torch.dtype = torch.float32  # dtype of a dequantized weight
     adapters: Mapping[str, LoRALinear] = field(default_factory=dict)  # merged in
     dtype: torch.dtype = torch.float32  # of the rows: computed in float32, rounded once
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight, in the files' order."""
         return self.files.shapes
 
     def rows(self, name: str) -> Iterator[Tensor]:
-        """A weight in slabs of rows, (some rows, ...) in `dtype`."""
         place, _, part = name.rpartition(".")
         adapter = self.adapters.get(place)
         if adapter is not None and part == "bias" and adapter.bias is not None:
             yield adapter.bias.detach().to(self.dtype)
             return
-        shape, whole = self.shapes[name], self._dequantized(name)
+        shape, whole = self.shapes[name], None
+        if self.files.is_packed(name):
+            whole = self.files.read_packed(name, self.unpacked, torch.device("cpu")).dequantize()  # (out, in)
+        elif self.quantization and not self.files.stored and is_block_linear(name):
+            whole = quantize(self.files.read(name), self.quantization, self.unpacked).dequantize()
         step = max(1, SLAB // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
@@ -87,16 +82,8 @@ class Weights:
                 slab = adapter.merged(slab.float(), rows)
             yield slab.to(self.dtype)
 
-    def _dequantized(self, name: str) -> Tensor | None:
-        """A quantized weight dequantized, (out, in); None for one that is used as it is stored."""
-        if self.files.is_packed(name):
-            return self.files.read_packed(name, self.unpacked, torch.device("cpu")).dequantize()
-        if self.quantization and not self.files.stored and is_block_linear(name):
-            return quantize(self.files.read(name), self.quantization, self.unpacked).dequantize()
-        return None
-
     def row(self, name: str, number: int) -> Tensor:
-        """One row of an embedding, (1, hidden): a copy, since a view keeps the mapped pages around it in memory."""
+        """A copy, since a view keeps the mapped pages around it in memory."""
         return self.files.headers[name].read(name, slice(number, number + 1)).to(self.dtype, copy=True)
 
     def whole(self, name: str) -> Tensor:
@@ -105,13 +92,9 @@ class Weights:
 
 
 def open_rows(
-    directory: Path, quantization: tuple[str, bool] | None = None, unpacked: torch.dtype = torch.float32
+    directory: Path, quantization: Quantization | None = None, unpacked: torch.dtype = torch.float32
 ) -> Weights:
-    """The weights of a Hugging Face directory.
-
-    Raises:
-        UserError: missing, unexpected or mis-shaped tensors, all listed; damaged files; unknown architecture.
-    """
+    """The weights of a Hugging Face directory; raises what `open_weights` does."""
     base = ModelFiles.read(directory)
     with torch.device("meta"):
         blank = Decoder(base.decoder)

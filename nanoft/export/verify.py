@@ -2,8 +2,7 @@
 
 Before a merged model gets its name, its logits are compared with those of base + adapter on real prompts, in float32 on
 the CPU. `compare_bases` also measures which base the merged model should have: perplexity and KL divergence of the
-merge onto the original weights and onto the quantized ones, against the model as it was trained. Models are read from
-disk, so many tokens go through in one pass.
+merge onto the original weights and onto the quantized ones, against the model as it was trained.
 """
 
 from __future__ import annotations
@@ -13,9 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nanoft import UserError
 from nanoft.batches import Sample
@@ -24,13 +26,12 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
 from nanoft.evaluation.evaluate import Prompt, held_out_prompts
 from nanoft.evaluation.held_out import print_warning
-from nanoft.export.adapters import open_adapter
-from nanoft.export.merge import Onto, weights_of
-from nanoft.export.streaming import StreamedDecoder, open_rows
+from nanoft.export.merge import Onto, open_adapter, weights_of
+from nanoft.export.streaming import Rows, StreamedDecoder, open_rows
 from nanoft.io.tables import markdown_table
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.models.model_files import stored_dtype
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel, TrainedAdapter, is_run
 from nanoft.perplexity import safe_exp
 
@@ -42,7 +43,6 @@ PROMPTS = 8
 VERIFY_TOKENS = 4096  # held-out tokens of --verify; an eighth of it without
 PROOF_TOKENS = 64  # of each prompt: every weight contributes to any token
 PASS_TOKENS = 640  # tokens of one forward pass, which reads all weights
-LOGIT_ROWS = 64  # positions whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,14 @@ class Agreement:
 def hidden_states(model: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
     """Last hidden states of all positions of all rows, concatenated, (tokens, hidden)."""
     found: list[Tensor] = []
-    start = 0
-    while start < len(rows):
-        stop = start + 1
-        while stop < len(rows) and (stop + 1 - start) * max(map(len, rows[start : stop + 1])) <= PASS_TOKENS:
-            stop += 1
-        group = rows[start:stop]
-        ids = torch.zeros(len(group), max(map(len, group)), dtype=torch.int64)
-        for at, row in enumerate(group):
-            ids[at, : len(row)] = torch.tensor(row)  # padding on the right, which no token attends to
-        hidden = model(ids)  # (batch, longest, hidden)
-        found += [hidden[at, : len(row)] for at, row in enumerate(group)]
-        start = stop
+    while rows:
+        count = 1  # rows of this pass
+        while count < len(rows) and (count + 1) * max(map(len, rows[: count + 1])) <= PASS_TOKENS:
+            count += 1
+        group, rows = rows[:count], rows[count:]
+        # Padding is on the right, where no token attends to it.
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in group], batch_first=True)
+        found += [hidden[: len(row)] for hidden, row in zip(model(ids), group, strict=True)]
     return torch.cat(found)
 
 
@@ -94,12 +90,11 @@ def hidden_states(model: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
 def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden: Tensor, targets: Tensor) -> Agreement:
     """Compare two models' predictions from their last hidden states, (tokens, hidden), some positions at a time.
 
-    Args:
-        targets: the next token of each position, (tokens,); -1 where it does not count for perplexity.
+    `targets` are from `next_tokens`.
     """
     farthest, total, squares, numbers = 0.0, 0.0, 0.0, 0
     same, divergence, nats, wanted_nats, count = 0, 0.0, 0.0, 0.0, int((targets >= 0).sum())
-    for rows in (slice(at, at + LOGIT_ROWS) for at in range(0, len(targets), LOGIT_ROWS)):
+    for rows in torch.arange(len(targets)).split(64):
         found, wanted = model.logits(hidden[rows]), wanted_model.logits(wanted_hidden[rows])  # (n, vocab)
         difference = (found - wanted).abs().nan_to_num(nan=math.inf)  # inf - inf: a weight overflowed
         farthest = max(farthest, difference.max().item())
@@ -109,10 +104,8 @@ def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden
         same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
         found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
         divergence += (wanted.exp() * (wanted - found)).sum().item()  # sum p log(p / q)
-        targeted = targets[rows] >= 0
-        chosen = targets[rows][targeted][:, None]
-        nats -= found[targeted].gather(1, chosen).double().sum().item()
-        wanted_nats -= wanted[targeted].gather(1, chosen).double().sum().item()
+        nats += F.nll_loss(found.double(), targets[rows], ignore_index=-1, reduction="sum").item()
+        wanted_nats += F.nll_loss(wanted.double(), targets[rows], ignore_index=-1, reduction="sum").item()
     spread = math.sqrt(max(0.0, squares - total * total / numbers) / max(1, numbers - 1))
     perplexities = [safe_exp(n / count) if count else math.nan for n in (nats, wanted_nats)]
     return Agreement(farthest, spread, same / len(targets), max(0.0, divergence / len(targets)), *perplexities)
@@ -121,13 +114,9 @@ def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden
 def next_tokens(rows: Sequence[Sequence[int]], targeted: Sequence[Sequence[bool]] | None = None) -> Tensor:
     """The next token of each position, (tokens,); -1 at the end of a row, and where the next token is no target."""
     found: list[int] = []
-    for at, row in enumerate(rows):
-        counts = [True] * len(row) if targeted is None else targeted[at]
+    for row, counts in zip(rows, targeted or [[True] * len(row) for row in rows], strict=True):
         found += [token if is_target else -1 for token, is_target in zip(row[1:], counts[1:], strict=True)] + [-1]
     return torch.tensor(found)
-
-
-# ---- What models are compared on
 
 
 def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Prompt]]:
@@ -145,8 +134,7 @@ def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Promp
 def proof_prompts(chat: ChatTokenizer, samples: Sequence[Sample]) -> list[list[int]]:
     """Token ids to verify a merge on: a few plain texts, and a few samples of the run."""
     ids = [chat.tokenizer.encode(text).ids for text in PLAIN_TEXTS]
-    ids += [sample.ids.tolist() for sample in samples[:PROMPTS]]
-    return [row for row in ids if row]
+    return [row for row in ids + [sample.ids.tolist() for sample in samples[:PROMPTS]] if row]
 
 
 def describe_weights(opened: LoadedModel, merged: bool) -> str:
@@ -157,68 +145,54 @@ def describe_weights(opened: LoadedModel, merged: bool) -> str:
     return f"the adapter on its base in {form}; on another base answers may differ"
 
 
-# ---- A merged model against base + adapter
+def verify_merge(opened: LoadedModel, merged: Path, prompts: Sequence[list[int]], dtype: torch.dtype) -> Proof:
+    """Compare the logits of a merged directory, in `dtype`, with those of base + adapter; see `prove`."""
+    return prove(opened, open_rows(merged), prompts, TOLERANCE[dtype])
 
 
-def verify_merge(opened: LoadedModel, merged: Path, prompts: list[list[int]], dtype: torch.dtype) -> Proof:
-    """Compare the logits of a merged directory with those of base + adapter.
+def prove(opened: LoadedModel, merged: Rows, prompts: Sequence[list[int]], tolerance: float) -> Proof:
+    """Compare the logits of merged weights with those of base + adapter, in float32, on `PROOF_TOKENS` of each prompt.
 
-    Args:
-        prompts: token ids, none empty, at least one; the first `PROOF_TOKENS` of each are used.
-        dtype: of the merged weights.
+    `tolerance` is the allowed difference, as a share of the logits' standard deviation.
     """
-    rows = [ids[:PROOF_TOKENS] for ids in prompts]
-    targets = next_tokens(rows)
-    model, merged_model = opened.model, StreamedDecoder(open_rows(merged))
-    wanted = hidden_states(model, rows)
+    rows, model, merged_model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model, StreamedDecoder(merged)
+    targets, wanted = next_tokens(rows), hidden_states(model, rows)
     with disabled(opened.adapters):
         base = hidden_states(model, rows)
     effect = compare(model, base, model, wanted, targets).max_difference
     found = compare(merged_model, hidden_states(merged_model, rows), model, wanted, targets)
-    return Proof(found.max_difference, TOLERANCE[dtype] * found.spread, effect, found.same_top_token)
+    return Proof(found.max_difference, tolerance * found.spread, effect, found.same_top_token)
 
 
 def rounding_error(unmerged: Path, base: Path, merged: Path) -> str:
     """How far an unmerged model is from the base, and why."""
-    dtype = str(stored_dtype(merged)).removeprefix("torch.")
+    dtype = str(ModelFiles.read(merged).dtype()).removeprefix("torch.")
     why = f"the merged weights had been rounded to {dtype}, which cannot be undone"
     with suppress(UserError, KeyError):
-        ours, theirs, farthest = open_rows(unmerged), open_rows(base), 0.0
-        for name in theirs.shapes:
-            for a, b in zip(ours.rows(name), theirs.rows(name), strict=True):
-                farthest = max(farthest, (a - b).abs().max().item())
+        ours, theirs = open_rows(unmerged), open_rows(base)
+        pairs = ((a, b) for name in theirs.shapes for a, b in zip(ours.rows(name), theirs.rows(name), strict=True))
+        farthest = max((a - b).abs().max().item() for a, b in pairs)
         return f"largest difference of a weight from {base}: {farthest:.2g} ({why})"
     return f"note: {why}; the base is not available for comparison"
-
-
-# ---- Which base to merge onto
 
 
 def compare_bases(
     adapter: TrainedAdapter, dtype: torch.dtype, chat: ChatTokenizer, samples: Sequence[Sample], limit: int
 ) -> tuple[dict[Onto, Agreement], int]:
-    """How close each possible merge is to the model as it was trained, without writing it.
+    """How close each possible merge, in `dtype`, is to the model as it was trained, without writing it.
 
-    Args:
-        dtype: of the merged weights.
-        samples: held-out samples, of which so many are used that they reach `limit` tokens; none: plain texts.
-    Returns:
-        By base, `original` and, if the adapter was trained on a quantized one, `nf4`; and the number of tokens.
+    So many held-out samples are used that they reach `limit` tokens; without any, plain texts. Returns the figures by
+    base, and the number of tokens.
     """
-    rows: list[list[int]] = []
-    targeted: list[list[bool]] = []
-    for sample in samples:
-        if sum(map(len, rows)) < limit:
-            rows.append(sample.ids.tolist())
-            targeted.append(sample.is_target.tolist())
+    before = np.cumsum([0, *(len(sample.ids) for sample in samples)])
+    used = [sample for sample, tokens in zip(samples, before, strict=False) if tokens < limit]
+    rows, targeted = [sample.ids.tolist() for sample in used], [sample.is_target.tolist() for sample in used]
     if not rows:
-        rows = [row for row in proof_prompts(chat, []) if len(row) > 1]
-        targeted = [[True] * len(row) for row in rows]
+        rows, targeted = [row for row in proof_prompts(chat, []) if len(row) > 1], []
     trained = open_adapter(adapter, "nf4")
     wanted, targets = hidden_states(trained.model, rows), next_tokens(rows, targeted)
-    bases: tuple[Onto, ...] = ("original", "nf4") if adapter.quantization else ("original",)
     found: dict[Onto, Agreement] = {}
-    for onto in bases:
+    for onto in get_args(Onto) if adapter.quantization else ("original",):
         merged = StreamedDecoder(replace(weights_of(trained, onto), adapters=trained.adapters, dtype=dtype))
         found[onto] = compare(merged, hidden_states(merged, rows), trained.model, wanted, targets)
     return found, sum(map(len, rows))

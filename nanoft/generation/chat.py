@@ -1,8 +1,8 @@
 """`python -m nanoft chat`: one answer, a conversation in the terminal, or one answer per line of a pipe.
 
-The conversation is kept as messages and rendered with the training template each time, so the model sees the format it
-was trained on. Text is shown as its tokens arrive; a character whose bytes span several tokens waits until it is
-complete. When a conversation outgrows the model's context, the oldest questions are dropped, with a note.
+The messages are rendered with the training template each time. Text is shown as its tokens arrive; a character whose
+bytes span several tokens waits until it is complete. When a conversation outgrows the model's context, the oldest
+questions are dropped, with a note.
 """
 
 from __future__ import annotations
@@ -69,11 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_sampling(args: argparse.Namespace) -> Sampling:
-    """The command's sampling options.
-
-    Raises:
-        UserError: one is out of range, or has no effect.
-    """
+    """The command's sampling options; a UserError for one that is out of range or has no effect."""
     ranges = {
         "max_new_tokens": (args.max_new_tokens >= 1, ">= 1"),
         "temperature": (0 <= args.temperature < math.inf, "a number >= 0"),
@@ -94,8 +90,7 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
 
 def stream_text(chat: ChatTokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Text as its tokens arrive; the pieces concatenate to the decoded ids."""
-    so_far: list[int] = []
-    text, shown = "", 0  # `shown` characters of the text have been yielded
+    so_far, text, shown = list[int](), "", 0  # `shown` characters of the text have been yielded
     for token in ids:
         so_far.append(token)
         text = chat.decode(so_far)
@@ -110,39 +105,20 @@ class ChatSession:
     """A conversation, and the commands that control it."""
 
     def __init__(
-        self,
-        chat: ChatTokenizer,
-        generate: Generate,
-        adapters: dict[str, LoRALinear],
-        with_base: bool,
-        context: float,
-        max_new_tokens: int,
-        system: str | None,
-    ):
-        """
-        Args:
-            adapters: switched off for the base model's answers.
-            with_base: show the base model's answer to every question, too.
-            context: maximum number of tokens of prompt and answer together.
-        """
+        self, chat: ChatTokenizer, generate: Generate, adapters: dict[str, LoRALinear], with_base: bool,
+        context: float, max_new_tokens: int, system: str | None,
+    ):  # fmt: skip
+        """Show the base model's answers, too, if `with_base`; prompt and answer fit into `context` tokens."""
         self.chat, self.generate, self.adapters, self.with_base = chat, generate, adapters, with_base
         self.context, self.max_new_tokens = context, max_new_tokens
         self.in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.messages: list[Message] = []
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
-        """Start a new conversation."""
-        self.messages = [{"role": "system", "content": system}] if system else []
-
-    # ---- Answers
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def ask(self, question: str) -> None:
-        """Answer a question and add both to the conversation.
-
-        Raises:
-            UserError: it does not fit into the context, or the template rejects it; the conversation is unchanged.
-        """
+        """Answer a question and add both to the conversation, which a UserError leaves unchanged."""
         check_text("stdin", question)
         self.messages.append({"role": "user", "content": question})
         try:
@@ -175,8 +151,7 @@ class ChatSession:
 
     def show_answer(self, generate: Generate, prompt: list[int], limit: int, name: str) -> str:
         """Show an answer as it is generated, and return it; in a terminal, Ctrl-C stops it."""
-        ids: list[int] = []
-        pieces: list[str] = []
+        ids, text = list[int](), ""
 
         def recorded() -> Iterator[int]:
             for token in generate(prompt, limit):
@@ -187,7 +162,7 @@ class ChatSession:
         try:
             for piece in stream_text(self.chat, recorded()):
                 self.show(piece)
-                pieces.append(piece)
+                text += piece
         except KeyboardInterrupt:
             if not self.in_terminal:
                 raise
@@ -196,17 +171,14 @@ class ChatSession:
             note(f"truncated: the model's context of {self.context} tokens is full")
         elif len(ids) == limit and self.in_terminal:
             note(f"truncated after {limit} tokens (--max-new-tokens)")
-        return "".join(pieces)
+        return text
 
     def generate_base(self, prompt: list[int], limit: int) -> Iterator[int]:
-        """`generate` with the adapters switched off."""
         with disabled(self.adapters):
             yield from self.generate(prompt, limit)
 
     def show(self, text: str) -> None:
         print(CONTROLS.sub(INCOMPLETE, text) if self.in_terminal else text, end="", flush=True)
-
-    # ---- Lines
 
     def run(self) -> None:
         """Answer line by line until the input ends, /quit, or an empty line of a pipe."""
@@ -242,28 +214,21 @@ class ChatSession:
         return line if line or self.in_terminal else None
 
     def run_command(self, command: str, text: str = "") -> None:
-        """Run a line that starts with /."""
         if command == "/reset":
             first = self.messages[0] if self.messages else {}
             self.reset(first["content"] if first.get("role") == "system" else None)
         elif command == "/system":
             self.reset(text)
-        elif command == "/base":
-            self.show_base_answer()
-        else:
+        elif command != "/base":
             note(HELP if command == "/help" else f"{command}: unknown command\n{HELP}")
-
-    def show_base_answer(self) -> None:
-        """Show the base model's answer to the last question."""
-        if not self.adapters:
+        elif not self.adapters:
             note("there is no adapter to switch off")
         elif len(self.messages) < 2:
             note("no question yet")
         else:
             prompt = self.chat.encode_prompt(self.messages[:-1])
-            self.show_answer(
-                self.generate_base, prompt, int(min(self.context - len(prompt), self.max_new_tokens)), "base: "
-            )
+            limit = int(min(self.context - len(prompt), self.max_new_tokens))
+            self.show_answer(self.generate_base, prompt, limit, "base: ")
 
 
 def check_text(where: str, text: str) -> None:
@@ -273,5 +238,4 @@ def check_text(where: str, text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print a remark that is not part of the conversation."""
     print(text, file=sys.stderr, flush=True)

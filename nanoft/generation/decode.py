@@ -1,7 +1,7 @@
 """Decoding with a cache: one more token for every sequence, without a second pass over what was there.
 
-The prompts are read as training reads them, packed into one sequence, and each layer's keys and values are kept. After
-that a step is one position per sequence. Both run the blocks of nanoft/model.py; only their context differs.
+The prompts are read packed, as in training, and each layer's keys and values are kept. After that a step is one
+position per sequence. Both run the blocks of nanoft/model.py; only their context differs.
 
     k, v of the new position go into the cache;  y = softmax(q K^T / sqrt(d)) V  over what is there
 
@@ -50,8 +50,7 @@ class Decoding:
         self.model, self.device = model, model.head.device
         self.length = self.slots = 0  # slots in use, and there
         self.empty: list[int] = []  # slots before each prompt
-        self.keys: list[Tensor] = []  # of each layer, (b, g, slots, d)
-        self.values: list[Tensor] = []
+        self.keys, self.values = list[Tensor](), list[Tensor]()  # of each layer, (b, g, slots, d)
         self.is_fast = kernels.is_applied(model)
         self.prepacks = self.is_fast and not distributed.is_sharded() and should_prepack(model)
         self.head = prepacked(model.head, None) if self.prepacks else None
@@ -67,21 +66,18 @@ class Decoding:
 
     def blocks(self) -> Iterable[Callable[..., Tensor]]:
         """The blocks as functions; of a sharded model one after the other, each while its weights are gathered."""
-        return sharding.unsharded(list(self.model.model.layers), self._function) or self._functions
+        if distributed.is_sharded():
+            return sharding.unsharded(self.model.model.layers, self._function)
+        return self._functions
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (b, vocab)."""
         return self.model.logits(hidden) if self.head is None else self.head(hidden).float()
 
     def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
-        """Take in prompts, behind the sequences that are there, whose newest slot and theirs become the same.
+        """Take in prompts, none empty, whose last slot and the newest of the sequences that are there become the same.
 
-        Args:
-            prompts: token ids, none empty.
-            more: tokens that may follow each, and at most follow the sequences that are there.
-
-        Returns:
-            The last hidden state of each prompt, (prompts, n).
+        At most `more` tokens may follow each sequence. Returns the last hidden state of each prompt, (prompts, n).
         """
         longest = max(map(len, prompts))
         length = max(self.length, longest)
@@ -102,8 +98,7 @@ class Decoding:
         return hidden
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The prompts' last hidden states, (b, n), and each layer's keys and values, (b, g, longest, d), which end
-        in the same slot. The layers see them packed: none is padded, and none sees another."""
+        """Last hidden states, (b, n), and each layer's keys and values, (b, g, longest, d), ending in the same slot."""
         lengths = [len(prompt) for prompt in prompts]
         longest, ends = max(lengths), torch.tensor(lengths).cumsum(0)
         ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)  # (1, tokens)

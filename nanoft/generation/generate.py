@@ -1,12 +1,10 @@
 """Batched generation with a cache.
 
-Without a cache, the n-th token costs a forward pass over n tokens. With it, keys and values of earlier positions are
-kept, and each new token costs one position. Prompts of different lengths are read as training reads packed documents,
-one after another in a single sequence, so none is padded. After that, each forward pass adds one token to every answer.
-Finished answers leave the batch and waiting prompts take their places, so one long answer does not hold up a batch.
+Prompts of different lengths are read as training reads packed documents, so none is padded. After that, each forward
+pass adds one token to every answer; finished answers leave the batch and waiting prompts take their places, so one long
+answer does not hold up a batch.
 
-    generate(model, prompts, stop_ids, max_new_tokens)      all answers, complete
-    stream(model, prompts, stop_ids, max_new_tokens)        the new tokens of each step, as they come
+`generate` returns all answers, complete; `stream` yields the new tokens of each step, as they come.
 """
 
 from __future__ import annotations
@@ -32,20 +30,14 @@ class Answer:
 
 
 def generate(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    generator: torch.Generator | None = None,
-    batch_size: int | None = None,
+    model: Decoder, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int,
+    sampling: Sampling = GREEDY, generator: torch.Generator | None = None, batch_size: int | None = None,
     only: Sequence[int] | None = None,
-) -> list[Answer]:
-    """Continue every prompt until a stop id or `max_new_tokens`.
+) -> list[Answer]:  # fmt: skip
+    """Continue every prompt, of which none is empty, until a stop id or `max_new_tokens`.
 
     Args:
-        prompts: token ids, none empty.
-        generator: random numbers for sampling, on the CPU; None: torch's default generator.
+        generator: on the CPU; None: torch's default.
         batch_size: answers that are generated together; None: all.
         only: indices of the prompts to answer, with the random numbers they have among all prompts. None: all.
     """
@@ -61,15 +53,10 @@ def generate(
 
 @torch.inference_mode()
 def stream(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    generator: torch.Generator | None = None,
-    batch_size: int | None = None,
+    model: Decoder, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int,
+    sampling: Sampling = GREEDY, generator: torch.Generator | None = None, batch_size: int | None = None,
     only: Sequence[int] | None = None,
-) -> Iterator[list[tuple[int, int]]]:
+) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """Yields for each step the (index of the prompt, new token) pairs; a stop id is the last token of its answer."""
     stops, waiting = set(stop_ids), list(range(len(prompts)) if only is None else only) if max_new_tokens else []
     batch_size = batch_size or len(waiting)

@@ -71,20 +71,10 @@ class Sampler:
     """Chooses the next token of each row of a batch; remembers which tokens each row has seen."""
 
     def __init__(
-        self,
-        sampling: Sampling,
-        prompts: Sequence[Sequence[int]],
-        vocab: int,
-        steps: int,
-        device: torch.device,
+        self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab: int, steps: int, device: torch.device,
         generator: torch.Generator | None,
-    ):
-        """
-        Args:
-            prompts: of all answers; `join` says which are in the batch.
-            steps: maximum number of tokens of an answer.
-            generator: on the CPU, so that a seed gives the same on every device; None: torch's default.
-        """
+    ):  # fmt: skip
+        """For the prompts of all answers, of at most `steps` tokens; `generator` is on the CPU for equal seeds."""
         self.sampling, self.prompts, self.device = sampling, prompts, device
         self.noise: Tensor | None = None  # (prompts, steps)
         if sampling.temperature > 0:
@@ -96,7 +86,6 @@ class Sampler:
             self.seen = torch.zeros(0, vocab, dtype=torch.bool, device=device)
 
     def join(self, rows: Sequence[int]) -> None:
-        """Append rows for the prompts with these indices."""
         self.rows = torch.cat((self.rows, torch.tensor(rows, device=self.device)))
         self.lengths = F.pad(self.lengths, (0, len(rows)))
         if self.seen is not None:

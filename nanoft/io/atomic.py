@@ -1,7 +1,7 @@
 """Writing files so that a crash or a power loss leaves the old content or the new one, never a mixture.
 
-A new file is written and fsynced before anything refers to it; a small file is replaced by renaming a complete one over
-it; and a directory is fsynced after its entries change, because a file's fsync does not cover its name.
+A new file is fsynced before anything refers to it, a small file is replaced by renaming a complete one over it, and a
+directory is fsynced after its entries change, because a file's fsync does not cover its name.
 """
 
 from __future__ import annotations

@@ -10,13 +10,11 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from nanoft import UserError
 from nanoft.io.atomic import replace_file
 
 PIECE = 8 << 20  # bytes hashed at once
-MAX_REMEMBERED = 1000  # files
 SETTLED = 2_000_000_000  # nanoseconds; a file that was modified more recently may change again unnoticed
 
 
@@ -26,17 +24,12 @@ def hash_named_files(paths: Iterable[Path]) -> str:
     for path in paths:
         digest.update(path.name.encode() + b"\0")
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # updates it
     return digest.hexdigest()
 
 
 def hash_content(path: Path) -> str:
-    """SHA-256 over the size of a file and the hashes of its pieces, which are computed in parallel.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """SHA-256 over the size of a file and the hashes of its pieces, which are computed in parallel."""
 
     def hash_piece(start: int) -> bytes:
         with open(path, "rb") as stream:
@@ -56,14 +49,14 @@ def hash_remembered(files: Sequence[Path], memory: Path) -> str:
     """One SHA-256 over the `hash_content` of files; a file that did not change since is not read again.
 
     As git does it: size, inode, mtime and ctime in nanoseconds must all be equal, and the file must have been at rest
-    when it was hashed.
-
-    Args:
-        memory: a JSON file with the hashes of earlier calls.
-    Raises:
-        UserError: a file cannot be read.
+    when it was hashed. `memory` is a JSON file with the hashes of earlier calls.
     """
-    known, digests = _read_memory(memory), []
+    digests: list[str] = []
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    known = known if isinstance(known, dict) else {}
     for file in files:
         state, before = _state(file), known.get(os.path.abspath(file))
         if state is not None and isinstance(before, list) and before[:-1] == state:
@@ -74,7 +67,7 @@ def hash_remembered(files: Sequence[Path], memory: Path) -> str:
             known[os.path.abspath(file)] = [*state, digests[-1]]
     with contextlib.suppress(OSError):  # without it, the files are hashed again
         memory.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(memory, json.dumps(dict(list(known.items())[-MAX_REMEMBERED:])).encode())
+        replace_file(memory, json.dumps(dict(list(known.items())[-1000:])).encode())
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -86,11 +79,3 @@ def _state(file: Path) -> list[int] | None:
         return None  # hash_content raises
     at_rest = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] if at_rest else None
-
-
-def _read_memory(path: Path) -> dict[str, Any]:
-    try:
-        memory = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return memory if isinstance(memory, dict) else {}

@@ -4,9 +4,8 @@
     n bytes     JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
     the rest    the tensors' bytes, one after another, without gaps
 
-Such a file cannot run code, but its header can lie: about sizes, so that a reader allocates a terabyte; or with one
-name twice, so that two readers see two models. The safetensors library accepts duplicate names and headers of 100 MB,
-so the header is validated here before the library opens the file and before anything is allocated.
+Its header can lie: about sizes, so that a reader allocates a terabyte; or with one name twice, so that two readers see
+two models. The safetensors library accepts both, so the header is validated here before the library opens the file.
 """
 
 from __future__ import annotations
@@ -37,8 +36,6 @@ SAFETENSORS_DTYPES = {  # that are written
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-MAX_DIMENSIONS = 8
-FIELDS = {"dtype", "shape", "data_offsets"}
 Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> tensors by name
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
 
@@ -59,19 +56,33 @@ class TensorHeader:
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """The tensors of a file by name, in the order of their bytes, without reading them.
-
-    Raises:
-        UserError: no such file, a link that leaves its directory, or an invalid header.
-    """
+    """The tensors of a file by name, in the order of their bytes, without reading them."""
     try:
-        return _parse(path)
+        with open(resolve_file(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_JSON):
+                raise ValueError(f"not a safetensors file: a header of {length:,} bytes in a file of {size:,}")
+            table = parse_json(file.read(length), unique=True)
+        if not isinstance(table, dict):
+            raise ValueError("the header is not a JSON object")
+        metadata = table.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ is not an object of strings")
+        headers, end = {}, 0
+        for start, stop, name, form, shape in sorted(_entry(name, entry) for name, entry in table.items()):
+            if start != end:
+                raise ValueError(f"{name!r:.60} begins at byte {start:,} instead of {end:,}")
+            headers[name], end = TensorHeader(path, form, shape), stop
+        if end != size - 8 - length:
+            raise ValueError(f"the header describes {end:,} bytes of tensors, but the file has {size - 8 - length:,}")
+        return headers
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: corrupted ({error}): download or copy it again") from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, as views of it; raises as `read_header`."""
+    """All tensors of a file, as views of it."""
     headers = read_header(path)
     with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in headers}
@@ -87,36 +98,14 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: corrupted ({error}): download or copy it again") from None
 
 
-def _parse(path: Path) -> dict[str, TensorHeader]:
-    with open(resolve_file(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_JSON):
-            raise ValueError(f"not a safetensors file: a header of {length:,} bytes in a file of {size:,}")
-        table = parse_json(file.read(length), unique=True)
-    if not isinstance(table, dict):
-        raise ValueError("the header is not a JSON object")
-    metadata = table.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("__metadata__ is not an object of strings")
-    headers, end = {}, 0
-    for start, stop, name, form, shape in sorted(_entry(name, entry) for name, entry in table.items()):
-        if start != end:
-            raise ValueError(f"{name!r:.60} begins at byte {start:,} instead of {end:,}")
-        headers[name], end = TensorHeader(path, form, shape), stop
-    if end != size - 8 - length:
-        raise ValueError(f"the header describes {end:,} bytes of tensors, but the file has {size - 8 - length:,}")
-    return headers
-
-
 def _entry(name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
     """(first byte, end, name, dtype, shape) of a tensor; a ValueError if they are inconsistent."""
-    if not isinstance(entry, dict) or entry.keys() != FIELDS or not name.isprintable():
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"} or not name.isprintable():
         raise ValueError(f"{name!r:.60}: expected the fields dtype, shape and data_offsets")
     form, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(form, str) or form not in SIZES:
         raise ValueError(f"{name!r:.60}: unknown dtype {form!r:.20}")
-    if not isinstance(shape, list) or not isinstance(offsets, list) or len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(shape) > 8 or len(offsets) != 2:
         raise ValueError(f"{name!r:.60}: expected a shape and two offsets")
     if any(type(number) is not int or not 0 <= number < 2**63 for number in shape + offsets):
         raise ValueError(f"{name!r:.60}: a size or offset is not a non-negative 64-bit integer")
@@ -129,9 +118,7 @@ def _entry(name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
 def encode_safetensors(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time.
 
-    Args:
-        specs: dtype and shape of every tensor, by name.
-        read: returns a tensor by name, or its rows in parts; called once each, and only one is held.
+    `read` returns a tensor by name, or its rows in parts; it is called once each, and only one tensor is held.
     """
     ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -2,12 +2,8 @@
 
 A model, an adapter, a data set or a run directory may come from anyone. Its JSON may be nested 100,000 deep or be a
 pipe that never ends, its YAML may refer to itself until memory is full, its files may be links to a key in the home
-directory, and its regular expressions may run forever. So every small file is read here:
-
-- a plain file of bounded size inside its own directory (`read_bytes`)
-- values nested to a bounded depth, in any format (`parse_json`, `parse_yaml`)
-
-Text on its way out (an error, a log, a report) loses access tokens and control characters (`redact`, `one_line`).
+directory, and its regular expressions may run forever. So every small file is read here, within bounds, and text on its
+way out (an error, a log, a report) loses access tokens and control characters.
 """
 
 from __future__ import annotations
@@ -31,12 +27,8 @@ from nanoft import UserError
 MAX_JSON = 16 << 20  # bytes; an index of 90,000 tensors has 9 MB. Python objects take at most 25 times as much
 MAX_YAML = 100_000  # characters, which take PyYAML a second
 MAX_NODES = 10_000  # values of a YAML text with all aliases expanded
-MAX_DIGITS = 100  # of an integer in YAML
 MAX_DEPTH = 64  # of nested lists and objects
-MAX_LINE = 2000  # characters of an error
-CODE_FIELDS = ("auto_map", "trust_remote_code", "custom_pipelines")  # refer to Python code that comes with a model
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
-MIN_SECRET = 12  # characters; a shorter value is a placeholder, which may be an ordinary word
 # Hugging Face's tokens, W&B's, credentials in a URL (user:password@), and its token parameter.
 TOKEN = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bwandb_v\d+_\w{20,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|(?<=[?&]token=)[^&\s]+"
@@ -44,12 +36,7 @@ TOKEN = re.compile(
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON, confined: bool = True) -> bytes:
-    """The content of a plain file.
-
-    Args:
-        limit: maximum size in bytes; a larger file is a UserError.
-        confined: a link must stay in its directory, see `resolve_file`.
-    """
+    """The content of a plain file of at most `limit` bytes; if `confined`, a link must stay in its directory."""
     try:
         found = resolve_file(path) if confined else path
         if not found.is_file():  # a pipe would never end
@@ -66,8 +53,7 @@ def read_bytes(path: Path, limit: int = MAX_JSON, confined: bool = True) -> byte
 def resolve_file(path: Path) -> Path:
     """Resolve links, which must stay in the file's directory: others could lead to any file that the user may read.
 
-    In the Hub's cache, models--x--y/snapshots/<revision>/<file> is a link into models--x--y/blobs. Raises a UserError
-    for what is missing, not a plain file, or a link that leads elsewhere.
+    In the Hub's cache, models--x--y/snapshots/<revision>/<file> is a link into models--x--y/blobs.
     """
     try:
         real, home = path.resolve(strict=True), path.parent.resolve()
@@ -96,12 +82,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def refuse_code(config: dict[str, Any]) -> None:
     """Raise a UserError if a config.json or tokenizer_config.json refers to Python code of its model."""
-    for name in CODE_FIELDS:
+    for name in ("auto_map", "trust_remote_code", "custom_pipelines"):
         if config.get(name):
-            raise UserError(
-                f"{name}: {config[name]!r:.100}: this model brings Python code of its own, which nanoft never runs: "
-                "if it works without that code, remove the field"
-            )
+            code = "this model brings Python code of its own, which nanoft never runs"
+            raise UserError(f"{name}: {config[name]!r:.100}: {code}: if it works without that code, remove the field")
 
 
 def parse_json(content: bytes, unique: bool = False) -> Any:
@@ -157,17 +141,14 @@ def _measure(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[fl
         parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
         sizes = [_measure(part, known) for part in parts]
         known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((height for _, height in sizes), default=0)
-        if node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
+        if node.tag.endswith(":int") and len(node.value) > 100:
             raise ValueError(f"a number of {len(node.value):,} digits")
     return known[id(node)]
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Interrupt the block, which may be a regular expression, with a UserError after this time.
-
-    There is no limit in other threads than the main one, which alone receives signals.
-    """
+    """Interrupt the block, which may be a regular expression, with a UserError; in the main thread only."""
 
     def too_late(_number: int, _frame: FrameType | None) -> None:
         raise UserError(f"{what}: takes longer than {seconds:g} seconds: simplify it")
@@ -188,7 +169,7 @@ def redact(text: str) -> str:
     """Replace access tokens, from the environment or by their form, with ***."""
     for name in SECRETS:
         value = os.environ.get(name, "")
-        if len(value) >= MIN_SECRET:
+        if len(value) >= 12:  # a shorter value is a placeholder, which may be an ordinary word
             text = text.replace(value, "***")
     return TOKEN.sub("***", text)
 
@@ -196,5 +177,5 @@ def redact(text: str) -> str:
 def one_line(error: object) -> str:
     """An error as one line for the terminal: redacted, without control characters, of bounded length."""
     text = redact(" ".join(str(error).split()))
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:MAX_LINE])
-    return shown + (" ..." if len(text) > MAX_LINE else "")
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:2000])
+    return shown + (" ..." if len(text) > 2000 else "")

@@ -2,15 +2,13 @@
 
 `apply` installs them at three seams: the class of a block (`FastBlock`: the same modules, linears computed in groups),
 the context of a forward pass (`FastContext`: attention without masks), and the twin of a block for generation
-(decode.py). What a kernel does not know, by its exact type, is left to the reference.
-
-The core is meant to be edited, and an optimized form of what it said before would silently ignore the edit. So `apply`
-first compares the two on a toy model (`verify`), and where they differ, the reference is used.
+(decode.py). What a kernel does not know, by its exact type, is left to the reference. An edit of the core would be
+ignored silently, so `apply` first compares the two on a toy model, and where they differ, the reference is used.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +22,6 @@ from nanoft.kernels.decode import FastCacheContext, twin
 from nanoft.lora import inject_lora, linears_of, matches_target
 from nanoft.model import Decoder, DecoderConfig
 
-TOLERANCE = 1e-7  # relative, in float64
 # The toy batch: two sequences of six tokens, as two documents or packed with three.
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5]])
@@ -34,19 +31,16 @@ DOCUMENTS = Documents((4, 2, 6), torch.tensor([0, 4, 6, 12], dtype=torch.int32))
 def apply(model: Decoder, lora: LoRAConfig | None = None) -> str:
     """Make every block fast that the kernels support, after injection and quantization, before compiling and sharding.
 
-    Args:
-        lora: settings of the model's adapters; None: it has none.
-    Returns:
-        A warning if the kernels do not compute what the core says, and so the reference is used; else "".
+    `lora` are the settings of its adapters, if there are any. Returns a warning if the kernels do not compute what the
+    core says, and so the reference is used; else "".
     """
     if difference := verify(model.config, lora):
         return f"the kernels do not compute what the core says ({difference}): the reference path is used instead"
-    install(model)
+    _install(model)
     return ""
 
 
-def install(model: Decoder) -> None:
-    """The same without a look whether the results are those of the core."""
+def _install(model: Decoder) -> None:
     for block in model.model.layers:
         if supports(block):
             block.__class__ = FastBlock
@@ -64,34 +58,26 @@ def describe(model: Decoder) -> str:
 
 
 def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
-    """One step of a toy model with the same switches and adapters, in float64, by the core and by the kernels.
+    """What differs first in a step of a float64 toy model, taken by the core and by the kernels; "" if nothing does.
 
     It covers neither dropout nor quantized weights, nor kernels of another device.
-
-    Returns:
-        What differs first; "" if nothing does.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _toy(config, lora)
         expected = _step(model)
-        install(model)
-        found = _step(model)
-        with torch.no_grad():
-            found["answers"], expected["answers"] = _answer(model), expected["hidden states"]
-    for name, tensor in found.items():
-        if not (tensor - expected[name]).norm() <= TOLERANCE * expected[name].norm():
-            return name
-    return ""
+        _install(model)
+        found = _step(model) | {"answers": _answer(model)}
+        expected["answers"] = expected["hidden states"]
+    bounds = {name: 1e-7 * tensor.norm() for name, tensor in expected.items()}
+    return next((name for name in found if not (found[name] - expected[name]).norm() <= bounds[name]), "")
 
 
 def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
     """A model of two layers with the same switches, every trained parameter away from its start."""
     sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
     sizes |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
-    for field in fields(config):
-        if isinstance(value := getattr(config, field.name), tuple):  # a value per layer
-            sizes[field.name] = value[0], value[-1]
+    sizes |= {name: (value[0], value[-1]) for name, value in vars(config).items() if isinstance(value, tuple)}
     sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
     model = Decoder(replace(config, **sizes))
     _perturb(model)
@@ -114,7 +100,7 @@ def _perturb(model: Decoder) -> None:
 
 
 def _step(model: Decoder) -> dict[str, Tensor]:
-    """Hidden states of two sequences, and the gradients of a step on them and on packed documents, by parameter."""
+    """Hidden states of two sequences and of packed documents, and the gradients of a step on both, by parameter."""
     with torch.enable_grad():
         hidden = model(IDS)
         packed = model(IDS, POSITIONS, DOCUMENTS, target_positions=torch.tensor([1, 2, 6, 9]))
@@ -125,6 +111,7 @@ def _step(model: Decoder) -> dict[str, Tensor]:
     return {"hidden states": hidden.detach(), "packed": packed.detach(), **named}
 
 
+@torch.no_grad()
 def _answer(model: Decoder) -> Tensor:
     """The hidden states of the two sequences once more, token by token, as in generation."""
     blocks, (batch, length), c = [twin(block, False) for block in model.model.layers], IDS.shape, model.config

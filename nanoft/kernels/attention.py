@@ -3,8 +3,7 @@
 The weights of all pairs are never kept, so memory grows with the length and not with its square. On CUDA one kernel
 does that (FlashAttention, Dao 2023), with a form for packed documents of any lengths. Elsewhere packed documents of
 similar length are batched, which costs the sum of their squared lengths; a mask costs the square of the sum.
-Where PyTorch has no such kernel (a window, Metal), or only a slow one (bfloat16 on a CPU), `_Chunked` evaluates the
-formula in plain operations, a chunk of queries at a time.
+Where PyTorch has no such kernel, or only a slow one, `_Chunked` evaluates the formula a chunk of queries at a time.
 
 Notation in comments: b batch, q and k positions that ask and answer, h query heads, g key/value heads, d head size.
 """
@@ -28,14 +27,9 @@ from nanoft.model import SelfAttention
 SIMILAR = 0.8  # documents of at least this share of the longest one's length are batched with it
 CHUNK = 256  # queries at a time in `_Chunked`: their weights fit into a CPU's cache
 
-Group = tuple[Tensor, Tensor]  # positions of some documents' tokens, (n, width); which of them are real, (tokens,)
-
 
 class FastContext(SequenceContext):
-    """A `SequenceContext` with a rotation in two passes and an attention without masks, for `SelfAttention` alone.
-
-    A subclass of that layer may mean something else by its call, so it gets the reference.
-    """
+    """A `SequenceContext` with a rotation in two passes and an attention without masks, for exactly `SelfAttention`."""
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling() or not is_known(layer):  # the compiler fuses the formula itself
@@ -45,12 +39,7 @@ class FastContext(SequenceContext):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         if not is_known(layer):
             return super().attend(q, k, v, layer)
-        groups = None if self.documents is None or has_varlen(q, layer.window) else self._groups
-        return attend(q, k, v, layer.window, self.documents, groups)
-
-    @functools.cached_property
-    def _groups(self) -> list[Group]:
-        return [] if self.documents is None else group_documents(self.documents)
+        return attend(q, k, v, layer.window, self.documents)
 
     @classmethod
     def describe(cls, q: Tensor, window: int | None, packed: bool) -> str:
@@ -72,32 +61,26 @@ def is_known(layer: Any) -> bool:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # nothing to fuse with it, and its lengths keep changing
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    documents: Documents | None = None,
-    groups: list[Group] | None = None,
-) -> Tensor:
-    """Causal attention of q, (b, q, h, d), to k and v, (b, q, g, d), h a multiple of g: (b, q, h, d).
-
-    Args:
-        window: how many positions back a query sees, its own among them; None: all of them.
-        documents: of a packed batch; None: each sequence is one.
-        groups: the same documents as `group_documents` gives them, if they are known.
-    """
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Documents | None = None) -> Tensor:
+    """Causal attention of q, (b, q, h, d), to k and v, (b, q, g, d), h a multiple of g: (b, q, h, d)."""
     window = None if window is None or window >= q.shape[1] else window
     if documents is None:
         return _causal(q, k, v, window)
     flat = [part.flatten(0, 1) for part in (q, k, v)]  # (b * q, heads, d): the sequences end to end
     if has_varlen(q, window):
         return _varlen(flat, documents, window).view_as(q)
-    return _by_groups(flat, groups or group_documents(documents), window).view_as(q)
+    groups, outputs = group_documents(documents), []
+    for places, real in groups:
+        ours = [part.index_select(0, places.flatten()).unflatten(0, places.shape) for part in flat]
+        within = None if window is None or window >= places.shape[1] else window
+        outputs.append(_causal(ours[0], ours[1], ours[2], within).flatten(0, 1).index_select(0, real))
+    order = torch.cat([places.flatten()[real] for places, real in groups]).argsort()
+    return torch.cat(outputs).index_select(0, order).view_as(q)
 
 
-def group_documents(documents: Documents) -> list[Group]:
-    """Batches of documents of similar length, on their device.
+@functools.lru_cache(maxsize=1)  # once for all layers
+def group_documents(documents: Documents) -> list[tuple[Tensor, Tensor]]:
+    """Batches of documents of similar length: positions of their tokens, (n, width); which of them are real, (tokens,).
 
     A document that is shorter than its batch is continued by the next one: nothing in it sees what comes after it.
     """
@@ -115,19 +98,8 @@ def group_documents(documents: Documents) -> list[Group]:
     return [(places.to(device), real.to(device)) for places, real in groups]
 
 
-def _by_groups(flat: list[Tensor], groups: list[Group], window: int | None) -> Tensor:
-    """Documents of similar length as one batch, (tokens, h, d)."""
-    outputs = []
-    for places, real in groups:
-        q, k, v = (part.index_select(0, places.flatten()).unflatten(0, places.shape) for part in flat)
-        within = None if window is None or window >= places.shape[1] else window
-        outputs.append(_causal(q, k, v, within).flatten(0, 1).index_select(0, real))
-    order = torch.cat([places.flatten()[real] for places, real in groups]).argsort()
-    return torch.cat(outputs).index_select(0, order)
-
-
 def _needs_chunks(q: Tensor, window: int | None) -> bool:
-    """PyTorch's kernels know no windows, Metal's no backward, and a CPU's is slow in bfloat16."""
+    """PyTorch's kernels know no windows, Metal's keeps all weights, and a CPU's is slow in bfloat16."""
     return window is not None or metal.needs_chunks(q) or (q.device.type == "cpu" and q.dtype == torch.bfloat16)
 
 
@@ -140,12 +112,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 @functools.cache
 def _varlen_kernel() -> tuple[Any, frozenset[str]]:
-    """PyTorch's attention for documents of different lengths, from 2.10 on, and the names of its options.
-
-    Importing it takes 71 MB and a second, so this is called only where there is CUDA.
-    """
+    """PyTorch's attention for documents of different lengths, from 2.10 on, and the names of its options."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention.varlen import varlen_attn  # takes 71 MB and a second, so only where there is CUDA
     except ImportError:
         return None, frozenset()
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
@@ -161,12 +130,10 @@ def has_varlen(q: Tensor, window: int | None) -> bool:
 
 def _varlen(flat: list[Tensor], documents: Documents, window: int | None) -> Tensor:
     """One kernel for all documents, (tokens, h, d). The names of its options depend on PyTorch's version."""
-    q, k, v = flat
-    kernel, known = _varlen_kernel()
+    (q, k, v), (kernel, known) = flat, _varlen_kernel()
     bounds, longest = documents.bounds, max(documents.lengths)
-    options: dict[str, Any] = {"is_causal": True}
-    if "window_size" in known:
-        options = {"window_size": (-1 if window is None else window - 1, 0)}
+    back = -1 if window is None else window - 1
+    options: dict[str, Any] = {"window_size": (back, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
         options["enable_gqa"] = True
     else:
@@ -187,7 +154,7 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.window = window
-        keys, values = _by_head(k), _by_head(v)  # (b g, k, d)
+        keys, values = (_grouped(t, len(t) * t.shape[2]) for t in (k, v))  # (b g, k, d)
         y = torch.empty_like(q)
         for here, seen in _chunks(q.shape[1], window):
             p = _weights(q[:, here], keys[:, seen], here.start - seen.start, window)
@@ -199,7 +166,7 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
-        keys, values = _by_head(k), _by_head(v)
+        keys, values = (_grouped(t, len(t) * t.shape[2]) for t in (k, v))
         dq, scale = torch.empty_like(q), q.shape[-1] ** -0.5
         wide = torch.promote_types(k.dtype, torch.float32)  # of the sums over chunks
         dk, dv = (torch.zeros(keys.shape, dtype=wide, device=q.device) for _ in range(2))
@@ -237,14 +204,9 @@ def _weights(q: Tensor, keys: Tensor, offset: int, window: int | None) -> Tensor
     return scores.softmax(-1)
 
 
-def _by_head(x: Tensor) -> Tensor:
-    """(b, k, g, d) -> (b g, k, d)."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def _grouped(q: Tensor, groups: int) -> Tensor:
-    """(b, q, h, d) -> (b g, h/g q, d): the query heads of a key head stacked."""
-    return q.transpose(1, 2).reshape(groups, -1, q.shape[-1])
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(b, q, h, d) -> (b g, h/g q, d): the heads of a key head stacked."""
+    return x.transpose(1, 2).reshape(groups, -1, x.shape[-1])
 
 
 def _ungrouped(stacked: Tensor, like: Tensor) -> Tensor:

@@ -1,26 +1,40 @@
-"""A block whose linears are computed in groups (nanoft/kernels/lora.py)."""
+"""A block whose linears of one input are computed together with their adapters and keep little for backward.
+
+Nothing but A and B gets a gradient, so backward needs little: x for dA, u = x A^T (r per token) for dB, and W for dx.
+`_GroupedLinear` keeps exactly that, once for all linears of one input; and where that input is a cheap function of
+something that is kept anyway (a norm of the residual stream, silu(gate) * up), it is not kept either but recomputed.
+(DoRA keeps each output, too, for the gradient of m.)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from nanoft.attention import SequenceContext
-from nanoft.kernels.lora import grouped_linear, identity
-from nanoft.lora import VARIANTS
+from nanoft.lora import VARIANTS, LoRALinear
 from nanoft.model import MLP, Block, RMSNorm, SelfAttention, select
-from nanoft.nf4 import Linear4bit, Linear8bit
+from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, matmul_backward
 
 LINEARS = {nn.Linear, Linear4bit, Linear8bit}
+Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 
 
 class FastBlock(Block):
     """A `Block`, with the same modules, that keeps less for backward. Each half is fast where its types are known.
 
-    The last block computes `o_proj` at the target positions only. While hooks look at the halves, it is the reference.
+    The last block computes `o_proj` at the target positions only. While there are hooks on the halves, which it never
+    calls, it is the reference.
     """
 
     def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
-        if has_hooks(self):
+        if self.self_attn._forward_hooks or self.mlp._forward_hooks:
             return super().forward(x, context, target_positions)
         if supports_attention(self):
             attn, norm = self.self_attn, self.input_layernorm
@@ -38,35 +52,121 @@ class FastBlock(Block):
 
 
 def supports(block: nn.Module) -> bool:
-    """Whether at least one half of a block is made of exactly the types that are known here.
-
-    A subclass may compute something else, so it is not known.
-    """
+    """Whether at least one half of a block is made of exactly the types that are known here."""
     return type(block) is Block and (supports_attention(block) or supports_mlp(block))
 
 
 def supports_attention(block: Block) -> bool:
-    attn = block.self_attn
-    return (
-        type(attn) is SelfAttention
-        and type(block.input_layernorm) is RMSNorm
-        and all(map(_is_known_linear, (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)))
-    )
+    return _is_known(block.input_layernorm, block.self_attn, SelfAttention)
 
 
 def supports_mlp(block: Block) -> bool:
-    mlp = block.mlp
-    return (
-        type(mlp) is MLP
-        and type(block.post_attention_layernorm) is RMSNorm
-        and all(map(_is_known_linear, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
-    )
+    return _is_known(block.post_attention_layernorm, block.mlp, MLP)
 
 
-def _is_known_linear(linear: nn.Module) -> bool:
-    return type(linear) in LINEARS or (type(linear) in VARIANTS.values() and type(linear.base) in LINEARS)
+def _is_known(norm: nn.Module, half: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether these are exactly a norm and a half of a block with known linears: a subclass may mean something else."""
+    linears = [module for name, module in half.named_children() if name.endswith("_proj")]
+    adapted = [linear.base if type(linear) in VARIANTS.values() else linear for linear in linears]
+    return type(norm) is RMSNorm and type(half) is kind and {type(linear) for linear in adapted} <= LINEARS
 
 
-def has_hooks(block: Block) -> bool:
-    """Whether someone listens to the halves: a fast block never calls them."""
-    return bool(block.self_attn._forward_hooks or block.mlp._forward_hooks)
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor) -> list[Tensor]:
+    """Each linear's output for the same x = prepare(*inputs), like `[linear(x) for linear in linears]`.
+
+    It is just that without adapters, where W itself is trained, under autocast, and in torch.compile, which chooses
+    itself what to fuse and what to keep.
+
+    Args:
+        linears: all, some or none with an adapter.
+        prepare: recomputed in backward. Whatever gets a gradient in it must be among `inputs`.
+    """
+    adapters = [linear for linear in linears if isinstance(linear, LoRALinear)]
+    bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
+    declined = torch.compiler.is_compiling() or torch.is_autocast_enabled(inputs[0].device.type)
+    is_trained = any(p.requires_grad for base in bases if isinstance(base, nn.Linear) for p in base.parameters())
+    if declined or is_trained or not adapters or not adapters[0].enabled:
+        x = prepare(*inputs)
+        return [linear(x) for linear in linears]
+    empty, scalings, factors = adapters[0].lora_A.new_empty, list[float](), list[Tensor]()
+    for linear in linears:  # one without an adapter has an adapter of rank 0
+        if isinstance(linear, LoRALinear):
+            scalings.append(linear.scaling)
+            factors += linear.factors()
+        else:
+            scalings.append(0.0)
+            factors += empty(0, linear.in_features), empty(linear.out_features, 0)
+    group = _Group(prepare, len(inputs), bases, scalings, adapters[0].dropout if adapters[0].training else 0.0)
+    outputs = zip(linears, _GroupedLinear.apply(group, *inputs, *factors), strict=True)
+    return [linear.apply_magnitude_and_bias(y) if isinstance(linear, LoRALinear) else y for linear, y in outputs]
+
+
+class _Group(NamedTuple):
+    """Linears of one input x = prepare(*inputs), without what gets a gradient."""
+
+    prepare: Prepare
+    inputs: int  # how many
+    bases: list[Frozen]
+    scalings: list[float]
+    dropout: float
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Frozen linears of one input with their adapters. With the A_i stacked to A, and s_i the scalings:
+
+        u = d(x) A^T,   y_i = x W_i^T + b_i + s_i u_i B_i^T
+        g_i = dL/dy_i,  du_i = s_i g_i B_i,  dB_i = s_i g_i^T u_i,  dA = du^T d(x),  dx = sum_i g_i W_i + d(du A)
+
+    d is the dropout of the adapters' input: multiplication by a mask of 0 and 1 / (1 - p), one for the group. The
+    tensors are the inputs of `prepare`, then A_1, B_1, A_2, B_2, ...
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: _Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs, a, b = tensors[: group.inputs], tensors[group.inputs :: 2], tensors[group.inputs + 1 :: 2]
+        x = group.prepare(*inputs)
+        flat = x.flatten(0, -2)  # (n, in)
+        mask = F.dropout(torch.ones_like(flat), group.dropout) if group.dropout else None
+        u = _masked(flat, mask) @ torch.cat(a).to(x.dtype).T  # (n, sum of ranks)
+        outputs = []
+        u_of_each = u.split([len(a_i) for a_i in a], dim=1)
+        for base, scaling, u_i, b_i in zip(group.bases, group.scalings, u_of_each, b, strict=True):
+            y = base(flat)  # (n, out)
+            y.addmm_(u_i, b_i.to(y.dtype).T, alpha=scaling)
+            outputs.append(y.unflatten(0, x.shape[:-1]))
+        ctx.group = group
+        ctx.save_for_backward(u, mask, *tensors)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        group: _Group = ctx.group
+        u, mask, *tensors = ctx.saved_tensors
+        inputs, a, b = tensors[: group.inputs], tensors[group.inputs :: 2], tensors[group.inputs + 1 :: 2]
+        ranks, g = [len(a_i) for a_i in a], [gradient.flatten(0, -2) for gradient in gradients]  # g_i: (n, out)
+        du = torch.cat([s * (g_i @ b_i.to(g_i.dtype)) for g_i, b_i, s in zip(g, b, group.scalings, strict=True)], 1)
+        db = [s * (g_i.T @ u_i) for g_i, u_i, s in zip(g, u.split(ranks, dim=1), group.scalings, strict=True)]
+        inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+        with torch.enable_grad():
+            x = group.prepare(*inputs)
+        shape, edge = x.shape, get_gradient_edge(x) if x.requires_grad else None
+        da: Sequence[Tensor | None] = [None] * len(a)
+        if any(ctx.needs_input_grad[1 + group.inputs :: 2]):
+            da = (du.T @ _masked(x.detach().flatten(0, -2), mask)).split(ranks)
+        del x  # before dx: backward of `prepare` does not need it, and here memory is at its peak
+        if edge is not None:
+            dx = _masked(du @ torch.cat(a).to(du.dtype), mask)
+            for base, g_i in zip(group.bases, g, strict=True):
+                dx += matmul_backward(base, g_i)
+            torch.autograd.backward(edge, dx.view(shape))  # on to the inputs
+        d_factors = [None if d is None else d.to(a[0].dtype) for pair in zip(da, db, strict=True) for d in pair]
+        return (None, *(tensor.grad for tensor in inputs), *d_factors)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask

@@ -1,12 +1,13 @@
 """Generation with less overhead: a block without modules, weights in the order in which a CPU reads them, one rotation.
 
-A step of generation is one position per sequence: its matrix products are small, so what costs is reading the weights
-and, in a small model, Python itself. Here a block becomes its twin: the block's own `forward`, and those of its parts,
-on plain objects whose linears are functions. No equation of the block stands here a second time.
+In a step of generation, one position per sequence, the costs are reading the weights and, in a small model, Python
+itself. So a block becomes its twin: the block's own `forward`, and those of its parts, on plain objects whose linears
+are functions. No equation of the block stands here a second time.
 """
 
 from __future__ import annotations
 
+import functools
 import platform
 import types
 from collections.abc import Callable
@@ -17,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import AttentionLayer, CacheContext
-from nanoft.kernels.block import FastBlock
+from nanoft.kernels.block import LINEARS, FastBlock
 from nanoft.lora import VARIANTS, LoRALinear, linears_of, weight_of
 from nanoft.model import MLP, Block, Decoder, RMSNorm, SelfAttention
-from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.runtime.memory import available_host_bytes
 
 Function = Callable[..., Tensor]
-MEMORY_SHARE = 0.5  # of the free memory that a second copy of the weights may take
+MEMORY_SHARE = 0.5  # of the free memory, for a second copy of the weights
 CACHED_BYTES = 16e6  # of float32 weights that fit into a processor's caches, where their order does not matter
 
 
@@ -59,7 +59,7 @@ def twin(module: Any, prepack: bool) -> Function:
         return Twin(type(module), module, prepack)
     if type(module) in VARIANTS.values():
         return adapted(module, prepack) if module.enabled else twin(module.base, prepack)
-    if prepack and type(module) in (nn.Linear, Linear4bit, Linear8bit):
+    if prepack and type(module) in LINEARS:
         return prepacked(weight_of(module), module.bias)
     if type(module) is nn.Linear:
         return lambda x, weight=module.weight, bias=module.bias: F.linear(x, weight, bias)
@@ -91,13 +91,14 @@ class Twin:
 def adapted(linear: LoRALinear, prepack: bool) -> Function:
     """A linear with its adapter; A and B are rounded to the number format of the model once."""
     base, (a, b), scaling = twin(linear.base, prepack), linear.factors(), linear.scaling
-    rounded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    @functools.cache
+    def rounded(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return a.to(dtype).T, b.to(dtype).T
 
     def forward(x: Tensor) -> Tensor:
         y = base(x)
-        if y.dtype not in rounded:
-            rounded[y.dtype] = a.to(y.dtype).T, b.to(y.dtype).T
-        a_t, b_t = rounded[y.dtype]
+        a_t, b_t = rounded(y.dtype)
         flat = y.view(-1, y.shape[-1])
         flat.addmm_(x.to(y.dtype).view(-1, x.shape[-1]) @ a_t, b_t, alpha=scaling)
         return linear.apply_magnitude_and_bias(y)
@@ -105,14 +106,10 @@ def adapted(linear: LoRALinear, prepack: bool) -> Function:
     return forward
 
 
-# ---- Weights in the order in which a CPU reads them
-
-
 def prepacked(weight: Tensor, bias: Tensor | None) -> Function:
-    """x W^T + b from a copy of W, (out, in), in the blocks of oneDNN's kernels, which torch's compiler uses as well.
+    """x W^T + b from a copy of W, (out, in), in the blocks of oneDNN's kernels, as torch's compiler does.
 
-    From W as it lies in memory, a product with few rows reads at half the memory's speed: with the copy a token takes
-    half the time, in float32 and in bfloat16 (bench/generate.md).
+    A product with few rows reads W itself at half the memory's speed: a token takes twice the time (bench/generate.md).
     """
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     kernel: Function = torch.ops.mkldnn._linear_pointwise.default
@@ -120,18 +117,15 @@ def prepacked(weight: Tensor, bias: Tensor | None) -> Function:
 
 
 def should_prepack(model: Decoder) -> bool:
-    """Whether there are such kernels for all weights of the model, whether they pay, and whether memory allows it.
-
-    Not under autocast: it casts what a product is given, and these kernels do not.
-    """
+    """Whether there are such kernels for all weights of the model, whether they pay, and whether memory allows it."""
     dtype = model.head.dtype
     here = model.head.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-    if not here or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+    if not here or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):  # they cast nothing
         return False
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     linears = linears_of(model).values()
-    if not {type(linear) for linear in linears} <= {nn.Linear, Linear4bit, Linear8bit}:  # their weights lie elsewhere
+    if not {type(linear) for linear in linears} <= LINEARS:  # their weights lie elsewhere
         return False
     dtypes = {linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype for linear in linears}
     numbers = sum(linear.out_features * linear.in_features for linear in linears) + model.head.numel()

@@ -2,9 +2,8 @@
 
 - Attention: PyTorch's keeps the weights of all pairs for backward, so it is evaluated in chunks of queries (below).
 - NF4 is unpacked by a table look-up in plain PyTorch (nanoft/nf4.py), because bitsandbytes has no kernels for Metal.
-- The memory limit and dropout in recomputed blocks are in nanoft/runtime/metal.py: the core needs them without kernels.
-
-There is no float64 and no pinned memory. Everything else runs the same operations as elsewhere.
+- The memory limit (runtime/memory.py) and dropout in recomputed blocks (runtime/device.py) do not need kernels.
+- There is no float64 and no pinned memory. Everything else runs the same operations as elsewhere.
 """
 
 from __future__ import annotations

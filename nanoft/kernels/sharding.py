@@ -1,11 +1,8 @@
-"""Fully sharded training (FSDP2; Zhao et al. 2023): each rank holds a part of every parameter, gradient and moment.
-
-A block's parameters are gathered only while the block is computed.
-"""
+"""Fully sharded training (FSDP2; Zhao et al. 2023): each rank holds a part of every parameter, gradient and moment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from nanoft.runtime.distributed import T, is_sharded, world_size
 
 
 def shard_model(model: Decoder, device: torch.device) -> None:
-    """Split the parameters of each block, and those outside of the blocks, over the ranks and their devices."""
+    """Split the parameters over the ranks and their devices; those of a block are gathered while it is computed."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -36,16 +33,12 @@ def reshard(model: Any) -> None:
         model.reshard()
 
 
-def unsharded(blocks: Sequence[nn.Module], use: Callable[[Any], T]) -> Iterator[T] | None:
-    """use(block) of blocks that are split, the weights of each together for that long; None if they are not."""
-
-    def together() -> Iterator[T]:
-        for block in blocks:
-            block.unshard()  # type: ignore[operator]
-            yield use(block)
-            block.reshard()  # type: ignore[operator]
-
-    return together() if is_sharded() else None
+def unsharded(blocks: Iterable[Any], use: Callable[[Any], T]) -> Iterator[T]:
+    """use(block) of blocks that are split, the weights of each together for that long."""
+    for block in blocks:
+        block.unshard()
+        yield use(block)
+        block.reshard()
 
 
 def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> float:
@@ -55,8 +48,8 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> float:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor of which each rank has a part."""
-    return tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    """The tensor of which each rank has a part (a DTensor), or the tensor itself if it is not split."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather_full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,22 +65,12 @@ def gather_full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def distribute_like(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of whole tensors, this rank's parts, wherever those of the same name in `like` are split."""
-
     if not is_sharded():
         return tensors
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor  # half a second that other runs need not wait
 
-    def part(tensor: Tensor, own: Any) -> Tensor:
-        if not _is_dtensor(own):
-            return tensor
-        return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
-
-    return {name: part(tensor, like.get(name)) for name, tensor in tensors.items()}
-
-
-def _is_dtensor(tensor: Any) -> bool:
-    if not is_sharded():
-        return False
-    from torch.distributed.tensor import DTensor  # half a second that other runs need not wait
-
-    return isinstance(tensor, DTensor)
+    parts = dict(tensors)
+    for name, own in like.items():
+        if name in parts and isinstance(own, DTensor):
+            parts[name] = distribute_tensor(parts[name], own.device_mesh, own.placements, src_data_rank=None)
+    return parts

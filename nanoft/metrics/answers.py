@@ -26,6 +26,7 @@ import numpy as np
 
 from nanoft import UserError
 from nanoft.config.functions import import_function, is_function
+from nanoft.data.sources import refuse_constant
 from nanoft.metrics.bootstrap import Array, Figure, ratio
 
 Score = Callable[[str, str, str], Any]  # (answer, reference, prompt) -> a number, or the sums of a corpus metric
@@ -59,11 +60,7 @@ class Metric:
 
 
 def select_metrics(names: Sequence[str]) -> list[Metric]:
-    """The metrics of these names, with everything that they need imported.
-
-    Raises:
-        UserError: an unknown name (with the nearest known one), a missing extra, a function that cannot be imported.
-    """
+    """The metrics of these names, with everything that they need imported."""
     return [_select(name) for name in names]
 
 
@@ -89,11 +86,7 @@ def _select(name: str) -> Metric:
     raise UserError(f"evaluation.metrics: {name!r}: no such metric: {hint}")
 
 
-# ---- Right or wrong
-
-
 def exact_match(answer: str, reference: str) -> float:
-    """Equal but for white space around."""
     return float(answer.strip() == reference.strip())
 
 
@@ -108,7 +101,6 @@ def normalized_match(answer: str, reference: str) -> float:
 
 
 def contains(answer: str, reference: str) -> float:
-    """Whether the answer contains the reference."""
     return float(reference.strip() in answer)
 
 
@@ -138,9 +130,6 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(found[0 if marked else -1]) if found else None
 
 
-# ---- JSON
-
-
 def json_valid(answer: str, _: str) -> float:
     return float(_parse(answer) is not None)
 
@@ -157,16 +146,10 @@ def _parse(text: str) -> tuple[Any] | None:
     def number(digits: str) -> tuple[str, Decimal]:
         return "number", Decimal(digits)
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        return (json.loads(text, parse_int=number, parse_float=number, parse_constant=refuse),)
+        return (json.loads(text, parse_int=number, parse_float=number, parse_constant=refuse_constant),)
     except (ValueError, ArithmeticError, RecursionError):
         return None
-
-
-# ---- Constraints on the answer alone
 
 
 def one_line(answer: str, _: str) -> float:
@@ -182,9 +165,6 @@ def _bound(units: Callable[[Any], Any], sign: int, value: str) -> Score:
     """At most (sign 1) or at least (sign -1) so many words (units: str.split) or characters (str)."""
     limit = int(value)
     return lambda answer, *_: float(sign * len(units(answer)) <= sign * limit)
-
-
-# ---- Metrics of other packages, and your own
 
 
 def _rouge(kind: str, _: str) -> Score:
@@ -220,11 +200,10 @@ def _bleu_of_sums(sums: Array) -> Array:
 
 
 def _own(name: str) -> Score:
-    """The user's function, with or without the prompt as its third argument."""
     function = import_function(name, "evaluation.metrics", "(answer, reference, prompt)")
     try:
         inspect.signature(function).bind("answer", "reference", "prompt")
-        count = 3
+        count = 3  # the third is the prompt
     except (TypeError, ValueError):  # does not take three; or a built-in without a signature
         count = 2
 
@@ -241,16 +220,14 @@ def _own(name: str) -> Score:
     return score
 
 
-def _entry(score: Callable[[str, str], float]) -> Entry:
+def _plain(score: Callable[[str, str], float]) -> Entry:
     return Entry(lambda _: lambda answer, reference, _: score(answer, reference))
 
 
+PLAIN = (exact_match, normalized_match, contains, token_f1, numeric, json_valid, json_equal, one_line)
 METRICS = {
-    **{score.__name__: _entry(score) for score in (exact_match, normalized_match, contains, token_f1, numeric)},
-    **{score.__name__: _entry(score) for score in (json_valid, json_equal, one_line)},
-    "rouge_1": Entry(functools.partial(_rouge, "rouge1"), package="rouge-score"),
-    "rouge_2": Entry(functools.partial(_rouge, "rouge2"), package="rouge-score"),
-    "rouge_l": Entry(functools.partial(_rouge, "rougeL"), package="rouge-score"),
+    **{score.__name__: _plain(score) for score in PLAIN},
+    **{f"rouge_{n}": Entry(functools.partial(_rouge, f"rouge{n.upper()}"), package="rouge-score") for n in "12l"},
     "bleu": Entry(_bleu, package="sacrebleu", unit="number", of_sums=_bleu_of_sums),
     "regex": Entry(_matches, argument="PATTERN"),
     "max_words": Entry(functools.partial(_bound, str.split, 1), argument="N"),

@@ -48,8 +48,7 @@ class Figure:
     def value(self) -> float:
         return float(self.of_sums(self.parts.sum(axis=0)))
 
-    def each(self) -> Array:
-        """(n,) the figure of each sample alone."""
+    def each(self) -> Array:  # (n,) the figure of each sample alone
         return self.of_sums(self.parts)
 
 
@@ -73,7 +72,6 @@ class Comparison:
 
 
 def interval(figure: Figure, seed: int = 0) -> Interval:
-    """The percentile interval of one figure."""
     return _interval(figure.value, [figure.of_sums(counts @ figure.parts) for counts in _resamples(seed, figure)])
 
 

@@ -3,8 +3,8 @@
 adapter_config.json describes the adapter; adapter_model.safetensors holds its tensors under PEFT's names. PEFT's format
 has no field for how the base was quantized in training; that goes into a file of its own, nanoft.json.
 
-A checkpoint also holds what only some variants have, such as PiSSA's A0 and B0: what was taken out of the base must be
-known exactly, and a decomposition repeated on another machine would not be exact.
+A checkpoint also holds what only some variants have, such as PiSSA's A0 and B0, which a decomposition repeated on
+another machine would not reproduce exactly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import Counter
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,14 +71,7 @@ def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
 
 
 def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The same adapter as plain LoRA on the same base: PiSSA's has rank 2r (Meng et al. 2024, appendix C).
-
-    Args:
-        lora: the settings of training.
-        tensors: of a checkpoint.
-    Returns:
-        Settings with the rank of the update and the same scaling; tensors as in PEFT's files.
-    """
+    """The adapter in a checkpoint as plain LoRA on the same base: PiSSA's has rank 2r (Meng et al. 2024, app. C)."""
     variant = variant_of(lora)
     if variant.FACTORS == LoRALinear.FACTORS:
         return lora, tensors
@@ -96,11 +89,7 @@ def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
 
 @torch.no_grad()
 def load_adapter_tensors(adapters: dict[str, LoRALinear], tensors: dict[str, Tensor], source: str) -> None:
-    """Copy tensors with PEFT's names into the adapters.
-
-    Raises:
-        UserError: missing, unexpected or mis-shaped tensors, by name.
-    """
+    """Copy tensors with PEFT's names into the adapters; a UserError names those that do not fit."""
     expected = adapter_tensors(adapters)
     known = (".lora_", ".base_layer.bias")
     if full := sorted(n for n in tensors if n.startswith(PEFT_PREFIX) and not any(part in n for part in known)):
@@ -122,20 +111,10 @@ def load_adapter_tensors(adapters: dict[str, LoRALinear], tensors: dict[str, Ten
 
 
 def save_adapter(
-    directory: Path,
-    model: nn.Module,
-    adapters: dict[str, LoRALinear],
-    lora: LoRAConfig,
-    base_name: str,
+    directory: Path, model: nn.Module, adapters: dict[str, LoRALinear], lora: LoRAConfig, base_name: str,
     note: dict[str, Any],
-) -> None:
-    """Write adapter_model.safetensors, adapter_config.json and nanoft.json.
-
-    Args:
-        directory: created if missing; holds no adapter yet.
-        base_name: a directory or a Hub name.
-        note: the content of nanoft.json: how the base was quantized, the dtype of training.
-    """
+) -> None:  # fmt: skip
+    """Write adapter_model.safetensors, adapter_config.json and nanoft.json, which holds `note`."""
     directory.mkdir(parents=True, exist_ok=True)
     plain, tensors = as_plain_lora(lora, adapter_tensors(adapters))
     write_tensors(directory / "adapter_model.safetensors", tensors)
@@ -143,22 +122,13 @@ def save_adapter(
     bare = {name.rpartition(".")[2] for name in linears_of(model)}
     targets = sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in adapters})
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": plain.rank,
-        "lora_alpha": plain.alpha,
-        "rank_pattern": plain.rank_pattern,
-        "alpha_pattern": plain.alpha_pattern,
-        "lora_dropout": plain.dropout,
-        "target_modules": targets,
-        "use_rslora": plain.rslora,
-        "use_dora": plain.dora,
-        "bias": plain.bias,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
+        "r": plain.rank, "lora_alpha": plain.alpha,
+        "rank_pattern": plain.rank_pattern, "alpha_pattern": plain.alpha_pattern,
+        "lora_dropout": plain.dropout, "target_modules": targets,
+        "use_rslora": plain.rslora, "use_dora": plain.dora, "bias": plain.bias,
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+    }  # fmt: skip
     write_json(directory / "adapter_config.json", config)
     write_json(directory / NOTE, note)
 
@@ -166,11 +136,7 @@ def save_adapter(
 def select_modules(
     lora: LoRAConfig, tensors: dict[str, Tensor], only: Sequence[str]
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The part of an adapter in PEFT's format that `only` selects, in the syntax of lora.target_modules.
-
-    Raises:
-        UserError: a pattern is invalid or matches no module.
-    """
+    """The modules of an adapter that `only` names, in the syntax of lora.target_modules; each must match."""
     modules = _by_module(tensors)
     for word in only:
         try:
@@ -196,13 +162,11 @@ def sum_adapters(
     """The weighted sum of adapters of one base, w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ..., as one adapter, exactly.
 
     It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so the ranks add up. A trained bias is
-    b + w_1 (b_1 - b) + w_2 (b_2 - b) + ... DoRA's m (W + s B A) / |W + s B A| is not such a sum.
+    b + w_1 (b_1 - b) + w_2 (b_2 - b) + ... DoRA's m (W + s B A) / |W + s B A| is not such a sum, and is refused.
 
     Args:
         parts: settings and tensors in PEFT's format (see `as_plain_lora`).
         base_bias: the base's bias of a module, (out,) or None.
-    Raises:
-        UserError: one of them is a DoRA adapter.
     """
     if any(lora.dora for lora, _ in parts):
         raise UserError("--weights: DoRA adapters cannot be summed: merge them one at a time")
@@ -216,7 +180,9 @@ def sum_adapters(
         for (lora, _), part, weight in zip(parts, modules, weights, strict=True):
             if name in part:
                 a.append(part[name][A].float())
-                b.append(part[name][B].float() * (weight * _scaling(lora, name)))
+                rank = by_pattern(lora.rank_pattern, name, lora.rank)
+                scaling = by_pattern(lora.alpha_pattern, name, lora.alpha) / (rank**0.5 if lora.rslora else rank)
+                b.append(part[name][B].float() * (weight * scaling))
                 if bias is not None and BIAS in part[name]:
                     change = change + weight * (part[name][BIAS].float() - bias)
         prefix = f"{PEFT_PREFIX}{name}."
@@ -241,21 +207,11 @@ def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def _with_ranks(lora: LoRAConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoRAConfig:
     """Settings with a rank and an alpha for each module; the most common ones become the defaults."""
-    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    return replace(
-        lora,
-        rank=rank,
-        alpha=alpha,
-        rank_pattern={name: value for name, value in ranks.items() if value != rank},
-        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
-        target_modules=tuple(ranks),
-    )
-
-
-def _scaling(lora: LoRAConfig, name: str) -> float:
-    """s of one module: alpha / r, or alpha / sqrt(r)."""
-    rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-    return alpha / (math.sqrt(rank) if lora.rslora else rank)
+    rank, alpha = statistics.mode(ranks.values()), statistics.mode(alphas.values())
+    rank_pattern = {name: value for name, value in ranks.items() if value != rank}
+    alpha_pattern = {name: value for name, value in alphas.items() if value != alpha}
+    plain = replace(lora, rank=rank, alpha=alpha, target_modules=tuple(ranks))
+    return replace(plain, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
@@ -271,13 +227,7 @@ def save_mlx(directory: Path, adapters: dict[str, LoRALinear], layers: int, base
     """Write adapters.safetensors and adapter_config.json in the format of mlx-lm.
 
     There A and B are transposed, lora_a (in, r) and lora_b (r, out), and all modules share one rank and one scale: a
-    smaller rank is padded with zeros, another scale goes into lora_b.
-
-    Args:
-        layers: number of layers of the model.
-        base_name: a directory or a Hub name.
-    Raises:
-        UserError: the adapter has trained biases.
+    smaller rank is padded with zeros, another scale goes into lora_b. Trained biases are refused.
     """
     if any(adapter.bias is not None for adapter in adapters.values()):
         raise UserError("--format mlx: mlx-lm has no trained biases: merge the adapter with --format hf")
@@ -293,21 +243,14 @@ def save_mlx(directory: Path, adapters: dict[str, LoRALinear], layers: int, base
             tensors[f"{name}.m"] = adapter.lora_magnitude_vector.detach()
     write_tensors(directory / "adapters.safetensors", tensors)
     keys = sorted({name.split(".", 3)[3] for name in adapters})  # without model.layers.N.
-    config = {
-        "fine_tune_type": "dora" if any(name.endswith(".m") for name in tensors) else "lora",
-        "num_layers": layers,
-        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
-        "model": base_name,
-    }
+    kind = "dora" if any(name.endswith(".m") for name in tensors) else "lora"
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
+    config = {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters, "model": base_name}
     write_json(directory / "adapter_config.json", config)
 
 
 def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], dict[str, Any]]:
-    """Settings, the base's name, tensors, and the content of nanoft.json (empty if another tool wrote the adapter).
-
-    Raises:
-        UserError: a file is missing or corrupted, or this kind of adapter is not supported.
-    """
+    """Settings, the base's name, tensors, and the content of nanoft.json (empty if another tool wrote the adapter)."""
     path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     config = read_json(path)
     note = read_json(directory / NOTE) if (directory / NOTE).is_file() else {}
@@ -315,12 +258,9 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
         lora = _settings(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if (pickle := weights.with_suffix(".bin")).is_file() and not weights.is_file():
+        raise UserError(f"{pickle}: pickles can run code and are not read: save the adapter again with a newer PEFT")
     if not weights.is_file():
-        pickle = weights.with_suffix(".bin")
-        if pickle.is_file():
-            raise UserError(
-                f"{pickle}: pickles can run code and are not read: save the adapter again with a newer PEFT"
-            )
         raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
     tensors = load_tensors(weights)
     with time_limit(MATCHING_SECONDS, f"{path}: rank_pattern"):
@@ -348,14 +288,9 @@ def _settings(config: dict[str, Any]) -> LoRAConfig:
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"target_modules: {targets!r:.60} is not a list of module names")
     lora = LoRAConfig(
-        rank=rank,
-        alpha=alpha,
-        target_modules=tuple(names),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
-        bias=config.get("bias") or "none",
-    )
+        rank=rank, alpha=alpha, target_modules=tuple(names), bias=config.get("bias") or "none",
+        rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=config.get("alpha_pattern") or {},
+        rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")),
+    )  # fmt: skip
     check_expressions(lora)
     return lora

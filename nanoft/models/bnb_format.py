@@ -38,11 +38,7 @@ def stored_tensors(
 def read_stored(
     tensors: dict[str, Tensor], shape: tuple[int, ...], quantization: tuple[str, bool], dtype: torch.dtype
 ) -> Linear4bit | Linear8bit:
-    """The linear, (out, in), of the tensors that `stored_tensors` names; for 8 bits, a `weight_format` as well.
-
-    Raises:
-        UserError: what the tensors say of themselves is not what is expected.
-    """
+    """The linear, (out, in), of the tensors that `stored_tensors` names; for 8 bits, a `weight_format` as well."""
     kind, double = quantization
     if kind == "int8":
         if (tensors.get("weight_format", torch.tensor(0)) != 0).any():

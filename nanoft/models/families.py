@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoft import UserError
-from nanoft.io.untrusted import read_json, refuse_code
+from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig, Rope
 
 Fields = Mapping[str, Any]  # of a config.json
@@ -52,11 +52,7 @@ HARMLESS_FIELDS = frozenset(
 
 
 def decoder_config(hf: Fields) -> DecoderConfig:
-    """Read a Hugging Face `config.json`.
-
-    Raises:
-        UserError: unknown architecture, or a field that may change the logits and is not known here.
-    """
+    """Read a Hugging Face `config.json`; a UserError for a field that may change the logits and is not known here."""
     family = find_family(hf)
     _refuse_unknown(hf)
     try:
@@ -81,11 +77,7 @@ def decoder_config(hf: Fields) -> DecoderConfig:
 
 
 def find_family(hf: Fields) -> str:
-    """The key in FAMILIES: by `architectures`, or by `model_type` if there are none.
-
-    Raises:
-        UserError: none that is known.
-    """
+    """The key in FAMILIES: by `architectures`, or by `model_type` if there are none."""
     names = hf.get("architectures") or []
     known = {family.architecture: name for name, family in FAMILIES.items()}
     found = [known[name] for name in names if name in known]
@@ -101,14 +93,12 @@ def find_family(hf: Fields) -> str:
 
 def _refuse_unknown(hf: Mapping[str, Any]) -> None:
     """Refuse every field that is not known: it could change the logits."""
-    expected = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0}
+    expected = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "attention_dropout": 0.0}
     for name, wanted in expected.items():
         if hf.get(name, wanted) not in (wanted, None):
             raise UserError(
                 f"config.json: {name}: {hf[name]!r} is not supported: set it to {wanted!r} if that is right"
             )
-    if hf.get("attention_dropout"):
-        raise UserError(f"config.json: attention_dropout: {hf['attention_dropout']} is not supported: set it to 0.0")
     if (quantized := hf.get("quantization_config")) and quantized.get("quant_method") != "bitsandbytes":
         raise UserError(
             "config.json: quantization_config: only weights quantized by bitsandbytes are supported: "
@@ -144,10 +134,9 @@ def _read_rope(hf: Mapping[str, Any]) -> Rope:
 
 
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
-    """The fields with the rope in its classic and in its current form.
+    """The fields with the rope as transformers 4 reads it (`rope_theta`, `rope_scaling`) and as 5 (`rope_parameters`).
 
-    transformers 4 reads `rope_theta` and `rope_scaling`, version 5 `rope_parameters`; a reader that finds only the
-    other form silently uses a default.
+    A reader that finds only the other form silently uses a default.
     """
     rope = _read_rope(hf)
     scaling = {key: value for key, value in rope.parameters.items() if key not in ("type", "rope_type", "rope_theta")}
@@ -199,24 +188,16 @@ MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
 }  # fmt: skip
-WIDEST_WINDOW = 1 << 31
-
-
-def read_shape(directory: Path) -> DecoderConfig:
-    """The DecoderConfig of a directory.
-
-    Raises:
-        UserError: a field of its config.json is missing, unknown, of the wrong type or out of range.
-    """
-    path = directory / "config.json"
-    return parse_shape(read_json(path), path)
 
 
 def parse_shape(stored: dict[str, Any], path: Path) -> DecoderConfig:
     """The decoder's shape from a parsed config.json; `path` is where it was read, for messages."""
     try:
         refuse_code(stored)
-        _check_sizes(stored)
+        for name, most in MOST.items():  # before anything of that size is allocated
+            value = stored.get(name)
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
         config = decoder_config(stored)
         _check_shape(config)
     except UserError as error:
@@ -228,14 +209,6 @@ def parse_shape(stored: dict[str, Any], path: Path) -> DecoderConfig:
     return config
 
 
-def _check_sizes(stored: dict[str, Any]) -> None:
-    """Refuse sizes that no model has, before anything of that size is allocated."""
-    for name, most in MOST.items():
-        value = stored.get(name)
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
-
-
 def _check_shape(config: DecoderConfig) -> None:
     """Refuse values that no decoder can have, before they fail deep inside one."""
     if config.num_heads % config.num_kv_heads or config.head_dim % 2 or config.head_dim < 1:
@@ -243,7 +216,7 @@ def _check_shape(config: DecoderConfig) -> None:
     if type(config.norm_eps) not in (int, float) or not 0 <= config.norm_eps < 1:
         raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not between 0 and 1")
     windows = [window for window in config.windows if window is not None]
-    wrong = any(type(window) is not int or not 1 <= window <= WIDEST_WINDOW for window in windows)
+    wrong = any(type(window) is not int or not 1 <= window <= 1 << 31 for window in windows)
     if wrong or len(config.windows) != config.num_layers:
         raise UserError(
             f"sliding_window, layer_types: must give a window or none for each of {config.num_layers} layers"

@@ -1,7 +1,9 @@
-"""A model's directory as it lies on disk or on the Hub: looked up once, its config.json read once."""
+"""A model's directory, local or downloaded from the Hub into its cache: looked up once, its config.json read once."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,17 @@ from nanoft.config import Config
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
 from nanoft.models.families import parse_shape
-from nanoft.models.hub import find_model
 from nanoft.nf4 import CODES
 
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
 PICKLES = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "*.ckpt")  # weights that can run code when read
+# Files that are downloaded: data, never code or pickles. The pattern of the weights excludes the second copy that some
+# models have as consolidated.safetensors.
+HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
+TOKENIZER_FILES = [
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,22 +40,14 @@ class ModelFiles:
 
     @classmethod
     def read(cls, directory: Path, name: str = "") -> ModelFiles:
-        """Read config.json of a local directory.
-
-        Raises:
-            UserError: it is missing or damaged, or the model is not supported.
-        """
+        """Read config.json of a local directory; a UserError if it is damaged or the model is not supported."""
         path = directory / "config.json"
         config = read_json(path)
         return cls(name or str(directory), directory, config, parse_shape(config, path), _quantization(config, path))
 
     @classmethod
     def find(cls, name: str) -> ModelFiles:
-        """Look up a directory or a name on the Hub, of which only config.json is fetched.
-
-        Raises:
-            UserError: there is no such model, or it is not supported.
-        """
+        """Look up a directory or a name on the Hub, of which only config.json is fetched."""
         return cls.read(find_model(name, files=["config.json"]), name)
 
     def fetch(self) -> ModelFiles:
@@ -55,8 +55,30 @@ class ModelFiles:
         return self if str(self.directory) == self.name else replace(self, directory=find_model(self.name))
 
     def shards(self) -> list[Path]:
-        """The safetensors files; see `shard_paths`."""
-        return shard_paths(self.directory)
+        """The safetensors files, from the index if there is one; a UserError if one is missing or outside."""
+        index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise UserError(f"{index}: weight_map is missing or empty: fetch the file again")
+            for name in weight_map.values():
+                if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
+                    raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
+            shards = [self.directory / name for name in sorted(set(weight_map.values()))]
+        elif single.is_file():
+            shards = [single]
+        elif pickles := [path for pattern in PICKLES for path in sorted(self.directory.glob(pattern))]:
+            raise UserError(
+                f"{pickles[0]}: weights in a pickle, which can run code, are not read: use a copy of the model in "
+                "safetensors, or convert it once (torch.load with weights_only=True, safetensors.torch.save_file)"
+            )
+        else:
+            raise UserError(f"{self.directory}: no weights here: expected {single.name} or {index.name}")
+        for shard in shards:
+            if not shard.is_file():
+                raise UserError(f"{shard}: named in the index, but missing: fetch the model again")
+            resolve_file(shard)
+        return shards
 
     def dtype(self) -> torch.dtype:
         """The number format that config.json says the weights are stored in; bfloat16 if it does not say."""
@@ -64,36 +86,23 @@ class ModelFiles:
         return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
 
 
-def shard_paths(directory: Path) -> list[Path]:
-    """The safetensors files of a model, from its index if it has one.
+def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HUB_FILES, *TOKENIZER_FILES)) -> Path:
+    """The directory of a model; a Hub name's `files`, which are patterns, are downloaded. `field` is for messages."""
+    if not name:
+        raise UserError(f"{field}: empty: give a directory in the Hugging Face layout or a Hub name")
+    if os.path.isdir(name):
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{field}: {name}: no such directory: give a model's directory or its name on the Hub")
+    from huggingface_hub import snapshot_download
 
-    Raises:
-        UserError: no weights, or an index that points outside the directory or to a missing file.
-    """
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if not index.is_file():
-        if single.is_file():
-            resolve_file(single)
-            return [single]
-        if pickles := [path for pattern in PICKLES for path in sorted(directory.glob(pattern))]:
-            raise UserError(
-                f"{pickles[0]}: weights in a pickle, which can run code, are not read: use a copy of the model in "
-                "safetensors, or convert it once (torch.load with weights_only=True, safetensors.torch.save_file)"
-            )
-        raise UserError(f"{directory}: no weights here: expected model.safetensors or model.safetensors.index.json")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map is missing or empty: fetch the file again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
-            raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
-    shards = [directory / name for name in sorted(set(weight_map.values()))]
-    for shard in shards:
-        if not shard.is_file():
-            raise UserError(f"{shard}: named in the index, but missing: fetch the model again")
-        resolve_file(shard)
-    return shards
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{field}: {name}: no such directory, and could not be downloaded from the Hub: {reason}"
+        ) from None
 
 
 def quantization_of(config: Config) -> Quantization | None:
@@ -118,11 +127,7 @@ def _quantization(config: dict[str, Any], path: Path) -> Quantization | None:
 
 
 def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:
-    """Refuse settings that are not what the model is, if it was packed before.
-
-    Raises:
-        UserError: with the settings that are.
-    """
+    """Refuse settings that are not what the model is, if it was packed before."""
     if base.quantization in (None, wanted):
         return
     kind, double = base.quantization
@@ -133,19 +138,9 @@ def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:
     )
 
 
-def stored_quantization(directory: Path) -> Quantization | None:
-    """The form in which bitsandbytes packed the model of a directory; None if it did not."""
-    return ModelFiles.read(directory).quantization
-
-
-def stored_dtype(directory: Path) -> torch.dtype:
-    """The number format that a model's config.json says its weights are stored in."""
-    return ModelFiles.read(directory).dtype()
-
-
 def base_files(directory: Path) -> list[Path]:
     """The files of a model that decide what an adapter was trained on: config, tokenizer, weights."""
-    return [*described_files(directory), *shard_paths(directory)]
+    return [*described_files(directory), *ModelFiles.read(directory).shards()]
 
 
 def described_files(directory: Path) -> list[Path]:

@@ -26,8 +26,7 @@ from nanoft.io.untrusted import read_json
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter
-from nanoft.models.hub import find_model
-from nanoft.models.model_files import ModelFiles, quantization_of
+from nanoft.models.model_files import ModelFiles, Quantization, find_model, quantization_of
 from nanoft.models.weights import load_model
 from nanoft.runtime.device import DTYPES
 
@@ -42,7 +41,7 @@ class TrainedAdapter:
     tokenizer: Path
     lora: LoRAConfig
     tensors: dict[str, Tensor]
-    quantization: tuple[str, bool] | None  # of the base in training: (nf4 | fp4 | int8, double)
+    quantization: Quantization | None  # of the base in training
     dtype: torch.dtype  # of training
     base_sha256: str | None = None  # of the base's files in training, if known
     step: int | None = None  # of the checkpoint, if the run has no result yet
@@ -56,7 +55,7 @@ class LoadedModel:
     adapters: dict[str, LoRALinear]  # empty for a plain model
     base_directory: Path
     tokenizer_directory: Path
-    quantization: tuple[str, bool] | None = None  # of the base in training: (nf4 | fp4 | int8, double)
+    quantization: Quantization | None = None  # of the base in training
     dtype: torch.dtype = torch.float32  # of training
     step: int | None = None  # of the checkpoint, if the run has no result yet
 
@@ -64,8 +63,7 @@ class LoadedModel:
 def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = False) -> ChatTokenizer:
     """The tokenizer and chat template of a loaded model, with the template arguments of its run.
 
-    Args:
-        as_trained: a template that prints the date prints that of the run instead of today's.
+    With `as_trained`, a template that prints the date prints that of the run instead of today's.
     """
     if not is_run(source):
         return ChatTokenizer.from_directory(opened.tokenizer_directory)
@@ -81,24 +79,27 @@ def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = Fal
 
 
 def open_model(source: str, device: torch.device, dtype: torch.dtype, original_base: bool = False) -> LoadedModel:
-    """Load what a RUN, ADAPTER or MODEL argument names.
-
-    Args:
-        original_base: load the base as it is stored, even if it was quantized in training.
-    Raises:
-        UserError: it is none of these, or its parts do not match.
-    """
+    """Load what a RUN, ADAPTER or MODEL argument names; `original_base`: the base as it is stored, not quantized."""
     if not source:
         raise UserError("RUN|MODEL: empty: give a run directory, a model directory or a Hub name")
-    path = find_adapter(source)
-    if path is not None:
-        return _attach(_read_adapter_directory(path), device, dtype, original_base)
-    run = Path(source)
-    if is_run(source) and not (run / "model").is_dir():
-        return _open_checkpoint(run, device, dtype, original_base)
-    directory = find_model(str(run / "model") if is_run(source) else source, "RUN|MODEL")
-    model = _with_kernels(load_model(directory, device, dtype)).eval()
-    return LoadedModel(model, {}, directory, directory, dtype=dtype)
+    run, lora, path, config = Path(source), None, find_adapter(source), None
+    if path is None and is_run(source) and not (run / "model").is_dir():
+        config = load_file(run / "config.json")
+    if path is not None or (config is not None and config.training.method != "full"):
+        adapter = read_trained_adapter(source)
+        quantization = None if original_base else adapter.quantization
+        model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
+        opened, lora = replace(attach_adapter(adapter, model), step=adapter.step), adapter.lora
+    elif config is not None:  # a checkpoint of full fine-tuning has all weights
+        saved, base = best_checkpoint(run), find_model(config.model.name)
+        model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
+        opened = LoadedModel(model, {}, base, base, dtype=dtype, step=checkpoint_step(saved))
+    else:
+        base = find_model(str(run / "model") if is_run(source) else source, "RUN|MODEL")
+        opened = LoadedModel(load_model(base, device, dtype).eval(), {}, base, base, dtype=dtype)
+    if warning := kernels.apply(opened.model, lora):
+        print(f"warning: {warning}", file=sys.stderr)
+    return opened
 
 
 def is_run(source: str | Path) -> bool:
@@ -131,19 +132,7 @@ def best_checkpoint(run: Path) -> Checkpoint:
     raise UserError(f"{run}: this run has no checkpoint yet: run its train.py command again")
 
 
-def _open_checkpoint(run: Path, device: torch.device, dtype: torch.dtype, original_base: bool) -> LoadedModel:
-    """The best checkpoint of a run, on its base; after full fine-tuning the checkpoint has all weights."""
-    config = load_file(run / "config.json")
-    if config.training.method != "full":
-        adapter = _read_checkpoint(run)
-        return replace(_attach(adapter, device, dtype, original_base), step=adapter.step)
-    saved, base = best_checkpoint(run), find_model(config.model.name)
-    model = _with_kernels(load_model(base, device, dtype, files=[saved.path / "model.safetensors"])).eval()
-    return LoadedModel(model, {}, base, base, dtype=dtype, step=checkpoint_step(saved))
-
-
 def checkpoint_step(saved: Checkpoint) -> int:
-    """The optimizer step of a checkpoint, or a UserError."""
     step = saved.state.get("step")
     if type(step) is not int:
         raise UserError(f"{saved.path / 'state.json'}: step: {step!r:.60} is not a step: train again")
@@ -157,7 +146,6 @@ def read_trained_adapter(source: str) -> TrainedAdapter:
 
 
 def _read_checkpoint(run: Path) -> TrainedAdapter:
-    """The adapter in the best checkpoint of a run."""
     config, saved = load_file(run / "config.json"), best_checkpoint(run)
     try:
         provenance = read_json(run / "config.json")["provenance"]
@@ -186,22 +174,6 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
         raise UserError(f"{path / NOTE}: corrupted: copy the adapter again") from None
     base_sha256 = note.get("base_sha256")
     return TrainedAdapter(path, base, base_name, tokenizer, lora, tensors, quantization, trained_in, base_sha256)
-
-
-def _attach(adapter: TrainedAdapter, device: torch.device, dtype: torch.dtype, original_base: bool) -> LoadedModel:
-    """Load base and adapter as in training."""
-    quantization = None if original_base else adapter.quantization
-    model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
-    opened = attach_adapter(adapter, model)
-    _with_kernels(model, adapter.lora)
-    return opened
-
-
-def _with_kernels(model: Decoder, lora: LoRAConfig | None = None) -> Decoder:
-    """The model, fast where the kernels compute what the core says."""
-    if warning := kernels.apply(model, lora):
-        print(f"warning: {warning}", file=sys.stderr)
-    return model
 
 
 def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:

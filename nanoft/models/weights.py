@@ -1,7 +1,7 @@
 """Loading the weights of a Hugging Face directory into a decoder, and writing a decoder as such a directory.
 
-Weights are streamed: the decoder is built on the `meta` device, which has shapes but no storage; then each tensor is
-read, converted (for QLoRA quantized) and placed before the next one. Peak memory is the model plus one tensor.
+The decoder is built on the `meta` device, which has shapes but no storage; then each tensor is read, converted (for
+QLoRA quantized) and placed before the next one. Peak memory is the model plus one tensor.
 """
 
 from __future__ import annotations
@@ -19,26 +19,14 @@ from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
 from nanoft.io.untrusted import read_bytes, read_json
-from nanoft.model import Decoder, DecoderConfig, initialize
+from nanoft.model import Decoder, initialize
 from nanoft.models.bnb_format import read_stored, stored_tensors
 from nanoft.models.families import FAMILIES, find_family
-from nanoft.models.hub import TOKENIZER_FILES
-from nanoft.models.model_files import ModelFiles, check_quantization
+from nanoft.models.model_files import TOKENIZER_FILES, ModelFiles, Quantization, check_quantization
 from nanoft.nf4 import Linear4bit, Linear8bit, quantize
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
-
-
-def read_headers(paths: list[Path]) -> dict[str, TensorHeader]:
-    """The tensors of all files by name; a UserError if a file is invalid or a name is in two files."""
-    headers: dict[str, TensorHeader] = {}
-    for path in paths:
-        for name, header in read_header(path).items():
-            if name in headers:
-                raise UserError(f"{path}: {name} is in two files: fetch the model again")
-            headers[name] = header
-    return headers
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,7 @@ class WeightFiles:
 
     headers: dict[str, TensorHeader]
     shapes: dict[str, tuple[int, ...]]  # of every weight, in the files' order
-    stored: tuple[str, bool] | None  # (nf4 | fp4 | int8, double) of those that are packed
+    stored: Quantization | None  # (nf4 | fp4 | int8, double) of those that are packed
 
     def is_packed(self, name: str) -> bool:
         found = self.headers.get(name)
@@ -58,11 +46,7 @@ class WeightFiles:
         return self.headers[name].read(name)
 
     def read_packed(self, name: str, dtype: torch.dtype, device: torch.device) -> Linear4bit | Linear8bit:
-        """The linear of a packed weight, without its bias.
-
-        Raises:
-            UserError: its tensors are not what they should be.
-        """
+        """The linear of a packed weight, without its bias."""
         assert self.stored is not None
         place = name.removesuffix("weight")
         parts = [*stored_tensors(self.shapes[name], self.stored), FORMAT]
@@ -75,15 +59,17 @@ class WeightFiles:
 
 
 def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = None) -> WeightFiles:
-    """Validate the headers of a model's files against the decoder, before any tensor is read.
+    """Validate the headers of a model's files, or of `paths`, against the decoder, before any tensor is read.
 
-    Args:
-        model: on any device, for the names and shapes of its parameters.
-        paths: the files; None: the model's own.
     Raises:
         UserError: missing, unexpected or mis-shaped tensors, all of them listed; damaged files.
     """
-    headers = read_headers(paths or base.shards())
+    headers: dict[str, TensorHeader] = {}
+    for path in paths or base.shards():
+        found = read_header(path)
+        if twice := next((name for name in found if name in headers), None):
+            raise UserError(f"{path}: {twice} is in two files: fetch the model again")
+        headers |= found
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = {name: shapes[name] for name in headers if name in shapes}
     files = WeightFiles(headers, present, base.quantization)
@@ -95,22 +81,19 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
         else:
             expected[name] = (FLOATS, shape)
     faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
-    for name, found in headers.items():
+    tied = model.config.tied
+    for name, header in headers.items():
         if name in expected:
             forms, wanted = expected[name]
-            faults += [] if found.form in forms else [f"{name} is of type {found.form}"]
-            faults += [] if wanted in (None, found.shape) else [f"{name} is {found.shape} instead of {wanted}"]
-        elif not is_redundant(name, model.config):
+            faults += [] if header.form in forms else [f"{name} is of type {header.form}"]
+            faults += [] if wanted in (None, header.shape) else [f"{name} is {header.shape} instead of {wanted}"]
+        # May be there, but is not needed: a tied head, old rotary buffers, a format number.
+        elif not (tied and name == "lm_head.weight") and not name.endswith(("rotary_emb.inv_freq", f"_proj.{FORMAT}")):
             faults.append(f"unexpected {name}")
     if faults:
         shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise UserError(f"{base.directory}: {len(faults)} tensors do not fit config.json: {shown}")
     return files
-
-
-def is_redundant(name: str, config: DecoderConfig) -> bool:
-    """Whether a tensor may be in the files but is not needed: a tied head, old rotary buffers, a format number."""
-    return (config.tied and name == "lm_head.weight") or name.endswith(("rotary_emb.inv_freq", f"_proj.{FORMAT}"))
 
 
 def is_block_linear(name: str) -> bool:
@@ -122,22 +105,19 @@ def load_model(
     base: Path | ModelFiles,
     device: torch.device,
     dtype: torch.dtype,
-    quantization: tuple[str, bool] | None = None,
+    quantization: Quantization | None = None,
     random_seed: int | None = None,
     unpacked_dtype: torch.dtype | None = None,
     files: list[Path] | None = None,
 ) -> Decoder:
-    """Build the decoder of a Hugging Face directory and load its weights.
+    """Build the decoder of a Hugging Face directory and load its weights; raises what `open_weights` does.
 
     Args:
-        base: the directory, or what was read of it before.
         dtype: of every weight that is not quantized.
-        quantization: (nf4 | fp4 | int8, double): quantize the linears of the blocks while loading; None: do not.
+        quantization: the form in which the linears of the blocks are quantized while loading; None: not.
         random_seed: initialize the weights randomly instead of reading them.
         unpacked_dtype: dtype of dequantized weights; None: `dtype`.
         files: read the weights from these files instead of the directory's.
-    Raises:
-        UserError: missing, unexpected or mis-shaped tensors, all listed; corrupted files; unknown architecture.
     """
     base = base if isinstance(base, ModelFiles) else ModelFiles.read(base)
     with torch.device("meta"):
@@ -197,10 +177,9 @@ def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy the tokenizer's files and generation_config.json.
+    """Copy the tokenizer's files and generation_config.json, so that other tools render and stop as nanoft does.
 
-    If the source has no chat template, the default one that training used is added; if generation_config.json lacks a
-    token that ends a turn, that is added, so that other tools render and stop as nanoft does.
+    A missing chat template becomes the default one that training used; missing tokens that end a turn are added.
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

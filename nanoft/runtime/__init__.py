@@ -1,6 +1,6 @@
 """The process and its machine; nothing here knows a model or a run.
 
 `device` (device, dtype, random state) and `memory` (readings, limits, a monitor) hide the differences of CUDA, Metal
-and the CPU; what only Metal needs is in `metal`. `distributed` has the collectives of several processes, `command` the
+and the CPU. `distributed` has the collectives of several processes, `command` the
 exit codes and signals of the commands, `energy` the hardware counters.
 """

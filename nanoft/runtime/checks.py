@@ -1,7 +1,4 @@
-"""The result of a check, for preflight and the doctor: ok, warn or FAIL, what was found, and what to do about it.
-
-Imports no torch, so that a command line can name the checks.
-"""
+"""The result of a check, for preflight and the doctor; imports no torch, so that a command line can name the checks."""
 
 from __future__ import annotations
 
@@ -28,7 +25,6 @@ class Check:
 
     @classmethod
     def of(cls, name: str, passed: bool, found: str, fix: str = "") -> Check:
-        """ok or FAIL."""
         return cls(name, "ok" if passed else "FAIL", found, fix)
 
     @property
@@ -47,12 +43,7 @@ class Check:
 
 
 def require_passed(checks: Sequence[Check], forced: Sequence[str]) -> None:
-    """Stop at a check that failed, unless it is forced by name.
-
-    Raises:
-        UserError: names the first check that failed, and its fix.
-    """
-    failed = [check for check in checks if not check.passed and check.name not in forced]
-    if failed:
-        first = failed[0]
-        raise UserError(f"preflight: {first.name}: {first.found}: {first.fix} (or --force {first.name})")
+    """Stop at the first check that failed, unless it is forced by name."""
+    for check in checks:
+        if not check.passed and check.name not in forced:
+            raise UserError(f"preflight: {check.name}: {check.found}: {check.fix} (or --force {check.name})")

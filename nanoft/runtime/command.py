@@ -1,10 +1,7 @@
 """What every command shares: arguments, exit codes, standard streams, and stopping on a signal.
 
-A user who asks for `--help` or mistypes an option should not wait for torch, whose import takes seconds. A script
-therefore builds its parser first, and imports what needs torch after this:
-
-    if __name__ == "__main__":
-        PARSER.check(sys.argv[1:])
+`--help` and a mistyped option should not wait for torch, whose import takes seconds. A script therefore builds its
+parser and calls `check` first, and imports what needs torch after that.
 """
 
 from __future__ import annotations
@@ -22,10 +19,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from nanoft import TrainingFailed, UserError, __version__
-from nanoft.config.suggestion import suggest_override
+from nanoft.config.aliases import suggest_override
 from nanoft.io.untrusted import one_line
 
-INTERRUPTED = 130  # what shells report after Ctrl-C
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -40,11 +36,7 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Options and positional arguments in any order; a setting that is spelled as an option is explained.
-
-        Raises:
-            UserError: an unknown option, a missing argument, a value of the wrong type.
-        """
+        """Options and positional arguments in any order; a setting that is spelled as an option is explained."""
         parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
         args, unknown = parse(argv)
         if unknown and unknown[0].startswith("-") and hasattr(args, "overrides"):
@@ -96,24 +88,22 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             return 3
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return INTERRUPTED
+            return 130  # as shells report Ctrl-C
         except BrokenPipeError:  # `... | head` has read enough, which is not an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:  # a full disk, a directory that is not writable
-            where = f"{error.filename}: " if error.filename else ""
-            what = one_line(f"{where}{error.strerror or error}")
-            print(f"error: {what}: fix that and run the same command again", file=sys.stderr)
+            what = f"{error.filename}: " * bool(error.filename) + str(error.strerror or error)
+            print(f"error: {one_line(what)}: fix that and run the same command again", file=sys.stderr)
             return 2
 
     return with_exit_code
 
 
 def open_standard_streams() -> None:
-    """Make stdin, stdout and stderr usable, however the command was started.
+    """Make stdin, stdout and stderr usable, and escape what the terminal cannot encode.
 
-    The descriptor of a closed one (`>&-`) would be reused by the next file that is opened, and what a library prints
-    would go into a checkpoint. Characters that the terminal cannot encode are escaped.
+    The descriptor of a closed one (`>&-`) would be reused by the next file that is opened, such as a checkpoint.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -135,11 +125,7 @@ class _Lenient(io.FileIO):
 
 
 def ignore_broken_output() -> None:
-    """From now on, ignore failed writes to stdout and stderr.
-
-    Training must survive its terminal: `| head` that has read enough, a closed session, a full disk under a redirected
-    log. train.log has everything that was printed.
-    """
+    """From now on, ignore failed writes to stdout and stderr: training survives its terminal; train.log has all."""
     for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
         stream = getattr(sys, name)
         if stream is not original or not isinstance(stream, io.TextIOWrapper):
@@ -153,9 +139,8 @@ def ignore_broken_output() -> None:
 class StopRequest:
     """Turn a signal into a flag that the loop reads between two steps; a second SIGINT stops immediately.
 
-    SIGINT: Ctrl-C. SIGTERM: batch systems, `kill`. SIGHUP: the terminal was closed. SIGUSR1: sent by SLURM before the
-    time limit (`--signal=USR1@120`). Signals that are ignored, as under `nohup`, stay ignored. Python delivers signals
-    to the main thread only; in another thread this does nothing.
+    SIGHUP: the terminal was closed. SIGUSR1: sent by SLURM before the time limit (`--signal=USR1@120`). Signals that
+    are ignored, as under `nohup`, stay ignored. In another thread than the main one, this does nothing.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,6 @@
 """The machine under the run: which device, dtype and random state it uses, and which library versions.
 
-CUDA, Metal and the CPU differ here and in `memory` only (Metal's own rules are in `metal`), so that the modules above
-receive a torch.device and a dtype and need not know more.
+CUDA, Metal and the CPU differ here and in `memory` only: the modules above receive a torch.device and a dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import platform
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,19 +21,14 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError, __version__
-from nanoft.runtime import metal
-from nanoft.runtime.memory import memory_limit_bytes, total_memory_gb
+from nanoft.runtime.memory import memory_limit_bytes, set_metal_limit, total_memory_gb
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIBRARIES = ("torch", "safetensors", "tokenizers", "bitsandbytes", "numpy")
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device of system.device; `auto` prefers CUDA, then Metal, then the CPU.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
+    """The device of system.device; `auto` prefers CUDA, then Metal, then the CPU."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [name for name, is_present in present.items() if is_present]
     if wanted == "auto":
@@ -43,7 +37,7 @@ def choose_device(wanted: str) -> torch.device:
         there = ", ".join(available)
         raise UserError(f"system.device: {wanted} is not available here (available: {there}): set system.device=auto")
     if wanted == "mps":
-        metal.set_memory_limit()
+        set_metal_limit()
     return torch.device(wanted)
 
 
@@ -52,9 +46,6 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
     float16 is not offered: its smallest positive number is 6e-8, and gradients of a loss divided by thousands of tokens
     are smaller.
-
-    Raises:
-        UserError: the device does not support it.
     """
     if wanted == "auto":
         is_fast = device.type == "mps" and supports_matmul(torch.bfloat16, device)
@@ -137,6 +128,26 @@ def preserve_rng_state() -> Iterator[None]:
         set_rng_state(state)
 
 
+def with_same_dropout(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The block as a function that draws the same dropout masks when it is recomputed, on Metal.
+
+    `checkpoint` restores the random numbers of CUDA and the CPU, but not those of Metal (PyTorch 2.8 to 2.13).
+    """
+    first: list[Tensor] = []
+
+    def call(*arguments: Any) -> Tensor:
+        state = torch.mps.get_rng_state()
+        if not first:
+            first.append(state)
+            return block(*arguments)
+        torch.mps.set_rng_state(first[0])
+        y = block(*arguments)
+        torch.mps.set_rng_state(state)
+        return y
+
+    return call
+
+
 def _from_hex(text: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
@@ -153,7 +164,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of nanoft, Python and the libraries that results depend on."""
+    """Versions of what results depend on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"nanoft": __version__, "python": platform.python_version(), **libraries}
 

@@ -7,14 +7,11 @@ it. The gradients are summed over the ranks once per window:
     gradient = sum over ranks of d(loss of its micro-batches) / dw  /  units of the whole window
 
 so N ranks do what one rank does with N times the accumulation steps. All ranks then clip by the same norm and take the
-same optimizer step, so their weights stay equal without communication. Only rank 0 prints, and reads and writes the run
-directory; it broadcasts what it finds. Control flow is decided from numbers that all ranks share.
+same optimizer step, so their weights stay equal. Only rank 0 prints, and reads and writes the run directory; it
+broadcasts what it finds. Control flow is decided from numbers that all ranks share.
 
-With training.sharding=full, PyTorch's FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3) shards every
-parameter, gradient and moment over the ranks: nanoft/kernels/sharding.py.
-
-This module holds the collectives, on top of torch.distributed: gloo on a CPU, NCCL between GPUs. Without torchrun the
-world size is 1, and they do nothing.
+The collectives here use torch.distributed: gloo on a CPU, NCCL between GPUs. Without torchrun the world size is 1, and
+they do nothing. Sharding (training.sharding=full) is in nanoft/kernels/sharding.py.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -51,12 +48,10 @@ _keys = map("nanoft {}".format, itertools.count())  # their names; every rank co
 
 
 def process_rank() -> int:
-    """Which of the processes this is."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -69,7 +64,10 @@ def distributed_main(main: Callable[[list[str]], int]) -> Callable[[list[str]], 
         try:
             code = main(argv)
         except (UserError, TrainingFailed) as error:  # without destroying the group: others may wait in it
-            if not _first_to_report(str(error)):
+            is_first = True
+            with suppress(RuntimeError):  # torchrun is gone
+                is_first = _store is None or _store.add(str(error), 1) == 1
+            if not is_first:
                 raise SystemExit(3 if isinstance(error, TrainingFailed) else 2) from None
             raise
         if world_size() > 1:
@@ -80,11 +78,7 @@ def distributed_main(main: Callable[[list[str]], int]) -> Callable[[list[str]], 
 
 
 def _init_process_group() -> None:
-    """Join the process group that torchrun's environment variables describe.
-
-    Raises:
-        UserError: they do not describe one.
-    """
+    """Join the process group that torchrun's environment variables describe."""
     global _store
     if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         return
@@ -99,13 +93,9 @@ def _init_process_group() -> None:
 
 
 def resolve_world_size(config: Config) -> Config:
-    """The config with the number of ranks that there are.
-
-    Raises:
-        UserError: it asks for another number.
-    """
-    if config.system.ranks not in (1, world_size()):
-        wanted = config.system.ranks
+    """The config with the number of ranks that there are."""
+    wanted = config.system.ranks
+    if wanted not in (1, world_size()):
         raise UserError(
             f"system.ranks: {wanted} are wanted, and there are {world_size()}: start it with "
             f"torchrun --nproc-per-node {wanted} train.py, or leave the setting out"
@@ -114,21 +104,13 @@ def resolve_world_size(config: Config) -> Config:
 
 
 def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
-    """Refuse ranks that differ in versions, settings, ... (JSON values by name): their results would differ, too.
-
-    Raises:
-        UserError: the same one on every rank: who differs, in what.
-    """
+    """Refuse ranks that differ in versions, settings, ... (JSON values by name): their results would differ, too."""
     everyone = _all_gather(facts)
     for other, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
             if theirs.get(name) != value:
-                raise UserError(
-                    f"torchrun: {name} is {theirs.get(name)} on rank {other} and {value} on rank 0: make them the same"
-                )
-
-
-# ---- From rank 0
+                differ = f"{name} is {theirs.get(name)} on rank {other} and {value} on rank 0"
+                raise UserError(f"torchrun: {differ}: make them the same")
 
 
 def broadcast_from_rank0(find_out: Callable[[], Any]) -> Any:
@@ -159,13 +141,12 @@ def main_process_first(load: Callable[[], T]) -> T:
 
 
 def mark_sharded() -> None:
-    """From now on each rank holds a shard of every parameter."""
     global _sharded
     _sharded = True
 
 
 def is_sharded() -> bool:
-    """Whether each rank holds a shard of the model only."""
+    """Whether each rank holds a shard of every parameter only."""
     return _sharded
 
 
@@ -178,9 +159,6 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
         with _explained():
             dist.broadcast(sent, 0)
         tensor.detach().copy_(sent)
-
-
-# ---- One window, many ranks
 
 
 def shard(items: Iterable[T]) -> Iterator[T]:
@@ -206,8 +184,7 @@ def gradients_summed_over_ranks(
 ) -> Iterator[None]:
     """Around the backward passes of this rank's share of a window: afterwards loss and gradients are the window's.
 
-    Args:
-        seed: seed of the run, epoch and index of the window, for this rank's dropout.
+    `seed` is the run's seed, epoch and index of the window, for this rank's dropout.
     """
     seed_process(*seed)
     with same_exception(loss.device):
@@ -216,10 +193,7 @@ def gradients_summed_over_ranks(
 
 
 def seed_process(seed: int, epoch: int, index: int) -> None:
-    """Dropout and noise of a rank are a pure function of (seed, rank, epoch, index).
-
-    Rank 0 keeps the generator that a checkpoint holds, as a single process does.
-    """
+    """Dropout of a rank is a pure function of (seed, rank, epoch, index); rank 0 keeps the generator of checkpoints."""
     if process_rank():
         own = np.random.SeedSequence([seed, process_rank(), epoch, index]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(own))
@@ -227,10 +201,9 @@ def seed_process(seed: int, epoch: int, index: int) -> None:
 
 @torch.no_grad()
 def all_reduce_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the loss and each gradient by its sum over the ranks.
+    """Replace the loss and each gradient by its sum over the ranks, in a few large messages.
 
-    In a few large messages: many small ones would each wait for the network. With a sharded model, FSDP has summed the
-    gradients during backward, and divided them by the world size.
+    With a sharded model, FSDP has summed the gradients during backward, and divided them by the world size.
     """
     if world_size() == 1:
         return
@@ -289,11 +262,8 @@ def _all_reduce(values: Sequence[float], operation: Any) -> list[float]:
 def same_exception(device: torch.device) -> Iterator[None]:
     """At the end of the block, raise an error of one rank on every rank; out of memory as `OutOfMemory`.
 
-    With a sharded model the ranks wait for one another inside the block, so a rank without memory exits with 3.
-
-    Raises:
-        OutOfMemory: memory ran out on some rank.
-        TrainingFailed: something else failed on another rank; a rank's own error is raised as it is.
+    Another rank's error is a `TrainingFailed`; a rank's own error is raised as it is. With a sharded model the ranks
+    wait for one another inside the block, so a rank without memory exits with 3.
     """
     failure: Exception | None = None
     try:
@@ -322,19 +292,14 @@ def same_exception(device: torch.device) -> Iterator[None]:
         raise TrainingFailed("another process failed: see its message")
 
 
-# ---- Messages
-
-
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn the error of a connection that broke, because another process has ended, into one line."""
+    """Turn the error of a broken connection into one line."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise TrainingFailed(
-            f"another process of this run is gone: the same command resumes from the last checkpoint ({reason})"
-        ) from None
+        gone, reason = "another process of this run is gone", str(error).partition("\n")[0]
+        raise TrainingFailed(f"{gone}: the same command resumes from the last checkpoint ({reason})") from None
 
 
 def _all_gather(value: Any) -> list[Any]:
@@ -351,11 +316,3 @@ def _read(key: str) -> bytes:
     with _explained():
         _store.wait([key], PATIENCE)
         return _store.get(key)
-
-
-def _first_to_report(text: str) -> bool:
-    """Whether no other rank has said it."""
-    try:
-        return _store is None or _store.add(text, 1) == 1
-    except RuntimeError:  # torchrun is gone
-        return True

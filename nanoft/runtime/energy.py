@@ -1,10 +1,8 @@
-"""Energy that a run takes, as far as the hardware counts it.
-
-NVIDIA GPUs (Volta and newer) and most processors count their own energy:
+"""Energy that a run takes, as far as the hardware counts it:
 
     GPU         NVML, nvmlDeviceGetTotalEnergyConsumption: millijoules since the driver was loaded
-    processor   Linux powercap, /sys/class/powercap/intel-rapl:N/energy_uj (also on AMD): microjoules, which wrap around
-                at max_energy_range_uj; on most systems only root may read them
+    processor   Linux powercap, intel-rapl:N/energy_uj (also on AMD): microjoules, which wrap around at
+                max_energy_range_uj; on most systems only root may read them
 
 Counters that cannot be read are skipped, and memory, fans and power supply are not counted: it is a lower bound.
 """
@@ -12,6 +10,7 @@ Counters that cannot be read are skipped, and memory, fans and power supply are 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,8 +42,6 @@ class EnergyCounter:
 
 
 class EnergyMeter:
-    """The counters of a device and of the processors of its host."""
-
     def __init__(self, device: torch.device):
         self.counters = _processors() + (_gpu(device) if device.type == "cuda" else [])
 
@@ -59,15 +56,15 @@ def _processors() -> list[EnergyCounter]:
     for zone in sorted(POWERCAP.glob("intel-rapl:*")):
         try:
             if (zone / "name").read_text().startswith("package"):
-                read = _microjoules(zone / "energy_uj")
-                counters.append(EnergyCounter(read, _microjoules(zone / "max_energy_range_uj")(), read()))
+                read = functools.partial(_joules, zone / "energy_uj")
+                counters.append(EnergyCounter(read, _joules(zone / "max_energy_range_uj"), read()))
         except (OSError, ValueError):
             continue
     return counters
 
 
-def _microjoules(path: Path) -> Callable[[], float]:
-    return lambda: float(path.read_text()) / 1e6
+def _joules(path: Path) -> float:
+    return float(path.read_text()) / 1e6
 
 
 def _gpu(device: torch.device) -> list[EnergyCounter]:

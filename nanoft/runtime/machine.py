@@ -1,19 +1,23 @@
-"""The machine of a run, looked up once at the start: device, number format, memory. Others receive the values."""
+"""The machine of a run, looked up once at the start, and the config for it (`train.py auto`)."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+import nanoft
 from nanoft import UserError
 from nanoft.config import Config
+from nanoft.config.loading import read_overrides
 from nanoft.runtime import distributed
 from nanoft.runtime.device import DTYPES, choose_device, choose_dtype, describe_device
-from nanoft.runtime.memory import memory_limit_bytes
+from nanoft.runtime.memory import memory_limit_bytes, total_memory_gb
 
-PLANNED_SHARE = 0.9  # of the memory that a plan may fill
+CONFIGS = Path(nanoft.__file__).parent.parent / "configs"
+GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # GB that each needs
 
 
 @dataclass(frozen=True)
@@ -27,21 +31,13 @@ class Machine:
 
     @classmethod
     def detect(cls, config: Config) -> Machine:
-        """This machine.
-
-        Raises:
-            UserError: the device is not available, or it has no matmul in model.dtype.
-        """
+        """This machine."""
         device = choose_device(config.system.device)
         return cls(device, choose_dtype(config.model.dtype, device), memory_limit_bytes(device))
 
     @classmethod
     def detect_or_describe(cls, config: Config) -> Machine:
-        """This machine, or for --plan the one that the config describes if its device is not available here.
-
-        Raises:
-            UserError: the device is not available, and system.memory_gb is not set.
-        """
+        """This machine, or for --plan the one that the config describes if its device is not available here."""
         memory_gb = config.system.memory_gb
         try:
             choose_device(config.system.device)
@@ -55,7 +51,7 @@ class Machine:
     @property
     def room_bytes(self) -> float:
         """What a plan may fill."""
-        return PLANNED_SHARE * self.memory_bytes
+        return 0.9 * self.memory_bytes
 
     @property
     def name(self) -> str:
@@ -68,22 +64,37 @@ class Machine:
 
 
 def select_device(device: torch.device, sharding: str) -> None:
-    """Make this process's own GPU the one that `cuda` means, before anything is allocated on it.
-
-    Raises:
-        UserError: there are fewer GPUs than processes, it is a Mac's, or there is nobody to shard with.
-    """
-    if sharding == "full" and distributed.world_size() == 1:
+    """Make this process's own GPU the one that `cuda` means, before anything is allocated on it."""
+    world_size = distributed.world_size()
+    if sharding == "full" and world_size == 1:
         raise UserError(
             "training.sharding: full shards the model over processes, and this is the only one: start it with "
             "torchrun --nproc-per-node N train.py, or set training.sharding=none"
         )
-    if distributed.world_size() > 1 and device.type == "mps":
+    if world_size > 1 and device.type == "mps":
         raise UserError("system.device: Metal is used by one process: start train.py without torchrun")
-    if distributed.world_size() > 1 and device.type == "cuda":
-        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size())), torch.cuda.device_count()
+    if world_size > 1 and device.type == "cuda":
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), torch.cuda.device_count()
         if wanted > there:
             raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
         if "LOCAL_RANK" not in os.environ:
             raise UserError("torchrun: LOCAL_RANK is not set, so whose GPU is which is not known: start with torchrun")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def pick_config(overrides: list[str]) -> Path:
+    """The config for this machine; prints which one, and why."""
+    device = choose_device(read_overrides(overrides).get("system.device", "auto"))
+    memory_gb = total_memory_gb(device)
+    if device.type == "cuda" and choose_dtype("auto", device) == torch.float32:
+        memory_gb /= 2  # before Ampere: in float32, activations take twice the memory
+    path = config_for(device.type, memory_gb)
+    if not distributed.process_rank():
+        print(f"auto      configs/{path.name}, because this is {describe_device(device)}")
+    return path
+
+
+def config_for(device_type: str, memory_gb: float) -> Path:
+    if device_type == "cuda":
+        return CONFIGS / next(name for name, needed in GPU_CONFIGS.items() if memory_gb >= needed)
+    return CONFIGS / {"mps": "m4.py", "cpu": "cpu.py"}[device_type]

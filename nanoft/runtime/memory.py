@@ -1,7 +1,9 @@
 """How much memory a run holds and may hold, on the device and on the host, and a monitor that warns before it runs out.
 
 The limit of a process is what it holds plus what is free. In a container or a batch job, Linux grants less than the
-machine has: the limits of all cgroups above the process count. Readings take some tens of microseconds.
+machine has: the limits of all cgroups above the process count. On a Mac, host and GPU share one memory. PyTorch allows
+1.7 times what Metal recommends, beyond which macOS swaps without an error, so here the recommendation is the limit,
+unless PYTORCH_MPS_HIGH_WATERMARK_RATIO is set (docs/metal.md).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import re
 import resource
 import statistics
@@ -23,8 +26,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from nanoft.runtime import metal
-
+WATERMARK = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"  # limit as a multiple of Metal's recommendation; 0: no limit
 CGROUPS = Path("/sys/fs/cgroup")  # limits of containers and batch systems
 MEMBERSHIP = Path("/proc/self/cgroup")  # the cgroups of this process
 
@@ -33,7 +35,9 @@ def held_bytes(device: torch.device) -> float:
     """Memory that this process holds: reserved by PyTorch on a GPU, resident (RSS) on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.memory_reserved(device))
-    return metal.held_bytes() if device.type == "mps" else float(psutil.Process().memory_info().rss)
+    if device.type == "mps":
+        return float(torch.mps.driver_allocated_memory())
+    return float(psutil.Process().memory_info().rss)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -41,7 +45,7 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
-        return metal.held_bytes() / 1e9
+        return held_bytes(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -51,8 +55,14 @@ def memory_limit_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     if device.type == "mps":
-        return metal.limit_bytes(available_host_bytes())
+        return min(float(torch.mps.recommended_max_memory()), held_bytes(device) + available_host_bytes())
     return available_host_bytes() + held_bytes(device)
+
+
+def set_metal_limit() -> None:
+    """Limit this process to the memory that Metal recommends, unless the user has set a limit."""
+    if WATERMARK not in os.environ:
+        torch.mps.set_per_process_memory_fraction(1.0)
 
 
 def total_memory_gb(device: torch.device) -> float:
@@ -70,8 +80,7 @@ def available_host_bytes() -> float:
 def cgroup_limits() -> Iterator[tuple[int, int]]:
     """Limit and usage in bytes of each cgroup above this process that has a limit.
 
-    Page cache that can be dropped (`inactive_file`) is not counted. Source: the kernel's admin-guide/cgroup-v2
-    ("Memory Interface Files") and cgroup-v1/memory.
+    Page cache that can be dropped (`inactive_file`) is not counted. Source: the kernel's admin-guide/cgroup-v2 and v1.
     """
     with contextlib.suppress(OSError):  # not Linux
         for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines():
@@ -108,11 +117,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory(device: torch.device, error: BaseException | None = None) -> None:
-    """Return unused memory to the device.
-
-    Args:
-        error: a caught one, whose frames keep tensors alive until they are cleared.
-    """
+    """Return unused memory to the device; the frames of a caught error keep tensors alive until they are cleared."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__, error = None, error.__context__
@@ -152,9 +157,8 @@ def read_memory(device: torch.device) -> MemoryReading:
 class MemoryMonitor:
     """Warns before memory runs out: at 85, 90 and 95 % of the limit, and when memory leaks.
 
-    To tell a leak from noise, each window of readings gives one median, and the slope is the median of all slopes
-    between two windows (Theil, 1950; Sen, 1968). It is a leak if nearly all of those slopes are positive and memory has
-    grown by more than caches explain.
+    To tell a leak from noise, each window of readings gives one median. It is a leak if nearly all slopes between two
+    windows are positive (Theil, 1950; Sen, 1968) and memory has grown by more than caches explain.
     """
 
     LEVELS = (0.85, 0.90, 0.95)

@@ -1,9 +1,7 @@
 """Runs from outside: several side by side, or one while it trains. Only metrics.jsonl and files beside it are read.
 
-    python -m nanoft compare runs/a runs/b --plot both.svg      a table, and the eval losses in one plot
-    python -m nanoft compare runs/a --follow                    curves in the terminal until the run is done
-
-Nothing in a run's directory is touched. Where the output is not a terminal, `--follow` prints one line per event.
+python -m nanoft compare runs/a runs/b --plot both.svg      a table, and the eval losses in one plot
+python -m nanoft compare runs/a --follow                    curves in the terminal until the run is done
 """
 
 from __future__ import annotations
@@ -22,15 +20,13 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.io.tables import format_duration, markdown_table
-from nanoft.io.untrusted import one_line, parse_json, read_bytes
+from nanoft.io.untrusted import one_line, read_json
 from nanoft.tracking import plots
 from nanoft.tracking.plots import Events, number, read_events
 from nanoft.tracking.run import may_be_running
 
 IGNORED = ("logging", "output", "provenance")  # sections that do not change what is trained
 PACE = 20  # the time per step is the median over so many train events
-WARNINGS = 3  # shown on the dashboard
-WIDTH, HEIGHT = 72, 8  # of a chart, in characters
 HOME, REST = "\x1b[H\x1b[2J", "\x1b[0J"  # clear the screen and go to its top; clear below the cursor
 
 
@@ -52,12 +48,19 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
     for directory in directories:
         if not (directory / "metrics.jsonl").is_file():
             raise UserError(f"{directory}: not a run that has started: it has no metrics.jsonl: give a run directory")
-    names = _names(directories)
+    names = [directory.resolve().name for directory in directories]
+    if len(set(names)) < len(names):  # ambiguous: show the whole paths
+        names = [str(directory) for directory in directories]
+    names = [one_line(name).replace("|", "/") for name in names]
     runs = dict(zip(names, (read_events(directory) for directory in directories), strict=True))
     settings = [settings_of(directory) for directory in directories]
     keys = dict.fromkeys(key for one in settings for key in one)
     differ = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
-    rows = [[key, *(_setting(s.get(key)) for s in settings)] for key in differ]
+    rows = []
+    for key in differ:
+        values = [value if isinstance(value := one.get(key), str) else json.dumps(value) for one in settings]
+        texts = [one_line(value).replace("|", "/") for value in values]
+        rows.append([key, *(text if len(text) <= 40 else f"...{text[-37:]}" for text in texts)])
     columns = [figures(events, _json(d / "report.json")) for events, d in zip(runs.values(), directories, strict=True)]
     rows += [[key, *(column[key] for column in columns)] for key in columns[0]]
     print(markdown_table(["", *names], rows))
@@ -68,13 +71,6 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
         plots.save(plots.comparison(runs), plot)
         print(f"plot      {plot}")
     return 0
-
-
-def _names(directories: Sequence[Path]) -> list[str]:
-    """The last part of each path; the whole paths where those are ambiguous."""
-    short = [directory.resolve().name for directory in directories]
-    named = short if len(set(short)) == len(short) else [str(directory) for directory in directories]
-    return [one_line(name).replace("|", "/") for name in named]
 
 
 def settings_of(directory: Path) -> dict[str, Any]:
@@ -88,22 +84,20 @@ def settings_of(directory: Path) -> dict[str, Any]:
 
 def figures(events: Events, report: dict[str, Any]) -> dict[str, str]:
     """Results of a run as text; from its report if there is one, otherwise from what was logged so far."""
-    training, tuned = _part(report, "training"), _part(report, "tuned")
+    training = _part(report, "training")
     best, last = events.best(), events.last("eval", "loss")
-    speeds = [v for v in events.series("train", "tokens_per_second")[1] if math.isfinite(v)]
-    memory = [v for v in events.series("train", "peak_memory_gb")[1] if math.isfinite(v)]
+    speeds = events.finite("train", "tokens_per_second")
     times = [t for t in (number(line.get("time")) for line in events.lines) if math.isfinite(t)]
     took = number(training.get("seconds")) if training else max(times, default=math.nan) - min(times, default=math.nan)
     speed = number(training.get("tokens_per_second")) if training else statistics.median(speeds or [math.nan])
-    match = number(tuned.get("exact_match"))
     return {
         "steps": f"{max((line['step'] for line in events.lines), default=0):g}",
         "best eval loss": f"{best['loss']:.4f} (step {best['step']:g})" if best else "-",
         "last eval loss": _figure(last, "{:.4f}"),
         "perplexity": _figure(math.exp(min(best["loss"], 700.0)) if best else math.nan, "{:.4g}"),
-        "exact match": _figure(match, "{:.1%}"),
+        "exact match": _figure(number(_part(report, "tuned").get("exact_match")), "{:.1%}"),
         "tokens/s": _figure(speed, "{:,.0f}"),
-        "memory, GB": _figure(max(memory, default=math.nan), "{:.2f}"),
+        "memory, GB": _figure(max(events.finite("train", "peak_memory_gb"), default=math.nan), "{:.2f}"),
         "time": format_duration(took) if math.isfinite(took) else "-",
         "state": "done" if events.of("done") else "not done",
     }
@@ -118,49 +112,41 @@ def _figure(value: float, form: str) -> str:
     return form.format(value) if math.isfinite(value) else "-"
 
 
-def _setting(value: Any) -> str:
-    text = one_line(value if isinstance(value, str) else json.dumps(value)).replace("|", "/")
-    return text if len(text) <= 40 else f"...{text[-37:]}"
-
-
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is none, or a damaged one."""
     try:
-        value = parse_json(read_bytes(path))
-    except (UserError, ValueError):
+        return read_json(path)
+    except UserError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 # ---- One run, live
 
 
 def follow(directory: Path, every_s: float) -> int:
-    """Show a run until it is done, or until no process owns it any more.
-
-    Raises:
-        UserError: the path exists, but is not a directory.
-    """
+    """Show a run until it is done, or until no process owns it any more; not on a terminal, one line per event."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--follow: {directory}: not a directory: give a run directory")
-    redraws = sys.stdout.isatty()
+    redraws, lock = sys.stdout.isatty(), directory / ".lock"
     seen: set[tuple[Any, ...]] = set()
     is_announced = False
     while True:
-        is_running = not (directory / "metrics.jsonl").exists() or is_owned(directory)  # before reading the file
+        # Before reading the file. The lock itself is not touched, its note says who owns the run.
+        note = lock.read_text("utf-8", errors="replace").strip() if lock.is_file() else ""
+        is_running = not (directory / "metrics.jsonl").exists() or may_be_running(note)
         events = read_events(directory)
         if redraws:
             width = shutil.get_terminal_size((80, 24)).columns
             print(HOME + "\n".join(line[: width - 1] for line in dashboard(directory.name, events)) + REST, flush=True)
-        else:
+        elif events.lines:
             for line in events.of("train", "eval", "warning", "done"):
                 key = line["event"], line["step"], line.get("time"), line.get("what")
                 if key not in seen:
                     seen.add(key)
                     print(event_line(line), flush=True)
-            if not events.lines and not is_announced:
-                is_announced = True
-                print(f"{directory}: has not started: waiting", flush=True)
+        elif not is_announced:
+            is_announced = True
+            print(f"{directory}: has not started: waiting", flush=True)
         if events.of("done") or not is_running:
             break
         time.sleep(every_s)
@@ -171,14 +157,6 @@ def follow(directory: Path, every_s: float) -> int:
     return 0
 
 
-def is_owned(directory: Path) -> bool:
-    """Whether a process owns the run, according to the note in its lock file; the lock itself is not touched."""
-    try:
-        return may_be_running((directory / ".lock").read_text(encoding="utf-8", errors="replace").strip())
-    except OSError:
-        return False
-
-
 def event_line(event: dict[str, Any]) -> str:
     """An event as text: step 20 train: loss 1.234, grad norm 0.5, ..."""
     names = {
@@ -187,15 +165,12 @@ def event_line(event: dict[str, Any]) -> str:
         "warning": ("what", "text", "error"),
         "done": ("steps", "seconds", "tokens_per_second", "peak_memory_gb"),
     }[event["event"]]
-    parts = [f"{name.replace('_', ' ')} {_value(event[name])}" for name in names if name in event]
+    values = {name.replace("_", " "): event[name] for name in names if name in event}
+    parts = [f"{name} {f'{v:.5g}' if isinstance(v, (int, float)) else v}" for name, v in values.items()]
     return one_line(f"step {event['step']:g} {event['event']}: {', '.join(parts)}")
 
 
-def _value(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, (int, float)) else str(value)
-
-
-def dashboard(name: str, events: Events, width: int = WIDTH) -> list[str]:
+def dashboard(name: str, events: Events, width: int = 72) -> list[str]:
     """The state of a run as lines of text."""
     name = one_line(name)
     if not events.lines:
@@ -210,8 +185,8 @@ def dashboard(name: str, events: Events, width: int = WIDTH) -> list[str]:
         lines.append(f"eval loss {events.last('eval', 'loss'):.4f}, best {best['loss']:.4f} at step {best['step']:g}")
     both = [events.series(event, "loss") for event in ("train", "eval")]
     lines += ["", "loss (*), eval loss (o)", *chart(both, width)]
-    lines += ["", "gradient norm", *chart([events.series("train", "grad_norm")], width, HEIGHT // 2)]
-    recent = events.of("warning")[-WARNINGS:]
+    lines += ["", "gradient norm", *chart([events.series("train", "grad_norm")], width, height=4)]
+    recent = events.of("warning")[-3:]
     lines += ["", *(event_line(line) for line in recent)] if recent else []
     if events.damaged:
         lines.append(f"skipped {events.damaged:,} damaged lines")
@@ -227,7 +202,7 @@ def progress(events: Events) -> tuple[float, float, float]:
     return step, total, (total - step) * statistics.median(paces) if total and paces else math.nan
 
 
-def chart(series: Sequence[tuple[list[float], list[float]]], width: int = WIDTH, height: int = HEIGHT) -> list[str]:
+def chart(series: Sequence[tuple[list[float], list[float]]], width: int = 72, height: int = 8) -> list[str]:
     """Curves as text: `*` the first, `o` the second, on axes with the smallest and largest values and steps."""
     points = [(x, y, mark) for (xs, ys), mark in zip(series, "*o", strict=False) for x, y in zip(xs, ys, strict=True)]
     points = [point for point in points if math.isfinite(point[1])]

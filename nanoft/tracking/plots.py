@@ -2,12 +2,9 @@
 
     python -m nanoft plot runs/tiny        writes runs/tiny/plots/curves.png and curves.svg, also during training
 
-The run may still be training, or may have been killed in the middle of a line: damaged lines are counted and skipped.
-Curves are black and differ in dashes and markers, so they survive printing. The same metrics.jsonl gives the same bytes
-(for one version of matplotlib), so a plot can be kept under version control.
-
-During training, plots are drawn in a separate process (nanoft/tracking/trackers.py). This module therefore imports
-neither torch nor anything that does, and matplotlib only where it plots.
+Damaged lines are counted and skipped: the run may have been killed in the middle of one. Curves are black and differ in
+dashes and markers, so they survive printing; the same metrics.jsonl gives the same bytes. During training, plots are
+drawn in a separate process (nanoft/tracking/trackers.py), so this module imports neither torch nor anything that does.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +21,7 @@ from nanoft import UserError
 from nanoft.io.atomic import replace_file
 from nanoft.io.untrusted import one_line, parse_json
 
-EXTRA = "needs matplotlib: pip install -e '.[plot]'"
-KINDS = (".png", ".svg", ".pdf")
+UNDATED: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # metadata
 PANELS = [  # label of the axis -> curves: name, event, key
     ("loss, nats per target token", [("loss", "train", "loss"), ("eval loss", "eval", "loss")]),
     ("learning rate", [("learning rate", "train", "learning_rate")]),
@@ -36,7 +31,6 @@ PANELS = [  # label of the axis -> curves: name, event, key
 ]
 DASHES = ["-", "--", ":", "-."]
 MARKS = ["o", "s", "^", "x", "D"]  # 5 markers x 4 dashes: 20 runs look different
-FEW = 40  # up to so many points get markers: a single one makes no line
 STYLE = {
     "svg.hashsalt": "nanoft",  # names of clip paths; otherwise random
     "svg.fonttype": "none",  # text stays text
@@ -63,9 +57,12 @@ class Events:
         lines = self.of(event)
         return [float(line["step"]) for line in lines], [number(line.get(key)) for line in lines]
 
+    def finite(self, event: str, key: str) -> list[float]:
+        return [value for value in self.series(event, key)[1] if math.isfinite(value)]
+
     def last(self, event: str, key: str) -> float:
         """The newest finite value; NaN if there is none."""
-        return next((v for v in reversed(self.series(event, key)[1]) if math.isfinite(v)), math.nan)
+        return (self.finite(event, key) or [math.nan])[-1]
 
     def best(self) -> dict[str, Any] | None:
         """The first evaluation with the lowest loss."""
@@ -80,11 +77,7 @@ def number(value: Any) -> float:
 
 
 def read_events(directory: Path) -> Events:
-    """The events of a run directory; none if the run has not started.
-
-    Raises:
-        UserError: metrics.jsonl is not a regular file.
-    """
+    """The events of a run directory; none if the run has not started."""
     path = directory / "metrics.jsonl"
     if not path.exists():
         return Events()
@@ -106,18 +99,10 @@ def as_event(line: bytes) -> dict[str, Any] | None:
 
 
 def draw(directory: Path) -> list[Path]:
-    """Write plots/curves.png and plots/curves.svg of a run; returns their paths.
-
-    Raises:
-        UserError: matplotlib is not installed.
-        OSError: they cannot be written.
-    """
-    picture = figure(read_events(directory), directory.resolve().name)
-    (directory / "plots").mkdir(exist_ok=True)
-    paths = [directory / "plots" / f"curves{kind}" for kind in (".png", ".svg")]
-    for path in paths:
-        save(picture, path)
-    return paths
+    """Write plots/curves.png and plots/curves.svg of a run; returns their paths."""
+    picture, folder = figure(read_events(directory), directory.resolve().name), directory / "plots"
+    folder.mkdir(exist_ok=True)
+    return [save(picture, folder / "curves.png"), save(picture, folder / "curves.svg")]
 
 
 def figure(events: Events, title: str) -> Any:
@@ -130,7 +115,7 @@ def figure(events: Events, title: str) -> Any:
         for axes, (name, curves) in zip(picture.subplots(len(PANELS), sharex=True), PANELS, strict=True):
             axes.set_ylabel(name)
             for index, (label, event, key) in enumerate(curves):
-                curve(axes, *events.series(event, key), label, index, gid=f"{event}.{key}")
+                curve(axes, events.series(event, key), label, index, f"{event}.{key}")
             if len(curves) > 1:
                 axes.legend(loc="upper right")
         axes.set_xlabel("optimizer step")
@@ -147,43 +132,36 @@ def comparison(runs: dict[str, Events]) -> Any:
         axes.set_ylabel("eval loss, nats per target token")
         axes.set_xlabel("optimizer step")
         for index, (name, events) in enumerate(runs.items()):
-            curve(axes, *events.series("eval", "loss"), plain(name), index, gid=f"run.{index}", marked=True)
+            curve(axes, events.series("eval", "loss"), plain(name), index, f"run.{index}", few=sys.maxsize)
         axes.legend(loc="upper right")
     return picture
 
 
-def curve(
-    axes: Any, steps: Sequence[float], values: Sequence[float], label: str, index: int, gid: str, marked: bool = False
-) -> None:
-    """Plot one line in the style number `index`; `gid` is its id in an SVG."""
-    mark = MARKS[index % len(MARKS)] if marked or len(steps) <= FEW else ""
+def curve(axes: Any, points: tuple[list[float], list[float]], label: str, index: int, gid: str, few: int = 40) -> None:
+    """Plot (steps, values) in the style number `index`, up to `few` points with markers; `gid` is its id in an SVG."""
+    mark = MARKS[index % len(MARKS)] if len(points[0]) <= few else ""
     looks = {"color": "black", "linewidth": 1.0, "markersize": 3.5, "markerfacecolor": "white"}
-    axes.plot(steps, values, DASHES[index % len(DASHES)], marker=mark, label=label, gid=gid, **looks)
+    axes.plot(*points, DASHES[index % len(DASHES)], marker=mark, label=label, gid=gid, **looks)
 
 
 def style() -> Any:
-    """A context with matplotlib's defaults and `STYLE`, whatever the user's matplotlibrc says.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """A context with matplotlib's defaults and `STYLE`, whatever the user's matplotlibrc says."""
     try:
         import matplotlib.style
     except ImportError:
-        raise UserError(f"a plot {EXTRA}") from None
+        raise UserError("a plot needs matplotlib: pip install -e '.[plot]'") from None
     return matplotlib.style.context(["default", STYLE])
 
 
-def save(picture: Any, path: Path) -> None:
-    """Write a figure atomically, in the format of its suffix, without a timestamp."""
-    if path.suffix not in KINDS:
-        raise UserError(f"{path}: unknown plot format: use one of {', '.join(KINDS)}")
+def save(picture: Any, path: Path) -> Path:
+    """Write a figure atomically, in the format of its suffix, without a timestamp; returns its path."""
+    if path.suffix not in UNDATED:
+        raise UserError(f"{path}: unknown plot format: use one of {', '.join(UNDATED)}")
     buffer = io.BytesIO()
-    dates = {".svg": "Date", ".pdf": "CreationDate"}
-    undated = {dates[path.suffix]: None} if path.suffix in dates else {}
     with style():
-        picture.savefig(buffer, format=path.suffix[1:], metadata=undated)
+        picture.savefig(buffer, format=path.suffix[1:], metadata=UNDATED[path.suffix])
     replace_file(path, buffer.getvalue())  # a viewer sees the old picture or the new one
+    return path
 
 
 def plain(text: str) -> str:

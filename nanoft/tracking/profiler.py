@@ -4,8 +4,7 @@
     system.profile=true          a few steps recorded by torch.profiler, for chrome://tracing or ui.perfetto.dev
     system.debug=true            the run ends at the first operation whose gradient is NaN, and names it
 
-None of them changes a result; they only take time. (With `system.debug` a NaN ends the run, where the guard would skip
-the window.)
+None of them changes a result; with `system.debug` a NaN ends the run, where the guard would skip the window.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from nanoft.config import Config
 from nanoft.tracking.run import NullRun, Run
 
 WAIT, WARM_UP, ACTIVE = 2, 1, 3  # steps of the profiler's schedule; the active ones are in the trace
-TOP = 15  # operators in the table
-NAN = re.compile(r"Function '(\w+)' returned nan values")  # raised by torch's anomaly mode
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')  # in the warning that anomaly mode gives first
 
 
@@ -66,29 +63,24 @@ class Profiler:
 
     def _save_profile(self, profile: torch.profiler.profile) -> None:
         """Write the trace to disk and the most expensive operators to train.log."""
-        path = self.run.directory / "profile" / "trace.json"
+        path, operators = self.run.directory / "profile" / "trace.json", profile.key_averages()
         try:
             path.parent.mkdir(exist_ok=True)
             profile.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:  # disk full, for example: training continues
             self.run.log("warning", 0, what="profile failed", error=str(error))
             self.run.print(f"warning: profile failed: {error}")
-        operators = profile.key_averages()
-        on_device = any(operator.self_device_time_total for operator in operators)
-        order = "self_device_time_total" if on_device else "self_cpu_time_total"
+        order = "self_device_time_total" if any(o.self_device_time_total for o in operators) else "self_cpu_time_total"
         self.run.print(f"profile   {ACTIVE} steps in {path}: open it in ui.perfetto.dev or chrome://tracing")
-        self.run.print(operators.table(sort_by=order, row_limit=TOP, max_name_column_width=40))
+        self.run.print(operators.table(sort_by=order, row_limit=15, max_name_column_width=40))
 
 
 def gradients_by_module(trained: Iterable[tuple[str, nn.Parameter]], scale: float = 1.0) -> dict[str, dict[str, float]]:
     """Norm, maximum magnitude and share of zeros of the gradients by module type (q_proj, down_proj, ...).
 
     The squared norms add up to that of the whole gradient. Many zeros: tokens or features that a module never sees; a
-    norm far below the others': a module that does not learn.
-
-    Args:
-        trained: (name, parameter); a parameter without a gradient counts as zeros.
-        scale: factor on the gradients, to undo clipping.
+    norm far below the others': a module that does not learn. A parameter without a gradient counts as zeros; `scale`
+    undoes clipping.
     """
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained:
@@ -122,17 +114,13 @@ def named_anomalies() -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            found = NAN.search(str(error))
+            found = re.search(r"Function '(\w+)' returned nan values", str(error))
             if not found:
                 raise
             traces = [str(w.message) for w in caught if "Traceback of forward call" in str(w.message)]
+            frames = [f for trace in traces[-1:] for f in FRAME.findall(trace) if "/torch/" not in f[0]]
+            where = f", called in {Path(frames[-1][0]).name}, line {frames[-1][1]} ({frames[-1][2]})" if frames else ""
             raise TrainingFailed(
-                f"system.debug: the gradient of {found[1]} is NaN{_call_site(traces)}: check the inputs of that "
+                f"system.debug: the gradient of {found[1]} is NaN{where}: check the inputs of that "
                 "operation or lower training.learning_rate; without system.debug the window would be skipped"
             ) from None
-
-
-def _call_site(traces: list[str]) -> str:
-    """Where the operation was called: the innermost frame outside torch."""
-    frames = [f for trace in traces[-1:] for f in FRAME.findall(trace) if "/torch/" not in f[0]]
-    return f", called in {Path(frames[-1][0]).name}, line {frames[-1][1]} ({frames[-1][2]})" if frames else ""

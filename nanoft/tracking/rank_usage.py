@@ -5,14 +5,10 @@ an r x r matrix, so dW itself is never formed:
 
     B = Q_B R_B,    A^T = Q_A R_A,    dW = Q_B (scaling * R_B R_A^T) Q_A^T,    Q_B and Q_A with orthonormal columns
 
-The report adds the size of the update relative to W, and what AdamW's moments say about the gradients. Nothing is
-recorded during training.
-
-How far to trust the advice: directions without energy were not needed, that much is certain. A full spectrum is only a
-hint, because noise fills all directions alike: try the larger rank, and trust the validation loss. A young adapter says
-nothing, because B starts at 0 and AdamW's first step is lr * sign(gradient) (in the demo the effective rank is stable
-from step 100 on). AdamW moves parameters equally far whether gradients are small or large, so a module can be dropped
-only if its gradients are negligible, too. Singular values describe one run, not another learning rate, data or seed.
+How far to trust the advice: directions without energy were not needed. A full spectrum is only a hint, because noise
+fills all directions alike: try the larger rank, and trust the validation loss. A young adapter says nothing, because B
+starts at 0 and AdamW's first step is lr * sign(gradient). AdamW moves parameters equally far whether gradients are
+small or large, so a module can be dropped only if its gradients, known from AdamW's moments, are negligible, too.
 """
 
 from __future__ import annotations
@@ -33,9 +29,6 @@ from nanoft.nf4 import Frozen
 
 MIN_STEPS = 100  # before any advice
 MIN_RANK = 4  # a spectrum of fewer values has no tail
-FULL = 0.9  # a spectrum is full if its effective rank is at least this share of r ...
-TAIL = 0.25  # ... and its smallest value this share of its largest: it was cut off before it decayed
-SPARE = 0.5  # a rank is too high if this share of it is enough; a smaller saving is not worth another run
 NEGLIGIBLE = 0.1  # of the other modules' median, that is 1 % of their energy
 LEGEND = """\
 Weights after step {step}; medians over the modules of a type; report.json has every module.
@@ -51,9 +44,7 @@ root mean square of the clipped gradients, and their |mean| relative to it, from
 
 
 @dataclass(frozen=True)
-class GradientStats:
-    """What AdamW's moments say about an adapter's gradients (after clipping)."""
-
+class GradientStats:  # after clipping
     rms: float
     signal: float  # |mean gradient| / |RMS gradient|: 1 if the gradient is constant
     noise: float  # the signal of independent gradients with mean zero
@@ -62,8 +53,6 @@ class GradientStats:
 
 @dataclass(frozen=True)
 class RankUsage:
-    """How one adapter used its rank."""
-
     rank: int
     singular_values: list[float]  # of dW, (rank,), descending
     effective_rank: float
@@ -120,7 +109,6 @@ def gradient_stats(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Op
 
     m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t); rms = sqrt(mean v^), signal = |m^| / |sqrt(v^)|. Independent
     gradients of mean zero have signal^2 = (1 - beta1)(1 + beta1^t) / ((1 + beta1)(1 - beta1^t)) on average: the noise.
-    None if the optimizer keeps no such moments of them, or there are no parameters.
     """
     betas = {p: group["betas"] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
     states = [optimizer.state.get(p, {}) if p in betas else {} for p in parameters]
@@ -158,37 +146,30 @@ def measure_rank_usage(adapter: LoRALinear, optimizer: torch.optim.Optimizer) ->
 def advise(modules: Sequence[RankUsage], others: Sequence[RankUsage], step: int) -> Advice:
     """One recommendation for several modules: a lower rank must be enough for all, a higher one is for the median.
 
-    Args:
-        others: modules to compare with; may be empty.
-        step: optimizer steps taken.
+    `others` are modules to compare with; `step` is the number of optimizer steps taken.
     """
     rank, most = max(m.rank for m in modules), max(m.directions_99 for m in modules)
     enough = 1 << max(most - 1, 0).bit_length()  # the next power of two
     fullness = median(m.effective_rank / m.rank for m in modules)
     tail = median(m.singular_values[-1] / (m.singular_values[0] or 1.0) for m in modules)
+    # Update and gradients of each module are far below the others' medians, as far as gradients are known.
+    figures = [attrgetter("relative_update"), attrgetter("gradient.rms")]
+    is_negligible = bool(others) and all(m.gradient for m in (*modules, *others))
+    is_negligible &= all(max(map(f, modules)) < NEGLIGIBLE * median(map(f, others)) for f in figures if is_negligible)
     if step < MIN_STEPS:
         return Advice("none", f"{step} steps are not enough evidence, {MIN_STEPS} are needed")
-    if others and is_negligible(modules, others):
+    if is_negligible:
         return Advice("drop", f"update and gradients are less than {NEGLIGIBLE:.0%} of the other modules'")
     if most == 0:
         return Advice("none", "the update is zero")
-    if enough <= SPARE * rank:
+    if enough <= rank / 2:  # a smaller saving is not worth another run
         return Advice("lower", f"at most {most} of {rank} directions hold 99 % of the energy", enough)
     if rank < MIN_RANK:
         return Advice("none", f"a spectrum of {rank} directions is not enough evidence")
-    if fullness >= FULL and tail >= TAIL:
-        return Advice(
-            "raise", f"the spectrum is full (effective rank {fullness:.0%} of {rank}), without decay", 2 * rank
-        )
+    if fullness >= 0.9 and tail >= 0.25:  # the spectrum was cut off before it decayed
+        why = f"the spectrum is full (effective rank {fullness:.0%} of {rank}), without decay"
+        return Advice("raise", why, 2 * rank)
     return Advice("fine", f"{most} of {rank} directions hold 99 % of the energy, and the spectrum decays")
-
-
-def is_negligible(modules: Sequence[RankUsage], others: Sequence[RankUsage]) -> bool:
-    """Whether update and gradients of each module are far below the others' medians; False if gradients are unknown."""
-    if any(m.gradient is None for m in (*modules, *others)):
-        return False
-    figures = map(attrgetter, ("relative_update", "gradient.rms"))
-    return all(max(map(figure, modules)) < NEGLIGIBLE * median(map(figure, others)) for figure in figures)
 
 
 def aggregate(modules: Sequence[RankUsage]) -> dict[str, Any]:
@@ -196,9 +177,9 @@ def aggregate(modules: Sequence[RankUsage]) -> dict[str, Any]:
     largest = {name: max(getattr(m, name) for m in modules) for name in ("rank", "directions_90", "directions_99")}
     names = ("effective_rank", "stable_rank", "relative_update")
     medians = {name: median(getattr(m, name) for m in modules) for name in names}
-    rms, signal = ([getattr(m.gradient, name) for m in modules if m.gradient] for name in ("rms", "signal"))
-    gradients = {"gradient": median(rms) if rms else None, "signal": median(signal) if signal else None}
-    return {"modules": len(modules), **largest, **medians, **gradients}
+    known = [m.gradient for m in modules if m.gradient]
+    rms, signal = (median(getattr(g, name) for g in known) if known else None for name in ("rms", "signal"))
+    return {"modules": len(modules), **largest, **medians, "gradient": rms, "signal": signal}
 
 
 def summarize(modules: dict[str, RankUsage], step: int) -> dict[str, Any]:
@@ -227,31 +208,23 @@ def rank_report(
 ) -> tuple[dict[str, Any], str, str]:
     """How the adapters used their rank: an entry of report.json, two lines for the terminal, a section of report.md.
 
-    Without adapters, or with PiSSA, whose update has rank 2r, it is empty. The weights are those of `step`, while the
-    optimizer's moments may be those of a later step.
+    Empty without adapters, or with PiSSA, whose update has rank 2r. The optimizer's moments may be of a later step.
     """
     if not adapters or any(adapter.RANKS != 1 for adapter in adapters.values()):
         return {}, "", ""
     usages = {name: measure_rank_usage(adapter, optimizer) for name, adapter in adapters.items()}
     values = summarize(usages, step)
     summary, run = values["summary"], values["all"]
-    terminal = (
-        f"\n\nadapters  effective rank {run['effective_rank']:.1f} of {run['rank']}, "
-        f"update {run['relative_update']:.2%} of the base (medians)\nadvice    {summary}"
-    )
+    used, moved = f"{run['effective_rank']:.1f} of {run['rank']}", f"{run['relative_update']:.2%} of the base"
+    terminal = f"\n\nadapters  effective rank {used}, update {moved} (medians)\nadvice    {summary}"
     header = ["", "modules", "effective rank", "stable rank", "90 %, 99 %", "update", "gradient", "signal", "advice"]
     rows = []
     for kind, line in values["types"].items():
-        row = [
-            kind,
-            str(line["modules"]),
-            f"{line['effective_rank']:.1f} of {line['rank']}",
-            f"{line['stable_rank']:.1f}",
-        ]
-        row += [f"{line['directions_90']}, {line['directions_99']}", f"{line['relative_update']:.2%}"]
+        ranks = [f"{line['effective_rank']:.1f} of {line['rank']}", f"{line['stable_rank']:.1f}"]
+        update = [f"{line['directions_90']}, {line['directions_99']}", f"{line['relative_update']:.2%}"]
         known = line["gradient"] is not None
-        row += [f"{line['gradient']:.1e}", f"{line['signal']:.2f}"] if known else ["not kept"] * 2
-        rows.append([*row, str(Advice(**line["advice"]))])
+        gradient = [f"{line['gradient']:.1e}", f"{line['signal']:.2f}"] if known else ["not kept"] * 2
+        rows.append([kind, str(line["modules"]), *ranks, *update, *gradient, str(Advice(**line["advice"]))])
     moments = next((asdict(usage.gradient) for usage in usages.values() if usage.gradient), None)
     legend = LEGEND.format(step=step, moments=MOMENTS.format(**moments) if moments else "not kept by this optimizer.")
     return {"adapters": values}, terminal, f"\n## Adapters\n\n{summary}.\n\n{markdown_table(header, rows)}\n\n{legend}"

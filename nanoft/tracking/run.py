@@ -13,8 +13,7 @@
         report.md, report.json
 
 One process owns the directory at a time, and a run that is refused before its first step leaves no directory behind.
-Logging never stops training: when a write to metrics.jsonl fails, the line is kept in memory and written later, and the
-file always ends with a complete line.
+Logging never stops training: a line of metrics.jsonl that cannot be written is kept in memory and written later.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -43,9 +42,9 @@ from nanoft import UserError
 from nanoft.io.atomic import replace_file, write_all
 from nanoft.io.untrusted import redact
 from nanoft.runtime.distributed import broadcast_from_rank0
+from nanoft.tracking.plots import as_event
 
-# Temporary files and directories that a killed process left behind.
-LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.md|adapter|model)|preflight)-\d+")
+LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.md|adapter|model)|preflight)-\d+")  # of a killed process
 
 
 @dataclass
@@ -61,7 +60,6 @@ class Meter:
     total_joules: float = 0.0
 
     def add(self, nats: float, tokens: int, target_tokens: int, seconds: float, joules: float = 0.0) -> None:
-        """Add one optimizer step."""
         seconds = max(seconds, 0.0)  # the clock may have been set back
         self.nats += nats
         self.tokens += tokens
@@ -74,21 +72,17 @@ class Meter:
     def flush(self) -> dict[str, float]:
         """Return the means since the last call (loss in nats per target token) and start the next interval."""
         seconds = max(self.seconds, 1e-9)
-        values = {
-            "loss": self.nats / self.target_tokens,
-            "tokens_per_second": self.tokens / seconds,
-            "target_tokens_per_second": self.target_tokens / seconds,
-        }
+        speeds = {"tokens_per_second": self.tokens / seconds, "target_tokens_per_second": self.target_tokens / seconds}
+        values = {"loss": self.nats / self.target_tokens, **speeds}
         self.nats, self.tokens, self.target_tokens, self.seconds = 0.0, 0, 0, 0.0
         return values
 
-    def tokens_per_second(self) -> float:
-        """Non-padding tokens per second over the whole run."""
+    def tokens_per_second(self) -> float:  # over the whole run
         return self.total_tokens / max(self.total_seconds, 1e-9)
 
 
 class AppendOnlyFile:
-    """A file that only grows, by complete lines, even if writes fail."""
+    """A file that only grows, by complete lines, even if writes fail; pending lines are written with the next one."""
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -96,12 +90,10 @@ class AppendOnlyFile:
         self._pending = b""  # lines whose write failed
 
     def append(self, line: str) -> None:
-        """Write all pending lines and this one; after an OSError the file is unchanged and the line is pending."""
         self._pending += to_utf8(line + "\n")
         self._write()
 
     def sync(self) -> None:
-        """Write all pending lines and fsync; may raise OSError."""
         self._write()
         os.fsync(self._file)
 
@@ -159,11 +151,7 @@ class Run:
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
-        """Open a run directory on rank 0; the other ranks get a NullRun.
-
-        Raises:
-            UserError: it is in use, not writable, or not a run directory.
-        """
+        """Open a run directory on rank 0; the other ranks get a NullRun."""
         opened: list[Run] = []
         broadcast_from_rank0(lambda: opened.append(cls(Path(directory))))
         return opened[0] if opened else NullRun(Path(directory))
@@ -174,7 +162,9 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         while self.trackers:
             tracker = self.trackers.pop()
-            if (failure := _failure(tracker.close)) is not None:
+            try:
+                tracker.close()
+            except Exception as failure:
                 self._remove(tracker, failure)
         if self._metrics is not None:
             self._metrics.close()
@@ -194,13 +184,11 @@ class Run:
         if not path.is_file() or not (self.directory / "metrics.jsonl").is_file():
             return None
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(tree["provenance"], dict):
-                datetime.fromisoformat(tree["provenance"]["date"])
-                return dict(tree)
+            tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            datetime.fromisoformat(tree["provenance"]["date"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            pass
-        raise UserError(f"{path}: corrupted: remove the directory or choose another output.dir")
+            raise UserError(f"{path}: corrupted: remove the directory or choose another output.dir") from None
+        return tree
 
     def finished_step(self) -> int | None:
         """The last step of a finished run, which has a report.json; otherwise None."""
@@ -212,40 +200,40 @@ class Run:
     def skipped_windows(self) -> set[tuple[int, int]]:
         """The windows, (epoch, index), that were not trained on: skipped at once, or after a rollback."""
         found = set()
-        for values in map(parse_event, self._metrics_lines()):
+        for _, values in self._events():
             if values.get("what") == "step skipped":
                 found.add(tuple(values["window"]))
             elif values.get("what") == "rolled back":
                 found |= set(map(tuple, values["left_out"]))
         return found
 
-    def _metrics_lines(self) -> list[str]:
+    def _events(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """The valid lines of metrics.jsonl, as text and as events."""
         path = self.directory / "metrics.jsonl"
-        return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+            if (values := as_event(line)) is not None:
+                yield line, values
 
     def open_metrics(self, step: int, position: list[int], skipped: list[list[int]], rolled_back: bool = False) -> None:
         """Open metrics.jsonl for appending, without the events after `step`, which will be logged again.
 
-        Args:
-            position: (epoch, window) that comes next.
-            skipped: windows that will not be retried, so that their events are kept.
-            rolled_back: this process rolled back to `step`: keep all warnings that are not about windows.
+        The window at `position`, (epoch, window), comes next; those that were `skipped` will not be retried, so their
+        events are kept. After a roll-back to `step`, so are all warnings that are not about windows.
         """
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
         (self.directory / "report.json").unlink(missing_ok=True)  # it marks a finished run
         path, kept = self.directory / "metrics.jsonl", []
-        for line in self._metrics_lines():
-            values = parse_event(line)
+        for line, values in self._events():
             if "window" in values:
                 keep = values["window"] < position or values["window"] in skipped
             else:
                 keep = values["step"] <= step or (rolled_back and values["event"] == "warning")
                 keep &= values["event"] != "done"
             if keep:
-                kept.append(f"{line}\n")
-        replace_file(path, "".join(kept).encode())
+                kept.append(line + b"\n")
+        replace_file(path, b"".join(kept))
         self._metrics = AppendOnlyFile(path)
 
     @property
@@ -261,9 +249,14 @@ class Run:
             self._metrics.append(line)
         except OSError as error:
             self._warn_once("metrics.jsonl", error)
-        for tracker, failure in [(t, _failure(t.log, json.loads(line))) for t in self.trackers]:
-            if failure is not None:
-                self._remove(tracker, failure)
+        failed = []
+        for tracker in self.trackers:
+            try:
+                tracker.log(json.loads(line))
+            except Exception as error:
+                failed.append((tracker, error))
+        for tracker, failure in failed:  # each logs a warning, which the others receive after this event
+            self._remove(tracker, failure)
 
     def print(self, text: str = "") -> None:
         """Print to the terminal, above the progress bar, and to train.log."""
@@ -297,8 +290,9 @@ class Run:
 
     def _remove(self, tracker: Tracker, error: Exception) -> None:
         self.trackers = [other for other in self.trackers if other is not tracker]
-        self.log("warning", self._step, what=f"{tracker.name} failed", error=f"{type(error).__name__}: {error}")
-        self.print(f"warning: {tracker.name} failed: {type(error).__name__}: {error}: training continues without it")
+        what, reason = f"{tracker.name} failed", f"{type(error).__name__}: {error}"
+        self.log("warning", self._step, what=what, error=reason)
+        self.print(f"warning: {what}: {reason}: training continues without it")
 
     def _warn_once(self, name: str, error: OSError) -> None:
         if name not in self._failed:
@@ -306,11 +300,10 @@ class Run:
             self.print(f"warning: cannot write {self.directory / name}: {error.strerror}: training continues")
 
     def _take_lock(self) -> None:
-        """Lock the directory.
+        """Lock the directory; the kernel releases the lock of a dead process.
 
-        The kernel releases the lock of a dead process. On file systems without `flock` (some network mounts), the owner
-        noted in the file decides: a process of this host that no longer runs owns nothing; one of another host is
-        assumed to run. There, two processes that start at the same instant may both succeed.
+        On file systems without `flock` (some network mounts), the owner noted in the file decides; one on another host
+        is assumed to run. There, two processes that start at the same instant may both succeed.
         """
         note = os.pread(self._lock, 1000, 0).decode(errors="replace").strip()
         fix = ""
@@ -323,23 +316,12 @@ class Run:
                 fix = f"wait for it or, if it has ended, remove {self.directory / '.lock'}"
         if fix:
             os.close(self._lock)
-            owner = note or "unknown"
-            raise UserError(
-                f"output.dir: {self.directory} is in use by process {owner}: {fix} or choose another output.dir"
-            )
+            used = f"{self.directory} is in use by process {note or 'unknown'}"
+            raise UserError(f"output.dir: {used}: {fix} or choose another output.dir")
         owner = f"{os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         with contextlib.suppress(OSError):  # disk full; the lock holds anyway
             os.pwrite(self._lock, owner.encode(), 0)
             os.ftruncate(self._lock, len(owner.encode()))
-
-
-def _failure(action: Callable[..., None], *arguments: Any) -> Exception | None:
-    """Call a tracker; return the exception that it raised, if any."""
-    try:
-        action(*arguments)
-    except Exception as error:
-        return error
-    return None
 
 
 def may_be_running(note: str) -> bool:
@@ -352,15 +334,6 @@ def may_be_running(note: str) -> bool:
         return psutil.Process(int(words[0])).create_time() <= since + 60  # tolerates clock changes
     except (ValueError, psutil.NoSuchProcess):
         return False
-
-
-def parse_event(line: str) -> dict[str, Any]:
-    """An event of metrics.jsonl; a torn line gets step infinity and no event."""
-    try:
-        values = json.loads(line)
-        return {**values, "step": float(values["step"]), "event": str(values["event"])}
-    except (ValueError, KeyError, TypeError):
-        return {"step": math.inf, "event": ""}
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -380,7 +353,7 @@ def to_utf8(text: str) -> bytes:
 
 
 class NullRun(Run):
-    """The run directory on ranks other than 0: readable, but nothing is printed or written."""
+    """The run on ranks other than 0, which print and write nothing."""
 
     def __init__(self, directory: Path):
         self.directory, self.checkpoints = directory, directory / "checkpoints"

@@ -1,11 +1,8 @@
 """Trackers: plots, TensorBoard and Weights & Biases. All of them are off by default.
 
-`Run.log` writes each event to metrics.jsonl and passes it, with access tokens already redacted, to every tracker. A
-tracker must neither end a run nor slow it down: one that raises is removed with a warning, and plots are drawn by
-another process, one at a time, for at most a tenth of the time.
-
-TensorBoard: `tensorboard --logdir RUN/tensorboard`. Weights & Biases writes to RUN/wandb, offline unless WANDB_MODE is
-set; upload it with `wandb sync`.
+`Run.log` passes each event, with access tokens redacted, to every tracker. A tracker must neither end nor slow a run:
+one that raises is removed with a warning, and plots are drawn by another process, for at most a tenth of the time.
+TensorBoard: `tensorboard --logdir RUN/tensorboard`. Weights & Biases: upload RUN/wandb with `wandb sync`.
 """
 
 from __future__ import annotations
@@ -25,30 +22,24 @@ from nanoft.config import Config, LoggingConfig
 from nanoft.tracking.plots import number
 from nanoft.tracking.run import Tracker
 
-PACKAGES = {"plots": ("matplotlib", "plot"), "tensorboard": ("tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
-MAX_TIME_SHARE = 0.1  # of the run's time, for drawing plots
 TIMEOUT_S = 60.0  # for one drawing
-SOURCE = Path(__file__).parent.parent  # makes nanoft importable in the process that draws
 
 
 def require_tracker_packages(wanted: LoggingConfig) -> None:
     """Raise a UserError that names the extra to install, if a tracker's package is missing."""
-    for field, value, key in (("plots", wanted.plots, "plots"), ("report_to", wanted.report_to, wanted.report_to)):
-        if value != "none" and importlib.util.find_spec(PACKAGES[key][0]) is None:
-            package, extra = PACKAGES[key]
+    plots, report_to = wanted.plots, wanted.report_to
+    for field, value, package, extra in (("plots", plots, "matplotlib", "plot"), ("report_to", *[report_to] * 3)):
+        if value != "none" and importlib.util.find_spec(package) is None:
             raise UserError(f"logging.{field}: {value} needs {package}: pip install -e '.[{extra}]', or set none")
 
 
 def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     """The trackers that the config asks for, after `step` completed steps."""
-    trackers: list[Tracker] = []
-    if config.logging.plots != "none":
-        trackers.append(Plots(directory, config.logging.plots))
-    if config.logging.report_to == "tensorboard":
+    plots, report_to = config.logging.plots, config.logging.report_to
+    trackers: list[Tracker] = [Plots(directory, plots)] if plots != "none" else []
+    if report_to == "tensorboard":
         trackers.append(TensorBoard(directory / "tensorboard", step))
-    if config.logging.report_to == "wandb":
-        trackers.append(WandB(directory, config))
-    return trackers
+    return [*trackers, WandB(directory, config)] if report_to == "wandb" else trackers
 
 
 def curves_section(wanted: LoggingConfig) -> str:
@@ -98,7 +89,8 @@ class Plots:
         self._collect(wait=True)
 
     def _start(self) -> None:
-        path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
+        source = str(Path(__file__).parent.parent)  # makes nanoft importable in the process that draws
+        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         self._started, self._is_due = time.monotonic(), False
         self._process = subprocess.Popen(
             [sys.executable, "-m", "nanoft", "plot", str(self.directory.resolve())],
@@ -121,7 +113,7 @@ class Plots:
             raise
         code, self._process = self._process.returncode, None
         now = time.monotonic()
-        self._not_before = now + (now - self._started) * (1 / MAX_TIME_SHARE - 1)
+        self._not_before = now + 9 * (now - self._started)  # draws for at most a tenth of the time
         if code:
             raise RuntimeError((stderr.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("error: "))
 
@@ -164,12 +156,11 @@ class WandB:
         if self._run is None:
             import wandb
 
-            mode: Any = os.environ.get("WANDB_MODE", "offline")
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "nanoft"),
                 name=self.directory.name,
                 dir=str(self.directory),
-                mode=mode,
+                mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
                 config=self.config.to_dict(),
                 settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
             )

@@ -1,8 +1,5 @@
 """Will it run here? What the machine can do, tried rather than looked up.
 
-    python -m nanoft doctor                     versions, device, memory, kernels, 4-bit weights, the Hub
-    python -m nanoft doctor configs/h100.py     and whether this config can run: exit code 2 if it cannot
-
 An installed library may not work, a listed kernel may refuse, an existing disk may be full. So each line is the outcome
 of a small trial: ok; warn, for what will be slow or is missing but not needed by this config; FAIL, for what prevents a
 run. warn and FAIL say what to do.
@@ -22,16 +19,15 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-import huggingface_hub
 import psutil
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.loading import load_config
-from nanoft.data.cache import cache_home
+from nanoft.data.dataset import cache_home
 from nanoft.data.sources import find_files
 from nanoft.io.untrusted import one_line
 from nanoft.kernels.attention import CHUNK, attend, has_varlen
@@ -49,8 +45,7 @@ from nanoft.runtime.device import (
     supports_matmul,
 )
 from nanoft.runtime.machine import Machine
-from nanoft.runtime.memory import memory_limit_bytes
-from nanoft.runtime.metal import WATERMARK
+from nanoft.runtime.memory import WATERMARK, memory_limit_bytes
 from nanoft.tracking.trackers import require_tracker_packages
 from nanoft.training.memory_plan import Planner, describe_recompute, resolve_micro_batch_size
 from nanoft.training.preflight import check_room
@@ -75,12 +70,13 @@ def check_machine(device: torch.device, config: Config | None = None) -> Iterato
     packing = four_bits(device)
     needed = config is None or needs_bitsandbytes(config)
     yield packing if packing.passed or needed else replace(packing, outcome="warn")
-    yield speed(device)
+    dtype = choose_dtype("auto", device)
+    speed = f"{matmul_gflop_s(device, dtype, 1024, 4096):,.0f} GFLOP/s"
+    yield Check("matmul", "ok", f"{speed} in {str(dtype).removeprefix('torch.')}")
     yield hub()
 
 
 def versions() -> Iterator[Check]:
-    """Python and PyTorch against the versions that nanoft is tested with."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name, version in found.items():
         low, high = TESTED[name]
@@ -92,14 +88,12 @@ def versions() -> Iterator[Check]:
 
 
 def precision(device: torch.device) -> Iterator[Check]:
-    """Which dtypes matrix products support here."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     working = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes if supports_matmul(dtype, device))
     chosen = str(choose_dtype("auto", device)).removeprefix("torch.")
     is_cuda = device.type == "cuda"
-    capability = ".".join(map(str, torch.cuda.get_device_capability())) if is_cuda else ""
-    found = f"{working} work; model.dtype=auto selects {chosen}" + f"; compute capability {capability}" * is_cuda
-    yield Check("precision", "ok", found)
+    capability = f"; compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}" if is_cuda else ""
+    yield Check("precision", "ok", f"{working} work; model.dtype=auto selects {chosen}{capability}")
     if is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         fix = "model.dtype=auto selects float32: slower, twice the memory"
         yield Check("bfloat16", "warn", "not supported by this GPU", fix)
@@ -107,8 +101,7 @@ def precision(device: torch.device) -> Iterator[Check]:
 
 def metal() -> Check:
     """The memory limit of PyTorch on Metal. Source: PyTorch's notes on MPS environment variables."""
-    name, low = WATERMARK, WATERMARK.replace("HIGH", "LOW")
-    macos = f"macOS {platform.mac_ver()[0]}"
+    name, low, macos = WATERMARK, WATERMARK.replace("HIGH", "LOW"), f"macOS {platform.mac_ver()[0]}"
     if name not in os.environ:
         return Check("Metal", "ok", f"{macos}; the limit is what Metal recommends; beyond it a Mac swaps")
     given = {key: os.environ[key] for key in (name, low) if key in os.environ}
@@ -127,7 +120,6 @@ def metal() -> Check:
 
 
 def memory(device: torch.device) -> Iterator[Check]:
-    """Free memory of the host and the device."""
     host = psutil.virtual_memory()
     low = host.available < 4e9
     found = f"{host.available / 1e9:.1f} of {host.total / 1e9:.1f} GB free"
@@ -138,7 +130,6 @@ def memory(device: torch.device) -> Iterator[Check]:
 
 
 def disk() -> Iterator[Check]:
-    """Free space for runs, models of the Hub and tokenized data."""
     places = {"disk here": Path.cwd(), "Hub cache": Path(constants.HF_HUB_CACHE), "data cache": cache_home()}
     for name, place in places.items():
         there = next(path for path in (place, *place.parents) if path.exists())
@@ -184,60 +175,36 @@ def four_bits(device: torch.device) -> Check:
     return Check("4-bit weights", "ok", f"bitsandbytes works (round-trip error {error:.1%}, typical of NF4)")
 
 
-def speed(device: torch.device) -> Check:
-    """Speed of a matrix product."""
-    dtype = choose_dtype("auto", device)
-    reached = matmul_gflop_s(device, dtype, 1024, 4096)
-    return Check("matmul", "ok", f"{reached:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}")
-
-
 def hub() -> Check:
     """Whether there is a token for gated models; it is neither shown nor sent."""
     if constants.HF_HUB_OFFLINE:
         return Check("Hub", "warn", "offline (HF_HUB_OFFLINE)", "models must be in the cache or in a directory")
-    if huggingface_hub.get_token():
+    if get_token():
         return Check("Hub", "ok", "has a token")
     return Check("Hub", "warn", "no token", "for gated models: hf auth login")
 
 
-# ---- For a config
-
-
 def check_config(config: Config) -> Iterator[Check]:
     """Checks of what this config needs: device, packages, files, memory."""
-    trials: dict[str, Callable[[Config], Check]] = {"model": _model, "data": _data}
-    device = _try("config", _device, config)
-    yield device
+    yield (device := _try("config", lambda: f"runs on {choose_device(config.system.device).type}"))
+    yield _try("model", lambda: _model(config))
+    yield _try("data", lambda: _data(config))
     if device.passed:
-        trials |= {"settings": _settings, "room": _room}
-    for name, trial in trials.items():
-        yield _try(name, trial, config)
+        yield _try("settings", lambda: _settings(config))
+        yield _try("room", lambda: _room(config))
 
 
-def _try(name: str, trial: Callable[[Config], Check], config: Config) -> Check:
-    """The result of the trial; FAIL with the message if it raises UserError."""
+def _try(name: str, trial: Callable[[], str | Check]) -> Check:
+    """The check that the trial returns, or ok with the text that it returns; FAIL if it raises UserError."""
     try:
-        return trial(config)
+        found = trial()
     except UserError as error:
         return Check(name, "FAIL", one_line(error))
-
-
-def _names(config: Config) -> Check:
-    validate_config(config)
-    return Check("settings", "ok", "every name is known")
-
-
-def _device(config: Config) -> Check:
-    return Check("config", "ok", f"runs on {choose_device(config.system.device).type}")
+    return found if isinstance(found, Check) else Check(name, "ok", found)
 
 
 def validate_environment(config: Config, machine: Machine) -> None:
-    """Refuse in a second what this machine cannot run, before anything is downloaded, read or loaded.
-
-    Raises:
-        UserError: dtype or optimizer are not supported by the device, bitsandbytes does not work, or a package of an
-            extra is missing.
-    """
+    """Refuse what this machine cannot run with a UserError, before anything is downloaded, read or loaded."""
     check_optimizer(config.training.optimizer, machine.device)
     require_tracker_packages(config.logging)
     answers.select_metrics(config.evaluation.metrics)
@@ -246,19 +213,16 @@ def validate_environment(config: Config, machine: Machine) -> None:
 
 
 def needs_bitsandbytes(config: Config) -> bool:
-    """4-bit weights, and optimizers with 8-bit or paged state."""
     return config.quantization.bits == 4 or OPTIMIZERS[config.training.optimizer].needs_bitsandbytes
 
 
-def _settings(config: Config) -> Check:
+def _settings(config: Config) -> str:
     machine = Machine.detect(config)
     validate_environment(config, machine)
-    return Check(
-        "settings", "ok", f"{config.training.optimizer} and {machine.dtype_name} work on {machine.device.type}"
-    )
+    return f"{config.training.optimizer} and {machine.dtype_name} work on {machine.device.type}"
 
 
-def _model(config: Config) -> Check:
+def _model(config: Config) -> str:
     """The model's shape, from config.json alone; weights are located, not downloaded."""
     name = config.model.name
     files, where = ModelFiles.find(name), ""
@@ -271,10 +235,10 @@ def _model(config: Config) -> Check:
             if Path(name).is_dir():
                 raise
             where = "; its weights are not in the Hub cache yet"
-    return Check("model", "ok", f"{name}: {shape.num_layers} layers of {shape.hidden_size}{where}")
+    return f"{name}: {shape.num_layers} layers of {shape.hidden_size}{where}"
 
 
-def _data(config: Config) -> Check:
+def _data(config: Config) -> str:
     """Local files exist and can be read; nothing is downloaded from the Hub."""
     named = {"data.train_file": config.data.train_file, "data.validation_file": config.data.validation_file}
     given = {field: spec for field, spec in named.items() if spec is not None}
@@ -283,7 +247,7 @@ def _data(config: Config) -> Check:
         for path in chain.from_iterable(found):
             if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
                 raise UserError(f"{field}: {path}: needs pyarrow: pip install -e '.[parquet]'")
-    return Check("data", "ok", ", ".join(given.values()))
+    return ", ".join(given.values())
 
 
 def _room(config: Config) -> Check:
@@ -305,17 +269,16 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     config = load_config(args.config, args.overrides) if args.config else None
     passed = True
-    if config and not (names := _try("settings", _names, config)).passed:
-        print(names, flush=True)
-        config, passed = None, False
-    for check in chain(check_machine(_device_of(config), config), check_config(config) if config else ()):
+    if config:
+        try:
+            validate_config(config)
+        except UserError as error:
+            print(Check("settings", "FAIL", one_line(error)), flush=True)
+            config, passed = None, False
+    device = choose_device("auto")
+    with contextlib.suppress(UserError):  # not available, which check_config reports
+        device = choose_device(config.system.device) if config else device
+    for check in chain(check_machine(device, config), check_config(config) if config else ()):
         print(check, flush=True)
         passed &= check.passed
     return 0 if passed else 2
-
-
-def _device_of(config: Config | None) -> torch.device:
-    """The config's device; if it is not available, which `check_config` reports, the one that is."""
-    with contextlib.suppress(UserError):
-        return choose_device(config.system.device if config else "auto")
-    return choose_device("auto")

@@ -1,7 +1,6 @@
 """After the last step of a job: the result, what it is worth, and the report.
 
-The best weights are written first. Measuring them comes after, and what fails there costs a line of the report, not the
-result.
+The best weights are written first: a measurement that fails costs a line of the report, not the result.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
 from nanoft.data.dataset import describe_data
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
-from nanoft.export.adapters import save_result
+from nanoft.export.merge import save_result
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
@@ -39,8 +38,7 @@ STOPPED_BY_SIGNAL = 75  # the exit code after a checkpoint was saved
 def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
     """Take the best weights as the result, save them, measure base and tuned, and write the report.
 
-    Returns:
-        The exit code: 0, or that of a run that a signal stopped after a measurement; the same command resumes there.
+    Returns the exit code: 0, or 75 if a signal stopped a measurement; the same command resumes there.
     """
     where, step = ctx.run.directory, distributed.broadcast_from_rank0(lambda: best_step(ctx, state))
     if step != state.step:
@@ -53,19 +51,19 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
         with torch.no_grad():
             for _, parameter in ctx.trained:  # measure what is stored, not what was rounded to store it
                 parameter.copy_(parameter.to(ctx.files.dtype()))
-    training = {
-        "steps": state.step,
-        "best_step": state.best_step,
-        "seconds": round(state.meter.total_seconds, 3),
-        "tokens_per_second": round(state.meter.tokens_per_second(), 1),
-        "peak_memory_gb": round(peak_memory_gb(ctx.device), 3),
-    }
+    seconds, speed = round(state.meter.total_seconds, 3), round(state.meter.tokens_per_second(), 1)
+    training = {"steps": state.step, "best_step": state.best_step, "seconds": seconds, "tokens_per_second": speed}
+    training["peak_memory_gb"] = round(peak_memory_gb(ctx.device), 3)
     if state.meter.total_joules and distributed.world_size() == 1:  # what other ranks took is not known here
         training["energy_wh"] = round(state.meter.total_joules / JOULES_PER_WH, 6)
     tuned = measure(ctx, state, ctx.model)
     base = None
     if not distributed.stop_requested(stop) and not ctx.config.model.random_init:
-        base = measure_base(ctx, state)
+        try:
+            with base_model(ctx) as model:
+                base = measure(ctx, state, model)
+        except Exception as error:
+            report_failure(ctx, state, "evaluation of the base", error)
     if distributed.stop_requested(stop):
         ctx.run.print(f"stopped   by {stop.signal_name} before the report: the same command writes it")
         return STOPPED_BY_SIGNAL
@@ -73,16 +71,19 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
         return 0
     values, terminal, markdown = report(report_inputs(ctx, base, tuned, training))
     data = "\n".join(describe_data(ctx.corpus.report))
-    usage, advice, section = rank_report(ctx, state, step)
+    usage, advice, section = dict[str, Any](), "", ""
+    try:
+        adapters = ctx.adapters if ctx.config.training.sharding == "none" else {}
+        usage, advice, section = rank_usage.rank_report(adapters, ctx.optimizer, step)
+    except Exception as error:  # a decomposition need not converge
+        report_failure(ctx, state, "the adapters' report", error)
     markdown += section + curves_section(ctx.config.logging) + f"\n## Data\n\n{data}\n"
     log_memory(ctx, state, "finished")
     ctx.run.log("done", state.step, **training)
     ctx.run.write_report({**values, **usage, "data": ctx.corpus.report}, markdown)  # after it, the run has ended
     ctx.run.print(terminal + advice)
-    seconds, speed = format_duration(training["seconds"]), training["tokens_per_second"]
-    ctx.run.print(
-        f"\nresult    {result}: {state.step} steps in {seconds}, {speed:,.0f} tokens/s; report in {where}/report.md"
-    )
+    done = f"{state.step} steps in {format_duration(seconds)}, {speed:,.0f} tokens/s"
+    ctx.run.print(f"\nresult    {result}: {done}; report in {where}/report.md")
     return 0
 
 
@@ -99,61 +100,35 @@ def best_step(ctx: TrainContext, state: TrainState) -> int:
 
 
 def export(ctx: TrainContext, step: int) -> Path:
-    """Write the result: the weights of that step, which the model has.
-
-    One that is split is put together on the CPU, from the base and the checkpoint.
-    """
+    """Write the model's weights, those of that step; a sharded model is assembled on the CPU from the checkpoint."""
     if ctx.config.training.sharding == "full":
         model = load_base(ctx.config, ctx.machine, ctx.files, on_cpu=True)
         adapters = inject_lora(model, ctx.config.lora, ctx.config.system.seed) if ctx.adapters else {}
         ctx = replace(ctx, model=model, adapters=adapters)
         load_weights(ctx, Checkpoint(ctx.checkpoints.path(step), {}))
-    return save_result(
-        ctx.run.directory, ctx.model, ctx.adapters, ctx.files.directory, ctx.config, step, ctx.machine.dtype
-    )
+    where, base = ctx.run.directory, ctx.files.directory
+    return save_result(where, ctx.model, ctx.adapters, base, ctx.config, step, ctx.machine.dtype)
 
 
 def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.EvalResult:
     """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
-    c, e, length = ctx.config, ctx.config.evaluation, ctx.config.model.max_seq_length
+    e, length, seed = ctx.config.evaluation, ctx.config.model.max_seq_length, ctx.config.system.seed
     try:
         conversations = ctx.corpus.conversations(ctx.corpus.untruncated(ctx.corpus.validation), e.prompts)
         prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), answers.select_metrics(e.metrics)
         while True:
             try:
                 with distributed.same_exception(ctx.device), ctx.autocast():
-                    return evaluate.measure(
-                        model, ctx.tokenizer, ctx.validation, prompts, e, length, metrics, seed=c.system.seed
-                    )
+                    held_out = ctx.validation
+                    return evaluate.measure(model, ctx.tokenizer, held_out, prompts, e, length, metrics, seed=seed)
             except OutOfMemory as error:
                 release_memory(ctx.device, error)
             if e.batch_size == e.prompt_batch_size == 1:
                 raise TrainingFailed("out of memory at batch size 1")
-            halves = {name: max(1, getattr(e, name) // 2) for name in ("batch_size", "prompt_batch_size")}
-            e = replace(e, **halves)
+            e = replace(e, batch_size=max(1, e.batch_size // 2), prompt_batch_size=max(1, e.prompt_batch_size // 2))
     except Exception as error:
         report_failure(ctx, state, "evaluation", error)
         return evaluate.EvalResult()
-
-
-def measure_base(ctx: TrainContext, state: TrainState) -> evaluate.EvalResult | None:
-    """The same of the model as it was before training."""
-    try:
-        with base_model(ctx) as model:
-            return measure(ctx, state, model)
-    except Exception as error:
-        report_failure(ctx, state, "evaluation of the base", error)
-        return None
-
-
-def rank_report(ctx: TrainContext, state: TrainState, step: int) -> tuple[dict[str, Any], str, str]:
-    """What `ranks.report` says of the adapters; nothing, and an event, if that fails."""
-    try:
-        adapters = ctx.adapters if ctx.config.training.sharding == "none" else {}
-        return rank_usage.rank_report(adapters, ctx.optimizer, step)
-    except Exception as error:  # a decomposition need not converge
-        report_failure(ctx, state, "the adapters' report", error)
-        return {}, "", ""
 
 
 def report_inputs(
@@ -166,23 +141,11 @@ def report_inputs(
             groups = {e.by_field: ctx.corpus.field_values(ctx.validation, e.by_field)}
         except UserError as reason:  # the run is done: no reason to lose its report
             ctx.run.print(f"warning: {reason}")
-    provenance = (ctx.run.recorded_config() or {}).get("provenance", {})
+    provenance: dict[str, Any] = {"base": ctx.config.model.name, "data": ctx.config.data.train_file}
+    provenance |= {"settings": settings_of(ctx.config), **(ctx.run.recorded_config() or {}).get("provenance", {})}
+    leakage = leakage_of_run(ctx.corpus.report, ctx.config.data.near_leaks) if len(ctx.validation) else {}
     return ReportInputs(
-        ctx.run.directory.name,
-        tuned,
-        base,
-        primary=next(iter(e.metrics), "exact_match"),
-        limit=e.max_new_tokens,
-        groups=groups,
-        places=[ctx.corpus.location(record) for record in ctx.validation.records.tolist()],
-        leakage=leakage_of_run(ctx.corpus.report, ctx.config.data.near_leaks) if len(ctx.validation) else {},
-        training=training,
-        provenance={
-            "base": ctx.config.model.name,
-            "data": ctx.config.data.train_file,
-            "settings": settings_of(ctx.config),
-            **provenance,
-        },
-        shown=e.samples,
-        seed=ctx.config.system.seed,
-    )
+        ctx.run.directory.name, tuned, base, primary=next(iter(e.metrics), "exact_match"), limit=e.max_new_tokens,
+        groups=groups, places=[ctx.corpus.location(record) for record in ctx.validation.records.tolist()],
+        leakage=leakage, training=training, provenance=provenance, shown=e.samples, seed=ctx.config.system.seed,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """Memory and time of a run before anything is loaded: by arithmetic from the model's shape and the settings.
 
-Most of what a step takes can be counted: the frozen weights; adapters with their gradients and the optimizer's moments;
-the activations that backward waits for, so many numbers a token and layer; one chunk of logits. With LoRA a block keeps
+Most of what a step takes can be counted: weights, gradients, the optimizer's moments, one chunk of logits, and the
+activations that backward waits for. With LoRA a block keeps
 
     2 hidden + 2 q + 2 k + 2 intermediate + the u of each adapter        numbers a token
 
@@ -36,11 +36,10 @@ from nanoft.runtime.memory import OutOfMemory, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 
 MiB = 2**20
-# Beside what is counted: bytes that kernels, caches and threads bring, and how many tensors of (tokens, intermediate)
-# backward through an MLP has at once: silu, the product, three gradients and two sums of them.
+# Beside what is counted: bytes of kernels, caches and threads, and how many tensors of (tokens, intermediate) backward
+# through an MLP has at once: silu, the product, three gradients and two sums of them.
 KERNELS, TRANSIENT = 64 * MiB, 7
-# On a CPU, by the bytes of a number: the allocator cannot use everything again that was freed, as if there were more of
-# them; measured with bench/plan.py.
+# On a CPU, by the bytes of a number: as if there were more, because the allocator cannot reuse all that was freed.
 KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 60 * MiB}, {2: 28.5, 4: 23}
 BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
 EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
@@ -53,9 +52,6 @@ class Plan:
     """Bytes by part, in the order in which they come, and what is at its peak when."""
 
     parts: dict[str, float]
-    device_type: str
-    rows: int
-    length: int
     keep: list[ActivationPolicy]
 
     @property
@@ -94,21 +90,12 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
 
 
 def estimate_memory(
-    decoder: DecoderConfig,
-    counts: Counts,
-    config: Config,
-    device_type: str,
-    dtype: torch.dtype,
-    rows: int,
-    length: int,
-    keep: Sequence[ActivationPolicy],
-    baseline: float,
-    target_share: float = 1.0,
-) -> Plan:
+    decoder: DecoderConfig, counts: Counts, config: Config, device_type: str, dtype: torch.dtype,
+    rows: int, length: int, keep: Sequence[ActivationPolicy], baseline: float, target_share: float = 1.0,
+) -> Plan:  # fmt: skip
     """What one micro-batch of rows x length tokens takes in training.
 
     Args:
-        dtype: that the model computes in.
         keep: of each block's activations, as in Decoder.activation_policy.
         baseline: bytes of the process before anything is loaded, on a CPU.
         target_share: of the tokens that are targets.
@@ -124,9 +111,12 @@ def estimate_memory(
     transient, kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
     again = max((block for one in keep if one != "all"), default=0.0)  # one of these at a time
     targets = tokens * target_share
+    chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
     split = config.training.sharding == "full"
     part = 1 / config.system.ranks if split else 1.0  # of weights, gradients and moments, on each rank
     gathered = stored * (2 * counts.linears / decoder.num_layers + counts.others)  # this block, the next, and the rest
+    unpacked = decoder.hidden_size * decoder.intermediate_size * e * (bits < 16)  # the largest weight, for its product
+    scores = 4 * rows * decoder.num_heads * CHUNK * length * e * (device_type == "mps")  # S, P, dP and dS
     parts = {
         "process": baseline + kernels + BITSANDBYTES * (cpu and bits == 4),
         "linears": part * counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16),
@@ -137,13 +127,11 @@ def estimate_memory(
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
         "activations": sum(waiting[one] for one in keep),
-        "backward": again
-        + transient * tokens * decoder.intermediate_size * e
-        + _unpacked(decoder, bits, e)
-        + (4.0 * rows * decoder.num_heads * CHUNK * length * e if device_type == "mps" else 0.0),  # S, P, dP and dS
-        "loss": loss_bytes(decoder, device_type, e, targets) + 8.0 * tokens * decoder.hidden_size,
+        "backward": again + transient * tokens * decoder.intermediate_size * e + unpacked + scores,
+        # a chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these
+        "loss": chunk * decoder.vocab_size * (2 * e + 4) + (2.0 * targets * e + 8.0 * tokens) * decoder.hidden_size,
     }
-    return Plan(parts, device_type, rows, length, list(keep))
+    return Plan(parts, list(keep))
 
 
 def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> float:
@@ -159,20 +147,6 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> f
     return float(kept * e)
 
 
-def _unpacked(c: DecoderConfig, bits: int, e: int) -> float:
-    """The largest weight, unpacked for its product."""
-    return float(c.hidden_size * c.intermediate_size * e) if bits < 16 else 0.0
-
-
-def loss_bytes(c: DecoderConfig, device_type: str, e: int, targets: float) -> float:
-    """A chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these."""
-    chunk = min(chunk_rows(c.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
-    return chunk * c.vocab_size * (2 * e + 4) + 2.0 * targets * c.hidden_size * e
-
-
-# ---- Decisions
-
-
 def choose_recompute(
     peak_of: Callable[[list[ActivationPolicy]], float], layers: int, room: float
 ) -> list[ActivationPolicy]:
@@ -185,31 +159,19 @@ def choose_recompute(
 
 
 def choose_rows(peak_of: Callable[[int], float], step_rows: int, room: float) -> int:
-    """The largest divisor of a step's rows that fits into `room` bytes as a micro-batch.
-
-    Raises:
-        UserError: not even one row fits.
-    """
+    """The largest divisor of a step's rows that fits into `room` bytes as a micro-batch; a UserError if none does."""
     fitting = [rows for rows in range(1, step_rows + 1) if step_rows % rows == 0 and peak_of(rows) <= room]
     if not fitting:
-        raise UserError(
-            f"model.max_seq_length: one row takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free: "
-            "lower it, or set quantization.bits=4"
-        )
+        sizes = f"one row takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free"
+        raise UserError(f"model.max_seq_length: {sizes}: lower it, or set quantization.bits=4")
     return fitting[-1]
-
-
-# ---- Time
 
 
 def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, length: int, again: float) -> float:
     """Floating-point operations of a token in training, in 10^9, if half of the tokens are targets.
 
     A product with n weights costs 2 n forward, 2 n for the gradient of its input, 2 n for its own if it is trained.
-    Causal attention: 2 q (length + 1) forward, 2.5 times that backward.
-
-    Args:
-        again: the share of the blocks that are computed twice.
+    Causal attention: 2 q (length + 1) forward, 2.5 times that backward. `again` is the share of blocks computed twice.
     """
     attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * (length + 1)
     frozen = counts.linears * (2 + 2 + 2 * again) + attention * (3.5 + again)
@@ -217,9 +179,6 @@ def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, leng
     if config.training.method == "full":
         return (frozen + 2 * counts.linears + 6 * head) / 1e9
     return (frozen + 6 * counts.trained + 4 * head) / 1e9
-
-
-# ---- One config on one machine
 
 
 @dataclass(frozen=True)
@@ -242,13 +201,9 @@ class Planner:
         return estimate_memory(self.decoder, self.counts, settled, device.type, dtype, rows, length, keep, baseline)
 
     def keep_by(self, policy: str) -> list[ActivationPolicy]:
-        """What each block keeps under a policy of training.checkpointing."""
+        """What each block keeps under a policy of training.checkpointing, for auto where memory is least."""
+        policy = "full" if policy == "auto" else policy
         return keep_by_policy(policy, self.config.training.checkpoint_every, self.decoder.num_layers)
-
-    def most_recomputed(self) -> list[ActivationPolicy]:
-        """Every block recomputed, unless the policy forbids it."""
-        policy = self.config.training.checkpointing
-        return self.keep_by("full" if policy == "auto" else policy)
 
     def choose_activations(self, rows: int, length: int) -> Plan:
         """The plan under training.checkpointing; with auto, as few blocks are recomputed as make it fit."""
@@ -257,10 +212,6 @@ class Planner:
             return self.plan(rows, length, self.keep_by(policy))
         room, layers = self.machine.room_bytes, self.decoder.num_layers
         return self.plan(rows, length, choose_recompute(lambda keep: self.plan(rows, length, keep).peak, layers, room))
-
-    def minimum_plan(self, length: int) -> Plan:
-        """One row of so many tokens: what halving micro-batches leads to."""
-        return self.plan(1, length, self.most_recomputed())
 
 
 def decide_dequantize(config: Config, counts: Counts, machine: Machine) -> Config:
@@ -274,13 +225,7 @@ def decide_dequantize(config: Config, counts: Counts, machine: Machine) -> Confi
 
 
 def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) -> Config:
-    """Replace training.micro_batch_size=auto by the numbers of the run's first session, or by what fits now.
-
-    Args:
-        recorded: the config.json of the run directory, if there is one.
-    Raises:
-        UserError: the sequences of a step cannot be split evenly over the processes, or not even one fits.
-    """
+    """Replace training.micro_batch_size=auto by the numbers that config.json recorded, or by what fits now."""
     config = planner.config
     t, ranks = config.training, config.system.ranks
     if t.micro_batch_size != "auto":
@@ -292,18 +237,16 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
             f"over {ranks} processes: set it to {ranks * max(rows_a_rank, 1)}"
         )
     if recorded is not None and recorded["system"].get("ranks", 1) == ranks:
-        return config.override({name: recorded["training"][name.partition(".")[2]] for name in ROWS})
-    length, keep = config.model.max_seq_length, planner.most_recomputed()
+        return config.override({name: recorded["training"][name.removeprefix("training.")] for name in ROWS})
+    length, keep = config.model.max_seq_length, planner.keep_by(t.checkpointing)
     rows = choose_rows(lambda n: planner.plan(n, length, keep).peak, rows_a_rank, planner.machine.room_bytes)
     return config.override(dict(zip(ROWS, (rows, rows_a_rank // rows), strict=True)))
 
 
 def describe_recompute(plan: Plan) -> str:
-    """What is kept for backward, in words."""
-    recomputed = sum(one != "all" for one in plan.keep)
-    return (
-        f"activations of {recomputed} of {len(plan.keep)} blocks recomputed" if recomputed else "all activations kept"
-    )
+    if again := sum(one != "all" for one in plan.keep):
+        return f"activations of {again} of {len(plan.keep)} blocks recomputed"
+    return "all activations kept"
 
 
 @contextlib.contextmanager
@@ -318,7 +261,6 @@ def explained_out_of_memory(planner: Planner) -> Iterator[None]:
 
 
 def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
-    """The error for micro-batches of so many rows."""
     helps = suggest_savings(planner, rows, planner.config.model.max_seq_length)
     return TrainingFailed(f"out of memory with micro-batches of {rows} rows: try {helps}")
 
@@ -326,18 +268,12 @@ def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
 def suggest_savings(planner: Planner, rows: int, length: int) -> str:
     """The three changes that lower the planned peak most, and by how much."""
     config = planner.config
-    changes = {
-        "model.max_seq_length": length // 2,
-        "training.micro_batch_size": rows // 2,
-        "training.checkpointing": "full",
-        "quantization.bits": 4,
-        "training.method": "lora",
-        "training.optimizer": "adamw_8bit",
-        "lora.rank": config.lora.rank // 2,
-        "lora.target_modules": "attention",
-    }
+    changes: dict[str, Any] = {"model.max_seq_length": length // 2, "training.micro_batch_size": rows // 2}
+    changes |= {"training.checkpointing": "full", "training.optimizer": "adamw_8bit"}
     if config.training.method == "full":
-        del changes["quantization.bits"], changes["lora.rank"], changes["lora.target_modules"]
+        changes |= {"training.method": "lora"}
+    else:
+        changes |= {"quantization.bits": 4, "lora.rank": config.lora.rank // 2, "lora.target_modules": "attention"}
     before, saved = planner.choose_activations(rows, length), {}
     for name, value in changes.items():
         with contextlib.suppress(UserError):  # out of range: a row cannot be halved; or not on this device
@@ -353,15 +289,8 @@ def suggest_savings(planner: Planner, rows: int, length: int) -> str:
     return ", or ".join(suggestions) or "model.name to a smaller model"
 
 
-# ---- train.py --plan
-
-
 def show_plan(config: Config) -> int:
-    """Print memory by part, and time, before anything is loaded.
-
-    Raises:
-        UserError: it does not fit.
-    """
+    """train.py --plan: print memory by part, and time, before anything is loaded; a UserError if it does not fit."""
     machine = Machine.detect_or_describe(config)
     check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
     decoder = ModelFiles.find(config.model.name).decoder
@@ -380,27 +309,22 @@ def show_plan(config: Config) -> int:
     work = gflop_per_token(decoder, planner.counts, config, length, recomputed)
     print(f"{'work':16} {work:9.3g} GFLOP per token")
     if machine.present:
-        show_speed(machine, decoder, work, config.effective_batch_size() // config.system.ranks * length)
+        reached = matmul_gflop_s(machine.device, machine.dtype, decoder.hidden_size, decoder.intermediate_size)
+        print(f"{'products':16} {reached:9,.0f} GFLOP/s in bare matrix products here")
+        share, kind = EFFICIENCY.get(machine.device.type), machine.device.type
+        speed = f"at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured"
+        if share:
+            tokens_s, tokens = share * reached / work, config.effective_batch_size() // config.system.ranks * length
+            speed = f"{tokens_s:9,.0f} tokens/s if {share:.0%} of it is reached; {tokens / tokens_s:,.1f} s per step"
+        print(f"{'speed':16} {speed}")
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
     print(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block recomputed")
     if plan.peak > room:
-        fewer = "set training.micro_batch_size=auto, or lower model.max_seq_length"
+        fewer = "training.micro_batch_size=auto, or lower model.max_seq_length"
+        fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
         raise UserError(
-            f"training.micro_batch_size: {plan.rows} rows of {length} tokens take {plan.peak / 1e9:.2f} GB, and "
-            f"{room / 1e9:.2f} GB are there: {fewer if fitting else f'set {suggest_savings(planner, 1, length)}'}"
+            f"training.micro_batch_size: {config.micro_batch_rows()} rows of {length} tokens take "
+            f"{plan.peak / 1e9:.2f} GB, and {room / 1e9:.2f} GB are there: {fix}"
         )
     return 0
-
-
-def show_speed(machine: Machine, decoder: DecoderConfig, work: float, step_tokens: int) -> None:
-    """Print what this device could reach, from bare matrix products on it."""
-    sizes, kind = (decoder.hidden_size, decoder.intermediate_size), machine.device.type
-    reached = matmul_gflop_s(machine.device, machine.dtype, *sizes)
-    print(f"{'products':16} {reached:9,.0f} GFLOP/s in bare matrix products here")
-    if share := EFFICIENCY.get(kind):
-        speed = share * reached / work
-        at = f"{speed:9,.0f} tokens/s if {share:.0%} of it is reached; {step_tokens / speed:,.1f} s per step"
-        print(f"{'speed':16} {at}")
-    else:
-        print(f"{'speed':16} at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")

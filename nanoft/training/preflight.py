@@ -1,8 +1,7 @@
 """Before the first step: does the model see what you think it sees, and will it fit?
 
-Memory runs out at the longest batch after an hour, the disk at the first save; a frozen head whose row for the stop
-token was never trained cannot learn to stop. Each of these is tried before the run begins: one check, one line, and one
-fix. What the tokens alone tell is checked in nanoft/data/inspection.py.
+Memory runs out at the longest batch after an hour, the disk at the first save. Each is tried before the run begins: one
+check, one line, and one fix. What the tokens alone tell is checked in nanoft/data/inspection.py.
 """
 
 from __future__ import annotations
@@ -31,20 +30,15 @@ from nanoft.training.memory_plan import Planner, describe_recompute, suggest_sav
 from nanoft.training.recovery import halve_micro_batch
 from nanoft.training.state import TrainContext, TrainState
 
-NamedTensors = dict[str, Tensor]
 WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median row
 
 
 def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
-    """Check the data, the head, memory and disk; returns the seconds that a step takes.
-
-    Raises:
-        UserError: a check fails and is not forced.
-    """
+    """Check the data, the head, memory and disk, which are UserErrors unless forced; returns the seconds of a step."""
     head = []
     if ctx.adapters and not ctx.config.model.random_init:
         head.append(check_head(ctx.model, ctx.tokenizer, ctx.corpus.training))
-    distributed.broadcast_from_rank0(lambda: check_samples(ctx, forced, head))
+    distributed.broadcast_from_rank0(lambda: require_shown([*check_samples(ctx), *head], ctx, forced))
     seconds_per_token, batches = rehearse_step(ctx, state), ctx.batches
     measured, predicted = peak_memory_gb(ctx.device), ctx.plan.peak / 1e9
     ctx.run.print(f"memory    {describe_recompute(ctx.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
@@ -52,17 +46,22 @@ def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
         rehearse_evaluation(ctx)
     weights = sharding.gather_full(ctx.trained_weights())
     moments = sharding.gather_full(optimizer_tensors(ctx.optimizer, ctx.trained))
-    distributed.broadcast_from_rank0(lambda: check_saving(ctx, forced, weights, moments))
+    out, keep = ctx.run.directory, ctx.config.training.keep_checkpoints
+    distributed.broadcast_from_rank0(lambda: require_shown([rehearse_save(out, weights, moments, keep)], ctx, forced))
     seconds = seconds_per_token * batches.samples.lengths.sum() / batches.windows_in_epoch()
     return float(seconds / distributed.world_size())
 
 
-# ---- Memory
+def require_shown(checks: list[Check], ctx: TrainContext, forced: list[str]) -> None:
+    for check in checks:
+        ctx.run.print(check.preflight_line())
+    require_passed(checks, forced)
 
 
 def check_room(planner: Planner, length: int = 0) -> Check:
     """Whether the plan fits into memory, before anything is loaded: the model, and one row of so many tokens."""
-    needed, there = planner.minimum_plan(length).peak, planner.machine.memory_bytes
+    keep = planner.keep_by(planner.config.training.checkpointing)
+    needed, there = planner.plan(1, length, keep).peak, planner.machine.memory_bytes
     what = f"the model and a row of {length:,} tokens take" if length else "the model alone takes"
     found = f"{what} {needed / 1e9:.2f} GB at least, and {there / 1e9:.2f} GB are there"
     fix = "" if needed <= there else f"set {suggest_savings(planner, 1, length)}"
@@ -70,11 +69,7 @@ def check_room(planner: Planner, length: int = 0) -> Check:
 
 
 def require_room(planner: Planner, forced: list[str], length: int = 0) -> None:
-    """Refuse a run that cannot fit.
-
-    Raises:
-        UserError: says what would help, on every rank.
-    """
+    """Refuse a run that cannot fit, on every rank, with a UserError that says what would help."""
     distributed.broadcast_from_rank0(lambda: require_passed([check_room(planner, length)], forced))
 
 
@@ -91,10 +86,7 @@ def rehearse_step(ctx: TrainContext, state: TrainState) -> float:
 
 
 def rehearse(ctx: TrainContext) -> tuple[Check, float]:
-    """Forward and backward over the longest micro-batch, and its seconds per token; nothing is changed.
-
-    The optimizer's state is allocated already, so its memory is counted, whatever kind it is.
-    """
+    """Forward and backward over the longest micro-batch, and its seconds per token; nothing is changed."""
     longest, seconds = ctx.batches.longest(), []
     batch = longest.to(ctx.device)
     with preserve_rng_state():
@@ -125,9 +117,6 @@ def rehearse_evaluation(ctx: TrainContext) -> None:
         ctx.run.print(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be used")
 
 
-# ---- The head, the data, the disk
-
-
 def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) -> Check:
     """A frozen head whose row for the stop token was never trained cannot learn to stop."""
     first = (samples[at] for at in range(min(100, len(samples))))
@@ -137,37 +126,21 @@ def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) 
     median = norms.median().item()
     ratios = {tokenizer.decode([token], keep_special=True): norms[token].item() / median for token in stops}
     found = ", ".join(f"{token!r}: {ratio:.2f}" for token, ratio in ratios.items()) or "no stop token in use"
-    return Check.of(
-        "head",
-        all(WEAK <= ratio <= STRONG for ratio in ratios.values()),
-        f"norm of the stop token's row of the head, relative to the median row: {found}",
-        "the base has not learned this token: use a template whose end of turn it knows, or training.method=full",
-    )
+    found = f"norm of the stop token's row of the head, relative to the median row: {found}"
+    fix = "the base has not learned this token: use a template whose end of turn it knows, or training.method=full"
+    return Check.of("head", all(WEAK <= ratio <= STRONG for ratio in ratios.values()), found, fix)
 
 
-def check_samples(ctx: TrainContext, forced: list[str], head: list[Check]) -> None:
+def check_samples(ctx: TrainContext) -> list[Check]:
     """Check what the model will see, and write preview.txt."""
-    checks = [*check_data(ctx.corpus, ctx.tokenizer, ctx.config.data.train_on), *head]
+    checks = check_data(ctx.corpus, ctx.tokenizer, ctx.config.data.train_on)
     text = preview(ctx.corpus, ctx.tokenizer, ctx.config.system.seed)
     (ctx.run.directory / "preview.txt").write_text(text, encoding="utf-8")
-    for check in checks:
-        ctx.run.print(check.preflight_line())
-    require_passed(checks, forced)
+    return checks
 
 
-def check_saving(ctx: TrainContext, forced: list[str], weights: NamedTensors, moments: NamedTensors) -> None:
-    """Whether a checkpoint can be written."""
-    saved = rehearse_save(ctx.run.directory, weights, moments, ctx.config.training.keep_checkpoints)
-    ctx.run.print(saved.preflight_line())
-    require_passed([saved], forced)
-
-
-def rehearse_save(directory: Path, weights: NamedTensors, moments: NamedTensors, keep: int) -> Check:
-    """Write the weights of a checkpoint and remove them; then check the room for the checkpoints of the run.
-
-    Raises:
-        UserError: the directory cannot be written.
-    """
+def rehearse_save(directory: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int) -> Check:
+    """Write the weights of a checkpoint and remove them; then check the room for the checkpoints of the run."""
     aside = directory / f".preflight-{os.getpid()}"
     try:
         write_tensors(aside, weights)

@@ -1,15 +1,20 @@
-"""Between two optimizer steps: the progress bar, the `train` events, validation, and the watch on memory."""
+"""Between two optimizer steps: the progress bar, `train` events, validation, the watch on memory, and checkpoints."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
 from nanoft import TrainingFailed
 from nanoft.batches import eval_batches
+from nanoft.checkpoint import SaveResult
+from nanoft.kernels import sharding
+from nanoft.optim import optimizer_tensors
 from nanoft.runtime import distributed
+from nanoft.runtime.device import rng_state
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, peak_memory_gb, read_memory, release_memory
 from nanoft.training.state import TrainContext, TrainState
 
@@ -92,3 +97,48 @@ def report_failure(ctx: TrainContext, state: TrainState, what: str, error: Excep
     """Something that training can do without went wrong."""
     ctx.run.log("warning", state.step, what=f"{what} failed", error=f"{type(error).__name__}: {error}")
     ctx.run.print(f"warning: {what} failed after step {state.step}: {type(error).__name__}: {error}")
+
+
+def save(ctx: TrainContext, state: TrainState) -> None:
+    """Start writing a checkpoint in the background. It becomes the best one only when it is on the disk."""
+    ctx.run.sync()
+    log_save(ctx, state, ctx.writer.collect(wait=True))
+    tensors = {ctx.weights_file: ctx.trained_weights(), "optimizer": optimizer_tensors(ctx.optimizer, ctx.trained)}
+    tensors = {name: sharding.gather_full(named) for name, named in tensors.items()}
+    best = (state.best_step, state.best_loss) if state.best_step else None
+    ctx.writer.start(state.step, tensors, {**asdict(state), "rng": rng_state()}, best)
+
+
+def save_if_due(ctx: TrainContext, state: TrainState) -> None:
+    """Save every training.save_steps, at the best step so far, and again some time after a save that failed."""
+    log_save(ctx, state, ctx.writer.collect())
+    retry = distributed.all_reduce_any(ctx.writer.overdue())
+    if is_due(ctx, state, ctx.config.training.save_steps) or state.best_step == state.step or retry:
+        save(ctx, state)
+
+
+def log_save(ctx: TrainContext, state: TrainState, outcome: SaveResult | None) -> None:
+    """Log a finished save. A save that failed is a warning: there will be another."""
+    if outcome is not None and outcome.error is None:
+        where = str(outcome.path.relative_to(ctx.run.directory))
+        seconds = {"seconds": outcome.seconds, "waited_seconds": outcome.waited_seconds}
+        ctx.run.log("checkpoint", outcome.step, path=where, **seconds)
+    elif outcome is not None and outcome.error is not None:
+        if state.best_step == outcome.step:  # its weights are lost: the best is the one before, which is on the disk
+            state.best_step, state.best_loss = ctx.checkpoints.best() or (0, float("inf"))
+        report_failure(ctx, state, f"saving step {outcome.step}", outcome.error)
+
+
+def ensure_final_checkpoint(ctx: TrainContext, state: TrainState) -> None:
+    """A checkpoint of where the run stands, whatever was saved before; raises the OSError of a disk that refuses."""
+
+    def last_saved(must_work: bool) -> int:
+        outcome = ctx.writer.collect(wait=True)
+        log_save(ctx, state, outcome)
+        if must_work and outcome is not None and outcome.error is not None:
+            raise outcome.error
+        return ctx.writer.last_step
+
+    if distributed.broadcast_from_rank0(lambda: last_saved(False)) != state.step:
+        save(ctx, state)
+        distributed.broadcast_from_rank0(lambda: last_saved(True))

@@ -11,21 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanoft import TrainingFailed, UserError, guard
-from nanoft.batches import Window
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
 from nanoft.guard import Diverged, History, RollBack, SkipStep
 from nanoft.runtime.memory import OutOfMemory, release_memory
 from nanoft.training.memory_plan import out_of_memory_error
-from nanoft.training.saving import log_save
+from nanoft.training.progress import log_save
 from nanoft.training.state import TrainContext, TrainState, restore_from
 
 
 def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) -> TrainState:
-    """Split the same windows into micro-batches of half the size.
-
-    Raises:
-        TrainingFailed: the micro-batch size is 1; says what would help.
-    """
+    """Split the same windows into micro-batches of half the size; TrainingFailed if that is 1 already."""
     release_memory(ctx.device, error)
     ctx.optimizer.zero_grad(set_to_none=True)
     if error.in_optimizer_step:  # half of a step may have been taken; a checkpoint has whole ones
@@ -45,21 +40,25 @@ def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) 
 
 def skip_window(ctx: TrainContext, state: TrainState, bad: SkipStep) -> None:
     """Pass over a window, without a step."""
-    warn_of_window(ctx, state, "step skipped", bad.reason, bad.loss, bad.grad_norm, bad.window)
+    warn_of_window(ctx, state, "step skipped", bad)
     ctx.optimizer.zero_grad(set_to_none=True)
     state.skip(bad.window)
 
 
 def roll_back(ctx: TrainContext, state: TrainState, bad: RollBack) -> TrainState:
-    """Restore the newest checkpoint, lower the learning rate, and skip the windows that were bad in a row.
-
-    Raises:
-        Diverged: there were too many rollbacks.
-        TrainingFailed: there is no checkpoint to restore.
-    """
+    """Restore the newest checkpoint, lower the learning rate, skip the bad windows; Diverged if done too often."""
     skip_window(ctx, state, bad)
     if state.guard.rollbacks >= ctx.config.guard.max_rollbacks:
-        raise diverged(ctx, state, bad.window) from None
+        batch, seen = bad.window.micro_batches[-1].to(ctx.device), state.guard
+        where = "the first bad weight or output was not searched for, because the model is sharded"
+        if ctx.config.training.sharding == "none":
+            with ctx.autocast():
+                where = guard.diagnose(ctx.model, batch.ids, batch.positions, batch.documents, batch.target_positions)
+        raise Diverged(
+            f"{seen.skips} windows in a row could not be used after step {state.step}, and {seen.rollbacks} rollbacks "
+            f"did not help: {where}: lower training.learning_rate ({ctx.config.training.learning_rate:g}), or look at "
+            "the records in train.log"
+        ) from None
     return back_to_checkpoint(ctx, state, guard.after_rollback(ctx.config.guard, state.guard))
 
 
@@ -67,16 +66,16 @@ def back_to_checkpoint(ctx: TrainContext, state: TrainState, history: History | 
     """Restore the newest valid checkpoint; what the guard has learned since then stays.
 
     If the last rollback led to that checkpoint, and no step could be taken from it, the one before it is used.
-
-    Args:
-        history: of the guard after a rollback; None: the guard did not ask for this.
+    `history` is the guard's after a rollback; None if it did not ask for this.
     """
 
     def choose() -> Checkpoint:
         log_save(ctx, state, ctx.writer.collect(wait=True))
-        is_repeated = history is not None and state.step == state.guard.back_at
-        is_stuck = is_repeated and ctx.checkpoints.newest(before=state.step)[0] is not None
-        saved, _ = ctx.checkpoints.newest(before=state.step if is_stuck else float("inf"))
+        saved = None
+        if history is not None and state.step == state.guard.back_at:
+            saved, _ = ctx.checkpoints.newest(before=state.step)
+        if saved is None:
+            saved, _ = ctx.checkpoints.newest()
         if saved is None:
             raise UserError("no checkpoint could be saved before")
         return saved
@@ -96,27 +95,11 @@ def back_to_checkpoint(ctx: TrainContext, state: TrainState, history: History | 
     return back
 
 
-def warn_of_window(
-    ctx: TrainContext, state: TrainState, what: str, reason: str, loss: float, grad_norm: float, window: Window
-) -> None:
+def warn_of_window(ctx: TrainContext, state: TrainState, what: str, bad: SkipStep) -> None:
     """Name the records of a window whose loss or gradient is not as it should be."""
-    records = [ctx.corpus.location(record) for micro_batch in window for record in micro_batch.records]
-    figures = {"loss": str(loss), "grad_norm": str(grad_norm), "window": window.position}
+    records = [ctx.corpus.location(record) for micro_batch in bad.window for record in micro_batch.records]
+    figures = {"loss": str(bad.loss), "grad_norm": str(bad.grad_norm), "window": bad.window.position}
     ctx.run.log("warning", state.step, what=what, **figures, records=records)
     first = ", ".join(Path(record).name for record in records[:4])
     done = "the step is taken all the same" if what == "spike" else "window skipped"
-    ctx.run.print(f"warning: after step {state.step}: {reason}: {done}: {first}")
-
-
-def diverged(ctx: TrainContext, state: TrainState, window: Window) -> Diverged:
-    """The error when nothing helped: where the first NaN arises, and what to change."""
-    batch, seen = window.micro_batches[-1].to(ctx.device), state.guard
-    where = "the first bad weight or output was not searched for, because the model is sharded"
-    if ctx.config.training.sharding == "none":
-        with ctx.autocast():
-            where = guard.diagnose(ctx.model, batch.ids, batch.positions, batch.documents, batch.target_positions)
-    return Diverged(
-        f"{seen.skips} windows in a row could not be used after step {state.step}, and {seen.rollbacks} rollbacks did "
-        f"not help: {where}: lower training.learning_rate ({ctx.config.training.learning_rate:g}), or look at the "
-        "records in train.log"
-    )
+    ctx.run.print(f"warning: after step {state.step}: {bad.reason}: {done}: {first}")

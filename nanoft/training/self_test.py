@@ -2,16 +2,10 @@
 
 Most ways in which a fine-tuning goes silently wrong break an equation between two ways to compute one thing: a window
 cut differently, documents packed or alone, a run stopped or not, an adapter merged or beside its base. Each check
-computes both sides and measures how far they are apart, as a share of the norm:
-
-    |found - expected| / |expected|
-
-What is allowed follows from the number format, and is nothing at all where the same operations are done twice. The
-gradients are those that train.py's own loop hands to its optimizer, and the tests use the same functions. The work is
-bounded by eight documents, pieces of the user's samples, that together are no larger than a micro-batch; the memory by
-what training takes; the disk (TMPDIR) by three checkpoints. `training.compile` is off here.
-
-    python train.py CONFIG --selftest
+computes both sides and measures `|found - expected| / |expected|`. What is allowed follows from the number format, and
+is nothing at all where the same operations are done twice. Gradients are those that train.py's own loop hands to its
+optimizer. It takes eight pieces of the user's samples, no more memory than training, and the disk space (TMPDIR) of
+three checkpoints. `training.compile` is off here.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +55,7 @@ PRODUCT = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 ROW = "{:32} {:6} {:>8} {:>8}  {}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Check:
     """An equation, what of its two sides is compared, how far apart they may be, and what measures it."""
 
@@ -77,13 +71,6 @@ class Check:
     def passed(self) -> bool:
         return bool(self.pointless) or self.measured <= self.allowed  # which NaN is not
 
-    def done(self) -> Check:
-        """The same with its result; where something is refused that should work, the check has failed, too."""
-        try:
-            return self if self.pointless else replace(self, measured=self.measure())
-        except (UserError, TrainingFailed, CheckpointCorrupted) as error:
-            return replace(self, trouble=str(error))
-
     def line(self) -> str:
         if self.pointless:
             return ROW.format(self.name, "-", "", "", f"not applicable: {self.pointless}")
@@ -92,10 +79,6 @@ class Check:
 
 
 def require_single_process() -> None:
-    """
-    Raises:
-        UserError: there are several.
-    """
     if distributed.world_size() > 1:
         raise UserError("--selftest: is for one process: start train.py without torchrun")
 
@@ -115,33 +98,30 @@ def resume(ctx: TrainContext, loop: Loop, steps: int) -> None:
 
 
 def run(ctx: TrainContext, loop: Loop) -> int:
-    """Do every check, a line of the table each; returns the exit code.
-
-    Args:
-        ctx: fresh: no step was taken. It is used up.
-    Raises:
-        TrainingFailed: names the first check that failed.
-    """
+    """Do every check with a context that took no step, and is used up; a TrainingFailed names the first that failed."""
     ctx.run.open_metrics(0, [0, 0], [])
     say, tokens = ctx.run.print, min(TOKENS, ctx.batches.longest().ids.numel())
     documents = TokenDataset.of(cut(ctx.batches.samples, tokens))
     say(f"self-test on {ctx.config.model.name}: {int(documents.lengths.sum()):,} tokens of its data, {ctx.device}\n")
     say(ROW.format("check", "result", "measured", "allowed", "compared"))
-    done: list[Check] = []
-    for check in checks(ctx, loop, documents):
-        done.append(check.done())
-        say(done[-1].line())
-        if len(done) == 1:
+    table = checks(ctx, loop, documents)
+    for check in table:
+        try:
+            check.measured = math.nan if check.pointless else check.measure()
+        except (UserError, TrainingFailed, CheckpointCorrupted) as error:  # something that should work is refused
+            check.trouble = str(error)
+        say(check.line())
+        if check is table[0]:
             perturb_adapters(ctx.adapters)  # from here on every adapter says something
-    if failed := [check for check in done if not check.passed]:
+    if failed := [check for check in table if not check.passed]:
         first = failed[0]
         what = first.trouble or f"{first.compared}: {first.measured:.2g} apart, {first.allowed:.2g} allowed"
-        raise TrainingFailed(f"self-test: {first.name}: {what} ({len(failed)} of {len(done)} checks failed)")
+        raise TrainingFailed(f"self-test: {first.name}: {what} ({len(failed)} of {len(table)} checks failed)")
     return 0
 
 
 def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check]:
-    """The table. The first one wants fresh adapters."""
+    """The table; its first check wants fresh adapters."""
     model, adapters, lora, place = ctx.model, ctx.adapters, ctx.config.lora, ctx.run.directory
     sure = ctx.device.type == "cpu" or ctx.config.system.deterministic
     near, nearer = MODEL[ctx.machine.dtype], PRODUCT[ctx.machine.dtype]
@@ -152,6 +132,8 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
     splits = " = ".join(f"{n}x{DOCUMENTS // n}" for n in SIZES)
     prompts = [(s.ids[: max(1, int(s.is_target.argmax()))]).tolist() for s in documents[::2]]
     ids, pad = torch.from_numpy(documents[-1].ids.astype(np.int64))[None].to(ctx.device), ctx.tokenizer.pad_id
+    from_files = nearer if lora.init == "pissa" else 0.0  # PiSSA's files have twice the rank and another alpha
+    all_state = f"weights, optimizer, random numbers{unsure}"
 
     def in_use(measure: Callable[..., float], *args: Any) -> Callable[[], float]:
         def measured() -> float:
@@ -170,25 +152,13 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
         Check("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_apart(ctx, documents[-1:])),
         Check("merged = adapter, each linear", f"products{onto}", nearer, in_use(products_apart, adapters), none),
         Check("merged = adapter", f"logits{onto}", near, in_use(merged_apart, model, adapters, ids), none),
-        Check(
-            "adapter saved = read",
-            "bytes of the files, products of each linear",
-            nearer if lora.init == "pissa" else 0.0,  # its files have twice the rank and another alpha
-            in_use(files_apart, ctx, place),
-            none,
-        ),
+        Check("adapter saved = read", "bytes of files, products", from_files, in_use(files_apart, ctx, place), none),
         # both the likeliest token's logit and that of the one taken may be off
         Check("with a cache = without", "greedy tokens", 2 * near, in_use(answers_apart, model, prompts)),
         Check(
-            f"{STEPS} + {STEPS} steps = {2 * STEPS} steps",
-            f"weights, optimizer, random numbers{unsure}",
-            exact,
-            lambda: resumed_apart(ctx, loop, place),
+            f"{STEPS} + {STEPS} steps = {2 * STEPS} steps", all_state, exact, lambda: resumed_apart(ctx, loop, place)
         ),
     ]
-
-
-# --- two numbers, two tensors, two gradients
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -211,7 +181,6 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 
 
 def saving_to(ctx: TrainContext, checkpoints: CheckpointManager) -> TrainContext:
-    """The same job with other checkpoints."""
     return replace(ctx, checkpoints=checkpoints, writer=AsyncCheckpointWriter(checkpoints, available_host_bytes))
 
 
@@ -220,10 +189,7 @@ class _Taken(Exception):
 
 
 def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tensor]:
-    """What train.py's loop hands to the optimizer at the first step over these batches, unclipped; by parameter.
-
-    At most KEPT values of each, evenly spread, so that a copy costs little also where every parameter is trained.
-    """
+    """What train.py's loop hands to the optimizer at the first step, unclipped: KEPT values of each at most."""
     taken: dict[str, Tensor] = {}
 
     def take(*_: Any) -> None:
@@ -235,17 +201,15 @@ def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tenso
 
     # clipping would hide a wrong scale; without rollbacks no checkpoint of the beginning is needed
     config = ctx.config.override({"training.max_grad_norm": 0.0, "guard.max_rollbacks": 0})
-    ctx = saving_to(
-        replace(ctx, config=config, batches=batches), CheckpointManager(ctx.run.directory / "no" / "checkpoints", 1)
-    )
-    hook = ctx.optimizer.register_step_pre_hook(take)
+    unused = CheckpointManager(ctx.run.directory / "no" / "checkpoints", 1)
+    ctx = saving_to(replace(ctx, config=config, batches=batches), unused)
     torch.manual_seed(config.system.seed)
     try:
-        resume(ctx, loop, 1)
+        with ctx.optimizer.register_step_pre_hook(take):
+            resume(ctx, loop, 1)
     except _Taken:
         return taken
     finally:
-        hook.remove()
         ctx.optimizer.zero_grad(set_to_none=True)
     raise TrainingFailed("the loop took no step: its loss is not finite")
 
@@ -253,19 +217,15 @@ def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tenso
 @contextmanager
 def without_dropout(ctx: TrainContext) -> Iterator[None]:
     """Without dropout and noise, which differ with the shape of a batch."""
-    alpha, dropout = ctx.model.neftune_alpha, {name: adapter.dropout for name, adapter in ctx.adapters.items()}
-    ctx.model.neftune_alpha = 0.0
-    for adapter in ctx.adapters.values():
-        adapter.dropout = 0.0
+    random = [(ctx.model, "neftune_alpha"), *((adapter, "dropout") for adapter in ctx.adapters.values())]
+    before = [getattr(module, name) for module, name in random]
+    for module, name in random:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
-        ctx.model.neftune_alpha = alpha
-        for name, adapter in ctx.adapters.items():
-            adapter.dropout = dropout[name]
-
-
-# --- what is looked at
+        for (module, name), value in zip(random, before, strict=True):
+            setattr(module, name, value)
 
 
 def cut(samples: Sequence[Sample], tokens: int) -> list[Sample]:
@@ -286,11 +246,8 @@ def perturb_adapters(adapters: dict[str, LoRALinear]) -> None:
     generator = torch.Generator().manual_seed(7)
     for _, adapter, x in examples(adapters):
         training, before = adapter.training, adapter.eval()(x)
-        moved = [
-            (p, p.clone(), torch.randn(p.shape, generator=generator).to(p))
-            for p in adapter.parameters()
-            if p.requires_grad
-        ]
+        trained = [p for p in adapter.parameters() if p.requires_grad]
+        moved = [(p, p.clone(), torch.randn(p.shape, generator=generator).to(p)) for p in trained]
         for exponent in range(-8, 12):
             for p, start, noise in moved:
                 size = start.square().mean().sqrt()  # zeros, such as lora_B's, have none
@@ -299,9 +256,6 @@ def perturb_adapters(adapters: dict[str, LoRALinear]) -> None:
             if relative_error(adapter(x), before) >= SHARE:
                 break
         adapter.train(training)
-
-
-# --- the equations
 
 
 def adapter_effect(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor) -> float:
@@ -365,18 +319,14 @@ def loss_apart(ctx: TrainContext, documents: TokenDataset) -> float:
     size = torch.linspace(0.5, 1.5, len(rows), device=ctx.device)[:, None]  # no two rows are the same
     hidden = (hidden[rows % len(hidden)] * size).to(hidden.dtype).requires_grad_()
     wanted = [hidden, model.head] if model.head.requires_grad else [hidden]
-    arguments = (hidden, model.head, batch.targets[rows % len(batch.targets)], t.label_smoothing, t.z_loss)
-    ours, plain = token_nll(*arguments).sum(), plain_nll(*arguments)
+    targets = batch.targets[rows % len(batch.targets)]
+    ours = token_nll(hidden, model.head, targets, t.label_smoothing, t.z_loss).sum()
+    logits = hidden @ model.head.to(hidden.dtype).T  # (n, vocab)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    plain = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=t.label_smoothing)
+    plain = plain + t.z_loss * logits.logsumexp(-1).square().sum()
     pairs = zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(plain, wanted), strict=True)
     return max(relative_error(ours.detach(), plain.detach()), *itertools.starmap(relative_error, pairs))
-
-
-def plain_nll(hidden: Tensor, head: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """The sum of `token_nll` as PyTorch says it, on all logits, (n, vocab)."""
-    logits = hidden @ head.to(hidden.dtype).T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nll = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
-    return nll + z_loss * logits.logsumexp(-1).square().sum()
 
 
 def merged_product(adapter: LoRALinear, x: Tensor) -> Tensor:
@@ -406,20 +356,14 @@ def merged_apart(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor) -
         return adapter.base.register_forward_hook(lambda _, inputs, __: merged_product(adapter, inputs[0]))
 
     expected = model.logits(model(ids))  # (b, s, vocab)
-    hooks = [merge(adapter) for adapter in adapters.values()]
-    try:
-        with disabled(adapters):
-            return relative_error(model.logits(model(ids)), expected)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, disabled(adapters):
+        for adapter in adapters.values():
+            hooks.enter_context(merge(adapter))
+        return relative_error(model.logits(model(ids)), expected)
 
 
 def files_apart(ctx: TrainContext, directory: Path) -> float:
-    """The adapter's files, read into other adapters on the same base: those give the same products.
-
-    Infinite if a byte differs when they are written again.
-    """
+    """Products of adapters read from the adapter's files; infinite if a byte differs when they are written again."""
     first, second = directory / "first", directory / "second"
     save_adapter(first, ctx.model, ctx.adapters, ctx.config.lora, ctx.config.model.name, {})
     read, base, tensors, note = read_adapter(first)
@@ -436,10 +380,7 @@ def files_apart(ctx: TrainContext, directory: Path) -> float:
 
 
 def answers_apart(model: Decoder, prompts: list[list[int]]) -> float:
-    """Greedy answers to all prompts at once, with a cache, against one pass over each prompt and answer without one.
-
-    How far the likeliest token is ahead of the one in the answer, in deviations of the logits: 0 if it is the same.
-    """
+    """How far a pass without a cache prefers another token than the greedy answer's, in deviations of the logits."""
     farthest = 0.0
     for prompt, answer in zip(prompts, generate(model, prompts, (), ANSWER), strict=True):
         ids = torch.tensor([[*prompt, *answer.ids]], device=model.head.device)
@@ -450,34 +391,25 @@ def answers_apart(model: Decoder, prompts: list[list[int]]) -> float:
 
 
 def resumed_apart(ctx: TrainContext, loop: Loop, directory: Path) -> float:
-    """A run that goes through against one that forgets all and goes on from the checkpoint in the middle.
-
-    Weights, optimizer, place in the data and random numbers, as the last checkpoints of both have them.
-    """
+    """The last checkpoints of an uninterrupted run and of one that forgets all and resumes in the middle."""
     whole, halves = (CheckpointManager(directory / name / "checkpoints", 2) for name in ("whole", "halves"))
     ctx = replace(ctx, validation=ctx.validation[:0])
     resume(saving_to(ctx, whole), loop, 2 * STEPS)  # saves after STEPS, too
     os.rename(whole.path(STEPS), halves.path(STEPS))
-    forget(ctx)
+    with torch.no_grad():  # forget everything that a checkpoint has to bring back
+        for tensor in (adapter_tensors(ctx.adapters) if ctx.adapters else dict(ctx.trained)).values():
+            tensor.zero_()
+    for moments in ctx.optimizer.state.values():
+        for key, value in moments.items():
+            moments[key] = value.zero_() if isinstance(value, Tensor) else 0
+    seed_everything(ctx.config.system.seed ^ 1, 0, False)
+    ctx.batches.seek(ctx.batches.epoch + 1)
     resume(saving_to(ctx, halves), loop, 2 * STEPS)
     expected, found = (verify(checkpoints.path(2 * STEPS)) for checkpoints in (whole, halves))
     if any(found.state[key] != expected.state[key] for key in ("step", "epoch", "window", "rng")):
         return math.inf
     files = ("adapter" if ctx.adapters else "model", "optimizer")
     return max(tensors_apart(*(saved.path / f"{name}.safetensors" for saved in (found, expected))) for name in files)
-
-
-@torch.no_grad()
-def forget(ctx: TrainContext) -> None:
-    """Destroy everything that a checkpoint has to bring back."""
-    weights = adapter_tensors(ctx.adapters) if ctx.adapters else dict(ctx.trained)
-    for tensor in weights.values():
-        tensor.zero_()
-    for moments in ctx.optimizer.state.values():
-        for key, value in moments.items():
-            moments[key] = value.zero_() if isinstance(value, Tensor) else 0
-    seed_everything(ctx.config.system.seed ^ 1, 0, False)
-    ctx.batches.seek(ctx.batches.epoch + 1)
 
 
 def tensors_apart(found: Path, expected: Path) -> float:

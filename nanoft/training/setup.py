@@ -1,7 +1,6 @@
 """Building the parts of a training run, in the order in which mistakes are found early.
 
-The run directory is claimed and the data read before the model is loaded, because they fail fastest. train.py calls
-these functions one after another, and passes on what was found: the machine, the model's files, the tokenizer.
+The run directory is claimed and the data read before the model is loaded, because they fail fastest.
 """
 
 from __future__ import annotations
@@ -71,17 +70,9 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
 
 
 def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str) -> Provenance:
-    """`_init_run_dir`, by rank 0 for all."""
-    return distributed.broadcast_from_rank0(lambda: _init_run_dir(config, run, machine, files, resume))
+    """On rank 0: check that the directory is new or holds this very run, and write its config.json.
 
-
-def _init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str) -> Provenance:
-    """Check that the directory is new or holds this very run, and write its config.json.
-
-    Returns:
-        What the run depends on. Date (which a template may print) and number of CPU threads are its first session's.
-    Raises:
-        UserError: the directory holds another run, or the model cannot be used.
+    Returns what the run depends on; date (which a template may print) and CPU threads are those of its first session.
     """
     check_quantization(files, quantization_of(config))
     weights = [] if config.model.random_init else files.shards()
@@ -101,19 +92,14 @@ def _init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles,
         if resume == "never":
             raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
         check_same_run(recorded, config, provenance, str(run.directory))
-        warn_of_changes(run, before, provenance)
+        if before.get("versions") != provenance["versions"]:
+            versions = before.get("versions")
+            run.print(f"warning: other library versions than when the run began ({versions}): last bits may differ")
+        if before.get("source_sha256", provenance["source_sha256"]) != provenance["source_sha256"]:
+            run.print("warning: the source of nanoft has changed since the run began: results may differ")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
     return provenance
-
-
-def warn_of_changes(run: Run, before: Provenance, now: Provenance) -> None:
-    """What does not forbid resuming, but may change the last bits."""
-    if before.get("versions") != now["versions"]:
-        versions = before.get("versions")
-        run.print(f"warning: other library versions than when the run began ({versions}): last bits may differ")
-    if before.get("source_sha256", now["source_sha256"]) != now["source_sha256"]:
-        run.print("warning: the source of nanoft has changed since the run began: results may differ")
 
 
 def load_tokenizer(config: Config, files: ModelFiles, date: str) -> ChatTokenizer:
@@ -124,26 +110,16 @@ def load_tokenizer(config: Config, files: ModelFiles, date: str) -> ChatTokenize
 
 
 def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[PreparedDataset, Batches]:
-    """The samples, and the order of those for training; prints what became of every record.
-
-    Raises:
-        UserError: something in the files cannot be used.
-    """
+    """The samples, and the order of those for training; prints what became of every record."""
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started = time.perf_counter()
     bar = config.logging.progress_bar and not distributed.process_rank()
     corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
-    batches = Batches(
-        corpus.training,
-        config.micro_batch_rows(),
-        t.gradient_accumulation_steps * config.system.ranks,
-        seed,
-        tokenizer.pad_id,
-        pack_length=length if d.packing else None,
-        group_by_length=d.group_by_length,
-        pad_to_multiple_of=d.pad_to_multiple_of,
-    )
+    rows, micro_batches = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
+    options: dict[str, Any] = {"group_by_length": d.group_by_length, "pad_to_multiple_of": d.pad_to_multiple_of}
+    pack_length = length if d.packing else None
+    batches = Batches(corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, **options)
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
     counts = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
@@ -158,11 +134,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
 
 
 def load_base(config: Config, machine: Machine, files: ModelFiles, on_cpu: bool = False) -> Decoder:
-    """The base model: as it is stored, quantized while it streams from disk, or random.
-
-    Args:
-        on_cpu: for a model that is sharded later, or merged.
-    """
+    """The base model: as it is stored, quantized while it streams from disk, or random."""
     device = torch.device("cpu") if on_cpu or config.training.sharding == "full" else machine.device
     # full training in float32: AdamW's small updates are lost when they are added to bfloat16
     dtype = torch.float32 if config.training.method == "full" else machine.dtype
@@ -198,12 +170,10 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
     """What will happen, before it happens: where, what is trained, how long it will take."""
     c, say = ctx.config, ctx.run.print
-    kinds = (Linear4bit, Linear8bit)
-    packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, kinds))
+    packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, (Linear4bit, Linear8bit)))
     total = sum(p.numel() for p in ctx.model.parameters()) + packed
     trainable = sum(p.numel() for _, p in ctx.trained)
-    adapter = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}"
-    kind = "every parameter" if c.training.method == "full" else adapter
+    kind = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}" if ctx.adapters else "every parameter"
     form, double = quantization_of(c) or ("", False)
     base = form.upper() + (", double quantization" if double else "") + ("" if packed else ", dequantized once")
     many = f"{distributed.world_size()} x " if distributed.world_size() > 1 else ""
@@ -214,24 +184,23 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     for line in describe_adapters(ctx.adapters):
         say(f"          {line}")
     say(f"kernels   {kernels.describe(ctx.model)}")
-    attention = ctx.model.attention_backend(ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed)
-    say(f"attention {attention}")
+    length, is_packed = c.model.max_seq_length, ctx.batches.is_packed
+    say(f"attention {ctx.model.attention_backend(ctx.machine.dtype, length, is_packed)}")
     for warning in config_warnings(c):
         say(f"warning: {warning}")
     if c.logging.show_example:
         say(f"example   {ctx.tokenizer.highlight_targets(ctx.batches.samples[0], color=sys.stdout.isatty())}")
     if state.step:
         say(f"resuming  after step {state.step} of {ctx.total_steps}")
-    left, epochs = ctx.total_steps - state.step, ctx.corpus.report["epochs"]
+    left, epochs = ctx.total_steps - state.step, f"{ctx.corpus.report['epochs']:.3g} epochs"
     duration = format_duration(left * seconds_per_step)
-    say(f"plan      {left:,} steps ({epochs:.3g} epochs) of {c.effective_batch_size()} rows, about {duration}")
+    say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} rows, about {duration}")
 
 
 def is_complete(ctx: TrainContext, state: TrainState) -> bool:
     """Whether the run has done all its steps, and has its report."""
-    if state.step < ctx.total_steps and not state.should_stop_early(ctx.config.training):
-        return False
-    if distributed.broadcast_from_rank0(lambda: ctx.run.finished_step() != state.step):
+    has_steps_left = state.step < ctx.total_steps and not state.should_stop_early(ctx.config.training)
+    if has_steps_left or distributed.broadcast_from_rank0(lambda: ctx.run.finished_step() != state.step):
         return False
     ctx.run.print(f"complete  {ctx.run.directory} has done its {state.step} steps: see report.md there")
     return True

@@ -1,7 +1,7 @@
 """What a training run consists of (`TrainContext`), and what changes while it trains (`TrainState`).
 
-What changes is little: the trained weights, the optimizer's moments, the random number generators, and `TrainState`. A
-checkpoint holds exactly these, so a run that is restored from one continues as if it had never stopped.
+A checkpoint holds exactly what changes, the trained weights, the optimizer's moments, the random number generators and
+`TrainState`, so a run that is restored from one continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -53,12 +53,7 @@ class TrainState:
     guard: guard.History = field(default_factory=guard.History)
 
     def advance(self, window: Window, loss: float, seconds: float, joules: float) -> None:
-        """Count a completed optimizer step, and move on to the next window.
-
-        Args:
-            loss: nats per target token.
-            seconds, joules: what the step took.
-        """
+        """Count a completed optimizer step of this loss (nats per target token), and move on to the next window."""
         self.step += 1
         self.skip(window)
         self.meter.add(loss * window.target_tokens, window.tokens, window.target_tokens, seconds, joules)
@@ -68,7 +63,6 @@ class TrainState:
         self.epoch, self.window = window.next_position
 
     def should_stop_early(self, t: TrainingConfig) -> bool:
-        """Whether too many evaluations in a row were no improvement."""
         return 0 < t.early_stopping_patience <= self.evaluations_without_gain
 
 
@@ -118,18 +112,11 @@ class TrainContext:
 
     @property
     def weights_file(self) -> str:
-        """The name of their file, without its ending."""
         return "adapter" if self.adapters else "model"
 
 
 def restore(ctx: TrainContext, resume: str) -> TrainState:
-    """Where the run begins, on every rank.
-
-    Args:
-        resume: --resume: auto, never, or the path of a checkpoint.
-    Raises:
-        UserError: `resume` names no checkpoint of this run, or every checkpoint is corrupted.
-    """
+    """Where the run begins, on every rank: --resume is auto, never, or the path of a checkpoint of this run."""
     try:
         return restore_from(ctx, lambda: find_checkpoint(ctx, resume))
     except CheckpointCorrupted as reason:
@@ -152,21 +139,15 @@ def find_checkpoint(ctx: TrainContext, resume: str) -> Checkpoint | None:
             raise UserError(f"--resume: {reason}") from None
     saved, damage = ctx.checkpoints.newest()
     if saved is None and ctx.run.finished_step():
-        raise UserError(
-            f"output.dir: {ctx.run.directory}: this run has ended, and its checkpoints are gone: eval.py and merge.py "
-            "take what it learned; to train again choose another output.dir"
-        )
+        use = "eval.py and merge.py take what it learned; to train again choose another output.dir"
+        raise UserError(f"output.dir: {ctx.run.directory}: this run has ended, and its checkpoints are gone: {use}")
     for what in damage:
         ctx.run.print(f"warning: {what}: going back to an earlier checkpoint")
     return saved
 
 
 def restore_from(ctx: TrainContext, choose: Callable[[], Checkpoint | None]) -> TrainState:
-    """Restore the checkpoint that rank 0 chooses, on every rank; None: a fresh start.
-
-    Raises:
-        CheckpointCorrupted: its hashes are right, and yet it is not a checkpoint.
-    """
+    """Restore the checkpoint that rank 0 chooses, on every rank; None: a fresh start."""
 
     def chosen() -> tuple[str, dict[str, Any]]:
         saved = choose()

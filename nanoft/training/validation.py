@@ -1,8 +1,7 @@
 """Names in a config that stand for entries of tables: known ones pass, others are refused with the nearest known name.
 
 nanoft/config/ checks types and ranges, and knows no table: a new optimizer, schedule, record shape or metric is one
-entry beside its mathematics, and the field that names it is a plain string. All three commands call `validate_config`
-right after a config is loaded.
+entry beside its mathematics. All three commands call `validate_config` right after a config is loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterable
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.fields import nearest
-from nanoft.data.records import check_format
+from nanoft.data.formats import check_format
 from nanoft.lora import VARIANTS
 from nanoft.metrics.answers import select_metrics
 from nanoft.objectives import OBJECTIVES
@@ -20,16 +19,17 @@ from nanoft.optim import OPTIMIZERS, SCHEDULES
 
 
 def validate_config(config: Config) -> None:
-    """Check the names of table entries, and what the tables say about the other settings.
-
-    Raises:
-        UserError: an unknown name; an optimizer that does not work with the other settings.
-    """
+    """Check the names of table entries, and what the tables say about other settings; a mistake is a UserError."""
     t = config.training
-    check_name("training.objective", t.objective, OBJECTIVES)
-    check_name("training.optimizer", t.optimizer, OPTIMIZERS)
-    check_name("training.lr_scheduler", t.lr_scheduler, SCHEDULES)
-    check_name("lora.init", config.lora.init, dict.fromkeys(init for init, _ in VARIANTS))
+    names: dict[str, tuple[str, Iterable[str]]] = {
+        "training.objective": (t.objective, OBJECTIVES),
+        "training.optimizer": (t.optimizer, OPTIMIZERS),
+        "training.lr_scheduler": (t.lr_scheduler, SCHEDULES),
+        "lora.init": (config.lora.init, dict.fromkeys(init for init, _ in VARIANTS)),
+    }
+    for field, (name, known) in names.items():
+        if name not in known:
+            raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, list(known))}")
     if (config.lora.init, config.lora.dora) not in VARIANTS:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
     check_format(config.data.format)
@@ -39,13 +39,3 @@ def validate_config(config: Config) -> None:
             f"training.optimizer: the state of {t.optimizer} cannot be sharded: set training.optimizer=adamw "
             "(each of N processes holds an Nth of it) or training.sharding=none"
         )
-
-
-def check_name(field: str, name: str, known: Iterable[str]) -> None:
-    """Refuse a name that is not in a table.
-
-    Raises:
-        UserError: with the nearest known name, or all of them.
-    """
-    if name not in (names := list(known)):
-        raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, names)}")

@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 import train
 from nanoft import UserError
 from nanoft.config import Config, TrainingConfig
-from nanoft.config.aliases import ALIASES, RENAMED, TRANSLATED
+from nanoft.config.aliases import ALIASES, RENAMED, SAME_NAME, TRANSLATED
 from nanoft.config.loading import load_file
 from nanoft.config.settings import SECTION_TYPES
 from nanoft.optim import OPTIMIZERS, learning_rate
@@ -240,13 +240,15 @@ def test_the_trainer_has_the_names_that_are_said_to_be_its_own() -> None:
     """Of every setting of training there is one name that transformers, or PEFT's LoRA+, knows."""
     known = {item.name for item in dataclasses.fields(TrainingArguments)} | {"loraplus_lr_ratio", "warmup_ratio"}
     known |= {"early_stopping_patience", "early_stopping_threshold"}  # of its callback
-    training = [names.split() for field, names in RENAMED.items() if field.startswith("training.")]
+    same = {field: field.partition(".")[2] for field in SAME_NAME.split()}
+    renamed = {field: f"{same.pop(field, '')} {names}" for field, names in RENAMED.items()} | same
+    training = [names.split() for field, names in renamed.items() if field.startswith("training.")]
     training += [
         n.split() for n, alias in TRANSLATED.items() if alias.field.startswith("training.") and "peft" not in n
     ]
     assert len(training) > 20
     assert [names for names in training if not known & set(names)] == []
-    assert len(ALIASES) == sum(len(names.split()) for names in [*RENAMED.values(), *TRANSLATED])  # none twice
+    assert len(ALIASES) == sum(len(names.split()) for names in [*renamed.values(), *TRANSLATED])  # none twice
 
 
 def test_a_flat_file_runs(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from nanoft import UserError
-from nanoft.data import cache
-from nanoft.data.cache import load_or_build
+from nanoft.data import dataset
+from nanoft.data.dataset import load_or_build
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_build_that_fails_or_dies_leaves_nothing(home: Path) -> None:
         load_or_build("k", fail, print)
     assert list(home.iterdir()) == []
     code = (
-        "import os, signal; from nanoft.data.cache import load_or_build\n"
+        "import os, signal; from nanoft.data.dataset import load_or_build\n"
         "def die(directory):\n    (directory / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
         "load_or_build('k', die, print)"
     )
@@ -148,7 +148,7 @@ def test_two_builders_of_the_same(home: Path) -> None:
 
 
 def test_what_was_not_used_for_longest_goes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "MAX_ENTRIES", 3)
+    monkeypatch.setattr(dataset, "MAX_ENTRIES", 3)
     build = Builder()
     entries = {}
     for age, key in enumerate("abcd"):
@@ -179,7 +179,7 @@ def test_no_place_to_write_but_for_this_process(tmp_path: Path, monkeypatch: pyt
 def test_what_is_prepared_for_once_goes_with_the_process(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code = (
-        "from nanoft.data.cache import load_or_build\n"
+        "from nanoft.data.dataset import load_or_build\n"
         "print(load_or_build('k', lambda d: (d / 'x').write_text('x'), lambda _: None)[0])"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}

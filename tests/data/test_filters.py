@@ -97,7 +97,7 @@ def test_near_duplicates_against_brute_force(threshold: float) -> None:
 
 def test_rows_of_a_band_find_95_percent_at_the_threshold() -> None:
     for threshold in (0.3, 0.5, 0.8, 0.95, 1.0):
-        rows = filters.band_height(threshold)
+        rows = filters.bands(threshold)[0].stop
         found = [1 - (1 - threshold**r) ** (filters.COMPONENTS // r) for r in (rows, rows + 1)]
         assert found[0] >= 0.95
         assert found[1] < 0.95 or rows == filters.COMPONENTS
@@ -119,8 +119,7 @@ def test_resemblance_between_two_sides_only(at_once: int) -> None:
     training, validation = np.array([1, 1, 1, 0, 0], dtype=np.bool_), np.array([0, 0, 0, 1, 0], dtype=np.bool_)
 
     def found(others: Any) -> list[bool]:
-        read = lambda start, stop: signatures[start:stop]  # noqa: E731
-        return filters.near_matches(read, 0.8, training, others, at_once).tolist()
+        return filters.near_matches(signatures, 0.8, training, others, at_once).tolist()
 
     assert found(validation) == [True, True, False, False, False]
     assert found(np.zeros(5, dtype=np.bool_)) == [False] * 5
@@ -138,7 +137,7 @@ def test_near_leaks_against_brute_force(threshold: float) -> None:
         training.append(" ".join(words))
     signatures = np.stack([filters.minhash(text) for text in [*training, *held]])
     kept = np.arange(160) < 80
-    found = filters.near_matches(lambda a, b: signatures[a:b], threshold, kept, ~kept, 37)
+    found = filters.near_matches(signatures, threshold, kept, ~kept, 37)
     similarity = np.array([jaccard(a, b) for a, b in zip(training, held, strict=True)])
     above, below = similarity > threshold + 0.05, similarity < threshold - 0.12
     assert above.sum() >= 4

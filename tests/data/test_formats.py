@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from nanoft import UserError
-from nanoft.data.formats import SHAPES, Conversation
-from nanoft.data.records import UNDESIRABLE, ReadOptions, Rejected, read_file
+from nanoft.data.formats import SHAPES, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
 
 SYSTEM, USER, ASSISTANT = ({"role": r, "content": c} for r, c in (("system", "S"), ("user", "Q"), ("assistant", "A")))
 TOOL = {"role": "tool", "content": "T"}

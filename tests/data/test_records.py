@@ -11,8 +11,7 @@ import pytest
 
 from nanoft import UserError
 from nanoft.config.loading import load_config
-from nanoft.data.formats import Conversation
-from nanoft.data.records import ReadOptions, Rejected, check_format, format_function, read_file
+from nanoft.data.formats import Conversation, ReadOptions, Rejected, check_format, format_function, read_file
 
 MODULE = """
 def messages(record):

@@ -26,8 +26,7 @@ from tiers import rest_is_slow
 
 from nanoft import UserError
 from nanoft.data import sources
-from nanoft.data.formats import Conversation
-from nanoft.data.records import ReadOptions, Rejected, read_file
+from nanoft.data.formats import Conversation, ReadOptions, Rejected, read_file
 from nanoft.data.sources import BadRecord, find_files, read_raw
 
 GOOD = b'{"prompt": "Q", "completion": "A"}'
@@ -652,7 +651,7 @@ from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
 from nanoft import UserError
 from nanoft.data.formats import Conversation
-from nanoft.data.records import ReadOptions, read_file
+from nanoft.data.formats import ReadOptions, read_file
 start = time.process_time()
 try:
     _, *items = read_file(Path(sys.argv[1]), ReadOptions())

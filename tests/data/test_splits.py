@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoft.data import splits
+from nanoft.data import filters
 
 
 def keys_of(questions: list[str], seed: int = 0) -> Any:
-    return np.array([splits.split_key(question, seed) for question in questions], np.uint64)
+    return np.array([filters.split_key(question, seed) for question in questions], np.uint64)
 
 
 def held(questions: list[str], size: int, seed: int = 0, strata: list[int] | None = None) -> Any:
     groups = np.array(strata if strata is not None else [0] * len(questions))
-    return splits.hold_out(keys_of(questions, seed), groups, size)
+    return filters.hold_out(keys_of(questions, seed), groups, size)
 
 
 QUESTIONS = [f"question {n % 400}" for n in range(1000)]  # each of 400 two or three times
@@ -76,8 +76,8 @@ def test_many_small_strata_give_as_much_together(size: int) -> None:
 def test_the_newest_are_held_out() -> None:
     times = np.array([5.0, 1.0, 9.0, 9.0, 3.0, 7.0])
     keys = np.arange(6).astype(np.uint64)
-    assert np.flatnonzero(splits.hold_out_newest(times, keys, 3)).tolist() == [2, 3, 5]
-    assert np.flatnonzero(splits.hold_out_newest(times, keys, 1)).tolist() == [2]
+    assert np.flatnonzero(filters.hold_out_newest(times, keys, 3)).tolist() == [2, 3, 5]
+    assert np.flatnonzero(filters.hold_out_newest(times, keys, 1)).tolist() == [2]
 
 
 @settings(deadline=None)

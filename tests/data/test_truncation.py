@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from templates import CONTROL, STYLES, save
 
 from nanoft import UserError
 from nanoft.batches import Sample
+from nanoft.data import truncation
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation
-from nanoft.data.truncation import OMITTED, fit
+from nanoft.data.truncation import OMITTED
 
+fit = functools.partial(truncation.fit, train_on="assistant")
 POLICIES = ["drop", "prompt", "response", "proportional"]
 LONG = "I want euros for my 921 rupees, please. "
 

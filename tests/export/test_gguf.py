@@ -27,16 +27,14 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.evaluation.evaluate import Prompt
 from nanoft.export.gguf import (
     K_QUANTS,
-    TORCH_DTYPES,
     WRITTEN,
     architecture,
-    atomic_gguf,
     verify_gguf,
     write_gguf,
     write_gguf_lora,
 )
-from nanoft.export.gguf_companions import modelfile, ollama_template, write_companions
-from nanoft.export.merge import merge
+from nanoft.export.gguf_file import atomic_gguf, companions, modelfile, ollama_template
+from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.model_card import parity_record
 from nanoft.generation.generate import generate
 from nanoft.models import families
@@ -136,7 +134,7 @@ def ours(opened: LoadedModel, ids: list[int], count: int, stops: list[int]) -> l
 # --- the tensors
 
 
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("dtype", EXPORT_DTYPES)
 @pytest.mark.parametrize("case", FAMILIES)
 def test_tensors_are_the_merged_weights_bit_for_bit(case: str, dtype: str, made: Any, tmp_path: Path) -> None:
     """Against the merged Hugging Face model, its rows put in llama.cpp's order one by one."""
@@ -155,7 +153,7 @@ def test_tensors_are_the_merged_weights_bit_for_bit(case: str, dtype: str, made:
             half = c.head_dim // 2
             heads = range(0, len(weight), c.head_dim)
             weight = weight[[head + pair + side * half for head in heads for pair in range(half) for side in (0, 1)]]
-        number_format = torch.float32 if weight.dim() == 1 else TORCH_DTYPES[dtype]
+        number_format = torch.float32 if weight.dim() == 1 else EXPORT_DTYPES[dtype]
         tensor = found[names.get_name(name, (".weight", ".bias"))]
         assert bytes(tensor.data) == weight.to(number_format).view(torch.uint8).numpy().tobytes(), name
         assert tensor.tensor_type.name == str(number_format).removeprefix("torch.").replace("bfloat", "BF").replace(
@@ -396,7 +394,8 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
     out = tmp_path / "some" / "m.gguf"
     with atomic_gguf(out, "unused") as path:
         path.write_text("weights")
-        write_companions(path, out, "recipe", {"a": 1})
+        for companion in companions(path, out):
+            companion.write_text("beside")
         assert not out.exists()
     assert {p.name for p in out.parent.iterdir()} == {"m.gguf", "m.Modelfile", "m.parity.json"}
     for name in ("m.gguf", "m.Modelfile"):
@@ -409,14 +408,16 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
     with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused") as path:
         path.write_text("half")
         raise RuntimeError
-    killed = "from nanoft.export.gguf import *; a = atomic_gguf(Path('n.gguf'), ''); a.__enter__().touch(); os._exit(9)"
+    killed = "import os; from nanoft.export.gguf_file import *; "
+    killed += "writing = atomic_gguf(Path('n.gguf'), ''); writing.__enter__().touch(); os._exit(9)"
     subprocess.run([sys.executable, "-c", killed], cwd=out.parent, check=False)
     assert any(path.name.startswith(".tmp-n") for path in out.parent.iterdir())
     with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused"):  # the next one sweeps up
         raise RuntimeError
     with atomic_gguf(tmp_path / "dir", "model.gguf") as path:
         path.write_text("weights")
-        write_companions(path, tmp_path / "dir", "recipe", {})
+        for companion in companions(path, tmp_path / "dir"):
+            companion.write_text("beside")
     assert {p.name for p in (tmp_path / "dir").iterdir()} == {"model.gguf", "Modelfile", "parity.json"}
     assert {p.name for p in out.parent.iterdir()} == {"m.gguf", "m.Modelfile", "m.parity.json"}
 
@@ -540,7 +541,7 @@ def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.C
     [
         ("lora", ["--dtype", "q8_0"], "--dtype: q8_0: only --format gguf has it"),
         ("lora", ["--format", "gguf-lora", "--dtype", "q4_0"], "--dtype: q4_0: adapters are not quantized"),
-        ("lora", ["--format", "gguf", "--base", "nf4"], "was trained on the original weights: leave --base out"),
+        ("lora", ["--format", "gguf", "--base", "nf4"], "was trained on the original weights: remove --base"),
         ("full", ["--format", "gguf-lora"], "this run trained every parameter"),
         ("base", ["--format", "gguf-lora"], "no adapter here"),
     ],

@@ -24,10 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanoft import UserError
 from nanoft.config import Config, LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.export import adapters as adapters_module
 from nanoft.export import merge as merging
-from nanoft.export.adapters import copy_adapter, save_result
-from nanoft.export.merge import merge
+from nanoft.export.merge import copy_adapter, merge, save_result
 from nanoft.export.staging import new_directory
 from nanoft.export.verify import TOLERANCE, verify_merge
 from nanoft.lora import LoRALinear, inject_lora
@@ -57,9 +55,11 @@ def reopen(adapter: Path, original_base: bool = False) -> LoadedModel:
     return open_model(str(adapter), CPU, torch.float32, original_base)
 
 
-def merged(opened: LoadedModel, out: Path, dtype: torch.dtype = torch.float32, onto: Any = "original") -> Path:
+def merged(
+    opened: LoadedModel, out: Path, dtype: torch.dtype = torch.float32, onto: Any = "original", **settings: Any
+) -> Path:
     out.mkdir()
-    merge(opened, dtype, onto, out)
+    merge(opened, dtype, onto, out, **settings)
     return out
 
 
@@ -86,11 +86,10 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
 @pytest.mark.parametrize("case", CASES)
 def test_merged_in_transformers_says_what_base_and_adapter_say_here(
-    case: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, shard_bytes: int, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(merging, "SHARD_BYTES", shard_bytes)
     opened = make(tmp_path, case)
-    out = merged(opened, tmp_path / "out")
+    out = merged(opened, tmp_path / "out", shard_bytes=shard_bytes)
     theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
     assert (logits(theirs) - logits(opened.model)).abs().max() < 1e-4
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
@@ -464,7 +463,7 @@ def test_what_exists_is_not_overwritten(kind: str, tmp_path: Path) -> None:
         if kind == "full directory":
             (out / "file").write_text("kept")
     before = everything(tmp_path)
-    with pytest.raises(UserError, match=r"--out: .*out: exists already: choose another name"), new_directory(out):
+    with pytest.raises(UserError, match=r"--out: .*out: already exists: choose another name"), new_directory(out):
         pytest.fail("entered")
     assert everything(tmp_path) == before
     assert out.is_symlink() == (kind == "dangling link")
@@ -541,7 +540,7 @@ def test_a_result_that_cannot_be_written_leaves_the_earlier_one(
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapters_module if not full else weights, "copy_companions", full_disk)
+    monkeypatch.setattr(merging if not full else weights, "copy_companions", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_result(*arguments, tmp_path / "base", config, 4, torch.float32)
     assert [path.name for path in run.iterdir()] == [place.name]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.export import streaming
-from nanoft.export.adapters import open_adapter
+from nanoft.export.merge import open_adapter
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.export.verify import hidden_states
 from nanoft.generation.generate import generate
@@ -136,7 +136,7 @@ def test_a_missing_shard_and_a_short_one_are_refused(tmp_path: Path) -> None:
 MEASURE = """
     import sys, torch
     from pathlib import Path
-    from nanoft.export.adapters import open_adapter
+    from nanoft.export.merge import open_adapter
     from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
     from nanoft.export.verify import hidden_states
     from nanoft.models.open import read_trained_adapter

@@ -30,7 +30,7 @@ from typing import Any
 
 from nanoft.objectives import sft
 from nanoft.tracking import run
-from nanoft.training import progress, saving
+from nanoft.training import progress
 
 ROOT = Path(__file__).parent.parent.parent
 OPERATIONS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
@@ -271,7 +271,7 @@ class Moments:
 
         train.train = looping
         progress.validate = functools.partial(before, "eval", progress.validate)  # type: ignore[assignment]
-        saving.save = train.save = functools.partial(before, "save", saving.save)  # type: ignore[assignment]
+        progress.save = functools.partial(before, "save", progress.save)  # type: ignore[assignment]
         run.Run.log = logged  # type: ignore[method-assign]
 
     def passed(self, moment: str) -> None:

@@ -32,8 +32,7 @@ from nanoft.recompute import run_block
 from nanoft.runtime import memory
 from nanoft.runtime.device import choose_device, choose_dtype, preserve_rng_state, rng_state
 from nanoft.runtime.distributed import same_exception
-from nanoft.runtime.memory import OutOfMemory, memory_limit_bytes
-from nanoft.runtime.metal import WATERMARK
+from nanoft.runtime.memory import WATERMARK, OutOfMemory, memory_limit_bytes
 from nanoft.training import doctor
 from tiny_models import make_chat_model, train_run, write_records
 

@@ -22,4 +22,3 @@ def test_one_process_has_whole_tensors() -> None:
     assert sharding.gather_full(tensors) is tensors
     assert sharding.distribute_like(tensors, {}) is tensors
     assert sharding.full_tensor(tensors["w"]) is tensors["w"]
-    assert sharding.unsharded([], lambda block: block) is None

@@ -28,8 +28,7 @@ from nanoft.config import Config, QuantizationConfig
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import PEFT_PREFIX
 from nanoft.models.families import decoder_config
-from nanoft.models.hub import find_model
-from nanoft.models.model_files import ModelFiles, check_quantization, quantization_of
+from nanoft.models.model_files import ModelFiles, check_quantization, find_model, quantization_of
 from nanoft.models.open import LoadedModel, open_model
 from nanoft.models.weights import copy_companions, load_model, save_model, write_config
 from nanoft.nf4 import Linear4bit, Linear8bit, quantize

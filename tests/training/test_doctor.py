@@ -16,7 +16,7 @@ from metal import pretended_metal
 
 import train
 from nanoft.__main__ import main
-from nanoft.models.hub import find_model
+from nanoft.models.model_files import find_model
 from nanoft.training import doctor
 from tiny_models import make_chat_model
 

@@ -16,7 +16,8 @@ from nanoft import UserError, kernels
 from nanoft.config import Config, LoRAConfig, QuantizationConfig, TrainingConfig
 from nanoft.lora import inject_lora, linears_of
 from nanoft.model import Decoder
-from nanoft.models.families import decoder_config, read_shape
+from nanoft.models.families import decoder_config
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
 from nanoft.nf4 import packed_bytes
 from nanoft.optim import build_optimizer, optimizer_tensors
@@ -90,7 +91,7 @@ def test_the_work_of_a_token_is_the_known_one() -> None:
 )
 def test_static_parts_are_the_bytes_of_a_real_model_and_its_optimizer(settings: dict[str, Any], tmp_path: Path) -> None:
     make_reference("mistral", tmp_path, hidden_size=256, intermediate_size=512, num_attention_heads=4)
-    config, decoder = Config(**settings), read_shape(tmp_path)
+    config, decoder = Config(**settings), ModelFiles.read(tmp_path).decoder
     bits, full = config.quantization.bits, config.training.method == "full"
     form = {4: ("nf4", config.quantization.double), 8: ("int8", False)}.get(bits)
     model = load_model(tmp_path, CPU, torch.float32 if full else torch.bfloat16, form)
@@ -118,10 +119,10 @@ def test_static_parts_are_the_bytes_of_a_real_model_and_its_optimizer(settings: 
 @pytest.mark.parametrize("keep", ["all", "input"])
 def test_activations_are_the_bytes_that_autograd_keeps(keep: Any, tmp_path: Path) -> None:
     make_reference("mistral", tmp_path, hidden_size=128, intermediate_size=320, num_attention_heads=4)
-    config, decoder = Config(), read_shape(tmp_path)
+    config, decoder = Config(), ModelFiles.read(tmp_path).decoder
     model = load_model(tmp_path, CPU, torch.bfloat16)
     inject_lora(model, config.lora, 0)
-    kernels.install(model)
+    assert kernels.apply(model) == ""
     model.activation_policy = [keep] * 3
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -146,7 +147,7 @@ def test_activations_are_the_bytes_that_autograd_keeps(keep: Any, tmp_path: Path
 
 def test_full_training_keeps_weights_cast_for_the_products(tmp_path: Path) -> None:
     make_reference("mistral", tmp_path, hidden_size=256, intermediate_size=640, num_attention_heads=4)
-    config, decoder = Config(training=TrainingConfig(method="full")), read_shape(tmp_path)
+    config, decoder = Config(training=TrainingConfig(method="full")), ModelFiles.read(tmp_path).decoder
     model = load_model(tmp_path, CPU, torch.float32)
     shapes = {shape for m in linears_of(model).values() for shape in (m.weight.shape, m.weight.T.shape)}
     cast: dict[int, torch.Tensor] = {}

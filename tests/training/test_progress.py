@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nanoft.checkpoint import SaveResult
-from nanoft.training.saving import log_save
+from nanoft.training.progress import log_save
 from nanoft.training.state import TrainState
 
 

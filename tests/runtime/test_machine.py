@@ -10,7 +10,7 @@ import torch
 
 import train
 from nanoft.config.loading import load_file
-from nanoft.runtime import auto_config
+from nanoft.runtime import machine
 from tiny_models import make_chat_model, write_records
 
 
@@ -33,7 +33,7 @@ from tiny_models import make_chat_model, write_records
 def test_auto_takes_the_largest_config_that_the_device_has_memory_for(
     device_type: str, memory_gb: float, name: str
 ) -> None:
-    path = auto_config.config_for(device_type, memory_gb)
+    path = machine.config_for(device_type, memory_gb)
     assert path.stem == name
     config = load_file(path)
     assert config.system.device == device_type
@@ -45,11 +45,11 @@ def test_auto_knows_that_float32_takes_twice_the_memory(
     has_bfloat16: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """16 GB with (RTX 4080) and without (T4)."""
-    monkeypatch.setattr(auto_config, "choose_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(auto_config, "total_memory_gb", lambda _: 16.9)
-    monkeypatch.setattr(auto_config, "describe_device", lambda _: "a card")
+    monkeypatch.setattr(machine, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(machine, "total_memory_gb", lambda _: 16.9)
+    monkeypatch.setattr(machine, "describe_device", lambda _: "a card")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    assert auto_config.pick_config([]).stem == name
+    assert machine.pick_config([]).stem == name
 
 
 def test_auto_says_what_it_takes_and_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
