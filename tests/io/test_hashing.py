@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from nanoft import UserError
-from nanoft.io import hashing
-from nanoft.io.hashing import hash_content, hash_named_files, hash_remembered
+from nanoft.io import atomic as hashing
+from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered
 
 
 def test_hash_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
