@@ -119,7 +119,7 @@ class CheckpointManager:
         return final
 
     def newest(self, before: float = math.inf) -> tuple[Checkpoint | None, list[str]]:
-        """The newest valid checkpoint before a step, and what is wrong with later ones; a UserError if all are damaged."""
+        """The newest valid checkpoint before a step, and what is wrong with later ones; a UserError if all are bad."""
         damage: list[str] = []
         for step in sorted((step for step in self.steps() if step < before), reverse=True):
             try:
