@@ -58,9 +58,8 @@ from nanoft.export import merge as export
 from nanoft.export import model_card, verify
 from nanoft.export.gguf_file import export_gguf
 from nanoft.export.merge import EXPORT_DTYPES, merge
-from nanoft.export.staging import new_directory, require_new
 from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
-from nanoft.io.atomic import write_file, write_json
+from nanoft.io.atomic import new_directory, require_new, write_file, write_json
 from nanoft.models.adapter_files import adapter_tensors, save_mlx
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel, TrainedAdapter, find_adapter, open_chat_tokenizer, read_trained_adapter
@@ -157,11 +156,7 @@ def verify_merged(
     args: argparse.Namespace, adapter: TrainedAdapter, opened: LoadedModel, chat: ChatTokenizer,
     samples: list[Sample], merged: Path, dtype: torch.dtype,
 ) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
-    """Lines for the terminal and facts for provenance.json.
-
-    Raises:
-        UserError: the merged model is not base + adapter.
-    """
+    """Lines for the terminal and facts for provenance.json; a UserError if the merge is not base + adapter."""
     proof = verify.verify_merge(opened, merged, verify.proof_prompts(chat, samples), dtype)
     said = (
         f"largest logit difference {proof.max_difference:.2g} (allowed {proof.allowed:.2g}; "

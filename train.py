@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from nanoft.runtime.checks import FORCEABLE
-from nanoft.runtime.command import Arguments, StopRequest, command, ignore_broken_output
+from nanoft.runtime.command import FORCEABLE, Arguments, StopRequest, command, ignore_broken_output
 
 
 def build_parser() -> Arguments:
@@ -234,11 +233,7 @@ def accumulate(ctx: TrainContext, window: Window) -> tuple[float, float]:
 
 
 def optimizer_step(ctx: TrainContext) -> None:
-    """Update the parameters.
-
-    Raises:
-        OutOfMemory: some parameters may be updated and others not.
-    """
+    """Update the parameters; after an OutOfMemory, some may be updated and others not."""
     try:
         with distributed.same_exception(ctx.device):
             ctx.optimizer.step()

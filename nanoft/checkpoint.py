@@ -86,14 +86,12 @@ class CheckpointManager:
             self._put_back()
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None = None) -> Path:
-        """Write checkpoint `step`; when this returns it is complete and on the disk.
+        """Write checkpoint `step`; when this returns it is on the disk; an OSError leaves earlier ones untouched.
 
         Args:
             state: JSON values.
             best: step and validation loss of the best checkpoint, which may be this one, for best.json; None: nothing
                 was evaluated yet.
-        Raises:
-            OSError: the disk refused; earlier checkpoints are untouched.
         """
         aside = self.directory / f".tmp-step-{step:06d}-{os.getpid()}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -121,11 +119,7 @@ class CheckpointManager:
         return final
 
     def newest(self, before: float = math.inf) -> tuple[Checkpoint | None, list[str]]:
-        """The newest valid checkpoint of a step before `before`, or None, and what is wrong with later ones.
-
-        Raises:
-            UserError: there are checkpoints, and every one is corrupted.
-        """
+        """The newest valid checkpoint before a step, and what is wrong with later ones; a UserError if all are bad."""
         damage: list[str] = []
         for step in sorted((step for step in self.steps() if step < before), reverse=True):
             try:
@@ -291,11 +285,7 @@ class AsyncCheckpointWriter:
 
 
 def verify(path: Path, identity: Mapping[str, Any] = ANY_RUN) -> Checkpoint:
-    """Check every file of a checkpoint against its manifest, and that it belongs to the run with this identity.
-
-    Raises:
-        CheckpointCorrupted: anything missing, surplus, changed, or not a plain file; or of another run.
-    """
+    """Check a checkpoint's files against its manifest, and its identity; a CheckpointCorrupted if anything differs."""
     body = _read_manifest(path)
     names = {entry.name for entry in path.iterdir()}
     if odd := sorted(names ^ {*body["files"], MANIFEST}):
@@ -342,11 +332,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors into those of the same name; names, shapes and dtypes must be equal.
-
-    Raises:
-        UserError: names the first that does not fit.
-    """
+    """Copy tensors into those of the same name; a UserError names the first whose name, shape or dtype differs."""
 
     def describe(tensor: Tensor | None, absent: str) -> str:
         return absent if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"

@@ -83,11 +83,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def check_optimizer(name: str, device: torch.device) -> None:
-    """Refuse an optimizer that has no kernel for this device.
-
-    Raises:
-        UserError: names the devices that it runs on, and the most similar optimizer that runs here.
-    """
+    """Refuse an optimizer that has no kernel for this device: a UserError names the most similar one that has."""
     devices, here = OPTIMIZERS[name].devices, [n for n, entry in OPTIMIZERS.items() if device.type in entry.devices]
     if name not in here:
         similar = difflib.get_close_matches(name, here, n=1, cutoff=0.0)[0]
@@ -157,11 +153,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[st
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
 ) -> None:
-    """Fill the allocated state with what `optimizer_tensors` gave, matched by name.
-
-    Raises:
-        UserError: a parameter's state is missing, has another shape or type, or belongs to no parameter.
-    """
+    """Fill the allocated state from `optimizer_tensors`, matched by name; a UserError if something does not fit."""
     copy_matching(optimizer_tensors(optimizer, named), tensors, "optimizer.safetensors")
     for name, parameter in named:
         state = optimizer.state[parameter]

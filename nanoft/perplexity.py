@@ -27,11 +27,7 @@ def safe_exp(nats: float) -> float:
 
 @torch.no_grad()
 def validation_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, int]:
-    """(nats per target token, target tokens) over all batches, which the ranks share.
-
-    Raises:
-        UserError: no batch has a target.
-    """
+    """(nats per target token, target tokens) over all batches, which the ranks share; a UserError without targets."""
     training, device = model.training, model.head.device
     model.eval()
     nats, count = 0.0, 0

@@ -26,10 +26,7 @@ def is_function(name: str) -> bool:
 
 
 def import_function(name: str, field: str, signature: str) -> Callable[..., Any]:
-    """Import `package.module:function`; the current directory is searched last.
-
-    `field` names it in a config, and `signature` says what it has to look like, for messages.
-    """
+    """Import `package.module:function`, from the current directory last; `field` and `signature` are for messages."""
     module, _, function = name.partition(":")
     here = os.getcwd()
     sys.path.append(here)

@@ -37,8 +37,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
 from nanoft.data.sources import find_files, read_raw
 from nanoft.io import untrusted
-from nanoft.io.atomic import sync_directory
-from nanoft.io.hashing import hash_content, hash_named_files, hash_remembered
+from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered, sync_directory
 from nanoft.io.tables import markdown_table
 
 Log = Callable[[str], None]  # called with lines for the user

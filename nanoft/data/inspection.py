@@ -18,7 +18,7 @@ from nanoft.batches import Batches, Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.formats import TRAINING_FIELDS
-from nanoft.runtime.checks import Check
+from nanoft.runtime.command import Check
 
 SAMPLES_CHECKED = 2000  # evenly spread
 CONVERSATIONS_CHECKED = 32  # rendered again

@@ -20,10 +20,9 @@ from nanoft.data.chat_tokenizer import ChatTokenizer, Message, TemplateRefusal
 from nanoft.export.gguf import verify_gguf, write_gguf, write_gguf_lora
 from nanoft.export.merge import choose_adapter, is_lora_run, open_adapter, require_same_base
 from nanoft.export.model_card import parity_record
-from nanoft.export.staging import new_directory, require_new
 from nanoft.export.streaming import StreamedDecoder, open_rows
 from nanoft.export.verify import describe_weights, held_out, proof_prompts
-from nanoft.io.atomic import write_file, write_json
+from nanoft.io.atomic import new_directory, require_new, write_file, write_json
 from nanoft.models.model_files import find_model
 from nanoft.models.open import LoadedModel, find_adapter, is_run, open_chat_tokenizer, open_model
 

@@ -24,10 +24,16 @@ import torch
 from nanoft import UserError, __version__
 from nanoft.config import Config
 from nanoft.config.loading import load_config
-from nanoft.export.staging import PROGRESS, read_progress, replaced_directory
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
-from nanoft.io.atomic import hash_file, replace_file, write_file
-from nanoft.io.hashing import hash_named_files
+from nanoft.io.atomic import (
+    PROGRESS,
+    hash_file,
+    hash_named_files,
+    read_progress,
+    replace_file,
+    replaced_directory,
+    write_file,
+)
 from nanoft.io.tensor_files import Specs, encode_safetensors
 from nanoft.io.untrusted import read_json
 from nanoft.lora import LoRALinear
@@ -52,12 +58,8 @@ def merge(
 ) -> dict[str, Any]:  # fmt: skip
     """Write base + adapter as a Hugging Face directory: shards, index, config, tokenizer, generation_config.
 
-    Args:
-        out: an existing directory, empty except for finished shards.
-        shard_bytes: maximum size of a shard.
-        resumable: record finished shards in `PROGRESS`, and skip those recorded there whose hash agrees.
-    Returns:
-        Size in bytes and SHA-256 of each shard.
+    `out` is empty except for finished shards; `resumable`: they are recorded in `PROGRESS`, and those recorded there
+    whose hash agrees are skipped. Returns size in bytes and SHA-256 of each shard.
     """
     weights = replace(weights_of(opened, onto), adapters=opened.adapters, dtype=dtype)
     shards: list[Specs] = [{}]  # which weights go into which new file, in the order of the old ones

@@ -88,10 +88,7 @@ def hidden_states(model: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
 
 @torch.no_grad()
 def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden: Tensor, targets: Tensor) -> Agreement:
-    """Compare two models' predictions from their last hidden states, (tokens, hidden), some positions at a time.
-
-    `targets` are from `next_tokens`.
-    """
+    """Compare two models' predictions, from hidden states (tokens, hidden) and the targets of `next_tokens`."""
     farthest, total, squares, numbers = 0.0, 0.0, 0.0, 0
     same, divergence, nats, wanted_nats, count = 0, 0.0, 0.0, 0.0, int((targets >= 0).sum())
     for rows in torch.arange(len(targets)).split(64):
@@ -151,10 +148,7 @@ def verify_merge(opened: LoadedModel, merged: Path, prompts: Sequence[list[int]]
 
 
 def prove(opened: LoadedModel, merged: Rows, prompts: Sequence[list[int]], tolerance: float) -> Proof:
-    """Compare the logits of merged weights with those of base + adapter, in float32, on `PROOF_TOKENS` of each prompt.
-
-    `tolerance` is the allowed difference, as a share of the logits' standard deviation.
-    """
+    """Compare logits of merged weights and of base + adapter; `tolerance` is a share of their standard deviation."""
     rows, model, merged_model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model, StreamedDecoder(merged)
     targets, wanted = next_tokens(rows), hidden_states(model, rows)
     with disabled(opened.adapters):
@@ -179,10 +173,9 @@ def rounding_error(unmerged: Path, base: Path, merged: Path) -> str:
 def compare_bases(
     adapter: TrainedAdapter, dtype: torch.dtype, chat: ChatTokenizer, samples: Sequence[Sample], limit: int
 ) -> tuple[dict[Onto, Agreement], int]:
-    """How close each possible merge, in `dtype`, is to the model as it was trained, without writing it.
+    """How close each merge in `dtype` would be to the model as trained, by base, and on how many tokens.
 
-    So many held-out samples are used that they reach `limit` tokens; without any, plain texts. Returns the figures by
-    base, and the number of tokens.
+    So many held-out samples are used that they reach `limit` tokens; without any, plain texts.
     """
     before = np.cumsum([0, *(len(sample.ids) for sample in samples)])
     used = [sample for sample, tokens in zip(samples, before, strict=False) if tokens < limit]

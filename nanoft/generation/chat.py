@@ -23,8 +23,8 @@ from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.io.untrusted import read_json
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import LoRALinear, disabled, linears_of
-from nanoft.models.dequantize import cache_weights
 from nanoft.models.open import open_chat_tokenizer, open_model
+from nanoft.models.weights import cache_weights
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
 from nanoft.runtime.memory import available_host_bytes
 

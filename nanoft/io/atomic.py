@@ -1,20 +1,30 @@
 """Writing files so that a crash or a power loss leaves the old content or the new one, never a mixture.
 
 A new file is fsynced before anything refers to it, a small file is replaced by renaming a complete one over it, and a
-directory is fsynced after its entries change, because a file's fsync does not cover its name.
+directory is fsynced after its entries change, because a file's fsync does not cover its name. Output directories are
+filled under another name, and files are hashed: large ones in parallel, and only again after they have changed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from nanoft import UserError
+
+PIECE = 8 << 20  # bytes hashed at once
+SETTLED = 2_000_000_000  # nanoseconds; a file that was modified more recently may change again unnoticed
+PROGRESS = ".finished.json"  # beside finished shards: size and SHA-256 of each
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -28,7 +38,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, An
             write_all(descriptor, piece)
         os.fsync(descriptor)
         if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone leaves data in the drive's cache
-            with contextlib.suppress(OSError):  # not supported by every volume
+            with suppress(OSError):  # not supported by every volume
                 fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     finally:
         os.close(descriptor)
@@ -74,3 +84,162 @@ def sync_directory(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+# ---- Directories that appear complete under their name, or not at all
+
+
+@contextmanager
+def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] = os.rename) -> Iterator[Path]:
+    """Yield a staging directory that becomes `out` at the end, or is removed if anything fails.
+
+    After an interruption (Ctrl-C, a signal, power), the shards that `PROGRESS` names stay; the next call with this key
+    continues from them, one with another key removes them. `place` moves the content of the directory to `out`.
+    """
+    require_new(out)
+    created = [parent for parent in out.parents if not parent.exists()]
+    staging = out.with_name(f".tmp-{out.name}-{key or 'new'}")
+    keep = False
+    try:
+        for other in out.parent.glob(".tmp-*"):
+            if other.name.rpartition("-")[0] == f".tmp-{out.name}" and other != staging:
+                with _locked(other, out):
+                    shutil.rmtree(other, ignore_errors=True)
+        staging.mkdir(parents=True, exist_ok=True)
+        with _locked(staging, out):
+            try:
+                finished = read_progress(staging)
+                for path in staging.iterdir():  # what an interrupted call left, except its finished shards
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif path.name not in finished and path.name != PROGRESS:
+                        path.unlink()
+                yield staging
+                (staging / PROGRESS).unlink(missing_ok=True)
+                sync_directory(staging)
+                place(staging, out)
+                sync_directory(out.parent)
+            except KeyboardInterrupt:
+                keep = (staging / PROGRESS).exists()
+                raise
+            finally:
+                if not keep:
+                    shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or f"{error}: is the disk full?"  # NumPy reports how much it wrote, not why
+        raise UserError(f"--out: {out}: cannot be written: {reason}") from None
+    finally:
+        if not out.exists():
+            with suppress(OSError):
+                for parent in created:
+                    parent.rmdir()  # only if it is empty
+
+
+def require_new(out: str | Path) -> None:
+    if os.path.lexists(out):
+        raise UserError(f"--out: {out}: already exists: choose another name or remove it")
+
+
+@contextmanager
+def _locked(directory: Path, out: Path) -> Iterator[None]:
+    """Hold a lock on a staging directory; the kernel releases it when the process ends, however it ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"--out: {out}: another process is writing it: wait for it, or choose another") from None
+    finally:
+        os.close(descriptor)
+
+
+def read_progress(staging: Path) -> dict[str, Any]:
+    """Size and SHA-256 of each finished shard; none if the file is missing or damaged."""
+    with suppress(OSError, ValueError):
+        found = json.loads((staging / PROGRESS).read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+@contextmanager
+def replaced_directory(out: Path) -> Iterator[Path]:
+    """Yield a staging directory that replaces `out` when its content is on the disk."""
+    for leftover in out.parent.glob(f".tmp-{out.name}-*"):  # of a process that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        sync_directory(staging)
+        if out.is_dir():
+            shutil.rmtree(out)
+        os.rename(staging, out)
+        sync_directory(out.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+# ---- Hashes of files
+
+
+def hash_named_files(paths: Iterable[Path]) -> str:
+    """One SHA-256 over the names and contents of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0")
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)  # updates it
+    return digest.hexdigest()
+
+
+def hash_content(path: Path) -> str:
+    """SHA-256 over the size of a file and the hashes of its pieces, which are computed in parallel."""
+
+    def hash_piece(start: int) -> bytes:
+        with open(path, "rb") as stream:
+            stream.seek(start)
+            return hashlib.sha256(stream.read(PIECE)).digest()
+
+    try:
+        size = os.path.getsize(path)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            digests = b"".join(pool.map(hash_piece, range(0, size, PIECE)))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return hashlib.sha256(json.dumps([size]).encode() + digests).hexdigest()
+
+
+def hash_remembered(files: Sequence[Path], memory: Path) -> str:
+    """One SHA-256 over the `hash_content` of files; a file that did not change since is not read again.
+
+    As git does it: size, inode, mtime and ctime in nanoseconds must all be equal, and the file must have been at rest
+    when it was hashed. `memory` is a JSON file with the hashes of earlier calls.
+    """
+    digests: list[str] = []
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    known = known if isinstance(known, dict) else {}
+    for file in files:
+        state, before = _state(file), known.get(os.path.abspath(file))
+        if state is not None and isinstance(before, list) and before[:-1] == state:
+            digests.append(str(before[-1]))
+            continue
+        digests.append(hash_content(file))
+        if state is not None:
+            known[os.path.abspath(file)] = [*state, digests[-1]]
+    with suppress(OSError):  # without it, the files are hashed again
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(memory, json.dumps(dict(list(known.items())[-1000:])).encode())
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _state(file: Path) -> list[int] | None:
+    """What changes whenever a file does; None if it was modified too recently."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return None  # hash_content raises
+    at_rest = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] if at_rest else None

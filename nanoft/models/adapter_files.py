@@ -43,12 +43,10 @@ PEFT_NAMES = {
 }
 A, B, BIAS = PEFT_NAMES["lora_A"], PEFT_NAMES["lora_B"], PEFT_NAMES["bias"]
 # Fields of adapter_config.json that are read here or do not change the result ...
-PEFT_FIELDS = frozenset(
-    """
+PEFT_FIELDS = """
     base_model_name_or_path r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version inference_mode
     megatron_core qalora_group_size runtime_config ensure_weight_tying rank_pattern alpha_pattern
-    """.split()  # noqa: SIM905
-)
+""".split()  # noqa: SIM905
 # ... and fields that do, with the supported values. Any other field must be unset.
 PEFT_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -155,18 +153,14 @@ def select_modules(
 
 
 def sum_adapters(
-    parts: Sequence[tuple[LoRAConfig, dict[str, Tensor]]],
+    parts: Sequence[tuple[LoRAConfig, dict[str, Tensor]]],  # in PEFT's format, see `as_plain_lora`
     weights: Sequence[float],
-    base_bias: Callable[[str], Tensor | None],
+    base_bias: Callable[[str], Tensor | None],  # of a module, (out,)
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The weighted sum of adapters of one base, w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ..., as one adapter, exactly.
 
     It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so the ranks add up. A trained bias is
     b + w_1 (b_1 - b) + w_2 (b_2 - b) + ... DoRA's m (W + s B A) / |W + s B A| is not such a sum, and is refused.
-
-    Args:
-        parts: settings and tensors in PEFT's format (see `as_plain_lora`).
-        base_bias: the base's bias of a module, (out,) or None.
     """
     if any(lora.dora for lora, _ in parts):
         raise UserError("--weights: DoRA adapters cannot be summed: merge them one at a time")

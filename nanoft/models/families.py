@@ -32,23 +32,19 @@ class Family:
 
 
 # Fields of a config.json that this module reads ...
-READ_FIELDS = frozenset(
-    """
+READ_FIELDS = """
     architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings
     tie_word_embeddings attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
     hidden_act attention_dropout quantization_config pretraining_tp partial_rotary_factor
-    """.split()  # noqa: SIM905
-)
+""".split()  # noqa: SIM905
 # ... and fields that do not affect the logits.
-HARMLESS_FIELDS = frozenset(
-    """
+HARMLESS_FIELDS = """
     _name_or_path bos_token_id eos_token_id pad_token_id unk_token_id initializer_range torch_dtype dtype
     transformers_version use_cache tokenizer_class is_encoder_decoder return_dict output_attentions
     output_hidden_states chunk_size_feed_forward id2label label2id problem_type use_return_dict sep_token_id
     decoder_start_token_id task_specific_params model_max_length
-    """.split()  # noqa: SIM905
-)
+""".split()  # noqa: SIM905
 
 
 def decoder_config(hf: Fields) -> DecoderConfig:
@@ -105,7 +101,7 @@ def _refuse_unknown(hf: Mapping[str, Any]) -> None:
             "name the original model and set quantization.bits=4"
         )
     for name, value in hf.items():
-        if name not in READ_FIELDS | HARMLESS_FIELDS and value is not None:
+        if name not in READ_FIELDS + HARMLESS_FIELDS and value is not None:
             raise UserError(
                 f"config.json: {name}: {value!r}: unknown field, which may change the model: "
                 "remove it from config.json if it does not"
@@ -134,10 +130,7 @@ def _read_rope(hf: Mapping[str, Any]) -> Rope:
 
 
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
-    """The fields with the rope as transformers 4 reads it (`rope_theta`, `rope_scaling`) and as 5 (`rope_parameters`).
-
-    A reader that finds only the other form silently uses a default.
-    """
+    """The fields with the rope in both forms; transformers 4 and 5 each use a default if only the other's is there."""
     rope = _read_rope(hf)
     scaling = {key: value for key, value in rope.parameters.items() if key not in ("type", "rope_type", "rope_theta")}
     current = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}

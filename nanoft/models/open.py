@@ -61,10 +61,7 @@ class LoadedModel:
 
 
 def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = False) -> ChatTokenizer:
-    """The tokenizer and chat template of a loaded model, with the template arguments of its run.
-
-    With `as_trained`, a template that prints the date prints that of the run instead of today's.
-    """
+    """A model's tokenizer and template, with the arguments of its run and, with `as_trained`, the run's date."""
     if not is_run(source):
         return ChatTokenizer.from_directory(opened.tokenizer_directory)
     path = Path(source) / "config.json"

@@ -1,14 +1,17 @@
 """Loading the weights of a Hugging Face directory into a decoder, and writing a decoder as such a directory.
 
 The decoder is built on the `meta` device, which has shapes but no storage; then each tensor is read, converted (for
-QLoRA quantized) and placed before the next one. Peak memory is the model plus one tensor.
+QLoRA quantized) and placed before the next one. Peak memory is the model plus one tensor. Weights that bitsandbytes
+packed are read as they are, and weights may be dequantized once for speed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +21,15 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
-from nanoft.io.untrusted import read_bytes, read_json
+from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, initialize
-from nanoft.models.bnb_format import read_stored, stored_tensors
 from nanoft.models.families import FAMILIES, find_family
 from nanoft.models.model_files import TOKENIZER_FILES, ModelFiles, Quantization, check_quantization
-from nanoft.nf4 import Linear4bit, Linear8bit, quantize
+from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
+MAX_NOTE = 4096  # bytes of the JSON that bitsandbytes stores beside a weight; it needs 200
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,7 @@ class WeightFiles:
 
 
 def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = None) -> WeightFiles:
-    """Validate the headers of a model's files, or of `paths`, against the decoder, before any tensor is read.
-
-    Raises:
-        UserError: missing, unexpected or mis-shaped tensors, all of them listed; damaged files.
-    """
+    """Validate the headers of a model's files, or of `paths`; a UserError lists all tensors that do not fit."""
     headers: dict[str, TensorHeader] = {}
     for path in paths or base.shards():
         found = read_header(path)
@@ -104,21 +103,13 @@ def is_block_linear(name: str) -> bool:
 def load_model(
     base: Path | ModelFiles,
     device: torch.device,
-    dtype: torch.dtype,
-    quantization: Quantization | None = None,
-    random_seed: int | None = None,
-    unpacked_dtype: torch.dtype | None = None,
-    files: list[Path] | None = None,
+    dtype: torch.dtype,  # of every weight that is not quantized
+    quantization: Quantization | None = None,  # in which the linears of the blocks are quantized while loading
+    random_seed: int | None = None,  # initialize the weights randomly instead of reading them
+    unpacked_dtype: torch.dtype | None = None,  # of dequantized weights; None: `dtype`
+    files: list[Path] | None = None,  # to read instead of the directory's
 ) -> Decoder:
-    """Build the decoder of a Hugging Face directory and load its weights; raises what `open_weights` does.
-
-    Args:
-        dtype: of every weight that is not quantized.
-        quantization: the form in which the linears of the blocks are quantized while loading; None: not.
-        random_seed: initialize the weights randomly instead of reading them.
-        unpacked_dtype: dtype of dequantized weights; None: `dtype`.
-        files: read the weights from these files instead of the directory's.
-    """
+    """Build the decoder of a Hugging Face directory and load its weights; raises what `open_weights` does."""
     base = base if isinstance(base, ModelFiles) else ModelFiles.read(base)
     with torch.device("meta"):
         model = Decoder(base.decoder).to(dtype)
@@ -155,6 +146,106 @@ def _replace(model: Decoder, name: str, linear: nn.Module) -> None:
     setattr(parent, last, linear)
 
 
+# ---- Weights that bitsandbytes packed and transformers saved
+
+
+def stored_tensors(
+    shape: tuple[int, ...], quantization: tuple[str, bool]
+) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """What a file holds of a packed linear: name after the module's -> number format and shape (None: any)."""
+    (kind, double), weights = quantization, math.prod(shape)
+    if kind == "int8":
+        return {"weight": ("I8", shape), "SCB": ("F32", shape[:1])}
+    blocks = weights // BLOCK
+    tensors: dict[str, tuple[str, tuple[int, ...] | None]] = {
+        "weight": ("U8", (weights // 2, 1)),
+        "weight.absmax": ("U8" if double else "F32", (blocks,)),
+        "weight.quant_map": ("F32", (16,)),
+        f"weight.quant_state.bitsandbytes__{kind}": ("U8", None),  # JSON
+    }
+    if double:
+        tensors["weight.nested_absmax"] = ("F32", (math.ceil(blocks / NESTED),))
+        tensors["weight.nested_quant_map"] = ("F32", (256,))
+    return tensors
+
+
+def read_stored(
+    tensors: dict[str, Tensor], shape: tuple[int, ...], quantization: tuple[str, bool], dtype: torch.dtype
+) -> Linear4bit | Linear8bit:
+    """The linear, (out, in), of the tensors that `stored_tensors` names; for 8 bits, a `weight_format` as well."""
+    kind, double = quantization
+    if kind == "int8":
+        if (tensors.get("weight_format", torch.tensor(0)) != 0).any():
+            raise UserError("weight_format: not in rows: save the model again with bitsandbytes 0.45 or newer")
+        return Linear8bit.of_parts([tensors["weight"], tensors["SCB"]], shape, kind, dtype)
+    offset = _check_note(tensors[f"weight.quant_state.bitsandbytes__{kind}"], shape, quantization)
+    if not torch.allclose(tensors["weight.quant_map"].cpu(), torch.tensor(CODES[kind]), atol=1e-4):
+        raise UserError(f"weight.quant_map: not the code points of {kind}")
+    scales = [tensors["weight.absmax"]]
+    if double:
+        scales += [tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"]]
+        scales += [torch.tensor(offset, dtype=torch.float32, device=scales[0].device)]
+    return Linear4bit.of_parts([tensors["weight"], *scales], shape, kind, dtype)
+
+
+def _check_note(note: Tensor, shape: tuple[int, ...], quantization: tuple[str, bool]) -> float:
+    """The mean that was taken from the scales, out of the note beside a 4-bit weight."""
+    try:
+        said = parse_json(note[:MAX_NOTE].cpu().numpy().tobytes())
+    except ValueError:
+        raise UserError("weight.quant_state: damaged: fetch or copy the model again") from None
+    (kind, double), said = quantization, said if isinstance(said, dict) else {}
+    expected: dict[str, Any] = {"quant_type": kind, "blocksize": BLOCK, "shape": list(shape)}
+    if double:
+        expected |= {"nested_blocksize": NESTED, "nested_dtype": "float32"}
+    for name, wanted in expected.items():
+        if said.get(name) != wanted:
+            raise UserError(f"weight.quant_state: {name} is {said.get(name)!r:.60} instead of {wanted!r}")
+    offset: Any = said.get("nested_offset") if double else 0.0
+    if type(offset) not in (int, float) or not abs(offset) < torch.finfo(torch.float32).max:
+        raise UserError(f"weight.quant_state: nested_offset: {offset!r:.60} is no number")
+    return float(offset)
+
+
+# ---- Dequantized once instead of at every use: memory for speed
+
+
+def choose_dequantize(policy: str, device_type: str, extra_bytes: int, free_bytes: int) -> Literal["per_use", "cached"]:
+    """auto: cached on CUDA if that takes at most a third of the free memory, because activations are worth more.
+
+    `policy` is quantization.dequantize; `extra_bytes` is by how much the model grows if its weights are dequantized.
+    """
+    if policy == "auto":
+        return "cached" if device_type == "cuda" and 3 * extra_bytes <= free_bytes else "per_use"
+    return "cached" if policy == "cached" else "per_use"
+
+
+def cache_weights(model: nn.Module, policy: str) -> Literal["per_use", "cached"]:
+    """Where the policy says so, dequantize every weight: its linear becomes a frozen nn.Linear; returns the choice."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))]
+    if not layers:
+        return "per_use"
+    device = layers[0][1].parts[0].device
+    unpacked = sum(layer.out_features * layer.in_features * layer.dtype.itemsize for _, layer in layers)
+    extra = unpacked - sum(packed_bytes(layer) for _, layer in layers)
+    free = 0
+    if device.type == "cuda":  # what the GPU has left, with what torch holds there and does not use
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + held
+    chosen = choose_dequantize(policy, device.type, extra, free)
+    while chosen == "cached" and layers:
+        name, layer = layers.pop()  # the packed weight is gone before the next one is unpacked
+        parent, _, last = name.rpartition(".")
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
+        linear.register_parameter("bias", layer.bias)
+        setattr(model.get_submodule(parent), last, linear)
+    return chosen
+
+
+# ---- Writing
+
+
 def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> None:
     """Write a full model into an empty directory: weights in `dtype`, with the source's config and tokenizer."""
     parameters = dict(model.named_parameters())
@@ -165,13 +256,10 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized.
-
-    transformers 4 reads `torch_dtype`, version 5 `dtype`; both are written.
-    """
+    """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized."""
     config = read_json(source / "config.json")
     config.pop("quantization_config", None)
-    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # for transformers 5, and for 4
     config = FAMILIES[find_family(config)].export(config)
     write_file(out / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
 

@@ -1,4 +1,4 @@
-"""What every command shares: arguments, exit codes, standard streams, and stopping on a signal.
+"""What every command shares: arguments, exit codes, standard streams, checks, and stopping on a signal.
 
 `--help` and a mistyped option should not wait for torch, whose import takes seconds. A script therefore builds its
 parser and calls `check` first, and imports what needs torch after that.
@@ -15,14 +15,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from nanoft import TrainingFailed, UserError, __version__
 from nanoft.config.aliases import suggest_override
 from nanoft.io.untrusted import one_line
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+Outcome = Literal["ok", "warn", "FAIL"]
+COLORS = {"ok": "32", "warn": "33", "FAIL": "31"}  # ANSI: green, yellow, red
+FORCEABLE = ("room", "stop", "bos", "targets", "prompt", "head", "disk")  # checks that --force may override
 
 
 class Arguments(argparse.ArgumentParser):
@@ -100,11 +104,44 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     return with_exit_code
 
 
-def open_standard_streams() -> None:
-    """Make stdin, stdout and stderr usable, and escape what the terminal cannot encode.
+@dataclass(frozen=True)
+class Check:
+    """One line of a report; `fix` says what to do unless the outcome is ok."""
 
-    The descriptor of a closed one (`>&-`) would be reused by the next file that is opened, such as a checkpoint.
-    """
+    name: str
+    outcome: Outcome
+    found: str
+    fix: str = ""
+
+    @classmethod
+    def of(cls, name: str, passed: bool, found: str, fix: str = "") -> Check:
+        return cls(name, "ok" if passed else "FAIL", found, fix)
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome != "FAIL"
+
+    def __str__(self) -> str:
+        color = sys.stdout.isatty()
+        outcome = f"\033[{COLORS[self.outcome]}m{self.outcome:4}\033[0m" if color else f"{self.outcome:4}"
+        return f"{outcome} {self.name:13} {self.found}" + (f": {self.fix}" if self.fix else "")
+
+    def preflight_line(self) -> str:
+        """The same for `train.py`, which can be told to go on."""
+        fix = "" if self.passed else f": {self.fix} (or --force {self.name})"
+        return f"preflight {self.name:9} {self.outcome:4}  {self.found}{fix}"
+
+
+def require_passed(checks: Sequence[Check], forced: Sequence[str]) -> None:
+    """Stop at the first check that failed, unless it is forced by name."""
+    for check in checks:
+        if not check.passed and check.name not in forced:
+            raise UserError(f"preflight: {check.name}: {check.found}: {check.fix} (or --force {check.name})")
+
+
+def open_standard_streams() -> None:
+    """Make stdin, stdout and stderr usable, and escape what the terminal cannot encode."""
+    # The descriptor of a closed one (`>&-`) would be reused by the next file that is opened, such as a checkpoint.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

@@ -129,10 +129,7 @@ def preserve_rng_state() -> Iterator[None]:
 
 
 def with_same_dropout(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The block as a function that draws the same dropout masks when it is recomputed, on Metal.
-
-    `checkpoint` restores the random numbers of CUDA and the CPU, but not those of Metal (PyTorch 2.8 to 2.13).
-    """
+    """The block with the same dropout masks when recomputed on Metal, which `checkpoint` (torch 2.13) does not do."""
     first: list[Tensor] = []
 
     def call(*arguments: Any) -> Tensor:

@@ -78,10 +78,7 @@ def available_host_bytes() -> float:
 
 
 def cgroup_limits() -> Iterator[tuple[int, int]]:
-    """Limit and usage in bytes of each cgroup above this process that has a limit.
-
-    Page cache that can be dropped (`inactive_file`) is not counted. Source: the kernel's admin-guide/cgroup-v2 and v1.
-    """
+    """Limit and usage in bytes of each cgroup above this process (the kernel's admin-guide/cgroup-v2 and cgroup-v1)."""
     with contextlib.suppress(OSError):  # not Linux
         for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
@@ -99,7 +96,7 @@ def _limits(root: Path, path: str, limit: str, usage: str, cache: str) -> Iterat
         with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
             most, used = (int((directory / name).read_text(encoding="utf-8")) for name in (limit, usage))
             statistic = dict(row.split() for row in (directory / "memory.stat").read_text("utf-8").splitlines())
-            yield most, used - int(statistic.get(cache, 0))
+            yield most, used - int(statistic.get(cache, 0))  # page cache that can be dropped
 
 
 class OutOfMemory(Exception):

@@ -78,9 +78,8 @@ class Profiler:
 def gradients_by_module(trained: Iterable[tuple[str, nn.Parameter]], scale: float = 1.0) -> dict[str, dict[str, float]]:
     """Norm, maximum magnitude and share of zeros of the gradients by module type (q_proj, down_proj, ...).
 
-    The squared norms add up to that of the whole gradient. Many zeros: tokens or features that a module never sees; a
-    norm far below the others': a module that does not learn. A parameter without a gradient counts as zeros; `scale`
-    undoes clipping.
+    Many zeros: features that a module never sees; a norm far below the others': a module that does not learn. A
+    parameter without a gradient counts as zeros; `scale` undoes clipping.
     """
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained:

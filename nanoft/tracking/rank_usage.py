@@ -144,10 +144,7 @@ def measure_rank_usage(adapter: LoRALinear, optimizer: torch.optim.Optimizer) ->
 
 
 def advise(modules: Sequence[RankUsage], others: Sequence[RankUsage], step: int) -> Advice:
-    """One recommendation for several modules: a lower rank must be enough for all, a higher one is for the median.
-
-    `others` are modules to compare with; `step` is the number of optimizer steps taken.
-    """
+    """One recommendation for several modules: a lower rank must be enough for all, a higher one is for the median."""
     rank, most = max(m.rank for m in modules), max(m.directions_99 for m in modules)
     enough = 1 << max(most - 1, 0).bit_length()  # the next power of two
     fullness = median(m.effective_rank / m.rank for m in modules)

@@ -35,7 +35,7 @@ from nanoft.metrics import answers
 from nanoft.models.model_files import ModelFiles, check_quantization, quantization_of
 from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
 from nanoft.optim import OPTIMIZERS, check_optimizer
-from nanoft.runtime.checks import Check
+from nanoft.runtime.command import Check
 from nanoft.runtime.device import (
     choose_device,
     choose_dtype,

@@ -26,8 +26,8 @@ from nanoft.kernels.attention import CHUNK
 from nanoft.lora import inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import Decoder, DecoderConfig
-from nanoft.models.dequantize import choose_dequantize
 from nanoft.models.model_files import ModelFiles
+from nanoft.models.weights import choose_dequantize
 from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import matmul_gflop_s

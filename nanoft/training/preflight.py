@@ -23,7 +23,7 @@ from nanoft.kernels import sharding
 from nanoft.model import Decoder
 from nanoft.optim import optimizer_tensors
 from nanoft.runtime import distributed
-from nanoft.runtime.checks import Check, require_passed
+from nanoft.runtime.command import Check, require_passed
 from nanoft.runtime.device import preserve_rng_state
 from nanoft.runtime.memory import OutOfMemory, peak_memory_gb, release_memory
 from nanoft.training.memory_plan import Planner, describe_recompute, suggest_savings

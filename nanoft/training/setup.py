@@ -31,14 +31,13 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, data_hash, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
 from nanoft.io import atomic
-from nanoft.io.hashing import hash_named_files
+from nanoft.io.atomic import hash_named_files
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import describe_adapters, disabled
 from nanoft.model import Decoder
-from nanoft.models.dequantize import cache_weights
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
-from nanoft.models.weights import load_model
+from nanoft.models.weights import cache_weights, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.runtime import distributed
 from nanoft.runtime.device import describe_device, library_versions

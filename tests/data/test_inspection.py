@@ -15,7 +15,7 @@ from nanoft.config import DataConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets
 from nanoft.data.inspection import check_data, preview, show_window
-from nanoft.runtime.checks import Check
+from nanoft.runtime.command import Check
 
 
 def read(directory: Path, style: Style, template_args: Any = None, **settings: Any) -> ChatTokenizer:

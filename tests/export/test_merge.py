@@ -26,8 +26,8 @@ from nanoft.config import Config, LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export import merge as merging
 from nanoft.export.merge import copy_adapter, merge, save_result
-from nanoft.export.staging import new_directory
 from nanoft.export.verify import TOLERANCE, verify_merge
+from nanoft.io.atomic import new_directory
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.models import weights
 from nanoft.models.adapter_files import PEFT_PREFIX

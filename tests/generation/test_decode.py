@@ -16,8 +16,7 @@ from nanoft.generation.generate import generate
 from nanoft.kernels import decode as decode_kernels
 from nanoft.lora import disabled, inject_lora, linears_of
 from nanoft.model import Decoder
-from nanoft.models.dequantize import cache_weights
-from nanoft.models.weights import load_model
+from nanoft.models.weights import cache_weights, load_model
 from tiny_models import CASES, make_reference
 
 CPU = torch.device("cpu")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from nanoft import UserError
-from nanoft.io import hashing
-from nanoft.io.hashing import hash_content, hash_named_files, hash_remembered
+from nanoft.io import atomic
+from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered
 
 
 def test_hash_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same by hand."""
-    monkeypatch.setattr(hashing, "PIECE", 4)
+    monkeypatch.setattr(atomic, "PIECE", 4)
     (tmp_path / "a").write_bytes(b"abcdefghi")
     pieces = b"".join(hashlib.sha256(piece).digest() for piece in (b"abcd", b"efgh", b"i"))
     assert hash_content(tmp_path / "a") == hashlib.sha256(b"[9]" + pieces).hexdigest()
@@ -28,10 +28,10 @@ def test_hash_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_file_at_rest_is_hashed_once_and_one_that_was_touched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hashing, "SETTLED", 0)
+    monkeypatch.setattr(atomic, "SETTLED", 0)
     read: list[str] = []
     real, memory = hash_content, tmp_path / "home" / "hashes.json"
-    monkeypatch.setattr(hashing, "hash_content", lambda file: read.append(file.name) or real(file))
+    monkeypatch.setattr(atomic, "hash_content", lambda file: read.append(file.name) or real(file))
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_text("one")
     b.write_text("two")

@@ -6,7 +6,7 @@ import bitsandbytes.functional
 import pytest
 import torch
 
-from nanoft.models.bnb_format import read_stored, stored_tensors
+from nanoft.models.weights import read_stored, stored_tensors
 
 
 @pytest.mark.parametrize("double", [False, True])

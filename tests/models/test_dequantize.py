@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanoft.models.dequantize import cache_weights, choose_dequantize
+from nanoft.models.weights import cache_weights, choose_dequantize
 from nanoft.nf4 import Linear4bit, Linear8bit, matmul, matmul_backward, packed_bytes
 
 

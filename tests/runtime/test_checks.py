@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nanoft import UserError
-from nanoft.runtime.checks import Check, require_passed
+from nanoft.runtime.command import Check, require_passed
 
 
 def test_what_fails_stops_unless_it_is_forced() -> None:
