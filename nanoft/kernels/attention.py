@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoft.attention import AttentionLayer, Documents, SequenceContext
+from nanoft.kernels import metal
 from nanoft.model import SelfAttention
 
 SIMILAR = 0.8  # documents of at least this share of the longest one's length are batched with it
@@ -99,7 +100,7 @@ def group_documents(documents: Documents) -> list[tuple[Tensor, Tensor]]:
 
 def _needs_chunks(q: Tensor, window: int | None) -> bool:
     """PyTorch's kernels know no windows, Metal's keeps all weights, and a CPU's is slow in bfloat16."""
-    return window is not None or q.device.type == "mps" or (q.device.type == "cpu" and q.dtype == torch.bfloat16)
+    return window is not None or metal.needs_chunks(q) or (q.device.type == "cpu" and q.dtype == torch.bfloat16)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

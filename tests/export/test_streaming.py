@@ -126,7 +126,7 @@ def test_a_missing_shard_and_a_short_one_are_refused(tmp_path: Path) -> None:
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[:-4])
-    with pytest.raises(UserError, match=f"{shard.name}: damaged"):
+    with pytest.raises(UserError, match=f"{shard.name}: corrupted"):
         open_rows(tmp_path)
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: named in the index, but missing"):
