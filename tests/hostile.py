@@ -302,7 +302,7 @@ BLOCKS = "".join(
 MILLION = "{% set x = range(100000) | list %}{% set t = 'a' * 900000 %}"
 
 
-def template(source: str, says: str = "asks for more than") -> Case:
+def template(source: str, says: str = "takes more than") -> Case:
     return Case("tokenizer", put(TEMPLATE, source), says)
 
 
@@ -367,7 +367,7 @@ TOKENIZERS = {
         "tokenizer", part(decoder={"type": "Sequence", "decoders": [DOUBLE] * 60}), "64 times"
     ),
     "a token number of 2^32": Case("tokenizer", big_id, "a token has the number 4,294,967,295"),
-    "control tokens that never end": Case("tokenizer", tokens("ro", "r\ufdd0"), "a character that is no character"),
+    "control tokens that never end": Case("tokenizer", tokens("ro", "r\ufdd0"), "reserved Unicode noncharacter"),
     "30,000 control tokens": Case("tokenizer", tokens(*(f"<{n}>" for n in range(30_000))), "control tokens"),
     "nested": Case("tokenizer", put(TOKENIZER, '{"model":' + "[" * 100_000), "not a valid tokenizer"),
     "of 101 MB": Case("tokenizer", sparse(TOKENIZER, 101 << 20), "larger than"),
@@ -552,9 +552,9 @@ CONFIGS = {
     "bytes that are none": yaml("model: {name: !!binary '='}", "not valid YAML|model.name"),
     "keys that are lists": yaml("? [a]\n: 1"),
     "a control character": yaml("model: {name: '\x07'}"),
-    "a token": yaml(f"model: {{name: {TOKEN}}}", "model.name: holds an access token"),
-    "a token in a table": yaml(f"data: {{template_args: {{key: {TOKEN}}}}}", "template_args: holds an access token"),
-    "a password": yaml("data: {train_file: 'https://me:secret@x.org/a.jsonl'}", "train_file: holds an access token"),
+    "a token": yaml(f"model: {{name: {TOKEN}}}", "model.name: contains an access token"),
+    "a token in a table": yaml(f"data: {{template_args: {{key: {TOKEN}}}}}", "template_args: contains an access token"),
+    "a password": yaml("data: {train_file: 'https://me:secret@x.org/a.jsonl'}", "train_file: contains an access token"),
     "JSON nested": Case("config", put("c.json", '{"model":' * 70 + "1" + "}" * 70), "nested too deeply"),
     "JSON of 17 MB": Case("config", put("c.json", '"' + "x" * (17 << 20) + '"'), "larger than"),
     "a pipe": Case("config", pipe("c.yaml"), "no such config file"),

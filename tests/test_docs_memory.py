@@ -85,13 +85,14 @@ def test_the_cost_of_recomputing_blocks() -> None:
 def test_the_table_of_gpus_is_the_plan_of_their_configs() -> None:
     lines = [line.strip("| ").split(" | ") for line in section("By GPU").splitlines() if line.startswith("| ")]
     names, *rows = [cells for cells in lines if not cells[0].startswith("---")]
-    plans = [plan(load_file(ROOT / name.strip("`"))) for name in names[1:]]
+    configs = [load_file(ROOT / name.strip("`")) for name in names[1:]]
+    plans = [plan(config) for config in configs]
     shown = {cells[0].strip("`"): cells[1:] for cells in rows}
     expected = {name: [gb(p.parts[name]) for p in plans] for name in plans[0].parts if name in shown}
     expected |= {
         "peak": [gb(p.peak) for p in plans],
         "blocks recomputed": [f"{sum(k != 'all' for k in p.keep)} of {len(p.keep)}" for p in plans],
-        "sequences x tokens": [f"{p.rows} x {p.length}" for p in plans],
+        "sequences x tokens": [f"{c.micro_batch_rows()} x {c.model.max_seq_length}" for c in configs],
     }
     assert {name: cells for name, cells in shown.items() if name != "model"} == expected
     assert len(expected) == 11

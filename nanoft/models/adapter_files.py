@@ -32,16 +32,9 @@ from nanoft.lora import MATCHING_SECONDS, LoRALinear, by_pattern, linears_of, ma
 
 NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
 PEFT_PREFIX = "base_model.model."
-# Attributes of LoRALinear -> names in PEFT's files. The bias of the base layer is the trained one.
-PEFT_NAMES = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-    "bias": "base_layer.bias",
-    "lora_A0": "lora_A0.weight",  # in checkpoints only
-    "lora_B0": "lora_B0.weight",
-}
-A, B, BIAS = PEFT_NAMES["lora_A"], PEFT_NAMES["lora_B"], PEFT_NAMES["bias"]
+# Names in PEFT's files: the attribute of LoRALinear and `.weight`, with two exceptions; the trained bias is the base's.
+PEFT_NAMES = {"lora_magnitude_vector": "lora_magnitude_vector", "bias": "base_layer.bias"}
+A, B, BIAS = "lora_A.weight", "lora_B.weight", PEFT_NAMES["bias"]
 # Fields of adapter_config.json that are read here or do not change the result ...
 PEFT_FIELDS = """
     base_model_name_or_path r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version inference_mode
@@ -61,10 +54,10 @@ PEFT_VALUES: dict[str, tuple[Any, ...]] = {
 def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
     """The tensors of the adapters that a checkpoint stores, under PEFT's names."""
     return {
-        f"{PEFT_PREFIX}{name}.{key}": tensor.detach()
+        f"{PEFT_PREFIX}{name}.{PEFT_NAMES.get(part, f'{part}.weight')}": tensor.detach()
         for name, adapter in adapters.items()
-        for part, key in PEFT_NAMES.items()
-        if (tensor := getattr(adapter, part, None)) is not None
+        for part, tensor in (*adapter.named_parameters(recurse=False), *adapter.named_buffers(recurse=False))
+        if part == "bias" or part.startswith("lora_")
     }
 
 
@@ -77,7 +70,7 @@ def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
     ranks = {key: variant.RANKS * rank for key, rank in lora.rank_pattern.items()}
     alphas = {key: more * alpha for key, alpha in lora.alpha_pattern.items()}
     plain = dict(tensors)
-    suffixes = tuple(PEFT_NAMES[part] for part in variant.FACTORS)
+    suffixes = tuple(f"{part}.weight" for part in variant.FACTORS)
     for module in dict.fromkeys(name.rpartition(".lora_")[0] + "." for name in tensors if name.endswith(suffixes)):
         factors = [plain.pop(module + suffix) for suffix in suffixes]  # a KeyError if one is missing
         plain[module + A], plain[module + B] = variant.plain_factors(*factors)
@@ -192,10 +185,10 @@ def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """module -> PEFT's name of the part -> tensor."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        key = next((key for key in PEFT_NAMES.values() if name.endswith(f".{key}")), None)
-        if key is None:
+        found = re.search(r"\.(lora_\w+(\.weight)?|base_layer\.bias)$", name)
+        if found is None:
             raise UserError(f"{name}: fully trained layers beside an adapter are not supported")
-        modules.setdefault(name.removeprefix(PEFT_PREFIX).removesuffix(f".{key}"), {})[key] = tensor
+        modules.setdefault(name[: found.start()].removeprefix(PEFT_PREFIX), {})[found[1]] = tensor
     return modules
 
 
