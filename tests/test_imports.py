@@ -69,7 +69,7 @@ EXTRAS = {
 
 def test_every_package_is_a_layer() -> None:
     packages = {path.parent.name for path in (ROOT / "nanoft").glob("*/__init__.py")}
-    assert packages - {"blocks"} <= set(LAYERS), "give the new package its place in LAYERS, and in DESIGN's tree"
+    assert packages - {"blocks"} <= set(LAYERS), "give the new package its place in LAYERS and in README.md"
 
 
 @pytest.mark.parametrize("module", MODULES)
