@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge as command
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.export import merge, staging, verify
+from nanoft.export import merge, verify
 from nanoft.generation.generate import generate
+from nanoft.io.atomic import new_directory
 from nanoft.lora import disabled
 from nanoft.model import Decoder
 from nanoft.models.open import open_chat_tokenizer, open_model
@@ -507,7 +508,7 @@ def test_a_merge_that_is_interrupted_goes_on_with_the_shards_that_it_finished(
 def test_two_processes_do_not_write_one_directory(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with staging.new_directory(tmp_path / "out"):
+    with new_directory(tmp_path / "out"):
         assert run_merge(runs / "lora", "--out", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert said == f"error: --out: {tmp_path}/out: another process is writing it: wait for it, or choose another\n"
