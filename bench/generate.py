@@ -34,6 +34,7 @@ from typing import Any
 from contender import HERE, add_step_options, build_nanoft, peak_rss_mb
 from step import Failed, in_process, machine, ratio, say, spread, versions
 
+from nanoft import kernels
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.generation import generate
 from nanoft.models.weights import load_model
@@ -117,6 +118,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     device, dtype = torch.device("cpu"), getattr(torch, args.dtype)
     model = (load_model(TINY, device, dtype) if args.model == "tiny" else build_nanoft(args, device)).eval()
+    kernels.apply(model)
     if args.model == "small" and args.stops:
         make_sure(args, model.head, model.model.embed_tokens.weight)
 
