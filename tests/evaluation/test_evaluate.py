@@ -13,8 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel
 
-from nanoft import UserError, perplexity
-from nanoft.batches import Sample, eval_batches
+from nanoft.batches import Sample
 from nanoft.config import EvaluationConfig, LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation
@@ -29,7 +28,11 @@ from nanoft.models.weights import load_model
 from tiny_models import make_chat_model
 
 CPU = torch.device("cpu")
+
+
 FEW = EvaluationConfig(batch_size=2, prompt_batch_size=2, max_new_tokens=3)
+
+
 LENGTHS = [1, 40, 3, 3, 90, 7, 25]  # words of the answers: a mean of batch means would show
 
 
@@ -55,27 +58,6 @@ def encoded(chat: ChatTokenizer) -> list[Sample]:
     return list(chat.encode(r for n, c in enumerate(unequal()) for r in chat.render_samples(c.messages, n)))
 
 
-@torch.no_grad()
-def nats_of_transformers(reference: PreTrainedModel, sample: Sample) -> list[float]:
-    """The negative log-likelihood of each target token of one sample alone."""
-    ids = torch.from_numpy(sample.ids).long()[None]
-    logits = reference(ids).logits[0, :-1].double()
-    nll = cross_entropy(logits, ids[0, 1:], reduction="none")
-    return nll[torch.from_numpy(sample.is_target)[1:]].tolist()
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_the_loss_weighs_every_target_token_alike(parts: Any, batch_size: int) -> None:
-    model, chat, reference, _ = parts
-    samples = encoded(chat)
-    nats = [nll for sample in samples for nll in nats_of_transformers(reference, sample)]
-    loss, tokens = perplexity.validation_loss(model, eval_batches(samples, batch_size, chat.pad_id))
-    assert tokens == len(nats)
-    assert abs(loss - sum(nats) / len(nats)) < 1e-5
-    means = [sum(part) / len(part) for part in (nats_of_transformers(reference, sample) for sample in samples)]
-    assert abs(loss - sum(means) / len(means)) > 0.01  # the mean of means is something else
-
-
 def test_measuring_leaves_the_model_as_it_was(parts: Any) -> None:
     model, chat, _, _ = parts
     samples = encoded(chat)
@@ -87,21 +69,6 @@ def test_measuring_leaves_the_model_as_it_was(parts: Any) -> None:
         assert model.training is training
         assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
         assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_dropout_is_off_while_measuring(parts: Any) -> None:
-    _, chat, _, directory = parts
-    model = load_model(directory, CPU, torch.float32)
-    adapters = inject_lora(model, LoRAConfig(rank=4, alpha=8.0, dropout=0.5, target_modules=("q_proj",)), seed=0)
-    with torch.no_grad():
-        for adapter in adapters.values():
-            adapter.lora_B.normal_(std=0.5)
-    samples = encoded(chat)
-    model.train()
-    first, second = (perplexity.validation_loss(model, eval_batches(samples, 4, chat.pad_id)) for _ in range(2))
-    assert first == second
-    with disabled(adapters):
-        assert perplexity.validation_loss(model, eval_batches(samples, 4, chat.pad_id)) != first
 
 
 def test_held_out_prompts_are_all_but_the_last_answer() -> None:
@@ -190,28 +157,6 @@ def every_nll(reference: PreTrainedModel, ids: Any) -> Any:
     return cross_entropy(reference(ids).logits[0, :-1].double(), ids[0, 1:], reduction="none").numpy()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_prompt_response_and_overall_perplexity_are_those_of_transformers(parts: Any, batch_size: int) -> None:
-    model, chat, reference, _ = parts
-    samples = encoded(chat)
-    found = evaluate.likelihoods(model, chat, samples, batch_size, context=512)
-    for number, sample in enumerate(samples):
-        nll, is_target = every_nll(reference, sample.ids), sample.is_target[1:]
-        assert found.nats[number] == pytest.approx([nll[is_target].sum(), nll[~is_target].sum()], rel=1e-5)
-        assert found.tokens[number].tolist() == [is_target.sum(), (~is_target).sum()]
-    pairs = [(every_nll(reference, sample.ids), sample.is_target[1:]) for sample in samples]
-    nll, is_target = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    figures = evaluate.EvalResult(found.figures()).to_dict()
-    expected = {"perplexity": nll[is_target], "prompt_perplexity": nll[~is_target], "overall_perplexity": nll}
-    for name, nats in expected.items():
-        assert figures[name] == pytest.approx(math.exp(nats.mean()), rel=1e-4)
-    assert figures["target_tokens"] == is_target.sum()
-    assert figures["prompt_tokens"] == (~is_target).sum()
-    assert (figures["loss"], figures["target_tokens"]) == pytest.approx(
-        perplexity.validation_loss(model, eval_batches(samples, batch_size, chat.pad_id)), rel=1e-6
-    )
-
-
 def test_bits_per_byte_go_by_the_text_of_the_answers(parts: Any) -> None:
     model, chat, _, _ = parts
     samples = encoded(chat)
@@ -261,14 +206,6 @@ def test_a_text_longer_than_the_context_is_read_through_windows(parts: Any, cont
     assert found.figures().keys() == {"loss", "overall_loss", "bits_per_byte"}  # a text has no prompt
 
 
-def test_samples_without_targets_cannot_be_measured(parts: Any) -> None:
-    model, chat, _, _ = parts
-    masked = [Sample(sample.ids, np.zeros(len(sample.ids), bool), 0) for sample in encoded(chat)]
-    with pytest.raises(UserError, match="no target token"):
-        perplexity.validation_loss(model, eval_batches(masked, 4, chat.pad_id))
-    assert evaluate.likelihoods(model, chat, masked, 4, 512).figures().keys() == {"prompt_loss", "overall_loss"}
-
-
 def test_base_and_tuned_are_one_model_and_the_same_tokens(parts: Any) -> None:
     _, chat, _, directory = parts
     model = load_model(directory, CPU, torch.float32)
@@ -310,9 +247,3 @@ def test_a_result_holds_what_was_measured_and_nothing_else() -> None:
     }
     measured = EvalResult(evaluate.answer_figures(completions, []), completions)
     assert measured.to_dict() == {"exact_match": 0.75, "stop_rate": 0.75, "prompts": 4}
-
-
-def test_perplexity_of_a_hopeless_model_is_infinite_not_an_error() -> None:
-    assert EvalResult({"loss": Figure(np.array([[1e6, 1]]))}).perplexity == math.inf
-    assert EvalResult({"loss": Figure(np.array([[10.0, 1]]))}).perplexity == pytest.approx(math.exp(10))
-    assert math.isnan(perplexity.safe_exp(math.nan))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import LORA, MERGE_VARIANTS, make_adapter
-from templates import STYLES, TINY, save
+from templates import TINY
 from transformers import AutoModelForCausalLM
 
 import merge as command
@@ -33,7 +31,6 @@ from nanoft.export.gguf import (
     write_gguf,
     write_gguf_lora,
 )
-from nanoft.export.gguf_file import atomic_gguf, companions, modelfile, ollama_template
 from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.model_card import parity_record
 from nanoft.generation.generate import generate
@@ -42,7 +39,11 @@ from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
 from tiny_models import CASES, LLAMA3, make_chat_model, make_packed
 
 CPU = torch.device("cpu")
+
+
 IDS = list(range(5, 60))
+
+
 # As small as llama.cpp takes it, with rows that divide into blocks of 32, or of 256 for K-quants.
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -55,8 +56,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen2": {"head_dim": 8},
     "qwen3": {"head_dim": 32},
 }
+
+
 FAMILIES = ["llama-bias", "mistral", "qwen2", "qwen3"]
+
+
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+
+
 HELLO = [{"role": "user", "content": "Hello there, how are you today?"}]
 
 
@@ -390,38 +397,6 @@ def test_a_disk_without_room_is_noticed_before_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["whole.gguf"]
 
 
-def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) -> None:
-    out = tmp_path / "some" / "m.gguf"
-    with atomic_gguf(out, "unused") as path:
-        path.write_text("weights")
-        for companion in companions(path, out):
-            companion.write_text("beside")
-        assert not out.exists()
-    assert {p.name for p in out.parent.iterdir()} == {"m.gguf", "m.Modelfile", "m.parity.json"}
-    for name in ("m.gguf", "m.Modelfile"):
-        other = out.with_name(name.replace("m.", "n."))
-        other.write_text("mine")
-        with pytest.raises(UserError, match="already exists"), atomic_gguf(out.with_name("n.gguf"), "unused"):
-            pass
-        assert other.read_text() == "mine"
-        other.unlink()
-    with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused") as path:
-        path.write_text("half")
-        raise RuntimeError
-    killed = "import os; from nanoft.export.gguf_file import *; "
-    killed += "writing = atomic_gguf(Path('n.gguf'), ''); writing.__enter__().touch(); os._exit(9)"
-    subprocess.run([sys.executable, "-c", killed], cwd=out.parent, check=False)
-    assert any(path.name.startswith(".tmp-n") for path in out.parent.iterdir())
-    with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused"):  # the next one sweeps up
-        raise RuntimeError
-    with atomic_gguf(tmp_path / "dir", "model.gguf") as path:
-        path.write_text("weights")
-        for companion in companions(path, tmp_path / "dir"):
-            companion.write_text("beside")
-    assert {p.name for p in (tmp_path / "dir").iterdir()} == {"model.gguf", "Modelfile", "parity.json"}
-    assert {p.name for p in out.parent.iterdir()} == {"m.gguf", "m.Modelfile", "m.parity.json"}
-
-
 def test_parity_is_what_an_engine_must_give(made: Any, tmp_path: Path) -> None:
     opened, chat = made("qwen3")
     expected = parity_record(opened.model, chat, [Prompt(HELLO, "")], 8, "its own")
@@ -433,63 +408,6 @@ def test_parity_is_what_an_engine_must_give(made: Any, tmp_path: Path) -> None:
         found = greedy(llama, case["ids"], 8)
         assert found == case["answer_ids"] + [chat.eos_id] * case["stopped"]
         assert case["answer"] == llama.detokenize(case["answer_ids"]).decode(errors="replace")
-
-
-def as_ollama_renders(template: str, messages: list[dict[str, str]]) -> str:
-    """The few actions of Go's templates that are used: texts, .Content, and which message it is."""
-    pieces = template.removeprefix("{{ range $i, $_ := .Messages }}").removesuffix("{{ end }}")
-    text = ""
-    for number, message in enumerate(messages):
-        taken, skipping = [], []  # of each open if: whether a branch was taken; whether this one is skipped
-        for action in pieces.replace("}}{{", "}}\0{{").split("\0"):
-            inside = action[3:-3]
-            _, _, condition = inside.partition("if ")
-            holds = {
-                'eq .Role "system"': message["role"] == "system",
-                'eq .Role "user"': message["role"] == "user",
-                "eq $i 0": number == 0,
-                'and (eq $i 1) (eq (index $.Messages 0).Role "system")': number == 1
-                and messages[0]["role"] == "system",
-            }.get(condition, True)
-            if inside.startswith("if "):
-                taken.append(holds)
-                skipping.append(not holds)
-            elif inside.startswith("else"):
-                skipping[-1] = taken[-1] or not holds
-                taken[-1] = taken[-1] or holds
-            elif inside == "end":
-                taken.pop()
-                skipping.pop()
-            elif not any(skipping):
-                text += message["content"] if inside == ".Content" else json.loads(inside)
-    return text
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_ollamas_template_renders_as_the_models_own(style: str, tmp_path: Path) -> None:
-    chat = ChatTokenizer.from_directory(save(tmp_path, STYLES[style]))
-    template = ollama_template(chat)
-    if style == "mistral":  # it moves the system text to the last question
-        assert template is None
-        assert "Ollama cannot express this model's chat template" in modelfile("m.gguf", chat)
-        return
-    assert template is not None
-    turns = [{"role": role, "content": f"{role} says {n}"} for n in range(3) for role in ("user", "assistant")]
-    talks = [turns[:1], turns[:3], turns[:5]]
-    if style != "llama":
-        talks += [[{"role": "system", "content": 'Be "brief".'}, *talk] for talk in talks]
-    bos = chat.special["bos_token"] if chat.wants_bos else ""
-    for talk in talks:
-        assert as_ollama_renders(template, talk) == chat.render_prompt(talk).removeprefix(bos)
-
-
-def test_a_modelfile_names_the_file_the_stops_and_the_adapter(tmp_path: Path) -> None:
-    chat = ChatTokenizer.from_directory(save(tmp_path, STYLES["llama"]))
-    lines = modelfile("m.gguf", chat).splitlines()
-    assert lines[1:3] == ["FROM ./m.gguf", 'PARAMETER stop "<|eot_id|>"']
-    assert lines[3].startswith('TEMPLATE """{{ range')
-    adapter = modelfile("a.gguf", chat, "meta-llama/Some-Model").splitlines()
-    assert adapter[1:4] == ["# The base as GGUF: meta-llama/Some-Model", "FROM ./base.gguf", "ADAPTER ./a.gguf"]
 
 
 # --- merge.py

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional
-import huggingface_hub
 import pytest
 import torch
-from hub import Hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from templates import CONTROL, STYLES, save
@@ -24,17 +22,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nanoft import UserError
-from nanoft.config import Config, QuantizationConfig
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import PEFT_PREFIX
 from nanoft.models.families import decoder_config
-from nanoft.models.model_files import ModelFiles, check_quantization, find_model, quantization_of
 from nanoft.models.open import LoadedModel, open_model
 from nanoft.models.weights import copy_companions, load_model, save_model, write_config
 from nanoft.nf4 import Linear4bit, Linear8bit, quantize
 from tiny_models import make_chat_model, make_packed, make_reference
 
 CPU = torch.device("cpu")
+
+
 IDS = torch.randint(0, 199, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
@@ -228,19 +226,6 @@ def test_quantising_while_loading_equals_quantizing_afterwards(form: tuple[str, 
     assert (logits(streamed) - logits(load(tmp_path))).abs().max() > 0.01  # not what it was
 
 
-@pytest.mark.parametrize(
-    ("fields", "form"),
-    [
-        ({}, None),
-        ({"bits": 8}, ("int8", False)),
-        ({"bits": 4}, ("nf4", True)),
-        ({"bits": 4, "type": "fp4", "double": False}, ("fp4", False)),
-    ],
-)
-def test_the_fields_of_quantization_make_one_form(fields: dict[str, Any], form: Any) -> None:
-    assert quantization_of(Config(quantization=QuantizationConfig(**fields))) == form
-
-
 # --- models that bitsandbytes packed
 
 
@@ -315,37 +300,6 @@ def test_modules_that_were_left_out_of_packing_stay_as_they_are(packed: Path, tm
     assert len(linears(ours, Linear4bit)) == 18
     assert {name.rpartition(".")[2] for name in linears(ours, torch.nn.Linear)} == {"down_proj"}
     assert (logits(ours) - logits(theirs.train())).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("stored", "asked", "fields"),
-    [
-        ("nf4-True", None, "bits=4 quantization.type=nf4 quantization.double=true"),
-        ("nf4-True", ("nf4", False), "bits=4 quantization.type=nf4 quantization.double=true"),
-        ("fp4-False", ("nf4", True), "bits=4 quantization.type=fp4 quantization.double=false"),
-        ("fp4-False", ("int8", False), "bits=4 quantization.type=fp4 quantization.double=false"),
-        ("int8-False", None, "bits=8, "),
-        ("int8-False", ("nf4", True), "bits=8, "),
-    ],
-)
-def test_settings_that_are_not_what_the_model_is_are_told_what_to_be(
-    stored: str, asked: Any, fields: str, packed: Path
-) -> None:
-    with pytest.raises(UserError, match=f"stored in .*: set quantization.{fields}") as raised:
-        check_quantization(ModelFiles.read(packed / stored), asked)
-    assert str(packed / stored) in str(raised.value)
-    if asked:
-        with pytest.raises(UserError, match="stored in"):
-            load(packed / stored, quantization=asked)
-
-
-def test_settings_that_are_what_the_model_is_are_accepted(packed: Path) -> None:
-    for form in FORMS:
-        directory = packed / f"{form[0]}-{form[1]}"
-        check_quantization(ModelFiles.read(directory), form)
-        assert torch.equal(logits(load(directory, quantization=form)), logits(load(directory)))
-        check_quantization(ModelFiles.read(packed / "source"), form)
-    check_quantization(ModelFiles.read(packed / "source"), None)
 
 
 NOTE = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
@@ -493,62 +447,6 @@ def write_sharded(directory: Path, state: dict[str, torch.Tensor], limit: int) -
         save_file(part, directory / name)
         weight_map.update(dict.fromkeys(part, name))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-# --- the Hub
-
-
-@pytest.fixture
-def hub(tmp_path: Path, serve_hub: Callable[[Any], None]) -> type[Hub]:
-    handler = type("ThisHub", (Hub,), {"repository": "models/some/model", "files": tmp_path / "remote", "asked": []})
-    serve_hub(handler)
-    return handler
-
-
-def test_a_hub_name_is_fetched_once_and_only_as_data(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    make_chat_model(hub.files)
-    shutil.move(hub.files / "model.safetensors", hub.files / "model-00001-of-00001.safetensors")
-    (hub.files / "original").mkdir()
-    surplus = ["modeling_evil.py", "pytorch_model.bin", "consolidated.safetensors", "original/x.safetensors", "a.pkl"]
-    for name in surplus:
-        (hub.files / name).write_text("never read")
-    names = load_file(hub.files / "model-00001-of-00001.safetensors")
-    weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")
-    (hub.files / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-    found = find_model("some/model")
-    fetched = {str(path.relative_to(found)) for path in found.rglob("*") if not path.is_dir()}
-    expected = {str(path.relative_to(hub.files)) for path in hub.files.rglob("*") if path.is_file()} - {*surplus}
-    assert fetched == expected
-    assert not [path for path in hub.asked if any(path.endswith(name) for name in surplus)]
-    ids = torch.arange(9)[None]
-    assert torch.equal(logits(load(found), ids), logits(load(hub.files), ids))
-
-    hub.asked.clear()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert find_model("some/model") == found  # from the cache
-    assert hub.asked == []
-
-
-def test_a_hub_name_that_cannot_be_had_is_one_line(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        UserError, match=r"^model.name: no/such: no such directory, and could not be downloaded from the Hub: "
-    ) as raised:
-        find_model("no/such")
-    assert "\n" not in str(raised.value)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(UserError, match=r"^lora: some/model: ") as raised:
-        find_model("some/model", "lora")
-    assert "\n" not in str(raised.value)
-
-
-def test_what_looks_like_a_path_is_not_asked_of_the_hub(hub: type[Hub]) -> None:
-    for name in ("./x", "/no/such/directory", "~/x", "a/b/c"):
-        with pytest.raises(UserError, match=f"{name}: no such directory"):
-            find_model(name)
-    with pytest.raises(UserError, match="empty"):
-        find_model("")
-    assert hub.asked == []
 
 
 # --- writing
