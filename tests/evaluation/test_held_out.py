@@ -1,0 +1,59 @@
+"""Tests of nanoft/evaluation/held_out.py; the command around it is in tests/test_eval_command.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nanoft import UserError
+from nanoft.config.loading import load_config
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.evaluation.held_out import choose_data, read_general, read_held_out
+from tiny_models import make_chat_model, train_run, write_records
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("held_out")
+    make_chat_model(root / "base")
+    return train_run(root / "run", root / "base", write_records(root / "data.jsonl"))
+
+
+def test_a_run_is_evaluated_on_its_own_split_and_a_file_completely(run: Path) -> None:
+    config, chat = load_config(run / "config.json"), ChatTokenizer.from_directory(run.parent / "base")
+    own = read_held_out(config, choose_data(config, str(run), None), str(run), None, None, chat)
+    file = str(write_records(run.parent / "more.jsonl", 5))
+    data = choose_data(config, str(run), file)
+    assert data.validation_split == 0.0
+    assert not data.deduplicate
+    other = read_held_out(config, data, str(run), file, None, chat)
+    assert len(other.samples) == len(other.places) == 5
+    assert 0 < len(own.samples) < 24
+    assert {place.rpartition(":")[0] for place in own.places} == {str(run.parent / "data.jsonl")}
+    assert other.leakage["exact"] > 0  # the file begins as the run's data does
+
+
+def test_training_samples_are_never_evaluated_by_mistake(run: Path) -> None:
+    config = load_config(run / "config.json")
+    with pytest.raises(UserError, match="another seed or data setting"):
+        choose_data(config.override({"system.seed": 1}), str(run), None)
+    data = run.parent / "data.jsonl"
+    content = data.read_text()
+    try:
+        data.write_text(content + content.splitlines()[0] + "\n")
+        with pytest.raises(UserError, match="its data changed after training"):
+            choose_data(config, str(run), None)
+    finally:
+        data.write_text(content)
+
+
+def test_a_general_text_is_one_sample_per_text(run: Path, tmp_path: Path) -> None:
+    chat = ChatTokenizer.from_directory(run.parent / "base")
+    (tmp_path / "a.txt").write_text("Once upon a time.\n\nThe end.")
+    (sample,) = read_general(str(tmp_path / "a.txt"), chat, None)
+    assert sample.is_target[1:].all()
+    assert len(read_general(str(write_records(tmp_path / "r.jsonl", 4)), chat, 3)) == 3
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"empty.txt: contains no text"):
+        read_general(str(tmp_path / "empty.txt"), chat, None)
