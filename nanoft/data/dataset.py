@@ -59,6 +59,7 @@ class PreparedDataset:
     record_line: Array  # (records,)
     truncated: Array  # which samples were truncated
     options: ReadOptions
+    from_cache: bool = False  # rather than built now
 
     def conversations(self, samples: TokenDataset, limit: int) -> list[Conversation]:
         """The first `limit` conversations that samples came from, read again from their files."""
@@ -121,15 +122,13 @@ def build_datasets(
     code = [*sorted(Path(__file__).parent.glob("*.py")), Path(batches.__file__), Path(untrusted.__file__)]
     versions = [tokenizers.__version__, jinja2.__version__, hash_named_files(code)]
     depends_on = [versions, settings, max_length, seed, list(map(str, files)), tokenizer.fingerprint(), data_hash(data)]
-    entry, was_cached = load_or_build(json.dumps(depends_on, sort_keys=True, default=str), build, log)
-    if was_cached:
-        log(f"data      from the cache: {entry}")
+    entry, from_cache = load_or_build(json.dumps(depends_on, sort_keys=True, default=str), build, log)
     arrays = {path.stem: np.load(path) for path in entry.glob("*.npy")}
     shared = np.memmap(entry / TOKENS, dtype=np.int32, mode="r"), arrays["starts"], arrays["records"]
     training, validation = (TokenDataset(*shared, arrays[name]) for name in ("training", "validation"))
     report = json.loads((entry / REPORT).read_text(encoding="utf-8"))
     origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated")}
-    return PreparedDataset(training, validation, report, entry, files, options=options, **origin)
+    return PreparedDataset(training, validation, report, entry, files, options=options, from_cache=from_cache, **origin)
 
 
 def data_hash(data: DataConfig) -> str:

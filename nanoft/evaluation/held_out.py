@@ -38,12 +38,6 @@ class HeldOut:
     leakage: dict[str, Any] = field(default_factory=dict)
 
 
-def print_warning(line: str) -> None:
-    """Print what is said about data while it is read, except that it comes from the cache."""
-    if "from the cache: " not in line:
-        print(line)
-
-
 def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     """All of `--data FILE`, or the run's own validation split; checked before anything is loaded."""
     data = config.data
@@ -84,7 +78,7 @@ def read_held_out(
     if file:  # plain texts are evaluated completely, whatever their length
         paths = [path for part in find_files(data.train_file, "--data") for path in part]
         limit = 2**31 - 1 if all(str(next(iter(read_file(path, options)))) == "text" for path in paths) else limit
-    corpus = build_datasets(data, chat, limit, config.system.seed, print_warning)
+    corpus = build_datasets(data, chat, limit, config.system.seed, print)
     samples = corpus.training if file else corpus.validation
     if not len(samples):
         raise UserError(f"{source}: this run has no validation data (data.validation_split=0): give --data FILE")
@@ -125,7 +119,7 @@ def _leakage_of_file(
     try:
         trained = load_config(Path(source) / "config.json", environment={})
         _require_unchanged(trained, source)
-        train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print_warning)
+        train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
     prompts = list(corpus.first_user_texts(samples))

@@ -25,7 +25,6 @@ from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
 from nanoft.evaluation.evaluate import Prompt, held_out_prompts
-from nanoft.evaluation.held_out import print_warning
 from nanoft.export.merge import Onto, open_adapter, weights_of
 from nanoft.export.streaming import Rows, StreamedDecoder, open_rows
 from nanoft.io.tables import markdown_table
@@ -121,7 +120,7 @@ def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Promp
     if is_run(source):
         config = load_config(Path(source) / "config.json")
         with suppress(UserError):
-            corpus = build_datasets(config.data, chat, config.model.max_seq_length, config.system.seed, print_warning)
+            corpus = build_datasets(config.data, chat, config.model.max_seq_length, config.system.seed, print)
             samples = corpus.validation if len(corpus.validation) else corpus.training
             conversations = corpus.conversations(corpus.untruncated(samples), PROMPTS)
             return list(samples[: VERIFY_TOKENS // 8]), held_out_prompts(conversations, PROMPTS)

@@ -125,6 +125,8 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     corpus = replace(corpus, report={**corpus.report, **counts})
     if not distributed.process_rank():
         shutil.copyfile(corpus.directory / REJECTED, run.directory / REJECTED)
+    if corpus.from_cache:
+        run.print(f"data      from the cache: {corpus.directory}")
     for line in describe_data(corpus.report):
         run.print(line)
     padding, seconds = 1 - batches.utilization(), time.perf_counter() - started

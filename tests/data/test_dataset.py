@@ -459,6 +459,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets, data_hash
 data = DataConfig(train_file=sys.argv[1], validation_split=0.0, format=sys.argv[3])
 prepared = build_datasets(data, ChatTokenizer.from_directory(Path(sys.argv[2])), 512, 0, print)
+print("from the cache" if prepared.from_cache else "built")
 print("targets", prepared.report["training"]["target_tokens"])
 print("hash", data_hash(data))
 """
