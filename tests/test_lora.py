@@ -10,19 +10,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapters import CPU, IDS, VARIANTS, adapted, peft_model, peft_name, randomize, variant
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import merge
+import train
 from nanoft import UserError, lora
 from nanoft.config import LoRAConfig
+from nanoft.config.loading import load_config
 from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora, top_singular_factors, variant_of
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
+from nanoft.models.model_files import ModelFiles
+from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
 from nanoft.nf4 import Linear4bit
 from nanoft.training.self_test import PRODUCT, adapter_effect, merged_apart, products_apart
-from tiny_models import delta, make_reference
+from tiny_models import delta, make_chat_model, make_reference, train_run, write_records
 
 TARGETS = torch.tensor([b * 24 + s for b in range(2) for s in range(23)])
 
@@ -384,3 +390,49 @@ def test_the_table_of_what_is_trained(base: Path) -> None:
     )
     assert describe_adapters(adapters) == ["v_proj  3 x (64 -> 32)  rank 8  960"]  # 3 * (32 * 8 + 32 + 32)
     assert describe_adapters({}) == []
+
+
+# --- every entry of the table
+
+
+@pytest.fixture(scope="module", params=list(lora.VARIANTS), ids=lambda key: f"{key[0]}{'-dora' * key[1]}")
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with each entry of VARIANTS: a new variant is tested without being listed here."""
+    init, dora = request.param
+    root = tmp_path_factory.mktemp("variant")
+    make_chat_model(root / "base")
+    return train_run(root / "run", root / "base", write_records(root / "d.jsonl"), lora__init=init, lora__dora=dora)
+
+
+def test_a_variant_resumes_bit_for_bit(trained: Path) -> None:
+    file = trained / "adapter" / "adapter_model.safetensors"
+    before = file.read_bytes()
+    checkpoint = str(trained / "checkpoints" / "step-000002")
+    assert train.main([str(trained / "config.json"), f"output.dir={trained}", "--resume", checkpoint]) == 0
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--plan", "--selftest"])
+def test_a_variant_is_planned_and_passes_the_self_test(
+    trained: Path, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [str(trained / "config.json"), f"output.dir={tmp_path / 'run'}", option]
+    assert train.main(settings) == 0, capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_variant_is_saved_and_merged_as_it_was_trained(trained: Path, tmp_path: Path) -> None:
+    """Three ways to the same logits: the last checkpoint, the adapter's files, the merged model."""
+    file = trained / "checkpoints" / "step-000004" / "adapter.safetensors"
+    model = load_model(ModelFiles.read(trained.parent / "base"), CPU, torch.float32)
+    settings = load_config(trained / "config.json", environment={}).lora
+    adapters = inject_lora(model, settings, seed=0)
+    base = model.eval().logits(model(IDS))
+    load_adapter_tensors(adapters, load_file(file), str(file))
+    expected = model.logits(model(IDS))
+    assert (expected - base).norm() > 1e-3 * base.norm()
+    loaded = open_model(str(trained / "adapter"), CPU, torch.float32).model
+    assert merge.main([str(trained), "--out", str(tmp_path / "merged"), "--dtype", "f32"]) == 0
+    merged = open_model(str(tmp_path / "merged"), CPU, torch.float32).model
+    for other in (loaded, merged):
+        assert torch.allclose(other.logits(other(IDS)), expected, atol=1e-4, rtol=1e-4)
