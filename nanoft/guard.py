@@ -41,7 +41,7 @@ class SkipStep(Exception):
 
 
 class RollBack(SkipStep):
-    """Too many of them in a row: the weights must be restored from an earlier checkpoint."""
+    """Too many skips in a row: the weights must be restored from an earlier checkpoint."""
 
 
 class Diverged(TrainingFailed):
