@@ -115,7 +115,7 @@ def test_a_plan_needs_no_weights_and_finds_what_the_config_says(
     on_a_gpu = config.system.device != "cpu"
     assert figures["peak"] - (0 if on_a_gpu else figures["process"]) == pytest.approx(peak, rel=0.05)
     assert figures["work"] == pytest.approx(work, rel=0.05)
-    assert ("which is not here" in said) == (on_a_gpu and not torch.cuda.is_available())
+    assert ("not available here" in said) == (on_a_gpu and not torch.cuda.is_available())
 
     decoder = decoder_config(SHAPES[config.model.name])
     if "unpacked" in paragraphs(path)[1] or path.parent.name == "experiments":  # as the paragraph of h100.py says
@@ -152,7 +152,7 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "training.micro_batch_size: 2 rows of 4096 tokens take" in error
-    assert "and 5.40 GB are there" in error
+    assert "and 5.40 GB are available" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

@@ -177,15 +177,15 @@ class StopRequest:
     """Turn a signal into a flag that the loop reads between two steps; a second SIGINT stops immediately.
 
     SIGHUP: the terminal was closed. SIGUSR1: sent by SLURM before the time limit (`--signal=USR1@120`). Signals that
-    are ignored, as under `nohup`, stay ignored. In another thread than the main one, this does nothing.
+    are ignored, as under `nohup`, stay ignored. Outside of the main thread, or if not enabled, this does nothing.
     """
 
-    def __init__(self) -> None:
-        self.signal_name = ""
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled, self.signal_name = enabled, ""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        if self.enabled and threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._on_signal)

@@ -103,4 +103,4 @@ def test_out_of_memory_at_the_rehearsal_halves_too(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(preflight, "rehearse", failing)
     assert train.main(quick(tmp_path / "run")) == 0
-    assert "with micro-batches of 4 rows: again with 2" in capsys.readouterr().out
+    assert "with micro-batches of 4 rows: retrying with 2" in capsys.readouterr().out
