@@ -182,7 +182,7 @@ def sum_adapters(
 
 
 def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """module -> PEFT's name of the part -> tensor."""
+    """Tensors by module and by the part of it, as PEFT names it."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         found = re.search(r"\.(lora_[AB]\.weight|lora_magnitude_vector|base_layer\.bias)$", name)
