@@ -28,7 +28,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Ma
 def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """NANOFT_SECTION__FIELD=value in the environment, then section.field=value overrides, as section.field -> value."""
     named = {k: v for k, v in environment.items() if k.startswith(ENVIRONMENT_PREFIX)}
-    if odd := sorted(key for key in named if "__" not in key):
+    if odd := sorted(key for key in named if "__" not in key.removeprefix(ENVIRONMENT_PREFIX)):
         raise UserError(f"{odd[0]}: no such setting: write NANOFT_SECTION__FIELD (two underscores), or unset it")
     changes = {k.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1): v for k, v in named.items()}
     for item in overrides:
