@@ -160,7 +160,10 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
     ("arguments", "message"),
     [
         ([], "error: system.device: cuda is not available here (available: cpu): set system.device=auto\n"),
-        (["--plan", "system.memory_gb=none"], "set system.device=auto, or give its system.memory_gb to --plan for it"),
+        (
+            ["--plan", "system.memory_gb=none"],
+            "set system.device=auto, or set system.memory_gb to plan for that",
+        ),
         (["system.device=auto"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set training.opt"),
         (["--plan", "system.device=cpu"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set train"),
         (["--plan", "system.device=tpu"], "system.device: 'tpu' is not one of auto, cuda, mps, cpu"),

@@ -60,7 +60,7 @@ def load_file(path: str | Path, beside: str = "") -> Config:
         tree = _read_tree(path)
         provenance = tree.pop("provenance", None)  # in the config.json of a run
         if not isinstance(provenance, dict | None):
-            raise UserError("provenance: not a table: the file is damaged")
+            raise UserError("provenance: not a mapping: the file is corrupted")
         has_settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
         is_flat = has_settings and not tree.keys() & SECTION_TYPES.keys()
         config = _from_flat(tree) if is_flat else Config.from_dict(tree)
@@ -94,7 +94,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"not valid {path.suffix.lstrip('.').upper()}: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError("expected a table of sections (model, data, training, ...)")
+        raise UserError("expected a mapping of sections (model, data, training, ...)")
     return tree
 
 

@@ -168,7 +168,7 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
         ({"torch_dtype": "float16"}, "torch_dtype: 'float16' is none of auto, float32, bfloat16"),
         ({"bf16": True, "torch_dtype": "float32"}, "bf16 and torch_dtype: set model.dtype to bfloat16 and to float32"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit: set quantization.bits to 4"),
-        ({"optim": 1}, "optim: training.optimizer: 1 is not a text"),
+        ({"optim": 1}, "optim: training.optimizer: 1 is not a string"),
         ({"optim": {"training.learning_rate": 1}}, "optim: {'training.learning_rate': 1} is none of adamw_torch"),
         ({"lr_scheduler_type": ["cosine", "linear"]}, "lr_scheduler_type: ['cosine', 'linear'] is none of "),
         (
