@@ -210,7 +210,7 @@ def test_a_function_of_ones_own_may_take_the_prompt(tmp_path: Path, monkeypatch:
         ("exact_macth", "did you mean exact_match?"),
         ("rougel", "did you mean rouge_l?"),
         ("max_word:3", "did you mean max_words"),
-        ("xyz", "there are exact_match, "),
+        ("xyz", "choose one of exact_match, "),
         ("max_words:many", "write max_words:N"),
         ("max_words", "did you mean max_words:N?"),
         ("regex:(", "not a regular expression"),
