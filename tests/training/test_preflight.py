@@ -78,8 +78,10 @@ def test_a_model_that_has_no_room_is_refused_before_its_weights_are_looked_for(
     arguments = [str(ROOT / "configs" / "tiny.py"), "system.device=cpu", "lora.rank=1", *own]
     assert train.main(arguments) == 2
     error = capsys.readouterr().err
-    assert re.match(r"error: preflight: room: the model alone takes [\d.]+ GB at least, and [\d.]+ GB are ", error)
-    assert "there: set quantization.bits=4 (saves about " in error
+    assert re.match(
+        r"error: preflight: room: the model alone takes [\d.]+ GB at least, and [\d.]+ GB are available", error
+    )
+    assert ": set quantization.bits=4 (saves about " in error
     assert error.endswith("(or --force room)\n")
     assert not (tmp_path / "run").exists()
     for more in (["--force", "room"], ["--show-batch"]):  # the latter loads none
