@@ -498,7 +498,7 @@ def test_rows_by_memory_are_shared_evenly() -> None:
 
 
 def test_a_number_of_ranks_that_there_is_not_is_refused() -> None:
-    with pytest.raises(UserError, match=r"system.ranks: 3 are wanted, and there are 1: .* --nproc-per-node 3"):
+    with pytest.raises(UserError, match=r"system.ranks: 3, but the world size is 1: .* --nproc-per-node 3"):
         distributed.resolve_world_size(Config().override({"system.ranks": 3}))
 
 
