@@ -18,7 +18,7 @@ from nanoft import batches
 from nanoft.batches import Batch, Batches, Sample, TokenDataset, Window, pack
 from nanoft.loss import token_nll
 from nanoft.models.weights import load_model
-from nanoft.training.self_test import gradient_error, packed_apart
+from nanoft.training.self_test import gradient_error, packed_error
 from tiny_models import make_reference
 
 PAD = 9
@@ -307,10 +307,10 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(
         assert gradient_error(flow(rows), alone) < 1e-5
     model = load_model(tmp_path, torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        assert packed_apart(model, TokenDataset.of(samples), PAD) < 1e-5
+        assert packed_error(model, TokenDataset.of(samples), PAD) < 1e-5
         forward = model.forward  # the test of the test: documents that see each other
         monkeypatch.setattr(model, "forward", lambda ids, positions=None, documents=None: forward(ids, positions))
-        assert packed_apart(model, TokenDataset.of(samples), PAD) > 1e-2
+        assert packed_error(model, TokenDataset.of(samples), PAD) > 1e-2
 
 
 # ---- Padding

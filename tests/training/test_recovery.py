@@ -28,6 +28,7 @@ from tiers import rest_is_slow
 import train
 from nanoft import TrainingFailed, UserError, perplexity
 from nanoft.checkpoint import CheckpointManager
+from nanoft.kernels import sharding
 from nanoft.objectives import sft
 from nanoft.runtime import memory
 from nanoft.training import progress, recovery
@@ -140,10 +141,10 @@ def test_a_spike_is_warned_of_and_by_policy_left_out(tmp_path: Path, monkeypatch
 
 
 SMALL_WINDOW = {"lora__dropout": 0.0}
-PARTS = {"prepare": sft.SFT, "token_nll": sft, "backward": torch.Tensor}
+PARTS = {"prepare": sft.SFT, "token_nll": sft, "backward": torch.Tensor, "clip_grad_norm": sharding}
 
 
-@pytest.mark.parametrize("part", rest_is_slow(PARTS, "token_nll", "prepare"))
+@pytest.mark.parametrize("part", rest_is_slow(PARTS, "token_nll", "prepare", "clip_grad_norm"))
 def test_out_of_memory_in_a_window_takes_the_same_window_again_in_halves(
     part: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
