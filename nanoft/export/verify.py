@@ -108,7 +108,7 @@ def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden
 
 
 def next_tokens(sequences: Sequence[Sequence[int]], targeted: Sequence[Sequence[bool]] | None = None) -> Tensor:
-    """The next token of each position, (tokens,); -1 at the end of a sequence and before tokens that are no targets."""
+    """The next token of each position, (tokens,); -1 where it is not a target, and at the end of a sequence."""
     found: list[int] = []
     for ids, is_target in zip(sequences, targeted or [[True] * len(ids) for ids in sequences], strict=True):
         found += [token if counts else -1 for token, counts in zip(ids[1:], is_target[1:], strict=True)] + [-1]
