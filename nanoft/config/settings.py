@@ -252,7 +252,7 @@ class Config:
         try:
             json.dumps([d.template_args, d.columns])
         except (TypeError, ValueError):
-            raise UserError("data.template_args: not JSON: use text, numbers, booleans, lists and tables") from None
+            raise UserError("data.template_args: not JSON: use strings, numbers, booleans, lists, mappings") from None
 
     def override(self, changes: Mapping[str, Any] | None = None, /, **sections: Mapping[str, Any]) -> Config:
         """Return a copy with some fields replaced; strings are parsed by the field's type.
@@ -280,7 +280,7 @@ class Config:
             if section not in SECTION_TYPES:
                 raise UserError(f"{section}: no such section{nearest(str(section), SECTION_TYPES)}")
             if not isinstance(fields, Mapping):
-                raise UserError(f"{section}: {fields!r:.100} is not a table of fields")
+                raise UserError(f"{section}: {fields!r:.100} is not a mapping of fields")
         return cls().override(**tree)
 
     def effective_batch_size(self) -> int:

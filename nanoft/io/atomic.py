@@ -145,10 +145,11 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
     """Hold a lock on a staging directory; the kernel releases it when the process ends, however it ends."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out: {out}: another process is writing it: wait for it, or choose another") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"--out: {out}: another process is writing it: wait for it, or choose another") from None
     finally:
         os.close(descriptor)
 

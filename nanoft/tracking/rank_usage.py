@@ -151,8 +151,8 @@ def advise(modules: Sequence[RankUsage], others: Sequence[RankUsage], step: int)
     tail = median(m.singular_values[-1] / (m.singular_values[0] or 1.0) for m in modules)
     # Update and gradients of each module are far below the others' medians, as far as gradients are known.
     figures = [attrgetter("relative_update"), attrgetter("gradient.rms")]
-    is_negligible = bool(others) and all(m.gradient for m in (*modules, *others))
-    is_negligible &= all(max(map(f, modules)) < NEGLIGIBLE * median(map(f, others)) for f in figures if is_negligible)
+    known = bool(others) and all(m.gradient for m in (*modules, *others))
+    is_negligible = known and all(max(map(f, modules)) < NEGLIGIBLE * median(map(f, others)) for f in figures)
     if step < MIN_STEPS:
         return Advice("none", f"{step} steps are not enough evidence, {MIN_STEPS} are needed")
     if is_negligible:

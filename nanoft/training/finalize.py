@@ -1,4 +1,4 @@
-"""After the last step of a job: the result, what it is worth, and the report.
+"""After the last step of a run: the result, what it is worth, and the report.
 
 The best weights are written first: a measurement that fails costs a line of the report, not the result.
 """
@@ -88,7 +88,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
 
 
 def best_step(ctx: TrainContext, state: TrainState) -> int:
-    """The step of the best checkpoint that is whole, or of the last."""
+    """The step of the best checkpoint if it is valid, otherwise the last step."""
     step = state.best_step or state.step
     if step != state.step:
         try:

@@ -49,7 +49,7 @@ ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by part, in the order in which they come, and what is at its peak when."""
+    """Bytes by part, in the order of allocation, and what each block keeps for backward."""
 
     parts: dict[str, float]
     keep: list[ActivationPolicy]
@@ -135,7 +135,7 @@ def estimate_memory(
 
 
 def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> float:
-    """Bytes a token that a block keeps for backward; e is those of a number."""
+    """Bytes per token that a block keeps for backward; `e` is the size of a number."""
     q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     kept = 2 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size + counts.ranks
     if config.training.method == "full":  # normed inputs, silu(gate) and the product, too; norms keep float32
@@ -301,7 +301,7 @@ def show_plan(config: Config) -> int:
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
     plan = planner.choose_activations(config.micro_batch_rows(), length)
     if not machine.present:
-        print(f"{'device':16} {machine.device.type} with {machine.memory_bytes / 1e9:.1f} GB, which is not here")
+        print(f"{'device':16} {machine.device.type} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
         print(f"{name:16} {size / 1e9:9.3f} GB")
     print(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
@@ -325,6 +325,6 @@ def show_plan(config: Config) -> int:
         fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
         raise UserError(
             f"training.micro_batch_size: {config.micro_batch_rows()} rows of {length} tokens take "
-            f"{plan.peak / 1e9:.2f} GB, and {room / 1e9:.2f} GB are there: {fix}"
+            f"{plan.peak / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available: {fix}"
         )
     return 0

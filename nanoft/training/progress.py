@@ -28,7 +28,7 @@ def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
 
 
 def is_due(ctx: TrainContext, state: TrainState, every: int) -> bool:
-    """Whether something happens after this step: every so many steps, and after the last."""
+    """Whether something that happens after `every` steps, and after the last, happens now; 0: only after the last."""
     return state.step == ctx.total_steps or (every > 0 and state.step % every == 0)
 
 

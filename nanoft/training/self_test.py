@@ -34,7 +34,6 @@ from nanoft.lora import LoRALinear, by_pattern, disabled, variant_of, weight_of
 from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
-from nanoft.runtime import distributed
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.device import seed_everything
 from nanoft.runtime.memory import available_host_bytes
@@ -76,11 +75,6 @@ class Check:
             return ROW.format(self.name, "-", "", "", f"not applicable: {self.pointless}")
         result, figures = "pass" if self.passed else "FAIL", (f"{self.measured:.2g}", f"{self.allowed:.2g}")
         return ROW.format(self.name, result, *figures, self.trouble or self.compared)
-
-
-def require_single_process() -> None:
-    if distributed.world_size() > 1:
-        raise UserError("--selftest: is for one process: start train.py without torchrun")
 
 
 def shorten(config: Config) -> Config:
@@ -133,7 +127,7 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
     prompts = [(s.ids[: max(1, int(s.is_target.argmax()))]).tolist() for s in documents[::2]]
     ids, pad = torch.from_numpy(documents[-1].ids.astype(np.int64))[None].to(ctx.device), ctx.tokenizer.pad_id
     from_files = nearer if lora.init == "pissa" else 0.0  # PiSSA's files have twice the rank and another alpha
-    all_state = f"weights, optimizer, random numbers{unsure}"
+    resumed, all_state = f"{STEPS} + {STEPS} steps = {2 * STEPS} steps", f"weights, optimizer, random numbers{unsure}"
 
     def in_use(measure: Callable[..., float], *args: Any) -> Callable[[], float]:
         def measured() -> float:
@@ -155,9 +149,7 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
         Check("adapter saved = read", "bytes of files, products", from_files, in_use(files_apart, ctx, place), none),
         # both the likeliest token's logit and that of the one taken may be off
         Check("with a cache = without", "greedy tokens", 2 * near, in_use(answers_apart, model, prompts)),
-        Check(
-            f"{STEPS} + {STEPS} steps = {2 * STEPS} steps", all_state, exact, lambda: resumed_apart(ctx, loop, place)
-        ),
+        Check(resumed, all_state, exact, lambda: resumed_apart(ctx, loop, place)),
     ]
 
 

@@ -91,8 +91,7 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
         if resume == "never":
             raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
         check_same_run(recorded, config, provenance, str(run.directory))
-        if before.get("versions") != provenance["versions"]:
-            versions = before.get("versions")
+        if (versions := before.get("versions")) != provenance["versions"]:
             run.print(f"warning: other library versions than when the run began ({versions}): last bits may differ")
         if before.get("source_sha256", provenance["source_sha256"]) != provenance["source_sha256"]:
             run.print("warning: the source of nanoft has changed since the run began: results may differ")
@@ -185,8 +184,7 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     for line in describe_adapters(ctx.adapters):
         say(f"          {line}")
     say(f"kernels   {kernels.describe(ctx.model)}")
-    length, is_packed = c.model.max_seq_length, ctx.batches.is_packed
-    say(f"attention {ctx.model.attention_backend(ctx.machine.dtype, length, is_packed)}")
+    say(f"attention {ctx.model.attention_backend(ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed)}")
     for warning in config_warnings(c):
         say(f"warning: {warning}")
     if c.logging.show_example:

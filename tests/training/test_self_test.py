@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,6 +102,17 @@ def test_a_run_in_the_directory_is_not_disturbed(tmp_path: Path) -> None:
         after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()}
     assert after == held
     assert before.keys() == held.keys()
+
+
+def test_ctrl_c_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training would finish its step first, and save."""
+    monkeypatch.setattr(self_test, "run", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 0)
+    assert train.main([*quick(tmp_path / "run"), "--selftest"]) == 130
+
+
+def test_a_config_for_several_processes_is_tested_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test, "run", lambda *_: 0)
+    assert train.main([*quick(tmp_path / "run", system__ranks=2), "--selftest"]) == 0
 
 
 def test_what_a_run_would_refuse_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
