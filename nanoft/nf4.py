@@ -28,8 +28,8 @@ from nanoft import UserError
 
 BLOCK = 64  # weights that share one scale
 NESTED = 256  # scales that share a scale of their own (double quantization)
-# Weights packed or unpacked at a time, to bound memory: on a CPU what fits into its caches, elsewhere more, because each
-# kernel launch has a cost.
+# Weights packed or unpacked at a time, to bound memory: on a CPU what fits into its caches, elsewhere more, because
+# each kernel launch has a cost.
 CHUNK, GPU_CHUNK = 1 << 20, 1 << 23
 CODES = {
     "nf4": (  # QLoRA, appendix E

@@ -251,9 +251,8 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
         raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
     tensors = load_tensors(weights)
     with_a, with_b = ({n.removesuffix(f".{part}") for n in tensors if n.endswith(f".{part}")} for part in (A, B))
-    if not with_a or with_a != with_b:
-        lacking = min(with_a ^ with_b, default="the adapter")
-        raise UserError(f"{weights}: {lacking} lacks lora_A or lora_B: copy the complete adapter directory")
+    if incomplete := sorted(with_a ^ with_b) if with_a else ["the adapter"]:
+        raise UserError(f"{weights}: {incomplete[0]} lacks lora_A or lora_B: copy the complete adapter directory")
     with time_limit(MATCHING_SECONDS, f"{path}: rank_pattern"):
         for name, tensor in tensors.items():  # before memory for the ranks of the settings is allocated
             module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{A}")
