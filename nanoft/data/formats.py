@@ -8,6 +8,7 @@ from the first thousand records; where two fit equally well, the user has to cho
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -60,14 +61,14 @@ class Conversation:
     def characters(self) -> int:
         return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
 
-    def first_user_text(self) -> str:
-        """The first user message, or the plain text; conversations that share it stay on one side of a split."""
-        return self.text or next((m["content"] for m in self.messages if m["role"] == "user"), "")
-
     def prompt(self) -> str:
-        """Everything before the first answer."""
-        before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
-        return self.text or "\n".join(message["content"] for message in before)
+        """All that the last answer replies to, or the plain text: conversations are compared by it."""
+        said = (m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in self.messages[:-1])
+        return self.text or "\n".join(said)
+
+    def without_system(self) -> Conversation:
+        is_first = bool(self.messages) and self.messages[0]["role"] == "system"
+        return dataclasses.replace(self, messages=self.messages[is_first:])
 
 
 def _messages(record: dict[str, Any]) -> list[Message]:

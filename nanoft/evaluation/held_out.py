@@ -122,8 +122,8 @@ def _leakage_of_file(
         train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
-    prompts = list(corpus.first_user_texts(samples))
-    exact, near = filters.count_leaks(prompts, train_set.first_user_texts(train_set.training), NEAR)
+    prompts = list(corpus.prompts(samples))
+    exact, near = filters.count_leaks(prompts, train_set.prompts(train_set.training), NEAR)
     said = f"of {len(prompts):,} prompts, {exact:,} are in the training data word for word and {near:,} nearly so"
     return {"prompts": len(prompts), "exact": exact, "near": near, "said": said}
 

@@ -268,15 +268,19 @@ def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int
 def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
     """Prompts on both sides of the split of a run's data, from its report and data.near_leaks."""
     removed, kept = data["removed"].get("leak", 0), data["near_leaks"] if data["near_leaks_are"] == "kept" else 0
-    said = "no prompt of the validation data is in the training data"
+    shared = data["shared_prompts"]
+    said = f"{shared:,} training records have" if shared else "no training record has"
+    said += " the prompt of a validation record"
+    if data["leaks"] == "ignore":
+        said = "equal prompts were not searched for (data.leaks=ignore)"
     said += f" ({removed:,} such training records were removed)" if removed else ""
     if near == "ignore":
         said += "; near duplicates were not checked (data.near_leaks=ignore)"
     elif kept:
         said += f"; {kept:,} training records nearly repeat a validation prompt (data.near_leaks=remove removes them)"
     else:
-        said += ", nor a near duplicate"
-    return {"exact": 0, "near": kept, "removed": removed, "said": said}
+        said += "; no near duplicates were found"
+    return {"exact": shared, "near": kept, "removed": removed, "said": said}
 
 
 def cost(inputs: ReportInputs) -> dict[str, float]:

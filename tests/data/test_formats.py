@@ -183,7 +183,8 @@ def test_shapes(tmp_path: Path, name: str, suffix: str) -> None:
     said, (conversation,), bad = read(path, [record])
     assert (said, bad) == (shape, [])
     assert conversation == Conversation(expected, None, str(path), 1)
-    assert conversation.first_user_text() == next(m["content"] for m in expected if m["role"] == "user")
+    assert conversation.prompt().startswith("\n".join(m["content"] for m in expected[:-1])[:1])
+    assert conversation.without_system().messages == [m for m in expected if m["role"] != "system"]
     assert conversation.characters() == sum(len(m["content"]) for m in expected)
     forced = read(path, [record], shape=shape.partition(":")[0])
     assert forced[:2] == (said, [conversation])
@@ -197,7 +198,7 @@ def test_plain_text(path: Path) -> None:
     said, (conversation,), (bad,) = read(path, [{"text": "Once\nupon"}, {"text": " \n"}])
     assert said == "text"
     assert conversation == Conversation([], "Once\nupon", str(path), 1)
-    assert conversation.first_user_text() == "Once\nupon"
+    assert conversation.prompt() == "Once\nupon"
     assert conversation.characters() == 9
     assert bad == Rejected("text is empty", str(path), 2)
 
@@ -672,7 +673,7 @@ def assert_sound(c: Conversation) -> None:
     assert c.tools is None or all(isinstance(t.get("function", t)["name"], str) for t in c.tools)
     texts = [value for value in [c.messages, c.tools] if value is not None]
     assert not GARBAGE & set("".join(all_texts(texts)))
-    assert c.first_user_text().strip()
+    assert c.prompt().strip()
 
 
 def all_texts(value: Any) -> list[str]:
