@@ -77,17 +77,18 @@ def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
 
 
 def verdict(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
-    """One sentence: better, worse, both, or no clear difference; with the intervals."""
+    """One sentence: better, worse, both, or no clear difference; with the intervals of what changed."""
     if inputs.base is None:
         return "none: the base was not evaluated"
     decisive = [name for name in dict.fromkeys(("loss", inputs.primary)) if name in compared]
     if not decisive:
         return "none: there is no validation data"
     figures = inputs.tuned.figures
-    directions = {_direction(figures[name], compared[name]) for name in decisive} - {0}
+    clear = {name: way for name in decisive if (way := _direction(figures[name], compared[name]))}
+    changed = [*clear] or [name for name in decisive if compared[name].change.value != 0] or decisive[:1]
     words = {(): "no clear difference", (1,): "better", (-1,): "worse", (-1, 1): "better in one, worse in the other"}
-    described = " and ".join(_describe(name, compared[name], figures[name]) for name in decisive)
-    return f"{words[tuple(sorted(directions))]}: {described}"
+    described = " and ".join(_describe(name, compared[name], figures[name]) for name in changed)
+    return f"{words[tuple(sorted(set(clear.values())))]}: {described}"
 
 
 def _direction(figure: Figure, c: Comparison) -> int:

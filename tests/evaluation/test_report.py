@@ -88,10 +88,14 @@ VERDICTS: dict[str, tuple[EvalResult, EvalResult, str]] = {
 def test_the_verdict_says_what_the_intervals_say(case: str) -> None:
     tuned, base, expected = VERDICTS[case]
     values, terminal, markdown = reported(tuned, base)
-    assert values["verdict"].startswith(f"{expected}: perplexity from ")
+    named = ["exact match"] if case == "worse answers" else ["perplexity"]
+    named += ["exact match"] if case in ("both better", "one each way") else []
+    first, *others = named  # the other figure of each pair has an interval around zero, or did not change at all
+    assert values["verdict"].startswith(f"{expected}: {first} from ")
+    assert [name for name in ("perplexity", "exact match") if f" and {name} from " in values["verdict"]] == others
     assert values["verdict"] in terminal
     assert markdown.startswith(f"# name\n\n**Verdict.** {expected[0].upper()}{expected[1:]}: ")
-    assert values["verdict"].count("95 % interval") == (2 if tuned.completions else 1)
+    assert values["verdict"].count("95 % interval") == len(named)
     low, high = (values["changes"]["loss"]["change"][end] for end in ("low", "high"))
     assert (high < 0) == (case in ("both better", "one better, one unclear", "one each way"))
     assert (low > 0) == (case == "worse")
