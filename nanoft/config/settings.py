@@ -104,6 +104,7 @@ class DataConfig(Section):
     # Tokenizing and batching
     template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
+    chunk: bool = True  # split plain texts that are too long into several samples; false: data.truncation
     truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples
     packing: bool = False  # several samples per sequence; they never attend to each other
     group_by_length: bool = False  # similar lengths in one batch: less padding

@@ -26,7 +26,7 @@ from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
 from nanoft.data.formats import UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
-from nanoft.data.truncation import fit
+from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
 MALFORMED = "malformed"
@@ -45,7 +45,8 @@ class DatasetBuilder:
         self.first_malformed: list[str] = []
         self.shapes: list[dict[str, Any]] = []
         self.read = self.cut_off = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
-        self.shared_prompts, self.held_out = 0, ""
+        self.chunked_texts = self.chunks = self.shared_prompts = 0
+        self.held_out = ""  # how much, and by what
         self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
@@ -174,6 +175,12 @@ class DatasetBuilder:
         while (oldest := next(iter(self.in_flight))) < sample.record:
             del self.in_flight[oldest]
         conversation, data = self.in_flight[sample.record], self.data
+        if data.chunk and conversation.text is not None and len(sample.ids) > self.max_length:
+            pieces = chunk(sample, self.max_length, self.tokenizer.bos_id)
+            self.chunked_texts, self.chunks = self.chunked_texts + 1, self.chunks + len(pieces)
+            for piece in pieces:
+                self._add_sample(piece)
+            return
         fitted: Sample | None = None
         targets = int(sample.is_target.sum())
         if targets:
@@ -321,8 +328,7 @@ class DatasetBuilder:
             "max_seq_length": self.max_length,
             "cut_off_replies": self.cut_off,
             **{name: getattr(self, name) for name in ("read", "first_malformed", "samples_lost", "target_tokens_lost")},
-            "held_out": self.held_out,
-            "shared_prompts": self.shared_prompts,
+            **{name: getattr(self, name) for name in ("held_out", "shared_prompts", "chunked_texts", "chunks")},
             "leaks": self.data.leaks,
             "near_leaks": self.near_leaks,
             "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",

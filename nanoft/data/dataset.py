@@ -227,6 +227,9 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
     if report["cut_off_replies"]:
         lines.append(f"warning: {report['cut_off_replies']:,} records end in a reply that stops in mid-sentence")
+    if report["chunked_texts"]:
+        what = f"texts longer than model.max_seq_length={report['max_seq_length']} became {report['chunks']:,} samples"
+        lines.append(f"data      {report['chunked_texts']:,} {what} (data.chunk)")
     if report["held_out"]:
         none = report["validation"]["records"] == 0
         lines.append(f"{'warning: ' if none else 'data      '}{report['held_out']}")

@@ -244,6 +244,26 @@ def test_truncation_is_counted_and_marked(chat: ChatTokenizer, tmp_path: Path) -
     assert cut.training.lengths.max() <= 100
 
 
+def test_long_texts_become_several_samples(chat: ChatTokenizer, tmp_path: Path) -> None:
+    texts = [" ".join(f"word{n}.{at}" for at in range(60)) for n in range(3)] + ["short"]
+    file = write(tmp_path / "d.jsonl", [{"text": text} for text in texts])
+    found = build(chat, file, limit=32, validation_size=1, seed=2)
+    learned: dict[int, list[int]] = {}
+    for sample in [*found.training, *found.validation]:
+        learned.setdefault(sample.record, []).extend(sample.ids[sample.is_target].tolist())
+    whole = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts)])
+    assert learned == {sample.record: sample.ids[sample.is_target].tolist() for sample in whole}
+    assert set(found.training.records).isdisjoint(found.validation.records)
+    count = len(found.training) + len(found.validation) - 1
+    assert (
+        f"data      3 texts longer than model.max_seq_length=32 became {count} samples (data.chunk)"
+        in describe_data(found.report)
+    )
+    assert found.report["target_tokens_lost"] == 0
+    dropped = build(chat, file, limit=32, chunk=False)
+    assert dropped.report["removed"] == {"too long": 3}
+
+
 def test_replies_that_are_cut_off_are_a_warning(chat: ChatTokenizer, tmp_path: Path) -> None:
     reply = "This is one. " + "and it goes on and on " * 5
     found = build(chat, write(tmp_path / "d.jsonl", [pair("a", reply), pair("b", reply + ".")]))
