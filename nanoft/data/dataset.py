@@ -132,6 +132,15 @@ def build_datasets(
     return PreparedDataset(training, validation, report, entry, files, options=options, from_cache=from_cache, **origin)
 
 
+def data_provenance(data: DataConfig) -> dict[str, Any]:
+    """What a run records of its data: the hash of all files, and how many there are in each part."""
+    parts = _parts(data)
+    return {
+        "data_sha256": data_hash(data, [file for part in parts for file in part]),
+        "data_files": [len(part) for part in parts],
+    }
+
+
 def data_hash(data: DataConfig, files: list[Path] | None = None) -> str:
     """One hash of the contents of all data files (`files`, if found already) and of the source of a format function."""
     hashed, function = files or [file for part in _parts(data) for file in part], format_function(data.format)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,10 @@ import torch
 
 from nanoft import TrainingFailed, UserError
 from nanoft.config import Config
+from nanoft.config.settings import config_warnings
+from nanoft.io.tables import wrap
 from nanoft.kernels.attention import CHUNK
-from nanoft.lora import inject_lora, linears_of
+from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.model_files import ModelFiles
@@ -69,6 +71,7 @@ class Counts:
     others: int
     trained: int
     ranks: int  # of all adapters of a block together
+    rank_warnings: tuple[str, ...] = ()  # about adapters of a higher rank than their matrix can have
 
 
 def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
@@ -82,11 +85,32 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
     scales = {4: weights / 64 * block_scales, 8: 4.0 * sum(int(linear.out_features) for linear in linears)}
     if config.training.method == "full":
         return Counts(weights, 0.0, others, weights + others, 0)
-    adapters = inject_lora(model, replace(config.lora, init="default", dora=False), 0).values()
+    injected = inject_lora(model, replace(config.lora, init="default", dora=False), 0)
+    adapters = injected.values()
     trained = sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
     magnitudes = sum(adapter.base.out_features for adapter in adapters) * config.lora.dora
     ranks = sum(len(adapter.lora_A) for adapter in adapters) // decoder.num_layers
-    return Counts(weights, scales.get(config.quantization.bits, 0.0), others, trained + magnitudes, ranks)
+    oversized = warn_of_ranks(injected)
+    return Counts(weights, scales.get(config.quantization.bits, 0.0), others, trained + magnitudes, ranks, oversized)
+
+
+def warn_of_ranks(adapters: Mapping[str, LoRALinear]) -> tuple[str, ...]:
+    """B A (out, in) has at most the rank min(out, in), however many rows A and columns B have."""
+    shapes = {name: (len(a.lora_B), *a.lora_A.shape) for name, a in adapters.items()}  # out, rank, in
+    above = {name: shape for name, shape in shapes.items() if shape[1] > min(shape)}
+    for name, (out, rank, inputs) in above.items():
+        full, count = f"{min(out, inputs)}, the full rank of {name} ({out} x {inputs})", f"{len(above)} of {len(shapes)}"
+        return (f"lora.rank: {rank} is more than {full}; {count} adapters are above theirs, which adds nothing: lower it",)
+    return ()
+
+
+def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
+    """Settings that are probably a mistake, for this base and samples of up to `longest` tokens, one line each."""
+    warnings = [*config_warnings(planner.config, total_steps), *planner.counts.rank_warnings]
+    if longest > files.context_length:
+        known = f"the base knows {files.context_length:,} positions (max_position_embeddings)"
+        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and {known}: lower it")
+    return warnings
 
 
 def estimate_memory(
@@ -293,18 +317,24 @@ def show_plan(config: Config) -> int:
     """train.py --plan: print memory by part, and time, before anything is loaded; a UserError if it does not fit."""
     machine = Machine.detect_or_describe(config)
     check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
-    decoder = ModelFiles.find(config.model.name).decoder
+    files = ModelFiles.find(config.model.name)
+    decoder = files.decoder
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     planner = Planner.of(config, machine, decoder)
     config = resolve_micro_batch_size(planner, None)
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
+    if config.training.max_steps:
+        config.training.check_warmup(config.training.max_steps)
     plan = planner.choose_activations(config.micro_batch_rows(), length)
     if not machine.present:
         print(f"{'device':16} {machine.device.type} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
         print(f"{name:16} {size / 1e9:9.3f} GB")
-    print(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
+    print(wrap(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}", 17))
+    rows = config.effective_batch_size()
+    assumed = f"per step: {rows:,} rows of model.max_seq_length={length:,} tokens, all full: real samples are shorter"
+    print(wrap(f"{'tokens':16} {rows * length:9,} {assumed}", 17))
     recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
     work = gflop_per_token(decoder, planner.counts, config, length, recomputed)
     print(f"{'work':16} {work:9.3g} GFLOP per token")
@@ -316,10 +346,12 @@ def show_plan(config: Config) -> int:
         if share:
             tokens_s, tokens = share * reached / work, config.effective_batch_size() // config.system.ranks * length
             speed = f"{tokens_s:9,.0f} tokens/s if {share:.0%} of it is reached; {tokens / tokens_s:,.1f} s per step"
-        print(f"{'speed':16} {speed}")
+        print(wrap(f"{'speed':16} {speed}", 17))
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
     print(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block recomputed")
+    for warning in plan_warnings(planner, files, length, None):
+        print(f"warning: {warning}")
     if plan.peak > room:
         fewer = "training.micro_batch_size=auto, or lower model.max_seq_length"
         fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
