@@ -83,15 +83,16 @@ def test_going_back_and_resumed_equals_going_back(tmp_path: Path, monkeypatch: P
     ]
 
 
-def test_what_rollbacks_do_not_help_ends_with_3_and_a_diagnosis(tmp_path: Path, capsys: Capture) -> None:
-    changes = {"training__learning_rate": 1e30, "training__max_steps": 20, "guard__max_rollbacks": 2}
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_what_rollbacks_do_not_help_ends_with_3_and_a_diagnosis(allowed: int, tmp_path: Path, capsys: Capture) -> None:
+    changes = {"training__learning_rate": 1e30, "training__max_steps": 20, "guard__max_rollbacks": allowed}
     assert train.main(quick(tmp_path / "run", **changes, guard__rollback_rate=1.0)) == 3
     captured = capsys.readouterr()
     assert captured.err.startswith("failed: 5 windows in a row could not be used after step")
-    assert "2 rollbacks did not help: the " in captured.err
+    assert f"{allowed} rollbacks did not help: the " in captured.err
     assert "lower training.learning_rate (1e+30)" in captured.err
     assert captured.err.count("\n") == 1
-    assert captured.out.count("warning: rolled back from step") == 2
+    assert captured.out.count("warning: rolled back from step") == allowed
     assert "conversations.jsonl:" in captured.out
 
 
