@@ -84,7 +84,9 @@ def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping
     for key, (what, names) in BY_CONTENT.items():
         if known.get(key) != provenance[key] and (key in known or key != "data_files"):  # which older runs do not have
             other = "".join(f" ({name}: {old[name]} -> {new[name]})" for name in names if old[name] != new[name])
-            raise UserError(f"output.dir: {where}: the {what} changed since that run began{other}: {fix}, or put it back")
+            raise UserError(
+                f"output.dir: {where}: the {what} changed since that run began{other}: {fix}, or put it back"
+            )
 
 
 def check_ranks(batch_size: int, config: Config) -> None:

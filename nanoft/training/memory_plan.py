@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from nanoft import TrainingFailed, UserError
 from nanoft.config import Config
@@ -38,10 +39,10 @@ from nanoft.runtime.memory import OutOfMemory, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 
 MiB = 2**20
-# Beside what is counted: bytes of kernels, caches and threads, and how many tensors of (tokens, intermediate) backward
-# through an MLP has at once: silu, the product, three gradients and two sums of them.
+# Besides what is counted: bytes of kernels, caches and threads, and how many tensors of (tokens, intermediate) backward
+# through an MLP holds at once: silu, the product, three gradients and two sums of them.
 KERNELS, TRANSIENT = 64 * MiB, 7
-# On a CPU, by the bytes of a number: as if there were more, because the allocator cannot reuse all that was freed.
+# On a CPU, by the bytes of a number: larger, because the allocator cannot reuse everything that was freed.
 KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 60 * MiB}, {2: 28.5, 4: 23}
 BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
 EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
@@ -58,7 +59,7 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Everything at once, but the loss and the backward pass through the last block come one after the other."""
+        """The sum of the parts, of which the loss and the backward pass through a block are not held at once."""
         return sum(self.parts.values()) - min(self.parts["backward"], self.parts["loss"])
 
 
@@ -70,7 +71,7 @@ class Counts:
     scales: float  # bytes beside the codes of packed linears
     others: int
     trained: int
-    ranks: int  # of all adapters of a block together
+    ranks: int  # sum over the adapters of a block
     rank_warnings: tuple[str, ...] = ()  # about adapters of a higher rank than their matrix can have
 
 
@@ -94,14 +95,15 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
     return Counts(weights, scales.get(config.quantization.bits, 0.0), others, trained + magnitudes, ranks, oversized)
 
 
-def warn_of_ranks(adapters: Mapping[str, LoRALinear]) -> tuple[str, ...]:
+def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """B A (out, in) has at most the rank min(out, in), however many rows A and columns B have."""
-    shapes = {name: (len(a.lora_B), *a.lora_A.shape) for name, a in adapters.items()}  # out, rank, in
-    above = {name: shape for name, shape in shapes.items() if shape[1] > min(shape)}
-    for name, (out, rank, inputs) in above.items():
-        full, count = f"{min(out, inputs)}, the full rank of {name} ({out} x {inputs})", f"{len(above)} of {len(shapes)}"
-        return (f"lora.rank: {rank} is more than {full}; {count} adapters are above theirs, which adds nothing: lower it",)
-    return ()
+    shapes = {name: (len(a.lora_B), *a.lora_A.shape) for name, a in adapters.items() if isinstance(a, LoRALinear)}
+    above = [(name, shape) for name, shape in shapes.items() if shape[1] > min(shape)]
+    if not above:
+        return ()
+    name, (out, rank, inputs) = above[0]
+    found = f"{rank} is more than {min(out, inputs)}, the full rank of {name} ({out} x {inputs})"
+    return (f"lora.rank: {found}, and so it is for {len(above)} of {len(shapes)} adapters: lower it",)
 
 
 def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
@@ -174,7 +176,7 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> f
 def choose_recompute(
     peak_of: Callable[[list[ActivationPolicy]], float], layers: int, room: float
 ) -> list[ActivationPolicy]:
-    """Everything if it fits into `room` bytes; else as few blocks recomputed as make it fit; at most all."""
+    """Keep everything if that fits into `room` bytes, otherwise recompute as few blocks as make it fit."""
     for again in range(layers + 1):
         keep: list[ActivationPolicy] = [*["input"] * again, *["all"] * (layers - again)]  # type: ignore[list-item]
         if peak_of(keep) <= room:
