@@ -179,7 +179,7 @@ def test_columns_are_mapped(chat: ChatTokenizer, tmp_path: Path) -> None:
     columns = {"instruction": "q", "response": "a", "system": "s"}
     found = build(chat, tmp_path / "d.csv", columns=columns)
     assert [m["content"] for m in found.conversations(found.training, 1)[0].messages] == ["Be kind", "Hello", "Hi"]
-    assert "(alpaca: system, instruction, output)" in describe_data(found.report)[0]
+    assert "(alpaca: system, instruction, output (response))" in describe_data(found.report)[0]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
