@@ -1,7 +1,7 @@
-"""Records to conversations: the shapes in which data sets write them down, their detection, the check of their turns.
+"""Records to conversations: record shapes, their detection, and validation of the turns.
 
-SHAPES is the table of shapes: a new one is an entry, and its conversion stands above. A conversion may assume that the
-required fields are there; whatever it raises rejects the record, with its file, line and reason. The shape is detected
+SHAPES is the table of shapes: a new one is an entry, with its conversion above the table. A conversion may assume that
+the required fields exist; whatever it raises rejects the record, with its file, line and reason. The shape is detected
 from the first thousand records (`detection.py`). ROLES is the table of what data sets call the roles. With
 `data.format=package.module:function` the user's own function converts each record instead.
 """
@@ -74,10 +74,11 @@ class Conversation:
         return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
 
     def first_user_text(self) -> str:
-        """The first user message, or the plain text: conversations that begin alike stay on one side of a split."""
+        """The first user message, or the plain text; conversations that share it stay on one side of a split."""
         return self.prompt() if self.text else next((m["content"] for m in self.messages if m["role"] == "user"), "")
 
-    def prompt(self) -> str:  # everything before the first answer
+    def prompt(self) -> str:
+        """Everything before the first answer."""
         before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
         prompt = (self.text or "")[: self.prompt_characters or None]
         return prompt or "\n".join(message["content"] for message in before)
@@ -210,7 +211,7 @@ def _squad(record: dict[str, Any]) -> list[Message]:
     answers = answers["text"] if isinstance(answers, dict) else answers
     first = answers[0] if isinstance(answers, list) and answers else answers
     if not first:
-        raise BadRecord("answers: has none")
+        raise BadRecord("answers: is empty")
     return _question_answer({**record, "answer": first["text"] if isinstance(first, dict) else first})
 
 
@@ -254,11 +255,11 @@ def _check_value(value: Any, name: str, depth: int = 0) -> None:
         for inner in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
             _check_value(inner, name, depth + 1)
     elif value != value or value in (math.inf, -math.inf) or not isinstance(value, (int, float, type(None))):
-        raise BadRecord(f"{name}: has a {type(value).__name__}, which is not JSON")
+        raise BadRecord(f"{name}: contains a value of type {type(value).__name__}, which JSON does not have")
 
 
 def _as_json(value: Any, name: str) -> Any:
-    """A value, or the JSON in a string: tables and older data sets store lists and objects so."""
+    """A value, parsed if it is a string: tables and older data sets store lists and objects as JSON strings."""
     if not isinstance(value, str):
         return value
     try:
@@ -314,10 +315,10 @@ class ReadOptions:
 
     @classmethod
     def from_config(cls, data: DataConfig) -> ReadOptions:
-        wanted = {data.stratify_field, data.split_group, data.split_time} - {None, "length"}
-        fields = tuple(sorted(str(name) for name in wanted))
         if odd := [role for role in data.roles.values() if role not in ROLES]:
             raise UserError(f"data.roles: {odd[0]!r:.40} is not a role{nearest(str(odd[0]), ROLES)}")
+        wanted = {data.stratify_field, data.split_group, data.split_time} - {None, "length"}
+        fields = tuple(sorted(map(str, wanted)))
         return cls(data.format, data.columns, data.roles, data.delimiter, data.label_field, fields)
 
 

@@ -370,7 +370,7 @@ def _read_object(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterat
         arrays = {"": [whole]}
     if len(arrays) > 1:
         fix = f"write one of them to a file of its own: jq -c '.{next(iter(arrays))}[]' FILE > NEW.jsonl"
-        raise UserError(f"{wanted} {len(arrays)}: {', '.join(arrays)!r:.100}: {fix}")
+        raise UserError(f"{wanted} {len(arrays)} arrays: {', '.join(arrays)!r:.100}: {fix}")
     ((name, records),) = arrays.items()
     if not records:
         raise UserError(f"{path}: the array {name!r:.60} is empty: it needs at least one record")
@@ -447,7 +447,7 @@ DECODER = json.JSONDecoder()  # NaN and Infinity are Python's, not JSON's: refus
 
 
 def decode_json(text: str) -> Any:
-    """The value of a JSON text; raises BadRecord."""
+    """Parse a JSON text; raises BadRecord."""
     try:
         return DECODER.decode(text)
     except RecursionError:

@@ -1,9 +1,8 @@
 """Model families: what a Hugging Face `config.json` says, as the switches of the one decoder in nanoft/model.py.
 
 `FAMILIES` has one entry per family: how to read its config.json, how to write it for an exported model, and its name in
-llama.cpp. A field that is not known here is refused: a setting that is silently ignored is a model that is silently
-wrong. A new family is an entry, the fields that it reads, and, if no combination of switches describes it, a new switch
-in the decoder.
+llama.cpp. A field that the family does not read is refused: a setting that is silently ignored is a model that is
+silently wrong. A new family is an entry and, if no combination of switches describes it, a new switch in the decoder.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ class Family:
 
     architecture: str  # its name in config.json
     switches: Callable[[Fields], dict[str, Any]]  # config.json -> the DecoderConfig fields in which families differ
+    fields: tuple[str, ...]  # of config.json that `switches` reads, besides READ_FIELDS
     gguf: str | None  # its name in llama.cpp; None: llama.cpp does not have it
     export: Callable[[Fields], dict[str, Any]]  # config.json -> the one of an exported model
 
 
-# Fields of a config.json that this module reads ...
+# Fields of a config.json that are read or checked for every family ...
 READ_FIELDS = """
     architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings
-    tie_word_embeddings attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
-    hidden_act attention_dropout quantization_config pretraining_tp partial_rotary_factor
+    tie_word_embeddings hidden_act attention_dropout quantization_config pretraining_tp partial_rotary_factor
 """.split()  # noqa: SIM905
 # ... and fields that do not affect the logits.
 HARMLESS_FIELDS = """
@@ -50,7 +49,7 @@ HARMLESS_FIELDS = """
 def decoder_config(hf: Fields) -> DecoderConfig:
     """Read a Hugging Face `config.json`; a UserError for a field that may change the logits and is not known here."""
     family = find_family(hf)
-    _refuse_unknown(hf)
+    _refuse_unknown(hf, family)
     try:
         hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
         common = {
@@ -87,8 +86,8 @@ def find_family(hf: Fields) -> str:
     return found[0]
 
 
-def _refuse_unknown(hf: Mapping[str, Any]) -> None:
-    """Refuse every field that is not known: it could change the logits."""
+def _refuse_unknown(hf: Fields, family: str) -> None:
+    """Refuse every field that the family does not read, unless it is another family's and false."""
     expected = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "attention_dropout": 0.0}
     for name, wanted in expected.items():
         if hf.get(name, wanted) not in (wanted, None):
@@ -100,15 +99,17 @@ def _refuse_unknown(hf: Mapping[str, Any]) -> None:
             "config.json: quantization_config: only weights quantized by bitsandbytes are supported: "
             "name the original model and set quantization.bits=4"
         )
+    known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields}
+    switched_off = {name for other in FAMILIES.values() for name in other.fields if hf.get(name) is False}
     for name, value in hf.items():
-        if name not in READ_FIELDS + HARMLESS_FIELDS and value is not None:
+        if name not in known | switched_off and value is not None:
             raise UserError(
-                f"config.json: {name}: {value!r}: unknown field, which may change the model: "
+                f"config.json: {name}: {value!r:.60}: unknown field of {family}, which may change the model: "
                 "remove it from config.json if it does not"
             )
 
 
-def _read_rope(hf: Mapping[str, Any]) -> Rope:
+def _read_rope(hf: Fields) -> Rope:
     """Classic form: rope_theta and rope_scaling; current form: rope_parameters has both."""
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -169,11 +170,12 @@ def _qwen_windows(hf: Fields) -> tuple[int | None, ...]:
     return tuple(window if index >= first else None for index in range(hf["num_hidden_layers"]))
 
 
+WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 FAMILIES: dict[str, Family] = {  # by model_type
-    "llama": Family("LlamaForCausalLM", _llama, "llama", with_both_rope_forms),
-    "mistral": Family("MistralForCausalLM", _mistral, "llama", with_both_rope_forms),
-    "qwen2": Family("Qwen2ForCausalLM", _qwen2, "qwen2", with_both_rope_forms),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3, "qwen3", with_both_rope_forms),
+    "llama": Family("LlamaForCausalLM", _llama, ("attention_bias", "mlp_bias"), "llama", with_both_rope_forms),
+    "mistral": Family("MistralForCausalLM", _mistral, ("sliding_window",), "llama", with_both_rope_forms),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, WINDOWS, "qwen2", with_both_rope_forms),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *WINDOWS), "qwen3", with_both_rope_forms),
 }
 
 # Upper limits of sizes in a config.json: several times those of the largest models.

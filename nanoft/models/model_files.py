@@ -60,7 +60,7 @@ class ModelFiles:
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{index}: weight_map is missing or empty: fetch the file again")
+                raise UserError(f"{index}: weight_map is missing or empty: download the file again")
             for name in weight_map.values():
                 if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
                     raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
@@ -76,7 +76,7 @@ class ModelFiles:
             raise UserError(f"{self.directory}: no weights here: expected {single.name} or {index.name}")
         for shard in shards:
             if not shard.is_file():
-                raise UserError(f"{shard}: named in the index, but missing: fetch the model again")
+                raise UserError(f"{shard}: named in the index, but missing: download the model again")
             resolve_file(shard)
         return shards
 
@@ -87,7 +87,7 @@ class ModelFiles:
 
 
 def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HUB_FILES, *TOKENIZER_FILES)) -> Path:
-    """The directory of a model; a Hub name's `files`, which are patterns, are downloaded. `field` is for messages."""
+    """The directory of a model; of a Hub name, the files that match the patterns `files` are downloaded."""
     if not name:
         raise UserError(f"{field}: empty: give a directory in the Hugging Face layout or a Hub name")
     if os.path.isdir(name):
@@ -127,13 +127,13 @@ def _quantization(config: dict[str, Any], path: Path) -> Quantization | None:
 
 
 def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:
-    """Refuse settings that are not what the model is, if it was packed before."""
+    """Refuse another quantization than that of a model whose stored weights are packed."""
     if base.quantization in (None, wanted):
         return
     kind, double = base.quantization
     fields = "bits=8" if kind == "int8" else f"bits=4 quantization.type={kind} quantization.double={double}".lower()
     raise UserError(
-        f"quantization.bits: {base.directory} is stored in {kind} and can only be trained on like that: "
+        f"quantization.bits: {base.directory} is stored in {kind} and can only be trained in that form: "
         f"set quantization.{fields}, or name the original model"
     )
 
@@ -144,5 +144,5 @@ def base_files(directory: Path) -> list[Path]:
 
 
 def described_files(directory: Path) -> list[Path]:
-    """The files besides the weights that decide what is computed."""
+    """The files besides the weights that determine the model: config and tokenizer."""
     return [path for name in ("config.json", "tokenizer.json") if (path := directory / name).is_file()]

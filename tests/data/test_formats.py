@@ -423,8 +423,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "answer list": ({"question": "Q", "answer": ["A"]}, 'answer: ["A"] is not a string'),
     "context list": ({"question": "Q", "answer": "A", "context": [5]}, "context: [5] is not a string"),
     "summary infinite": ({"document": "D", "summary": math.inf}, "summary: Infinity is not a string"),
-    "no answers": ({"context": "C", "question": "Q", "answers": {"text": [], "answer_start": []}}, "answers: has none"),
-    "answers null": ({"context": "C", "question": "Q", "answers": None}, "answers: has none"),
+    "no answers": ({"context": "C", "question": "Q", "answers": {"text": [], "answer_start": []}}, "answers: is empty"),
+    "answers null": ({"context": "C", "question": "Q", "answers": None}, "answers: is empty"),
     "answers without text": ({"context": "C", "question": "Q", "answers": {"a": 1}}, "not have the form of extractive"),
     "text null": ({"text": None}, "text: null is not a string"),
     "text garbage": ({"text": "a\ufffeb"}, "text: contains a reserved Unicode noncharacter (U+FFFE)"),
@@ -679,7 +679,7 @@ def test_fields_of_a_table_with_dates(tmp_path: Path) -> None:
 def test_values_that_json_has_not_are_no_arguments(tmp_path: Path) -> None:
     calls = {**CALLS, "tool_calls": [call("f", {"a": b"bytes"})]}
     _, _, (bad,) = read(tmp_path / "data.parquet", [{"messages": [USER, calls]}])
-    assert bad.reason == "arguments: has a bytes, which is not JSON"
+    assert bad.reason == "arguments: contains a value of type bytes, which JSON does not have"
 
 
 # ---- Some lines only

@@ -430,7 +430,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "object with an array.json": (b'{"version": 1, "data": ' + array(GOOD, GOOD) + b"}", (2,)),
     "object with two arrays.json": (
         b'{"train": [%s], "test": [%s]}' % (GOOD, GOOD),
-        "found 2: 'train, test': write one of them to a file of its own: jq -c '.train[]' FILE",
+        "found 2 arrays: 'train, test': write one of them to a file of its own: jq -c '.train[]' FILE",
     ),
     "object with an empty array.json": (b'{"data": []}', "the array 'data' is empty"),
     "object with an array of texts.json": (b'{"data": ["a", "b"]}', "found a table by columns (data)"),
