@@ -141,7 +141,7 @@ def data_hash(data: DataConfig, files: list[Path] | None = None) -> str:
 
 def _parts(data: DataConfig, log: Log = lambda line: None) -> list[list[Path]]:
     """The files of each part of train_file, and then those of validation_file."""
-    parts = find_files(data.train_file, log=log)
+    parts = find_files(data.train_file, "data.train_file", log)
     if data.weights and len(data.weights) != len(parts):
         raise UserError(f"data.weights: {len(data.weights)} weights for {len(parts)} files: give one for each")
     if data.validation_file is None:

@@ -492,7 +492,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "nan in an unused field.jsonl": (lines(GOOD[:-1] + b', "score": NaN}', GOOD[:-1] + b', "x": [-Infinity]}'), (2,)),
     "nan in arguments.jsonl": (
         lines(turns(USER, b'{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": NaN}}]}')),
-        (0, "arguments: has a float, which is not JSON"),
+        (0, "arguments: contains a value of type float"),
     ),
     "long number in array.json": (array(GOOD, b"1" * 5000), "record 2: not valid JSON: Exceeds the limit"),
     "raw newline in array.json": (array(GOOD, answer(b'"a\nb"')), "record 2: not valid JSON: Invalid control"),
