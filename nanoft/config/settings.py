@@ -83,8 +83,9 @@ class DataConfig(Section):
     validation_file: str | None = None  # none: split off from train_file
     format: str = "auto"  # (table) record shape, or module:function; auto: detected
     columns: dict[str, str] = field(default_factory=dict)  # standard name -> name in the file: {instruction: q}
+    roles: dict[str, str] = field(default_factory=dict)  # role in the file -> standard name: {agent: assistant}
     delimiter: str | None = None  # of CSV files; none: detected from the header
-    label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...)
+    label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...); ignore: all
     max_samples: int | None = bounded(None, 1)  # records to keep of each file, from its start
     # Filtering
     max_bad_records: float = bounded(0.05, 0.0, 1.0)  # largest accepted share of malformed records
@@ -107,6 +108,10 @@ class DataConfig(Section):
     packing: bool = False  # several samples per sequence; they never attend to each other
     group_by_length: bool = False  # similar lengths in one batch: less padding
     pad_to_multiple_of: int = bounded(1, 1, 1024)  # tokens; micro-batch lengths are rounded up to it
+
+    @property
+    def stratify_field(self) -> str | None:
+        return self.split_stratify or (self.label_field if self.label_field != "ignore" else None)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.formats import CONTROL, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
 from nanoft.data.truncation import fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -46,6 +46,7 @@ class DatasetBuilder:
         self.first_malformed: list[str] = []
         self.shapes: list[dict[str, Any]] = []
         self.read = self.cut_off = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
+        self.control_characters, self.first_control = 0, ""  # records with some; the first
         self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
@@ -94,7 +95,7 @@ class DatasetBuilder:
                 record, reason = self._add_record(item, number, part), "none of its messages is a target"
                 self.in_flight[record] = item
                 if item.text is not None:
-                    yield self.tokenizer.text_sample(item.text, record)
+                    yield self.tokenizer.text_sample(item.text, record, item.prompt_characters)
                     continue
                 try:
                     pieces = self.tokenizer.render_samples(item.messages, record, item.tools, self.data.train_on)
@@ -157,10 +158,13 @@ class DatasetBuilder:
             self.group.append(key(item.fields[data.split_group]))
         if data.split_time:
             self.time.append(_time(item, data.split_time))
-        if strata := data.split_stratify or data.label_field:
+        if strata := data.stratify_field:
             length_bin = 1 << (max(item.characters(), 1).bit_length() - 1)  # 512 to 1023 characters: 512
             self.stratum.append(length_bin if strata == "length" else item.fields[strata])
         self.cut_off += filters.looks_truncated(item)
+        if found := CONTROL.search(item.full_text()):
+            self.control_characters += 1
+            self.first_control = self.first_control or f"U+{ord(found[0]):04X} in {item.file}:{item.line}"
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
             if system in self.seen_systems:  # a system message that an earlier record has is not signed
@@ -299,6 +303,7 @@ class DatasetBuilder:
             "max_seq_length": self.max_length,
             "cut_off_replies": self.cut_off,
             **{name: getattr(self, name) for name in ("read", "first_malformed", "samples_lost", "target_tokens_lost")},
+            **{name: getattr(self, name) for name in ("control_characters", "first_control")},
             "near_leaks": self.near_leaks,
             "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",
             **{name: self._describe(samples) for name, samples in sides.items()},
