@@ -130,7 +130,7 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
             if args.selftest:
                 return self_test.run(ctx, train)
             state = restore(ctx, args.resume)
-            if setup.is_complete(ctx, state):
+            if not args.preflight and setup.is_complete(ctx, state):
                 return 0
             seconds_per_step = preflight(ctx, state, args.force)  # longest batch, one evaluation batch, one save
             setup.print_summary(ctx, state, seconds_per_step)

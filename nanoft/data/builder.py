@@ -25,7 +25,7 @@ from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.formats import CONTROL, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
 from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -47,6 +47,7 @@ class DatasetBuilder:
         self.read = self.cut_off = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
         self.chunked_texts = self.chunks = self.shared_prompts = 0
         self.held_out = ""  # how much, and by what
+        self.control_characters, self.first_control = 0, ""  # records with some; the first
         self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
@@ -95,7 +96,7 @@ class DatasetBuilder:
                 record, reason = self._add_record(item, number, part), "none of its messages is a target"
                 self.in_flight[record] = item
                 if item.text is not None:
-                    yield self.tokenizer.text_sample(item.text, record)
+                    yield self.tokenizer.text_sample(item.text, record, item.prompt_characters)
                     continue
                 try:
                     pieces = self.tokenizer.render_samples(item.messages, record, item.tools, self.data.train_on)
@@ -158,10 +159,13 @@ class DatasetBuilder:
             self.group.append(key(item.fields[data.split_group]))
         if data.split_time:
             self.time.append(_time(item, data.split_time))
-        if strata := data.split_stratify or data.label_field:
+        if strata := data.stratify_field:
             length_bin = 1 << (max(item.characters(), 1).bit_length() - 1)  # 512 to 1023 characters: 512
             self.stratum.append(length_bin if strata == "length" else item.fields[strata])
         self.cut_off += filters.looks_truncated(item)
+        if found := CONTROL.search(item.full_text()):
+            self.control_characters += 1
+            self.first_control = self.first_control or f"U+{ord(found[0]):04X} in {item.file}:{item.line}"
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
             if system in self.seen_systems:  # a system message that an earlier record has is not signed
@@ -175,7 +179,12 @@ class DatasetBuilder:
         while (oldest := next(iter(self.in_flight))) < sample.record:
             del self.in_flight[oldest]
         conversation, data = self.in_flight[sample.record], self.data
-        if data.chunk and conversation.text is not None and len(sample.ids) > self.max_length:
+        if (
+            data.chunk
+            and conversation.text
+            and not conversation.prompt_characters
+            and len(sample.ids) > self.max_length
+        ):
             pieces = chunk(sample, self.max_length, self.tokenizer.bos_id)
             self.chunked_texts, self.chunks = self.chunked_texts + 1, self.chunks + len(pieces)
             for piece in pieces:
@@ -330,6 +339,7 @@ class DatasetBuilder:
             **{name: getattr(self, name) for name in ("read", "first_malformed", "samples_lost", "target_tokens_lost")},
             **{name: getattr(self, name) for name in ("held_out", "shared_prompts", "chunked_texts", "chunks")},
             "leaks": self.data.leaks,
+            **{name: getattr(self, name) for name in ("control_characters", "first_control")},
             "near_leaks": self.near_leaks,
             "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",
             **{name: self._describe(samples) for name, samples in sides.items()},

@@ -37,7 +37,7 @@ from tokenizers import Encoding, Tokenizer
 from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.data import tokenizer_files
-from nanoft.data.formats import TRAINING_FIELDS
+from nanoft.data.formats import CONTROL, TRAINING_FIELDS
 from nanoft.data.formats import Message as Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
 from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, token_text
@@ -166,10 +166,11 @@ class ChatTokenizer:
             return [Rendered(full.text, [span for _, span in pieces], record, turns)]
         return [Rendered(after, [span], record, [turn]) for turn, (after, span) in zip(turns, pieces, strict=True)]
 
-    def text_sample(self, text: str, record: int) -> Rendered:
-        """Plain text, ended by the end-of-sequence token: everything is a target."""
-        ended = self._escape(text) + self.special.get("eos_token", "")
-        return Rendered(ended, [(0, len(ended))], record)
+    def text_sample(self, text: str, record: int, prompt_characters: int = 0) -> Rendered:
+        """Plain text, ended by the end-of-sequence token: everything after the prompt is a target."""
+        prompt = self._escape(text[:prompt_characters])
+        ended = prompt + self._escape(text[prompt_characters:]) + self.special.get("eos_token", "")
+        return Rendered(ended, [(len(prompt), len(ended))], record, [0] if prompt else [])
 
     def _clean(self, messages: Sequence[Message]) -> list[Message]:
         """The messages that the template gets: control tokens escaped, without null values and training fields."""
@@ -281,6 +282,7 @@ class ChatTokenizer:
         pieces = []
         for start, end in itertools.pairwise([0, *changes.tolist(), len(sample.ids)]):
             text = self.decode(sample.ids[start:end].tolist(), keep_special=True)
+            text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)  # the terminal must not obey them
             plain, colored = ("⟦{}⟧", "\033[32m{}\033[0m") if sample.is_target[start] else ("{}", "\033[2m{}\033[0m")
             pieces.append((colored if color else plain).format(text))
         return "".join(pieces)

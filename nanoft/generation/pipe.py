@@ -17,7 +17,7 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
-from nanoft.data.formats import SHAPES
+from nanoft.data.formats import turns_of
 from nanoft.data.sources import BadRecord, decode_json
 from nanoft.generation.generate import Answer
 
@@ -114,9 +114,10 @@ def _messages(record: dict[str, Any]) -> list[Message]:
     if isinstance(said, str):
         return [{"role": "user", "content": said}]
     try:
-        messages = SHAPES["messages"].to_messages({"messages": said})  # type: ignore[misc]
+        messages = turns_of({"messages": said}, "messages", {})
     except (BadRecord, TypeError, AttributeError, ValueError, LookupError) as error:
-        raise UserError(f"messages: {error}") from None
+        raise UserError(f"{error}" if isinstance(error, BadRecord) else "messages: a message is malformed") from None
+    assert not isinstance(messages, str)
     if messages[-1]["role"] == "assistant":
         raise UserError("messages: the last one is an answer: remove it")
     return messages
