@@ -179,12 +179,8 @@ class DatasetBuilder:
         while (oldest := next(iter(self.in_flight))) < sample.record:
             del self.in_flight[oldest]
         conversation, data = self.in_flight[sample.record], self.data
-        if (
-            data.chunk
-            and conversation.text
-            and not conversation.prompt_characters
-            and len(sample.ids) > self.max_length
-        ):
+        is_plain = conversation.text is not None and not conversation.prompt_characters
+        if is_plain and data.chunk and len(sample.ids) > self.max_length:
             pieces = chunk(sample, self.max_length, self.tokenizer.bos_id)
             self.chunked_texts, self.chunks = self.chunked_texts + 1, self.chunks + len(pieces)
             for piece in pieces:

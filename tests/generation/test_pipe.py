@@ -126,7 +126,7 @@ MISTAKES = {
     b"plain\n": "stdin:2: not valid JSON",
     b'{"question": "q"}\n': "stdin:2: expected a string, a list of messages, or an object with prompt or messages",
     b"7\n": "stdin:2: expected a string",
-    b"[]\n": "stdin:2: messages: ",
+    b"[]\n": "stdin:2: messages is not a list of turns",
     b'[{"role": "user"}]\n': "stdin:2: messages: ",
     b'[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]\n': "the last one is an answer",
     b'{"prompt": "a", "answer": "b"}\n': "stdin:2: answer: is a field of the output: rename it",
