@@ -326,8 +326,6 @@ def show_plan(config: Config) -> int:
     planner = Planner.of(config, machine, decoder)
     config = resolve_micro_batch_size(planner, None)
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
-    if config.training.max_steps:
-        config.training.check_warmup(config.training.max_steps)
     plan = planner.choose_activations(config.micro_batch_rows(), length)
     if not machine.present:
         print(f"{'device':16} {machine.device.type} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
