@@ -91,6 +91,7 @@ class DataConfig(Section):
     max_bad_records: float = bounded(0.05, 0.0, 1.0)  # largest accepted share of malformed records
     deduplicate: bool = True  # drop exact copies of earlier records
     near_duplicates: float | None = bounded(None, 0.3, 1.0)  # drop records that share this fraction of 5-grams
+    leaks: Literal["remove", "warn", "ignore"] = "remove"  # training records with the prompt of a validation record
     near_leaks: Literal["warn", "remove", "ignore"] = "warn"  # training prompts that nearly equal validation prompts
     min_characters: int = bounded(1, 1)  # per record, over all messages
     max_characters: int | None = bounded(None, 1)  # per record, over all messages
@@ -104,6 +105,7 @@ class DataConfig(Section):
     # Tokenizing and batching
     template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
+    chunk: bool = True  # split plain texts that are too long into several samples; false: data.truncation
     truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples
     packing: bool = False  # several samples per sequence; they never attend to each other
     group_by_length: bool = False  # similar lengths in one batch: less padding
@@ -251,6 +253,8 @@ class Config:
         _refuse(sharded and t.compile, f"training.compile: {fix}")
         per_module = sharded and self.logging.gradient_steps
         _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
+        idle = t.early_stopping_patience and not t.eval_steps
+        _refuse(idle, "training.early_stopping_patience: no effect with training.eval_steps=0: raise that")
         random = self.model.random_init and t.method != "full"
         _refuse(random, "model.random_init: adapters cannot train random weights: set training.method=full")
         no_b = t.lora_plus_ratio != 1 and t.method != "lora"

@@ -8,6 +8,7 @@ from the first thousand records (`detection.py`). ROLES is the table of what dat
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -73,18 +74,17 @@ class Conversation:
     def characters(self) -> int:
         return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
 
-    def first_user_text(self) -> str:
-        """The first user message, or the plain text; conversations that share it stay on one side of a split."""
-        return self.prompt() if self.text else next((m["content"] for m in self.messages if m["role"] == "user"), "")
-
     def prompt(self) -> str:
-        """Everything before the first answer."""
-        before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
-        prompt = (self.text or "")[: self.prompt_characters or None]
-        return prompt or "\n".join(message["content"] for message in before)
+        """All that the last answer replies to, or the plain text: conversations are compared by it."""
+        said = (m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in self.messages[:-1])
+        return (self.text or "")[: self.prompt_characters or None] or "\n".join(said)
+
+    def without_system(self) -> Conversation:
+        is_first = bool(self.messages) and self.messages[0]["role"] == "system"
+        return dataclasses.replace(self, messages=self.messages[is_first:])
 
 
-def _turns(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> list[Message] | str:
+def turns_of(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> list[Message] | str:
     """[{"role", "content", "tool_calls", "weight", ...}, ...], as OpenAI writes it; a prompt may also be a text."""
     value = record[name]
     if name in ("prompt", "completion") and not isinstance(value, (list, dict)):
@@ -416,7 +416,7 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         text = "".join(before) + nonempty(learned, SHAPES[shape].required[-1])
         return Conversation([], text, path, line, None, fields, sum(map(len, before)))
     try:
-        record = record | {name: _turns(record, name, options.roles) for name in SHAPES[shape].fields if name in TURNS}
+        record = record | {name: turns_of(record, name, options.roles) for name in SHAPES[shape].fields if name in TURNS}
         messages = to_messages(record)
         if "system" in SHAPES[shape].fields and (system := optional_text(record, "system")):
             messages.insert(0, {"role": "system", "content": system})

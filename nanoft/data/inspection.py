@@ -53,7 +53,7 @@ def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> l
 
 
 def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
-    """Every trained turn ends in a stop token, except those that were truncated."""
+    """Every trained turn ends in a stop token, except those that were truncated, and chunks of a text."""
     last: list[int] = []
     for sample in samples:
         after = np.append(sample.is_target[1:], False)
@@ -62,6 +62,7 @@ def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokeni
             ends = [token for token in sample.ids[sample.is_target].tolist() if token in chat.stop_ids][-1:] or ends
         last += ends
     cut = corpus.report["truncated"] if corpus.report["truncation"] in ("response", "proportional") else 0
+    cut += corpus.report["chunks"] - corpus.report["chunked_texts"]
     odd = [token for token in last if token not in chat.stop_ids]
     shown = f"; one ends in {chat.decode(odd[:1], keep_special=True)!r}" if odd else ""
     stops = ", ".join(repr(chat.decode([token], keep_special=True)) for token in chat.stop_ids)

@@ -118,6 +118,10 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     bar = config.logging.progress_bar and not distributed.process_rank()
     corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
+    if t.early_stopping_patience and not len(corpus.validation):
+        what = "there is no validation data, so training cannot stop early"
+        fix = "set data.validation_file or data.validation_size, or the patience to 0"
+        raise UserError(f"training.early_stopping_patience: {t.early_stopping_patience}: {what}: {fix}")
     rows, micro_batches = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
     options: dict[str, Any] = {"group_by_length": d.group_by_length, "pad_to_multiple_of": d.pad_to_multiple_of}
     pack_length = length if d.packing else None

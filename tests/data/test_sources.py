@@ -742,7 +742,7 @@ def test_a_delimiter_goes_before_what_is_found(tmp_path: Path) -> None:
     for name in ("a.csv", "a.tsv"):
         (tmp_path / name).write_text("prompt:completion\n1,1,1\t1:A\n")
         ((conversation,), _) = read(tmp_path / name, delimiter=":")
-        assert conversation.first_user_text() == "1,1,1\t1"
+        assert conversation.prompt() == "1,1,1\t1"
 
 
 # ---- Lines and positions
