@@ -155,7 +155,7 @@ def base_of(config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
         with disabled(loaded.adapters):
             yield loaded
     else:
-        directory = find_model(config.model.name)
+        directory = find_model(config.model.reference)
         model = load_model(directory, loaded.model.head.device, loaded.dtype).eval()
         yield LoadedModel(model, {}, directory, directory)
 

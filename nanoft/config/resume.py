@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from nanoft import UserError
@@ -24,6 +24,8 @@ MAY_CHANGE_ON_RESUME = {
 }
 FREE = {name for names in MAY_CHANGE_ON_RESUME.values() for name in names.split()}
 FIXED = {"evaluation.max_samples"}  # although its section may change: the best loss so far is on those samples
+# Where files are: may change as long as what is there has the same hash.
+PLACES = {"base_sha256": {"model.name", "model.revision"}}
 # Why the others may not change, by section.
 WHY_FIXED = {
     "model": "the weights or their computation would differ",
@@ -50,11 +52,11 @@ def resume_fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
-def first_difference(old: Config, new: Config) -> str | None:
-    """The first field that prevents resuming `old`'s run under `new`, and why; None if there is none."""
+def first_difference(old: Config, new: Config, moved: Collection[str] = ()) -> str | None:
+    """The first field, not in `moved`, that prevents resuming `old`'s run under `new`, and why; None if none does."""
     before, after = resume_fields(old), resume_fields(new)
     for name, value in before.items():
-        if value != after[name]:
+        if value != after[name] and name not in moved:
             return f"{name}: {value} -> {after[name]}; {WHY_FIXED[name.partition('.')[0]]}"
     return None
 
@@ -65,10 +67,12 @@ def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping
     if before.system.ranks != config.system.ranks:
         check_ranks(before.effective_batch_size(), config)
     fix = "choose another output.dir"
-    if difference := first_difference(before, config):
+    hashes = recorded.get("provenance", {})
+    moved = {name for key, names in PLACES.items() if hashes.get(key) == provenance[key] for name in names}
+    if difference := first_difference(before, config, moved):
         raise UserError(f"output.dir: {where}: holds another run ({difference}): {fix}, or set the field back")
     for key, what in (("data_sha256", "data"), ("base_sha256", "base model")):
-        if recorded.get("provenance", {}).get(key) != provenance[key]:
+        if hashes.get(key) != provenance[key]:
             raise UserError(f"output.dir: {where}: the {what} changed since that run began: {fix}, or put it back")
 
 

@@ -77,14 +77,14 @@ class Weights:
         step = max(1, SLAB // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            slab = self.files.headers[name].read(name, rows) if whole is None else whole[rows]
+            slab = self.files.read(name, rows) if whole is None else whole[rows]
             if adapter is not None and part == "weight":
                 slab = adapter.merged(slab.float(), rows)
             yield slab.to(self.dtype)
 
     def row(self, name: str, number: int) -> Tensor:
         """A copy, since a view keeps the mapped pages around it in memory."""
-        return self.files.headers[name].read(name, slice(number, number + 1)).to(self.dtype, copy=True)
+        return self.files.read(name, slice(number, number + 1)).to(self.dtype, copy=True)
 
     def whole(self, name: str) -> Tensor:
         """A complete weight, in float32."""

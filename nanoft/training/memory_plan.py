@@ -293,7 +293,7 @@ def show_plan(config: Config) -> int:
     """train.py --plan: print memory by part, and time, before anything is loaded; a UserError if it does not fit."""
     machine = Machine.detect_or_describe(config)
     check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
-    decoder = ModelFiles.find(config.model.name).decoder
+    decoder = ModelFiles.find(config.model.reference).decoder
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     planner = Planner.of(config, machine, decoder)

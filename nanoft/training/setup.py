@@ -50,7 +50,7 @@ from nanoft.training.progress import log_memory
 from nanoft.training.state import TrainContext, TrainState
 
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, base and source, device, threads, date
-IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
+IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
 
 
 def shared_facts(config: Config, machine: Machine) -> dict[str, Any]:
@@ -75,13 +75,17 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
     """
     check_quantization(files, quantization_of(config))
     weights = [] if config.model.random_init else files.shards()
+    for note in files.notes:
+        run.print(f"warning: {note}")
     recorded = run.recorded_config()
     before = (recorded or {}).get("provenance", {})
+    first = Config.from_dict({k: v for k, v in recorded.items() if k != "provenance"}) if recorded else config
     provenance: Provenance = {
         "versions": library_versions(),
         "device": machine.device.type,
         "dtype": machine.dtype_name,
         "threads": config.system.threads or before.get("threads") or torch.get_num_threads(),
+        "config_sha256": before.get("config_sha256") or resume_fingerprint(first),  # files may move later
         "data_sha256": data_hash(config.data),
         "base_sha256": hash_named_files([*described_files(files.directory), *weights]),
         "source_sha256": hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
@@ -148,7 +152,7 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, on_cpu: bool 
 def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> CheckpointManager:
     """The checkpoints of the run; only rank 0 writes there."""
     t, is_owner = config.training, not distributed.process_rank()
-    identity = {"config_sha256": resume_fingerprint(config)} | {name: provenance[name] for name in IDENTITY}
+    identity = {name: provenance[name] for name in IDENTITY}
     return CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
 
 

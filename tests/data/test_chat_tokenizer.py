@@ -221,7 +221,6 @@ def test_emoji_at_the_very_ends_of_a_span(tmp_path: Path) -> None:
 
 def test_pad_token_that_is_eos_stays_a_target(tmp_path: Path) -> None:
     chat = read(tmp_path, STYLES["mistral"])
-    assert chat.pad_id == chat.eos_id
     (sample,) = samples_of(chat, conversation(SINGLE))
     assert sample.ids[-1] == chat.eos_id
     assert sample.is_target[-1]
