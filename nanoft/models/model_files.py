@@ -200,11 +200,12 @@ def explain_missing(directory: Path) -> str | None:
     place, names = str(directory), [path.name for path in directory.glob("*")]
     repository = re.fullmatch(r"models--(.+)", directory.parent.parent.name)
     if repository and directory.parent.name == "snapshots":
-        from huggingface_hub import list_repo_files
+        from huggingface_hub import HfApi
 
         place = repository[1].replace("--", "/")
         with suppress(Exception):  # no network: what was fetched must do
-            names += [file.split("/")[0] for file in list_repo_files(place, revision=directory.name)]
+            files = HfApi().model_info(place, revision=directory.name, timeout=10).siblings or []
+            names += [file.rfilename.split("/")[0] for file in files]
     for pattern, text in INSTEAD.items():
         if found := [name for name in names if fnmatch(name, pattern)]:
             newest = max(found, key=lambda name: (len(name), name))  # checkpoint-1000 is newer than checkpoint-500

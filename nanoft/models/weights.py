@@ -49,7 +49,7 @@ class WeightFiles:
     stored: Quantization | None  # (nf4 | fp4 | int8, double) of those that are packed
 
     def is_packed(self, name: str) -> bool:
-        return bool(self.stored) and is_packed(self.headers, name)
+        return bool(self.stored) and (is_block_linear(name) or name == HEAD) and is_packed(self.headers, name)
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """A plain tensor or rows of it, as a view of its file; a UserError if a number is not finite."""
