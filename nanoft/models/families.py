@@ -19,6 +19,7 @@ from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig, Rope
 
 Fields = Mapping[str, Any]  # of a config.json
+BNB = "bitsandbytes"  # whose quantization_config had no quant_method once
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _refuse_unknown(hf: Fields, known: list[str]) -> None:
                 f"config.json: {name}: {hf[name]!r} is not supported: set it to {values[0]!r} if that is right"
             )
     quantized = hf.get("quantization_config") or {}
-    if quantized.get("quant_method", "bitsandbytes") != "bitsandbytes":
+    if quantized and not ({"load_in_4bit", "load_in_8bit"} & {*quantized} or quantized.get("quant_method") == BNB):
         raise UserError(
             "config.json: quantization_config: only weights quantized by bitsandbytes are supported: name the original "
             "model and set quantization.bits=4; if the weights are not quantized, remove the field"

@@ -6,7 +6,6 @@ import functools
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ INSTEAD = {
     "checkpoint-*": "has no model itself, only checkpoints of a Trainer: name one of them, such as {place}/{newest}",
     **dict.fromkeys(
         ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "*.ckpt"),
-        "has its weights in a pickle, {newest}, which can run code and is not read: use a copy of the model in "
+        "has its weights in pickles, such as {newest}, which can run code and are not read: use a copy of the model in "
         "safetensors, or convert it once (torch.load with weights_only=True, safetensors.torch.save_file)",
     ),
 }
@@ -69,8 +68,8 @@ class ModelFiles:
             raise UserError(instead)
         config = read_json(path)
         if {"provenance", "model", "training"} <= config.keys():
-            base = "its model/" if (directory / "model").is_dir() else f"its base ({config['model']['name']})"
-            raise UserError(f"{directory}: is a run, not a model: set model.name to {base}")
+            instead = "its model/" if (directory / "model").is_dir() else f"its base, and lora.start_from={directory}"
+            raise UserError(f"{directory}: is a run, not a model: set model.name to {instead}")
         shape, quantization = parse_shape(config, path), _quantization(config, path)
         files = cls(name or str(directory), directory, config, shape, quantization)
         with suppress(UserError):  # without all weights, as it says; what is wrong with them is said when they are read
@@ -84,40 +83,33 @@ class ModelFiles:
 
     def fetch(self) -> ModelFiles:
         """The same with the weights and the tokenizer of a Hub name downloaded."""
-        directory = find_model(self.name)
-        return self if directory == self.directory == Path(self.name) else ModelFiles.read(directory, self.name)
+        return self if str(self.directory) == self.name else ModelFiles.read(find_model(self.name), self.name)
 
     def shards(self) -> list[Path]:
         """The safetensors files, from the index if there is one; a UserError if one is missing or outside."""
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
         sharded = _indexed_shards(index) if os.path.lexists(index) else []
-        if single.is_file() and all(shard.is_file() for shard in sharded):
-            if sharded not in ([], [single]) and not _same_weights(single, tuple(sharded)):
+        if single.is_file() or not sharded:  # an index whose shards are gone is a leftover
+            both = sharded not in ([], [single]) and all(shard.is_file() for shard in sharded)
+            if both and not _same_weights(single, tuple(sharded)):
                 raise UserError(f"{single}: differs from the shards in {index.name}: remove those that are outdated")
-            sharded = [single]
-        elif single.is_file():  # the index is a leftover, its shards are gone
-            sharded = [single]
-        elif not sharded and os.path.lexists(single):
-            sharded = [single]  # a link to nothing
-        if not (shards := sharded or _numbered_shards(self.directory)):
+            sharded = [single] if os.path.lexists(single) else _numbered_shards(self.directory)
+        if not sharded:
             wanted = f"no weights here: expected {single.name} or {index.name}"
             raise UserError(explain_missing(self.directory) or f"{self.directory}: {wanted}")
-        for shard in shards:
+        for shard in sharded:
             if not os.path.lexists(shard) or shard.is_dir():
                 raise UserError(f"{shard}: named in the index, but missing: fetch the model again")
             resolve_file(shard)
-        return shards
+        return sharded
 
     def dtype(self) -> torch.dtype:
-        """The number format of the weights: what config.json says, or without that, what most of them are stored in."""
+        """The number format of the weights: what config.json says, or without that, what the largest is stored in."""
         name = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
-        if found := {str(dtype): dtype for dtype in DTYPES.values()}.get(f"torch.{name}"):
-            return found
-        sizes: Counter[str] = Counter()
-        with suppress(UserError):
-            for header in read_headers(self.shards()).values():
-                sizes[header.form] += math.prod(header.shape) if header.form in DTYPES else 0
-        return DTYPES.get(sizes.most_common(1)[0][0], torch.bfloat16) if sizes else torch.bfloat16
+        if found := [dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{name}"]:
+            return found[0]
+        plain = [header for header in read_headers(self.shards()).values() if header.form in DTYPES]
+        return DTYPES[max(plain, key=lambda header: math.prod(header.shape)).form] if plain else torch.bfloat16
 
     def as_stored(self, paths: Sequence[Path] | None = None) -> ModelFiles:
         """The same with what the weights show, which is what counts where config.json says otherwise; with notes.

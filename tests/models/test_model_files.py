@@ -343,10 +343,10 @@ def dangling(directory: Path) -> None:
     [
         (adapter_only, "is an adapter, not a model: set model.name to its base, and lora.start_from={0}"),
         (trainer_output, "only checkpoints of a Trainer: name one of them, such as {0}/checkpoint-1000"),
-        (a_run, r"is a run, not a model: set model.name to its base \(some/base\)"),
+        (a_run, "is a run, not a model: set model.name to its base, and lora.start_from={0}"),
         (files_named("model-Q4_K_M.gguf"), "has its weights in GGUF, which is for inference: name the original model"),
         (with_config("model-f16.gguf"), "has its weights in GGUF"),
-        (with_config("pytorch_model.bin"), "a pickle, pytorch_model.bin, which can run code and is not read"),
+        (with_config("pytorch_model.bin"), "pickles, such as pytorch_model.bin, which can run code and are not read"),
         (with_config("other.safetensors"), "no weights here: expected model.safetensors"),
         (dangling, "model.safetensors: no such file: it is a link to .*gone, which is gone"),
     ],
@@ -444,7 +444,7 @@ def test_a_revision_is_what_is_asked_for(hub: type[Hub]) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["pytorch_model.bin"], "some/model: has its weights in a pickle, pytorch_model.bin"),
+        (["pytorch_model.bin"], "some/model: has its weights in pickles, such as pytorch_model.bin"),
         (["model-Q4_K_M.gguf"], "some/model: has its weights in GGUF"),
         (["checkpoint-9/model.safetensors"], "some/model: .*: name one of them, such as some/model/checkpoint-9"),
         (["adapter_model.safetensors", "adapter_config.json"], "some/model: is an adapter, not a model"),
