@@ -56,7 +56,6 @@ from nanoft.lora import disabled
 from nanoft.metrics import answers
 from nanoft.models.model_files import find_model
 from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_model
-from nanoft.models.weights import load_model
 from nanoft.runtime.device import choose_device, choose_dtype, seed_everything
 from nanoft.tracking.run import to_json
 from nanoft.training.validation import validate_config
@@ -77,7 +76,8 @@ def main(argv: list[str]) -> int:
     seed_everything(config.system.seed, config.system.threads, config.system.deterministic)
     device = choose_device(config.system.device)
     dtype = choose_dtype(config.model.dtype, device)
-    loaded = open_model(args.source, device, dtype, original_base=args.quantization)
+    plain = config.system.kernels == "plain"
+    loaded = open_model(args.source, device, dtype, original_base=args.quantization, plain=plain)
     if loaded.step is not None:
         print(f"{args.source}: has no result yet: evaluating its best checkpoint, after step {loaded.step}\n")
     if args.compare_base and not has_base(args.source, loaded, config):
@@ -155,9 +155,8 @@ def base_of(config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
         with disabled(loaded.adapters):
             yield loaded
     else:
-        directory = find_model(config.model.reference)
-        model = load_model(directory, loaded.model.head.device, loaded.dtype).eval()
-        yield LoadedModel(model, {}, directory, directory)
+        base, plain = find_model(config.model.reference), config.system.kernels == "plain"
+        yield open_model(str(base), loaded.model.head.device, loaded.dtype, plain=plain)
 
 
 def measure(

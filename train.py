@@ -44,7 +44,7 @@ from dataclasses import replace
 
 import torch
 
-from nanoft import guard, kernels
+from nanoft import UserError, guard, kernels
 from nanoft.batches import Batches, Window, share_of_rank
 from nanoft.checkpoint import AsyncCheckpointWriter
 from nanoft.config import Config
@@ -89,9 +89,10 @@ def main(argv: list[str]) -> int:
             config = distributed.resolve_world_size(config)
         return distributed.broadcast_from_rank0(lambda: show_plan(config))
     if args.selftest:
-        self_test.require_single_process()
+        if distributed.world_size() > 1:
+            raise UserError("--selftest: is for one process: start train.py without torchrun")
         with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as scratch:
-            return fine_tune(config.override({"output.dir": f"{scratch}/run"}), args)
+            return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args)
     return fine_tune(config, args)
 
 
@@ -104,7 +105,7 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
     machine = Machine.detect(config)
     validate_environment(config, machine)  # exit code 2 before anything is downloaded
     distributed.assert_same_on_all_ranks(setup.shared_facts(config, machine))
-    with Run.open(config.output.dir) as run, StopRequest() as stop:
+    with Run.open(config.output.dir) as run, StopRequest(enabled=not args.selftest) as stop:
         files = distributed.main_process_first(lambda: ModelFiles.find(config.model.reference))  # config.json only
         planner = setup.plan_run(config, machine, files, run)
         if args.selftest:
@@ -161,7 +162,7 @@ def build(
         compile_blocks(model)
     if config.training.sharding == "full":
         sharding.shard_model(model, machine.device)
-    objective = build_objective(config)
+    objective = build_objective(config, adapters)
     optimizer = build_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.training)
     checkpoints = setup.open_checkpoints(config, run, provenance)
     return TrainContext(
@@ -194,7 +195,8 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
                 lr = state.guard.lr_scale * learning_rate(state.step, ctx.total_steps, c.training)
                 set_learning_rate(ctx.optimizer, lr)
                 optimizer_step(ctx)
-                state.advance(window, loss, time.perf_counter() - started, energy.used())
+                units = ctx.objective.count(window)
+                state.advance(window, loss, units, time.perf_counter() - started, energy.used())
 
                 profiler.step(state.step, ctx.trained, grad_norm)
                 ctx.optimizer.zero_grad(set_to_none=True)
@@ -219,16 +221,18 @@ def accumulate(ctx: TrainContext, window: Window) -> tuple[float, float]:
         The loss per unit of the objective (SFT: nats per target token), and the gradient's norm before clipping.
     """
     objective, model, parameters = ctx.objective, ctx.model, [p for _, p in ctx.trained]
-    objective.prepare(model, window)
-    units = objective.count(window)  # of the WINDOW: the gradient is the same however the window is split
     loss = torch.zeros((), device=ctx.device)
     with distributed.gradients_summed_over_ranks(loss, parameters, (ctx.config.system.seed, *window.position)):
+        with ctx.autocast():
+            objective.prepare(model, window)
+        units = objective.count(window)  # of the WINDOW: the gradient is the same however the window is split
         for batch in share_of_rank(window):
             with ctx.autocast():
                 micro_loss = objective.loss(model, batch.to(ctx.device)) / units
             micro_loss.backward()
             loss += micro_loss.detach()
-    grad_norm = sharding.clip_grad_norm(parameters, ctx.config.training.max_grad_norm)
+    with distributed.same_exception(ctx.device):
+        grad_norm = sharding.clip_grad_norm(parameters, ctx.config.training.max_grad_norm)
     return loss.item(), grad_norm
 
 

@@ -43,7 +43,7 @@ def every_position() -> None:
 
     forward, wanted = Decoder.forward, []
 
-    def decode(self: Any, ids: Any, positions: Any, documents: Any, target_positions: Any) -> Any:
+    def decode(self: Any, ids: Any, positions: Any = None, documents: Any = None, target_positions: Any = None) -> Any:
         wanted[:] = [target_positions]
         return forward(self, ids, positions, documents)
 
@@ -71,7 +71,7 @@ def full_last_block() -> None:
     """The last block for every position; only the head for target positions."""
     forward = Decoder.forward
 
-    def decode(self: Any, ids: Any, positions: Any, documents: Any, target_positions: Any) -> Any:
+    def decode(self: Any, ids: Any, positions: Any = None, documents: Any = None, target_positions: Any = None) -> Any:
         return select(forward(self, ids, positions, documents), target_positions)
 
     Decoder.forward = decode

@@ -1,7 +1,7 @@
 """A GPU with 80 GB: every parameter of Qwen2.5-3B-Instruct, with master weights and moments in float32.
 
 For whoever teaches what no low-rank adapter can hold, with some ten thousand samples: 16 bytes per parameter (weight,
-gradient, two moments). Planned, not measured: 71.5 GB with as many blocks recomputed as that takes, 58.7 GB with every
+gradient, two moments). Planned, not measured: 71.5 GB with as few blocks recomputed as needed, 58.7 GB with every
 block recomputed, 22.7 GFLOP per token. Change first: `data.train_file`; `training.optimizer=adamw_8bit` (10 bytes per
 parameter); `training.learning_rate`, 5e-6 to 2e-5. A checkpoint has 37 GB; the last and the best are kept.
 """
@@ -11,6 +11,12 @@ from nanoft.config import load_file
 config = load_file("gpu_80gb.py", beside=__file__).override(
     model={"name": "Qwen/Qwen2.5-3B-Instruct", "max_seq_length": 2048},
     lora={"dropout": 0.0},
-    training={"method": "full", "num_epochs": 2, "learning_rate": 1e-5, "max_grad_norm": 1.0, "keep_checkpoints": 1}
-    | {"micro_batch_size": 4},
+    training={
+        "method": "full",
+        "num_epochs": 2,
+        "micro_batch_size": 4,
+        "learning_rate": 1e-5,
+        "max_grad_norm": 1.0,
+        "keep_checkpoints": 1,
+    },
 )

@@ -1,9 +1,9 @@
 """A GPU with 8 GB (RTX 3060 Ti, 3070, 4060): Qwen2.5-3B-Instruct with QLoRA, 2048 tokens.
 
-For whoever has a laptop or a small card, perhaps with a screen on it. Planned, not measured: 7.1 GB with as many blocks
-recomputed as that takes, 3.2 GB with every block recomputed, 13.4 GFLOP per token. Change first: `data.train_file`;
-`training.checkpointing=full` if other programs use the card; 7 billion parameters (configs/gpu_12gb.py) fit, without a
-screen.
+For whoever has a laptop or a small card, perhaps with a screen on it. Planned, not measured: 7.1 GB with as few blocks
+recomputed as needed, 3.2 GB with every block recomputed, 13.4 GFLOP per token. Change first: `data.train_file`;
+`training.checkpointing=full` if other programs use the card; 7 billion parameters (configs/gpu_12gb.py) fit too, if no
+screen uses the card.
 """
 
 from nanoft.config import load_file

@@ -1,9 +1,9 @@
 """One H100 or A100 with 80 GB: Mistral-7B-Instruct-v0.3 with QLoRA, in the usual settings; other configs build on it.
 
 For whoever rents a large GPU and wants a first result to compare others with. Planned, not measured: 41.6 GB, 19.8 GB
-with every block recomputed (10 GB are the base, unpacked once where there is room: `quantization.dequantize`), 32.2
-GFLOP per token. Change first: `data.train_file`; `quantization.bits=16` (configs/gpu_80gb.py), for which 80 GB have
-room; `data.packing=true` for short samples. configs/experiments/ has variations.
+with every block recomputed (10 GB of it because the base is dequantized once: `quantization.dequantize`), 32.2 GFLOP
+per token. Change first: `data.train_file`; `quantization.bits=16` (configs/gpu_80gb.py), which fits too;
+`data.packing=true` for short samples. configs/experiments/ has variations.
 """
 
 from nanoft import config as c

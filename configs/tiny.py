@@ -15,7 +15,15 @@ config = Config().override(
     model={"name": str(HERE / "base"), "dtype": "float32", "max_seq_length": 1024},
     lora={"rank": 16, "alpha": 256.0},  # a tiny model takes larger updates than a large one, for which alpha is 32
     data={"train_file": str(HERE / "conversations.jsonl"), "validation_split": 0.1, "truncation": "prompt"},
-    training={"micro_batch_size": 16, "gradient_accumulation_steps": 2, "learning_rate": 5e-4, "warmup_ratio": 0.05}
-    | {"num_epochs": 3, "log_steps": 10, "eval_steps": 50, "save_steps": 50},
+    training={
+        "micro_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "num_epochs": 3,
+        "learning_rate": 5e-4,
+        "warmup_ratio": 0.05,
+        "log_steps": 10,
+        "eval_steps": 50,
+        "save_steps": 50,
+    },
     evaluation={"batch_size": 32, "prompts": 200, "max_new_tokens": 64},
 )

@@ -28,8 +28,8 @@ from nanoft import TrainingFailed
 from nanoft.batches import Window
 from nanoft.config import GuardConfig
 
-MIN_HISTORY = 20  # steps before a spike can be told from the run's own noise
-MIN_DEVIATION = 0.05  # a run of equal values has none
+MIN_HISTORY = 20  # steps before a spike can be distinguished from noise
+MIN_DEVIATION = 0.05  # lower bound, because a run of equal values has none
 
 
 class SkipStep(Exception):
@@ -41,7 +41,7 @@ class SkipStep(Exception):
 
 
 class RollBack(SkipStep):
-    """Too many of them in a row: the weights must be restored from an earlier checkpoint."""
+    """Too many skipped windows in a row: the weights must be restored from a checkpoint."""
 
 
 class Diverged(TrainingFailed):

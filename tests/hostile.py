@@ -284,7 +284,7 @@ MODELS = {f"header: {name}": Case("model", put(WEIGHTS, data), says) for name, (
     "rope with an infinite factor": Case(
         "model",
         fields(CONFIG, rope_scaling={"type": "yarn", "factor": 2.0, "attention_factor": float("inf")}),
-        "no finite angles",
+        "angles are not finite",
     ),
     "architectures in lists": Case("model", fields(CONFIG, architectures=[["LlamaForCausalLM"]]), "config.json"),
     "quantization as a list": Case("model", fields(CONFIG, quantization_config=[1]), "config.json"),
@@ -366,7 +366,7 @@ TOKENIZERS = {
     "doubling in the decoder": Case(
         "tokenizer", part(decoder={"type": "Sequence", "decoders": [DOUBLE] * 60}), "64 times"
     ),
-    "a token number of 2^32": Case("tokenizer", big_id, "a token has the number 4,294,967,295"),
+    "a token number of 2^32": Case("tokenizer", big_id, "a token has the id 4,294,967,295"),
     "control tokens that never end": Case("tokenizer", tokens("ro", "r\ufdd0"), "reserved Unicode noncharacter"),
     "30,000 control tokens": Case("tokenizer", tokens(*(f"<{n}>" for n in range(30_000))), "control tokens"),
     "nested": Case("tokenizer", put(TOKENIZER, '{"model":' + "[" * 100_000), "not a valid tokenizer"),
@@ -398,7 +398,7 @@ TOKENIZERS = {
     "template: a namespace in itself, joined": template(
         "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns | join }}", "more than|iterable"
     ),
-    "template: long": template("{{ a }}" * 30_000, "may have 200,000"),
+    "template: long": template("{{ a }}" * 30_000, "the limit is 200,000"),
     "template: long, but short enough": template("{{ a }}" * 28_000 + "{{ 1 // 0 }}", "division"),
     "template: a shell": template(
         f"{{{{ cycler.__init__.__globals__.os.mkdir('{CANARY}') }}}}", "unsafe|undefined|has no attribute"
@@ -413,9 +413,10 @@ ENDLESS = "(.+)+!"
 
 
 def first_a(shape: list[int], form: str, size: int) -> Callable[[Path], Any]:
-    """The adapter's file with nothing but one A."""
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    return put(ADAPTED, tensor_file(f'{{"{name}":{entry(0, size, shape, form)}}}', bytes(size)))
+    """The adapter's file with nothing but one A, and a B of no columns."""
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    pair = f'"{name}A.weight":{entry(0, size, shape, form)},"{name}B.weight":{entry(size, size, [32, 0], form)}'
+    return put(ADAPTED, tensor_file(f"{{{pair}}}", bytes(size)))
 
 
 def retype(directory: Path) -> None:

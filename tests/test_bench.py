@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nanoft import loss
+from nanoft.kernels import attention, block
+from nanoft.kernels.attention import FastContext
+from nanoft.model import Decoder
 
 BENCH = Path(__file__).parent.parent / "bench"
 TINY = shlex.split("--hidden 64 --layers 2 --heads 4 --kv 2 --ffn 128 --vocab 512 --seq 256 --steps 2 --rounds 1")
@@ -23,7 +32,7 @@ TINY = shlex.split("--hidden 64 --layers 2 --heads 4 --kv 2 --ffn 128 --vocab 51
 def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in ("contender", "step", "growth"):
+    for name in ("contender", "step", "growth", "tricks"):
         sys.modules.pop(name, None)
 
 
@@ -173,3 +182,60 @@ def test_the_model_of_many_gpus_has_the_right_limits() -> None:
         assert sharded_s(job, slow, 4, recompute) == pytest.approx(sent, rel=1e-3)
     latency = Network(8, 1e30, 1e30, 1.0)
     assert latency.ring_s(1.0, 8, rounds=2) == pytest.approx(14.0)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the operators that run, with the shapes of their inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, tuple[Any, ...]]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = tuple(x.shape for x in tree_leaves((args, kwargs)) if hasattr(x, "shape"))
+        self.seen[str(func), shapes] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def patches_undone() -> Iterator[None]:
+    """An optimization is removed by assigning to a module or class, otherwise for the life of its process."""
+    owners = (sys.modules["contender"], loss, attention, block, FastContext, Decoder)
+    before = [dict(vars(owner)) for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, old in zip(owners, before, strict=True):
+            for name in [name for name, value in old.items() if vars(owner)[name] is not value]:
+                setattr(owner, name, old[name])
+
+
+def step_without(trick: str, shape: str, ids: Path) -> tuple[Counter[Any], float]:
+    """The operators of two tiny steps with this optimization removed, and the last loss."""
+    import contender
+    import step
+    import tricks
+
+    small = shlex.split("--hidden 64 --layers 2 --heads 4 --kv 2 --ffn 128 --seq 256 --steps 2 --warmup 0")
+    args = step.parse(small, shape=shape, ids=None)
+    if args.packed:
+        args.ids = ids
+        contender.write_packed(args)
+    attention.group_documents.cache_clear()  # as in a fresh process
+    with patches_undone(), Recorder() as recorder:
+        result = tricks.run(args, trick)
+    return recorder.seen, result["losses"][-1]
+
+
+def test_every_optimization_of_the_table_is_really_removed(tmp_path: Path) -> None:
+    """The same loss by other operators; removing what no code looks up any more would change none of them."""
+    import tricks
+
+    complete: dict[str, tuple[Counter[Any], float]] = {}
+    for name, _, shape, _ in tricks.TRICKS:
+        if shape not in complete:
+            complete[shape] = step_without("", shape, tmp_path / "ids.npz")
+            assert step_without("", shape, tmp_path / "ids.npz") == complete[shape]
+        operators, found = step_without(name, shape, tmp_path / "ids.npz")
+        assert operators != complete[shape][0], f"{name}: the step is the same without it"
+        assert found == pytest.approx(complete[shape][1], abs=2**-5), name  # half of bfloat16's spacing near 10

@@ -115,10 +115,10 @@ def test_a_plan_needs_no_weights_and_finds_what_the_config_says(
     on_a_gpu = config.system.device != "cpu"
     assert figures["peak"] - (0 if on_a_gpu else figures["process"]) == pytest.approx(peak, rel=0.05)
     assert figures["work"] == pytest.approx(work, rel=0.05)
-    assert ("which is not here" in said) == (on_a_gpu and not torch.cuda.is_available())
+    assert ("not available here" in said) == (on_a_gpu and not torch.cuda.is_available())
 
     decoder = decoder_config(SHAPES[config.model.name])
-    if "unpacked" in paragraphs(path)[1] or path.parent.name == "experiments":  # as the paragraph of h100.py says
+    if config.quantization.bits == 4 and config.quantization.dequantize == "auto":  # the GPU of h100.py has room
         config = config.override({"quantization.dequantize": "cached"})
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     size = (config.micro_batch_rows(), config.model.max_seq_length)
@@ -152,7 +152,7 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "training.micro_batch_size: 2 rows of 4096 tokens take" in error
-    assert "and 5.40 GB are there" in error
+    assert "and 5.40 GB are available" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
@@ -160,7 +160,10 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
     ("arguments", "message"),
     [
         ([], "error: system.device: cuda is not available here (available: cpu): set system.device=auto\n"),
-        (["--plan", "system.memory_gb=none"], "set system.device=auto, or give its system.memory_gb to --plan for it"),
+        (
+            ["--plan", "system.memory_gb=none"],
+            "set system.device=auto, or set system.memory_gb to plan for that",
+        ),
         (["system.device=auto"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set training.opt"),
         (["--plan", "system.device=cpu"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set train"),
         (["--plan", "system.device=tpu"], "system.device: 'tpu' is not one of auto, cuda, mps, cpu"),

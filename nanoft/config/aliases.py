@@ -215,12 +215,11 @@ def _meaning(name: str, value: Any) -> Settings:
     setting = alias.values(value) if callable(alias.values) else value
     if isinstance(alias.values, Mapping):
         one = value[0] if isinstance(value, list) and len(value) == 1 else value  # report_to: [none]
-        is_known = not isinstance(one, (list, dict)) and one in alias.values
-        if not is_known and not alias.open:
+        if isinstance(one, (list, dict)) or (one not in alias.values and not alias.open):
             options = f"is none of {', '.join(map(str, alias.values))}" if alias.values else "has no counterpart"
             raise UserError(f"{name}: {value!r:.60} {options}" + (f": {alias.fix}" if alias.fix else ""))
-        setting = alias.values[one] if is_known else value
-    return setting if isinstance(setting, dict) and alias.values is not None else {alias.field: setting}
+        setting = alias.values.get(one, one)
+    return setting if isinstance(setting, dict) and setting is not value else {alias.field: setting}
 
 
 def suggest_override(name: str) -> str | None:

@@ -26,7 +26,7 @@ def bounded(default: Any, low: float, high: float = math.inf) -> Any:
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of an error message about an unknown name: the nearest known one, or all of them."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f": did you mean {prefix}{match[0]}?" if match else f": there are {', '.join(known)}"
+    return f": did you mean {prefix}{match[0]}?" if match else f": choose one of {', '.join(known)}"
 
 
 def parse(key: str, text: str, hint: Any) -> Any:
@@ -90,6 +90,6 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return "a list of names" if get_args(hint)[0] is str else "a list of numbers"
     if get_origin(hint) is dict:
-        return "a table like {name: value}"
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+        return "a mapping such as {name: value}"
+    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
     return names.get(hint, "none")

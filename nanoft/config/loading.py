@@ -28,7 +28,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Ma
 def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """NANOFT_SECTION__FIELD=value in the environment, then section.field=value overrides, as section.field -> value."""
     named = {k: v for k, v in environment.items() if k.startswith(ENVIRONMENT_PREFIX)}
-    if odd := sorted(key for key in named if "__" not in key):
+    if odd := sorted(key for key in named if "__" not in key.removeprefix(ENVIRONMENT_PREFIX)):
         raise UserError(f"{odd[0]}: no such setting: write NANOFT_SECTION__FIELD (two underscores), or unset it")
     changes = {k.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1): v for k, v in named.items()}
     for item in overrides:
@@ -60,7 +60,7 @@ def load_file(path: str | Path, beside: str = "") -> Config:
         tree = _read_tree(path)
         provenance = tree.pop("provenance", None)  # in the config.json of a run
         if not isinstance(provenance, dict | None):
-            raise UserError("provenance: not a table: the file is damaged")
+            raise UserError("provenance: not a mapping: the file is corrupted")
         has_settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
         is_flat = has_settings and not tree.keys() & SECTION_TYPES.keys()
         config = _from_flat(tree) if is_flat else Config.from_dict(tree)
@@ -94,7 +94,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"not valid {path.suffix.lstrip('.').upper()}: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError("expected a table of sections (model, data, training, ...)")
+        raise UserError("expected a mapping of sections (model, data, training, ...)")
     return tree
 
 

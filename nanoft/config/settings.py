@@ -243,7 +243,7 @@ class Config:
         random = self.model.random_init and t.method != "full"
         _refuse(random, "model.random_init: adapters cannot train random weights: set training.method=full")
         no_b = t.lora_plus_ratio != 1 and t.method != "lora"
-        _refuse(no_b, "training.lora_plus_ratio: lora_plus_ratio needs training.method=lora: set one of them")
+        _refuse(no_b, "training.lora_plus_ratio: needs training.method=lora: set that, or the ratio to 1")
         _refuse(not self.lora.target_modules, "lora.target_modules: empty: name at least one module, such as q_proj")
         check_expressions(self.lora)
         pissa = self.lora.init == "pissa" and max(ranks) > 2048
@@ -259,7 +259,7 @@ class Config:
         try:
             json.dumps([d.template_args, d.columns])
         except (TypeError, ValueError):
-            raise UserError("data.template_args: not JSON: use text, numbers, booleans, lists and tables") from None
+            raise UserError("data.template_args: not JSON: use strings, numbers, booleans, lists, mappings") from None
 
     def override(self, changes: Mapping[str, Any] | None = None, /, **sections: Mapping[str, Any]) -> Config:
         """Return a copy with some fields replaced; strings are parsed by the field's type.
@@ -287,7 +287,7 @@ class Config:
             if section not in SECTION_TYPES:
                 raise UserError(f"{section}: no such section{nearest(str(section), SECTION_TYPES)}")
             if not isinstance(fields, Mapping):
-                raise UserError(f"{section}: {fields!r:.100} is not a table of fields")
+                raise UserError(f"{section}: {fields!r:.100} is not a mapping of fields")
         return cls().override(**tree)
 
     def effective_batch_size(self) -> int:

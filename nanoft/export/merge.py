@@ -34,6 +34,7 @@ from nanoft.io.atomic import (
     replace_file,
     replaced_directory,
     write_file,
+    write_json,
 )
 from nanoft.io.tensor_files import Specs, encode_safetensors
 from nanoft.io.untrusted import read_json
@@ -87,7 +88,7 @@ def merge(
         total = sum(map(_bytes, shards))
         weight_map = {tensor: name for name, specs in files.items() for tensor in specs}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_file(out / "model.safetensors.index.json", [(json.dumps(index, indent=2) + "\n").encode()])
+        write_json(out / "model.safetensors.index.json", index)
     write_config(opened.base_directory, out, dtype)
     copy_tokenizer(opened, out)
     return finished
@@ -106,10 +107,10 @@ def _bytes(specs: Specs) -> int:
 
 
 def check_room(out: Path, needed: int) -> None:
-    """Refuse before the work what will not fit on the disk."""
+    """Refuse before the work starts what does not fit on the disk."""
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise UserError(f"--out: needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there: make room")
+        raise UserError(f"--out: needs {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free there: make room")
 
 
 def parse_size(text: str) -> int:
@@ -129,10 +130,11 @@ def is_lora_run(source: str) -> bool:
 
 def require_adapter(source: str) -> None:
     """Refuse a source that cannot have an adapter, before anything is loaded."""
-    if find_adapter(source) is None and not is_run(source):
+    if find_adapter(source) is not None or is_lora_run(source):
+        return
+    if not is_run(source):
         raise UserError(f"{source}: no adapter here: give a LoRA run or an adapter directory")
-    if find_adapter(source) is None and not is_lora_run(source):
-        raise UserError(f"{source}: this run trained every parameter: its result is a complete model, in model/")
+    raise UserError(f"{source}: this run trained every parameter: its result is a complete model, in model/")
 
 
 def choose_adapter(
@@ -150,7 +152,7 @@ def choose_adapter(
         if not directory.is_dir():
             raise UserError(f"--unmerge: {directory}: no such directory: give a merged model")
         if biased := next((adapter.place for adapter in adapters if adapter.lora.bias != "none"), None):
-            raise UserError(f"--unmerge: {biased} replaced biases, which only the base has: use the base")
+            raise UserError(f"--unmerge: {biased} replaced biases, which cannot be restored: use the base")
         record = directory / "provenance.json"
         recorded = json.dumps(read_json(record).get("adapters")) if record.is_file() else None
         if recorded is not None and not all(digest in recorded for digest in hashes):

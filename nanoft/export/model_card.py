@@ -104,9 +104,9 @@ def model_card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base
     if "tuned" in metrics:
         sides = {side: metrics[side] for side in ("base", "tuned") if side in metrics}
         rows = [
-            [key.replace("_", " "), *(f"{side[key]:.4g}" if key in side else "-" for side in sides.values())]
+            [key.replace("_", " "), *("-" if side.get(key) is None else f"{side[key]:.4g}" for side in sides.values())]
             for key in ("perplexity", "exact_match", "stop_rate")
-            if key in metrics["tuned"]
+            if metrics["tuned"].get(key) is not None
         ]
         lines.append("## Held-out metrics\n\n" + markdown_table(["", *sides], rows))
     lines.append(

@@ -1,7 +1,7 @@
 """A decoder whose weight matrices stay on the disk.
 
 A 7B model in float32 takes 28 GB, but merging an adapter into it and verifying the result need only a few rows of one
-matrix at a time. A linear layer here reads its weight in slabs of rows whenever it is called, multiplies, drops them:
+matrix at a time. A linear layer here reads its weight in slabs of rows at every call, multiplies, and drops them:
 
     y[:, rows] = x W[rows]^T
 

@@ -35,7 +35,7 @@ from nanoft.models.open import LoadedModel, TrainedAdapter, is_run
 from nanoft.perplexity import safe_exp
 
 # Allowed difference of logits, as a share of their standard deviation: rounding every weight to 8 (bf16) or 11 (f16)
-# significant bits moves the logits by about this much; a wrong merge moves them by whole units.
+# significant bits moves the logits by about this much; a wrong merge moves them by several units.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 PLAIN_TEXTS = ["The quick brown fox jumps over the lazy dog.", '{"city": "Oslo", "people": 4}', "1 2 3 4 5 6 7 8 9 10"]
 PROMPTS = 8
@@ -50,7 +50,7 @@ class Proof:
 
     max_difference: float  # of a logit
     allowed: float
-    effect: float  # max difference that the adapter itself makes, for comparison
+    effect: float  # largest difference that the adapter itself makes, for comparison
     same_top_token: float  # share of positions
 
     @property
@@ -71,17 +71,17 @@ class Agreement:
 
 
 @torch.no_grad()
-def hidden_states(model: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Last hidden states of all positions of all rows, concatenated, (tokens, hidden)."""
+def hidden_states(model: Decoder, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Last hidden states of all positions of all sequences, concatenated, (tokens, hidden)."""
     found: list[Tensor] = []
-    while rows:
-        count = 1  # rows of this pass
-        while count < len(rows) and (count + 1) * max(map(len, rows[: count + 1])) <= PASS_TOKENS:
-            count += 1
-        group, rows = rows[:count], rows[count:]
+    while sequences:
+        size = 1  # sequences in this pass
+        while size < len(sequences) and (size + 1) * max(map(len, sequences[: size + 1])) <= PASS_TOKENS:
+            size += 1
+        batch, sequences = sequences[:size], sequences[size:]
         # Padding is on the right, where no token attends to it.
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in group], batch_first=True)
-        found += [hidden[: len(row)] for hidden, row in zip(model(ids), group, strict=True)]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in batch], batch_first=True)
+        found += [hidden[: len(sequence)] for hidden, sequence in zip(model(ids), batch, strict=True)]
     return torch.cat(found)
 
 
@@ -90,8 +90,8 @@ def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden
     """Compare two models' predictions, from hidden states (tokens, hidden) and the targets of `next_tokens`."""
     farthest, total, squares, numbers = 0.0, 0.0, 0.0, 0
     same, divergence, nats, wanted_nats, count = 0, 0.0, 0.0, 0.0, int((targets >= 0).sum())
-    for rows in torch.arange(len(targets)).split(64):
-        found, wanted = model.logits(hidden[rows]), wanted_model.logits(wanted_hidden[rows])  # (n, vocab)
+    for positions in torch.arange(len(targets)).split(64):
+        found, wanted = model.logits(hidden[positions]), wanted_model.logits(wanted_hidden[positions])  # (n, vocab)
         difference = (found - wanted).abs().nan_to_num(nan=math.inf)  # inf - inf: a weight overflowed
         farthest = max(farthest, difference.max().item())
         total += wanted.sum(dtype=torch.float64).item()
@@ -100,18 +100,18 @@ def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden
         same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
         found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
         divergence += (wanted.exp() * (wanted - found)).sum().item()  # sum p log(p / q)
-        nats += F.nll_loss(found.double(), targets[rows], ignore_index=-1, reduction="sum").item()
-        wanted_nats += F.nll_loss(wanted.double(), targets[rows], ignore_index=-1, reduction="sum").item()
+        nats += F.nll_loss(found.double(), targets[positions], ignore_index=-1, reduction="sum").item()
+        wanted_nats += F.nll_loss(wanted.double(), targets[positions], ignore_index=-1, reduction="sum").item()
     spread = math.sqrt(max(0.0, squares - total * total / numbers) / max(1, numbers - 1))
     perplexities = [safe_exp(n / count) if count else math.nan for n in (nats, wanted_nats)]
     return Agreement(farthest, spread, same / len(targets), max(0.0, divergence / len(targets)), *perplexities)
 
 
-def next_tokens(rows: Sequence[Sequence[int]], targeted: Sequence[Sequence[bool]] | None = None) -> Tensor:
-    """The next token of each position, (tokens,); -1 at the end of a row, and where the next token is no target."""
+def next_tokens(sequences: Sequence[Sequence[int]], targeted: Sequence[Sequence[bool]] | None = None) -> Tensor:
+    """The next token of each position, (tokens,); -1 where it is not a target, and at the end of a sequence."""
     found: list[int] = []
-    for row, counts in zip(rows, targeted or [[True] * len(row) for row in rows], strict=True):
-        found += [token if is_target else -1 for token, is_target in zip(row[1:], counts[1:], strict=True)] + [-1]
+    for ids, is_target in zip(sequences, targeted or [[True] * len(ids) for ids in sequences], strict=True):
+        found += [token if counts else -1 for token, counts in zip(ids[1:], is_target[1:], strict=True)] + [-1]
     return torch.tensor(found)
 
 
@@ -130,7 +130,7 @@ def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Promp
 def proof_prompts(chat: ChatTokenizer, samples: Sequence[Sample]) -> list[list[int]]:
     """Token ids to verify a merge on: a few plain texts, and a few samples of the run."""
     ids = [chat.tokenizer.encode(text).ids for text in PLAIN_TEXTS]
-    return [row for row in ids + [sample.ids.tolist() for sample in samples[:PROMPTS]] if row]
+    return [prompt for prompt in ids + [sample.ids.tolist() for sample in samples[:PROMPTS]] if prompt]
 
 
 def describe_weights(opened: LoadedModel, merged: bool) -> str:
@@ -148,12 +148,12 @@ def verify_merge(opened: LoadedModel, merged: Path, prompts: Sequence[list[int]]
 
 def prove(opened: LoadedModel, merged: Rows, prompts: Sequence[list[int]], tolerance: float) -> Proof:
     """Compare logits of merged weights and of base + adapter; `tolerance` is a share of their standard deviation."""
-    rows, model, merged_model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model, StreamedDecoder(merged)
-    targets, wanted = next_tokens(rows), hidden_states(model, rows)
+    prompts, model, merged_model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model, StreamedDecoder(merged)
+    targets, wanted = next_tokens(prompts), hidden_states(model, prompts)
     with disabled(opened.adapters):
-        base = hidden_states(model, rows)
+        base = hidden_states(model, prompts)
     effect = compare(model, base, model, wanted, targets).max_difference
-    found = compare(merged_model, hidden_states(merged_model, rows), model, wanted, targets)
+    found = compare(merged_model, hidden_states(merged_model, prompts), model, wanted, targets)
     return Proof(found.max_difference, tolerance * found.spread, effect, found.same_top_token)
 
 
@@ -174,20 +174,20 @@ def compare_bases(
 ) -> tuple[dict[Onto, Agreement], int]:
     """How close each merge in `dtype` would be to the model as trained, by base, and on how many tokens.
 
-    So many held-out samples are used that they reach `limit` tokens; without any, plain texts.
+    It uses held-out samples until they have `limit` tokens; without any, plain texts.
     """
     before = np.cumsum([0, *(len(sample.ids) for sample in samples)])
     used = [sample for sample, tokens in zip(samples, before, strict=False) if tokens < limit]
-    rows, targeted = [sample.ids.tolist() for sample in used], [sample.is_target.tolist() for sample in used]
-    if not rows:
-        rows, targeted = [row for row in proof_prompts(chat, []) if len(row) > 1], []
+    sequences, targeted = [sample.ids.tolist() for sample in used], [sample.is_target.tolist() for sample in used]
+    if not sequences:
+        sequences, targeted = [prompt for prompt in proof_prompts(chat, []) if len(prompt) > 1], []
     trained = open_adapter(adapter, "nf4")
-    wanted, targets = hidden_states(trained.model, rows), next_tokens(rows, targeted)
+    wanted, targets = hidden_states(trained.model, sequences), next_tokens(sequences, targeted)
     found: dict[Onto, Agreement] = {}
     for onto in get_args(Onto) if adapter.quantization else ("original",):
         merged = StreamedDecoder(replace(weights_of(trained, onto), adapters=trained.adapters, dtype=dtype))
-        found[onto] = compare(merged, hidden_states(merged, rows), trained.model, wanted, targets)
-    return found, sum(map(len, rows))
+        found[onto] = compare(merged, hidden_states(merged, sequences), trained.model, wanted, targets)
+    return found, sum(map(len, sequences))
 
 
 def describe_bases(found: dict[Onto, Agreement], tokens: int, chosen: str) -> list[str]:

@@ -1,9 +1,9 @@
-"""Decoding with a cache: one more token for every sequence, without a second pass over what was there.
+"""Decoding with a cache: one more token for every sequence, without another pass over the earlier ones.
 
 The prompts are read packed, as in training, and each layer's keys and values are kept. After that a step is one
 position per sequence. Both run the blocks of nanoft/model.py; only their context differs.
 
-    k, v of the new position go into the cache;  y = softmax(q K^T / sqrt(d)) V  over what is there
+    k, v of the new position go into the cache;  y = softmax(q K^T / sqrt(d)) V  over the cache
 
 Sequences end in the same slot of the cache, so that the next token has the same slot in all of them; the slots before a
 shorter one are empty, and masked. Sequences whose answer has ended leave, and new prompts take their places.
@@ -44,11 +44,11 @@ class PromptContext(SequenceContext):
 
 
 class Decoding:
-    """Sequences that grow together: their keys and values, in buffers of their final size, and the step."""
+    """A batch of growing sequences: their keys and values, in buffers of the final size, and the step."""
 
     def __init__(self, model: Decoder):
         self.model, self.device = model, model.head.device
-        self.length = self.slots = 0  # slots in use, and there
+        self.length = self.slots = 0  # slots in use, and allocated
         self.empty: list[int] = []  # slots before each prompt
         self.keys, self.values = list[Tensor](), list[Tensor]()  # of each layer, (b, g, slots, d)
         self.is_fast = kernels.is_applied(model)
@@ -57,7 +57,7 @@ class Decoding:
         self.context_class = FastCacheContext if self.is_fast else CacheContext
 
     def _function(self, block: nn.Module) -> Callable[..., Tensor]:
-        """What computes a block: its twin, or its own forward, for which torch.compile would compile anew."""
+        """A block's twin, or its `forward`: calling a compiled block would compile it again for these shapes."""
         return twin(block, self.prepacks) if self.is_fast else block.forward
 
     @functools.cached_property
@@ -75,15 +75,15 @@ class Decoding:
         return self.model.logits(hidden) if self.head is None else self.head(hidden).float()
 
     def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
-        """Take in prompts, none empty, whose last slot and the newest of the sequences that are there become the same.
+        """Add prompts, none empty, to the batch; they end in the same slot as the sequences that are in it.
 
         At most `more` tokens may follow each sequence. Returns the last hidden state of each prompt, (prompts, n).
         """
         longest = max(map(len, prompts))
         length = max(self.length, longest)
-        before = length - self.length  # slots by which the others move
+        before = length - self.length  # slots by which the sequences in the batch move
 
-        def beside(old: Tensor, new: Tensor) -> Tensor:
+        def append(old: Tensor, new: Tensor) -> Tensor:
             both = new.new_zeros(len(old) + len(new), new.shape[1], length + more, new.shape[3])
             both[: len(old), :, before:length] = old[:, :, : self.length]
             both[len(old) :, :, length - longest : length] = new
@@ -91,7 +91,7 @@ class Decoding:
 
         hidden, keys, values = self._read(prompts)
         for kept, new in ((self.keys, keys), (self.values, values)):
-            kept[:] = [beside(*pair) for pair in zip(kept or [part[:0] for part in new], new, strict=True)]
+            kept[:] = [append(*pair) for pair in zip(kept or [part[:0] for part in new], new, strict=True)]
         self.empty = [empty + before for empty in self.empty] + [length - len(prompt) for prompt in prompts]
         self.length, self.slots = length, length + more
         self._prepare_slots()
@@ -131,7 +131,7 @@ class Decoding:
         self.tables = self.context_class.tables(*rotation, (slots >= empty).to(self.device))
 
     def step(self, newest: Tensor) -> Tensor:
-        """Take in one more token per sequence, (b,); the hidden state of each, (b, n)."""
+        """Append one token to each sequence, (b,); the new hidden states, (b, n)."""
         context = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty))
         self.length += 1
         x: Any = self.model.model.embed_tokens(newest[:, None])  # (b, 1, n)
@@ -140,7 +140,7 @@ class Decoding:
         return self.model.model.norm(x)[:, 0]
 
     def keep(self, sequences: Sequence[int]) -> None:
-        """Drop the other sequences, and the slots that are empty in all that stay."""
+        """Drop the other sequences, and the slots that are empty in all that remain."""
         chosen = torch.tensor(sequences, dtype=torch.long, device=self.device)
         cut = min((self.empty[sequence] for sequence in sequences), default=self.length)
         for parts in (self.keys, self.values):

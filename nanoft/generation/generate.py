@@ -63,26 +63,26 @@ def stream(
     sampler = Sampler(sampling, prompts, len(model.head), max_new_tokens, model.head.device, generator)
     decoding = Decoding(model)
     budget = [max_new_tokens] * len(prompts)  # tokens that each answer may still get
-    rows: list[int] = []  # the prompt of each row of the batch; -1: its answer is finished
-    hidden: list[torch.Tensor] = []  # last hidden states, (some rows, hidden) each
-    while waiting or rows:
-        if waiting and len(rows) <= REFILL * batch_size:
-            free = batch_size - len(rows)
+    batch: list[int] = []  # the prompt of each sequence in the batch; -1: its answer is finished
+    hidden: list[torch.Tensor] = []  # last hidden states, (some of batch, hidden) each
+    while waiting or batch:
+        if waiting and len(batch) <= REFILL * batch_size:
+            free = batch_size - len(batch)
             joining, waiting = waiting[:free], waiting[free:]
             hidden.append(decoding.join([prompts[prompt] for prompt in joining], max_new_tokens))
             sampler.join(joining)
-            rows += joining
+            batch += joining
         newest = sampler.choose(decoding.logits(torch.cat(hidden)))  # (batch,)
-        step = [(prompt, token) for prompt, token in zip(rows, newest.tolist(), strict=True) if prompt >= 0]
+        step = [(prompt, token) for prompt, token in zip(batch, newest.tolist(), strict=True) if prompt >= 0]
         yield step
         for prompt, _ in step:
             budget[prompt] -= 1
         finished = {prompt for prompt, token in step if token in stops or not budget[prompt]}
-        rows = [-1 if prompt in finished else prompt for prompt in rows]
-        active = [row for row, prompt in enumerate(rows) if prompt >= 0]
-        if len(active) <= REFILL * (batch_size if waiting else len(rows)):
-            rows, kept = [rows[row] for row in active], torch.tensor(active, dtype=torch.long, device=newest.device)
-            newest = newest[kept]
+        batch = [-1 if prompt in finished else prompt for prompt in batch]
+        active = [index for index, prompt in enumerate(batch) if prompt >= 0]
+        if len(active) <= REFILL * (batch_size if waiting else len(batch)):
+            kept = torch.tensor(active, dtype=torch.long, device=newest.device)
+            batch, newest = [batch[index] for index in active], newest[kept]
             decoding.keep(active)
             sampler.keep(kept)
-        hidden = [decoding.step(newest)] if rows else []
+        hidden = [decoding.step(newest)] if batch else []

@@ -68,48 +68,49 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Chooses the next token of each row of a batch; remembers which tokens each row has seen."""
+    """Chooses the next token of each sequence in a batch; remembers which tokens each of them has seen."""
 
     def __init__(
         self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab: int, steps: int, device: torch.device,
         generator: torch.Generator | None,
     ):  # fmt: skip
-        """For the prompts of all answers, of at most `steps` tokens; `generator` is on the CPU for equal seeds."""
+        """`prompts`: of all answers, of at most `steps` tokens; `generator`: on the CPU, so that seeds are portable."""
         self.sampling, self.prompts, self.device = sampling, prompts, device
         self.noise: Tensor | None = None  # (prompts, steps)
         if sampling.temperature > 0:
             self.noise = (torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE).to(device)
-        self.rows = torch.zeros(0, dtype=torch.long, device=device)  # (batch,): the prompt of each row
-        self.lengths = torch.zeros_like(self.rows)  # (batch,): tokens of its answer so far
+        self.batch = torch.zeros(0, dtype=torch.long, device=device)  # (batch,): the prompt of each sequence
+        self.lengths = torch.zeros_like(self.batch)  # (batch,): tokens of its answer so far
         self.seen: Tensor | None = None  # (batch, vocab)
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(0, vocab, dtype=torch.bool, device=device)
 
-    def join(self, rows: Sequence[int]) -> None:
-        self.rows = torch.cat((self.rows, torch.tensor(rows, device=self.device)))
-        self.lengths = F.pad(self.lengths, (0, len(rows)))
+    def join(self, joining: Sequence[int]) -> None:
+        """Add the answers to the prompts with these indices to the batch."""
+        self.batch = torch.cat((self.batch, torch.tensor(joining, device=self.device)))
+        self.lengths = F.pad(self.lengths, (0, len(joining)))
         if self.seen is not None:
-            seen = torch.zeros(len(rows), self.seen.shape[1], dtype=torch.bool)
-            for row, prompt in zip(seen, rows, strict=True):
-                row[torch.tensor(self.prompts[prompt])] = True
+            seen = torch.zeros(len(joining), self.seen.shape[1], dtype=torch.bool)
+            for own, prompt in zip(seen, joining, strict=True):
+                own[torch.tensor(self.prompts[prompt])] = True
             self.seen = torch.cat((self.seen, seen.to(self.device)))
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next token of each row, (batch,), from logits, (batch, vocab)."""
+        """The next token of each sequence, (batch,), from logits, (batch, vocab)."""
         if self.seen is not None:
             logits = penalize(logits, self.seen, self.sampling.repetition_penalty)
         if self.noise is None:
             newest = logits.argmax(-1)
         else:
             last = self.noise.shape[1] - 1  # a finished answer may still be in the batch
-            newest = sample(warp(logits, self.sampling), self.noise[self.rows, self.lengths.clamp(max=last)])
+            newest = sample(warp(logits, self.sampling), self.noise[self.batch, self.lengths.clamp(max=last)])
         if self.seen is not None:
             self.seen.scatter_(1, newest[:, None], True)
         self.lengths += 1
         return newest
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, (rows,) int64, and drop the others."""
-        self.rows, self.lengths = self.rows[rows], self.lengths[rows]
+    def keep(self, kept: Tensor) -> None:
+        """Keep these sequences of the batch, (n,) int64, and drop the others."""
+        self.batch, self.lengths = self.batch[kept], self.lengths[kept]
         if self.seen is not None:
-            self.seen = self.seen[rows]
+            self.seen = self.seen[kept]

@@ -184,10 +184,10 @@ def sum_adapters(
 
 
 def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """module -> PEFT's name of the part -> tensor."""
+    """Tensors by module and by the part of it, as PEFT names it."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        found = re.search(r"\.(lora_\w+(\.weight)?|base_layer\.bias)$", name)
+        found = re.search(r"\.(lora_[AB]\.weight|lora_magnitude_vector|base_layer\.bias)$", name)
         if found is None:
             raise UserError(f"{name}: fully trained layers beside an adapter are not supported")
         modules.setdefault(name[: found.start()].removeprefix(PEFT_PREFIX), {})[found[1]] = tensor
@@ -252,6 +252,9 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
     if not weights.is_file():
         raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
     tensors = load_tensors(weights)
+    with_a, with_b = ({n.removesuffix(f".{part}") for n in tensors if n.endswith(f".{part}")} for part in (A, B))
+    if incomplete := sorted(with_a ^ with_b) if with_a else ["the adapter"]:
+        raise UserError(f"{weights}: {incomplete[0]} lacks lora_A or lora_B: copy the complete adapter directory")
     with time_limit(MATCHING_SECONDS, f"{path}: rank_pattern"):
         for name, tensor in tensors.items():  # before memory for the ranks of the settings is allocated
             module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{A}")

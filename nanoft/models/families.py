@@ -1,9 +1,8 @@
 """Model families: what a Hugging Face `config.json` says, as the switches of the one decoder in nanoft/model.py.
 
 `FAMILIES` has one entry per family: how to read its config.json, how to write it for an exported model, and its name in
-llama.cpp. A field that is not known here is refused: a setting that is silently ignored is a model that is silently
-wrong. A new family is an entry, the fields that it reads, and, if no combination of switches describes it, a new switch
-in the decoder.
+llama.cpp. A field that the family does not read is refused: a setting that is silently ignored is a model that is
+silently wrong. A new family is an entry and, if no combination of switches describes it, a new switch in the decoder.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ class Family:
     """How an architecture of transformers maps to the decoder."""
 
     architecture: str  # its name in config.json
-    fields: str  # of config.json that `switches` reads
     switches: Callable[[Fields], dict[str, Any]]  # config.json -> the DecoderConfig fields in which families differ
+    fields: tuple[str, ...]  # of config.json that `switches` reads, besides READ_FIELDS
     gguf: str | None  # its name in llama.cpp; None: llama.cpp does not have it
     export: Callable[[Fields], dict[str, Any]]  # config.json -> the one of an exported model
 
 
-# Fields of a config.json that are read for every family ...
+# Fields of a config.json that are read or checked for every family ...
 READ_FIELDS = """
     architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings
@@ -60,7 +59,7 @@ HARMLESS_FIELDS = """
 def decoder_config(hf: Fields) -> DecoderConfig:
     """Read a Hugging Face `config.json`; a UserError for a field that may change the logits and is not known here."""
     family = find_family(hf)
-    _refuse_unknown(hf, READ_FIELDS + HARMLESS_FIELDS + FAMILIES[family].fields.split())
+    _refuse_unknown(hf, family)
     try:
         hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
         common = {
@@ -97,8 +96,8 @@ def find_family(hf: Fields) -> str:
     return found[0]
 
 
-def _refuse_unknown(hf: Fields, known: list[str]) -> None:
-    """Refuse every field that is not known, unless it is off: it could change the logits."""
+def _refuse_unknown(hf: Fields, family: str) -> None:
+    """Refuse every field that the family does not read, unless it is harmless or off."""
     supported = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0,), "attention_dropout": (0.0,)}
     for name, values in supported.items():
         if hf.get(name) not in (*values, None):
@@ -111,10 +110,11 @@ def _refuse_unknown(hf: Fields, known: list[str]) -> None:
             "config.json: quantization_config: only weights quantized by bitsandbytes are supported: name the original "
             "model and set quantization.bits=4; if the weights are not quantized, remove the field"
         )
+    known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields}
     for name, value in hf.items():
         if value and name not in known:
             raise UserError(
-                f"config.json: {name}: {value!r}: unknown field, which may change the model: "
+                f"config.json: {name}: {value!r:.60}: unknown field of {family}, which may change the model: "
                 "remove it from config.json if it does not"
             )
 
@@ -206,13 +206,13 @@ def _windows(hf: Fields, window: int | None, first: int = 0) -> tuple[int | None
     return tuple(by_type[kind] for kind in kinds)
 
 
-WINDOWS = "sliding_window layer_types"
-QWEN_WINDOWS = f"{WINDOWS} use_sliding_window max_window_layers"
+WINDOWS = ("sliding_window", "layer_types")
+QWEN = (*WINDOWS, "use_sliding_window", "max_window_layers")
 FAMILIES: dict[str, Family] = {  # by model_type
-    "llama": Family("LlamaForCausalLM", "attention_bias mlp_bias", _llama, "llama", with_both_rope_forms),
-    "mistral": Family("MistralForCausalLM", WINDOWS, _mistral, "llama", with_both_rope_forms),
-    "qwen2": Family("Qwen2ForCausalLM", QWEN_WINDOWS, _qwen2, "qwen2", with_both_rope_forms),
-    "qwen3": Family("Qwen3ForCausalLM", f"attention_bias {QWEN_WINDOWS}", _qwen3, "qwen3", with_both_rope_forms),
+    "llama": Family("LlamaForCausalLM", _llama, ("attention_bias", "mlp_bias"), "llama", with_both_rope_forms),
+    "mistral": Family("MistralForCausalLM", _mistral, WINDOWS, "llama", with_both_rope_forms),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2", with_both_rope_forms),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3", with_both_rope_forms),
 }
 
 # Upper limits of sizes in a config.json: several times those of the largest models.

@@ -99,7 +99,7 @@ class ModelFiles:
             raise UserError(explain_missing(self.directory) or f"{self.directory}: {wanted}")
         for shard in sharded:
             if not os.path.lexists(shard) or shard.is_dir():
-                raise UserError(f"{shard}: named in the index, but missing: fetch the model again")
+                raise UserError(f"{shard}: named in the index, but missing: download the model again")
             resolve_file(shard)
         return sharded
 
@@ -144,7 +144,7 @@ def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
                 name = f"model.{name}"
             if name in headers:
                 where = "in two files" if headers[name].path != path else "there twice"
-                raise UserError(f"{path}: {name} is {where}: fetch the model again")
+                raise UserError(f"{path}: {name} is {where}: download the model again")
             headers[name] = header
     return headers
 
@@ -157,7 +157,7 @@ def is_packed(headers: dict[str, TensorHeader], name: str) -> bool:
 def _indexed_shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map is missing or empty: fetch the file again")
+        raise UserError(f"{index}: weight_map is missing or empty: download the file again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
             raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
@@ -170,7 +170,7 @@ def _numbered_shards(directory: Path) -> list[Path]:
     found = sorted(directory.glob(f"model-{number}-of-{number}.safetensors"))
     count = int(found[0].stem[-5:]) if found else 0
     if missing := {directory / f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)} - {*found}:
-        raise UserError(f"{min(missing)}: one of {count} shards, but missing: fetch the model again")
+        raise UserError(f"{min(missing)}: one of {count} shards, but missing: download the model again")
     return found
 
 
@@ -206,7 +206,7 @@ def explain_missing(directory: Path) -> str | None:
 
 
 def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HUB_FILES, *TOKENIZER_FILES)) -> Path:
-    """The directory of a model; a Hub name's `files`, which are patterns, are downloaded. `field` is for messages."""
+    """The directory of a model; of a Hub name, the files that match the patterns `files` are downloaded."""
     if not name:
         raise UserError(f"{field}: empty: give a directory in the Hugging Face layout or a Hub name")
     path, (repository, revision) = Path(os.path.expanduser(name)), split_reference(name)
@@ -268,13 +268,13 @@ def _quantization(config: dict[str, Any], path: Path) -> Quantization | None:
 
 
 def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:
-    """Refuse settings that are not what the model is, if it was packed before."""
+    """Refuse another quantization than that of a model whose stored weights are packed."""
     if base.quantization in (None, wanted):
         return
     kind, double = base.quantization
     fields = "bits=8" if kind == "int8" else f"bits=4 quantization.type={kind} quantization.double={double}".lower()
     raise UserError(
-        f"quantization.bits: {base.directory} is stored in {kind} and can only be trained on like that: "
+        f"quantization.bits: {base.directory} is stored in {kind} and can only be trained in that form: "
         f"set quantization.{fields}, or name the original model"
     )
 
@@ -285,5 +285,5 @@ def base_files(directory: Path) -> list[Path]:
 
 
 def described_files(directory: Path) -> list[Path]:
-    """The files besides the weights that decide what is computed."""
+    """The files besides the weights that determine the model: config and tokenizer."""
     return [path for name in ("config.json", "tokenizer.json") if (path := directory / name).is_file()]

@@ -1,8 +1,7 @@
 """Opening what a user names: a run, an adapter or a model becomes a decoder that is ready to use.
 
 A run means its result: adapter/ on the base it was trained on (quantized as in training), or model/ after full
-fine-tuning. A run without a result yet means its best checkpoint. An adapter directory, a model directory or a Hub name
-mean themselves.
+fine-tuning. A run without a result means its best checkpoint. Adapters, models and Hub names are loaded as they are.
 """
 
 from __future__ import annotations
@@ -76,8 +75,10 @@ def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = Fal
     return chat
 
 
-def open_model(source: str, device: torch.device, dtype: torch.dtype, original_base: bool = False) -> LoadedModel:
-    """Load what a RUN, ADAPTER or MODEL argument names; `original_base`: the base as it is stored, not quantized."""
+def open_model(
+    source: str, device: torch.device, dtype: torch.dtype, original_base: bool = False, plain: bool = False
+) -> LoadedModel:
+    """Load what a RUN, ADAPTER or MODEL argument names; `original_base`: not quantized; `plain`: without kernels."""
     if not source:
         raise UserError("RUN|MODEL: empty: give a run directory, a model directory or a Hub name")
     run, lora, path, config = Path(source), None, find_adapter(source), None
@@ -95,7 +96,7 @@ def open_model(source: str, device: torch.device, dtype: torch.dtype, original_b
     else:
         base = find_model(str(run / "model") if is_run(source) else source, "RUN|MODEL")
         opened = LoadedModel(load_model(base, device, dtype).eval(), {}, base, base, dtype=dtype)
-    warnings = [kernels.apply(opened.model, lora), *ModelFiles.read(opened.base_directory).notes]
+    warnings = [None if plain else kernels.apply(opened.model, lora), *ModelFiles.read(opened.base_directory).notes]
     for warning in filter(None, warnings):
         print(f"warning: {warning}", file=sys.stderr)
     return opened
@@ -137,6 +138,7 @@ def best_checkpoint(run: Path) -> Checkpoint:
 
 
 def checkpoint_step(saved: Checkpoint) -> int:
+    """The optimizer step of a checkpoint."""
     step = saved.state.get("step")
     if type(step) is not int:
         raise UserError(f"{saved.path / 'state.json'}: step: {step!r:.60} is not a step: train again")

@@ -2,12 +2,11 @@
 
 The decoder is built on the `meta` device, which has shapes but no storage; then each tensor is read, converted (for
 QLoRA quantized) and placed before the next one. Peak memory is the model plus one tensor. Weights that bitsandbytes
-packed are read as they are, and weights may be dequantized once for speed.
+packed are read as they are; `cache_weights` dequantizes weights once, for speed.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ class WeightFiles:
         header = self.headers[name]
         tensor = header.read(rows)
         if tensor.is_floating_point() and not all(math.isfinite(end) for end in tensor.aminmax()):
-            raise UserError(f"{header.path}: {header.name} contains NaN or infinity: damaged: fetch the model again")
+            raise UserError(f"{header.path}: {header.name} contains NaN or infinity: damaged: download the model again")
         return tensor
 
     def read_packed(self, name: str, dtype: torch.dtype, device: torch.device) -> Linear4bit | Linear8bit:
@@ -98,7 +97,7 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             forms, wanted = expected[name]
             faults += [] if header.form in forms else [f"{name} is of type {header.form}"]
             faults += [] if wanted in (None, header.shape) else [f"{name} is {header.shape} instead of {wanted}"]
-        # May be there, but is not needed: a tied head, old rotary buffers, a format number.
+        # Ignored: a copy of the tied head, rotary buffers of old files, the number of bitsandbytes' format.
         elif not (tied and name == HEAD) and not name.endswith(("rotary_emb.inv_freq", f".{FORMAT}")):
             faults.append(f"unexpected {name}")
     if faults:
@@ -167,10 +166,8 @@ def _replace(model: Decoder, name: str, linear: nn.Module) -> None:
 # ---- Weights that bitsandbytes packed and transformers saved
 
 
-def stored_tensors(
-    shape: tuple[int, ...], quantization: tuple[str, bool]
-) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """What a file holds of a packed linear: name after the module's -> number format and shape (None: any)."""
+def stored_tensors(shape: tuple[int, ...], quantization: Quantization) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """The tensors of a packed linear: name after the module's -> number format and shape (None: any)."""
     (kind, double), weights = quantization, math.prod(shape)
     if kind == "int8":
         return {"weight": ("I8", shape), "SCB": ("F32", shape[:1])}
@@ -188,15 +185,15 @@ def stored_tensors(
 
 
 def read_stored(
-    tensors: dict[str, Tensor], shape: tuple[int, ...], quantization: tuple[str, bool], dtype: torch.dtype
+    tensors: dict[str, Tensor], shape: tuple[int, ...], quantization: Quantization, dtype: torch.dtype
 ) -> Linear4bit | Linear8bit:
     """The linear, (out, in), of the tensors that `stored_tensors` names; for 8 bits, a `weight_format` as well."""
     kind, double = quantization
     if kind == "int8":
         if (tensors.get("weight_format", torch.tensor(0)) != 0).any():
-            raise UserError("weight_format: not in rows: save the model again with bitsandbytes 0.45 or newer")
+            raise UserError("weight_format: not row-major: save the model again with bitsandbytes 0.45 or newer")
         return Linear8bit.of_parts([tensors["weight"], tensors["SCB"]], shape, kind, dtype)
-    offset = _check_note(tensors[f"weight.quant_state.bitsandbytes__{kind}"], shape, quantization)
+    offset = _read_offset(tensors[f"weight.quant_state.bitsandbytes__{kind}"], shape, quantization)
     if not torch.allclose(tensors["weight.quant_map"].cpu(), torch.tensor(CODES[kind]), atol=1e-4):
         raise UserError(f"weight.quant_map: not the code points of {kind}")
     scales = [tensors["weight.absmax"]]
@@ -206,22 +203,22 @@ def read_stored(
     return Linear4bit.of_parts([tensors["weight"], *scales], shape, kind, dtype)
 
 
-def _check_note(note: Tensor, shape: tuple[int, ...], quantization: tuple[str, bool]) -> float:
-    """The mean that was taken from the scales, out of the note beside a 4-bit weight."""
+def _read_offset(note: Tensor, shape: tuple[int, ...], quantization: Quantization) -> float:
+    """The mean subtracted from the scales, from the JSON beside a 4-bit weight, all of whose fields are checked."""
     try:
-        said = parse_json(note[:MAX_NOTE].cpu().numpy().tobytes())
+        state = parse_json(note[:MAX_NOTE].cpu().numpy().tobytes())
     except ValueError:
-        raise UserError("weight.quant_state: damaged: fetch or copy the model again") from None
-    (kind, double), said = quantization, said if isinstance(said, dict) else {}
+        raise UserError("weight.quant_state: corrupted: download or copy the model again") from None
+    (kind, double), state = quantization, state if isinstance(state, dict) else {}
     expected: dict[str, Any] = {"quant_type": kind, "blocksize": BLOCK, "shape": list(shape)}
     if double:
         expected |= {"nested_blocksize": NESTED, "nested_dtype": "float32"}
     for name, wanted in expected.items():
-        if said.get(name) != wanted:
-            raise UserError(f"weight.quant_state: {name} is {said.get(name)!r:.60} instead of {wanted!r}")
-    offset: Any = said.get("nested_offset") if double else 0.0
+        if state.get(name) != wanted:
+            raise UserError(f"weight.quant_state: {name} is {state.get(name)!r:.60} instead of {wanted!r}")
+    offset: Any = state.get("nested_offset") if double else 0.0
     if type(offset) not in (int, float) or not abs(offset) < torch.finfo(torch.float32).max:
-        raise UserError(f"weight.quant_state: nested_offset: {offset!r:.60} is no number")
+        raise UserError(f"weight.quant_state: nested_offset: {offset!r:.60} is not a finite number")
     return float(offset)
 
 
@@ -229,9 +226,9 @@ def _check_note(note: Tensor, shape: tuple[int, ...], quantization: tuple[str, b
 
 
 def choose_dequantize(policy: str, device_type: str, extra_bytes: int, free_bytes: int) -> Literal["per_use", "cached"]:
-    """auto: cached on CUDA if that takes at most a third of the free memory, because activations are worth more.
+    """quantization.dequantize=auto caches on CUDA if that takes at most a third of the free memory.
 
-    `policy` is quantization.dequantize; `extra_bytes` is by how much the model grows if its weights are dequantized.
+    Activations gain more from the rest. `extra_bytes`: how much larger the model is with dequantized weights.
     """
     if policy == "auto":
         return "cached" if device_type == "cuda" and 3 * extra_bytes <= free_bytes else "per_use"
@@ -239,7 +236,7 @@ def choose_dequantize(policy: str, device_type: str, extra_bytes: int, free_byte
 
 
 def cache_weights(model: nn.Module, policy: str) -> Literal["per_use", "cached"]:
-    """Where the policy says so, dequantize every weight: its linear becomes a frozen nn.Linear; returns the choice."""
+    """If the policy chooses so, dequantize every weight: its linear becomes a frozen nn.Linear. Returns the choice."""
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))]
     if not layers:
         return "per_use"
@@ -247,7 +244,7 @@ def cache_weights(model: nn.Module, policy: str) -> Literal["per_use", "cached"]
     unpacked = sum(layer.out_features * layer.in_features * layer.dtype.itemsize for _, layer in layers)
     extra = unpacked - sum(packed_bytes(layer) for _, layer in layers)
     free = 0
-    if device.type == "cuda":  # what the GPU has left, with what torch holds there and does not use
+    if device.type == "cuda":  # including what torch has reserved and does not use
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + held
     chosen = choose_dequantize(policy, device.type, extra, free)
@@ -280,14 +277,13 @@ def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
     if base.decoder.tied != bool(config.get("tie_word_embeddings", False)):
         config["tie_word_embeddings"] = base.decoder.tied
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # for transformers 5, and for 4
-    config = FAMILIES[find_family(config)].export(config)
-    write_file(out / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
+    write_json(out / "config.json", FAMILIES[find_family(config)].export(config))
 
 
 def copy_companions(source: Path, out: Path) -> None:
     """Copy the tokenizer's files and generation_config.json, so that other tools render and stop as nanoft does.
 
-    A missing chat template becomes the default one that training used; missing tokens that end a turn are added.
+    Without a chat template of its own, the default one that training used is written; missing stop tokens are added.
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanoft.batches import Batch, Window
 from nanoft.config import Config
+from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
 from nanoft.objectives.sft import SFT
 
@@ -38,9 +39,10 @@ class Objective(Protocol):
         """Held-out figures for the `eval` event; `loss` among them: the best checkpoint has the lowest."""
 
 
-OBJECTIVES: dict[str, Callable[[Config], Objective]] = {"sft": SFT}
+Adapters = dict[str, LoRALinear]  # by name; disabled, they leave the reference model; empty in full training
+OBJECTIVES: dict[str, Callable[[Config, Adapters], Objective]] = {"sft": lambda config, _: SFT(config)}
 
 
-def build_objective(config: Config) -> Objective:
+def build_objective(config: Config, adapters: Adapters) -> Objective:
     """The objective that `training.objective` names."""
-    return OBJECTIVES[config.training.objective](config)
+    return OBJECTIVES[config.training.objective](config, adapters)

@@ -40,7 +40,7 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Options and positional arguments in any order; a setting that is spelled as an option is explained."""
+        """Options and positional arguments in any order; a setting written as an option gets a hint."""
         parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
         args, unknown = parse(argv)
         if unknown and unknown[0].startswith("-") and hasattr(args, "overrides"):
@@ -54,14 +54,14 @@ class Arguments(argparse.ArgumentParser):
         return args
 
     def check(self, argv: list[str]) -> None:
-        """Answer --help, --version and mistakes, and end the process; go on if there are none of them."""
+        """End the process if the arguments are --help, --version or a mistake; otherwise return."""
 
         def main(argv: list[str]) -> int:
             self.parse(argv)
             return 0
 
         with contextlib.ExitStack() as silence:
-            if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, one answers
+            if os.environ.get("RANK", "0") != "0":  # under torchrun, one process prints
                 silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
             if code := command(main)(argv):
@@ -69,8 +69,8 @@ class Arguments(argparse.ArgumentParser):
 
 
 def renamed(old: str, new: str) -> NoReturn:
-    """End a command that has another name now."""
-    print(f"error: python -m {old}: is now: python -m nanoft {new}", file=sys.stderr)
+    """Exit with the new name of a command."""
+    print(f"error: python -m {old} was renamed: use python -m nanoft {new}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -127,13 +127,13 @@ class Check:
         return f"{outcome} {self.name:13} {self.found}" + (f": {self.fix}" if self.fix else "")
 
     def preflight_line(self) -> str:
-        """The same for `train.py`, which can be told to go on."""
+        """The line of `train.py`, which can continue anyway."""
         fix = "" if self.passed else f": {self.fix} (or --force {self.name})"
         return f"preflight {self.name:9} {self.outcome:4}  {self.found}{fix}"
 
 
 def require_passed(checks: Sequence[Check], forced: Sequence[str]) -> None:
-    """Stop at the first check that failed, unless it is forced by name."""
+    """Raise a UserError for the first failed check that is not forced by name."""
     for check in checks:
         if not check.passed and check.name not in forced:
             raise UserError(f"preflight: {check.name}: {check.found}: {check.fix} (or --force {check.name})")
@@ -177,15 +177,15 @@ class StopRequest:
     """Turn a signal into a flag that the loop reads between two steps; a second SIGINT stops immediately.
 
     SIGHUP: the terminal was closed. SIGUSR1: sent by SLURM before the time limit (`--signal=USR1@120`). Signals that
-    are ignored, as under `nohup`, stay ignored. In another thread than the main one, this does nothing.
+    are ignored, as under `nohup`, stay ignored. Outside of the main thread, or if not enabled, this does nothing.
     """
 
-    def __init__(self) -> None:
-        self.signal_name = ""
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled, self.signal_name = enabled, ""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        if self.enabled and threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._on_signal)

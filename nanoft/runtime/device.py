@@ -167,7 +167,7 @@ def library_versions() -> dict[str, str]:
 
 
 def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: int, seconds: float = 0.5) -> float:
-    """What bare products x W^T reach here, x (2048, inner), W (outer, inner), in 10^9 operations a second."""
+    """Measured speed of x W^T, x (2048, inner), W (outer, inner), in 10^9 operations per second."""
     x = torch.randn(2048, inner, device=device).to(dtype)
     weight = torch.randn(outer, inner, device=device).to(dtype)
     flop, done, started = 2 * x.numel() * len(weight), 0, 0.0

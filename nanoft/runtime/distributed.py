@@ -38,13 +38,13 @@ from nanoft.runtime.command import StopRequest
 from nanoft.runtime.memory import OutOfMemory, is_out_of_memory, release_memory
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # of what all ranks do together
-PATIENCE = timedelta(days=1)  # with what rank 0 does alone: a large corpus takes its time to tokenize
-BUCKET_BYTES = 64 << 20  # of gradients in one message
+TIMEOUT = timedelta(minutes=30)  # of a collective
+PATIENCE = timedelta(days=1)  # while rank 0 works alone: it may tokenize a large corpus
+BUCKET_BYTES = 64 << 20  # of gradients per all-reduce
 ERRORS = {"UserError": UserError, "TrainingFailed": TrainingFailed}
 _sharded = False  # whether the model's parameters are split
-_store: Any = None  # a dist.Store, where ranks leave notes for one another; lives in torchrun's own process
-_keys = map("nanoft {}".format, itertools.count())  # their names; every rank counts alike
+_store: Any = None  # a dist.Store in torchrun's process: JSON values that ranks exchange
+_keys = map("nanoft {}".format, itertools.count())  # names of these values, in the same order on every rank
 
 
 def process_rank() -> int:
@@ -93,18 +93,18 @@ def _init_process_group() -> None:
 
 
 def resolve_world_size(config: Config) -> Config:
-    """The config with the number of ranks that there are."""
+    """The config with the world size as system.ranks."""
     wanted = config.system.ranks
     if wanted not in (1, world_size()):
         raise UserError(
-            f"system.ranks: {wanted} are wanted, and there are {world_size()}: start it with "
-            f"torchrun --nproc-per-node {wanted} train.py, or leave the setting out"
+            f"system.ranks: {wanted}, but the world size is {world_size()}: start with "
+            f"torchrun --nproc-per-node {wanted} train.py, or remove the setting"
         )
     return config.override({"system.ranks": world_size()})
 
 
 def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
-    """Refuse ranks that differ in versions, settings, ... (JSON values by name): their results would differ, too."""
+    """Refuse ranks that differ in versions, settings, ... (JSON values by name): their results would differ."""
     everyone = _all_gather(facts)
     for other, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
@@ -114,7 +114,7 @@ def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
 
 
 def broadcast_from_rank0(find_out: Callable[[], Any]) -> Any:
-    """find_out() of rank 0, a JSON value, on every rank; if it raises, every rank raises."""
+    """The result of rank 0's find_out(), a JSON value, on every rank; if it raises, every rank raises."""
     if _store is None:
         return find_out()
     key = next(_keys)
@@ -134,7 +134,7 @@ def broadcast_from_rank0(find_out: Callable[[], Any]) -> Any:
 
 
 def main_process_first(load: Callable[[], T]) -> T:
-    """load() on rank 0, then on the others, which find in a cache what it left there."""
+    """load() on rank 0, then on the others, which find its result in a cache."""
     loaded: list[T] = []
     broadcast_from_rank0(lambda: loaded.append(load()))
     return loaded[0] if loaded else load()
@@ -201,7 +201,7 @@ def seed_process(seed: int, epoch: int, index: int) -> None:
 
 @torch.no_grad()
 def all_reduce_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the loss and each gradient by its sum over the ranks, in a few large messages.
+    """Replace the loss and each gradient by its sum over the ranks, in a few large all-reduces.
 
     With a sharded model, FSDP has summed the gradients during backward, and divided them by the world size.
     """
@@ -220,7 +220,7 @@ def all_reduce_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> No
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of at most BUCKET_BYTES together; a larger one by itself."""
+    """Consecutive tensors of at most BUCKET_BYTES in total; a larger one by itself."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
@@ -244,12 +244,12 @@ def all_reduce_sum(*values: float) -> list[float]:
 
 
 def all_reduce_any(flag: bool) -> bool:
-    """Whether it is so on any rank."""
+    """Whether the flag is set on any rank."""
     return bool(_all_reduce([flag], dist.ReduceOp.MAX)[0])
 
 
 def _all_reduce(values: Sequence[float], operation: Any) -> list[float]:
-    """A few numbers, through main memory, so that no GPU has to be waited for."""
+    """Reduce a few numbers on the CPU, so that no GPU is synchronized."""
     if world_size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
@@ -273,7 +273,7 @@ def same_exception(device: torch.device) -> Iterator[None]:
     short = failure is not None and is_out_of_memory(failure)
     if short and _sharded:
         print(
-            f"failed: out of memory on rank {process_rank()}, and with training.sharding=full it is too late to halve: "
+            f"failed: out of memory on rank {process_rank()}: training.sharding=full cannot retry the step: "
             "lower training.micro_batch_size (with more accumulation), or set training.checkpointing=full",
             file=sys.stderr,
         )

@@ -42,6 +42,8 @@ class EnergyCounter:
 
 
 class EnergyMeter:
+    """The counters of a device and of the processors."""
+
     def __init__(self, device: torch.device):
         self.counters = _processors() + (_gpu(device) if device.type == "cuda" else [])
 
@@ -68,7 +70,7 @@ def _joules(path: Path) -> float:
 
 
 def _gpu(device: torch.device) -> list[EnergyCounter]:
-    """NVML's counter, through the driver's own library; none if the GPU has none, as a MIG slice."""
+    """NVML's counter, through the driver's own library; none if the GPU has none, such as a MIG slice."""
     handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
     name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
 

@@ -17,7 +17,7 @@ from nanoft.runtime.device import DTYPES, choose_device, choose_dtype, describe_
 from nanoft.runtime.memory import memory_limit_bytes, total_memory_gb
 
 CONFIGS = Path(nanoft.__file__).parent.parent / "configs"
-GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # GB that each needs
+GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # minimum memory in GB
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Machine:
     """Where a run computes, or where one is planned."""
 
     device: torch.device
-    dtype: torch.dtype  # that the model computes in
-    memory_bytes: float  # that this process may have on the device
+    dtype: torch.dtype  # of computation
+    memory_bytes: float  # limit of this process on the device
     present: bool = True  # False: only described, by system.device and system.memory_gb
 
     @classmethod
@@ -43,14 +43,14 @@ class Machine:
             choose_device(config.system.device)
         except UserError as error:
             if memory_gb is None:
-                raise UserError(f"{error}, or give its system.memory_gb to --plan for it") from None
+                raise UserError(f"{error}, or set system.memory_gb to plan for that device") from None
             dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
             return cls(torch.device(config.system.device), dtype, memory_gb * 1e9, present=False)
         return cls.detect(config)
 
     @property
     def room_bytes(self) -> float:
-        """What a plan may fill."""
+        """Memory that a plan may use."""
         return 0.9 * self.memory_bytes
 
     @property
@@ -64,7 +64,7 @@ class Machine:
 
 
 def select_device(device: torch.device, sharding: str) -> None:
-    """Make this process's own GPU the one that `cuda` means, before anything is allocated on it."""
+    """Make `cuda` mean this process's own GPU, before anything is allocated."""
     world_size = distributed.world_size()
     if sharding == "full" and world_size == 1:
         raise UserError(
@@ -72,13 +72,13 @@ def select_device(device: torch.device, sharding: str) -> None:
             "torchrun --nproc-per-node N train.py, or set training.sharding=none"
         )
     if world_size > 1 and device.type == "mps":
-        raise UserError("system.device: Metal is used by one process: start train.py without torchrun")
+        raise UserError("system.device: Metal supports one process: start train.py without torchrun")
     if world_size > 1 and device.type == "cuda":
         wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), torch.cuda.device_count()
         if wanted > there:
             raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
         if "LOCAL_RANK" not in os.environ:
-            raise UserError("torchrun: LOCAL_RANK is not set, so whose GPU is which is not known: start with torchrun")
+            raise UserError("torchrun: LOCAL_RANK is not set, so no process knows its GPU: start with torchrun")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 

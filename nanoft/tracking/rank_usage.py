@@ -6,9 +6,9 @@ an r x r matrix, so dW itself is never formed:
     B = Q_B R_B,    A^T = Q_A R_A,    dW = Q_B (scaling * R_B R_A^T) Q_A^T,    Q_B and Q_A with orthonormal columns
 
 How far to trust the advice: directions without energy were not needed. A full spectrum is only a hint, because noise
-fills all directions alike: try the larger rank, and trust the validation loss. A young adapter says nothing, because B
-starts at 0 and AdamW's first step is lr * sign(gradient). AdamW moves parameters equally far whether gradients are
-small or large, so a module can be dropped only if its gradients, known from AdamW's moments, are negligible, too.
+fills all directions equally: try the larger rank, and trust the validation loss. Early in training a spectrum is no
+evidence, because B starts at 0 and AdamW's first step is lr * sign(gradient). AdamW moves parameters equally far for
+small and large gradients, so a module can be dropped only if its gradients, known from AdamW's moments, are small, too.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def advise(modules: Sequence[RankUsage], others: Sequence[RankUsage], step: int)
     tail = median(m.singular_values[-1] / (m.singular_values[0] or 1.0) for m in modules)
     # Update and gradients of each module are far below the others' medians, as far as gradients are known.
     figures = [attrgetter("relative_update"), attrgetter("gradient.rms")]
-    is_negligible = bool(others) and all(m.gradient for m in (*modules, *others))
-    is_negligible &= all(max(map(f, modules)) < NEGLIGIBLE * median(map(f, others)) for f in figures if is_negligible)
+    known = bool(others) and all(m.gradient for m in (*modules, *others))
+    is_negligible = known and all(max(map(f, modules)) < NEGLIGIBLE * median(map(f, others)) for f in figures)
     if step < MIN_STEPS:
         return Advice("none", f"{step} steps are not enough evidence, {MIN_STEPS} are needed")
     if is_negligible:

@@ -52,6 +52,7 @@ class Meter:
     """Loss and throughput since the last log line and over the whole run; part of the checkpointed state."""
 
     nats: float = 0.0  # summed loss since the last log line
+    units: float = 0.0  # that the loss is a mean of, by the objective; SFT: target tokens
     tokens: int = 0  # non-padding
     target_tokens: int = 0
     seconds: float = 0.0
@@ -59,9 +60,10 @@ class Meter:
     total_seconds: float = 0.0
     total_joules: float = 0.0
 
-    def add(self, nats: float, tokens: int, target_tokens: int, seconds: float, joules: float = 0.0) -> None:
+    def add(self, nats: float, units: float, tokens: int, target_tokens: int, seconds: float, joules: float) -> None:
         seconds = max(seconds, 0.0)  # the clock may have been set back
         self.nats += nats
+        self.units += units
         self.tokens += tokens
         self.target_tokens += target_tokens
         self.seconds += seconds
@@ -70,11 +72,11 @@ class Meter:
         self.total_joules += joules
 
     def flush(self) -> dict[str, float]:
-        """Return the means since the last call (loss in nats per target token) and start the next interval."""
+        """Return the means since the last call (of the loss, per unit of the objective) and start the next interval."""
         seconds = max(self.seconds, 1e-9)
         speeds = {"tokens_per_second": self.tokens / seconds, "target_tokens_per_second": self.target_tokens / seconds}
-        values = {"loss": self.nats / self.target_tokens, **speeds}
-        self.nats, self.tokens, self.target_tokens, self.seconds = 0.0, 0, 0, 0.0
+        values = {"loss": self.nats / self.units, **speeds}
+        self.nats, self.units, self.tokens, self.target_tokens, self.seconds = 0.0, 0.0, 0, 0, 0.0
         return values
 
     def tokens_per_second(self) -> float:  # over the whole run

@@ -89,7 +89,7 @@ class Plots:
         self._collect(wait=True)
 
     def _start(self) -> None:
-        source = str(Path(__file__).parent.parent)  # makes nanoft importable in the process that draws
+        source = str(Path(__file__).parents[2])  # makes nanoft importable in the process that draws
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         self._started, self._is_due = time.monotonic(), False
         self._process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""After the last step of a job: the result, what it is worth, and the report.
+"""After the last step of a run: the result, what it is worth, and the report.
 
 The best weights are written first: a measurement that fails costs a line of the report, not the result.
 """
@@ -49,7 +49,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
     result = distributed.broadcast_from_rank0(lambda: str(export(ctx, step)))
     if not ctx.adapters:
         with torch.no_grad():
-            for _, parameter in ctx.trained:  # measure what is stored, not what was rounded to store it
+            for _, parameter in ctx.trained:  # measure the rounded weights that are stored
                 parameter.copy_(parameter.to(ctx.files.dtype()))
     seconds, speed = round(state.meter.total_seconds, 3), round(state.meter.tokens_per_second(), 1)
     training = {"steps": state.step, "best_step": state.best_step, "seconds": seconds, "tokens_per_second": speed}
@@ -88,7 +88,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
 
 
 def best_step(ctx: TrainContext, state: TrainState) -> int:
-    """The step of the best checkpoint that is whole, or of the last."""
+    """The step of the best checkpoint if it is valid, otherwise the last step."""
     step = state.best_step or state.step
     if step != state.step:
         try:

@@ -36,10 +36,10 @@ from nanoft.runtime.memory import OutOfMemory, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 
 MiB = 2**20
-# Beside what is counted: bytes of kernels, caches and threads, and how many tensors of (tokens, intermediate) backward
-# through an MLP has at once: silu, the product, three gradients and two sums of them.
+# Besides what is counted: bytes of kernels, caches and threads, and how many tensors of (tokens, intermediate) backward
+# through an MLP holds at once: silu, the product, three gradients and two sums of them.
 KERNELS, TRANSIENT = 64 * MiB, 7
-# On a CPU, by the bytes of a number: as if there were more, because the allocator cannot reuse all that was freed.
+# On a CPU, by the bytes of a number: larger, because the allocator cannot reuse everything that was freed.
 KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 60 * MiB}, {2: 28.5, 4: 23}
 BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
 EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
@@ -49,14 +49,14 @@ ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by part, in the order in which they come, and what is at its peak when."""
+    """Bytes by part, in the order of allocation, and what each block keeps for backward."""
 
     parts: dict[str, float]
     keep: list[ActivationPolicy]
 
     @property
     def peak(self) -> float:
-        """Everything at once, but the loss and the backward pass through the last block come one after the other."""
+        """The sum of the parts, of which the loss and the backward pass through a block are not held at once."""
         return sum(self.parts.values()) - min(self.parts["backward"], self.parts["loss"])
 
 
@@ -68,7 +68,7 @@ class Counts:
     scales: float  # bytes beside the codes of packed linears
     others: int
     trained: int
-    ranks: int  # of all adapters of a block together
+    ranks: int  # sum over the adapters of a block
 
 
 def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
@@ -135,7 +135,7 @@ def estimate_memory(
 
 
 def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> float:
-    """Bytes a token that a block keeps for backward; e is those of a number."""
+    """Bytes per token that a block keeps for backward; `e` is the size of a number."""
     q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     kept = 2 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size + counts.ranks
     if config.training.method == "full":  # normed inputs, silu(gate) and the product, too; norms keep float32
@@ -150,7 +150,7 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> f
 def choose_recompute(
     peak_of: Callable[[list[ActivationPolicy]], float], layers: int, room: float
 ) -> list[ActivationPolicy]:
-    """Everything if it fits into `room` bytes; else as few blocks recomputed as make it fit; at most all."""
+    """Keep everything if that fits into `room` bytes, otherwise recompute as few blocks as make it fit."""
     for again in range(layers + 1):
         keep: list[ActivationPolicy] = [*["input"] * again, *["all"] * (layers - again)]  # type: ignore[list-item]
         if peak_of(keep) <= room:
@@ -301,7 +301,7 @@ def show_plan(config: Config) -> int:
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
     plan = planner.choose_activations(config.micro_batch_rows(), length)
     if not machine.present:
-        print(f"{'device':16} {machine.device.type} with {machine.memory_bytes / 1e9:.1f} GB, which is not here")
+        print(f"{'device':16} {machine.device.type} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
         print(f"{name:16} {size / 1e9:9.3f} GB")
     print(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
@@ -325,6 +325,6 @@ def show_plan(config: Config) -> int:
         fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
         raise UserError(
             f"training.micro_batch_size: {config.micro_batch_rows()} rows of {length} tokens take "
-            f"{plan.peak / 1e9:.2f} GB, and {room / 1e9:.2f} GB are there: {fix}"
+            f"{plan.peak / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available: {fix}"
         )
     return 0

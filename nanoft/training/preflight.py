@@ -1,7 +1,7 @@
 """Before the first step: does the model see what you think it sees, and will it fit?
 
 Memory runs out at the longest batch after an hour, the disk at the first save. Each is tried before the run begins: one
-check, one line, and one fix. What the tokens alone tell is checked in nanoft/data/inspection.py.
+check, one line, and one fix. Checks of the tokens alone are in nanoft/data/inspection.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.batches import TokenDataset, eval_batches
+from nanoft.batches import TokenDataset, Window, eval_batches
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.inspection import check_data, preview
 from nanoft.io.tensor_files import write_tensors
@@ -59,11 +59,11 @@ def require_shown(checks: list[Check], ctx: TrainContext, forced: list[str]) -> 
 
 
 def check_room(planner: Planner, length: int = 0) -> Check:
-    """Whether the plan fits into memory, before anything is loaded: the model, and one row of so many tokens."""
+    """Whether the plan fits into memory, before anything is loaded: the model, and one row of `length` tokens."""
     keep = planner.keep_by(planner.config.training.checkpointing)
     needed, there = planner.plan(1, length, keep).peak, planner.machine.memory_bytes
     what = f"the model and a row of {length:,} tokens take" if length else "the model alone takes"
-    found = f"{what} {needed / 1e9:.2f} GB at least, and {there / 1e9:.2f} GB are there"
+    found = f"{what} {needed / 1e9:.2f} GB at least, and {there / 1e9:.2f} GB are available"
     fix = "" if needed <= there else f"set {suggest_savings(planner, 1, length)}"
     return Check.of("room", needed <= there, found, fix)
 
@@ -88,11 +88,12 @@ def rehearse_step(ctx: TrainContext, state: TrainState) -> float:
 def rehearse(ctx: TrainContext) -> tuple[Check, float]:
     """Forward and backward over the longest micro-batch, and its seconds per token; nothing is changed."""
     longest, seconds = ctx.batches.longest(), []
-    batch = longest.to(ctx.device)
+    batch, window = longest.to(ctx.device), Window([longest], [0, 0], [0, 0])
     with preserve_rng_state():
         for _ in range(2):  # the first one warms up, and leaves its gradients
             started = time.perf_counter()
             with ctx.autocast():
+                ctx.objective.prepare(ctx.model, window)
                 loss = ctx.objective.loss(ctx.model, batch)
             loss.backward()
             loss.item()  # waits for the device
@@ -110,7 +111,7 @@ def rehearse_evaluation(ctx: TrainContext) -> None:
     try:
         with distributed.same_exception(ctx.device), ctx.autocast():
             ctx.objective.evaluate(ctx.model, eval_batches(longest, size, ctx.tokenizer.pad_id))
-        check = Check.of("eval", True, f"{len(longest)} rows of up to {longest.lengths.max()} tokens fit")
+        check = Check.of("eval", True, f"{len(longest)} sequences of up to {longest.lengths.max()} tokens fit")
         ctx.run.print(check.preflight_line())
     except OutOfMemory as error:
         release_memory(ctx.device, error)
@@ -141,19 +142,19 @@ def check_samples(ctx: TrainContext) -> list[Check]:
 
 def rehearse_save(directory: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int) -> Check:
     """Write the weights of a checkpoint and remove them; then check the room for the checkpoints of the run."""
-    aside = directory / f".preflight-{os.getpid()}"
+    staging = directory / f".preflight-{os.getpid()}"
     try:
-        write_tensors(aside, weights)
-        size = aside.stat().st_size
+        write_tensors(staging, weights)
+        size = staging.stat().st_size
     except OSError as error:
         raise UserError(f"output.dir: {directory}: cannot be written: {error.strerror}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
     return check_disk(directory, size + sum(tensor.nbytes for tensor in moments.values()), keep)
 
 
 def check_disk(directory: Path, size: int, keep: int) -> Check:
-    """Room for as many checkpoints as exist at once, in addition to those that are there."""
+    """Whether the disk has room for the checkpoints that exist at once, besides those already written."""
     there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     free, needed = shutil.disk_usage(directory).free, max(size * (keep + 2) - there, 0)
     found = f"{needed / 1e9:.2f} GB more for {keep + 2} checkpoints, {free / 1e9:.2f} GB free in {directory}"

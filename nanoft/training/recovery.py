@@ -32,8 +32,8 @@ def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) 
     if ctx.run.has_metrics:
         ctx.run.log("warning", state.step, what="out of memory", micro_batch_rows=state.micro_batch_rows)
     ctx.run.print(
-        f"warning: out of memory after step {state.step} with micro-batches of {rows} rows: again with "
-        f"{state.micro_batch_rows}; same samples a step, same loss"
+        f"warning: out of memory after step {state.step} with micro-batches of {rows} rows: retrying with "
+        f"{state.micro_batch_rows}; same samples per step, same loss"
     )
     return state
 

@@ -1,7 +1,7 @@
 """What a training run consists of (`TrainContext`), and what changes while it trains (`TrainState`).
 
-A checkpoint holds exactly what changes, the trained weights, the optimizer's moments, the random number generators and
-`TrainState`, so a run that is restored from one continues as if it had never stopped.
+A checkpoint holds exactly what changes: the trained weights, the optimizer's moments, the random number generators and
+`TrainState`. So a run that is restored from one continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class TrainState:
     micro_batch_rows: int = 0  # fewer than configured, after running out of memory; 0: as configured
     guard: guard.History = field(default_factory=guard.History)
 
-    def advance(self, window: Window, loss: float, seconds: float, joules: float) -> None:
-        """Count a completed optimizer step of this loss (nats per target token), and move on to the next window."""
+    def advance(self, window: Window, loss: float, units: float, seconds: float, joules: float) -> None:
+        """Count a completed optimizer step, whose loss is a mean over these units, and move on to the next window."""
         self.step += 1
         self.skip(window)
-        self.meter.add(loss * window.target_tokens, window.tokens, window.target_tokens, seconds, joules)
+        self.meter.add(loss * units, units, window.tokens, window.target_tokens, seconds, joules)
 
     def skip(self, window: Window) -> None:
         """Move on to the next window without a step."""
@@ -116,7 +116,7 @@ class TrainContext:
 
 
 def restore(ctx: TrainContext, resume: str) -> TrainState:
-    """Where the run begins, on every rank: --resume is auto, never, or the path of a checkpoint of this run."""
+    """The state that the run starts from, on every rank; `resume`: auto, never, or the path of a checkpoint."""
     try:
         return restore_from(ctx, lambda: find_checkpoint(ctx, resume))
     except CheckpointCorrupted as reason:
@@ -132,7 +132,7 @@ def find_checkpoint(ctx: TrainContext, resume: str) -> Checkpoint | None:
             raise UserError(f"--resume: {resume}: is not in {ctx.run.checkpoints}: name a checkpoint of this run")
         if not Path(resume).is_dir():
             steps = ctx.checkpoints.steps()
-            raise UserError(f"--resume: {resume}: no such checkpoint: there are those of steps {steps}")
+            raise UserError(f"--resume: {resume}: no such checkpoint: choose from those of steps {steps}")
         try:
             return ctx.checkpoints.verify(Path(resume))
         except (CheckpointCorrupted, OSError) as reason:
@@ -174,7 +174,8 @@ def read_state(saved: Checkpoint) -> TrainState:
     try:
         rng = values.pop("rng")
         history = {RENAMED.get(name, name): value for name, value in values["guard"].items()}
-        state = TrainState(**{**values, "meter": Meter(**values["meter"]), "guard": guard.History(**history)})
+        meter = {"units": values["meter"]["target_tokens"], **values["meter"]}  # older checkpoints have no units
+        state = TrainState(**{**values, "meter": Meter(**meter), "guard": guard.History(**history)})
         set_rng_state(rng)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
         raise CheckpointCorrupted(f"{saved.path / 'state.json'}: {type(error).__name__}: {error}") from None

@@ -31,10 +31,10 @@ def test_text_becomes_a_value_of_the_type(text: str, hint: Any, value: Any) -> N
 @pytest.mark.parametrize(
     ("text", "hint", "says"),
     [
-        ("x", int, "a whole number"),
+        ("x", int, "an integer"),
         ("yes", bool, "true or false"),
         ("5", Literal[4, 8], "one of 4, 8"),
-        ("[1]", dict[str, int], "a table"),
+        ("[1]", dict[str, int], "a mapping"),
     ],
 )
 def test_text_of_another_type_is_refused(text: str, hint: Any, says: str) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written: whole or not at all, with the bytes, the hash and the permissions that are expected."""
+"""Files and directories that are written: whole or not at all; hashes, and that a changed file is always read again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from nanoft.io.atomic import hash_file, replace_file, write_file, write_json
+from nanoft import UserError
+from nanoft.io import atomic
+from nanoft.io.atomic import (
+    hash_content,
+    hash_file,
+    hash_named_files,
+    hash_remembered,
+    new_directory,
+    replace_file,
+    replaced_directory,
+    write_file,
+    write_json,
+)
+
+# --- files
 
 
 def test_a_new_file_never_replaces_one_and_obeys_the_umask(tmp_path: Path) -> None:
@@ -73,3 +87,108 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     replace_file(tmp_path / "a", b"newer")  # what was left aside is in nobody's way
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"newer"
+
+
+# --- directories
+
+
+def files(directory: Path) -> dict[str, str]:
+    return {str(p.relative_to(directory)): p.read_text() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_a_new_directory_is_complete_or_not_there(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    with pytest.raises(ValueError, match="broken"), new_directory(out) as staging:  # noqa: PT012 (left by an error)
+        (staging / "x").write_text("1")
+        raise ValueError("broken")
+    assert list(tmp_path.iterdir()) == [], "the directories above it are gone too"
+    with new_directory(out) as staging:
+        (staging / "x").write_text("1")
+        assert not out.exists()
+    assert files(tmp_path) == {"a/out/x": "1"}
+    with pytest.raises(UserError, match=r"^--out: .*out: already exists"), new_directory(out):
+        pass
+
+
+def test_only_the_lock_of_another_process_is_reported_as_one(tmp_path: Path) -> None:
+    """Output to a full pipe that does not block raises the same exception."""
+    with pytest.raises(UserError, match="cannot be written: Resource"), new_directory(tmp_path / "out"):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    with (
+        new_directory(tmp_path / "out"),
+        pytest.raises(UserError, match="another process is writing it"),
+        new_directory(tmp_path / "out"),
+    ):
+        pass
+
+
+def test_a_directory_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-out-1").mkdir()  # of a process that was killed
+    for content in ("old", "new"):
+        with replaced_directory(tmp_path / "out") as staging:
+            (staging / "x").write_text(content)
+        assert files(tmp_path) == {"out/x": content}
+    with pytest.raises(ValueError, match="broken"), replaced_directory(tmp_path / "out") as staging:  # noqa: PT012
+        (staging / "x").write_text("newer")
+        raise ValueError("broken")
+    assert files(tmp_path) == {"out/x": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- hashes
+
+
+def test_hash_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same by hand."""
+    monkeypatch.setattr(atomic, "PIECE", 4)
+    (tmp_path / "a").write_bytes(b"abcdefghi")
+    pieces = b"".join(hashlib.sha256(piece).digest() for piece in (b"abcd", b"efgh", b"i"))
+    assert hash_content(tmp_path / "a") == hashlib.sha256(b"[9]" + pieces).hexdigest()
+    (tmp_path / "a").write_bytes(b"")
+    assert hash_content(tmp_path / "a") == hashlib.sha256(b"[0]").hexdigest()
+    with pytest.raises(UserError, match="nothing: cannot be read"):
+        hash_content(tmp_path / "nothing")
+
+
+def test_a_file_at_rest_is_hashed_once_and_one_that_was_touched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "SETTLED", 0)
+    read: list[str] = []
+    real, memory = hash_content, tmp_path / "home" / "hashes.json"
+    monkeypatch.setattr(atomic, "hash_content", lambda file: read.append(file.name) or real(file))
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text("one")
+    b.write_text("two")
+    first = hash_remembered([a, b], memory)
+    assert hash_remembered([a, b], memory) == first != hash_remembered([b, a], memory)
+    assert read == ["a", "b"]
+    stat = a.stat()
+    a.write_text("ONE")
+    os.utime(a, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size, the same time: the inode's time tells
+    assert hash_remembered([a, b], memory) != first
+    a.write_text("one")
+    assert hash_remembered([a, b], memory) == first
+    assert read == ["a", "b", "a", "a"]
+    for damage in ("{", "[]", '{"x": 1}', "\\"):
+        memory.write_text(damage)
+        assert hash_remembered([a, b], memory) == first
+    with pytest.raises(UserError, match="nothing: cannot be read"):
+        hash_remembered([tmp_path / "nothing"], memory)
+
+
+def test_a_file_that_has_just_changed_is_not_believed_to_be_at_rest(tmp_path: Path) -> None:
+    memory = tmp_path / "hashes.json"
+    (tmp_path / "a").write_text("one")
+    hash_remembered([tmp_path / "a"], memory)
+    assert memory.read_text() == "{}"
+
+
+def test_a_hash_tells_names_and_contents_apart(tmp_path: Path) -> None:
+    for name, content in (("a", "1"), ("b", "2"), ("ab", "1"), ("c", "1")):
+        (tmp_path / name).write_text(content)
+    groups = [["a"], ["b"], ["c"], ["ab"], ["a", "b"], ["b", "a"], []]
+    digests = [hash_named_files([tmp_path / name for name in group]) for group in groups]
+    assert len(set(digests)) == len(groups)
+    (tmp_path / "a").write_text("3")
+    assert hash_named_files([tmp_path / "a"]) != digests[0]

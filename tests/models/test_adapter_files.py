@@ -12,7 +12,7 @@ import pytest
 import torch
 from adapters import CPU, IDS, PLAIN, VARIANTS, adapted, peft_model, peft_name, randomize, variant
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -337,6 +337,11 @@ def change_config(path: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def drop_tensors(path: Path, pattern: str) -> None:
+    file = path / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if not re.search(pattern, name)}, file)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -348,6 +353,9 @@ def change_config(path: Path, **changes: Any) -> None:
         (lambda p: (p / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
         (lambda p: (p / "adapter_config.json").write_text("{"), "not valid JSON"),
         (lambda p: (p / "adapter_model.safetensors").write_bytes(b"\0" * 50), "corrupted"),
+        (lambda p: drop_tensors(p, "q_proj.lora_A"), "lacks lora_A or lora_B"),
+        (lambda p: drop_tensors(p, "layers.1.self_attn.q_proj.lora_B"), "lacks lora_A or lora_B"),
+        (lambda p: drop_tensors(p, "."), "lacks lora_A or lora_B"),
     ],
 )
 def test_an_adapter_that_is_not_understood_is_refused(base: Path, tmp_path: Path, damage: Any, message: str) -> None:

@@ -120,6 +120,31 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
     assert find_family({"model_type": "qwen3"}) == "qwen3"
 
 
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        ("llama", "sliding_window", 16),
+        ("llama", "layer_types", ["sliding_attention"]),
+        ("mistral", "attention_bias", True),
+        ("mistral", "use_sliding_window", True),
+        ("mistral", "layer_types", ["full_attention"]),
+        ("qwen2", "mlp_bias", True),
+        ("qwen2", "attention_bias", True),
+    ],
+)
+def test_a_field_that_only_another_family_reads_is_refused_unless_it_is_off(
+    family: str, field: str, value: object
+) -> None:
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), 8)
+    fields = {"model_type": family, "num_hidden_layers": 1, **sizes}
+    with pytest.raises(UserError, match=f"{field}: .*unknown field of {family}"):
+        decoder_config({**fields, field: value})
+    plain = decoder_config(fields)
+    assert decoder_config({**fields, field: None if field == "sliding_window" else False}) == plain
+    reader = "qwen3" if field != "mlp_bias" else "llama"
+    decoder_config({**fields, "model_type": reader, field: value})
+
+
 def test_the_default_rope_has_no_scaling_in_either_form() -> None:
     fields = with_both_rope_forms({"rope_theta": 5e5})
     assert fields["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
@@ -193,7 +218,7 @@ def test_harmless_fields_pass_and_unknown_ones_that_are_on_do_not(name: str, tmp
     stored = json.loads((tmp_path / "config.json").read_text())
     assert decoder_config(stored).family == name
     for field in ("a_switch_of_tomorrow", "logit_scale", "use_mrope"):
-        with pytest.raises(UserError, match=f"config.json: {field}: True: unknown field, which may change the model"):
+        with pytest.raises(UserError, match=f"config.json: {field}: True: unknown field of {name}"):
             decoder_config({**stored, field: True})
 
 

@@ -288,7 +288,7 @@ def test_without_a_usable_dtype_the_stored_form_counts(dtype: torch.dtype, tmp_p
 def test_weights_that_are_not_finite_are_named_as_damaged(value: float, quantization: Any, tmp_path: Path) -> None:
     make_reference("qwen2", tmp_path)
     rewrite(tmp_path, lambda t: t["model.layers.1.mlp.up_proj.weight"][3].fill_(value))
-    message = r"model.safetensors: model.layers.1.mlp.up_proj.weight contains NaN or infinity: damaged: fetch the model"
+    message = r"model.safetensors: model.layers.1.mlp.up_proj.weight contains NaN or infinity: damaged: download"
     with pytest.raises(UserError, match=message):
         load(tmp_path, quantization=quantization)
     with pytest.raises(UserError, match=message):

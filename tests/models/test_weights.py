@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from templates import CONTROL, STYLES, save
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -26,8 +27,17 @@ from nanoft.model import Decoder
 from nanoft.models.adapter_files import PEFT_PREFIX
 from nanoft.models.families import decoder_config
 from nanoft.models.open import LoadedModel, open_model
-from nanoft.models.weights import copy_companions, load_model, save_model, write_config
-from nanoft.nf4 import Linear4bit, Linear8bit, quantize
+from nanoft.models.weights import (
+    cache_weights,
+    choose_dequantize,
+    copy_companions,
+    load_model,
+    read_stored,
+    save_model,
+    stored_tensors,
+    write_config,
+)
+from nanoft.nf4 import Linear4bit, Linear8bit, matmul, matmul_backward, packed_bytes, quantize
 from tiny_models import make_chat_model, make_packed, make_reference
 
 CPU = torch.device("cpu")
@@ -334,8 +344,8 @@ def renote(**changes: Any) -> Callable[[dict[str, torch.Tensor]], None]:
             lambda t: t.update({f"{UP}.quant_map": t[f"{UP}.quant_map"].flip(0)}),
             "not the code points of nf4",
         ),
-        ("nf4-True", lambda t: t.update({NOTE: torch.full((9,), 255, dtype=torch.uint8)}), f"{NOTE[:-19]}.*damaged"),
-        ("nf4-True", lambda t: t.update({NOTE: torch.full((10**5,), 91, dtype=torch.uint8)}), "quant_state: damaged"),
+        ("nf4-True", lambda t: t.update({NOTE: torch.full((9,), 255, dtype=torch.uint8)}), f"{NOTE[:-19]}.*corrupted"),
+        ("nf4-True", lambda t: t.update({NOTE: torch.full((10**5,), 91, dtype=torch.uint8)}), "quant_state: corrupted"),
         (
             "nf4-True",
             lambda t: t.update({NOTE: torch.tensor([91, 93], dtype=torch.uint8)}),
@@ -345,11 +355,11 @@ def renote(**changes: Any) -> Callable[[dict[str, torch.Tensor]], None]:
         ("nf4-True", renote(blocksize=128), "blocksize is 128 instead of 64"),
         ("nf4-True", renote(shape=[64, 128]), r"shape is \[64, 128\] instead of \[128, 64\]"),
         ("nf4-True", renote(nested_blocksize=64), "nested_blocksize is 64 instead of 256"),
-        ("nf4-True", renote(nested_offset=None), "nested_offset: None is no number"),
-        ("nf4-True", renote(nested_offset=float("nan")), "nested_offset: nan is no number"),
-        ("nf4-True", renote(nested_offset=10**400), "nested_offset: 10*... is no number"),
+        ("nf4-True", renote(nested_offset=None), "nested_offset: None is not a finite number"),
+        ("nf4-True", renote(nested_offset=float("nan")), "nested_offset: nan is not a finite number"),
+        ("nf4-True", renote(nested_offset=10**400), "nested_offset: 10*... is not a finite number"),
         ("int8-False", lambda t: t.pop(UP.replace("weight", "SCB")), "missing .*up_proj.SCB"),
-        ("int8-False", lambda t: t[UP.replace("weight", "weight_format")].fill_(2), "weight_format: not in rows"),
+        ("int8-False", lambda t: t[UP.replace("weight", "weight_format")].fill_(2), "weight_format: not row-major"),
         ("source", lambda t: t.update({UP: torch.zeros(4096, 1, dtype=torch.uint8)}), f"{UP} is of type U8"),
     ],
 )
@@ -381,6 +391,78 @@ def test_another_tools_or_form_of_quantization_is_refused(changes: Any, packed: 
     with pytest.raises(UserError, match=r"config\.json: ") as raised:
         load(tmp_path / "model")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_linear_is_read_from_what_bitsandbytes_writes(kind: str, double: bool) -> None:
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=double)
+    tensors = {"weight": packed, **{f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}}
+    formats = {"U8": torch.uint8, "F32": torch.float32}
+    expected = stored_tensors((96, 64), (kind, double))
+    assert tensors.keys() == expected.keys()
+    for name, (number_format, shape) in expected.items():
+        assert tensors[name].dtype == formats[number_format], name
+        assert shape is None or tensors[name].shape == shape, name
+    linear = read_stored(tensors, (96, 64), (kind, double), torch.float32)
+    assert torch.equal(linear.dequantize(), bitsandbytes.functional.dequantize_4bit(packed, state))
+
+
+# --- weights that are dequantized once
+
+
+def weight(rows: int = 96, columns: int = 128) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.05
+
+
+def small_model() -> nn.Sequential:
+    first = Linear4bit(weight(), None, "nf4", True, torch.bfloat16)
+    second = Linear8bit(weight(64, 96), torch.arange(64.0), torch.bfloat16)
+    return nn.Sequential(first, nn.SiLU(), nn.Sequential(second), nn.Linear(64, 4, dtype=torch.bfloat16))
+
+
+@torch.no_grad()
+def test_cached_weights_are_frozen_linears_with_the_same_products() -> None:
+    model, x = small_model(), torch.randn(5, 128).bfloat16()
+    hidden, head, bias = model[:2](x), model[3], model[2][0].bias
+    products = [matmul(model[0], x), matmul(model[2][0], hidden), matmul_backward(model[0], hidden)]
+    assert cache_weights(model, "auto") == cache_weights(model, "per_use") == "per_use"  # on a CPU
+    assert isinstance(model[0], Linear4bit)
+    assert cache_weights(model, "cached") == "cached"
+    first, second = model[0], model[2][0]
+    assert type(first) is type(second) is nn.Linear
+    found = [matmul(first, x), matmul(second, hidden), matmul_backward(first, hidden)]
+    assert all(torch.equal(own, other) for own, other in zip(found, products, strict=True))
+    assert (first.bias, second.bias) == (None, bias)
+    assert model[3] is head
+    assert all(not p.requires_grad and p.dtype == torch.bfloat16 for p in (first.weight, second.weight, bias))
+    assert packed_bytes(first) == 2 * 96 * 128
+    assert cache_weights(model, "cached") == "per_use"  # nothing is packed any more
+
+
+@pytest.mark.parametrize(
+    ("policy", "device_type", "extra", "free", "chosen"),
+    [
+        ("auto", "cuda", 10, 30, "cached"),
+        ("auto", "cuda", 10, 29, "per_use"),
+        ("auto", "cpu", 10, 1000, "per_use"),
+        ("auto", "mps", 10, 1000, "per_use"),
+        ("cached", "cpu", 10, 0, "cached"),
+        ("cached", "cuda", 10, 0, "cached"),
+        ("per_use", "cuda", 0, 1000, "per_use"),
+    ],
+)
+def test_when_weights_are_cached(policy: str, device_type: str, extra: int, free: int, chosen: str) -> None:
+    assert choose_dequantize(policy, device_type, extra, free) == chosen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_memory_decides_on_cuda() -> None:
+    model = small_model().cuda()
+    assert cache_weights(model, "auto") == "cached"  # a few kilobytes
+    assert isinstance(model[0], nn.Linear)
 
 
 # --- memory
@@ -598,7 +680,7 @@ def flip_weights(run: Path) -> None:
         (lambda run: shutil.rmtree(run / "checkpoints" / "step-000004"), "step-000004.*remove .*best.json"),
         (lambda run: (run / "best.json").write_text('{"checkpoint": "../../base"}'), "checkpoints/base.*remove .*best"),
         (lambda run: (run / "best.json").write_text("[]"), "best.json: expected a JSON object"),
-        (lambda run: (run / "config.json").write_text("[]"), "config.json: expected a table"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json: expected a mapping"),
         (lambda run: [(run / "best.json").unlink(), shutil.rmtree(run / "checkpoints"), (run / "checkpoints").mkdir()],
          "no checkpoint yet: run its train.py"),
     ],
@@ -728,7 +810,7 @@ def test_layers_saved_whole_beside_an_adapter_are_refused(runs: Path, tmp_path: 
         ({"target_modules": [3]}, r"target_modules: \[3\] is not a list"),
         ({"target_modules": "("}, r"target_modules: '\(' is not a regular expression"),
         ({"target_modules": "q_.*"}, r"target_modules: 'q_\.\*' matches no linear of this model"),
-        ({"rank_pattern": {"q_proj": "x"}}, "lora.rank_pattern: .* is not a table"),
+        ({"rank_pattern": {"q_proj": "x"}}, "lora.rank_pattern: .* is not a mapping"),
         ({"rank_pattern": {"q_proj": 3}}, "q_proj.lora_A.weight has rank 4, but adapter_config.json says 3"),
         ({"alpha_pattern": {"q_proj": 0}}, "lora.alpha_pattern: 0 is out of range"),
         ({"alpha_pattern": {"(": 1}}, r"lora.alpha_pattern: '\(' is not a regular expression"),

@@ -53,7 +53,7 @@ def by_hand(model: Decoder, smoothing: float = 0.0) -> torch.Tensor:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("size", [1, 2, 4, 6])
 def test_the_loss_of_a_window_is_the_mean_over_its_target_tokens(model: Decoder, size: int, smoothing: float) -> None:
-    objective = build_objective(Config().override({"training.label_smoothing": smoothing}))
+    objective = build_objective(Config().override({"training.label_smoothing": smoothing}), {})
     pieces = window(size)
     units = objective.count(pieces)
     assert units == sum(int(sample.is_target[1:].sum()) for sample in samples())
@@ -66,7 +66,7 @@ def test_the_loss_of_a_window_is_the_mean_over_its_target_tokens(model: Decoder,
 
 
 def test_evaluation_is_the_same_loss_without_smoothing(model: Decoder) -> None:
-    objective = build_objective(Config().override({"training.label_smoothing": 0.1, "training.z_loss": 0.01}))
+    objective = build_objective(Config().override({"training.label_smoothing": 0.1, "training.z_loss": 0.01}), {})
     figures = objective.evaluate(model.train(), window(4))
     assert model.training
     assert figures["loss"] == pytest.approx((by_hand(model) / figures["target_tokens"]).item(), rel=1e-5)
@@ -75,7 +75,7 @@ def test_evaluation_is_the_same_loss_without_smoothing(model: Decoder) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_has_what_the_loop_asks_for(name: str, model: Decoder) -> None:
-    objective = build_objective(Config().override({"training.objective": name}))
+    objective = build_objective(Config().override({"training.objective": name}), {})
     assert objective.unit
     objective.prepare(model, window(2))
     assert objective.loss(model, window(2).micro_batches[0]).shape == ()

@@ -1,4 +1,4 @@
-"""Arguments and mistakes in them, what ends a command, and the signals that stop it."""
+"""Arguments and mistakes in them, checks, what ends a command, and the signals that stop it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nanoft import TrainingFailed, UserError, __version__
-from nanoft.runtime.command import STOP_SIGNALS, Arguments, StopRequest, command
+from nanoft.runtime.command import STOP_SIGNALS, Arguments, Check, StopRequest, command, require_passed
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +80,24 @@ def test_check_ends_the_process_only_for_an_answer(
         parser.check(["--resume"])
     assert left.value.code == 2
     assert capsys.readouterr() == ("", "")
+
+
+# --- checks
+
+
+def test_what_fails_stops_unless_it_is_forced() -> None:
+    checks = [
+        Check.of("one", True, "fine"),
+        Check.of("two", False, "wrong", "mend it"),
+        Check.of("three", False, "bad", "or not"),
+    ]
+    with pytest.raises(UserError, match=r"^preflight: two: wrong: mend it \(or --force two\)$"):
+        require_passed(checks, [])
+    with pytest.raises(UserError, match=r"^preflight: three: bad"):
+        require_passed(checks, ["two"])
+    require_passed(checks, ["two", "three"])
+    assert checks[0].preflight_line() == "preflight one       ok    fine"
+    assert checks[1].preflight_line() == "preflight two       FAIL  wrong: mend it (or --force two)"
 
 
 # --- exit codes and signals

@@ -158,7 +158,7 @@ def test_three_ranks_and_memory_that_is_short_on_one(tmp_path: Path) -> None:
     assert train.main(quick(whole, **EXACT, **split)) == 0
     out, err = run(3, directory, SHORT_ON_ONE, **{**split, "training__gradient_accumulation_steps": 2})
     assert codes(directory) == {0: 0, 1: 0, 2: 0}, err
-    assert "with micro-batches of 3 rows: again with 2" in out
+    assert "with micro-batches of 3 rows: retrying with 2" in out
     assert [loss for _, loss in losses(directory)] == pytest.approx([loss for _, loss in losses(whole)], abs=1e-6)
     close(result(directory), result(whole), 1e-5)
 
@@ -498,7 +498,7 @@ def test_rows_by_memory_are_shared_evenly() -> None:
 
 
 def test_a_number_of_ranks_that_there_is_not_is_refused() -> None:
-    with pytest.raises(UserError, match=r"system.ranks: 3 are wanted, and there are 1: .* --nproc-per-node 3"):
+    with pytest.raises(UserError, match=r"system.ranks: 3, but the world size is 1: .* --nproc-per-node 3"):
         distributed.resolve_world_size(Config().override({"system.ranks": 3}))
 
 

@@ -383,12 +383,12 @@ def test_half_a_letter_in_a_name_stops_no_line(tmp_path: Path) -> None:
 # --- figures
 
 
-def test_a_meter_gives_token_weighted_means_and_starts_again() -> None:
+def test_a_meter_gives_means_over_units_and_starts_again() -> None:
     meter = Meter()
-    meter.add(nats=6.0, tokens=100, target_tokens=2, seconds=1.0)
-    meter.add(nats=2.0, tokens=60, target_tokens=6, seconds=3.0)
+    meter.add(nats=6.0, units=2, tokens=100, target_tokens=2, seconds=1.0, joules=0.0)
+    meter.add(nats=2.0, units=6, tokens=60, target_tokens=6, seconds=3.0, joules=0.0)
     assert meter.flush() == {"loss": 1.0, "tokens_per_second": 40.0, "target_tokens_per_second": 2.0}
-    meter.add(nats=3.0, tokens=40, target_tokens=1, seconds=4.0)
+    meter.add(nats=3.0, units=1, tokens=40, target_tokens=1, seconds=4.0, joules=0.0)
     assert meter.flush() == {"loss": 3.0, "tokens_per_second": 10.0, "target_tokens_per_second": 0.25}
     assert meter.tokens_per_second() == 25.0  # 200 tokens in 8 s
 
@@ -396,9 +396,9 @@ def test_a_meter_gives_token_weighted_means_and_starts_again() -> None:
 def test_a_meter_goes_on_after_a_restart() -> None:
     whole, first = Meter(), Meter()
     for meter in (whole, first):
-        meter.add(6.0, 100, 2, 1.0)
+        meter.add(6.0, 2, 100, 2, 1.0, 5.0)
     second = Meter(**json.loads(json.dumps(vars(first))))
     for meter in (whole, second):
-        meter.add(2.0, 60, 6, 3.0)
+        meter.add(2.0, 6, 60, 6, 3.0, 5.0)
     assert second == whole
     assert Meter().tokens_per_second() == 0.0

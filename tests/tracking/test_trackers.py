@@ -143,6 +143,16 @@ def test_plots_are_due_when_it_was_asked_for(
     assert drawn == epochs
 
 
+def test_the_process_that_draws_finds_nanoft_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(trackers.subprocess, "Popen", lambda *_, **options: started.append(options))
+    Plots(tmp_path, "end")._start()
+    first = started[0]["env"]["PYTHONPATH"].split(os.pathsep)[0]
+    assert (Path(first) / "nanoft" / "__init__.py").is_file()
+
+
 def test_plots_that_cannot_be_drawn_are_an_event(tmp_path: Path) -> None:
     needs("matplotlib")
     with Run.open(tmp_path / "run") as run:

@@ -236,7 +236,7 @@ def test_what_cannot_fit_is_one_line_with_the_fix(arguments: list[str], capsys: 
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "training.micro_batch_size: 4 rows of 100000000 tokens take" in error
-    assert "are there: set model.max_seq_length=50000000 (saves about " in error
+    assert "are available: set model.max_seq_length=50000000 (saves about " in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +31,7 @@ from nanoft.training import self_test, state
 from tiny_models import delta, make_chat_model, write_records
 
 SPLITS, RESUMED = "1x8 = 2x4 = 4x2 = 8x1", "2 + 2 steps = 4 steps"
-PACKED = {"packed = alone, in use", "packed = alone, in training"}
+PACKED = {"packed = alone, inference", "packed = alone, training"}
 MERGED = {"merged = adapter, each linear", "merged = adapter"}
 NEEDS_ADAPTERS = {"fresh adapter = base", "adapter saved = read", *MERGED}
 EVERY = {SPLITS, RESUMED, "recomputed = kept", "loss in chunks = at once", "with a cache = without"}
@@ -100,6 +102,17 @@ def test_a_run_in_the_directory_is_not_disturbed(tmp_path: Path) -> None:
         after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()}
     assert after == held
     assert before.keys() == held.keys()
+
+
+def test_ctrl_c_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training would finish its step first, and save."""
+    monkeypatch.setattr(self_test, "run", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 0)
+    assert train.main([*quick(tmp_path / "run"), "--selftest"]) == 130
+
+
+def test_a_config_for_several_processes_is_tested_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test, "run", lambda *_: 0)
+    assert train.main([*quick(tmp_path / "run", system__ranks=2), "--selftest"]) == 0
 
 
 def test_what_a_run_would_refuse_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,9 +264,9 @@ def forget_what_was_said(patch: pytest.MonkeyPatch) -> None:
 DROPOUT = {"lora__dropout": 0.3}
 BF16 = {"model__dtype": "bfloat16"}
 BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], set[str]]] = [
-    (mean_of_means, {}, {SPLITS, "packed = alone, in training"}),
-    (mean_of_means, BF16, {SPLITS, "packed = alone, in training"}),
-    (no_number, {}, {SPLITS, "packed = alone, in training", "recomputed = kept", RESUMED}),
+    (mean_of_means, {}, {SPLITS, "packed = alone, training"}),
+    (mean_of_means, BF16, {SPLITS, "packed = alone, training"}),
+    (no_number, {}, {SPLITS, "packed = alone, training", "recomputed = kept", RESUMED}),
     (see_each_other, {}, {*PACKED, "with a cache = without"}),  # which reads prompts packed
     (see_each_other, BF16, {*PACKED, "with a cache = without"}),
     (begin_anywhere, {}, {"fresh adapter = base"}),

@@ -108,7 +108,7 @@ def test_an_error_of_the_function_names_file_and_line(path: Path) -> None:
         ("my_formats:constant", "is not a function: write def constant(record)"),
         ("no_such_module_here:f", "ModuleNotFoundError"),
         ("mesages", "'mesages' is not known: did you mean messages?"),
-        ("xyz", ": there are auto, messages, "),
+        ("xyz", ": choose one of auto, messages, "),
         ("untrusted my_formats:pair", "my_formats:pair is code, which config.json cannot name: add data.format="),
     ],
 )
