@@ -127,7 +127,6 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
         ("llama", "layer_types", ["sliding_attention"]),
         ("mistral", "attention_bias", True),
         ("mistral", "use_sliding_window", True),
-        ("mistral", "layer_types", ["full_attention"]),
         ("qwen2", "mlp_bias", True),
         ("qwen2", "attention_bias", True),
     ],
@@ -220,14 +219,6 @@ def test_harmless_fields_pass_and_unknown_ones_that_are_on_do_not(name: str, tmp
     for field in ("a_switch_of_tomorrow", "logit_scale", "use_mrope"):
         with pytest.raises(UserError, match=f"config.json: {field}: True: unknown field of {name}"):
             decoder_config({**stored, field: True})
-
-
-def test_a_field_that_only_another_family_reads_is_refused() -> None:
-    fields = {**SMALL, "architectures": ["LlamaForCausalLM"], "sliding_window": 16}
-    fields.pop("attn_implementation")
-    with pytest.raises(UserError, match="sliding_window: 16: unknown field"):
-        decoder_config(fields)
-    assert decoder_config({**fields, "sliding_window": None, "use_sliding_window": False}).windows == (None,) * 3
 
 
 @pytest.mark.parametrize(
