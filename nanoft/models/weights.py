@@ -54,7 +54,7 @@ class WeightFiles:
         """A plain tensor or rows of it, as a view of its file; a UserError if a number is not finite."""
         header = self.headers[name]
         tensor = header.read(rows)
-        if tensor.is_floating_point() and not all(math.isfinite(end) for end in tensor.aminmax()):
+        if not is_finite(tensor):
             raise UserError(f"{header.path}: {header.name} contains NaN or infinity: damaged: download the model again")
         return tensor
 
@@ -73,6 +73,10 @@ class WeightFiles:
             return read_stored(tensors, self.shapes[name], self.stored, dtype)
         except UserError as error:
             raise UserError(f"{self.headers[name].path}: {place}{error}") from None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or all(math.isfinite(end) for end in tensor.aminmax())
 
 
 def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = None) -> WeightFiles:
