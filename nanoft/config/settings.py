@@ -35,7 +35,8 @@ class Section:
             name = f"{SECTION_NAMES[type(self).__name__]}.{item.name}"
             check_type(name, value, hints[item.name])
             if redact(repr(value)) != repr(value):  # a run's config.json gets shared
-                raise UserError(f"{name}: contains an access token: remove it and set HF_TOKEN or WANDB_API_KEY")
+                fix = "remove it and set HF_TOKEN or WANDB_API_KEY; if it is the name of a file, rename that"
+                raise UserError(f"{name}: contains an access token, or what looks like one: {fix}")
             low, high = item.metadata.get("low", -math.inf), item.metadata.get("high", math.inf)
             for number in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(number, (int, float)) and not low <= number <= high:
@@ -46,9 +47,15 @@ class Section:
 @dataclass(frozen=True)
 class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
+    revision: str = ""  # of a Hub name: branch, tag or commit; empty: its main branch
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 where fast
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
     random_init: bool = False  # pre-train from random weights; needs config.json and tokenizer only
+
+    @property
+    def reference(self) -> str:
+        """The model as one string, NAME or NAME@REVISION."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 @dataclass(frozen=True)

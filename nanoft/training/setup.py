@@ -74,6 +74,8 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
     """
     check_quantization(files, quantization_of(config))
     weights = [] if config.model.random_init else files.shards()
+    for note in files.notes:
+        run.print(f"warning: {note}")
     recorded = run.recorded_config()
     before = (recorded or {}).get("provenance", {})
     provenance: Provenance = {
