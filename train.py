@@ -106,7 +106,7 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
     validate_environment(config, machine)  # exit code 2 before anything is downloaded
     distributed.assert_same_on_all_ranks(setup.shared_facts(config, machine))
     with Run.open(config.output.dir) as run, StopRequest(enabled=not args.selftest) as stop:
-        files = distributed.main_process_first(lambda: ModelFiles.find(config.model.name))  # config.json only
+        files = distributed.main_process_first(lambda: ModelFiles.find(config.model.reference))  # config.json only
         planner = setup.plan_run(config, machine, files, run)
         if args.selftest:
             planner = replace(planner, config=self_test.shorten(planner.config))

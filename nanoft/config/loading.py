@@ -77,6 +77,8 @@ def load_file(path: str | Path, beside: str = "") -> Config:
         has_settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
         is_flat = has_settings and not tree.keys() & SECTION_TYPES.keys()
         config = _from_flat(tree) if is_flat else Config.from_dict(tree)
+        if provenance is not None and (path.parent / "metrics.jsonl").is_file():  # a run, which may be a copy
+            config = config.override({"output.dir": str(path.parent)})
         return _without_functions(config, is_of_run=provenance is not None)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None

@@ -94,7 +94,7 @@ class ChatTokenizer:
         self.special = {key: text for key, text in tokens.items() if text is not None}
         ids = {key: tokenizer.token_to_id(text) for key, text in self.special.items()}
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
-        self.pad_id = next(i for i in (ids.get("pad_token"), self.eos_id, 0) if i is not None)
+        self.pad_id = 0  # nothing sees padding, so any row of the embedding will do; not every pad token has one
         first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
         self.wants_bos = self.bos_id is not None and first == [self.bos_id]  # its post-processor adds it
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]

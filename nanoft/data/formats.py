@@ -416,7 +416,9 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         text = "".join(before) + nonempty(learned, SHAPES[shape].required[-1])
         return Conversation([], text, path, line, None, fields, sum(map(len, before)))
     try:
-        record = record | {name: turns_of(record, name, options.roles) for name in SHAPES[shape].fields if name in TURNS}
+        record = record | {
+            name: turns_of(record, name, options.roles) for name in SHAPES[shape].fields if name in TURNS
+        }
         messages = to_messages(record)
         if "system" in SHAPES[shape].fields and (system := optional_text(record, "system")):
             messages.insert(0, {"role": "system", "content": system})

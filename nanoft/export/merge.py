@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -158,6 +159,8 @@ def choose_adapter(
             raise UserError(f"--unmerge: {directory} was not merged from {adapters[0].place}: see its provenance.json")
         return combine(adapters, [-factor for factor in factors], modules, directory), hashes
     chosen = combine(adapters, factors, modules)
+    for note in ModelFiles.read(chosen.base).notes:
+        print(f"warning: {note}", file=sys.stderr)
     if onto == "nf4" and chosen.quantization is None and ModelFiles.read(chosen.base).quantization is None:
         raise UserError(f"--base nf4: {sources[0]} was trained on the original weights: remove --base")
     return chosen, hashes
@@ -236,7 +239,7 @@ def save_result(
             with suppress(UserError, AttributeError):
                 base_sha256 = read_json(run / "config.json").get("provenance", {}).get("base_sha256")
             note = _note(quantization_of(config), dtype, step, base_sha256)
-            save_adapter(staging, model, adapters, config.lora, config.model.name, note)
+            save_adapter(staging, model, adapters, config.lora, config.model.reference, note)
             copy_companions(base, staging)
         else:
             save_model(model, base, staging, ModelFiles.read(base).dtype())

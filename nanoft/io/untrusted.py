@@ -76,7 +76,8 @@ def resolve_file(path: Path) -> Path:
     try:
         real, home = path.resolve(strict=True), path.parent.resolve()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        link = f": it is a link to {os.readlink(path)}, which is gone: copy it again" if path.is_symlink() else ""
+        raise UserError(f"{path}: no such file{link}") from None
     except (OSError, ValueError, RuntimeError) as error:  # name too long, a zero byte in it, circular links
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
@@ -203,7 +204,9 @@ def _refuse_ambiguous(node: yaml.Node) -> None:
             if (before := names.get((key.tag, key.value))) is not None:
                 raise ValueError(_twice(key.value, before, key.start_mark.line))
             names[key.tag, key.value] = key.start_mark.line
-    elif kind in YAML_1_2 and node.style is None and not YAML_1_2[kind].fullmatch(node.value):
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and kind in YAML_1_2:
+        if YAML_1_2[kind].fullmatch(node.value):
+            return
         found = "a date" if kind == "timestamp" else yaml.safe_load(node.value)
         meaning, fix = (found, "write") if kind == "timestamp" else (json.dumps(found), f"write {json.dumps(found)} or")
         if found != node.value:  # else its tag was written by hand

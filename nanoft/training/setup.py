@@ -74,6 +74,8 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
     """
     check_quantization(files, quantization_of(config))
     weights = [] if config.model.random_init else files.shards()
+    for note in files.notes:
+        run.print(f"warning: {note}")
     recorded = run.recorded_config()
     before = (recorded or {}).get("provenance", {})
     provenance: Provenance = {
@@ -128,7 +130,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     batches = Batches(corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, **options)
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
-    t.check_warmup(steps)
+    t.check_schedule(steps)
     counts = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **counts})
     if not distributed.process_rank():

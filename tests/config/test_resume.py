@@ -63,3 +63,11 @@ def test_another_run_is_refused_by_its_first_difference() -> None:
     for key, what in (("data_sha256", "the data changed"), ("base_sha256", "the base model changed")):
         refused(lambda key=key: check_same_run(recorded, config, {**provenance, key: "9"}, "d"), what)
     refused(lambda: check_same_run(config.to_dict(), config, provenance, "d"), "the data changed")
+
+
+def test_a_base_that_moved_goes_on_if_it_is_the_same() -> None:
+    config, provenance = Config(), {"data_sha256": "1", "base_sha256": "2"}
+    recorded = {**config.to_dict(), "provenance": provenance}
+    moved = config.override({"model.name": "elsewhere", "model.revision": "v2"})
+    check_same_run(recorded, moved, provenance, "d")  # raises nothing
+    refused(lambda: check_same_run(recorded, moved, {**provenance, "base_sha256": "3"}, "d"), "model.name")

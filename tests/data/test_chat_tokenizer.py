@@ -221,10 +221,21 @@ def test_emoji_at_the_very_ends_of_a_span(tmp_path: Path) -> None:
 
 def test_pad_token_that_is_eos_stays_a_target(tmp_path: Path) -> None:
     chat = read(tmp_path, STYLES["mistral"])
-    assert chat.pad_id == chat.eos_id
     (sample,) = samples_of(chat, conversation(SINGLE))
     assert sample.ids[-1] == chat.eos_id
     assert sample.is_target[-1]
+
+
+def test_a_pad_token_may_be_beyond_the_embedding(tmp_path: Path) -> None:
+    """People add one without resizing the model; nothing sees padding, so its id is one that every model has."""
+    save(tmp_path, STYLES["chatml"])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    stored = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**stored, "pad_token": "<pad>"}))
+    assert ChatTokenizer.from_directory(tmp_path).pad_id < size
 
 
 def test_turn_end_that_is_not_eos(tmp_path: Path) -> None:
