@@ -222,6 +222,7 @@ def _prune(home: Path, newest: Path) -> None:
 def describe_data(report: dict[str, Any]) -> list[str]:
     lines = [f"data      read {f['records']:,} records ({f['shape']}) from {f['file']}" for f in report["files"]]
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
+    lines += [f"warning: {note}: {count:,} records, first {first}" for note, count, first in report["notes"]]
     if report["cut_off_replies"]:
         lines.append(f"warning: {report['cut_off_replies']:,} records end in a reply that stops in mid-sentence")
     if report["near_leaks"] and report["near_leaks_are"] == "kept":

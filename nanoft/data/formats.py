@@ -34,8 +34,15 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     "system": "system",
 }
-TRAINING_FIELDS = ("weight", "train")  # of a message: whether it is a target
-KEPT_FIELDS = ("name", "tool_call_id", "reasoning_content")  # of a message, besides role, content and tool_calls
+TRAINING_FIELDS = ("weight", "train", "training", "loss")  # of a message: whether it is a target
+# Of a message, besides role, content and calls: the field's name, and that which a message has here.
+KEPT_FIELDS = {
+    **{name: name for name in ("name", "tool_call_id")},
+    **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "reasoning_content"),
+}
+KNOWN_FIELDS = {"role", "from", "content", "value", "tool_calls", "function_call", *KEPT_FIELDS, *TRAINING_FIELDS}
+UNUSED = "unused fields"  # of a message, while a record is converted
+TEMPLATE_ARGS = "chat_template_kwargs"  # of a record: variables for the chat template, as TRL has them
 UNDESIRABLE = "undesirable label"  # the one reason that is not a mistake in the data
 GOOD = ("true", "1", "1.0", "desirable", "chosen", "good", "yes")  # 1.0 and 0.0: from tables with missing values
 BAD = ("false", "0", "0.0", "undesirable", "rejected", "bad", "no")
@@ -53,6 +60,8 @@ class Conversation:
     line: int  # from 1; in a JSON array or a Parquet file, the record's number
     tools: list[dict[str, Any]] | None = None
     fields: dict[str, Any] = field(default_factory=dict)  # those of ReadOptions.fields
+    template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
+    notes: tuple[str, ...] = ()  # what has no effect
 
     def full_text(self) -> str:
         return self.text or "\n".join(message["content"] for message in self.messages)
@@ -75,27 +84,45 @@ def _messages(record: dict[str, Any]) -> list[Message]:
 
 
 def _message(turn: Any) -> Message:
+    if not isinstance(turn, dict) or "role" not in turn:
+        raise BadRecord(f"a message is {json.dumps(turn, default=str):.60}: expected an object with role and content")
     role = ROLE_ALIASES.get(turn["role"], turn["role"])
-    calls = turn.get("tool_calls") or None
+    calls = _as_json(turn.get("tool_calls") or None, "tool_calls")
+    if turn.get("function_call"):  # OpenAI's older name of a single call
+        if calls:
+            raise BadRecord("a message has tool_calls and function_call: keep one of them")
+        calls = [_as_json(turn["function_call"], "function_call")]
     if "content" not in turn and not calls:
-        raise KeyError("content")
+        raise BadRecord(f"a message of the {role} has no content")
     said = turn.get("content")
+    if role == "tool" and (isinstance(said, dict) or (isinstance(said, list) and _is_data(said))):
+        said = json.dumps(said, ensure_ascii=False)
     message: Message = {"role": role, "content": "" if calls and said is None else _content(said)}
     if calls:
         if role != "assistant":
             raise BadRecord(f"tool_calls: {role!r:.40} cannot call tools: only the assistant can")
-        message["tool_calls"] = [_tool_call(call) for call in _as_json(calls, "tool_calls")]
-    for name in KEPT_FIELDS:
-        if turn.get(name) is not None:
-            message[name] = text_of(turn, name)
-    return {**message, **_training_fields(turn)}
+        message["tool_calls"] = [_tool_call(call) for call in calls]
+    return message | _other_fields(turn)
 
 
-def _training_fields(turn: dict[str, Any]) -> dict[str, Any]:
+def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a message besides what it says; those that are not known under UNUSED."""
+    kept: dict[str, Any] = {}
+    for name, standard in KEPT_FIELDS.items():
+        if turn.get(name) is not None and kept.setdefault(standard, text_of(turn, name)) != turn[name]:
+            raise BadRecord(f"{name} and {standard} differ: keep one of them")
     found = {name: turn[name] for name in TRAINING_FIELDS if turn.get(name) is not None}
-    if found.get("weight", 1) not in (0, 1) or not isinstance(found.get("train", True), bool):
+    if any(value not in (0, 1) or (name == "train" and value not in (True, False)) for name, value in found.items()):
         raise BadRecord(f"weight must be 0 or 1, and train true or false: found {found!r:.60}")
-    return found
+    if len({bool(value) for value in found.values()}) > 1:
+        raise BadRecord(f"{', '.join(found)} contradict each other: found {found!r:.60}")
+    unused = [name for name in turn.keys() - KNOWN_FIELDS if turn[name] not in (None, "", [], {})]
+    trained = {"train": bool(next(iter(found.values())))} if found else {}
+    return kept | trained | ({UNUSED: unused} if unused else {})
+
+
+def _is_data(value: list[Any]) -> bool:  # rather than parts of a text
+    return not all(isinstance(part, dict) and ("text" in part or "type" in part) for part in value)
 
 
 def _content(value: Any) -> str:
@@ -109,7 +136,7 @@ def _content(value: Any) -> str:
 def _tool_call(call: Any) -> dict[str, Any]:
     """{"type": "function", "function": {"name", "arguments"}}; arguments given as a JSON string are parsed."""
     function = call.get("function", call)
-    arguments = _as_json(function.get("arguments", {}), "arguments")
+    arguments = _as_json(function.get("arguments") or {}, "arguments")
     if not isinstance(arguments, dict):
         raise BadRecord(f"tool_calls: arguments {arguments!r:.40} are not a JSON object")
     _check_value(arguments, "arguments")
@@ -131,7 +158,7 @@ def _sharegpt(record: dict[str, Any]) -> list[Message]:
             found = _as_json(message["content"], "function_call")
             calls = found if isinstance(found, list) else [found]
             message |= {"content": "", "tool_calls": [_tool_call(call) for call in calls]}
-        messages.append({**message, **_training_fields(turn)})
+        messages.append(message | _other_fields(turn))
     return messages
 
 
@@ -200,9 +227,14 @@ ALIASES = {"response": "output"}  # other names of fields in data.columns
 
 
 def _parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = _as_json(record.get("tools") or None, "tools")
+    """The tools that are offered: `tools`, or OpenAI's older `functions`."""
+    tools = _as_json(record.get("tools") or record.get("functions") or None, "tools")
     if not tools:
         return None
+    if isinstance(tools, list):
+        tools = [_as_json(tool, "tools") for tool in tools]
+        if record.get("functions") and not record.get("tools"):
+            tools = [{"type": "function", "function": tool} for tool in tools]
     functions = [tool.get("function", tool) for tool in tools] if isinstance(tools, list) else [{}]
     if not all(isinstance(function.get("name"), str) for function in functions):
         raise BadRecord("tools: expected a list of functions with names")
@@ -334,7 +366,8 @@ def read_file(
     first = list(itertools.islice(records, DETECT_FROM))
     shape = detect_shape(path, first) if shape == "auto" else shape
     present = {name for _, record in first if isinstance(record, dict) for name in record}
-    found = [name for name in SHAPES[shape].fields if name in present] if function is None else [shape]
+    read = (*SHAPES[shape].fields, "functions", TEMPLATE_ARGS) if function is None else ()
+    found = [name for name in read if name in present] or [shape]
     yield shape if found == [shape] else f"{shape}: {', '.join(found)}"
     last = max(only, default=0) if only is not None else math.inf
     for line, record in itertools.chain(first, records):
@@ -388,9 +421,21 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
     except BadRecord:
         raise
     except (TypeError, AttributeError, ValueError, LookupError) as error:
-        raise BadRecord(f"a turn is malformed: {type(error).__name__}: {error}"[:200]) from None
+        missing = f"it has no {error}" if isinstance(error, KeyError) else "it has another form than docs/data.md shows"
+        raise BadRecord(f"a turn is malformed: {missing}"[:200]) from None
     _check_turns(messages)
-    return Conversation(messages, None, path, line, tools, fields)
+    unused = dict.fromkeys(name for message in messages for name in message.pop(UNUSED, ()))
+    notes = tuple(f"the field {name!r:.60} of a message is not used" for name in unused)
+    return Conversation(messages, None, path, line, tools, fields, _template_args(record), notes)
+
+
+def _template_args(record: dict[str, Any]) -> dict[str, Any]:
+    given = _as_json(record.get(TEMPLATE_ARGS) or {}, TEMPLATE_ARGS)
+    if not isinstance(given, dict) or (taken := {"messages", "tools", "add_generation_prompt"} & given.keys()):
+        what = f"sets {min(taken)}, which nanoft sets" if isinstance(given, dict) else "is not an object"
+        raise BadRecord(f"{TEMPLATE_ARGS}: {what}")
+    _check_value(given, TEMPLATE_ARGS)
+    return given
 
 
 def _call(function: Callable[..., Any], record: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
@@ -414,23 +459,24 @@ def _split_field(record: dict[str, Any], name: str) -> Any:
 
 
 def _check_turns(messages: list[Message]) -> None:
-    """Check the order of roles, and drop unanswered messages at the end."""
+    """Check who speaks, and drop unanswered messages at the end; the order of turns is the chat template's affair."""
     for message in messages:
         if message["role"] not in ROLES:
             raise BadRecord(f"unknown role {message['role']!r:.40}: expected one of {', '.join(ROLES)}")
-        if message["role"] != "tool" and not message.get("tool_calls"):
-            kind = "an assistant message" if message["role"] == "assistant" else f"a {message['role']} message"
-            nonempty(message["content"], kind)
-    spoken = [message["role"] for message in messages[messages[0]["role"] == "system" :]]
+        is_answer = message["role"] == "assistant" and not message.get("tool_calls") and is_trained(message)
+        if is_answer or message["role"] == "user":
+            nonempty(message["content"], "an assistant message" if is_answer else "a user message")
+    spoken = {message["role"] for message in messages}
     if "assistant" not in spoken:
         raise BadRecord("no assistant message, so there are no target tokens")
-    if spoken[0] != "user":
-        raise BadRecord(f"the first message is from the {spoken[0]}: there is no prompt")
-    for before, after in itertools.pairwise(spoken):
-        if after == "system" or (before == after and after != "tool"):
-            raise BadRecord(f"{after} after {before}: turns must alternate")
+    if spoken == {"assistant"}:
+        raise BadRecord("all messages are from the assistant: there is no prompt")
     while messages[-1]["role"] != "assistant":
         messages.pop()
+
+
+def is_trained(message: Message) -> bool:  # OpenAI's `weight`, axolotl's `train`
+    return bool(message.get("train", True)) and message.get("weight", 1) != 0
 
 
 def _names(record: dict[str, Any]) -> str:
