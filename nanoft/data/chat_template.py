@@ -52,7 +52,7 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, environment: BoundedEnvironment, source: str, special: Mapping[str, str], control: re.Pattern[str],
+        self, source: str, environment: BoundedEnvironment, special: Mapping[str, str], control: re.Pattern[str],
         stops: Set[str],
     ):  # fmt: skip
         self.source, self._environment, self._special, self._control = source, environment, special, control
@@ -62,13 +62,14 @@ class ChatTemplate:
         names = {node.attr for node in tree.find_all(nodes.Getattr)}
         names |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         self._thought = next((name for name in THOUGHT_NAMES if name in names), THOUGHT_NAMES[0])
-        self.lead, self.tail = self._probe([])
+        around = self._probe([])
+        self.lead, self.tail = around or ("", "")
         self.has_empty_thought = bool(EMPTY_THOUGHT.fullmatch(self.lead))
         self.turn_end = self.end_of_turn(self.tail, stops)
-        self.next_role: dict[str, str] = {}
-        for role in ("user", "tool") if not self.turn_end else ():
-            following = control.match(self._probe([{"role": role, "content": "b"}])[1])
-            if following and following[0] in stops:
+        self.next_role: dict[str, str] = {}  # user, tool -> the token that ends an answer before it
+        for role in ("user", "tool") if around and not self.turn_end else ():
+            _, tail = self._probe([{"role": role, "content": "b"}]) or ("", "")
+            if (following := control.match(tail)) and following[0] in stops:
                 self.next_role[role] = following[0]
 
     def render(self, messages: list[Message], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
@@ -100,15 +101,15 @@ class ChatTemplate:
             run = self._control.match(tail, run.end())
         return run or first
 
-    def _probe(self, following: list[Message]) -> tuple[str, str]:
+    def _probe(self, following: list[Message]) -> tuple[str, str] | None:
         """What the template puts between the prompt and an answer, and after the answer."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PLACEHOLDER}]
         with contextlib.suppress(TemplateRefusal):
             before = find_marks(self.render(messages[:1], True, {"tools": None}))[0]
             after = find_marks(self.render([*messages, *following], False, {"tools": None}))[0]
             lead, answer, tail = after[len(before) :].partition(PLACEHOLDER)
-            return (lead, tail) if after.startswith(before) and answer else ("", "")
-        return "", ""
+            return (lead, tail) if after.startswith(before) and answer else None
+        return None
 
 
 def parts_of(message: Message) -> list[tuple[str, str, Message]]:

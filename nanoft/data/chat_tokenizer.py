@@ -117,10 +117,10 @@ class ChatTokenizer:
         self.date = datetime.datetime.now()  # what strftime_now returns
         self._environment = BoundedEnvironment(lambda: self.date)
         ends = {text for i in (*stop_ids, self.eos_id) if i is not None and (text := tokenizer.id_to_token(i))}
-        self._plain, self._with_tools = (
-            ChatTemplate(self._environment, source, self.special, self._control, ends)
-            for source in (self.template, tool_template or self.template)
-        )
+        made = self._environment, self.special, self._control, ends
+        self._plain = self._with_tools = ChatTemplate(self.template, *made)
+        if tool_template:
+            self._with_tools = ChatTemplate(tool_template, *made)
         self.turn_end = self._plain.turn_end
         self.variables = self._plain.variables | self._with_tools.variables
         end_id = tokenizer.token_to_id(self.turn_end[0]) if self.turn_end else None
@@ -263,7 +263,9 @@ class ChatTokenizer:
         template, message = self._template(whole.given), whole.messages[index]
         content, lead = message.get("content", ""), "" if template.has_empty_thought else template.lead
         ending = template.tail[: template.turn_end.end()] if template.turn_end else ""
-        if ending and content and message.keys() <= {"role", "content"} and whole.text.startswith(before):
+        trimmed = template.has_empty_thought and content[:1].isspace()  # behind the thought that is taken out
+        plain = content and not trimmed and message.keys() <= {"role", "content"}
+        if ending and plain and whole.text.startswith(before):
             for answer in (content, content.strip()):
                 if answer and whole.text.startswith(lead + answer + ending, len(before)):
                     return len(before), len(before) + len(lead) + len(answer) + len(ending)

@@ -73,9 +73,10 @@ class Conversation:
         """The first user message, or the plain text: conversations that begin alike stay on one side of a split."""
         return self.text or next((m["content"] for m in self.messages if m["role"] == "user"), "")
 
-    def prompt(self) -> str:  # everything before the first answer
-        before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
-        return self.text or "\n".join(message["content"] for message in before)
+    def prompt(self) -> str:  # everything before the first answer to a user
+        asked = next((at for at, message in enumerate(self.messages) if message["role"] == "user"), 0)
+        rest = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages[asked:])
+        return self.text or "\n".join(message["content"] for message in [*self.messages[:asked], *rest])
 
 
 def _messages(record: dict[str, Any]) -> list[Message]:
@@ -117,7 +118,7 @@ def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
     if len({bool(value) for value in found.values()}) > 1:
         raise BadRecord(f"{', '.join(found)} contradict each other: found {found!r:.60}")
     unused = [name for name in turn.keys() - KNOWN_FIELDS if turn[name] not in (None, "", [], {})]
-    trained = {"train": bool(next(iter(found.values())))} if found else {}
+    trained = {name if name in ("weight", "train") else "train": value for name, value in found.items()}
     return kept | trained | ({UNUSED: unused} if unused else {})
 
 
@@ -466,13 +467,12 @@ def _check_turns(messages: list[Message]) -> None:
         is_answer = message["role"] == "assistant" and not message.get("tool_calls") and is_trained(message)
         if is_answer or message["role"] == "user":
             nonempty(message["content"], "an assistant message" if is_answer else "a user message")
-    spoken = {message["role"] for message in messages}
-    if "assistant" not in spoken:
+    if all(message["role"] != "assistant" for message in messages):
         raise BadRecord("no assistant message, so there are no target tokens")
-    if spoken == {"assistant"}:
-        raise BadRecord("all messages are from the assistant: there is no prompt")
     while messages[-1]["role"] != "assistant":
         messages.pop()
+    if all(message["role"] == "assistant" for message in messages):
+        raise BadRecord("the first message is from the assistant: there is no prompt")
 
 
 def is_trained(message: Message) -> bool:  # OpenAI's `weight`, axolotl's `train`

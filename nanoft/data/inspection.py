@@ -74,7 +74,8 @@ def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -
     """What the model is given in use is what stood before its answers in training."""
     extras = []  # what follows the prompt in training
     for conversation in corpus.conversations(corpus.training, CONVERSATIONS_CHECKED):
-        answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+        roles = [message["role"] for message in conversation.messages]
+        answers = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
         if not answers or train_on == "all":
             continue
         messages = conversation.messages[: answers[0] + 1]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from nanoft import UserError
-from nanoft.data.formats import SHAPES, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.formats import SHAPES, UNDESIRABLE, Conversation, ReadOptions, Rejected, is_trained, read_file
 
 SYSTEM, USER, ASSISTANT = ({"role": r, "content": c} for r, c in (("system", "S"), ("user", "Q"), ("assistant", "A")))
 TOOL = {"role": "tool", "content": "T"}
@@ -98,7 +98,7 @@ READ: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "weight and train": (
         "messages",
-        {"messages": [USER, {**ASSISTANT, "weight": 0}, {**USER, "z": 1}, {**ASSISTANT, "train": False}]},
+        {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "train": False}]},
         [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "train": False}],
     ),
     "parts": (
@@ -229,21 +229,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "role of ShareGPT": (turns(("human", "Q"), ("assistant", "A")), "unknown role 'human'"),
     "nobody answers": (turns(("system", "S"), ASKED), "no assistant message, so there are no target tokens"),
     "assistant first": (turns(("assistant", "A"), ASKED), "from the assistant: there is no prompt"),
-    "assistant behind system": (turns(("system", "S"), ("assistant", "A")), "the first message is from the assistant"),
-    "tool first": (turns(("tool", "T"), ("assistant", "A")), "the first message is from the tool"),
-    "system later": (turns(ASKED, ("system", "S"), ("assistant", "A")), "system after user: turns must alternate"),
-    "two systems": (turns(("system", "S"), ("system", "S"), ASKED, ("assistant", "A")), "is from the system"),
-    "two questions": (turns(ASKED, ASKED, ("assistant", "A")), "user after user: turns must alternate"),
-    "two answers": (turns(ASKED, ("assistant", "A"), ("assistant", "A")), "assistant after assistant"),
-    "two in the tail": (turns(ASKED, ("assistant", "A"), ASKED, ASKED), "user after user"),
-    "empty system": (turns(("system", " "), ASKED, ("assistant", "A")), "a system message is empty"),
     "empty user": (turns(("user", "\n"), ("assistant", "A")), "a user message is empty"),
     "empty assistant": (turns(ASKED, ("assistant", "")), "an assistant message is empty"),
     "empty parts": (turns(ASKED, ("assistant", [])), "an assistant message is empty"),
     "empty in the tail": (turns(ASKED, ("assistant", "A"), ("user", "")), "a user message is empty"),
     "image": (turns(("user", [{"type": "image_url"}]), ("assistant", "A")), "content: has a part of type 'image_url'"),
     "part of a number": (turns(("user", [{"type": "text", "text": 5}]), ("assistant", "A")), "text: 5 is not a string"),
-    "part without text": (turns(("user", [{"type": "text"}]), ("assistant", "A")), "a turn is malformed: KeyError"),
+    "part without text": (turns(("user", [{"type": "text"}]), ("assistant", "A")), "a turn is malformed: it has no"),
     "name": ({"messages": [{**USER, "name": 5}, ASSISTANT]}, "name: 5 is not a string"),
     "reasoning": ({"messages": [USER, {**ASSISTANT, "reasoning_content": []}]}, "content: [] is not a string"),
     "weight": ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "weight must be 0 or 1, and train true or false"),
@@ -251,7 +243,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "long weight": ({"messages": [USER, {**ASSISTANT, "weight": "x" * 999}]}, "weight must be 0 or 1"),
     "user calls": ({"messages": [{**CALLS, "role": "user"}, ASSISTANT]}, "tool_calls: 'user' cannot call tools"),
     "calls as object": (calling({"name": "f"}), "a turn is malformed"),
-    "call without name": (calling([{"x": 1}]), "a turn is malformed: KeyError"),
+    "call without name": (calling([{"x": 1}]), "a turn is malformed: it has no"),
     "call with an empty name": (calling([call(" ", {})]), "a tool's name is empty"),
     "call of a number": (calling([call("f", {}, id=5)]), "id: 5 is not a string"),
     "call as text": (calling(["f()"]), "a turn is malformed"),
@@ -263,18 +255,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "tools": (GOOD | {"tools": 5}, "tools: expected a list of functions with names"),
     "tools as object": (GOOD | {"tools": FUNCTION}, "tools: expected a list of functions with names"),
     "tools without name": (GOOD | {"tools": [{"type": "function", "function": {}}]}, "tools: expected a list of fun"),
-    "tools as texts": (GOOD | {"tools": ["add"]}, "a turn is malformed"),
     "tools no JSON": (GOOD | {"tools": "[add]"}, "tools: not valid JSON"),
     "deep tools": (GOOD | {"tools": [{"name": "f", "parameters": DEEP}]}, "tools: nested too deeply"),
     "half in tools": (GOOD | {"tools": [{"name": "f", "description": "\udc80"}]}, "tools: contains a lone surrogate"),
     "deep content": (turns(ASKED, ("assistant", DEEP)), "is not a string"),
     "speaker": (speak(("alien", "Q")), "unknown speaker 'alien'"),
-    "speaker as list": (speak(([], "Q")), "a turn is malformed: TypeError"),
-    "no speaker": ({"conversations": [{"value": "Q"}]}, "a turn is malformed: KeyError: 'from'"),
-    "no value": ({"conversations": [{"from": "human"}]}, "a turn is malformed: KeyError: 'value'"),
+    "speaker as list": (speak(([], "Q")), "a turn is malformed: it has another form"),
+    "no speaker": ({"conversations": [{"value": "Q"}]}, "a turn is malformed: it has no 'from'"),
+    "no value": ({"conversations": [{"from": "human"}]}, "a turn is malformed: it has no 'value'"),
     "function call": (speak(("human", "Q"), ("function_call", "add(1)")), "function_call: not valid JSON"),
     "conversations of texts": ({"conversations": ["Q", "A"]}, "a turn is malformed"),
-    "system twice": (speak(("system", "S"), ("human", "Q"), ("gpt", "A"), system="S"), "is from the system"),
     "output null": ({"instruction": "Q", "output": None}, "output: null is not a string"),
     "input list": ({"instruction": "Q", "input": ["X"], "output": "A"}, 'input: ["X"] is not a string'),
     "system number": ({"instruction": "Q", "output": "A", "system": 3}, "system: 3 is not a string"),
@@ -291,7 +281,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "summary number": ({"document": "D", "summary": 0}, "summary: 0 is not a string"),
     "no answers": ({"context": "C", "question": "Q", "answers": {"text": [], "answer_start": []}}, "answers: has none"),
     "answers null": ({"context": "C", "question": "Q", "answers": None}, "answers: has none"),
-    "answers without text": ({"context": "C", "question": "Q", "answers": {"a": 1}}, "a turn is malformed: KeyError"),
+    "answers without text": ({"context": "C", "question": "Q", "answers": {"a": 1}}, "a turn is malformed: it has no"),
     "answers of numbers": ({"context": "C", "question": "Q", "answers": [5]}, "answer: 5 is not a string"),
     "text null": ({"text": None}, "text: null is not a string"),
     "text garbage": ({"text": "a\ufffeb"}, "text: contains a reserved Unicode noncharacter (U+FFFE)"),
@@ -651,17 +641,16 @@ def assert_sound(c: Conversation) -> None:
         assert not GARBAGE & set(c.text)
         return
     roles = [message["role"] for message in c.messages]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    assert set(spoken) <= {"user", "assistant", "tool"}
-    assert spoken[0] == "user"
-    assert spoken[-1] == "assistant"
-    assert all(a != b or a == "tool" for a, b in itertools.pairwise(spoken))
+    assert set(roles) <= {"system", "user", "assistant", "tool"}
+    assert set(roles) != {"assistant"}
+    assert roles[-1] == "assistant"
     for message in c.messages:
         assert set(message) <= {
             "role", "content", "tool_calls", "name", "tool_call_id", "reasoning_content", "weight", "train"
         }  # fmt: skip
         assert isinstance(message["content"], str)
-        assert message["content"].strip() or message["role"] == "tool" or message.get("tool_calls")
+        may_be_empty = message["role"] in ("system", "tool") or message.get("tool_calls") or not is_trained(message)
+        assert message["content"].strip() or may_be_empty
         assert message["role"] == "assistant" or "tool_calls" not in message
         assert message.get("weight", 1) in (0, 1)
         assert message.get("train", True) in (False, True)

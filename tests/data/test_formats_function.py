@@ -77,7 +77,7 @@ def test_columns_labels_and_fields_are_those_of_the_record(path: Path) -> None:
         ({"question": "Q"}, "the function returned the fields question"),
         ([], "messages is not a list of turns"),
         ([USER], "no assistant message"),
-        ([USER, 5], "a turn is malformed"),
+        ([USER, 5], "a message is 5: expected an object"),
         ({"prompt": "Q", "completion": ""}, "an assistant message is empty"),
         ("a\x00", "text: contains a control character (U+0000)"),
     ],

@@ -35,6 +35,13 @@ def verdicts(chat: ChatTokenizer, corpus: PreparedDataset, train_on: str = "assi
 NO_END = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
 
 
+# The marks say that the empty thought is not the model's, and the prompt in use does not have it.
+MARKED_LATE = CHATML.replace(
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}",
+    "{% if message.role == 'user' %}{{ '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}{% else %}"
+    "{{ '<|im_start|>assistant\\n<think></think>' }}{% generation %}{{ message.content + '<|im_end|>' }}"
+    "{% endgeneration %}{{ '\\n' }}{% endif %}",
+)
 TWO_BOS = "{{ bos_token }}{{ bos_token }}" + CHATML
 
 
@@ -53,7 +60,7 @@ def test_sound_templates_pass(name: str, tmp_path: Path) -> None:
 WRONG = {
     "stop": (Style(NO_END, None, "<|im_end|>", "<|im_end|>"), "0 of 20 turns end in a stop token"),
     "bos": (Style(TWO_BOS, "<s>", "<|im_end|>", "<|im_end|>"), "20 with two"),
-    "prompt": (STYLES["qwen"], r"0 of 20 prompts are the same .* in training '<think>"),
+    "prompt": (Style(MARKED_LATE, None, "<|im_end|>", "<|im_end|>"), r"0 of 20 prompts are the same .* in training '<think>"),
 }
 
 
