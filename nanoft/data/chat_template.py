@@ -8,9 +8,9 @@ ends the turn. In some families (GLM) that is the token of the next role, which 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
+import traceback
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -18,7 +18,7 @@ from jinja2 import TemplateError, meta, nodes
 
 from nanoft import UserError
 from nanoft.data.formats import Message
-from nanoft.data.template_sandbox import TEMPLATE_ERRORS, BoundedEnvironment, find_marks
+from nanoft.data.template_sandbox import TEMPLATE_ERRORS, BoundedEnvironment, LimitExceeded, find_marks
 from nanoft.data.tokenizer_files import PLACEHOLDER
 
 # For a base model without a template: ChatML as plain text, since the model does not have ChatML's tokens; a turn ends
@@ -35,6 +35,7 @@ EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
 THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templates call the thought of an answer
 USER = "the user's text"
 WHAT = {"user": USER, "system": "the system message", "tool": "the result of a tool"}
+TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of every template
 
 
@@ -55,7 +56,8 @@ class ChatTemplate:
         self, source: str, environment: BoundedEnvironment, special: Mapping[str, str], control: re.Pattern[str],
         stops: Set[str],
     ):  # fmt: skip
-        self.source, self._environment, self._special, self._control = source, environment, special, control
+        self.source, self._environment, self._special = source, environment, special
+        self._control, self._stops = control, stops
         self._compiled = environment.compile_bounded(source)
         tree = environment.parse(source)
         self.variables = meta.find_undeclared_variables(tree)
@@ -65,7 +67,7 @@ class ChatTemplate:
         around = self._probe([])
         self.lead, self.tail = around or ("", "")
         self.has_empty_thought = bool(EMPTY_THOUGHT.fullmatch(self.lead))
-        self.turn_end = self.end_of_turn(self.tail, stops)
+        self.turn_end = self.end_of_turn(self.tail)
         self.next_role: dict[str, str] = {}  # user, tool -> the token that ends an answer before it
         for role in ("user", "tool") if around and not self.turn_end else ():
             _, tail = self._probe([{"role": role, "content": "b"}]) or ("", "")
@@ -85,30 +87,36 @@ class ChatTemplate:
                 return text
         except TEMPLATE_ERRORS as error:
             if not calls or isinstance(error, TemplateError):
-                raise TemplateRefusal(f"the chat template refuses these messages: {_words(error)}") from None
+                raise TemplateRefusal(f"the chat template refuses these messages: {_words(error)}") from error
         try:
             return self._environment.render(self._compiled, messages=_with_text_arguments(messages), **given)
         except TEMPLATE_ERRORS as error:
-            raise TemplateRefusal(f"the chat template refuses these messages: {_words(error)}") from None
+            raise TemplateRefusal(f"the chat template refuses these messages: {_words(error)}") from error
 
-    def end_of_turn(self, tail: str, stops: Set[str]) -> re.Match[str] | None:
-        """The token of `tail` that ends the turn: of a run of control tokens, the first that is a stop, or the first.
+    def end_of_turn(self, text: str, at_once: bool = False) -> re.Match[str] | None:
+        """The token that ends the turn: of the first run of control tokens, the first that is a stop, or the first.
 
-        Cohere: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, of which the second stops.
+        Cohere: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, of which the second stops. `at_once`: nothing may precede it.
         """
-        first = run = self._control.search(tail)
-        while run and run[0] not in stops:
-            run = self._control.match(tail, run.end())
+        first = run = self._control.match(text) if at_once else self._control.search(text)
+        while run and run[0] not in self._stops:
+            run = self._control.match(text, run.end())
         return run or first
 
     def _probe(self, following: list[Message]) -> tuple[str, str] | None:
-        """What the template puts between the prompt and an answer, and after the answer."""
+        """What the template puts between the prompt and an answer (or nothing, if they do not fit), and after it."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PLACEHOLDER}]
-        with contextlib.suppress(TemplateRefusal):
-            before = find_marks(self.render(messages[:1], True, {"tools": None}))[0]
-            after = find_marks(self.render([*messages, *following], False, {"tools": None}))[0]
-            lead, answer, tail = after[len(before) :].partition(PLACEHOLDER)
-            return (lead, tail) if after.startswith(before) and answer else None
+        for tools in (None, [TOOL]):  # some need tools
+            try:
+                before = find_marks(self.render(messages[:1], True, {"tools": tools}))[0]
+                after = find_marks(self.render([*messages, *following], False, {"tools": tools}))[0]
+            except TemplateRefusal as refusal:
+                if isinstance(refusal.__cause__, LimitExceeded):
+                    return None
+                continue
+            start = len(before) if after.startswith(before) else len(after)
+            if PLACEHOLDER in after:
+                return after[start:].partition(PLACEHOLDER)[0], after.partition(PLACEHOLDER)[2]
         return None
 
 
@@ -140,4 +148,8 @@ def _with_text_arguments(messages: list[Message]) -> list[Message]:
 
 
 def _words(error: BaseException) -> str:
-    return f"it needs {error}" if isinstance(error, KeyError) else str(error) or "it is nested too deeply"
+    """The template's own words, or where it fails: a Python error says little without its line."""
+    if isinstance(error, TemplateError) or error.__traceback__ is None:
+        return str(error)
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
+    return f"it fails in its line {lines[-1] if lines else '?'}: {error or 'nested too deeply'}"

@@ -47,7 +47,11 @@ from nanoft.data.formats import Message as Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, BoundedEnvironment, find_marks
 from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, token_text
 
-OPEN_THOUGHT = re.compile(r"\s*<(\w+)>(\s*)(</\1>\s*)?$")  # at the end of a prompt; closed: no thought is wanted
+# A thought that a prompt opens at its end, and perhaps closes at once: <think>, Cohere's token, Gemma 4's channel.
+OPEN_THOUGHT = re.compile(
+    r"\s*(?:<(?P<tag>\w+)>|<\|START_THINKING\|>|<\|channel>thought)(?P<space>\s*)"
+    r"(?P<closed>(?:</(?P=tag)>|<\|END_THINKING\|>|<channel\|>)\s*)?$"
+)
 AS_USED = (
     "the chat template renders an answer differently from what follows the generation prompt: "
     "trained on the generation prompt, the raw answer and the end of turn"
@@ -241,12 +245,14 @@ class ChatTokenizer:
             after, marks, note = self._as_used(whole, index, before, after), [], AS_USED
         marked = [mark for mark in marks if mark[1] > len(before)]
         if marked:  # the marked span, extended to the token that ends the turn
-            start, end = max(marked[0][0], len(before)), marked[-1][1]
+            start, end = max(marked[0][0], start), marked[-1][1]
+            if not any(value in after[len(before) : start] for _, value, _ in parts_of(message)):
+                start = len(before)  # what the template puts there is not in the prompt: the model has to write it
             inside = len(after[:end].rstrip())
             if any(after.endswith(control, start, inside) for control in self.control_texts):
                 end = inside
-            elif following := self._control.match(after, end):
-                end = following.end()
+            elif following := template.end_of_turn(after[end:], at_once=True):
+                end += following.end()
         else:
             said = message.get("content", "").lstrip().startswith(template.lead.strip())
             if template.has_empty_thought and not said and after.startswith(template.lead, start):
@@ -273,40 +279,48 @@ class ChatTokenizer:
 
     def _as_used(self, whole: _Whole, index: int, before: str, after: str) -> str:
         """The prompt and what the model has to write, where `after` shows the answered prompt in another way."""
-        message, template = whole.messages[index], self._template(whole.given)
-        history, content = self._render(whole.messages[:index], False, whole.given)[0], message.get("content", "")
-        prompt = before.removeprefix(history)
-        opened = OPEN_THOUGHT.search(prompt)
-        header = history + (prompt[: opened.start()] if opened else prompt.rstrip())
-        if before.startswith(history) and after.startswith(header):
-            answer = after[len(header) :].lstrip()
-            return before + (self._in_thought(message, answer, *opened.groups()) if opened else answer)
-        for words in (content, content.strip()):  # a plain answer, whatever became of what stands before it
+        message, template, opened = whole.messages[index], self._template(whole.given), OPEN_THOUGHT.search(before)
+        base, at = before[: opened.start()] if opened else before.rstrip(), -1
+        if after.startswith(base):
+            at = len(base)
+        else:  # what stands before the last turn is rendered otherwise, once it is answered
+            header = base.removeprefix(self._render(whole.messages[:index], False, whole.given)[0])
+            if header != base and self._control.search(header) and header in after:
+                at = after.rindex(header) + len(header)
+        if at >= 0:
+            answer = after[at:].lstrip()
+            return before + (self._in_thought(template, message, answer, opened) if opened else answer)
+        content = message.get("content", "")
+        for words in (content, content.strip()):  # a plain answer
             answer = template.lead + words + template.tail
             if words and message.keys() <= {"role", "content"} and after.endswith(answer):
                 return before + answer
         raise TemplateRefusal("the chat template renders an answered prompt that does not start with the prompt")
 
-    def _in_thought(self, message: Message, answer: str, tag: str, space: str, is_closed: str | None) -> str:
+    def _in_thought(self, template: ChatTemplate, message: Message, answer: str, opened: re.Match[str]) -> str:
         """An answer behind a prompt that ends in <tag>: the rest of the thought, </tag> and the answer.
 
         Without a thought, the model closes it at once; behind an empty one, <tag></tag>, a thought is refused.
         """
-        content, opening, closing = message.get("content", ""), f"<{tag}>", f"</{tag}>"
+        tag, space, content = opened["tag"], opened["space"], message.get("content", "")
+        opening, closing, gap = f"<{tag}>", f"</{tag}>", "\n"
+        if not tag:
+            opening, closing, gap = opened[0].strip(), "<|END_THINKING|>" if "START" in opened[0] else "<channel|>", ""
         thought, (said, closes, rest) = message.get("reasoning_content", ""), content.rpartition(closing)
-        if is_closed and (thought + said).strip():
-            fix = "take enable_thinking=false out of data.template_args, or give each record its chat_template_kwargs"
-            raise TemplateRefusal(f"the chat template closes the thought in the prompt, and the answer has one: {fix}")
-        if is_closed:
+        if opened["closed"]:
+            if (thought + said).strip():
+                names = " or ".join(sorted(name for name in template.variables if "think" in name)) or "a variable"
+                fix = f"set {names} to match the answers, in data.template_args or each record's chat_template_kwargs"
+                raise TemplateRefusal(f"the chat template closes the thought in the prompt, the answer has one: {fix}")
             return answer
         if answer.startswith(opening):  # the template shows it, but not as the prompt begins it
             return answer.removeprefix(opening).removeprefix(space)
-        if thought:
-            return thought.strip("\n") + f"\n{closing}\n\n" + answer
+        if answer.startswith(closing):  # it shows that there is none
+            return answer
         if closes:
             written = content[: len(content) - len(rest.lstrip())]
             return written.lstrip().removeprefix(opening).removeprefix(space) + answer
-        return f"\n{closing}\n\n" + answer
+        return thought.strip("\n") + gap + closing + 2 * gap + answer
 
     def _end_of_turn(self, template: ChatTemplate, text: str, start: int) -> int:
         """After the token that ends the turn; what a template adds to it (a newline) is not a target."""
