@@ -57,7 +57,7 @@ class ChatTemplate:
         stops: Set[str],
     ):  # fmt: skip
         self.source, self._environment, self._special = source, environment, special
-        self._control, self._stops = control, stops
+        self._control, self.stops = control, stops
         self._compiled = environment.compile_bounded(source)
         tree = environment.parse(source)
         self.variables = meta.find_undeclared_variables(tree)
@@ -99,7 +99,7 @@ class ChatTemplate:
         Cohere: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, of which the second stops. `at_once`: nothing may precede it.
         """
         first = run = self._control.match(text) if at_once else self._control.search(text)
-        while run and run[0] not in self._stops:
+        while run and run[0] not in self.stops:
             run = self._control.match(text, run.end())
         return run or first
 

@@ -243,20 +243,22 @@ class ChatTokenizer:
         start, note = len(before), ""
         if not after.startswith(before):
             after, marks, note = self._as_used(whole, index, before, after), [], AS_USED
-        marked = [mark for mark in marks if mark[1] > len(before)]
+        said = message.get("content", "").lstrip().startswith(template.lead.strip())
+        if template.has_empty_thought and not said and after.startswith(template.lead, start):
+            extra = len(template.lead)
+            after, note = before + after[start + extra :], AS_USED
+            marks = [(first - extra, last - extra) for first, last in marks]
+        marked = [mark for mark in marks if mark[1] > start]
         if marked:  # the marked span, extended to the token that ends the turn
-            start, end = max(marked[0][0], start), marked[-1][1]
-            if not any(value in after[len(before) : start] for _, value, _ in parts_of(message)):
-                start = len(before)  # what the template puts there is not in the prompt: the model has to write it
+            first, end = max(marked[0][0], start), marked[-1][1]
+            if any(value in after[start:first] for _, value, _ in parts_of(message)):
+                start = first  # else the template's own words are not in the prompt: the model has to write them
             inside = len(after[:end].rstrip())
             if any(after.endswith(control, start, inside) for control in self.control_texts):
                 end = inside
             elif following := template.end_of_turn(after[end:], at_once=True):
                 end += following.end()
         else:
-            said = message.get("content", "").lstrip().startswith(template.lead.strip())
-            if template.has_empty_thought and not said and after.startswith(template.lead, start):
-                after, note = before + after[start + len(template.lead) :], AS_USED
             end = self._end_of_turn(template, after, start)
         if not after[start:end].strip():
             raise TemplateRefusal("the chat template omits the answer: there are no target tokens")
@@ -280,9 +282,9 @@ class ChatTokenizer:
     def _as_used(self, whole: _Whole, index: int, before: str, after: str) -> str:
         """The prompt and what the model has to write, where `after` shows the answered prompt in another way."""
         message, template, opened = whole.messages[index], self._template(whole.given), OPEN_THOUGHT.search(before)
-        base, at = before[: opened.start()] if opened else before.rstrip(), -1
-        if after.startswith(base):
-            at = len(base)
+        base, at = before[: opened.start()] if opened else before, -1
+        if after.startswith(base.rstrip()) and (opened or after[len(base.rstrip()) :][:1].isspace()):
+            at = len(base.rstrip())
         else:  # what stands before the last turn is rendered otherwise, once it is answered
             header = base.removeprefix(self._render(whole.messages[:index], False, whole.given)[0])
             if header != base and self._control.search(header) and header in after:
@@ -327,7 +329,10 @@ class ChatTokenizer:
         if template.tail and text.endswith(template.tail):
             first = template.turn_end.end() if template.turn_end else len(template.tail.rstrip())
             return len(text) - len(template.tail) + first
-        ends = [match.end() for match in self._control.finditer(text, start)]
+        found = list(self._control.finditer(text, start))
+        if stops := [match.end() for match in found if match[0] in template.stops]:
+            return stops[-1]
+        ends = [match.end() for match in found]
         return ends[-1] if ends and not text[ends[-1] :].strip() else len(text.rstrip())
 
     def _notes(

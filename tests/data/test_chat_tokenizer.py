@@ -332,9 +332,16 @@ def test_template_args_reach_the_template(tmp_path: Path) -> None:
 
 
 def test_template_that_changes_the_prompt_when_answered(tmp_path: Path) -> None:
-    template = CHATML.replace("message.role + '\\n'", "message.role + (' of ' ~ messages | length) + '\\n'")
+    """What the model is given in use counts; how a call would stand there is not known, so it is refused."""
+    counted = "message.role + (' of ' ~ messages | length) + '\\n'"
+    chat = with_template(tmp_path / "text", CHATML.replace("message.role + '\\n'", counted))
+    (sample,) = samples_of(chat, one_turn("a"))
+    prompt = "<|im_start|>user of 1\na<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.decode(sample.ids.tolist(), keep_special=True) == prompt + "yes<|im_end|>\n"
+    assert target_texts(chat, sample) == ["yes<|im_end|>"]
+    chat = with_template(tmp_path / "calls", WITH_TOOLS.replace("message.role + '\\n'", counted))
     with pytest.raises(UserError, match="does not start with the prompt"):
-        with_template(tmp_path, template).render_samples(one_turn("a"), 0)
+        chat.render_samples(TOOLED[:2], 0)
 
 
 # ---- Control tokens that a user wrote

@@ -331,9 +331,7 @@ def test_one_question_about_many_documents(chat: ChatTokenizer, tmp_path: Path) 
 
 def test_names_and_weights_make_records_different(chat: ChatTokenizer, tmp_path: Path) -> None:
     turns = talk("a", "b")
-    records = [
-        {"messages": [turns[0], {**turns[1], **more}]} for more in ({}, {"name": "x"}, {"weight": 1})
-    ]
+    records = [{"messages": [turns[0], {**turns[1], **more}]} for more in ({}, {"name": "x"}, {"weight": 1})]
     assert len(build(chat, write(tmp_path / "d.jsonl", records)).training) == 3
 
 

@@ -142,7 +142,9 @@ def test_proportional_cuts_both(chats: dict[str, ChatTokenizer]) -> None:
 
 def test_a_turn_of_a_rewritten_history_is_cut_alone(chats: dict[str, ChatTokenizer]) -> None:
     chat = chats["qwen"]
-    conversation = talk(("user", LONG * 3), ("assistant", "<think>\nh\n</think>\n\nOne"), ("user", "b"), ("assistant", "Two"))
+    conversation = talk(
+        ("user", LONG * 3), ("assistant", "<think>\nh\n</think>\n\nOne"), ("user", "b"), ("assistant", "Two")
+    )
     first, second = encode(chat, conversation)
     assert (first.turn, second.turn) == (1, 3)
     found = fit(second, conversation, chat, 40, "prompt")
