@@ -75,20 +75,22 @@ def main() -> None:
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path, default=HERE / "templates.md")
     args = parser.parse_args()
-    rows, notes = [], []
+    rows: list[list[str]] = []
+    notes: dict[str, dict[str, None]] = {}  # what was said -> the templates
     for directory in args.directories:
         counts: Counter[str] = Counter()
         for path in sorted(directory.glob("*.jinja")):
             for outcome, said in check(path):
                 counts[outcome] += 1
                 if said:
-                    notes.append(f"- {directory.name}/{path.name}: {said}")
+                    notes.setdefault(f"{outcome}: {said}", {})[f"{directory.name}/{path.stem}"] = None
         rows.append([directory.name, str(len([*directory.glob("*.jinja")])), *(str(counts[name]) for name in COLUMNS)])
     table = markdown_table(["templates of", "files", *COLUMNS], rows)
-    head = f"# Chat templates of other projects\n\n{(__doc__ or '').split('DIR...')[0].splitlines()[0]}\n"
-    head += f"transformers {transformers.__version__}; {len(CASES)} conversations, each finished and as a prompt.\n"
-    args.out.write_text("\n".join([head, table, "", *notes, ""]), encoding="utf-8")
-    print(table, *notes, sep="\n")
+    head = "# Chat templates of other projects\n\nRendered by nanoft's sandbox and by transformers "
+    head += f"{transformers.__version__}: {len(CASES)} conversations, finished and as a prompt.\n"
+    lines = [f"- {said} ({len(names)}: {', '.join(names)})" for said, names in sorted(notes.items())]
+    args.out.write_text("\n".join([head, table, "", *lines, ""]), encoding="utf-8")
+    print(table, *lines, sep="\n")
 
 
 COLUMNS = ["equal", "both refuse", "explained", "DIFFERENT", "trained", "not trained", "WRONG SAMPLES"]
@@ -139,7 +141,7 @@ def compare(chat: ChatTokenizer, source: str, case: str) -> list[tuple[str, str]
         reason = "generator" if "generator is not JSON" in failure else reason
         said = REASONS.get(reason, f"DIFFERENT: {ours!r:.300} / {theirs!r:.300} {failure}")
         where = f"{case}, {'prompt' if is_prompt else 'finished'}"
-        outcomes.append(("explained" if reason else "DIFFERENT", f"{where}: {said}"))
+        outcomes.append(("explained" if reason else "DIFFERENT", said if reason else f"{where}: {said}"))
     return outcomes
 
 
@@ -172,7 +174,7 @@ def samples(chat: ChatTokenizer, case: str) -> tuple[str, str]:
     try:
         rendered = chat.render_samples(messages, 0, tools)
     except UserError as error:
-        return "not trained", f"{case}: not trained: {error}"
+        return "not trained", str(error).partition(": choose")[0]
     turns = iter([index for index, message in enumerate(messages) if message["role"] == "assistant"])
     for sample in chat.encode_now(rendered):
         edges = [at for at in range(1, len(sample.ids)) if sample.is_target[at] and not sample.is_target[at - 1]]
@@ -186,8 +188,7 @@ def samples(chat: ChatTokenizer, case: str) -> tuple[str, str]:
             ):
                 return "WRONG SAMPLES", f"{case}: turn {turn}: the thought is not learned"
         if sample.ids[sample.is_target][-1] not in chat.stop_ids:
-            shown = chat.decode(sample.ids[sample.is_target][-12:].tolist(), keep_special=True)
-            return "trained", f"{case}: no stop token ends {shown!r}"
+            return "trained", f"{case}: no token that is known to end an answer"
     return "trained", ""
 
 

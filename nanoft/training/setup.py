@@ -104,7 +104,10 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
 
 def load_tokenizer(config: Config, files: ModelFiles, date: str, run: Run) -> ChatTokenizer:
     """The tokenizer and chat template, a chosen one saved; `date` is what a template that prints the date shows."""
-    tokenizer, chosen = ChatTokenizer.from_config(files.directory, config), config.model.chat_template
+    chosen, saved = config.model.chat_template, run.directory / TEMPLATE_FILE
+    if chosen is not None and saved.is_file() and not Path(chosen).is_file():  # the file was moved meanwhile
+        config = config.override(model={"chat_template": str(saved)})
+    tokenizer = ChatTokenizer.from_config(files.directory, config)
     tokenizer.date = datetime.fromisoformat(date)
     for name in sorted(config.data.template_args.keys() - tokenizer.variables):
         fix = nearest(name, tokenizer.variables) or ": remove it"
@@ -112,7 +115,7 @@ def load_tokenizer(config: Config, files: ModelFiles, date: str, run: Run) -> Ch
     if not tokenizer.has_own_template:
         run.print(f"template  {files.directory} has none: ChatML is used, whose answers end in the EOS token")
     if chosen is not None:
-        saved, text = run.directory / TEMPLATE_FILE, tokenizer.template.encode()
+        text = tokenizer.template.encode()
         if saved.is_file() and saved.read_bytes() != text:
             what = f"{chosen}: differs from {saved}, with which that run began"
             raise UserError(f"model.chat_template: {what}: choose another output.dir, or put it back")
