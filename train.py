@@ -130,7 +130,7 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
             if args.selftest:
                 return self_test.run(ctx, train)
             state = restore(ctx, args.resume)
-            if setup.is_complete(ctx, state):
+            if not args.preflight and setup.is_complete(ctx, state):
                 return 0
             seconds_per_step = preflight(ctx, state, args.force)  # longest batch, one evaluation batch, one save
             setup.print_summary(ctx, state, seconds_per_step)
@@ -231,7 +231,8 @@ def accumulate(ctx: TrainContext, window: Window) -> tuple[float, float]:
                 micro_loss = objective.loss(model, batch.to(ctx.device)) / units
             micro_loss.backward()
             loss += micro_loss.detach()
-    grad_norm = sharding.clip_grad_norm(parameters, ctx.config.training.max_grad_norm)
+    with distributed.same_exception(ctx.device):
+        grad_norm = sharding.clip_grad_norm(parameters, ctx.config.training.max_grad_norm)
     return loss.item(), grad_norm
 
 

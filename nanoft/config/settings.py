@@ -84,8 +84,9 @@ class DataConfig(Section):
     validation_file: str | None = None  # none: split off from train_file
     format: str = "auto"  # (table) record shape, or module:function; auto: detected
     columns: dict[str, str] = field(default_factory=dict)  # standard name -> name in the file: {instruction: q}
+    roles: dict[str, str] = field(default_factory=dict)  # role in the file -> standard name: {agent: assistant}
     delimiter: str | None = None  # of CSV files; none: detected from the header
-    label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...)
+    label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...); ignore: all
     max_samples: int | None = bounded(None, 1)  # records to keep of each file, from its start
     # Filtering
     max_bad_records: float = bounded(0.05, 0.0, 1.0)  # largest accepted share of malformed records
@@ -110,6 +111,10 @@ class DataConfig(Section):
     group_by_length: bool = False  # similar lengths in one batch: less padding
     pad_to_multiple_of: int = bounded(1, 1, 1024)  # tokens; micro-batch lengths are rounded up to it
 
+    @property
+    def stratify_field(self) -> str | None:
+        return self.split_stratify or (self.label_field if self.label_field != "ignore" else None)
+
 
 @dataclass(frozen=True)
 class TrainingConfig(Section):
@@ -120,7 +125,7 @@ class TrainingConfig(Section):
     num_epochs: float = bounded(3, 1e-6)  # passes over the training data; steps are rounded up
     max_steps: int | None = bounded(None, 1)  # optimizer steps; overrides num_epochs
     optimizer: str = "adamw"  # (table) 8bit: moments in 8 bits; paged: moments move to the CPU when the GPU is full
-    learning_rate: float = bounded(2e-4, 0.0)  # peak, reached after the warm-up
+    learning_rate: float = bounded(2e-4, 1e-12, 1.0)  # peak, reached after the warm-up
     lora_plus_ratio: float = bounded(1.0, 1.0)  # learning rate of B / that of A (LoRA+); 16 is usual
     lr_scheduler: str = "cosine"  # (table) shape after the warm-up
     lr_power: float = bounded(1.0, 0.0)  # exponent of polynomial: (1 - t)^power
@@ -149,6 +154,16 @@ class TrainingConfig(Section):
     early_stopping_patience: int = bounded(0, 0)  # evaluations without improvement; 0: never stop early
     early_stopping_threshold: float = bounded(0.0, 0.0)  # smallest improvement, in nats per target token
     keep_every: int = bounded(0, 0)  # steps between checkpoints that are never deleted; 0: none
+
+    def warmup(self, total_steps: int) -> int:
+        """Optimizer steps of the warm-up of a run of `total_steps`."""
+        return round(self.warmup_ratio * total_steps) if self.warmup_steps is None else self.warmup_steps
+
+    def check_warmup(self, total_steps: int) -> None:
+        """Refuse a warm-up that the run does not reach the end of."""
+        if self.warmup(total_steps) > total_steps:
+            run = f"the run has {total_steps:,} steps and would never reach training.learning_rate"
+            raise UserError(f"training.warmup_steps: {self.warmup_steps}: {run}: lower it, or set warmup_ratio instead")
 
 
 @dataclass(frozen=True)
@@ -238,7 +253,7 @@ class Config:
         random = self.model.random_init and t.method != "full"
         _refuse(random, "model.random_init: adapters cannot train random weights: set training.method=full")
         no_b = t.lora_plus_ratio != 1 and t.method != "lora"
-        _refuse(no_b, "training.lora_plus_ratio: lora_plus_ratio needs training.method=lora: set one of them")
+        _refuse(no_b, "training.lora_plus_ratio: needs training.method=lora: set that, or the ratio to 1")
         _refuse(not self.lora.target_modules, "lora.target_modules: empty: name at least one module, such as q_proj")
         check_expressions(self.lora)
         pissa = self.lora.init == "pissa" and max(ranks) > 2048
@@ -315,17 +330,22 @@ SECTION_TYPES: dict[str, type] = typing.get_type_hints(Config)
 SECTION_NAMES: dict[str, str] = {hint.__name__: name for name, hint in SECTION_TYPES.items()}
 
 
-def config_warnings(config: Config) -> list[str]:
-    """Valid settings that are probably a mistake, one line each."""
+def config_warnings(config: Config, total_steps: int | None = None) -> list[str]:
+    """Valid settings that are probably a mistake, one line each; more is known once the number of steps is."""
     t, warnings, long = config.training, [], "more than 20 % of the steps are warm-up"
+    total_steps = total_steps or t.max_steps
     if t.warmup_steps is None and t.warmup_ratio > 0.2:
         warnings.append(f"training.warmup_ratio={t.warmup_ratio}: {long}")
-    if t.warmup_steps and t.max_steps and t.warmup_steps > 0.2 * t.max_steps:
+    if t.warmup_steps and total_steps and t.warmup_steps > 0.2 * total_steps:
         warnings.append(f"training.warmup_steps={t.warmup_steps}: {long}")
     if (size := config.effective_batch_size()) < 4:
         fix = "raise training.gradient_accumulation_steps"
         warnings.append(f"effective batch size {size}: gradients are noisy below 4: {fix}")
     adaptive = t.optimizer.startswith("adamw")  # others take learning rates of another order
+    high = 2e-4 if t.method == "lora" else 2e-5
+    if adaptive and t.learning_rate > high and not t.warmup(total_steps or 10**9):  # steps unknown: many
+        fix = "the first steps are the largest, on moments that are noise: set training.warmup_steps"
+        warnings.append(f"training.learning_rate={t.learning_rate}: high for a run without warm-up: {fix}")
     if adaptive and t.method == "lora" and t.learning_rate > 5e-4:
         warnings.append(f"training.learning_rate={t.learning_rate}: above 5e-4, LoRA on large models may diverge")
     if adaptive and t.method == "full" and t.learning_rate > 1e-4 and not config.model.random_init:

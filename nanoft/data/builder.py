@@ -1,4 +1,4 @@
-"""One pass over the data files: what is kept, rendered, tokenized, split and written to the cache.
+"""One pass over the data files: records are filtered, rendered, tokenized, split and written to the cache.
 
 read -> check -> seen before? -> render -> encode -> fits? -> token ids on disk         one pass, streamed
 near duplicates -> split -> leaks -> weights                                             on a few numbers per record
@@ -26,7 +26,7 @@ from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.formats import CONTROL, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
 from nanoft.data.truncation import fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -47,15 +47,16 @@ class DatasetBuilder:
         self.notes: dict[str, tuple[int, str]] = {}  # what has no effect or another: how many records, the first place
         self.shapes: list[dict[str, Any]] = []
         self.read = self.cut_off = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
+        self.control_characters, self.first_control = 0, ""  # records with some; the first
         self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
-        # for each record; the keys are of the split
+        # per record; those of type Q are keys of the split
         self.file, self.line, self.part, self.time = array("l"), array("q"), array("l"), array("d")
         self.question, self.prompt, self.normalized_prompt, self.group = (array("Q") for _ in range(4))
         self.stratum: list[Any] = []
-        # for each sample
+        # per sample
         self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
 
     def build(self, parts: list[list[Path]], progress_bar: bool) -> None:
@@ -96,7 +97,7 @@ class DatasetBuilder:
                 self._note(item, item.notes)
                 self.in_flight[record] = item
                 if item.text is not None:
-                    yield self.tokenizer.text_sample(item.text, record)
+                    yield self.tokenizer.text_sample(item.text, record, item.prompt_characters)
                     continue
                 try:
                     given = item.tools, self.data.train_on, item.template_args
@@ -107,6 +108,7 @@ class DatasetBuilder:
                         continue
                 except TemplateRefusal as error:
                     bad = REFUSED, str(error)
+                del self.in_flight[record]
                 self._reject(*bad, item.file, item.line)
 
     def _note(self, item: Conversation, notes: tuple[str, ...]) -> None:
@@ -165,13 +167,16 @@ class DatasetBuilder:
             self.group.append(key(item.fields[data.split_group]))
         if data.split_time:
             self.time.append(_time(item, data.split_time))
-        if strata := data.split_stratify or data.label_field:
+        if strata := data.stratify_field:
             length_bin = 1 << (max(item.characters(), 1).bit_length() - 1)  # 512 to 1023 characters: 512
             self.stratum.append(length_bin if strata == "length" else item.fields[strata])
         self.cut_off += filters.looks_truncated(item)
+        if found := CONTROL.search(item.full_text()):
+            self.control_characters += 1
+            self.first_control = self.first_control or f"U+{ord(found[0]):04X} in {item.file}:{item.line}"
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
-            if system in self.seen_systems:  # signed without a system message that an earlier record has, too
+            if system in self.seen_systems:  # a system message that an earlier record has is not signed
                 item = dataclasses.replace(item, messages=item.messages[1:])
             self.seen_systems.add(system)
         for name, stream in self.signatures.items():
@@ -185,7 +190,7 @@ class DatasetBuilder:
         fitted: Sample | None = None
         targets = int(sample.is_target.sum())
         if targets:
-            with contextlib.suppress(TemplateRefusal):  # the template needs what was cut
+            with contextlib.suppress(TemplateRefusal):  # the template needs what was removed
                 fitted = fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
         kept = int(fitted.is_target.sum()) if fitted else 0
         self.target_tokens_lost += targets - kept
@@ -227,8 +232,7 @@ class DatasetBuilder:
     def _split(self) -> tuple[Array, Array]:
         """(is_training, is_validation) of each record: near duplicates removed, split, leaks removed."""
         data, prompts = self.data, np.array(self.normalized_prompt, np.uint64)
-        used = np.zeros(len(prompts), dtype=np.bool_)
-        used[np.array(self.record)] = True
+        used = np.isin(np.arange(len(prompts)), self.record)  # records with a sample
         is_validation = used & (np.array(self.part) == self.validation_part)
         pool = used & (np.array(self.part) != self.validation_part)
         signed = {name: np.memmap(self.directory / name, np.uint32, "r") for name in self.signatures}
@@ -243,13 +247,12 @@ class DatasetBuilder:
         is_training = pool & ~is_validation
         leaks = is_training & np.isin(prompts, prompts[is_validation])
         if PROMPT in signatures:
-            near = filters.near_matches(
-                signatures[PROMPT], data.near_duplicates or NEAR, is_training & ~leaks, is_validation
-            )
+            threshold, remaining = data.near_duplicates or NEAR, is_training & ~leaks
+            near = filters.near_matches(signatures[PROMPT], threshold, remaining, is_validation)
             self.near_leaks = int(near.sum())
             if data.near_leaks == "remove":
                 leaks |= near
-        self._remove(leaks, "leak", "its prompt is that of a validation record")
+        self._remove(leaks, "leak", "its prompt equals, or nearly equals, that of a validation record")
         return is_training & ~leaks, is_validation
 
     def _remove(self, which: Array, kind: str, reason: str) -> None:
@@ -313,6 +316,7 @@ class DatasetBuilder:
             "cut_off_replies": self.cut_off,
             **{name: getattr(self, name) for name in ("read", "first_malformed", "samples_lost", "target_tokens_lost")},
             "notes": [[note, count, first] for note, (count, first) in self.notes.items()],
+            **{name: getattr(self, name) for name in ("control_characters", "first_control")},
             "near_leaks": self.near_leaks,
             "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",
             **{name: self._describe(samples) for name, samples in sides.items()},

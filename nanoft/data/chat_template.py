@@ -33,6 +33,10 @@ CHATML = DEFAULT_TEMPLATE.replace("(eos_token if message.role == 'assistant' els
 THOUGHT = re.compile(r"\s*<(\w+)>(.*?)</\1>\s*", re.DOTALL)  # at the beginning of an answer
 EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
 THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templates call the thought of an answer
+AS_USED = (
+    "the chat template renders an answer differently from what follows the generation prompt: "
+    "trained on the generation prompt, the raw answer and the end of turn"
+)
 USER = "the user's text"
 WHAT = {"user": USER, "system": "the system message", "tool": "the result of a tool"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}

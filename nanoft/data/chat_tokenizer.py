@@ -1,8 +1,8 @@
 """Chat messages to token ids, and which of those ids are targets.
 
 A chat model never sees messages; it sees one string that a template rendered from them. Training must render exactly as
-use does, and the loss must cover exactly what the model has to produce: each assistant turn and the token that ends it.
-Both come from rendering, never from searching the text for markers:
+inference does, and the loss must cover exactly what the model has to produce: each assistant turn and the token that
+ends it. Both come from rendering, never from searching the text for markers:
 
     before = render(messages[:i], add_generation_prompt=True)      the prompt
     after  = render(messages[:i + 1])                              the prompt, answered
@@ -10,7 +10,7 @@ Both come from rendering, never from searching the text for markers:
 `before` must be a prefix of `after`, and `after`, up to the end of the turn, a prefix of the whole conversation; the
 target is what lies between. The marks of a template with {% generation %} are used, and verified in the same way. A
 template that rewrites history (it drops earlier reasoning) breaks the second condition: then each assistant turn
-becomes a sample of its own, rendered as in use.
+becomes a sample of its own, rendered as at inference.
 
 Some templates break the first: they open a thought in the prompt that an answered turn does not show (DeepSeek-R1), or
 put an empty thought before an answer that has none (Qwen3). Use is what counts: the sample is `before`, the answer as
@@ -40,9 +40,9 @@ from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.config import Config
 from nanoft.data import tokenizer_files
-from nanoft.data.chat_template import CHATML, DEFAULT_TEMPLATE, RESERVED, USER, ChatTemplate, parts_of
+from nanoft.data.chat_template import AS_USED, CHATML, DEFAULT_TEMPLATE, RESERVED, USER, ChatTemplate, parts_of
 from nanoft.data.chat_template import TemplateRefusal as TemplateRefusal
-from nanoft.data.formats import TRAINING_FIELDS, is_trained
+from nanoft.data.formats import CONTROL, TRAINING_FIELDS, is_trained
 from nanoft.data.formats import Message as Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, BoundedEnvironment, find_marks
 from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, token_text
@@ -52,11 +52,7 @@ OPEN_THOUGHT = re.compile(
     r"\s*(?:<(?P<tag>\w+)>|<\|START_THINKING\|>|<\|channel>thought)(?P<space>\s*)"
     r"(?P<closed>(?:</(?P=tag)>|<\|END_THINKING\|>|<channel\|>)\s*)?$"
 )
-AS_USED = (
-    "the chat template renders an answer differently from what follows the generation prompt: "
-    "trained on the generation prompt, the raw answer and the end of turn"
-)
-CANNOT_ENCODE = "tokenizer.json: this tokenizer cannot encode a text"
+CANNOT_ENCODE = "tokenizer.json: this tokenizer cannot encode the text"
 BATCH = 128  # texts handed to the tokenizer's threads together
 
 
@@ -71,7 +67,7 @@ class Rendered:
     notes: tuple[str, ...] = ()  # what the user should know of this conversation
 
 
-class _Whole(NamedTuple):
+class _FullRendering(NamedTuple):
     messages: list[Message]  # cleaned
     given: dict[str, Any]  # the template's other variables: tools, ...
     text: str
@@ -102,7 +98,7 @@ class ChatTokenizer:
         tool_template: str | None = None,  # for conversations with tools, if it is another
         may_omit: bool = False,  # train without what the template does not show, rather than refuse it
     ):
-        self.tokenizer, self.settings, self.template_args = tokenizer, settings, dict(template_args or {})
+        self.tokenizer, self.template_args = tokenizer, dict(template_args or {})
         self.template, self.may_omit = template or DEFAULT_TEMPLATE, may_omit
         self.has_own_template = template is not None
         tokens = {key: token_text(settings.get(key)) for key in SPECIAL_TOKENS}
@@ -137,7 +133,7 @@ class ChatTokenizer:
     ) -> ChatTokenizer:  # fmt: skip
         """Read tokenizer.json, tokenizer_config.json, the chat templates and generation_config.json.
 
-        template: a file, or a name: `chatml`, or one in the model's own list; None: the model's own.
+        template: a file, `chatml`, or a name in the model's own list; None: the model's own.
         """
         if taken := sorted(set(template_args or ()) & {*RESERVED, *SPECIAL_TOKENS}):
             raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
@@ -207,10 +203,11 @@ class ChatTokenizer:
                 return [Rendered(text, [turn[1:3] for turn in turns.values()], record, trained, notes)]
         return [Rendered(turn.text, [turn[1:3]], record, [index], notes) for index, turn in turns.items()]
 
-    def text_sample(self, text: str, record: int) -> Rendered:
-        """Plain text, ended by the end-of-sequence token: everything is a target."""
-        ended = self._escape(text) + self.special.get("eos_token", "")
-        return Rendered(ended, [(0, len(ended))], record)
+    def text_sample(self, text: str, record: int, prompt_characters: int = 0) -> Rendered:
+        """Plain text, ended by the end-of-sequence token: everything after the prompt is a target."""
+        prompt = self._escape(text[:prompt_characters])
+        ended = prompt + self._escape(text[prompt_characters:]) + self.special.get("eos_token", "")
+        return Rendered(ended, [(len(prompt), len(ended))], record, [0] if prompt else [])
 
     def _clean(self, messages: Sequence[Message]) -> list[Message]:
         """The messages that the template gets: control tokens escaped, without null values and training fields."""
@@ -228,10 +225,10 @@ class ChatTokenizer:
     ) -> tuple[str, list[tuple[int, int]]]:  # the text, and the spans of {% generation %} in it
         return find_marks(self._template(given).render(cleaned, add_generation_prompt, given))
 
-    def _whole(self, cleaned: list[Message], given: dict[str, Any]) -> _Whole:
-        return _Whole(cleaned, given, *self._render(cleaned, False, given))
+    def _whole(self, cleaned: list[Message], given: dict[str, Any]) -> _FullRendering:
+        return _FullRendering(cleaned, given, *self._render(cleaned, False, given))
 
-    def _turn(self, whole: _Whole, index: int) -> _Turn:
+    def _turn(self, whole: _FullRendering, index: int) -> _Turn:
         """A text that begins with everything up to turn `index`, and where the turn's targets are in it."""
         template, message = self._template(whole.given), whole.messages[index]
         before = self._render(whole.messages[:index], True, whole.given)[0]
@@ -266,7 +263,7 @@ class ChatTokenizer:
             after, end = after[:end] + role, end + len(role)
         return _Turn(after, start, end, note)
 
-    def _verbatim(self, whole: _Whole, index: int, before: str) -> tuple[int, int] | None:
+    def _verbatim(self, whole: _FullRendering, index: int, before: str) -> tuple[int, int] | None:
         """The turn's targets, if just the answer and its end follow the prompt: saves a rendering."""
         template, message = self._template(whole.given), whole.messages[index]
         content, lead = message.get("content", ""), "" if template.has_empty_thought else template.lead
@@ -279,7 +276,7 @@ class ChatTokenizer:
                     return len(before), len(before) + len(lead) + len(answer) + len(ending)
         return None
 
-    def _as_used(self, whole: _Whole, index: int, before: str, after: str) -> str:
+    def _as_used(self, whole: _FullRendering, index: int, before: str, after: str) -> str:
         """The prompt and what the model has to write, where `after` shows the answered prompt in another way."""
         message, template, opened = whole.messages[index], self._template(whole.given), OPEN_THOUGHT.search(before)
         base, at = before[: opened.start()] if opened else before, -1
@@ -330,13 +327,13 @@ class ChatTokenizer:
             first = template.turn_end.end() if template.turn_end else len(template.tail.rstrip())
             return len(text) - len(template.tail) + first
         found = list(self._control.finditer(text, start))
+        ends = [match.end() for match in found]
         if stops := [match.end() for match in found if match[0] in template.stops]:
             return stops[-1]
-        ends = [match.end() for match in found]
         return ends[-1] if ends and not text[ends[-1] :].strip() else len(text.rstrip())
 
     def _notes(
-        self, whole: _Whole, turns: dict[int, _Turn], learned: Sequence[int], template_args: Mapping[str, Any] | None
+        self, whole: _FullRendering, turns: dict[int, _Turn], learned: Sequence[int], template_args: Any
     ) -> tuple[str, ...]:
         """What the user should know of a conversation; a TemplateRefusal if it must not be trained on."""
         omitted = list(dict.fromkeys(self._omitted(whole, turns, learned)))
@@ -349,7 +346,7 @@ class ChatTokenizer:
         notes += [f"chat_template_kwargs: the chat template does not read {name}" for name in unread]
         return tuple(dict.fromkeys([*notes, *(turn.note for turn in turns.values() if turn.note)]))
 
-    def _omitted(self, whole: _Whole, turns: dict[int, _Turn], learned: Sequence[int]) -> Iterator[str]:
+    def _omitted(self, whole: _FullRendering, turns: dict[int, _Turn], learned: Sequence[int]) -> Iterator[str]:
         """The parts of a conversation that are nowhere in its renderings; of an answer, not among its targets."""
         template, without_tools = self._template(whole.given), None
         if whole.given["tools"]:
@@ -369,7 +366,7 @@ class ChatTokenizer:
                 if not is_shown and not self._shows(whole, turns, index, replaced):
                     yield what
 
-    def _shows(self, whole: _Whole, turns: dict[int, _Turn], index: int, replaced: Message) -> bool:
+    def _shows(self, whole: _FullRendering, turns: dict[int, _Turn], index: int, replaced: Message) -> bool:
         """Whether a message's placeholder is rendered: what a template changes (trims, escapes) is not omitted."""
         messages, given = [*whole.messages[:index], replaced, *whole.messages[index + 1 :]], whole.given
         with contextlib.suppress(TemplateRefusal):
@@ -406,6 +403,7 @@ class ChatTokenizer:
         pieces = []
         for start, end in itertools.pairwise([0, *changes.tolist(), len(sample.ids)]):
             text = self.decode(sample.ids[start:end].tolist(), keep_special=True)
+            text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)  # the terminal must not obey them
             plain, colored = ("⟦{}⟧", "\033[32m{}\033[0m") if sample.is_target[start] else ("{}", "\033[2m{}\033[0m")
             pieces.append((colored if color else plain).format(text))
         return "".join(pieces)
@@ -420,7 +418,8 @@ class ChatTokenizer:
         with as_user_error(CANNOT_ENCODE):
             return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def encode_now(self, rendered: list[Rendered]) -> list[Sample]:  # without threads
+    def encode_now(self, rendered: list[Rendered]) -> list[Sample]:
+        """Encode a few texts, without threads."""
         return list(self._samples(rendered, self._encode_batch([item.text for item in rendered])))
 
     def _samples(self, batch: list[Rendered], encodings: list[Encoding]) -> Iterator[Sample]:
@@ -449,7 +448,7 @@ class ChatTokenizer:
         return ends if len(ends) and ends[-1] == len(text.encode()) else None
 
     def _sample_of_turn(self, item: Rendered, span: tuple[int, int], turn: int) -> Sample:
-        """A turn whose first token would merge with the end of the prompt: both are encoded separately, as in use."""
+        """A turn whose first token would merge with the prompt: both are encoded separately, as at inference."""
         start, end = span
         prompt = self._ids(item.text[:start])
         broken = item.text[:start] + BREAK + item.text[start:end]
@@ -485,7 +484,7 @@ class ChatTokenizer:
 def _edge(text: str, encoded: Encoding, ends: Any, character: int) -> tuple[int, bool]:
     """The first token at or after a character, and whether it is one that begins before the character and contains it.
 
-    A character made of several tokens gives all of them its own start; the first of them is taken.
+    Of several tokens that encode one character, the first is taken.
     """
     if ends is not None:  # where each token ends, in bytes
         byte = character if text.isascii() else len(text[:character].encode())

@@ -35,12 +35,11 @@ from nanoft.config.functions import source_file
 from nanoft.data.builder import PERCENTILES, REPORT, TOKENS, DatasetBuilder
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
-from nanoft.data.sources import find_files, read_raw
+from nanoft.data.sources import Log, find_files, read_raw
 from nanoft.io import untrusted
 from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered, sync_directory
 from nanoft.io.tables import markdown_table
 
-Log = Callable[[str], None]  # called with lines for the user
 NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batches does with the samples
 MAX_ENTRIES = 16  # the least recently used ones are deleted
 STALE_AFTER = 86400  # seconds after which an unfinished build is deleted
@@ -111,7 +110,7 @@ def build_datasets(
     data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, progress_bar: bool = False
 ) -> PreparedDataset:
     """Read, tokenize and split the files of a config, or load the result from the cache."""
-    parts, options = _parts(data), ReadOptions.from_config(data)
+    parts, options = _parts(data, log), ReadOptions.from_config(data)
     files = [file for part in parts for file in part]
 
     def build(directory: Path) -> None:
@@ -121,7 +120,8 @@ def build_datasets(
     # An edit of the code that decides which samples come out must not be answered from the cache.
     code = [*sorted(Path(__file__).parent.glob("*.py")), Path(batches.__file__), Path(untrusted.__file__)]
     versions = [tokenizers.__version__, jinja2.__version__, hash_named_files(code)]
-    depends_on = [versions, settings, max_length, seed, list(map(str, files)), tokenizer.fingerprint(), data_hash(data)]
+    content = [list(map(str, files)), data_hash(data, files)]
+    depends_on = [versions, settings, max_length, seed, content, tokenizer.fingerprint()]
     entry, from_cache = load_or_build(json.dumps(depends_on, sort_keys=True, default=str), build, log)
     arrays = {path.stem: np.load(path) for path in entry.glob("*.npy")}
     shared = np.memmap(entry / TOKENS, dtype=np.int32, mode="r"), arrays["starts"], arrays["records"]
@@ -131,22 +131,32 @@ def build_datasets(
     return PreparedDataset(training, validation, report, entry, files, options=options, from_cache=from_cache, **origin)
 
 
-def data_hash(data: DataConfig) -> str:
-    """One hash of the contents of all data files, and of the source of the user's own format function."""
-    files, function = [file for part in _parts(data) for file in part], format_function(data.format)
+def data_provenance(data: DataConfig) -> dict[str, Any]:
+    """What a run records of its data: the hash of all files, and how many there are in each part."""
+    parts = _parts(data)
+    return {
+        "data_sha256": data_hash(data, [file for part in parts for file in part]),
+        "data_files": [len(part) for part in parts],
+    }
+
+
+def data_hash(data: DataConfig, files: list[Path] | None = None) -> str:
+    """One hash of the contents of all data files (`files`, if found already) and of the source of a format function."""
+    hashed, function = files or [file for part in _parts(data) for file in part], format_function(data.format)
     if function is not None and (source := source_file(function)) is not None:
-        files.append(source)
-    return hash_remembered(files, cache_home() / "hashes.json")
+        hashed = [*hashed, source]
+    return hash_remembered(hashed, cache_home() / "hashes.json")
 
 
-def _parts(data: DataConfig) -> list[list[Path]]:
+def _parts(data: DataConfig, log: Log = lambda line: None) -> list[list[Path]]:
     """The files of each part of train_file, and then those of validation_file."""
-    parts = find_files(data.train_file)
+    parts = find_files(data.train_file, "data.train_file", log)
     if data.weights and len(data.weights) != len(parts):
         raise UserError(f"data.weights: {len(data.weights)} weights for {len(parts)} files: give one for each")
     if data.validation_file is None:
         return parts
-    return [*parts, [file for part in find_files(data.validation_file, "data.validation_file") for file in part]]
+    held_out = find_files(data.validation_file, "data.validation_file", log)
+    return [*parts, [file for part in held_out for file in part]]
 
 
 def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Path, bool]:
@@ -220,9 +230,13 @@ def _prune(home: Path, newest: Path) -> None:
 
 
 def describe_data(report: dict[str, Any]) -> list[str]:
+    """The report as lines for the terminal: files, warnings and a table of both sides of the split."""
     lines = [f"data      read {f['records']:,} records ({f['shape']}) from {f['file']}" for f in report["files"]]
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
     lines += [f"warning: {note}: {count:,} records, first {first}" for note, count, first in report["notes"]]
+    if report["control_characters"]:
+        what = f"contain control characters, first {report['first_control']}: they are kept"
+        lines.append(f"warning: {report['control_characters']:,} records {what}")
     if report["cut_off_replies"]:
         lines.append(f"warning: {report['cut_off_replies']:,} records end in a reply that stops in mid-sentence")
     if report["near_leaks"] and report["near_leaks_are"] == "kept":

@@ -29,11 +29,11 @@ MAX_GROWTH = 64  # factor by which a normalizer or decoder may lengthen a text
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
+    """Read tokenizer.json; refuse one that would fill the memory, run forever, or cannot encode a letter."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file: a model needs its tokenizer.json")
     with as_user_error(f"{path}: not a valid tokenizer"):
-        # Refuse one that would fill the memory or never end, or that cannot encode a letter.
         tokenizer = Tokenizer.from_buffer(read_bytes(path, MAX_TOKENIZER))
         tokenizer.no_truncation()  # a tokenizer.json may ask for both
         tokenizer.no_padding()
@@ -103,7 +103,8 @@ def choose_template(wanted: str, known: Mapping[str, str]) -> str:
     raise UserError(f"model.chat_template: {wanted}: neither a file nor a template of the model: {fix}")
 
 
-def token_text(value: Any) -> str | None:  # a special token is a string, or an object with its content
+def token_text(value: Any) -> str | None:
+    """The text of a special token, which is a string, or an object with its content."""
     return value.get("content") if isinstance(value, dict) else value
 
 

@@ -61,12 +61,14 @@ def _shorten_prompt(
     if len(sample.ids) <= limit:
         return sample
     messages = conversation.messages
-    if sample.turn is not None:  # a turn that is a sample of its own: the conversation up to it, with no other target
+    if (
+        sample.turn is not None and messages
+    ):  # a turn that is a sample of its own: the conversation up to it, with no other target
         earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[: sample.turn]]
         messages = [*earlier, messages[sample.turn]]
     asked = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if not asked:
-        return None  # plain text: everything is a target
+        return None  # plain text has no exchanges
 
     def encode(shorter: list[Message]) -> Sample:
         given = conversation.tools, train_on, conversation.template_args

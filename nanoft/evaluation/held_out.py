@@ -28,7 +28,7 @@ from nanoft.runtime.device import library_versions
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Samples for the likelihood, prompts for the answers, a general text for forgetting; and what is known of them."""
+    """Samples for the likelihood, prompts for the answers, a general text for forgetting, and facts about them."""
 
     samples: TokenDataset
     prompts: list[Prompt]
@@ -43,7 +43,9 @@ def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     data = config.data
     if file:  # read as the run reads its own data, without splitting or filtering it
         kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "train_on", "truncation")
-        settings = {name: getattr(data, name) for name in (*kept, "unrendered")}
+        settings = {"label_field": "ignore", "roles": data.roles} | {
+            name: getattr(data, name) for name in (*kept, "unrendered")
+        }
         data = DataConfig(train_file=file, validation_split=0.0, deduplicate=False, **settings)
     if not data.train_file:
         what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"
@@ -102,7 +104,7 @@ def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Samp
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--general: {file}: cannot be read as UTF-8 text: {error}") from None
     else:
-        records = read_file(Path(file), ReadOptions.from_config(DataConfig(train_file=file)))
+        records = read_file(Path(file), ReadOptions.from_config(DataConfig(train_file=file, label_field="ignore")))
         texts = [record.full_text() for record in records if isinstance(record, Conversation)]
     samples = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts[:limit]) if text.strip()])
     if not any(sample.is_target.any() for sample in samples):

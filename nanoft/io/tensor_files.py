@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_JSON):
                 raise ValueError(f"not a safetensors file: a header of {length:,} bytes in a file of {size:,}")
-            table = parse_json(file.read(length), unique=True)
+            table = parse_json(file.read(length))
         if not isinstance(table, dict):
             raise ValueError("the header is not a JSON object")
         metadata = table.pop("__metadata__", {})

@@ -250,9 +250,9 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
     if not weights.is_file():
         raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
     tensors = load_tensors(weights)
-    modules = [{name.removesuffix(part) for name in tensors if name.endswith(f".{part}")} for part in (A, B)]
-    if not modules[0] or modules[0] != modules[1]:
-        raise UserError(f"{weights}: a module lacks lora_A or lora_B: copy the complete adapter directory")
+    with_a, with_b = ({n.removesuffix(f".{part}") for n in tensors if n.endswith(f".{part}")} for part in (A, B))
+    if incomplete := sorted(with_a ^ with_b) if with_a else ["the adapter"]:
+        raise UserError(f"{weights}: {incomplete[0]} lacks lora_A or lora_B: copy the complete adapter directory")
     with time_limit(MATCHING_SECONDS, f"{path}: rank_pattern"):
         for name, tensor in tensors.items():  # before memory for the ranks of the settings is allocated
             module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{A}")

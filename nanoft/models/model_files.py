@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,13 @@ class ModelFiles:
     def fetch(self) -> ModelFiles:
         """The same with the weights and the tokenizer of a Hub name downloaded."""
         return self if str(self.directory) == self.name else replace(self, directory=find_model(self.name))
+
+    @property
+    def context_length(self) -> float:
+        """The positions that the model knows, stretched by its rope; infinite if config.json does not say."""
+        length = self.config.get("max_position_embeddings") or math.inf
+        rope = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
+        return max(length, (rope.get("original_max_position_embeddings") or length) * (rope.get("factor") or 1))
 
     def shards(self) -> list[Path]:
         """The safetensors files, from the index if there is one; a UserError if one is missing or outside."""
@@ -144,5 +152,5 @@ def base_files(directory: Path) -> list[Path]:
 
 
 def described_files(directory: Path) -> list[Path]:
-    """The files besides the weights that decide what is computed."""
+    """The files besides the weights that determine the model: config and tokenizer."""
     return [path for name in ("config.json", "tokenizer.json") if (path := directory / name).is_file()]

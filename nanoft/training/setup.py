@@ -1,6 +1,6 @@
 """Building the parts of a training run, in the order in which mistakes are found early.
 
-The run directory is claimed and the data read before the model is loaded, because they fail fastest.
+The run directory is initialized and the data read before the model is loaded, because they fail fastest.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from nanoft.batches import Batches
 from nanoft.checkpoint import CheckpointManager
 from nanoft.config import Config
 from nanoft.config.fields import nearest
-from nanoft.config.resume import check_same_run, resume_fingerprint
-from nanoft.config.settings import config_warnings
+from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import PreparedDataset, data_hash, describe_data
+from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io import atomic
@@ -47,12 +46,12 @@ from nanoft.runtime.machine import Machine
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run
 from nanoft.tracking.trackers import build_trackers
-from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
+from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
 from nanoft.training.progress import log_memory
 from nanoft.training.state import TrainContext, TrainState
 
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, base and source, device, threads, date
-IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
+IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
 
 
 def shared_facts(config: Config, machine: Machine) -> dict[str, Any]:
@@ -84,7 +83,9 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
         "device": machine.device.type,
         "dtype": machine.dtype_name,
         "threads": config.system.threads or before.get("threads") or torch.get_num_threads(),
-        "data_sha256": data_hash(config.data),
+        "config_sha256": before.get("config_sha256")
+        or resume_fingerprint(recorded_settings(recorded) if recorded else config),
+        **data_provenance(config.data),
         "base_sha256": hash_named_files([*described_files(files.directory), *weights]),
         "source_sha256": hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
         "date": str(before.get("date") or datetime.now().date().isoformat()),
@@ -97,6 +98,9 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
             run.print(f"warning: other library versions than when the run began ({versions}): last bits may differ")
         if before.get("source_sha256", provenance["source_sha256"]) != provenance["source_sha256"]:
             run.print("warning: the source of nanoft has changed since the run began: results may differ")
+        if before.get("threads", provenance["threads"]) != provenance["threads"]:
+            threads = f"{provenance['threads']} threads instead of {before['threads']}"
+            run.print(f"warning: {threads}: from here on the run is not bit-identical to an uninterrupted one")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
     return provenance
@@ -125,7 +129,7 @@ def load_tokenizer(config: Config, files: ModelFiles, date: str, run: Run) -> Ch
 
 
 def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[PreparedDataset, Batches]:
-    """The samples, and the order of those for training; prints what became of every record."""
+    """The samples, and the batches of those for training; prints how many records were kept and rejected."""
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started = time.perf_counter()
     bar = config.logging.progress_bar and not distributed.process_rank()
@@ -137,6 +141,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     batches = Batches(corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, **options)
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
+    t.check_warmup(steps)
     counts = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **counts})
     if not distributed.process_rank():
@@ -164,7 +169,7 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, on_cpu: bool 
 def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> CheckpointManager:
     """The checkpoints of the run; only rank 0 writes there."""
     t, is_owner = config.training, not distributed.process_rank()
-    identity = {"config_sha256": resume_fingerprint(config)} | {name: provenance[name] for name in IDENTITY}
+    identity = {name: provenance[name] for name in IDENTITY}
     return CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
 
 
@@ -185,7 +190,7 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
 
 
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
-    """What will happen, before it happens: where, what is trained, how long it will take."""
+    """Print what is about to happen: on which device, what is trained, how long it will take."""
     c, say = ctx.config, ctx.run.print
     packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, (Linear4bit, Linear8bit)))
     total = sum(p.numel() for p in ctx.model.parameters()) + packed
@@ -202,7 +207,8 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
         say(f"          {line}")
     say(f"kernels   {kernels.describe(ctx.model)}")
     say(f"attention {ctx.model.attention_backend(ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed)}")
-    for warning in config_warnings(c):
+    longest = int(max(samples.lengths.max() for samples in (ctx.corpus.training, ctx.validation) if len(samples)))
+    for warning in plan_warnings(ctx.planner, ctx.files, longest, ctx.total_steps):
         say(f"warning: {warning}")
     if c.logging.show_example:
         say(f"example   {ctx.tokenizer.highlight_targets(ctx.batches.samples[0], color=sys.stdout.isatty())}")
@@ -223,7 +229,7 @@ def is_complete(ctx: TrainContext, state: TrainState) -> bool:
 
 
 def start_logging(ctx: TrainContext, state: TrainState) -> None:
-    """From here on the run is recorded: what an earlier session did after this step is deleted."""
+    """Start recording the run; checkpoints and events of later steps, by an earlier session, are deleted."""
     ctx.checkpoints.delete_after(state.step)
     ctx.run.open_metrics(state.step, [state.epoch, state.window], state.guard.skipped_windows)
     if not distributed.process_rank():

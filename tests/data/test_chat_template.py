@@ -106,7 +106,8 @@ OMITTING = {
     "tool_calls": (CHATML, [USER, called("f")]),
     "one call of two": (CALLING.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), [USER, called("f", "g")]),
     "the text beside tool calls": (
-        CALLING.replace("+ m.content", "+ (m.content if not m.tool_calls else '')"), [USER, called("f", content="Wait.")]
+        CALLING.replace("+ m.content", "+ (m.content if not m.tool_calls else '')"),
+        [USER, called("f", content="Wait.")]
     ),
     "the system message": (
         CHATML.replace("in messages", "in messages if message.role != 'system'"),
@@ -124,7 +125,7 @@ def test_what_a_template_omits_is_refused_or_counted(tmp_path: Path, what: str) 
     template, messages = OMITTING[what]
     template = template.replace("ARGUMENTS", "call.function.arguments | tojson")
     what = what.replace("one call of two", "tool_calls")
-    with pytest.raises(UserError, match=f"^the chat template omits {what}: .*set data.unrendered=warn"):
+    with pytest.raises(UserError, match=rf"^the chat template omits {what}: .*set data\.unrendered=warn"):
         with_template(tmp_path, template).render_samples(messages, 0)
     if any(message["content"] or "tool_calls" not in message for message in messages[1:]) and what != "tool_calls":
         (sample,) = with_template(tmp_path, template, may_omit=True).render_samples(messages, 0)
@@ -137,7 +138,7 @@ def test_a_template_without_the_users_text_is_refused(tmp_path: Path) -> None:
         tmp_path, CHATML.replace("in messages", "in messages if message.role != 'user'"), may_omit=True
     )
     with pytest.raises(
-        UserError, match="^the chat template omits the user's text: choose another with model.chat_templ"
+        UserError, match=r"^the chat template omits the user's text: choose another with model.chat_templ"
     ):
         chat.render_samples([USER, SPOKEN], 0)
 

@@ -179,7 +179,54 @@ def test_columns_are_mapped(chat: ChatTokenizer, tmp_path: Path) -> None:
     columns = {"instruction": "q", "response": "a", "system": "s"}
     found = build(chat, tmp_path / "d.csv", columns=columns)
     assert [m["content"] for m in found.conversations(found.training, 1)[0].messages] == ["Be kind", "Hello", "Hi"]
-    assert "(alpaca: system, instruction, output)" in describe_data(found.report)[0]
+    assert "(alpaca: system, instruction, output (response))" in describe_data(found.report)[0]
+
+
+def test_ignored_labels_stratify_nothing(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records = [pair(f"q{n}", label=n % 2 == 0) for n in range(20)]
+    found = build(chat, write(tmp_path / "d.jsonl", records), label_field="ignore", validation_split=0.2)
+    assert (len(found.training), len(found.validation), found.report["removed"]) == (16, 4, {})
+
+
+def test_control_characters_are_kept_and_counted(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records = [pair("q0"), pair("q1", "\x1b[31mred\x1b[0m"), pair("q\x072")]
+    found = build(chat, write(tmp_path / "d.jsonl", records))
+    sample = found.training[1]
+    assert chat.decode(sample.ids[sample.is_target].tolist()) == "\x1b[31mred\x1b[0m"
+    said = f"warning: 2 records contain control characters, first U+001B in {tmp_path}/d.jsonl:2: they are kept"
+    assert said in describe_data(found.report)
+    assert chat.highlight_targets(sample, color=False).endswith("⟦\\x1b[31mred\\x1b[0m</s>⟧")
+
+
+def test_only_the_training_split_of_a_directory_is_trained_on(chat: ChatTokenizer, tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        write(tmp_path / "data" / f"{split}.jsonl", [pair(f"{split} {n}") for n in range(4)])
+    said: list[str] = []
+    data = DataConfig(train_file=str(tmp_path / "data"), validation_file=str(tmp_path / "data"))
+    for _ in range(2):  # also from the cache
+        found = build_datasets(data, chat, 512, 0, said.append)
+        assert {c.prompt() for c in found.conversations(found.training, 9)} == {f"train {n}" for n in range(4)}
+        assert {c.prompt() for c in found.conversations(found.validation, 9)} == {f"validation {n}" for n in range(4)}
+    assert said[0].endswith("/data: only its train split is read, not test.jsonl, validation.jsonl")
+    assert said[1].endswith("/data: only its validation split is read, not test.jsonl, train.jsonl")
+    assert len(said) == 4
+
+
+def test_a_raw_pair_is_learned_without_the_template(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records = [pair("2+2=", "4"), pair("Once upon", " a time </s>")]
+    file = write(tmp_path / "d.jsonl", records)
+    found = build(chat, file, format="raw_prompt_completion", packing=True)
+    for sample, record in zip(found.training, records, strict=True):
+        ids = sample.ids.tolist()
+        start = int(sample.is_target.argmax())
+        assert ids[:start] == [chat.bos_id, *chat.tokenizer.encode(record["prompt"], add_special_tokens=False).ids]
+        assert ids[-1] == chat.eos_id
+        assert chat.decode(ids[start:-1], keep_special=True) == record["completion"]
+        assert ids.count(chat.eos_id) == 1
+        assert sample.is_target[start:].all()
+    with pytest.raises(UserError, match="2 too long"):
+        build(chat, file, limit=4, format="raw_prompt_completion", truncation="prompt")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
@@ -471,6 +518,16 @@ def run_script(directory: Path, file: str, data_format: str = "auto") -> str:
     environment = {**os.environ, "PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr[-500:]
+
+
+def test_data_files_are_looked_up_once(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset on the Hub costs a request per look-up."""
+    asked: list[str] = []
+    real = dataset.find_files
+    monkeypatch.setattr(dataset, "find_files", lambda spec, *name: asked.append(spec) or real(spec, *name))
+    file = write(tmp_path / "d.jsonl", [{"prompt": f"q{n}", "completion": "yes"} for n in range(10)])
+    build(chat, file)
+    assert asked == [file]
 
 
 def test_edited_data_code_is_not_answered_from_the_cache(tmp_path: Path) -> None:
