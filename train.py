@@ -119,7 +119,7 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
         )
         torch.set_num_threads(provenance["threads"])
         with explained_out_of_memory(planner):
-            tokenizer = setup.load_tokenizer(config, files, provenance["date"])
+            tokenizer = setup.load_tokenizer(config, files, provenance["date"], run)
             corpus, batches = setup.build_datasets(config, tokenizer, run)
             if shows_data:
                 for line in show_step(batches, corpus, tokenizer, args.show_step, run.skipped_windows()):

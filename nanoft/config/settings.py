@@ -50,6 +50,7 @@ class ModelConfig(Section):
     revision: str = ""  # of a Hub name: branch, tag or commit; empty: its main branch
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 where fast
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
+    chat_template: str | None = None  # a file, chatml, or a name in the model's own list; none: the model's own
     random_init: bool = False  # pre-train from random weights; needs config.json and tokenizer only
 
     @property
@@ -111,6 +112,7 @@ class DataConfig(Section):
     split_time: str | None = None  # field with dates or numbers: hold out the newest records
     # Tokenizing and batching
     template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
+    unrendered: Literal["refuse", "warn"] = "refuse"  # thoughts, calls, tools that the chat template omits
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
     chunk: bool = True  # split plain texts that are too long into several samples; false: data.truncation
     truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples

@@ -29,7 +29,7 @@ from nanoft.data.formats import CONTROL, UNDESIRABLE, Conversation, ReadOptions,
 from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
-MALFORMED = "malformed"
+MALFORMED, REFUSED = "malformed", "refused by the chat template"
 TOKENS, REJECTED, REPORT = "tokens.bin", "rejected.jsonl", "report.json"
 NEAR = 0.8  # Jaccard similarity of near-equal prompts, unless data.near_duplicates is set
 FULL_TEXT, PROMPT = "full_text.sig", "prompt.sig"  # MinHash signatures, while building
@@ -43,6 +43,7 @@ class DatasetBuilder:
         self.max_length, self.seed = max_length, seed
         self.removed: Counter[str] = Counter()
         self.first_malformed: list[str] = []
+        self.notes: dict[str, tuple[int, str]] = {}  # what has no effect or another: how many records, the first place
         self.shapes: list[dict[str, Any]] = []
         self.read = self.cut_off = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
         self.chunked_texts = self.chunks = self.shared_prompts = 0
@@ -84,7 +85,7 @@ class DatasetBuilder:
         self.removed[kind] += 1
         entry = {"kind": kind, "reason": reason, "file": file, "line": line}
         self.rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        if kind == MALFORMED and len(self.first_malformed) < 5:
+        if kind in (MALFORMED, REFUSED) and len(self.first_malformed) < 5:
             self.first_malformed.append(f"{file}:{line}: {reason}")
 
     def _reject_record(self, record: int, kind: str, reason: str) -> None:
@@ -93,20 +94,28 @@ class DatasetBuilder:
     def _render(self) -> Iterator[Rendered]:
         for number, (part, file) in enumerate(self.files):
             for item in self._read(file, part == self.validation_part):
-                record, reason = self._add_record(item, number, part), "none of its messages is a target"
+                record, bad = self._add_record(item, number, part), (MALFORMED, "none of its messages is a target")
+                self._note(item, item.notes)
                 self.in_flight[record] = item
                 if item.text is not None:
                     yield self.tokenizer.text_sample(item.text, record, item.prompt_characters)
                     continue
                 try:
-                    pieces = self.tokenizer.render_samples(item.messages, record, item.tools, self.data.train_on)
+                    given = item.tools, self.data.train_on, item.template_args
+                    pieces = self.tokenizer.render_samples(item.messages, record, *given)
                     if any(piece.spans for piece in pieces):
+                        self._note(item, pieces[0].notes)
                         yield from pieces
                         continue
                 except TemplateRefusal as error:
-                    reason = str(error)
+                    bad = REFUSED, str(error)
                 del self.in_flight[record]
-                self._reject(MALFORMED, reason, item.file, item.line)
+                self._reject(*bad, item.file, item.line)
+
+    def _note(self, item: Conversation, notes: tuple[str, ...]) -> None:
+        for note in notes:
+            count, first = self.notes.get(note, (0, f"{item.file}:{item.line}"))
+            self.notes[note] = count + 1, first
 
     def _read(self, file: Path, is_validation: bool) -> Iterator[Conversation]:
         kept, start = 0, self.bar.n
@@ -214,11 +223,14 @@ class DatasetBuilder:
         """Reject records of which no sample is left; stop if too many are malformed, or none is left at all."""
         for record in sorted(self.lost.keys() - set(self.record)):
             self._reject_record(record, *self.lost[record])
-        bad, limit = self.removed[MALFORMED], self.data.max_bad_records
-        if bad > limit * self.read:
+        bad, refused, limit = self.removed[MALFORMED], self.removed[REFUSED], self.data.max_bad_records
+        if bad + refused > limit * self.read:
             first, *others = self.first_malformed
-            counted = f"{bad:,} of {self.read:,} records are malformed, more than data.max_bad_records={limit} allows"
-            raise UserError("; ".join([f"{first} ({counted}: repair them", *others]) + ")")
+            what, fix = f"{bad:,} of {self.read:,} records are malformed", ": repair them"
+            if refused > bad:
+                what, fix = f"the chat template refuses {refused:,} of {self.read:,} records", ""
+            counted = f"{what}, more than data.max_bad_records={limit} allows{fix}"
+            raise UserError("; ".join([f"{first} ({counted}", *others]) + ")")
         if not self.record:
             reasons = ", ".join(f"{count} {kind}" for kind, count in self.removed.most_common()) or "there were none"
             fix = f": none fits model.max_seq_length={self.max_length}: raise it" if self.removed["too long"] else ""
@@ -335,6 +347,7 @@ class DatasetBuilder:
             **{name: getattr(self, name) for name in ("read", "first_malformed", "samples_lost", "target_tokens_lost")},
             **{name: getattr(self, name) for name in ("held_out", "shared_prompts", "chunked_texts", "chunks")},
             "leaks": self.data.leaks,
+            "notes": [[note, count, first] for note, (count, first) in self.notes.items()],
             **{name: getattr(self, name) for name in ("control_characters", "first_control")},
             "near_leaks": self.near_leaks,
             "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",

@@ -234,6 +234,7 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     """The report as lines for the terminal: files, warnings and a table of both sides of the split."""
     lines = [f"data      read {f['records']:,} records ({f['shape']}) from {f['file']}" for f in report["files"]]
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
+    lines += [f"warning: {note}: {count:,} records, first {first}" for note, count, first in report["notes"]]
     if report["control_characters"]:
         what = f"contain control characters, first {report['first_control']}: they are kept"
         lines.append(f"warning: {report['control_characters']:,} records {what}")

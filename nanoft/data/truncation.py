@@ -87,7 +87,8 @@ def _shorten_prompt(
         return None  # plain text has no exchanges
 
     def encode(shorter: list[Message]) -> Sample:
-        rendered = tokenizer.render_samples(shorter, sample.record, conversation.tools, train_on)
+        given = conversation.tools, train_on, conversation.template_args
+        rendered = tokenizer.render_samples(shorter, sample.record, *given)
         return tokenizer.encode_now(rendered)[-1]
 
     head = messages[:1] if messages[0]["role"] == "system" else []

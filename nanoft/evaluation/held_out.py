@@ -42,8 +42,8 @@ def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     """All of `--data FILE`, or the run's own validation split; checked before anything is loaded."""
     data = config.data
     if file:  # read as the run reads its own data, without splitting or filtering it
-        kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "train_on", "chunk", "truncation")
-        settings = {"label_field": "ignore", "roles": data.roles} | {name: getattr(data, name) for name in kept}
+        kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "unrendered", "train_on", "chunk")
+        settings = {"label_field": "ignore"} | {name: getattr(data, name) for name in (*kept, "truncation", "roles")}
         data = DataConfig(train_file=file, validation_split=0.0, deduplicate=False, **settings)
     if not data.train_file:
         what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"

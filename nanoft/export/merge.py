@@ -25,6 +25,7 @@ import torch
 from nanoft import UserError, __version__
 from nanoft.config import Config
 from nanoft.config.loading import load_config
+from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.io.atomic import (
     PROGRESS,
@@ -97,9 +98,9 @@ def merge(
 def copy_tokenizer(opened: LoadedModel, out: Path) -> None:
     """The base's tokenizer and generation_config, and the template that the adapter was trained with."""
     copy_companions(opened.base_directory, out)
-    template = opened.tokenizer_directory / "chat_template.jinja"
+    template = opened.tokenizer_directory / TEMPLATE_FILE
     if template.is_file():
-        shutil.copyfile(template, out / "chat_template.jinja")
+        shutil.copyfile(template, out / TEMPLATE_FILE)
 
 
 def _bytes(specs: Specs) -> int:
@@ -243,7 +244,15 @@ def save_result(
             copy_companions(base, staging)
         else:
             save_model(model, base, staging, ModelFiles.read(base).dtype())
+        save_template(run, staging)
     return out
+
+
+def save_template(run: Path, out: Path) -> None:
+    """The template that model.chat_template chose for a run, instead of the model's own ones."""
+    if is_run(run) and (run / TEMPLATE_FILE).is_file():
+        shutil.rmtree(out / "additional_chat_templates", ignore_errors=True)
+        shutil.copyfile(run / TEMPLATE_FILE, out / TEMPLATE_FILE)
 
 
 def write_peft(out: Path, opened: LoadedModel, adapter: TrainedAdapter) -> None:

@@ -45,7 +45,7 @@ INSTEAD = {
 HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
 TOKENIZER_FILES = [
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt",
+    "tokenizer.model", "vocab.json", "merges.txt", "additional_chat_templates/*.jinja",
 ]  # fmt: skip
 
 

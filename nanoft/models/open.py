@@ -21,6 +21,7 @@ from nanoft.checkpoint import Checkpoint, CheckpointCorrupted, verify
 from nanoft.config import LoRAConfig
 from nanoft.config.loading import load_file
 from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io.tensor_files import load_tensors
 from nanoft.io.untrusted import read_json
 from nanoft.lora import LoRALinear, inject_lora
@@ -64,8 +65,11 @@ def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = Fal
     """A model's tokenizer and template, with the arguments of its run and, with `as_trained`, the run's date."""
     if not is_run(source):
         return ChatTokenizer.from_directory(opened.tokenizer_directory)
-    path = Path(source) / "config.json"
-    chat = ChatTokenizer.from_directory(opened.tokenizer_directory, load_file(path).data.template_args)
+    path, own = Path(source) / "config.json", Path(source) / TEMPLATE_FILE
+    config = load_file(path)
+    if own.is_file():  # as model.chat_template was when the run began
+        config = config.override(model={"chat_template": str(own)})
+    chat = ChatTokenizer.from_config(opened.tokenizer_directory, config)
     date = read_json(path).get("provenance", {}).get("date")
     if as_trained and date is not None:
         try:

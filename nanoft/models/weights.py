@@ -289,9 +289,10 @@ def copy_companions(source: Path, out: Path) -> None:
 
     Without a chat template of its own, the default one that training used is written; missing stop tokens are added.
     """
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            write_file(out / name, [read_bytes(source / name, MAX_TOKENIZER)])
+    for file in (file for name in TOKENIZER_FILES for file in source.glob(name) if file.is_file()):
+        copied = out / file.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        write_file(copied, [read_bytes(file, MAX_TOKENIZER)])
     path = source / "generation_config.json"
     stop_ids: list[int] = []
     settings = read_json(path) if path.is_file() else {}

@@ -24,11 +24,13 @@ from nanoft import UserError, kernels
 from nanoft.batches import Batches
 from nanoft.checkpoint import CheckpointManager
 from nanoft.config import Config
+from nanoft.config.fields import nearest
 from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
+from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.tables import format_duration
@@ -106,10 +108,25 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
     return provenance
 
 
-def load_tokenizer(config: Config, files: ModelFiles, date: str) -> ChatTokenizer:
-    """The model's tokenizer and chat template; `date` is what a template that prints the date shows."""
-    tokenizer = ChatTokenizer.from_directory(files.directory, config.data.template_args)
+def load_tokenizer(config: Config, files: ModelFiles, date: str, run: Run) -> ChatTokenizer:
+    """The tokenizer and chat template, a chosen one saved; `date` is what a template that prints the date shows."""
+    chosen, saved = config.model.chat_template, run.directory / TEMPLATE_FILE
+    if chosen is not None and saved.is_file() and not Path(chosen).is_file():  # the file was moved meanwhile
+        config = config.override(model={"chat_template": str(saved)})
+    tokenizer = ChatTokenizer.from_config(files.directory, config)
     tokenizer.date = datetime.fromisoformat(date)
+    for name in sorted(config.data.template_args.keys() - tokenizer.variables):
+        fix = nearest(name, tokenizer.variables) or ": remove it"
+        raise UserError(f"data.template_args: {name}: the chat template does not read it{fix}")
+    if not tokenizer.has_own_template:
+        run.print(f"template  {files.directory} has none: ChatML is used, whose answers end in the EOS token")
+    if chosen is not None:
+        text = tokenizer.template.encode()
+        if saved.is_file() and saved.read_bytes() != text:
+            what = f"{chosen}: differs from {saved}, with which that run began"
+            raise UserError(f"model.chat_template: {what}: choose another output.dir, or put it back")
+        if not distributed.process_rank():
+            atomic.replace_file(saved, text)
     return tokenizer
 
 

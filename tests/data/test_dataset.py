@@ -105,7 +105,7 @@ def test_conversations_come_back_from_their_files(chat: ChatTokenizer, tmp_path:
 
 def test_several_samples_of_one_record(tmp_path: Path) -> None:
     chat = ChatTokenizer.from_directory(save(tmp_path / "qwen", STYLES["qwen"]))
-    turns = talk("a", "b", "c", "d")
+    turns = talk("a", "<think>\nh\n</think>\n\nb", "c", "d")
     found = build(chat, write(tmp_path / "d.jsonl", [{"messages": turns[:2]}, {"messages": turns}]))
     assert lines_of(found, found.training) == [1, 2, 2]
     assert len(found.conversations(found.training, 9)) == 2
@@ -248,7 +248,7 @@ def test_too_many_malformed_records_stop_the_run_and_show_five(
     assert len(build(chat, file, max_bad_records=0.9).training) == len(records)
 
 
-def test_what_the_template_refuses_or_swallows_is_malformed(tmp_path: Path) -> None:
+def test_what_the_template_refuses_or_swallows_is_not_called_malformed(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
         "{% if m.content != 'nothing' %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
@@ -256,8 +256,9 @@ def test_what_the_template_refuses_or_swallows_is_malformed(tmp_path: Path) -> N
     chat = ChatTokenizer.from_directory(save(tmp_path / "m", Style(template, None, "<|im_end|>", "<|im_end|>")))
     records = [pair(f"q{n}", "fine") for n in range(38)] + [pair("a", "no"), pair("b", "nothing")]
     found = build(chat, write(tmp_path / "d.jsonl", records))
-    assert rejected(found) == [("malformed", 39), ("malformed", 40)]
-    with pytest.raises(UserError, match=r"d\.jsonl:39: the chat template refuses these messages: not this \(2 of 40"):
+    assert rejected(found) == [("refused by the chat template", 39), ("refused by the chat template", 40)]
+    said = r"d\.jsonl:39: .* refuses these messages: not this \(the chat template refuses 2 of 40 records, more than"
+    with pytest.raises(UserError, match=said):
         build(chat, tmp_path / "d.jsonl", max_bad_records=0.04)
 
 
@@ -462,18 +463,17 @@ def test_a_validation_file_with_the_one_prompt_of_all_records(
     assert ("training records have the prompt of a validation record: kept" in said) == (shared > 0)
 
 
-def test_reasoning_and_weights_make_records_different(chat: ChatTokenizer, tmp_path: Path) -> None:
+def test_names_and_weights_make_records_different(chat: ChatTokenizer, tmp_path: Path) -> None:
     turns = talk("a", "b")
-    records = [
-        {"messages": [turns[0], {**turns[1], **more}]} for more in ({}, {"reasoning_content": "x"}, {"weight": 1})
-    ]
+    records = [{"messages": [turns[0], {**turns[1], **more}]} for more in ({}, {"name": "x"}, {"weight": 1})]
     assert len(build(chat, write(tmp_path / "d.jsonl", records)).training) == 3
 
 
 def test_a_record_counts_once_however_many_samples_it_gives(tmp_path: Path) -> None:
     chat = ChatTokenizer.from_directory(save(tmp_path / "qwen", STYLES["qwen"]))
     long = "many words " * 30
-    records = [{"messages": talk(long, "b", "c", "d")}] * 2 + [{"messages": talk("a", "b", "c", long)}]
+    thought = "<think>\nh\n</think>\n\nb"  # not shown behind the next question: each answer is a sample
+    records = [{"messages": talk(long, thought, "c", "d")}] * 2 + [{"messages": talk("a", thought, "c", long)}]
     file = write(tmp_path / "d.jsonl", records)
     found = build(chat, file, limit=100, deduplicate=False)
     assert (found.report["removed"], found.report["samples_lost"]) == ({"too long": 2}, 5)

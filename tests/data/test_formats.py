@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from nanoft import UserError
 from nanoft.config import DataConfig
-from nanoft.data.formats import SHAPES, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.formats import SHAPES, UNDESIRABLE, Conversation, ReadOptions, Rejected, is_trained, read_file
 
 SYSTEM, USER, ASSISTANT = ({"role": r, "content": c} for r, c in (("system", "S"), ("user", "Q"), ("assistant", "A")))
 TOOL = {"role": "tool", "content": "T"}
@@ -99,7 +99,7 @@ READ: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "weight and train": (
         "messages",
-        {"messages": [USER, {**ASSISTANT, "weight": 0}, {**USER, "z": 1}, {**ASSISTANT, "train": False}]},
+        {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "train": False}]},
         [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "train": False}],
     ),
     "parts": (
@@ -363,14 +363,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "role": (turns(("agent", "A")), "unknown role 'agent': set data.roles='{agent: user}' or data.roles='{agent: "),
     "nobody answers": (turns(("system", "S"), ASKED), "no assistant message, so there are no target tokens"),
     "assistant first": (turns(("assistant", "A"), ASKED), "from the assistant: there is no prompt"),
-    "assistant behind system": (turns(("system", "S"), ("assistant", "A")), "the first message is from the assistant"),
-    "tool first": (turns(("tool", "T"), ("assistant", "A")), "the first message is from the tool"),
-    "system later": (turns(ASKED, ("system", "S"), ("assistant", "A")), "system after user: turns must alternate"),
-    "two systems": (turns(("system", "S"), ("system", "S"), ASKED, ("assistant", "A")), "is from the system"),
-    "two questions": (turns(ASKED, ASKED, ("assistant", "A")), "user after user: turns must alternate"),
-    "two answers": (turns(ASKED, ("assistant", "A"), ("assistant", "A")), "assistant after assistant"),
-    "two in the tail": (turns(ASKED, ("assistant", "A"), ASKED, ASKED), "user after user"),
-    "empty system": (turns(("system", " "), ASKED, ("assistant", "A")), "a system message is empty"),
     "empty user": (turns(("user", "\n"), ("assistant", "A")), "a user message is empty"),
     "empty assistant": (turns(ASKED, ("assistant", "")), "an assistant message is empty"),
     "empty parts": (turns(ASKED, ("assistant", [])), "an assistant message is empty"),
@@ -410,7 +402,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no value": ({"conversations": [{"from": "human"}]}, "conversations: a turn has no content: its fields are role"),
     "function call": (speak(("human", "Q"), ("function_call", "add(1)")), "function_call: not valid JSON"),
     "conversations of texts": ({"conversations": ["Q", "A"]}, 'a turn is "Q": it needs a role and content'),
-    "system twice": (speak(("system", "S"), ("human", "Q"), ("gpt", "A"), system="S"), "is from the system"),
     "output null": ({"instruction": "Q", "output": None}, "output: null is not a string"),
     "input list": ({"instruction": "Q", "input": ["X"], "output": "A"}, 'input: ["X"] is not a string'),
     "system list": ({"instruction": "Q", "output": "A", "system": [3]}, "system: [3] is not a string"),
@@ -780,17 +771,16 @@ def assert_sound(c: Conversation) -> None:
         assert not GARBAGE & set(c.text)
         return
     roles = [message["role"] for message in c.messages]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    assert set(spoken) <= {"user", "assistant", "tool"}
-    assert spoken[0] == "user"
-    assert spoken[-1] == "assistant"
-    assert all(a != b or a == "tool" for a, b in itertools.pairwise(spoken))
+    assert set(roles) <= {"system", "user", "assistant", "tool"}
+    assert "user" in roles
+    assert roles[-1] == "assistant"
     for message in c.messages:
         assert set(message) <= {
             "role", "content", "tool_calls", "name", "tool_call_id", "reasoning_content", "weight", "train"
         }  # fmt: skip
         assert isinstance(message["content"], str)
-        assert message["content"].strip() or message["role"] == "tool" or message.get("tool_calls")
+        may_be_empty = message["role"] in ("system", "tool") or message.get("tool_calls") or not is_trained(message)
+        assert message["content"].strip() or may_be_empty
         assert message["role"] == "assistant" or "tool_calls" not in message
         assert message.get("weight", 1) in (0, 1)
         assert message.get("train", True) in (False, True)

@@ -143,7 +143,9 @@ def test_proportional_cuts_both(chats: dict[str, ChatTokenizer]) -> None:
 
 def test_a_turn_of_a_rewritten_history_is_cut_alone(chats: dict[str, ChatTokenizer]) -> None:
     chat = chats["qwen"]
-    conversation = talk(("user", LONG * 3), ("assistant", "One"), ("user", "b"), ("assistant", "Two"))
+    conversation = talk(
+        ("user", LONG * 3), ("assistant", "<think>\nh\n</think>\n\nOne"), ("user", "b"), ("assistant", "Two")
+    )
     first, second = encode(chat, conversation)
     assert (first.turn, second.turn) == (1, 3)
     found = fit(second, conversation, chat, 40, "prompt")
@@ -152,7 +154,7 @@ def test_a_turn_of_a_rewritten_history_is_cut_alone(chats: dict[str, ChatTokeniz
     assert "One" not in chat.decode(found.ids.tolist())
     cut = fit(first, conversation, chat, 60, "prompt")
     assert cut is not None
-    assert chat.decode(targets_of(cut), keep_special=True) == "One<|im_end|>"
+    assert chat.decode(targets_of(cut), keep_special=True) == "<think>\nh\n</think>\n\nOne<|im_end|>"
 
 
 @pytest.mark.parametrize("has_bos", [True, False])
