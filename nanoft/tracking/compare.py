@@ -180,7 +180,7 @@ def event_line(event: dict[str, Any]) -> str:
     }[event["event"]]
     short = {"learning_rate": "lr", "tokens_per_second": "tok/s", "peak_memory_gb": "GB"}
     values = {short.get(name, name.replace("_", " ")): event[name] for name in names if name in event}
-    parts = [f"{name} {f'{v:.5g}' if isinstance(v, (int, float)) else v}" for name, v in values.items()]
+    parts = [f"{name} {f'{v:.4g}' if isinstance(v, (int, float)) else v}" for name, v in values.items()]
     return one_line(f"step {event['step']:g} {event['event']}: {', '.join(parts)}")
 
 
