@@ -115,8 +115,7 @@ class DataConfig(Section):
     template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
     unrendered: Literal["refuse", "warn"] = "refuse"  # thoughts, calls, tools that the chat template omits
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
-    # Control tokens spelled out in the data: characters, or tokens; none: refused if most texts of a file have some
-    control_tokens: Literal["text", "parse"] | None = None
+    control_tokens: Literal["text", "parse"] | None = None  # </s> in a text: characters or token; none: asked for
     chunk: bool = True  # split plain texts that are too long into several samples; false: data.truncation
     truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples
     packing: bool = False  # several samples per sequence; they never attend to each other
