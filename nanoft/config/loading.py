@@ -104,6 +104,9 @@ def _without_functions(config: Config, is_of_run: bool) -> Config:
 
 def _read_tree(path: Path) -> dict[str, Any]:
     content = read_bytes(path, confined=False)
+    if path.suffix == ".toml":
+        fix = "import sys, json, tomllib; print(json.dumps(tomllib.load(sys.stdin.buffer)))"
+        raise UserError(f'is TOML: convert it to JSON: python -c "{fix}" < {path} > {path.with_suffix(".json")}')
     try:
         tree = parse_json(content) if path.suffix == ".json" else parse_yaml(decode_text(content))
     except ValueError as error:

@@ -36,7 +36,8 @@ class Section:
             name = f"{SECTION_NAMES[type(self).__name__]}.{item.name}"
             check_type(name, value, hints[item.name])
             if redact(repr(value)) != repr(value):  # a run's config.json gets shared
-                raise UserError(f"{name}: contains an access token: remove it and set HF_TOKEN or WANDB_API_KEY")
+                fix = "remove it and set HF_TOKEN or WANDB_API_KEY; if it is the name of a file, rename that"
+                raise UserError(f"{name}: contains an access token, or what looks like one: {fix}")
             low, high = item.metadata.get("low", -math.inf), item.metadata.get("high", math.inf)
             for number in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(number, (int, float)) and not low <= number <= high:
@@ -47,9 +48,17 @@ class Section:
 @dataclass(frozen=True)
 class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 where fast
+    revision: str = ""  # of a Hub name: branch, tag or commit; empty: its main branch
+    # Compute dtype; auto: on a GPU bfloat16, or float16 if it has none; float32 elsewhere
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
+    chat_template: str | None = None  # a file, chatml, or a name in the model's own list; none: the model's own
     random_init: bool = False  # pre-train from random weights; needs config.json and tokenizer only
+
+    @property
+    def reference(self) -> str:
+        """The model as one string, NAME or NAME@REVISION."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 @dataclass(frozen=True)
@@ -84,13 +93,15 @@ class DataConfig(Section):
     validation_file: str | None = None  # none: split off from train_file
     format: str = "auto"  # (table) record shape, or module:function; auto: detected
     columns: dict[str, str] = field(default_factory=dict)  # standard name -> name in the file: {instruction: q}
+    roles: dict[str, str] = field(default_factory=dict)  # role in the file -> standard name: {agent: assistant}
     delimiter: str | None = None  # of CSV files; none: detected from the header
-    label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...)
+    label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...); ignore: all
     max_samples: int | None = bounded(None, 1)  # records to keep of each file, from its start
     # Filtering
     max_bad_records: float = bounded(0.05, 0.0, 1.0)  # largest accepted share of malformed records
     deduplicate: bool = True  # drop exact copies of earlier records
     near_duplicates: float | None = bounded(None, 0.3, 1.0)  # drop records that share this fraction of 5-grams
+    leaks: Literal["remove", "warn", "ignore"] = "remove"  # training records with the prompt of a validation record
     near_leaks: Literal["warn", "remove", "ignore"] = "warn"  # training prompts that nearly equal validation prompts
     min_characters: int = bounded(1, 1)  # per record, over all messages
     max_characters: int | None = bounded(None, 1)  # per record, over all messages
@@ -103,11 +114,17 @@ class DataConfig(Section):
     split_time: str | None = None  # field with dates or numbers: hold out the newest records
     # Tokenizing and batching
     template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
+    unrendered: Literal["refuse", "warn"] = "refuse"  # thoughts, calls, tools that the chat template omits
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
+    chunk: bool = True  # split plain texts that are too long into several samples; false: data.truncation
     truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples
     packing: bool = False  # several samples per sequence; they never attend to each other
     group_by_length: bool = False  # similar lengths in one batch: less padding
     pad_to_multiple_of: int = bounded(1, 1, 1024)  # tokens; micro-batch lengths are rounded up to it
+
+    @property
+    def stratify_field(self) -> str | None:
+        return self.split_stratify or (self.label_field if self.label_field != "ignore" else None)
 
 
 @dataclass(frozen=True)
@@ -247,6 +264,8 @@ class Config:
         _refuse(sharded and t.compile, f"training.compile: {fix}")
         per_module = sharded and self.logging.gradient_steps
         _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
+        idle = t.early_stopping_patience and not t.eval_steps
+        _refuse(idle, "training.early_stopping_patience: no effect with training.eval_steps=0: raise that")
         random = self.model.random_init and t.method != "full"
         _refuse(random, "model.random_init: adapters cannot train random weights: set training.method=full")
         no_b = t.lora_plus_ratio != 1 and t.method != "lora"

@@ -331,7 +331,7 @@ def show_plan(config: Config) -> int:
     """train.py --plan: print memory by part, and time, before anything is loaded; a UserError if it does not fit."""
     machine = Machine.detect_or_describe(config)
     check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
-    files = ModelFiles.find(config.model.name)
+    files = ModelFiles.find(config.model.reference)
     decoder = files.decoder
     if config.system.threads:
         torch.set_num_threads(config.system.threads)

@@ -24,11 +24,13 @@ from nanoft import UserError, kernels
 from nanoft.batches import Batches
 from nanoft.checkpoint import CheckpointManager
 from nanoft.config import Config
+from nanoft.config.fields import nearest
 from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
+from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.tables import format_duration
@@ -74,6 +76,8 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
     """
     check_quantization(files, quantization_of(config))
     weights = [] if config.model.random_init else files.shards()
+    for note in files.notes:
+        run.print(f"warning: {note}")
     recorded = run.recorded_config()
     before = (recorded or {}).get("provenance", {})
     provenance: Provenance = {
@@ -104,10 +108,25 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
     return provenance
 
 
-def load_tokenizer(config: Config, files: ModelFiles, date: str) -> ChatTokenizer:
-    """The model's tokenizer and chat template; `date` is what a template that prints the date shows."""
-    tokenizer = ChatTokenizer.from_directory(files.directory, config.data.template_args)
+def load_tokenizer(config: Config, files: ModelFiles, date: str, run: Run) -> ChatTokenizer:
+    """The tokenizer and chat template, a chosen one saved; `date` is what a template that prints the date shows."""
+    chosen, saved = config.model.chat_template, run.directory / TEMPLATE_FILE
+    if chosen is not None and saved.is_file() and not Path(chosen).is_file():  # the file was moved meanwhile
+        config = config.override(model={"chat_template": str(saved)})
+    tokenizer = ChatTokenizer.from_config(files.directory, config)
     tokenizer.date = datetime.fromisoformat(date)
+    for name in sorted(config.data.template_args.keys() - tokenizer.variables):
+        fix = nearest(name, tokenizer.variables) or ": remove it"
+        raise UserError(f"data.template_args: {name}: the chat template does not read it{fix}")
+    if not tokenizer.has_own_template:
+        run.print(f"template  {files.directory} has none: ChatML is used, whose answers end in the EOS token")
+    if chosen is not None:
+        text = tokenizer.template.encode()
+        if saved.is_file() and saved.read_bytes() != text:
+            what = f"{chosen}: differs from {saved}, with which that run began"
+            raise UserError(f"model.chat_template: {what}: choose another output.dir, or put it back")
+        if not distributed.process_rank():
+            atomic.replace_file(saved, text)
     return tokenizer
 
 
@@ -118,6 +137,10 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     bar = config.logging.progress_bar and not distributed.process_rank()
     corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
+    if t.early_stopping_patience and not len(corpus.validation):
+        what = "there is no validation data, so training cannot stop early"
+        fix = "set data.validation_file or data.validation_size, or the patience to 0"
+        raise UserError(f"training.early_stopping_patience: {t.early_stopping_patience}: {what}: {fix}")
     rows, micro_batches = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
     options: dict[str, Any] = {"group_by_length": d.group_by_length, "pad_to_multiple_of": d.pad_to_multiple_of}
     pack_length = length if d.packing else None
@@ -183,7 +206,9 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     base = form.upper() + (", double quantization" if double else "") + ("" if packed else ", dequantized once")
     many = f"{distributed.world_size()} x " if distributed.world_size() > 1 else ""
     many = f"model sharded over {many}" if c.training.sharding == "full" else many
-    say(f"device    {many}{describe_device(ctx.device)}; computing in {ctx.machine.dtype_name}")
+    why = ", with loss scaling" if ctx.scaler.is_enabled() else ""
+    why += ": this GPU has no native bfloat16" if why and c.model.dtype == "auto" else ""
+    say(f"device    {many}{describe_device(ctx.device)}; computing in {ctx.machine.dtype_name}{why}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if form else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(ctx.adapters):

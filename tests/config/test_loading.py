@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,15 @@ def test_a_file_that_is_not_text_or_not_there_is_named(tmp_path: Path) -> None:
     refused(lambda: load_file(tmp_path / "c.yaml"), str(tmp_path / "c.yaml"), "not valid YAML", "UTF-16")
     refused(lambda: load_file(tmp_path / "d.yaml"), str(tmp_path / "d.yaml"), "no such config file")
     refused(lambda: load_file(tmp_path), str(tmp_path), "no such config file")
+
+
+def test_toml_is_named_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('[model]\nname = "some/model"\n')
+    with pytest.raises(UserError) as raised:
+        load_file(tmp_path / "c.toml")
+    assert str(raised.value).startswith(f"{tmp_path}/c.toml: is TOML: convert it to JSON: python -c ")
+    subprocess.run(str(raised.value).partition("JSON: ")[2].replace("python", sys.executable), shell=True, check=True)
+    assert load_file(tmp_path / "c.json").model.name == "some/model"
 
 
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:

@@ -33,6 +33,24 @@ def test_another_split_of_the_same_rows_may_go_on(tmp_path: Path) -> None:
     assert [loss for _, loss in losses(other)] == pytest.approx([loss for _, loss in losses(whole)], rel=1e-6)
 
 
+def test_a_run_goes_on_wherever_its_base_is_if_that_is_the_same(tmp_path: Path, capsys: Capture) -> None:
+    """Twice, so that the second time config.json already names the new place; and a run recorded before that was so."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    constant = {"training__lr_scheduler": "constant"}
+    assert train.main(quick(whole, **constant)) == 0
+    assert train.main(quick(moved, **constant, training__max_steps=4)) == 0
+    recorded = json.loads((moved / "config.json").read_text())
+    recorded["provenance"].pop("config_sha256")
+    (moved / "config.json").write_text(json.dumps(recorded))
+    for place, steps in (("a", 6), ("b", 8)):
+        shutil.copytree(BASE, tmp_path / place)
+        capsys.readouterr()
+        command = quick(moved, **constant, model__name=str(tmp_path / place), training__max_steps=steps)
+        assert train.main(command) == 0
+        assert f"resuming  after step {steps - 2} of {steps}" in capsys.readouterr().out
+    assert [loss for _, loss in losses(moved)] == [loss for _, loss in losses(whole)]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
