@@ -80,7 +80,7 @@ from nanoft.training.validation import validate_config
 @distributed.distributed_main
 def main(argv: list[str]) -> int:
     args = build_parser().parse(argv)
-    positional = [args.config, *args.overrides] if args.config else args.overrides
+    positional = [args.config, *args.overrides] if args.config is not None else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else CONFIGS / "tiny.py"
     config = load_config(pick_config(positional) if path == "auto" else path, positional)
     validate_config(config)

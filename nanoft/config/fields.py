@@ -80,7 +80,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return True
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is kind  # bool is not an int here
+    return type(value) is kind and (kind is not int or abs(value) < 2**63)  # bool is not an int here
 
 
 def _describe(hint: Any) -> str:
@@ -92,5 +92,5 @@ def _describe(hint: Any) -> str:
         return "a list of names" if get_args(hint)[0] is str else "a list of numbers"
     if get_origin(hint) is dict:
         return "a mapping such as {name: value}"
-    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+    names = {int: "an integer (64 bits)", float: "a finite number", bool: "true or false", str: "a string"}
     return names.get(hint, "none")

@@ -16,6 +16,7 @@ import json
 import math
 import re
 import typing
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -210,7 +211,7 @@ class SystemConfig(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     seed: int = bounded(0, 0, 2**32 - 1)  # data order, adapter initialization, dropout
     deterministic: bool = False  # deterministic CUDA kernels (slower); a CPU is always deterministic
-    threads: int = bounded(0, 0)  # of the CPU; 0: PyTorch's default
+    threads: int = bounded(0, 0, 1024)  # of the CPU; 0: PyTorch's default
     memory_gb: float | None = bounded(None, 0.1)  # of the device, for --plan on another machine
     ranks: int = bounded(1, 1)  # world size: the number of processes that torchrun starts
     profile: bool = False  # write a profile of a few steps into profile/
@@ -335,8 +336,9 @@ def check_expressions(lora: LoRAConfig) -> None:
     for name in ("target_modules", "rank_pattern", "alpha_pattern"):
         for expression in getattr(lora, name):
             try:
-                re.compile(expression)
-                re.compile(rf"(.*\.)?({expression})$")  # as a pattern's key is used
+                with warnings.catch_warnings(action="ignore"):  # of syntax that may change
+                    re.compile(expression)
+                    re.compile(rf"(.*\.)?({expression})$")  # as a pattern's key is used
             except (re.error, RecursionError, OverflowError) as error:
                 raise UserError(f"lora.{name}: {expression!r:.100} is not a regular expression: {error}") from None
 

@@ -361,7 +361,7 @@ def show_plan(config: Config) -> int:
         print(wrap(f"{'speed':16} {speed}", 17))
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
-    print(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block recomputed")
+    print(wrap(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block recomputed", 17))
     for warning in plan_warnings(planner, files, length, None):
         print(f"warning: {warning}")
     if plan.peak > room:

@@ -101,7 +101,7 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
         if before.get("source_sha256", provenance["source_sha256"]) != provenance["source_sha256"]:
             run.print("warning: the source of nanoft has changed since the run began: results may differ")
         if before.get("threads", provenance["threads"]) != provenance["threads"]:
-            threads = f"{provenance['threads']} threads instead of {before['threads']}"
+            threads = f"system.threads: {provenance['threads']} instead of {before['threads']}"
             run.print(f"warning: {threads}: from here on the run is not bit-identical to an uninterrupted one")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
