@@ -132,6 +132,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
             else:
                 export.write_peft(staging, opened, adapter)
             lines = ["the adapter in PEFT's format"]
+        export.save_template(Path(source), staging)
         model = StreamedDecoder(open_rows(staging)) if args.format == "hf" else opened.model
         weights_said = verify.describe_weights(opened, merged=args.format == "hf")
         write_json(

@@ -106,7 +106,7 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
     validate_environment(config, machine)  # exit code 2 before anything is downloaded
     distributed.assert_same_on_all_ranks(setup.shared_facts(config, machine))
     with Run.open(config.output.dir) as run, StopRequest(enabled=not args.selftest) as stop:
-        files = distributed.main_process_first(lambda: ModelFiles.find(config.model.name))  # config.json only
+        files = distributed.main_process_first(lambda: ModelFiles.find(config.model.reference))  # config.json only
         planner = setup.plan_run(config, machine, files, run)
         if args.selftest:
             planner = replace(planner, config=self_test.shorten(planner.config))
@@ -119,7 +119,7 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
         )
         torch.set_num_threads(provenance["threads"])
         with explained_out_of_memory(planner):
-            tokenizer = setup.load_tokenizer(config, files, provenance["date"])
+            tokenizer = setup.load_tokenizer(config, files, provenance["date"], run)
             corpus, batches = setup.build_datasets(config, tokenizer, run)
             if shows_data:
                 for line in show_step(batches, corpus, tokenizer, args.show_step, run.skipped_windows()):
@@ -130,7 +130,7 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
             if args.selftest:
                 return self_test.run(ctx, train)
             state = restore(ctx, args.resume)
-            if setup.is_complete(ctx, state):
+            if not args.preflight and setup.is_complete(ctx, state):
                 return 0
             seconds_per_step = preflight(ctx, state, args.force)  # longest batch, one evaluation batch, one save
             setup.print_summary(ctx, state, seconds_per_step)

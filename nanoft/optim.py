@@ -131,7 +131,7 @@ def learning_rate(step: int, total_steps: int, c: TrainingConfig) -> float:
 
     Warm-up rises linearly and reaches the peak at its end; then the schedule falls from 1 to `min_lr_ratio` of it.
     """
-    warmup = round(c.warmup_ratio * total_steps) if c.warmup_steps is None else c.warmup_steps
+    warmup = c.warmup(total_steps)
     if step < warmup:
         return c.learning_rate * (step + 1) / (warmup + 1)
     t = (step - warmup) / max(1, total_steps - warmup)

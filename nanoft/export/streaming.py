@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanoft import UserError
 from nanoft.lora import LoRALinear
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.model_files import ModelFiles, Quantization
-from nanoft.models.weights import WeightFiles, is_block_linear, open_weights
+from nanoft.models.weights import WeightFiles, is_block_linear, is_finite, open_weights
 from nanoft.nf4 import quantize
 
 SLAB = 1 << 22  # elements of a weight in memory at a time: 16 MB in float32
@@ -77,14 +78,17 @@ class Weights:
         step = max(1, SLAB // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            slab = self.files.headers[name].read(name, rows) if whole is None else whole[rows]
+            slab = self.files.read(name, rows) if whole is None else whole[rows]
             if adapter is not None and part == "weight":
                 slab = adapter.merged(slab.float(), rows)
-            yield slab.to(self.dtype)
+            slab = slab.to(self.dtype)
+            if self.dtype == torch.float16 and not is_finite(slab):
+                raise UserError(f"--dtype: f16: numbers of {name} are too large for it: use bf16 or f32")
+            yield slab
 
     def row(self, name: str, number: int) -> Tensor:
         """A copy, since a view keeps the mapped pages around it in memory."""
-        return self.files.headers[name].read(name, slice(number, number + 1)).to(self.dtype, copy=True)
+        return self.files.read(name, slice(number, number + 1)).to(self.dtype, copy=True)
 
     def whole(self, name: str) -> Tensor:
         """A complete weight, in float32."""

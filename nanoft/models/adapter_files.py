@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from nanoft.io.atomic import write_json
 from nanoft.io.tensor_files import load_tensors, write_tensors
 from nanoft.io.untrusted import read_json, time_limit
 from nanoft.lora import MATCHING_SECONDS, LoRALinear, by_pattern, linears_of, matches_target, variant_of
+from nanoft.models.model_files import split_reference
 
 NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
 PEFT_PREFIX = "base_model.model."
@@ -38,7 +40,7 @@ A, B, BIAS = "lora_A.weight", "lora_B.weight", PEFT_NAMES["bias"]
 # Fields of adapter_config.json that are read here or do not change the result ...
 PEFT_FIELDS = """
     base_model_name_or_path r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version inference_mode
-    megatron_core qalora_group_size runtime_config ensure_weight_tying rank_pattern alpha_pattern
+    revision megatron_core qalora_group_size runtime_config ensure_weight_tying rank_pattern alpha_pattern
 """.split()  # noqa: SIM905
 # ... and fields that do, with the supported values. Any other field must be unset.
 PEFT_VALUES: dict[str, tuple[Any, ...]] = {
@@ -47,7 +49,6 @@ PEFT_VALUES: dict[str, tuple[Any, ...]] = {
     "use_rslora": (True,),
     "use_dora": (True,),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # these leave the base's weights unchanged
-    "revision": ("main",),
 }
 
 
@@ -111,9 +112,10 @@ def save_adapter(
     write_tensors(directory / "adapter_model.safetensors", tensors)
     # PEFT's target_modules: last parts of names, unless linears without an adapter share them.
     bare = {name.rpartition(".")[2] for name in linears_of(model)}
+    base, revision = split_reference(base_name)
     targets = sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in adapters})
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
         "r": plain.rank, "lora_alpha": plain.alpha,
         "rank_pattern": plain.rank_pattern, "alpha_pattern": plain.alpha_pattern,
         "lora_dropout": plain.dropout, "target_modules": targets,
@@ -259,7 +261,12 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
             have = tensor.shape[0] if tensor.dim() else 0
             if a and have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
                 raise UserError(f"{weights}: {name} has rank {have}, but adapter_config.json says {rank}")
-    return lora, config.get("base_model_name_or_path") or "", tensors, note
+    base, revision = config.get("base_model_name_or_path") or "", config.get("revision")
+    if revision in (None, "main"):
+        return lora, base, tensors, note
+    if os.path.isdir(base):
+        raise UserError(f"{path}: revision: {revision!r:.60}: {base} is a directory, which has none: remove it")
+    return lora, f"{base}@{revision}", tensors, note
 
 
 def _settings(config: dict[str, Any]) -> LoRAConfig:

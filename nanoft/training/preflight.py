@@ -129,7 +129,7 @@ def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) 
     ends = {int(s.ids[s.is_target][-1]) for s in first if s.is_target.any()}
     stops = sorted(ends & set(tokenizer.stop_ids))
     norms = sharding.full_tensor(model.head.detach()).float().norm(dim=1)
-    median = norms.median().item()
+    median = norms[norms > 0].median().item()  # rows of zeros only fill up the vocabulary
     ratios = {tokenizer.decode([token], keep_special=True): norms[token].item() / median for token in stops}
     found = ", ".join(f"{token!r}: {ratio:.2f}" for token, ratio in ratios.items()) or "no stop token in use"
     found = f"norm of the stop token's row of the head, relative to the median row: {found}"

@@ -18,13 +18,16 @@ from nanoft.runtime.device import rng_state
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, peak_memory_gb, read_memory, release_memory
 from nanoft.training.state import TrainContext, TrainState
 
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # as fits 80 columns
+
 
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
     """A tqdm bar over the optimizer steps, on rank 0."""
     hidden = not ctx.config.logging.progress_bar or distributed.process_rank() > 0
     interval_s = 0.1 if sys.stderr.isatty() else 5.0  # in a file, every update of the bar stays
-    options: dict[str, Any] = {"disable": hidden, "mininterval": interval_s, "dynamic_ncols": True, "leave": False}
-    return tqdm(total=ctx.total_steps, initial=state.step, unit="step", **options)
+    options: dict[str, Any] = {"disable": hidden, "mininterval": interval_s, "leave": False, "bar_format": BAR}
+    width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80}
+    return tqdm(total=ctx.total_steps, initial=state.step, **options, **width)
 
 
 def is_due(ctx: TrainContext, state: TrainState, every: int) -> bool:

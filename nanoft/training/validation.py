@@ -32,6 +32,7 @@ def validate_config(config: Config) -> None:
             raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, list(known))}")
     if (config.lora.init, config.lora.dora) not in VARIANTS:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
+    t.check_schedule(t.max_steps)
     check_format(config.data.format)
     select_metrics(config.evaluation.metrics)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
