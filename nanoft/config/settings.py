@@ -49,8 +49,7 @@ class Section:
 class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
     revision: str = ""  # of a Hub name: branch, tag or commit; empty: its main branch
-    # Compute dtype; auto: on a GPU bfloat16, or float16 if it has none; float32 elsewhere
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute dtype; auto: the fast one of the device
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
     chat_template: str | None = None  # a file, chatml, or a name in the model's own list; none: the model's own
     random_init: bool = False  # pre-train from random weights; needs config.json and tokenizer only

@@ -40,7 +40,7 @@ RENAMED = {"rate": "lr_scale", "left_out": "skipped_windows"}  # fields of the g
 
 @dataclass
 class TrainState:
-    """Everything that changes while training, besides the weights, the moments, the random numbers and the loss scale."""
+    """Everything that changes while training, besides weights, moments, random numbers and the loss scale."""
 
     step: int = 0  # completed optimizer steps
     epoch: int = 0  # the position in the data: the window that comes next
