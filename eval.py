@@ -155,7 +155,7 @@ def base_of(config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
             yield loaded
     else:
         plain = config.system.kernels == "plain"
-        yield open_model(config.model.name, loaded.model.head.device, loaded.dtype, plain=plain)
+        yield open_model(config.model.name, loaded.model.device, loaded.dtype, plain=plain)
 
 
 def measure(

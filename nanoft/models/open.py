@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError, kernels
+from nanoft.blocks.trained import Adapter
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted, verify
 from nanoft.config import LoRAConfig
 from nanoft.config.loading import load_file
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.io.tensor_files import load_tensors
 from nanoft.io.untrusted import read_json
-from nanoft.lora import LoRALinear, inject_lora
+from nanoft.lora import inject_lora
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter
+from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, vocabulary_of
 from nanoft.models.model_files import ModelFiles, Quantization, find_model, quantization_of
 from nanoft.models.weights import load_model
 from nanoft.runtime.device import DTYPES
@@ -52,7 +53,7 @@ class LoadedModel:
     """A model that is ready to use, and how its adapter was trained."""
 
     model: Decoder
-    adapters: dict[str, LoRALinear]  # empty for a plain model
+    adapters: dict[str, Adapter]  # empty for a plain model
     base_directory: Path
     tokenizer_directory: Path
     quantization: Quantization | None = None  # of the base in training
@@ -179,6 +180,7 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
 def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
     """Add an adapter to a model, in place; a UserError if it does not match."""
     try:
+        model.grow_vocabulary(vocabulary_of(adapter.lora, adapter.tensors))
         adapters = inject_lora(model, adapter.lora, seed=0)
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None

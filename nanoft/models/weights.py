@@ -21,8 +21,8 @@ from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
-from nanoft.model import Decoder, initialize
-from nanoft.models.families import FAMILIES, find_family
+from nanoft.model import Decoder, DecoderConfig, initialize
+from nanoft.models.families import FAMILIES, find_family, parse_shape
 from nanoft.models.model_files import TOKENIZER_FILES, ModelFiles, Quantization, check_quantization
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
 
@@ -248,14 +248,17 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
     parameters = dict(model.named_parameters())
     specs: Specs = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
     write_file(out / "model.safetensors", encode_safetensors(specs, lambda name: parameters[name].to(dtype)))
-    write_config(source, out, dtype)
+    write_config(source, out, dtype, model.config)
     copy_companions(source, out)
 
 
-def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
+def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig) -> None:
     """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized."""
     config = read_json(source / "config.json")
     config.pop("quantization_config", None)
+    before = parse_shape(config, source / "config.json")
+    if (before.vocab_size, before.tied) != (decoder.vocab_size, decoder.tied):
+        config |= {"vocab_size": decoder.vocab_size, "tie_word_embeddings": decoder.tied}
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # for transformers 5, and for 4
     write_json(out / "config.json", FAMILIES[find_family(config)].export(config))
 

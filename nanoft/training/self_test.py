@@ -23,14 +23,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from nanoft import TrainingFailed, UserError
 from nanoft.batches import Batches, Sample, TokenDataset, collate
+from nanoft.blocks.trained import Adapter, TrainedRows, is_linear
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
 from nanoft.config import Config
 from nanoft.generation.generate import generate
-from nanoft.lora import LoRALinear, by_pattern, disabled, variant_of, weight_of
+from nanoft.lora import disabled, rebuild, variant_of, weight_of
 from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
@@ -126,7 +128,7 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
     splits = " = ".join(f"{n}x{DOCUMENTS // n}" for n in SIZES)
     prompts = [(s.ids[: max(1, int(s.is_target.argmax()))]).tolist() for s in documents[::2]]
     ids, pad = torch.from_numpy(documents[-1].ids.astype(np.int64))[None].to(ctx.device), ctx.tokenizer.pad_id
-    from_files = nearer if lora.init == "pissa" else 0.0  # PiSSA's files have twice the rank and another alpha
+    from_files = nearer if variant_of(lora).RANKS > 1 else 0.0  # PiSSA's files have twice the rank, another alpha
     resumed, all_state = f"{STEPS} + {STEPS} steps = {2 * STEPS} steps", f"weights, optimizer, random numbers{unsure}"
 
     def in_use(measure: Callable[..., float], *args: Any) -> Callable[[], float]:
@@ -233,11 +235,11 @@ def cut(samples: Sequence[Sample], tokens: int) -> list[Sample]:
 
 
 @torch.no_grad()
-def perturb_adapters(adapters: dict[str, LoRALinear]) -> None:
+def perturb_adapters(adapters: dict[str, Adapter]) -> None:
     """Move every trained parameter off its start, at random but the same way each time, until outputs move by SHARE."""
     generator = torch.Generator().manual_seed(7)
     for _, adapter, x in examples(adapters):
-        training, before = adapter.training, adapter.eval()(x)
+        training, before = adapter.training, product(adapter.eval(), x)
         trained = [p for p in adapter.parameters() if p.requires_grad]
         moved = [(p, p.clone(), torch.randn(p.shape, generator=generator).to(p)) for p in trained]
         for exponent in range(-8, 12):
@@ -245,12 +247,12 @@ def perturb_adapters(adapters: dict[str, LoRALinear]) -> None:
                 size = start.square().mean().sqrt()  # zeros, such as lora_B's, have none
                 p.copy_(start + 2.0**exponent * noise * torch.where(size > 0, size, 1.0))
             adapter.train(training).eval()  # DoRA forgets the norm of what it was
-            if relative_error(adapter(x), before) >= SHARE:
+            if relative_error(product(adapter, x), before) >= SHARE:
                 break
         adapter.train(training)
 
 
-def adapter_effect(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor) -> float:
+def adapter_effect(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) -> float:
     """How far the adapters move the logits of documents, (b, s), from those of the base."""
     with disabled(adapters):
         base = model.logits(model(ids))  # (b, s, vocab)
@@ -262,14 +264,15 @@ def splits_apart(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> floa
     with without_dropout(ctx):
         cuts = [Batches(documents, size, DOCUMENTS // size, 0, ctx.tokenizer.pad_id) for size in SIZES]
         found = [gradient(ctx, loop, batches) for batches in cuts]
-    if idle := [name for name, _ in ctx.trained if name not in found[0] or not found[0][name].any()]:
+    rows = "embed_tokens.rows"  # these tokens need not be in the documents
+    if idle := [n for n, _ in ctx.trained if not n.endswith(rows) and (n not in found[0] or not found[0][n].any())]:
         raise TrainingFailed(f"{idle[0]} is trained and has no effect: its gradient is zero")
     return max(gradient_error(one, found[0]) for one in found[1:])
 
 
 def packed_apart(model: Decoder, documents: TokenDataset, pad_id: int) -> float:
     """All documents in one row against each by itself: logits of every token, and the loss."""
-    device, losses = model.head.device, torch.zeros(2, dtype=torch.float64)
+    device, losses = model.device, torch.zeros(2, dtype=torch.float64)
     batch = collate(documents, [np.arange(len(documents))], pad_id).to(device)
     packed = model(batch.ids, batch.positions, batch.documents)  # (1, all tokens, hidden)
     farthest = 0.0
@@ -307,7 +310,7 @@ def loss_apart(ctx: TrainContext, documents: TokenDataset) -> float:
     batch = collate(documents, [[0]], ctx.tokenizer.pad_id).to(ctx.device)
     with torch.no_grad(), ctx.autocast():
         hidden = model(batch.ids, target_positions=batch.target_positions)[0]  # (targets, hidden)
-    rows = torch.arange(chunk_rows(len(model.head), ctx.device) * 5 // 4 + 1, device=ctx.device)
+    rows = torch.arange(chunk_rows(model.config.vocab_size, ctx.device) * 5 // 4 + 1, device=ctx.device)
     size = torch.linspace(0.5, 1.5, len(rows), device=ctx.device)[:, None]  # no two rows are the same
     hidden = (hidden[rows % len(hidden)] * size).to(hidden.dtype).requires_grad_()
     wanted = [hidden, model.head] if model.head.requires_grad else [hidden]
@@ -321,37 +324,55 @@ def loss_apart(ctx: TrainContext, documents: TokenDataset) -> float:
     return max(relative_error(ours.detach(), plain.detach()), *itertools.starmap(relative_error, pairs))
 
 
-def merged_product(adapter: LoRALinear, x: Tensor) -> Tensor:
+def merged_product(adapter: Adapter, x: Tensor) -> Tensor:
     """x W'^T + b' of the linear that takes the adapter's place: merged in float32, onto what its base multiplies by."""
-    weight = adapter.merged(weight_of(adapter.base).float()).to(x.dtype)  # (out, in)
-    bias = adapter.base.bias if adapter.bias is None else adapter.bias
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    stored = weight_of(adapter.base)
+    merged = adapter.merged(stored.float()).to(stored.dtype)
+    bias = getattr(adapter.base, "bias", None) if adapter.bias is None else adapter.bias
+    if is_linear(adapter.base):
+        return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+    return functional_call(adapter.base, {"weight": merged}, (x,))
 
 
-def examples(adapters: dict[str, LoRALinear]) -> Iterator[tuple[str, LoRALinear, Tensor]]:
+def examples(adapters: dict[str, Adapter]) -> Iterator[tuple[str, Adapter, Tensor]]:
     """Each adapter by name, with an input of random numbers, (DOCUMENTS, in)."""
     generator = torch.Generator().manual_seed(0)
     for name, adapter in adapters.items():
-        x = torch.randn(DOCUMENTS, adapter.base.in_features, generator=generator)
-        yield name, adapter, x.to(weight_of(adapter.base))
+        weight = weight_of(adapter.base)
+        if isinstance(adapter.base, nn.Embedding):
+            ids = torch.randint(len(weight), (DOCUMENTS,), generator=generator).to(weight.device)
+            yield name, adapter, torch.cat((ids, adapter.ids)) if isinstance(adapter, TrainedRows) else ids
+        else:
+            yield name, adapter, torch.randn(DOCUMENTS, weight.shape[-1], generator=generator).to(weight)
 
 
-def products_apart(adapters: dict[str, LoRALinear]) -> float:
-    """Each linear merged against itself with its adapter; the farthest."""
-    return max(relative_error(merged_product(adapter, x), adapter(x)) for _, adapter, x in examples(adapters))
+def product(adapter: Adapter, x: Tensor) -> Tensor:
+    """The adapter's output; for rows of a head, of which only the weight is used, its product."""
+    if isinstance(adapter, TrainedRows) and is_linear(adapter.base):
+        return F.linear(x, adapter.weight)
+    return adapter(x)
 
 
-def merged_apart(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor) -> float:
+def products_apart(adapters: dict[str, Adapter]) -> float:
+    """Each module merged against itself with its adapter; the farthest."""
+    return max(relative_error(merged_product(adapter, x), product(adapter, x)) for _, adapter, x in examples(adapters))
+
+
+def merged_apart(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) -> float:
     """The whole model merged against base and adapters: logits. Each weight is merged when it is used, and let go."""
 
-    def merge(adapter: LoRALinear) -> Any:
+    def merge(adapter: Adapter) -> Any:
         return adapter.base.register_forward_hook(lambda _, inputs, __: merged_product(adapter, inputs[0]))
 
     expected = model.logits(model(ids))  # (b, s, vocab)
     with ExitStack() as hooks, disabled(adapters):
         for adapter in adapters.values():
             hooks.enter_context(merge(adapter))
-        return relative_error(model.logits(model(ids)), expected)
+        head = adapters.get("lm_head") or (adapters.get("model.embed_tokens") if model.config.tied else None)
+        if head is None:
+            return relative_error(model.logits(model(ids)), expected)
+        merged = head.merged(weight_of(head.base).float()).to(model.dtype)
+        return relative_error(F.linear(model(ids), merged).float(), expected)
 
 
 def files_apart(ctx: TrainContext, directory: Path) -> float:
@@ -360,22 +381,21 @@ def files_apart(ctx: TrainContext, directory: Path) -> float:
     save_adapter(first, ctx.model, ctx.adapters, ctx.config.lora, ctx.config.model.name, {})
     read, base, tensors, note = read_adapter(first)
     lora = replace(read, dropout=ctx.config.lora.dropout)  # which matters in training only
-    again, generator = {}, torch.Generator()
-    for name, adapter in ctx.adapters.items():
-        rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-        again[name] = variant_of(lora)(adapter.base, replace(lora, rank=rank, alpha=alpha), generator).eval()
+    again = {name: rebuild(name, adapter, lora).eval() for name, adapter in ctx.adapters.items()}
     load_adapter_tensors(again, tensors, str(first))
     save_adapter(second, ctx.model, again, lora, base, note)
     if any((second / path.name).read_bytes() != path.read_bytes() for path in first.iterdir()):
         return math.inf
-    return max(relative_error(again[name](x), adapter(x)) for name, adapter, x in examples(ctx.adapters))
+    return max(
+        relative_error(product(again[name], x), product(adapter, x)) for name, adapter, x in examples(ctx.adapters)
+    )
 
 
 def answers_apart(model: Decoder, prompts: list[list[int]]) -> float:
     """How far a pass without a cache prefers another token than the greedy answer's, in deviations of the logits."""
     farthest = 0.0
     for prompt, answer in zip(prompts, generate(model, prompts, (), ANSWER), strict=True):
-        ids = torch.tensor([[*prompt, *answer.ids]], device=model.head.device)
+        ids = torch.tensor([[*prompt, *answer.ids]], device=model.device)
         logits = model.logits(model(ids)[0, len(prompt) - 1 : -1])  # (answer, vocab)
         ahead = logits.amax(-1) - logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
         farthest = max(farthest, (ahead / logits.std(-1)).nan_to_num(nan=math.inf).max().item())
