@@ -316,16 +316,6 @@ def make_lora(name: str, base: Any, lora: LoRAConfig, generator: torch.Generator
     return variant(base, lora, generator)
 
 
-def rebuild(name: str, adapter: Adapter, lora: LoRAConfig) -> Adapter:
-    """A fresh adapter of the same kind on the same base, with settings read from its files."""
-    if isinstance(adapter, TrainedRows):
-        return TrainedRows(adapter.base, adapter.ids.tolist())
-    if isinstance(adapter, TrainedCopy):
-        return TrainedCopy(adapter.base, ("bias",) if adapter.copy is None else ("weight", "bias"))
-    rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-    return make_lora(name, adapter.base, replace(lora, rank=rank, alpha=alpha), torch.Generator())
-
-
 def _settings_by_name(modules: dict[str, Any], lora: LoRAConfig, copies: Mapping[str, Any]) -> dict[str, LoRAConfig]:
     """The settings of each low-rank adapter, with its own rank and alpha, by the name of its module."""
     modules = {name: module for name, module in modules.items() if "weight" not in copies.get(name, ())}

@@ -67,8 +67,12 @@ def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping
     fix = "choose another output.dir"
     if difference := first_difference(before, config):
         raise UserError(f"output.dir: {where}: holds another run ({difference}): {fix}, or set the field back")
-    for key, what in (("data_sha256", "data"), ("base_sha256", "base model")):
-        if recorded.get("provenance", {}).get(key) != provenance[key]:
+    for key, what in (
+        ("data_sha256", "data"),
+        ("base_sha256", "base model"),
+        ("start_sha256", "adapter of lora.start_from"),
+    ):
+        if recorded.get("provenance", {}).get(key) != provenance.get(key):
             raise UserError(f"output.dir: {where}: the {what} changed since that run began: {fix}, or put it back")
 
 

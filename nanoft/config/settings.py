@@ -56,6 +56,7 @@ class ModelConfig(Section):
 class LoRAConfig(Section):
     rank: int = bounded(16, 1, 4096)  # r of the update B A
     alpha: float = bounded(32.0, 1e-6)  # the update is scaled by alpha / rank
+    start_from: str = ""  # run or adapter directory to continue from, whose shape is taken
     dropout: float = bounded(0.0, 0.0, 0.99)  # probability, on the input of the adapter
     target_modules: tuple[str, ...] = ("all-linear",)  # or attention, mlp, names (q_proj, lm_head), regular expressions
     # Per module, by name or regular expression; the first match counts:

@@ -79,6 +79,9 @@ class _Whole(NamedTuple):
 class ChatTokenizer:
     """A model's tokenizer and chat template, read from its directory without transformers."""
 
+    directory: Path | None = None
+    added_ids: tuple[int, ...] = ()  # of model.add_tokens
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -113,16 +116,21 @@ class ChatTokenizer:
         self.stop_ids = sorted({*stop_ids, *(i for i in (end_id, self.eos_id) if i is not None)})
 
     @classmethod
-    def from_directory(cls, directory: Path, template_args: Mapping[str, Any] | None = None) -> ChatTokenizer:
+    def from_directory(
+        cls, directory: Path, template_args: Mapping[str, Any] | None = None, add_tokens: Sequence[str] = ()
+    ) -> ChatTokenizer:
         """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
         if taken := sorted(set(template_args or ()) & {*RESERVED, *SPECIAL_TOKENS}):
             raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
         tokenizer = tokenizer_files.read_tokenizer(directory)
+        added_ids = tokenizer_files.add_tokens(tokenizer, add_tokens)
         settings, template, stop_ids = tokenizer_files.read_settings(directory)
         try:
-            return cls(tokenizer, settings, template, stop_ids, template_args)
+            chat = cls(tokenizer, settings, template, stop_ids, template_args)
         except COMPILE_ERRORS as error:
             raise UserError(f"{directory}: the chat template is not valid: {error}") from None
+        chat.directory, chat.added_ids = directory, added_ids
+        return chat
 
     def fingerprint(self) -> str:
         """Everything that ids depend on: the tokenizer, the template, its variables, and its date if it prints one."""

@@ -104,11 +104,8 @@ def merge(
 
 
 def copy_tokenizer(opened: LoadedModel, out: Path) -> None:
-    """The base's tokenizer and generation_config, and the template that the adapter was trained with."""
-    copy_companions(opened.base_directory, out)
-    template = opened.tokenizer_directory / "chat_template.jinja"
-    if template.is_file():
-        shutil.copyfile(template, out / "chat_template.jinja")
+    """The tokenizer, template and stop ids of training, and the base's other generation settings."""
+    copy_companions(opened.tokenizer_directory, out, opened.base_directory, opened.add_tokens)
 
 
 def _bytes(specs: Specs) -> int:
@@ -147,10 +144,11 @@ def require_adapter(source: str) -> None:
 
 
 def choose_adapter(
-    sources: Sequence[str], weights: str | None, only: str | None, onto: str, unmerge: str | None
-) -> tuple[TrainedAdapter, list[str]]:
-    """The adapter that sources, --weights, --only and --unmerge describe; and the hash of each source."""
-    adapters = [read_trained_adapter(source) for source in sources]
+    sources: Sequence[str], weights: str | None, only: str | None, onto: str, unmerge: str | None,
+    base: str | None = None,
+) -> tuple[TrainedAdapter, list[str]]:  # fmt: skip
+    """The adapter that sources, --weights, --only, --unmerge and --base-model describe; and the hash of each source."""
+    adapters = [read_trained_adapter(source, base) for source in sources]
     for adapter in adapters:  # an adapter that is exported as it is is not verified later
         if broken := next((name for name, tensor in adapter.tensors.items() if not tensor.isfinite().all()), None):
             raise UserError(f"{adapter.place}: {broken} contains NaN or infinity: export an earlier checkpoint")
@@ -236,12 +234,12 @@ def open_adapter(adapter: TrainedAdapter, onto: Onto) -> LoadedModel:
 
 def save_result(
     run: Path, model: Decoder, adapters: dict[str, Adapter], base: Path, config: Config, step: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, tokenizer: Path,
 ) -> Path:  # fmt: skip
     """The result of a run with its tokenizer: `run`/adapter in PEFT's format, or `run`/model in Hugging Face's.
 
     It replaces an earlier result when it is complete. `base` is the model that training started from, in whose dtype a
-    full model is stored; `step` is of the weights' checkpoint; `dtype` is that of training.
+    full model is stored; `step` is of the weights' checkpoint; `dtype` is that of training; `tokenizer` its directory.
     """
     out = run / ("adapter" if adapters else "model")
     with replaced_directory(out) as staging:
@@ -251,7 +249,7 @@ def save_result(
                 base_sha256 = read_json(run / "config.json").get("provenance", {}).get("base_sha256")
             note = _note(quantization_of(config), dtype, step, base_sha256)
             save_adapter(staging, model, adapters, config.lora, config.model.name, note)
-            copy_companions(base, staging)
+            copy_companions(tokenizer, staging, base, config.model.add_tokens)
         else:
             save_model(model, base, staging, ModelFiles.read(base).dtype())
     return out

@@ -198,8 +198,7 @@ def sum_adapters(
     for name in dict.fromkeys(name for part in modules for name in part):
         prefix, stacked = f"{PEFT_PREFIX}{name}.", dict[str, list[Tensor]]()
         for (lora, _), part, weight in zip(parts, modules, weights, strict=True):
-            rank = by_pattern(lora.rank_pattern, name, lora.rank)
-            scaling = by_pattern(lora.alpha_pattern, name, lora.alpha) / (rank**0.5 if lora.rslora else rank)
+            scaling = _scaling(lora, name)
             for key, tensor in part.get(name, {}).items():
                 if key.startswith("lora_"):
                     factor = weight * scaling if "_B" in key else 1.0
@@ -221,6 +220,24 @@ def sum_adapters(
     bias: Any = "all" if "all" in biases else next(iter(biases), "none")
     plain = LoRAConfig(bias=bias, modules_to_save=tuple(dict.fromkeys(copies)), trainable_token_indices=tokens[0])
     return _with_ranks(plain, ranks, dict(ranks)), combined  # alpha / r = 1
+
+
+def fold_patterns(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The same adapter with one rank and one alpha: smaller ranks padded with zeros, other scalings put into B."""
+    ranks = {key: len(t) for key, t in tensors.items() if re.search(r"\.lora_(embedding_)?A(\.weight)?$", key)}
+    rank, scale, folded = max(ranks.values()), _scaling(lora, ""), dict(tensors)
+    for a, own in ranks.items():
+        head, tail = a.rsplit("A", 1)
+        module = a[: a.index(".lora_")].removeprefix(PEFT_PREFIX)
+        folded[a] = F.pad(tensors[a], (0, 0, 0, rank - own))
+        folded[f"{head}B{tail}"] = F.pad(tensors[f"{head}B{tail}"] * (_scaling(lora, module) / scale), (0, rank - own))
+    return replace(lora, rank=rank, alpha=scale * rank, rank_pattern={}, alpha_pattern={}, rslora=False), folded
+
+
+def _scaling(lora: LoRAConfig, name: str) -> float:
+    """s of a module: alpha / r, or alpha / sqrt(r)."""
+    rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
+    return alpha / (math.sqrt(rank) if lora.rslora else rank)
 
 
 def _replaced(base: Callable[[str], Tensor | None], name: str, key: str, tokens: dict[str, list[int]]) -> Tensor | None:

@@ -8,6 +8,7 @@ packed are read as they are; `cache_weights` dequantizes weights once, for speed
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -263,24 +264,29 @@ def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderCo
     write_json(out / "config.json", FAMILIES[find_family(config)].export(config))
 
 
-def copy_companions(source: Path, out: Path) -> None:
+def copy_companions(source: Path, out: Path, base: Path | None = None, add_tokens: Sequence[str] = ()) -> None:
     """Copy the tokenizer's files and generation_config.json, so that other tools render and stop as nanoft does.
 
     Without a chat template of its own, the default one that training used is written; missing stop tokens are added.
     """
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
+        if (source / name).is_file() and not (add_tokens and name == "tokenizer.json"):
             write_file(out / name, [read_bytes(source / name, MAX_TOKENIZER)])
     path = source / "generation_config.json"
+    if not path.is_file() and base is not None:
+        path = base / path.name
     stop_ids: list[int] = []
     settings = read_json(path) if path.is_file() else {}
     if (source / "tokenizer.json").is_file():
-        chat = ChatTokenizer.from_directory(source)
+        chat = ChatTokenizer.from_directory(source, add_tokens=add_tokens)
         stop_ids = chat.stop_ids
+        if add_tokens:
+            write_file(out / "tokenizer.json", [chat.tokenizer.to_str(pretty=True).encode()])
         if not chat.has_own_template:
             write_file(out / "chat_template.jinja", [chat.template.encode()])
     known = settings.get("eos_token_id", [])
-    if not set(stop_ids) <= set(known if isinstance(known, list) else [known]):
+    known = set(known if isinstance(known, list) else [known])
+    if not set(stop_ids) <= known or (stop_ids and path.parent != source and known != set(stop_ids)):
         write_json(out / path.name, {**settings, "eos_token_id": stop_ids})
     elif path.is_file():
         write_file(out / path.name, [read_bytes(path)])

@@ -26,7 +26,9 @@ from nanoft.kernels.attention import CHUNK
 from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import Decoder, DecoderConfig
+from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.model_files import ModelFiles
+from nanoft.models.open import with_added_tokens
 from nanoft.models.weights import choose_dequantize
 from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.recompute import ActivationPolicy, keep_by_policy
@@ -84,7 +86,10 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
     scales = {4: weights / 64 * block_scales, 8: 4.0 * sum(int(linear.out_features) for linear in linears)}
     if config.training.method == "full":
         return Counts(weights, 0.0, others, weights + others, 0, 0)
-    adapters = inject_lora(model, config.lora, 0)
+    more = range(decoder.vocab_size, decoder.vocab_size + len(config.model.add_tokens))
+    lora = with_added_tokens(config.lora, more, decoder.tied)
+    model.grow_vocabulary(max(decoder.vocab_size + len(more), vocabulary_of(lora, {})))
+    adapters = inject_lora(model, lora, 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = sum(t.numel() for adapter in adapters.values() for t in adapter.buffers(recurse=False))
     inside = [a for name, a in adapters.items() if isinstance(a, LoRALinear) and ".layers." in name]

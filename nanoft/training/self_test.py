@@ -24,15 +24,14 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from nanoft import TrainingFailed, UserError
 from nanoft.batches import Batches, Sample, TokenDataset, collate
-from nanoft.blocks.trained import Adapter, TrainedRows, is_linear
+from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, is_linear
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
-from nanoft.config import Config
+from nanoft.config import Config, LoRAConfig
 from nanoft.generation.generate import generate
-from nanoft.lora import disabled, rebuild, variant_of, weight_of
+from nanoft.lora import by_pattern, disabled, make_lora, variant_of, weight_of
 from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
@@ -122,6 +121,7 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
     sure = ctx.device.type == "cpu" or ctx.config.system.deterministic
     near, nearer = MODEL[ctx.machine.dtype], PRODUCT[ctx.machine.dtype]
     none = "" if adapters else "every parameter is trained: there is no adapter"
+    begun = "it starts from an adapter" if lora.start_from else ""
     exact = 0.0 if sure else near
     unsure = "" if sure else " (bit for bit only with system.deterministic=true)"
     onto = "" if ctx.config.quantization.bits == 16 else ", onto the quantized weights unpacked"
@@ -140,7 +140,7 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
         return measured
 
     return [
-        Check("fresh adapter = base", "logits", 0.0, in_use(adapter_effect, model, adapters, ids), none),
+        Check("fresh adapter = base", "logits", 0.0, in_use(adapter_effect, model, adapters, ids), none or begun),
         Check(splits, "gradient", near, lambda: splits_apart(ctx, loop, documents)),
         Check("packed = alone, in use", "logits and loss", near, in_use(packed_apart, model, documents, pad)),
         Check("packed = alone, in training", "gradient", near, lambda: packed_gradients_apart(ctx, loop, documents)),
@@ -313,10 +313,11 @@ def loss_apart(ctx: TrainContext, documents: TokenDataset) -> float:
     rows = torch.arange(chunk_rows(model.config.vocab_size, ctx.device) * 5 // 4 + 1, device=ctx.device)
     size = torch.linspace(0.5, 1.5, len(rows), device=ctx.device)[:, None]  # no two rows are the same
     hidden = (hidden[rows % len(hidden)] * size).to(hidden.dtype).requires_grad_()
-    wanted = [hidden, model.head] if model.head.requires_grad else [hidden]
+    head = model.head.detach().requires_grad_(model.head.requires_grad)
+    wanted = [hidden, head] if head.requires_grad else [hidden]
     targets = batch.targets[rows % len(batch.targets)]
-    ours = token_nll(hidden, model.head, targets, t.label_smoothing, t.z_loss).sum()
-    logits = hidden @ model.head.to(hidden.dtype).T  # (n, vocab)
+    ours = token_nll(hidden, head, targets, t.label_smoothing, t.z_loss).sum()
+    logits = hidden @ head.to(hidden.dtype).T  # (n, vocab)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     plain = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=t.label_smoothing)
     plain = plain + t.z_loss * logits.logsumexp(-1).square().sum()
@@ -331,7 +332,7 @@ def merged_product(adapter: Adapter, x: Tensor) -> Tensor:
     bias = getattr(adapter.base, "bias", None) if adapter.bias is None else adapter.bias
     if is_linear(adapter.base):
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
-    return functional_call(adapter.base, {"weight": merged}, (x,))
+    return F.embedding(x, merged) if isinstance(adapter.base, nn.Embedding) else adapter.base.formula(x, merged)
 
 
 def examples(adapters: dict[str, Adapter]) -> Iterator[tuple[str, Adapter, Tensor]]:
@@ -373,6 +374,16 @@ def merged_apart(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) -> f
             return relative_error(model.logits(model(ids)), expected)
         merged = head.merged(weight_of(head.base).float()).to(model.dtype)
         return relative_error(F.linear(model(ids), merged).float(), expected)
+
+
+def rebuild(name: str, adapter: Adapter, lora: LoRAConfig) -> Adapter:
+    """A fresh adapter of the same kind on the same base, with settings read from its files."""
+    if isinstance(adapter, TrainedRows):
+        return TrainedRows(adapter.base, adapter.ids.tolist())
+    if isinstance(adapter, TrainedCopy):
+        return TrainedCopy(adapter.base, ("bias",) if adapter.copy is None else ("weight", "bias"))
+    rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
+    return make_lora(name, adapter.base, replace(lora, rank=rank, alpha=alpha), torch.Generator())
 
 
 def files_apart(ctx: TrainContext, directory: Path) -> float:

@@ -23,7 +23,7 @@ import nanoft
 from nanoft import UserError, kernels
 from nanoft.batches import Batches
 from nanoft.checkpoint import CheckpointManager
-from nanoft.config import Config
+from nanoft.config import Config, LoRAConfig
 from nanoft.config.resume import check_same_run, resume_fingerprint
 from nanoft.config.settings import config_warnings
 from nanoft.data.builder import REJECTED
@@ -36,7 +36,9 @@ from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import describe_adapters, disabled
 from nanoft.model import Decoder
+from nanoft.models.adapter_files import hash_tensors, vocabulary_of
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
+from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import cache_weights, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.runtime import distributed
@@ -50,6 +52,10 @@ from nanoft.training.progress import log_memory
 from nanoft.training.state import TrainContext, TrainState
 
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, base and source, device, threads, date
+# What lora.start_from takes from the adapter.
+SHAPE = """
+    rank alpha target_modules rank_pattern alpha_pattern rslora dora bias modules_to_save trainable_token_indices
+""".split()  # noqa: SIM905
 IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
 
 
@@ -68,7 +74,9 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
     return replace(planner, config=Config.from_dict(decided))
 
 
-def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str) -> Provenance:
+def init_run_dir(
+    config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str, start: TrainedAdapter | None = None
+) -> Provenance:
     """On rank 0: check that the directory is new or holds this very run, and write its config.json.
 
     Returns what the run depends on; date (which a template may print) and CPU threads are those of its first session.
@@ -85,6 +93,7 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
         "data_sha256": data_hash(config.data),
         "base_sha256": hash_named_files([*described_files(files.directory), *weights]),
         "source_sha256": hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
+        **({"start_sha256": hash_tensors(start.tensors)} if start else {}),
         "date": str(before.get("date") or datetime.now().date().isoformat()),
     }
     if recorded is not None:
@@ -97,12 +106,15 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
             run.print("warning: the source of nanoft has changed since the run began: results may differ")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
+    if start:
+        check_start(start, config, provenance, run)
     return provenance
 
 
-def load_tokenizer(config: Config, files: ModelFiles, date: str) -> ChatTokenizer:
+def load_tokenizer(config: Config, files: ModelFiles, date: str, start: TrainedAdapter | None) -> ChatTokenizer:
     """The model's tokenizer and chat template; `date` is what a template that prints the date shows."""
-    tokenizer = ChatTokenizer.from_directory(files.directory, config.data.template_args)
+    directory = files.directory if start is None else start.tokenizer
+    tokenizer = ChatTokenizer.from_directory(directory, config.data.template_args, config.model.add_tokens)
     tokenizer.date = datetime.fromisoformat(date)
     return tokenizer
 
@@ -133,13 +145,60 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     return corpus, batches
 
 
-def load_base(config: Config, machine: Machine, files: ModelFiles, on_cpu: bool = False) -> Decoder:
-    """The base model: as it is stored, quantized while it streams from disk, or random."""
+def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
+    """The adapter of lora.start_from, and the settings with its shape; a UserError where they differ."""
+    lora, source = config.lora, config.lora.start_from
+    if not source:
+        return config, None
+    if config.training.method != "lora":
+        raise UserError(f"lora.start_from: {source}: needs training.method=lora: set one of them")
+    start = read_trained_adapter(source, config.model.name or None)
+    if lora.init != LoRAConfig.init:
+        raise UserError(f"lora.init: {lora.init}: the adapter starts from {source}: remove one of the two")
+    taken: dict[str, Any] = {}
+    for name in SHAPE:
+        own, default, theirs = (getattr(settings, name) for settings in (lora, LoRAConfig(), start.lora))
+        if own not in (default, theirs):
+            raise UserError(f"lora.{name}: {own}: {source} has {theirs}, and its shape stays: remove lora.{name}")
+        taken[f"lora.{name}"] = theirs
+    tokens = config.model.add_tokens
+    if tokens not in ((), start.add_tokens):
+        raise UserError(f"model.add_tokens: the tokens of {source} stay: remove it, or merge that adapter first")
+    return config.override({**taken, "model.add_tokens": start.add_tokens}), start
+
+
+def check_start(start: TrainedAdapter, config: Config, provenance: Provenance, run: Run) -> None:
+    """Refuse an adapter of another base, and say where its base was in another number format."""
+    if start.base_sha256 not in (None, provenance["base_sha256"]):
+        raise UserError(f"lora.start_from: {start.place}: was trained on another base than {config.model.name}")
+    if start.quantization != quantization_of(config):
+        forms = [form[0] if form else "full precision" for form in (start.quantization, quantization_of(config))]
+        run.print(f"warning: {start.place} was trained on a base in {forms[0]}, and continues on one in {forms[1]}")
+
+
+def with_tokens(planner: Planner, tokenizer: ChatTokenizer) -> Planner:
+    """The settings with the rows of model.add_tokens among what is trained."""
+    config, tied = planner.config, planner.decoder.tied
+    if not tokenizer.added_ids or config.lora.start_from:
+        return planner
+    lora = with_added_tokens(config.lora, tokenizer.added_ids, tied)
+    return replace(planner, config=replace(config, lora=lora))
+
+
+def vocabulary(files: ModelFiles, tokenizer: ChatTokenizer, start: TrainedAdapter | None = None) -> int:
+    """How many tokens the model has: its own, those that were added, those of the adapter that it starts from."""
+    more = vocabulary_of(start.lora, start.tensors) if start else 0
+    return max(files.decoder.vocab_size, more, *(number + 1 for number in tokenizer.added_ids))
+
+
+def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int = 0, on_cpu: bool = False) -> Decoder:
+    """The base model: as it is stored, quantized while it streams from disk, or random; with so many tokens."""
     device = torch.device("cpu") if on_cpu or config.training.sharding == "full" else machine.device
     # full training in float32: AdamW's small updates are lost when they are added to bfloat16
     dtype = torch.float32 if config.training.method == "full" else machine.dtype
     seed = config.system.seed if config.model.random_init else None
     model = load_model(files, device, dtype, quantization_of(config), seed)
+    model.grow_vocabulary(tokens)
     cache_weights(model, config.quantization.dequantize)
     return model
 

@@ -240,7 +240,7 @@ def test_trained_biases_add_up_as_changes(base: Path, tmp_path: Path) -> None:
     loras = [replace(PLAIN, bias="lora_only"), PLAIN]
     parts = [(lora, {k: t.clone() for k, t in adapter_tensors(trained(base, lora)[1]).items()}) for lora in loras]
     stored = load_file(base / "model.safetensors")
-    lora, tensors = sum_adapters(parts, [0.5, 2.0], lambda name: stored.get(f"{name}.bias"))
+    lora, tensors = sum_adapters(parts, [0.5, 2.0], stored.get)
     _, adapters = on_base(base, lora, tensors)
     for name, adapter in adapters.items():
         old, new = stored[f"{name}.bias"], parts[0][1][f"{PEFT_PREFIX}{name}.base_layer.bias"]
