@@ -54,6 +54,7 @@ from nanoft.io.atomic import replace_file
 from nanoft.io.untrusted import redact
 from nanoft.lora import disabled
 from nanoft.metrics import answers
+from nanoft.models.model_files import find_model
 from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_model
 from nanoft.runtime.device import choose_device, choose_dtype, seed_everything
 from nanoft.tracking.run import to_json
@@ -154,8 +155,8 @@ def base_of(config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
         with disabled(loaded.adapters):
             yield loaded
     else:
-        plain = config.system.kernels == "plain"
-        yield open_model(config.model.name, loaded.model.device, loaded.dtype, plain=plain)
+        base, plain = find_model(config.model.name), config.system.kernels == "plain"
+        yield open_model(str(base), loaded.model.device, loaded.dtype, plain=plain)
 
 
 def measure(

@@ -114,7 +114,8 @@ def export_directory(args: argparse.Namespace) -> list[str]:
     )
     lora, lines = adapter.lora, list[str]()
     if args.fold:
-        adapter = replace(adapter, **dict(zip(("lora", "tensors"), fold_patterns(lora, adapter.tensors), strict=True)))
+        lora, folded = fold_patterns(lora, adapter.tensors)
+        adapter = replace(adapter, lora=lora, tensors=folded)
     asked = {k: v for k, v in vars(args).items() if k not in ("out", "push", "verify", "parity_tokens")}
     with new_directory(Path(args.out), export.fingerprint(asked, adapter, hashes)) as staging:
         opened = export.open_adapter(adapter, args.base if args.format == "hf" else "nf4")

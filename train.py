@@ -238,7 +238,8 @@ def accumulate(ctx: TrainContext, window: Window) -> tuple[float, float]:
                 micro_loss = objective.loss(model, batch.to(ctx.device)) / units
             micro_loss.backward()
             loss += micro_loss.detach()
-    grad_norm = sharding.clip_grad_norm(parameters, ctx.config.training.max_grad_norm)
+    with distributed.same_exception(ctx.device):
+        grad_norm = sharding.clip_grad_norm(parameters, ctx.config.training.max_grad_norm)
     return loss.item(), grad_norm
 
 

@@ -8,4 +8,4 @@ class UserError(Exception):
 
 
 class TrainingFailed(Exception):
-    """Training cannot go on, and what would help: commands print it as one line and exit with code 3."""
+    """Training failed and cannot continue: commands print why, and what helps, in one line and exit with code 3."""

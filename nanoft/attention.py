@@ -80,7 +80,7 @@ class CacheContext(SequenceContext):
 
     @classmethod
     def tables(cls, cos: Tensor, sin: Tensor, filled: Tensor) -> tuple[Tensor, ...]:
-        """What is prepared once for all steps: cos and sin, (b, slots, 1, d / 2), and what is filled, (b, slots)."""
+        """Shared by all steps, from cos and sin, (b, slots, 1, d / 2), and whether a slot holds a token, (b, slots)."""
         return cos, sin, filled[:, None, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:

@@ -35,7 +35,7 @@ class Sample:
     ids: np.ndarray[Any, np.dtype[np.int32]]  # (n,)
     is_target: np.ndarray[Any, np.dtype[np.bool_]]  # (n,)
     record: int
-    turn: int | None = None  # the only message of the record that is a target; None: all that can be
+    turn: int | None = None  # the message that is the only target; None: several messages, or plain text
 
 
 class TokenDataset(Sequence[Sample]):
@@ -92,7 +92,7 @@ class Batch:
 
     ids: Tensor  # (b, s) int64
     positions: Tensor | None  # (b, s): place in its document; None: 0, 1, 2, ...
-    documents: Documents | None  # where they lie, if there are several in a row
+    documents: Documents | None  # their bounds, if rows are packed
     target_positions: Tensor  # (n,) int64: flat positions whose next token is a target
     targets: Tensor  # (n,) int64: those next tokens
     tokens: int  # without padding
@@ -133,9 +133,6 @@ class Window:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.micro_batches)
 
-    def __len__(self) -> int:
-        return len(self.micro_batches)
-
     @property
     def tokens(self) -> int:  # without padding
         return sum(batch.tokens for batch in self)
@@ -170,7 +167,7 @@ class Batches:
         self._slots = slots  # (n,) the sample in each slot; row r has the slots bounds[r]:bounds[r + 1]
         self._slots_by_length = np.argsort(lengths[slots], kind="stable")
         self._row_lengths = np.add.reduceat(lengths[slots], self._bounds[:-1]) if len(slots) else np.empty(0, np.int64)
-        self.epoch = 0  # that `window` and `rows` speak of
+        self.epoch = 0  # the epoch of `window` and `rows`
         self._members, self._order = self._arrange(0)
 
     def windows_in_epoch(self) -> int:
@@ -192,7 +189,7 @@ class Batches:
         return [collate(self.samples, piece, self.pad_id, self.pad_to_multiple_of) for piece in self.rows(index)]
 
     def rows(self, index: int) -> list[list[Array]]:
-        """The same as places in `samples`: of each micro-batch, of each of its rows."""
+        """The same window as indices into `samples`, (samples of the row,) for each row of each micro-batch."""
         rows = self._order[index * self.window_rows : (index + 1) * self.window_rows]
         return self._micro_batches(rows[np.argsort(self._row_lengths[rows], kind="stable")])
 
@@ -239,7 +236,7 @@ class Batches:
         return members, self._group(order, rng) if self.group_by_length else order
 
     def _group(self, order: Array, rng: np.random.Generator) -> Array:
-        """Sort by length within MEGABATCH windows, so that each has similar rows; then shuffle those windows."""
+        """Sort by length within MEGABATCH windows, so that the rows of each have similar lengths; then shuffle them."""
         size = self.window_rows
         near = np.arange(len(order)) // (MEGABATCH * size)
         order = order[np.lexsort((self._row_lengths[order], near))]
@@ -279,7 +276,7 @@ def pack(lengths: Array, capacity: int) -> tuple[Array, Array]:
 
 
 def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_multiple_of: int = 1) -> Batch:
-    """Rows (of each the indices of its samples) to one batch, padded on the right to the longest row.
+    """One batch of rows, each given as the indices of its samples, padded on the right to the longest row.
 
     A token's target is its next token, if that is a target of the same document: nothing predicts the first token.
     """
@@ -333,7 +330,7 @@ def _round_up(value: Any, multiple: int) -> Any:
 
 
 def share_of_rank(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches rank, rank + N, ... of N ranks: as many on every rank, filled up with batches without targets."""
+    """Every N-th batch, for this rank of N; a batch without targets is added where a rank would have fewer."""
     count, size, none = 0, distributed.world_size(), torch.empty(0, dtype=torch.int64)
     for count, batch in enumerate(batches, start=1):
         if (count - 1) % size == distributed.process_rank():

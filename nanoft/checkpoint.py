@@ -93,22 +93,22 @@ class CheckpointManager:
             best: step and validation loss of the best checkpoint, which may be this one, for best.json; None: nothing
                 was evaluated yet.
         """
-        aside = self.directory / f".tmp-step-{step:06d}-{os.getpid()}"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.mkdir(aside)
+        staging = self.directory / f".tmp-step-{step:06d}-{os.getpid()}"
+        shutil.rmtree(staging, ignore_errors=True)
+        os.mkdir(staging)
         try:
-            files = {f"{n}.safetensors": write_tensors(aside / f"{n}.safetensors", t) for n, t in tensors.items()}
-            files["state.json"] = write_file(aside / "state.json", [_dump(state)])
+            files = {f"{n}.safetensors": write_tensors(staging / f"{n}.safetensors", t) for n, t in tensors.items()}
+            files["state.json"] = write_file(staging / "state.json", [_dump(state)])
             body = {"format": FORMAT, "step": step, "belongs_to": self.identity, "files": files}
-            write_file(aside / MANIFEST, [_dump({"body": body, "sha256": hashlib.sha256(_dump(body)).hexdigest()})])
+            write_file(staging / MANIFEST, [_dump({"body": body, "sha256": hashlib.sha256(_dump(body)).hexdigest()})])
             try:
-                verify(aside)
+                verify(staging)
             except CheckpointCorrupted as reason:  # the disk returns something else than what was written
                 raise OSError(errno.EIO, f"{reason} (read back after writing)") from None
-            sync_directory(aside)
-            final = self._publish(aside, step)
+            sync_directory(staging)
+            final = self._publish(staging, step)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
             raise
         if best is None:
             self.best_file.unlink(missing_ok=True)
@@ -158,13 +158,13 @@ class CheckpointManager:
                 self.best_file.unlink()
             self._remove(later for later in self.steps() if later > step)
 
-    def _publish(self, aside: Path, step: int) -> Path:
+    def _publish(self, staging: Path, step: int) -> Path:
         """Rename the finished directory; an older one of the same step (corrupted, or redone) is replaced."""
         final, older = self.path(step), self.directory / f".old-step-{step:06d}"
         try:
             if final.exists():
                 os.rename(final, older)
-            os.rename(aside, final)
+            os.rename(staging, final)
         except BaseException:
             self._put_back()
             raise
@@ -215,7 +215,7 @@ class SaveResult:
 
 
 class AsyncCheckpointWriter:
-    """Saves from copies in a background thread, one at a time, while training goes on.
+    """Saves from copies in a background thread, one at a time, while training continues.
 
     As a context manager it waits for the last save, unless the process was interrupted. Where the copies need more than
     half of the free memory, training waits for the save. Only the owner of the checkpoints saves.

@@ -8,7 +8,7 @@ B are kept in float32 whatever the base's number format, because updates of 1e-5
 Variants:
 
 - rsLoRA (Kalajdzievski 2023): s = alpha / sqrt(r), because alpha / r makes updates of a high rank too small.
-- LoRA-FA (Zhang et al. 2023): A stays as it was drawn; only B is trained.
+- LoRA-FA (Zhang et al. 2023): A keeps its random initial values; only B is trained.
 - DoRA (Liu et al. 2024): the norm of each row of W + s B A is a parameter of its own, m.
 - PiSSA (Meng et al. 2024): A and B start as the r largest singular directions A0, B0 of W, which are taken out of W:
   y = (W - s B0 A0) x + s B A x. Here W stays as it is, and the change is written as
@@ -42,7 +42,7 @@ from nanoft.io.untrusted import time_limit
 from nanoft.nf4 import Frozen, matmul
 
 WORDS = {"all-linear": ".layers.", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
-MATCHING_SECONDS = 5.0  # for regular expressions, which may be a stranger's: `(.+)+!` would take for ever
+MATCHING_SECONDS = 5.0  # limit for regular expressions, which may be untrusted: `(.+)+!` never ends
 EXACT_SVD = 1024  # of a larger matrix the largest singular vectors are found by iteration
 SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros can be divided by its norm
 

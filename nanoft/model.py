@@ -63,7 +63,7 @@ def _yarn_frequencies(frequency: Tensor, theta: float, head_dim: int, p: Mapping
     """YaRN (Peng et al. 2023, section 3.2-3.4): blend by the number of turns, and temper the attention."""
     factor, old_context = p["factor"], p["original_max_position_embeddings"]
 
-    def dimension_of(turns: float) -> float:  # which frequency makes so many turns over the original context
+    def dimension_of(turns: float) -> float:  # the frequency that makes this many turns over the old context
         return head_dim * math.log(old_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension_of(p.get("beta_fast") or 32), dimension_of(p.get("beta_slow") or 1)
@@ -303,7 +303,7 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.head.to(hidden.dtype)).float()
 
     def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
-        """What computes attention over sequences of so many tokens here, for each kind of layer in the model."""
+        """What computes attention over sequences of this length on this device, for each kind of layer in the model."""
         c = self.config
         q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=self.device)
         windows = dict.fromkeys(None if w is None or w >= length else w for w in c.windows)

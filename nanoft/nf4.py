@@ -28,8 +28,8 @@ from nanoft import UserError
 
 BLOCK = 64  # weights that share one scale
 NESTED = 256  # scales that share a scale of their own (double quantization)
-# Weights that are packed or unpacked at a time, which bounds the memory it takes: on a CPU what its caches hold,
-# elsewhere more, because every kernel costs its start.
+# Weights packed or unpacked at a time, to bound memory: on a CPU what fits into its caches, elsewhere more, because
+# each kernel launch has a cost.
 CHUNK, GPU_CHUNK = 1 << 20, 1 << 23
 CODES = {
     "nf4": (  # QLoRA, appendix E
@@ -92,7 +92,7 @@ class Linear4bit(_Packed):
             dtype: of the bias, and what the weight is rounded to before it is packed and when it is unpacked.
         """
         if weight.numel() % BLOCK:
-            raise UserError(f"quantization.bits: {tuple(weight.shape)} weights are not a multiple of {BLOCK}: use 16")
+            raise UserError(f"quantization.bits: {tuple(weight.shape)} has no multiple of {BLOCK} weights: use 16")
         packed, absmax = pack_4bit(weight.to(dtype), kind)
         scales = pack_scales(absmax) if double else [absmax]
         super().__init__([packed, *scales], weight.shape, kind, bias, dtype)
@@ -120,14 +120,14 @@ def quantize(weight: Tensor, quantization: tuple[str, bool], dtype: torch.dtype)
 
 
 def matmul(layer: Frozen, x: Tensor) -> Tensor:
-    """x W^T, (..., in) -> (..., out), in x's number format, without the bias; no part of autograd's graph if packed."""
+    """x W^T, (..., in) -> (..., out), in x's dtype, without the bias; not tracked by autograd if packed."""
     if isinstance(layer, nn.Linear):
         return x @ layer.weight.to(x.dtype).T
     return torch.ops.nanoft.frozen_matmul.default(x, layer.parts, layer.kind, layer.shape, layer.dtype, False)
 
 
 def matmul_backward(layer: Frozen, grad: Tensor) -> Tensor:
-    """dL/dx = dL/dy W, (..., out) -> (..., in), in grad's number format."""
+    """dL/dx = dL/dy W, (..., out) -> (..., in), in grad's dtype."""
     if isinstance(layer, nn.Linear):
         return grad @ layer.weight.to(grad.dtype)
     return torch.ops.nanoft.frozen_matmul.default(grad, layer.parts, layer.kind, layer.shape, layer.dtype, True)

@@ -39,8 +39,8 @@ def validation_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, in
                 nats += token_nll(hidden, model.head, placed.targets).cpu().double().sum().item()
                 count += batch.target_tokens
     finally:
-        model.train(training)  # out of memory, too, leaves the model in the mode it was in
+        model.train(training)  # also after an exception: the caller may try again
     nats, tokens = distributed.all_reduce_sum(nats, count)
     if not tokens:
-        raise UserError("validation data: it has no target token, so there is nothing to measure: see data.train_on")
+        raise UserError("validation data: no sample has target tokens: see data.train_on")
     return nats / tokens, int(tokens)

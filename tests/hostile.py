@@ -413,9 +413,10 @@ ENDLESS = "(.+)+!"
 
 
 def first_a(shape: list[int], form: str, size: int) -> Callable[[Path], Any]:
-    """The adapter's file with nothing but one A."""
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    return put(ADAPTED, tensor_file(f'{{"{name}":{entry(0, size, shape, form)}}}', bytes(size)))
+    """The adapter's file with nothing but one A, and a B of no columns."""
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    pair = f'"{name}A.weight":{entry(0, size, shape, form)},"{name}B.weight":{entry(size, size, [32, 0], form)}'
+    return put(ADAPTED, tensor_file(f"{{{pair}}}", bytes(size)))
 
 
 def retype(directory: Path) -> None:

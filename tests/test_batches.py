@@ -18,7 +18,7 @@ from nanoft import batches
 from nanoft.batches import Batch, Batches, Sample, TokenDataset, Window, pack
 from nanoft.loss import token_nll
 from nanoft.models.weights import load_model
-from nanoft.training.self_test import gradient_error, packed_apart
+from nanoft.training.self_test import gradient_error, packed_error
 from tiny_models import make_reference
 
 PAD = 9
@@ -144,7 +144,7 @@ def test_windows_do_not_depend_on_how_they_are_cut(pack_length: int | None) -> N
         assert expected[0] == expected[1] == expected[2]
         assert len({sum(batch.target_tokens for batch in window) for window in windows}) == 1
         for (size, steps), window in zip(cuts, windows, strict=True):
-            assert len(window) <= steps
+            assert len(window.micro_batches) <= steps
             assert all(len(batch.ids) <= size for batch in window)
 
 
@@ -160,7 +160,7 @@ def test_each_epoch_has_each_sample_once(count: int, pack_length: int | None, gr
         orders.append([records_of(window) for window in windows])
         assert sorted(itertools.chain(*orders[-1])) == list(range(count))
         assert all(sum(len(batch.ids) for batch in window) == 8 for window in windows[:-1])
-        assert windows[-1]
+        assert windows[-1].micro_batches
     if count == 50:
         assert orders[0] != orders[1] != orders[2]
 
@@ -307,10 +307,10 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(
         assert gradient_error(flow(rows), alone) < 1e-5
     model = load_model(tmp_path, torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        assert packed_apart(model, TokenDataset.of(samples), PAD) < 1e-5
+        assert packed_error(model, TokenDataset.of(samples), PAD) < 1e-5
         forward = model.forward  # the test of the test: documents that see each other
         monkeypatch.setattr(model, "forward", lambda ids, positions=None, documents=None: forward(ids, positions))
-        assert packed_apart(model, TokenDataset.of(samples), PAD) > 1e-2
+        assert packed_error(model, TokenDataset.of(samples), PAD) > 1e-2
 
 
 # ---- Padding
@@ -388,3 +388,18 @@ def test_a_run_that_is_resumed_anywhere_goes_on_as_if_it_had_not_stopped(
     resumed = fresh().next_window(*last.position)
     assert [*map(describe, resumed)] == [*map(describe, last)]
     assert resumed.next_position == last.next_position
+
+
+@pytest.mark.parametrize("count", range(8))
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ranks_share_batches_equally_and_lose_none(size: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = list(batches.eval_batches(make([3] * count), 1, PAD))
+    monkeypatch.setattr(batches.distributed, "world_size", lambda: size)
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(batches.distributed, "process_rank", lambda rank=rank: rank)
+        shares.append(list(batches.share_of_rank(every)))
+    assert {len(share) for share in shares} == {-(-count // size)}
+    dealt = [share[turn] for turn in range(len(shares[0])) for share in shares]
+    assert [batch.records for batch in dealt[:count]] == [batch.records for batch in every]
+    assert all((batch.tokens, batch.target_tokens, batch.records) == (0, 0, []) for batch in dealt[count:])

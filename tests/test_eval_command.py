@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as command
 import train
+from nanoft.attention import SequenceContext
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from tiny_models import make_chat_model, train_run, write_records
 
@@ -47,6 +48,37 @@ def test_a_run_measures_what_its_report_says(name: str, runs: Path, tmp_path: Pa
     alone = figures(runs / name, out=tmp_path / "alone.json")
     assert alone["tuned"] == measured["tuned"]
     assert "base" not in alone
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_the_reference_path_is_taken_for_base_and_tuned_if_asked_for(
+    name: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the kernels the figures are the same."""
+    arguments = (runs / name, "--compare-base", *FEW)
+    fast = figures(*arguments, out=tmp_path / "fast.json")
+    contexts, measure = [], command.measure
+
+    def recorded(config: Any, loaded: Any, *rest: Any) -> Any:
+        contexts.append(loaded.model.context_class)
+        return measure(config, loaded, *rest)
+
+    monkeypatch.setattr(command, "measure", recorded)
+    plain = figures(*arguments, "system.kernels=plain", out=tmp_path / "plain.json")
+    assert contexts == [SequenceContext, SequenceContext]
+    for which in ("base", "tuned"):
+        assert plain[which] == pytest.approx(fast[which], rel=1e-5)
+
+
+def test_the_base_of_a_full_run_that_is_gone_is_named_by_its_setting(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(runs / "full", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["name"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(config))
+    assert command.main([str(run), "--compare-base", *FEW]) == 2
+    assert capsys.readouterr().err.startswith(f"error: model.name: {tmp_path}/gone: no such directory")
 
 
 def test_data_that_changed_since_is_noticed(

@@ -27,7 +27,7 @@ from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
 from nanoft.nf4 import Linear4bit
-from nanoft.training.self_test import PRODUCT, adapter_effect, merged_apart, products_apart
+from nanoft.training.self_test import PRODUCT, adapter_effect, merged_error, products_error
 from tiny_models import delta, make_chat_model, make_reference, train_run, write_records
 
 TARGETS = torch.tensor([b * 24 + s for b in range(2) for s in range(23)])
@@ -114,8 +114,8 @@ def test_merged_it_does_the_same(name: str, quantization: Any, base: Path) -> No
     randomize(adapters)
     model.eval()
     with torch.no_grad():
-        assert products_apart(adapters) <= PRODUCT[torch.float32]
-        assert merged_apart(model, adapters, IDS) <= 1e-5
+        assert products_error(adapters) <= PRODUCT[torch.float32]
+        assert merged_error(model, adapters, IDS) <= 1e-5
         assert adapter_effect(model, adapters, IDS) > 0.1
 
 

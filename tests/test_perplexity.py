@@ -124,7 +124,7 @@ def test_prompt_response_and_overall_perplexity_are_those_of_transformers(parts:
 def test_samples_without_targets_cannot_be_measured(parts: Any) -> None:
     model, chat, _, _ = parts
     masked = [Sample(sample.ids, np.zeros(len(sample.ids), bool), 0) for sample in encoded(chat)]
-    with pytest.raises(UserError, match="no target token"):
+    with pytest.raises(UserError, match="no sample has target tokens"):
         perplexity.validation_loss(model, eval_batches(masked, 4, chat.pad_id))
     assert evaluate.likelihoods(model, chat, masked, 4, 512).figures().keys() == {"prompt_loss", "overall_loss"}
 

@@ -215,8 +215,7 @@ def _meaning(name: str, value: Any) -> Settings:
     setting = alias.values(value) if callable(alias.values) else value
     if isinstance(alias.values, Mapping):
         one = value[0] if isinstance(value, list) and len(value) == 1 else value  # report_to: [none]
-        is_scalar = not isinstance(one, (list, dict))
-        if not is_scalar or (one not in alias.values and not alias.open):
+        if isinstance(one, (list, dict)) or (one not in alias.values and not alias.open):
             options = f"is none of {', '.join(map(str, alias.values))}" if alias.values else "has no counterpart"
             raise UserError(f"{name}: {value!r:.60} {options}" + (f": {alias.fix}" if alias.fix else ""))
         setting = alias.values.get(one, one)

@@ -241,7 +241,7 @@ class Config:
         random = self.model.random_init and t.method != "full"
         _refuse(random, "model.random_init: adapters cannot train random weights: set training.method=full")
         no_b = t.lora_plus_ratio != 1 and t.method != "lora"
-        _refuse(no_b, "training.lora_plus_ratio: lora_plus_ratio needs training.method=lora: set one of them")
+        _refuse(no_b, "training.lora_plus_ratio: needs training.method=lora: set that, or the ratio to 1")
         _refuse(not self.lora.target_modules, "lora.target_modules: empty: name at least one module, such as q_proj")
         check_expressions(self.lora)
         tokens = self.model.add_tokens and t.method == "full"

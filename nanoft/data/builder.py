@@ -1,4 +1,4 @@
-"""One pass over the data files: what is kept, rendered, tokenized, split and written to the cache.
+"""One pass over the data files: records are filtered, rendered, tokenized, split and written to the cache.
 
 read -> check -> seen before? -> render -> encode -> fits? -> token ids on disk         one pass, streamed
 near duplicates -> split -> leaks -> weights                                             on a few numbers per record
@@ -50,11 +50,11 @@ class DatasetBuilder:
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
-        # for each record; the keys are of the split
+        # per record; those of type Q are keys of the split
         self.file, self.line, self.part, self.time = array("l"), array("q"), array("l"), array("d")
         self.question, self.prompt, self.normalized_prompt, self.group = (array("Q") for _ in range(4))
         self.stratum: list[Any] = []
-        # for each sample
+        # per sample
         self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
 
     def build(self, parts: list[list[Path]], progress_bar: bool) -> None:
@@ -103,6 +103,7 @@ class DatasetBuilder:
                         continue
                 except TemplateRefusal as error:
                     reason = str(error)
+                del self.in_flight[record]
                 self._reject(MALFORMED, reason, item.file, item.line)
 
     def _read(self, file: Path, is_validation: bool) -> Iterator[Conversation]:
@@ -162,7 +163,7 @@ class DatasetBuilder:
         self.cut_off += filters.looks_truncated(item)
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
-            if system in self.seen_systems:  # signed without a system message that an earlier record has, too
+            if system in self.seen_systems:  # a system message that an earlier record has is not signed
                 item = dataclasses.replace(item, messages=item.messages[1:])
             self.seen_systems.add(system)
         for name, stream in self.signatures.items():
@@ -176,7 +177,7 @@ class DatasetBuilder:
         fitted: Sample | None = None
         targets = int(sample.is_target.sum())
         if targets:
-            with contextlib.suppress(TemplateRefusal):  # the template needs what was cut
+            with contextlib.suppress(TemplateRefusal):  # the template needs what was removed
                 fitted = fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
         kept = int(fitted.is_target.sum()) if fitted else 0
         self.target_tokens_lost += targets - kept
@@ -215,8 +216,7 @@ class DatasetBuilder:
     def _split(self) -> tuple[Array, Array]:
         """(is_training, is_validation) of each record: near duplicates removed, split, leaks removed."""
         data, prompts = self.data, np.array(self.normalized_prompt, np.uint64)
-        used = np.zeros(len(prompts), dtype=np.bool_)
-        used[np.array(self.record)] = True
+        used = np.isin(np.arange(len(prompts)), self.record)  # records with a sample
         is_validation = used & (np.array(self.part) == self.validation_part)
         pool = used & (np.array(self.part) != self.validation_part)
         signed = {name: np.memmap(self.directory / name, np.uint32, "r") for name in self.signatures}
@@ -231,13 +231,12 @@ class DatasetBuilder:
         is_training = pool & ~is_validation
         leaks = is_training & np.isin(prompts, prompts[is_validation])
         if PROMPT in signatures:
-            near = filters.near_matches(
-                signatures[PROMPT], data.near_duplicates or NEAR, is_training & ~leaks, is_validation
-            )
+            threshold, remaining = data.near_duplicates or NEAR, is_training & ~leaks
+            near = filters.near_matches(signatures[PROMPT], threshold, remaining, is_validation)
             self.near_leaks = int(near.sum())
             if data.near_leaks == "remove":
                 leaks |= near
-        self._remove(leaks, "leak", "its prompt is that of a validation record")
+        self._remove(leaks, "leak", "its prompt equals, or nearly equals, that of a validation record")
         return is_training & ~leaks, is_validation
 
     def _remove(self, which: Array, kind: str, reason: str) -> None:

@@ -1,8 +1,8 @@
 """Chat messages to token ids, and which of those ids are targets.
 
 A chat model never sees messages; it sees one string that a template rendered from them. Training must render exactly as
-use does, and the loss must cover exactly what the model has to produce: each assistant turn and the token that ends it.
-Both come from rendering, never from searching the text for markers:
+inference does, and the loss must cover exactly what the model has to produce: each assistant turn and the token that
+ends it. Both come from rendering, never from searching the text for markers:
 
     before = render(messages[:i], add_generation_prompt=True)      the prompt
     after  = render(messages[:i + 1])                              the prompt, answered
@@ -10,7 +10,7 @@ Both come from rendering, never from searching the text for markers:
 `before` must be a prefix of `after`, and `after`, up to the end of the turn, a prefix of the whole conversation; the
 target is what lies between. The marks of a template with {% generation %} are used, and verified in the same way. A
 template that rewrites history (it drops earlier reasoning) breaks the second condition: then each assistant turn
-becomes a sample of its own, rendered as in use.
+becomes a sample of its own, rendered as at inference.
 
 What a template puts around an answer is learned once, by rendering a placeholder as the answer: an empty thought before
 it (<think></think>) is not a target, and the turn ends with the first control token after it.
@@ -51,7 +51,7 @@ DEFAULT_TEMPLATE = (
 )
 EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of every template
-CANNOT_ENCODE = "tokenizer.json: this tokenizer cannot encode a text"
+CANNOT_ENCODE = "tokenizer.json: this tokenizer cannot encode the text"
 BATCH = 128  # texts handed to the tokenizer's threads together
 
 
@@ -69,7 +69,7 @@ class Rendered:
     turns: list[int] = field(default_factory=list)  # the message of each span
 
 
-class _Whole(NamedTuple):
+class _FullRendering(NamedTuple):
     messages: list[Message]  # cleaned
     tools: Any
     text: str
@@ -90,7 +90,7 @@ class ChatTokenizer:
         stop_ids: Iterable[int] = (),
         template_args: Mapping[str, Any] | None = None,  # more variables of the template: enable_thinking
     ):
-        self.tokenizer, self.settings, self.template_args = tokenizer, settings, dict(template_args or {})
+        self.tokenizer, self.template_args = tokenizer, dict(template_args or {})
         self.template = template or DEFAULT_TEMPLATE
         self.has_own_template = template is not None
         tokens = {key: token_text(settings.get(key)) for key in SPECIAL_TOKENS}
@@ -157,21 +157,21 @@ class ChatTokenizer:
             TemplateRefusal: the template cannot be used for training on this conversation.
         """
         cleaned, escaped = self._clean(messages), self._escape(tools)
-        whole = _Whole(cleaned, escaped, *find_marks(self._render(cleaned, False, escaped)))
+        full = _FullRendering(cleaned, escaped, *find_marks(self._render(cleaned, False, escaped)))
         if tools or any("tool_calls" in message for message in messages):
-            self._check_tools(whole.text, messages, tools)
+            self._check_tools(full.text, messages, tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if train_on == "all":
-            excluded = [self._turn(whole, index) for index in answers if not is_trained(messages[index])]
-            if not all(whole.text.startswith(after[:end]) for after, (_, end) in excluded):
+            excluded = [self._turn(full, index) for index in answers if not is_trained(messages[index])]
+            if not all(full.text.startswith(after[:end]) for after, (_, end) in excluded):
                 raise TemplateRefusal("the chat template rewrites earlier turns: use data.train_on=assistant")
-            edges = [0, *itertools.chain.from_iterable(span for _, span in excluded), len(whole.text)]
+            edges = [0, *itertools.chain.from_iterable(span for _, span in excluded), len(full.text)]
             between = zip(edges[::2], edges[1::2], strict=True)
-            return [Rendered(whole.text, [(start, end) for start, end in between if start < end], record)]
+            return [Rendered(full.text, [(start, end) for start, end in between if start < end], record)]
         turns = [i for i in (answers[-1:] if train_on == "last_assistant" else answers) if is_trained(messages[i])]
-        pieces = [self._turn(whole, index) for index in turns]
-        if all(after is whole.text or whole.text.startswith(after[:end]) for after, (_, end) in pieces):
-            return [Rendered(whole.text, [span for _, span in pieces], record, turns)]
+        pieces = [self._turn(full, index) for index in turns]
+        if all(after is full.text or full.text.startswith(after[:end]) for after, (_, end) in pieces):
+            return [Rendered(full.text, [span for _, span in pieces], record, turns)]
         return [Rendered(after, [span], record, [turn]) for turn, (after, span) in zip(turns, pieces, strict=True)]
 
     def text_sample(self, text: str, record: int) -> Rendered:
@@ -192,14 +192,14 @@ class ChatTokenizer:
         except TEMPLATE_ERRORS as error:
             raise TemplateRefusal(f"the chat template refuses these messages: {error}") from None
 
-    def _turn(self, whole: _Whole, index: int) -> tuple[str, tuple[int, int]]:
+    def _turn(self, full: _FullRendering, index: int) -> tuple[str, tuple[int, int]]:
         """A text that begins with everything up to turn `index`, and the span of that turn's targets in it."""
-        before = find_marks(self._render(whole.messages[:index], True, whole.tools))[0]
-        if not whole.marks and (end := self._verbatim(whole, index, before)):
-            return whole.text, (self._start_of_turn(whole.text, len(before), whole.messages[index]), end)
-        after, marks = whole.text, whole.marks
-        if index < len(whole.messages) - 1:
-            after, marks = find_marks(self._render(whole.messages[: index + 1], False, whole.tools))
+        before = find_marks(self._render(full.messages[:index], True, full.tools))[0]
+        if not full.marks and (end := self._verbatim(full, index, before)):
+            return full.text, (self._start_of_turn(full.text, len(before), full.messages[index]), end)
+        after, marks = full.text, full.marks
+        if index < len(full.messages) - 1:
+            after, marks = find_marks(self._render(full.messages[: index + 1], False, full.tools))
         if not after.startswith(before):
             raise TemplateRefusal("the chat template renders an answered prompt that does not start with the prompt")
         marked = [mark for mark in marks if mark[1] > len(before)]
@@ -211,19 +211,19 @@ class ChatTokenizer:
             elif following := self._control.match(after, end):
                 end = following.end()
         else:
-            start = self._start_of_turn(after, len(before), whole.messages[index])
+            start = self._start_of_turn(after, len(before), full.messages[index])
             end = self._end_of_turn(after, len(before))
         if not after[start:end].strip():
             raise TemplateRefusal("the chat template omits the answer: there are no target tokens")
         return after, (start, end)
 
-    def _verbatim(self, whole: _Whole, index: int, before: str) -> int:
+    def _verbatim(self, full: _FullRendering, index: int, before: str) -> int:
         """Where the turn ends, if just the answer and its end follow the prompt: saves a rendering; else 0."""
-        content = whole.messages[index].get("content", "")
+        content = full.messages[index].get("content", "")
         ending = self._tail[: self.turn_end.end()] if self.turn_end else ""
-        if ending and content and whole.text.startswith(before):
+        if ending and content and full.text.startswith(before):
             for answer in (content, content.strip()):
-                if answer and whole.text.startswith(self._lead + answer + ending, len(before)):
+                if answer and full.text.startswith(self._lead + answer + ending, len(before)):
                     return len(before) + len(self._lead) + len(answer) + len(ending)
         return 0
 
@@ -255,10 +255,12 @@ class ChatTokenizer:
         """Refuse a template that silently omits tools or their calls."""
         plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
         for what, other, offered in (("tool_calls", plain, tools), ("tools", messages, None)):
+            if (other, offered) == (messages, tools):
+                continue  # has none of these
             without = None
             with contextlib.suppress(TemplateRefusal):  # it needs them
                 without = self.render(other, tools=offered)
-            if without == rendered and (other, offered) != (messages, tools):
+            if without == rendered:
                 raise TemplateRefusal(f"the chat template omits {what}: it does not support tools")
 
     def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
@@ -301,7 +303,8 @@ class ChatTokenizer:
         with as_user_error(CANNOT_ENCODE):
             return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def encode_now(self, rendered: list[Rendered]) -> list[Sample]:  # without threads
+    def encode_now(self, rendered: list[Rendered]) -> list[Sample]:
+        """Encode a few texts, without threads."""
         return list(self._samples(rendered, self._encode_batch([item.text for item in rendered])))
 
     def _samples(self, batch: list[Rendered], encodings: list[Encoding]) -> Iterator[Sample]:
@@ -330,7 +333,7 @@ class ChatTokenizer:
         return ends if len(ends) and ends[-1] == len(text.encode()) else None
 
     def _sample_of_turn(self, item: Rendered, span: tuple[int, int], turn: int) -> Sample:
-        """A turn whose first token would merge with the end of the prompt: both are encoded separately, as in use."""
+        """A turn whose first token would merge with the prompt: both are encoded separately, as at inference."""
         start, end = span
         prompt = self._ids(item.text[:start])
         broken = item.text[:start] + BREAK + item.text[start:end]
@@ -363,14 +366,15 @@ class ChatTokenizer:
         return value
 
 
-def is_trained(message: Message) -> bool:  # OpenAI's `weight`, axolotl's `train`
+def is_trained(message: Message) -> bool:
+    """Whether a message may be a target, by OpenAI's field `weight` and axolotl's `train`."""
     return bool(message.get("train", True)) and message.get("weight", 1) != 0
 
 
 def _edge(text: str, encoded: Encoding, ends: Any, character: int) -> tuple[int, bool]:
     """The first token at or after a character, and whether it is one that begins before the character and contains it.
 
-    A character made of several tokens gives all of them its own start; the first of them is taken.
+    Of several tokens that encode one character, the first is taken.
     """
     if ends is not None:  # where each token ends, in bytes
         byte = character if text.isascii() else len(text[:character].encode())

@@ -121,7 +121,8 @@ def build_datasets(
     # An edit of the code that decides which samples come out must not be answered from the cache.
     code = [*sorted(Path(__file__).parent.glob("*.py")), Path(batches.__file__), Path(untrusted.__file__)]
     versions = [tokenizers.__version__, jinja2.__version__, hash_named_files(code)]
-    depends_on = [versions, settings, max_length, seed, list(map(str, files)), tokenizer.fingerprint(), data_hash(data)]
+    content = [list(map(str, files)), data_hash(data, files)]
+    depends_on = [versions, settings, max_length, seed, content, tokenizer.fingerprint()]
     entry, from_cache = load_or_build(json.dumps(depends_on, sort_keys=True, default=str), build, log)
     arrays = {path.stem: np.load(path) for path in entry.glob("*.npy")}
     shared = np.memmap(entry / TOKENS, dtype=np.int32, mode="r"), arrays["starts"], arrays["records"]
@@ -131,12 +132,12 @@ def build_datasets(
     return PreparedDataset(training, validation, report, entry, files, options=options, from_cache=from_cache, **origin)
 
 
-def data_hash(data: DataConfig) -> str:
-    """One hash of the contents of all data files, and of the source of the user's own format function."""
-    files, function = [file for part in _parts(data) for file in part], format_function(data.format)
+def data_hash(data: DataConfig, files: list[Path] | None = None) -> str:
+    """One hash of the contents of all data files (`files`, if found already) and of the source of a format function."""
+    hashed, function = files or [file for part in _parts(data) for file in part], format_function(data.format)
     if function is not None and (source := source_file(function)) is not None:
-        files.append(source)
-    return hash_remembered(files, cache_home() / "hashes.json")
+        hashed = [*hashed, source]
+    return hash_remembered(hashed, cache_home() / "hashes.json")
 
 
 def _parts(data: DataConfig) -> list[list[Path]]:
@@ -220,6 +221,7 @@ def _prune(home: Path, newest: Path) -> None:
 
 
 def describe_data(report: dict[str, Any]) -> list[str]:
+    """The report as lines for the terminal: files, warnings and a table of both sides of the split."""
     lines = [f"data      read {f['records']:,} records ({f['shape']}) from {f['file']}" for f in report["files"]]
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
     if report["cut_off_replies"]:

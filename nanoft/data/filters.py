@@ -1,4 +1,4 @@
-"""Duplicates, near duplicates, which records are held out for validation, and leaks between both sides.
+"""Duplicates, near duplicates, the choice of validation records, and leaks between the two sides of the split.
 
 Exact duplicates have equal hashes. Near duplicates are found by MinHash (Broder 1997, "On the resemblance and
 containment of documents"): two texts agree in a component of their signatures with the probability that is the Jaccard
@@ -39,7 +39,7 @@ _OFFSETS = _random.integers(0, 2**63, COMPONENTS, dtype=np.uint64)
 
 
 def content_hash(conversation: Conversation) -> int:
-    """64 bits of everything that is said and learned; of 10^6 records, two differ and collide with odds 3 in 10^8."""
+    """64 bits of text, messages and tools; the chance of a collision among 10^6 different records is 3 in 10^8."""
     content = json.dumps([conversation.text, conversation.messages, conversation.tools], sort_keys=True)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
@@ -52,7 +52,7 @@ def looks_truncated(conversation: Conversation) -> bool:
 
 
 def normalized(text: str) -> str:
-    """Lower case, single spaces: prompts equal in this are the same prompt."""
+    """Lower case, single spaces: prompts are compared in this form."""
     return " ".join(text.lower().split())
 
 
@@ -78,9 +78,9 @@ def bands(threshold: float) -> list[slice]:
 def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
     """(n,) bool: which of the `kept` records resemble an earlier one that stays.
 
-    Two records do if they agree in a whole band and in `threshold` of all components. Within a group that agrees in a
-    band, each is compared with its predecessor and with the first one, so that a group of many copies costs no more
-    than its size. signatures: (n, COMPONENTS) uint32; threshold: Jaccard similarity of the sets of 5-grams.
+    Two records resemble each other if they agree in a whole band and in `threshold` of all components. Within a group
+    that agrees in a band, each is compared with its predecessor and with the first one, so the cost of a group of many
+    copies is linear. signatures: (n, COMPONENTS) uint32; threshold: Jaccard similarity of the sets of 5-grams.
     """
     records = np.flatnonzero(kept)
     pairs: set[tuple[int, int]] = set()  # the earlier record first

@@ -1,7 +1,7 @@
-"""Records to conversations: the shapes in which data sets write them down, their detection, the check of their turns.
+"""Records to conversations: record shapes, their detection, and validation of the turns.
 
-SHAPES is the table of shapes: a new one is an entry, and its conversion stands above. A conversion may assume that the
-required fields are there; whatever it raises rejects the record, with its file, line and reason. The shape is detected
+SHAPES is the table of shapes: a new one is an entry, with its conversion above the table. A conversion may assume that
+the required fields exist; whatever it raises rejects the record, with its file, line and reason. The shape is detected
 from the first thousand records; where two fit equally well, the user has to choose. With
 `data.format=package.module:function` the user's own function converts each record instead.
 """
@@ -25,7 +25,7 @@ from nanoft.data.sources import BadRecord, Raw, decode_json, read_raw
 
 Message = dict[str, Any]
 DETECT_FROM = 1000  # records from which a file's shape is detected
-MAX_DEPTH = 100  # of lists and objects in tools and their arguments
+MAX_DEPTH = 100  # nesting of lists and objects in tools and their arguments
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
 SHAREGPT_ROLES = {
@@ -61,10 +61,11 @@ class Conversation:
         return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
 
     def first_user_text(self) -> str:
-        """The first user message, or the plain text: conversations that begin alike stay on one side of a split."""
+        """The first user message, or the plain text; conversations that share it stay on one side of a split."""
         return self.text or next((m["content"] for m in self.messages if m["role"] == "user"), "")
 
-    def prompt(self) -> str:  # everything before the first answer
+    def prompt(self) -> str:
+        """Everything before the first answer."""
         before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
         return self.text or "\n".join(message["content"] for message in before)
 
@@ -79,8 +80,8 @@ def _message(turn: Any) -> Message:
     calls = turn.get("tool_calls") or None
     if "content" not in turn and not calls:
         raise KeyError("content")
-    said = turn.get("content")
-    message: Message = {"role": role, "content": "" if calls and said is None else _content(said)}
+    content = turn.get("content")
+    message: Message = {"role": role, "content": "" if calls and content is None else _content(content)}
     if calls:
         if role != "assistant":
             raise BadRecord(f"tool_calls: {role!r:.40} cannot call tools: only the assistant can")
@@ -169,7 +170,7 @@ def _squad(record: dict[str, Any]) -> list[Message]:
     answers = answers["text"] if isinstance(answers, dict) else answers
     first = answers[0] if isinstance(answers, list) and answers else answers
     if not first:
-        raise BadRecord("answers: has none")
+        raise BadRecord("answers: is empty")
     return _question_answer({**record, "answer": first["text"] if isinstance(first, dict) else first})
 
 
@@ -219,7 +220,7 @@ def _check_value(value: Any, name: str, depth: int = 0) -> None:
         for inner in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
             _check_value(inner, name, depth + 1)
     elif not isinstance(value, (int, float, type(None))):
-        raise BadRecord(f"{name}: has a {type(value).__name__}, which is not JSON")
+        raise BadRecord(f"{name}: contains a value of type {type(value).__name__}, which JSON does not have")
 
 
 def _list(record: dict[str, Any], name: str) -> list[Any]:
@@ -230,7 +231,7 @@ def _list(record: dict[str, Any], name: str) -> list[Any]:
 
 
 def _as_json(value: Any, name: str) -> Any:
-    """A value, or the JSON in a string: tables and older data sets store lists and objects so."""
+    """A value, parsed if it is a string: tables and older data sets store lists and objects as JSON strings."""
     if not isinstance(value, str):
         return value
     try:
@@ -279,8 +280,7 @@ class ReadOptions:
     @classmethod
     def from_config(cls, data: DataConfig) -> ReadOptions:
         wanted = {data.split_stratify or data.label_field, data.split_group, data.split_time} - {None, "length"}
-        fields = tuple(sorted(str(name) for name in wanted))
-        return cls(data.format, data.columns, data.delimiter, data.label_field, fields)
+        return cls(data.format, data.columns, data.delimiter, data.label_field, tuple(sorted(map(str, wanted))))
 
 
 def check_format(name: str) -> None:

@@ -1,7 +1,7 @@
-"""The data as the model sees it: checks of the tokens, samples to read, the window of a step.
+"""The data as the model sees it: checks of the tokens, a preview of samples, the window of a step.
 
-Most failed fine-tunings were lost before they began: the turn never ends in a token that stops an answer, BOS stands
-twice, the prompt in use is not the prompt in training. Each of these is one check, one line, and one fix.
+Many fine-tuning runs fail because of their data: turns do not end in a token that stops generation, BOS appears twice,
+the prompt at inference differs from the prompt in training. Each of these is one check, one line, and one fix.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> l
     return [
         _check_stop(samples, corpus, chat, train_on),
         Check.of("bos", not doubled, begins, fix),
-        Check.of("targets", not without, f"{share}; samples without any: {without}", "data"),
+        Check.of("targets", not without, f"{share}; samples without any: {without}", "check data.truncation"),
         _check_prompt(corpus, chat, train_on),
     ]
 
 
 def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
-    """Every trained turn ends in a token that stops an answer; one that was cut has no end."""
+    """Every trained turn ends in a stop token, except those that were truncated."""
     last: list[int] = []
     for sample in samples:
         after = np.append(sample.is_target[1:], False)
@@ -71,7 +71,7 @@ def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokeni
 
 
 def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
-    """What the model is given in use is what stood before its answers in training."""
+    """The prompt at inference equals what precedes the answer in training."""
     extras = []  # what follows the prompt in training
     for conversation in corpus.conversations(corpus.training, CONVERSATIONS_CHECKED):
         answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
@@ -84,16 +84,16 @@ def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -
         prompt = chat.encode_prompt(plain[:-1], conversation.tools)
         extras.append(chat.decode(before[len(prompt) :], keep_special=True) if before != prompt else None)
     differing = [extra for extra in extras if extra is not None]
-    found = f"{len(extras) - len(differing)} of {len(extras)} prompts are the same in training and in use"
+    found = f"{len(extras) - len(differing)} of {len(extras)} prompts are the same in training and at inference"
     found += f"; in training {differing[-1]!r:.60} follows" if differing and differing[-1] else ""
     fix = "the template adds it to the answers; for Qwen3 set data.template_args={enable_thinking: false}"
     return Check.of("prompt", not differing, found, fix)
 
 
 def show_step(
-    batches: Batches, corpus: PreparedDataset, tokenizer: ChatTokenizer, step: int | None, skipped: set[tuple[int, int]]
-) -> Iterator[str]:  # skipped: (epoch, index) of windows that no step was made of
-    """Lines about the window of an optimizer step (the first, if none is given), for --show-batch and --show-step."""
+    batches: Batches, corpus: PreparedDataset, chat: ChatTokenizer, step: int | None, skipped: set[tuple[int, int]]
+) -> Iterator[str]:
+    """The window of an optimizer step (default: the first) as lines; `skipped`: (epoch, index) of skipped windows."""
     if step is not None and not 1 <= step <= corpus.report["steps"]:
         raise UserError(f"--show-step: {step}: this run has the steps 1 to {corpus.report['steps']}")
     size = batches.windows_in_epoch()
@@ -101,7 +101,7 @@ def show_step(
     epoch, index = next(itertools.islice(trained_on, (step or 1) - 1, None))
     batches.seek(epoch)
     yield f"step {step or 1}: window {index + 1:,} of {size:,} in epoch {epoch + 1}"
-    yield from show_window(batches, index, corpus, tokenizer, color=sys.stdout.isatty())
+    yield from show_window(batches, index, corpus, chat, color=sys.stdout.isatty())
 
 
 def show_window(
@@ -136,7 +136,6 @@ def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:
         sample = samples[at]
         counts = f"{len(sample.ids)} tokens, {int(sample.is_target.sum())} targets"
         lines.append(f"==== {name}: {corpus.location(sample.record)}, {counts}")
-        lines.append(chat.highlight_targets(sample, color=False))
-        lines.append("ids   " + " ".join(map(str, sample.ids.tolist())))
+        lines += [chat.highlight_targets(sample, color=False), "ids   " + " ".join(map(str, sample.ids.tolist()))]
         lines += ["mask  " + " ".join(map(str, sample.is_target.astype(int).tolist())), ""]
     return "\n".join(lines)

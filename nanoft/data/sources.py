@@ -246,7 +246,7 @@ def _read_object(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterat
     if not arrays or any("role" in opening or "from" in opening for opening in openings):
         arrays = {"": [whole]}
     if len(arrays) > 1:
-        raise UserError(f"{wanted} {len(arrays)}: {', '.join(arrays)!r:.100}")
+        raise UserError(f"{wanted} {len(arrays)} arrays: {', '.join(arrays)!r:.100}")
     ((name, records),) = arrays.items()
     if not records:
         raise UserError(f"{path}: the array {name!r:.60} is empty: it needs at least one record")
@@ -317,7 +317,7 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def decode_json(text: str) -> Any:
-    """The value of a JSON text; raises BadRecord."""
+    """Parse a JSON text; raises BadRecord."""
     try:
         return DECODER.decode(text)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Chat templates: programs from strangers, run under bounds.
+"""Chat templates are untrusted programs: a sandbox that bounds their time, loops and output.
 
 Jinja's sandbox keeps a chat template away from Python's internals; it does not keep it from asking for a gigabyte
 (`'%1000000000d' % 1`), looping for a day, or doubling a list forty times. So three things are bounded here: the
@@ -129,7 +129,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return self.concat(map(str, values))
 
     def _fits(self, size: int, times: int) -> int:
-        """The size, if it is at most so many times the limit."""
+        """Return the size; raise LimitExceeded if it is more than `times` the limit."""
         if size > times * self.limit:
             raise LimitExceeded(f"it asks for more than {times * self.limit:,} characters")
         return size

@@ -28,11 +28,11 @@ MAX_GROWTH = 64  # factor by which a normalizer or decoder may lengthen a text
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
+    """Read tokenizer.json; refuse one that would fill the memory, run forever, or cannot encode a letter."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file: a model needs its tokenizer.json")
     with as_user_error(f"{path}: not a valid tokenizer"):
-        # Refuse one that would fill the memory or never end, or that cannot encode a letter.
         tokenizer = Tokenizer.from_buffer(read_bytes(path, MAX_TOKENIZER))
         tokenizer.no_truncation()  # a tokenizer.json may ask for both
         tokenizer.no_padding()
@@ -61,7 +61,7 @@ def add_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[int, ...]:
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], str | None, list[int]]:
-    """The settings, the chat template (from its own file or the settings, which may list named ones), the stop ids."""
+    """Read the settings, the chat template (its own file, or in the settings, which may name several) and stop ids."""
     path, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     settings = read_json(path) if path.is_file() else {}
     try:
@@ -90,7 +90,8 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], str | None, list[int
     return settings, template, stops
 
 
-def token_text(value: Any) -> str | None:  # a special token is a string, or an object with its content
+def token_text(value: Any) -> str | None:
+    """The text of a special token, which is a string, or an object with its content."""
     return value.get("content") if isinstance(value, dict) else value
 
 

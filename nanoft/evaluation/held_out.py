@@ -28,7 +28,7 @@ from nanoft.runtime.device import library_versions
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Samples for the likelihood, prompts for the answers, a general text for forgetting; and what is known of them."""
+    """Samples for the likelihood, prompts for the answers, a general text for forgetting, and facts about them."""
 
     samples: TokenDataset
     prompts: list[Prompt]

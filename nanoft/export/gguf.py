@@ -315,7 +315,7 @@ class GGUFWeights:
         self.tensors = {name: stored[new_name(name)] for name in self.shapes}
 
     def rows(self, name: str) -> Iterator[Tensor]:
-        """A weight in slices from the top, (some rows, ...); of q and k in whole heads, which are permuted."""
+        """A weight in slices from the top, (some rows, ...); of q and k in multiples of a head, to permute them."""
         (out, *inner), head = self.shapes[name], self.config.head_dim
         step = max(1, SLAB // math.prod(inner) // head) * head
         for start in range(0, out, step):

@@ -35,7 +35,7 @@ from nanoft.models.open import LoadedModel, TrainedAdapter, is_run
 from nanoft.perplexity import safe_exp
 
 # Allowed difference of logits, as a share of their standard deviation: rounding every weight to 8 (bf16) or 11 (f16)
-# significant bits moves the logits by about this much; a wrong merge moves them by whole units.
+# significant bits moves the logits by about this much; a wrong merge moves them by several units.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 PLAIN_TEXTS = ["The quick brown fox jumps over the lazy dog.", '{"city": "Oslo", "people": 4}', "1 2 3 4 5 6 7 8 9 10"]
 PROMPTS = 8
@@ -108,7 +108,7 @@ def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden
 
 
 def next_tokens(sequences: Sequence[Sequence[int]], targeted: Sequence[Sequence[bool]] | None = None) -> Tensor:
-    """The next token of each position, (tokens,); -1 at the end of a sequence and before tokens that are no targets."""
+    """The next token of each position, (tokens,); -1 where it is not a target, and at the end of a sequence."""
     found: list[int] = []
     for ids, is_target in zip(sequences, targeted or [[True] * len(ids) for ids in sequences], strict=True):
         found += [token if counts else -1 for token, counts in zip(ids[1:], is_target[1:], strict=True)] + [-1]

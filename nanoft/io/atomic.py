@@ -216,12 +216,10 @@ def hash_remembered(files: Sequence[Path], memory: Path) -> str:
     As git does it: size, inode, mtime and ctime in nanoseconds must all be equal, and the file must have been at rest
     when it was hashed. `memory` is a JSON file with the hashes of earlier calls.
     """
-    digests: list[str] = []
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
+    digests, known = list[str](), dict[str, Any]()
+    with suppress(OSError, ValueError):
+        found = json.loads(memory.read_text(encoding="utf-8"))
+        known = found if isinstance(found, dict) else {}
     for file in files:
         state, before = _state(file), known.get(os.path.abspath(file))
         if state is not None and isinstance(before, list) and before[:-1] == state:

@@ -29,13 +29,13 @@ DOCUMENTS = Documents((4, 2, 6), torch.tensor([0, 4, 6, 12], dtype=torch.int32))
 
 
 def apply(model: Decoder, lora: LoRAConfig | None = None) -> str:
-    """Make every block fast that the kernels support, after injection and quantization, before compiling and sharding.
+    """Use the kernels for every block that they support; call it before compiling and sharding.
 
-    `lora` are the settings of its adapters, if there are any. Returns a warning if the kernels do not compute what the
-    core says, and so the reference is used; else "".
+    Adapters, whose settings are `lora`, and quantized weights are in place by then. Returns a warning if the kernels
+    differ from the core, so that the reference path is used; else "".
     """
     if difference := verify(model.config, lora):
-        return f"the kernels do not compute what the core says ({difference}): the reference path is used instead"
+        return f"system.kernels: the kernels differ from the core ({difference}): the reference path is used"
     _install(model)
     return ""
 
@@ -58,7 +58,7 @@ def describe(model: Decoder) -> str:
 
 
 def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
-    """What differs first in a step of a float64 toy model, taken by the core and by the kernels; "" if nothing does.
+    """The first difference between core and kernels in a step of a float64 toy model; "" if there is none.
 
     It covers neither dropout nor quantized weights, nor kernels of another device.
     """

@@ -69,20 +69,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents
     flat = [part.flatten(0, 1) for part in (q, k, v)]  # (b * q, heads, d): the sequences end to end
     if has_varlen(q, window):
         return _varlen(flat, documents, window).view_as(q)
-    groups, outputs = group_documents(documents), []
+    (groups, order), outputs = group_documents(documents), []
     for places, real in groups:
         ours = [part.index_select(0, places.flatten()).unflatten(0, places.shape) for part in flat]
         within = None if window is None or window >= places.shape[1] else window
         outputs.append(_causal(ours[0], ours[1], ours[2], within).flatten(0, 1).index_select(0, real))
-    order = torch.cat([places.flatten()[real] for places, real in groups]).argsort()
     return torch.cat(outputs).index_select(0, order).view_as(q)
 
 
 @functools.lru_cache(maxsize=1)  # once for all layers
-def group_documents(documents: Documents) -> list[tuple[Tensor, Tensor]]:
+def group_documents(documents: Documents) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Batches of documents of similar length: positions of their tokens, (n, width); which of them are real, (tokens,).
 
-    A document that is shorter than its batch is continued by the next one: nothing in it sees what comes after it.
+    A document that is shorter than its batch is continued by the next one: nothing in it sees what comes after it. Also
+    returns where each token is among the real tokens of all batches, (tokens,).
     """
     lengths = torch.tensor(documents.lengths)
     starts = lengths.cumsum(0) - lengths
@@ -94,8 +94,8 @@ def group_documents(documents: Documents) -> list[tuple[Tensor, Tensor]]:
         places = (starts[chosen, None] + torch.arange(width)).clamp(max=int(lengths.sum()) - 1)
         real = torch.arange(width) < lengths[chosen, None]
         groups.append((places, real.flatten().nonzero().squeeze(1)))
-    device = documents.bounds.device
-    return [(places.to(device), real.to(device)) for places, real in groups]
+    order, device = torch.cat([places.flatten()[real] for places, real in groups]).argsort(), documents.bounds.device
+    return [(places.to(device), real.to(device)) for places, real in groups], order.to(device)
 
 
 def _needs_chunks(q: Tensor, window: int | None) -> bool:

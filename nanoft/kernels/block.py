@@ -29,8 +29,8 @@ Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 class FastBlock(Block):
     """A `Block`, with the same modules, that keeps less for backward. Each half is fast where its types are known.
 
-    The last block computes `o_proj` at the target positions only. While there are hooks on the halves, which it never
-    calls, it is the reference.
+    The last block computes `o_proj` at the target positions only. With hooks on its halves, which would not be called,
+    it takes the reference path.
     """
 
     def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
@@ -65,7 +65,7 @@ def supports_mlp(block: Block) -> bool:
 
 
 def _is_known(norm: nn.Module, half: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether these are exactly a norm and a half of a block with known linears: a subclass may mean something else."""
+    """Whether norm, half and its linears are of exactly the known types: a subclass may compute something else."""
     linears = [module for name, module in half.named_children() if name.endswith("_proj")]
     adapted = [linear.base if type(linear) in VARIANTS.values() else linear for linear in linears]
     return type(norm) is RMSNorm and type(half) is kind and {type(linear) for linear in adapted} <= LINEARS
@@ -78,8 +78,8 @@ def identity(x: Tensor) -> Tensor:
 def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor) -> list[Tensor]:
     """Each linear's output for the same x = prepare(*inputs), like `[linear(x) for linear in linears]`.
 
-    It is just that without adapters, where W itself is trained, under autocast, and in torch.compile, which chooses
-    itself what to fuse and what to keep.
+    It computes exactly that without adapters, if W itself is trained, under autocast, and in torch.compile, which
+    decides itself what to fuse and what to keep.
 
     Args:
         linears: all, some or none with an adapter.

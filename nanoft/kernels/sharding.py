@@ -14,12 +14,12 @@ from nanoft.runtime.distributed import T, is_sharded, world_size
 
 
 def shard_model(model: Decoder, device: torch.device) -> None:
-    """Split the parameters over the ranks and their devices; those of a block are gathered while it is computed."""
+    """Shard the parameters over the ranks; those of a block are gathered while it is computed."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world_size(),))
-    for parameter in model.parameters():  # PiSSA's A is a transposed matrix
+    for parameter in model.parameters():  # PiSSA's A is transposed
         parameter.data = parameter.data.contiguous()
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
@@ -28,13 +28,13 @@ def shard_model(model: Decoder, device: torch.device) -> None:
 
 
 def reshard(model: Any) -> None:
-    """After a forward pass, FSDP keeps what lies outside of the blocks together: split it again."""
+    """Shard the parameters outside the blocks again, which FSDP keeps gathered after a forward pass."""
     if is_sharded() and hasattr(model, "reshard"):
         model.reshard()
 
 
 def unsharded(blocks: Iterable[Any], use: Callable[[Any], T]) -> Iterator[T]:
-    """use(block) of blocks that are split, the weights of each together for that long."""
+    """use(block) for each sharded block, while its weights are gathered."""
     for block in blocks:
         block.unshard()
         yield use(block)
@@ -42,18 +42,18 @@ def unsharded(blocks: Iterable[Any], use: Callable[[Any], T]) -> Iterator[T]:
 
 
 def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> float:
-    """Scale the gradients to a norm of at most `limit` (0: leave them), and return the norm before."""
+    """Scale the gradients to a norm of at most `limit` (0: unchanged); returns their norm before."""
     norm = nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
     return full_tensor(norm).item()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor of which each rank has a part (a DTensor), or the tensor itself if it is not split."""
+    """The complete tensor: gathered if it is sharded (a DTensor), else the tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather_full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each of them whole, one after the other, in rank 0's main memory; as they are if they are not split."""
+    """The complete tensors, gathered one at a time into rank 0's main memory; unchanged without sharding."""
     if not is_sharded():
         return tensors
     found = {}
@@ -64,10 +64,10 @@ def gather_full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def distribute_like(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of whole tensors, this rank's parts, wherever those of the same name in `like` are split."""
+    """This rank's shards of complete tensors, where the tensors of the same name in `like` are sharded."""
     if not is_sharded():
         return tensors
-    from torch.distributed.tensor import DTensor, distribute_tensor  # half a second that other runs need not wait
+    from torch.distributed.tensor import DTensor, distribute_tensor  # takes half a second, so only here
 
     parts = dict(tensors)
     for name, own in like.items():

@@ -9,7 +9,7 @@ Your own metric is `def function(answer, reference, prompt)`, or without the pro
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import functools
 import inspect
 import json
@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nanoft import UserError
+from nanoft.config.fields import nearest
 from nanoft.config.functions import import_function, is_function
 from nanoft.data.sources import refuse_constant
 from nanoft.metrics.bootstrap import Array, Figure, ratio
@@ -36,12 +37,12 @@ Score = Callable[[str, str, str], Any]  # (answer, reference, prompt) -> a numbe
 class Entry:
     """One row of METRICS."""
 
-    build: Callable[[str], Score]  # from what follows the colon of the name
-    argument: str = ""  # what that is, for messages: N in max_words:N
+    build: Callable[[str], Score]  # from the argument after the colon of the name
+    argument: str = ""  # placeholder of that argument in messages: N in max_words:N
     package: str = ""  # of the extra `metrics`, if the metric needs one
     unit: Literal["share", "number"] = "share"
     higher_is_better: bool = True
-    of_sums: Callable[[Array], Array] | None = None  # of a corpus metric: its value from its sums; None: the mean
+    of_sums: Callable[[Array], Array] | None = None  # the value of a corpus metric from its sums; None: mean of scores
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Metric:
 
 
 def select_metrics(names: Sequence[str]) -> list[Metric]:
-    """The metrics of these names, with everything that they need imported."""
+    """Look up metrics by name, and import what they need."""
     return [_select(name) for name in names]
 
 
@@ -79,11 +80,8 @@ def _select(name: str) -> Metric:
         return Metric(name, score, entry)
     if is_function(name):
         return Metric(name, _own(name), Entry(_own, unit="number"))
-    forms = {kind: f"{kind}:{entry.argument}" if entry.argument else kind for kind, entry in METRICS.items()}
-    near = difflib.get_close_matches(kind, forms, n=1, cutoff=0.5)
-    known = f"there are {', '.join(forms.values())} and package.module:function"
-    hint = f"did you mean {forms[near[0]]}?" if near else known
-    raise UserError(f"evaluation.metrics: {name!r}: no such metric: {hint}")
+    forms = [f"{kind}:{entry.argument}" if entry.argument else kind for kind, entry in METRICS.items()]
+    raise UserError(f"evaluation.metrics: {name!r}: no such metric{nearest(kind, [*forms, 'package.module:function'])}")
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -118,7 +116,7 @@ NUMBER = re.compile(r"(?:(?<![\w)\]}%.])-[$€£]?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+
 
 
 def numeric(answer: str, reference: str) -> float:
-    """Whether both give the same number: that after `####` as in GSM8K (Cobbe et al. 2021), else the last one."""
+    """Whether both give the same number: the one after `####` (GSM8K, Cobbe et al. 2021), else the last one."""
     found, wanted = final_number(answer), final_number(reference)
     return float(found is not None and found == wanted)
 
@@ -162,7 +160,7 @@ def _matches(pattern: str) -> Score:
 
 
 def _bound(units: Callable[[Any], Any], sign: int, value: str) -> Score:
-    """At most (sign 1) or at least (sign -1) so many words (units: str.split) or characters (str)."""
+    """A limit on words (units=str.split) or characters (units=str): a maximum for sign 1, a minimum for -1."""
     limit = int(value)
     return lambda answer, *_: float(sign * len(units(answer)) <= sign * limit)
 
@@ -201,11 +199,10 @@ def _bleu_of_sums(sums: Array) -> Array:
 
 def _own(name: str) -> Score:
     function = import_function(name, "evaluation.metrics", "(answer, reference, prompt)")
-    try:
-        inspect.signature(function).bind("answer", "reference", "prompt")
-        count = 3  # the third is the prompt
-    except (TypeError, ValueError):  # does not take three; or a built-in without a signature
-        count = 2
+    count = 2  # 3 with the prompt: for a third parameter that is required, or is named so
+    with contextlib.suppress(TypeError, ValueError):  # a built-in without a signature
+        third = [*inspect.signature(function).parameters.values()][2:3]
+        count += any(p.kind <= p.POSITIONAL_OR_KEYWORD and (p.default is p.empty or p.name == "prompt") for p in third)
 
     def score(*sample: str) -> float:
         try:

@@ -48,7 +48,8 @@ class Figure:
     def value(self) -> float:
         return float(self.of_sums(self.parts.sum(axis=0)))
 
-    def each(self) -> Array:  # (n,) the figure of each sample alone
+    def each(self) -> Array:
+        """The figure of each sample alone, (n,)."""
         return self.of_sums(self.parts)
 
 

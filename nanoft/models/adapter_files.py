@@ -331,9 +331,10 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
     if not weights.is_file():
         raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
     tensors = standard_names(load_tensors(weights), weights)
-    modules = [{name.removesuffix(part) for name in tensors if name.endswith(f".{part}")} for part in (A, B)]
-    if modules[0] != modules[1] or not any(".lora_" in name for name in tensors):
-        raise UserError(f"{weights}: a module lacks lora_A or lora_B: copy the complete adapter directory")
+    with_a, with_b = ({n.removesuffix(f".{part}") for n in tensors if n.endswith(f".{part}")} for part in (A, B))
+    some = any(".lora_" in name for name in tensors)
+    if incomplete := sorted(with_a ^ with_b) if some else ["the adapter"]:
+        raise UserError(f"{weights}: {incomplete[0]} lacks lora_A or lora_B: copy the complete adapter directory")
     with time_limit(MATCHING_SECONDS, f"{path}: target_modules, rank_pattern, alpha_pattern"):
         lora = _fit_to_tensors(lora, config, tensors, path)
         for name, tensor in tensors.items():  # before memory for the ranks of the settings is allocated

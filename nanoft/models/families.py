@@ -26,7 +26,7 @@ class Family:
 
     architecture: str  # its name in config.json
     switches: Callable[[Fields], dict[str, Any]]  # config.json -> the DecoderConfig fields in which families differ
-    fields: str  # of config.json that `switches` reads, besides READ_FIELDS
+    fields: tuple[str, ...]  # of config.json that `switches` reads, besides READ_FIELDS
     gguf: str | None  # its name in llama.cpp; None: llama.cpp does not have it
     export: Callable[[Fields], dict[str, Any]]  # config.json -> the one of an exported model
 
@@ -87,7 +87,7 @@ def find_family(hf: Fields) -> str:
 
 
 def _refuse_unknown(hf: Fields, family: str) -> None:
-    """Refuse every field that the family does not read: it may change the logits. A switch of another may be false."""
+    """Refuse every field that the family does not read, unless it is another family's and false."""
     expected = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "attention_dropout": 0.0}
     for name, wanted in expected.items():
         if hf.get(name, wanted) not in (wanted, None):
@@ -99,8 +99,8 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
             "config.json: quantization_config: only weights quantized by bitsandbytes are supported: "
             "name the original model and set quantization.bits=4"
         )
-    known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields.split()}
-    switched_off = {name for other in FAMILIES.values() for name in other.fields.split() if hf.get(name) is False}
+    known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields}
+    switched_off = {name for other in FAMILIES.values() for name in other.fields if hf.get(name) is False}
     for name, value in hf.items():
         if name not in known | switched_off and value is not None:
             raise UserError(
@@ -170,12 +170,12 @@ def _qwen_windows(hf: Fields) -> tuple[int | None, ...]:
     return tuple(window if index >= first else None for index in range(hf["num_hidden_layers"]))
 
 
-WINDOWS = "sliding_window use_sliding_window max_window_layers layer_types"
+WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 FAMILIES: dict[str, Family] = {  # by model_type
-    "llama": Family("LlamaForCausalLM", _llama, "attention_bias mlp_bias", "llama", with_both_rope_forms),
-    "mistral": Family("MistralForCausalLM", _mistral, "sliding_window", "llama", with_both_rope_forms),
+    "llama": Family("LlamaForCausalLM", _llama, ("attention_bias", "mlp_bias"), "llama", with_both_rope_forms),
+    "mistral": Family("MistralForCausalLM", _mistral, ("sliding_window",), "llama", with_both_rope_forms),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, WINDOWS, "qwen2", with_both_rope_forms),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3, f"attention_bias {WINDOWS}", "qwen3", with_both_rope_forms),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *WINDOWS), "qwen3", with_both_rope_forms),
 }
 
 # Upper limits of sizes in a config.json: several times those of the largest models.

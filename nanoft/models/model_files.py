@@ -144,5 +144,5 @@ def base_files(directory: Path) -> list[Path]:
 
 
 def described_files(directory: Path) -> list[Path]:
-    """The files besides the weights that decide what is computed."""
+    """The files besides the weights that determine the model: config and tokenizer."""
     return [path for name in ("config.json", "tokenizer.json") if (path := directory / name).is_file()]

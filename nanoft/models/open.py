@@ -1,8 +1,7 @@
 """Opening what a user names: a run, an adapter or a model becomes a decoder that is ready to use.
 
 A run means its result: adapter/ on the base it was trained on (quantized as in training), or model/ after full
-fine-tuning. A run without a result yet means its best checkpoint. An adapter directory, a model directory or a Hub name
-mean themselves.
+fine-tuning. A run without a result means its best checkpoint. Adapters, models and Hub names are loaded as they are.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Objective(Protocol):
         """Held-out figures for the `eval` event; `loss` among them: the best checkpoint has the lowest."""
 
 
-Adapters = dict[str, Adapter]  # by module; switched off, they leave the reference model; empty in full fine-tuning
+Adapters = dict[str, Adapter]  # by name; disabled, they leave the reference model; empty in full training
 OBJECTIVES: dict[str, Callable[[Config, Adapters], Objective]] = {"sft": lambda config, _: SFT(config)}
 
 

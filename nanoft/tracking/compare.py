@@ -26,7 +26,7 @@ from nanoft.tracking.plots import Events, number, read_events
 from nanoft.tracking.run import may_be_running
 
 IGNORED = ("logging", "output", "provenance")  # sections that do not change what is trained
-PACE = 20  # the time per step is the median over so many train events
+PACE = 20  # the time per step is the median over this many train events
 HOME, REST = "\x1b[H\x1b[2J", "\x1b[0J"  # clear the screen and go to its top; clear below the cursor
 
 

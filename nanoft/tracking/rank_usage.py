@@ -6,9 +6,9 @@ an r x r matrix, so dW itself is never formed:
     B = Q_B R_B,    A^T = Q_A R_A,    dW = Q_B (scaling * R_B R_A^T) Q_A^T,    Q_B and Q_A with orthonormal columns
 
 How far to trust the advice: directions without energy were not needed. A full spectrum is only a hint, because noise
-fills all directions alike: try the larger rank, and trust the validation loss. A young adapter says nothing, because B
-starts at 0 and AdamW's first step is lr * sign(gradient). AdamW moves parameters equally far whether gradients are
-small or large, so a module can be dropped only if its gradients, known from AdamW's moments, are negligible, too.
+fills all directions equally: try the larger rank, and trust the validation loss. Early in training a spectrum is no
+evidence, because B starts at 0 and AdamW's first step is lr * sign(gradient). AdamW moves parameters equally far for
+small and large gradients, so a module can be dropped only if its gradients, known from AdamW's moments, are small, too.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ from nanoft.data.dataset import cache_home
 from nanoft.data.sources import find_files
 from nanoft.io.untrusted import one_line
 from nanoft.kernels.attention import CHUNK, attend, has_varlen
-from nanoft.metrics import answers
 from nanoft.models.model_files import ModelFiles, check_quantization, quantization_of
 from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsandbytes
 from nanoft.optim import OPTIMIZERS, check_optimizer
@@ -207,7 +206,6 @@ def validate_environment(config: Config, machine: Machine) -> None:
     """Refuse what this machine cannot run with a UserError, before anything is downloaded, read or loaded."""
     check_optimizer(config.training.optimizer, machine.device)
     require_tracker_packages(config.logging)
-    answers.select_metrics(config.evaluation.metrics)
     if needs_bitsandbytes(config) and not (packing := four_bits(machine.device)).passed:
         raise UserError(f"{packing.name}: {packing.found}: {packing.fix}")
 

@@ -49,7 +49,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
     result = distributed.broadcast_from_rank0(lambda: str(export(ctx, step)))
     if not ctx.adapters:
         with torch.no_grad():
-            for _, parameter in ctx.trained:  # measure what is stored, not what was rounded to store it
+            for _, parameter in ctx.trained:  # measure the rounded weights that are stored
                 parameter.copy_(parameter.to(ctx.files.dtype()))
     seconds, speed = round(state.meter.total_seconds, 3), round(state.meter.tokens_per_second(), 1)
     training = {"steps": state.step, "best_step": state.best_step, "seconds": seconds, "tokens_per_second": speed}

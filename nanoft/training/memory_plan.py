@@ -38,10 +38,10 @@ from nanoft.runtime.memory import OutOfMemory, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 
 MiB = 2**20
-# Beside what is counted: bytes of kernels, caches and threads, and how many tensors of (tokens, intermediate) backward
-# through an MLP has at once: silu, the product, three gradients and two sums of them.
+# Besides what is counted: bytes of kernels, caches and threads, and how many tensors of (tokens, intermediate) backward
+# through an MLP holds at once: silu, the product, three gradients and two sums of them.
 KERNELS, TRANSIENT = 64 * MiB, 7
-# On a CPU, by the bytes of a number: as if there were more, because the allocator cannot reuse all that was freed.
+# On a CPU, by the bytes of a number: larger, because the allocator cannot reuse everything that was freed.
 KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 60 * MiB}, {2: 28.5, 4: 23}
 BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
 EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Everything at once, but the loss and the backward pass through the last block come one after the other."""
+        """The sum of the parts, of which the loss and the backward pass through a block are not held at once."""
         return sum(self.parts.values()) - min(self.parts["backward"], self.parts["loss"])
 
 
@@ -71,7 +71,7 @@ class Counts:
     others: int
     trained: int
     adapters: int  # numbers of the adapters: what is trained, and what a variant keeps beside it
-    ranks: int  # of all adapters of a block together
+    ranks: int  # sum over the adapters of a block
     trains_head: bool = False  # beside a frozen base
 
 
@@ -162,7 +162,7 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> f
 def choose_recompute(
     peak_of: Callable[[list[ActivationPolicy]], float], layers: int, room: float
 ) -> list[ActivationPolicy]:
-    """Everything if it fits into `room` bytes; else as few blocks recomputed as make it fit; at most all."""
+    """Keep everything if that fits into `room` bytes, otherwise recompute as few blocks as make it fit."""
     for again in range(layers + 1):
         keep: list[ActivationPolicy] = [*["input"] * again, *["all"] * (layers - again)]  # type: ignore[list-item]
         if peak_of(keep) <= room:

@@ -1,7 +1,7 @@
 """Before the first step: does the model see what you think it sees, and will it fit?
 
 Memory runs out at the longest batch after an hour, the disk at the first save. Each is tried before the run begins: one
-check, one line, and one fix. What the tokens alone tell is checked in nanoft/data/inspection.py.
+check, one line, and one fix. Checks of the tokens alone are in nanoft/data/inspection.py.
 """
 
 from __future__ import annotations
@@ -142,19 +142,19 @@ def check_samples(ctx: TrainContext) -> list[Check]:
 
 def rehearse_save(directory: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int) -> Check:
     """Write the weights of a checkpoint and remove them; then check the room for the checkpoints of the run."""
-    aside = directory / f".preflight-{os.getpid()}"
+    staging = directory / f".preflight-{os.getpid()}"
     try:
-        write_tensors(aside, weights)
-        size = aside.stat().st_size
+        write_tensors(staging, weights)
+        size = staging.stat().st_size
     except OSError as error:
         raise UserError(f"output.dir: {directory}: cannot be written: {error.strerror}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
     return check_disk(directory, size + sum(tensor.nbytes for tensor in moments.values()), keep)
 
 
 def check_disk(directory: Path, size: int, keep: int) -> Check:
-    """Room for as many checkpoints as exist at once, in addition to those that are there."""
+    """Whether the disk has room for the checkpoints that exist at once, besides those already written."""
     there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     free, needed = shutil.disk_usage(directory).free, max(size * (keep + 2) - there, 0)
     found = f"{needed / 1e9:.2f} GB more for {keep + 2} checkpoints, {free / 1e9:.2f} GB free in {directory}"

@@ -89,12 +89,12 @@ def watch_memory(ctx: TrainContext, state: TrainState, monitor: MemoryMonitor) -
 
 
 def log_memory(ctx: TrainContext, state: TrainState, stage: str) -> None:
-    """A `memory` event: what is held and what the limit is, at a stage of the run."""
+    """Log a `memory` event: the memory held, and its limit, at a stage of the run."""
     ctx.run.log("memory", state.step, stage=stage, **read_memory(ctx.device).figures())
 
 
 def report_failure(ctx: TrainContext, state: TrainState, what: str, error: Exception) -> None:
-    """Something that training can do without went wrong."""
+    """Log and print the failure of something that training can do without."""
     ctx.run.log("warning", state.step, what=f"{what} failed", error=f"{type(error).__name__}: {error}")
     ctx.run.print(f"warning: {what} failed after step {state.step}: {type(error).__name__}: {error}")
 

@@ -1,11 +1,11 @@
-"""Is it true here? What nanoft promises, tried on a user's own config, model, data and device.
+"""The self-test: the equations that nanoft promises, checked on the user's own config, model, data and device.
 
-Most ways in which a fine-tuning goes silently wrong break an equation between two ways to compute one thing: a window
-cut differently, documents packed or alone, a run stopped or not, an adapter merged or beside its base. Each check
-computes both sides and measures `|found - expected| / |expected|`. What is allowed follows from the number format, and
-is nothing at all where the same operations are done twice. Gradients are those that train.py's own loop hands to its
-optimizer. It takes eight pieces of the user's samples, no more memory than training, and the disk space (TMPDIR) of
-three checkpoints. `training.compile` is off here.
+Most silent failures of fine-tuning break an equation between two ways to compute the same thing: a window split
+differently, documents packed or alone, a run interrupted or not, an adapter merged or beside its base. Each check
+computes both sides and measures the relative error `|found - expected| / |expected|`. The tolerance follows from the
+number format; it is 0 where the same operations are done twice. Gradients are those that the loop of train.py passes to
+its optimizer. The self-test takes eight pieces of the user's samples, no more memory than training, and the disk space
+(TMPDIR) of three checkpoints. `training.compile` is off here.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ SIZES = (1, 2, 4, DOCUMENTS)  # of a micro-batch
 TOKENS = 2048  # of all documents together, at most
 STEPS = 2  # before the interruption, and after it
 ANSWER = 16  # tokens
-SHARE = 0.2  # of a weight's norm: how far an adapter is moved from its start
+SHARE = 0.2  # by which the outputs of a perturbed adapter change, relative to their norm
 KEPT = 1 << 16  # values of each gradient that are compared
-# A whole model forward and backward, rounded on different ways; one product, one loss.
+# Tolerances: of a whole model forward and backward, and of one product or loss.
 MODEL = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 PRODUCT = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 ROW = "{:32} {:6} {:>8} {:>8}  {}"
@@ -57,7 +57,7 @@ ROW = "{:32} {:6} {:>8} {:>8}  {}"
 
 @dataclass
 class Check:
-    """An equation, what of its two sides is compared, how far apart they may be, and what measures it."""
+    """An equation, what is compared of its two sides, the error that is allowed, and the function that measures it."""
 
     name: str
     compared: str
@@ -65,7 +65,7 @@ class Check:
     measure: Callable[[], float]
     pointless: str = ""  # why there is nothing to check
     measured: float = math.nan
-    trouble: str = ""  # what kept it from measuring
+    trouble: str = ""  # the exception that prevented the measurement
 
     @property
     def passed(self) -> bool:
@@ -87,7 +87,7 @@ def shorten(config: Config) -> Config:
 
 
 def resume(ctx: TrainContext, loop: Loop, steps: int) -> None:
-    """train.py's loop, from the newest checkpoint or the beginning, to that step."""
+    """Run train.py's loop from the newest checkpoint, or from the beginning, to step `steps`."""
     ctx = replace(ctx, corpus=replace(ctx.corpus, report={**ctx.corpus.report, "steps": steps}))
     loop(ctx, state.restore(ctx, "auto"), StopRequest())
 
@@ -103,20 +103,20 @@ def run(ctx: TrainContext, loop: Loop) -> int:
     for check in table:
         try:
             check.measured = math.nan if check.pointless else check.measure()
-        except (UserError, TrainingFailed, CheckpointCorrupted) as error:  # something that should work is refused
+        except (UserError, TrainingFailed, CheckpointCorrupted) as error:  # refused, but should work
             check.trouble = str(error)
         say(check.line())
         if check is table[0]:
-            perturb_adapters(ctx.adapters)  # from here on every adapter says something
+            perturb_adapters(ctx.adapters)  # from here on every adapter has an effect
     if failed := [check for check in table if not check.passed]:
         first = failed[0]
-        what = first.trouble or f"{first.compared}: {first.measured:.2g} apart, {first.allowed:.2g} allowed"
+        what = first.trouble or f"{first.compared}: error {first.measured:.2g}, allowed {first.allowed:.2g}"
         raise TrainingFailed(f"self-test: {first.name}: {what} ({len(failed)} of {len(table)} checks failed)")
     return 0
 
 
 def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check]:
-    """The table; its first check wants fresh adapters."""
+    """The table of checks; the first one needs fresh adapters."""
     model, adapters, lora, place = ctx.model, ctx.adapters, ctx.config.lora, ctx.run.directory
     sure = ctx.device.type == "cpu" or ctx.config.system.deterministic
     near, nearer = MODEL[ctx.machine.dtype], PRODUCT[ctx.machine.dtype]
@@ -131,7 +131,7 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
     from_files = nearer if variant_of(lora).RANKS > 1 else 0.0  # PiSSA's files have twice the rank, another alpha
     resumed, all_state = f"{STEPS} + {STEPS} steps = {2 * STEPS} steps", f"weights, optimizer, random numbers{unsure}"
 
-    def in_use(measure: Callable[..., float], *args: Any) -> Callable[[], float]:
+    def inference(measure: Callable[..., float], *args: Any) -> Callable[[], float]:
         def measured() -> float:
             model.eval()
             with torch.no_grad(), ctx.autocast():
@@ -140,34 +140,34 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
         return measured
 
     return [
-        Check("fresh adapter = base", "logits", 0.0, in_use(adapter_effect, model, adapters, ids), none or begun),
-        Check(splits, "gradient", near, lambda: splits_apart(ctx, loop, documents)),
-        Check("packed = alone, in use", "logits and loss", near, in_use(packed_apart, model, documents, pad)),
-        Check("packed = alone, in training", "gradient", near, lambda: packed_gradients_apart(ctx, loop, documents)),
-        Check("recomputed = kept", f"gradient{unsure}", exact, lambda: kept_apart(ctx, loop, documents[-1:])),
-        Check("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_apart(ctx, documents[-1:])),
-        Check("merged = adapter, each linear", f"products{onto}", nearer, in_use(products_apart, adapters), none),
-        Check("merged = adapter", f"logits{onto}", near, in_use(merged_apart, model, adapters, ids), none),
-        Check("adapter saved = read", "bytes of files, products", from_files, in_use(files_apart, ctx, place), none),
+        Check("fresh adapter = base", "logits", 0.0, inference(adapter_effect, model, adapters, ids), none or begun),
+        Check(splits, "gradient", near, lambda: splits_error(ctx, loop, documents)),
+        Check("packed = alone, inference", "logits and loss", near, inference(packed_error, model, documents, pad)),
+        Check("packed = alone, training", "gradient", near, lambda: packed_gradients_error(ctx, loop, documents)),
+        Check("recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, documents[-1:])),
+        Check("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_error(ctx, documents[-1:])),
+        Check("merged = adapter, each linear", f"products{onto}", nearer, inference(products_error, adapters), none),
+        Check("merged = adapter", f"logits{onto}", near, inference(merged_error, model, adapters, ids), none),
+        Check("adapter saved = read", "bytes of files, products", from_files, inference(files_error, ctx, place), none),
         # both the likeliest token's logit and that of the one taken may be off
-        Check("with a cache = without", "greedy tokens", 2 * near, in_use(answers_apart, model, prompts)),
-        Check(resumed, all_state, exact, lambda: resumed_apart(ctx, loop, place)),
+        Check("with a cache = without", "greedy tokens", 2 * near, inference(answers_error, model, prompts)),
+        Check(resumed, all_state, exact, lambda: resume_error(ctx, loop, place)),
     ]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference as a share of the norm; 0 for the same numbers only, infinite where one is none."""
+    """|found - expected| / |expected|; 0 only if all numbers are equal, infinite if one is not finite."""
     wide = torch.promote_types(expected.dtype, torch.float32)
     found, expected = found.to(wide), expected.to(wide)
     if torch.equal(found, expected) and expected.isfinite().all():
         return 0.0
-    size = expected.abs().amax()  # without it the squares of small numbers would be 0
+    size = expected.abs().amax()  # otherwise the squares of small numbers underflow
     difference, norm = (torch.linalg.vector_norm(t / size).item() for t in (found - expected, expected))
     return difference / norm if math.isfinite(difference) and math.isfinite(norm) else math.inf
 
 
 def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The same over all parameters together."""
+    """The relative error over all parameters, as one vector."""
     if found.keys() != expected.keys():
         return math.inf
     a, b = (torch.cat([part[name].flatten() for name in sorted(expected)]) for part in (found, expected))
@@ -179,11 +179,11 @@ def saving_to(ctx: TrainContext, checkpoints: CheckpointManager) -> TrainContext
 
 
 class _Taken(Exception):
-    """The loop has its gradient and need not go on."""
+    """Ends the loop once its gradient was recorded."""
 
 
 def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tensor]:
-    """What train.py's loop hands to the optimizer at the first step, unclipped: KEPT values of each at most."""
+    """The unclipped gradients that the first optimizer step of train.py's loop sees, at most KEPT values of each."""
     taken: dict[str, Tensor] = {}
 
     def take(*_: Any) -> None:
@@ -210,7 +210,7 @@ def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tenso
 
 @contextmanager
 def without_dropout(ctx: TrainContext) -> Iterator[None]:
-    """Without dropout and noise, which differ with the shape of a batch."""
+    """Switch off dropout and noise, which depend on the shape of a batch."""
     random = [(ctx.model, "neftune_alpha"), *((adapter, "dropout") for adapter in ctx.adapters.values())]
     before = [getattr(module, name) for module, name in random]
     for module, name in random:
@@ -223,7 +223,7 @@ def without_dropout(ctx: TrainContext) -> Iterator[None]:
 
 
 def cut(samples: Sequence[Sample], tokens: int) -> list[Sample]:
-    """Pieces of samples spread over the data, each ending in its sample's last target, of ever more tokens."""
+    """Pieces of samples spread over the data, of increasing length, each ending in the last target of its sample."""
     longest = max(DOCUMENTS, tokens // DOCUMENTS)
     pieces = []
     for i in range(DOCUMENTS):
@@ -259,8 +259,8 @@ def adapter_effect(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) ->
     return relative_error(model.logits(model(ids)), base)
 
 
-def splits_apart(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
-    """One window cut into micro-batches of 1, 2, 4, ... rows: one gradient."""
+def splits_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
+    """The gradient of one window split into micro-batches of 1, 2, 4, ... sequences."""
     with without_dropout(ctx):
         cuts = [Batches(documents, size, DOCUMENTS // size, 0, ctx.tokenizer.pad_id) for size in SIZES]
         found = [gradient(ctx, loop, batches) for batches in cuts]
@@ -270,31 +270,31 @@ def splits_apart(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> floa
     return max(gradient_error(one, found[0]) for one in found[1:])
 
 
-def packed_apart(model: Decoder, documents: TokenDataset, pad_id: int) -> float:
-    """All documents in one row against each by itself: logits of every token, and the loss."""
+def packed_error(model: Decoder, documents: TokenDataset, pad_id: int) -> float:
+    """Logits of every token, and the loss: all documents packed into one row against each by itself."""
     device, losses = model.device, torch.zeros(2, dtype=torch.float64)
     batch = collate(documents, [np.arange(len(documents))], pad_id).to(device)
     packed = model(batch.ids, batch.positions, batch.documents)  # (1, all tokens, hidden)
-    farthest = 0.0
-    for place, together in enumerate(packed.split(documents.lengths.tolist(), dim=1)):
+    worst = 0.0
+    for place, in_pack in enumerate(packed.split(documents.lengths.tolist(), dim=1)):
         one = collate(documents, [[place]], pad_id).to(device)
         alone = model(one.ids)
-        farthest = max(farthest, relative_error(model.logits(together), model.logits(alone)))
-        for i, hidden in enumerate((together, alone)):
+        worst = max(worst, relative_error(model.logits(in_pack), model.logits(alone)))
+        for i, hidden in enumerate((in_pack, alone)):
             losses[i] += token_nll(hidden[0, one.target_positions], model.head, one.targets).sum().cpu()
-    return max(farthest, relative_error(losses[0], losses[1]))
+    return max(worst, relative_error(losses[0], losses[1]))
 
 
-def packed_gradients_apart(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
-    """All documents in one row against a row each: one gradient."""
+def packed_gradients_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
+    """The gradient: all documents packed into one row against one row per document."""
     row, pad_id = int(documents.lengths.sum()), ctx.tokenizer.pad_id
     with without_dropout(ctx):
         alone = gradient(ctx, loop, Batches(documents, 1, DOCUMENTS, 0, pad_id))
         return gradient_error(gradient(ctx, loop, Batches(documents, 1, 1, 0, pad_id, pack_length=row)), alone)
 
 
-def kept_apart(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
-    """Activations kept against recomputed, with the same dropout and noise: one gradient."""
+def recompute_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
+    """The gradient: activations kept against recomputed, with the same dropout and noise."""
     batches, chosen = Batches(documents, 1, 1, 0, ctx.tokenizer.pad_id), ctx.model.activation_policy
     found = []
     for keep in dict.fromkeys(("all", "input", *chosen)):
@@ -304,14 +304,14 @@ def kept_apart(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
     return max(gradient_error(one, found[0]) for one in found[1:])
 
 
-def loss_apart(ctx: TrainContext, documents: TokenDataset) -> float:
+def loss_error(ctx: TrainContext, documents: TokenDataset) -> float:
     """The chunked loss and its gradients against the plain formula on all logits, over more rows than a chunk has."""
     model, t = ctx.model.eval(), ctx.config.training
     batch = collate(documents, [[0]], ctx.tokenizer.pad_id).to(ctx.device)
     with torch.no_grad(), ctx.autocast():
         hidden = model(batch.ids, target_positions=batch.target_positions)[0]  # (targets, hidden)
     rows = torch.arange(chunk_rows(model.config.vocab_size, ctx.device) * 5 // 4 + 1, device=ctx.device)
-    size = torch.linspace(0.5, 1.5, len(rows), device=ctx.device)[:, None]  # no two rows are the same
+    size = torch.linspace(0.5, 1.5, len(rows), device=ctx.device)[:, None]  # makes all rows different
     hidden = (hidden[rows % len(hidden)] * size).to(hidden.dtype).requires_grad_()
     head = model.head.detach().requires_grad_(model.head.requires_grad)
     wanted = [hidden, head] if head.requires_grad else [hidden]
@@ -326,7 +326,7 @@ def loss_apart(ctx: TrainContext, documents: TokenDataset) -> float:
 
 
 def merged_product(adapter: Adapter, x: Tensor) -> Tensor:
-    """x W'^T + b' of the linear that takes the adapter's place: merged in float32, onto what its base multiplies by."""
+    """The output of the merged module: merged in float32, into the weight that the base uses."""
     stored = weight_of(adapter.base)
     merged = adapter.merged(stored.float()).to(stored.dtype)
     bias = getattr(adapter.base, "bias", None) if adapter.bias is None else adapter.bias
@@ -354,13 +354,13 @@ def product(adapter: Adapter, x: Tensor) -> Tensor:
     return adapter(x)
 
 
-def products_apart(adapters: dict[str, Adapter]) -> float:
-    """Each module merged against itself with its adapter; the farthest."""
+def products_error(adapters: dict[str, Adapter]) -> float:
+    """The largest error of a merged module against the same module with its adapter."""
     return max(relative_error(merged_product(adapter, x), product(adapter, x)) for _, adapter, x in examples(adapters))
 
 
-def merged_apart(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) -> float:
-    """The whole model merged against base and adapters: logits. Each weight is merged when it is used, and let go."""
+def merged_error(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) -> float:
+    """Logits of the merged model against base and adapters; each weight is merged when it is used, then freed."""
 
     def merge(adapter: Adapter) -> Any:
         return adapter.base.register_forward_hook(lambda _, inputs, __: merged_product(adapter, inputs[0]))
@@ -386,8 +386,8 @@ def rebuild(name: str, adapter: Adapter, lora: LoRAConfig) -> Adapter:
     return make_lora(name, adapter.base, replace(lora, rank=rank, alpha=alpha), torch.Generator())
 
 
-def files_apart(ctx: TrainContext, directory: Path) -> float:
-    """Products of adapters read from the adapter's files; infinite if a byte differs when they are written again."""
+def files_error(ctx: TrainContext, directory: Path) -> float:
+    """Products of adapters read from saved files; infinite if saving these again changes a byte."""
     first, second = directory / "first", directory / "second"
     save_adapter(first, ctx.model, ctx.adapters, ctx.config.lora, ctx.config.model.name, {})
     read, base, tensors, note = read_adapter(first)
@@ -402,24 +402,24 @@ def files_apart(ctx: TrainContext, directory: Path) -> float:
     )
 
 
-def answers_apart(model: Decoder, prompts: list[list[int]]) -> float:
-    """How far a pass without a cache prefers another token than the greedy answer's, in deviations of the logits."""
-    farthest = 0.0
+def answers_error(model: Decoder, prompts: list[list[int]]) -> float:
+    """How much a pass without a cache prefers another token to the greedy answer's, in deviations of the logits."""
+    worst = 0.0
     for prompt, answer in zip(prompts, generate(model, prompts, (), ANSWER), strict=True):
         ids = torch.tensor([[*prompt, *answer.ids]], device=model.device)
         logits = model.logits(model(ids)[0, len(prompt) - 1 : -1])  # (answer, vocab)
         ahead = logits.amax(-1) - logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
-        farthest = max(farthest, (ahead / logits.std(-1)).nan_to_num(nan=math.inf).max().item())
-    return farthest
+        worst = max(worst, (ahead / logits.std(-1)).nan_to_num(nan=math.inf).max().item())
+    return worst
 
 
-def resumed_apart(ctx: TrainContext, loop: Loop, directory: Path) -> float:
-    """The last checkpoints of an uninterrupted run and of one that forgets all and resumes in the middle."""
+def resume_error(ctx: TrainContext, loop: Loop, directory: Path) -> float:
+    """The last checkpoint of a run that loses its state and resumes in the middle, against an uninterrupted run's."""
     whole, halves = (CheckpointManager(directory / name / "checkpoints", 2) for name in ("whole", "halves"))
     ctx = replace(ctx, validation=ctx.validation[:0])
     resume(saving_to(ctx, whole), loop, 2 * STEPS)  # saves after STEPS, too
     os.rename(whole.path(STEPS), halves.path(STEPS))
-    with torch.no_grad():  # forget everything that a checkpoint has to bring back
+    with torch.no_grad():  # lose everything that a checkpoint must restore
         for tensor in (adapter_tensors(ctx.adapters) if ctx.adapters else dict(ctx.trained)).values():
             tensor.zero_()
     for moments in ctx.optimizer.state.values():
@@ -432,11 +432,11 @@ def resumed_apart(ctx: TrainContext, loop: Loop, directory: Path) -> float:
     if any(found.state[key] != expected.state[key] for key in ("step", "epoch", "window", "rng")):
         return math.inf
     files = ("adapter" if ctx.adapters else "model", "optimizer")
-    return max(tensors_apart(*(saved.path / f"{name}.safetensors" for saved in (found, expected))) for name in files)
+    return max(tensors_error(*(saved.path / f"{name}.safetensors" for saved in (found, expected))) for name in files)
 
 
-def tensors_apart(found: Path, expected: Path) -> float:
-    """The pair of tensors that is farthest apart in two files, of which one pair at a time is read."""
+def tensors_error(found: Path, expected: Path) -> float:
+    """The largest error of a tensor in two files, of which one pair of tensors at a time is read."""
     with safe_open(found, "pt") as one, safe_open(expected, "pt") as other:
         if set(one.keys()) != set(other.keys()):
             return math.inf

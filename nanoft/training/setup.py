@@ -1,6 +1,6 @@
 """Building the parts of a training run, in the order in which mistakes are found early.
 
-The run directory is claimed and the data read before the model is loaded, because they fail fastest.
+The run directory is initialized and the data read before the model is loaded, because they fail fastest.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def load_tokenizer(config: Config, files: ModelFiles, date: str, start: TrainedA
 
 
 def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[PreparedDataset, Batches]:
-    """The samples, and the order of those for training; prints what became of every record."""
+    """The samples, and the batches of those for training; prints how many records were kept and rejected."""
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started = time.perf_counter()
     bar = config.logging.progress_bar and not distributed.process_rank()
@@ -227,7 +227,7 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
 
 
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
-    """What will happen, before it happens: where, what is trained, how long it will take."""
+    """Print what is about to happen: on which device, what is trained, how long it will take."""
     c, say = ctx.config, ctx.run.print
     packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, (Linear4bit, Linear8bit)))
     total = sum(p.numel() for p in ctx.model.parameters()) + packed
@@ -265,7 +265,7 @@ def is_complete(ctx: TrainContext, state: TrainState) -> bool:
 
 
 def start_logging(ctx: TrainContext, state: TrainState) -> None:
-    """From here on the run is recorded: what an earlier session did after this step is deleted."""
+    """Start recording the run; checkpoints and events of later steps, by an earlier session, are deleted."""
     ctx.checkpoints.delete_after(state.step)
     ctx.run.open_metrics(state.step, [state.epoch, state.window], state.guard.skipped_windows)
     if not distributed.process_rank():

@@ -116,7 +116,7 @@ class TrainContext:
 
 
 def restore(ctx: TrainContext, resume: str) -> TrainState:
-    """Where the run begins, on every rank: --resume is auto, never, or the path of a checkpoint of this run."""
+    """The state that the run starts from, on every rank; `resume`: auto, never, or the path of a checkpoint."""
     try:
         return restore_from(ctx, lambda: find_checkpoint(ctx, resume))
     except CheckpointCorrupted as reason:
@@ -132,7 +132,7 @@ def find_checkpoint(ctx: TrainContext, resume: str) -> Checkpoint | None:
             raise UserError(f"--resume: {resume}: is not in {ctx.run.checkpoints}: name a checkpoint of this run")
         if not Path(resume).is_dir():
             steps = ctx.checkpoints.steps()
-            raise UserError(f"--resume: {resume}: no such checkpoint: there are those of steps {steps}")
+            raise UserError(f"--resume: {resume}: no such checkpoint: choose from those of steps {steps}")
         try:
             return ctx.checkpoints.verify(Path(resume))
         except (CheckpointCorrupted, OSError) as reason:

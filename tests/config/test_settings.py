@@ -168,7 +168,7 @@ def test_a_text_is_read_as_the_type_of_its_field(key: str, text: str, value: Any
         ({"model.random_init": True}, "model.random_init: adapters cannot train random weights"),
         (
             {"training.method": "full", "training.lora_plus_ratio": 4.0},
-            "training.lora_plus_ratio: lora_plus_ratio needs training.method=lora",
+            "training.lora_plus_ratio: needs training.method=lora",
         ),
         ({"lora.target_modules": ()}, "lora.target_modules: empty"),
         ({"lora.target_modules": ""}, "lora.target_modules: empty"),

@@ -473,6 +473,16 @@ def run_script(directory: Path, file: str, data_format: str = "auto") -> str:
     return done.stdout + done.stderr[-500:]
 
 
+def test_data_files_are_looked_up_once(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset on the Hub costs a request per look-up."""
+    asked: list[str] = []
+    real = dataset.find_files
+    monkeypatch.setattr(dataset, "find_files", lambda spec, *name: asked.append(spec) or real(spec, *name))
+    file = write(tmp_path / "d.jsonl", [{"prompt": f"q{n}", "completion": "yes"} for n in range(10)])
+    build(chat, file)
+    assert asked == [file]
+
+
 def test_edited_data_code_is_not_answered_from_the_cache(tmp_path: Path) -> None:
     """A copy of the package is edited, as somebody who changes nanoft would do."""
     file = write(tmp_path / "d.jsonl", [{"document": f"text {n}", "summary": "short"} for n in range(10)])

@@ -17,7 +17,8 @@ import pytest
 
 from nanoft import UserError
 from nanoft.data import dataset
-from nanoft.data.dataset import load_or_build
+from nanoft.data.dataset import cache_home, load_or_build
+from nanoft.io.atomic import hash_remembered
 
 
 @pytest.fixture
@@ -195,6 +196,9 @@ def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "a").write_text("one")
+    first, second = (hash_remembered([tmp_path / "a"], cache_home() / "hashes.json") for _ in range(2))
+    assert first == second
     build = Builder()
     assert content(build.get()) == content(build.get())
     assert build.built == 2

@@ -289,8 +289,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "answer list": ({"question": "Q", "answer": ["A"]}, 'answer: ["A"] is not a string'),
     "context number": ({"question": "Q", "answer": "A", "context": 5}, "context: 5 is not a string"),
     "summary number": ({"document": "D", "summary": 0}, "summary: 0 is not a string"),
-    "no answers": ({"context": "C", "question": "Q", "answers": {"text": [], "answer_start": []}}, "answers: has none"),
-    "answers null": ({"context": "C", "question": "Q", "answers": None}, "answers: has none"),
+    "no answers": ({"context": "C", "question": "Q", "answers": {"text": [], "answer_start": []}}, "answers: is empty"),
+    "answers null": ({"context": "C", "question": "Q", "answers": None}, "answers: is empty"),
     "answers without text": ({"context": "C", "question": "Q", "answers": {"a": 1}}, "a turn is malformed: KeyError"),
     "answers of numbers": ({"context": "C", "question": "Q", "answers": [5]}, "answer: 5 is not a string"),
     "text null": ({"text": None}, "text: null is not a string"),
@@ -551,7 +551,7 @@ def test_fields_of_a_table_with_dates(tmp_path: Path) -> None:
 def test_values_that_json_has_not_are_no_arguments(tmp_path: Path) -> None:
     calls = {**CALLS, "tool_calls": [call("f", {"a": b"bytes"})]}
     _, _, (bad,) = read(tmp_path / "data.parquet", [{"messages": [USER, calls]}])
-    assert bad.reason == "arguments: has a bytes, which is not JSON"
+    assert bad.reason == "arguments: contains a value of type bytes, which JSON does not have"
 
 
 # ---- Some lines only

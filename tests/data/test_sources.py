@@ -331,7 +331,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "half a character behind.json": (array(GOOD) + b"\xf0\x9f", "extra data after the array"),
     "nul behind.json": (array(GOOD) + b"\0", "extra data after the array"),
     "object with an array.json": (b'{"version": 1, "data": ' + array(GOOD, GOOD) + b"}", (2,)),
-    "object with two arrays.json": (b'{"train": [%s], "test": [%s]}' % (GOOD, GOOD), "found 2: 'train, test'"),
+    "object with two arrays.json": (b'{"train": [%s], "test": [%s]}' % (GOOD, GOOD), "found 2 arrays: 'train, test'"),
     "object with an empty array.json": (b'{"data": []}', "the array 'data' is empty"),
     "object with an array of texts.json": (b'{"data": ["a", "b"]}', "no fields: it is a str"),
     "empty object.json": (b"{}", "unknown shape"),

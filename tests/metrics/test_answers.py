@@ -193,12 +193,15 @@ def test_a_function_of_ones_own_may_take_the_prompt(tmp_path: Path, monkeypatch:
         "def two(answer, reference):\n    return len(answer + reference)\n"
         "def three(answer, reference, prompt):\n    return len(answer + reference) * 100 + len(prompt)\n"
         "def named(answer, reference, *, strict=False):\n    return 5\n"
+        "def option(answer, reference, factor=2):\n    return factor\n"
+        "def optional(answer, reference, prompt=''):\n    return len(prompt)\n"
+        "def every(*sample):\n    return len(sample)\n"
         "class Judge:\n    def __call__(self, answer, reference, question):\n        return len(question)\n"
         "judge = Judge()\n"
     )
     monkeypatch.chdir(tmp_path)
-    values = {name: score(f"my_prompt_module:{name}", "ab", "c", "four") for name in ("two", "three", "named", "judge")}
-    assert values == {"two": 3, "three": 304, "named": 5, "judge": 4}
+    expected = {"two": 3, "three": 304, "named": 5, "option": 2, "optional": 4, "every": 2, "judge": 4}
+    assert {name: score(f"my_prompt_module:{name}", "ab", "c", "four") for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,7 @@ def test_a_function_of_ones_own_may_take_the_prompt(tmp_path: Path, monkeypatch:
         ("exact_macth", "did you mean exact_match?"),
         ("rougel", "did you mean rouge_l?"),
         ("max_word:3", "did you mean max_words"),
-        ("xyz", "there are exact_match, "),
+        ("xyz", "choose one of exact_match, "),
         ("max_words:many", "write max_words:N"),
         ("max_words", "did you mean max_words:N?"),
         ("regex:(", "not a regular expression"),

@@ -28,6 +28,7 @@ from tiers import rest_is_slow
 import train
 from nanoft import TrainingFailed, UserError, perplexity
 from nanoft.checkpoint import CheckpointManager
+from nanoft.kernels import sharding
 from nanoft.objectives import sft
 from nanoft.runtime import memory
 from nanoft.training import progress, recovery
@@ -82,15 +83,16 @@ def test_going_back_and_resumed_equals_going_back(tmp_path: Path, monkeypatch: P
     ]
 
 
-def test_what_rollbacks_do_not_help_ends_with_3_and_a_diagnosis(tmp_path: Path, capsys: Capture) -> None:
-    changes = {"training__learning_rate": 1e30, "training__max_steps": 20, "guard__max_rollbacks": 2}
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_what_rollbacks_do_not_help_ends_with_3_and_a_diagnosis(allowed: int, tmp_path: Path, capsys: Capture) -> None:
+    changes = {"training__learning_rate": 1e30, "training__max_steps": 20, "guard__max_rollbacks": allowed}
     assert train.main(quick(tmp_path / "run", **changes, guard__rollback_rate=1.0)) == 3
     captured = capsys.readouterr()
     assert captured.err.startswith("failed: 5 windows in a row could not be used after step")
-    assert "2 rollbacks did not help: the " in captured.err
+    assert f"{allowed} rollbacks did not help: the " in captured.err
     assert "lower training.learning_rate (1e+30)" in captured.err
     assert captured.err.count("\n") == 1
-    assert captured.out.count("warning: rolled back from step") == 2
+    assert captured.out.count("warning: rolled back from step") == allowed
     assert "conversations.jsonl:" in captured.out
 
 
@@ -139,10 +141,10 @@ def test_a_spike_is_warned_of_and_by_policy_left_out(tmp_path: Path, monkeypatch
 
 
 SMALL_WINDOW = {"lora__dropout": 0.0}
-PARTS = {"prepare": sft.SFT, "token_nll": sft, "backward": torch.Tensor}
+PARTS = {"prepare": sft.SFT, "token_nll": sft, "backward": torch.Tensor, "clip_grad_norm": sharding}
 
 
-@pytest.mark.parametrize("part", rest_is_slow(PARTS, "token_nll", "prepare"))
+@pytest.mark.parametrize("part", rest_is_slow(PARTS, "token_nll", "prepare", "clip_grad_norm"))
 def test_out_of_memory_in_a_window_takes_the_same_window_again_in_halves(
     part: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:

@@ -31,7 +31,7 @@ from nanoft.training import self_test, state
 from tiny_models import delta, make_chat_model, write_records
 
 SPLITS, RESUMED = "1x8 = 2x4 = 4x2 = 8x1", "2 + 2 steps = 4 steps"
-PACKED = {"packed = alone, in use", "packed = alone, in training"}
+PACKED = {"packed = alone, inference", "packed = alone, training"}
 MERGED = {"merged = adapter, each linear", "merged = adapter"}
 NEEDS_ADAPTERS = {"fresh adapter = base", "adapter saved = read", *MERGED}
 EVERY = {SPLITS, RESUMED, "recomputed = kept", "loss in chunks = at once", "with a cache = without"}
@@ -264,9 +264,9 @@ def forget_what_was_said(patch: pytest.MonkeyPatch) -> None:
 DROPOUT = {"lora__dropout": 0.3}
 BF16 = {"model__dtype": "bfloat16"}
 BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], set[str]]] = [
-    (mean_of_means, {}, {SPLITS, "packed = alone, in training"}),
-    (mean_of_means, BF16, {SPLITS, "packed = alone, in training"}),
-    (no_number, {}, {SPLITS, "packed = alone, in training", "recomputed = kept", RESUMED}),
+    (mean_of_means, {}, {SPLITS, "packed = alone, training"}),
+    (mean_of_means, BF16, {SPLITS, "packed = alone, training"}),
+    (no_number, {}, {SPLITS, "packed = alone, training", "recomputed = kept", RESUMED}),
     (see_each_other, {}, {*PACKED, "with a cache = without"}),  # which reads prompts packed
     (see_each_other, BF16, {*PACKED, "with a cache = without"}),
     (begin_anywhere, {}, {"fresh adapter = base"}),

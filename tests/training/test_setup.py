@@ -192,3 +192,10 @@ def test_help_version_and_mistakes_do_not_import_torch(option: str) -> None:
     done = subprocess.run([sys.executable, "-c", code, option], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("False\n"), done.stderr
     assert done.returncode == (2 if option == "--no-such-option" else 0)
+
+
+def test_the_log_says_when_data_came_from_the_cache(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for is_cached in (False, True):
+        assert train.main([*quick(tmp_path / "run"), "--show-batch"]) == 0
+        assert ("data      from the cache: " in capsys.readouterr().out) is is_cached
