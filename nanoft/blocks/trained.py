@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from nanoft import UserError
 from nanoft.config import LoRAConfig
@@ -49,6 +48,13 @@ class Adapter(nn.Module):
         return x
 
 
+def apply(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a linear, an embedding or a norm computes, with other parameters."""
+    if is_linear(module):
+        return F.linear(x, weight, bias)
+    return F.embedding(x, weight) if isinstance(module, nn.Embedding) else module.formula(x, weight)
+
+
 class TrainedCopy(Adapter):
     """A module whose own parameters, or only its bias, are trained in a copy: y = f(x; W', b')."""
 
@@ -65,9 +71,11 @@ class TrainedCopy(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)
-        trained = {part: getattr(self, attribute) for attribute, part in self.NAMES.items()}
-        like = self.base.dtype if isinstance(self.base, PACKED) else self.base.weight.dtype
-        return functional_call(self.base, {part: p.to(like) for part, p in trained.items() if p is not None}, (x,))
+        if self.copy is None:  # the bias alone
+            y = self.base(x)
+            return (y + (self.bias - self.base.bias)).to(y.dtype)
+        dtype = self.base.weight.dtype
+        return apply(self.base, x, self.copy.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     @property
     def weight(self) -> Tensor:

@@ -26,6 +26,7 @@ from nanoft import UserError
 from nanoft.blocks.trained import Adapter, TrainedRows, is_inside
 from nanoft.config import LoRAConfig
 from nanoft.config.settings import check_expressions
+from nanoft.data.tokenizer_files import MAX_ID
 from nanoft.io.atomic import write_json
 from nanoft.io.tensor_files import load_tensors, write_tensors
 from nanoft.io.untrusted import read_json, time_limit
@@ -384,7 +385,7 @@ def standard_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if outer:
             inner = module[outer.end() :]
             module = PEFT_PREFIX + (inner if inner == "lm_head" else f"model.{inner}")
-        if module + part in found:
+        if module + part in found and not torch.equal(found[module + part], tensor):
             raise UserError(f"{path}: {name}: a second tensor for {module + part}: save one adapter alone")
         found[module + part] = tensor
     has_lora = {name.removesuffix(A) for name in found if name.endswith(A)}
@@ -398,7 +399,11 @@ def standard_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 def _token_indices(config: dict[str, Any]) -> dict[str, list[int]]:
     """`trainable_token_indices`: a list is of the embedding; a table names modules."""
     given = config.get("trainable_token_indices") or {}
-    return {"embed_tokens": given} if isinstance(given, list) else given
+    given = {"embed_tokens": given} if isinstance(given, list) else given
+    wrong = [i for ids in given.values() for i in ids if type(i) is not int or not 0 <= i < MAX_ID]
+    if wrong:
+        raise UserError(f"trainable_token_indices: {wrong[0]!r:.60} is not the id of a token")
+    return given
 
 
 def _fit_to_tensors(lora: LoRAConfig, config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> LoRAConfig:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nanoft import TrainingFailed, UserError
 from nanoft.batches import Batches, Sample, TokenDataset, collate
-from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, is_linear
+from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, apply, is_linear
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
 from nanoft.config import Config, LoRAConfig
 from nanoft.generation.generate import generate
@@ -327,12 +327,10 @@ def loss_error(ctx: TrainContext, documents: TokenDataset) -> float:
 
 def merged_product(adapter: Adapter, x: Tensor) -> Tensor:
     """The output of the merged module: merged in float32, into the weight that the base uses."""
-    stored = weight_of(adapter.base)
+    stored, bias = weight_of(adapter.base), getattr(adapter.base, "bias", None)
+    bias = bias if adapter.bias is None else adapter.bias
     merged = adapter.merged(stored.float()).to(stored.dtype)
-    bias = getattr(adapter.base, "bias", None) if adapter.bias is None else adapter.bias
-    if is_linear(adapter.base):
-        return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
-    return F.embedding(x, merged) if isinstance(adapter.base, nn.Embedding) else adapter.base.formula(x, merged)
+    return apply(adapter.base, x, merged, None if bias is None else bias.to(stored.dtype))
 
 
 def examples(adapters: dict[str, Adapter]) -> Iterator[tuple[str, Adapter, Tensor]]:
