@@ -175,10 +175,14 @@ def _read_checkpoint(run: Path, other_base: str | None) -> TrainedAdapter:
         raise UserError(f"{path}: not the tensors of an adapter with lora.init={config.lora.init}") from None
     name, quantization, tokens = other_base or config.model.name, quantization_of(config), config.model.add_tokens
     base = find_model(name)
-    chat = ChatTokenizer.from_directory(base, add_tokens=tokens)
+    tokenizer = base
+    if config.lora.start_from:
+        start = read_trained_adapter(config.lora.start_from, name)
+        tokenizer, tokens = start.tokenizer, start.add_tokens
+    chat = ChatTokenizer.from_directory(tokenizer, add_tokens=tokens)
     lora = with_added_tokens(lora, chat.added_ids, ModelFiles.read(base).decoder.tied)
     return TrainedAdapter(
-        saved.path, base, name, base, lora, tensors, quantization, trained_in, base_sha256, step, tokens
+        saved.path, base, name, tokenizer, lora, tensors, quantization, trained_in, base_sha256, step, tokens
     )
 
 
