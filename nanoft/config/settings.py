@@ -56,7 +56,6 @@ class ModelConfig(Section):
 class LoRAConfig(Section):
     rank: int = bounded(16, 1, 4096)  # r of the update B A
     alpha: float = bounded(32.0, 1e-6)  # the update is scaled by alpha / rank
-    start_from: str = ""  # run or adapter directory to continue from, whose shape is taken
     dropout: float = bounded(0.0, 0.0, 0.99)  # probability, on the input of the adapter
     target_modules: tuple[str, ...] = ("all-linear",)  # or attention, mlp, names (q_proj, lm_head), regular expressions
     # Per module, by name or regular expression; the first match counts:
@@ -68,6 +67,7 @@ class LoRAConfig(Section):
     init: str = "default"  # (table) or pissa: start from the top singular vectors of the weight (PiSSA)
     bias: Literal["none", "all", "lora_only"] = "none"  # biases to train; lora_only: of linears with adapters
     modules_to_save: tuple[str, ...] = ()  # modules to train as a whole, such as lm_head, embed_tokens, norm
+    start_from: str = ""  # run or adapter directory to continue from, whose shape is taken
     # Tokens whose rows of the embedding or the head are trained; model.add_tokens adds its own:
     trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)  # {embed_tokens: [5, 6]}
 

@@ -253,12 +253,12 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
     copy_companions(source, out)
 
 
-def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig) -> None:
+def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig | None = None) -> None:
     """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized."""
     config = read_json(source / "config.json")
     config.pop("quantization_config", None)
     before = parse_shape(config, source / "config.json")
-    if (before.vocab_size, before.tied) != (decoder.vocab_size, decoder.tied):
+    if decoder and (before.vocab_size, before.tied) != (decoder.vocab_size, decoder.tied):
         config |= {"vocab_size": decoder.vocab_size, "tie_word_embeddings": decoder.tied}
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # for transformers 5, and for 4
     write_json(out / "config.json", FAMILIES[find_family(config)].export(config))
