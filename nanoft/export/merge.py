@@ -234,7 +234,7 @@ def open_adapter(adapter: TrainedAdapter, onto: Onto) -> LoadedModel:
 
 def save_result(
     run: Path, model: Decoder, adapters: dict[str, Adapter], base: Path, config: Config, step: int,
-    dtype: torch.dtype, tokenizer: Path,
+    dtype: torch.dtype, tokenizer: Path | None = None,
 ) -> Path:  # fmt: skip
     """The result of a run with its tokenizer: `run`/adapter in PEFT's format, or `run`/model in Hugging Face's.
 
@@ -249,7 +249,7 @@ def save_result(
                 base_sha256 = read_json(run / "config.json").get("provenance", {}).get("base_sha256")
             note = _note(quantization_of(config), dtype, step, base_sha256)
             save_adapter(staging, model, adapters, config.lora, config.model.name, note)
-            copy_companions(tokenizer, staging, base, config.model.add_tokens)
+            copy_companions(tokenizer or base, staging, base, config.model.add_tokens)
         else:
             save_model(model, base, staging, ModelFiles.read(base).dtype())
     return out

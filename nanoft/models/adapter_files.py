@@ -289,7 +289,7 @@ def only_linears(adapters: dict[str, Adapter], whose: str, fix: str) -> dict[str
         if name not in linears or isinstance(adapter, LoRAEmbedding):
             raise UserError(f"{whose} adapters cannot hold what was trained of {name}: {fix}")
         if adapter.bias is not None:
-            raise UserError(f"{whose} has no trained biases ({name}): {fix}")
+            raise UserError(f"{whose} has no trained biases: {name}: {fix}")
     return linears
 
 
@@ -331,13 +331,14 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
         raise UserError(f"{pickle}: pickles can run code and are not read: save the adapter again with a newer PEFT")
     if not weights.is_file():
         raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
-    tensors = standard_names(load_tensors(weights), weights)
+    stored = load_tensors(weights)
+    tensors = standard_names(stored, weights)
     with_a, with_b = ({n.removesuffix(f".{part}") for n in tensors if n.endswith(f".{part}")} for part in (A, B))
     some = any(".lora_" in name for name in tensors)
     if incomplete := sorted(with_a ^ with_b) if some else ["the adapter"]:
         raise UserError(f"{weights}: {incomplete[0]} lacks lora_A or lora_B: copy the complete adapter directory")
     with time_limit(MATCHING_SECONDS, f"{path}: target_modules, rank_pattern, alpha_pattern"):
-        lora = _fit_to_tensors(lora, config, tensors, path)
+        lora = _fit_to_tensors(lora, config, tensors, path, renamed=stored.keys() != tensors.keys())
         for name, tensor in tensors.items():  # before memory for the ranks of the settings is allocated
             module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{A}")
             have = tensor.shape[0] if tensor.dim() else 0
@@ -406,7 +407,9 @@ def _token_indices(config: dict[str, Any]) -> dict[str, list[int]]:
     return given
 
 
-def _fit_to_tensors(lora: LoRAConfig, config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> LoRAConfig:
+def _fit_to_tensors(
+    lora: LoRAConfig, config: dict[str, Any], tensors: dict[str, Tensor], path: Path, renamed: bool
+) -> LoRAConfig:
     """The settings with PEFT's further rules: which modules its file has, and what its fields say about them."""
     modules = _by_module(tensors)
     low_rank = [name for name, parts in modules.items() if any(part.startswith("lora_") for part in parts)]
@@ -416,7 +419,8 @@ def _fit_to_tensors(lora: LoRAConfig, config: dict[str, Any], tensors: dict[str,
     targets = lora.target_modules
     if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
         targets = (_target_rule(config),)
-    if isinstance(config["target_modules"], str) and not any(matches_target(name, targets[0]) for name in low_rank):
+    is_foreign = renamed and isinstance(config["target_modules"], str)
+    if is_foreign and not any(matches_target(name, targets[0]) for name in low_rank):
         targets = tuple(low_rank)  # an expression for names with another tool's prefix
 
     def used(pattern: dict[str, Any]) -> dict[str, Any]:  # a key that no adapter has is without effect in PEFT, too
