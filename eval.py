@@ -155,7 +155,7 @@ def base_of(config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
         with disabled(loaded.adapters):
             yield loaded
     else:
-        base, plain = find_model(config.model.name), config.system.kernels == "plain"
+        base, plain = find_model(config.model.reference), config.system.kernels == "plain"
         yield open_model(str(base), loaded.model.device, loaded.dtype, plain=plain)
 
 

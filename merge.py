@@ -144,6 +144,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
             lines = ["the adapter in PEFT's format"]
             if (lora.rank_pattern or lora.alpha_pattern) and not args.fold:
                 lines.append("note: vLLM scales all modules by the file's alpha / r, and ignores patterns: add --fold")
+        export.save_template(Path(source), staging)
         model = StreamedDecoder(open_rows(staging)) if args.format == "hf" else opened.model
         weights_said = verify.describe_weights(opened, merged=args.format == "hf")
         write_json(

@@ -52,14 +52,14 @@ from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.inspection import check_vocabulary, show_step
-from nanoft.guard import RollBack, SkipStep
+from nanoft.guard import GradientOverflow, RollBack, SkipStep
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
 from nanoft.models.adapter_files import load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import TrainedAdapter
 from nanoft.objectives import build_objective
-from nanoft.optim import build_optimizer, learning_rate, set_learning_rate
+from nanoft.optim import build_optimizer, build_scaler, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
 from nanoft.runtime.device import choose_device, seed_everything
@@ -109,7 +109,7 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
     validate_environment(config, machine)  # exit code 2 before anything is downloaded
     distributed.assert_same_on_all_ranks(setup.shared_facts(config, machine))
     with Run.open(config.output.dir) as run, StopRequest(enabled=not args.selftest) as stop:
-        files = distributed.main_process_first(lambda: ModelFiles.find(config.model.name))  # config.json only
+        files = distributed.main_process_first(lambda: ModelFiles.find(config.model.reference))  # config.json only
         planner = setup.plan_run(config, machine, files, run)
         if args.selftest:
             planner = replace(planner, config=self_test.shorten(planner.config))
@@ -122,7 +122,7 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
         )
         torch.set_num_threads(provenance["threads"])
         with explained_out_of_memory(planner):
-            tokenizer = setup.load_tokenizer(config, files, provenance["date"], start)
+            tokenizer = setup.load_tokenizer(config, files, provenance["date"], run, start)
             planner = setup.with_tokens(planner, tokenizer)
             corpus, batches = setup.build_datasets(config, tokenizer, run)
             if shows_data:
@@ -134,7 +134,7 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
             if args.selftest:
                 return self_test.run(ctx, train)
             state = restore(ctx, args.resume)
-            if setup.is_complete(ctx, state):
+            if not args.preflight and setup.is_complete(ctx, state):
                 return 0
             seconds_per_step = preflight(ctx, state, args.force)  # longest batch, one evaluation batch, one save
             setup.print_summary(ctx, state, seconds_per_step)
@@ -175,7 +175,8 @@ def build(
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
         validation=corpus.validation[: config.evaluation.max_samples], model=model, adapters=adapters,
-        objective=objective, optimizer=optimizer, checkpoints=checkpoints,
+        objective=objective, optimizer=optimizer, scaler=build_scaler(machine.device, machine.dtype),
+        checkpoints=checkpoints,
         writer=AsyncCheckpointWriter(checkpoints, available_host_bytes), planner=planner, plan=plan,
     )  # fmt: skip
 
@@ -195,7 +196,7 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
             try:
                 started = time.perf_counter()
                 window = ctx.batches.next_window(state.epoch, state.window, state.guard.skipped_windows)
-                loss, grad_norm = accumulate(ctx, window)
+                loss, grad_norm = accumulate(ctx, window)  # raises GradientOverflow
                 spike = guard.check(c.guard, state.guard, loss, grad_norm, window)  # raises SkipStep, RollBack
                 if spike:
                     recovery.warn_of_window(ctx, state, "spike", SkipStep(spike, loss, grad_norm, window))
@@ -213,6 +214,8 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
                 progress.save_if_due(ctx, state)
             except OutOfMemory as error:
                 state = recovery.halve_micro_batch(ctx, state, error)  # the same window again, in smaller pieces
+            except GradientOverflow as bad:
+                recovery.skip_overflow(ctx, state, bad)
             except RollBack as bad:
                 state = recovery.roll_back(ctx, state, bad)
             except SkipStep as bad:
@@ -236,10 +239,14 @@ def accumulate(ctx: TrainContext, window: Window) -> tuple[float, float]:
         for batch in share_of_rank(window):
             with ctx.autocast():
                 micro_loss = objective.loss(model, batch.to(ctx.device)) / units
-            micro_loss.backward()
+            ctx.scaler.scale(micro_loss).backward()  # unscaled, unless the dtype is float16
             loss += micro_loss.detach()
     with distributed.same_exception(ctx.device):
+        loss_scale = ctx.scaler.get_scale()
+        ctx.scaler.unscale_(ctx.optimizer)  # after the sum over the ranks, so all ranks see the same overflow
+        ctx.scaler.update()
         grad_norm = sharding.clip_grad_norm(parameters, ctx.config.training.max_grad_norm)
+    guard.check_overflow(loss_scale, loss.item(), grad_norm, window)
     return loss.item(), grad_norm
 
 

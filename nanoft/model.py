@@ -35,12 +35,17 @@ class Rope:
     """How positions become angles (RoFormer, Su et al. 2021), and how a longer context stretches them."""
 
     theta: float = 10000.0
-    kind: str = "default"  # default | linear | llama3 | yarn
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    context: int = 0  # positions of pre-training; beyond them, dynamic depends on the sequence's length
 
-    def angles(self, head_dim: int) -> tuple[Tensor, float]:
+    def angles(self, head_dim: int, length: int = 0) -> tuple[Tensor, float]:
         """Angular frequencies (head_dim / 2,) in radians per position, and the factor on cos and sin."""
-        frequency = self.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+        theta = self.theta
+        if self.kind == "dynamic" and length > self.context:  # theta grows with the sequence (dynamic NTK)
+            factor = self.parameters["factor"]
+            theta *= (factor * length / self.context - (factor - 1)) ** (head_dim / (head_dim - 2))
+        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
         if self.kind == "linear":  # positions are squeezed by `factor` (Chen et al. 2023)
             return frequency / self.parameters["factor"], 1.0
         if self.kind == "llama3":
@@ -294,7 +299,9 @@ class Decoder(nn.Module):
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of position * frequency, (b, q, 1, d / 2); angles in float32 whatever the model's dtype."""
-        frequency, factor = self.config.rope.angles(self.config.head_dim)
+        rope = self.config.rope
+        length = int(positions.max()) + 1 if rope.kind == "dynamic" else 0
+        frequency, factor = rope.angles(self.config.head_dim, length)
         angles = positions[:, :, None, None].float() * frequency.to(positions.device)
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 

@@ -160,7 +160,7 @@ JSON_PIECES = [
 
 def check_json(content: bytes) -> None:
     try:
-        repr(parse_json(content, unique=True))
+        repr(parse_json(content))
     except ValueError:
         return
 

@@ -256,6 +256,15 @@ def test_it_stops_early_when_the_validation_loss_no_longer_falls(tmp_path: Path)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == len(values)
 
 
+def test_early_stopping_without_effect_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patience = {"training__early_stopping_patience": 2}
+    asked = quick(tmp_path / "run", **patience, data__validation_split=0, training__eval_steps=1)
+    refused(asked, ["training.early_stopping_patience: 2: there is no validation data", "data.validation_size"], capsys)
+    refused(
+        quick(tmp_path / "run", **patience, training__eval_steps=0), ["no effect with training.eval_steps=0"], capsys
+    )
+
+
 def test_a_window_with_nan_changes_nothing_and_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = sft.token_nll, []
     snapshots: list[dict[str, torch.Tensor]] = []

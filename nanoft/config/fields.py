@@ -50,12 +50,13 @@ def parse(key: str, text: str, hint: Any) -> Any:
             table = parse_yaml(text)  # in its inline form: {instruction: q, response: a}
             if isinstance(table, dict) and all(isinstance(name, str) for name in table):
                 return table
-            raise ValueError
+            raise ValueError("it has no names")
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
-    except (StopIteration, KeyError, ValueError):
-        raise UserError(f"{key}: {text!r:.100} is not {_describe(hint)}") from None
+    except (StopIteration, KeyError, ValueError) as error:
+        reason = f": {error}" if get_origin(kind) is dict else ""
+        raise UserError(f"{key}: {text!r:.100} is not {_describe(hint)}{reason}") from None
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

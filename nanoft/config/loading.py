@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,28 @@ from nanoft import UserError
 from nanoft.config.aliases import ALIASES, translate
 from nanoft.config.functions import UNTRUSTED, is_function
 from nanoft.config.settings import SECTION_TYPES, Config
-from nanoft.io.untrusted import parse_json, parse_yaml, read_bytes
+from nanoft.io.untrusted import decode_text, parse_json, parse_yaml, read_bytes
 
 ENVIRONMENT_PREFIX = "NANOFT_"
+PATHS = ("model.name", "data.train_file", "data.validation_file", "output.dir")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
     """Read a config file, apply the environment and then the command line's `section.field=value` overrides."""
-    changes = read_overrides(overrides, environment)
-    config = load_file(path).override(changes)
-    return config if config.output.dir else config.override({"output.dir": f"runs/{run_name(path, changes)}"})
+    overrides = list(overrides)
+    config = _expand_home(load_file(path).override(read_overrides(overrides, environment)))
+    name = run_name(path, read_overrides(overrides, {}))  # the same on machines with other environments
+    return config if config.output.dir else config.override({"output.dir": f"runs/{name}"})
+
+
+def _expand_home(config: Config) -> Config:
+    """~ at the beginning of a path, which a shell leaves in section.field=~/path; several are separated by commas."""
+
+    def expand(path: str) -> str:
+        return re.sub(r"(?:^|(?<=,))\s*~[^/,]*", lambda found: os.path.expanduser(found[0].strip()), path)
+
+    given = {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in PATHS}
+    return config.override({name: expand(path) for name, path in given.items() if path and "~" in path})
 
 
 def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -51,7 +64,7 @@ def load_file(path: str | Path, beside: str = "") -> Config:
 
     A config that builds on another gives its `__file__` as `beside`, to whose directory `path` is relative.
     """
-    path = Path(beside).parent / path
+    path = Path(beside).parent / os.path.expanduser(path)
     if not path.is_file():
         raise UserError(f"{path}: no such config file: try configs/tiny.py")
     try:
@@ -64,6 +77,8 @@ def load_file(path: str | Path, beside: str = "") -> Config:
         has_settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
         is_flat = has_settings and not tree.keys() & SECTION_TYPES.keys()
         config = _from_flat(tree) if is_flat else Config.from_dict(tree)
+        if provenance is not None and (path.parent / "metrics.jsonl").is_file():  # a run, which may be a copy
+            config = config.override({"output.dir": str(path.parent)})
         return _without_functions(config, is_of_run=provenance is not None)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
@@ -89,8 +104,11 @@ def _without_functions(config: Config, is_of_run: bool) -> Config:
 
 def _read_tree(path: Path) -> dict[str, Any]:
     content = read_bytes(path, confined=False)
+    if path.suffix == ".toml":
+        fix = "import sys, json, tomllib; print(json.dumps(tomllib.load(sys.stdin.buffer)))"
+        raise UserError(f'is TOML: convert it to JSON: python -c "{fix}" < {path} > {path.with_suffix(".json")}')
     try:
-        tree = parse_json(content) if path.suffix == ".json" else parse_yaml(content.decode("utf-8"))
+        tree = parse_json(content) if path.suffix == ".json" else parse_yaml(decode_text(content))
     except ValueError as error:
         raise UserError(f"not valid {path.suffix.lstrip('.').upper()}: {error}") from None
     if not isinstance(tree, dict):

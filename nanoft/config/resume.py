@@ -24,6 +24,15 @@ MAY_CHANGE_ON_RESUME = {
 }
 FREE = {name for names in MAY_CHANGE_ON_RESUME.values() for name in names.split()}
 FIXED = {"evaluation.max_samples"}  # although its section may change: the best loss so far is on those samples
+# Files may move: their contents are compared instead. Key in the provenance -> what it is of, and the fields about it.
+BY_CONTENT = {
+    "data_sha256": ("data", ("data.train_file", "data.validation_file")),
+    "data_files": ("data", ("data.train_file", "data.validation_file")),  # how many there are in each part
+    "base_sha256": ("base model", ("model.name", "model.revision")),
+    "start_sha256": ("adapter of lora.start_from", ("lora.start_from",)),
+}
+# Another number of threads is a warning: sums in another order differ in their last bits.
+MAY_DIFFER = {"system.threads", *(name for _, names in BY_CONTENT.values() for name in names)}
 # Why the others may not change, by section.
 WHY_FIXED = {
     "model": "the weights or their computation would differ",
@@ -54,26 +63,32 @@ def first_difference(old: Config, new: Config) -> str | None:
     """The first field that prevents resuming `old`'s run under `new`, and why; None if there is none."""
     before, after = resume_fields(old), resume_fields(new)
     for name, value in before.items():
-        if value != after[name]:
+        if value != after[name] and name not in MAY_DIFFER:
             return f"{name}: {value} -> {after[name]}; {WHY_FIXED[name.partition('.')[0]]}"
     return None
 
 
+def recorded_settings(recorded: Mapping[str, Any]) -> Config:
+    """The settings in a run's config.json."""
+    return Config.from_dict({name: fields for name, fields in recorded.items() if name != "provenance"})
+
+
 def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping[str, Any], where: str) -> None:
     """Refuse to mix two runs in one directory, whose config.json is `recorded`."""
-    before = Config.from_dict({name: fields for name, fields in recorded.items() if name != "provenance"})
+    before, known = recorded_settings(recorded), recorded.get("provenance", {})
     if before.system.ranks != config.system.ranks:
         check_ranks(before.effective_batch_size(), config)
     fix = "choose another output.dir"
     if difference := first_difference(before, config):
         raise UserError(f"output.dir: {where}: holds another run ({difference}): {fix}, or set the field back")
-    for key, what in (
-        ("data_sha256", "data"),
-        ("base_sha256", "base model"),
-        ("start_sha256", "adapter of lora.start_from"),
-    ):
-        if recorded.get("provenance", {}).get(key) != provenance.get(key):
-            raise UserError(f"output.dir: {where}: the {what} changed since that run began: {fix}, or put it back")
+    old, new = resume_fields(before), resume_fields(config)
+    for key, (what, names) in BY_CONTENT.items():
+        if key == "data_files" and key not in known:  # the run is older than this entry
+            continue
+        if known.get(key) != provenance.get(key):
+            other = "".join(f" ({name}: {old[name]} -> {new[name]})" for name in names if old[name] != new[name])
+            changed = f"the {what} changed since that run began{other}"
+            raise UserError(f"output.dir: {where}: {changed}: {fix}, or put it back")
 
 
 def check_ranks(batch_size: int, config: Config) -> None:

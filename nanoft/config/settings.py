@@ -35,7 +35,8 @@ class Section:
             name = f"{SECTION_NAMES[type(self).__name__]}.{item.name}"
             check_type(name, value, hints[item.name])
             if redact(repr(value)) != repr(value):  # a run's config.json gets shared
-                raise UserError(f"{name}: contains an access token: remove it and set HF_TOKEN or WANDB_API_KEY")
+                fix = "remove it and set HF_TOKEN or WANDB_API_KEY; if it is the name of a file, rename that"
+                raise UserError(f"{name}: contains an access token, or what looks like one: {fix}")
             low, high = item.metadata.get("low", -math.inf), item.metadata.get("high", math.inf)
             for number in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(number, (int, float)) and not low <= number <= high:
@@ -46,10 +47,18 @@ class Section:
 @dataclass(frozen=True)
 class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 where fast
+    revision: str = ""  # of a Hub name: branch, tag or commit; empty: its main branch
+    # Compute dtype; auto: on a GPU bfloat16, or float16 if it has none; float32 elsewhere
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
     add_tokens: tuple[str, ...] = ()  # new special tokens, whose rows of embedding and head are trained: [<|a|>, <|b|>]
+    chat_template: str | None = None  # a file, chatml, or a name in the model's own list; none: the model's own
     random_init: bool = False  # pre-train from random weights; needs config.json and tokenizer only
+
+    @property
+    def reference(self) -> str:
+        """The model as one string, NAME or NAME@REVISION."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 @dataclass(frozen=True)
@@ -88,13 +97,15 @@ class DataConfig(Section):
     validation_file: str | None = None  # none: split off from train_file
     format: str = "auto"  # (table) record shape, or module:function; auto: detected
     columns: dict[str, str] = field(default_factory=dict)  # standard name -> name in the file: {instruction: q}
+    roles: dict[str, str] = field(default_factory=dict)  # role in the file -> standard name: {agent: assistant}
     delimiter: str | None = None  # of CSV files; none: detected from the header
-    label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...)
+    label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...); ignore: all
     max_samples: int | None = bounded(None, 1)  # records to keep of each file, from its start
     # Filtering
     max_bad_records: float = bounded(0.05, 0.0, 1.0)  # largest accepted share of malformed records
     deduplicate: bool = True  # drop exact copies of earlier records
     near_duplicates: float | None = bounded(None, 0.3, 1.0)  # drop records that share this fraction of 5-grams
+    leaks: Literal["remove", "warn", "ignore"] = "remove"  # training records with the prompt of a validation record
     near_leaks: Literal["warn", "remove", "ignore"] = "warn"  # training prompts that nearly equal validation prompts
     min_characters: int = bounded(1, 1)  # per record, over all messages
     max_characters: int | None = bounded(None, 1)  # per record, over all messages
@@ -107,11 +118,17 @@ class DataConfig(Section):
     split_time: str | None = None  # field with dates or numbers: hold out the newest records
     # Tokenizing and batching
     template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
+    unrendered: Literal["refuse", "warn"] = "refuse"  # thoughts, calls, tools that the chat template omits
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
+    chunk: bool = True  # split plain texts that are too long into several samples; false: data.truncation
     truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples
     packing: bool = False  # several samples per sequence; they never attend to each other
     group_by_length: bool = False  # similar lengths in one batch: less padding
     pad_to_multiple_of: int = bounded(1, 1, 1024)  # tokens; micro-batch lengths are rounded up to it
+
+    @property
+    def stratify_field(self) -> str | None:
+        return self.split_stratify or (self.label_field if self.label_field != "ignore" else None)
 
 
 @dataclass(frozen=True)
@@ -152,6 +169,19 @@ class TrainingConfig(Section):
     early_stopping_patience: int = bounded(0, 0)  # evaluations without improvement; 0: never stop early
     early_stopping_threshold: float = bounded(0.0, 0.0)  # smallest improvement, in nats per target token
     keep_every: int = bounded(0, 0)  # steps between checkpoints that are never deleted; 0: none
+
+    def warmup(self, total_steps: int) -> int:
+        """Optimizer steps of the warm-up of a run of `total_steps`."""
+        return round(self.warmup_ratio * total_steps) if self.warmup_steps is None else self.warmup_steps
+
+    def check_schedule(self, total_steps: int | None) -> None:
+        """Refuse a learning rate that cannot be meant, and a warm-up that is longer than the run."""
+        if not 0 < self.learning_rate <= 1:
+            why = "nothing would be learned" if self.learning_rate == 0 else "training would diverge"
+            raise UserError(f"training.learning_rate: {self.learning_rate}: {why}: set it above 0 and to at most 1")
+        if total_steps and self.warmup(total_steps) > total_steps:
+            run = f"the run has {total_steps:,} steps and would never reach training.learning_rate"
+            raise UserError(f"training.warmup_steps: {self.warmup_steps}: {run}: lower it, or set warmup_ratio instead")
 
 
 @dataclass(frozen=True)
@@ -238,6 +268,8 @@ class Config:
         _refuse(sharded and t.compile, f"training.compile: {fix}")
         per_module = sharded and self.logging.gradient_steps
         _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
+        idle = t.early_stopping_patience and not t.eval_steps
+        _refuse(idle, "training.early_stopping_patience: no effect with training.eval_steps=0: raise that")
         random = self.model.random_init and t.method != "full"
         _refuse(random, "model.random_init: adapters cannot train random weights: set training.method=full")
         no_b = t.lora_plus_ratio != 1 and t.method != "lora"
@@ -318,17 +350,22 @@ SECTION_TYPES: dict[str, type] = typing.get_type_hints(Config)
 SECTION_NAMES: dict[str, str] = {hint.__name__: name for name, hint in SECTION_TYPES.items()}
 
 
-def config_warnings(config: Config) -> list[str]:
-    """Valid settings that are probably a mistake, one line each."""
+def config_warnings(config: Config, total_steps: int | None = None) -> list[str]:
+    """Valid settings that are probably a mistake, one line each; more is known once the number of steps is."""
     t, warnings, long = config.training, [], "more than 20 % of the steps are warm-up"
+    total_steps = total_steps or t.max_steps
     if t.warmup_steps is None and t.warmup_ratio > 0.2:
         warnings.append(f"training.warmup_ratio={t.warmup_ratio}: {long}")
-    if t.warmup_steps and t.max_steps and t.warmup_steps > 0.2 * t.max_steps:
+    if t.warmup_steps and total_steps and t.warmup_steps > 0.2 * total_steps:
         warnings.append(f"training.warmup_steps={t.warmup_steps}: {long}")
     if (size := config.effective_batch_size()) < 4:
         fix = "raise training.gradient_accumulation_steps"
         warnings.append(f"effective batch size {size}: gradients are noisy below 4: {fix}")
     adaptive = t.optimizer.startswith("adamw")  # others take learning rates of another order
+    high = 2e-4 if t.method == "lora" else 2e-5
+    if adaptive and t.learning_rate > high and not t.warmup(total_steps or 10**9):  # steps unknown: many
+        fix = "the first steps are the largest, on moments that are noise: set training.warmup_steps"
+        warnings.append(f"training.learning_rate={t.learning_rate}: high for a run without warm-up: {fix}")
     if adaptive and t.method == "lora" and t.learning_rate > 5e-4:
         warnings.append(f"training.learning_rate={t.learning_rate}: above 5e-4, LoRA on large models may diverge")
     if adaptive and t.method == "full" and t.learning_rate > 1e-4 and not config.model.random_init:

@@ -35,12 +35,11 @@ from nanoft.config.functions import source_file
 from nanoft.data.builder import PERCENTILES, REPORT, TOKENS, DatasetBuilder
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
-from nanoft.data.sources import find_files, read_raw
+from nanoft.data.sources import Log, find_files, read_raw
 from nanoft.io import untrusted
 from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered, sync_directory
 from nanoft.io.tables import markdown_table
 
-Log = Callable[[str], None]  # called with lines for the user
 NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batches does with the samples
 MAX_ENTRIES = 16  # the least recently used ones are deleted
 STALE_AFTER = 86400  # seconds after which an unfinished build is deleted
@@ -67,9 +66,10 @@ class PreparedDataset:
         found = dict(self._read(records))
         return [found[record] for record in records]
 
-    def first_user_texts(self, samples: TokenDataset) -> Iterator[str]:
+    def prompts(self, samples: TokenDataset) -> Iterator[str]:
+        """What the last answer of each record replies to, whatever the system message."""
         for _, conversation in self._read(np.unique(samples.records).tolist()):
-            yield conversation.first_user_text()
+            yield conversation.without_system().prompt()
 
     def field_values(self, samples: TokenDataset, name: str) -> list[str]:
         """A field of the record that each sample came from, as in its file; `(none)` where it is missing."""
@@ -111,7 +111,7 @@ def build_datasets(
     data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, progress_bar: bool = False
 ) -> PreparedDataset:
     """Read, tokenize and split the files of a config, or load the result from the cache."""
-    parts, options = _parts(data), ReadOptions.from_config(data)
+    parts, options = _parts(data, log), ReadOptions.from_config(data)
     files = [file for part in parts for file in part]
 
     def build(directory: Path) -> None:
@@ -132,6 +132,15 @@ def build_datasets(
     return PreparedDataset(training, validation, report, entry, files, options=options, from_cache=from_cache, **origin)
 
 
+def data_provenance(data: DataConfig) -> dict[str, Any]:
+    """What a run records of its data: the hash of all files, and how many there are in each part."""
+    parts = _parts(data)
+    return {
+        "data_sha256": data_hash(data, [file for part in parts for file in part]),
+        "data_files": [len(part) for part in parts],
+    }
+
+
 def data_hash(data: DataConfig, files: list[Path] | None = None) -> str:
     """One hash of the contents of all data files (`files`, if found already) and of the source of a format function."""
     hashed, function = files or [file for part in _parts(data) for file in part], format_function(data.format)
@@ -140,14 +149,15 @@ def data_hash(data: DataConfig, files: list[Path] | None = None) -> str:
     return hash_remembered(hashed, cache_home() / "hashes.json")
 
 
-def _parts(data: DataConfig) -> list[list[Path]]:
+def _parts(data: DataConfig, log: Log = lambda line: None) -> list[list[Path]]:
     """The files of each part of train_file, and then those of validation_file."""
-    parts = find_files(data.train_file)
+    parts = find_files(data.train_file, "data.train_file", log)
     if data.weights and len(data.weights) != len(parts):
         raise UserError(f"data.weights: {len(data.weights)} weights for {len(parts)} files: give one for each")
     if data.validation_file is None:
         return parts
-    return [*parts, [file for part in find_files(data.validation_file, "data.validation_file") for file in part]]
+    held_out = find_files(data.validation_file, "data.validation_file", log)
+    return [*parts, [file for part in held_out for file in part]]
 
 
 def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Path, bool]:
@@ -224,8 +234,22 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     """The report as lines for the terminal: files, warnings and a table of both sides of the split."""
     lines = [f"data      read {f['records']:,} records ({f['shape']}) from {f['file']}" for f in report["files"]]
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
+    lines += [f"warning: {note}: {count:,} records, first {first}" for note, count, first in report["notes"]]
+    if report["control_characters"]:
+        what = f"contain control characters, first {report['first_control']}: they are kept"
+        lines.append(f"warning: {report['control_characters']:,} records {what}")
     if report["cut_off_replies"]:
         lines.append(f"warning: {report['cut_off_replies']:,} records end in a reply that stops in mid-sentence")
+    if report["chunked_texts"]:
+        what = f"texts longer than model.max_seq_length={report['max_seq_length']} became {report['chunks']:,} samples"
+        lines.append(f"data      {report['chunked_texts']:,} {what} (data.chunk)")
+    if report["held_out"]:
+        none = report["validation"]["records"] == 0
+        lines.append(f"{'warning: ' if none else 'data      '}{report['held_out']}")
+    if report["shared_prompts"]:
+        why = " (data.leaks=warn)" if report["leaks"] == "warn" else ", since that prompt is frequent"
+        what = f"training records have the prompt of a validation record: kept{why}"
+        lines.append(f"warning: {report['shared_prompts']:,} {what}")
     if report["near_leaks"] and report["near_leaks_are"] == "kept":
         what = "training prompts are near duplicates of validation prompts: set data.near_leaks=remove to remove them"
         lines.append(f"warning: {report['near_leaks']:,} {what}")

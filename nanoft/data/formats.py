@@ -2,18 +2,20 @@
 
 SHAPES is the table of shapes: a new one is an entry, with its conversion above the table. A conversion may assume that
 the required fields exist; whatever it raises rejects the record, with its file, line and reason. The shape is detected
-from the first thousand records; where two fit equally well, the user has to choose. With
+from the first thousand records (`detection.py`). ROLES is the table of what data sets call the roles. With
 `data.format=package.module:function` the user's own function converts each record instead.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +23,43 @@ from nanoft import UserError
 from nanoft.config import DataConfig
 from nanoft.config.fields import nearest
 from nanoft.config.functions import UNTRUSTED, import_function, is_function
-from nanoft.data.sources import BadRecord, Raw, decode_json, read_raw
+from nanoft.data.detection import (
+    BAD,
+    GOOD,
+    Shape,
+    detect_shape,
+    find_columns,
+    names_of,
+    normalized_name,
+    require_label_choice,
+    require_one_reading,
+)
+from nanoft.data.sources import BadRecord, Raw, read_raw
+from nanoft.data.values import as_json, check_value, nonempty, optional_text, text_of
 
 Message = dict[str, Any]
 DETECT_FROM = 1000  # records from which a file's shape is detected
-MAX_DEPTH = 100  # nesting of lists and objects in tools and their arguments
-ROLES = ("system", "user", "assistant", "tool")
-ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
-SHAREGPT_ROLES = {
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
-    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
-    **dict.fromkeys(("human", "user"), "user"),
-    "system": "system",
+# Role -> its other names. Names are compared in lower case, with _ for spaces and hyphens.
+ROLES = {
+    "system": ("developer",),
+    "user": ("human", "prompter"),
+    "assistant": ("gpt", "chatgpt", "bing", "bard", "ai", "model", "bot", "chatbot"),
+    "tool": ("function", "observation", "ipython", "tool_response", "tool_result", "function_response"),
+    "function_call": ("tool_call",),  # of the assistant: its text is the call, or a list of calls, as JSON
 }
-TRAINING_FIELDS = ("weight", "train")  # of a message: whether it is a target
-KEPT_FIELDS = ("name", "tool_call_id", "reasoning_content")  # of a message, besides role, content and tool_calls
+ROLE_OF = {other: role for role, names in ROLES.items() for other in (role, *names)}
+TURN_KEYS = {"from": "role", "value": "content"}  # ShareGPT's
+TRAINING_FIELDS = ("weight", "train", "training", "loss")  # of a message: whether it is a target
+# Of a message, besides role, content and calls: the field's name, and that which a message has here.
+KEPT_FIELDS = {
+    **{name: name for name in ("name", "tool_call_id")},
+    **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "reasoning_content"),
+}
+KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *KEPT_FIELDS, *TRAINING_FIELDS}
+UNUSED = "unused fields"  # of a message, while a record is converted
+TEMPLATE_ARGS = "chat_template_kwargs"  # of a record: variables for the chat template, as TRL has them
 UNDESIRABLE = "undesirable label"  # the one reason that is not a mistake in the data
-GOOD = ("true", "1", "1.0", "desirable", "chosen", "good", "yes")  # 1.0 and 0.0: from tables with missing values
-BAD = ("false", "0", "0.0", "undesirable", "rejected", "bad", "no")
-# Control characters except white space (tab, newline, form feed, ...); lone surrogates; noncharacters.
-INVALID = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # but white space (tab, newline, form feed, ...)
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,9 @@ class Conversation:
     line: int  # from 1; in a JSON array or a Parquet file, the record's number
     tools: list[dict[str, Any]] | None = None
     fields: dict[str, Any] = field(default_factory=dict)  # those of ReadOptions.fields
+    prompt_characters: int = 0  # of the text: they are no targets
+    template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
+    notes: tuple[str, ...] = ()  # what has no effect
 
     def full_text(self) -> str:
         return self.text or "\n".join(message["content"] for message in self.messages)
@@ -60,103 +82,139 @@ class Conversation:
     def characters(self) -> int:
         return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
 
-    def first_user_text(self) -> str:
-        """The first user message, or the plain text; conversations that share it stay on one side of a split."""
-        return self.text or next((m["content"] for m in self.messages if m["role"] == "user"), "")
-
     def prompt(self) -> str:
-        """Everything before the first answer."""
-        before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
-        return self.text or "\n".join(message["content"] for message in before)
+        """All that the last answer replies to, or the plain text: conversations are compared by it."""
+        said = (m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in self.messages[:-1])
+        return (self.text or "")[: self.prompt_characters or None] or "\n".join(said)
+
+    def without_system(self) -> Conversation:
+        is_first = bool(self.messages) and self.messages[0]["role"] == "system"
+        return dataclasses.replace(self, messages=self.messages[is_first:])
 
 
-def _messages(record: dict[str, Any]) -> list[Message]:
-    """{"messages": [{"role", "content", "tool_calls", "weight", ...}, ...]}, as OpenAI writes it."""
-    return [_message(turn) for turn in _list(record, "messages")]
+def turns_of(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> list[Message] | str:
+    """[{"role", "content", "tool_calls", "weight", ...}, ...], as OpenAI writes it; a prompt may also be a text."""
+    value = record[name]
+    if name in ("prompt", "completion") and not isinstance(value, (list, dict)):
+        return text_of(record, name)
+    turns = [value] if isinstance(value, dict) and name != "messages" else as_json(value, name)
+    if not isinstance(turns, list) or not turns:
+        raise BadRecord(f"{name} is not a list of turns")
+    return [_message(_standard_turn(turn, name, roles)) for turn in turns]
 
 
-def _message(turn: Any) -> Message:
-    role = ROLE_ALIASES.get(turn["role"], turn["role"])
-    calls = turn.get("tool_calls") or None
-    if "content" not in turn and not calls:
-        raise KeyError("content")
-    content = turn.get("content")
-    message: Message = {"role": role, "content": "" if calls and content is None else _content(content)}
+def _standard_turn(turn: Any, name: str, roles: Mapping[str, str]) -> dict[str, Any]:
+    """ShareGPT's {"from": "Human", "value": "Q"} becomes {"role": "user", "content": "Q"}."""
+    if not isinstance(turn, dict):
+        raise BadRecord(f"{name}: a turn is {json.dumps(turn, default=str):.40}: it needs a role and content")
+    turn = dict(turn)
+    for other, key in TURN_KEYS.items():
+        if key not in turn and other in turn:
+            turn[key] = turn.pop(other)
+    if turn.get("function_call"):  # OpenAI's older name of a single call
+        if turn.get("tool_calls"):
+            raise BadRecord(f"{name}: a turn has tool_calls and function_call: keep one of them")
+        turn["tool_calls"] = [as_json(turn["function_call"], "function_call")]
+    optional = {"content"} if turn.get("tool_calls") else set()
+    if missing := [key for key in TURN_KEYS.values() if key not in {*turn, *optional}]:
+        raise BadRecord(f"{name}: a turn has no {missing[0]}: its fields are {names_of(turn)}")
+    given = turn["role"]
+    if not isinstance(given, str):
+        raise BadRecord(f"{name}: the role {json.dumps(given, default=str):.40} is not a string")
+    role = roles.get(given) or ROLE_OF.get(given) or ROLE_OF.get(normalized_name(given))
+    if role is None:
+        fix = " or ".join(f"data.roles='{{{given!s:.40}: {role}}}'" for role in ("user", "assistant"))
+        raise BadRecord(f"unknown role {given!r:.40}: set {fix} (or {', '.join(ROLES)})")
+    if role == "function_call":
+        found = as_json(turn["content"], "function_call")
+        turn |= {"content": "", "tool_calls": found if isinstance(found, list) else [found]}
+    return {**turn, "role": "assistant" if role == "function_call" else role}
+
+
+def _message(turn: dict[str, Any]) -> Message:
+    role = turn["role"]
+    calls = as_json(turn.get("tool_calls") or None, "tool_calls")
+    said = turn.get("content")
+    message: Message = {"role": role, "content": "" if calls and said is None else _content(said, role)}
     if calls:
         if role != "assistant":
             raise BadRecord(f"tool_calls: {role!r:.40} cannot call tools: only the assistant can")
-        message["tool_calls"] = [_tool_call(call) for call in _as_json(calls, "tool_calls")]
-    for name in KEPT_FIELDS:
-        if turn.get(name) is not None:
-            message[name] = text_of(turn, name)
-    return {**message, **_training_fields(turn)}
+        message["tool_calls"] = [_tool_call(call) for call in calls]
+    return message | _other_fields(turn)
 
 
-def _training_fields(turn: dict[str, Any]) -> dict[str, Any]:
+def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a message besides what it says; the names of those that are not known under UNUSED."""
+    kept: dict[str, Any] = {}
+    for name, standard in KEPT_FIELDS.items():
+        if turn.get(name) is not None and kept.setdefault(standard, text_of(turn, name)) != text_of(turn, name):
+            raise BadRecord(f"{name} and {standard} differ: keep one of them")
     found = {name: turn[name] for name in TRAINING_FIELDS if turn.get(name) is not None}
-    if found.get("weight", 1) not in (0, 1) or not isinstance(found.get("train", True), bool):
+    if any(value not in (0, 1) or (name == "train" and not isinstance(value, bool)) for name, value in found.items()):
         raise BadRecord(f"weight must be 0 or 1, and train true or false: found {found!r:.60}")
-    return found
+    if len({bool(value) for value in found.values()}) > 1:
+        raise BadRecord(f"{', '.join(found)} contradict each other: found {found!r:.60}")
+    trained = {name if name in ("weight", "train") else "train": value for name, value in found.items()}
+    unused = [name for name in turn if name not in KNOWN_FIELDS and turn[name] not in (None, "", [], {})]
+    return kept | trained | ({UNUSED: unused} if unused else {})
 
 
-def _content(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+def _content(value: Any, role: str = "") -> str:
+    """A text; the texts of a list of parts; what a tool returned, as JSON."""
+    is_parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
+    if (
+        role == "tool"
+        and isinstance(value, (dict, list))
+        and not (is_parts and value and all("text" in p for p in value))
+    ):
+        check_value(value, "content")
+        return json.dumps(value, ensure_ascii=False)
+    if is_parts:
         if kinds := {part.get("type") or "text" for part in value} - {"text"}:
             raise BadRecord(f"content: has a part of type {sorted(map(str, kinds))[0]!r:.40}: only text is supported")
+        if not all("text" in part for part in value):
+            raise BadRecord(
+                f"content: a part has no text: its fields are {names_of(next(p for p in value if 'text' not in p))}"
+            )
         return "".join(text_of(part, "text") for part in value)
     return text_of({"content": value}, "content")
 
 
 def _tool_call(call: Any) -> dict[str, Any]:
     """{"type": "function", "function": {"name", "arguments"}}; arguments given as a JSON string are parsed."""
-    function = call.get("function", call)
-    arguments = _as_json(function.get("arguments", {}), "arguments")
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "name" not in function:
+        raise BadRecord(f"tool_calls: {json.dumps(call, default=str):.60} is not a function call with a name")
+    arguments = as_json(function.get("arguments") or {}, "arguments")
     if not isinstance(arguments, dict):
         raise BadRecord(f"tool_calls: arguments {arguments!r:.40} are not a JSON object")
-    _check_value(arguments, "arguments")
+    check_value(arguments, "arguments")
     inner = {"name": nonempty(text_of(function, "name"), "a tool's name"), "arguments": arguments}
     return {**({"id": text_of(call, "id")} if call.get("id") else {}), "type": "function", "function": inner}
 
 
-def _sharegpt(record: dict[str, Any]) -> list[Message]:
-    """{"conversations": [{"from": "human" | "gpt" | ..., "value"}, ...], "system" (optional)}."""
-    turns = _list(record, "conversations")
-    if all(isinstance(turn, dict) and "from" not in turn and "role" in turn for turn in turns):
-        return _messages({"messages": turns})
-    messages: list[Message] = []
-    for turn in turns:
-        if turn["from"] not in SHAREGPT_ROLES:
-            raise BadRecord(f"unknown speaker {turn['from']!r:.40}")
-        message: Message = {"role": SHAREGPT_ROLES[turn["from"]], "content": text_of(turn, "value")}
-        if turn["from"] == "function_call":
-            found = _as_json(message["content"], "function_call")
-            calls = found if isinstance(found, list) else [found]
-            message |= {"content": "", "tool_calls": [_tool_call(call) for call in calls]}
-        messages.append({**message, **_training_fields(turn)})
-    return messages
-
-
 def _alpaca(record: dict[str, Any]) -> list[Message]:
     """{"instruction", "input" (may be empty), "output", "system", "history": [[question, answer], ...] (optional)}."""
-    added = f"\n\n{text_of(record, 'input')}" if record.get("input") else ""
-    earlier = _as_json(record.get("history") or [], "history")
+    asked = "\n\n".join(filter(str.strip, (optional_text(record, "instruction"), optional_text(record, "input"))))
+    earlier = as_json(record.get("history") or [], "history")
     if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         raise BadRecord("history is not a list of [question, answer] pairs")
-    turns = [_exchange(_content(asked), _content(answered)) for asked, answered in earlier]
-    return [*itertools.chain(*turns), *_exchange(text_of(record, "instruction") + added, text_of(record, "output"))]
+    turns = [_exchange(_content(question), _content(answer)) for question, answer in earlier]
+    return [*itertools.chain(*turns), *_exchange(asked, text_of(record, "output"))]
 
 
 def _pair(record: dict[str, Any]) -> list[Message]:
-    """{"prompt", "completion"}, both texts or both lists of messages."""
-    if isinstance(record["prompt"], list) and isinstance(record["completion"], list):
-        return [_message(turn) for name in ("prompt", "completion") for turn in _list(record, name)]
-    return _exchange(text_of(record, "prompt"), text_of(record, "completion"))
+    """{"prompt", "completion"}: texts or lists of messages; only those of the completion are targets."""
+    asked, answered = record["prompt"], record["completion"]
+    before = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    after = [{"role": "assistant", "content": answered}] if isinstance(answered, str) else answered
+    return [*({**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in before), *after]
 
 
 def _question_answer(record: dict[str, Any]) -> list[Message]:
     """{"question", "answer", "context" (optional)}."""
-    context = f"{text_of(record, 'context')}\n\n" if record.get("context") else ""
-    return _exchange(context + text_of(record, "question"), text_of(record, "answer"))
+    context = optional_text(record, "context")
+    return _exchange(f"{context}\n\n" * bool(context) + text_of(record, "question"), text_of(record, "answer"))
 
 
 def _summarization(record: dict[str, Any]) -> list[Message]:
@@ -166,7 +224,7 @@ def _summarization(record: dict[str, Any]) -> list[Message]:
 
 def _squad(record: dict[str, Any]) -> list[Message]:
     """{"context", "question", "answers": {"text": [...], ...} | [...]}, as SQuAD writes it; the first answer counts."""
-    answers = _as_json(record["answers"], "answers")
+    answers = as_json(record["answers"], "answers")
     answers = answers["text"] if isinstance(answers, dict) else answers
     first = answers[0] if isinstance(answers, list) and answers else answers
     if not first:
@@ -178,84 +236,32 @@ def _exchange(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One way to write down a conversation."""
-
-    required: tuple[str, ...]  # fields that every record has; `auto` detects the shape by them
-    fields: tuple[str, ...]  # all fields that are read, in the order in which they are shown
-    to_messages: Callable[[dict[str, Any]], list[Message]] | None  # None: plain text
-
-
 SHAPES = {
-    "messages": Shape(("messages",), ("messages", "tools"), _messages),
-    "sharegpt": Shape(("conversations",), ("system", "conversations", "tools"), _sharegpt),
+    "messages": Shape(("messages",), ("messages", "tools"), itemgetter("messages")),
+    "sharegpt": Shape(("conversations",), ("system", "conversations", "tools"), itemgetter("conversations")),
     "alpaca": Shape(("instruction", "output"), ("system", "history", "instruction", "input", "output"), _alpaca),
     "prompt_completion": Shape(("prompt", "completion"), ("system", "prompt", "completion", "tools"), _pair),
     "question_answer": Shape(("question", "answer"), ("system", "context", "question", "answer"), _question_answer),
     "summarization": Shape(("document", "summary"), ("system", "document", "summary"), _summarization),
     "extractive_qa": Shape(("context", "question", "answers"), ("system", "context", "question", "answers"), _squad),
+    "raw_prompt_completion": Shape(("prompt", "completion"), ("prompt", "completion"), None),  # without a chat template
     "text": Shape(("text",), ("text",), None),
 }
-ALIASES = {"response": "output"}  # other names of fields in data.columns
+TURNS = ("messages", "conversations", "prompt", "completion")  # fields that hold lists of turns
 
 
 def _parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = _as_json(record.get("tools") or None, "tools")
+    """The tools that are offered: `tools`, or OpenAI's older `functions`."""
+    tools = as_json(record.get("tools") or record.get("functions") or None, "tools")
     if not tools:
         return None
-    functions = [tool.get("function", tool) for tool in tools] if isinstance(tools, list) else [{}]
-    if not all(isinstance(function.get("name"), str) for function in functions):
+    tools = [as_json(tool, "tools") for tool in tools] if isinstance(tools, list) else tools
+    is_list = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    functions = [tool.get("function", tool) for tool in tools] if is_list else [{}]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
         raise BadRecord("tools: expected a list of functions with names")
-    _check_value(tools, "tools")
-    return tools
-
-
-def _check_value(value: Any, name: str, depth: int = 0) -> None:
-    if depth > MAX_DEPTH:
-        raise BadRecord(f"{name}: nested too deeply")
-    if isinstance(value, str):
-        text_of({name: value}, name)
-    elif isinstance(value, (list, dict)):
-        for inner in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
-            _check_value(inner, name, depth + 1)
-    elif not isinstance(value, (int, float, type(None))):
-        raise BadRecord(f"{name}: contains a value of type {type(value).__name__}, which JSON does not have")
-
-
-def _list(record: dict[str, Any], name: str) -> list[Any]:
-    value = _as_json(record[name], name)
-    if not isinstance(value, list) or not value:
-        raise BadRecord(f"{name} is not a list of turns")
-    return value
-
-
-def _as_json(value: Any, name: str) -> Any:
-    """A value, parsed if it is a string: tables and older data sets store lists and objects as JSON strings."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return decode_json(value)
-    except BadRecord as reason:
-        raise BadRecord(f"{name}: {reason}") from None
-
-
-def text_of(fields: dict[str, Any], name: str) -> str:
-    value = fields[name]
-    if not isinstance(value, str):
-        raise BadRecord(f"{name}: {json.dumps(value, default=str):.60} is not a string")
-    if found := INVALID.search(value):
-        if "\ud800" <= found[0] <= "\udfff":
-            raise BadRecord(f"{name}: contains a lone surrogate, or a byte that is not UTF-8")
-        kind = "control character" if found[0] < "\xa0" else "reserved Unicode noncharacter"
-        raise BadRecord(f"{name}: contains a {kind} (U+{ord(found[0]):04X})")
-    return value
-
-
-def nonempty(text: str, what: str) -> str:
-    if not text.strip():
-        raise BadRecord(f"{what} is empty")
-    return text
+    check_value(tools, "tools")
+    return tools if record.get("tools") else [{"type": "function", "function": function} for function in functions]
 
 
 @dataclass(frozen=True)
@@ -273,14 +279,18 @@ class ReadOptions:
 
     shape: str = "auto"  # an entry of SHAPES, or package.module:function
     columns: Mapping[str, str] = field(default_factory=dict)  # name in nanoft -> name in the file
+    roles: Mapping[str, str] = field(default_factory=dict)  # role in the file -> role in nanoft
     delimiter: str | None = None  # of CSV files; None: detected from the header
-    label_field: str | None = None  # keep only records that it marks as desirable
+    label_field: str | None = None  # keep only records that it marks as desirable; `ignore`: all, whatever marks them
     fields: tuple[str, ...] = ()  # kept with each conversation, for the split
 
     @classmethod
     def from_config(cls, data: DataConfig) -> ReadOptions:
-        wanted = {data.split_stratify or data.label_field, data.split_group, data.split_time} - {None, "length"}
-        return cls(data.format, data.columns, data.delimiter, data.label_field, tuple(sorted(map(str, wanted))))
+        if odd := [role for role in data.roles.values() if role not in ROLES]:
+            raise UserError(f"data.roles: {odd[0]!r:.40} is not a role{nearest(str(odd[0]), ROLES)}")
+        wanted = {data.stratify_field, data.split_group, data.split_time} - {None, "length"}
+        fields = tuple(sorted(map(str, wanted)))
+        return cls(data.format, data.columns, data.roles, data.delimiter, data.label_field, fields)
 
 
 def check_format(name: str) -> None:
@@ -299,28 +309,6 @@ def format_function(name: str) -> Callable[..., Any] | None:
     return import_function(name, "data.format", "(record)") if is_function(name) else None
 
 
-def detect_shape(path: Path, records: list[tuple[int, Raw]]) -> str:
-    """The shape whose required fields most records have; `text` only if nothing else fits."""
-    votes = dict.fromkeys(SHAPES, 0)
-    for _, record in records:
-        if isinstance(record, dict):
-            fitting = [name for name, shape in SHAPES.items() if record.keys() >= {*shape.required}]
-            for name in [name for name in fitting if name != "text"] or fitting:
-                votes[name] += 1
-    best = [name for name in votes if votes[name] and votes[name] == max(votes.values())]
-    if len(best) > 1:
-        choices = " or ".join(f"data.format={name} ({', '.join(SHAPES[name].required)})" for name in best)
-        raise UserError(f"{path}: its records fit {len(best)} shapes: choose {choices}")
-    if best:
-        return best[0]
-    line, first = records[0]
-    if isinstance(first, BadRecord):
-        raise UserError(f"{path}:{line}: {first}")
-    has = f"the fields {_names(first)}" if isinstance(first, dict) else f"no fields: it is a {type(first).__name__}"
-    known = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in SHAPES.items())
-    raise UserError(f"{path}: unknown shape: its first record has {has}: map them with data.columns to one of {known}")
-
-
 def read_file(
     path: Path,
     options: ReadOptions,
@@ -332,10 +320,21 @@ def read_file(
     raw = read_raw(path, options.delimiter, on_progress)
     records = ((line, _rename(record, options.columns)) for line, record in raw)
     first = list(itertools.islice(records, DETECT_FROM))
-    shape = detect_shape(path, first) if shape == "auto" else shape
-    present = {name for _, record in first if isinstance(record, dict) for name in record}
-    found = [name for name in SHAPES[shape].fields if name in present] if function is None else [shape]
-    yield shape if found == [shape] else f"{shape}: {', '.join(found)}"
+    present = list(dict.fromkeys(name for _, record in first if isinstance(record, dict) for name in record))
+    columns: dict[str, str] = {}
+    if shape == "auto":
+        shape, columns = detect_shape(path, SHAPES, first, present)
+    elif function is None:
+        columns = require_one_reading(path, find_columns(SHAPES[shape], present), present)
+    if function is None and options.label_field is None and shape != "text":
+        require_label_choice(path, first)
+    for name in options.columns if function is None else ():
+        near = nearest(name, SHAPES[shape].fields)  # another name may be that of a split field, or of no use on purpose
+        if name not in SHAPES[shape].fields and "did you mean" in near:
+            raise UserError(f"data.columns: {name!r:.60} is not a field of {shape}{near}")
+    found = [name if name == column else f"{name} ({column})" for name, column in columns.items()]
+    yield shape if found in ([shape], []) else f"{shape}: {', '.join(found)}"
+    renamed = {name: column for name, column in columns.items() if name != column}
     last = max(only, default=0) if only is not None else math.inf
     for line, record in itertools.chain(first, records):
         if line > last:
@@ -343,6 +342,8 @@ def read_file(
         if only is not None and line not in only:
             continue
         try:
+            if renamed and isinstance(record, dict):
+                record = record | {name: record[column] for name, column in renamed.items() if column in record}
             yield _convert(record, shape, function, str(path), line, options)
         except BadRecord as reason:
             yield Rejected(str(reason), str(path), line)
@@ -356,7 +357,7 @@ def _rename(record: Raw, columns: Mapping[str, str]) -> Raw:
     if missing := [column for column in columns.values() if column not in record]:
         return BadRecord(f"has no column {missing[0]!r:.60} (data.columns)")
     kept = {name: value for name, value in record.items() if name not in columns.values()}
-    return kept | {ALIASES.get(name, name): record[column] for name, column in columns.items()}
+    return kept | {name: record[column] for name, column in columns.items()}
 
 
 def _convert(record: Raw, shape: str, function: Any, path: str, line: int, options: ReadOptions) -> Conversation:
@@ -364,9 +365,12 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         raise record
     required = SHAPES[shape].required if function is None else ()
     if not isinstance(record, dict) or not all(name in record for name in required):
-        found = _names(record) if isinstance(record, dict) else type(record).__name__
+        found = names_of(record) if isinstance(record, dict) else type(record).__name__
         raise BadRecord(f"expected {'the fields ' + ', '.join(required) if required else 'an object'}, found {found}")
-    if (label := options.label_field) is not None:  # data for KTO has good and bad answers: only good ones are imitated
+    if (label := options.label_field) not in (
+        None,
+        "ignore",
+    ):  # data for KTO has good and bad answers: only good ones are imitated
         if label not in record:
             raise BadRecord(f"has no field {label!r} (data.label_field)")
         value = str(record[label]).strip().lower()
@@ -379,18 +383,34 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         record, shape = _call(function, record, f"{path}:{line}: data.format={shape}")
     to_messages = SHAPES[shape].to_messages
     if to_messages is None:
-        return Conversation([], nonempty(text_of(record, "text"), "text"), path, line, None, fields)
+        *before, learned = [text_of(record, name) for name in SHAPES[shape].required]
+        text = "".join(before) + nonempty(learned, SHAPES[shape].required[-1])
+        return Conversation([], text, path, line, None, fields, sum(map(len, before)))
     try:
+        record = record | {
+            name: turns_of(record, name, options.roles) for name in SHAPES[shape].fields if name in TURNS
+        }
         messages = to_messages(record)
-        if record.get("system") and "system" in SHAPES[shape].fields:
-            messages.insert(0, {"role": "system", "content": text_of(record, "system")})
+        if "system" in SHAPES[shape].fields and (system := optional_text(record, "system")):
+            messages.insert(0, {"role": "system", "content": system})
         tools = _parse_tools(record) if "tools" in SHAPES[shape].fields else None
     except BadRecord:
         raise
-    except (TypeError, AttributeError, ValueError, LookupError) as error:
-        raise BadRecord(f"a turn is malformed: {type(error).__name__}: {error}"[:200]) from None
+    except (TypeError, AttributeError, ValueError, LookupError):
+        raise BadRecord(f"does not have the form of {shape} (docs/data.md)") from None
     _check_turns(messages)
-    return Conversation(messages, None, path, line, tools, fields)
+    unused = dict.fromkeys(name for message in messages for name in message.pop(UNUSED, ()))
+    notes = tuple(f"the field {name!r:.60} of a message is not used" for name in unused)
+    return Conversation(messages, None, path, line, tools, fields, 0, _template_args(record), notes)
+
+
+def _template_args(record: dict[str, Any]) -> dict[str, Any]:
+    given = as_json(record.get(TEMPLATE_ARGS) or {}, TEMPLATE_ARGS)
+    if not isinstance(given, dict) or (taken := {"messages", "tools", "add_generation_prompt"} & given.keys()):
+        what = f"sets {min(taken)}, which nanoft sets" if isinstance(given, dict) else "is not an object"
+        raise BadRecord(f"{TEMPLATE_ARGS}: {what}")
+    check_value(given, TEMPLATE_ARGS)
+    return given
 
 
 def _call(function: Callable[..., Any], record: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
@@ -402,7 +422,7 @@ def _call(function: Callable[..., Any], record: dict[str, Any], where: str) -> t
     for shape in ("messages", "prompt_completion", "text") if isinstance(found, dict) else ():
         if all(name in found for name in SHAPES[shape].required):
             return found, shape
-    what = f"the fields {_names(found)}" if isinstance(found, dict) else type(found).__name__
+    what = f"the fields {names_of(found)}" if isinstance(found, dict) else type(found).__name__
     raise BadRecord(f"data.format: the function returned {what}: expected messages, prompt and completion, or text")
 
 
@@ -414,24 +434,19 @@ def _split_field(record: dict[str, Any], name: str) -> Any:
 
 
 def _check_turns(messages: list[Message]) -> None:
-    """Check the order of roles, and drop unanswered messages at the end."""
+    """Check who speaks, and drop unanswered messages at the end; the order of turns is the chat template's affair."""
     for message in messages:
-        if message["role"] not in ROLES:
-            raise BadRecord(f"unknown role {message['role']!r:.40}: expected one of {', '.join(ROLES)}")
-        if message["role"] != "tool" and not message.get("tool_calls"):
-            kind = "an assistant message" if message["role"] == "assistant" else f"a {message['role']} message"
-            nonempty(message["content"], kind)
-    spoken = [message["role"] for message in messages[messages[0]["role"] == "system" :]]
-    if "assistant" not in spoken:
+        is_answer = message["role"] == "assistant" and not message.get("tool_calls") and is_trained(message)
+        if is_answer or message["role"] == "user":
+            nonempty(message["content"], "an assistant message" if is_answer else "a user message")
+    if all(message["role"] != "assistant" for message in messages):
         raise BadRecord("no assistant message, so there are no target tokens")
-    if spoken[0] != "user":
-        raise BadRecord(f"the first message is from the {spoken[0]}: there is no prompt")
-    for before, after in itertools.pairwise(spoken):
-        if after == "system" or (before == after and after != "tool"):
-            raise BadRecord(f"{after} after {before}: turns must alternate")
     while messages[-1]["role"] != "assistant":
         messages.pop()
+    if all(message["role"] != "user" for message in messages):
+        raise BadRecord(f"the first message is from the {messages[0]['role']}: there is no prompt")
 
 
-def _names(record: dict[str, Any]) -> str:
-    return repr(", ".join(record))[1:-1][:200]
+def is_trained(message: Message) -> bool:
+    """Whether a message may be a target, by OpenAI's field `weight` and axolotl's `train`."""
+    return bool(message.get("train", True)) and message.get("weight", 1) != 0

@@ -3,11 +3,14 @@
 JSON, JSON Lines, CSV, TSV and Parquet are streamed, so the size of a file does not matter. A record that cannot be
 read (a line that is not JSON, a ragged row, bytes that are not UTF-8) is yielded as a BadRecord in its place, and
 reading goes on. A file that cannot be read as a whole (truncated, damaged, of another kind) is a UserError.
+
+A directory, here or on the Hub, may hold several splits: `train_file` then means its training split alone.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import glob
 import gzip
@@ -22,47 +25,91 @@ from typing import IO, Any
 
 from nanoft import UserError
 
+Log = Callable[[str], None]  # called with lines for the user
 Raw = Any  # any value in place of a record, or a BadRecord
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 HUB = "hf://datasets/"
 HUB_NAME = re.compile(r"([^/@]+)/([^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*?))?/*")
 METADATA = ["dataset_info.json", "dataset_infos.json", "*config.json"]  # describe a dataset, are not its data
-TRAIN = re.compile("(?<![a-z])train", re.IGNORECASE)  # in a path: "train", "my_train"; not "constrained"
+# A split is named by a word in a path: "train", "my_train", "testset"; not "constrained" or "testimony".
+SPLIT = re.compile(
+    "(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>valid(?:ation)?|val|dev|eval(?:uation)?)|(?P<test>test(?:ing)?))"
+    "(?:_?(?:set|split|data))?(?![a-z])",
+    re.IGNORECASE,
+)
+PREFERRED = {"data.validation_file": ("validation", "test", None, "train")}  # None: named after no split
+SHARD = re.compile(r"[-_.]?(?:(?:part|shard)[-_.]?)?\d+(?:[-_.]of[-_.]\d+)?(?:-[0-9a-f-]{8,})?$")  # -00000-of-00002
 MAX_RECORD = 64 << 20  # bytes; a longer line is a file without line ends
 MAX_OBJECT = 512 << 20  # bytes, uncompressed, of a file that is one JSON object: it is read into memory
 CHUNK = 1 << 20
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+# What the first bytes of a file say that it is, and how it becomes readable.
+ENCODINGS = {
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32", rb"([^\0]\0\0\0){2}": "UTF-32LE", rb"(\0\0\0[^\0]){2}": "UTF-32BE",
+    rb"\xff\xfe|\xfe\xff": "UTF-16", rb"([^\0]\0){2}": "UTF-16LE", rb"(\0[^\0]){2}": "UTF-16BE",
+}  # fmt: skip
+OTHER_KINDS = {
+    rb"version https://git-lfs": "is a git-lfs pointer, not the data: run git lfs pull in its repository",
+    rb"\x1f\x8b": "is compressed by gzip: add .gz to its name",
+    rb"BZh\d": "is compressed: unpack it with bzip2 -d",
+    rb"\(\xb5/\xfd": "is compressed: unpack it with zstd -d",
+    rb"\xfd7zXZ": "is compressed: unpack it with xz -d",
+    rb"PK\x03\x04": "is a zip archive or a spreadsheet: unpack it with unzip, or export it as CSV",
+    rb"PAR1": "is Parquet: rename it to .parquet",
+    rb"ARROW1|\xff\xff\xff\xff": "is Arrow: convert its directory with datasets: load_from_disk(...).to_json(...)",
+    rb"(?i)\s*<(?:!doctype|html)": "is a web page: download the file itself (on the Hub: /resolve/, not /blob/)",
+} | {pattern: f"is {name}: convert it to UTF-8 (iconv -f {name} -t UTF-8)" for pattern, name in ENCODINGS.items()}
+NOT_UTF_8 = "is the file Latin-1? then convert it: iconv -f WINDOWS-1252 -t UTF-8"
 
 
 class BadRecord(ValueError):
     """Why a record cannot be used."""
 
 
-def find_files(spec: str, name: str = "data.train_file") -> list[list[Path]]:
-    """The files of each part of `a.jsonl,folder,more/*.csv,hf://datasets/openai/gsm8k/main`; name: for messages."""
+def find_files(spec: str, name: str = "data.train_file", log: Log = lambda line: None) -> list[list[Path]]:
+    """The files of each part of `a.jsonl,folder,more/*.csv,hf://datasets/openai/gsm8k/main`.
+
+    Args:
+        name: the setting, for messages; a `data.validation_file` is the validation split of a directory.
+        log: gets a line for each directory of which other splits are left unread.
+    """
     if not spec.strip():
         raise UserError(f"{name}: is empty: give a file ({' '.join(SUFFIXES)}), a directory or hf://datasets/")
     found = []
     for part in [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(",")]:
-        if part.startswith(HUB):
-            found.append(_download(part, name))
-        elif os.path.isdir(part):
-            found.append(_data_files(Path(part), part, name))
-        elif os.path.isfile(part):
-            found.append([Path(part)])
-        elif not glob.has_magic(part) or os.path.exists(part):
-            raise UserError(f"{name}: {part}: no such file (a dataset on the Hub is {HUB}owner/name)")
-        else:
-            found.append(sorted(Path(path) for path in glob.glob(part, recursive=True) if os.path.isfile(path)))
-            if not found[-1]:
-                raise UserError(f"{name}: {part}: no file matches")
+        place = _download(part, name) if part.startswith(HUB) else part
+        files = _files_at(place, part, name, log)
+        if not files:
+            missing = "a directory without data files" if place != part else "no file matches"
+            missing = (
+                missing if glob.has_magic(place) or place != part else f"no such file (on the Hub: {HUB}owner/name)"
+            )
+            raise UserError(f"{name}: {part}: {missing}")
+        found.append(files)
     return found
+
+
+def _files_at(place: str, part: str, name: str, log: Log) -> list[Path]:
+    """A file; the split of a directory; what a glob matches; or the shards of `folder/train`, whose names it begins."""
+    if os.path.isdir(place):
+        return _choose_split(_data_files(Path(place), part, name), Path(place), part, name, log)
+    if os.path.isfile(place) or "\0" in place:
+        return [Path(place)] if os.path.isfile(place) else []
+    if found := [Path(path) for path in sorted(glob.glob(place, recursive=True)) if os.path.isfile(path)]:
+        return found
+    beside = map(Path, sorted(glob.glob(glob.escape(place) + "*")))
+    return [p for p in beside if _suffix(p) in SUFFIXES and SHARD.sub("", _stem(p)) == os.path.basename(place)]
 
 
 def _data_files(directory: Path, part: str, name: str) -> list[Path]:
     found = []
     for path in sorted(directory.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        if path.suffix == ".arrow" and (path.parent / "state.json").is_file():
+            whole = path.parent.parent if (path.parent.parent / "dataset_dict.json").is_file() else path.parent
+            split = "['train']" if whole != path.parent else ""
+            fix = f"from datasets import load_from_disk; load_from_disk('{whole}'){split}.to_json('data.jsonl')"
+            raise UserError(f'{name}: {part}: was written by save_to_disk of datasets: convert it: python -c "{fix}"')
         if _suffix(path) in SUFFIXES and path.is_file() and not hidden and not any(map(path.match, METADATA)):
             found.append(path)
     if not found:
@@ -70,31 +117,61 @@ def _data_files(directory: Path, part: str, name: str) -> list[Path]:
     return found
 
 
-def _download(part: str, name: str) -> list[Path]:
-    """The data files of hf://datasets/OWNER/NAME[@REVISION][/PATH]; only those of the train split if there are more."""
+def _choose_split(files: list[Path], root: Path, part: str, name: str, log: Log) -> list[Path]:
+    """The files of the one split that is wanted; all of them if none is named after a split.
+
+    `main/train-00000-of-00002.parquet` is a shard of the split `main/train`. Several training splits, of several
+    configurations (main, socratic) or kinds (train_sft, train_gen), are not guessed between.
+    """
+    groups: dict[str, dict[str, list[Path]]] = {}  # split -> name of each of its candidates -> shards
+    for path in files:
+        relative = path.relative_to(root)
+        places = [Path(*relative.parts[:-1], _stem(path)), *relative.parents]  # from the file's own name upwards
+        place, match = next(((p, m) for p in places if (m := SPLIT.search(p.name))), (relative, None))
+        label = str(place.with_name(SHARD.sub("", place.name)) if match else place)
+        kind = "".join(path.suffixes[-2:]) if match and place == places[0] else ""
+        groups.setdefault(str(match and match.lastgroup), {}).setdefault(label + "\0" + kind, []).append(path)
+    order = PREFERRED.get(name, ("train", None))
+    split = next((str(wanted) for wanted in order if str(wanted) in groups), None)
+    candidates = groups[split] if split else {key: value for group in groups.values() for key, value in group.items()}
+    if split != "None" and len(candidates) > 1:
+        labels = [str(s[0].relative_to(root)) if len(s) == 1 else key.split("\0")[0] for key, s in candidates.items()]
+        what = f"{len(labels)} splits that could be meant ({', '.join(labels)!s:.200})"
+        raise UserError(f"{name}: {part}: has {what}: name one: {part.rstrip('/')}/{labels[0]}")
+    chosen = [path for shards in candidates.values() for path in shards]
+    if unread := [str(path.relative_to(root)) for path in files if path not in chosen]:
+        log(f"data      {part}: only its {split} split is read, not {', '.join(unread)!s:.200}")
+    return chosen
+
+
+def _download(part: str, name: str) -> str:
+    """Fetch the data files of hf://datasets/OWNER/NAME[@REVISION][/PATH]; returns where PATH now lies."""
     named = HUB_NAME.fullmatch(part.removeprefix(HUB))
     if not named:
         raise UserError(f"{name}: {part}: write {HUB}owner/name, followed by a path for a part of the dataset")
     owner, repository, revision, inside = named.groups(default="")
     if ".." in f"{owner}/{repository}/{revision}/{inside}".split("/"):
         raise UserError(f"{name}: {part}: .. leads out of the dataset: name a file or directory in it")
-    endings = [f"*{suffix}{packed}" for suffix in SUFFIXES for packed in ("", ".gz")]
-    wanted = [inside, *(f"{inside}/{ending}" for ending in endings)] if inside else endings
+    endings = [suffix + packed for suffix in SUFFIXES for packed in ("", ".gz")]
+    names = ("/*", "", "[0-9]*", "[-_.][0-9]*") if inside else ("*",)  # of a directory; of the shards of a split
+    wanted = [inside + name + ending for name in names for ending in endings]
     from huggingface_hub import snapshot_download
 
     try:
-        patterns: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": METADATA}
+        patterns: dict[str, Any] = {"allow_patterns": [inside, *wanted], "ignore_patterns": METADATA}
         root = snapshot_download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
     except Exception as error:  # the Hub client raises many kinds: no network, no such dataset, gated, bad name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason}") from None
-    place = Path(root, inside)
-    found = [place] if inside and place.is_file() else _data_files(place, part, name)
-    return [path for path in found if TRAIN.search(str(path.relative_to(place)))] or found
+    return os.path.join(root, inside)
 
 
 def _suffix(path: Path) -> str:  # without .gz
     return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _stem(path: Path) -> str:  # without .gz and the suffix
+    return Path(path.name.removesuffix(".gz")).stem
 
 
 def read_raw(
@@ -102,14 +179,16 @@ def read_raw(
 ) -> Iterator[tuple[int, Raw]]:
     """Stream the (line, record) pairs of one file; `on_progress` is called now and then with the bytes read."""
     suffix, count = _suffix(path), 0
-    if suffix not in READERS:
-        raise UserError(f"{path}: unknown file type {path.suffix!r}: give {' '.join(SUFFIXES)}, also as .gz")
     try:
         with open(path, "rb") as raw:
-            stream: Any = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
-            head = stream.read(4) if suffix != ".parquet" else b""
-            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"{path}: is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            is_packed, own = path.name.endswith(".gz"), b"PAR1" if suffix == ".parquet" else codecs.BOM_UTF8
+            _refuse_other_kinds(raw.read(64), path, b"\x1f\x8b" if is_packed else own)
+            if suffix not in READERS:
+                raise UserError(f"{path}: unknown file type {path.suffix!r}: give {' '.join(SUFFIXES)}, also as .gz")
+            raw.seek(0)
+            stream: Any = gzip.GzipFile(fileobj=raw) if is_packed else raw
+            head = stream.read(64)
+            _refuse_other_kinds(head, path, own)
             stream.seek(3 if head.startswith(codecs.BOM_UTF8) else 0)
             for count, item in enumerate(READERS[suffix](stream, path, delimiter), start=1):
                 if count % 256 == 0:
@@ -121,6 +200,12 @@ def read_raw(
         raise UserError(f"{path}: {what} after {count:,} records: {error}") from None
     if not count:
         raise UserError(f"{path}: the file is empty: it needs at least one record")
+
+
+def _refuse_other_kinds(head: bytes, path: Path, expected: bytes) -> None:
+    found = next((message for pattern, message in OTHER_KINDS.items() if re.match(pattern, head)), None)
+    if found and not head.startswith(expected):
+        raise UserError(f"{path}: {found}")
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:  # split at newlines only; an over-long one is cut at MAX_RECORD
@@ -143,26 +228,61 @@ def _parse_line(line: bytes | bytearray) -> Raw:
     try:
         return decode_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8 at byte {error.start + 1}")
+        return BadRecord(f"not UTF-8 at byte {error.start + 1}: {NOT_UTF_8}")
     except BadRecord as error:
         return error
 
 
 def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    """An array of records, an object with one, a single record, or JSON Lines in spite of the name."""
-    start = stream.tell()
+    """JSON Lines; an array of records; values one after another; in .json also an object with one array, or one record.
+
+    The content decides, not the name: people call each of them .json and .jsonl.
+    """
+    start, is_lines = stream.tell(), _suffix(path) != ".json"
     opening = next((byte for byte in iter(lambda: stream.read(1), b"") if not byte.isspace()), b"")
     stream.seek(start)
-    if opening == b"[":
-        yield from _read_array(stream, path)
-    elif opening:
+    if not opening:
+        return
+    reader = _read_array
+    if opening != b"[" or is_lines:
         lines = (line for line in _lines(stream) if line.strip())
-        is_lines = isinstance(_parse_line(next(lines)), dict) and next(lines, None) is not None
+        line = next(lines, b"")
+        first = _parse_line(line) if len(line) < MAX_RECORD else BadRecord("a part of a longer line")
+        has_more = next(lines, None) is not None
         stream.seek(start)
-        yield from (_read_lines if is_lines else _read_object)(stream, path, delimiter)
+        if opening == b"[":  # a list of turns on each line is no array of records
+            is_array = isinstance(first, BadRecord) or (not has_more and all(isinstance(r, dict) for r in first))
+            reader = _read_array if is_array else _read_lines
+        elif isinstance(first, dict):
+            reader = _read_lines if has_more or is_lines else _read_object
+        elif NOT_UTF_8 not in str(first) and _is_values(stream, path, is_lines):
+            reader = _read_values
+        else:
+            reader = _read_lines if is_lines else _read_object
+        stream.seek(start)
+    yield from reader(stream, path, delimiter)
 
 
-def _read_array(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Raw]]:
+def _is_values(stream: IO[bytes], path: Path, alone: bool) -> bool:
+    """Whether the file opens with an object over several lines, or before a comma; another follows, unless `alone`."""
+    text = _JsonText(stream, path)
+    with contextlib.suppress(UserError):
+        return isinstance(text.value(1), dict) and text.peek() in ("{", ",", *[""] * alone)
+    return False
+
+
+def _read_values(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
+    """Values one after another, pretty-printed or with commas between them."""
+    text = _JsonText(stream, path)
+    for number in itertools.count(1):
+        if not text.peek():
+            return
+        yield number, text.value(number)
+        if text.peek() == ",":
+            text.take(",")
+
+
+def _read_array(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
     text, number = _JsonText(stream, path), 0
     text.take("[")
     while text.peek() != "]":
@@ -241,12 +361,16 @@ def _read_object(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterat
     wanted = f"{path}: expected an array of records, or an object with one: found"
     if not isinstance(whole, dict):
         raise UserError(f"{wanted} {type(whole).__name__}")
-    arrays = {name: value for name, value in whole.items() if isinstance(value, list)}
-    openings = [value[0] for value in arrays.values() if value and isinstance(value[0], dict)]
-    if not arrays or any("role" in opening or "from" in opening for opening in openings):
+    arrays = {n: v for n, v in whole.items() if isinstance(v, list) and (not v or isinstance(v[0], dict))}
+    by_columns = (isinstance(v, list) or (isinstance(v, dict) and all(map(str.isdigit, v))) for v in whole.values())
+    if whole and not arrays and all(by_columns):
+        fix = "write records, in pandas with to_json(FILE, orient='records', lines=True)"
+        raise UserError(f"{wanted} a table by columns ({', '.join(whole)!s:.100}): {fix}")
+    if not arrays or any("role" in opening or "from" in opening for opening, *_ in filter(None, arrays.values())):
         arrays = {"": [whole]}
     if len(arrays) > 1:
-        raise UserError(f"{wanted} {len(arrays)} arrays: {', '.join(arrays)!r:.100}")
+        fix = f"write one of them to a file of its own: jq -c '.{next(iter(arrays))}[]' FILE > NEW.jsonl"
+        raise UserError(f"{wanted} {len(arrays)} arrays: {', '.join(arrays)!r:.100}: {fix}")
     ((name, records),) = arrays.items()
     if not records:
         raise UserError(f"{path}: the array {name!r:.60} is empty: it needs at least one record")
@@ -264,11 +388,13 @@ def _read_table(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterato
         delimiter = "\t" if _suffix(path) == ".tsv" else max(",;\t|", key=first.count)
     if len(delimiter) != 1 or delimiter in '"\r\n':
         raise UserError(f"data.delimiter: {delimiter!r} cannot separate the columns of {path}: give one character")
-    rows = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
+    spaced = first.count(f"{delimiter} ") == first.count(delimiter) > 0  # "a, b": then the values are spaced, too
+    rows = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     try:
         names = next(rows)
     except csv.Error as error:
         raise UserError(f"{path}:1: the header is not valid CSV: {error}") from None
+    names[:1] = [name or "index" for name in names[:1]]  # pandas writes its index without a name
     if not names or not all(map(str.strip, names)) or len(set(names)) < len(names):
         raise UserError(f"{path}:1: the header has {names!r:.80}: it needs one name for each column")
     row: list[str] | None = names
@@ -276,14 +402,16 @@ def _read_table(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterato
         line = rows.line_num + 1
         try:
             row = next(rows, None)
-            if row and len(row) != len(names):
+            if not row or not any(row):
+                continue  # a blank line; spreadsheets write delimiters on it
+            if len(row) != len(names):
                 yield line, BadRecord(f"{len(row)} columns where the header has {len(names)}")
-            elif row:
+            else:
                 yield line, dict(zip(names, row, strict=True))
         except csv.Error as error:
             if "unexpected end" in str(error):
                 raise UserError(f"{path}:{line}: the quote opened here is never closed") from None
-            yield line, BadRecord(f"not valid CSV: {error}")
+            yield line, BadRecord(f'not valid CSV: {error} (a quote within quotes is written twice: "")')
 
 
 def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
@@ -294,26 +422,28 @@ def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Itera
     try:
         table = parquet.ParquetFile(stream)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(1024))
-        yield from enumerate(rows, start=1)
+        for number, row in enumerate(rows, start=1):
+            yield number, {name: _without_nulls(value) for name, value in row.items()}
     except Exception as error:  # pyarrow raises many kinds, also for dates and strings that Python cannot hold
         raise UserError(f"{path}: not valid Parquet: {' '.join(str(error).split())}") from None
 
 
+def _without_nulls(value: Any) -> Any:
+    """A value of a table, without the null members of its structs: each has the members of all of them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(member) for name, member in value.items() if member is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 # Arguments: a stream positioned after its byte-order mark, the path for messages, the delimiter of tables.
 READERS: dict[str, Callable[[IO[bytes], Path, str | None], Iterator[tuple[int, Raw]]]] = {
-    ".json": _read_json,
-    **dict.fromkeys((".jsonl", ".ndjson"), _read_lines),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), _read_json),
     **dict.fromkeys((".csv", ".tsv"), _read_table),
     ".parquet": _read_parquet,
 }
 
 
-def refuse_constant(constant: str) -> None:
-    """For a JSON decoder: NaN and Infinity are Python's, not JSON's."""
-    raise ValueError(f"{constant} is not JSON")
-
-
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+DECODER = json.JSONDecoder()  # NaN and Infinity are Python's, not JSON's: refused where they are used
 
 
 def decode_json(text: str) -> Any:

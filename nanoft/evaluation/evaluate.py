@@ -52,6 +52,7 @@ class Prompt:
     messages: list[Message]
     reference: str
     tools: list[dict[str, Any]] | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _text_bytes(chat: ChatTokenizer, sample: Sample) -> int:
 def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[Prompt]:
     """The last turn of the first `limit` conversations that end in an answer rather than a tool call."""
     chats = [c for c in conversations if c.messages and not c.messages[-1].get("tool_calls")][:limit]
-    return [Prompt(list(c.messages[:-1]), c.messages[-1]["content"], c.tools) for c in chats]
+    return [Prompt(list(c.messages[:-1]), c.messages[-1]["content"], c.tools, c.template_args) for c in chats]
 
 
 def answer_all(
@@ -194,7 +195,7 @@ def answer_all(
     """Answers to every prompt, in batches; the longest first, so that memory runs out at once or not at all."""
     training, generator = model.training, torch.Generator().manual_seed(seed)
     model.eval()
-    encoded = [chat.encode_prompt(prompt.messages, prompt.tools) for prompt in prompts]
+    encoded = [chat.encode_prompt(prompt.messages, prompt.tools, prompt.template_args) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     longest_first = [encoded[i] for i in order]
     with distributed.same_exception(model.device):

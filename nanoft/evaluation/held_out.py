@@ -42,8 +42,8 @@ def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     """All of `--data FILE`, or the run's own validation split; checked before anything is loaded."""
     data = config.data
     if file:  # read as the run reads its own data, without splitting or filtering it
-        kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "train_on", "truncation")
-        settings = {name: getattr(data, name) for name in kept}
+        kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "unrendered", "train_on", "chunk")
+        settings = {"label_field": "ignore"} | {name: getattr(data, name) for name in (*kept, "truncation", "roles")}
         data = DataConfig(train_file=file, validation_split=0.0, deduplicate=False, **settings)
     if not data.train_file:
         what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"
@@ -102,7 +102,7 @@ def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Samp
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--general: {file}: cannot be read as UTF-8 text: {error}") from None
     else:
-        records = read_file(Path(file), ReadOptions.from_config(DataConfig(train_file=file)))
+        records = read_file(Path(file), ReadOptions.from_config(DataConfig(train_file=file, label_field="ignore")))
         texts = [record.full_text() for record in records if isinstance(record, Conversation)]
     samples = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts[:limit]) if text.strip()])
     if not any(sample.is_target.any() for sample in samples):
@@ -122,8 +122,8 @@ def _leakage_of_file(
         train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
-    prompts = list(corpus.first_user_texts(samples))
-    exact, near = filters.count_leaks(prompts, train_set.first_user_texts(train_set.training), NEAR)
+    prompts = list(corpus.prompts(samples))
+    exact, near = filters.count_leaks(prompts, train_set.prompts(train_set.training), NEAR)
     said = f"of {len(prompts):,} prompts, {exact:,} are in the training data word for word and {near:,} nearly so"
     return {"prompts": len(prompts), "exact": exact, "near": near, "said": said}
 

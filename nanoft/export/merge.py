@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -26,6 +27,7 @@ from nanoft import UserError, __version__
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.config.loading import load_config
+from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.io.atomic import (
     PROGRESS,
@@ -166,6 +168,8 @@ def choose_adapter(
             raise UserError(f"--unmerge: {directory} was not merged from {adapters[0].place}: see its provenance.json")
         return combine(adapters, [-factor for factor in factors], modules, directory), hashes
     chosen = combine(adapters, factors, modules)
+    for note in ModelFiles.read(chosen.base).notes:
+        print(f"warning: {note}", file=sys.stderr)
     if onto == "nf4" and chosen.quantization is None and ModelFiles.read(chosen.base).quantization is None:
         raise UserError(f"--base nf4: {sources[0]} was trained on the original weights: remove --base")
     return chosen, hashes
@@ -248,11 +252,19 @@ def save_result(
             with suppress(UserError, AttributeError):
                 base_sha256 = read_json(run / "config.json").get("provenance", {}).get("base_sha256")
             note = _note(quantization_of(config), dtype, step, base_sha256)
-            save_adapter(staging, model, adapters, config.lora, config.model.name, note)
+            save_adapter(staging, model, adapters, config.lora, config.model.reference, note)
             copy_companions(tokenizer or base, staging, base, config.model.add_tokens)
         else:
             save_model(model, base, staging, ModelFiles.read(base).dtype())
+        save_template(run, staging)
     return out
+
+
+def save_template(run: Path, out: Path) -> None:
+    """The template that model.chat_template chose for a run, instead of the model's own ones."""
+    if is_run(run) and (run / TEMPLATE_FILE).is_file():
+        shutil.rmtree(out / "additional_chat_templates", ignore_errors=True)
+        shutil.copyfile(run / TEMPLATE_FILE, out / TEMPLATE_FILE)
 
 
 def write_peft(out: Path, opened: LoadedModel, adapter: TrainedAdapter) -> None:

@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanoft import UserError
 from nanoft.blocks.trained import Adapter
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.model_files import ModelFiles, Quantization
-from nanoft.models.weights import WeightFiles, is_block_linear, open_weights
+from nanoft.models.weights import WeightFiles, is_block_linear, is_finite, open_weights
 from nanoft.nf4 import quantize
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -91,19 +92,25 @@ class Weights:
         step = max(1, SLAB // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            slab = self.files.headers[name].read(name, rows) if whole is None else whole[rows]
+            slab = self.files.read(name, rows) if whole is None else whole[rows]
             if adapter is not None and part == "weight":
                 slab = adapter.merged(slab.float(), rows)
-            yield slab.to(self.dtype)
+            yield self._rounded(slab, name)
         if total > shape[0]:
             slab = self.mean(name).expand(total - shape[0], -1)
-            yield (slab if adapter is None else adapter.merged(slab, slice(shape[0], total))).to(self.dtype)
+            yield self._rounded(slab if adapter is None else adapter.merged(slab, slice(shape[0], total)), name)
+
+    def _rounded(self, slab: Tensor, name: str) -> Tensor:
+        slab = slab.to(self.dtype)
+        if self.dtype == torch.float16 and not is_finite(slab):
+            raise UserError(f"--dtype: f16: numbers of {name} are too large for it: use bf16 or f32")
+        return slab
 
     def row(self, name: str, number: int) -> Tensor:
         """A copy, since a view keeps the mapped pages around it in memory."""
         rows, stored = slice(number, number + 1), self.stored(name)
         is_new = number >= self.files.shapes[stored][0]
-        row = self.mean(name) if is_new else self.files.headers[stored].read(stored, rows)
+        row = self.mean(name) if is_new else self.files.read(stored, rows)
         if adapter := self.adapters.get(name.removesuffix(".weight")):
             row = adapter.merged(row.float(), rows)
         return row.to(self.dtype, copy=True)

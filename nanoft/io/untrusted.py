@@ -8,6 +8,7 @@ way out (an error, a log, a report) loses access tokens and control characters.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import math
@@ -29,9 +30,26 @@ MAX_YAML = 100_000  # characters, which take PyYAML a second
 MAX_NODES = 10_000  # values of a YAML text with all aliases expanded
 MAX_DEPTH = 64  # of nested lists and objects
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
+JSON_TOKEN = re.compile(r'(?P<name>"(?:[^"\\]|\\.)*")(?=\s*:)|"(?:[^"\\]|\\.)*"|[{}\[\]]')
+# The plain values that PyYAML, which reads YAML 1.1, reads as YAML 1.2 (section 10.3.2) does; dates are text there.
+YAML_1_2 = {
+    "bool": re.compile("true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"[-+]?(0|[1-9]\d*)|0x[\da-fA-F]+"),
+    "float": re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    "timestamp": re.compile("(?!)"),
+}
 # Hugging Face's tokens, W&B's, credentials in a URL (user:password@), and its token parameter.
 TOKEN = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bwandb_v\d+_\w{20,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|(?<=[?&]token=)[^&\s]+"
+)
+
+
+class YamlLoader(yaml.SafeLoader):
+    """Plain data; 1e-4, without a point, is a number, too."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+\.?\d*)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -58,7 +76,8 @@ def resolve_file(path: Path) -> Path:
     try:
         real, home = path.resolve(strict=True), path.parent.resolve()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        link = f": it is a link to {os.readlink(path)}, which is gone: copy it again" if path.is_symlink() else ""
+        raise UserError(f"{path}: no such file{link}") from None
     except (OSError, ValueError, RuntimeError) as error:  # name too long, a zero byte in it, circular links
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
@@ -88,10 +107,18 @@ def refuse_code(config: dict[str, Any]) -> None:
             raise UserError(f"{name}: {config[name]!r:.100}: {code}: if it works without that code, remove the field")
 
 
-def parse_json(content: bytes, unique: bool = False) -> Any:
-    """A JSON value of bounded depth, or a ValueError; `unique` refuses duplicate names (else the last counts)."""
+def decode_text(content: bytes) -> str:
+    """UTF-8, with or without a byte-order mark; a ValueError for anything else."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("the file is UTF-16: save it as UTF-8")
+    return content.decode("utf-8-sig")
+
+
+def parse_json(content: bytes) -> Any:
+    """A JSON value of bounded depth in which no object has a name twice, or a ValueError."""
+    text = decode_text(content)
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_names if unique else None)
+        value = json.loads(text, object_pairs_hook=lambda pairs: _unique_names(pairs, text))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     level: list[Any] = [[value]]
@@ -103,21 +130,42 @@ def parse_json(content: bytes, unique: bool = False) -> Any:
     return value
 
 
-def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in table:
-            raise ValueError(f"{name!r:.60} appears twice")
-        table[name] = value
+def _unique_names(pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError(_first_duplicate(text))
     return table
 
 
+def _first_duplicate(text: str) -> str:
+    """Where the first name stands twice in one JSON object, which is valid up to there."""
+    open_objects: list[dict[str, int]] = []  # the offsets of the names of each
+    for token in JSON_TOKEN.finditer(text):
+        if token[0] in "{[":
+            open_objects.append({})
+        elif token[0] in "}]":
+            open_objects.pop()
+        elif token["name"]:
+            name = json.loads(token["name"])
+            before = open_objects[-1].setdefault(name, token.start())
+            if before != token.start():
+                return _twice(name, text.count("\n", 0, before), text.count("\n", 0, token.start()))
+    return "a name appears twice"
+
+
+def _twice(name: str, first: int, second: int) -> str:  # lines, counted from 0
+    return f"line {second + 1}: {name!r:.60} appears a second time, after line {first + 1}: remove one of the two"
+
+
 def parse_yaml(text: str) -> Any:
-    """A YAML value: plain data (`yaml.SafeLoader`) of bounded size and depth, aliases expanded; else a ValueError."""
+    """A YAML value: plain data of bounded size and depth, aliases expanded; else a ValueError.
+
+    So are a name that stands twice in a mapping, and values that mean something else in YAML 1.1, which PyYAML reads.
+    """
     if len(text) > MAX_YAML:
         raise ValueError(f"longer than {MAX_YAML:,} characters")
     try:
-        loader = yaml.SafeLoader(text)
+        loader = YamlLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -143,7 +191,27 @@ def _measure(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[fl
         known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((height for _, height in sizes), default=0)
         if node.tag.endswith(":int") and len(node.value) > 100:
             raise ValueError(f"a number of {len(node.value):,} digits")
+        _refuse_ambiguous(node)
     return known[id(node)]
+
+
+def _refuse_ambiguous(node: yaml.Node) -> None:
+    """A ValueError for a name that a mapping has twice, and for what YAML 1.1 reads in another way than YAML 1.2."""
+    line, kind = node.start_mark.line, node.tag.rpartition(":")[2]
+    if isinstance(node, yaml.MappingNode):
+        names: dict[tuple[str, str], int] = {}
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if (before := names.get((key.tag, key.value))) is not None:
+                raise ValueError(_twice(key.value, before, key.start_mark.line))
+            names[key.tag, key.value] = key.start_mark.line
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and kind in YAML_1_2:
+        if YAML_1_2[kind].fullmatch(node.value):
+            return
+        found = "a date" if kind == "timestamp" else yaml.safe_load(node.value)
+        meaning, fix = (found, "write") if kind == "timestamp" else (json.dumps(found), f"write {json.dumps(found)} or")
+        if found != node.value:  # else its tag was written by hand
+            text = f"{node.value} means {meaning} in YAML 1.1, but not in YAML 1.2"
+            raise ValueError(f"line {line + 1}: {text}: {fix} '{node.value}'")
 
 
 @contextlib.contextmanager

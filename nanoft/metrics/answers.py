@@ -27,7 +27,6 @@ import numpy as np
 from nanoft import UserError
 from nanoft.config.fields import nearest
 from nanoft.config.functions import import_function, is_function
-from nanoft.data.sources import refuse_constant
 from nanoft.metrics.bootstrap import Array, Figure, ratio
 
 Score = Callable[[str, str, str], Any]  # (answer, reference, prompt) -> a number, or the sums of a corpus metric
@@ -144,8 +143,8 @@ def _parse(text: str) -> tuple[Any] | None:
     def number(digits: str) -> tuple[str, Decimal]:
         return "number", Decimal(digits)
 
-    try:
-        return (json.loads(text, parse_int=number, parse_float=number, parse_constant=refuse_constant),)
+    try:  # NaN is Python's, not JSON's: int("NaN") raises
+        return (json.loads(text, parse_int=number, parse_float=number, parse_constant=int),)
     except (ValueError, ArithmeticError, RecursionError):
         return None
 

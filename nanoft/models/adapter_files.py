@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ from nanoft.lora import (
     variant_of,
     weight_of,
 )
+from nanoft.models.model_files import split_reference
 
 NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
 PEFT_PREFIX = "base_model.model."
@@ -56,8 +58,8 @@ OUTER = re.compile(r"^(?:(?:base_model|model|language_model)\.)*(?=(layers\.\d+|
 # Fields of adapter_config.json that are read here or do not change the result ...
 PEFT_FIELDS = """
     base_model_name_or_path r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version inference_mode
-    megatron_core qalora_group_size runtime_config rank_pattern alpha_pattern exclude_modules layers_to_transform
-    layers_pattern modules_to_save trainable_token_indices
+    revision megatron_core qalora_group_size runtime_config rank_pattern alpha_pattern
+    exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
 # ... and fields that do, with the supported values. Any other field must be unset.
 PEFT_VALUES: dict[str, tuple[Any, ...]] = {
@@ -66,7 +68,6 @@ PEFT_VALUES: dict[str, tuple[Any, ...]] = {
     "use_rslora": (True,),
     "use_dora": (True,),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # these leave the base's weights unchanged
-    "revision": ("main",),
 }
 
 
@@ -136,8 +137,9 @@ def save_adapter(
     targets = sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in low_rank})
     saved = [name for name, adapter in adapters.items() if getattr(adapter, "copy", None) is not None]
     rows = {name.rpartition(".")[2]: a.ids.tolist() for name, a in adapters.items() if isinstance(a, TrainedRows)}
+    base, revision = split_reference(base_name)
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
         "r": plain.rank, "lora_alpha": plain.alpha,
         "rank_pattern": plain.rank_pattern, "alpha_pattern": plain.alpha_pattern,
         "lora_dropout": plain.dropout, "target_modules": targets,
@@ -344,7 +346,12 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
             have = tensor.shape[0] if tensor.dim() else 0
             if a and have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
                 raise UserError(f"{weights}: {name} has rank {have}, but adapter_config.json says {rank}")
-    return lora, config.get("base_model_name_or_path") or "", tensors, note
+    base, revision = config.get("base_model_name_or_path") or "", config.get("revision")
+    if revision in (None, "main"):
+        return lora, base, tensors, note
+    if os.path.isdir(base):
+        raise UserError(f"{path}: revision: {revision!r:.60}: {base} is a directory, which has none: remove it")
+    return lora, f"{base}@{revision}", tensors, note
 
 
 def _settings(config: dict[str, Any]) -> LoRAConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from nanoft.checkpoint import Checkpoint, CheckpointCorrupted, verify
 from nanoft.config import LoRAConfig
 from nanoft.config.loading import load_file
 from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io.tensor_files import load_tensors
 from nanoft.io.untrusted import read_json
 from nanoft.lora import inject_lora
@@ -67,9 +69,11 @@ def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = Fal
     """A model's tokenizer and template, with the arguments of its run and, with `as_trained`, the run's date."""
     if not is_run(source):
         return ChatTokenizer.from_directory(opened.tokenizer_directory)
-    path = Path(source) / "config.json"
+    path, own = Path(source) / "config.json", Path(source) / TEMPLATE_FILE
     config = load_file(path)
-    chat = ChatTokenizer.from_directory(opened.tokenizer_directory, config.data.template_args, config.model.add_tokens)
+    if own.is_file():  # as model.chat_template was when the run began
+        config = config.override(model={"chat_template": str(own)})
+    chat = ChatTokenizer.from_config(opened.tokenizer_directory, config)
     date = read_json(path).get("provenance", {}).get("date")
     if as_trained and date is not None:
         try:
@@ -94,20 +98,26 @@ def open_model(
         model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
         opened, lora = replace(attach_adapter(adapter, model), step=adapter.step), adapter.lora
     elif config is not None:  # a checkpoint of full fine-tuning has all weights
-        saved, base = best_checkpoint(run), find_model(config.model.name)
+        saved, base = best_checkpoint(run), find_model(config.model.reference)
         model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
         opened = LoadedModel(model, {}, base, base, dtype=dtype, step=checkpoint_step(saved))
     else:
         base = find_model(str(run / "model") if is_run(source) else source, "RUN|MODEL")
         opened = LoadedModel(load_model(base, device, dtype).eval(), {}, base, base, dtype=dtype)
-    if not plain and (warning := kernels.apply(opened.model, lora)):
+    warnings = [None if plain else kernels.apply(opened.model, lora), *ModelFiles.read(opened.base_directory).notes]
+    for warning in filter(None, warnings):
         print(f"warning: {warning}", file=sys.stderr)
     return opened
 
 
 def is_run(source: str | Path) -> bool:
-    """Whether a directory is a run directory: it has config.json and checkpoints/."""
-    return os.path.isfile(Path(source) / "config.json") and os.path.isdir(Path(source) / "checkpoints")
+    """Whether a directory is a run directory: it has checkpoints/ and a config.json that is not a model's."""
+    path = Path(source) / "config.json"
+    if not path.is_file() or not (path.parent / "checkpoints").is_dir():
+        return False
+    with suppress(UserError):  # a damaged one is explained where it is read
+        return not {"architectures", "model_type"} & read_json(path).keys()
+    return True
 
 
 def find_adapter(source: str) -> Path | None:
@@ -173,7 +183,7 @@ def _read_checkpoint(run: Path, other_base: str | None) -> TrainedAdapter:
         lora, tensors = as_plain_lora(config.lora, load_tensors(path))
     except (KeyError, RuntimeError):  # one of A, B, A0, B0 is missing, or has another shape
         raise UserError(f"{path}: not the tensors of an adapter with lora.init={config.lora.init}") from None
-    name, quantization, tokens = other_base or config.model.name, quantization_of(config), config.model.add_tokens
+    name, quantization, tokens = other_base or config.model.reference, quantization_of(config), config.model.add_tokens
     base = find_model(name)
     tokenizer = base
     if config.lora.start_from:

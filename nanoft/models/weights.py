@@ -20,11 +20,19 @@ from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
-from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
+from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig, initialize
-from nanoft.models.families import FAMILIES, find_family, parse_shape
-from nanoft.models.model_files import TOKENIZER_FILES, ModelFiles, Quantization, check_quantization
+from nanoft.models.families import FAMILIES, find_family
+from nanoft.models.model_files import (
+    HEAD,
+    TOKENIZER_FILES,
+    ModelFiles,
+    Quantization,
+    check_quantization,
+    is_packed,
+    read_headers,
+)
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
@@ -41,12 +49,15 @@ class WeightFiles:
     stored: Quantization | None  # (nf4 | fp4 | int8, double) of those that are packed
 
     def is_packed(self, name: str) -> bool:
-        found = self.headers.get(name)
-        return bool(self.stored and found and found.form in ("U8", "I8") and is_block_linear(name))
+        return bool(self.stored) and (is_block_linear(name) or name == HEAD) and is_packed(self.headers, name)
 
-    def read(self, name: str) -> Tensor:
-        """A plain weight, as a view of its file."""
-        return self.headers[name].read(name)
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """A plain tensor or rows of it, as a view of its file; a UserError if a number is not finite."""
+        header = self.headers[name]
+        tensor = header.read(rows)
+        if not is_finite(tensor):
+            raise UserError(f"{header.path}: {header.name} contains NaN or infinity: damaged: download the model again")
+        return tensor
 
     def read_packed(self, name: str, dtype: torch.dtype, device: torch.device) -> Linear4bit | Linear8bit:
         """The linear of a packed weight, without its bias."""
@@ -54,21 +65,24 @@ class WeightFiles:
         place = name.removesuffix("weight")
         parts = [*stored_tensors(self.shapes[name], self.stored), FORMAT]
         names = {part: place + part for part in parts if place + part in self.headers}
-        tensors = {part: self.headers[n].read(n).to(device, copy=True) for part, n in names.items()}
+        tensors = {part: self.read(n).to(device, copy=True) for part, n in names.items() if part != "weight"}
+        codes = self.headers[name].read()
+        if self.stored[0] != "int8":  # bytes, which may be stored as numbers of another type
+            codes = codes.view(torch.uint8).view(-1, 1)
+        tensors["weight"] = codes.to(device, copy=True)
         try:
             return read_stored(tensors, self.shapes[name], self.stored, dtype)
         except UserError as error:
             raise UserError(f"{self.headers[name].path}: {place}{error}") from None
 
 
+def is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or all(math.isfinite(end) for end in tensor.aminmax())
+
+
 def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = None) -> WeightFiles:
     """Validate the headers of a model's files, or of `paths`; a UserError lists all tensors that do not fit."""
-    headers: dict[str, TensorHeader] = {}
-    for path in paths or base.shards():
-        found = read_header(path)
-        if twice := next((name for name in found if name in headers), None):
-            raise UserError(f"{path}: {twice} is in two files: download the model again")
-        headers |= found
+    headers = read_headers(paths or base.shards())
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = {name: shapes[name] for name in headers if name in shapes}
     files = WeightFiles(headers, present, base.quantization)
@@ -77,6 +91,8 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
         if files.stored and files.is_packed(name):
             place, parts = name.removesuffix("weight"), stored_tensors(shape, files.stored)
             expected |= {place + part: ({form}, of) for part, (form, of) in parts.items()}
+            if (form := headers[name].form) in FLOATS:  # bnb_4bit_quant_storage
+                expected[name] = ({form}, (math.prod(shape) // 2 // SIZES[form], 1))
         else:
             expected[name] = (FLOATS, shape)
     faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
@@ -87,7 +103,7 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             faults += [] if header.form in forms else [f"{name} is of type {header.form}"]
             faults += [] if wanted in (None, header.shape) else [f"{name} is {header.shape} instead of {wanted}"]
         # Ignored: a copy of the tied head, rotary buffers of old files, the number of bitsandbytes' format.
-        elif not (tied and name == "lm_head.weight") and not name.endswith(("rotary_emb.inv_freq", f"_proj.{FORMAT}")):
+        elif not (tied and name == HEAD) and not name.endswith(("rotary_emb.inv_freq", f".{FORMAT}")):
             faults.append(f"unexpected {name}")
     if faults:
         shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
@@ -111,6 +127,8 @@ def load_model(
 ) -> Decoder:
     """Build the decoder of a Hugging Face directory and load its weights; raises what `open_weights` does."""
     base = base if isinstance(base, ModelFiles) else ModelFiles.read(base)
+    if files:
+        base = base.as_stored(files)
     with torch.device("meta"):
         model = Decoder(base.decoder).to(dtype)
     if random_seed is not None:
@@ -127,9 +145,13 @@ def load_model(
     weights = open_weights(base, model, files)
     for name in weights.shapes:
         if weights.is_packed(name):
-            _replace(model, name, weights.read_packed(name, unpacked_dtype or dtype, device))
-            continue
-        tensor = weights.read(name).to(device=device, dtype=dtype, copy=True)  # a view would follow changes of the file
+            linear = weights.read_packed(name, unpacked_dtype or dtype, device)
+            if is_block_linear(name):
+                _replace(model, name, linear)
+                continue
+            tensor = linear.dequantize().to(dtype)  # a head
+        else:
+            tensor = weights.read(name).to(device=device, dtype=dtype, copy=True)  # a view would follow file changes
         if quantization and not weights.stored and is_block_linear(name):
             _replace(model, name, quantize(tensor, quantization, unpacked_dtype or dtype))
             continue
@@ -218,8 +240,11 @@ def choose_dequantize(policy: str, device_type: str, extra_bytes: int, free_byte
     return "cached" if policy == "cached" else "per_use"
 
 
-def cache_weights(model: nn.Module, policy: str) -> Literal["per_use", "cached"]:
-    """If the policy chooses so, dequantize every weight: its linear becomes a frozen nn.Linear. Returns the choice."""
+def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = None) -> Literal["per_use", "cached"]:
+    """If the policy chooses so, dequantize every weight: its linear becomes a frozen nn.Linear. Returns the choice.
+
+    `dtype` is the model's where it differs from the one that its weights are dequantized in.
+    """
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))]
     if not layers:
         return "per_use"
@@ -235,7 +260,7 @@ def cache_weights(model: nn.Module, policy: str) -> Literal["per_use", "cached"]
         name, layer = layers.pop()  # the packed weight is gone before the next one is unpacked
         parent, _, last = name.rpartition(".")
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
+        linear.weight = nn.Parameter(layer.dequantize().to(dtype or layer.dtype), requires_grad=False)
         linear.register_parameter("bias", layer.bias)
         setattr(model.get_submodule(parent), last, linear)
     return chosen
@@ -255,11 +280,13 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
 
 def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig | None = None) -> None:
     """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized."""
-    config = read_json(source / "config.json")
-    config.pop("quantization_config", None)
-    before = parse_shape(config, source / "config.json")
-    if decoder and (before.vocab_size, before.tied) != (decoder.vocab_size, decoder.tied):
-        config |= {"vocab_size": decoder.vocab_size, "tie_word_embeddings": decoder.tied}
+    base = ModelFiles.read(source)
+    decoder = decoder or base.decoder
+    config = {name: value for name, value in base.config.items() if name != "quantization_config"}
+    if decoder.tied != bool(config.get("tie_word_embeddings", False)):
+        config["tie_word_embeddings"] = decoder.tied
+    if decoder.vocab_size != base.decoder.vocab_size:
+        config["vocab_size"] = decoder.vocab_size
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # for transformers 5, and for 4
     write_json(out / "config.json", FAMILIES[find_family(config)].export(config))
 
@@ -269,9 +296,12 @@ def copy_companions(source: Path, out: Path, base: Path | None = None, add_token
 
     Without a chat template of its own, the default one that training used is written; missing stop tokens are added.
     """
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and not (add_tokens and name == "tokenizer.json"):
-            write_file(out / name, [read_bytes(source / name, MAX_TOKENIZER)])
+    for file in (file for name in TOKENIZER_FILES for file in source.glob(name) if file.is_file()):
+        if add_tokens and file.name == "tokenizer.json":
+            continue  # written below
+        copied = out / file.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        write_file(copied, [read_bytes(file, MAX_TOKENIZER)])
     path = source / "generation_config.json"
     if not path.is_file() and base is not None:
         path = base / path.name

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from typing import Any, Literal, NoReturn
 
 from nanoft import TrainingFailed, UserError, __version__
 from nanoft.config.aliases import suggest_override
+from nanoft.io.tables import wrap
 from nanoft.io.untrusted import one_line
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -41,6 +43,7 @@ class Arguments(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Options and positional arguments in any order; a setting written as an option gets a hint."""
+        argv = [re.sub(r"(?<==)~(?=/)", os.path.expanduser("~"), word) for word in argv]  # a shell leaves --out=~/x
         parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
         args, unknown = parse(argv)
         if unknown and unknown[0].startswith("-") and hasattr(args, "overrides"):
@@ -124,12 +127,12 @@ class Check:
     def __str__(self) -> str:
         color = sys.stdout.isatty()
         outcome = f"\033[{COLORS[self.outcome]}m{self.outcome:4}\033[0m" if color else f"{self.outcome:4}"
-        return f"{outcome} {self.name:13} {self.found}" + (f": {self.fix}" if self.fix else "")
+        return wrap(f"{outcome} {self.name:13} {self.found}" + (f": {self.fix}" if self.fix else ""), 19)
 
     def preflight_line(self) -> str:
         """The line of `train.py`, which can continue anyway."""
         fix = "" if self.passed else f": {self.fix} (or --force {self.name})"
-        return f"preflight {self.name:9} {self.outcome:4}  {self.found}{fix}"
+        return wrap(f"preflight {self.name:9} {self.outcome:4}  {self.found}{fix}", 26)
 
 
 def require_passed(checks: Sequence[Check], forced: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from nanoft.data.dataset import describe_data
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
 from nanoft.export.merge import save_result
+from nanoft.generation.sampling import NotFinite
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
@@ -54,6 +55,8 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
     seconds, speed = round(state.meter.total_seconds, 3), round(state.meter.tokens_per_second(), 1)
     training = {"steps": state.step, "best_step": state.best_step, "seconds": seconds, "tokens_per_second": speed}
     training["peak_memory_gb"] = round(peak_memory_gb(ctx.device), 3)
+    if ctx.scaler.is_enabled():
+        training["overflow_steps"] = state.overflow_steps
     if state.meter.total_joules and distributed.world_size() == 1:  # what other ranks took is not known here
         training["energy_wh"] = round(state.meter.total_joules / JOULES_PER_WH, 6)
     tuned = measure(ctx, state, ctx.model)
@@ -112,7 +115,11 @@ def export(ctx: TrainContext, step: int) -> Path:
 
 
 def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.EvalResult:
-    """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
+    """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved.
+
+    Raises:
+        NotFinite: the model answers with NaN, so the result is worth nothing.
+    """
     e, length, seed = ctx.config.evaluation, ctx.config.model.max_seq_length, ctx.config.system.seed
     try:
         conversations = ctx.corpus.conversations(ctx.corpus.untruncated(ctx.corpus.validation), e.prompts)
@@ -127,6 +134,8 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
             if e.batch_size == e.prompt_batch_size == 1:
                 raise TrainingFailed("out of memory at batch size 1")
             e = replace(e, batch_size=max(1, e.batch_size // 2), prompt_batch_size=max(1, e.prompt_batch_size // 2))
+    except NotFinite:
+        raise
     except Exception as error:
         report_failure(ctx, state, "evaluation", error)
         return evaluate.EvalResult()

@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from nanoft import TrainingFailed, UserError
 from nanoft.config import Config
+from nanoft.config.settings import config_warnings
+from nanoft.io.tables import wrap
 from nanoft.kernels.attention import CHUNK
 from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
@@ -73,6 +77,7 @@ class Counts:
     adapters: int  # numbers of the adapters: what is trained, and what a variant keeps beside it
     ranks: int  # sum over the adapters of a block
     trains_head: bool = False  # beside a frozen base
+    rank_warnings: tuple[str, ...] = ()  # about adapters of a higher rank than their matrix can have
 
 
 def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
@@ -95,7 +100,27 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
     inside = [a for name, a in adapters.items() if isinstance(a, LoRALinear) and ".layers." in name]
     ranks = sum(len(adapter.factors()[0]) for adapter in inside) // decoder.num_layers
     packed, trains_head = scales.get(config.quantization.bits, 0.0), model.head.requires_grad
-    return Counts(weights, packed, others, trained, trained + kept, ranks, trains_head)
+    return Counts(weights, packed, others, trained, trained + kept, ranks, trains_head, warn_of_ranks(adapters))
+
+
+def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """B A (out, in) has at most the rank min(out, in), however many rows A and columns B have."""
+    shapes = {name: (len(a.lora_B), *a.lora_A.shape) for name, a in adapters.items() if isinstance(a, LoRALinear)}
+    above = [(name, shape) for name, shape in shapes.items() if shape[1] > min(shape)]
+    if not above:
+        return ()
+    name, (out, rank, inputs) = above[0]
+    found = f"{rank} is more than {min(out, inputs)}, the full rank of {name} ({out} x {inputs})"
+    return (f"lora.rank: {found}, and so it is for {len(above)} of {len(shapes)} adapters: lower it",)
+
+
+def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
+    """Settings that are probably a mistake, for this base and samples of up to `longest` tokens, one line each."""
+    warnings = [*config_warnings(planner.config, total_steps), *planner.counts.rank_warnings]
+    if longest > files.context_length:
+        known = f"the base knows {files.context_length:,} positions (max_position_embeddings)"
+        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and {known}: lower it")
+    return warnings
 
 
 def estimate_memory(
@@ -263,13 +288,24 @@ def describe_recompute(plan: Plan) -> str:
 
 @contextlib.contextmanager
 def explained_out_of_memory(planner: Planner) -> Iterator[None]:
-    """Out of memory where nothing can be halved, while loading for example, becomes an error that says what helps."""
+    """Out of memory where nothing can be halved, and a compiler that fails, become errors that say what helps."""
     try:
         yield
     except (RuntimeError, MemoryError, OutOfMemory) as error:
         if is_out_of_memory(error):
             raise out_of_memory_error(planner, planner.config.micro_batch_rows()) from None
+        if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # importing it takes seconds
+            raise compiler_error(error) from None
         raise
+
+
+def compiler_error(error: BaseException) -> UserError | TrainingFailed:
+    """torch.compile failed: for want of a compiler that works here (exit code 2), or by itself (3)."""
+    reason = str(error).strip().partition("\n")[0]
+    if re.search(r"Cxx|Cpp|C\+\+|[Tt]riton", reason):
+        fix = "install a compiler that works (CXX names it), or set training.compile=false"
+        return UserError(f"training.compile: {reason}: {fix}")
+    return TrainingFailed(f"training.compile: torch.compile failed: {reason}: set training.compile=false")
 
 
 def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
@@ -305,7 +341,8 @@ def show_plan(config: Config) -> int:
     """train.py --plan: print memory by part, and time, before anything is loaded; a UserError if it does not fit."""
     machine = Machine.detect_or_describe(config)
     check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
-    decoder = ModelFiles.find(config.model.name).decoder
+    files = ModelFiles.find(config.model.reference)
+    decoder = files.decoder
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     planner = Planner.of(config, machine, decoder)
@@ -316,7 +353,10 @@ def show_plan(config: Config) -> int:
         print(f"{'device':16} {machine.device.type} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
         print(f"{name:16} {size / 1e9:9.3f} GB")
-    print(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
+    print(wrap(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}", 17))
+    rows = config.effective_batch_size()
+    assumed = f"per step: {rows:,} rows of model.max_seq_length={length:,} tokens, all full: real samples are shorter"
+    print(wrap(f"{'tokens':16} {rows * length:9,} {assumed}", 17))
     recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
     work = gflop_per_token(decoder, planner.counts, config, length, recomputed)
     print(f"{'work':16} {work:9.3g} GFLOP per token")
@@ -328,10 +368,12 @@ def show_plan(config: Config) -> int:
         if share:
             tokens_s, tokens = share * reached / work, config.effective_batch_size() // config.system.ranks * length
             speed = f"{tokens_s:9,.0f} tokens/s if {share:.0%} of it is reached; {tokens / tokens_s:,.1f} s per step"
-        print(f"{'speed':16} {speed}")
+        print(wrap(f"{'speed':16} {speed}", 17))
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
     print(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block recomputed")
+    for warning in plan_warnings(planner, files, length, None):
+        print(f"warning: {warning}")
     if plan.peak > room:
         fewer = "training.micro_batch_size=auto, or lower model.max_seq_length"
         fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"

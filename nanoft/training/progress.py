@@ -18,13 +18,16 @@ from nanoft.runtime.device import rng_state
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, peak_memory_gb, read_memory, release_memory
 from nanoft.training.state import TrainContext, TrainState
 
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # as fits 80 columns
+
 
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
     """A tqdm bar over the optimizer steps, on rank 0."""
     hidden = not ctx.config.logging.progress_bar or distributed.process_rank() > 0
     interval_s = 0.1 if sys.stderr.isatty() else 5.0  # in a file, every update of the bar stays
-    options: dict[str, Any] = {"disable": hidden, "mininterval": interval_s, "dynamic_ncols": True, "leave": False}
-    return tqdm(total=ctx.total_steps, initial=state.step, unit="step", **options)
+    options: dict[str, Any] = {"disable": hidden, "mininterval": interval_s, "leave": False, "bar_format": BAR}
+    width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80}
+    return tqdm(total=ctx.total_steps, initial=state.step, **options, **width)
 
 
 def is_due(ctx: TrainContext, state: TrainState, every: int) -> bool:
@@ -39,6 +42,8 @@ def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: fl
     if is_due(ctx, state, ctx.config.training.log_steps):
         memory = {"peak_memory_gb": peak_memory_gb(ctx.device), **read_memory(ctx.device).figures()}
         values = {"learning_rate": lr, "grad_norm": grad_norm, **memory}
+        if ctx.scaler.is_enabled():
+            values |= {"loss_scale": ctx.scaler.get_scale(), "overflow_steps": state.overflow_steps}
         ctx.run.log("train", state.step, **state.meter.flush(), **values, epoch=state.epoch)
 
 
@@ -106,7 +111,8 @@ def save(ctx: TrainContext, state: TrainState) -> None:
     tensors = {ctx.weights_file: ctx.trained_weights(), "optimizer": optimizer_tensors(ctx.optimizer, ctx.trained)}
     tensors = {name: sharding.gather_full(named) for name, named in tensors.items()}
     best = (state.best_step, state.best_loss) if state.best_step else None
-    ctx.writer.start(state.step, tensors, {**asdict(state), "rng": rng_state()}, best)
+    others = {"rng": rng_state(), "scaler": ctx.scaler.state_dict()}
+    ctx.writer.start(state.step, tensors, {**asdict(state), **others}, best)
 
 
 def save_if_due(ctx: TrainContext, state: TrainState) -> None:

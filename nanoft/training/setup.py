@@ -24,13 +24,14 @@ from nanoft import UserError, kernels
 from nanoft.batches import Batches
 from nanoft.checkpoint import CheckpointManager
 from nanoft.config import Config, LoRAConfig
-from nanoft.config.resume import check_same_run, resume_fingerprint
-from nanoft.config.settings import config_warnings
+from nanoft.config.fields import nearest
+from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import PreparedDataset, data_hash, describe_data
+from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
 from nanoft.data.inspection import unseen_tokens
+from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.tables import format_duration
@@ -48,7 +49,7 @@ from nanoft.runtime.machine import Machine
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run
 from nanoft.tracking.trackers import build_trackers
-from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
+from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
 from nanoft.training.progress import log_memory
 from nanoft.training.state import TrainContext, TrainState
 
@@ -57,7 +58,7 @@ Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, 
 SHAPE = """
     rank alpha target_modules rank_pattern alpha_pattern rslora dora bias modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
-IDENTITY = ("data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
+IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
 
 
 def shared_facts(config: Config, machine: Machine) -> dict[str, Any]:
@@ -84,6 +85,8 @@ def init_run_dir(
     """
     check_quantization(files, quantization_of(config))
     weights = [] if config.model.random_init else files.shards()
+    for note in files.notes:
+        run.print(f"warning: {note}")
     recorded = run.recorded_config()
     before = (recorded or {}).get("provenance", {})
     provenance: Provenance = {
@@ -91,7 +94,9 @@ def init_run_dir(
         "device": machine.device.type,
         "dtype": machine.dtype_name,
         "threads": config.system.threads or before.get("threads") or torch.get_num_threads(),
-        "data_sha256": data_hash(config.data),
+        "config_sha256": before.get("config_sha256")
+        or resume_fingerprint(recorded_settings(recorded) if recorded else config),
+        **data_provenance(config.data),
         "base_sha256": hash_named_files([*described_files(files.directory), *weights]),
         "source_sha256": hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
         **({"start_sha256": hash_tensors(start.tensors)} if start else {}),
@@ -105,6 +110,9 @@ def init_run_dir(
             run.print(f"warning: other library versions than when the run began ({versions}): last bits may differ")
         if before.get("source_sha256", provenance["source_sha256"]) != provenance["source_sha256"]:
             run.print("warning: the source of nanoft has changed since the run began: results may differ")
+        if before.get("threads", provenance["threads"]) != provenance["threads"]:
+            threads = f"{provenance['threads']} threads instead of {before['threads']}"
+            run.print(f"warning: {threads}: from here on the run is not bit-identical to an uninterrupted one")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
     if start:
@@ -112,11 +120,27 @@ def init_run_dir(
     return provenance
 
 
-def load_tokenizer(config: Config, files: ModelFiles, date: str, start: TrainedAdapter | None) -> ChatTokenizer:
-    """The model's tokenizer and chat template; `date` is what a template that prints the date shows."""
-    directory = files.directory if start is None else start.tokenizer
-    tokenizer = ChatTokenizer.from_directory(directory, config.data.template_args, config.model.add_tokens)
+def load_tokenizer(
+    config: Config, files: ModelFiles, date: str, run: Run, start: TrainedAdapter | None
+) -> ChatTokenizer:
+    """The tokenizer and chat template, a chosen one saved; `date` is what a template that prints the date shows."""
+    chosen, saved = config.model.chat_template, run.directory / TEMPLATE_FILE
+    if chosen is not None and saved.is_file() and not Path(chosen).is_file():  # the file was moved meanwhile
+        config = config.override(model={"chat_template": str(saved)})
+    tokenizer = ChatTokenizer.from_config(files.directory if start is None else start.tokenizer, config)
     tokenizer.date = datetime.fromisoformat(date)
+    for name in sorted(config.data.template_args.keys() - tokenizer.variables):
+        fix = nearest(name, tokenizer.variables) or ": remove it"
+        raise UserError(f"data.template_args: {name}: the chat template does not read it{fix}")
+    if not tokenizer.has_own_template:
+        run.print(f"template  {files.directory} has none: ChatML is used, whose answers end in the EOS token")
+    if chosen is not None:
+        text = tokenizer.template.encode()
+        if saved.is_file() and saved.read_bytes() != text:
+            what = f"{chosen}: differs from {saved}, with which that run began"
+            raise UserError(f"model.chat_template: {what}: choose another output.dir, or put it back")
+        if not distributed.process_rank():
+            atomic.replace_file(saved, text)
     return tokenizer
 
 
@@ -127,12 +151,17 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     bar = config.logging.progress_bar and not distributed.process_rank()
     corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
+    if t.early_stopping_patience and not len(corpus.validation):
+        what = "there is no validation data, so training cannot stop early"
+        fix = "set data.validation_file or data.validation_size, or the patience to 0"
+        raise UserError(f"training.early_stopping_patience: {t.early_stopping_patience}: {what}: {fix}")
     rows, micro_batches = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
     options: dict[str, Any] = {"group_by_length": d.group_by_length, "pad_to_multiple_of": d.pad_to_multiple_of}
     pack_length = length if d.packing else None
     batches = Batches(corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, **options)
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
+    t.check_schedule(steps)
     counts = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **counts})
     if not distributed.process_rank():
@@ -210,7 +239,7 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
 def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> CheckpointManager:
     """The checkpoints of the run; only rank 0 writes there."""
     t, is_owner = config.training, not distributed.process_rank()
-    identity = {"config_sha256": resume_fingerprint(config)} | {name: provenance[name] for name in IDENTITY}
+    identity = {name: provenance[name] for name in IDENTITY}
     return CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
 
 
@@ -241,14 +270,17 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     base = form.upper() + (", double quantization" if double else "") + ("" if packed else ", dequantized once")
     many = f"{distributed.world_size()} x " if distributed.world_size() > 1 else ""
     many = f"model sharded over {many}" if c.training.sharding == "full" else many
-    say(f"device    {many}{describe_device(ctx.device)}; computing in {ctx.machine.dtype_name}")
+    why = ", with loss scaling" if ctx.scaler.is_enabled() else ""
+    why += ": this GPU has no native bfloat16" if why and c.model.dtype == "auto" else ""
+    say(f"device    {many}{describe_device(ctx.device)}; computing in {ctx.machine.dtype_name}{why}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if form else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(ctx.adapters):
         say(f"          {line}")
     say(f"kernels   {kernels.describe(ctx.model)}")
     say(f"attention {ctx.model.attention_backend(ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed)}")
-    for warning in config_warnings(c):
+    longest = int(max(samples.lengths.max() for samples in (ctx.corpus.training, ctx.validation) if len(samples)))
+    for warning in plan_warnings(ctx.planner, ctx.files, longest, ctx.total_steps):
         say(f"warning: {warning}")
     if c.logging.show_example:
         say(f"example   {ctx.tokenizer.highlight_targets(ctx.batches.samples[0], color=sys.stdout.isatty())}")

@@ -36,6 +36,7 @@ def validate_config(config: Config) -> None:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
     if t.method == "lora":
         check_variant(config)
+    t.check_schedule(t.max_steps)
     check_format(config.data.format)
     select_metrics(config.evaluation.metrics)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:

@@ -77,9 +77,9 @@ def test_columns_labels_and_fields_are_those_of_the_record(path: Path) -> None:
         ({"question": "Q"}, "the function returned the fields question"),
         ([], "messages is not a list of turns"),
         ([USER], "no assistant message"),
-        ([USER, 5], "a turn is malformed"),
+        ([USER, 5], "messages: a turn is 5: it needs a role and content"),
         ({"prompt": "Q", "completion": ""}, "an assistant message is empty"),
-        ("a\x00", "text: contains a control character (U+0000)"),
+        ("a\ufdd0", "text: contains a reserved Unicode noncharacter (U+FDD0)"),
     ],
 )
 def test_a_malformed_result_is_a_rejected_record(path: Path, returned: Any, reason: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from runs import BASE, ROOT, Capture, Patch, events, in_the_loop, losses, quick, steps_are_all_there
+from runs import BASE, ROOT, Capture, Patch, equal, events, in_the_loop, losses, quick, result, steps_are_all_there
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +37,24 @@ def test_another_split_of_the_same_rows_may_go_on(tmp_path: Path) -> None:
     split = {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 8}
     assert train.main(quick(other, **constant, **split)) == 0
     assert [loss for _, loss in losses(other)] == pytest.approx([loss for _, loss in losses(whole)], rel=1e-6)
+
+
+def test_a_run_goes_on_wherever_its_base_is_if_that_is_the_same(tmp_path: Path, capsys: Capture) -> None:
+    """Twice, so that the second time config.json already names the new place; and a run recorded before that was so."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    constant = {"training__lr_scheduler": "constant"}
+    assert train.main(quick(whole, **constant)) == 0
+    assert train.main(quick(moved, **constant, training__max_steps=4)) == 0
+    recorded = json.loads((moved / "config.json").read_text())
+    recorded["provenance"].pop("config_sha256")
+    (moved / "config.json").write_text(json.dumps(recorded))
+    for place, steps in (("a", 6), ("b", 8)):
+        shutil.copytree(BASE, tmp_path / place)
+        capsys.readouterr()
+        command = quick(moved, **constant, model__name=str(tmp_path / place), training__max_steps=steps)
+        assert train.main(command) == 0
+        assert f"resuming  after step {steps - 2} of {steps}" in capsys.readouterr().out
+    assert [loss for _, loss in losses(moved)] == [loss for _, loss in losses(whole)]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +195,52 @@ def test_threads_are_decided_in_the_first_session(tmp_path: Path) -> None:
         assert torch.get_num_threads() == before
     finally:
         torch.set_num_threads(before)
+
+
+def test_another_number_of_threads_is_warned_of(tmp_path: Path, capsys: Capture) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert train.main(quick(tmp_path / "run", training__max_steps=1, system__threads=1)) == 0
+        capsys.readouterr()
+        assert train.main(quick(tmp_path / "run", training__max_steps=2, system__threads=2)) == 0
+    finally:
+        torch.set_num_threads(before)
+    said = capsys.readouterr().out
+    assert "warning: 2 threads instead of 1: from here on the run is not bit-identical" in said
+    assert "resuming  after step 1 of 2" in said
+
+
+def test_a_run_whose_directory_base_and_data_were_copied_goes_on_bit_for_bit(tmp_path: Path, capsys: Capture) -> None:
+    make_chat_model(tmp_path / "base")
+    first = {"model__name": tmp_path / "base", "data__train_file": write_records(tmp_path / "a.jsonl")}
+    assert train.main(quick(tmp_path / "whole", **first)) == 0
+    assert train.main(quick(tmp_path / "run", **first, training__max_steps=3)) == 0
+    shutil.copytree(tmp_path / "base", tmp_path / "elsewhere" / "base")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    (tmp_path / "copy" / "checkpoints" / "step-000003" / ".DS_Store").touch()  # of a Mac
+    capsys.readouterr()
+    moved = {"model__name": tmp_path / "elsewhere" / "base", "data__train_file": tmp_path / "b.jsonl"}
+    for steps in (4, 6):  # from a checkpoint of the first place, and from one of the second
+        assert train.main(quick(tmp_path / "copy", **moved, training__max_steps=steps)) == 0
+        assert "resuming  after step" in capsys.readouterr().out
+    assert losses(tmp_path / "copy") == losses(tmp_path / "whole")
+    assert equal(result(tmp_path / "copy"), result(tmp_path / "whole"))
+    with open(tmp_path / "b.jsonl", "a") as file:
+        file.write((tmp_path / "a.jsonl").read_text().splitlines()[0] + "\n")
+    assert train.main(quick(tmp_path / "copy", **{**first, "data__train_file": tmp_path / "b.jsonl"})) == 2
+    assert "the data changed since that run began" in capsys.readouterr().err
+
+
+def test_preflight_of_a_finished_run_does_its_work(tmp_path: Path, capsys: Capture) -> None:
+    assert train.main(quick(tmp_path / "run", training__max_steps=1)) == 0
+    report = (tmp_path / "run" / "report.json").read_bytes()
+    capsys.readouterr()
+    assert train.main([*quick(tmp_path / "run", training__max_steps=1), "--preflight"]) == 0
+    said = capsys.readouterr().out
+    assert [said.count(f"preflight {name:9} ok") for name in ("stop", "batch", "disk")] == [1, 1, 1]
+    assert all(len(line) <= 80 for line in said.splitlines() if line.startswith(("preflight", "|", "         ")))
+    assert (tmp_path / "run" / "report.json").read_bytes() == report
 
 
 def test_a_changed_source_is_warned_of(tmp_path: Path, capsys: Capture) -> None:

@@ -1,0 +1,128 @@
+"""Which shape the records of a file have, and which of their columns are its fields.
+
+Data sets name one field in many ways: `output`, `response`, `completion`. A shape whose fields stand there under their
+own names is taken first; other names count only where a single reading uses them all. What can be read in two ways is
+not guessed: the error prints the settings to choose from.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoft import UserError
+from nanoft.data.sources import BadRecord, Raw
+
+FIELD_NAMES = {  # field of a shape -> its other names
+    "messages": ("chat",),
+    "conversations": ("conversation",),
+    "system": ("system_prompt", "system_message"),
+    "input": ("context",),
+    "output": ("response", "answer", "completion"),
+    "prompt": ("input", "inputs", "query"),
+    "completion": ("response", "output", "answer", "targets"),
+    "question": ("problem",),
+    "answer": ("response", "output", "completion", "solution"),
+    "document": ("text", "article", "dialogue"),
+    "summary": ("highlights", "abstract"),
+}
+LABELS = ("label", "kto_tag")  # fields that mark answers as good or bad, if they hold GOOD and BAD alone
+GOOD = ("true", "1", "1.0", "desirable", "chosen", "good", "yes")  # 1.0 and 0.0: from tables with missing values
+BAD = ("false", "0", "0.0", "undesirable", "rejected", "bad", "no")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One way to write down a conversation."""
+
+    required: tuple[str, ...]  # fields that every record has; `auto` detects the shape by them
+    fields: tuple[str, ...]  # all fields that are read, in the order in which they are shown
+    to_messages: Callable[[dict[str, Any]], list[dict[str, Any]]] | None  # None: plain text; its last field is learned
+
+
+def normalized_name(name: str) -> str:
+    """A name as it is compared: lower case, `_` for spaces and hyphens."""
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def find_columns(shape: Shape, present: Collection[str]) -> list[dict[str, str]]:
+    """All ways to find a shape's fields among the columns, as field -> column; none if a required one is missing.
+
+    If all required fields are there under their own names, no other column is meant.
+    """
+    is_exact = all(name in present for name in shape.required)
+    choices: list[list[tuple[str, str] | None]] = []
+    for name in shape.fields:
+        others = [column for column in present if normalized_name(column) in (name, *FIELD_NAMES.get(name, ()))]
+        found = [(name, column) for column in ([name] if is_exact and name in present else others)]
+        if not found and name in shape.required:
+            return []
+        choices.append([*found] or [None])
+    ways = [dict(filter(None, way)) for way in itertools.product(*choices)]
+    return [way for way in ways if len(set(way.values())) == len(way)]
+
+
+def detect_shape(
+    path: Path, shapes: Mapping[str, Shape], records: list[tuple[int, Raw]], present: Collection[str]
+) -> tuple[str, dict[str, str]]:
+    """(shape, field -> column): the shape that most records have; else the one that fits by other names; else text."""
+    votes = dict.fromkeys(shapes, 0)
+    for _, record in records:
+        for name, shape in shapes.items() if isinstance(record, dict) else ():
+            votes[name] += shape.to_messages is not None and record.keys() >= {*shape.required}
+    best = [name for name in votes if votes[name] and votes[name] == max(votes.values())]
+    if len(best) > 1:
+        choices = " or ".join(f"data.format={name} ({', '.join(shapes[name].required)})" for name in best)
+        raise UserError(f"{path}: its records fit {len(best)} shapes: choose {choices}")
+    if best:
+        return best[0], require_one_reading(path, find_columns(shapes[best[0]], present), present)
+    readings = [(n, way) for n, s in shapes.items() if s.to_messages for way in find_columns(s, present)]
+    if readings:
+        names = {*FIELD_NAMES, *itertools.chain(*FIELD_NAMES.values())}
+        unused = {c for c in present if normalized_name(c) in names} - {*readings[0][1].values()}
+        require_one_reading(path, [way for _, way in readings], present, bool(unused))
+        return readings[0]
+    if "text" in present:
+        return "text", {}
+    line, first = records[0]
+    if isinstance(first, BadRecord):
+        raise UserError(f"{path}:{line}: {first}")
+    if isinstance(first, dict) and "chosen" in first:
+        is_whole = isinstance(first["chosen"], list) and not isinstance(first.get("prompt"), list)
+        way = {"messages": "chosen"} if is_whole else {"prompt": "prompt", "completion": "chosen"}
+        fix = f"data.columns='{json.dumps(way)}' learns the chosen answers"
+        raise UserError(f"{path}: holds pairs of answers, for preference objectives: {fix}")
+    has = f"the fields {names_of(first)}" if isinstance(first, dict) else f"no fields: it is a {type(first).__name__}"
+    known = "; ".join(
+        f"{name} ({', '.join(shape.required)})" for name, shape in shapes.items() if name != "raw_prompt_completion"
+    )
+    raise UserError(f"{path}: unknown shape: its first record has {has}: map them with data.columns to one of {known}")
+
+
+def require_one_reading(
+    path: Path, ways: list[dict[str, str]], present: Collection[str], unsure: bool = False
+) -> dict[str, str]:
+    """The only way; raises a UserError with the setting for each if there are several, or if it leaves a known name."""
+    if len(ways) > 1 or unsure:
+        choices = [f"data.columns='{json.dumps(way, ensure_ascii=False)}'" for way in ways]
+        choices += ["data.format=text"] * ("text" in present)
+        where = f"{path}: its fields {names_of(present)} can be read in several ways"
+        raise UserError(f"{where}: choose {' or '.join(choices)}")
+    return ways[0] if ways else {}
+
+
+def require_label_choice(path: Path, records: list[tuple[int, Raw]]) -> None:
+    """Raise a UserError if a field marks answers as good or bad: the bad ones would be learned."""
+    for name in LABELS:
+        found = {str(r[name]).strip().lower() for _, r in records if isinstance(r, dict) and r.get(name) is not None}
+        if found and found <= {*GOOD, *BAD}:
+            choice = f"set data.label_field={name} to learn only the good ones, data.label_field=ignore to learn all"
+            raise UserError(f"{path}: {name} marks answers as good or bad (for preference objectives): {choice}")
+
+
+def names_of(record: Collection[str]) -> str:
+    return repr(", ".join(record))[1:-1][:200]
