@@ -371,29 +371,6 @@ def _matches(expression: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({expression})$", name) is not None
 
 
-def shape_and_rank(adapter: Adapter) -> tuple[str, str]:
-    """How a line about an adapter describes it."""
-    if isinstance(adapter, TrainedRows):
-        return "rows", f"of {len(adapter.ids)} tokens"
-    if isinstance(adapter, TrainedCopy):
-        return "copy", "of the module" if adapter.copy is not None else "of the bias"
-    base, rank = adapter.base, f"rank {len(adapter.lora_A)}"  # type: ignore[arg-type]
-    inputs, outputs = base.weight.shape if isinstance(base, nn.Embedding) else (base.in_features, base.out_features)
-    return f"({inputs} -> {outputs})", rank
-
-
-def describe_adapters(adapters: dict[str, Adapter]) -> list[str]:
-    """One line for each kind of linear: count, shape, rank, trained parameters."""
-    trained: dict[tuple[str, str, str], list[int]] = {}
-    for name, adapter in adapters.items():
-        shape, rank = shape_and_rank(adapter)
-        numbers = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        trained.setdefault((name.rpartition(".")[2], shape, rank), []).append(numbers)
-    lines = [(kind, f"{len(n)} x {shape}", rank, f"{sum(n):,}") for (kind, shape, rank), n in trained.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-
-
 @contextmanager
 def disabled(adapters: dict[str, Adapter]) -> Iterator[None]:
     """Switch the adapters off, so that the model is its base, for the duration of a `with` block."""

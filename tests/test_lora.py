@@ -19,7 +19,7 @@ import train
 from nanoft import UserError, lora
 from nanoft.config import LoRAConfig
 from nanoft.config.loading import load_config
-from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora, top_singular_factors, variant_of
+from nanoft.lora import LoRALinear, disabled, inject_lora, top_singular_factors, variant_of
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
@@ -28,6 +28,7 @@ from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
 from nanoft.nf4 import Linear4bit
 from nanoft.training.self_test import PRODUCT, adapter_effect, merged_error, products_error
+from nanoft.training.setup import describe_adapters
 from tiny_models import delta, make_chat_model, make_reference, train_run, write_records
 
 TARGETS = torch.tensor([b * 24 + s for b in range(2) for s in range(23)])

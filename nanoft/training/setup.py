@@ -22,6 +22,7 @@ import torch
 import nanoft
 from nanoft import UserError, kernels
 from nanoft.batches import Batches
+from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows
 from nanoft.checkpoint import CheckpointManager
 from nanoft.config import Config, LoRAConfig
 from nanoft.config.fields import nearest
@@ -36,9 +37,9 @@ from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
-from nanoft.lora import describe_adapters, disabled
+from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import hash_tensors, vocabulary_of
+from nanoft.models.adapter_files import hash_tensors, load_adapter_tensors, vocabulary_of
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
 from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import cache_weights, load_model
@@ -200,6 +201,12 @@ def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
     return config.override({**taken, "model.add_tokens": start.add_tokens}), start
 
 
+def load_start(adapters: dict[str, Adapter], start: TrainedAdapter | None) -> None:
+    """Put the values of lora.start_from into fresh adapters."""
+    if start:
+        load_adapter_tensors(adapters, start.tensors, f"lora.start_from: {start.place}")
+
+
 def check_start(start: TrainedAdapter, config: Config, provenance: Provenance, run: Run) -> None:
     """Refuse an adapter of another base, and say where its base was in another number format."""
     if start.base_sha256 not in (None, provenance["base_sha256"]):
@@ -257,6 +264,31 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
         if ctx.config.training.sharding == "full":
             sharding.shard_model(model, ctx.device)
         yield model
+
+
+def shape_and_rank(adapter: Adapter) -> tuple[str, str]:
+    """How a line about an adapter describes it."""
+    if isinstance(adapter, TrainedRows):
+        return "rows", f"of {len(adapter.ids)} tokens"
+    if isinstance(adapter, TrainedCopy):
+        return "copy", "of the module" if adapter.copy is not None else "of the bias"
+    base, rank = adapter.base, f"rank {len(adapter.lora_A)}"  # type: ignore[arg-type]
+    inputs, outputs = (
+        base.weight.shape if isinstance(base, torch.nn.Embedding) else (base.in_features, base.out_features)
+    )
+    return f"({inputs} -> {outputs})", rank
+
+
+def describe_adapters(adapters: dict[str, Adapter]) -> list[str]:
+    """One line for each kind of linear: count, shape, rank, trained parameters."""
+    trained: dict[tuple[str, str, str], list[int]] = {}
+    for name, adapter in adapters.items():
+        shape, rank = shape_and_rank(adapter)
+        numbers = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        trained.setdefault((name.rpartition(".")[2], shape, rank), []).append(numbers)
+    lines = [(kind, f"{len(n)} x {shape}", rank, f"{sum(n):,}") for (kind, shape, rank), n in trained.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
