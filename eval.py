@@ -156,7 +156,7 @@ def base_of(config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
             yield loaded
     else:
         base, plain = find_model(config.model.reference), config.system.kernels == "plain"
-        yield open_model(str(base), loaded.model.head.device, loaded.dtype, plain=plain)
+        yield open_model(str(base), loaded.model.device, loaded.dtype, plain=plain)
 
 
 def measure(

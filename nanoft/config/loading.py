@@ -55,7 +55,7 @@ def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os
 def run_name(path: str | Path, changes: Mapping[str, str]) -> str:
     """The name of the config, and a hash of the overrides if there are any: one directory per experiment."""
     kept = sorted(f"{k}={v}" for k, v in changes.items() if not k.startswith(("logging.", "output.")))
-    digest = hashlib.sha256("\n".join(kept).encode()).hexdigest()[:6]
+    digest = hashlib.sha256("\n".join(kept).encode("utf-8", "surrogateescape")).hexdigest()[:6]
     return f"{Path(path).stem}-{digest}" if kept else Path(path).stem
 
 
@@ -135,10 +135,10 @@ def _run_python(path: Path) -> Config:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise UserError(f"line {error.lineno}: {error.msg}") from None
+        raise UserError(f"line {error.lineno or 1}: {error.msg}") from None
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
     config = getattr(module, "config", None)
     if not isinstance(config, Config):

@@ -89,6 +89,9 @@ class _Turn(NamedTuple):
 class ChatTokenizer:
     """A model's tokenizer and chat template, read from its directory without transformers."""
 
+    directory: Path | None = None
+    added_ids: tuple[int, ...] = ()  # of model.add_tokens
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -131,7 +134,7 @@ class ChatTokenizer:
     @classmethod
     def from_directory(
         cls, directory: Path, template_args: Mapping[str, Any] | None = None, template: str | None = None,
-        may_omit: bool = False, parses_control: bool = False,
+        may_omit: bool = False, add_tokens: Sequence[str] = (), parses_control: bool = False,
     ) -> ChatTokenizer:  # fmt: skip
         """Read tokenizer.json, tokenizer_config.json, the chat templates and generation_config.json.
 
@@ -140,6 +143,7 @@ class ChatTokenizer:
         if taken := sorted(set(template_args or ()) & {*RESERVED, *SPECIAL_TOKENS}):
             raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
         tokenizer = tokenizer_files.read_tokenizer(directory)
+        added_ids = tokenizer_files.add_tokens(tokenizer, add_tokens)
         settings, templates, stop_ids = tokenizer_files.read_settings(directory)
         default, with_tools = templates.get("default"), templates.get("tool_use")
         if template is not None:
@@ -147,17 +151,19 @@ class ChatTokenizer:
             known = {"chatml": CHATML if has_chatml else DEFAULT_TEMPLATE, **templates}
             default, with_tools = tokenizer_files.choose_template(template, known), None
         try:
-            return cls(tokenizer, settings, default, stop_ids, template_args, with_tools, may_omit, parses_control)
+            chat = cls(tokenizer, settings, default, stop_ids, template_args, with_tools, may_omit, parses_control)
         except COMPILE_ERRORS as error:
             place = directory if template is None else f"model.chat_template: {template}"
             raise UserError(f"{place}: the chat template is not valid: {error}") from None
+        chat.directory, chat.added_ids = directory, added_ids
+        return chat
 
     @classmethod
     def from_config(cls, directory: Path, config: Config) -> ChatTokenizer:
         """With the template and the variables that the settings of a run ask for."""
-        data, template = config.data, config.model.chat_template
-        choices = data.unrendered == "warn", data.control_tokens == "parse"
-        return cls.from_directory(directory, data.template_args, template, *choices)
+        data, model = config.data, config.model
+        choices = data.unrendered == "warn", model.add_tokens, data.control_tokens == "parse"
+        return cls.from_directory(directory, data.template_args, model.chat_template, *choices)
 
     def fingerprint(self) -> str:
         """Everything that ids depend on: the tokenizer, the template, its variables, and its date if it prints one."""

@@ -45,11 +45,11 @@ TOKEN = re.compile(
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Plain data; 1e-4, without a point, is a number, too."""
+    """Plain data; 1e-4 and -.5 are numbers, too, as in YAML 1.2."""
 
 
 YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+\.?\d*)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+\.?\d*)[eE][-+]?\d+$|[-+]\.\d+$"), list("-+.0123456789")
 )
 
 
