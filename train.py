@@ -56,6 +56,7 @@ from nanoft.guard import GradientOverflow, RollBack, SkipStep
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
 from nanoft.models.model_files import ModelFiles
+from nanoft.models.open import TrainedAdapter
 from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, build_scaler, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
@@ -84,6 +85,7 @@ def main(argv: list[str]) -> int:
     path = positional.pop(0) if positional and "=" not in positional[0] else CONFIGS / "tiny.py"
     config = load_config(pick_config(positional) if path == "auto" else path, positional)
     validate_config(config)
+    config, start = setup.read_start(config)  # None, unless lora.start_from continues from an adapter
     if args.plan:
         if distributed.world_size() > 1:  # alone, system.ranks says for how many processes to plan
             config = distributed.resolve_world_size(config)
@@ -92,11 +94,11 @@ def main(argv: list[str]) -> int:
         if distributed.world_size() > 1:
             raise UserError("--selftest: is for one process: start train.py without torchrun")
         with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as scratch:
-            return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args)
-    return fine_tune(config, args)
+            return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args, start)
+    return fine_tune(config, args, start)
 
 
-def fine_tune(config: Config, args: argparse.Namespace) -> int:
+def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | None) -> int:
     """One run, from its directory to its report; returns the exit code."""
     ignore_broken_output()
     seed_everything(config.system.seed, config.system.threads, config.system.deterministic)
@@ -115,18 +117,19 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
             require_room(planner, args.force)  # before a large model is downloaded
         files = distributed.main_process_first(files.fetch)
         provenance = distributed.broadcast_from_rank0(
-            lambda: setup.init_run_dir(config, run, machine, files, args.resume)
+            lambda: setup.init_run_dir(config, run, machine, files, args.resume, start)
         )
         torch.set_num_threads(provenance["threads"])
         with explained_out_of_memory(planner):
-            tokenizer = setup.load_tokenizer(config, files, provenance["date"], run)
+            tokenizer = setup.load_tokenizer(config, files, provenance["date"], run, start)
+            planner = setup.with_tokens(planner, tokenizer)
             corpus, batches = setup.build_datasets(config, tokenizer, run)
             if shows_data:
                 for line in show_step(batches, corpus, tokenizer, args.show_step, run.skipped_windows()):
                     run.print(line)
                 return 0
             require_room(planner, args.force, batches.longest().ids.shape[1])
-            ctx = build(planner, run, provenance, files, tokenizer, corpus, batches)
+            ctx = build(planner, run, provenance, files, tokenizer, corpus, batches, start)
             if args.selftest:
                 return self_test.run(ctx, train)
             state = restore(ctx, args.resume)
@@ -146,16 +149,18 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
 
 def build(
     planner: Planner, run: Run, provenance: Provenance, files: ModelFiles,
-    tokenizer: ChatTokenizer, corpus: PreparedDataset, batches: Batches,
+    tokenizer: ChatTokenizer, corpus: PreparedDataset, batches: Batches, start: TrainedAdapter | None,
 ) -> TrainContext:  # fmt: skip
     """Model, adapters, optimizer and checkpoints."""
     config, machine = planner.config, planner.machine
-    check_vocabulary(corpus, files.decoder.vocab_size)
+    tokens = setup.vocabulary(files, tokenizer, start)
+    check_vocabulary(corpus, tokens)
     plan = planner.choose_activations(*batches.longest().ids.shape)  # from what is free before the model is loaded
-    model = setup.load_base(config, machine, files)  # quantized while it streams from disk
+    model = setup.load_base(config, machine, files, tokens)  # quantized while it streams from disk
     model.activation_policy = distributed.broadcast_from_rank0(lambda: plan.keep)
     model.neftune_alpha = config.training.neftune_alpha
     adapters = inject_lora(model, config.lora, config.system.seed) if config.training.method == "lora" else {}
+    setup.load_start(adapters, start)
     if config.system.kernels == "auto" and (warning := kernels.apply(model, config.lora if adapters else None)):
         run.print(f"warning: {warning}")
     if config.training.compile:

@@ -147,8 +147,8 @@ def build_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScal
     """Dynamic loss scaling for float16 (Micikevicius et al. 2018, section 3.2); for another dtype it does nothing.
 
     The smallest float16 is 6e-8, and a gradient below it becomes 0. So backward starts from S loss instead of the loss,
-    and each gradient is divided by S in float32. S begins at 2^16. It is halved when a gradient overflows, beyond 65504,
-    and doubled after 2000 windows in which none did.
+    and each gradient is divided by S in float32. S begins at 2^16; it is halved when a gradient overflows (beyond
+    65504), and doubled after 2000 windows in which none did.
     """
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 

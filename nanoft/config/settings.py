@@ -49,9 +49,9 @@ class Section:
 class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
     revision: str = ""  # of a Hub name: branch, tag or commit; empty: its main branch
-    # Compute dtype; auto: on a GPU bfloat16, or float16 if it has none; float32 elsewhere
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute dtype; auto: the fast one of the device
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
+    add_tokens: tuple[str, ...] = ()  # new special tokens, whose rows of embedding and head are trained: [<|a|>, <|b|>]
     chat_template: str | None = None  # a file, chatml, or a name in the model's own list; none: the model's own
     random_init: bool = False  # pre-train from random weights; needs config.json and tokenizer only
 
@@ -66,7 +66,7 @@ class LoRAConfig(Section):
     rank: int = bounded(16, 1, 4096)  # r of the update B A
     alpha: float = bounded(32.0, 1e-6)  # the update is scaled by alpha / rank
     dropout: float = bounded(0.0, 0.0, 0.99)  # probability, on the input of the adapter
-    target_modules: tuple[str, ...] = ("all-linear",)  # or attention, mlp, names (q_proj), regular expressions
+    target_modules: tuple[str, ...] = ("all-linear",)  # or attention, mlp, names (q_proj, lm_head), regular expressions
     # Per module, by name or regular expression; the first match counts:
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"low": 1, "high": 4096})  # {q_proj: 8}
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"low": 1e-6})  # {q_proj: 16}
@@ -75,6 +75,10 @@ class LoRAConfig(Section):
     freeze_a: bool = False  # train B only (LoRA-FA)
     init: str = "default"  # (table) or pissa: start from the top singular vectors of the weight (PiSSA)
     bias: Literal["none", "all", "lora_only"] = "none"  # biases to train; lora_only: of linears with adapters
+    modules_to_save: tuple[str, ...] = ()  # modules to train as a whole, such as lm_head, embed_tokens, norm
+    start_from: str = ""  # run or adapter directory to continue from, whose shape is taken
+    # Tokens whose rows of the embedding or the head are trained; model.add_tokens adds its own:
+    trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)  # {embed_tokens: [5, 6]}
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class DataConfig(Section):
     template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
     unrendered: Literal["refuse", "warn"] = "refuse"  # thoughts, calls, tools that the chat template omits
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
+    control_tokens: Literal["text", "parse"] | None = None  # </s> in a text: characters or token; none: asked for
     chunk: bool = True  # split plain texts that are too long into several samples; false: data.truncation
     truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples
     packing: bool = False  # several samples per sequence; they never attend to each other
@@ -242,7 +247,7 @@ class Config:
     def __post_init__(self) -> None:
         t, d, bits, sharded = self.training, self.data, self.quantization.bits, self.training.sharding == "full"
         stride, length = self.evaluation.stride, self.model.max_seq_length
-        ranks, packed = [self.lora.rank, *self.lora.rank_pattern.values()], f"quantization.bits: {bits}"
+        packed = f"quantization.bits: {bits}"
         packed_full = t.method == "full" and bits != 16
         _refuse(packed_full, f"{packed} needs a frozen base: set it to 16 or training.method=lora")
         fix = "set it to 16 (each of N processes holds an Nth of it) or training.sharding=none"
@@ -259,8 +264,8 @@ class Config:
         _refuse(no_b, "training.lora_plus_ratio: needs training.method=lora: set that, or the ratio to 1")
         _refuse(not self.lora.target_modules, "lora.target_modules: empty: name at least one module, such as q_proj")
         check_expressions(self.lora)
-        pissa = self.lora.init == "pissa" and max(ranks) > 2048
-        _refuse(pissa, "lora.init: pissa is saved as LoRA of twice the rank: set lora.rank to 2048 or less")
+        tokens = self.model.add_tokens and t.method == "full"
+        _refuse(tokens, "model.add_tokens: trains rows beside a frozen model: set training.method=lora")
         same = d.validation_file and d.validation_file == d.train_file
         _refuse(same, "data.validation_file: equals data.train_file: remove it to split that file")
         two_splits = d.split_time and (d.split_group or d.split_stratify)

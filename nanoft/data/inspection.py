@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -32,6 +32,15 @@ def check_vocabulary(corpus: PreparedDataset, vocab_size: int) -> None:
     if largest >= vocab_size:
         found = f"its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}"
         raise UserError(f"model.name: {found}: tokenizer.json is another model's: fetch the directory again")
+
+
+def unseen_tokens(corpus: PreparedDataset, ids: Sequence[int]) -> list[int]:
+    """Those of these tokens that occur in no training sample."""
+    tokens, at_once, seen = corpus.training.tokens, 1 << 24, set[int]()
+    for at in range(0, len(tokens) if ids else 0, at_once):
+        piece = tokens[at : at + at_once]
+        seen |= set(np.intersect1d(np.maximum(piece, ~piece), ids).tolist())
+    return [number for number in ids if number not in seen]
 
 
 def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:

@@ -6,12 +6,12 @@ import base64
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer, decoders
 
 from nanoft import UserError
 from nanoft.batches import Array
@@ -50,6 +50,15 @@ def read_tokenizer(directory: Path) -> Tokenizer:
                 raise ValueError(f"its {type(part).__name__} makes a text more than {MAX_GROWTH} times as long")
         tokenizer.encode("a 1", add_special_tokens=True)
     return tokenizer
+
+
+def add_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[int, ...]:
+    """Make each text one control token, at the end of the vocabulary unless it has one; their ids."""
+    for text in texts:
+        if not text.strip() or {OPENING, CLOSING, BREAK, PLACEHOLDER} & set(text) or texts.count(text) > 1:
+            raise UserError(f"model.add_tokens: {text!r:.60} cannot be a token: give different visible texts")
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    return tuple(number for text in texts if (number := tokenizer.token_to_id(text)) is not None)
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, str], list[int]]:

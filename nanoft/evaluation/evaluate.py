@@ -132,7 +132,7 @@ def likelihoods(
     Samples longer than `context` are read through windows, of which each further one counts `stride` tokens, below
     `context`; None: half of it.
     """
-    training, device, samples = model.training, model.head.device, TokenDataset.of(samples)
+    training, device, samples = model.training, model.device, TokenDataset.of(samples)
     model.eval()
     nats, tokens = np.zeros((len(samples), 2)), np.zeros((len(samples), 2), np.int64)
     pieces = [(number, *w) for number, size in enumerate(samples.lengths) for w in windows(int(size), context, stride)]
@@ -198,13 +198,14 @@ def answer_all(
     encoded = [chat.encode_prompt(prompt.messages, prompt.tools, prompt.template_args) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     longest_first = [encoded[i] for i in order]
-    with distributed.same_exception(model.head.device):
+    with distributed.same_exception(model.device):
         mine = list(distributed.split_work(range(len(order))))
         answers = generate(model, longest_first, chat.stop_ids, max_new, sampling, generator, batch_size, mine)
         found = {order[at]: (chat.decode(answers[at].ids), answers[at].stopped) for at in mine}
     found = distributed.all_gather_dict(found)
     model.train(training)
-    return [Completion(p.messages[-1]["content"], p.reference, *found[i]) for i, p in enumerate(prompts)]
+    references = [chat.control.remove(prompt.reference) for prompt in prompts]
+    return [Completion(p.messages[-1]["content"], references[i], *found[i]) for i, p in enumerate(prompts)]
 
 
 def answer_figures(completions: Sequence[Completion], metrics: Sequence[Metric]) -> dict[str, Figure]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from nanoft import UserError
+from nanoft.blocks.trained import Adapter
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.generation.generate import Answer, stream
 from nanoft.generation.generate import generate as generate_all
@@ -25,7 +26,7 @@ from nanoft.generation.pipe import LineReader, answer_lines
 from nanoft.generation.sampling import GREEDY, NotFinite, Sampling
 from nanoft.io.untrusted import read_json
 from nanoft.kernels.decode import MEMORY_SHARE
-from nanoft.lora import LoRALinear, disabled, linears_of
+from nanoft.lora import disabled, linears_of
 from nanoft.models.open import open_chat_tokenizer, open_model
 from nanoft.models.weights import cache_weights
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
@@ -123,7 +124,7 @@ class ChatSession:
     """A conversation, and the commands that control it."""
 
     def __init__(
-        self, chat: ChatTokenizer, generate: Generate, adapters: dict[str, LoRALinear], with_base: bool,
+        self, chat: ChatTokenizer, generate: Generate, adapters: dict[str, Adapter], with_base: bool,
         context: float, max_new_tokens: int, system: str | None,
     ):  # fmt: skip
         """Show the base model's answers, too, if `with_base`; prompt and answer fit into `context` tokens."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError, kernels
+from nanoft.blocks.trained import Adapter, is_inside
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted, verify
 from nanoft.config import LoRAConfig
 from nanoft.config.loading import load_file
@@ -24,9 +26,9 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io.tensor_files import load_tensors
 from nanoft.io.untrusted import read_json
-from nanoft.lora import LoRALinear, inject_lora
+from nanoft.lora import inject_lora
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter
+from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, vocabulary_of
 from nanoft.models.model_files import ModelFiles, Quantization, find_model, quantization_of
 from nanoft.models.weights import load_model
 from nanoft.runtime.device import DTYPES
@@ -46,6 +48,7 @@ class TrainedAdapter:
     dtype: torch.dtype  # of training
     base_sha256: str | None = None  # of the base's files in training, if known
     step: int | None = None  # of the checkpoint, if the run has no result yet
+    add_tokens: tuple[str, ...] = ()  # that `tokenizer` does not have yet
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,13 @@ class LoadedModel:
     """A model that is ready to use, and how its adapter was trained."""
 
     model: Decoder
-    adapters: dict[str, LoRALinear]  # empty for a plain model
+    adapters: dict[str, Adapter]  # empty for a plain model
     base_directory: Path
     tokenizer_directory: Path
     quantization: Quantization | None = None  # of the base in training
     dtype: torch.dtype = torch.float32  # of training
     step: int | None = None  # of the checkpoint, if the run has no result yet
+    add_tokens: tuple[str, ...] = ()  # that the tokenizer's directory does not have yet
 
 
 def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = False) -> ChatTokenizer:
@@ -149,13 +153,25 @@ def checkpoint_step(saved: Checkpoint) -> int:
     return step
 
 
-def read_trained_adapter(source: str) -> TrainedAdapter:
-    """The adapter that a RUN or ADAPTER argument names: a run's result or best checkpoint, or an adapter directory."""
+def read_trained_adapter(source: str, base: str | None = None) -> TrainedAdapter:
+    """The adapter that a RUN or ADAPTER argument names: a run's result or best checkpoint, or an adapter directory.
+
+    `base` is its base if not the one that it names.
+    """
     path = find_adapter(source)
-    return _read_checkpoint(Path(source)) if path is None else _read_adapter_directory(path)
+    return _read_checkpoint(Path(source), base) if path is None else _read_adapter_directory(path, base)
 
 
-def _read_checkpoint(run: Path) -> TrainedAdapter:
+def with_added_tokens(lora: LoRAConfig, ids: Sequence[int], tied: bool) -> LoRAConfig:
+    """Train the rows of these tokens, too, wherever the whole embedding or head is not trained anyway."""
+    rows = {name: list(own) for name, own in lora.trainable_token_indices.items()}
+    for name in ("embed_tokens",) if tied else ("embed_tokens", "lm_head"):
+        if ids and not any(is_inside(f"model.{name}", saved) for saved in lora.modules_to_save):
+            rows[name] = list(dict.fromkeys([*rows.get(name, []), *ids]))
+    return replace(lora, trainable_token_indices=rows)
+
+
+def _read_checkpoint(run: Path, other_base: str | None) -> TrainedAdapter:
     config, saved = load_file(run / "config.json"), best_checkpoint(run)
     try:
         provenance = read_json(run / "config.json")["provenance"]
@@ -167,13 +183,23 @@ def _read_checkpoint(run: Path) -> TrainedAdapter:
         lora, tensors = as_plain_lora(config.lora, load_tensors(path))
     except (KeyError, RuntimeError):  # one of A, B, A0, B0 is missing, or has another shape
         raise UserError(f"{path}: not the tensors of an adapter with lora.init={config.lora.init}") from None
-    base, name, quantization = find_model(config.model.reference), config.model.reference, quantization_of(config)
-    return TrainedAdapter(saved.path, base, name, base, lora, tensors, quantization, trained_in, base_sha256, step)
+    name, quantization, tokens = other_base or config.model.reference, quantization_of(config), config.model.add_tokens
+    base = find_model(name)
+    tokenizer = base
+    if config.lora.start_from:
+        start = read_trained_adapter(config.lora.start_from, name)
+        tokenizer, tokens = start.tokenizer, start.add_tokens
+    chat = ChatTokenizer.from_directory(tokenizer, add_tokens=tokens)
+    lora = with_added_tokens(lora, chat.added_ids, ModelFiles.read(base).decoder.tied)
+    return TrainedAdapter(
+        saved.path, base, name, tokenizer, lora, tensors, quantization, trained_in, base_sha256, step, tokens
+    )
 
 
-def _read_adapter_directory(path: Path) -> TrainedAdapter:
+def _read_adapter_directory(path: Path, other_base: str | None) -> TrainedAdapter:
     """An adapter in PEFT's format; nanoft.json says how the base was quantized."""
     lora, base_name, tensors, note = read_adapter(path)
+    base_name = other_base or base_name
     base = find_model(base_name, f"{path / 'adapter_config.json'}: base_model_name_or_path")
     tokenizer = path if (path / "tokenizer.json").is_file() else base
     q = note.get("quantization")
@@ -189,9 +215,11 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
 def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
     """Add an adapter to a model, in place; a UserError if it does not match."""
     try:
+        model.grow_vocabulary(vocabulary_of(adapter.lora, adapter.tensors))
         adapters = inject_lora(model, adapter.lora, seed=0)
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None
     load_adapter_tensors(adapters, adapter.tensors, str(adapter.place))
-    trained_on = adapter.quantization or ModelFiles.read(adapter.base).quantization
-    return LoadedModel(model.eval(), adapters, adapter.base, adapter.tokenizer, trained_on, adapter.dtype)
+    form = adapter.quantization or ModelFiles.read(adapter.base).quantization
+    base, tokenizer = adapter.base, adapter.tokenizer
+    return LoadedModel(model.eval(), adapters, base, tokenizer, form, adapter.dtype, None, adapter.add_tokens)

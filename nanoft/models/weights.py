@@ -8,6 +8,7 @@ packed are read as they are; `cache_weights` dequantizes weights once, for speed
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
-from nanoft.model import Decoder, initialize
+from nanoft.model import Decoder, DecoderConfig, initialize
 from nanoft.models.families import FAMILIES, find_family
 from nanoft.models.model_files import (
     HEAD,
@@ -273,39 +274,49 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
     parameters = dict(model.named_parameters())
     specs: Specs = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
     write_file(out / "model.safetensors", encode_safetensors(specs, lambda name: parameters[name].to(dtype)))
-    write_config(source, out, dtype)
+    write_config(source, out, dtype, model.config)
     copy_companions(source, out)
 
 
-def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
+def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig | None = None) -> None:
     """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized."""
     base = ModelFiles.read(source)
+    decoder = decoder or base.decoder
     config = {name: value for name, value in base.config.items() if name != "quantization_config"}
-    if base.decoder.tied != bool(config.get("tie_word_embeddings", False)):
-        config["tie_word_embeddings"] = base.decoder.tied
+    if decoder.tied != bool(config.get("tie_word_embeddings", False)):
+        config["tie_word_embeddings"] = decoder.tied
+    if decoder.vocab_size != base.decoder.vocab_size:
+        config["vocab_size"] = decoder.vocab_size
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # for transformers 5, and for 4
     write_json(out / "config.json", FAMILIES[find_family(config)].export(config))
 
 
-def copy_companions(source: Path, out: Path) -> None:
+def copy_companions(source: Path, out: Path, base: Path | None = None, add_tokens: Sequence[str] = ()) -> None:
     """Copy the tokenizer's files and generation_config.json, so that other tools render and stop as nanoft does.
 
     Without a chat template of its own, the default one that training used is written; missing stop tokens are added.
     """
     for file in (file for name in TOKENIZER_FILES for file in source.glob(name) if file.is_file()):
+        if add_tokens and file.name == "tokenizer.json":
+            continue  # written below
         copied = out / file.relative_to(source)
         copied.parent.mkdir(exist_ok=True)
         write_file(copied, [read_bytes(file, MAX_TOKENIZER)])
     path = source / "generation_config.json"
+    if not path.is_file() and base is not None:
+        path = base / path.name
     stop_ids: list[int] = []
     settings = read_json(path) if path.is_file() else {}
     if (source / "tokenizer.json").is_file():
-        chat = ChatTokenizer.from_directory(source)
+        chat = ChatTokenizer.from_directory(source, add_tokens=add_tokens)
         stop_ids = chat.stop_ids
+        if add_tokens:
+            write_file(out / "tokenizer.json", [chat.tokenizer.to_str(pretty=True).encode()])
         if not chat.has_own_template:
             write_file(out / "chat_template.jinja", [chat.template.encode()])
     known = settings.get("eos_token_id", [])
-    if not set(stop_ids) <= set(known if isinstance(known, list) else [known]):
+    known = set(known if isinstance(known, list) else [known])
+    if not set(stop_ids) <= known or (stop_ids and path.parent != source and known != set(stop_ids)):
         write_json(out / path.name, {**settings, "eos_token_id": stop_ids})
     elif path.is_file():
         write_file(out / path.name, [read_bytes(path)])

@@ -105,12 +105,13 @@ def best_step(ctx: TrainContext, state: TrainState) -> int:
 def export(ctx: TrainContext, step: int) -> Path:
     """Write the model's weights, those of that step; a sharded model is assembled on the CPU from the checkpoint."""
     if ctx.config.training.sharding == "full":
-        model = load_base(ctx.config, ctx.machine, ctx.files, on_cpu=True)
+        model = load_base(ctx.config, ctx.machine, ctx.files, ctx.model.config.vocab_size, on_cpu=True)
         adapters = inject_lora(model, ctx.config.lora, ctx.config.system.seed) if ctx.adapters else {}
         ctx = replace(ctx, model=model, adapters=adapters)
         load_weights(ctx, Checkpoint(ctx.checkpoints.path(step), {}))
     where, base = ctx.run.directory, ctx.files.directory
-    return save_result(where, ctx.model, ctx.adapters, base, ctx.config, step, ctx.machine.dtype)
+    tokenizer = ctx.tokenizer.directory or base
+    return save_result(where, ctx.model, ctx.adapters, base, ctx.config, step, ctx.machine.dtype, tokenizer)
 
 
 def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.EvalResult:

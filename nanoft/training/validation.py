@@ -12,10 +12,12 @@ from nanoft import UserError
 from nanoft.config import Config, TrainingConfig
 from nanoft.config.fields import nearest
 from nanoft.data.formats import check_format
-from nanoft.lora import VARIANTS
+from nanoft.lora import VARIANTS, variant_of
 from nanoft.metrics.answers import select_metrics
 from nanoft.objectives import OBJECTIVES
 from nanoft.optim import OPTIMIZERS, SCHEDULES, warmup_steps
+
+MAX_RANK = 4096  # of LoRAConfig.rank
 
 
 def validate_config(config: Config) -> None:
@@ -32,6 +34,8 @@ def validate_config(config: Config) -> None:
             raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, list(known))}")
     if (config.lora.init, config.lora.dora) not in VARIANTS:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
+    if t.method == "lora":
+        check_variant(config)
     check_schedule(t, t.max_steps)
     check_format(config.data.format)
     select_metrics(config.evaluation.metrics)
@@ -50,3 +54,18 @@ def check_schedule(t: TrainingConfig, total_steps: int | None) -> None:
     if total_steps and warmup_steps(total_steps, t) > total_steps:
         run = f"the run has {total_steps:,} steps and would never reach training.learning_rate"
         raise UserError(f"training.warmup_steps: {t.warmup_steps}: {run}: lower it, or set warmup_ratio instead")
+
+
+def check_variant(config: Config) -> None:
+    """Refuse settings that have no effect on this variant of LoRA, or that its files cannot hold."""
+    lora, variant = config.lora, variant_of(config.lora)
+    without_effect = {
+        "lora.freeze_a": lora.freeze_a and "lora_A" not in variant.TRAINED,
+        "training.lora_plus_ratio": config.training.lora_plus_ratio != 1 and "lora_B" not in variant.TRAINED,
+    }
+    if field := next((field for field, is_set in without_effect.items() if is_set), None):
+        raise UserError(f"{field}: has no effect with lora.init={lora.init}: remove it")
+    most = MAX_RANK // variant.RANKS
+    if (rank := max([lora.rank, *lora.rank_pattern.values()])) > most:
+        times = f"{lora.init} is saved as LoRA of {variant.RANKS} times the rank"
+        raise UserError(f"lora.rank: {rank}: {times}: set lora.rank to {most} or less")

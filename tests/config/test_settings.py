@@ -178,8 +178,7 @@ def test_a_text_is_read_as_the_type_of_its_field(key: str, text: str, value: Any
         ({"lora.rank_pattern": {1: 2}}, "lora.rank_pattern: {1: 2} is not a mapping"),
         ({"lora.alpha_pattern": {"q_proj": 0}}, "lora.alpha_pattern: 0 is out of range: it must be >= 1e-06"),
         ({"lora.alpha_pattern": {"*": 1}}, "lora.alpha_pattern: '*' is not a regular expression"),
-        ({"lora.init": "pissa", "lora.rank": 2049}, "lora.init: pissa is saved as LoRA of twice the rank"),
-        ({"lora.init": "pissa", "lora.rank_pattern": {"q": 4000}}, "lora.init: pissa is saved as LoRA of twice the"),
+        ({"model.add_tokens": ("<a>",), "training.method": "full"}, "model.add_tokens: trains rows beside a frozen"),
         (
             {"data.train_file": "a.jsonl", "data.validation_file": "a.jsonl"},
             "data.validation_file: equals data.train_file",

@@ -11,7 +11,7 @@ import train
 from nanoft import UserError
 from nanoft.config import Config, TrainingConfig
 from nanoft.data.formats import SHAPES
-from nanoft.lora import VARIANTS
+from nanoft.lora import VARIANTS, LoRALinear
 from nanoft.metrics.answers import METRICS
 from nanoft.optim import OPTIMIZERS, SCHEDULES
 from nanoft.training.validation import check_schedule, validate_config
@@ -65,6 +65,36 @@ def test_train_answers_before_anything_is_made(
     assert train.main(["configs/tiny.py", change, f"output.dir={run}"]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not run.exists()
+
+
+class TrainsA(LoRALinear):
+    """A variant that trains A alone."""
+
+    TRAINED = ("lora_A",)
+
+
+class TrainsB(LoRALinear):
+    TRAINED = ("lora_B",)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        (LoRALinear, {"lora.init": "pissa", "lora.rank": 2049}, "lora.rank: 2049: pissa is saved as LoRA of 2 times"),
+        (LoRALinear, {"lora.init": "pissa", "lora.rank_pattern": {"q": 4000}}, "set lora.rank to 2048 or less"),
+        (TrainsB, {"lora.freeze_a": True}, "lora.freeze_a: has no effect with lora.init=default: remove it"),
+        (TrainsA, {"training.lora_plus_ratio": 4.0}, "training.lora_plus_ratio: has no effect with lora.init=default"),
+    ],
+)
+def test_what_a_variant_does_not_train_is_refused(
+    variant: type[LoRALinear], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VARIANTS, ("default", False), variant)
+    with pytest.raises(UserError, match=message):
+        validate_config(Config().override(changes))
+    if variant is not LoRALinear:
+        monkeypatch.setitem(VARIANTS, ("default", False), LoRALinear)
+        validate_config(Config().override(changes))
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.01, 2e4])
