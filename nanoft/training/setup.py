@@ -39,7 +39,7 @@ from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import hash_tensors, load_adapter_tensors, vocabulary_of
+from nanoft.models.adapter_files import hash_tensors, vocabulary_of
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
 from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import cache_weights, load_model
@@ -200,12 +200,6 @@ def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
     if tokens not in ((), start.add_tokens):
         raise UserError(f"model.add_tokens: the tokens of {source} stay: remove it, or merge that adapter first")
     return config.override({**taken, "model.add_tokens": start.add_tokens}), start
-
-
-def load_start(adapters: dict[str, Adapter], start: TrainedAdapter | None) -> None:
-    """Put the values of lora.start_from into fresh adapters."""
-    if start:
-        load_adapter_tensors(adapters, start.tensors, f"lora.start_from: {start.place}")
 
 
 def check_start(start: TrainedAdapter, config: Config, provenance: Provenance, run: Run) -> None:
