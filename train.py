@@ -46,7 +46,6 @@ import torch
 
 from nanoft import UserError, guard, kernels
 from nanoft.batches import Batches, Window, share_of_rank
-from nanoft.checkpoint import AsyncCheckpointWriter
 from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
@@ -65,7 +64,7 @@ from nanoft.runtime import distributed
 from nanoft.runtime.device import choose_device, seed_everything
 from nanoft.runtime.energy import EnergyMeter
 from nanoft.runtime.machine import CONFIGS, Machine, pick_config, select_device
-from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, available_host_bytes
+from nanoft.runtime.memory import MemoryMonitor, OutOfMemory
 from nanoft.tracking.profiler import Profiler
 from nanoft.tracking.run import Run
 from nanoft.training import progress, recovery, self_test, setup
@@ -170,13 +169,12 @@ def build(
     if config.training.sharding == "full":
         sharding.shard_model(model, machine.device)
     optimizer = build_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.training)
-    checkpoints = setup.open_checkpoints(config, run, provenance)
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
         validation=corpus.validation[: config.evaluation.max_samples], model=model, adapters=adapters, plan=plan,
         objective=build_objective(config, adapters), optimizer=optimizer,
-        scaler=build_scaler(machine.device, machine.dtype), checkpoints=checkpoints,
-        writer=AsyncCheckpointWriter(checkpoints, available_host_bytes), planner=planner,
+        scaler=build_scaler(machine.device, machine.dtype),
+        writer=setup.open_checkpoints(config, run, provenance), planner=planner,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import nanoft
 from nanoft import UserError, kernels
 from nanoft.batches import Batches
 from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows
-from nanoft.checkpoint import CheckpointManager
+from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointManager
 from nanoft.config import Config, LoRAConfig
 from nanoft.config.fields import nearest
 from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
@@ -238,11 +238,12 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
     return model
 
 
-def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> CheckpointManager:
-    """The checkpoints of the run; only rank 0 writes there."""
+def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncCheckpointWriter:
+    """The checkpoints of the run, and who saves them in the background; only rank 0 writes there."""
     t, is_owner = config.training, not distributed.process_rank()
     identity = {name: provenance[name] for name in IDENTITY}
-    return CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
+    checkpoints = CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
+    return AsyncCheckpointWriter(checkpoints)
 
 
 @contextlib.contextmanager

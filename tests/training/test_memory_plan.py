@@ -32,8 +32,8 @@ from nanoft.training.memory_plan import (
     choose_rows,
     count_parameters,
     decide_dequantize,
-    explained_out_of_memory,
     estimate_memory,
+    explained_out_of_memory,
     gflop_per_token,
     suggest_savings,
 )
