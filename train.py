@@ -61,7 +61,7 @@ from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, build_scaler, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
-from nanoft.runtime.device import choose_device, seed_everything
+from nanoft.runtime.device import choose_device, library_versions, seed_everything
 from nanoft.runtime.energy import EnergyMeter
 from nanoft.runtime.machine import CONFIGS, Machine, pick_config, select_device
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory
@@ -106,7 +106,7 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
     select_device(choose_device(config.system.device), config.training.sharding)
     machine = Machine.detect(config)
     validate_environment(config, machine)  # exit code 2 before anything is downloaded
-    distributed.assert_same_on_all_ranks(setup.shared_facts(config, machine))
+    distributed.assert_same_on_all_ranks({"the device": machine.name, **library_versions(), **config.flat()})
     with Run.open(config.output.dir) as run, StopRequest(enabled=not args.selftest) as stop:
         files = distributed.main_process_first(lambda: ModelFiles.find(config.model.reference))  # config.json only
         planner = setup.plan_run(config, machine, files, run)

@@ -110,13 +110,10 @@ class Batch:
         if device.type == "cpu":
             return self
 
-        def move(tensor: Tensor | None) -> Any:
-            if tensor is None:
-                return None
+        def move(tensor: Tensor) -> Any:
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-        names = ("ids", "positions", "target_positions", "targets")
-        moved = {name: move(getattr(self, name)) for name in names}
+        moved = {name: move(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
         if self.documents is not None:
             moved["documents"] = Documents(self.documents.lengths, move(self.documents.bounds))
         return dataclasses.replace(self, **moved)

@@ -63,12 +63,6 @@ SHAPE = """
 IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
 
 
-def shared_facts(config: Config, machine: Machine) -> dict[str, Any]:
-    """What must be the same on all ranks."""
-    settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
-    return {"the device": machine.name, **library_versions(), **settings}
-
-
 def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> Planner:
     """The memory planner, its config with the micro-batch size decided."""
     planner = Planner.of(config, machine, files.decoder)
