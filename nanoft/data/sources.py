@@ -232,7 +232,7 @@ def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator
         yield from _read_values(stream, path)
         return
     for number, line in enumerate(_lines(stream), start=1):
-        if line.strip():
+        if line.strip() or len(line) == MAX_RECORD:
             yield number, _parse_line(line)
 
 
