@@ -23,17 +23,7 @@ from nanoft import UserError
 from nanoft.config import DataConfig
 from nanoft.config.fields import nearest
 from nanoft.config.functions import UNTRUSTED, import_function, is_function
-from nanoft.data.detection import (
-    BAD,
-    GOOD,
-    Shape,
-    detect_shape,
-    find_columns,
-    names_of,
-    normalized_name,
-    require_label_choice,
-    require_one_reading,
-)
+from nanoft.data.detection import BAD, GOOD, Shape, detect_shape, names_of, normalized_name, require_label_choice
 from nanoft.data.sources import BadRecord, Raw, read_raw
 from nanoft.data.values import as_json, check_value, nonempty, optional_text, text_of
 
@@ -100,10 +90,10 @@ def turns_of(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> lis
     turns = [value] if isinstance(value, dict) and name != "messages" else as_json(value, name)
     if not isinstance(turns, list) or not turns:
         raise BadRecord(f"{name} is not a list of turns")
-    return [_message(_standard_turn(turn, name, roles)) for turn in turns]
+    return [_message(turn, name, roles) for turn in turns]
 
 
-def _standard_turn(turn: Any, name: str, roles: Mapping[str, str]) -> dict[str, Any]:
+def _message(turn: Any, name: str, roles: Mapping[str, str]) -> Message:
     """ShareGPT's {"from": "Human", "value": "Q"} becomes {"role": "user", "content": "Q"}."""
     if not isinstance(turn, dict):
         raise BadRecord(f"{name}: a turn is {json.dumps(turn, default=str):.40}: it needs a role and content")
@@ -111,36 +101,33 @@ def _standard_turn(turn: Any, name: str, roles: Mapping[str, str]) -> dict[str, 
     for other, key in TURN_KEYS.items():
         if key not in turn and other in turn:
             turn[key] = turn.pop(other)
-    if turn.get("function_call"):  # OpenAI's older name of a single call
-        if turn.get("tool_calls"):
-            raise BadRecord(f"{name}: a turn has tool_calls and function_call: keep one of them")
-        turn["tool_calls"] = [as_json(turn["function_call"], "function_call")]
-    optional = {"content"} if turn.get("tool_calls") else set()
-    if missing := [key for key in TURN_KEYS.values() if key not in {*turn, *optional}]:
-        raise BadRecord(f"{name}: a turn has no {missing[0]}: its fields are {names_of(turn)}")
-    given = turn["role"]
-    if not isinstance(given, str):
-        raise BadRecord(f"{name}: the role {json.dumps(given, default=str):.40} is not a string")
-    role = roles.get(given) or ROLE_OF.get(given) or ROLE_OF.get(normalized_name(given))
-    if role is None:
-        fix = " or ".join(f"data.roles='{{{given!s:.40}: {role}}}'" for role in ("user", "assistant"))
-        raise BadRecord(f"unknown role {given!r:.40}: set {fix} (or {', '.join(ROLES)})")
-    if role == "function_call":
-        found = as_json(turn["content"], "function_call")
-        turn |= {"content": "", "tool_calls": found if isinstance(found, list) else [found]}
-    return {**turn, "role": "assistant" if role == "function_call" else role}
-
-
-def _message(turn: dict[str, Any]) -> Message:
-    role = turn["role"]
     calls = as_json(turn.get("tool_calls") or None, "tool_calls")
-    said = turn.get("content")
+    if turn.get("function_call"):  # OpenAI's older name of a single call
+        if calls:
+            raise BadRecord(f"{name}: a turn has tool_calls and function_call: keep one of them")
+        calls = [as_json(turn["function_call"], "function_call")]
+    if missing := [key for key in TURN_KEYS.values() if key not in turn and not (calls and key == "content")]:
+        raise BadRecord(f"{name}: a turn has no {missing[0]}: its fields are {names_of(turn)}")
+    role, said = _standard_role(turn["role"], name, roles), turn.get("content")
+    if role == "function_call":
+        role, said, found = "assistant", None, as_json(said, "function_call")
+        calls = found if isinstance(found, list) else [found]
     message: Message = {"role": role, "content": "" if calls and said is None else _content(said, role)}
     if calls:
         if role != "assistant":
             raise BadRecord(f"tool_calls: {role!r:.40} cannot call tools: only the assistant can")
         message["tool_calls"] = [_tool_call(call) for call in calls]
     return message | _other_fields(turn)
+
+
+def _standard_role(given: Any, name: str, roles: Mapping[str, str]) -> str:
+    if not isinstance(given, str):
+        raise BadRecord(f"{name}: the role {json.dumps(given, default=str):.40} is not a string")
+    role = roles.get(given) or ROLE_OF.get(given) or ROLE_OF.get(normalized_name(given))
+    if role is None:
+        fix = " or ".join(f"data.roles='{{{given!s:.40}: {role}}}'" for role in ("user", "assistant"))
+        raise BadRecord(f"unknown role {given!r:.40}: set {fix} (or {', '.join(ROLES)})")
+    return role
 
 
 def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
@@ -150,11 +137,10 @@ def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
         if turn.get(name) is not None and kept.setdefault(standard, text_of(turn, name)) != text_of(turn, name):
             raise BadRecord(f"{name} and {standard} differ: keep one of them")
     found = {name: turn[name] for name in TRAINING_FIELDS if turn.get(name) is not None}
-    if any(value not in (0, 1) or (name == "train" and not isinstance(value, bool)) for name, value in found.items()):
-        raise BadRecord(f"weight must be 0 or 1, and train true or false: found {found!r:.60}")
-    if len({bool(value) for value in found.values()}) > 1:
-        raise BadRecord(f"{', '.join(found)} contradict each other: found {found!r:.60}")
-    trained = {name if name in ("weight", "train") else "train": value for name, value in found.items()}
+    if any(value not in (0, 1) for value in found.values()) or len({bool(value) for value in found.values()}) > 1:
+        rule = "weight must be 0 or 1, and train true or false, and they must not contradict each other"
+        raise BadRecord(f"{rule}: found {found!r:.60}")
+    trained = {name if name == "weight" else "train": value for name, value in found.items()}
     unused = [name for name in turn if name not in KNOWN_FIELDS and turn[name] not in (None, "", [], {})]
     return kept | trained | ({UNUSED: unused} if unused else {})
 
@@ -162,22 +148,16 @@ def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
 def _content(value: Any, role: str = "") -> str:
     """A text; the texts of a list of parts; what a tool returned, as JSON."""
     is_parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
-    if (
-        role == "tool"
-        and isinstance(value, (dict, list))
-        and not (is_parts and value and all("text" in p for p in value))
-    ):
+    is_text = is_parts and value and all("text" in part for part in value)
+    if role == "tool" and isinstance(value, (dict, list)) and not is_text:
         check_value(value, "content")
         return json.dumps(value, ensure_ascii=False)
-    if is_parts:
-        if kinds := {part.get("type") or "text" for part in value} - {"text"}:
-            raise BadRecord(f"content: has a part of type {sorted(map(str, kinds))[0]!r:.40}: only text is supported")
-        if not all("text" in part for part in value):
-            raise BadRecord(
-                f"content: a part has no text: its fields are {names_of(next(p for p in value if 'text' not in p))}"
-            )
-        return "".join(text_of(part, "text") for part in value)
-    return text_of({"content": value}, "content")
+    for part in value if is_parts else ():
+        if (kind := part.get("type") or "text") != "text":
+            raise BadRecord(f"content: has a part of type {kind!r:.40}: only text is supported")
+        if "text" not in part:
+            raise BadRecord(f"content: a part has no text: its fields are {names_of(part)}")
+    return "".join(text_of(part, "text") for part in value) if is_parts else text_of({"content": value}, "content")
 
 
 def _tool_call(call: Any) -> dict[str, Any]:
@@ -316,25 +296,20 @@ def read_file(
     only: Collection[int] | None = None,  # lines to convert; None: all
 ) -> Iterator[Conversation | Rejected | str]:
     """All records of a file in order; before them, a description of the shape they are read in."""
-    shape, function = options.shape, format_function(options.shape)
+    function, columns = format_function(options.shape), options.columns
     raw = read_raw(path, options.delimiter, on_progress)
-    records = ((line, _rename(record, options.columns)) for line, record in raw)
+    records = ((line, _rename(record, columns)) for line, record in raw)
     first = list(itertools.islice(records, DETECT_FROM))
-    present = list(dict.fromkeys(name for _, record in first if isinstance(record, dict) for name in record))
-    columns: dict[str, str] = {}
-    if shape == "auto":
-        shape, columns = detect_shape(path, SHAPES, first, present)
-    elif function is None:
-        columns = require_one_reading(path, find_columns(SHAPES[shape], present), present)
-    if function is None and options.label_field is None and shape != "text":
-        require_label_choice(path, first)
-    for name in options.columns if function is None else ():
-        near = nearest(name, SHAPES[shape].fields)  # another name may be that of a split field, or of no use on purpose
-        if name not in SHAPES[shape].fields and "did you mean" in near:
-            raise UserError(f"data.columns: {name!r:.60} is not a field of {shape}{near}")
-    found = [name if name == column else f"{name} ({column})" for name, column in columns.items()]
-    yield shape if found in ([shape], []) else f"{shape}: {', '.join(found)}"
-    renamed = {name: column for name, column in columns.items() if name != column}
+    shape, found = options.shape, dict[str, str]()  # field -> column
+    if function is None:
+        shape, found = detect_shape(path, SHAPES, shape, first)
+        if options.label_field is None and shape != "text":
+            require_label_choice(path, first)
+        for name in sorted({*columns} - {*SHAPES[shape].fields}):  # it may be a field of the split, or of no use on purpose
+            if "did you mean" in (near := nearest(name, SHAPES[shape].fields)):
+                raise UserError(f"data.columns: {name!r:.60} is not a field of {shape}{near}")
+    said = [name if name == column else f"{name} ({column})" for name, column in found.items()]
+    yield shape if said in ([shape], []) else f"{shape}: {', '.join(said)}"
     last = max(only, default=0) if only is not None else math.inf
     for line, record in itertools.chain(first, records):
         if line > last:
@@ -342,8 +317,8 @@ def read_file(
         if only is not None and line not in only:
             continue
         try:
-            if renamed and isinstance(record, dict):
-                record = record | {name: record[column] for name, column in renamed.items() if column in record}
+            if isinstance(record, dict):
+                record = record | {name: record[column] for name, column in found.items() if column in record}
             yield _convert(record, shape, function, str(path), line, options)
         except BadRecord as reason:
             yield Rejected(str(reason), str(path), line)
@@ -367,17 +342,8 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
     if not isinstance(record, dict) or not all(name in record for name in required):
         found = names_of(record) if isinstance(record, dict) else type(record).__name__
         raise BadRecord(f"expected {'the fields ' + ', '.join(required) if required else 'an object'}, found {found}")
-    if (label := options.label_field) not in (
-        None,
-        "ignore",
-    ):  # data for KTO has good and bad answers: only good ones are imitated
-        if label not in record:
-            raise BadRecord(f"has no field {label!r} (data.label_field)")
-        value = str(record[label]).strip().lower()
-        if value not in GOOD + BAD:
-            raise BadRecord(f"{label}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)")
-        if value in BAD:
-            raise BadRecord(UNDESIRABLE)
+    if options.label_field not in (None, "ignore"):  # data for KTO has good and bad answers: the good are imitated
+        _require_desirable(record, str(options.label_field))
     fields = {name: _split_field(record, name) for name in options.fields}
     if function is not None:
         record, shape = _call(function, record, f"{path}:{line}: data.format={shape}")
@@ -387,21 +353,28 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         text = "".join(before) + nonempty(learned, SHAPES[shape].required[-1])
         return Conversation([], text, path, line, None, fields, sum(map(len, before)))
     try:
-        record = record | {
-            name: turns_of(record, name, options.roles) for name in SHAPES[shape].fields if name in TURNS
-        }
+        fields_read = SHAPES[shape].fields
+        record = record | {name: turns_of(record, name, options.roles) for name in fields_read if name in TURNS}
         messages = to_messages(record)
-        if "system" in SHAPES[shape].fields and (system := optional_text(record, "system")):
+        if "system" in fields_read and (system := optional_text(record, "system")):
             messages.insert(0, {"role": "system", "content": system})
-        tools = _parse_tools(record) if "tools" in SHAPES[shape].fields else None
-    except BadRecord:
-        raise
+        tools = _parse_tools(record) if "tools" in fields_read else None
     except (TypeError, AttributeError, ValueError, LookupError):
         raise BadRecord(f"does not have the form of {shape} (docs/data.md)") from None
     _check_turns(messages)
     unused = dict.fromkeys(name for message in messages for name in message.pop(UNUSED, ()))
     notes = tuple(f"the field {name!r:.60} of a message is not used" for name in unused)
     return Conversation(messages, None, path, line, tools, fields, 0, _template_args(record), notes)
+
+
+def _require_desirable(record: dict[str, Any], label: str) -> None:
+    if label not in record:
+        raise BadRecord(f"has no field {label!r} (data.label_field)")
+    value = str(record[label]).strip().lower()
+    if value not in GOOD + BAD:
+        raise BadRecord(f"{label}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)")
+    if value in BAD:
+        raise BadRecord(UNDESIRABLE)
 
 
 def _template_args(record: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ OTHER_KINDS = {
 NOT_UTF_8 = "is the file Latin-1? then convert it: iconv -f WINDOWS-1252 -t UTF-8"
 
 
-class BadRecord(ValueError):
+class BadRecord(Exception):
     """Why a record cannot be used."""
 
 
