@@ -45,10 +45,9 @@ class DatasetBuilder:
         self.first_malformed: list[str] = []
         self.notes: dict[str, tuple[int, str]] = {}  # what has no effect or another: how many records, the first place
         self.shapes: list[dict[str, Any]] = []
-        self.read = self.cut_off = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
+        self.read = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
         self.chunked_texts = self.chunks = self.shared_prompts = 0
         self.held_out = ""  # how much, and by what
-        self.control_characters, self.first_control = 0, ""  # records with some; the first
         self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
@@ -95,7 +94,7 @@ class DatasetBuilder:
         for number, (part, file) in enumerate(self.files):
             for item in self._read(file, part == self.validation_part):
                 record, bad = self._add_record(item, number, part), (MALFORMED, "none of its messages is a target")
-                self._note(item, item.notes)
+                self._note(item, *item.notes)
                 self.in_flight[record] = item
                 if item.text is not None:
                     yield self.tokenizer.text_sample(item.text, record, item.prompt_characters)
@@ -104,7 +103,7 @@ class DatasetBuilder:
                     given = item.tools, self.data.train_on, item.template_args
                     pieces = self.tokenizer.render_samples(item.messages, record, *given)
                     if any(piece.spans for piece in pieces):
-                        self._note(item, pieces[0].notes)
+                        self._note(item, *pieces[0].notes)
                         yield from pieces
                         continue
                 except TemplateRefusal as error:
@@ -112,7 +111,7 @@ class DatasetBuilder:
                 del self.in_flight[record]
                 self._reject(*bad, item.file, item.line)
 
-    def _note(self, item: Conversation, notes: tuple[str, ...]) -> None:
+    def _note(self, item: Conversation, *notes: str) -> None:
         for note in notes:
             count, first = self.notes.get(note, (0, f"{item.file}:{item.line}"))
             self.notes[note] = count + 1, first
@@ -171,10 +170,10 @@ class DatasetBuilder:
         if strata := data.stratify_field:
             length_bin = 1 << (max(item.characters(), 1).bit_length() - 1)  # 512 to 1023 characters: 512
             self.stratum.append(length_bin if strata == "length" else item.fields[strata])
-        self.cut_off += filters.looks_truncated(item)
-        if found := CONTROL.search(item.full_text()):
-            self.control_characters += 1
-            self.first_control = self.first_control or f"U+{ord(found[0]):04X} in {item.file}:{item.line}"
+        if filters.looks_truncated(item):
+            self._note(item, "the last reply stops in mid-sentence")
+        if CONTROL.search(item.full_text()):
+            self._note(item, "control characters are kept")
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
             if system in self.seen_systems:  # a system message that an earlier record has is not signed
@@ -271,26 +270,21 @@ class DatasetBuilder:
                 leaks |= near
         self._remove(leaks, "leak", "its prompt equals, or nearly equals, that of a validation record")
         if is_own and size:
-            self._say_held_out(int(is_validation.sum()), count, bool(is_frequent[pool].any()), size)
+            how = "records with equal prompts together"
+            if is_frequent[pool].any():
+                how += f", except prompts that more than {size:,} records have"
+            how = f"the newest by {data.split_time}" if data.split_time else how
+            how = f"by {data.split_group}" if data.split_group else how
+            self.held_out = f"held out {is_validation.sum():,} of {count:,} records for validation: {how}"
         return is_training & ~leaks, is_validation
-
-    def _say_held_out(self, held: int, count: int, has_frequent: bool, size: int) -> None:
-        data = self.data
-        how = f"the newest by {data.split_time}" if data.split_time else "records with equal prompts together"
-        if has_frequent and not data.split_time:
-            how += f", except prompts that more than {size:,} records have"
-        how = f"by {data.split_group}" if data.split_group else how
-        self.held_out = f"held out {held:,} of {count:,} records for validation: {how}"
 
     def _remove(self, which: Array, kind: str, reason: str) -> None:
         for record in np.flatnonzero(which).tolist():
             self._reject_record(record, kind, reason)
 
     def _held_out_size(self, count: int) -> int:
-        data = self.data
-        size = data.validation_size or round(data.validation_split * count)
-        if data.validation_size is None and data.validation_split and count > 1:
-            size = max(size, 1)
+        at_least = int(self.data.validation_split > 0 and count > 1)
+        size = self.data.validation_size or max(round(self.data.validation_split * count), at_least)
         if size >= count > 1:
             raise UserError(f"data.validation_size: {size}: there are {count} records: leave some for training")
         return size
@@ -337,19 +331,16 @@ class DatasetBuilder:
             path.unlink()
         tokens = np.memmap(self.directory / TOKENS, dtype=np.int32, mode="r")
         sides = {n: TokenDataset(tokens, arrays["starts"], record, arrays[n]) for n in ("training", "validation")}
+        counted = ("read", "first_malformed", "samples_lost", "target_tokens_lost", "held_out", "shared_prompts")
         report = {
             "files": self.shapes,
             "removed": dict(self.removed.most_common()),
             "truncated": len(self.truncated),
             "truncation": self.data.truncation,
             "max_seq_length": self.max_length,
-            "cut_off_replies": self.cut_off,
-            **{name: getattr(self, name) for name in ("read", "first_malformed", "samples_lost", "target_tokens_lost")},
-            **{name: getattr(self, name) for name in ("held_out", "shared_prompts", "chunked_texts", "chunks")},
-            "leaks": self.data.leaks,
+            **{name: getattr(self, name) for name in (*counted, "chunked_texts", "chunks", "near_leaks")},
             "notes": [[note, count, first] for note, (count, first) in self.notes.items()],
-            **{name: getattr(self, name) for name in ("control_characters", "first_control")},
-            "near_leaks": self.near_leaks,
+            "leaks": self.data.leaks,
             "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",
             **{name: self._describe(samples) for name, samples in sides.items()},
         }

@@ -37,7 +37,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
 from nanoft.data.sources import Log, find_files, read_raw
 from nanoft.io import untrusted
-from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered, sync_directory
+from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered
 from nanoft.io.tables import markdown_table
 
 NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batches does with the samples
@@ -135,10 +135,8 @@ def build_datasets(
 def data_provenance(data: DataConfig) -> dict[str, Any]:
     """What a run records of its data: the hash of all files, and how many there are in each part."""
     parts = _parts(data)
-    return {
-        "data_sha256": data_hash(data, [file for part in parts for file in part]),
-        "data_files": [len(part) for part in parts],
-    }
+    files = [file for part in parts for file in part]
+    return {"data_sha256": data_hash(data, files), "data_files": [len(part) for part in parts]}
 
 
 def data_hash(data: DataConfig, files: list[Path] | None = None) -> str:
@@ -200,13 +198,9 @@ def _build(temporary: Path, entry: Path, build: Callable[[Path], None]) -> None:
         build(temporary)
         hashes = {path.name: hash_content(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
-        for path in temporary.iterdir():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
         if not _is_intact(entry):  # else another process has built it meanwhile
             shutil.rmtree(entry, ignore_errors=True)
             os.rename(temporary, entry)
-        sync_directory(entry.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -235,17 +229,11 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     lines = [f"data      read {f['records']:,} records ({f['shape']}) from {f['file']}" for f in report["files"]]
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
     lines += [f"warning: {note}: {count:,} records, first {first}" for note, count, first in report["notes"]]
-    if report["control_characters"]:
-        what = f"contain control characters, first {report['first_control']}: they are kept"
-        lines.append(f"warning: {report['control_characters']:,} records {what}")
-    if report["cut_off_replies"]:
-        lines.append(f"warning: {report['cut_off_replies']:,} records end in a reply that stops in mid-sentence")
     if report["chunked_texts"]:
         what = f"texts longer than model.max_seq_length={report['max_seq_length']} became {report['chunks']:,} samples"
         lines.append(f"data      {report['chunked_texts']:,} {what} (data.chunk)")
     if report["held_out"]:
-        none = report["validation"]["records"] == 0
-        lines.append(f"{'warning: ' if none else 'data      '}{report['held_out']}")
+        lines.append(f"{'data      ' if report['validation']['records'] else 'warning: '}{report['held_out']}")
     if report["shared_prompts"]:
         why = " (data.leaks=warn)" if report["leaks"] == "warn" else ", since that prompt is frequent"
         what = f"training records have the prompt of a validation record: kept{why}"
