@@ -25,7 +25,7 @@ from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import CONTROL, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.formats import CONTROL, UNDESIRABLE, Conversation, Rejected, read_file
 from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -122,7 +122,7 @@ class DatasetBuilder:
         def advance(position: int) -> None:
             self.bar.update(start + position - self.bar.n)
 
-        for item in read_file(file, ReadOptions.from_config(self.data), advance):
+        for item in read_file(file, self.data, advance):
             if isinstance(item, str):
                 self.shapes.append({"file": str(file), "shape": item, "records": 0})
                 continue

@@ -34,7 +34,7 @@ from nanoft.config import DataConfig
 from nanoft.config.functions import source_file
 from nanoft.data.builder import PERCENTILES, REPORT, TOKENS, DatasetBuilder
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
+from nanoft.data.formats import Conversation, format_function, read_file
 from nanoft.data.sources import Log, find_files, read_raw
 from nanoft.io import untrusted
 from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered
@@ -57,7 +57,7 @@ class PreparedDataset:
     record_file: Array  # (records,) index into `files`
     record_line: Array  # (records,)
     truncated: Array  # which samples were truncated
-    options: ReadOptions
+    data: DataConfig
     from_cache: bool = False  # rather than built now
 
     def conversations(self, samples: TokenDataset, limit: int) -> list[Conversation]:
@@ -76,7 +76,7 @@ class PreparedDataset:
         found: dict[int, str] = {}
         fields: dict[str, None] = {}
         for file, records in self._lines(samples.records.tolist()):
-            for line, record in read_raw(file, self.options.delimiter):
+            for line, record in read_raw(file, self.data.delimiter):
                 if line in records and isinstance(record, dict):
                     fields |= dict.fromkeys(record)
                     if record.get(name) is not None:
@@ -102,7 +102,7 @@ class PreparedDataset:
 
     def _read(self, records: list[int]) -> Iterator[tuple[int, Conversation]]:
         for file, lines in self._lines(records):
-            for item in read_file(file, self.options, only=set(lines)):
+            for item in read_file(file, self.data, only=set(lines)):
                 if isinstance(item, Conversation):
                     yield lines[item.line], item
 
@@ -111,7 +111,7 @@ def build_datasets(
     data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, progress_bar: bool = False
 ) -> PreparedDataset:
     """Read, tokenize and split the files of a config, or load the result from the cache."""
-    parts, options = _parts(data, log), ReadOptions.from_config(data)
+    parts = _parts(data, log)
     files = [file for part in parts for file in part]
 
     def build(directory: Path) -> None:
@@ -129,7 +129,7 @@ def build_datasets(
     training, validation = (TokenDataset(*shared, arrays[name]) for name in ("training", "validation"))
     report = json.loads((entry / REPORT).read_text(encoding="utf-8"))
     origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated")}
-    return PreparedDataset(training, validation, report, entry, files, options=options, from_cache=from_cache, **origin)
+    return PreparedDataset(training, validation, report, entry, files, data=data, from_cache=from_cache, **origin)
 
 
 def data_provenance(data: DataConfig) -> dict[str, Any]:

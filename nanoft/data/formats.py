@@ -61,7 +61,7 @@ class Conversation:
     file: str
     line: int  # from 1; in a JSON array or a Parquet file, the record's number
     tools: list[dict[str, Any]] | None = None
-    fields: dict[str, Any] = field(default_factory=dict)  # those of ReadOptions.fields
+    fields: dict[str, Any] = field(default_factory=dict)  # what the split depends on
     prompt_characters: int = 0  # of the text: they are no targets
     template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
     notes: tuple[str, ...] = ()  # what has no effect
@@ -253,26 +253,6 @@ class Rejected:
     line: int
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How files are read: the fields of the `data` section that say so."""
-
-    shape: str = "auto"  # an entry of SHAPES, or package.module:function
-    columns: Mapping[str, str] = field(default_factory=dict)  # name in nanoft -> name in the file
-    roles: Mapping[str, str] = field(default_factory=dict)  # role in the file -> role in nanoft
-    delimiter: str | None = None  # of CSV files; None: detected from the header
-    label_field: str | None = None  # keep only records that it marks as desirable; `ignore`: all, whatever marks them
-    fields: tuple[str, ...] = ()  # kept with each conversation, for the split
-
-    @classmethod
-    def from_config(cls, data: DataConfig) -> ReadOptions:
-        if odd := [role for role in data.roles.values() if role not in ROLES]:
-            raise UserError(f"data.roles: {odd[0]!r:.40} is not a role{nearest(str(odd[0]), ROLES)}")
-        wanted = {data.stratify_field, data.split_group, data.split_time} - {None, "length"}
-        fields = tuple(sorted(map(str, wanted)))
-        return cls(data.format, data.columns, data.roles, data.delimiter, data.label_field, fields)
-
-
 def check_format(name: str) -> None:
     """Raise a UserError if data.format is neither auto, nor an entry of SHAPES, nor package.module:function."""
     names = ("auto", *SHAPES, "package.module:function")
@@ -291,19 +271,21 @@ def format_function(name: str) -> Callable[..., Any] | None:
 
 def read_file(
     path: Path,
-    options: ReadOptions,
+    data: DataConfig,
     on_progress: Callable[[int], None] = lambda position: None,  # called now and then with the number of bytes read
     only: Collection[int] | None = None,  # lines to convert; None: all
 ) -> Iterator[Conversation | Rejected | str]:
     """All records of a file in order; before them, a description of the shape they are read in."""
-    function, columns = format_function(options.shape), options.columns
-    raw = read_raw(path, options.delimiter, on_progress)
+    if odd := [role for role in data.roles.values() if role not in ROLES]:
+        raise UserError(f"data.roles: {odd[0]!r:.40} is not a role{nearest(str(odd[0]), ROLES)}")
+    function, columns = format_function(data.format), data.columns
+    raw = read_raw(path, data.delimiter, on_progress)
     records = ((line, _rename(record, columns)) for line, record in raw)
     first = list(itertools.islice(records, DETECT_FROM))
-    shape, found = options.shape, dict[str, str]()  # field -> column
+    shape, found = data.format, dict[str, str]()  # field -> column
     if function is None:
         shape, found = detect_shape(path, SHAPES, shape, first)
-        if options.label_field is None and shape != "text":
+        if data.label_field is None and shape != "text":
             require_label_choice(path, first)
         for name in sorted(
             {*columns} - {*SHAPES[shape].fields}
@@ -321,7 +303,7 @@ def read_file(
         try:
             if isinstance(record, dict):
                 record = record | {name: record[column] for name, column in found.items() if column in record}
-            yield _convert(record, shape, function, str(path), line, options)
+            yield _convert(record, shape, function, str(path), line, data)
         except BadRecord as reason:
             yield Rejected(str(reason), str(path), line)
         except RecursionError:  # from putting a value into a message
@@ -337,16 +319,17 @@ def _rename(record: Raw, columns: Mapping[str, str]) -> Raw:
     return kept | {name: record[column] for name, column in columns.items()}
 
 
-def _convert(record: Raw, shape: str, function: Any, path: str, line: int, options: ReadOptions) -> Conversation:
+def _convert(record: Raw, shape: str, function: Any, path: str, line: int, data: DataConfig) -> Conversation:
     if isinstance(record, BadRecord):
         raise record
     required = SHAPES[shape].required if function is None else ()
     if not isinstance(record, dict) or not all(name in record for name in required):
         found = names_of(record) if isinstance(record, dict) else type(record).__name__
         raise BadRecord(f"expected {'the fields ' + ', '.join(required) if required else 'an object'}, found {found}")
-    if options.label_field not in (None, "ignore"):  # data for KTO has good and bad answers: the good are imitated
-        _require_desirable(record, str(options.label_field))
-    fields = {name: _split_field(record, name) for name in options.fields}
+    if data.label_field not in (None, "ignore"):  # data for KTO has good and bad answers: the good are imitated
+        _require_desirable(record, str(data.label_field))
+    split_fields = {data.stratify_field, data.split_group, data.split_time} - {None, "length"}
+    fields = {name: _split_field(record, name) for name in split_fields}
     if function is not None:
         record, shape = _call(function, record, f"{path}:{line}: data.format={shape}")
     to_messages = SHAPES[shape].to_messages
@@ -356,7 +339,7 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         return Conversation([], text, path, line, None, fields, sum(map(len, before)))
     try:
         fields_read = SHAPES[shape].fields
-        record = record | {name: turns_of(record, name, options.roles) for name in fields_read if name in TURNS}
+        record = record | {name: turns_of(record, name, data.roles) for name in fields_read if name in TURNS}
         messages = to_messages(record)
         if "system" in fields_read and (system := optional_text(record, "system")):
             messages.insert(0, {"role": "system", "content": system})

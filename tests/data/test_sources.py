@@ -25,8 +25,9 @@ from pyarrow import parquet
 from tiers import rest_is_slow
 
 from nanoft import UserError
+from nanoft.config import DataConfig
 from nanoft.data import sources
-from nanoft.data.formats import Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.formats import Conversation, Rejected, read_file
 from nanoft.data.sources import BadRecord, find_files, read_raw
 
 GOOD = b'{"prompt": "Q", "completion": "A"}'
@@ -50,7 +51,7 @@ def within(seconds: float) -> Iterator[None]:
 
 def read(path: Path, **reading: Any) -> tuple[list[Conversation], list[Rejected]]:
     with within(10):
-        _, *items = read_file(path, ReadOptions(**reading))
+        _, *items = read_file(path, DataConfig(**reading))
     good = [item for item in items if isinstance(item, Conversation)]
     bad = [item for item in items if isinstance(item, Rejected)]
     assert len(good) + len(bad) == len(items)
@@ -787,11 +788,12 @@ import resource, sys, time
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
 from nanoft import UserError
+from nanoft.config import DataConfig
 from nanoft.data.formats import Conversation
-from nanoft.data.formats import ReadOptions, read_file
+from nanoft.data.formats import read_file
 start = time.process_time()
 try:
-    _, *items = read_file(Path(sys.argv[1]), ReadOptions())
+    _, *items = read_file(Path(sys.argv[1]), DataConfig())
     print("".join("+" if isinstance(item, Conversation) else "-" for item in items))
 except UserError as error:
     print(error)
@@ -923,7 +925,7 @@ def assert_ends_well(path: Path) -> None:
     """In records, good or bad, or in a line that names the file."""
     try:
         with within(5):
-            shape, *items = read_file(path, ReadOptions())
+            shape, *items = read_file(path, DataConfig())
     except UserError as error:
         shape, items = str(error), []
         messages = [shape]
