@@ -328,8 +328,8 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, data:
         raise BadRecord(f"expected {'the fields ' + ', '.join(required) if required else 'an object'}, found {found}")
     if data.label_field not in (None, "ignore"):  # data for KTO has good and bad answers: the good are imitated
         _require_desirable(record, str(data.label_field))
-    split_fields = {data.stratify_field, data.split_group, data.split_time} - {None, "length"}
-    fields = {name: _split_field(record, name) for name in split_fields}
+    split_by = (data.stratify_field, data.split_group, data.split_time)
+    fields = {name: _split_field(record, name) for name in split_by if name not in (None, "length")}
     if function is not None:
         record, shape = _call(function, record, f"{path}:{line}: data.format={shape}")
     to_messages = SHAPES[shape].to_messages

@@ -243,7 +243,7 @@ def _is_lines(stream: IO[bytes], path: Path) -> bool:
     line = next(lines, b"")
     if line.lstrip().startswith(b"["):  # lists of turns on lines are no arrays of records
         first = _parse_line(line) if is_named_so else None
-        return isinstance(first, list) and (any(lines) or not all(isinstance(record, dict) for record in first))
+        return isinstance(first, list) and (any(lines) or not all(isinstance(record, dict) for record in first or [None]))
     if isinstance(_parse_line(line), dict):
         return is_named_so or any(lines)
     stream.seek(start)
