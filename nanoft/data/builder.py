@@ -53,7 +53,7 @@ class DatasetBuilder:
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
         # per record; those of type Q are keys of the split
-        self.file, self.line, self.part, self.time = array("l"), array("q"), array("l"), array("d")
+        self.file, self.line, self.time = array("l"), array("q"), array("d")
         self.prompt, self.normalized_prompt, self.content, self.group = (array("Q") for _ in range(4))
         self.stratum: list[Any] = []
         # per sample
@@ -93,7 +93,7 @@ class DatasetBuilder:
     def _render(self) -> Iterator[Rendered]:
         for number, (part, file) in enumerate(self.files):
             for item in self._read(file, part == self.validation_part):
-                record, bad = self._add_record(item, number, part), (MALFORMED, "none of its messages is a target")
+                record, bad = self._add_record(item, number), (MALFORMED, "none of its messages is a target")
                 self._note(item, *item.notes)
                 self.in_flight[record] = item
                 if item.text is not None:
@@ -153,13 +153,12 @@ class DatasetBuilder:
             self.seen.add(mark)
         return None
 
-    def _add_record(self, item: Conversation, file: int, part: int) -> int:
+    def _add_record(self, item: Conversation, file: int) -> int:
         """Note what the split depends on; returns the record's number."""
         data, prompt = self.data, item.prompt()
         key = functools.partial(filters.split_key, seed=self.seed)
         self.file.append(file)
         self.line.append(item.line)
-        self.part.append(part)
         self.prompt.append(key(prompt))
         self.normalized_prompt.append(key(filters.normalized(prompt)))
         self.content.append(key(str(filters.content_hash(item))))
@@ -240,8 +239,8 @@ class DatasetBuilder:
         """(is_training, is_validation) of each record: near duplicates removed, split, leaks removed."""
         data, prompts = self.data, np.array(self.normalized_prompt, np.uint64)
         used = np.isin(np.arange(len(prompts)), self.record)  # records with a sample
-        is_validation = used & (np.array(self.part) == self.validation_part)
-        pool = used & (np.array(self.part) != self.validation_part)
+        is_validation = used & (self._parts() == self.validation_part)
+        pool = used & ~is_validation
         signed = {name: np.memmap(self.directory / name, np.uint32, "r") for name in self.signatures}
         signatures = {name: values.reshape(-1, filters.COMPONENTS) for name, values in signed.items()}
         if data.near_duplicates:
@@ -265,9 +264,10 @@ class DatasetBuilder:
         if PROMPT in signatures:
             threshold, remaining = data.near_duplicates or NEAR, is_training & ~shared
             near = filters.near_matches(signatures[PROMPT], threshold, remaining, is_validation & ~is_frequent)
-            self.near_leaks = int(near.sum())
             if data.near_leaks == "remove":
                 leaks |= near
+            else:
+                self.near_leaks = int(near.sum())
         self._remove(leaks, "leak", "its prompt equals, or nearly equals, that of a validation record")
         if is_own and size:
             how = "records with equal prompts together"
@@ -277,6 +277,9 @@ class DatasetBuilder:
             how = f"by {data.split_group}" if data.split_group else how
             self.held_out = f"held out {is_validation.sum():,} of {count:,} records for validation: {how}"
         return is_training & ~leaks, is_validation
+
+    def _parts(self) -> Array:  # (records,)
+        return np.array([part for part, _ in self.files])[self.file]
 
     def _remove(self, which: Array, kind: str, reason: str) -> None:
         for record in np.flatnonzero(which).tolist():
@@ -305,7 +308,7 @@ class DatasetBuilder:
     def _write(self, is_training: Array, is_validation: Array) -> None:
         record = np.array(self.record, np.int64)
         training, rng = np.flatnonzero(is_training[record]), np.random.default_rng([self.seed, 1])
-        part = np.array(self.part)[record[training]]
+        part = self._parts()[record[training]]
         copies: list[Array] = []
         for number, weight in enumerate(self.data.weights):  # whole copies, and a random subset for the fraction
             own = training[part == number]
@@ -341,7 +344,6 @@ class DatasetBuilder:
             **{name: getattr(self, name) for name in (*counted, "chunked_texts", "chunks", "near_leaks")},
             "notes": [[note, count, first] for note, (count, first) in self.notes.items()],
             "leaks": self.data.leaks,
-            "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",
             **{name: self._describe(samples) for name, samples in sides.items()},
         }
         text = json.dumps(report, indent=2, ensure_ascii=False)

@@ -238,7 +238,7 @@ def describe_data(report: dict[str, Any]) -> list[str]:
         why = " (data.leaks=warn)" if report["leaks"] == "warn" else ", since that prompt is frequent"
         what = f"training records have the prompt of a validation record: kept{why}"
         lines.append(f"warning: {report['shared_prompts']:,} {what}")
-    if report["near_leaks"] and report["near_leaks_are"] == "kept":
+    if report["near_leaks"]:
         what = "training prompts are near duplicates of validation prompts: set data.near_leaks=remove to remove them"
         lines.append(f"warning: {report['near_leaks']:,} {what}")
     rows = [["records read", f"{report['read']:,}", ""]]

@@ -364,9 +364,8 @@ def _require_desirable(record: dict[str, Any], label: str) -> None:
 
 def _template_args(record: dict[str, Any]) -> dict[str, Any]:
     given = as_json(record.get(TEMPLATE_ARGS) or {}, TEMPLATE_ARGS)
-    if not isinstance(given, dict) or (taken := {"messages", "tools", "add_generation_prompt"} & given.keys()):
-        what = f"sets {min(taken)}, which nanoft sets" if isinstance(given, dict) else "is not an object"
-        raise BadRecord(f"{TEMPLATE_ARGS}: {what}")
+    if not isinstance(given, dict) or {"messages", "tools", "add_generation_prompt"} & given.keys():
+        raise BadRecord(f"{TEMPLATE_ARGS}: must be an object without messages, tools and add_generation_prompt")
     check_value(given, TEMPLATE_ARGS)
     return given
 

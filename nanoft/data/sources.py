@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanoft import UserError
+from nanoft.io.untrusted import one_line
 
 Log = Callable[[str], None]  # called with lines for the user
 Raw = Any  # any value in place of a record, or a BadRecord
@@ -51,9 +52,7 @@ ENCODINGS = {
 OTHER_KINDS = {
     rb"version https://git-lfs": "is a git-lfs pointer, not the data: run git lfs pull in its repository",
     rb"\x1f\x8b": "is compressed by gzip: add .gz to its name",
-    rb"BZh\d": "is compressed: unpack it with bzip2 -d",
-    rb"\(\xb5/\xfd": "is compressed: unpack it with zstd -d",
-    rb"\xfd7zXZ": "is compressed: unpack it with xz -d",
+    rb"BZh\d|\(\xb5/\xfd|\xfd7zXZ": "is compressed: unpack it with bzip2 -d, zstd -d or xz -d",
     rb"PK\x03\x04": "is a zip archive or a spreadsheet: unpack it with unzip, or export it as CSV",
     rb"PAR1": "is Parquet: rename it to .parquet",
     rb"ARROW1|\xff\xff\xff\xff": "is Arrow: convert its directory with datasets: load_from_disk(...).to_json(...)",
@@ -158,7 +157,7 @@ def _download(part: str, name: str) -> str:
         patterns: dict[str, Any] = {"allow_patterns": [inside, *wanted], "ignore_patterns": METADATA}
         root = snapshot_download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
     except Exception as error:  # the Hub client raises many kinds: no network, no such dataset, gated, bad name
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason}") from None
     return os.path.join(root, inside)
 
@@ -243,7 +242,9 @@ def _is_lines(stream: IO[bytes], path: Path) -> bool:
     line = next(lines, b"")
     if line.lstrip().startswith(b"["):  # lists of turns on lines are no arrays of records
         first = _parse_line(line) if is_named_so else None
-        return isinstance(first, list) and (any(lines) or not all(isinstance(record, dict) for record in first or [None]))
+        return isinstance(first, list) and (
+            any(lines) or not all(isinstance(record, dict) for record in first or [None])
+        )
     if isinstance(_parse_line(line), dict):
         return is_named_so or any(lines)
     stream.seek(start)
@@ -393,7 +394,7 @@ def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Itera
         for number, row in enumerate(rows, start=1):
             yield number, {name: _without_nulls(value) for name, value in row.items()}
     except Exception as error:  # pyarrow raises many kinds, also for dates and strings that Python cannot hold
-        raise UserError(f"{path}: not valid Parquet: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid Parquet: {one_line(error)}") from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -268,8 +268,7 @@ def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int
 
 def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
     """Prompts on both sides of the split of a run's data, from its report and data.near_leaks."""
-    removed, kept = data["removed"].get("leak", 0), data["near_leaks"] if data["near_leaks_are"] == "kept" else 0
-    shared = data["shared_prompts"]
+    removed, kept, shared = data["removed"].get("leak", 0), data["near_leaks"], data["shared_prompts"]
     said = f"{shared:,} training records have" if shared else "no training record has"
     said += " the prompt of a validation record"
     if data["leaks"] == "ignore":
