@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nanoft import UserError
@@ -54,8 +53,23 @@ HARMLESS_FIELDS = """
 """.split()  # noqa: SIM905
 
 
-def decoder_config(hf: Fields) -> DecoderConfig:
-    """Read a Hugging Face `config.json`; a UserError for a field that may change the logits and is not known here."""
+# Upper limits of sizes in a config.json: several times those of the largest models.
+MOST = {
+    "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
+}  # fmt: skip
+
+
+def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
+    """Read a Hugging Face `config.json`; a UserError for a field that may change the logits and is not known here.
+
+    A field that is missing or of the wrong type may raise any other exception.
+    """
+    refuse_code(hf)
+    for name, most in MOST.items():  # before anything of that size is allocated
+        value = hf.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
     family = find_family(hf)
     _refuse_unknown(hf, family)
     hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
@@ -74,7 +88,9 @@ def decoder_config(hf: Fields) -> DecoderConfig:
         "windows": (None,) * layers,
         "family": family,
     }
-    return DecoderConfig(**{**common, **FAMILIES[family].switches(hf)})
+    config = DecoderConfig(**{**common, **FAMILIES[family].switches(hf)})
+    _check_shape(config)
+    return config
 
 
 def find_family(hf: Fields) -> str:
@@ -195,30 +211,6 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
 }
-
-# Upper limits of sizes in a config.json: several times those of the largest models.
-MOST = {
-    "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
-    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
-}  # fmt: skip
-
-
-def parse_shape(stored: dict[str, Any], path: Path) -> DecoderConfig:
-    """The decoder's shape from a parsed config.json; `path` is where it was read, for messages."""
-    try:
-        refuse_code(stored)
-        for name, most in MOST.items():  # before anything of that size is allocated
-            value = stored.get(name)
-            if value is not None and (type(value) is not int or not 1 <= value <= most):
-                raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
-        config = decoder_config(stored)
-        _check_shape(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        what = f"a field is missing or has the wrong type ({error})"
-        raise UserError(f"{path}: {what}: download the file again") from None
-    return config
 
 
 def _check_shape(config: DecoderConfig) -> None:

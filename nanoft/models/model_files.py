@@ -20,7 +20,7 @@ from nanoft.config import Config
 from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
-from nanoft.models.families import parse_shape
+from nanoft.models.families import decoder_config
 from nanoft.nf4 import CODES
 
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
@@ -77,7 +77,13 @@ class ModelFiles:
         if {"provenance", "model", "training"} <= config.keys():
             instead = "its model/" if (directory / "model").is_dir() else f"its base, and lora.start_from={directory}"
             raise UserError(f"{directory}: is a run, not a model: set model.name to {instead}")
-        shape, quantization = parse_shape(config, path), _quantization(config, path)
+        try:
+            shape, quantization = decoder_config(config), _quantization(config)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            what = f"a field is missing or has the wrong type ({error})"
+            raise UserError(f"{path}: {what}: download the file again") from None
         files = cls(name or str(directory), directory, config, shape, quantization)
         with suppress(UserError):  # without all weights, as it says; what is wrong with them is said when they are read
             return files.as_stored()
@@ -263,20 +269,20 @@ def quantization_of(config: Config) -> Quantization | None:
     return {4: (q.type, q.double), 8: ("int8", False), 16: None}[q.bits]
 
 
-def _quantization(config: dict[str, Any], path: Path) -> Quantization | None:
+def _quantization(config: dict[str, Any]) -> Quantization | None:
     """The form in which bitsandbytes packed the model; None if it did not."""
     q = config.get("quantization_config") or {}
     by_bnb = isinstance(q, dict) and ("load_in_4bit" in q or "load_in_8bit" in q or q.get("quant_method") == BNB)
     if q and not by_bnb:
         raise UserError(
-            f"{path}: quantization_config: only weights quantized by bitsandbytes are supported: name the original "
+            "quantization_config: only weights quantized by bitsandbytes are supported: name the original "
             "model and set quantization.bits=4; if the weights are not quantized, remove the field"
         )
     if q.get("load_in_8bit"):
         return "int8", False
     kind = str(q.get("bnb_4bit_quant_type", "fp4"))
     if kind not in CODES:
-        raise UserError(f"{path}: quantization_config: bnb_4bit_quant_type: {kind!r:.60} is neither nf4 nor fp4")
+        raise UserError(f"quantization_config: bnb_4bit_quant_type: {kind!r:.60} is neither nf4 nor fp4")
     return (kind, bool(q.get("bnb_4bit_use_double_quant"))) if q.get("load_in_4bit") else None
 
 

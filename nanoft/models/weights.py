@@ -37,6 +37,7 @@ from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_byte
 from nanoft.runtime.memory import memory_limit_bytes
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
+Stored = dict[str, tuple[set[str], tuple[int, ...] | None]]  # tensor -> its possible dtypes, and its shape (None: any)
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
 MAX_NOTE = 4096  # bytes of the JSON that bitsandbytes stores beside a weight; it needs 200
 
@@ -87,11 +88,11 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = {name: shapes[name] for name in headers if name in shapes}
     files = WeightFiles(headers, present, base.quantization)
-    expected: dict[str, tuple[set[str], tuple[int, ...] | None]] = {}
+    expected: Stored = {}
     for name, shape in shapes.items():
         if files.stored and files.is_packed(name):
             place, parts = name.removesuffix("weight"), stored_tensors(shape, files.stored)
-            expected |= {place + part: ({form}, of) for part, (form, of) in parts.items()}
+            expected |= {place + part: stored for part, stored in parts.items()}
             if (form := headers[name].form) in FLOATS:  # bnb_4bit_quant_storage
                 expected[name] = ({form}, (math.prod(shape) // 2 // SIZES[form], 1))
         else:
@@ -165,21 +166,21 @@ def _replace(model: nn.Module, name: str, linear: nn.Module) -> None:
 # ---- Weights that bitsandbytes packed and transformers saved
 
 
-def stored_tensors(shape: tuple[int, ...], quantization: Quantization) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """The tensors of a packed linear: name after the module's -> number format and shape (None: any)."""
+def stored_tensors(shape: tuple[int, ...], quantization: Quantization) -> Stored:
+    """The tensors of a packed linear, by the name after the module's."""
     (kind, double), weights = quantization, math.prod(shape)
     if kind == "int8":
-        return {"weight": ("I8", shape), "SCB": ("F32", shape[:1])}
+        return {"weight": ({"I8"}, shape), "SCB": ({"F32"}, shape[:1])}
     blocks = weights // BLOCK
-    tensors: dict[str, tuple[str, tuple[int, ...] | None]] = {
-        "weight": ("U8", (weights // 2, 1)),
-        "weight.absmax": ("U8" if double else "F32", (blocks,)),
-        "weight.quant_map": ("F32", (16,)),
-        f"weight.quant_state.bitsandbytes__{kind}": ("U8", None),  # JSON
+    tensors: Stored = {
+        "weight": ({"U8"}, (weights // 2, 1)),
+        "weight.absmax": ({"U8" if double else "F32"}, (blocks,)),
+        "weight.quant_map": ({"F32"}, (16,)),
+        f"weight.quant_state.bitsandbytes__{kind}": ({"U8"}, None),  # JSON
     }
     if double:
-        tensors["weight.nested_absmax"] = ("F32", (math.ceil(blocks / NESTED),))
-        tensors["weight.nested_quant_map"] = ("F32", (256,))
+        tensors["weight.nested_absmax"] = ({"F32"}, (math.ceil(blocks / NESTED),))
+        tensors["weight.nested_quant_map"] = ({"F32"}, (256,))
     return tensors
 
 

@@ -135,7 +135,7 @@ def test_a_field_that_only_another_family_reads_is_refused_unless_it_is_off(
     family: str, field: str, value: object
 ) -> None:
     sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), 8)
-    fields = {"model_type": family, "num_hidden_layers": 1, **sizes}
+    fields = {"model_type": family, "num_hidden_layers": 1, **sizes, "num_attention_heads": 2}
     with pytest.raises(UserError, match=f"{field}: .*unknown field of {family}"):
         decoder_config({**fields, field: value})
     plain = decoder_config(fields)
