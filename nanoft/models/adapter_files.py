@@ -108,10 +108,8 @@ def load_adapter_tensors(adapters: dict[str, Adapter], tensors: dict[str, Tensor
             fix = "merge it with PEFT (merge_and_unload) and use the result as a model"
             raise UserError(f"{source}: {name}.base_layer.weight is not the base's: {fix}")
     if wrong := sorted(expected.keys() ^ tensors.keys()):
-        what = "missing" if wrong[0] in expected else "unexpected"
-        raise UserError(
-            f"{source}: {len(wrong)} tensors do not match this model, first {wrong[0]} ({what}): is it the right base?"
-        )
+        what = f"first {wrong[0]} ({'missing' if wrong[0] in expected else 'unexpected'})"
+        raise UserError(f"{source}: {len(wrong)} tensors do not match this model, {what}: is it the right base?")
     for name, own in expected.items():
         if own.shape != tensors[name].shape:
             have, want = tuple(tensors[name].shape), tuple(own.shape)

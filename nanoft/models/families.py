@@ -36,22 +36,20 @@ READ_FIELDS = """
     original_max_position_embeddings tie_word_embeddings hidden_act attention_dropout quantization_config
     partial_rotary_factor
 """.split()  # noqa: SIM905
-# ... and fields that do not affect the logits, among them settings of generation that transformers once kept there.
+# ... and fields that do not affect the logits, as those that begin with _, among them settings of generation that
+# transformers once kept there.
 HARMLESS_FIELDS = """
-    _name_or_path bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id torch_dtype dtype transformers_version use_cache tokenizer_class model_max_length
-    max_length max_sequence_length seq_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
-    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens prefix initializer_range pretraining_tp is_decoder return_dict use_return_dict
-    output_attentions output_hidden_states chunk_size_feed_forward id2label label2id problem_type finetuning_task
-    task_specific_params torchscript is_llama_config unsloth_fixed unsloth_version attn_implementation
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled
-    use_flash_attention use_flash_attn use_flash_attention_2 transformers.js_config neftune_noise_alpha
-    gradient_checkpointing _commit_hash
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
+    torch_dtype dtype transformers_version use_cache tokenizer_class model_max_length max_length max_sequence_length
+    seq_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
+    initializer_range pretraining_tp is_decoder return_dict use_return_dict output_attentions output_hidden_states
+    chunk_size_feed_forward id2label label2id problem_type finetuning_task task_specific_params torchscript
+    is_llama_config unsloth_fixed unsloth_version attn_implementation use_flash_attention use_flash_attn
+    use_flash_attention_2 transformers.js_config neftune_noise_alpha gradient_checkpointing
 """.split()  # noqa: SIM905
-
 
 # Upper limits of sizes in a config.json: several times those of the largest models.
 MOST = {
@@ -114,7 +112,7 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
             raise UserError(f"{name}: {hf[name]!r} is not supported: set it to {values[0]!r} if that is right")
     known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields}
     for name, value in hf.items():
-        if value and name not in known:
+        if value and name not in known and not name.startswith("_"):
             what = f"unknown field of {family}, which may change the model"
             raise UserError(f"{name}: {value!r:.60}: {what}: remove it from config.json if it does not")
 

@@ -109,9 +109,9 @@ class ModelFiles:
         """The safetensors files, from the index if there is one; a UserError if one is missing or outside."""
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
         sharded = _indexed_shards(index) if os.path.lexists(index) else _numbered_shards(self.directory)
-        is_whole = all(shard.is_file() for shard in sharded)
-        if os.path.lexists(single) and not (is_whole and sharded == [single]):
-            if sharded and is_whole and not _same_weights(single, tuple(sharded)):
+        if os.path.lexists(single) and sharded != [single]:
+            is_whole = sharded and all(shard.is_file() for shard in sharded)
+            if is_whole and not _same_weights(single, tuple(sharded)):
                 raise UserError(f"{single}: differs from the shards beside it: remove those that are outdated")
             sharded = [single]  # shards that are not whole are a leftover
         if not sharded:
