@@ -24,7 +24,7 @@ from nanoft import UserError
 from nanoft.config import Config, LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export import merge as merging
-from nanoft.export.merge import copy_adapter, merge, save_result
+from nanoft.export.merge import merge, save_result
 from nanoft.io.atomic import new_directory
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.models import weights
@@ -257,18 +257,6 @@ def test_a_base_without_a_template_gets_the_one_that_was_rendered_with(tmp_path:
     theirs = AutoTokenizer.from_pretrained(out)
     prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert prompt == ChatTokenizer.from_directory(tmp_path / "base").encode_prompt(messages)
-
-
-def test_an_adapter_is_copied_without_what_lies_beside_it(tmp_path: Path) -> None:
-    make(tmp_path)
-    for name in ("optimizer.pt", "training_args.bin", "evil.py"):
-        (tmp_path / "adapter" / name).write_text("not ours")
-    (tmp_path / "out").mkdir()
-    copy_adapter(tmp_path / "adapter", tmp_path / "out")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "nanoft.json"}
-    for name in names:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
 
 # --- all or nothing
