@@ -262,7 +262,7 @@ def save_template(run: Path, out: Path) -> None:
 
 def write_peft(out: Path, opened: LoadedModel, adapter: TrainedAdapter) -> None:
     """An opened adapter in PEFT's format, with the tokenizer."""
-    note = _note(adapter.quantization, adapter.dtype, adapter.step, adapter.base_sha256)
+    note = _note(adapter.quantization, adapter.dtype, None, adapter.base_sha256)
     save_adapter(out, opened.model, opened.adapters, adapter.lora, adapter.base_name, note)
     copy_tokenizer(opened, out)
 

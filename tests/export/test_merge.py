@@ -153,7 +153,7 @@ def test_onto_8_bits_is_the_unpacked_weight_plus_the_change(tmp_path: Path) -> N
 def test_tensors_that_follow_from_others_are_left_out(tmp_path: Path) -> None:
     make_chat_model(tmp_path / "base", "qwen2")
     stored = load_file(tmp_path / "base/model.safetensors")
-    stored |= {"lm_head.weight": torch.ones_like(stored["model.embed_tokens.weight"])}
+    stored |= {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
     stored |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(stored, tmp_path / "base/model.safetensors")
     opened = reopen(make_adapter(tmp_path / "base", tmp_path / "adapter"))
@@ -204,7 +204,7 @@ def test_merging_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--out: needs 4e\+09 GB, and [\d.e+-]+ GB are free there"):
+    with pytest.raises(UserError, match=r"--out: needs 4e\+09 GB, but only [\d.e+-]+ GB are free there"):
         merging.check_room(tmp_path, 4 * 10**18)
 
 
