@@ -64,7 +64,7 @@ from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_mem
 from nanoft.io.atomic import new_directory, require_new, write_file, write_json
 from nanoft.models.adapter_files import adapter_tensors, fold_patterns, save_mlx
 from nanoft.models.model_files import ModelFiles
-from nanoft.models.open import LoadedModel, TrainedAdapter, open_chat_tokenizer, read_trained_adapter
+from nanoft.models.open import LoadedModel, TrainedAdapter, open_chat_tokenizer
 from nanoft.runtime.device import quiet_libraries
 
 
@@ -161,19 +161,14 @@ def verify_merged(
 ) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
     """Lines for the terminal and facts for provenance.json; a UserError if the merge is not base + adapter."""
     proof = verify.verify_merge(opened, merged, verify.proof_prompts(chat, samples), dtype)
-    said = (
-        f"largest logit difference {proof.max_difference:.2g} (allowed {proof.allowed:.2g}; "
-        f"the adapter itself changes logits by {proof.effect:.2g})"
-    )
     if not proof.holds:
         raise UserError(
-            f"--out: {args.out}: the merged model is not base + adapter: {said}: try --dtype f32; nothing was kept"
+            f"--out: {args.out}: the merged model is not base + adapter: {proof}: try --dtype f32; nothing was kept"
         )
     name, stored = str(dtype).removeprefix("torch."), ModelFiles.read(opened.base_directory).quantization
     form = opened.quantization[0] if opened.quantization and (args.base == "nf4" or stored) else "original"
     what = f"subtracted from {args.unmerge}" if args.unmerge else f"merged onto the {form} weights"
-    lines = [f"{what} in {name}; verified against base + adapter:"]
-    lines.append(f"{said}, same most likely token at {proof.same_top_token:.1%} of positions")
+    lines = [f"{what} in {name}; verified against base + adapter:", str(proof)]
     facts: dict[str, Any] = {"dtype": name, "onto": form, "proof": asdict(proof)}
     if not samples:
         lines.append("note: verified on a few plain texts only, because the data of the run is not available")
@@ -182,7 +177,8 @@ def verify_merged(
     if stored:
         lines.append(f"note: the base is stored in {form}: there are no other original weights")
     if args.unmerge:
-        lines.append(verify.rounding_error(merged, read_trained_adapter(args.sources[0]).base, Path(args.unmerge)))
+        stored_in = str(ModelFiles.read(Path(args.unmerge)).dtype()).removeprefix("torch.")
+        lines.append(f"note: the merged weights had been rounded to {stored_in}, which cannot be undone")
     elif args.verify or (adapter.quantization and not stored):
         limit = verify.VERIFY_TOKENS if args.verify else verify.VERIFY_TOKENS // 8
         found, tokens = verify.compare_bases(adapter, dtype, chat, samples, limit)

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.export.merge import merge
 from nanoft.export.verify import TOLERANCE, verify_merge
