@@ -14,9 +14,7 @@ Variants:
   y = (W - s B0 A0) x + s B A x. Here W stays as it is, and the change is written as
   B A - B0 A0 = (B - B0) A + B0 (A - A0): a LoRA of rank 2r, exactly zero at first, whose small differences are taken
   in float32. So W may be quantized, and the adapter fits it (QPiSSA, which quantizes W - s B0 A0, is something else).
-- Biases can be trained, too, in float32.
-
-What is trained beside low-rank corrections (whole modules, rows of tokens) is in nanoft/blocks/trained.py.
+- Biases can be trained, too, in float32; for whole modules and rows of tokens see nanoft/blocks/trained.py.
 
 A new variant is a subclass of `LoRALinear` that overrides `make_factors` (what is trained), `plain_factors` (A and B of
 the change, in the forward pass and in export as plain LoRA) or `apply_magnitude_and_bias`, and an entry of `VARIANTS`.
@@ -283,8 +281,16 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adap
     generator, modules = torch.Generator().manual_seed(seed), list(targets_of(model))
     rows = token_rows(model, lora)
     with time_limit(MATCHING_SECONDS, "lora.target_modules, lora.rank_pattern, lora.alpha_pattern"):
-        copies = copied_modules(model, lora, {name for name in modules if _is_target(name, lora)})
-        settings = _settings_by_name([name for name in modules if "weight" not in copies.get(name, ())], lora)
+        targets = [name for name in modules if any(matches_target(name, target) for target in lora.target_modules)]
+        copies = copied_modules(model, lora, set(targets))
+        low_rank = [name for name in targets if "weight" not in copies.get(name, ())]
+        if unused := next((t for t in lora.target_modules if not any(matches_target(n, t) for n in low_rank)), None):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+            raise UserError(
+                f"lora.target_modules: {unused!r} matches no linear of this model, which has {known} "
+                "(norms: lora.modules_to_save; everything: training.method=full)"
+            )
+        settings = _settings_by_name(low_rank, lora)
     if twice := rows.keys() & {*settings, *copies}:
         raise UserError(f"lora.trainable_token_indices: {min(twice)} is trained already: remove it in one of the two")
     if {*settings, *copies} & {"lm_head", "model.embed_tokens"}:
@@ -294,8 +300,7 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adap
     adapters |= {name: TrainedCopy(module(name), parts) for name, parts in copies.items()}
     adapters |= {name: TrainedRows(module(name), ids) for name, ids in rows.items()}
     for name, adapter in adapters.items():
-        parent, _, last = name.rpartition(".")
-        setattr(module(parent), last, adapter)
+        model.set_submodule(name, adapter)
     return adapters
 
 
@@ -312,22 +317,14 @@ def make_lora(name: str, base: Any, lora: LoRAConfig, generator: torch.Generator
     return variant(base, lora, generator)
 
 
-def _settings_by_name(modules: list[str], lora: LoRAConfig) -> dict[str, LoRAConfig]:
+def _settings_by_name(names: list[str], lora: LoRAConfig) -> dict[str, LoRAConfig]:
     """The settings of each low-rank adapter, with its own rank and alpha, by the name of its module."""
-    for target in lora.target_modules:
-        if not any(matches_target(name, target) for name in modules):
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-            raise UserError(
-                f"lora.target_modules: {target!r} matches no linear of this model, which has {known} "
-                "(norms: lora.modules_to_save; everything: training.method=full)"
-            )
-    found = [name for name in modules if _is_target(name, lora)]
     for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        if unused := next((key for key in pattern if not any(by_pattern({key: 1}, n, 0) for n in found)), None):
-            raise UserError(f"lora.{field}: {unused!r} matches no adapter (such as {found[0]})")
-    ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in found}
-    alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in found}
-    return {name: replace(lora, rank=ranks[name], alpha=alphas[name]) for name in found}
+        if unused := next((key for key in pattern if not any(by_pattern({key: 1}, n, 0) for n in names)), None):
+            raise UserError(f"lora.{field}: {unused!r} matches no adapter (such as {names[0]})")
+    ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in names}
+    alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in names}
+    return {name: replace(lora, rank=ranks[name], alpha=alphas[name]) for name in names}
 
 
 def linears_of(model: nn.Module) -> dict[str, Frozen]:
@@ -341,10 +338,6 @@ def targets_of(model: nn.Module) -> dict[str, Any]:
     if "model.embed_tokens" in found:
         found.setdefault("lm_head", found["model.embed_tokens"])
     return found
-
-
-def _is_target(name: str, lora: LoRAConfig) -> bool:
-    return any(matches_target(name, target) for target in lora.target_modules)
 
 
 def matches_target(name: str, target: str) -> bool:

@@ -181,11 +181,10 @@ class StreamedDecoder(Decoder):
             super().__init__(weights.config)
         self.weights = weights
         for name, module in list(self.named_modules()):
-            parent, _, last = name.rpartition(".")
             if isinstance(module, nn.Linear):
-                setattr(self.get_submodule(parent), last, StreamedLinear(weights, name))
+                self.set_submodule(name, StreamedLinear(weights, name))
             elif isinstance(module, nn.Embedding):
-                setattr(self.get_submodule(parent), last, StreamedEmbedding(weights, name))
+                self.set_submodule(name, StreamedEmbedding(weights, name))
             elif isinstance(getattr(module, "weight", None), nn.Parameter):  # a norm
                 module.weight = nn.Parameter(weights.whole(f"{name}.weight"))
         self.requires_grad_(False)
