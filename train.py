@@ -172,10 +172,9 @@ def build(
     checkpoints = setup.open_checkpoints(config, run, provenance)
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
-        validation=corpus.validation[: config.evaluation.max_samples], model=model, adapters=adapters,
+        validation=corpus.validation[: config.evaluation.max_samples], model=model, adapters=adapters, plan=plan,
         objective=objective, optimizer=optimizer, scaler=build_scaler(machine.device, machine.dtype),
-        checkpoints=checkpoints,
-        writer=AsyncCheckpointWriter(checkpoints, available_host_bytes), planner=planner, plan=plan,
+        checkpoints=checkpoints, writer=AsyncCheckpointWriter(checkpoints, available_host_bytes), planner=planner,
     )  # fmt: skip
 
 

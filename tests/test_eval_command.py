@@ -387,7 +387,8 @@ def test_an_unknown_metric_stops_training_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(math.nan, "lm_head.weight contains NaN or infinity"), (3e38, "its weights are broken")]
+    ("value", "message"),
+    [(math.nan, "lm_head.weight contains NaN or infinity"), (3e38, "its logits are inf: the weights are damaged")],
 )
 def test_a_model_with_broken_weights_is_one_line(
     value: float, message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

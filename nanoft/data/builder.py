@@ -25,7 +25,7 @@ from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import CONTROL, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.formats import CONTROL, DETECT_FROM, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
 from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -96,6 +96,7 @@ class DatasetBuilder:
             for item in self._read(file, part == self.validation_part):
                 record, bad = self._add_record(item, number, part), (MALFORMED, "none of its messages is a target")
                 self._note(item, item.notes)
+                self._note_control_tokens(item)
                 self.in_flight[record] = item
                 if item.text is not None:
                     yield self.tokenizer.text_sample(item.text, record, item.prompt_characters)
@@ -111,6 +112,25 @@ class DatasetBuilder:
                     bad = REFUSED, str(error)
                 del self.in_flight[record]
                 self._reject(*bad, item.file, item.line)
+            self._check_control_tokens()
+
+    def _note_control_tokens(self, item: Conversation) -> None:
+        shape = self.shapes[-1]
+        if found := self.tokenizer.control.find(item.full_text()):
+            self._note(item, ("a control token of this tokenizer is encoded as text (data.control_tokens)",))
+            shape.setdefault("first_control_token", f"{item.file}:{item.line}: {found!r}")
+            shape["control_tokens"] += 1
+        if shape["records"] == DETECT_FROM:
+            self._check_control_tokens()
+
+    def _check_control_tokens(self) -> None:
+        """A UserError if most texts of a file, which is no chat, have control tokens: the user has to choose."""
+        shape, count = self.shapes[-1], self.shapes[-1]["control_tokens"]
+        is_chat = shape["shape"].partition(":")[0] in ("messages", "sharegpt")
+        if self.data.control_tokens is None and not is_chat and 2 * count > shape["records"]:
+            what = f"is a control token of this tokenizer, as in {count:,} of {shape['records']:,} records"
+            fix = "set data.control_tokens=parse if the token is meant, or data.control_tokens=text if its characters"
+            raise UserError(f"{shape['first_control_token']} {what}: {fix}")
 
     def _note(self, item: Conversation, notes: tuple[str, ...]) -> None:
         for note in notes:
@@ -125,7 +145,7 @@ class DatasetBuilder:
 
         for item in read_file(file, ReadOptions.from_config(self.data), advance):
             if isinstance(item, str):
-                self.shapes.append({"file": str(file), "shape": item, "records": 0})
+                self.shapes.append({"file": str(file), "shape": item, "records": 0, "control_tokens": 0})
                 continue
             self.read += 1
             self.shapes[-1]["records"] += 1

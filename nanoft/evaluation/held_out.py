@@ -43,7 +43,8 @@ def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     data = config.data
     if file:  # read as the run reads its own data, without splitting or filtering it
         kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "unrendered", "train_on", "chunk")
-        settings = {"label_field": "ignore"} | {name: getattr(data, name) for name in (*kept, "truncation", "roles")}
+        settings: dict[str, Any] = {"label_field": "ignore", "control_tokens": data.control_tokens or "text"}
+        settings |= {name: getattr(data, name) for name in (*kept, "truncation", "roles")}
         data = DataConfig(train_file=file, validation_split=0.0, deduplicate=False, **settings)
     if not data.train_file:
         what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"

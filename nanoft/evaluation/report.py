@@ -148,10 +148,12 @@ def comparison(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
 
 def _cells(c: Comparison, unit: str) -> list[str]:
     """Base, tuned, change, its interval, p."""
-    low, high = _change(c.change.low, unit).removesuffix(" points"), _change(c.change.high, unit)
+    values = (c.change.value, c.change.low, c.change.high)
+    change, low, high = (_change(value, unit).replace(" points", " pp") for value in values)  # fits 80 columns
+    low = low.removesuffix(" pp")
     span = "-" if math.isnan(c.change.low) else f"{low} to {high}"
     p = "-" if math.isnan(c.p) else "< 0.001" if c.p < 0.001 else f"{c.p:.3f}"
-    return [_shown(c.base.value, unit), _shown(c.tuned.value, unit), _change(c.change.value, unit), span, p]
+    return [_shown(c.base.value, unit), _shown(c.tuned.value, unit), change, span, p]
 
 
 def _shown(value: float, unit: str) -> str:

@@ -34,7 +34,7 @@ from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import with_added_tokens
 from nanoft.models.weights import choose_dequantize
-from nanoft.optim import OPTIMIZERS, check_optimizer
+from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import matmul_gflop_s
 from nanoft.runtime.machine import Machine
@@ -116,7 +116,13 @@ def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
 
 def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
     """Settings that are probably a mistake, for this base and samples of up to `longest` tokens, one line each."""
+    t = planner.config.training
     warnings = [*config_warnings(planner.config, total_steps), *planner.counts.rank_warnings]
+    high = 2e-4 if t.method == "lora" else 2e-5
+    steps = total_steps or t.max_steps or 10**9  # unknown: many
+    if t.optimizer.startswith("adamw") and t.learning_rate > high and not warmup_steps(steps, t):
+        fix = "the first steps are the largest, on moments that are noise: set training.warmup_steps"
+        warnings.append(f"training.learning_rate={t.learning_rate}: high for a run without warm-up: {fix}")
     if longest > files.context_length:
         known = f"the base knows {files.context_length:,} positions (max_position_embeddings)"
         warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and {known}: lower it")

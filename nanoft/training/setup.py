@@ -53,6 +53,7 @@ from nanoft.tracking.trackers import build_trackers
 from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
 from nanoft.training.progress import log_memory
 from nanoft.training.state import TrainContext, TrainState
+from nanoft.training.validation import check_schedule
 
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, base and source, device, threads, date
 # What lora.start_from takes from the adapter.
@@ -162,7 +163,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     batches = Batches(corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, **options)
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
-    t.check_schedule(steps)
+    check_schedule(t, steps)
     counts = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **counts})
     if not distributed.process_rank():

@@ -56,8 +56,8 @@ def test_the_table_shows_base_beside_tuned_with_the_change_and_how_sure_it_is() 
     assert loss == ["perplexity", *shown, "-63.2%", "-63.2% to -63.2%", "< 0.001"]  # 1 / e - 1
     assert overall[1:] == loss[1:]
     assert bits[3] == f"{-1 / math.log(2):+.3g}"
-    assert exact[:4] == ["exact match", "12.5%", "87.5%", "+75.0 points"]
-    assert stop == ["stop rate", "100.0%", "100.0%", "+0.0 points", "+0.0 to +0.0 points", "1.000"]
+    assert exact[:4] == ["exact match", "12.5%", "87.5%", "+75.0 pp"]
+    assert stop == ["stop rate", "100.0%", "100.0%", "+0.0 pp", "+0.0 to +0.0 pp", "1.000"]
 
 
 def test_what_was_not_measured_is_not_shown() -> None:
