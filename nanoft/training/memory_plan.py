@@ -274,10 +274,8 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
         return config
     rows_a_rank, left = divmod(t.gradient_accumulation_steps, ranks)
     if left:
-        raise UserError(
-            f"training.gradient_accumulation_steps: {t.gradient_accumulation_steps} rows a step cannot be split evenly "
-            f"over {ranks} processes: set it to {ranks * max(rows_a_rank, 1)}"
-        )
+        split = f"{t.gradient_accumulation_steps} rows a step cannot be split evenly over {ranks} processes"
+        raise UserError(f"training.gradient_accumulation_steps: {split}: set it to {ranks * max(rows_a_rank, 1)}")
     if recorded is not None and recorded["system"].get("ranks", 1) == ranks:
         return config.override({name: recorded["training"][name.removeprefix("training.")] for name in ROWS})
     length, keep = config.model.max_seq_length, planner.keep_by(t.checkpointing)

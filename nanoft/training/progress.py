@@ -26,10 +26,10 @@ Figures = TypeVar("Figures")
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
     """A tqdm bar over the optimizer steps, on rank 0."""
     hidden = not ctx.config.logging.progress_bar or distributed.process_rank() > 0
-    interval_s = 0.1 if sys.stderr.isatty() else 5.0  # in a file, every update of the bar stays
-    options: dict[str, Any] = {"disable": hidden, "mininterval": interval_s, "leave": False, "bar_format": BAR}
-    width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80}
-    return tqdm(total=ctx.total_steps, initial=state.step, **options, **width)
+    # in a file, every update of the bar stays
+    width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80, "mininterval": 5.0}
+    options: dict[str, Any] = {"disable": hidden, "leave": False, "bar_format": BAR, **width}
+    return tqdm(total=ctx.total_steps, initial=state.step, **options)
 
 
 def is_due(ctx: TrainContext, state: TrainState, every: int) -> bool:

@@ -40,10 +40,8 @@ def validate_config(config: Config) -> None:
     check_format(config.data.format)
     select_metrics(config.evaluation.metrics)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
-        raise UserError(
-            f"training.optimizer: the state of {t.optimizer} cannot be sharded: set training.optimizer=adamw "
-            "(each of N processes holds an Nth of it) or training.sharding=none"
-        )
+        fix = "set training.optimizer=adamw (each of N processes holds an Nth of it) or training.sharding=none"
+        raise UserError(f"training.optimizer: the state of {t.optimizer} cannot be sharded: {fix}")
 
 
 def check_schedule(t: TrainingConfig, total_steps: int | None) -> None:
