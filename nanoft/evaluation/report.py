@@ -55,22 +55,21 @@ class ReportInputs:
 def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     """The object of report.json, the text for the terminal, and report.md."""
     compared, outcome = inputs.compared(), outcomes(inputs)
-    conclusion, cautions = verdict(inputs, compared), warnings(inputs, compared)
-    changes = {name: dataclasses.asdict(c) for name, c in compared.items()}
     values: dict[str, Any] = {
-        "verdict": conclusion, "warnings": cautions, "changes": changes,
+        "verdict": verdict(inputs, compared), "warnings": warnings(inputs, compared),
+        "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
         "by": breakdowns(inputs), "hardest": hardest(inputs), "answers": answers(inputs, outcome),
         "leakage": inputs.leakage, "training": inputs.training, "cost": cost(inputs), "provenance": inputs.provenance,
     }  # fmt: skip
     counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
     won = [f"answers   {counts} (by {label(inputs.primary)})"] if outcome else []
-    head = "\n".join([f"verdict   {conclusion}", *won, *(f"warning: {line}" for line in cautions)])
+    head = "\n".join([f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])])
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
     by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
     terminal = f"\n{main}\n\n{head}\n{''.join(by[name] for name in inputs.groups if name in by)}\n{samples}".rstrip()
     evaluated = {**({"base": inputs.base.to_dict()} if inputs.base else {}), "tuned": inputs.tuned.to_dict()}
     evaluated |= {name: value for name, value in values.items() if value}
-    return evaluated, terminal, _markdown(inputs, main, conclusion, cautions, "".join(by.values()))
+    return evaluated, terminal, _markdown(inputs, values, main + "\n", "".join(by.values()))
 
 
 # ---- The verdict
@@ -304,23 +303,25 @@ def settings_of(config: Config) -> dict[str, Any]:
     }
 
 
-def _markdown(inputs: ReportInputs, main: str, conclusion: str, cautions: Sequence[str], breakdown: str) -> str:
-    text = f"# {inputs.name}\n\n**Verdict.** {_sentence(conclusion)}\n"
-    text += "".join(f"\n**Warning.** {line}.\n" for line in cautions)
-    text += f"\n{main}\n"
+def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown: str) -> str:
+    text = f"# {inputs.name}\n\n**Verdict.** {_sentence(values['verdict'])}\n"
+    text += "".join(f"\n**Warning.** {line}.\n" for line in values["warnings"])
+    text += f"\n{main}"
     if inputs.base and inputs.tuned.figures:
         text += "\n95 % interval and p-value from a paired bootstrap (10,000 resamples).\n"
     if inputs.training:
         names = [key.replace("_gb", ", GB").replace("_wh", ", Wh").replace("_", " ") for key in inputs.training]
         rows = [[name, f"{value:,}"] for name, value in zip(names, inputs.training.values(), strict=True)]
-        rows.append(["evaluation", format_duration(cost(inputs)["evaluation_seconds"])])
+        rows.append(["evaluation", format_duration(values["cost"]["evaluation_seconds"])])
         text += f"\n{markdown_table(['training', ''], rows)}\n"
-    text += breakdown + _breakdown(inputs, "Samples with the highest perplexity", "sample", hardest(inputs))
-    shown: dict[str, Sequence[int]] = {"Worst answers": worst(inputs), "Answers side by side": range(inputs.shown)}
-    if outcome := outcomes(inputs):
-        counts = [f"{outcome.count(word):,}" for word in OUTCOMES]
+    text += breakdown + _breakdown(inputs, "Samples with the highest perplexity", "sample", values["hardest"])
+    answered = values["answers"]
+    shown = {"Worst answers": answered.get("worst", ()), "Answers side by side": range(inputs.shown)}
+    if "wins" in answered:
+        counts = [f"{answered[word]:,}" for word in OUTCOMES]
         text += f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{markdown_table(OUTCOMES, [counts])}\n"
-        shown = {"Losses": [n for n, word in enumerate(outcome) if word == "losses"][:WORST], **shown}
+        losses = [number for number, line in enumerate(answered["each"]) if line["outcome"] == "losses"]
+        shown = {"Losses": losses[:WORST], **shown}
     for heading, which in shown.items():
         if block := side_by_side(inputs.base, inputs.tuned, which):
             text += f"\n### {heading}\n\n```\n{block}\n```\n"
