@@ -563,7 +563,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "other": (["ADAPTER"], "is (4, 32), but this model and rank need (4, 64)"),
     "moved": (["ADAPTER"], "base_model_name_or_path: /no/such/base: no such directory"),
     "changed base": (["ADAPTER"], "its files are not those that"),
-    "shard gone": (["ADAPTER"], "model-00002-of-00002.safetensors: named in the index, but missing"),
+    "shard gone": (["ADAPTER"], "model-00002-of-00002.safetensors: one of 2 files, but missing"),
     "onnx": (["ROOT/lora", "--format", "onnx"], "optimum-cli export onnx --model "),
     "tensorrt": (["ROOT/lora", "--format", "tensorrt"], "trtllm-serve "),
     "no size": (["ROOT/lora", "--shard-size", "big"], "--shard-size: 'big' is not a size: write one like 500MB"),

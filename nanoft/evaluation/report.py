@@ -95,7 +95,7 @@ def _direction(figure: Figure, c: Comparison) -> int:
     finite = [math.isfinite(one.value) for one in (c.base, c.tuned)]
     if not all(finite):  # a loss that is not finite is worse than any that is
         return finite[1] - finite[0]
-    sign = 1 if figure.higher_is_better and figure.unit != "nats" else -1
+    sign = -1 if figure.unit == "nats" else 1
     return sign * ((c.change.low > 0) - (c.change.high < 0))
 
 
@@ -230,7 +230,7 @@ def outcomes(inputs: ReportInputs) -> list[str]:
     if not inputs.base or inputs.primary not in inputs.tuned.figures or inputs.primary not in inputs.base.figures:
         return []
     after, before = inputs.tuned.figures[inputs.primary], inputs.base.figures[inputs.primary]
-    gains = (after.each() - before.each()) * (1 if after.higher_is_better else -1)
+    gains = after.each() - before.each()
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 
@@ -269,8 +269,7 @@ def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int
 
 def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
     """Prompts on both sides of the split of a run's data, from its report and data.near_leaks."""
-    removed, kept = data["removed"].get("leak", 0), data["near_leaks"] if data["near_leaks_are"] == "kept" else 0
-    shared = data["shared_prompts"]
+    removed, kept, shared = data["removed"].get("leak", 0), data["near_leaks"], data["shared_prompts"]
     said = f"{shared:,} training records have" if shared else "no training record has"
     said += " the prompt of a validation record"
     if data["leaks"] == "ignore":

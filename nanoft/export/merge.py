@@ -225,8 +225,7 @@ def open_adapter(adapter: TrainedAdapter, onto: Onto) -> LoadedModel:
     """An adapter on its base, whose weights stay on the disk; a UserError if it does not fit."""
     quantization = adapter.quantization if onto == "nf4" else None
     rows = open_rows(adapter.base, quantization, adapter.dtype, vocabulary_of(adapter.lora, adapter.tensors))
-    opened = attach_adapter(adapter, StreamedDecoder(rows))
-    return replace(opened, step=adapter.step)
+    return attach_adapter(adapter, StreamedDecoder(rows))
 
 
 def save_result(
