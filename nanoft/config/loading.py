@@ -93,10 +93,8 @@ def _without_functions(config: Config, is_of_run: bool) -> Config:
     for field, names in (("data.format", [data_format]), ("evaluation.metrics", metrics)):
         for name in filter(is_function, names):
             if not is_of_run:
-                raise UserError(
-                    f"{field}: {name}: would run code, which only a Python config may ask for: "
-                    f"write one, or give {field}={name} on the command line"
-                )
+                fix = f"write one, or give {field}={name} on the command line"
+                raise UserError(f"{field}: {name}: would run code, which only a Python config may ask for: {fix}")
     kept = tuple(name for name in metrics if not is_function(name))
     data_format = UNTRUSTED + data_format if is_function(data_format) else data_format
     return config.override({"evaluation.metrics": kept, "data.format": data_format})

@@ -287,9 +287,7 @@ def read_file(
         shape, found = detect_shape(path, SHAPES, shape, first)
         if data.label_field is None and shape != "text":
             require_label_choice(path, first)
-        for name in sorted(
-            {*columns} - {*SHAPES[shape].fields}
-        ):  # it may be a field of the split, or of no use on purpose
+        for name in sorted({*columns} - {*SHAPES[shape].fields}):  # another may be a field of the split, or unused
             if "did you mean" in (near := nearest(name, SHAPES[shape].fields)):
                 raise UserError(f"data.columns: {name!r:.60} is not a field of {shape}{near}")
     said = [name if name == column else f"{name} ({column})" for name, column in found.items()]
