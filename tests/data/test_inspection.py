@@ -73,7 +73,7 @@ def test_a_prompt_that_training_did_not_see_fails_its_check(tmp_path: Path, monk
     monkeypatch.setattr(ChatTokenizer, "encode_prompt", lambda *given: seen(*given)[:-1])
     check = verdicts(chat, corpus)["prompt"]
     assert not check.passed
-    assert check.found.startswith("0 of 20 prompts are the same in training and in use; in training ")
+    assert check.found.startswith("0 of 20 prompts are the same in training and at inference; in training ")
 
 
 def test_template_args_make_training_and_use_alike(tmp_path: Path) -> None:
