@@ -12,14 +12,16 @@ import json
 import re
 import traceback
 from collections.abc import Mapping, Set
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, meta, nodes
+from tokenizers import Tokenizer
 
 from nanoft import UserError
 from nanoft.data.formats import Message
 from nanoft.data.template_sandbox import TEMPLATE_ERRORS, BoundedEnvironment, LimitExceeded, find_marks
-from nanoft.data.tokenizer_files import PLACEHOLDER
+from nanoft.data.tokenizer_files import PLACEHOLDER, read_template
 
 # For a base model without a template: ChatML as plain text, since the model does not have ChatML's tokens; a turn ends
 # with the end-of-sequence token.
@@ -46,7 +48,6 @@ AS_USED = (
 USER = "the user's text"
 WHAT = {"user": USER, "system": "the system message", "tool": "the result of a tool"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of every template
 
 
 Marked = tuple[str, list[tuple[int, int]]]  # a text, and the marked spans in it
@@ -168,6 +169,18 @@ class ChatTemplate:
         return None
 
 
+def choose_template(wanted: str, templates: Mapping[str, str], tokenizer: Tokenizer) -> str:
+    """What `model.chat_template` names: `chatml`, one of the model's own templates, or a file."""
+    has_chatml = tokenizer.token_to_id("<|im_end|>") is not None
+    known = {"chatml": CHATML if has_chatml else DEFAULT_TEMPLATE, **templates}
+    if wanted in known:
+        return known[wanted]
+    if (file := Path(wanted).expanduser()).is_file():
+        return read_template(file)
+    fix = f"give a file or one of {', '.join(known)}"
+    raise UserError(f"model.chat_template: {wanted}: neither a file nor a template of the model: {fix}")
+
+
 def parts_of(message: Message) -> list[tuple[str, str, Message]]:
     """What a message says: (what it is, its text, the message with a placeholder instead of it)."""
     content, calls = message.get("content", ""), message.get("tool_calls", [])
@@ -187,11 +200,13 @@ def parts_of(message: Message) -> list[tuple[str, str, Message]]:
     return [part for part in parts if part[1]]
 
 
-def continue_thought(opened: re.Match[str], message: Message, answer: str, variables: Set[str]) -> str:
+def continue_thought(opened: re.Match[str] | None, message: Message, answer: str, variables: Set[str]) -> str:
     """An answer behind a prompt that ends in <think>: the rest of the thought, </think> and the answer.
 
     Without a thought, the model closes it at once; behind an empty one, <think></think>, a thought is refused.
     """
+    if opened is None:
+        return answer
     opening, space, content = opened["opening"], opened["space"], message.get("content", "")
     closing, gap = CLOSINGS.get(opening, f"</{opening[1:]}"), "" if opening in CLOSINGS else "\n"
     thought, (said, closes, rest) = message.get("reasoning_content", ""), content.rpartition(closing)
@@ -201,13 +216,12 @@ def continue_thought(opened: re.Match[str], message: Message, answer: str, varia
             fix = f"set {names} to match the answers, in data.template_args or each record's chat_template_kwargs"
             raise TemplateRefusal(f"the chat template closes the thought in the prompt, the answer has one: {fix}")
         return answer
-    if answer.startswith(opening):  # the template shows it, but not as the prompt begins it
-        return answer.removeprefix(opening).removeprefix(space)
-    if answer.startswith(closing):  # it shows that there is none
+    if answer.startswith(closing):  # the template shows that there is none
         return answer
-    if closes:
-        written = content[: len(content) - len(rest.lstrip())]
-        return written.lstrip().removeprefix(opening).removeprefix(space) + answer
+    if closes and not answer.startswith(opening):  # it removes the thought
+        answer = content[: len(content) - len(rest.lstrip())].lstrip() + answer
+    if closes or answer.startswith(opening):
+        return answer.removeprefix(opening).removeprefix(space)
     return thought.strip("\n") + gap + closing + 2 * gap + answer
 
 

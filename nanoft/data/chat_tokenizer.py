@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -39,23 +40,13 @@ from tokenizers import Encoding, Tokenizer
 from nanoft import UserError
 from nanoft.batches import Array, Sample
 from nanoft.config import Config
-from nanoft.data import tokenizer_files
-from nanoft.data.chat_template import (
-    AS_USED,
-    CHATML,
-    DEFAULT_TEMPLATE,
-    OPEN_THOUGHT,
-    RESERVED,
-    USER,
-    ChatTemplate,
-    continue_thought,
-    parts_of,
-)
+from nanoft.data import chat_template, tokenizer_files
+from nanoft.data.chat_template import AS_USED, DEFAULT_TEMPLATE, OPEN_THOUGHT, USER, ChatTemplate, Marked, parts_of
 from nanoft.data.chat_template import TemplateRefusal as TemplateRefusal
-from nanoft.data.formats import CONTROL, TRAINING_FIELDS, is_trained
+from nanoft.data.formats import CONTROL, RESERVED, TRAINING_FIELDS, is_trained
 from nanoft.data.formats import Message as Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, BoundedEnvironment
-from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, token_text
+from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, as_user_error
 
 BATCH = 128  # texts handed to the tokenizer's threads together
 
@@ -71,18 +62,24 @@ class Rendered:
     notes: tuple[str, ...] = ()  # what the user should know of this conversation
 
 
-class _Conversation(NamedTuple):
-    """Cleaned messages, what renders them, and the text that comes out."""
+@dataclass(frozen=True)
+class _Conversation:
+    """Cleaned messages, and what renders them."""
 
     template: ChatTemplate
     messages: list[Message]
     variables: dict[str, Any]  # more of the template's: tools, ...
-    text: str
-    marks: list[tuple[int, int]]  # the spans of {% generation %}
+
+    @functools.cached_property
+    def rendered(self) -> Marked:
+        return self.template.render(self.messages, False, self.variables)
 
     def prompt(self, index: int) -> str:
         """What the model is given to answer with message `index`."""
         return self.template.render(self.messages[:index], True, self.variables)[0]
+
+    def replaced(self, messages: list[Message]) -> _Conversation:
+        return _Conversation(self.template, messages, self.variables)
 
 
 class _Turn(NamedTuple):
@@ -103,7 +100,7 @@ class ChatTokenizer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        settings: dict[str, Any],
+        special: dict[str, str],  # bos_token, eos_token, ...
         template: str | None,
         stop_ids: Iterable[int] = (),
         template_args: Mapping[str, Any] | None = None,  # more variables of the template: enable_thinking
@@ -113,26 +110,21 @@ class ChatTokenizer:
         self.tokenizer, self.template_args = tokenizer, dict(template_args or {})
         self.template, self.may_omit = template or DEFAULT_TEMPLATE, may_omit
         self.has_own_template = template is not None
-        tokens = {key: token_text(settings.get(key)) for key in SPECIAL_TOKENS}
-        self.special = {key: text for key, text in tokens.items() if text is not None}
-        ids = {key: tokenizer.token_to_id(text) for key, text in self.special.items()}
+        self.special, ids = special, {key: tokenizer.token_to_id(text) for key, text in special.items()}
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
         self.pad_id = 0  # nothing sees padding, so any row of the embedding will do; not every pad token has one
         first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
         self.wants_bos = self.bos_id is not None and first == [self.bos_id]  # its post-processor adds it
-        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-        self.control_texts = sorted((text for text in special if text), key=len, reverse=True)
+        self.control_texts = sorted(filter(None, tokenizer_files.control_texts(tokenizer)), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self.control_texts)) or "(?!)")
         self._breakable = re.compile("|".join(re.escape(t) for t in self.control_texts if len(t) > 1) or "(?!)")
         self._widths = tokenizer_files.byte_widths(tokenizer)
-        self._shortest = min((len(text) for text in self.control_texts if len(text) > 1), default=0)
         self.date = datetime.datetime.now()  # what strftime_now returns
         self._environment = BoundedEnvironment(lambda: self.date)
         ends = {text for i in (*stop_ids, self.eos_id) if i is not None and (text := tokenizer.id_to_token(i))}
         made = self._environment, self.special, self._control, ends
-        self._plain = self._with_tools = ChatTemplate(self.template, *made)
-        if tool_template:
-            self._with_tools = ChatTemplate(tool_template, *made)
+        self._plain = ChatTemplate(self.template, *made)
+        self._with_tools = ChatTemplate(tool_template, *made) if tool_template else self._plain
         self.turn_end = self._plain.turn_end
         self.variables = self._plain.variables | self._with_tools.variables
         end_id = tokenizer.token_to_id(self.turn_end[0]) if self.turn_end else None
@@ -147,18 +139,16 @@ class ChatTokenizer:
 
         template: a file, `chatml`, or a name in the model's own list; None: the model's own.
         """
-        if taken := sorted(set(template_args or ()) & {*RESERVED, *SPECIAL_TOKENS}):
+        if taken := sorted(RESERVED & {*(template_args or ())}):
             raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
         tokenizer = tokenizer_files.read_tokenizer(directory)
         added_ids = tokenizer_files.add_tokens(tokenizer, add_tokens)
-        settings, templates, stop_ids = tokenizer_files.read_settings(directory)
+        special, templates, stop_ids = tokenizer_files.read_settings(directory)
         default, with_tools = templates.get("default"), templates.get("tool_use")
         if template is not None:
-            has_chatml = tokenizer.token_to_id("<|im_end|>") is not None
-            known = {"chatml": CHATML if has_chatml else DEFAULT_TEMPLATE, **templates}
-            default, with_tools = tokenizer_files.choose_template(template, known), None
+            default, with_tools = chat_template.choose_template(template, templates, tokenizer), None
         try:
-            chat = cls(tokenizer, settings, default, stop_ids, template_args, with_tools, may_omit)
+            chat = cls(tokenizer, special, default, stop_ids, template_args, with_tools, may_omit)
         except COMPILE_ERRORS as error:
             place = directory if template is None else f"model.chat_template: {template}"
             raise UserError(f"{place}: the chat template is not valid: {error}") from None
@@ -183,8 +173,8 @@ class ChatTokenizer:
         template_args: Mapping[str, Any] | None = None,  # of this conversation, before those of the settings
     ) -> str:  # fmt: skip
         """The string that the model sees; raises TemplateRefusal."""
-        variables = self._variables(tools, template_args)
-        return self._template(variables).render(self._clean(messages), add_generation_prompt, variables)[0]
+        conversation = self._conversation(messages, tools, template_args)
+        return conversation.prompt(len(messages)) if add_generation_prompt else conversation.rendered[0]
 
     def render_prompt(self, messages: Sequence[Message], tools: Any = None, template_args: Any = None) -> str:
         return self.render(messages, True, tools, template_args)
@@ -201,20 +191,21 @@ class ChatTokenizer:
         Raises:
             TemplateRefusal: the template cannot be used for training on this conversation.
         """
-        whole = self._conversation(self._clean(messages), self._variables(tools, template_args))
+        whole = self._conversation(messages, tools, template_args)
+        rendered = whole.rendered[0]
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if train_on == "all":
             notes = self._notes(whole, {}, [i for i in answers if is_trained(messages[i])], template_args)
             excluded = [self._turn(whole, index) for index in answers if not is_trained(messages[index])]
-            if not all(whole.text.startswith(turn.text[: turn.span[1]]) for turn in excluded):
+            if not all(rendered.startswith(turn.text[: turn.span[1]]) for turn in excluded):
                 raise TemplateRefusal("the chat template rewrites earlier turns: use data.train_on=assistant")
-            edges = [0, *itertools.chain.from_iterable(turn.span for turn in excluded), len(whole.text)]
+            edges = [0, *itertools.chain.from_iterable(turn.span for turn in excluded), len(rendered)]
             between = zip(edges[::2], edges[1::2], strict=True)
-            return [Rendered(whole.text, [(start, end) for start, end in between if start < end], record, [], notes)]
+            return [Rendered(rendered, [(start, end) for start, end in between if start < end], record, [], notes)]
         trained = [i for i in (answers[-1:] if train_on == "last_assistant" else answers) if is_trained(messages[i])]
         turns = {index: self._turn(whole, index) for index in trained}
         notes = self._notes(whole, turns, trained, template_args)
-        for text in (whole.text, *(turn.text for turn in [*turns.values()][-1:])):
+        for text in (rendered, *(turn.text for turn in [*turns.values()][-1:])):
             if all(text.startswith(turn.text[: turn.span[1]]) for turn in turns.values()):
                 return [Rendered(text, [turn.span for turn in turns.values()], record, trained, notes)]
         return [Rendered(turn.text, [turn.span], record, [index], notes) for index, turn in turns.items()]
@@ -225,28 +216,21 @@ class ChatTokenizer:
         ended = prompt + self._escape(text[prompt_characters:]) + self.special.get("eos_token", "")
         return Rendered(ended, [(len(prompt), len(ended))], record, [0] if prompt else [])
 
-    def _clean(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages that the template gets: control tokens escaped, without null values and training fields."""
+    def _conversation(
+        self, messages: Sequence[Message], tools: Any, template_args: Mapping[str, Any] | None
+    ) -> _Conversation:
+        """What the template gets: control tokens escaped, without null values and training fields."""
         kept = ({k: v for k, v in m.items() if v is not None and k not in TRAINING_FIELDS} for m in messages)
-        return [self._escape(message) for message in kept]
-
-    def _variables(self, tools: Any, template_args: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {"tools": self._escape(tools) or None, **self.template_args, **(template_args or {})}
-
-    def _template(self, variables: Mapping[str, Any]) -> ChatTemplate:
-        return self._with_tools if variables["tools"] else self._plain
-
-    def _conversation(self, cleaned: list[Message], variables: dict[str, Any]) -> _Conversation:
-        template = self._template(variables)
-        return _Conversation(template, cleaned, variables, *template.render(cleaned, False, variables))
+        cleaned = [self._escape(message) for message in kept]
+        variables = {"tools": self._escape(tools) or None, **self.template_args, **(template_args or {})}
+        return _Conversation(self._with_tools if variables["tools"] else self._plain, cleaned, variables)
 
     def _turn(self, whole: _Conversation, index: int) -> _Turn:
         """A text that begins with everything up to turn `index`, and where the turn's targets are in it."""
         template, message, before = whole.template, whole.messages[index], whole.prompt(index)
-        start, note = len(before), ""
-        if not whole.marks and whole.text.startswith(before) and (end := template.verbatim(message, whole.text, start)):
-            return _Turn(whole.text, (start, end))
-        after, marks = whole.text, whole.marks
+        start, note, (after, marks) = len(before), "", whole.rendered
+        if not marks and after.startswith(before) and (end := template.verbatim(message, after, start)):
+            return _Turn(after, (start, end))
         if index < len(whole.messages) - 1:
             after, marks = template.render(whole.messages[: index + 1], False, whole.variables)
         if not after.startswith(before):
@@ -279,7 +263,7 @@ class ChatTokenizer:
             if header != base and self._control.search(header) and header in after:
                 answer = after.rpartition(header)[2].lstrip()
         if answer is not None:
-            return before + (continue_thought(opened, message, answer, template.variables) if opened else answer)
+            return before + chat_template.continue_thought(opened, message, answer, template.variables)
         for words in template.verbatim_answers(message):
             if after.endswith(template.lead + words + template.tail):
                 return before + template.lead + words + template.tail
@@ -301,33 +285,29 @@ class ChatTokenizer:
 
     def _omitted(self, whole: _Conversation, turns: dict[int, _Turn], learned: Sequence[int]) -> Iterator[str]:
         """The parts of a conversation that are nowhere in its renderings; of an answer, not among its targets."""
+        text = whole.rendered[0]
         if whole.variables["tools"]:
             with contextlib.suppress(TemplateRefusal):  # it needs them
-                without_tools = whole.template.render(whole.messages, False, {**whole.variables, "tools": None})
-                if without_tools[0] == whole.text:
+                if whole.template.render(whole.messages, False, {**whole.variables, "tools": None})[0] == text:
                     yield "tools"
-        texts = [whole.text, *(turn.text for turn in turns.values())]
+        texts = [text, *(turn.text for turn in turns.values())]
         for index, message in enumerate(whole.messages):
             parts = parts_of(message) if message["role"] != "assistant" or index in learned else []
             shown = [turns[index].targets()] if index in turns else texts
             for what, value, replaced in parts:
                 elsewhere = sum(other.count(value) for _, other, also in parts if also is not replaced)
-                if all(text.count(value) <= elsewhere for text in shown) and not self._shows(
-                    whole, turns, index, replaced
-                ):
+                is_shown = any(text.count(value) > elsewhere for text in shown)
+                if not is_shown and not self._shows(whole, turns, index, replaced):
                     yield what
 
     def _shows(self, whole: _Conversation, turns: dict[int, _Turn], index: int, replaced: Message) -> bool:
         """Whether a message's placeholder is rendered: what a template changes (trims, escapes) is not omitted."""
-        messages = [*whole.messages[:index], replaced, *whole.messages[index + 1 :]]
+        before, after = whole.messages[:index], whole.messages[index + 1 :]
         with contextlib.suppress(TemplateRefusal):
             if index in turns:
-                return (
-                    PLACEHOLDER
-                    in self._turn(self._conversation(messages[: index + 1], whole.variables), index).targets()
-                )
-            other = self._conversation(messages, whole.variables)
-            return any(PLACEHOLDER in text for text in (other.text, *map(other.prompt, turns)))
+                return PLACEHOLDER in self._turn(whole.replaced([*before, replaced]), index).targets()
+            other = whole.replaced([*before, replaced, *after])
+            return any(PLACEHOLDER in text for text in (other.rendered[0], *map(other.prompt, turns)))
         return True
 
     def encode_prompt(self, messages: Sequence[Message], tools: Any = None, template_args: Any = None) -> list[int]:
@@ -375,8 +355,8 @@ class ChatTokenizer:
         for item, encoded in zip(batch, encodings, strict=True):
             ids = np.array(encoded.ids, dtype=np.int32)
             starts, ends, edges = self._places(item, encoded)
-            at = np.searchsorted(np.maximum.accumulate(ends), edges, side="right")  # the first token behind each edge
-            is_inside = np.append(starts, np.inf)[at] < edges  # that token begins before it
+            at = np.searchsorted(ends, edges, side="right")  # the first token that ends behind each edge
+            is_inside = starts[at] < edges  # it begins before the edge
             if item.turns and is_inside[::2].any():
                 yield from map(self._sample_of_turn, itertools.repeat(item), item.spans, item.turns)
                 continue
@@ -384,23 +364,27 @@ class ChatTokenizer:
             for first, last in zip(at[::2], (at + is_inside)[1::2], strict=True):
                 is_target[first:last] = True
             if BREAK in item.text:  # its tokens are dropped
-                places = zip(starts.tolist(), ends.tolist(), strict=True)
+                places = zip(starts[:-1].tolist(), ends.tolist(), strict=True)
                 kept = np.array([item.text[start:end] != BREAK for start, end in places], dtype=np.bool_)
                 ids, is_target = ids[kept], is_target[kept]
             yield self._with_bos(ids, is_target, item.record, item.turns[0] if len(item.turns) == 1 else None)
 
     def _places(self, item: Rendered, encoded: Encoding) -> tuple[Array, Array, Array]:
-        """(n,) the start and end of each token, and (2 spans,) the edges of the spans: in characters, or in bytes."""
+        """Where each token starts (and the end of the text), where each ends, and the edges of the spans.
+
+        Returns:
+            (n + 1,), (n,), (2 spans,): all in characters, or all in bytes if the widths of the tokens tell.
+        """
         text, edges = item.text, np.array(item.spans, np.int64).reshape(-1)
         if self._widths is not None and BREAK not in text:
-            widths = self._widths[encoded.ids]
-            if widths.sum() == len(text.encode()):  # else the tokenizer drops characters
+            starts = np.append(0, np.cumsum(self._widths[encoded.ids]))
+            if starts[-1] == len(text.encode()):  # else the tokenizer drops characters
                 edges = edges if text.isascii() else np.array([len(text[:edge].encode()) for edge in edges])
-                return np.cumsum(widths) - widths, np.cumsum(widths), edges
+                return starts, starts[1:], edges
         if self._widths is not None:
             (encoded,) = self._encodings([text], with_offsets=True)
         starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
-        return starts, ends, edges
+        return np.append(starts, len(text)), np.maximum.accumulate(ends), edges
 
     def _sample_of_turn(self, item: Rendered, span: tuple[int, int], turn: int) -> Sample:
         """A turn whose first token would merge with the prompt: both are encoded separately, as at inference."""
@@ -429,6 +413,6 @@ class ChatTokenizer:
             return {self._escape(key): self._escape(part) for key, part in value.items()}
         if isinstance(value, list):
             return [self._escape(part) for part in value]
-        while isinstance(value, str) and len(value) >= self._shortest and self._breakable.search(value):
+        while isinstance(value, str) and self._breakable.search(value):
             value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
         return value
