@@ -8,6 +8,8 @@ ends the turn. In some families (GLM) that is the token of the next role, which 
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import re
 import traceback
@@ -15,7 +17,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import TemplateError, meta
 from tokenizers import Tokenizer
 
 from nanoft import UserError
@@ -48,8 +50,6 @@ AS_USED = (
 USER = "the user's text"
 WHAT = {"user": USER, "system": "the system message", "tool": "the result of a tool"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
-
-
 Marked = tuple[str, list[tuple[int, int]]]  # a text, and the marked spans in it
 
 
@@ -73,11 +73,9 @@ class ChatTemplate:
         self.source, self._environment, self._special = source, environment, special
         self._control, self._stops = control, stops
         self._compiled = environment.compile_bounded(source)
-        tree = environment.parse(source)
-        self.variables = meta.find_undeclared_variables(tree)
-        names = {node.attr for node in tree.find_all(nodes.Getattr)}
-        names |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-        self._thought = next((name for name in THOUGHT_NAMES if name in names), THOUGHT_NAMES[0])
+        self.variables = meta.find_undeclared_variables(environment.parse(source))
+        read = [name for name in THOUGHT_NAMES if re.search(rf"\.{name}\b|(['\"]){name}\1", source)]
+        self._thought = read[0] if read else THOUGHT_NAMES[0]
         around = self._probe([])
         self.lead, self.tail = around or ("", "")
         self.has_empty_thought = bool(EMPTY_THOUGHT.fullmatch(self.lead))
@@ -96,16 +94,18 @@ class ChatTemplate:
             messages = [{self._thought if k == THOUGHT_NAMES[0] else k: m[k] for k in m} for m in messages]
         calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
         try:
-            text = self._environment.render(self._compiled, messages=messages, **given)
+            text = self._attempt(messages, given)
             # Arguments that it shows as Python shows an object, {'city': 'Rome'}, were expected as JSON text.
             if not any(call["arguments"] and str(call["arguments"]) in text for call in calls):
                 return find_marks(text)
-        except TEMPLATE_ERRORS as error:
-            if not calls or isinstance(error, TemplateError):
-                raise TemplateRefusal(f"the chat template refuses these messages: {_words(error)}") from error
+        except TemplateRefusal as refusal:
+            if not calls or isinstance(refusal.__cause__, TemplateError):
+                raise
+        return find_marks(self._attempt(_with_text_arguments(messages), given))
+
+    def _attempt(self, messages: list[Message], variables: Mapping[str, Any]) -> str:
         try:
-            text = self._environment.render(self._compiled, messages=_with_text_arguments(messages), **given)
-            return find_marks(text)
+            return self._environment.render(self._compiled, messages=messages, **variables)
         except TEMPLATE_ERRORS as error:
             raise TemplateRefusal(f"the chat template refuses these messages: {_words(error)}") from error
 
@@ -226,11 +226,10 @@ def continue_thought(opened: re.Match[str] | None, message: Message, answer: str
 
 
 def _with_text_arguments(messages: list[Message]) -> list[Message]:
-    def as_text(call: dict[str, Any]) -> dict[str, Any]:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
-
-    return [{**m, "tool_calls": [*map(as_text, m["tool_calls"])]} if "tool_calls" in m else m for m in messages]
+    messages = copy.deepcopy(messages)
+    for call in itertools.chain(*(message.get("tool_calls", ()) for message in messages)):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return messages
 
 
 def _words(error: BaseException) -> str:
