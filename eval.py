@@ -61,7 +61,7 @@ from nanoft.tracking.run import to_json
 from nanoft.training.validation import validate_config
 
 # Settings that define the model: with others, something would be evaluated that nobody trained.
-FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.")
+FIXED = ("model.name", "model.random_init", "data.control_tokens", "quantization.", "lora.", "training.")
 
 
 @command

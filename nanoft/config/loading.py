@@ -34,8 +34,8 @@ def _expand_home(config: Config) -> Config:
     def expand(path: str) -> str:
         return re.sub(r"(?:^|(?<=,))\s*~[^/,]*", lambda found: os.path.expanduser(found[0].strip()), path)
 
-    given = {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in PATHS}
-    return config.override({name: expand(path) for name, path in given.items() if path and "~" in path})
+    given = {name: path for name, path in config.flat().items() if name in PATHS and path and "~" in path}
+    return config.override({name: expand(path) for name, path in given.items()})
 
 
 def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -120,6 +120,7 @@ class DataConfig(Section):
     template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
     unrendered: Literal["refuse", "warn"] = "refuse"  # thoughts, calls, tools that the chat template omits
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
+    control_tokens: Literal["text", "parse"] | None = None  # </s> in a text: characters or token; none: asked for
     chunk: bool = True  # split plain texts that are too long into several samples; false: data.truncation
     truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples
     packing: bool = False  # several samples per sequence; they never attend to each other
@@ -169,19 +170,6 @@ class TrainingConfig(Section):
     early_stopping_patience: int = bounded(0, 0)  # evaluations without improvement; 0: never stop early
     early_stopping_threshold: float = bounded(0.0, 0.0)  # smallest improvement, in nats per target token
     keep_every: int = bounded(0, 0)  # steps between checkpoints that are never deleted; 0: none
-
-    def warmup(self, total_steps: int) -> int:
-        """Optimizer steps of the warm-up of a run of `total_steps`."""
-        return round(self.warmup_ratio * total_steps) if self.warmup_steps is None else self.warmup_steps
-
-    def check_schedule(self, total_steps: int | None) -> None:
-        """Refuse a learning rate that cannot be meant, and a warm-up that is longer than the run."""
-        if not 0 < self.learning_rate <= 1:
-            why = "nothing would be learned" if self.learning_rate == 0 else "training would diverge"
-            raise UserError(f"training.learning_rate: {self.learning_rate}: {why}: set it above 0 and to at most 1")
-        if total_steps and self.warmup(total_steps) > total_steps:
-            run = f"the run has {total_steps:,} steps and would never reach training.learning_rate"
-            raise UserError(f"training.warmup_steps: {self.warmup_steps}: {run}: lower it, or set warmup_ratio instead")
 
 
 @dataclass(frozen=True)
@@ -310,6 +298,10 @@ class Config:
         """The tree as plain JSON values; `Config.from_dict` is the inverse."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def flat(self) -> dict[str, Any]:
+        """The same by full name: section.field -> value."""
+        return {f"{section}.{name}": v for section, fields in self.to_dict().items() for name, v in fields.items()}
+
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Config:
         """Build a config from nested sections, as in YAML or JSON."""
@@ -363,10 +355,6 @@ def config_warnings(config: Config, total_steps: int | None = None) -> list[str]
         fix = "raise training.gradient_accumulation_steps"
         warnings.append(f"effective batch size {size}: gradients are noisy below 4: {fix}")
     adaptive = t.optimizer.startswith("adamw")  # others take learning rates of another order
-    high = 2e-4 if t.method == "lora" else 2e-5
-    if adaptive and t.learning_rate > high and not t.warmup(total_steps or 10**9):  # steps unknown: many
-        fix = "the first steps are the largest, on moments that are noise: set training.warmup_steps"
-        warnings.append(f"training.learning_rate={t.learning_rate}: high for a run without warm-up: {fix}")
     if adaptive and t.method == "lora" and t.learning_rate > 5e-4:
         warnings.append(f"training.learning_rate={t.learning_rate}: above 5e-4, LoRA on large models may diverge")
     if adaptive and t.method == "full" and t.learning_rate > 1e-4 and not config.model.random_init:

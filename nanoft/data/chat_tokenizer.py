@@ -26,7 +26,6 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +42,7 @@ from nanoft.config import Config
 from nanoft.data import chat_template, tokenizer_files
 from nanoft.data.chat_template import AS_USED, DEFAULT_TEMPLATE, OPEN_THOUGHT, USER, ChatTemplate, Marked, parts_of
 from nanoft.data.chat_template import TemplateRefusal as TemplateRefusal
+from nanoft.data.control_tokens import ControlTokens
 from nanoft.data.formats import CONTROL, RESERVED, TRAINING_FIELDS, is_trained
 from nanoft.data.formats import Message as Message
 from nanoft.data.template_sandbox import COMPILE_ERRORS, BoundedEnvironment
@@ -106,6 +106,7 @@ class ChatTokenizer:
         template_args: Mapping[str, Any] | None = None,  # more variables of the template: enable_thinking
         tool_template: str | None = None,  # for conversations with tools, if it is another
         may_omit: bool = False,  # train without what the template does not show, rather than refuse it
+        parses_control: bool = False,  # data.control_tokens=parse
     ):
         self.tokenizer, self.template_args = tokenizer, dict(template_args or {})
         self.template, self.may_omit = template or DEFAULT_TEMPLATE, may_omit
@@ -115,25 +116,27 @@ class ChatTokenizer:
         self.pad_id = 0  # nothing sees padding, so any row of the embedding will do; not every pad token has one
         first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
         self.wants_bos = self.bos_id is not None and first == [self.bos_id]  # its post-processor adds it
-        self.control_texts = sorted(filter(None, tokenizer_files.control_texts(tokenizer)), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, self.control_texts)) or "(?!)")
-        self._breakable = re.compile("|".join(re.escape(t) for t in self.control_texts if len(t) > 1) or "(?!)")
+        self.control = ControlTokens(tokenizer, parses_control)
         self._widths = tokenizer_files.byte_widths(tokenizer)
         self.date = datetime.datetime.now()  # what strftime_now returns
         self._environment = BoundedEnvironment(lambda: self.date)
         ends = {text for i in (*stop_ids, self.eos_id) if i is not None and (text := tokenizer.id_to_token(i))}
-        made = self._environment, self.special, self._control, ends
+        made = self._environment, self.special, self.control.pattern, ends
         self._plain = ChatTemplate(self.template, *made)
         self._with_tools = ChatTemplate(tool_template, *made) if tool_template else self._plain
         self.turn_end = self._plain.turn_end
         self.variables = self._plain.variables | self._with_tools.variables
         end_id = tokenizer.token_to_id(self.turn_end[0]) if self.turn_end else None
         self.stop_ids = sorted({*stop_ids, *(i for i in (end_id, self.eos_id) if i is not None)})
+        stops, prompt = [text for i in self.stop_ids if (text := tokenizer.id_to_token(i))], ""
+        with contextlib.suppress(TemplateRefusal):
+            prompt = self.render_prompt([{"role": "user", "content": "a"}]) if parses_control else ""
+        self.control.learn(stops, prompt)
 
     @classmethod
     def from_directory(
         cls, directory: Path, template_args: Mapping[str, Any] | None = None, template: str | None = None,
-        may_omit: bool = False, add_tokens: Sequence[str] = (),
+        may_omit: bool = False, add_tokens: Sequence[str] = (), parses_control: bool = False,
     ) -> ChatTokenizer:  # fmt: skip
         """Read tokenizer.json, tokenizer_config.json, the chat templates and generation_config.json.
 
@@ -148,7 +151,7 @@ class ChatTokenizer:
         if template is not None:
             default, with_tools = chat_template.choose_template(template, templates, tokenizer), None
         try:
-            chat = cls(tokenizer, special, default, stop_ids, template_args, with_tools, may_omit)
+            chat = cls(tokenizer, special, default, stop_ids, template_args, with_tools, may_omit, parses_control)
         except COMPILE_ERRORS as error:
             place = directory if template is None else f"model.chat_template: {template}"
             raise UserError(f"{place}: the chat template is not valid: {error}") from None
@@ -158,14 +161,16 @@ class ChatTokenizer:
     @classmethod
     def from_config(cls, directory: Path, config: Config) -> ChatTokenizer:
         """With the template and the variables that the settings of a run ask for."""
-        model, may_omit = config.model, config.data.unrendered == "warn"
-        return cls.from_directory(directory, config.data.template_args, model.chat_template, may_omit, model.add_tokens)
+        data, model = config.data, config.model
+        choices = data.unrendered == "warn", model.add_tokens, data.control_tokens == "parse"
+        return cls.from_directory(directory, data.template_args, model.chat_template, *choices)
 
     def fingerprint(self) -> str:
         """Everything that ids depend on: the tokenizer, the template, its variables, and its date if it prints one."""
         sources = [self.template, self._with_tools.source]
         date = self.date.date().isoformat() if "strftime_now" in "".join(sources) else ""
-        variables = json.dumps([sources, self.template_args, self.special, date], sort_keys=True, default=str)
+        chosen = [self.template_args, self.special, date, self.control.parsed]
+        variables = json.dumps([sources, *chosen], sort_keys=True, default=str)
         return variables + hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 
     def render(
@@ -212,8 +217,8 @@ class ChatTokenizer:
 
     def text_sample(self, text: str, record: int, prompt_characters: int = 0) -> Rendered:
         """Plain text, ended by the end-of-sequence token: everything after the prompt is a target."""
-        prompt = self._escape(text[:prompt_characters])
-        ended = prompt + self._escape(text[prompt_characters:]) + self.special.get("eos_token", "")
+        prompt, said = map(self.control.escape, (text[:prompt_characters], text[prompt_characters:]))
+        ended = prompt + (said.rstrip() if self.control.is_ended(said) else said + self.special.get("eos_token", ""))
         return Rendered(ended, [(len(prompt), len(ended))], record, [0] if prompt else [])
 
     def _conversation(
@@ -221,8 +226,8 @@ class ChatTokenizer:
     ) -> _Conversation:
         """What the template gets: control tokens escaped, without null values and training fields."""
         kept = ({k: v for k, v in m.items() if v is not None and k not in TRAINING_FIELDS} for m in messages)
-        cleaned = [self._escape(message) for message in kept]
-        variables = {"tools": self._escape(tools) or None, **self.template_args, **(template_args or {})}
+        cleaned = [self.control.clean(message) for message in kept]
+        variables = {"tools": self.control.escape(tools) or None, **self.template_args, **(template_args or {})}
         return _Conversation(self._with_tools if variables["tools"] else self._plain, cleaned, variables)
 
     def _turn(self, whole: _Conversation, index: int) -> _Turn:
@@ -260,7 +265,7 @@ class ChatTokenizer:
             answer = after[at:].lstrip()
         else:  # what stands before the last turn is rendered otherwise, once it is answered
             header = base.removeprefix(template.render(whole.messages[:index], False, whole.variables)[0])
-            if header != base and self._control.search(header) and header in after:
+            if header != base and self.control.pattern.search(header) and header in after:
                 answer = after.rpartition(header)[2].lstrip()
         if answer is not None:
             return before + chat_template.continue_thought(opened, message, answer, template.variables)
@@ -335,7 +340,7 @@ class ChatTokenizer:
         changes = np.flatnonzero(np.diff(sample.is_target)) + 1
         pieces = []
         for start, end in itertools.pairwise([0, *changes.tolist(), len(sample.ids)]):
-            text = self.decode(sample.ids[start:end].tolist(), keep_special=True)
+            text = self.control.shown(sample.ids[start:end].tolist(), self.decode)
             text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)  # the terminal must not obey them
             plain, colored = ("⟦{}⟧", "\033[32m{}\033[0m") if sample.is_target[start] else ("{}", "\033[2m{}\033[0m")
             pieces.append((colored if color else plain).format(text))
@@ -406,13 +411,3 @@ class ChatTokenizer:
         if len(is_target):
             is_target[0] = False  # nothing predicts the first token
         return Sample(ids, is_target, record, turn)
-
-    def _escape(self, value: Any) -> Any:
-        """Break up control tokens that occur in the texts of a message, however deep."""
-        if isinstance(value, dict):
-            return {self._escape(key): self._escape(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [self._escape(part) for part in value]
-        while isinstance(value, str) and self._breakable.search(value):
-            value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
-        return value

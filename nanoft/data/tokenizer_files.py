@@ -41,7 +41,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if largest >= MAX_ID:
             raise ValueError(f"a token has the id {largest:,}")
-        special = control_texts(tokenizer)
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         if len(special) > MAX_SPECIAL:
             raise ValueError(f"{len(special):,} control tokens: at most {MAX_SPECIAL:,} are allowed")
         if reserved := [text for text in special if NONCHARACTERS & set(text)]:
@@ -51,10 +51,6 @@ def read_tokenizer(directory: Path) -> Tokenizer:
                 raise ValueError(f"its {type(part).__name__} makes a text more than {MAX_GROWTH} times as long")
         tokenizer.encode("a 1", add_special_tokens=True)
     return tokenizer
-
-
-def control_texts(tokenizer: Tokenizer) -> list[str]:
-    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
 
 
 def add_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[int, ...]:

@@ -204,7 +204,8 @@ def answer_all(
         found = {order[at]: (chat.decode(answers[at].ids), answers[at].stopped) for at in mine}
     found = distributed.all_gather_dict(found)
     model.train(training)
-    return [Completion(p.messages[-1]["content"], p.reference, *found[i]) for i, p in enumerate(prompts)]
+    references = [chat.control.remove(prompt.reference) for prompt in prompts]
+    return [Completion(p.messages[-1]["content"], references[i], *found[i]) for i, p in enumerate(prompts)]
 
 
 def answer_figures(completions: Sequence[Completion], metrics: Sequence[Metric]) -> dict[str, Figure]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +33,7 @@ from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import with_added_tokens
 from nanoft.models.weights import choose_dequantize
-from nanoft.optim import OPTIMIZERS, check_optimizer
+from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import matmul_gflop_s
 from nanoft.runtime.machine import Machine
@@ -116,7 +115,13 @@ def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
 
 def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
     """Settings that are probably a mistake, for this base and samples of up to `longest` tokens, one line each."""
+    t = planner.config.training
     warnings = [*config_warnings(planner.config, total_steps), *planner.counts.rank_warnings]
+    high = 2e-4 if t.method == "lora" else 2e-5
+    steps = total_steps or t.max_steps or 10**9  # unknown: many
+    if t.optimizer.startswith("adamw") and t.learning_rate > high and not warmup_steps(steps, t):
+        fix = "the first steps are the largest, on moments that are noise: set training.warmup_steps"
+        warnings.append(f"training.learning_rate={t.learning_rate}: high for a run without warm-up: {fix}")
     if longest > files.context_length:
         known = f"the base knows {files.context_length:,} positions (max_position_embeddings)"
         warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and {known}: lower it")
@@ -295,17 +300,10 @@ def explained_out_of_memory(planner: Planner) -> Iterator[None]:
         if is_out_of_memory(error):
             raise out_of_memory_error(planner, planner.config.micro_batch_rows()) from None
         if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # importing it takes seconds
-            raise compiler_error(error) from None
+            reason = str(error).strip().partition("\n")[0]
+            fix = "install a compiler that works (CXX names it), or set training.compile=false"
+            raise UserError(f"training.compile: {reason}: {fix}") from None
         raise
-
-
-def compiler_error(error: BaseException) -> UserError | TrainingFailed:
-    """torch.compile failed: for want of a compiler that works here (exit code 2), or by itself (3)."""
-    reason = str(error).strip().partition("\n")[0]
-    if re.search(r"Cxx|Cpp|C\+\+|[Tt]riton", reason):
-        fix = "install a compiler that works (CXX names it), or set training.compile=false"
-        return UserError(f"training.compile: {reason}: {fix}")
-    return TrainingFailed(f"training.compile: torch.compile failed: {reason}: set training.compile=false")
 
 
 def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:

@@ -23,7 +23,7 @@ import nanoft
 from nanoft import UserError, kernels
 from nanoft.batches import Batches
 from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows
-from nanoft.checkpoint import CheckpointManager
+from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointManager
 from nanoft.config import Config, LoRAConfig
 from nanoft.config.fields import nearest
 from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
@@ -39,7 +39,7 @@ from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import hash_tensors, load_adapter_tensors, vocabulary_of
+from nanoft.models.adapter_files import hash_tensors, vocabulary_of
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
 from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import cache_weights, load_model
@@ -53,6 +53,7 @@ from nanoft.tracking.trackers import build_trackers
 from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
 from nanoft.training.progress import log_memory
 from nanoft.training.state import TrainContext, TrainState
+from nanoft.training.validation import check_schedule
 
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, base and source, device, threads, date
 # What lora.start_from takes from the adapter.
@@ -60,12 +61,6 @@ SHAPE = """
     rank alpha target_modules rank_pattern alpha_pattern rslora dora bias modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
 IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
-
-
-def shared_facts(config: Config, machine: Machine) -> dict[str, Any]:
-    """What must be the same on all ranks."""
-    settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
-    return {"the device": machine.name, **library_versions(), **settings}
 
 
 def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> Planner:
@@ -162,7 +157,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     batches = Batches(corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, **options)
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
-    t.check_schedule(steps)
+    check_schedule(t, steps)
     counts = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **counts})
     if not distributed.process_rank():
@@ -201,12 +196,6 @@ def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
     return config.override({**taken, "model.add_tokens": start.add_tokens}), start
 
 
-def load_start(adapters: dict[str, Adapter], start: TrainedAdapter | None) -> None:
-    """Put the values of lora.start_from into fresh adapters."""
-    if start:
-        load_adapter_tensors(adapters, start.tensors, f"lora.start_from: {start.place}")
-
-
 def check_start(start: TrainedAdapter, config: Config, provenance: Provenance, run: Run) -> None:
     """Refuse an adapter of another base, and say where its base was in another number format."""
     if start.base_sha256 not in (None, provenance["base_sha256"]):
@@ -243,11 +232,12 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
     return model
 
 
-def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> CheckpointManager:
-    """The checkpoints of the run; only rank 0 writes there."""
+def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncCheckpointWriter:
+    """The checkpoints of the run, and who saves them in the background; only rank 0 writes there."""
     t, is_owner = config.training, not distributed.process_rank()
     identity = {name: provenance[name] for name in IDENTITY}
-    return CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
+    checkpoints = CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
+    return AsyncCheckpointWriter(checkpoints)
 
 
 @contextlib.contextmanager

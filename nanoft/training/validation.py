@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nanoft import UserError
-from nanoft.config import Config
+from nanoft.config import Config, TrainingConfig
 from nanoft.config.fields import nearest
 from nanoft.data.formats import check_format
 from nanoft.lora import VARIANTS, variant_of
 from nanoft.metrics.answers import select_metrics
 from nanoft.objectives import OBJECTIVES
-from nanoft.optim import OPTIMIZERS, SCHEDULES
+from nanoft.optim import OPTIMIZERS, SCHEDULES, warmup_steps
 
 MAX_RANK = 4096  # of LoRAConfig.rank
 
@@ -36,7 +36,7 @@ def validate_config(config: Config) -> None:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
     if t.method == "lora":
         check_variant(config)
-    t.check_schedule(t.max_steps)
+    check_schedule(t, t.max_steps)
     check_format(config.data.format)
     select_metrics(config.evaluation.metrics)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
@@ -44,6 +44,16 @@ def validate_config(config: Config) -> None:
             f"training.optimizer: the state of {t.optimizer} cannot be sharded: set training.optimizer=adamw "
             "(each of N processes holds an Nth of it) or training.sharding=none"
         )
+
+
+def check_schedule(t: TrainingConfig, total_steps: int | None) -> None:
+    """Refuse a learning rate that cannot be meant, and a warm-up that is longer than the run."""
+    if not 0 < t.learning_rate <= 1:
+        why = "nothing would be learned" if t.learning_rate == 0 else "training would diverge"
+        raise UserError(f"training.learning_rate: {t.learning_rate}: {why}: set it above 0 and to at most 1")
+    if total_steps and warmup_steps(total_steps, t) > total_steps:
+        run = f"the run has {total_steps:,} steps and would never reach training.learning_rate"
+        raise UserError(f"training.warmup_steps: {t.warmup_steps}: {run}: lower it, or set warmup_ratio instead")
 
 
 def check_variant(config: Config) -> None:

@@ -9,12 +9,12 @@ import pytest
 
 import train
 from nanoft import UserError
-from nanoft.config import Config
+from nanoft.config import Config, TrainingConfig
 from nanoft.data.formats import SHAPES
 from nanoft.lora import VARIANTS, LoRALinear
 from nanoft.metrics.answers import METRICS
 from nanoft.optim import OPTIMIZERS, SCHEDULES
-from nanoft.training.validation import validate_config
+from nanoft.training.validation import check_schedule, validate_config
 
 TABLES: dict[str, list[str]] = {
     "training.optimizer": list(OPTIMIZERS),
@@ -95,3 +95,18 @@ def test_what_a_variant_does_not_train_is_refused(
     if variant is not LoRALinear:
         monkeypatch.setitem(VARIANTS, ("default", False), LoRALinear)
         validate_config(Config().override(changes))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.01, 2e4])
+def test_a_learning_rate_that_cannot_be_meant_is_refused(rate: float) -> None:
+    with pytest.raises(UserError, match=r"^training\.learning_rate: "):
+        validate_config(Config().override({"training.learning_rate": rate}))
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_refused() -> None:
+    t = TrainingConfig(warmup_steps=30)
+    for total_steps in (None, 30):
+        check_schedule(t, total_steps)
+    check_schedule(TrainingConfig(warmup_ratio=1.0), 30)
+    with pytest.raises(UserError, match=r"^training\.warmup_steps: 30: the run has 29 steps"):
+        check_schedule(t, 29)
