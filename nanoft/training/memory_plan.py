@@ -123,8 +123,8 @@ def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps
         fix = "the first steps are the largest, on moments that are noise: set training.warmup_steps"
         warnings.append(f"training.learning_rate={t.learning_rate}: high for a run without warm-up: {fix}")
     if longest > files.context_length:
-        known = f"the base knows {files.context_length:,} positions (max_position_embeddings)"
-        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and {known}: lower it")
+        known = f"{files.context_length:,} positions (max_position_embeddings): lower it"
+        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and the base knows {known}")
     return warnings
 
 
