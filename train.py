@@ -52,12 +52,12 @@ from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.inspection import check_vocabulary, show_step
-from nanoft.guard import RollBack, SkipStep
+from nanoft.guard import GradientOverflow, RollBack, SkipStep
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
 from nanoft.models.model_files import ModelFiles
 from nanoft.objectives import build_objective
-from nanoft.optim import build_optimizer, learning_rate, set_learning_rate
+from nanoft.optim import build_optimizer, build_scaler, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
 from nanoft.runtime.device import choose_device, seed_everything
@@ -168,7 +168,8 @@ def build(
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
         validation=corpus.validation[: config.evaluation.max_samples], model=model, adapters=adapters,
-        objective=objective, optimizer=optimizer, checkpoints=checkpoints,
+        objective=objective, optimizer=optimizer, scaler=build_scaler(machine.device, machine.dtype),
+        checkpoints=checkpoints,
         writer=AsyncCheckpointWriter(checkpoints, available_host_bytes), planner=planner, plan=plan,
     )  # fmt: skip
 
@@ -188,7 +189,7 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
             try:
                 started = time.perf_counter()
                 window = ctx.batches.next_window(state.epoch, state.window, state.guard.skipped_windows)
-                loss, grad_norm = accumulate(ctx, window)
+                loss, grad_norm = accumulate(ctx, window)  # raises GradientOverflow
                 spike = guard.check(c.guard, state.guard, loss, grad_norm, window)  # raises SkipStep, RollBack
                 if spike:
                     recovery.warn_of_window(ctx, state, "spike", SkipStep(spike, loss, grad_norm, window))
@@ -206,6 +207,8 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
                 progress.save_if_due(ctx, state)
             except OutOfMemory as error:
                 state = recovery.halve_micro_batch(ctx, state, error)  # the same window again, in smaller pieces
+            except GradientOverflow as bad:
+                recovery.skip_overflow(ctx, state, bad)
             except RollBack as bad:
                 state = recovery.roll_back(ctx, state, bad)
             except SkipStep as bad:
@@ -229,10 +232,14 @@ def accumulate(ctx: TrainContext, window: Window) -> tuple[float, float]:
         for batch in share_of_rank(window):
             with ctx.autocast():
                 micro_loss = objective.loss(model, batch.to(ctx.device)) / units
-            micro_loss.backward()
+            ctx.scaler.scale(micro_loss).backward()  # unscaled, unless the dtype is float16
             loss += micro_loss.detach()
     with distributed.same_exception(ctx.device):
+        loss_scale = ctx.scaler.get_scale()
+        ctx.scaler.unscale_(ctx.optimizer)  # after the sum over the ranks, so all ranks see the same overflow
+        ctx.scaler.update()
         grad_norm = sharding.clip_grad_norm(parameters, ctx.config.training.max_grad_norm)
+    guard.check_overflow(loss_scale, loss.item(), grad_norm, window)
     return loss.item(), grad_norm
 
 

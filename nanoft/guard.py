@@ -6,6 +6,9 @@ before it is taken, by its loss and by the norm of its gradient before clipping:
     not finite          the window is skipped: parameters, optimizer and schedule stay as they are
     a spike             a warning, then skipped, then a rollback, as far as guard.on_spike allows
 
+A gradient that only the loss scale of float16 made overflow is neither: `check_overflow` comes first, and the window is
+skipped without counting as a fault.
+
 A spike is far from the median of the last steps in units of their median absolute deviation, which an outlier cannot
 move (Hampel 1974); of logarithms, because losses and norms vary by factors. After too many skips in a row the run rolls
 back to its last checkpoint, lowers the learning rate, and skips the windows that did it (as Chowdhery et al. 2022,
@@ -40,6 +43,10 @@ class SkipStep(Exception):
         self.reason, self.loss, self.grad_norm, self.window = reason, loss, grad_norm, window
 
 
+class GradientOverflow(SkipStep):
+    """A gradient that overflows float16 at the loss scale of its window; the scale is half of that by now."""
+
+
 class RollBack(SkipStep):
     """Too many skipped windows in a row: the weights must be restored from a checkpoint."""
 
@@ -61,6 +68,16 @@ class History:
     lr_scale: float = 1.0  # factor on the schedule's learning rate
     suspects: list[list[int]] = field(default_factory=list)  # [epoch, index] of the windows skipped in a row
     skipped_windows: list[list[int]] = field(default_factory=list)  # [epoch, index], for good, after rollbacks
+
+
+def check_overflow(loss_scale: float, loss: float, grad_norm: float, window: Window) -> None:
+    """Raise GradientOverflow where the loss is finite, but its gradient, computed at `loss_scale`, is not.
+
+    At a scale of 1 or less the gradient itself is too large; then, and if the loss is not finite, `check` decides.
+    """
+    if loss_scale > 1 and math.isfinite(loss) and not math.isfinite(grad_norm):
+        reason = f"the gradient overflows float16 at loss scale {loss_scale:g}, now {loss_scale / 2:g}"
+        raise GradientOverflow(reason, loss, grad_norm, window)
 
 
 def check(config: GuardConfig, history: History, loss: float, grad_norm: float, window: Window) -> str:

@@ -5,6 +5,7 @@ too much, they are stored in 8 bits each (Dettmers et al. 2022), or in pages tha
 is full (Dettmers et al. 2023, section 3); SGD keeps one running sum, or nothing. State is named by parameter, never by
 position, so that a checkpoint can be matched to a model. The learning rate is a pure function of the step: there is
 no scheduler state that could be lost. A new optimizer or schedule is an entry of `OPTIMIZERS` or `SCHEDULES`.
+Float16 needs one thing more, a loss scale: `build_scaler`.
 """
 
 from __future__ import annotations
@@ -135,6 +136,16 @@ def learning_rate(step: int, total_steps: int, c: TrainingConfig) -> float:
         return c.learning_rate * (step + 1) / (warmup + 1)
     t = (step - warmup) / max(1, total_steps - warmup)
     return c.learning_rate * (c.min_lr_ratio + (1 - c.min_lr_ratio) * SCHEDULES[c.lr_scheduler](t, c))
+
+
+def build_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, section 3.2); for another dtype it does nothing.
+
+    The smallest float16 is 6e-8, and a gradient below it becomes 0. So backward starts from S loss instead of the loss,
+    and each gradient is divided by S in float32. S begins at 2^16. It is halved when a gradient overflows, beyond 65504,
+    and doubled after 2000 windows in which none did.
+    """
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

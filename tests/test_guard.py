@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 from nanoft.batches import Window
 from nanoft.config import GuardConfig
-from nanoft.guard import MIN_HISTORY, History, RollBack, SkipStep, after_rollback, check, diagnose, robust_score
+from nanoft.guard import (
+    MIN_HISTORY,
+    GradientOverflow,
+    History,
+    RollBack,
+    SkipStep,
+    after_rollback,
+    check,
+    check_overflow,
+    diagnose,
+    robust_score,
+)
 
 NAN, INFINITE = math.nan, math.inf
 
@@ -40,6 +51,18 @@ def test_a_loss_or_gradient_that_is_not_finite_is_left_out(bad: tuple[float, flo
     assert action == "skip"
     assert reason
     assert (history.skips, history.suspects, history.losses) == (1, [[2, 7]], [])
+
+
+@pytest.mark.parametrize("norm", [NAN, INFINITE])
+def test_an_overflow_is_a_gradient_that_a_smaller_loss_scale_could_help(norm: float) -> None:
+    window = Window([], [2, 7], [2, 8])
+    with pytest.raises(GradientOverflow, match="overflows float16 at loss scale 1024, now 512") as found:
+        check_overflow(1024.0, 3.0, norm, window)
+    assert found.value.window is window
+    check_overflow(1.0, 3.0, norm, window)  # no loss scaling, or nothing left of it
+    check_overflow(1024.0, NAN, 1.0, window)  # forward: no scale prevents it
+    check_overflow(1024.0, INFINITE, norm, window)
+    check_overflow(1024.0, 3.0, 1e30, window)
 
 
 def test_any_finite_step_is_taken_while_there_is_nothing_to_compare_it_with() -> None:

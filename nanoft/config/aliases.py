@@ -61,8 +61,9 @@ def ignored(_: Any) -> Settings:
 
 
 DATA_FILES = {"json", "jsonl", "csv", "tsv", "parquet"}
-DTYPES = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
-DTYPES |= {f"torch.{name}": name for name in ("float32", "bfloat16")}
+DTYPES = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+DTYPES |= {f"torch.{name}": DTYPES[name] for name in ("float32", "bfloat16", "float16", "half")}
 OPTIMIZERS: dict[str, Any] = {  # whose names differ
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
@@ -79,7 +80,6 @@ SCHEDULES: dict[str, Any] = {
 }
 STRATEGY = {"steps": {}, "no": 0}
 TRACKERS = {name: name for name in ("none", "tensorboard", "wandb")}
-BFLOAT16 = "float16 gradients underflow: use bfloat16"
 LOWEST_LOSS = "the best checkpoint has the lowest loss"
 LORA_OR_FULL = "train LoRA adapters, or every parameter"
 TORCHRUN = "remove it: start train.py with torchrun, and set training.sharding=full to shard"
@@ -124,9 +124,9 @@ RENAMED = {
 # names (separated by spaces) -> what they mean
 TRANSLATED = {
     # Model and quantization (BitsAndBytesConfig)
-    "dtype torch_dtype bnb_4bit_compute_dtype": Alias("model.dtype", DTYPES, BFLOAT16),
+    "dtype torch_dtype bnb_4bit_compute_dtype": Alias("model.dtype", DTYPES),
     "bf16": Alias("model.dtype", {True: "bfloat16", False: {}}),
-    "fp16": Alias(values={False: {}}, fix="float16 gradients underflow: set bf16=true and remove fp16"),
+    "fp16": Alias("model.dtype", {True: "float16", False: {}}),
     "use_4bit load_in_4bit": Alias("quantization.bits", {True: 4, False: {}}),
     "use_8bit load_in_8bit": Alias("quantization.bits", {True: 8, False: {}}),
     "bnb_4bit_quant_storage": Alias(values={"uint8": {}, "torch.uint8": {}}),
@@ -191,7 +191,7 @@ SHORT = {"lr": "training.learning_rate", "epochs": "training.num_epochs", "batch
 def translate(flat: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     """The settings of a flat file as section.field -> (name in the file, value); a null is the same as no setting."""
     if flat.get("bf16") is True and flat.get("fp16") is True:
-        raise UserError("bf16 and fp16: both are true: remove fp16")
+        raise UserError("bf16 and fp16: both are true: remove one of them")
     found: dict[str, tuple[str, Any]] = {}
     for name, value in flat.items():
         if name == "warmup_steps" and value == 0 and flat.get("warmup_ratio"):  # 0 means: use the ratio

@@ -46,7 +46,8 @@ class Section:
 @dataclass(frozen=True)
 class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute dtype; auto: bfloat16 where fast
+    # Compute dtype; auto: on a GPU bfloat16, or float16 if it has none; float32 elsewhere
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
     random_init: bool = False  # pre-train from random weights; needs config.json and tokenizer only
 

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--base: {args.source} has no adapter to switch off: remove --base, or name a LoRA run")
     bytes_needed = sum(linear.out_features * linear.in_features for linear in linears_of(loaded.model).values()) * 4
     has_room = device.type == "cpu" and bytes_needed <= MEMORY_SHARE * available_host_bytes()
-    cache_weights(loaded.model, "cached" if has_room else "auto")  # a dequantized base is several times as fast
+    policy = "cached" if has_room else "auto"  # a dequantized base is several times as fast
+    cache_weights(loaded.model, policy, loaded.model.head.dtype)
     chat = open_chat_tokenizer(args.source, loaded)
     generator = torch.Generator()
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)

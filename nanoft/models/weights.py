@@ -217,8 +217,11 @@ def choose_dequantize(policy: str, device_type: str, extra_bytes: int, free_byte
     return "cached" if policy == "cached" else "per_use"
 
 
-def cache_weights(model: nn.Module, policy: str) -> Literal["per_use", "cached"]:
-    """If the policy chooses so, dequantize every weight: its linear becomes a frozen nn.Linear. Returns the choice."""
+def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = None) -> Literal["per_use", "cached"]:
+    """If the policy chooses so, dequantize every weight: its linear becomes a frozen nn.Linear. Returns the choice.
+
+    `dtype` is the model's where it differs from the one that its weights are dequantized in.
+    """
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))]
     if not layers:
         return "per_use"
@@ -234,7 +237,7 @@ def cache_weights(model: nn.Module, policy: str) -> Literal["per_use", "cached"]
         name, layer = layers.pop()  # the packed weight is gone before the next one is unpacked
         parent, _, last = name.rpartition(".")
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
+        linear.weight = nn.Parameter(layer.dequantize().to(dtype or layer.dtype), requires_grad=False)
         linear.register_parameter("bias", layer.bias)
         setattr(model.get_submodule(parent), last, linear)
     return chosen

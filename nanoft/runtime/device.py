@@ -23,7 +23,7 @@ from torch import Tensor
 from nanoft import UserError, __version__
 from nanoft.runtime.memory import memory_limit_bytes, set_metal_limit, total_memory_gb
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIBRARIES = ("torch", "safetensors", "tokenizers", "bitsandbytes", "numpy")
 
 
@@ -42,16 +42,11 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of model.dtype; `auto` is bfloat16 on a GPU that computes in it, float32 elsewhere.
-
-    float16 is not offered: its smallest positive number is 6e-8, and gradients of a loss divided by thousands of tokens
-    are smaller.
-    """
+    """The dtype of model.dtype; `auto`: bfloat16 on a GPU that computes in it, float16 on other CUDA GPUs, or float32."""
     if wanted == "auto":
-        is_fast = device.type == "mps" and supports_matmul(torch.bfloat16, device)
         if device.type == "cuda":
-            is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if is_fast else torch.float32
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if device.type == "mps" and supports_matmul(torch.bfloat16, device) else torch.float32
     if wanted != "float32" and not supports_matmul(DTYPES[wanted], device):
         where = "CPU" if device.type == "cpu" else "GPU"
         raise UserError(f"model.dtype: {wanted} matmul is not supported on this {where}: set model.dtype=float32")

@@ -18,6 +18,7 @@ from nanoft.runtime.memory import memory_limit_bytes, total_memory_gb
 
 CONFIGS = Path(nanoft.__file__).parent.parent / "configs"
 GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # minimum memory in GB
+FLOAT16_CONFIGS = {"gpu_16gb_fp16.py": 15, "gpu_8gb.py": 0}  # the same, of GPUs without bfloat16
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,14 @@ def select_device(device: torch.device, sharding: str) -> None:
 def pick_config(overrides: list[str]) -> Path:
     """The config for this machine; prints which one, and why."""
     device = choose_device(read_overrides(overrides).get("system.device", "auto"))
-    memory_gb = total_memory_gb(device)
-    if device.type == "cuda" and choose_dtype("auto", device) == torch.float32:
-        memory_gb /= 2  # before Ampere: in float32, activations take twice the memory
-    path = config_for(device.type, memory_gb)
+    path = config_for(device.type, total_memory_gb(device), choose_dtype("auto", device))
     if not distributed.process_rank():
         print(f"auto      configs/{path.name}, because this is {describe_device(device)}")
     return path
 
 
-def config_for(device_type: str, memory_gb: float) -> Path:
+def config_for(device_type: str, memory_gb: float, dtype: torch.dtype) -> Path:
     if device_type == "cuda":
-        return CONFIGS / next(name for name, needed in GPU_CONFIGS.items() if memory_gb >= needed)
+        configs = FLOAT16_CONFIGS if dtype == torch.float16 else GPU_CONFIGS
+        return CONFIGS / next(name for name, needed in configs.items() if memory_gb >= needed)
     return CONFIGS / {"mps": "m4.py", "cpu": "cpu.py"}[device_type]

@@ -203,7 +203,7 @@ class Run:
         """The windows, (epoch, index), that were not trained on: skipped at once, or after a rollback."""
         found = set()
         for _, values in self._events():
-            if values.get("what") == "step skipped":
+            if values.get("what") in ("step skipped", "overflow"):
                 found.add(tuple(values["window"]))
             elif values.get("what") == "rolled back":
                 found |= set(map(tuple, values["left_out"]))

@@ -94,7 +94,7 @@ def precision(device: torch.device) -> Iterator[Check]:
     capability = f"; compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}" if is_cuda else ""
     yield Check("precision", "ok", f"{working} work; model.dtype=auto selects {chosen}{capability}")
     if is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        fix = "model.dtype=auto selects float32: slower, twice the memory"
+        fix = "model.dtype=auto selects float16, with loss scaling"
         yield Check("bfloat16", "warn", "not supported by this GPU", fix)
 
 

@@ -54,6 +54,8 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
     seconds, speed = round(state.meter.total_seconds, 3), round(state.meter.tokens_per_second(), 1)
     training = {"steps": state.step, "best_step": state.best_step, "seconds": seconds, "tokens_per_second": speed}
     training["peak_memory_gb"] = round(peak_memory_gb(ctx.device), 3)
+    if ctx.scaler.is_enabled():
+        training["overflow_steps"] = state.overflow_steps
     if state.meter.total_joules and distributed.world_size() == 1:  # what other ranks took is not known here
         training["energy_wh"] = round(state.meter.total_joules / JOULES_PER_WH, 6)
     tuned = measure(ctx, state, ctx.model)

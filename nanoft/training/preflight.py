@@ -6,12 +6,14 @@ check, one line, and one fix. Checks of the tokens alone are in nanoft/data/insp
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nanoft import UserError
@@ -96,8 +98,11 @@ def rehearse(ctx: TrainContext) -> tuple[Check, float]:
                 ctx.objective.prepare(ctx.model, window)
                 loss = ctx.objective.loss(ctx.model, batch)
             loss.backward()
-            loss.item()  # waits for the device
+            is_finite = math.isfinite(loss.item())  # waits for the device
             seconds.append(time.perf_counter() - started)
+    if not is_finite and ctx.machine.dtype == torch.float16:  # which no loss scale can prevent
+        where = f"weights or activations overflow float16 on the longest batch, {tuple(batch.ids.shape)}"
+        raise UserError(f"model.dtype: {where}: set model.dtype=bfloat16 or float32")
     for _, parameter in ctx.trained:
         parameter.grad = None
     check = Check.of("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit")

@@ -42,6 +42,8 @@ def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: fl
     if is_due(ctx, state, ctx.config.training.log_steps):
         memory = {"peak_memory_gb": peak_memory_gb(ctx.device), **read_memory(ctx.device).figures()}
         values = {"learning_rate": lr, "grad_norm": grad_norm, **memory}
+        if ctx.scaler.is_enabled():
+            values |= {"loss_scale": ctx.scaler.get_scale(), "overflow_steps": state.overflow_steps}
         ctx.run.log("train", state.step, **state.meter.flush(), **values, epoch=state.epoch)
 
 
@@ -109,7 +111,8 @@ def save(ctx: TrainContext, state: TrainState) -> None:
     tensors = {ctx.weights_file: ctx.trained_weights(), "optimizer": optimizer_tensors(ctx.optimizer, ctx.trained)}
     tensors = {name: sharding.gather_full(named) for name, named in tensors.items()}
     best = (state.best_step, state.best_loss) if state.best_step else None
-    ctx.writer.start(state.step, tensors, {**asdict(state), "rng": rng_state()}, best)
+    others = {"rng": rng_state(), "scaler": ctx.scaler.state_dict()}
+    ctx.writer.start(state.step, tensors, {**asdict(state), **others}, best)
 
 
 def save_if_due(ctx: TrainContext, state: TrainState) -> None:

@@ -1,8 +1,9 @@
 """What happens instead of a step that cannot be taken: the clauses of the ladder in train.py.
 
-OutOfMemory    the same window again in micro-batches of half the size: same gradient, less memory
-SkipStep       the window is not trained on
-RollBack       back to the newest checkpoint, at a lower learning rate, without the windows that did it
+OutOfMemory       the same window again in micro-batches of half the size: same gradient, less memory
+SkipStep          the window is not trained on
+GradientOverflow  the same, and counted; in float16 it is expected now and then
+RollBack          back to the newest checkpoint, at a lower learning rate, without the windows that did it
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from nanoft import TrainingFailed, UserError, guard
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
-from nanoft.guard import Diverged, History, RollBack, SkipStep
+from nanoft.guard import Diverged, GradientOverflow, History, RollBack, SkipStep
 from nanoft.runtime.memory import OutOfMemory, release_memory
 from nanoft.training.memory_plan import out_of_memory_error
 from nanoft.training.progress import log_save
@@ -38,9 +39,15 @@ def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) 
     return state
 
 
-def skip_window(ctx: TrainContext, state: TrainState, bad: SkipStep) -> None:
+def skip_overflow(ctx: TrainContext, state: TrainState, bad: GradientOverflow) -> None:
+    """Pass over a window whose gradient overflowed float16; the next one is computed at half the loss scale."""
+    state.overflow_steps += 1
+    skip_window(ctx, state, bad, "overflow")
+
+
+def skip_window(ctx: TrainContext, state: TrainState, bad: SkipStep, what: str = "step skipped") -> None:
     """Pass over a window, without a step."""
-    warn_of_window(ctx, state, "step skipped", bad)
+    warn_of_window(ctx, state, what, bad)
     ctx.optimizer.zero_grad(set_to_none=True)
     state.skip(bad.window)
 

@@ -34,6 +34,7 @@ from nanoft.lora import LoRALinear, by_pattern, disabled, variant_of, weight_of
 from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
+from nanoft.optim import build_scaler
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.device import seed_everything
 from nanoft.runtime.memory import available_host_bytes
@@ -49,8 +50,8 @@ ANSWER = 16  # tokens
 SHARE = 0.2  # by which the outputs of a perturbed adapter change, relative to their norm
 KEPT = 1 << 16  # values of each gradient that are compared
 # Tolerances: of a whole model forward and backward, and of one product or loss.
-MODEL = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-PRODUCT = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+MODEL = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+PRODUCT = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
 ROW = "{:32} {:6} {:>8} {:>8}  {}"
 
 
@@ -194,7 +195,8 @@ def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tenso
     # clipping would hide a wrong scale; without rollbacks no checkpoint of the beginning is needed
     config = ctx.config.override({"training.max_grad_norm": 0.0, "guard.max_rollbacks": 0})
     unused = CheckpointManager(ctx.run.directory / "no" / "checkpoints", 1)
-    ctx = saving_to(replace(ctx, config=config, batches=batches), unused)
+    scaler = build_scaler(ctx.device, ctx.machine.dtype)
+    ctx = saving_to(replace(ctx, config=config, batches=batches, scaler=scaler), unused)
     torch.manual_seed(config.system.seed)
     try:
         with ctx.optimizer.register_step_pre_hook(take):
@@ -395,10 +397,11 @@ def resume_error(ctx: TrainContext, loop: Loop, directory: Path) -> float:
         for key, value in moments.items():
             moments[key] = value.zero_() if isinstance(value, Tensor) else 0
     seed_everything(ctx.config.system.seed ^ 1, 0, False)
+    ctx = replace(ctx, scaler=build_scaler(ctx.device, ctx.machine.dtype))
     ctx.batches.seek(ctx.batches.epoch + 1)
     resume(saving_to(ctx, halves), loop, 2 * STEPS)
     expected, found = (verify(checkpoints.path(2 * STEPS)) for checkpoints in (whole, halves))
-    if any(found.state[key] != expected.state[key] for key in ("step", "epoch", "window", "rng")):
+    if any(found.state[key] != expected.state[key] for key in ("step", "epoch", "window", "rng", "scaler")):
         return math.inf
     files = ("adapter" if ctx.adapters else "model", "optimizer")
     return max(tensors_error(*(saved.path / f"{name}.safetensors" for saved in (found, expected))) for name in files)

@@ -183,7 +183,9 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     base = form.upper() + (", double quantization" if double else "") + ("" if packed else ", dequantized once")
     many = f"{distributed.world_size()} x " if distributed.world_size() > 1 else ""
     many = f"model sharded over {many}" if c.training.sharding == "full" else many
-    say(f"device    {many}{describe_device(ctx.device)}; computing in {ctx.machine.dtype_name}")
+    why = ", with loss scaling" if ctx.scaler.is_enabled() else ""
+    why += ": this GPU has no native bfloat16" if why and c.model.dtype == "auto" else ""
+    say(f"device    {many}{describe_device(ctx.device)}; computing in {ctx.machine.dtype_name}{why}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if form else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(ctx.adapters):

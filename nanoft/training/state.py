@@ -1,7 +1,7 @@
 """What a training run consists of (`TrainContext`), and what changes while it trains (`TrainState`).
 
-A checkpoint holds exactly what changes: the trained weights, the optimizer's moments, the random number generators and
-`TrainState`. So a run that is restored from one continues as if it had never stopped.
+A checkpoint holds exactly what changes: the trained weights, the optimizer's moments, the random number generators, the
+loss scale and `TrainState`. So a run that is restored from one continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RENAMED = {"rate": "lr_scale", "left_out": "skipped_windows"}  # fields of the g
 
 @dataclass
 class TrainState:
-    """Everything that changes while training, besides the weights, the moments and the random numbers."""
+    """Everything that changes while training, besides the weights, the moments, the random numbers and the loss scale."""
 
     step: int = 0  # completed optimizer steps
     epoch: int = 0  # the position in the data: the window that comes next
@@ -49,6 +49,7 @@ class TrainState:
     best_step: int = 0
     best_loss: float = float("inf")  # on the validation samples
     evaluations_without_gain: int = 0
+    overflow_steps: int = 0  # windows skipped because their gradient overflowed float16
     micro_batch_rows: int = 0  # fewer than configured, after running out of memory; 0: as configured
     guard: guard.History = field(default_factory=guard.History)
 
@@ -82,6 +83,7 @@ class TrainContext:
     adapters: dict[str, LoRALinear]  # empty when every parameter is trained
     objective: Objective
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     checkpoints: CheckpointManager
     writer: AsyncCheckpointWriter
     planner: Planner
@@ -158,7 +160,7 @@ def restore_from(ctx: TrainContext, choose: Callable[[], Checkpoint | None]) -> 
         distributed.broadcast_tensors(ctx.trained_weights().values())
         return TrainState()
     saved = Checkpoint(Path(path), contents)
-    state = read_state(saved)
+    state = read_state(saved, ctx.scaler)
     load_weights(ctx, saved)
     moments = sharding.distribute_like(saved.tensors("optimizer"), optimizer_tensors(ctx.optimizer, ctx.trained))
     load_optimizer_tensors(ctx.optimizer, ctx.trained, moments)
@@ -168,11 +170,13 @@ def restore_from(ctx: TrainContext, choose: Callable[[], Checkpoint | None]) -> 
     return state
 
 
-def read_state(saved: Checkpoint) -> TrainState:
-    """The TrainState of a checkpoint; also restores the random number generators."""
+def read_state(saved: Checkpoint, scaler: torch.amp.GradScaler) -> TrainState:
+    """The TrainState of a checkpoint; also restores the random number generators and the loss scale."""
     values = dict(saved.state)
     try:
         rng = values.pop("rng")
+        if loss_scale := values.pop("scaler", {}):  # empty if the run began in another dtype
+            scaler.load_state_dict(loss_scale)
         history = {RENAMED.get(name, name): value for name, value in values["guard"].items()}
         meter = {"units": values["meter"]["target_tokens"], **values["meter"]}  # older checkpoints have no units
         state = TrainState(**{**values, "meter": Meter(**meter), "guard": guard.History(**history)})

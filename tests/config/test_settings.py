@@ -72,7 +72,7 @@ def write(path: Path, text: str) -> Path:
         ({"data.packing": 1}, "data.packing: 1 is not true or false"),
         ({"data.packing": "yes"}, "'yes' is not true or false"),
         ({"model.name": None}, "model.name: None is not a string"),
-        ({"model.dtype": "float16"}, "'float16' is not one of auto, float32, bfloat16"),
+        ({"model.dtype": "float8"}, "'float8' is not one of auto, float32, bfloat16, float16"),
         ({"quantization.bits": 3}, "quantization.bits: 3 is not one of 4, 8, 16"),
         ({"quantization.bits": 4.0}, "quantization.bits: 4.0 is not one of 4, 8, 16"),
         ({"lora.target_modules": ["q_proj", 1]}, "is not a list of names"),

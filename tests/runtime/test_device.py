@@ -10,6 +10,7 @@ import platform
 import random
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import psutil
@@ -48,7 +49,19 @@ def test_auto_takes_an_accelerator_before_the_cpu() -> None:
 def test_dtypes() -> None:
     assert choose_dtype("auto", CPU) == torch.float32
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
+    assert choose_dtype("float16", CPU) == torch.float16
     assert choose_dtype("float32", torch.device("mps")) == torch.float32
+
+
+def test_float16_is_refused_in_one_line_where_it_does_not_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'")
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", refuse)
+    with pytest.raises(UserError) as refused:
+        choose_dtype("float16", CPU)
+    wanted = "model.dtype: float16 matmul is not supported on this CPU: set model.dtype=float32"
+    assert str(refused.value) == wanted
 
 
 def draw() -> list[float]:

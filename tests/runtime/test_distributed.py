@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, equal, losses, quick, result
+from runs import ROOT, equal, events, losses, quick, result
 from shapes import MISTRAL_7B
+from tiers import rest_is_slow
 
 import train
 from nanoft import UserError
@@ -161,6 +162,39 @@ def test_three_ranks_and_memory_that_is_short_on_one(tmp_path: Path) -> None:
     assert "with micro-batches of 3 rows: retrying with 2" in out
     assert [loss for _, loss in losses(directory)] == pytest.approx([loss for _, loss in losses(whole)], abs=1e-6)
     close(result(directory), result(whole), 1e-5)
+
+
+OVERFLOW_ON_ONE = """
+calls = [0]
+real = distributed.all_reduce_gradients
+def overflowing(loss, parameters):
+    calls[0] += 1
+    if rank == 1 and calls[0] == 4:
+        gradient = parameters[-1].grad
+        (gradient.to_local() if distributed.is_sharded() else gradient).fill_(float("inf"))
+    return real(loss, parameters)
+distributed.all_reduce_gradients = overflowing
+loop = train.train
+def looping(ctx, *rest):
+    state = loop(ctx, *rest)
+    scale = [ctx.scaler.get_scale(), state.overflow_steps]
+    pathlib.Path(sys.argv[0]).with_name(f"scale-{rank}").write_text(str(scale))
+    return state
+train.train = looping
+"""
+
+
+@pytest.mark.parametrize("sharding", rest_is_slow(["none", "full"], "none"))
+def test_an_overflow_on_one_rank_is_one_on_every_rank(sharding: str, tmp_path: Path) -> None:
+    """The fourth window: the ranks' gradients are summed, so both see it, and both halve the loss scale."""
+    changes = {"training__gradient_accumulation_steps": 1, "training__eval_steps": 0, "model__dtype": "float16"}
+    changes |= {"model__random_init": True, "training__sharding": sharding, "training__max_steps": 5}
+    _, err = run(2, tmp_path / "run", OVERFLOW_ON_ONE, **changes)
+    assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
+    assert [line["window"] for line in events(tmp_path / "run") if line["what"] == "overflow"] == [[0, 3]]
+    found = [(tmp_path / "run-codes" / f"scale-{rank}").read_text() for rank in (0, 1)]
+    assert found == [str([32768.0, 1])] * 2
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
 BAD_ON_ONE = """

@@ -28,20 +28,25 @@ from tiny_models import make_chat_model, write_records
         ("cuda", 150.1, "gpu_80gb"),  # H200
         ("mps", 34.4, "m4"),
         ("cpu", 16.0, "cpu"),
+        ("cuda without bfloat16", 6.2, "gpu_8gb"),  # RTX 2060
+        ("cuda without bfloat16", 11.5, "gpu_8gb"),  # RTX 2080 Ti
+        ("cuda without bfloat16", 15.6, "gpu_16gb_fp16"),  # T4
+        ("cuda without bfloat16", 34.1, "gpu_16gb_fp16"),  # V100 32GB
     ],
 )
 def test_auto_takes_the_largest_config_that_the_device_has_memory_for(
     device_type: str, memory_gb: float, name: str
 ) -> None:
-    path = machine.config_for(device_type, memory_gb)
+    device_type, _, rest = device_type.partition(" ")
+    path = machine.config_for(device_type, memory_gb, torch.float16 if rest else torch.bfloat16)
     assert path.stem == name
     config = load_file(path)
     assert config.system.device == device_type
     assert not config.system.memory_gb or config.system.memory_gb <= max(8, memory_gb * 1.01)
 
 
-@pytest.mark.parametrize(("has_bfloat16", "name"), [(True, "gpu_12gb"), (False, "gpu_8gb")])
-def test_auto_knows_that_float32_takes_twice_the_memory(
+@pytest.mark.parametrize(("has_bfloat16", "name"), [(True, "gpu_12gb"), (False, "gpu_16gb_fp16")])
+def test_auto_knows_whether_the_gpu_has_bfloat16(
     has_bfloat16: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """16 GB with (RTX 4080) and without (T4)."""
@@ -49,7 +54,10 @@ def test_auto_knows_that_float32_takes_twice_the_memory(
     monkeypatch.setattr(machine, "total_memory_gb", lambda _: 16.9)
     monkeypatch.setattr(machine, "describe_device", lambda _: "a card")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    assert machine.pick_config([]).stem == name
+    path = machine.pick_config([])
+    assert path.stem == name
+    dtype = machine.choose_dtype(load_file(path).override({"model.dtype": "auto"}).model.dtype, torch.device("cuda"))
+    assert dtype == (torch.bfloat16 if has_bfloat16 else torch.float16)
 
 
 def test_auto_says_what_it_takes_and_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,19 @@ def test_static_parts_are_the_bytes_of_a_real_model_and_its_optimizer(settings: 
         assert plan.parts[name] == pytest.approx(size, rel=0.04, abs=2000), name
 
 
+def test_in_float16_weights_and_activations_take_half_the_bytes_of_float32() -> None:
+    decoder = decoder_config(MISTRAL_7B)
+    counts = count_parameters(decoder, Config())
+    wide, half = (
+        estimate_memory(decoder, counts, Config(), "cuda", dtype, 1, 2048, ["all"] * 32, 0.0).parts
+        for dtype in (torch.float32, torch.float16)
+    )
+    for name in ("linears", "head, embedding", "activations"):
+        assert half[name] == wide[name] / 2
+    for name in ("adapters", "gradients", "optimizer"):
+        assert half[name] == wide[name]
+
+
 @pytest.mark.parametrize("keep", ["all", "input"])
 def test_activations_are_the_bytes_that_autograd_keeps(keep: Any, tmp_path: Path) -> None:
     make_reference("mistral", tmp_path, hidden_size=128, intermediate_size=320, num_attention_heads=4)

@@ -38,6 +38,8 @@ EVERY = {SPLITS, RESUMED, "recomputed = kept", "loss in chunks = at once", "with
 EVERY |= PACKED | NEEDS_ADAPTERS
 MORE: dict[str, dict[str, Any]] = {
     "bf16": {"model__dtype": "bfloat16"},
+    "fp16": {"model__dtype": "float16", "lora__dropout": 0.1},
+    "full-fp16": {"model__dtype": "float16", "training__method": "full", "training__learning_rate": 1e-4},
     "qlora-bf16": {"model__dtype": "bfloat16", "quantization__bits": 4, "quantization__dequantize": "cached"},
     "smoothed": {"training__label_smoothing": 0.1, "training__z_loss": 1e-3, "training__checkpointing": "offload"},
     "patterns": {"lora__bias": "lora_only", "lora__rank_pattern": "{q_proj: 3}", "lora__alpha_pattern": "{mlp.*: 4}"},

@@ -32,6 +32,8 @@ def test_the_logged_loss_is_the_mean_over_the_units_of_the_objective() -> None:
 def test_a_checkpoint_of_an_earlier_version_is_read() -> None:
     meter = {"nats": 6.0, "tokens": 9, "target_tokens": 3, "seconds": 1.0, "total_tokens": 9, "total_seconds": 1.0}
     guard = {"losses": [2.0], "rate": 0.5, "left_out": [[0, 1]]}
-    state = read_state(Checkpoint(Path(), {"step": 1, "rng": rng_state(), "meter": meter, "guard": guard}))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    state = read_state(Checkpoint(Path(), {"step": 1, "rng": rng_state(), "meter": meter, "guard": guard}), scaler)
     assert (state.guard.lr_scale, state.guard.skipped_windows) == (0.5, [[0, 1]])
     assert state.meter.flush()["loss"] == 2.0
+    assert scaler.get_scale() == 4.0, "it has none"
