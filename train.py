@@ -48,7 +48,7 @@ from nanoft import UserError, guard, kernels
 from nanoft.batches import Batches, Window, share_of_rank
 from nanoft.checkpoint import AsyncCheckpointWriter
 from nanoft.config import Config
-from nanoft.config.loading import load_config
+from nanoft.config.loading import CONFIGS, Loaded, read_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.inspection import check_vocabulary, show_step
@@ -62,7 +62,7 @@ from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
 from nanoft.runtime.device import choose_device, seed_everything
 from nanoft.runtime.energy import EnergyMeter
-from nanoft.runtime.machine import CONFIGS, Machine, pick_config, select_device
+from nanoft.runtime.machine import Machine, pick_config, select_device
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, available_host_bytes
 from nanoft.tracking.profiler import Profiler
 from nanoft.tracking.run import Run
@@ -82,8 +82,11 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse(argv)
     positional = [args.config, *args.overrides] if args.config else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else CONFIGS / "tiny.py"
-    config = load_config(pick_config(positional) if path == "auto" else path, positional)
-    validate_config(config)
+    source = read_config(pick_config(positional) if path == "auto" else path, positional)
+    config = source.config
+    for line in [] if distributed.process_rank() else source.explanation:
+        print(line)
+    validate_config(config, source.names)
     if args.plan:
         if distributed.world_size() > 1:  # alone, system.ranks says for how many processes to plan
             config = distributed.resolve_world_size(config)
@@ -93,10 +96,10 @@ def main(argv: list[str]) -> int:
             raise UserError("--selftest: is for one process: start train.py without torchrun")
         with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as scratch:
             return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args)
-    return fine_tune(config, args)
+    return fine_tune(config, args, source)
 
 
-def fine_tune(config: Config, args: argparse.Namespace) -> int:
+def fine_tune(config: Config, args: argparse.Namespace, source: Loaded | None = None) -> int:
     """One run, from its directory to its report; returns the exit code."""
     ignore_broken_output()
     seed_everything(config.system.seed, config.system.threads, config.system.deterministic)
@@ -115,7 +118,7 @@ def fine_tune(config: Config, args: argparse.Namespace) -> int:
             require_room(planner, args.force)  # before a large model is downloaded
         files = distributed.main_process_first(files.fetch)
         provenance = distributed.broadcast_from_rank0(
-            lambda: setup.init_run_dir(config, run, machine, files, args.resume)
+            lambda: setup.init_run_dir(config, run, machine, files, args.resume, source)
         )
         torch.set_num_threads(provenance["threads"])
         with explained_out_of_memory(planner):

@@ -287,7 +287,7 @@ class AsyncCheckpointWriter:
 def verify(path: Path, identity: Mapping[str, Any] = ANY_RUN) -> Checkpoint:
     """Check a checkpoint's files against its manifest, and its identity; a CheckpointCorrupted if anything differs."""
     body = _read_manifest(path)
-    names = {entry.name for entry in path.iterdir()}
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}  # a Mac's copy adds .DS_Store
     if odd := sorted(names ^ {*body["files"], MANIFEST}):
         raise CheckpointCorrupted(f"{path / odd[0]}: {'surplus' if odd[0] in names else 'missing'}")
     for name, expected in body["files"].items():

@@ -24,7 +24,7 @@ MAY_CHANGE_ON_RESUME = {
 }
 FREE = {name for names in MAY_CHANGE_ON_RESUME.values() for name in names.split()}
 FIXED = {"evaluation.max_samples"}  # although its section may change: the best loss so far is on those samples
-# Files may move: their contents are compared instead. Key in the provenance -> what it says, and the fields it is about.
+# Files may move: their contents are compared instead. Key in the provenance -> what it is of, and the fields about it.
 BY_CONTENT = {
     "data_sha256": ("data", ("data.train_file", "data.validation_file")),
     "data_files": ("data", ("data.train_file", "data.validation_file")),  # how many there are in each part
@@ -82,11 +82,12 @@ def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping
         raise UserError(f"output.dir: {where}: holds another run ({difference}): {fix}, or set the field back")
     old, new = resume_fields(before), resume_fields(config)
     for key, (what, names) in BY_CONTENT.items():
-        if known.get(key) != provenance[key] and (key in known or key != "data_files"):  # which older runs do not have
+        if key == "data_files" and key not in known:  # the run is older than this entry
+            continue
+        if known.get(key) != provenance.get(key):
             other = "".join(f" ({name}: {old[name]} -> {new[name]})" for name in names if old[name] != new[name])
-            raise UserError(
-                f"output.dir: {where}: the {what} changed since that run began{other}: {fix}, or put it back"
-            )
+            changed = f"the {what} changed since that run began{other}"
+            raise UserError(f"output.dir: {where}: {changed}: {fix}, or put it back")
 
 
 def check_ranks(batch_size: int, config: Config) -> None:

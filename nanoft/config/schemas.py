@@ -32,7 +32,7 @@ from nanoft.config.aliases import (
 from nanoft.config.settings import FIELDS, SECTION_TYPES, Config
 from nanoft.io.tables import wrap
 
-FIELDS_FILE = "fields.txt"
+FIELDS_FILE = "fields.txt"  # in the run directory
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,11 @@ MODELFORGE_ONLY = {
         "training.objective",
         {"sft": SFT, "qlora": SFT | {"quantization.bits": 4}, "dpo": "dpo", "rlhf": "rlhf"},
     ),
-    "compute_specs": Alias(values=dict.fromkeys(COMPUTE_SPECS, {})),
+    "compute_specs": Alias(
+        values={
+            specs: Note(f"configs/{file} supplies what the file leaves out") for specs, file in COMPUTE_SPECS.items()
+        }
+    ),
 }
 MODELFORGE = Schema(
     "ModelForge",
@@ -114,11 +118,30 @@ MODELFORGE = Schema(
 # --- MLX
 
 MLX_SAME = set(  # names that mean the same here
-    "model.name model.max_seq_length lora.rank lora.alpha lora.dropout lora.target_modules lora.bias "
-    "data.validation_size training.gradient_accumulation_steps training.num_epochs training.learning_rate "
-    "training.weight_decay training.max_grad_norm training.warmup_steps training.min_lr_ratio training.eval_steps "
-    "training.save_steps training.label_smoothing training.early_stopping_patience training.early_stopping_threshold "
-    "system.seed system.device".split()
+    [
+        "model.name",
+        "model.max_seq_length",
+        "lora.rank",
+        "lora.alpha",
+        "lora.dropout",
+        "lora.target_modules",
+        "lora.bias",
+        "data.validation_size",
+        "training.gradient_accumulation_steps",
+        "training.num_epochs",
+        "training.learning_rate",
+        "training.weight_decay",
+        "training.max_grad_norm",
+        "training.warmup_steps",
+        "training.min_lr_ratio",
+        "training.eval_steps",
+        "training.save_steps",
+        "training.label_smoothing",
+        "training.early_stopping_patience",
+        "training.early_stopping_threshold",
+        "system.seed",
+        "system.device",
+    ]
 )
 
 
@@ -311,6 +334,7 @@ def explain(schema: Schema, meanings: Sequence[Meaning]) -> list[str]:
     effects = sum(bool(meaning.settings) for meaning in meanings)
     noted = sum(len(names) for names in notes.values())
     same = f"{len(meanings) - effects - noted} say what is the default here or are not set"
-    head = f"{schema.name}'s names: {effects} of {len(meanings)} set fields ({FIELDS_FILE} in the run directory), {same}"
-    lines = [f"{', '.join(names)}: {why}" for why, names in notes.items()]
+    head = f"{schema.name} schema: {effects} of {len(meanings)} names set fields ({FIELDS_FILE}), {same}"
+    lines = [f"{m.name}={m.value} in the environment" for m in meanings if m.name in schema.environment]
+    lines += [f"{', '.join(names)}: {why}" for why, names in notes.items()]
     return [wrap(f"config    {head}", 10), *(wrap(f"          {line}", 12) for line in lines)]

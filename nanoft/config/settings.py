@@ -124,7 +124,7 @@ class TrainingConfig(Section):
     num_epochs: float = bounded(3, 1e-6)  # passes over the training data; steps are rounded up
     max_steps: int | None = bounded(None, 1)  # optimizer steps; overrides num_epochs
     optimizer: str = "adamw"  # (table) 8bit: moments in 8 bits; paged: moments move to the CPU when the GPU is full
-    learning_rate: float = bounded(2e-4, 1e-12, 1.0)  # peak, reached after the warm-up
+    learning_rate: float = bounded(2e-4, 0.0)  # peak, reached after the warm-up
     lora_plus_ratio: float = bounded(1.0, 1.0)  # learning rate of B / that of A (LoRA+); 16 is usual
     lr_scheduler: str = "cosine"  # (table) shape after the warm-up
     lr_power: float = bounded(1.0, 0.0)  # exponent of polynomial: (1 - t)^power
@@ -159,9 +159,12 @@ class TrainingConfig(Section):
         """Optimizer steps of the warm-up of a run of `total_steps`."""
         return round(self.warmup_ratio * total_steps) if self.warmup_steps is None else self.warmup_steps
 
-    def check_warmup(self, total_steps: int) -> None:
-        """Refuse a warm-up that the run does not reach the end of."""
-        if self.warmup(total_steps) > total_steps and self.long_warmup == "refuse":
+    def check_schedule(self, total_steps: int | None) -> None:
+        """Refuse a learning rate that cannot be meant, and a warm-up that is longer than the run."""
+        if not 0 < self.learning_rate <= 1:
+            why = "nothing would be learned" if self.learning_rate == 0 else "training would diverge"
+            raise UserError(f"training.learning_rate: {self.learning_rate}: {why}: set it above 0 and to at most 1")
+        if self.long_warmup == "refuse" and total_steps and self.warmup(total_steps) > total_steps:
             run = f"the run has {total_steps:,} steps and would never reach training.learning_rate"
             raise UserError(f"training.warmup_steps: {self.warmup_steps}: {run}: lower it, or set warmup_ratio instead")
 

@@ -45,11 +45,11 @@ TOKEN = re.compile(
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Plain data; 1e-4, without a point, is a number, too."""
+    """Plain data; 1e-4 and -.5 are numbers, too, as in YAML 1.2."""
 
 
 YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+\.?\d*)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+\.?\d*)[eE][-+]?\d+$|[-+]\.\d+$"), list("-+.0123456789")
 )
 
 
@@ -203,7 +203,9 @@ def _refuse_ambiguous(node: yaml.Node) -> None:
             if (before := names.get((key.tag, key.value))) is not None:
                 raise ValueError(_twice(key.value, before, key.start_mark.line))
             names[key.tag, key.value] = key.start_mark.line
-    elif kind in YAML_1_2 and node.style is None and not YAML_1_2[kind].fullmatch(node.value):
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and kind in YAML_1_2:
+        if YAML_1_2[kind].fullmatch(node.value):
+            return
         found = "a date" if kind == "timestamp" else yaml.safe_load(node.value)
         meaning, fix = (found, "write") if kind == "timestamp" else (json.dumps(found), f"write {json.dumps(found)} or")
         if found != node.value:  # else its tag was written by hand

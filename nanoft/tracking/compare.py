@@ -14,12 +14,12 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanoft import UserError
-from nanoft.io.tables import format_duration, markdown_table
+from nanoft.io.tables import format_duration, markdown_table, wrap
 from nanoft.io.untrusted import one_line, read_json
 from nanoft.tracking import plots
 from nanoft.tracking.plots import Events, number, read_events
@@ -59,11 +59,10 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
     rows = []
     for key in differ:
         values = [value if isinstance(value := one.get(key), str) else json.dumps(value) for one in settings]
-        texts = [one_line(value).replace("|", "/") for value in values]
-        rows.append([key, *(text if len(text) <= 40 else f"...{text[-37:]}" for text in texts)])
+        rows.append([key, *(one_line(value).replace("|", "/") for value in values)])
     columns = [figures(events, _json(d / "report.json")) for events, d in zip(runs.values(), directories, strict=True)]
     rows += [[key, *(column[key] for column in columns)] for key in columns[0]]
-    print(markdown_table(["", *names], rows))
+    print("\n\n".join(side_by_side(["", *names], rows)))
     for name, events in runs.items():
         if events.damaged:
             print(f"{name}: skipped {events.damaged:,} damaged lines of metrics.jsonl")
@@ -71,6 +70,18 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
         plots.save(plots.comparison(runs), plot)
         print(f"plot      {plot}")
     return 0
+
+
+def side_by_side(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """Tables of at most 80 columns, of as many runs each as fit; of a text that is too long, the end is shown."""
+    room = 80 - len("|  |") - max(len(row[0]) for row in rows)
+    widest = max(len(text) for row in [header, *rows] for text in row[1:])
+    width = min(max(widest, 15), max(15, room // (len(header) - 1) - 3))  # 15: 12.3456 (step 1)
+    fitting = max(1, room // (width + 3))
+    for first in range(1, len(header), fitting):
+        part = [[row[0], *row[first : first + fitting]] for row in [header, *rows]]
+        cut = [[row[0], *(t if len(t) <= width else f"...{t[3 - width :]}" for t in row[1:])] for row in part]
+        yield markdown_table(cut[0], cut[1:])
 
 
 def settings_of(directory: Path) -> dict[str, Any]:
@@ -136,14 +147,16 @@ def follow(directory: Path, every_s: float) -> int:
         is_running = not (directory / "metrics.jsonl").exists() or may_be_running(note)
         events = read_events(directory)
         if redraws:
-            width = shutil.get_terminal_size((80, 24)).columns
-            print(HOME + "\n".join(line[: width - 1] for line in dashboard(directory.name, events)) + REST, flush=True)
+            width = shutil.get_terminal_size((80, 24)).columns - 1
+            print(
+                HOME + "\n".join(line[:width] for line in dashboard(directory.name, events, width)) + REST, flush=True
+            )
         elif events.lines:
             for line in events.of("train", "eval", "warning", "done"):
                 key = line["event"], line["step"], line.get("time"), line.get("what")
                 if key not in seen:
                     seen.add(key)
-                    print(event_line(line), flush=True)
+                    print(wrap(event_line(line), 2), flush=True)
         elif not is_announced:
             is_announced = True
             print(f"{directory}: has not started: waiting", flush=True)
@@ -165,8 +178,9 @@ def event_line(event: dict[str, Any]) -> str:
         "warning": ("what", "text", "error"),
         "done": ("steps", "seconds", "tokens_per_second", "peak_memory_gb"),
     }[event["event"]]
-    values = {name.replace("_", " "): event[name] for name in names if name in event}
-    parts = [f"{name} {f'{v:.5g}' if isinstance(v, (int, float)) else v}" for name, v in values.items()]
+    short = {"learning_rate": "lr", "tokens_per_second": "tok/s", "peak_memory_gb": "GB"}
+    values = {short.get(name, name.replace("_", " ")): event[name] for name in names if name in event}
+    parts = [f"{name} {f'{v:.4g}' if isinstance(v, (int, float)) else v}" for name, v in values.items()]
     return one_line(f"step {event['step']:g} {event['event']}: {', '.join(parts)}")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -277,13 +278,24 @@ def describe_recompute(plan: Plan) -> str:
 
 @contextlib.contextmanager
 def explained_out_of_memory(planner: Planner) -> Iterator[None]:
-    """Out of memory where nothing can be halved, while loading for example, becomes an error that says what helps."""
+    """Out of memory where nothing can be halved, and a compiler that fails, become errors that say what helps."""
     try:
         yield
     except (RuntimeError, MemoryError, OutOfMemory) as error:
         if is_out_of_memory(error):
             raise out_of_memory_error(planner, planner.config.micro_batch_rows()) from None
+        if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # importing it takes seconds
+            raise compiler_error(error) from None
         raise
+
+
+def compiler_error(error: BaseException) -> UserError | TrainingFailed:
+    """torch.compile failed: for want of a compiler that works here (exit code 2), or by itself (3)."""
+    reason = str(error).strip().partition("\n")[0]
+    if re.search(r"Cxx|Cpp|C\+\+|[Tt]riton", reason):
+        fix = "install a compiler that works (CXX names it), or set training.compile=false"
+        return UserError(f"training.compile: {reason}: {fix}")
+    return TrainingFailed(f"training.compile: torch.compile failed: {reason}: set training.compile=false")
 
 
 def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
@@ -326,8 +338,6 @@ def show_plan(config: Config) -> int:
     planner = Planner.of(config, machine, decoder)
     config = resolve_micro_batch_size(planner, None)
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
-    if config.training.max_steps:
-        config.training.check_warmup(config.training.max_steps)
     plan = planner.choose_activations(config.micro_batch_rows(), length)
     if not machine.present:
         print(f"{'device':16} {machine.device.type} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
@@ -351,7 +361,7 @@ def show_plan(config: Config) -> int:
         print(wrap(f"{'speed':16} {speed}", 17))
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
-    print(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block recomputed")
+    print(wrap(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block recomputed", 17))
     for warning in plan_warnings(planner, files, length, None):
         print(f"warning: {warning}")
     if plan.peak > room:

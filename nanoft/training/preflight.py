@@ -162,6 +162,6 @@ def check_disk(directory: Path, size: int, keep: int) -> Check:
     """Whether the disk has room for the checkpoints that exist at once, besides those already written."""
     there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     free, needed = shutil.disk_usage(directory).free, max(size * (keep + 2) - there, 0)
-    found = f"{needed / 1e9:.2f} GB more for {keep + 2} checkpoints, {free / 1e9:.2f} GB free in {directory}"
+    found = f"{needed / 1e9:.2f} GB more for {keep + 2} checkpoints, {free / 1e9:.2f} GB free in output.dir"
     fix = "free some, lower training.keep_checkpoints, or choose another output.dir"
     return Check.of("disk", free > needed, found, fix)

@@ -24,7 +24,9 @@ from nanoft import UserError, kernels
 from nanoft.batches import Batches
 from nanoft.checkpoint import CheckpointManager
 from nanoft.config import Config
+from nanoft.config.loading import Loaded
 from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
+from nanoft.config.schemas import FIELDS_FILE
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
@@ -32,6 +34,7 @@ from nanoft.data.dataset import build_datasets as prepare_datasets
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.tables import format_duration
+from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
 from nanoft.lora import describe_adapters, disabled
 from nanoft.model import Decoder
@@ -67,8 +70,12 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
     return replace(planner, config=Config.from_dict(decided))
 
 
-def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str) -> Provenance:
+def init_run_dir(
+    config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str, source: Loaded | None = None
+) -> Provenance:
     """On rank 0: check that the directory is new or holds this very run, and write its config.json.
+
+    If the config is from files of another schema, `FIELDS_FILE` says what became of each name there.
 
     Returns what the run depends on; date (which a template may print) and CPU threads are those of its first session.
     """
@@ -97,10 +104,19 @@ def init_run_dir(config: Config, run: Run, machine: Machine, files: ModelFiles, 
         if before.get("source_sha256", provenance["source_sha256"]) != provenance["source_sha256"]:
             run.print("warning: the source of nanoft has changed since the run began: results may differ")
         if before.get("threads", provenance["threads"]) != provenance["threads"]:
-            threads = f"{provenance['threads']} threads instead of {before['threads']}"
+            threads = f"system.threads: {provenance['threads']} instead of {before['threads']}"
             run.print(f"warning: {threads}: from here on the run is not bit-identical to an uninterrupted one")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
+    if source and source.fields:
+        lines = [
+            *source.explanation,
+            "",
+            *source.fields,
+            "",
+            "all settings: config.json; planned memory: metrics.jsonl",
+        ]
+        atomic.replace_file(run.directory / FIELDS_FILE, redact("\n".join(lines) + "\n").encode())
     return provenance
 
 
@@ -124,7 +140,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     batches = Batches(corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, **options)
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
-    t.check_warmup(steps)
+    t.check_schedule(steps)
     counts = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **counts})
     if not distributed.process_rank():

@@ -6,7 +6,7 @@ entry beside its mathematics. All three commands call `validate_config` right af
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from nanoft import UserError
 from nanoft.config import Config
@@ -18,8 +18,12 @@ from nanoft.objectives import OBJECTIVES
 from nanoft.optim import OPTIMIZERS, SCHEDULES
 
 
-def validate_config(config: Config) -> None:
-    """Check the names of table entries, and what the tables say about other settings; a mistake is a UserError."""
+def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> None:
+    """Check the names of table entries, and what the tables say about other settings; a mistake is a UserError.
+
+    Args:
+        origin: section.field -> its name in the user's file, where that is another.
+    """
     t = config.training
     names: dict[str, tuple[str, Iterable[str]]] = {
         "training.objective": (t.objective, OBJECTIVES),
@@ -29,9 +33,11 @@ def validate_config(config: Config) -> None:
     }
     for field, (name, known) in names.items():
         if name not in known:
-            raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, list(known))}")
+            place = f"{origin[field]}: {field}" if origin and field in origin else field
+            raise UserError(f"{place}: {name!r:.60} is not known{nearest(name, list(known))}")
     if (config.lora.init, config.lora.dora) not in VARIANTS:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
+    t.check_schedule(t.max_steps)
     check_format(config.data.format)
     select_metrics(config.evaluation.metrics)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:

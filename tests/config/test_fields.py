@@ -35,6 +35,8 @@ def test_text_becomes_a_value_of_the_type(text: str, hint: Any, value: Any) -> N
         ("yes", bool, "true or false"),
         ("5", Literal[4, 8], "one of 4, 8"),
         ("[1]", dict[str, int], "a mapping"),
+        ("{a: 1, a: 2}", dict[str, int], "a mapping .*'a' appears a second time"),
+        ("{a: on}", dict[str, Any], "a mapping .*write true or 'on'"),
     ],
 )
 def test_text_of_another_type_is_refused(text: str, hint: Any, says: str) -> None:

@@ -108,6 +108,13 @@ BROKEN = {
     "typo.yaml": ("lorra: {rank: 4}", "did you mean lora?"),
     "number.yaml": ("1: {rank: 4}", "1: no such section"),
     "field_number.yaml": ("lora: {1: 4}", "lora.1: no such field"),
+    "twice.yaml": (
+        "lora: {rank: 4}\ndata: {}\nlora: {dora: true}",
+        "line 3: 'lora' appears a second time, after line 1",
+    ),
+    "twice.json": ('{"lora": {"rank": 4,\n"rank": 8}}', "line 2: 'rank' appears a second time, after line 1"),
+    "clock.yaml": ("training:\n  max_steps: 1:30", "line 2: 1:30 means 90 in YAML 1.1"),
+    "flat.yaml": ("model_name: x\neval_strategy: no", "line 2: no means false in YAML 1.1"),
     "nan.yaml": ("training: {learning_rate: .nan}", "not a finite number"),
     "bomb.yaml": ("[" * 20_000, "not valid YAML"),
     "bad.json": ('{"lora": {"rank": 4},}', "not valid JSON"),
@@ -125,7 +132,7 @@ def test_a_broken_file_is_one_line_that_names_it(name: str, tmp_path: Path) -> N
 
 def test_a_file_that_is_not_text_or_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
-    refused(lambda: load_file(tmp_path / "c.yaml"), str(tmp_path / "c.yaml"), "not valid YAML")
+    refused(lambda: load_file(tmp_path / "c.yaml"), str(tmp_path / "c.yaml"), "not valid YAML", "UTF-16")
     refused(lambda: load_file(tmp_path / "d.yaml"), str(tmp_path / "d.yaml"), "no such config file")
     refused(lambda: load_file(tmp_path), str(tmp_path), "no such config file")
 
@@ -177,9 +184,34 @@ def test_the_run_directory_is_named_after_the_config_and_the_overrides(tmp_path:
     assert load_config(file, [], {}).output.dir == "runs/mine"
     changed = load_config(file, ["lora.rank=8"], {}).output.dir
     assert changed.startswith("runs/mine-")
-    assert changed == load_config(file, [], {"NANOFT_LORA__RANK": "8"}).output.dir  # wherever it came from
+    assert load_config(file, [], {"NANOFT_LORA__RANK": "8"}).output.dir == "runs/mine"  # as on another machine
+    assert load_config(file, ["lora.rank=8"], {"NANOFT_SYSTEM__DEVICE": "cpu"}).output.dir == changed
     assert changed != load_config(file, ["lora.rank=9"], {}).output.dir
     assert load_config(file, ["lora.rank=8", "output.dir=there"], {}).output.dir == "there"
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "c.json", "c.py"])
+def test_a_config_may_begin_with_a_byte_order_mark(name: str, tmp_path: Path) -> None:
+    python = "from nanoft.config import Config\nconfig = Config().override(lora={'rank': 4})"
+    write(tmp_path / name, "\ufeff" + (python if name == "c.py" else '{"lora": {"rank": 4}}'))
+    assert load_config(tmp_path / name, [], {}).lora.rank == 4
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "c.yaml", "model: {name: ~/base}\noutput: {dir: ~/run}")
+    config = load_config("~/c.yaml", ["data.train_file=~/a.jsonl, ~/b.jsonl,c~d", "data.validation_file=none"], {})
+    assert (config.model.name, config.output.dir) == (f"{tmp_path}/base", f"{tmp_path}/run")
+    assert config.data.train_file == f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl,c~d"
+    assert load_config("~/c.yaml", ["data.train_file=~nobody-of-this-name/a"], {}).data.train_file[0] == "~"
+
+
+def test_the_config_of_a_copied_run_is_the_copys(tmp_path: Path) -> None:
+    text = json.dumps({"output": {"dir": "first"}, "provenance": {}})
+    (tmp_path / "copy").mkdir()
+    write(tmp_path / "copy" / "metrics.jsonl", "")
+    assert load_file(Path(write(tmp_path / "copy" / "config.json", text))).output.dir == str(tmp_path / "copy")
+    assert load_file(Path(write(tmp_path / "alone.json", text))).output.dir == "first"
 
 
 def test_a_run_name_depends_on_what_changes_the_result_only() -> None:

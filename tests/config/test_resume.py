@@ -47,6 +47,9 @@ def refused(action: Callable[[], Any], *parts: str) -> None:
         ("evaluation.prompts", 9, None),
         ("evaluation.max_samples", 9, "evaluation.max_samples: None -> 9; the best loss so far"),
         ("logging.progress_bar", False, None),
+        ("model.name", "moved", None),  # its content is compared instead
+        ("data.train_file", "moved", None),
+        ("system.threads", 2, None),  # which is a warning
     ],
 )
 def test_only_what_leaves_the_steps_taken_as_they_are_may_change(key: str, value: Any, difference: str | None) -> None:
@@ -63,3 +66,9 @@ def test_another_run_is_refused_by_its_first_difference() -> None:
     for key, what in (("data_sha256", "the data changed"), ("base_sha256", "the base model changed")):
         refused(lambda key=key: check_same_run(recorded, config, {**provenance, key: "9"}, "d"), what)
     refused(lambda: check_same_run(config.to_dict(), config, provenance, "d"), "the data changed")
+    moved = config.override({"data.train_file": "b.jsonl"})
+    check_same_run(recorded, moved, provenance, "d")
+    changed = {**provenance, "data_sha256": "9"}
+    refused(lambda: check_same_run(recorded, moved, changed, "d"), "the data changed", "data.train_file:  -> b.jsonl")
+    parts = {**recorded, "provenance": {**provenance, "data_files": [2, 1]}}  # the same files, split in another way
+    refused(lambda: check_same_run(parts, config, {**provenance, "data_files": [1, 2]}, "d"), "the data changed")

@@ -241,6 +241,16 @@ def test_the_environment_of_the_process_is_read(tmp_path: Path) -> None:
         ),
         ({"training.learning_rate": 5e-4}, {"training.learning_rate": 6e-4}, "learning_rate=0.0006"),
         (
+            {"training.learning_rate": 3e-4, "training.warmup_steps": 1},
+            {"training.learning_rate": 3e-4, "training.warmup_steps": 0},
+            "learning_rate=0.0003: high for a run without warm-up",
+        ),
+        (
+            {"training.learning_rate": 3e-4, "training.warmup_ratio": 0.03, "training.max_steps": 20},
+            {"training.learning_rate": 3e-4, "training.warmup_ratio": 0.03, "training.max_steps": 10},  # of 0.3 steps
+            "learning_rate=0.0003: high for a run without warm-up",
+        ),
+        (
             {"training.method": "full", "training.learning_rate": 1e-4},
             {"training.method": "full", "training.learning_rate": 2e-4},
             "learning_rate=0.0002",
@@ -259,6 +269,25 @@ def test_a_setting_that_has_no_effect_is_not_warned_about() -> None:
     assert config_warnings(Config(training=ratio_is_beaten)) == []
     assert config_warnings(Config(training=TrainingConfig(optimizer="sgd", learning_rate=0.5))) == []
     assert config_warnings(Config(training=from_scratch, model=ModelConfig(random_init=True))) == []
+
+
+def test_more_is_warned_of_once_the_number_of_steps_is_known() -> None:
+    config = Config(training=TrainingConfig(warmup_steps=30))
+    assert config_warnings(config) == config_warnings(config, 150) == []
+    assert "warmup_steps=30: more than 20 %" in config_warnings(config, 149)[0]
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.01, 2e4])
+def test_a_learning_rate_that_cannot_be_meant_is_refused(rate: float) -> None:
+    refused(lambda: TrainingConfig(learning_rate=rate).check_schedule(None), "training.learning_rate")
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_refused() -> None:
+    t = TrainingConfig(warmup_steps=30)
+    t.check_schedule(None)
+    t.check_schedule(30)
+    TrainingConfig(warmup_ratio=1.0).check_schedule(30)
+    refused(lambda: t.check_schedule(29), "training.warmup_steps: 30: the run has 29 steps")
 
 
 def test_windows_that_do_not_overlap_are_refused() -> None:

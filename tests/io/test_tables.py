@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanoft.io.tables import format_duration, markdown_table
+from nanoft.io.tables import format_duration, markdown_table, wrap
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,13 @@ from nanoft.io.tables import format_duration, markdown_table
 )
 def test_a_duration_for_people(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_long_lines_are_wrapped_and_long_words_stay_whole() -> None:
+    assert wrap("name  ok    " + "word " * 10, 12) == ("name  ok    " + "word " * 10).rstrip()
+    lines = wrap("name  ok    " + "word " * 20 + "x" * 90, 12).splitlines()
+    assert [len(line) <= 80 for line in lines] == [True, True, False]
+    assert all(line.startswith(" " * 12) and line[12] != " " for line in lines[1:])
 
 
 def test_a_table_is_aligned_markdown() -> None:

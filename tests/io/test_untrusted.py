@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import re
 import threading
 import time
@@ -40,10 +42,54 @@ def test_json_at_the_bound() -> None:
         assert parse_json(json.dumps(value).encode()) == value
 
 
-def test_a_name_twice_is_refused_where_it_matters() -> None:
-    assert parse_json(b'{"a": 1, "a": 2}') == {"a": 2}
-    with pytest.raises(ValueError, match="'a' appears twice"):
-        parse_json(b'{"b": {"a": 1, "a": 1}}', unique=True)
+@pytest.mark.parametrize(
+    ("text", "name", "lines"),
+    [
+        ('{"a": 1,\n"a": 2}', "a", (1, 2)),
+        ('{"b":\n[{"a": {"a": "a\\": {"}},\n\n{"a": 1, "c": [],\n"a": 1}]}', "a", (4, 5)),
+        ('{"a": 1, "\\u0061":\n 2}', "a", (1, 1)),  # the same name, spelled in two ways
+        ("a: 1\nb: {a: 1}\n'a': 2\n", "a", (1, 3)),
+        ("x:\n- {b: 1,\n   b: 2}\n", "b", (2, 3)),
+        ("&k a: 1\n*k : 2\n", "a", (1, 1)),
+    ],
+)
+def test_a_name_twice_is_refused_with_both_lines(text: str, name: str, lines: tuple[int, int]) -> None:
+    parse = parse_yaml if text[0] != "{" else lambda json_text: parse_json(json_text.encode())
+    with pytest.raises(ValueError, match=f"line {lines[1]}: '{name}' appears a second time, after line {lines[0]}:"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("yes", "write true or 'yes'"),
+        ("Off", "write false or 'Off'"),
+        ("1:30", "write 90 or '1:30'"),
+        ("1:30.5", "write 90.5 or '1:30.5'"),
+        ("010", "write 8 or '010'"),
+        ("0b11", "write 3 or '0b11'"),
+        ("1_000", "write 1000 or '1_000'"),
+        ("2001-12-14", "write '2001-12-14'"),
+        ("2001-13-40", "write '2001-13-40'"),
+    ],
+)
+def test_what_yaml_1_1_reads_in_its_own_way_is_refused(text: str, instead: str) -> None:
+    for document in (f"a: 1\nb: {text}\n", f"a: 1\nb: [{text}]\n", f"a: 1\n{text}: b\n"):
+        with pytest.raises(ValueError, match=f"^line 2: {re.escape(text)} means .*: {re.escape(instead)}"):
+            parse_yaml(document)
+    assert parse_yaml(f"b: '{text}'") == {"b": text}
+
+
+def test_numbers_and_words_that_both_versions_read_alike() -> None:
+    text = "[0, -7, 0x1f, 1.5, -.5, 1e-4, 2.E+3, .inf, true, FALSE, null, ~, y, n, 08, 1.2.3, 1e]"
+    numbers = [0, -7, 31, 1.5, -0.5, 1e-4, 2000.0, math.inf]
+    assert parse_yaml(text) == [*numbers, True, False, None, None, "y", "n", "08", "1.2.3", "1e"]
+
+
+def test_a_byte_order_mark_is_no_text() -> None:
+    assert parse_json(codecs.BOM_UTF8 + b'{"a": 1}') == {"a": 1}
+    with pytest.raises(ValueError, match="UTF-16: save it as UTF-8"):
+        parse_json('{"a": 1}'.encode("utf-16"))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +97,7 @@ def test_a_name_twice_is_refused_where_it_matters() -> None:
     [
         "model: {name: x}\nlora:\n  rank: 4\n  target_modules: [q_proj, v_proj]\n",
         "a: &a {k: 1, l: [2, 3]}\nb: *a\nc: {<<: *a, k: 5}\n",
-        "a: 2001-12-14\nb: 0x1f\nc: 1_000\nd: .inf\ne: ~\nf: |\n  two\n  lines\n",
+        "a: '2001-12-14'\nb: 0x1f\nc: 1000\nd: .inf\ne: ~\nf: |\n  two\n  lines\n",
         "",
         nested(MAX_DEPTH),
     ],

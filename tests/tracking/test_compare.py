@@ -14,6 +14,7 @@ import pytest
 from runs import training, write_events
 
 from nanoft.__main__ import main
+from nanoft.io.tables import wrap
 from nanoft.tracking import compare
 from nanoft.tracking.plots import Events, read_events
 from nanoft.tracking.run import Run
@@ -54,6 +55,30 @@ def test_runs_are_compared_by_what_differs_and_what_came_of_it(
     assert table["time"] == ["18 s", "2 min 5 s"]
     assert table["state"] == ["not done", "not done"]
     assert "b: skipped 1 damaged lines of metrics.jsonl" in said
+
+
+def test_tables_fit_80_columns_and_show_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"a-long-name-of-a-run-{n}" for n in range(7)]
+    for n, name in enumerate(names):
+        config = {"training": {"gradient_accumulation_steps": n}, "data": {"train_file": f"/somewhere/{'x' * 80}/{n}"}}
+        write_events(tmp_path / name, training(20))
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    for count in (1, 2, 7):
+        assert main(["compare", *(str(tmp_path / name) for name in names[:count])]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        shown = [cell.strip() for line in lines if line.startswith("| steps") for cell in line.split("|")[2:-1]]
+        assert shown == ["20"] * count
+        ends = [c.strip()[-2:] for line in lines if line.startswith("| data.train") for c in line.split("|")[2:-1]]
+        assert ends == [f"/{n}" for n in range(count)] * (count > 1)
+
+
+def test_lines_of_follow_fit_80_columns() -> None:
+    figures = {"loss": 1.23456, "learning_rate": 1.23456e-5, "grad_norm": 12.3456, "tokens_per_second": 1234.56}
+    event = {"event": "train", "step": 12345, **figures, "peak_memory_gb": 12.3456}
+    line = "step 12345 train: loss 1.235, lr 1.235e-05, grad norm 12.35, tok/s 1235, GB 12.35"
+    assert compare.event_line(event) == line[:80] + line[80:]
+    assert max(map(len, wrap(compare.event_line(event), 2).splitlines())) <= 80
 
 
 def test_damaged_files_beside_it_do_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from shapes import MISTRAL_7B
 
 import train
-from nanoft import UserError, kernels
+from nanoft import TrainingFailed, UserError, kernels
 from nanoft.config import Config, LoRAConfig, QuantizationConfig, TrainingConfig
 from nanoft.lora import inject_lora, linears_of
 from nanoft.model import Decoder
@@ -27,6 +29,7 @@ from nanoft.training.memory_plan import (
     Planner,
     choose_recompute,
     choose_rows,
+    compiler_error,
     count_parameters,
     decide_dequantize,
     estimate_memory,
@@ -241,7 +244,62 @@ def test_plan_prints_parts_and_peak_and_loads_nothing(
     for part in ("process", "linears", "adapters", "gradients", "optimizer", "activations", "backward", "loss", "peak"):
         assert f"\n{part} " in f"\n{said}"
     assert "all activations kept" in said
+    assert "tokens               4,096 per step: 16 rows of model.max_seq_length=256 tokens" in said
+    assert max(map(len, said.splitlines())) <= 80
+    assert "warning" not in said
     assert not Path(arguments[1].removeprefix("output.dir=")).exists()
+
+
+def test_plan_warns_of_what_the_base_does_not_have(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    doubtful = ["model.max_seq_length=257", "lora.rank=33", "lora.target_modules=q_proj,k_proj"]
+    assert train.main([*arguments, "--plan", *doubtful, "training.learning_rate=4e-4", "training.warmup_steps=0"]) == 0
+    said = capsys.readouterr().out
+    assert "model.max_seq_length: samples have up to 257 tokens, and the base knows 256 positions" in said
+    assert "lora.rank: 33 is more than 32, the full rank of model.layers.0.self_attn.q_proj (64 x 32)" in said
+    assert "and so it is for 4 of 4 adapters" in said
+    assert "training.learning_rate=0.0004: high for a run without warm-up" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("training.learning_rate=0", "training.learning_rate: 0.0: nothing would be learned"),
+        ("training.learning_rate=2", "training.learning_rate: 2.0: training would diverge"),
+        ("training.warmup_steps=9", "training.warmup_steps: 9: the run has 8 steps"),
+    ],
+)
+def test_a_schedule_that_cannot_be_meant_is_refused(
+    setting: str, says: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--plan", "--preflight"):
+        assert train.main([*arguments, option, "training.max_steps=8", setting]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("positions", "rope", "known"),
+    [
+        (None, None, math.inf),
+        (4096, None, 4096),
+        (4096, {"rope_type": "linear", "factor": 4.0}, 16384),
+        (131072, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 131072),
+        (32768, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+    ],
+)
+def test_the_positions_that_a_base_knows(positions: int | None, rope: Any, known: float, tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "base")
+    files = ModelFiles.read(tmp_path / "base")
+    config = {"max_position_embeddings": positions, "rope_scaling": rope}
+    assert replace(files, config=config).context_length == known
+
+
+def test_a_compiler_that_fails_is_one_line_by_its_kind() -> None:
+    missing = "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'x')"
+    for message, kind in ((missing, UserError), ("CppCompileError: C++ compile error\n\nCommand:", UserError)):
+        with pytest.raises(kind, match=r"^training\.compile: .* or set training\.compile=false$"):
+            raise compiler_error(RuntimeError(message))
+    with pytest.raises(TrainingFailed, match=r"failed: LoweringException: x: set training\.compile=false$"):
+        raise compiler_error(RuntimeError("LoweringException: x\ntarget: y"))
 
 
 def test_what_cannot_fit_is_one_line_with_the_fix(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,22 @@ from typing import Any
 import pytest
 
 from nanoft.checkpoint import SaveResult
-from nanoft.training.progress import log_save
+from nanoft.config import Config
+from nanoft.training.progress import log_save, progress_bar
 from nanoft.training.state import TrainState
+
+
+def test_the_bar_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stderr", shown)
+    ctx: Any = SimpleNamespace(config=Config(), total_steps=12345)
+    with progress_bar(ctx, TrainState(step=12000)) as bar:
+        bar.start_t -= 100 * 3600
+        bar.set_postfix_str("loss 10.123, lr 1.0e-04, 123,456 tok/s")
+    (line,) = {part.rstrip() for part in shown.getvalue().split("\r") if "tok/s" in part}
+    assert len(line) <= 80
+    assert "12000/12345" in line
+    assert line.endswith("loss 10.123, lr 1.0e-04, 123,456 tok/s]")
 
 
 @pytest.mark.parametrize("failed", [False, True])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import BASE, ROOT, Capture, Patch, events, in_the_loop, losses, quick, steps_are_all_there
+from runs import BASE, ROOT, Capture, Patch, equal, events, in_the_loop, losses, quick, result, steps_are_all_there
 
 import train
 from nanoft.io import untrusted
@@ -171,6 +171,52 @@ def test_threads_are_decided_in_the_first_session(tmp_path: Path) -> None:
         assert torch.get_num_threads() == before
     finally:
         torch.set_num_threads(before)
+
+
+def test_another_number_of_threads_is_warned_of(tmp_path: Path, capsys: Capture) -> None:
+    assert train.main(quick(tmp_path / "run", training__max_steps=1, system__threads=1)) == 0
+    path = tmp_path / "run" / "config.json"
+    recorded = json.loads(path.read_text())
+    recorded["provenance"]["threads"] = 7
+    path.write_text(json.dumps(recorded))
+    capsys.readouterr()
+    assert train.main(quick(tmp_path / "run", training__max_steps=2, system__threads=1)) == 0
+    warning = "warning: system.threads: 1 instead of 7: from here on the run is not bit-identical"
+    assert warning in capsys.readouterr().out
+
+
+def test_a_run_whose_directory_base_and_data_were_copied_goes_on_bit_for_bit(tmp_path: Path, capsys: Capture) -> None:
+    make_chat_model(tmp_path / "base")
+    first = {"model__name": tmp_path / "base", "data__train_file": write_records(tmp_path / "a.jsonl")}
+    first["training__lr_scheduler"] = "constant"
+    assert train.main(quick(tmp_path / "whole", **first, training__max_steps=6)) == 0
+    assert train.main(quick(tmp_path / "run", **first, training__max_steps=3)) == 0
+    shutil.copytree(tmp_path / "base", tmp_path / "elsewhere" / "base")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    (tmp_path / "copy" / "checkpoints" / "step-000003" / ".DS_Store").touch()  # of a Mac
+    capsys.readouterr()
+    moved = {**first, "model__name": tmp_path / "elsewhere" / "base", "data__train_file": tmp_path / "b.jsonl"}
+    for steps in (4, 6):  # from a checkpoint of the first place, and from one of the second
+        assert train.main(quick(tmp_path / "copy", **moved, training__max_steps=steps)) == 0
+        assert "resuming  after step" in capsys.readouterr().out
+    assert losses(tmp_path / "copy") == losses(tmp_path / "whole")
+    assert equal(result(tmp_path / "copy"), result(tmp_path / "whole"))
+    with open(tmp_path / "b.jsonl", "a") as file:
+        file.write((tmp_path / "a.jsonl").read_text().splitlines()[0] + "\n")
+    assert train.main(quick(tmp_path / "copy", **{**first, "data__train_file": tmp_path / "b.jsonl"})) == 2
+    assert "the data changed since that run began" in capsys.readouterr().err
+
+
+def test_preflight_of_a_finished_run_does_its_work(tmp_path: Path, capsys: Capture) -> None:
+    assert train.main(quick(tmp_path / "run", training__max_steps=1)) == 0
+    report = (tmp_path / "run" / "report.json").read_bytes()
+    capsys.readouterr()
+    assert train.main([*quick(tmp_path / "run", training__max_steps=1), "--preflight"]) == 0
+    said = capsys.readouterr().out
+    assert [said.count(f"preflight {name:9} ok") for name in ("stop", "batch", "disk")] == [1, 1, 1]
+    assert all(len(line) <= 80 for line in said.splitlines() if line.startswith(("preflight", "|", "         ")))
+    assert (tmp_path / "run" / "report.json").read_bytes() == report
 
 
 def test_a_changed_source_is_warned_of(tmp_path: Path, capsys: Capture) -> None:
