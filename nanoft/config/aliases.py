@@ -10,11 +10,10 @@ reason. An unknown name is an error. What a file does not set has nanoft's defau
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanoft import UserError
 from nanoft.config.settings import FIELDS
@@ -39,12 +38,12 @@ class Alias:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What became of one name in a file."""
+    """What became of one name in a file; `note`: why it has no counterpart, or no effect beside another name."""
 
     name: str
     value: Any
     settings: Settings
-    note: str = ""  # why it has no counterpart, or no effect beside another name
+    note: str = ""
 
     def __str__(self) -> str:
         became = ", ".join(f"{field}={json.dumps(value, default=str)}" for field, value in self.settings.items())
@@ -52,13 +51,12 @@ class Meaning:
         return f"{self.name}: {json.dumps(self.value, default=str)} -> {became or self.note or nothing}"
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Names that have no effect in a file where `applies`."""
+class Rule(NamedTuple):
+    """Names that have no effect beside another one, if `applies` to its value and to theirs."""
 
     names: str
-    why: str
-    applies: Callable[[Mapping[str, Any]], Any]
+    other: str
+    applies: Callable[[Any, Any], Any]
 
 
 def whole(number: Any) -> Any:
@@ -95,15 +93,9 @@ def trackers(wanted: Any) -> Any:
     return "all" if set(names) == TRACKERS else names[0]
 
 
-def noted(why: str, *same: Any) -> Callable[[Any], Any]:
+def noted(why: str, *same: Any) -> Alias:
     """Any value has no counterpart, except those that say how it is here."""
-    return lambda value: {} if value in same else Note(why)
-
-
-def installed(package: str, setting: Settings) -> Any:
-    """The setting, if the package that it needs is installed."""
-    missing = importlib.util.find_spec(package) is None
-    return Note(f"{package} is not installed: pip install {package}") if missing else setting
+    return Alias(values=lambda value: {} if value in same else Note(why))
 
 
 DATA_FILES = {"json", "jsonl", "csv", "tsv", "parquet"}
@@ -130,7 +122,7 @@ LOWEST_LOSS = "the best checkpoint has the lowest loss"
 LORA_OR_FULL = "train LoRA adapters, or every parameter"
 TORCHRUN = "remove it: start train.py with torchrun, and set training.sharding=full to shard"
 NO_UPLOAD = "remove it: nothing is uploaded"
-NO_RESULT = Alias(values=noted("changes no result here"))
+NO_RESULT = noted("changes no result here")
 
 # Fields that have the same name there
 SAME_NAME = """
@@ -222,11 +214,11 @@ TRANSLATED = {
     "logging_first_step logging_nan_inf_filter log_level log_level_replica skip_memory_metrics": NO_RESULT,
     "include_num_input_tokens_seen include_tokens_per_second torch_empty_cache_steps ddp_timeout": NO_RESULT,
     "ddp_find_unused_parameters local_rank save_on_each_node label_names prediction_loss_only": NO_RESULT,
-    "data_seed": Alias(values=noted("seed also seeds the order of the data")),
-    "run_name": Alias(values=noted("output_dir names the run")),
-    "logging_dir": Alias(values=noted("trackers write into output_dir")),
-    "save_safetensors": Alias(values={True: {}, False: Note("every weight is saved as safetensors")}),
-    "save_only_model": Alias(values={False: {}, True: Note("a checkpoint holds what a resumed run needs")}),
+    "data_seed": noted("seed also seeds the order of the data"),
+    "run_name": noted("output_dir names the run"),
+    "logging_dir": noted("trackers write into output_dir"),
+    "save_safetensors": noted("every weight is saved as safetensors", True),
+    "save_only_model": noted("a checkpoint holds what a resumed run needs", False),
     "device_map": Alias(values={"auto": {}}, fix="remove it: system.device chooses the device"),
     # What nanoft does not have
     "push_to_hub": Alias(values={False: {}}, fix=NO_UPLOAD),
@@ -243,14 +235,12 @@ ALIASES |= {name: alias for names, alias in TRANSLATED.items() for name in names
 SHORT = {"lr": "training.learning_rate", "epochs": "training.num_epochs", "batch_size": "training.micro_batch_size"}
 
 
+FOUR_BIT = "bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant use_nested_quant"
 RULES = [
-    Rule("warmup_steps", "warmup_ratio is set", lambda file: file["warmup_steps"] == 0 and file.get("warmup_ratio")),
-    Rule("warmup_ratio", "a constant rate has none", lambda file: file.get("lr_scheduler_type") == "constant"),
-    Rule(
-        "bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant use_nested_quant",
-        "the base is not in 4 bits",
-        lambda file: file.get("use_4bit", file.get("load_in_4bit")) is False,
-    ),
+    Rule("warmup_steps", "warmup_ratio", lambda other, own: other and own == 0),  # 0 means: use the ratio
+    Rule("warmup_ratio", "lr_scheduler_type", lambda other, own: other == "constant"),
+    Rule(FOUR_BIT, "use_4bit", lambda other, own: other is False),
+    Rule(FOUR_BIT, "load_in_4bit", lambda other, own: other is False),
 ]
 
 
@@ -258,12 +248,16 @@ def translate(file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterab
     """What became of each name; a null is the same as no setting. `where` they stand is for messages."""
     if file.get("bf16") is True and file.get("fp16") is True:
         raise UserError("bf16 and fp16: both are true: remove one of them")
-    reasons = {n: rule.why for rule in rules for n in rule.names.split() if n in file and rule.applies(file)}
+    reasons = {
+        name: f"no effect beside {rule.other}: {file[rule.other]}"
+        for rule in rules
+        for name in rule.names.split()
+        if file.get(name) is not None and rule.other in file and rule.applies(file[rule.other], file[name])
+    }
     return [
-        Meaning(str(name), value, {}, f"no effect: {reasons[name]}") if name in reasons and value is not None
-        else _meaning(str(name), value, table, where)
+        Meaning(name, value, {}, reasons[name]) if name in reasons else _meaning(str(name), value, table, where)
         for name, value in file.items()
-    ]  # fmt: skip
+    ]
 
 
 def settle(meanings: Iterable[Meaning]) -> dict[str, tuple[str, Any]]:

@@ -6,11 +6,13 @@ Python config may be the first. A file of another schema (`schemas.py`) is trans
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,53 +123,49 @@ def load_file(path: str | Path, beside: str = "") -> Config:
 def _read_files(paths: Sequence[Path], environment: Mapping[str, str]) -> Loaded:
     """The files merged from left to right; `environment` is for a schema that has names there."""
     layers: list[tuple[str, Config | dict[str, Any]]] = []
-    for path in paths:
-        for where, layer in _layers(path):
-            if layers and (merged := _merge(layers[-1][1], layer)) is not None:
-                layers[-1] = (f"{layers[-1][0]}, {where}", merged)
-            else:
-                layers.append((where, layer))
+    for where, layer in itertools.chain.from_iterable(_layers(path) for path in paths):
+        if layers and (merged := _merge(layers[-1][1], layer)) is not None:
+            layers[-1] = (f"{layers[-1][0]}, {where}", merged)
+        else:
+            layers.append((where, layer))
     loaded: Loaded | None = None
     for where, layer in layers:
-        try:
-            if isinstance(layer, dict):
-                loaded = _apply(layer, loaded, environment)
-            elif loaded is None:
-                loaded = Loaded(layer)
-            else:
+        with _named(where):
+            if isinstance(layer, Config) and loaded is not None:
                 raise UserError("a Python config sets every field: name it first")
-        except UserError as error:
-            raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+            loaded = Loaded(layer) if isinstance(layer, Config) else _apply(layer, loaded, environment)
     assert loaded is not None
     return loaded
 
 
-def _layers(path: Path, above: tuple[Path, ...] = ()) -> Iterable[tuple[str, Config | dict[str, Any]]]:
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors begin with the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+
+
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Config | dict[str, Any]]]:
     """A file, after those that it names as its base."""
     if not path.is_file():
         raise UserError(f"{path}: no such config file: try configs/tiny.py")
-    try:
-        if path.suffix == ".py":
-            if above:
-                raise UserError(
-                    "would run code, which a YAML or JSON file may not: name both files on the command line"
-                )
-            yield str(path), _run_python(path)
-            return
+    with _named(str(path)):
         if path.resolve() in above:
             raise UserError("base: builds on itself: remove one of the lines")
-        tree = _read_tree(path)
-        bases = tree.pop("base", None) or []
+        if path.suffix == ".py" and above:
+            raise UserError("base: Python would run code: give both files on the command line, the Python one first")
+        layer = _run_python(path) if path.suffix == ".py" else _read_tree(path)
+        bases = [] if isinstance(layer, Config) else layer.pop("base", None) or []
         bases = [bases] if isinstance(bases, str) else bases
         if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
             raise UserError(f"base: {bases!r:.60} is not the name of a file, or a list of them")
-    except UserError as error:
-        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     for base in bases:
         yield from _layers(path.parent / os.path.expanduser(base), (*above, path.resolve()))
-    if "provenance" in tree and (path.parent / "metrics.jsonl").is_file():  # a run, which may be a copy
-        tree["output"] = {"dir": str(path.parent)}
-    yield str(path), tree
+    if isinstance(layer, dict) and "provenance" in layer and (path.parent / "metrics.jsonl").is_file():
+        layer["output"] = {"dir": str(path.parent)}  # a run, which may be a copy
+    yield str(path), layer
 
 
 def _merge(old: Config | dict[str, Any], new: Config | dict[str, Any]) -> dict[str, Any] | None:
@@ -176,7 +174,7 @@ def _merge(old: Config | dict[str, Any], new: Config | dict[str, Any]) -> dict[s
         return None
     if is_flat(new):
         return {**old, **new}
-    both = {s for s in old if isinstance(old[s], Mapping) and isinstance(new.get(s), Mapping)}
+    both = [name for name in old if isinstance(old[name], Mapping) and isinstance(new.get(name), Mapping)]
     return {**old, **new, **{section: {**old[section], **new[section]} for section in both}}
 
 
@@ -199,12 +197,9 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
     try:
         config = before.config.override(left_out).override({path: value for path, (_, value) in found.items()})
     except UserError as error:
-        path, _, rest = str(error).partition(":")
-        raise UserError(
-            f"{found[path][0]}: {str(error) if found[path][0] != path else rest.strip()}"
-            if path in found
-            else str(error)
-        ) from None
+        path = str(error).partition(": ")[0]
+        name = found[path][0] if path in found else path
+        raise UserError(str(error) if name == path else f"{name}: {error}") from None
     fields = [*map(str, meanings), f"left out: {', '.join(f'{path}={value}' for path, value in left_out.items())}"]
     return Loaded(
         _without_functions(config, found, is_of_run=False),

@@ -109,13 +109,7 @@ def init_run_dir(
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
     if source and source.fields:
-        lines = [
-            *source.explanation,
-            "",
-            *source.fields,
-            "",
-            "all settings: config.json; planned memory: metrics.jsonl",
-        ]
+        lines = [*source.explanation, *source.fields, "all settings: config.json; planned memory: metrics.jsonl"]
         atomic.replace_file(run.directory / FIELDS_FILE, redact("\n".join(lines) + "\n").encode())
     return provenance
 
