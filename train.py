@@ -22,8 +22,8 @@ def build_parser() -> Arguments:
         epilog="examples: python train.py configs/tiny.py; python train.py configs/tiny.py quantization.bits=4; "
         "python train.py auto model.name=Qwen/Qwen2.5-3B-Instruct data.train_file=mine.jsonl",
     )
-    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file, or auto; default: configs/tiny.py")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting")
+    parser.add_argument("config", nargs="?", help="Python, YAML, JSON file, or auto; default: configs/tiny.py")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting; or another file")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
     parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")

@@ -89,7 +89,7 @@ def trackers(wanted: Any) -> Any:
     """A tracker, or a list of them."""
     names = sorted({wanted} if isinstance(wanted, str) else set(map(str, wanted)))
     if not set(names) <= {"none", "all", *TRACKERS} or ("none" in names and len(names) > 1):
-        raise ValueError("is none of none, tensorboard, wandb, all: every number is in metrics.jsonl anyway")
+        raise ValueError("is none of none, tensorboard, wandb: choose one or both; every number is in metrics.jsonl")
     return "all" if set(names) == TRACKERS else names[0]
 
 
@@ -241,6 +241,11 @@ RULES = [
     Rule("warmup_ratio", "lr_scheduler_type", lambda other, own: other == "constant"),
     Rule(FOUR_BIT, "use_4bit", lambda other, own: other is False),
     Rule(FOUR_BIT, "load_in_4bit", lambda other, own: other is False),
+    Rule(FOUR_BIT, "use_8bit", lambda other, own: other is True),
+    Rule(FOUR_BIT, "load_in_8bit", lambda other, own: other is True),
+    Rule("num_train_epochs", "max_steps", lambda other, own: other not in (None, 0, -1)),
+    Rule("adam_beta1 adam_beta2 adam_epsilon", "optim", lambda other, own: other == "sgd"),
+    Rule("early_stopping_threshold", "early_stopping_patience", lambda other, own: not other),
 ]
 
 
@@ -249,10 +254,10 @@ def translate(file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterab
     if file.get("bf16") is True and file.get("fp16") is True:
         raise UserError("bf16 and fp16: both are true: remove one of them")
     reasons = {
-        name: f"no effect beside {rule.other}: {file[rule.other]}"
+        name: f"no effect with {rule.other}: {json.dumps(file.get(rule.other), default=str)}"
         for rule in rules
         for name in rule.names.split()
-        if file.get(name) is not None and rule.other in file and rule.applies(file[rule.other], file[name])
+        if file.get(name) is not None and rule.applies(file.get(rule.other), file[name])
     }
     return [
         Meaning(name, value, {}, reasons[name]) if name in reasons else _meaning(str(name), value, table, where)

@@ -47,6 +47,13 @@ def between(low: float, high: float, *types: type, above: bool = False) -> Calla
     return check
 
 
+def rest(share: Any) -> Any:
+    """What a share in (0, 1) leaves of 1."""
+    if not 0 < share < 1:
+        raise ValueError("must be > 0 and < 1")
+    return round(1 - share, 12)
+
+
 def filled(value: Any) -> Any:
     """A text that is not empty."""
     if not str(value).strip():
@@ -57,6 +64,15 @@ def filled(value: Any) -> Any:
 def pairs(text: str) -> dict[str, str]:
     """'a=b c=d' -> {a: b, c: d}."""
     return dict(pair.split("=") for pair in text.split())
+
+
+def if_installed(package: str, value: Any) -> Any:
+    missing = importlib.util.find_spec(package) is None
+    return Note(f"{package} is not installed: pip install {package}") if missing else value
+
+
+def tracker(name: str) -> Alias:
+    return Alias("logging.report_to", lambda on: if_installed(name, name) if on else {})
 
 
 # compute_specs -> the config whose plan fits into the smallest of its GPUs (4, 8, 16 GB), and what it supplies: what
@@ -119,7 +135,7 @@ MLX_TRANSLATED = {
     "model.dtype": Alias("model.dtype", DTYPES),
     "model.trust_remote_code": noted("code that comes with a model is never run, and not needed", False),
     "lora.task_type": ALIASES["task_type"],
-    "data.train_split": Alias("data.validation_split", lambda share: round(1 - between(0, 1, above=True)(share), 12)),
+    "data.train_split": Alias("data.validation_split", rest),
     "data.shuffle": Alias(values={True: {}}, fix="remove it: every epoch has another order"),
     "data.seed": noted("system.seed also seeds the split and the order"),
     "training.max_steps": Alias("training.max_steps", steps),
@@ -136,10 +152,8 @@ MLX_TRANSLATED = {
     "logging.console": Alias(values={True: {}, False: {"logging.progress_bar": False, "logging.show_example": False}}),
     "logging.file": noted("train.log is always written", True),
     "logging.json_logs": noted("metrics.jsonl is always written", True),
-    "logging.tensorboard": Alias(
-        "logging.report_to", lambda on: if_installed("tensorboard", "tensorboard") if on else {}
-    ),
-    "logging.wandb": Alias("logging.report_to", lambda on: if_installed("wandb", "wandb") if on else {}),
+    "logging.tensorboard": tracker("tensorboard"),
+    "logging.wandb": tracker("wandb"),
     "system.num_workers": noted("batches are made by the process that trains", 0),
     "system.mixed_precision": Alias(values={True: {}, False: {"model.dtype": "float32"}}),
     "monitoring.track_memory": noted("memory is always watched", True),
@@ -163,6 +177,8 @@ SAMPLING = "evaluation.num_samples evaluation.sample_max_length evaluation.sampl
 MLX_RULES = [
     Rule("training.warmup_steps", "training.warmup_ratio", lambda other, own: other),
     Rule("training.num_epochs", "training.max_steps", lambda other, own: other),
+    Rule("training.min_lr_ratio", "training.lr_scheduler_type", lambda other, own: other == "constant"),
+    Rule("training.early_stopping_threshold", "training.early_stopping_patience", lambda other, own: not other),
     Rule("data.train_split", "data.validation_size", lambda other, own: other),
     Rule(SAMPLING, "evaluation.generate_samples", lambda other, own: other is False),
     Rule("monitoring.gradient_log_steps", "monitoring.track_gradients", lambda other, own: other is False),
@@ -179,11 +195,6 @@ MLX_ENVIRONMENT = """
     BATCH_SIZE=training.batch_size LEARNING_RATE=training.learning_rate NUM_EPOCHS=training.num_epochs
     LORA_RANK=lora.rank DATASET_PATH=data.dataset_path OUTPUT_DIR=output.output_dir
 """
-
-
-def if_installed(package: str, value: Any) -> Any:
-    missing = importlib.util.find_spec(package) is None
-    return Note(f"{package} is not installed: pip install {package}") if missing else value
 
 
 def mlx_warnings(config: Config) -> list[str]:
