@@ -61,7 +61,7 @@ from nanoft.tracking.run import to_json
 from nanoft.training.validation import validate_config
 
 # Settings that define the model: with others, something would be evaluated that nobody trained.
-FIXED = ("model.name", "model.random_init", "quantization.", "lora.", "training.")
+FIXED = ("model.name", "model.random_init", "data.control_tokens", "quantization.", "lora.", "training.")
 
 
 @command
@@ -155,8 +155,8 @@ def base_of(config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
         with disabled(loaded.adapters):
             yield loaded
     else:
-        base, plain = find_model(config.model.name), config.system.kernels == "plain"
-        yield open_model(str(base), loaded.model.head.device, loaded.dtype, plain=plain)
+        base, plain = find_model(config.model.reference), config.system.kernels == "plain"
+        yield open_model(str(base), loaded.model.device, loaded.dtype, plain=plain)
 
 
 def measure(

@@ -38,6 +38,8 @@ add("--unmerge", metavar="DIR", help="subtract the adapter from this merged mode
 add("--shard-size", default="5GB", metavar="SIZE", help="maximum size of a weights file, such as 500MB; default: 5GB")
 add("--verify", action="store_true", help="compare merges onto both bases with the trained model, on held-out tokens")
 add("--parity-tokens", type=int, default=24, metavar="N", help="tokens of each answer in parity.json; default: 24")
+add("--base-model", metavar="DIR", help="the base, if it is not where the adapter says")
+add("--fold", action="store_true", help="--format peft: one rank and one alpha for all modules, for vLLM")
 add("--any-base", action="store_true", help="accept a base whose files are not those of training")
 add("--push", metavar="REPO", help="upload the result to this repository on the Hub")
 
@@ -60,7 +62,7 @@ from nanoft.export.gguf_file import export_gguf
 from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
 from nanoft.io.atomic import new_directory, require_new, write_file, write_json
-from nanoft.models.adapter_files import adapter_tensors, save_mlx
+from nanoft.models.adapter_files import adapter_tensors, fold_patterns, save_mlx
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel, TrainedAdapter, find_adapter, open_chat_tokenizer, read_trained_adapter
 from nanoft.runtime.device import quiet_libraries
@@ -90,6 +92,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.dtype and args.format == "hf" and args.dtype not in EXPORT_DTYPES:
         raise UserError(f"--dtype: {args.dtype}: only --format gguf has it: add it, or choose bf16, f16 or f32")
     given = {"--dtype": args.dtype and args.format not in GGUF, "--unmerge": args.unmerge, "--verify": args.verify}
+    if args.fold and args.format != "peft":
+        raise UserError("--fold: needs --format peft: remove one of the two")
     if unused := [flag for flag, value in given.items() if value and args.format != "hf"]:
         raise UserError(f"{unused[0]}: needs --format hf: remove one of the two")
     if args.unmerge and (args.base != "original" or args.verify):
@@ -105,7 +109,13 @@ def check_arguments(args: argparse.Namespace) -> None:
 def export_directory(args: argparse.Namespace) -> list[str]:
     """A merged model, or the adapter, in a new directory; returns lines for the terminal."""
     source, facts, files = args.sources[0], dict[str, Any](), dict[str, Any]()
-    adapter, hashes = export.choose_adapter(args.sources, args.weights, args.only, args.base, args.unmerge)
+    adapter, hashes = export.choose_adapter(
+        args.sources, args.weights, args.only, args.base, args.unmerge, args.base_model
+    )
+    lora, lines = adapter.lora, list[str]()
+    if args.fold:
+        lora, folded = fold_patterns(lora, adapter.tensors)
+        adapter = replace(adapter, lora=lora, tensors=folded)
     asked = {k: v for k, v in vars(args).items() if k not in ("out", "push", "verify", "parity_tokens")}
     with new_directory(Path(args.out), export.fingerprint(asked, adapter, hashes)) as staging:
         opened = export.open_adapter(adapter, args.base if args.format == "hf" else "nf4")
@@ -127,11 +137,14 @@ def export_directory(args: argparse.Namespace) -> list[str]:
             lines = ["the adapter in MLX's format"]
         else:
             found = find_adapter(source)
-            if found and factors == [1.0] and not args.only:
+            if found and factors == [1.0] and not args.only and not args.fold and not args.base_model:
                 export.copy_adapter(found, staging)  # it is in PEFT's format already
             else:
                 export.write_peft(staging, opened, adapter)
             lines = ["the adapter in PEFT's format"]
+            if (lora.rank_pattern or lora.alpha_pattern) and not args.fold:
+                lines.append("note: vLLM scales all modules by the file's alpha / r, and ignores patterns: add --fold")
+        export.save_template(Path(source), staging)
         model = StreamedDecoder(open_rows(staging)) if args.format == "hf" else opened.model
         weights_said = verify.describe_weights(opened, merged=args.format == "hf")
         write_json(

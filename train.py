@@ -48,7 +48,7 @@ from nanoft import UserError, guard, kernels
 from nanoft.batches import Batches, Window, share_of_rank
 from nanoft.checkpoint import AsyncCheckpointWriter
 from nanoft.config import Config
-from nanoft.config.loading import CONFIGS, Loaded, read_config
+from nanoft.config.loading import CONFIGS
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.inspection import check_vocabulary, show_step
@@ -56,6 +56,7 @@ from nanoft.guard import GradientOverflow, RollBack, SkipStep
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
 from nanoft.models.model_files import ModelFiles
+from nanoft.models.open import TrainedAdapter
 from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, build_scaler, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
@@ -73,20 +74,16 @@ from nanoft.training.memory_plan import Planner, explained_out_of_memory, show_p
 from nanoft.training.preflight import preflight, require_room
 from nanoft.training.setup import Provenance
 from nanoft.training.state import TrainContext, TrainState, restore
-from nanoft.training.validation import validate_config
 
 
 @command
 @distributed.distributed_main
 def main(argv: list[str]) -> int:
     args = build_parser().parse(argv)
-    positional = [args.config, *args.overrides] if args.config else args.overrides
+    positional = [args.config, *args.overrides] if args.config is not None else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else CONFIGS / "tiny.py"
-    source = read_config(pick_config(positional) if path == "auto" else path, positional)
-    config = source.config
-    for line in [] if distributed.process_rank() else source.explanation:
-        print(line)
-    validate_config(config, source.names)
+    source = setup.read_source(pick_config(positional) if path == "auto" else path, positional)
+    config, start = setup.read_start(source.config)  # None, unless lora.start_from continues from an adapter
     if args.plan:
         if distributed.world_size() > 1:  # alone, system.ranks says for how many processes to plan
             config = distributed.resolve_world_size(config)
@@ -95,11 +92,11 @@ def main(argv: list[str]) -> int:
         if distributed.world_size() > 1:
             raise UserError("--selftest: is for one process: start train.py without torchrun")
         with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as scratch:
-            return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args)
-    return fine_tune(config, args, source)
+            return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args, start, [])
+    return fine_tune(config, args, start, source.fields)
 
 
-def fine_tune(config: Config, args: argparse.Namespace, source: Loaded | None = None) -> int:
+def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | None, fields: list[str]) -> int:
     """One run, from its directory to its report; returns the exit code."""
     ignore_broken_output()
     seed_everything(config.system.seed, config.system.threads, config.system.deterministic)
@@ -109,7 +106,7 @@ def fine_tune(config: Config, args: argparse.Namespace, source: Loaded | None = 
     validate_environment(config, machine)  # exit code 2 before anything is downloaded
     distributed.assert_same_on_all_ranks(setup.shared_facts(config, machine))
     with Run.open(config.output.dir) as run, StopRequest(enabled=not args.selftest) as stop:
-        files = distributed.main_process_first(lambda: ModelFiles.find(config.model.name))  # config.json only
+        files = distributed.main_process_first(lambda: ModelFiles.find(config.model.reference))  # config.json only
         planner = setup.plan_run(config, machine, files, run)
         if args.selftest:
             planner = replace(planner, config=self_test.shorten(planner.config))
@@ -118,18 +115,19 @@ def fine_tune(config: Config, args: argparse.Namespace, source: Loaded | None = 
             require_room(planner, args.force)  # before a large model is downloaded
         files = distributed.main_process_first(files.fetch)
         provenance = distributed.broadcast_from_rank0(
-            lambda: setup.init_run_dir(config, run, machine, files, args.resume, source)
+            lambda: setup.init_run_dir(config, run, machine, files, args.resume, start, fields)
         )
         torch.set_num_threads(provenance["threads"])
         with explained_out_of_memory(planner):
-            tokenizer = setup.load_tokenizer(config, files, provenance["date"])
+            tokenizer = setup.load_tokenizer(config, files, provenance["date"], run, start)
+            planner = setup.with_tokens(planner, tokenizer)
             corpus, batches = setup.build_datasets(config, tokenizer, run)
             if shows_data:
                 for line in show_step(batches, corpus, tokenizer, args.show_step, run.skipped_windows()):
                     run.print(line)
                 return 0
             require_room(planner, args.force, batches.longest().ids.shape[1])
-            ctx = build(planner, run, provenance, files, tokenizer, corpus, batches)
+            ctx = build(planner, run, provenance, files, tokenizer, corpus, batches, start)
             if args.selftest:
                 return self_test.run(ctx, train)
             state = restore(ctx, args.resume)
@@ -149,16 +147,18 @@ def fine_tune(config: Config, args: argparse.Namespace, source: Loaded | None = 
 
 def build(
     planner: Planner, run: Run, provenance: Provenance, files: ModelFiles,
-    tokenizer: ChatTokenizer, corpus: PreparedDataset, batches: Batches,
+    tokenizer: ChatTokenizer, corpus: PreparedDataset, batches: Batches, start: TrainedAdapter | None,
 ) -> TrainContext:  # fmt: skip
     """Model, adapters, optimizer and checkpoints."""
     config, machine = planner.config, planner.machine
-    check_vocabulary(corpus, files.decoder.vocab_size)
+    tokens = setup.vocabulary(files, tokenizer, start)
+    check_vocabulary(corpus, tokens)
     plan = planner.choose_activations(*batches.longest().ids.shape)  # from what is free before the model is loaded
-    model = setup.load_base(config, machine, files)  # quantized while it streams from disk
+    model = setup.load_base(config, machine, files, tokens)  # quantized while it streams from disk
     model.activation_policy = distributed.broadcast_from_rank0(lambda: plan.keep)
     model.neftune_alpha = config.training.neftune_alpha
     adapters = inject_lora(model, config.lora, config.system.seed) if config.training.method == "lora" else {}
+    setup.load_start(adapters, start)
     if config.system.kernels == "auto" and (warning := kernels.apply(model, config.lora if adapters else None)):
         run.print(f"warning: {warning}")
     if config.training.compile:
@@ -170,10 +170,9 @@ def build(
     checkpoints = setup.open_checkpoints(config, run, provenance)
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
-        validation=corpus.validation[: config.evaluation.max_samples], model=model, adapters=adapters,
+        validation=corpus.validation[: config.evaluation.max_samples], model=model, adapters=adapters, plan=plan,
         objective=objective, optimizer=optimizer, scaler=build_scaler(machine.device, machine.dtype),
-        checkpoints=checkpoints,
-        writer=AsyncCheckpointWriter(checkpoints, available_host_bytes), planner=planner, plan=plan,
+        checkpoints=checkpoints, writer=AsyncCheckpointWriter(checkpoints, available_host_bytes), planner=planner,
     )  # fmt: skip
 
 

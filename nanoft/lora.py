@@ -16,6 +16,8 @@ Variants:
   in float32. So W may be quantized, and the adapter fits it (QPiSSA, which quantizes W - s B0 A0, is something else).
 - Biases can be trained, too, in float32.
 
+What is trained beside low-rank corrections (whole modules, rows of tokens) is in nanoft/blocks/trained.py.
+
 A new variant is a subclass of `LoRALinear` that overrides `make_factors` (what is trained), `plain_factors` (A and B of
 the change, in the forward pass and in export as plain LoRA) or `apply_magnitude_and_bias`, and an entry of `VARIANTS`.
 """
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -34,21 +36,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
+from nanoft.blocks.trained import PACKED, Adapter, TrainedCopy, TrainedRows, copied_modules, is_linear, token_rows
 from nanoft.config import LoRAConfig
 from nanoft.io.untrusted import time_limit
-from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, matmul
+from nanoft.nf4 import Frozen, matmul
 
-WORDS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
+WORDS = {"all-linear": ".layers.", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
 MATCHING_SECONDS = 5.0  # limit for regular expressions, which may be untrusted: `(.+)+!` never ends
 EXACT_SVD = 1024  # of a larger matrix the largest singular vectors are found by iteration
 SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros can be divided by its norm
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Adapter):
     """A frozen linear with a low-rank correction: y = W x + s B A d(x) + b, with dropout d on the correction only."""
 
+    NAMES: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "lora_magnitude_vector", "bias": "base_layer.bias"}
     FACTORS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # what a checkpoint holds of A and B
+    TRAINED: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # of FACTORS; lora.freeze_a takes lora_A away
     RANKS: ClassVar[int] = 1  # the rank of the change, in units of lora.rank
+    NEEDS_FULL_RANK: ClassVar[bool] = False  # whether W must have as many singular values as the rank
 
     lora_A: nn.Parameter  # (r, in)
     lora_B: nn.Parameter  # (out, r)
@@ -56,8 +62,7 @@ class LoRALinear(nn.Module):
     bias: nn.Parameter | None  # b': (out,), if it is trained
 
     def __init__(self, base: Frozen, lora: LoRAConfig, generator: torch.Generator):
-        super().__init__()
-        self.base, self.dropout, self.enabled = base, lora.dropout, True
+        super().__init__(base, lora.dropout)
         self.scaling = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
         device = next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
         a, b = self.make_factors(lora.rank, generator)
@@ -65,8 +70,8 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(b.to(device))
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("bias", None)
-        if lora.bias != "none" and base.bias is not None:
-            self.bias = nn.Parameter(base.bias.detach().to(torch.float32, copy=True))
+        if lora.bias != "none" and getattr(base, "bias", None) is not None:
+            self.bias = nn.Parameter(self.base.bias.detach().to(torch.float32, copy=True))
 
     def make_factors(self, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A and B as they start."""
@@ -108,11 +113,24 @@ class LoRALinear(nn.Module):
         """DoRA's c = m / |W + s B A|, (out,) float32; None: 1."""
         return None
 
-    def merged(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The weight of one linear that does the same, W + s B A, (out, in) float32; or some rows of it.
+    def widen(self, x: Tensor) -> Tensor:
+        """[x, A d(x)], (..., in + r), of which W x + s B A d(x) is the product with `weight`."""
+        if not self.enabled:
+            return x
+        return torch.cat((x, F.linear(F.dropout(x, self.dropout, self.training), self.factors()[0].to(x.dtype))), -1)
 
-        `weight` is W or those rows, in float32, on any device.
-        """
+    @property
+    def weight(self) -> Tensor:
+        """c [W, s B], (out, in + r): kept apart from W because small numbers vanish when bfloat16 adds them to it."""
+        weight = weight_of(self.base)
+        if not self.enabled:
+            return weight
+        wide = torch.cat((weight, self.scaling * self.factors()[1].to(weight.dtype)), 1)
+        c = self.magnitude_ratio(weight.dtype)
+        return wide if c is None else (c[:, None] * wide).to(weight.dtype)
+
+    def merged(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """W + s B A, (out, in), or some rows of it."""
         a, b = (factor.detach().float().to(weight.device) for factor in self.factors())
         return torch.addmm(weight, b[rows], a, alpha=self.scaling)
 
@@ -168,7 +186,7 @@ class PiSSALinear(LoRALinear):
     """PiSSA: y = (W - s B0 A0) x + s B A x + b, from the largest singular directions of W."""
 
     FACTORS = ("lora_A", "lora_B", "lora_A0", "lora_B0")
-    RANKS = 2
+    RANKS, NEEDS_FULL_RANK = 2, True
     lora_A0: Tensor  # where A and B started
     lora_B0: Tensor
 
@@ -192,6 +210,28 @@ class PiSSADoRALinear(DoRALinear, PiSSALinear):
     """DoRA's magnitudes over PiSSA's factors."""
 
 
+class LoRAEmbedding(LoRALinear):
+    """An embedding with a low-rank correction: y = W[i] + s B A[:, i], A: (r, vocab) = 0, B: (hidden, r) ~ N(0, 1)."""
+
+    NAMES: ClassVar[dict[str, str]] = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+
+    def make_factors(self, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        vocab, hidden = self.base.weight.shape
+        return torch.zeros(rank, vocab), torch.randn(hidden, rank, generator=generator)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.base(ids)
+        if not self.enabled:
+            return y
+        u = F.embedding(ids, self.lora_A.T.to(y.dtype))  # (b, q, r)
+        return y + self.scaling * F.linear(u, self.lora_B.to(y.dtype))
+
+    def merged(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """W + s (B A)^T, (vocab, hidden), or some rows of it."""
+        a, b = (factor.detach().to(weight.device) for factor in (self.lora_A, self.lora_B))
+        return torch.addmm(weight, a[:, rows].T, b.T, alpha=self.scaling)
+
+
 VARIANTS: dict[tuple[str, bool], type[LoRALinear]] = {  # by lora.init and lora.dora
     ("default", False): LoRALinear,
     ("default", True): DoRALinear,
@@ -207,7 +247,7 @@ def variant_of(lora: LoRAConfig) -> type[LoRALinear]:
 
 def weight_of(base: Frozen) -> Tensor:
     """W, (out, in): of a quantized linear, the dequantized weight that it multiplies by."""
-    return base.weight.detach() if isinstance(base, nn.Linear) else base.dequantize()
+    return base.dequantize() if isinstance(base, PACKED) else base.weight.detach()
 
 
 def top_singular_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -231,55 +271,88 @@ def top_singular_factors(weight: Tensor, rank: int, generator: torch.Generator) 
     return u[:, :rank] * root, root[:, None] * vt[:rank]
 
 
-def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, LoRALinear]:
-    """Freeze the model and put an adapter beside every linear that `lora.target_modules` matches.
+def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adapter]:
+    """Freeze the model and put adapters on the modules that the settings name.
 
     Returns:
-        The adapters by module name, in the model's order.
+        The adapters by module name, low-rank ones first, in the model's order.
     Raises:
-        UserError: a target that matches no linear, a pattern that matches no adapter, a rank above the number of
-            singular values (PiSSA), a bias to be trained that has no adapter.
+        UserError: a target that matches nothing, a pattern that matches no adapter, settings that do not fit together.
     """
     model.requires_grad_(False)
-    linears, generator = linears_of(model), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    rows = token_rows(model, lora)
+    copies = copied_modules(model, lora, {name for name in targets_of(model) if _is_target(name, lora)})
     with time_limit(MATCHING_SECONDS, "lora.target_modules, lora.rank_pattern, lora.alpha_pattern"):
-        settings = _settings_by_name(linears, lora)
+        settings = _settings_by_name(targets_of(model), lora, copies)
+    if twice := settings.keys() & rows.keys() | copies.keys() & rows.keys():
+        raise UserError(f"lora.trainable_token_indices: {min(twice)} is trained already: remove it in one of the two")
+    if {*settings, *copies} & {"lm_head", "model.embed_tokens"}:
+        model.untie()  # type: ignore[operator]
+    makers: dict[str, Callable[[Any], Adapter]] = {
+        name: lambda base, name=name, own=own: make_lora(name, base, own, generator)  # type: ignore[misc]
+        for name, own in settings.items()
+    }
+    makers |= {name: lambda base, parts=parts: TrainedCopy(base, parts) for name, parts in copies.items()}  # type: ignore
+    makers |= {name: lambda base, ids=ids: TrainedRows(base, ids) for name, ids in rows.items()}  # type: ignore[misc]
     adapters = {}
-    for name, own in settings.items():
-        base, most = linears[name], min(linears[name].in_features, linears[name].out_features)
-        if own.init == "pissa" and own.rank > most:
-            raise UserError(f"lora.rank: {own.rank}: {name} has only {most} singular values: set lora.rank={most}")
+    for name, make in makers.items():
         parent, _, last = name.rpartition(".")
-        adapters[name] = variant_of(own)(base, own, generator)
+        adapters[name] = make(model.get_submodule(name))
         setattr(model.get_submodule(parent), last, adapters[name])
     return adapters
 
 
-def _settings_by_name(linears: dict[str, Frozen], lora: LoRAConfig) -> dict[str, LoRAConfig]:
-    """The settings of each adapter, with its own rank and alpha, by the name of its linear."""
+def make_lora(name: str, base: Any, lora: LoRAConfig, generator: torch.Generator) -> LoRALinear:
+    """The low-rank adapter of one linear or embedding; `lora` has its own rank and alpha."""
+    variant = variant_of(lora)
+    if isinstance(base, nn.Embedding):
+        if variant is not LoRALinear or lora.freeze_a:
+            raise UserError(f"lora.target_modules: {name}: an embedding has plain LoRA only: use lora.modules_to_save")
+        return LoRAEmbedding(base, lora, generator)  # type: ignore[arg-type]
+    most = min(base.in_features, base.out_features)
+    if variant.NEEDS_FULL_RANK and lora.rank > most:
+        raise UserError(f"lora.rank: {lora.rank}: {name} has only {most} singular values: set lora.rank={most}")
+    return variant(base, lora, generator)
+
+
+def _settings_by_name(modules: dict[str, Any], lora: LoRAConfig, copies: Mapping[str, Any]) -> dict[str, LoRAConfig]:
+    """The settings of each low-rank adapter, with its own rank and alpha, by the name of its module."""
+    modules = {name: module for name, module in modules.items() if "weight" not in copies.get(name, ())}
     for target in lora.target_modules:
-        if not any(matches_target(name, target) for name in linears):
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+        if not any(matches_target(name, target) for name in modules):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
             raise UserError(
                 f"lora.target_modules: {target!r} matches no linear of this model, which has {known} "
-                "(head, embeddings and norms: training.method=full)"
+                "(norms: lora.modules_to_save; everything: training.method=full)"
             )
-    found = [name for name in linears if any(matches_target(name, target) for target in lora.target_modules)]
+    found = [name for name in modules if _is_target(name, lora)]
     for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for key in pattern:
             if not any(_matches(key, name) for name in found):
                 raise UserError(f"lora.{field}: {key!r} matches no adapter (such as {found[0]})")
-    if lora.bias == "all" and (bare := [n for n, m in linears.items() if m.bias is not None and n not in found]):
-        raise UserError(f"lora.bias: all: {bare[0]} has a bias, but no adapter: target it or set lora.bias=lora_only")
     ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in found}
     alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in found}
     return {name: replace(lora, rank=ranks[name], alpha=alphas[name]) for name in found}
 
 
 def linears_of(model: nn.Module) -> dict[str, Frozen]:
-    """What can have an adapter: every linear of the blocks; not the head, which the loss uses as a plain matrix."""
-    kinds = (nn.Linear, Linear4bit, Linear8bit)
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name != "lm_head"}
+    """Every linear of the blocks."""
+    return {name: m for name, m in targets_of(model).items() if ".layers." in name}
+
+
+def targets_of(model: nn.Module) -> dict[str, Any]:
+    """What can have a low-rank adapter: the embedding, every linear of the blocks, the head."""
+    found = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding)}
+    return (
+        {**found, "lm_head": found.get("lm_head", found["model.embed_tokens"])}
+        if "model.embed_tokens" in found
+        else found
+    )
+
+
+def _is_target(name: str, lora: LoRAConfig) -> bool:
+    return any(matches_target(name, target) for target in lora.target_modules)
 
 
 def matches_target(name: str, target: str) -> bool:
@@ -298,20 +371,8 @@ def _matches(expression: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({expression})$", name) is not None
 
 
-def describe_adapters(adapters: dict[str, LoRALinear]) -> list[str]:
-    """One line for each kind of linear: count, shape, rank, trained parameters."""
-    trained: dict[tuple[str, str, str], list[int]] = {}
-    for name, adapter in adapters.items():
-        shape, rank = f"({adapter.base.in_features} -> {adapter.base.out_features})", f"rank {len(adapter.lora_A)}"
-        numbers = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        trained.setdefault((name.rpartition(".")[2], shape, rank), []).append(numbers)
-    lines = [(kind, f"{len(n)} x {shape}", rank, f"{sum(n):,}") for (kind, shape, rank), n in trained.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-
-
 @contextmanager
-def disabled(adapters: dict[str, LoRALinear]) -> Iterator[None]:
+def disabled(adapters: dict[str, Adapter]) -> Iterator[None]:
     """Switch the adapters off, so that the model is its base, for the duration of a `with` block."""
     for adapter in adapters.values():
         adapter.enabled = False

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import Documents, SequenceContext
+from nanoft.blocks.trained import Adapter
 from nanoft.recompute import ActivationPolicy, run_block
 
 
@@ -34,12 +35,17 @@ class Rope:
     """How positions become angles (RoFormer, Su et al. 2021), and how a longer context stretches them."""
 
     theta: float = 10000.0
-    kind: str = "default"  # default | linear | llama3 | yarn
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    context: int = 0  # positions of pre-training; beyond them, dynamic depends on the sequence's length
 
-    def angles(self, head_dim: int) -> tuple[Tensor, float]:
+    def angles(self, head_dim: int, length: int = 0) -> tuple[Tensor, float]:
         """Angular frequencies (head_dim / 2,) in radians per position, and the factor on cos and sin."""
-        frequency = self.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+        theta = self.theta
+        if self.kind == "dynamic" and length > self.context:  # theta grows with the sequence (dynamic NTK)
+            factor = self.parameters["factor"]
+            theta *= (factor * length / self.context - (factor - 1)) ** (head_dim / (head_dim - 2))
+        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
         if self.kind == "linear":  # positions are squeezed by `factor` (Chen et al. 2023)
             return frequency / self.parameters["factor"], 1.0
         if self.kind == "llama3":
@@ -216,9 +222,44 @@ class Decoder(nn.Module):
         self.neftune_alpha = 0.0
 
     @property
+    def output(self) -> nn.Module:
+        """The module of the output embedding, which may have an adapter."""
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
+    @property
     def head(self) -> Tensor:
-        """The output embedding, (vocab, hidden)."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """The output embedding, (vocab, hidden); with a low-rank adapter wider, as the hidden states are."""
+        return self.output.weight  # type: ignore[return-value]
+
+    @property
+    def _stored_head(self) -> Tensor:
+        output: Any = self.output
+        stored: Tensor = getattr(output, "base", output).weight
+        return stored
+
+    @property
+    def device(self) -> torch.device:
+        return self._stored_head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._stored_head.dtype
+
+    def untie(self) -> None:
+        """Let the head be a module of its own, with the embedding's weight, so that only one of them has an adapter."""
+        if self.lm_head is None:
+            self.config = replace(self.config, tied=False)
+            self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def grow_vocabulary(self, size: int) -> None:
+        """Append rows to the embedding and the head, the mean of each, up to so many tokens."""
+        more = max(0, size - self.config.vocab_size)
+        self.config = replace(self.config, vocab_size=self.config.vocab_size + more)
+        for module in [self.model.embed_tokens] + ([] if self.lm_head is None else [self.lm_head]) if more else []:
+            mean = module.weight.float().mean(0, keepdim=True).to(module.weight.dtype)
+            module.weight = nn.Parameter(torch.cat((module.weight, mean.expand(more, -1))))
 
     def forward(
         self,
@@ -245,7 +286,12 @@ class Decoder(nn.Module):
         last = len(self.model.layers) - 1
         for index, (block, policy) in enumerate(zip(self.model.layers, self.activation_policy, strict=True)):
             x = run_block(block, x, context, target_positions if index == last else None, policy)
-        return self.model.norm(x)
+        return self.finish(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The last hidden states, (..., hidden), of the residual stream; wider with a low-rank adapter on the head."""
+        x = self.model.norm(x)
+        return self.output.widen(x) if isinstance(self.output, Adapter) else x
 
     def context(self, positions: Tensor, dtype: torch.dtype, documents: Documents | None = None) -> SequenceContext:
         """What the layers of one forward pass share; positions are (b, q)."""
@@ -253,18 +299,20 @@ class Decoder(nn.Module):
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of position * frequency, (b, q, 1, d / 2); angles in float32 whatever the model's dtype."""
-        frequency, factor = self.config.rope.angles(self.config.head_dim)
+        rope = self.config.rope
+        length = int(positions.max()) + 1 if rope.kind == "dynamic" else 0
+        frequency, factor = rope.angles(self.config.head_dim, length)
         angles = positions[:, :, None, None].float() * frequency.to(positions.device)
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""
-        return F.linear(hidden, self.head).float()
+        return F.linear(hidden, self.head.to(hidden.dtype)).float()
 
     def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
         """What computes attention over sequences of this length on this device, for each kind of layer in the model."""
         c = self.config
-        q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=self.head.device)
+        q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=self.device)
         windows = dict.fromkeys(None if w is None or w >= length else w for w in c.windows)
         return "; ".join(dict.fromkeys(self.context_class.describe(q, window, packed) for window in windows))
 

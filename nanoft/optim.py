@@ -126,12 +126,17 @@ SCHEDULES: dict[str, Callable[[float, TrainingConfig], float]] = {
 }
 
 
+def warmup_steps(total_steps: int, c: TrainingConfig) -> int:
+    """Optimizer steps of the warm-up in a run of `total_steps`."""
+    return round(c.warmup_ratio * total_steps) if c.warmup_steps is None else c.warmup_steps
+
+
 def learning_rate(step: int, total_steps: int, c: TrainingConfig) -> float:
     """The learning rate of the step that follows `step` completed ones.
 
     Warm-up rises linearly and reaches the peak at its end; then the schedule falls from 1 to `min_lr_ratio` of it.
     """
-    warmup = c.warmup(total_steps)
+    warmup = warmup_steps(total_steps, c)
     if step < warmup:
         return c.learning_rate * (step + 1) / (warmup + 1)
     t = (step - warmup) / max(1, total_steps - warmup)
@@ -142,8 +147,8 @@ def build_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScal
     """Dynamic loss scaling for float16 (Micikevicius et al. 2018, section 3.2); for another dtype it does nothing.
 
     The smallest float16 is 6e-8, and a gradient below it becomes 0. So backward starts from S loss instead of the loss,
-    and each gradient is divided by S in float32. S begins at 2^16. It is halved when a gradient overflows, beyond 65504,
-    and doubled after 2000 windows in which none did.
+    and each gradient is divided by S in float32. S begins at 2^16; it is halved when a gradient overflows (beyond
+    65504), and doubled after 2000 windows in which none did.
     """
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 

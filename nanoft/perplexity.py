@@ -28,7 +28,7 @@ def safe_exp(nats: float) -> float:
 @torch.no_grad()
 def validation_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, int]:
     """(nats per target token, target tokens) over all batches, which the ranks share; a UserError without targets."""
-    training, device = model.training, model.head.device
+    training, device = model.training, model.device
     model.eval()
     nats, count = 0.0, 0
     try:

@@ -52,7 +52,7 @@ def paragraphs(path: Path) -> list[str]:
 
 def test_there_is_a_config_for_every_situation() -> None:
     names = {str(path.relative_to(ROOT / "configs")) for path in CONFIGS}
-    gpus = {"h100.py", "gpu_8gb.py", "gpu_12gb.py", "gpu_16gb_fp16.py", "gpu_24gb.py", "gpu_80gb.py", "full_finetune.py"}
+    gpus = {f"gpu_{name}.py" for name in ("8gb", "12gb", "16gb_fp16", "24gb", "80gb")} | {"h100.py", "full_finetune.py"}
     experiments = {f"experiments/{name}.py" for name in ("high_rank", "larger_batch", "quick_test")}
     assert names >= {"tiny.py", "m4.py", "cpu.py"} | gpus | experiments
 

@@ -19,7 +19,7 @@ import train
 from nanoft import UserError, lora
 from nanoft.config import LoRAConfig
 from nanoft.config.loading import load_config
-from nanoft.lora import LoRALinear, describe_adapters, disabled, inject_lora, top_singular_factors, variant_of
+from nanoft.lora import LoRALinear, disabled, inject_lora, top_singular_factors, variant_of
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
@@ -28,6 +28,7 @@ from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
 from nanoft.nf4 import Linear4bit
 from nanoft.training.self_test import PRODUCT, adapter_effect, merged_error, products_error
+from nanoft.training.setup import describe_adapters
 from tiny_models import delta, make_chat_model, make_reference, train_run, write_records
 
 TARGETS = torch.tensor([b * 24 + s for b in range(2) for s in range(23)])
@@ -327,7 +328,7 @@ def test_bfloat16_base_keeps_float32_adapters(base: Path) -> None:
 # --- which linears
 
 
-@pytest.mark.parametrize("target", ["q_prj", "lm_head", "embed_tokens", "norm", "model", r".*\.[xy]_proj"])
+@pytest.mark.parametrize("target", ["q_prj", "norm", "model", r".*\.[xy]_proj"])
 def test_a_target_that_names_no_linear_is_refused_with_the_names_there_are(base: Path, target: str) -> None:
     with pytest.raises(UserError, match=r"matches no linear.*q_proj, k_proj, v_proj.*training.method=full") as raised:
         adapted(base, LoRAConfig(target_modules=("q_proj", target)))
@@ -367,7 +368,16 @@ def test_one_layer_alone(base: Path) -> None:
             {"alpha_pattern": {"q_proj": 4}, "target_modules": ("mlp",)},
             "lora.alpha_pattern: 'q_proj' matches no adapter",
         ),
-        ({"bias": "all", "target_modules": ("mlp",)}, "lora.bias: all: model.layers.0.self_attn.q_proj has a bias"),
+        ({"modules_to_save": ("lm_haed",)}, "lora.modules_to_save: 'lm_haed' matches no module .* lm_head"),
+        ({"trainable_token_indices": {"embed_tokens": [199]}}, "embed_tokens: 199: each must be an id below 199, once"),
+        ({"trainable_token_indices": {"embed_tokens": [1, 1]}}, "embed_tokens: 1: each must be an id below 199, once"),
+        ({"trainable_token_indices": {"q_proj": [1]}}, "trainable_token_indices: q_proj: use embed_tokens and lm_head"),
+        (
+            {"trainable_token_indices": {"lm_head": [1]}, "modules_to_save": ("lm_head",)},
+            "lora.trainable_token_indices: lm_head is trained already",
+        ),
+        ({"target_modules": ("embed_tokens",), "dora": True}, "model.embed_tokens: an embedding has plain LoRA only"),
+        ({"target_modules": ("embed_tokens",), "freeze_a": True}, "an embedding has plain LoRA only"),
         ({"init": "pissa", "rank": 33}, "lora.rank: 33: model.layers.0.self_attn.k_proj has only 32 singular values"),
     ],
 )

@@ -426,7 +426,7 @@ def test_weights_that_overflow_are_not_kept(runs: Path, tmp_path: Path, capsys: 
     assert "its files are not those that" in said
     assert "--any-base" in said
     assert run_merge(*line, "f16", "--any-base") == 2
-    assert "largest logit difference inf" in capsys.readouterr().err
+    assert "up_proj.weight are too large for it: use bf16 or f32" in capsys.readouterr().err
     assert names(tmp_path) == {"base", "adapter"}
     assert run_merge(*line, "bf16", "--any-base") == 0
 
@@ -617,3 +617,71 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         command.main(["--help"])
     assert left.value.code == 0
     assert "python merge.py runs/tiny --out merged" in " ".join(capsys.readouterr().out.split())
+
+
+# --- an adapter with a tokenizer of its own, a base elsewhere, patterns
+
+
+@pytest.mark.parametrize("form", ["hf", "mlx", "peft"])
+def test_the_tokenizer_of_training_is_exported(form: str, runs: Path, tmp_path: Path) -> None:
+    """Another tool's adapter, trained with a template and a turn end that the base does not have."""
+    adapter = shutil.copytree(runs / "lora" / "adapter", tmp_path / "adapter")
+    (adapter / "generation_config.json").unlink(missing_ok=True)
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    text = json.loads((adapter / "tokenizer.json").read_text())
+    new = len(ChatTokenizer.from_directory(adapter).tokenizer.get_vocab())
+    text["added_tokens"].append({**text["added_tokens"][-1], "id": new, "content": "<|done|>", "special": True})
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|done|>{% endfor %}"
+    (adapter / "tokenizer.json").write_text(json.dumps(text))
+    (adapter / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    (adapter / "chat_template.jinja").unlink(missing_ok=True)
+    out, sum_of_one = tmp_path / "out", ["--weights", "0.5"] if form == "peft" else []
+    assert run_merge(adapter, "--out", out, "--format", form, *sum_of_one) == 0
+    chat, trained = ChatTokenizer.from_directory(out), ChatTokenizer.from_directory(adapter)
+    assert (chat.template, chat.stop_ids) == (template, trained.stop_ids)
+    assert new in chat.stop_ids
+    assert (out / "tokenizer.json").read_text() == (adapter / "tokenizer.json").read_text()
+    answers = json.loads((out / "parity.json").read_text())
+    assert all("<|done|>" in record["text"] for record in answers["prompts"])
+
+
+def test_a_base_that_moved_is_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = shutil.copytree(runs / "lora" / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    gone = {**config, "base_model_name_or_path": str(tmp_path / "gone")}
+    (adapter / "adapter_config.json").write_text(json.dumps(gone))
+    base = shutil.copytree(runs / "base", tmp_path / "base")
+    assert run_merge(adapter, "--out", tmp_path / "out") == 2
+    assert "no such directory" in capsys.readouterr().err
+    assert run_merge(adapter, "--out", tmp_path / "out", "--base-model", base) == 0
+    expected = open_model(str(runs / "lora"), CPU, torch.float32).model
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert (logits(merged) - logits(expected)).abs().max() < 1e-4
+    make_chat_model(tmp_path / "another", seed=3)
+    assert run_merge(adapter, "--out", tmp_path / "no", "--base-model", tmp_path / "another") == 2
+    assert "SHA-256 differs" in capsys.readouterr().err
+
+
+def test_patterns_are_folded_for_engines_that_ignore_them(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patterns = {"lora__rank_pattern": {"q_proj": 2}, "lora__alpha_pattern": {"v_proj": 3.0}}
+    run = train_run(tmp_path / "run", runs / "base", write_records(tmp_path / "data.jsonl"), **patterns)
+    capsys.readouterr()
+    assert run_merge(run, "--out", tmp_path / "plain", "--format", "peft") == 0
+    assert (
+        "vLLM scales all modules by the file's alpha / r, and ignores patterns: add --fold" in capsys.readouterr().out
+    )
+    assert run_merge(run, "--out", tmp_path / "folded", "--format", "peft", "--fold") == 0
+    assert "vLLM" not in capsys.readouterr().out
+    config = json.loads((tmp_path / "folded" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    tensors = load_file(tmp_path / "folded" / "adapter_model.safetensors")
+    assert {len(tensor) for name, tensor in tensors.items() if "lora_A" in name} == {config["r"]}
+    found = [
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(runs / "base"), tmp_path / name)
+        for name in ("plain", "folded")
+    ]
+    assert (logits(found[0]) - logits(found[1])).abs().max() < 1e-5
+    assert run_merge(run, "--out", tmp_path / "no", "--fold") == 2
+    assert "--fold: needs --format peft" in capsys.readouterr().err

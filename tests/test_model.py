@@ -143,7 +143,7 @@ def test_classic_and_current_config_give_the_same_shape(case: str, tmp_path: Pat
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures: GPT2LMHeadModel"),
         ({"logit_scale": 0.5}, "logit_scale"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],

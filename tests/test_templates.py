@@ -119,10 +119,12 @@ PLAIN = ["single", "multi", "system", "system, multi", "spaces", "spaced system"
 # Where an answer changes what stood before it: each answer is a sample of its own.
 REWRITTEN = {
     ("mistral-v3", "system, multi"),
-    *(("qwen3", case) for case in ("multi", "system, multi", "spaces", "unicode", "newlines")),
+    ("mistral-v3-hub", "system, multi"),
+    ("qwen3", "newlines"),
+    *((QUIET, case) for case in ("multi", "system, multi", "spaces", "unicode", "newlines")),
 }
-# The original drops the system text as soon as it is answered; no conversation is as it was when it was asked.
-UNTRAINABLE = {("mistral-v3-hub", case) for case in ("system", "system, multi", "spaced system", "tools, system")}
+# The original drops the system text as soon as it is answered: plain answers are learned behind the prompt in use.
+UNTRAINABLE = {("mistral-v3-hub", "tools, system")}
 REFUSED = {("gemma", case) for case in ("system", "system, multi", "spaced system")}
 
 
@@ -145,7 +147,7 @@ def test_answers_and_their_ends_are_learned(read: Read, name: str, case: str) ->
             chat.render_samples(messages, 0)
         return
     answers = [answer(name, message["content"]) for message in messages if message["role"] == "assistant"]
-    is_rewritten = (name.split(",")[0], case) in REWRITTEN
+    is_rewritten = (name, case) in REWRITTEN
     assert learned(chat, messages) == ([[text] for text in answers] if is_rewritten else [answers])
 
 
@@ -194,7 +196,7 @@ LEARNED = {
     ("qwen2.5", "tools"): [[CALL % "Genève" + "<|im_end|>", "Sunny.<|im_end|>", "I cannot know.<|im_end|>"]],
     ("qwen2.5", "two calls"): [[CALL % "Genève" + "\n" + CALL % "Bern" + "<|im_end|>", "Genève.<|im_end|>"]],
     ("qwen2.5", "call with words"): [["Let me see.\n" + CALL % "Bern" + "<|im_end|>", "Rain.<|im_end|>"]],
-    ("qwen3", "tools, system"): [[CALL % "Bern" + "<|im_end|>"], ["Rain.<|im_end|>"]],
+    ("qwen3", "tools, system"): [[CALL % "Bern" + "<|im_end|>", "Rain.<|im_end|>"]],
     ("qwen3", "thinking"): [
         ["<think>\nTwo and two.\nFour.\n</think>\n\n4<|im_end|>"],
         ["<think>\nOne more.\n</think>\n\n5<|im_end|>"],
@@ -269,13 +271,13 @@ def test_a_prompt_is_what_stands_before_the_answer(read: Read, name: str) -> Non
 
 CALLS = {case for case in CONVERSATIONS if any("tool_calls" in turn for turn in CONVERSATIONS[case]["messages"])}
 THOUGHTS = {case for case in CONVERSATIONS if case.startswith("thinking")}
-# Qwen3 is given no thought in use, but shows an empty one in training where there is none: see `test_answers_...`.
+OMITTED = {("mistral-v3-hub", "call with words"), ("llama-3.1", "call with words")}  # the words beside a call
 WITH_CALLS = [
     (name, case)
     for name, case in RENDERINGS
-    if case in (THOUGHTS if name == "qwen3" else CALLS - THOUGHTS)
+    if case in (CALLS | THOUGHTS if name == "qwen3" else CALLS - THOUGHTS)
     and GOLDEN["templates"][name]["renderings"][case]["finished"] != "refused"
-    and (name, case) not in UNTRAINABLE
+    and (name, case) not in UNTRAINABLE | OMITTED
 ]
 
 
@@ -284,6 +286,13 @@ def test_a_prompt_with_calls_is_what_stands_before_the_answer(read: Read, name: 
     conversation = CONVERSATIONS[case]
     trained, used = given_and_used(read(name), conversation["messages"], conversation.get("tools"))
     assert trained == used
+
+
+@pytest.mark.parametrize(("name", "case"), sorted(OMITTED))
+def test_words_beside_a_call_that_the_original_omits_are_refused(read: Read, name: str, case: str) -> None:
+    conversation = CONVERSATIONS[case]
+    with pytest.raises(UserError, match="omits the text beside tool calls"):
+        read(name).render_samples(conversation["messages"], 0, conversation.get("tools"))
 
 
 def test_a_thought_where_none_is_to_be_is_refused(read: Read) -> None:

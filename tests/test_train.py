@@ -256,6 +256,15 @@ def test_it_stops_early_when_the_validation_loss_no_longer_falls(tmp_path: Path)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == len(values)
 
 
+def test_early_stopping_without_effect_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patience = {"training__early_stopping_patience": 2}
+    asked = quick(tmp_path / "run", **patience, data__validation_split=0, training__eval_steps=1)
+    refused(asked, ["training.early_stopping_patience: 2: there is no validation data", "data.validation_size"], capsys)
+    refused(
+        quick(tmp_path / "run", **patience, training__eval_steps=0), ["no effect with training.eval_steps=0"], capsys
+    )
+
+
 def test_a_window_with_nan_changes_nothing_and_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = sft.token_nll, []
     snapshots: list[dict[str, torch.Tensor]] = []
@@ -516,14 +525,15 @@ def test_the_fast_step_has_the_loss_curve_of_the_plain_one(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("bits", [16, 4])
-def test_on_cuda_bfloat16_has_the_loss_curve_of_float32(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounding", ["bfloat16", "float16"])
+def test_on_cuda_16_bits_have_the_loss_curve_of_float32(rounding: str, bits: int, tmp_path: Path) -> None:
     def curve(dtype: str) -> list[float]:
         changes = {"model__dtype": dtype, "system__device": "cuda", "data__packing": True, "quantization__bits": bits}
         changes |= {"training__max_steps": 60, "training__eval_steps": 0, "data__max_samples": "none"}
         assert train.main(quick(tmp_path / dtype, **changes)) == 0
         return [loss for _, loss in losses(tmp_path / dtype)]
 
-    rounded, exact = curve("bfloat16"), curve("float32")
+    rounded, exact = curve(rounding), curve("float32")
     assert exact[-1] < 0.5 * exact[0]
     assert abs(sum(rounded[-10:]) / sum(exact[-10:]) - 1) < 0.05
 

@@ -126,7 +126,8 @@ NO_RESULT = noted("changes no result here")
 
 # Fields that have the same name there
 SAME_NAME = """
-    model.max_seq_length lora.target_modules lora.rank_pattern lora.alpha_pattern lora.bias data.train_file
+    model.max_seq_length lora.target_modules lora.rank_pattern lora.alpha_pattern lora.bias lora.modules_to_save
+    data.train_file
     data.validation_file data.packing data.group_by_length data.pad_to_multiple_of training.gradient_accumulation_steps
     training.learning_rate training.warmup_ratio training.weight_decay training.max_grad_norm
     training.early_stopping_patience training.early_stopping_threshold system.seed
@@ -174,7 +175,6 @@ TRANSLATED = {
     "init_lora_weights": Alias("lora.init", {True: "default"}, open=True),
     "peft_type": Alias(values={"LORA": {}}, fix=LORA_OR_FULL),
     "task_type": Alias(values={"CAUSAL_LM": {}}, fix="nanoft trains causal language models"),
-    "modules_to_save": Alias(values={}, fix=LORA_OR_FULL),
     # Data
     "dataset_name": Alias("data.train_file", dataset),
     "eval_split validation_split test_size": Alias("data.validation_split", held_out),

@@ -41,6 +41,8 @@ def parse(key: str, text: str, hint: Any) -> Any:
         if get_origin(kind) is Literal:
             return next(choice for choice in get_args(kind) if str(choice) == text)
         if get_origin(kind) is tuple:
+            if get_args(kind)[0] is str and text[:1] + text[-1:] == "[]" and "<" in text:  # tokens: [<|a|>, <|b|>]
+                return tuple(map(str, parse_yaml(text)))
             if get_args(kind)[0] is str and not re.fullmatch(NAMES, text):
                 return (text,) if text else ()  # one regular expression
             return tuple(get_args(kind)[0](part) for part in text.strip("[]()").replace(",", " ").split())
@@ -71,8 +73,8 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(kind))
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(part, get_args(kind)[0]) for part in value)
+    if get_origin(kind) in (tuple, list):
+        return isinstance(value, get_origin(kind)) and all(_fits(part, get_args(kind)[0]) for part in value)
     if get_origin(kind) is dict:
         fits = isinstance(value, dict) and all(_fits(part, get_args(kind)[1]) for part in value.values())
         return fits and all(isinstance(key, str) for key in value)
@@ -80,7 +82,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return True
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is kind  # bool is not an int here
+    return type(value) is kind and (kind is not int or abs(value) < 2**63)  # bool is not an int here
 
 
 def _describe(hint: Any) -> str:
@@ -92,5 +94,5 @@ def _describe(hint: Any) -> str:
         return "a list of names" if get_args(hint)[0] is str else "a list of numbers"
     if get_origin(hint) is dict:
         return "a mapping such as {name: value}"
-    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+    names = {int: "an integer (64 bits)", float: "a finite number", bool: "true or false", str: "a string"}
     return names.get(hint, "none")

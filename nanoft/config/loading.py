@@ -69,9 +69,12 @@ def read_config(path: str | Path, words: Iterable[str] = (), environment: Mappin
     if not config.output.dir:  # the same on machines with other environments
         stems = Path("-".join(file.stem for file in (Path(path), *more)))
         config = config.override({"output.dir": f"runs/{run_name(stems, read_overrides(overrides, {}))}"})
-    warnings = [f"warning: {text}" for text in loaded.schema.warn(config)] if loaded.schema else []
     names = {path: name for path, name in loaded.names.items() if path not in changes}
-    return replace(loaded, config=config, explanation=loaded.explanation + warnings, names=names)
+    if loaded.schema is None:
+        return replace(loaded, config=config, names=names)
+    said = loaded.explanation + [f"warning: {text}" for text in loaded.schema.warn(config)]
+    fields = [*said, *loaded.fields, "all settings: config.json; planned memory: metrics.jsonl"]
+    return Loaded(config, loaded.schema, said, fields, names)
 
 
 def split_words(words: Iterable[str]) -> tuple[list[Path], list[str]]:
@@ -108,7 +111,7 @@ def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os
 def run_name(path: str | Path, changes: Mapping[str, str]) -> str:
     """The name of the config, and a hash of the overrides if there are any: one directory per experiment."""
     kept = sorted(f"{k}={v}" for k, v in changes.items() if not k.startswith(("logging.", "output.")))
-    digest = hashlib.sha256("\n".join(kept).encode()).hexdigest()[:6]
+    digest = hashlib.sha256("\n".join(kept).encode("utf-8", "surrogateescape")).hexdigest()[:6]
     return f"{Path(path).stem}-{digest}" if kept else Path(path).stem
 
 
@@ -268,10 +271,10 @@ def _run_python(path: Path) -> Config:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise UserError(f"line {error.lineno}: {error.msg}") from None
+        raise UserError(f"line {error.lineno or 1}: {error.msg}") from None
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
     config = getattr(module, "config", None)
     if not isinstance(config, Config):

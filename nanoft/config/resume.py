@@ -28,7 +28,8 @@ FIXED = {"evaluation.max_samples"}  # although its section may change: the best 
 BY_CONTENT = {
     "data_sha256": ("data", ("data.train_file", "data.validation_file")),
     "data_files": ("data", ("data.train_file", "data.validation_file")),  # how many there are in each part
-    "base_sha256": ("base model", ("model.name",)),
+    "base_sha256": ("base model", ("model.name", "model.revision")),
+    "start_sha256": ("adapter of lora.start_from", ("lora.start_from",)),
 }
 # Another number of threads is a warning: sums in another order differ in their last bits.
 MAY_DIFFER = {"system.threads", *(name for _, names in BY_CONTENT.values() for name in names)}

@@ -7,7 +7,6 @@ near duplicates -> split -> leaks -> weights                                    
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -26,11 +25,11 @@ from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import CONTROL, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
-from nanoft.data.truncation import fit
+from nanoft.data.formats import CONTROL, DETECT_FROM, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
-MALFORMED = "malformed"
+MALFORMED, REFUSED = "malformed", "refused by the chat template"
 TOKENS, REJECTED, REPORT = "tokens.bin", "rejected.jsonl", "report.json"
 NEAR = 0.8  # Jaccard similarity of near-equal prompts, unless data.near_duplicates is set
 FULL_TEXT, PROMPT = "full_text.sig", "prompt.sig"  # MinHash signatures, while building
@@ -44,8 +43,11 @@ class DatasetBuilder:
         self.max_length, self.seed = max_length, seed
         self.removed: Counter[str] = Counter()
         self.first_malformed: list[str] = []
+        self.notes: dict[str, tuple[int, str]] = {}  # what has no effect or another: how many records, the first place
         self.shapes: list[dict[str, Any]] = []
         self.read = self.cut_off = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
+        self.chunked_texts = self.chunks = self.shared_prompts = 0
+        self.held_out = ""  # how much, and by what
         self.control_characters, self.first_control = 0, ""  # records with some; the first
         self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
         self.seen_systems: set[int] = set()
@@ -53,7 +55,7 @@ class DatasetBuilder:
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
         # per record; those of type Q are keys of the split
         self.file, self.line, self.part, self.time = array("l"), array("q"), array("l"), array("d")
-        self.question, self.prompt, self.normalized_prompt, self.group = (array("Q") for _ in range(4))
+        self.prompt, self.normalized_prompt, self.content, self.group = (array("Q") for _ in range(4))
         self.stratum: list[Any] = []
         # per sample
         self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
@@ -83,7 +85,7 @@ class DatasetBuilder:
         self.removed[kind] += 1
         entry = {"kind": kind, "reason": reason, "file": file, "line": line}
         self.rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        if kind == MALFORMED and len(self.first_malformed) < 5:
+        if kind in (MALFORMED, REFUSED) and len(self.first_malformed) < 5:
             self.first_malformed.append(f"{file}:{line}: {reason}")
 
     def _reject_record(self, record: int, kind: str, reason: str) -> None:
@@ -92,20 +94,48 @@ class DatasetBuilder:
     def _render(self) -> Iterator[Rendered]:
         for number, (part, file) in enumerate(self.files):
             for item in self._read(file, part == self.validation_part):
-                record, reason = self._add_record(item, number, part), "none of its messages is a target"
+                record, bad = self._add_record(item, number, part), (MALFORMED, "none of its messages is a target")
+                self._note(item, item.notes)
+                self._note_control_tokens(item)
                 self.in_flight[record] = item
                 if item.text is not None:
                     yield self.tokenizer.text_sample(item.text, record, item.prompt_characters)
                     continue
                 try:
-                    pieces = self.tokenizer.render_samples(item.messages, record, item.tools, self.data.train_on)
+                    given = item.tools, self.data.train_on, item.template_args
+                    pieces = self.tokenizer.render_samples(item.messages, record, *given)
                     if any(piece.spans for piece in pieces):
+                        self._note(item, pieces[0].notes)
                         yield from pieces
                         continue
                 except TemplateRefusal as error:
-                    reason = str(error)
+                    bad = REFUSED, str(error)
                 del self.in_flight[record]
-                self._reject(MALFORMED, reason, item.file, item.line)
+                self._reject(*bad, item.file, item.line)
+            self._check_control_tokens()
+
+    def _note_control_tokens(self, item: Conversation) -> None:
+        shape = self.shapes[-1]
+        if found := self.tokenizer.control.find(item.full_text()):
+            self._note(item, ("a control token of this tokenizer is encoded as text (data.control_tokens)",))
+            shape.setdefault("first_control_token", f"{item.file}:{item.line}: {found!r}")
+            shape["control_tokens"] += 1
+        if shape["records"] == DETECT_FROM:
+            self._check_control_tokens()
+
+    def _check_control_tokens(self) -> None:
+        """A UserError if most texts of a file, which is no chat, have control tokens: the user has to choose."""
+        shape, count = self.shapes[-1], self.shapes[-1]["control_tokens"]
+        is_chat = shape["shape"].partition(":")[0] in ("messages", "sharegpt")
+        if self.data.control_tokens is None and not is_chat and 2 * count > shape["records"]:
+            what = f"is a control token of this tokenizer, as in {count:,} of {shape['records']:,} records"
+            fix = "set data.control_tokens=parse if the token is meant, or data.control_tokens=text if its characters"
+            raise UserError(f"{shape['first_control_token']} {what}: {fix}")
+
+    def _note(self, item: Conversation, notes: tuple[str, ...]) -> None:
+        for note in notes:
+            count, first = self.notes.get(note, (0, f"{item.file}:{item.line}"))
+            self.notes[note] = count + 1, first
 
     def _read(self, file: Path, is_validation: bool) -> Iterator[Conversation]:
         kept, start = 0, self.bar.n
@@ -115,7 +145,7 @@ class DatasetBuilder:
 
         for item in read_file(file, ReadOptions.from_config(self.data), advance):
             if isinstance(item, str):
-                self.shapes.append({"file": str(file), "shape": item, "records": 0})
+                self.shapes.append({"file": str(file), "shape": item, "records": 0, "control_tokens": 0})
                 continue
             self.read += 1
             self.shapes[-1]["records"] += 1
@@ -151,9 +181,9 @@ class DatasetBuilder:
         self.file.append(file)
         self.line.append(item.line)
         self.part.append(part)
-        self.question.append(key(item.first_user_text()))
         self.prompt.append(key(prompt))
         self.normalized_prompt.append(key(filters.normalized(prompt)))
+        self.content.append(key(str(filters.content_hash(item))))
         if data.split_group:
             self.group.append(key(item.fields[data.split_group]))
         if data.split_time:
@@ -168,7 +198,7 @@ class DatasetBuilder:
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
             if system in self.seen_systems:  # a system message that an earlier record has is not signed
-                item = dataclasses.replace(item, messages=item.messages[1:])
+                item = item.without_system()
             self.seen_systems.add(system)
         for name, stream in self.signatures.items():
             stream.write(filters.minhash(item.prompt() if name == PROMPT else item.full_text()).tobytes())
@@ -178,6 +208,13 @@ class DatasetBuilder:
         while (oldest := next(iter(self.in_flight))) < sample.record:
             del self.in_flight[oldest]
         conversation, data = self.in_flight[sample.record], self.data
+        is_plain = conversation.text is not None and not conversation.prompt_characters
+        if is_plain and data.chunk and len(sample.ids) > self.max_length:
+            pieces = chunk(sample, self.max_length, self.tokenizer.bos_id)
+            self.chunked_texts, self.chunks = self.chunked_texts + 1, self.chunks + len(pieces)
+            for piece in pieces:
+                self._add_sample(piece)
+            return
         fitted: Sample | None = None
         targets = int(sample.is_target.sum())
         if targets:
@@ -206,11 +243,14 @@ class DatasetBuilder:
         """Reject records of which no sample is left; stop if too many are malformed, or none is left at all."""
         for record in sorted(self.lost.keys() - set(self.record)):
             self._reject_record(record, *self.lost[record])
-        bad, limit = self.removed[MALFORMED], self.data.max_bad_records
-        if bad > limit * self.read:
+        bad, refused, limit = self.removed[MALFORMED], self.removed[REFUSED], self.data.max_bad_records
+        if bad + refused > limit * self.read:
             first, *others = self.first_malformed
-            counted = f"{bad:,} of {self.read:,} records are malformed, more than data.max_bad_records={limit} allows"
-            raise UserError("; ".join([f"{first} ({counted}: repair them", *others]) + ")")
+            what, fix = f"{bad:,} of {self.read:,} records are malformed", ": repair them"
+            if refused > bad:
+                what, fix = f"the chat template refuses {refused:,} of {self.read:,} records", ""
+            counted = f"{what}, more than data.max_bad_records={limit} allows{fix}"
+            raise UserError("; ".join([f"{first} ({counted}", *others]) + ")")
         if not self.record:
             reasons = ", ".join(f"{count} {kind}" for kind, count in self.removed.most_common()) or "there were none"
             fix = f": none fits model.max_seq_length={self.max_length}: raise it" if self.removed["too long"] else ""
@@ -230,33 +270,54 @@ class DatasetBuilder:
             reason = f"shares {data.near_duplicates:.0%} of its 5-grams with an earlier record"
             self._remove(near, "near duplicate", reason)
             pool &= ~near
-        if data.validation_file is None:
-            is_validation[pool] = self._hold_out(pool)
+        count, is_own = int(pool.sum()), data.validation_file is None
+        size = self._held_out_size(count) if is_own else int(is_validation.sum())
+        # Records whose prompt is too frequent to be held out, or to be a leak, are told apart by their answers, too.
+        is_frequent = filters.is_frequent(prompts, pool, size if is_own else min(size, count / 2))
+        content = np.array(self.content, np.uint64)
+        if is_own:
+            is_validation[pool] = self._hold_out(pool, np.where(is_frequent, content, self.prompt)[pool], size)
         is_training = pool & ~is_validation
-        leaks = is_training & np.isin(prompts, prompts[is_validation])
+        shared, leaks = is_training & np.isin(prompts, prompts[is_validation]), np.zeros_like(pool)
+        if data.leaks == "remove":
+            leaks = shared & (~is_frequent | np.isin(content, content[is_validation]))
+        if data.leaks != "ignore":
+            self.shared_prompts = int((shared & ~leaks).sum())
         if PROMPT in signatures:
-            threshold, remaining = data.near_duplicates or NEAR, is_training & ~leaks
-            near = filters.near_matches(signatures[PROMPT], threshold, remaining, is_validation)
+            threshold, remaining = data.near_duplicates or NEAR, is_training & ~shared
+            near = filters.near_matches(signatures[PROMPT], threshold, remaining, is_validation & ~is_frequent)
             self.near_leaks = int(near.sum())
             if data.near_leaks == "remove":
                 leaks |= near
         self._remove(leaks, "leak", "its prompt equals, or nearly equals, that of a validation record")
+        if is_own and size:
+            self._say_held_out(int(is_validation.sum()), count, bool(is_frequent[pool].any()), size)
         return is_training & ~leaks, is_validation
+
+    def _say_held_out(self, held: int, count: int, has_frequent: bool, size: int) -> None:
+        data = self.data
+        how = f"the newest by {data.split_time}" if data.split_time else "records with equal prompts together"
+        if has_frequent and not data.split_time:
+            how += f", except prompts that more than {size:,} records have"
+        how = f"by {data.split_group}" if data.split_group else how
+        self.held_out = f"held out {held:,} of {count:,} records for validation: {how}"
 
     def _remove(self, which: Array, kind: str, reason: str) -> None:
         for record in np.flatnonzero(which).tolist():
             self._reject_record(record, kind, reason)
 
-    def _hold_out(self, pool: Array) -> Array:
-        data, count = self.data, int(pool.sum())
+    def _held_out_size(self, count: int) -> int:
+        data = self.data
         size = data.validation_size or round(data.validation_split * count)
         if data.validation_size is None and data.validation_split and count > 1:
             size = max(size, 1)
         if size >= count > 1:
             raise UserError(f"data.validation_size: {size}: there are {count} records: leave some for training")
-        # Equal questions stay together; where a few questions are asked of many documents, equal prompts do.
-        question, prompt = np.array(self.question, np.uint64)[pool], np.array(self.prompt, np.uint64)[pool]
-        keys = question if 2 * len(np.unique(question)) >= count else prompt
+        return size
+
+    def _hold_out(self, pool: Array, keys: Array, size: int) -> Array:
+        """Which records of the pool to hold out; those with equal keys stay together."""
+        data = self.data
         if data.split_time:
             return filters.hold_out_newest(np.array(self.time)[pool], keys, size)
         strata = np.zeros(len(pool), np.int64)
@@ -288,7 +349,8 @@ class DatasetBuilder:
         }
         if not len(arrays["training"]):
             leaks = f" ({self.removed['leak']} of them are leaks)" if self.removed["leak"] else ""
-            raise UserError(f"data: no record is left for training{leaks}: see the settings of data.validation_...")
+            fix = "set data.leaks=warn to keep them" if leaks else "see the settings of data.validation_..."
+            raise UserError(f"data: no record is left for training{leaks}: {fix}")
         for name, values in arrays.items():
             np.save(self.directory / f"{name}.npy", values)
         for path in self.directory.glob("*.sig"):
@@ -303,6 +365,9 @@ class DatasetBuilder:
             "max_seq_length": self.max_length,
             "cut_off_replies": self.cut_off,
             **{name: getattr(self, name) for name in ("read", "first_malformed", "samples_lost", "target_tokens_lost")},
+            **{name: getattr(self, name) for name in ("held_out", "shared_prompts", "chunked_texts", "chunks")},
+            "leaks": self.data.leaks,
+            "notes": [[note, count, first] for note, (count, first) in self.notes.items()],
             **{name: getattr(self, name) for name in ("control_characters", "first_control")},
             "near_leaks": self.near_leaks,
             "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",

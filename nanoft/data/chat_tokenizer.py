@@ -12,8 +12,10 @@ target is what lies between. The marks of a template with {% generation %} are u
 template that rewrites history (it drops earlier reasoning) breaks the second condition: then each assistant turn
 becomes a sample of its own, rendered as at inference.
 
-What a template puts around an answer is learned once, by rendering a placeholder as the answer: an empty thought before
-it (<think></think>) is not a target, and the turn ends with the first control token after it.
+Some templates break the first: they open a thought in the prompt that an answered turn does not show (DeepSeek-R1), or
+put an empty thought before an answer that has none (Qwen3). Use is what counts: the sample is `before`, the answer as
+the model has to write it, and the token that ends the turn. Whatever a template leaves out of a message is found by
+rendering it with a placeholder, and named.
 """
 
 from __future__ import annotations
@@ -36,27 +38,23 @@ from tokenizers import Encoding, Tokenizer
 
 from nanoft import UserError
 from nanoft.batches import Sample
+from nanoft.config import Config
 from nanoft.data import tokenizer_files
-from nanoft.data.formats import CONTROL, TRAINING_FIELDS
+from nanoft.data.chat_template import AS_USED, CHATML, DEFAULT_TEMPLATE, RESERVED, USER, ChatTemplate, parts_of
+from nanoft.data.chat_template import TemplateRefusal as TemplateRefusal
+from nanoft.data.control_tokens import ControlTokens
+from nanoft.data.formats import CONTROL, TRAINING_FIELDS, is_trained
 from nanoft.data.formats import Message as Message
-from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment, find_marks
+from nanoft.data.template_sandbox import COMPILE_ERRORS, BoundedEnvironment, find_marks
 from nanoft.data.tokenizer_files import BREAK, PLACEHOLDER, SPECIAL_TOKENS, as_user_error, token_text
 
-# For a base model without a template: ChatML as plain text, since the model does not have ChatML's tokens; a turn ends
-# with the end-of-sequence token.
-DEFAULT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content }}"
-    "{{ (eos_token if message.role == 'assistant' else '<|im_end|>') + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+# A thought that a prompt opens at its end, and perhaps closes at once: <think>, Cohere's token, Gemma 4's channel.
+OPEN_THOUGHT = re.compile(
+    r"\s*(?:<(?P<tag>\w+)>|<\|START_THINKING\|>|<\|channel>thought)(?P<space>\s*)"
+    r"(?P<closed>(?:</(?P=tag)>|<\|END_THINKING\|>|<channel\|>)\s*)?$"
 )
-EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of every template
 CANNOT_ENCODE = "tokenizer.json: this tokenizer cannot encode the text"
 BATCH = 128  # texts handed to the tokenizer's threads together
-
-
-class TemplateRefusal(UserError):
-    """The chat template cannot render these messages, or not in a way that can be trained on."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +65,32 @@ class Rendered:
     spans: list[tuple[int, int]]
     record: int
     turns: list[int] = field(default_factory=list)  # the message of each span
+    notes: tuple[str, ...] = ()  # what the user should know of this conversation
 
 
 class _FullRendering(NamedTuple):
     messages: list[Message]  # cleaned
-    tools: Any
+    given: dict[str, Any]  # the template's other variables: tools, ...
     text: str
     marks: list[tuple[int, int]]
 
 
+class _Turn(NamedTuple):
+    text: str  # begins with everything up to the turn
+    start: int  # of the targets in it
+    end: int
+    note: str = ""
+
+    @property
+    def shown(self) -> str:
+        return self.text[self.start : self.end]
+
+
 class ChatTokenizer:
     """A model's tokenizer and chat template, read from its directory without transformers."""
+
+    directory: Path | None = None
+    added_ids: tuple[int, ...] = ()  # of model.add_tokens
 
     def __init__(
         self,
@@ -86,60 +99,94 @@ class ChatTokenizer:
         template: str | None,
         stop_ids: Iterable[int] = (),
         template_args: Mapping[str, Any] | None = None,  # more variables of the template: enable_thinking
+        tool_template: str | None = None,  # for conversations with tools, if it is another
+        may_omit: bool = False,  # train without what the template does not show, rather than refuse it
+        parses_control: bool = False,  # data.control_tokens=parse
     ):
         self.tokenizer, self.template_args = tokenizer, dict(template_args or {})
-        self.template = template or DEFAULT_TEMPLATE
+        self.template, self.may_omit = template or DEFAULT_TEMPLATE, may_omit
         self.has_own_template = template is not None
         tokens = {key: token_text(settings.get(key)) for key in SPECIAL_TOKENS}
         self.special = {key: text for key, text in tokens.items() if text is not None}
         ids = {key: tokenizer.token_to_id(text) for key, text in self.special.items()}
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
-        self.pad_id = next(i for i in (ids.get("pad_token"), self.eos_id, 0) if i is not None)
+        self.pad_id = 0  # nothing sees padding, so any row of the embedding will do; not every pad token has one
         first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
         self.wants_bos = self.bos_id is not None and first == [self.bos_id]  # its post-processor adds it
-        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-        self.control_texts = sorted((text for text in special if text), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, self.control_texts)) or "(?!)")
-        self._breakable = re.compile("|".join(re.escape(t) for t in self.control_texts if len(t) > 1) or "(?!)")
+        self.control = ControlTokens(tokenizer, parses_control)
         self._widths = tokenizer_files.byte_widths(tokenizer)
-        self._shortest = min((len(text) for text in self.control_texts if len(text) > 1), default=0)
         self.date = datetime.datetime.now()  # what strftime_now returns
         self._environment = BoundedEnvironment(lambda: self.date)
-        self._compiled = self._environment.compile_bounded(self.template)
-        self._lead, self._tail = self._probe_template()
-        self._has_empty_thought = bool(EMPTY_THOUGHT.fullmatch(self._lead))
-        self.turn_end = self._control.search(self._tail)
+        ends = {text for i in (*stop_ids, self.eos_id) if i is not None and (text := tokenizer.id_to_token(i))}
+        made = self._environment, self.special, self.control.pattern, ends
+        self._plain = self._with_tools = ChatTemplate(self.template, *made)
+        if tool_template:
+            self._with_tools = ChatTemplate(tool_template, *made)
+        self.turn_end = self._plain.turn_end
+        self.variables = self._plain.variables | self._with_tools.variables
         end_id = tokenizer.token_to_id(self.turn_end[0]) if self.turn_end else None
         self.stop_ids = sorted({*stop_ids, *(i for i in (end_id, self.eos_id) if i is not None)})
+        stops, prompt = [text for i in self.stop_ids if (text := tokenizer.id_to_token(i))], ""
+        with contextlib.suppress(TemplateRefusal):
+            prompt = self.render_prompt([{"role": "user", "content": "a"}]) if parses_control else ""
+        self.control.learn(stops, prompt)
 
     @classmethod
-    def from_directory(cls, directory: Path, template_args: Mapping[str, Any] | None = None) -> ChatTokenizer:
-        """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
+    def from_directory(
+        cls, directory: Path, template_args: Mapping[str, Any] | None = None, template: str | None = None,
+        may_omit: bool = False, add_tokens: Sequence[str] = (), parses_control: bool = False,
+    ) -> ChatTokenizer:  # fmt: skip
+        """Read tokenizer.json, tokenizer_config.json, the chat templates and generation_config.json.
+
+        template: a file, `chatml`, or a name in the model's own list; None: the model's own.
+        """
         if taken := sorted(set(template_args or ()) & {*RESERVED, *SPECIAL_TOKENS}):
             raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
         tokenizer = tokenizer_files.read_tokenizer(directory)
-        settings, template, stop_ids = tokenizer_files.read_settings(directory)
+        added_ids = tokenizer_files.add_tokens(tokenizer, add_tokens)
+        settings, templates, stop_ids = tokenizer_files.read_settings(directory)
+        default, with_tools = templates.get("default"), templates.get("tool_use")
+        if template is not None:
+            has_chatml = tokenizer.token_to_id("<|im_end|>") is not None
+            known = {"chatml": CHATML if has_chatml else DEFAULT_TEMPLATE, **templates}
+            default, with_tools = tokenizer_files.choose_template(template, known), None
         try:
-            return cls(tokenizer, settings, template, stop_ids, template_args)
+            chat = cls(tokenizer, settings, default, stop_ids, template_args, with_tools, may_omit, parses_control)
         except COMPILE_ERRORS as error:
-            raise UserError(f"{directory}: the chat template is not valid: {error}") from None
+            place = directory if template is None else f"model.chat_template: {template}"
+            raise UserError(f"{place}: the chat template is not valid: {error}") from None
+        chat.directory, chat.added_ids = directory, added_ids
+        return chat
+
+    @classmethod
+    def from_config(cls, directory: Path, config: Config) -> ChatTokenizer:
+        """With the template and the variables that the settings of a run ask for."""
+        data, model = config.data, config.model
+        choices = data.unrendered == "warn", model.add_tokens, data.control_tokens == "parse"
+        return cls.from_directory(directory, data.template_args, model.chat_template, *choices)
 
     def fingerprint(self) -> str:
         """Everything that ids depend on: the tokenizer, the template, its variables, and its date if it prints one."""
-        date = self.date.date().isoformat() if "strftime_now" in self.template else ""
-        variables = json.dumps([self.template, self.template_args, self.special, date], sort_keys=True, default=str)
+        sources = [self.template, self._with_tools.source]
+        date = self.date.date().isoformat() if "strftime_now" in "".join(sources) else ""
+        chosen = [self.template_args, self.special, date, self.control.parsed]
+        variables = json.dumps([sources, *chosen], sort_keys=True, default=str)
         return variables + hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None,
+        template_args: Mapping[str, Any] | None = None,  # of this conversation, before those of the settings
+    ) -> str:  # fmt: skip
         """The string that the model sees; raises TemplateRefusal."""
-        return find_marks(self._render(self._clean(messages), add_generation_prompt, self._escape(tools)))[0]
+        return self._render(self._clean(messages), add_generation_prompt, self._given(tools, template_args))[0]
 
-    def render_prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
-        return self.render(messages, add_generation_prompt=True, tools=tools)
+    def render_prompt(self, messages: Sequence[Message], tools: Any = None, template_args: Any = None) -> str:
+        return self.render(messages, True, tools, template_args)
 
     def render_samples(
-        self, messages: Sequence[Message], record: int, tools: Any = None, train_on: str = "assistant"
-    ) -> list[Rendered]:
+        self, messages: Sequence[Message], record: int, tools: Any = None, train_on: str = "assistant",
+        template_args: Mapping[str, Any] | None = None,
+    ) -> list[Rendered]:  # fmt: skip
         """A conversation as one text with a span for each assistant turn; several texts if history is rewritten.
 
         Args:
@@ -148,117 +195,201 @@ class ChatTokenizer:
         Raises:
             TemplateRefusal: the template cannot be used for training on this conversation.
         """
-        cleaned, escaped = self._clean(messages), self._escape(tools)
-        full = _FullRendering(cleaned, escaped, *find_marks(self._render(cleaned, False, escaped)))
-        if tools or any("tool_calls" in message for message in messages):
-            self._check_tools(full.text, messages, tools)
+        whole = self._whole(self._clean(messages), self._given(tools, template_args))
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if train_on == "all":
-            excluded = [self._turn(full, index) for index in answers if not is_trained(messages[index])]
-            if not all(full.text.startswith(after[:end]) for after, (_, end) in excluded):
+            notes = self._notes(whole, {}, [i for i in answers if is_trained(messages[i])], template_args)
+            excluded = [self._turn(whole, index) for index in answers if not is_trained(messages[index])]
+            if not all(whole.text.startswith(turn.text[: turn.end]) for turn in excluded):
                 raise TemplateRefusal("the chat template rewrites earlier turns: use data.train_on=assistant")
-            edges = [0, *itertools.chain.from_iterable(span for _, span in excluded), len(full.text)]
+            edges = [0, *itertools.chain.from_iterable(turn[1:3] for turn in excluded), len(whole.text)]
             between = zip(edges[::2], edges[1::2], strict=True)
-            return [Rendered(full.text, [(start, end) for start, end in between if start < end], record)]
-        turns = [i for i in (answers[-1:] if train_on == "last_assistant" else answers) if is_trained(messages[i])]
-        pieces = [self._turn(full, index) for index in turns]
-        if all(after is full.text or full.text.startswith(after[:end]) for after, (_, end) in pieces):
-            return [Rendered(full.text, [span for _, span in pieces], record, turns)]
-        return [Rendered(after, [span], record, [turn]) for turn, (after, span) in zip(turns, pieces, strict=True)]
+            return [Rendered(whole.text, [(start, end) for start, end in between if start < end], record, [], notes)]
+        trained = [i for i in (answers[-1:] if train_on == "last_assistant" else answers) if is_trained(messages[i])]
+        turns = {index: self._turn(whole, index) for index in trained}
+        notes = self._notes(whole, turns, trained, template_args)
+        for text in (whole.text, *(turn.text for turn in [*turns.values()][-1:])):
+            if all(turn.text is text or text.startswith(turn.text[: turn.end]) for turn in turns.values()):
+                return [Rendered(text, [turn[1:3] for turn in turns.values()], record, trained, notes)]
+        return [Rendered(turn.text, [turn[1:3]], record, [index], notes) for index, turn in turns.items()]
 
     def text_sample(self, text: str, record: int, prompt_characters: int = 0) -> Rendered:
         """Plain text, ended by the end-of-sequence token: everything after the prompt is a target."""
-        prompt = self._escape(text[:prompt_characters])
-        ended = prompt + self._escape(text[prompt_characters:]) + self.special.get("eos_token", "")
+        prompt, said = map(self.control.escape, (text[:prompt_characters], text[prompt_characters:]))
+        ended = prompt + (said.rstrip() if self.control.is_ended(said) else said + self.special.get("eos_token", ""))
         return Rendered(ended, [(len(prompt), len(ended))], record, [0] if prompt else [])
 
     def _clean(self, messages: Sequence[Message]) -> list[Message]:
         """The messages that the template gets: control tokens escaped, without null values and training fields."""
         kept = ({k: v for k, v in m.items() if v is not None and k not in TRAINING_FIELDS} for m in messages)
-        return [self._escape(message) for message in kept]
+        return [self.control.clean(message) for message in kept]
 
-    def _render(self, cleaned: list[Message], add_generation_prompt: bool, tools: Any) -> str:
-        try:
-            given = {"messages": cleaned, "tools": tools or None, "documents": None}
-            given |= {"add_generation_prompt": add_generation_prompt, **self.special, **self.template_args}
-            return self._environment.render(self._compiled, **given)
-        except TEMPLATE_ERRORS as error:
-            raise TemplateRefusal(f"the chat template refuses these messages: {error}") from None
+    def _given(self, tools: Any, template_args: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {"tools": self.control.escape(tools) or None, **self.template_args, **(template_args or {})}
 
-    def _turn(self, full: _FullRendering, index: int) -> tuple[str, tuple[int, int]]:
-        """A text that begins with everything up to turn `index`, and the span of that turn's targets in it."""
-        before = find_marks(self._render(full.messages[:index], True, full.tools))[0]
-        if not full.marks and (end := self._verbatim(full, index, before)):
-            return full.text, (self._start_of_turn(full.text, len(before), full.messages[index]), end)
-        after, marks = full.text, full.marks
-        if index < len(full.messages) - 1:
-            after, marks = find_marks(self._render(full.messages[: index + 1], False, full.tools))
+    def _template(self, given: Mapping[str, Any]) -> ChatTemplate:
+        return self._with_tools if given["tools"] else self._plain
+
+    def _render(
+        self, cleaned: list[Message], add_generation_prompt: bool, given: dict[str, Any]
+    ) -> tuple[str, list[tuple[int, int]]]:  # the text, and the spans of {% generation %} in it
+        return find_marks(self._template(given).render(cleaned, add_generation_prompt, given))
+
+    def _whole(self, cleaned: list[Message], given: dict[str, Any]) -> _FullRendering:
+        return _FullRendering(cleaned, given, *self._render(cleaned, False, given))
+
+    def _turn(self, whole: _FullRendering, index: int) -> _Turn:
+        """A text that begins with everything up to turn `index`, and where the turn's targets are in it."""
+        template, message = self._template(whole.given), whole.messages[index]
+        before = self._render(whole.messages[:index], True, whole.given)[0]
+        if not whole.marks and (span := self._verbatim(whole, index, before)):
+            return _Turn(whole.text, *span)
+        after, marks = whole.text, whole.marks
+        if index < len(whole.messages) - 1:
+            after, marks = self._render(whole.messages[: index + 1], False, whole.given)
+        start, note = len(before), ""
         if not after.startswith(before):
-            raise TemplateRefusal("the chat template renders an answered prompt that does not start with the prompt")
-        marked = [mark for mark in marks if mark[1] > len(before)]
+            after, marks, note = self._as_used(whole, index, before, after), [], AS_USED
+        said = message.get("content", "").lstrip().startswith(template.lead.strip())
+        if template.has_empty_thought and not said and after.startswith(template.lead, start):
+            extra = len(template.lead)
+            after, note = before + after[start + extra :], AS_USED
+            marks = [(first - extra, last - extra) for first, last in marks]
+        marked = [mark for mark in marks if mark[1] > start]
         if marked:  # the marked span, extended to the token that ends the turn
-            start, end = max(marked[0][0], len(before)), marked[-1][1]
+            first, end = max(marked[0][0], start), marked[-1][1]
+            if any(value in after[start:first] for _, value, _ in parts_of(message)):
+                start = first  # else the template's own words are not in the prompt: the model has to write them
             inside = len(after[:end].rstrip())
-            if any(after.endswith(control, start, inside) for control in self.control_texts):
+            if any(after.endswith(control, start, inside) for control in self.control.texts):
                 end = inside
-            elif following := self._control.match(after, end):
-                end = following.end()
+            elif following := template.end_of_turn(after[end:], at_once=True):
+                end += following.end()
         else:
-            start = self._start_of_turn(after, len(before), full.messages[index])
-            end = self._end_of_turn(after, len(before))
+            end = self._end_of_turn(template, after, start)
         if not after[start:end].strip():
             raise TemplateRefusal("the chat template omits the answer: there are no target tokens")
-        return after, (start, end)
+        if role := template.next_role.get("tool" if "tool_calls" in message else "user"):
+            after, end = after[:end] + role, end + len(role)
+        return _Turn(after, start, end, note)
 
-    def _verbatim(self, full: _FullRendering, index: int, before: str) -> int:
-        """Where the turn ends, if just the answer and its end follow the prompt: saves a rendering; else 0."""
-        content = full.messages[index].get("content", "")
-        ending = self._tail[: self.turn_end.end()] if self.turn_end else ""
-        if ending and content and full.text.startswith(before):
+    def _verbatim(self, whole: _FullRendering, index: int, before: str) -> tuple[int, int] | None:
+        """The turn's targets, if just the answer and its end follow the prompt: saves a rendering."""
+        template, message = self._template(whole.given), whole.messages[index]
+        content, lead = message.get("content", ""), "" if template.has_empty_thought else template.lead
+        ending = template.tail[: template.turn_end.end()] if template.turn_end else ""
+        trimmed = template.has_empty_thought and content[:1].isspace()  # behind the thought that is taken out
+        plain = content and not trimmed and message.keys() <= {"role", "content"}
+        if ending and plain and whole.text.startswith(before):
             for answer in (content, content.strip()):
-                if answer and full.text.startswith(self._lead + answer + ending, len(before)):
-                    return len(before) + len(self._lead) + len(answer) + len(ending)
-        return 0
+                if answer and whole.text.startswith(lead + answer + ending, len(before)):
+                    return len(before), len(before) + len(lead) + len(answer) + len(ending)
+        return None
 
-    def _start_of_turn(self, text: str, start: int, message: Message) -> int:
-        """After an empty thought that the template puts before every answer, unless the message itself has one."""
-        injected = self._has_empty_thought and text.startswith(self._lead, start)
-        said = message.get("content", "").lstrip().startswith(self._lead.strip())
-        return start + len(self._lead) if injected and not said else start
+    def _as_used(self, whole: _FullRendering, index: int, before: str, after: str) -> str:
+        """The prompt and what the model has to write, where `after` shows the answered prompt in another way."""
+        message, template, opened = whole.messages[index], self._template(whole.given), OPEN_THOUGHT.search(before)
+        base, at = before[: opened.start()] if opened else before, -1
+        if after.startswith(base.rstrip()) and (opened or after[len(base.rstrip()) :][:1].isspace()):
+            at = len(base.rstrip())
+        else:  # what stands before the last turn is rendered otherwise, once it is answered
+            header = base.removeprefix(self._render(whole.messages[:index], False, whole.given)[0])
+            if header != base and self.control.pattern.search(header) and header in after:
+                at = after.rindex(header) + len(header)
+        if at >= 0:
+            answer = after[at:].lstrip()
+            return before + (self._in_thought(template, message, answer, opened) if opened else answer)
+        content = message.get("content", "")
+        for words in (content, content.strip()):  # a plain answer
+            answer = template.lead + words + template.tail
+            if words and message.keys() <= {"role", "content"} and after.endswith(answer):
+                return before + answer
+        raise TemplateRefusal("the chat template renders an answered prompt that does not start with the prompt")
 
-    def _end_of_turn(self, text: str, start: int) -> int:
+    def _in_thought(self, template: ChatTemplate, message: Message, answer: str, opened: re.Match[str]) -> str:
+        """An answer behind a prompt that ends in <tag>: the rest of the thought, </tag> and the answer.
+
+        Without a thought, the model closes it at once; behind an empty one, <tag></tag>, a thought is refused.
+        """
+        tag, space, content = opened["tag"], opened["space"], message.get("content", "")
+        opening, closing, gap = f"<{tag}>", f"</{tag}>", "\n"
+        if not tag:
+            opening, closing, gap = opened[0].strip(), "<|END_THINKING|>" if "START" in opened[0] else "<channel|>", ""
+        thought, (said, closes, rest) = message.get("reasoning_content", ""), content.rpartition(closing)
+        if opened["closed"]:
+            if (thought + said).strip():
+                names = " or ".join(sorted(name for name in template.variables if "think" in name)) or "a variable"
+                fix = f"set {names} to match the answers, in data.template_args or each record's chat_template_kwargs"
+                raise TemplateRefusal(f"the chat template closes the thought in the prompt, the answer has one: {fix}")
+            return answer
+        if answer.startswith(opening):  # the template shows it, but not as the prompt begins it
+            return answer.removeprefix(opening).removeprefix(space)
+        if answer.startswith(closing):  # it shows that there is none
+            return answer
+        if closes:
+            written = content[: len(content) - len(rest.lstrip())]
+            return written.lstrip().removeprefix(opening).removeprefix(space) + answer
+        return thought.strip("\n") + gap + closing + 2 * gap + answer
+
+    def _end_of_turn(self, template: ChatTemplate, text: str, start: int) -> int:
         """After the token that ends the turn; what a template adds to it (a newline) is not a target."""
-        if self._tail and text.endswith(self._tail):
-            first = self.turn_end.end() if self.turn_end else len(self._tail.rstrip())
-            return len(text) - len(self._tail) + first
-        ends = [match.end() for match in self._control.finditer(text, start)]
+        if template.tail and text.endswith(template.tail):
+            first = template.turn_end.end() if template.turn_end else len(template.tail.rstrip())
+            return len(text) - len(template.tail) + first
+        found = list(self.control.pattern.finditer(text, start))
+        ends = [match.end() for match in found]
+        if stops := [match.end() for match in found if match[0] in template.stops]:
+            return stops[-1]
         return ends[-1] if ends and not text[ends[-1] :].strip() else len(text.rstrip())
 
-    def _probe_template(self) -> tuple[str, str]:
-        """What the template puts between the prompt and an answer, and after the answer."""
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PLACEHOLDER}]
-        try:
-            before, after = self.render_prompt(messages[:1]), self.render(messages)
-        except TemplateRefusal:
-            return "", ""
-        lead, answer, tail = after[len(before) :].partition(PLACEHOLDER)
-        return (lead, tail) if after.startswith(before) and answer else ("", "")
+    def _notes(
+        self, whole: _FullRendering, turns: dict[int, _Turn], learned: Sequence[int], template_args: Any
+    ) -> tuple[str, ...]:
+        """What the user should know of a conversation; a TemplateRefusal if it must not be trained on."""
+        omitted = list(dict.fromkeys(self._omitted(whole, turns, learned)))
+        if omitted and (not self.may_omit or USER in omitted):
+            fix = "" if USER in omitted else ", or set data.unrendered=warn to train without it"
+            what = USER if USER in omitted else omitted[0]
+            raise TemplateRefusal(f"the chat template omits {what}: choose another with model.chat_template{fix}")
+        unread = [name for name in template_args or () if name not in self._template(whole.given).variables]
+        notes = [f"the chat template omits {what}" for what in omitted]
+        notes += [f"chat_template_kwargs: the chat template does not read {name}" for name in unread]
+        return tuple(dict.fromkeys([*notes, *(turn.note for turn in turns.values() if turn.note)]))
 
-    def _check_tools(self, rendered: str, messages: Sequence[Message], tools: Any) -> None:
-        """Refuse a template that silently omits tools or their calls."""
-        plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-        for what, other, offered in (("tool_calls", plain, tools), ("tools", messages, None)):
-            if (other, offered) == (messages, tools):
-                continue  # has none of these
-            without = None
+    def _omitted(self, whole: _FullRendering, turns: dict[int, _Turn], learned: Sequence[int]) -> Iterator[str]:
+        """The parts of a conversation that are nowhere in its renderings; of an answer, not among its targets."""
+        template, without_tools = self._template(whole.given), None
+        if whole.given["tools"]:
             with contextlib.suppress(TemplateRefusal):  # it needs them
-                without = self.render(other, tools=offered)
-            if without == rendered:
-                raise TemplateRefusal(f"the chat template omits {what}: it does not support tools")
+                without_tools = template.render(whole.messages, False, {**whole.given, "tools": None})
+            if without_tools is not None and find_marks(without_tools)[0] == whole.text:
+                yield "tools"
+        texts = [whole.text, *(turn.text for turn in turns.values())]
+        for index, message in enumerate(whole.messages):
+            parts = parts_of(message) if message["role"] != "assistant" or index in learned else []
+            for what, value, replaced in parts:
+                if index in turns:
+                    elsewhere = sum(other.count(value) for _, other, also in parts if also is not replaced)
+                    is_shown = turns[index].shown.count(value) > elsewhere
+                else:
+                    is_shown = any(value in text for text in texts)
+                if not is_shown and not self._shows(whole, turns, index, replaced):
+                    yield what
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
+    def _shows(self, whole: _FullRendering, turns: dict[int, _Turn], index: int, replaced: Message) -> bool:
+        """Whether a message's placeholder is rendered: what a template changes (trims, escapes) is not omitted."""
+        messages, given = [*whole.messages[:index], replaced, *whole.messages[index + 1 :]], whole.given
+        with contextlib.suppress(TemplateRefusal):
+            if index in turns:
+                return PLACEHOLDER in self._turn(self._whole(messages[: index + 1], given), index).shown
+            texts = [self._render(messages, False, given)[0]]
+            texts += [self._render(messages[:turn], True, given)[0] for turn in turns]
+            return any(PLACEHOLDER in text for text in texts)
+        return True
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Any = None, template_args: Any = None) -> list[int]:
         """The ids of a prompt; a prefix of those that the model was trained on."""
-        ids = self._ids(self.render_prompt(messages, tools))
+        ids = self._ids(self.render_prompt(messages, tools, template_args))
         return [self.bos_id or 0, *ids] if self.wants_bos and ids[:1] != [self.bos_id] else ids
 
     def encode(self, rendered: Iterable[Rendered]) -> Iterator[Sample]:
@@ -281,7 +412,7 @@ class ChatTokenizer:
         changes = np.flatnonzero(np.diff(sample.is_target)) + 1
         pieces = []
         for start, end in itertools.pairwise([0, *changes.tolist(), len(sample.ids)]):
-            text = self.decode(sample.ids[start:end].tolist(), keep_special=True)
+            text = self.control.shown(sample.ids[start:end].tolist(), self.decode)
             text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)  # the terminal must not obey them
             plain, colored = ("⟦{}⟧", "\033[32m{}\033[0m") if sample.is_target[start] else ("{}", "\033[2m{}\033[0m")
             pieces.append((colored if color else plain).format(text))
@@ -348,21 +479,6 @@ class ChatTokenizer:
         if len(is_target):
             is_target[0] = False  # nothing predicts the first token
         return Sample(ids, is_target, record, turn)
-
-    def _escape(self, value: Any) -> Any:
-        """Break up control tokens that occur in the texts of a message, however deep."""
-        if isinstance(value, dict):
-            return {self._escape(key): self._escape(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [self._escape(part) for part in value]
-        while isinstance(value, str) and len(value) >= self._shortest and self._breakable.search(value):
-            value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
-        return value
-
-
-def is_trained(message: Message) -> bool:
-    """Whether a message may be a target, by OpenAI's field `weight` and axolotl's `train`."""
-    return bool(message.get("train", True)) and message.get("weight", 1) != 0
 
 
 def _edge(text: str, encoded: Encoding, ends: Any, character: int) -> tuple[int, bool]:

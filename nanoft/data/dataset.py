@@ -66,9 +66,10 @@ class PreparedDataset:
         found = dict(self._read(records))
         return [found[record] for record in records]
 
-    def first_user_texts(self, samples: TokenDataset) -> Iterator[str]:
+    def prompts(self, samples: TokenDataset) -> Iterator[str]:
+        """What the last answer of each record replies to, whatever the system message."""
         for _, conversation in self._read(np.unique(samples.records).tolist()):
-            yield conversation.first_user_text()
+            yield conversation.without_system().prompt()
 
     def field_values(self, samples: TokenDataset, name: str) -> list[str]:
         """A field of the record that each sample came from, as in its file; `(none)` where it is missing."""
@@ -233,11 +234,22 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     """The report as lines for the terminal: files, warnings and a table of both sides of the split."""
     lines = [f"data      read {f['records']:,} records ({f['shape']}) from {f['file']}" for f in report["files"]]
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
+    lines += [f"warning: {note}: {count:,} records, first {first}" for note, count, first in report["notes"]]
     if report["control_characters"]:
         what = f"contain control characters, first {report['first_control']}: they are kept"
         lines.append(f"warning: {report['control_characters']:,} records {what}")
     if report["cut_off_replies"]:
         lines.append(f"warning: {report['cut_off_replies']:,} records end in a reply that stops in mid-sentence")
+    if report["chunked_texts"]:
+        what = f"texts longer than model.max_seq_length={report['max_seq_length']} became {report['chunks']:,} samples"
+        lines.append(f"data      {report['chunked_texts']:,} {what} (data.chunk)")
+    if report["held_out"]:
+        none = report["validation"]["records"] == 0
+        lines.append(f"{'warning: ' if none else 'data      '}{report['held_out']}")
+    if report["shared_prompts"]:
+        why = " (data.leaks=warn)" if report["leaks"] == "warn" else ", since that prompt is frequent"
+        what = f"training records have the prompt of a validation record: kept{why}"
+        lines.append(f"warning: {report['shared_prompts']:,} {what}")
     if report["near_leaks"] and report["near_leaks_are"] == "kept":
         what = "training prompts are near duplicates of validation prompts: set data.near_leaks=remove to remove them"
         lines.append(f"warning: {report['near_leaks']:,} {what}")

@@ -177,6 +177,15 @@ def hold_out(keys: Array, strata: Array, size: int) -> Array:
     return chosen[inverse]
 
 
+def is_frequent(prompts: Array, pool: Array, limit: float) -> Array:
+    """(n,) bool: whose prompt more than `limit` records of the pool have, such as a fixed instruction, or "Hi".
+
+    Such a prompt does not tell records apart. prompts: (n,) uint64, hashes.
+    """
+    values, counts = np.unique(prompts[pool], return_counts=True)
+    return np.isin(prompts, values[counts > max(limit, 1)])
+
+
 def hold_out_newest(times: Array, keys: Array, size: int) -> Array:
     """(n,) bool: the newest records; of those with equal times, the ones with the smaller keys."""
     held = np.zeros(len(times), dtype=np.bool_)

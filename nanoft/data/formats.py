@@ -8,6 +8,7 @@ from the first thousand records (`detection.py`). ROLES is the table of what dat
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -33,11 +34,11 @@ from nanoft.data.detection import (
     require_label_choice,
     require_one_reading,
 )
-from nanoft.data.sources import NOT_UTF_8, BadRecord, Raw, decode_json, read_raw
+from nanoft.data.sources import BadRecord, Raw, read_raw
+from nanoft.data.values import as_json, check_value, nonempty, optional_text, text_of
 
 Message = dict[str, Any]
 DETECT_FROM = 1000  # records from which a file's shape is detected
-MAX_DEPTH = 100  # of lists and objects in tools and their arguments
 # Role -> its other names. Names are compared in lower case, with _ for spaces and hyphens.
 ROLES = {
     "system": ("developer",),
@@ -48,10 +49,16 @@ ROLES = {
 }
 ROLE_OF = {other: role for role, names in ROLES.items() for other in (role, *names)}
 TURN_KEYS = {"from": "role", "value": "content"}  # ShareGPT's
-TRAINING_FIELDS = ("weight", "train")  # of a message: whether it is a target
-KEPT_FIELDS = ("name", "tool_call_id", "reasoning_content")  # of a message, besides role, content and tool_calls
+TRAINING_FIELDS = ("weight", "train", "training", "loss")  # of a message: whether it is a target
+# Of a message, besides role, content and calls: the field's name, and that which a message has here.
+KEPT_FIELDS = {
+    **{name: name for name in ("name", "tool_call_id")},
+    **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "reasoning_content"),
+}
+KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *KEPT_FIELDS, *TRAINING_FIELDS}
+UNUSED = "unused fields"  # of a message, while a record is converted
+TEMPLATE_ARGS = "chat_template_kwargs"  # of a record: variables for the chat template, as TRL has them
 UNDESIRABLE = "undesirable label"  # the one reason that is not a mistake in the data
-INVALID = re.compile("[\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")  # lone surrogates and noncharacters
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # but white space (tab, newline, form feed, ...)
 
 
@@ -66,6 +73,8 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     fields: dict[str, Any] = field(default_factory=dict)  # those of ReadOptions.fields
     prompt_characters: int = 0  # of the text: they are no targets
+    template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
+    notes: tuple[str, ...] = ()  # what has no effect
 
     def full_text(self) -> str:
         return self.text or "\n".join(message["content"] for message in self.messages)
@@ -73,23 +82,22 @@ class Conversation:
     def characters(self) -> int:
         return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
 
-    def first_user_text(self) -> str:
-        """The first user message, or the plain text; conversations that share it stay on one side of a split."""
-        return self.prompt() if self.text else next((m["content"] for m in self.messages if m["role"] == "user"), "")
-
     def prompt(self) -> str:
-        """Everything before the first answer."""
-        before = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
-        prompt = (self.text or "")[: self.prompt_characters or None]
-        return prompt or "\n".join(message["content"] for message in before)
+        """All that the last answer replies to, or the plain text: conversations are compared by it."""
+        said = (m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in self.messages[:-1])
+        return (self.text or "")[: self.prompt_characters or None] or "\n".join(said)
+
+    def without_system(self) -> Conversation:
+        is_first = bool(self.messages) and self.messages[0]["role"] == "system"
+        return dataclasses.replace(self, messages=self.messages[is_first:])
 
 
-def _turns(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> list[Message] | str:
+def turns_of(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> list[Message] | str:
     """[{"role", "content", "tool_calls", "weight", ...}, ...], as OpenAI writes it; a prompt may also be a text."""
     value = record[name]
     if name in ("prompt", "completion") and not isinstance(value, (list, dict)):
         return text_of(record, name)
-    turns = [value] if isinstance(value, dict) and name != "messages" else _as_json(value, name)
+    turns = [value] if isinstance(value, dict) and name != "messages" else as_json(value, name)
     if not isinstance(turns, list) or not turns:
         raise BadRecord(f"{name} is not a list of turns")
     return [_message(_standard_turn(turn, name, roles)) for turn in turns]
@@ -103,9 +111,12 @@ def _standard_turn(turn: Any, name: str, roles: Mapping[str, str]) -> dict[str, 
     for other, key in TURN_KEYS.items():
         if key not in turn and other in turn:
             turn[key] = turn.pop(other)
-    if missing := [
-        key for key in TURN_KEYS.values() if key not in turn and not (key == "content" and turn.get("tool_calls"))
-    ]:
+    if turn.get("function_call"):  # OpenAI's older name of a single call
+        if turn.get("tool_calls"):
+            raise BadRecord(f"{name}: a turn has tool_calls and function_call: keep one of them")
+        turn["tool_calls"] = [as_json(turn["function_call"], "function_call")]
+    optional = {"content"} if turn.get("tool_calls") else set()
+    if missing := [key for key in TURN_KEYS.values() if key not in {*turn, *optional}]:
         raise BadRecord(f"{name}: a turn has no {missing[0]}: its fields are {names_of(turn)}")
     given = turn["role"]
     if not isinstance(given, str):
@@ -115,31 +126,37 @@ def _standard_turn(turn: Any, name: str, roles: Mapping[str, str]) -> dict[str, 
         fix = " or ".join(f"data.roles='{{{given!s:.40}: {role}}}'" for role in ("user", "assistant"))
         raise BadRecord(f"unknown role {given!r:.40}: set {fix} (or {', '.join(ROLES)})")
     if role == "function_call":
-        found = _as_json(turn["content"], "function_call")
+        found = as_json(turn["content"], "function_call")
         turn |= {"content": "", "tool_calls": found if isinstance(found, list) else [found]}
     return {**turn, "role": "assistant" if role == "function_call" else role}
 
 
 def _message(turn: dict[str, Any]) -> Message:
     role = turn["role"]
-    calls = _as_json(turn.get("tool_calls") or None, "tool_calls")
+    calls = as_json(turn.get("tool_calls") or None, "tool_calls")
     said = turn.get("content")
     message: Message = {"role": role, "content": "" if calls and said is None else _content(said, role)}
     if calls:
         if role != "assistant":
             raise BadRecord(f"tool_calls: {role!r:.40} cannot call tools: only the assistant can")
         message["tool_calls"] = [_tool_call(call) for call in calls]
-    for name in KEPT_FIELDS:
-        if turn.get(name) is not None:
-            message[name] = text_of(turn, name)
-    return {**message, **_training_fields(turn)}
+    return message | _other_fields(turn)
 
 
-def _training_fields(turn: dict[str, Any]) -> dict[str, Any]:
+def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a message besides what it says; the names of those that are not known under UNUSED."""
+    kept: dict[str, Any] = {}
+    for name, standard in KEPT_FIELDS.items():
+        if turn.get(name) is not None and kept.setdefault(standard, text_of(turn, name)) != text_of(turn, name):
+            raise BadRecord(f"{name} and {standard} differ: keep one of them")
     found = {name: turn[name] for name in TRAINING_FIELDS if turn.get(name) is not None}
-    if found.get("weight", 1) not in (0, 1) or not isinstance(found.get("train", True), bool):
+    if any(value not in (0, 1) or (name == "train" and not isinstance(value, bool)) for name, value in found.items()):
         raise BadRecord(f"weight must be 0 or 1, and train true or false: found {found!r:.60}")
-    return found
+    if len({bool(value) for value in found.values()}) > 1:
+        raise BadRecord(f"{', '.join(found)} contradict each other: found {found!r:.60}")
+    trained = {name if name in ("weight", "train") else "train": value for name, value in found.items()}
+    unused = [name for name in turn if name not in KNOWN_FIELDS and turn[name] not in (None, "", [], {})]
+    return kept | trained | ({UNUSED: unused} if unused else {})
 
 
 def _content(value: Any, role: str = "") -> str:
@@ -150,7 +167,7 @@ def _content(value: Any, role: str = "") -> str:
         and isinstance(value, (dict, list))
         and not (is_parts and value and all("text" in p for p in value))
     ):
-        _check_value(value, "content")
+        check_value(value, "content")
         return json.dumps(value, ensure_ascii=False)
     if is_parts:
         if kinds := {part.get("type") or "text" for part in value} - {"text"}:
@@ -168,10 +185,10 @@ def _tool_call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or "name" not in function:
         raise BadRecord(f"tool_calls: {json.dumps(call, default=str):.60} is not a function call with a name")
-    arguments = _as_json(function.get("arguments") or {}, "arguments")
+    arguments = as_json(function.get("arguments") or {}, "arguments")
     if not isinstance(arguments, dict):
         raise BadRecord(f"tool_calls: arguments {arguments!r:.40} are not a JSON object")
-    _check_value(arguments, "arguments")
+    check_value(arguments, "arguments")
     inner = {"name": nonempty(text_of(function, "name"), "a tool's name"), "arguments": arguments}
     return {**({"id": text_of(call, "id")} if call.get("id") else {}), "type": "function", "function": inner}
 
@@ -179,7 +196,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
 def _alpaca(record: dict[str, Any]) -> list[Message]:
     """{"instruction", "input" (may be empty), "output", "system", "history": [[question, answer], ...] (optional)}."""
     asked = "\n\n".join(filter(str.strip, (optional_text(record, "instruction"), optional_text(record, "input"))))
-    earlier = _as_json(record.get("history") or [], "history")
+    earlier = as_json(record.get("history") or [], "history")
     if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         raise BadRecord("history is not a list of [question, answer] pairs")
     turns = [_exchange(_content(question), _content(answer)) for question, answer in earlier]
@@ -207,7 +224,7 @@ def _summarization(record: dict[str, Any]) -> list[Message]:
 
 def _squad(record: dict[str, Any]) -> list[Message]:
     """{"context", "question", "answers": {"text": [...], ...} | [...]}, as SQuAD writes it; the first answer counts."""
-    answers = _as_json(record["answers"], "answers")
+    answers = as_json(record["answers"], "answers")
     answers = answers["text"] if isinstance(answers, dict) else answers
     first = answers[0] if isinstance(answers, list) and answers else answers
     if not first:
@@ -234,63 +251,17 @@ TURNS = ("messages", "conversations", "prompt", "completion")  # fields that hol
 
 
 def _parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = _as_json(record.get("tools") or None, "tools")
+    """The tools that are offered: `tools`, or OpenAI's older `functions`."""
+    tools = as_json(record.get("tools") or record.get("functions") or None, "tools")
     if not tools:
         return None
-    tools = [_as_json(tool, "tools") for tool in tools] if isinstance(tools, list) else tools
+    tools = [as_json(tool, "tools") for tool in tools] if isinstance(tools, list) else tools
     is_list = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     functions = [tool.get("function", tool) for tool in tools] if is_list else [{}]
     if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
         raise BadRecord("tools: expected a list of functions with names")
-    _check_value(tools, "tools")
-    return tools
-
-
-def _check_value(value: Any, name: str, depth: int = 0) -> None:
-    if depth > MAX_DEPTH:
-        raise BadRecord(f"{name}: nested too deeply")
-    if isinstance(value, str):
-        text_of({name: value}, name)
-    elif isinstance(value, (list, dict)):
-        for inner in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
-            _check_value(inner, name, depth + 1)
-    elif value != value or value in (math.inf, -math.inf) or not isinstance(value, (int, float, type(None))):
-        raise BadRecord(f"{name}: contains a value of type {type(value).__name__}, which JSON does not have")
-
-
-def _as_json(value: Any, name: str) -> Any:
-    """A value, parsed if it is a string: tables and older data sets store lists and objects as JSON strings."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return decode_json(value)
-    except BadRecord as reason:
-        raise BadRecord(f"{name}: {reason}") from None
-
-
-def text_of(fields: dict[str, Any], name: str) -> str:
-    value = fields[name]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise BadRecord(f"{name}: {json.dumps(value, default=str):.60} is not a string")
-    if found := INVALID.search(value):
-        if "\ud800" <= found[0] <= "\udfff":
-            raise BadRecord(f"{name}: contains a lone surrogate, or a byte that is not UTF-8: {NOT_UTF_8}")
-        raise BadRecord(f"{name}: contains a reserved Unicode noncharacter (U+{ord(found[0]):04X})")
-    return value
-
-
-def optional_text(fields: dict[str, Any], name: str) -> str:
-    """A text; empty if the field is missing, null, or a table's NaN."""
-    value = fields.get(name)
-    return "" if value is None or value != value else text_of(fields, name)
-
-
-def nonempty(text: str, what: str) -> str:
-    if not text.strip():
-        raise BadRecord(f"{what} is empty")
-    return text
+    check_value(tools, "tools")
+    return tools if record.get("tools") else [{"type": "function", "function": function} for function in functions]
 
 
 @dataclass(frozen=True)
@@ -416,7 +387,9 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         text = "".join(before) + nonempty(learned, SHAPES[shape].required[-1])
         return Conversation([], text, path, line, None, fields, sum(map(len, before)))
     try:
-        record = record | {name: _turns(record, name, options.roles) for name in SHAPES[shape].fields if name in TURNS}
+        record = record | {
+            name: turns_of(record, name, options.roles) for name in SHAPES[shape].fields if name in TURNS
+        }
         messages = to_messages(record)
         if "system" in SHAPES[shape].fields and (system := optional_text(record, "system")):
             messages.insert(0, {"role": "system", "content": system})
@@ -426,7 +399,18 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
     except (TypeError, AttributeError, ValueError, LookupError):
         raise BadRecord(f"does not have the form of {shape} (docs/data.md)") from None
     _check_turns(messages)
-    return Conversation(messages, None, path, line, tools, fields)
+    unused = dict.fromkeys(name for message in messages for name in message.pop(UNUSED, ()))
+    notes = tuple(f"the field {name!r:.60} of a message is not used" for name in unused)
+    return Conversation(messages, None, path, line, tools, fields, 0, _template_args(record), notes)
+
+
+def _template_args(record: dict[str, Any]) -> dict[str, Any]:
+    given = as_json(record.get(TEMPLATE_ARGS) or {}, TEMPLATE_ARGS)
+    if not isinstance(given, dict) or (taken := {"messages", "tools", "add_generation_prompt"} & given.keys()):
+        what = f"sets {min(taken)}, which nanoft sets" if isinstance(given, dict) else "is not an object"
+        raise BadRecord(f"{TEMPLATE_ARGS}: {what}")
+    check_value(given, TEMPLATE_ARGS)
+    return given
 
 
 def _call(function: Callable[..., Any], record: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
@@ -450,18 +434,19 @@ def _split_field(record: dict[str, Any], name: str) -> Any:
 
 
 def _check_turns(messages: list[Message]) -> None:
-    """Check the order of roles, and drop unanswered messages at the end."""
+    """Check who speaks, and drop unanswered messages at the end; the order of turns is the chat template's affair."""
     for message in messages:
-        if message["role"] != "tool" and not message.get("tool_calls"):
-            kind = "an assistant message" if message["role"] == "assistant" else f"a {message['role']} message"
-            nonempty(message["content"], kind)
-    spoken = [message["role"] for message in messages[messages[0]["role"] == "system" :]]
-    if "assistant" not in spoken:
+        is_answer = message["role"] == "assistant" and not message.get("tool_calls") and is_trained(message)
+        if is_answer or message["role"] == "user":
+            nonempty(message["content"], "an assistant message" if is_answer else "a user message")
+    if all(message["role"] != "assistant" for message in messages):
         raise BadRecord("no assistant message, so there are no target tokens")
-    if spoken[0] != "user":
-        raise BadRecord(f"the first message is from the {spoken[0]}: there is no prompt")
-    for before, after in itertools.pairwise(spoken):
-        if after == "system" or (before == after and after != "tool"):
-            raise BadRecord(f"{after} after {before}: turns must alternate")
     while messages[-1]["role"] != "assistant":
         messages.pop()
+    if all(message["role"] != "user" for message in messages):
+        raise BadRecord(f"the first message is from the {messages[0]['role']}: there is no prompt")
+
+
+def is_trained(message: Message) -> bool:
+    """Whether a message may be a target, by OpenAI's field `weight` and axolotl's `train`."""
+    return bool(message.get("train", True)) and message.get("weight", 1) != 0

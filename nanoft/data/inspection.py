@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -34,6 +34,15 @@ def check_vocabulary(corpus: PreparedDataset, vocab_size: int) -> None:
         raise UserError(f"model.name: {found}: tokenizer.json is another model's: fetch the directory again")
 
 
+def unseen_tokens(corpus: PreparedDataset, ids: Sequence[int]) -> list[int]:
+    """Those of these tokens that occur in no training sample."""
+    tokens, at_once, seen = corpus.training.tokens, 1 << 24, set[int]()
+    for at in range(0, len(tokens) if ids else 0, at_once):
+        piece = tokens[at : at + at_once]
+        seen |= set(np.intersect1d(np.maximum(piece, ~piece), ids).tolist())
+    return [number for number in ids if number not in seen]
+
+
 def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
     spread = np.linspace(0, len(corpus.training) - 1, min(SAMPLES_CHECKED, len(corpus.training))).astype(int)
     samples = [corpus.training[int(at)] for at in spread]
@@ -53,7 +62,7 @@ def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> l
 
 
 def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
-    """Every trained turn ends in a stop token, except those that were truncated."""
+    """Every trained turn ends in a stop token, except those that were truncated, and chunks of a text."""
     last: list[int] = []
     for sample in samples:
         after = np.append(sample.is_target[1:], False)
@@ -62,6 +71,7 @@ def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokeni
             ends = [token for token in sample.ids[sample.is_target].tolist() if token in chat.stop_ids][-1:] or ends
         last += ends
     cut = corpus.report["truncated"] if corpus.report["truncation"] in ("response", "proportional") else 0
+    cut += corpus.report["chunks"] - corpus.report["chunked_texts"]
     odd = [token for token in last if token not in chat.stop_ids]
     shown = f"; one ends in {chat.decode(odd[:1], keep_special=True)!r}" if odd else ""
     stops = ", ".join(repr(chat.decode([token], keep_special=True)) for token in chat.stop_ids)
@@ -74,19 +84,21 @@ def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -
     """The prompt at inference equals what precedes the answer in training."""
     extras = []  # what follows the prompt in training
     for conversation in corpus.conversations(corpus.training, CONVERSATIONS_CHECKED):
-        answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+        roles = [message["role"] for message in conversation.messages]
+        answers = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
         if not answers or train_on == "all":
             continue
         messages = conversation.messages[: answers[0] + 1]
         plain = [{key: value for key, value in m.items() if key not in TRAINING_FIELDS} for m in messages]
-        (sample, *_) = chat.encode_now(chat.render_samples(plain, 0, conversation.tools))
+        given = conversation.tools, "assistant", conversation.template_args
+        (sample, *_) = chat.encode_now(chat.render_samples(plain, 0, *given))
         before = sample.ids[: int(sample.is_target.argmax())].tolist()
-        prompt = chat.encode_prompt(plain[:-1], conversation.tools)
+        prompt = chat.encode_prompt(plain[:-1], conversation.tools, conversation.template_args)
         extras.append(chat.decode(before[len(prompt) :], keep_special=True) if before != prompt else None)
     differing = [extra for extra in extras if extra is not None]
     found = f"{len(extras) - len(differing)} of {len(extras)} prompts are the same in training and at inference"
     found += f"; in training {differing[-1]!r:.60} follows" if differing and differing[-1] else ""
-    fix = "the template adds it to the answers; for Qwen3 set data.template_args={enable_thinking: false}"
+    fix = "the template adds it to the answers: choose another with model.chat_template"
     return Check.of("prompt", not differing, found, fix)
 
 

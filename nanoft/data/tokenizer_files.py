@@ -6,12 +6,12 @@ import base64
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer, decoders
 
 from nanoft import UserError
 from nanoft.batches import Array
@@ -21,6 +21,7 @@ from nanoft.io.untrusted import read_bytes, read_json, refuse_code
 # Noncharacters, as in template_sandbox: one splits a control token that a user wrote, one stands for an answer.
 BREAK, PLACEHOLDER = "\ufdd0", "\ufdd3"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+TEMPLATE_FILE = "chat_template.jinja"
 MAX_TOKENIZER = 100 << 20  # bytes of a tokenizer.json; the largest in use have 33 MB
 MAX_ID = 1 << 22  # of a token; the largest vocabularies have 2^18
 MAX_SPECIAL = 20_000  # control tokens; each is searched for in every text
@@ -51,9 +52,21 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def read_settings(directory: Path) -> tuple[dict[str, Any], str | None, list[int]]:
-    """Read the settings, the chat template (its own file, or in the settings, which may name several) and stop ids."""
-    path, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+def add_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[int, ...]:
+    """Make each text one control token, at the end of the vocabulary unless it has one; their ids."""
+    for text in texts:
+        if not text.strip() or {OPENING, CLOSING, BREAK, PLACEHOLDER} & set(text) or texts.count(text) > 1:
+            raise UserError(f"model.add_tokens: {text!r:.60} cannot be a token: give different visible texts")
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    return tuple(number for text in texts if (number := tokenizer.token_to_id(text)) is not None)
+
+
+def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, str], list[int]]:
+    """The settings, the chat templates by name (`default`, `tool_use`, ...), the stop ids.
+
+    Templates are in files of their own, or in the settings: one, or a list of named ones.
+    """
+    path = directory / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
     try:
         refuse_code(settings)
@@ -62,23 +75,41 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], str | None, list[int
     for key in SPECIAL_TOKENS:
         if not isinstance(token_text(settings.get(key)), str | None):
             raise UserError(f"{path}: {key}: expected a string, found {settings[key]!r:.60}")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {str(t.get("name")): t["template"] for t in template if isinstance(t, dict) and "template" in t}
-        template = named.get("default", next(iter(named.values()), template))
-    if file.is_file():
-        try:
-            template = read_bytes(file, 4 * MAX_SOURCE).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
-    if not isinstance(template, str | None):
-        raise UserError(f"{path}: chat_template: expected a string, found {template!r:.60}")
+    files = [directory / TEMPLATE_FILE, *sorted((directory / "additional_chat_templates").glob("*.jinja"))]
+    templates: dict[str, Any] = {f.stem: read_template(f) for f in files if f.is_file()}
+    stored = settings.get("chat_template") if not templates else None
+    if isinstance(stored, list):
+        templates = {str(t.get("name")): t["template"] for t in stored if isinstance(t, dict) and "template" in t}
+        templates = {"default": next(iter(templates.values()), stored), **templates}  # a list without any is refused
+    elif stored is not None:
+        templates = {"default": stored}
+    if "chat_template" in templates:
+        templates = {"default": templates.pop("chat_template"), **templates}
+    if odd := [template for template in templates.values() if not isinstance(template, str)]:
+        raise UserError(f"{path}: chat_template: expected a string, found {odd[0]!r:.60}")
     path = directory / "generation_config.json"
     stops = (read_json(path) if path.is_file() else {}).get("eos_token_id") or []
     stops = stops if isinstance(stops, list) else [stops]
     if not all(type(stop) is int and 0 <= stop < MAX_ID for stop in stops):
         raise UserError(f"{path}: eos_token_id: expected ids, found {stops!r:.60}")
-    return settings, template, stops
+    return settings, templates, stops
+
+
+def read_template(file: Path) -> str:
+    try:
+        return read_bytes(file, 4 * MAX_SOURCE).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+
+
+def choose_template(wanted: str, known: Mapping[str, str]) -> str:
+    """The template that `model.chat_template` names: one of the `known`, or a file."""
+    if wanted in known:
+        return known[wanted]
+    if (file := Path(wanted).expanduser()).is_file():
+        return read_template(file)
+    fix = f"give a file or one of {', '.join(known)}"
+    raise UserError(f"model.chat_template: {wanted}: neither a file nor a template of the model: {fix}")
 
 
 def token_text(value: Any) -> str | None:

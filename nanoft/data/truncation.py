@@ -1,4 +1,4 @@
-"""Samples longer than model.max_seq_length: dropped, or truncated where it does the least harm.
+"""Samples longer than model.max_seq_length: plain text in chunks, others dropped, or cut where it does the least harm.
 
 Cutting token ids blindly loses the answer, the question or the system message, and an end-of-sequence token behind the
 cut teaches the model to stop in the middle. Here a prompt is shortened as a conversation and rendered again: the system
@@ -46,6 +46,22 @@ def fit(
     return _cut_response(shorter or sample, limit)
 
 
+def chunk(sample: Sample, limit: int, bos_id: int | None) -> list[Sample]:
+    """A plain text as samples of at most `limit` tokens, in which every token is a target exactly once.
+
+    Each begins where inference would: with the BOS, if there is one, and the last token of the sample before, which is
+    what its first target is predicted from. BOS a b c d e f, limit 4: BOS a b c | BOS c d e | BOS e f
+    """
+    ids, head = sample.ids, int(sample.ids[0] == bos_id)
+    pieces = [Sample(ids[:limit], sample.is_target[:limit], sample.record)]
+    for start in range(limit - 1, len(ids) - 1, limit - head - 1):
+        own = slice(start + 1, start + limit - head)
+        given = np.append(ids[:head], ids[start])
+        is_target = np.append(np.zeros(len(given), np.bool_), sample.is_target[own])
+        pieces.append(Sample(np.append(given, ids[own]), is_target, sample.record))
+    return pieces
+
+
 def _cut_response(sample: Sample, limit: int) -> Sample | None:
     targets = np.flatnonzero(sample.is_target[:limit])
     if not len(targets):
@@ -71,7 +87,8 @@ def _shorten_prompt(
         return None  # plain text has no exchanges
 
     def encode(shorter: list[Message]) -> Sample:
-        rendered = tokenizer.render_samples(shorter, sample.record, conversation.tools, train_on)
+        given = conversation.tools, train_on, conversation.template_args
+        rendered = tokenizer.render_samples(shorter, sample.record, *given)
         return tokenizer.encode_now(rendered)[-1]
 
     head = messages[:1] if messages[0]["role"] == "system" else []

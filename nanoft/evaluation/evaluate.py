@@ -52,6 +52,7 @@ class Prompt:
     messages: list[Message]
     reference: str
     tools: list[dict[str, Any]] | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def likelihoods(
     Samples longer than `context` are read through windows, of which each further one counts `stride` tokens, below
     `context`; None: half of it.
     """
-    training, device, samples = model.training, model.head.device, TokenDataset.of(samples)
+    training, device, samples = model.training, model.device, TokenDataset.of(samples)
     model.eval()
     nats, tokens = np.zeros((len(samples), 2)), np.zeros((len(samples), 2), np.int64)
     pieces = [(number, *w) for number, size in enumerate(samples.lengths) for w in windows(int(size), context, stride)]
@@ -184,7 +185,7 @@ def _text_bytes(chat: ChatTokenizer, sample: Sample) -> int:
 def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[Prompt]:
     """The last turn of the first `limit` conversations that end in an answer rather than a tool call."""
     chats = [c for c in conversations if c.messages and not c.messages[-1].get("tool_calls")][:limit]
-    return [Prompt(list(c.messages[:-1]), c.messages[-1]["content"], c.tools) for c in chats]
+    return [Prompt(list(c.messages[:-1]), c.messages[-1]["content"], c.tools, c.template_args) for c in chats]
 
 
 def answer_all(
@@ -194,16 +195,17 @@ def answer_all(
     """Answers to every prompt, in batches; the longest first, so that memory runs out at once or not at all."""
     training, generator = model.training, torch.Generator().manual_seed(seed)
     model.eval()
-    encoded = [chat.encode_prompt(prompt.messages, prompt.tools) for prompt in prompts]
+    encoded = [chat.encode_prompt(prompt.messages, prompt.tools, prompt.template_args) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     longest_first = [encoded[i] for i in order]
-    with distributed.same_exception(model.head.device):
+    with distributed.same_exception(model.device):
         mine = list(distributed.split_work(range(len(order))))
         answers = generate(model, longest_first, chat.stop_ids, max_new, sampling, generator, batch_size, mine)
         found = {order[at]: (chat.decode(answers[at].ids), answers[at].stopped) for at in mine}
     found = distributed.all_gather_dict(found)
     model.train(training)
-    return [Completion(p.messages[-1]["content"], p.reference, *found[i]) for i, p in enumerate(prompts)]
+    references = [chat.control.remove(prompt.reference) for prompt in prompts]
+    return [Completion(p.messages[-1]["content"], references[i], *found[i]) for i, p in enumerate(prompts)]
 
 
 def answer_figures(completions: Sequence[Completion], metrics: Sequence[Metric]) -> dict[str, Figure]:

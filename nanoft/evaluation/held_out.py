@@ -42,8 +42,9 @@ def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     """All of `--data FILE`, or the run's own validation split; checked before anything is loaded."""
     data = config.data
     if file:  # read as the run reads its own data, without splitting or filtering it
-        kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "train_on", "truncation")
-        settings = {"label_field": "ignore", "roles": data.roles} | {name: getattr(data, name) for name in kept}
+        kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "unrendered", "train_on", "chunk")
+        settings: dict[str, Any] = {"label_field": "ignore", "control_tokens": data.control_tokens or "text"}
+        settings |= {name: getattr(data, name) for name in (*kept, "truncation", "roles")}
         data = DataConfig(train_file=file, validation_split=0.0, deduplicate=False, **settings)
     if not data.train_file:
         what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"
@@ -122,8 +123,8 @@ def _leakage_of_file(
         train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
-    prompts = list(corpus.first_user_texts(samples))
-    exact, near = filters.count_leaks(prompts, train_set.first_user_texts(train_set.training), NEAR)
+    prompts = list(corpus.prompts(samples))
+    exact, near = filters.count_leaks(prompts, train_set.prompts(train_set.training), NEAR)
     said = f"of {len(prompts):,} prompts, {exact:,} are in the training data word for word and {near:,} nearly so"
     return {"prompts": len(prompts), "exact": exact, "near": near, "said": said}
 

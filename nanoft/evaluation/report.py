@@ -77,17 +77,18 @@ def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
 
 
 def verdict(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
-    """One sentence: better, worse, both, or no clear difference; with the intervals."""
+    """One sentence: better, worse, both, or no clear difference; with the intervals of what changed."""
     if inputs.base is None:
         return "none: the base was not evaluated"
     decisive = [name for name in dict.fromkeys(("loss", inputs.primary)) if name in compared]
     if not decisive:
         return "none: there is no validation data"
     figures = inputs.tuned.figures
-    directions = {_direction(figures[name], compared[name]) for name in decisive} - {0}
+    clear = {name: way for name in decisive if (way := _direction(figures[name], compared[name]))}
+    changed = [*clear] or [name for name in decisive if compared[name].change.value != 0] or decisive[:1]
     words = {(): "no clear difference", (1,): "better", (-1,): "worse", (-1, 1): "better in one, worse in the other"}
-    described = " and ".join(_describe(name, compared[name], figures[name]) for name in decisive)
-    return f"{words[tuple(sorted(directions))]}: {described}"
+    described = " and ".join(_describe(name, compared[name], figures[name]) for name in changed)
+    return f"{words[tuple(sorted(set(clear.values())))]}: {described}"
 
 
 def _direction(figure: Figure, c: Comparison) -> int:
@@ -148,10 +149,12 @@ def comparison(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
 
 def _cells(c: Comparison, unit: str) -> list[str]:
     """Base, tuned, change, its interval, p."""
-    low, high = _change(c.change.low, unit).removesuffix(" points"), _change(c.change.high, unit)
+    values = (c.change.value, c.change.low, c.change.high)
+    change, low, high = (_change(value, unit).replace(" points", " pp") for value in values)  # fits 80 columns
+    low = low.removesuffix(" pp")
     span = "-" if math.isnan(c.change.low) else f"{low} to {high}"
     p = "-" if math.isnan(c.p) else "< 0.001" if c.p < 0.001 else f"{c.p:.3f}"
-    return [_shown(c.base.value, unit), _shown(c.tuned.value, unit), _change(c.change.value, unit), span, p]
+    return [_shown(c.base.value, unit), _shown(c.tuned.value, unit), change, span, p]
 
 
 def _shown(value: float, unit: str) -> str:
@@ -268,15 +271,19 @@ def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int
 def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
     """Prompts on both sides of the split of a run's data, from its report and data.near_leaks."""
     removed, kept = data["removed"].get("leak", 0), data["near_leaks"] if data["near_leaks_are"] == "kept" else 0
-    said = "no prompt of the validation data is in the training data"
+    shared = data["shared_prompts"]
+    said = f"{shared:,} training records have" if shared else "no training record has"
+    said += " the prompt of a validation record"
+    if data["leaks"] == "ignore":
+        said = "equal prompts were not searched for (data.leaks=ignore)"
     said += f" ({removed:,} such training records were removed)" if removed else ""
     if near == "ignore":
         said += "; near duplicates were not checked (data.near_leaks=ignore)"
     elif kept:
         said += f"; {kept:,} training records nearly repeat a validation prompt (data.near_leaks=remove removes them)"
     else:
-        said += ", nor a near duplicate"
-    return {"exact": 0, "near": kept, "removed": removed, "said": said}
+        said += "; no near duplicates were found"
+    return {"exact": shared, "near": kept, "removed": removed, "said": said}
 
 
 def cost(inputs: ReportInputs) -> dict[str, float]:

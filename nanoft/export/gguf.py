@@ -30,6 +30,7 @@ from nanoft.export.streaming import SLAB
 from nanoft.export.verify import TOLERANCE, Proof, prove
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder, DecoderConfig
+from nanoft.models.adapter_files import only_linears
 from nanoft.models.families import FAMILIES
 from nanoft.models.open import LoadedModel
 
@@ -110,21 +111,20 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
 
     A file has one alpha: rsLoRA's scaling s becomes alpha = s r; where it differs between linears, B is rescaled.
     """
-    for place, adapter in opened.adapters.items():
+    adapters = only_linears(opened.adapters, "--format gguf-lora: llama.cpp", "use --format gguf")
+    for place, adapter in adapters.items():
         if adapter.lora_magnitude_vector is not None:
             raise UserError(f"--format gguf-lora: {place}: llama.cpp does not support DoRA adapters: use --format gguf")
-        if adapter.bias is not None:
-            raise UserError(f"--format gguf-lora: {place}: adapters of llama.cpp have no biases: use --format gguf")
     if dtype not in EXPORT_DTYPES:
         raise UserError(f"--dtype: {dtype}: adapters are not quantized: choose one of {', '.join(EXPORT_DTYPES)}")
     config = opened.model.config
     gguf, writer = _open_writer(out, config, "adapter", name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    alphas = {place: adapter.scaling * len(adapter.factors()[0]) for place, adapter in opened.adapters.items()}
+    alphas = {place: adapter.scaling * len(adapter.factors()[0]) for place, adapter in adapters.items()}
     alpha = next(iter(alphas.values()))
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     new_name, entries = tensor_names(config), list[Entry]()
-    for place, adapter in opened.adapters.items():
+    for place, adapter in adapters.items():
         weight = f"{place}.weight"
         a, b = (factor.detach().float() for factor in adapter.factors())  # (r, in), (out, r)
         b = permute_qk(b * (alphas[place] / alpha), weight, config)

@@ -69,7 +69,7 @@ def _open(args: argparse.Namespace) -> LoadedModel:
         if not result.is_dir():
             return open_model(source, torch.device("cpu"), torch.float32)
         return LoadedModel(StreamedDecoder(open_rows(result)), {}, result, result)
-    adapter, _ = choose_adapter(args.sources, args.weights, args.only, args.base, args.unmerge)
+    adapter, _ = choose_adapter(args.sources, args.weights, args.only, args.base, args.unmerge, args.base_model)
     opened = open_adapter(adapter, args.base)
     if not args.any_base:
         require_same_base(adapter)

@@ -150,6 +150,6 @@ def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
         prompt = ""
         with suppress(TemplateRefusal):
             prompt = chat.render_prompt([{"role": "user", "content": "a"}])
-        if not prompt.startswith(tuple(chat.control_texts)):
+        if not prompt.startswith(tuple(chat.control.texts)):
             _refuse("it adds a space before the first word only, and its chats begin with text")
     return bool(words["prepend_scheme"] == "always")

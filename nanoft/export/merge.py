@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,10 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from nanoft import UserError, __version__
+from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.config.loading import load_config
+from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.io.atomic import (
     PROGRESS,
@@ -37,9 +41,16 @@ from nanoft.io.atomic import (
 )
 from nanoft.io.tensor_files import Specs, encode_safetensors
 from nanoft.io.untrusted import read_json
-from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import NOTE, hash_tensors, read_adapter, save_adapter, select_modules, sum_adapters
+from nanoft.models.adapter_files import (
+    NOTE,
+    hash_tensors,
+    read_adapter,
+    save_adapter,
+    select_modules,
+    sum_adapters,
+    vocabulary_of,
+)  # fmt: skip
 from nanoft.models.model_files import TOKENIZER_FILES, ModelFiles, Quantization, base_files, quantization_of
 from nanoft.models.open import LoadedModel, TrainedAdapter, attach_adapter, find_adapter, is_run, read_trained_adapter
 from nanoft.models.weights import copy_companions, save_model, write_config
@@ -50,7 +61,8 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.floa
 
 def weights_of(opened: LoadedModel, onto: Onto) -> Weights:
     """The base's weights, as they are stored or as the adapter was trained on them."""
-    return open_rows(opened.base_directory, opened.quantization if onto == "nf4" else None, opened.dtype)
+    weights = open_rows(opened.base_directory, opened.quantization if onto == "nf4" else None, opened.dtype)
+    return replace(weights, config=opened.model.config)
 
 
 def merge(
@@ -88,17 +100,14 @@ def merge(
         weight_map = {tensor: name for name, specs in files.items() for tensor in specs}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(out / "model.safetensors.index.json", index)
-    write_config(opened.base_directory, out, dtype)
+    write_config(opened.base_directory, out, dtype, opened.model.config)
     copy_tokenizer(opened, out)
     return finished
 
 
 def copy_tokenizer(opened: LoadedModel, out: Path) -> None:
-    """The base's tokenizer and generation_config, and the template that the adapter was trained with."""
-    copy_companions(opened.base_directory, out)
-    template = opened.tokenizer_directory / "chat_template.jinja"
-    if template.is_file():
-        shutil.copyfile(template, out / "chat_template.jinja")
+    """The tokenizer, template and stop ids of training, and the base's other generation settings."""
+    copy_companions(opened.tokenizer_directory, out, opened.base_directory, opened.add_tokens)
 
 
 def _bytes(specs: Specs) -> int:
@@ -137,10 +146,11 @@ def require_adapter(source: str) -> None:
 
 
 def choose_adapter(
-    sources: Sequence[str], weights: str | None, only: str | None, onto: str, unmerge: str | None
-) -> tuple[TrainedAdapter, list[str]]:
-    """The adapter that sources, --weights, --only and --unmerge describe; and the hash of each source."""
-    adapters = [read_trained_adapter(source) for source in sources]
+    sources: Sequence[str], weights: str | None, only: str | None, onto: str, unmerge: str | None,
+    base: str | None = None,
+) -> tuple[TrainedAdapter, list[str]]:  # fmt: skip
+    """The adapter that sources, --weights, --only, --unmerge and --base-model describe; and the hash of each source."""
+    adapters = [read_trained_adapter(source, base) for source in sources]
     for adapter in adapters:  # an adapter that is exported as it is is not verified later
         if broken := next((name for name, tensor in adapter.tensors.items() if not tensor.isfinite().all()), None):
             raise UserError(f"{adapter.place}: {broken} contains NaN or infinity: export an earlier checkpoint")
@@ -158,6 +168,8 @@ def choose_adapter(
             raise UserError(f"--unmerge: {directory} was not merged from {adapters[0].place}: see its provenance.json")
         return combine(adapters, [-factor for factor in factors], modules, directory), hashes
     chosen = combine(adapters, factors, modules)
+    for note in ModelFiles.read(chosen.base).notes:
+        print(f"warning: {note}", file=sys.stderr)
     if onto == "nf4" and chosen.quantization is None and ModelFiles.read(chosen.base).quantization is None:
         raise UserError(f"--base nf4: {sources[0]} was trained on the original weights: remove --base")
     return chosen, hashes
@@ -202,10 +214,13 @@ def combine(
             )
     lora, tensors = first.lora, first.tensors
     if len(adapters) > 1 or weights[0] != 1:
-        files = open_rows(base or first.base)
-        biases = [name for name in files.shapes if name.endswith(".bias")]
-        base_biases = {name.removesuffix(".bias"): files.whole(name) for name in biases}
-        lora, tensors = sum_adapters([(a.lora, a.tensors) for a in adapters], weights, base_biases.get)
+        files = open_rows(base or first.base, vocabulary=max(vocabulary_of(a.lora, a.tensors) for a in adapters))
+        files = replace(files, config=replace(files.config, tied=False))  # a head may be summed, too
+
+        def base_parameter(name: str) -> Tensor | None:
+            return files.whole(name) if name in files.shapes else None
+
+        lora, tensors = sum_adapters([(a.lora, a.tensors) for a in adapters], weights, base_parameter)
     if only:
         lora, tensors = select_modules(lora, tensors, only)
     same = all((a.quantization, a.dtype) == (first.quantization, first.dtype) for a in adapters)
@@ -216,18 +231,19 @@ def combine(
 def open_adapter(adapter: TrainedAdapter, onto: Onto) -> LoadedModel:
     """An adapter on its base, whose weights stay on the disk; a UserError if it does not fit."""
     quantization = adapter.quantization if onto == "nf4" else None
-    opened = attach_adapter(adapter, StreamedDecoder(open_rows(adapter.base, quantization, adapter.dtype)))
+    rows = open_rows(adapter.base, quantization, adapter.dtype, vocabulary_of(adapter.lora, adapter.tensors))
+    opened = attach_adapter(adapter, StreamedDecoder(rows))
     return replace(opened, step=adapter.step)
 
 
 def save_result(
-    run: Path, model: Decoder, adapters: dict[str, LoRALinear], base: Path, config: Config, step: int,
-    dtype: torch.dtype,
+    run: Path, model: Decoder, adapters: dict[str, Adapter], base: Path, config: Config, step: int,
+    dtype: torch.dtype, tokenizer: Path | None = None,
 ) -> Path:  # fmt: skip
     """The result of a run with its tokenizer: `run`/adapter in PEFT's format, or `run`/model in Hugging Face's.
 
     It replaces an earlier result when it is complete. `base` is the model that training started from, in whose dtype a
-    full model is stored; `step` is of the weights' checkpoint; `dtype` is that of training.
+    full model is stored; `step` is of the weights' checkpoint; `dtype` is that of training; `tokenizer` its directory.
     """
     out = run / ("adapter" if adapters else "model")
     with replaced_directory(out) as staging:
@@ -236,11 +252,19 @@ def save_result(
             with suppress(UserError, AttributeError):
                 base_sha256 = read_json(run / "config.json").get("provenance", {}).get("base_sha256")
             note = _note(quantization_of(config), dtype, step, base_sha256)
-            save_adapter(staging, model, adapters, config.lora, config.model.name, note)
-            copy_companions(base, staging)
+            save_adapter(staging, model, adapters, config.lora, config.model.reference, note)
+            copy_companions(tokenizer or base, staging, base, config.model.add_tokens)
         else:
             save_model(model, base, staging, ModelFiles.read(base).dtype())
+        save_template(run, staging)
     return out
+
+
+def save_template(run: Path, out: Path) -> None:
+    """The template that model.chat_template chose for a run, instead of the model's own ones."""
+    if is_run(run) and (run / TEMPLATE_FILE).is_file():
+        shutil.rmtree(out / "additional_chat_templates", ignore_errors=True)
+        shutil.copyfile(run / TEMPLATE_FILE, out / TEMPLATE_FILE)
 
 
 def write_peft(out: Path, opened: LoadedModel, adapter: TrainedAdapter) -> None:

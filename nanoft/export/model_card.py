@@ -48,10 +48,11 @@ def parity_record(
     asked: list[dict[str, Any]] = []
     for prompt in [*prompts, *plain]:
         with suppress(UserError):  # the template needs a system message, or accepts none
-            text = chat.render_prompt(prompt.messages, prompt.tools)
-            ids = chat.encode_prompt(prompt.messages, prompt.tools)
+            given = prompt.messages, prompt.tools, prompt.template_args
+            text, ids = chat.render_prompt(*given), chat.encode_prompt(*given)
             if 0 < len(ids) <= PARITY_TOKENS:
-                asked.append({"messages": prompt.messages, "tools": prompt.tools, "text": text, "ids": ids})
+                own = {"chat_template_kwargs": prompt.template_args} if prompt.template_args else {}
+                asked.append({"messages": prompt.messages, "tools": prompt.tools, **own, "text": text, "ids": ids})
     asked = asked[:4]
     if max_new_tokens and asked:
         answers = generate(model, [item["ids"] for item in asked], chat.stop_ids, max_new_tokens)

@@ -15,7 +15,7 @@ import ctypes
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoft.lora import LoRALinear
+from nanoft import UserError
+from nanoft.blocks.trained import Adapter
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.model_files import ModelFiles, Quantization
-from nanoft.models.weights import WeightFiles, is_block_linear, open_weights
+from nanoft.models.weights import WeightFiles, is_block_linear, is_finite, open_weights
 from nanoft.nf4 import quantize
 
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 SLAB = 1 << 22  # elements of a weight in memory at a time: 16 MB in float32
 
 
@@ -56,12 +58,24 @@ class Weights:
     files: WeightFiles
     quantization: Quantization | None = None  # quantize the linears of the blocks in this form, and dequantize
     unpacked: torch.dtype = torch.float32  # dtype of a dequantized weight
-    adapters: Mapping[str, LoRALinear] = field(default_factory=dict)  # merged in
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)  # merged in
     dtype: torch.dtype = torch.float32  # of the rows: computed in float32, rounded once
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.files.shapes
+        """As stored; with a head of its own, and new tokens, where `config` has them and the files do not."""
+        shapes = dict(self.files.shapes)
+        for name in EMBEDDINGS[: 1 if self.config.tied else 2]:
+            shapes[name] = (self.config.vocab_size, *shapes.get(name, shapes[EMBEDDINGS[0]])[1:])
+        return shapes
+
+    def stored(self, name: str) -> str:
+        """The name in the files: a head that was untied is the embedding there."""
+        return name if name in self.files.shapes else EMBEDDINGS[0]
+
+    def mean(self, name: str) -> Tensor:
+        """The row of each new token, (1, hidden): the mean of the others, as in `Decoder.grow_vocabulary`."""
+        return self.files.read(self.stored(name)).float().mean(0, keepdim=True)
 
     def rows(self, name: str) -> Iterator[Tensor]:
         place, _, part = name.rpartition(".")
@@ -69,7 +83,8 @@ class Weights:
         if adapter is not None and part == "bias" and adapter.bias is not None:
             yield adapter.bias.detach().to(self.dtype)
             return
-        shape, whole = self.shapes[name], None
+        total, name, whole = self.shapes[name][0], self.stored(name), None
+        shape = self.files.shapes[name]
         if self.files.is_packed(name):
             whole = self.files.read_packed(name, self.unpacked, torch.device("cpu")).dequantize()  # (out, in)
         elif self.quantization and not self.files.stored and is_block_linear(name):
@@ -77,14 +92,28 @@ class Weights:
         step = max(1, SLAB // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            slab = self.files.headers[name].read(name, rows) if whole is None else whole[rows]
+            slab = self.files.read(name, rows) if whole is None else whole[rows]
             if adapter is not None and part == "weight":
                 slab = adapter.merged(slab.float(), rows)
-            yield slab.to(self.dtype)
+            yield self._rounded(slab, name)
+        if total > shape[0]:
+            slab = self.mean(name).expand(total - shape[0], -1)
+            yield self._rounded(slab if adapter is None else adapter.merged(slab, slice(shape[0], total)), name)
+
+    def _rounded(self, slab: Tensor, name: str) -> Tensor:
+        slab = slab.to(self.dtype)
+        if self.dtype == torch.float16 and not is_finite(slab):
+            raise UserError(f"--dtype: f16: numbers of {name} are too large for it: use bf16 or f32")
+        return slab
 
     def row(self, name: str, number: int) -> Tensor:
         """A copy, since a view keeps the mapped pages around it in memory."""
-        return self.files.headers[name].read(name, slice(number, number + 1)).to(self.dtype, copy=True)
+        rows, stored = slice(number, number + 1), self.stored(name)
+        is_new = number >= self.files.shapes[stored][0]
+        row = self.mean(name) if is_new else self.files.read(stored, rows)
+        if adapter := self.adapters.get(name.removesuffix(".weight")):
+            row = adapter.merged(row.float(), rows)
+        return row.to(self.dtype, copy=True)
 
     def whole(self, name: str) -> Tensor:
         """A complete weight, in float32."""
@@ -92,13 +121,17 @@ class Weights:
 
 
 def open_rows(
-    directory: Path, quantization: Quantization | None = None, unpacked: torch.dtype = torch.float32
+    directory: Path,
+    quantization: Quantization | None = None,
+    unpacked: torch.dtype = torch.float32,
+    vocabulary: int = 0,
 ) -> Weights:
-    """The weights of a Hugging Face directory; raises what `open_weights` does."""
+    """The weights of a Hugging Face directory, with at least `vocabulary` tokens; raises what `open_weights` does."""
     base = ModelFiles.read(directory)
     with torch.device("meta"):
         blank = Decoder(base.decoder)
-    return Weights(base.decoder, open_weights(base, blank), quantization, unpacked)
+    config = replace(base.decoder, vocab_size=max(base.decoder.vocab_size, vocabulary))
+    return Weights(config, open_weights(base, blank), quantization, unpacked)
 
 
 def return_freed_memory() -> None:
@@ -132,12 +165,16 @@ class StreamedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-class StreamedEmbedding(nn.Module):
+class StreamedEmbedding(nn.Embedding):
     """An embedding that reads the rows it needs."""
 
     def __init__(self, weights: Rows, name: str):
-        super().__init__()
+        nn.Module.__init__(self)
         self.weights, self.name = weights, f"{name}.weight"
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.weights.whole(self.name)
 
     def forward(self, ids: Tensor) -> Tensor:
         wanted, places = ids.unique(return_inverse=True)
@@ -163,11 +200,28 @@ class StreamedDecoder(Decoder):
         self.requires_grad_(False)
         self.eval()
 
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def untie(self) -> None:
+        if self.lm_head is None:
+            self.config = replace(self.config, tied=False)
+            self.lm_head = StreamedLinear(self.weights, EMBEDDINGS[0].removesuffix(".weight"))
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.model.norm(x)
+
     @property
     def head(self) -> Tensor:
-        """Shape, dtype and device of the output embedding; all NaN, so that using its values shows."""
+        """Shape of the output embedding; all NaN, so that using its values shows."""
         return torch.tensor(math.nan).expand(self.config.vocab_size, self.config.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        name = "model.embed_tokens.weight" if self.lm_head is None else "lm_head.weight"
-        return torch.cat([F.linear(hidden, slab.float()) for slab in self.weights.rows(name)], dim=-1)
+        """hidden @ head^T, of a few rows of the head at a time, (..., vocab)."""
+        name, start, found = EMBEDDINGS[self.lm_head is not None], 0, list[Tensor]()
+        for slab in self.weights.rows(name if name in self.weights.shapes else EMBEDDINGS[0]):
+            slab = slab.float()
+            if isinstance(self.output, Adapter) and self.output.enabled:
+                slab = self.output.merged(slab, slice(start, start + len(slab)))
+            start += len(slab)
+            found.append(F.linear(hidden, slab))
+        return torch.cat(found, dim=-1)

@@ -1,4 +1,4 @@
-"""`python -m nanoft chat`: one answer, a conversation in the terminal, or one answer per line of a pipe.
+"""`python -m nanoft chat`: one answer, a conversation in the terminal, or one answer per line of a pipe (`pipe.py`).
 
 The messages are rendered with the training template each time. Text is shown as its tokens arrive; a character whose
 bytes span several tokens waits until it is complete. When a conversation outgrows the model's context, the oldest
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import re
 import sys
@@ -17,12 +18,15 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from nanoft import UserError
+from nanoft.blocks.trained import Adapter
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
-from nanoft.generation.generate import stream
-from nanoft.generation.sampling import GREEDY, Sampling
+from nanoft.generation.generate import Answer, stream
+from nanoft.generation.generate import generate as generate_all
+from nanoft.generation.pipe import LineReader, answer_lines
+from nanoft.generation.sampling import GREEDY, NotFinite, Sampling
 from nanoft.io.untrusted import read_json
 from nanoft.kernels.decode import MEMORY_SHARE
-from nanoft.lora import LoRALinear, disabled, linears_of
+from nanoft.lora import disabled, linears_of
 from nanoft.models.open import open_chat_tokenizer, open_model
 from nanoft.models.weights import cache_weights
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
@@ -43,6 +47,8 @@ INCOMPLETE = "\ufffd"  # what the bytes of an incomplete character decode to
 def run(args: argparse.Namespace) -> int:
     """`python -m nanoft chat RUN|MODEL`; returns the exit code."""
     sampling = read_sampling(args)
+    if args.json and args.prompt is not None:
+        raise UserError("--json: answers lines of standard input: remove --prompt, or --json")
     for option, text in (("--prompt", args.prompt), ("--system", args.system)):
         check_text(option, text or "")
     quiet_libraries()
@@ -63,7 +69,19 @@ def run(args: argparse.Namespace) -> int:
             if step[0][1] not in chat.stop_ids:
                 yield step[0][1]
 
+    def answer_all(prompts: list[list[int]], limit: int) -> list[Answer]:
+        return generate_all(loaded.model, prompts, chat.stop_ids, limit, sampling, generator)
+
+    def base_all(prompts: list[list[int]], limit: int) -> list[Answer]:
+        with disabled(loaded.adapters):
+            return answer_all(prompts, limit)
+
     context = read_json(loaded.base_directory / "config.json").get("max_position_embeddings") or math.inf
+    if args.prompt is None and (args.json or not sys.stdin.isatty()):
+        reader = LineReader(chat, context, args.max_new_tokens, args.system, args.json)
+        models = {"tuned": answer_all, "base": base_all} if args.base else {"tuned": answer_all}
+        answer_lines(reader, models, functools.partial(show, hides_controls=sys.stdout.isatty()))
+        return 0
     session = ChatSession(chat, generate, loaded.adapters, args.base, context, args.max_new_tokens, args.system)
     session.run() if args.prompt is None else session.ask(args.prompt)
     return 0
@@ -106,7 +124,7 @@ class ChatSession:
     """A conversation, and the commands that control it."""
 
     def __init__(
-        self, chat: ChatTokenizer, generate: Generate, adapters: dict[str, LoRALinear], with_base: bool,
+        self, chat: ChatTokenizer, generate: Generate, adapters: dict[str, Adapter], with_base: bool,
         context: float, max_new_tokens: int, system: str | None,
     ):  # fmt: skip
         """Show the base model's answers, too, if `with_base`; prompt and answer fit into `context` tokens."""
@@ -179,40 +197,36 @@ class ChatSession:
             yield from self.generate(prompt, limit)
 
     def show(self, text: str) -> None:
-        print(CONTROLS.sub(INCOMPLETE, text) if self.in_terminal else text, end="", flush=True)
+        show(text, hides_controls=self.in_terminal)
 
     def run(self) -> None:
-        """Answer line by line until the input ends, /quit, or an empty line of a pipe."""
-        if self.in_terminal:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  # gives input() its arrow keys
-            note("/help lists the commands, Ctrl-D exits")
+        """Answer line by line until the input ends, or /quit."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # gives input() its arrow keys
+        note("/help lists the commands, Ctrl-D exits")
         while (line := self.read()) is not None and line != "/quit":
             try:
-                if line.startswith("/") and (self.in_terminal or line.split()[0] in HELP.split()):
+                if line.startswith("/"):
                     self.run_command(*line.split(maxsplit=1))
                 elif line:
                     self.ask(line)
+            except NotFinite:
+                raise
             except UserError as error:
-                if not self.in_terminal:
-                    raise
                 note(str(error))
 
     def read(self) -> str | None:
         """The next line without surrounding space; None at the end."""
         try:
-            line = input("> " if self.in_terminal else "").strip()
+            return input("> ").strip()
         except EOFError:
-            self.show("\n" if self.in_terminal else "")
+            self.show("\n")
             return None
         except KeyboardInterrupt:  # discards what was typed
-            if not self.in_terminal:
-                raise
             self.show("\n")
             return ""
         except UnicodeDecodeError:
             raise UserError("stdin: not UTF-8: convert it, for example with iconv") from None
-        return line if line or self.in_terminal else None
 
     def run_command(self, command: str, text: str = "") -> None:
         if command == "/reset":
@@ -236,6 +250,10 @@ def check_text(where: str, text: str) -> None:
     """Refuse bytes that are not UTF-8, which Python passes on as surrogates."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where}: not UTF-8: convert it, for example with iconv")
+
+
+def show(text: str, hides_controls: bool) -> None:
+    print(CONTROLS.sub(INCOMPLETE, text) if hides_controls else text, end="", flush=True)
 
 
 def note(text: str) -> None:

@@ -47,13 +47,13 @@ class Decoding:
     """A batch of growing sequences: their keys and values, in buffers of the final size, and the step."""
 
     def __init__(self, model: Decoder):
-        self.model, self.device = model, model.head.device
+        self.model, self.device = model, model.device
         self.length = self.slots = 0  # slots in use, and allocated
         self.empty: list[int] = []  # slots before each prompt
         self.keys, self.values = list[Tensor](), list[Tensor]()  # of each layer, (b, g, slots, d)
         self.is_fast = kernels.is_applied(model)
         self.prepacks = self.is_fast and not distributed.is_sharded() and should_prepack(model)
-        self.head = prepacked(model.head, None) if self.prepacks else None
+        self.head = prepacked(model.head.to(model.dtype), None) if self.prepacks else None
         self.context_class = FastCacheContext if self.is_fast else CacheContext
 
     def _function(self, block: nn.Module) -> Callable[..., Tensor]:
@@ -121,7 +121,7 @@ class Decoding:
         last = len(trunk.layers) - 1
         for index, block in enumerate(self.blocks()):
             x = block(x, context, (ends - 1).to(self.device) if index == last else None)
-        return trunk.norm(x)[0], keys, values
+        return self.model.finish(x)[0], keys, values
 
     def _prepare_slots(self) -> None:
         """For every slot of every sequence, its rotation and whether it holds a token."""
@@ -137,7 +137,7 @@ class Decoding:
         x: Any = self.model.model.embed_tokens(newest[:, None])  # (b, 1, n)
         for block in self.blocks():
             x = block(x, context)
-        return self.model.model.norm(x)[:, 0]
+        return self.model.finish(x)[:, 0]
 
     def keep(self, sequences: Sequence[int]) -> None:
         """Drop the other sequences, and the slots that are empty in all that remain."""

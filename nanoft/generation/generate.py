@@ -60,7 +60,7 @@ def stream(
     """Yields for each step the (index of the prompt, new token) pairs; a stop id is the last token of its answer."""
     stops, waiting = set(stop_ids), list(range(len(prompts)) if only is None else only) if max_new_tokens else []
     batch_size = batch_size or len(waiting)
-    sampler = Sampler(sampling, prompts, len(model.head), max_new_tokens, model.head.device, generator)
+    sampler = Sampler(sampling, prompts, model.config.vocab_size, max_new_tokens, model.device, generator)
     decoding = Decoding(model)
     budget = [max_new_tokens] * len(prompts)  # tokens that each answer may still get
     batch: list[int] = []  # the prompt of each sequence in the batch; -1: its answer is finished

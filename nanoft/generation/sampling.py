@@ -14,12 +14,20 @@ depends on the seed and on the index of its prompt, not on when other answers fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanoft import UserError
+
+
+class NotFinite(UserError):
+    """The weights are damaged, or activations overflow: no token can be chosen."""
+
 
 BELOW_ONE = 1 - 2**-23  # scales [0, 1) so that noise * total stays below total in float32
 
@@ -96,7 +104,10 @@ class Sampler:
             self.seen = torch.cat((self.seen, seen.to(self.device)))
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next token of each sequence, (batch,), from logits, (batch, vocab)."""
+        """The next token of each sequence, (batch,), from logits, (batch, vocab); NotFinite if one is NaN or inf."""
+        if odd := [value for value in logits.amax(-1).tolist() if not math.isfinite(value)]:
+            cause = "the weights are damaged, or activations overflow in model.dtype"
+            raise NotFinite(f"model: its logits are {odd[0]}: {cause}: download, train or export it again")
         if self.seen is not None:
             logits = penalize(logits, self.seen, self.sampling.repetition_penalty)
         if self.noise is None:

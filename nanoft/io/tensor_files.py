@@ -45,13 +45,14 @@ class TensorHeader:
     """What a safetensors file says about one of its tensors."""
 
     path: Path
+    name: str
     form: str  # F32, BF16, U8, ...
     shape: tuple[int, ...]
 
-    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+    def read(self, rows: slice = slice(None)) -> Tensor:
         """Rows of the tensor, a view of the file, which is opened anew: an open file keeps what was read in memory."""
         with open_safetensors(self.path) as file:
-            tensor: Tensor = file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
+            tensor: Tensor = file.get_tensor(self.name) if rows == slice(None) else file.get_slice(self.name)[rows]
             return tensor
 
 
@@ -73,7 +74,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         for start, stop, name, form, shape in sorted(_entry(name, entry) for name, entry in table.items()):
             if start != end:
                 raise ValueError(f"{name!r:.60} begins at byte {start:,} instead of {end:,}")
-            headers[name], end = TensorHeader(path, form, shape), stop
+            headers[name], end = TensorHeader(path, name, form, shape), stop
         if end != size - 8 - length:
             raise ValueError(f"the header describes {end:,} bytes of tensors, but the file has {size - 8 - length:,}")
         return headers

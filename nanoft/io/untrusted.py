@@ -76,7 +76,8 @@ def resolve_file(path: Path) -> Path:
     try:
         real, home = path.resolve(strict=True), path.parent.resolve()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        link = f": it is a link to {os.readlink(path)}, which is gone: copy it again" if path.is_symlink() else ""
+        raise UserError(f"{path}: no such file{link}") from None
     except (OSError, ValueError, RuntimeError) as error:  # name too long, a zero byte in it, circular links
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home

@@ -86,6 +86,7 @@ def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
         targets = tuple(t for t in lora.target_modules if any(matches_target(name, t) for name in names))
         own: dict[str, Any] = {"rank": 2, "alpha": 3.0, "dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
         own |= {"bias": "none" if lora.bias == "none" else "lora_only", "target_modules": targets or ("all-linear",)}
+        own |= {"modules_to_save": (), "trainable_token_indices": {}}
         inject_lora(model, replace(lora, **own), seed=0)
         _perturb(model)
     return model.double()

@@ -118,8 +118,8 @@ def prepacked(weight: Tensor, bias: Tensor | None) -> Function:
 
 def should_prepack(model: Decoder) -> bool:
     """Whether there are such kernels for all weights of the model, whether they pay, and whether memory allows it."""
-    dtype = model.head.dtype
-    here = model.head.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    dtype = model.dtype
+    here = model.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
     if not here or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):  # they cast nothing
         return False
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
@@ -128,6 +128,9 @@ def should_prepack(model: Decoder) -> bool:
     if not {type(linear) for linear in linears} <= LINEARS:  # their weights lie elsewhere
         return False
     dtypes = {linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype for linear in linears}
-    numbers = sum(linear.out_features * linear.in_features for linear in linears) + model.head.numel()
+    numbers = (
+        sum(linear.out_features * linear.in_features for linear in linears)
+        + model.config.vocab_size * model.config.hidden_size
+    )
     least = CACHED_BYTES if dtype == torch.float32 else 0  # PyTorch's own bfloat16 product takes these kernels, too
     return dtypes == {dtype} and least < numbers * dtype.itemsize <= MEMORY_SHARE * available_host_bytes()

@@ -18,6 +18,7 @@ from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig, Rope
 
 Fields = Mapping[str, Any]  # of a config.json
+BNB = "bitsandbytes"  # whose quantization_config had no quant_method once
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,23 @@ class Family:
 READ_FIELDS = """
     architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings
-    tie_word_embeddings hidden_act attention_dropout quantization_config pretraining_tp partial_rotary_factor
+    original_max_position_embeddings tie_word_embeddings hidden_act attention_dropout quantization_config
+    partial_rotary_factor
 """.split()  # noqa: SIM905
-# ... and fields that do not affect the logits.
+# ... and fields that do not affect the logits, among them settings of generation that transformers once kept there.
 HARMLESS_FIELDS = """
-    _name_or_path bos_token_id eos_token_id pad_token_id unk_token_id initializer_range torch_dtype dtype
-    transformers_version use_cache tokenizer_class is_encoder_decoder return_dict output_attentions
-    output_hidden_states chunk_size_feed_forward id2label label2id problem_type use_return_dict sep_token_id
-    decoder_start_token_id task_specific_params model_max_length
+    _name_or_path bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+    decoder_start_token_id torch_dtype dtype transformers_version use_cache tokenizer_class model_max_length
+    max_length max_sequence_length seq_length min_length do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens prefix initializer_range pretraining_tp is_decoder return_dict use_return_dict
+    output_attentions output_hidden_states chunk_size_feed_forward id2label label2id problem_type finetuning_task
+    task_specific_params torchscript is_llama_config unsloth_fixed unsloth_version attn_implementation
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled
+    use_flash_attention use_flash_attn use_flash_attention_2 transformers.js_config neftune_noise_alpha
+    gradient_checkpointing _commit_hash
 """.split()  # noqa: SIM905
 
 
@@ -87,47 +97,65 @@ def find_family(hf: Fields) -> str:
 
 
 def _refuse_unknown(hf: Fields, family: str) -> None:
-    """Refuse every field that the family does not read, unless it is another family's and false."""
-    expected = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "attention_dropout": 0.0}
-    for name, wanted in expected.items():
-        if hf.get(name, wanted) not in (wanted, None):
+    """Refuse every field that the family does not read, unless it is harmless or off."""
+    supported = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0,), "attention_dropout": (0.0,)}
+    for name, values in supported.items():
+        if hf.get(name) not in (*values, None):
             raise UserError(
-                f"config.json: {name}: {hf[name]!r} is not supported: set it to {wanted!r} if that is right"
+                f"config.json: {name}: {hf[name]!r} is not supported: set it to {values[0]!r} if that is right"
             )
-    if (quantized := hf.get("quantization_config")) and quantized.get("quant_method") != "bitsandbytes":
+    quantized = hf.get("quantization_config") or {}
+    if quantized and not ({"load_in_4bit", "load_in_8bit"} & {*quantized} or quantized.get("quant_method") == BNB):
         raise UserError(
-            "config.json: quantization_config: only weights quantized by bitsandbytes are supported: "
-            "name the original model and set quantization.bits=4"
+            "config.json: quantization_config: only weights quantized by bitsandbytes are supported: name the original "
+            "model and set quantization.bits=4; if the weights are not quantized, remove the field"
         )
     known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields}
-    switched_off = {name for other in FAMILIES.values() for name in other.fields if hf.get(name) is False}
     for name, value in hf.items():
-        if name not in known | switched_off and value is not None:
+        if value and name not in known:
             raise UserError(
                 f"config.json: {name}: {value!r:.60}: unknown field of {family}, which may change the model: "
                 "remove it from config.json if it does not"
             )
 
 
+# Fields of each type of rope besides those of all types: first the ones that it needs, then the others.
+ROPE_FIELDS = {
+    "default": ("", ""),
+    "linear": ("factor", ""),
+    "dynamic": ("factor", ""),
+    "llama3": ("factor low_freq_factor high_freq_factor", ""),
+    "yarn": ("factor", "beta_fast beta_slow mscale mscale_all_dim attention_factor truncate finetuned"),
+}
+ALL_ROPES = ["type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"]
+
+
 def _read_rope(hf: Fields) -> Rope:
-    """Classic form: rope_theta and rope_scaling; current form: rope_parameters has both."""
+    """Classic form: rope_theta and rope_scaling; current form: rope_parameters has both, and its theta counts."""
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ("default", "linear", "llama3", "yarn"):
+    if kind not in ROPE_FIELDS:
         raise UserError(
-            f"config.json: rope type {kind!r} is not supported: the supported ones are default, linear, llama3, yarn"
+            f"config.json: rope type {kind!r} is not supported: the supported ones are {', '.join(ROPE_FIELDS)}"
+        )
+    needed, other = (names.split() for names in ROPE_FIELDS[kind])
+    if missing := [name for name in needed if name not in scaling]:
+        raise UserError(f"config.json: rope type {kind} needs the field {missing[0]}")
+    if unknown := [name for name, value in scaling.items() if value and name not in [*ALL_ROPES, *needed, *other]]:
+        raise UserError(
+            f"config.json: rope: {unknown[0]}: {scaling[unknown[0]]!r:.60} has no effect with type {kind}: remove it"
         )
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("config.json: rope: a partial_rotary_factor other than 1 is not supported")
-    theta = hf.get("rope_theta") or scaling.get("rope_theta") or 10000.0
-    parameters = dict(scaling)
-    if kind == "yarn" and not parameters.get("original_max_position_embeddings"):
-        parameters["original_max_position_embeddings"] = hf["max_position_embeddings"]
-    needed = {"linear": ["factor"], "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
-    for name in needed.get(kind, []):
-        if name not in parameters:
-            raise UserError(f"config.json: rope type {kind} needs the field {name}")
-    return Rope(theta=float(theta), kind=kind, parameters=parameters)
+    given = [value for value in (scaling.get("rope_theta"), hf.get("rope_theta")) if value is not None]
+    if wrong := [theta for theta in given if type(theta) not in (int, float) or theta <= 0]:
+        raise UserError(f"config.json: rope_theta: {wrong[0]!r:.60} is not a positive number")
+    theta, parameters = (given or [10000.0])[0], dict(scaling)
+    if kind in ("llama3", "yarn"):
+        outer, inner = hf.get("original_max_position_embeddings"), scaling.get("original_max_position_embeddings")
+        parameters["original_max_position_embeddings"] = outer or inner or hf["max_position_embeddings"]
+    context = hf["max_position_embeddings"] if kind == "dynamic" else 0
+    return Rope(theta=float(theta), kind=kind, parameters=parameters, context=context)
 
 
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
@@ -148,8 +176,8 @@ def _llama(hf: Fields) -> dict[str, Any]:
 
 
 def _mistral(hf: Fields) -> dict[str, Any]:
-    """A sliding window of 4096 unless the field says otherwise."""
-    return {"windows": (hf.get("sliding_window", 4096),) * hf["num_hidden_layers"]}
+    """A sliding window of 4096 unless the field says otherwise, in all layers unless layer_types says otherwise."""
+    return {"windows": _windows(hf, hf.get("sliding_window", 4096))}
 
 
 def _qwen2(hf: Fields) -> dict[str, Any]:
@@ -162,20 +190,29 @@ def _qwen3(hf: Fields) -> dict[str, Any]:
 
 
 def _qwen_windows(hf: Fields) -> tuple[int | None, ...]:
-    """With use_sliding_window only: in the layers that layer_types names, or from max_window_layers on."""
+    """With use_sliding_window only, and without layer_types from max_window_layers on."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    if hf.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in hf["layer_types"])
-    first = hf.get("max_window_layers", 28)
-    return tuple(window if index >= first else None for index in range(hf["num_hidden_layers"]))
+    return _windows(hf, window, hf.get("max_window_layers", 28))
 
 
-WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+def _windows(hf: Fields, window: int | None, first: int = 0) -> tuple[int | None, ...]:
+    """The window of each layer: in those that layer_types names, or without it from layer `first` on."""
+    by_type = {"full_attention": None, "sliding_attention": window}
+    kinds = hf.get("layer_types")
+    if not kinds:
+        return tuple(window if index >= first else None for index in range(hf["num_hidden_layers"]))
+    if unknown := [kind for kind in kinds if kind not in by_type]:
+        raise UserError(f"config.json: layer_types: {unknown[0]!r:.60} is not supported: only {', '.join(by_type)}")
+    return tuple(by_type[kind] for kind in kinds)
+
+
+WINDOWS = ("sliding_window", "layer_types")
+QWEN = (*WINDOWS, "use_sliding_window", "max_window_layers")
 FAMILIES: dict[str, Family] = {  # by model_type
     "llama": Family("LlamaForCausalLM", _llama, ("attention_bias", "mlp_bias"), "llama", with_both_rope_forms),
-    "mistral": Family("MistralForCausalLM", _mistral, ("sliding_window",), "llama", with_both_rope_forms),
-    "qwen2": Family("Qwen2ForCausalLM", _qwen2, WINDOWS, "qwen2", with_both_rope_forms),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *WINDOWS), "qwen3", with_both_rope_forms),
+    "mistral": Family("MistralForCausalLM", _mistral, WINDOWS, "llama", with_both_rope_forms),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2", with_both_rope_forms),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3", with_both_rope_forms),
 }
 
 # Upper limits of sizes in a config.json: several times those of the largest models.
@@ -216,6 +253,6 @@ def _check_shape(config: DecoderConfig) -> None:
         raise UserError(
             f"sliding_window, layer_types: must give a window or none for each of {config.num_layers} layers"
         )
-    frequencies, factor = config.rope.angles(config.head_dim)
+    frequencies, factor = config.rope.angles(config.head_dim, config.rope.context + 1)
     if not frequencies.isfinite().all() or not math.isfinite(factor):
         raise UserError(f"rope: {config.rope.theta}, {dict(config.rope.parameters)!r:.200}: the angles are not finite")

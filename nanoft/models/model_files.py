@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +17,35 @@ import torch
 
 from nanoft import UserError
 from nanoft.config import Config
+from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
 from nanoft.models.families import parse_shape
 from nanoft.nf4 import CODES
 
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
-PICKLES = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "*.ckpt")  # weights that can run code when read
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of plain weights
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# What DDP, torch.compile, FSDP and activation checkpointing put into names.
+WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What a directory or repository without a model's files is, by a file in it, and what to name instead.
+INSTEAD = {
+    "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "
+    "train it further",
+    "*.gguf": "has its weights in GGUF, which is for inference: name the original model in safetensors",
+    "checkpoint-*": "has no model itself, only checkpoints of a Trainer: name one of them, such as {place}/{newest}",
+    **dict.fromkeys(
+        ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "*.ckpt"),
+        "has its weights in pickles, such as {newest}, which can run code and are not read: use a copy of the model in "
+        "safetensors, or convert it once (torch.load with weights_only=True, safetensors.torch.save_file)",
+    ),
+}
 # Files that are downloaded: data, never code or pickles. The pattern of the weights excludes the second copy that some
 # models have as consolidated.safetensors.
 HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
 TOKENIZER_FILES = [
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt",
+    "tokenizer.model", "vocab.json", "merges.txt", "additional_chat_templates/*.jinja",
 ]  # fmt: skip
 
 
@@ -38,13 +58,23 @@ class ModelFiles:
     config: dict[str, Any]  # config.json
     decoder: DecoderConfig
     quantization: Quantization | None  # in which bitsandbytes packed the stored weights
+    notes: tuple[str, ...] = ()  # where the weights are not what config.json says
 
     @classmethod
     def read(cls, directory: Path, name: str = "") -> ModelFiles:
         """Read config.json of a local directory; a UserError if it is damaged or the model is not supported."""
         path = directory / "config.json"
+        if not os.path.lexists(path) and (instead := explain_missing(directory)):
+            raise UserError(instead)
         config = read_json(path)
-        return cls(name or str(directory), directory, config, parse_shape(config, path), _quantization(config, path))
+        if {"provenance", "model", "training"} <= config.keys():
+            instead = "its model/" if (directory / "model").is_dir() else f"its base, and lora.start_from={directory}"
+            raise UserError(f"{directory}: is a run, not a model: set model.name to {instead}")
+        shape, quantization = parse_shape(config, path), _quantization(config, path)
+        files = cls(name or str(directory), directory, config, shape, quantization)
+        with suppress(UserError):  # without all weights, as it says; what is wrong with them is said when they are read
+            return files.as_stored()
+        return files
 
     @classmethod
     def find(cls, name: str) -> ModelFiles:
@@ -53,7 +83,7 @@ class ModelFiles:
 
     def fetch(self) -> ModelFiles:
         """The same with the weights and the tokenizer of a Hub name downloaded."""
-        return self if str(self.directory) == self.name else replace(self, directory=find_model(self.name))
+        return self if str(self.directory) == self.name else ModelFiles.read(find_model(self.name), self.name)
 
     @property
     def context_length(self) -> float:
@@ -65,52 +95,160 @@ class ModelFiles:
     def shards(self) -> list[Path]:
         """The safetensors files, from the index if there is one; a UserError if one is missing or outside."""
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{index}: weight_map is missing or empty: download the file again")
-            for name in weight_map.values():
-                if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
-                    raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
-            shards = [self.directory / name for name in sorted(set(weight_map.values()))]
-        elif single.is_file():
-            shards = [single]
-        elif pickles := [path for pattern in PICKLES for path in sorted(self.directory.glob(pattern))]:
-            raise UserError(
-                f"{pickles[0]}: weights in a pickle, which can run code, are not read: use a copy of the model in "
-                "safetensors, or convert it once (torch.load with weights_only=True, safetensors.torch.save_file)"
-            )
-        else:
-            raise UserError(f"{self.directory}: no weights here: expected {single.name} or {index.name}")
-        for shard in shards:
-            if not shard.is_file():
+        sharded = _indexed_shards(index) if os.path.lexists(index) else []
+        if single.is_file() or not sharded:  # an index whose shards are gone is a leftover
+            both = sharded not in ([], [single]) and all(shard.is_file() for shard in sharded)
+            if both and not _same_weights(single, tuple(sharded)):
+                raise UserError(f"{single}: differs from the shards in {index.name}: remove those that are outdated")
+            sharded = [single] if os.path.lexists(single) else _numbered_shards(self.directory)
+        if not sharded:
+            wanted = f"no weights here: expected {single.name} or {index.name}"
+            raise UserError(explain_missing(self.directory) or f"{self.directory}: {wanted}")
+        for shard in sharded:
+            if not os.path.lexists(shard) or shard.is_dir():
                 raise UserError(f"{shard}: named in the index, but missing: download the model again")
             resolve_file(shard)
-        return shards
+        return sharded
 
     def dtype(self) -> torch.dtype:
-        """The number format that config.json says the weights are stored in; bfloat16 if it does not say."""
-        name = str(self.config.get("dtype") or self.config.get("torch_dtype"))
-        return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
+        """The number format of the weights: what config.json says, or without that, what the largest is stored in."""
+        name = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
+        if found := [dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{name}"]:
+            return found[0]
+        plain = [header for header in read_headers(self.shards()).values() if header.form in DTYPES]
+        return DTYPES[max(plain, key=lambda header: math.prod(header.shape)).form] if plain else torch.bfloat16
+
+    def as_stored(self, paths: Sequence[Path] | None = None) -> ModelFiles:
+        """The same with what the weights show, which is what counts where config.json says otherwise; with notes.
+
+        A head that is stored and differs from the embedding is not tied to it, as in transformers 5.
+        """
+        headers = read_headers(paths or self.shards())
+        tied, quantization, notes = self.decoder.tied, self.quantization, []
+        head, embedding = headers.get(HEAD), headers.get(EMBEDDING)
+        if tied and head and embedding and not _same_tensor(head, embedding):
+            notes.append("tie_word_embeddings is true, but lm_head.weight differs from the embedding: it is used")
+            tied = False
+        if not tied and embedding and not head:
+            notes.append("tie_word_embeddings is false, but there is no lm_head.weight: the head is the embedding")
+            tied = True
+        if quantization and not any(is_packed(headers, name) for name in headers):
+            notes.append("quantization_config is ignored: the weights are not quantized")
+            quantization = None
+        said = tuple(f"{self.directory / 'config.json'}: {note}" for note in notes)
+        return replace(self, decoder=replace(self.decoder, tied=tied), quantization=quantization, notes=said)
+
+
+def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
+    """The stored tensors under the names that the decoder has for them, in the files' order."""
+    headers: dict[str, TensorHeader] = {}
+    for path in paths:
+        for stored, header in read_header(path).items():
+            name = WRAPPERS.sub("", stored)
+            if name.startswith(("model.model.", "model.lm_head.")):  # saved from inside another module
+                name = name.removeprefix("model.")
+            if name.startswith(("layers.", "embed_tokens.", "norm.")):  # saved without the head
+                name = f"model.{name}"
+            if name in headers:
+                where = "in two files" if headers[name].path != path else "there twice"
+                raise UserError(f"{path}: {name} is {where}: download the model again")
+            headers[name] = header
+    return headers
+
+
+def is_packed(headers: dict[str, TensorHeader], name: str) -> bool:
+    """Whether bitsandbytes packed this weight: it is of bytes, or its scales are beside it."""
+    return name in headers and (headers[name].form in ("U8", "I8") or f"{name}.absmax" in headers)
+
+
+def _indexed_shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map is missing or empty: download the file again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
+            raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
+
+
+def _numbered_shards(directory: Path) -> list[Path]:
+    """Shards without an index, model-00001-of-00003.safetensors and so on, as many as the first one says."""
+    number = "[0-9]" * 5
+    found = sorted(directory.glob(f"model-{number}-of-{number}.safetensors"))
+    count = int(found[0].stem[-5:]) if found else 0
+    if missing := {directory / f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)} - {*found}:
+        raise UserError(f"{min(missing)}: one of {count} shards, but missing: download the model again")
+    return found
+
+
+def _same_tensor(a: TensorHeader, b: TensorHeader) -> bool:
+    return (a.form, a.shape) == (b.form, b.shape) and torch.equal(a.read(), b.read())
+
+
+@functools.cache
+def _same_weights(single: Path, shards: tuple[Path, ...]) -> bool:
+    one, many = read_headers([single]), read_headers(shards)
+    return one.keys() == many.keys() and all(_same_tensor(one[name], many[name]) for name in one)
+
+
+def explain_missing(directory: Path) -> str | None:
+    """What a directory without a model's files is, and the fix; None if that is not known.
+
+    Of a snapshot in the Hub's cache, its repository is described, of which only some files were fetched.
+    """
+    place, names = str(directory), [path.name for path in directory.glob("*")]
+    repository = re.fullmatch(r"models--(.+)", directory.parent.parent.name)
+    if repository and directory.parent.name == "snapshots":
+        from huggingface_hub import HfApi
+
+        place = repository[1].replace("--", "/")
+        with suppress(Exception):  # no network: what was fetched must do
+            files = HfApi().model_info(place, revision=directory.name, timeout=10).siblings or []
+            names += [file.rfilename.split("/")[0] for file in files]
+    for pattern, text in INSTEAD.items():
+        if found := [name for name in names if fnmatch(name, pattern)]:
+            newest = max(found, key=lambda name: (len(name), name))  # checkpoint-1000 is newer than checkpoint-500
+            return f"{place}: {text.format(place=place, newest=newest)}"
+    return None
 
 
 def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HUB_FILES, *TOKENIZER_FILES)) -> Path:
     """The directory of a model; of a Hub name, the files that match the patterns `files` are downloaded."""
     if not name:
         raise UserError(f"{field}: empty: give a directory in the Hugging Face layout or a Hub name")
-    if os.path.isdir(name):
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    path, (repository, revision) = Path(os.path.expanduser(name)), split_reference(name)
+    if path.is_dir():
+        return path
+    if path.is_symlink():
+        raise UserError(f"{field}: {name}: is a link to {os.readlink(path)}, which is gone: name the model's directory")
+    if name.endswith(".gguf"):
+        raise UserError(f"{field}: {name}: is a GGUF file, which is for inference: name the original model")
+    if path.exists():
+        raise UserError(f"{field}: {name}: is a file: name the directory that it is in")
+    if os.path.isdir(os.path.expanduser(repository)):
+        raise UserError(f"model.revision: {revision}: {repository} is a directory, which has no revisions: remove it")
+    if name.startswith((".", "/", "~")) or repository.count("/") > 1:
         raise UserError(f"{field}: {name}: no such directory: give a model's directory or its name on the Hub")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, GatedRepoError):
+            reason = (
+                f"accept its terms at https://huggingface.co/{repository}, then set HF_TOKEN to your token: {reason}"
+            )
         raise UserError(
             f"{field}: {name}: no such directory, and could not be downloaded from the Hub: {reason}"
         ) from None
+
+
+def split_reference(name: str) -> tuple[str, str | None]:
+    """NAME@REVISION of a Hub name, in its two parts; a name without a revision, or a directory: itself and None."""
+    repository, _, revision = name.rpartition("@")
+    return (repository, revision) if repository and not os.path.isdir(name) else (name, None)
 
 
 def quantization_of(config: Config) -> Quantization | None:
@@ -129,8 +267,10 @@ def _quantization(config: dict[str, Any], path: Path) -> Quantization | None:
     kind = str(q.get("bnb_4bit_quant_type", "fp4"))
     if q.get("load_in_8bit"):
         return "int8", False
-    if not q.get("load_in_4bit") or kind not in CODES or q.get("bnb_4bit_quant_storage", "uint8") != "uint8":
-        raise UserError(f"{path}: quantization_config: neither 8 bits nor nf4 or fp4 stored as uint8: not supported")
+    if not q.get("load_in_4bit"):
+        return None
+    if kind not in CODES:
+        raise UserError(f"{path}: quantization_config: bnb_4bit_quant_type: {kind!r:.60} is neither nf4 nor fp4")
     return kind, bool(q.get("bnb_4bit_use_double_quant"))
 
 

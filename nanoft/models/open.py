@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -16,15 +18,17 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError, kernels
+from nanoft.blocks.trained import Adapter, is_inside
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted, verify
 from nanoft.config import LoRAConfig
 from nanoft.config.loading import load_file
 from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io.tensor_files import load_tensors
 from nanoft.io.untrusted import read_json
-from nanoft.lora import LoRALinear, inject_lora
+from nanoft.lora import inject_lora
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter
+from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, vocabulary_of
 from nanoft.models.model_files import ModelFiles, Quantization, find_model, quantization_of
 from nanoft.models.weights import load_model
 from nanoft.runtime.device import DTYPES
@@ -44,6 +48,7 @@ class TrainedAdapter:
     dtype: torch.dtype  # of training
     base_sha256: str | None = None  # of the base's files in training, if known
     step: int | None = None  # of the checkpoint, if the run has no result yet
+    add_tokens: tuple[str, ...] = ()  # that `tokenizer` does not have yet
 
 
 @dataclass(frozen=True)
@@ -51,20 +56,24 @@ class LoadedModel:
     """A model that is ready to use, and how its adapter was trained."""
 
     model: Decoder
-    adapters: dict[str, LoRALinear]  # empty for a plain model
+    adapters: dict[str, Adapter]  # empty for a plain model
     base_directory: Path
     tokenizer_directory: Path
     quantization: Quantization | None = None  # of the base in training
     dtype: torch.dtype = torch.float32  # of training
     step: int | None = None  # of the checkpoint, if the run has no result yet
+    add_tokens: tuple[str, ...] = ()  # that the tokenizer's directory does not have yet
 
 
 def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = False) -> ChatTokenizer:
     """A model's tokenizer and template, with the arguments of its run and, with `as_trained`, the run's date."""
     if not is_run(source):
         return ChatTokenizer.from_directory(opened.tokenizer_directory)
-    path = Path(source) / "config.json"
-    chat = ChatTokenizer.from_directory(opened.tokenizer_directory, load_file(path).data.template_args)
+    path, own = Path(source) / "config.json", Path(source) / TEMPLATE_FILE
+    config = load_file(path)
+    if own.is_file():  # as model.chat_template was when the run began
+        config = config.override(model={"chat_template": str(own)})
+    chat = ChatTokenizer.from_config(opened.tokenizer_directory, config)
     date = read_json(path).get("provenance", {}).get("date")
     if as_trained and date is not None:
         try:
@@ -89,20 +98,26 @@ def open_model(
         model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
         opened, lora = replace(attach_adapter(adapter, model), step=adapter.step), adapter.lora
     elif config is not None:  # a checkpoint of full fine-tuning has all weights
-        saved, base = best_checkpoint(run), find_model(config.model.name)
+        saved, base = best_checkpoint(run), find_model(config.model.reference)
         model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
         opened = LoadedModel(model, {}, base, base, dtype=dtype, step=checkpoint_step(saved))
     else:
         base = find_model(str(run / "model") if is_run(source) else source, "RUN|MODEL")
         opened = LoadedModel(load_model(base, device, dtype).eval(), {}, base, base, dtype=dtype)
-    if not plain and (warning := kernels.apply(opened.model, lora)):
+    warnings = [None if plain else kernels.apply(opened.model, lora), *ModelFiles.read(opened.base_directory).notes]
+    for warning in filter(None, warnings):
         print(f"warning: {warning}", file=sys.stderr)
     return opened
 
 
 def is_run(source: str | Path) -> bool:
-    """Whether a directory is a run directory: it has config.json and checkpoints/."""
-    return os.path.isfile(Path(source) / "config.json") and os.path.isdir(Path(source) / "checkpoints")
+    """Whether a directory is a run directory: it has checkpoints/ and a config.json that is not a model's."""
+    path = Path(source) / "config.json"
+    if not path.is_file() or not (path.parent / "checkpoints").is_dir():
+        return False
+    with suppress(UserError):  # a damaged one is explained where it is read
+        return not {"architectures", "model_type"} & read_json(path).keys()
+    return True
 
 
 def find_adapter(source: str) -> Path | None:
@@ -138,13 +153,25 @@ def checkpoint_step(saved: Checkpoint) -> int:
     return step
 
 
-def read_trained_adapter(source: str) -> TrainedAdapter:
-    """The adapter that a RUN or ADAPTER argument names: a run's result or best checkpoint, or an adapter directory."""
+def read_trained_adapter(source: str, base: str | None = None) -> TrainedAdapter:
+    """The adapter that a RUN or ADAPTER argument names: a run's result or best checkpoint, or an adapter directory.
+
+    `base` is its base if not the one that it names.
+    """
     path = find_adapter(source)
-    return _read_checkpoint(Path(source)) if path is None else _read_adapter_directory(path)
+    return _read_checkpoint(Path(source), base) if path is None else _read_adapter_directory(path, base)
 
 
-def _read_checkpoint(run: Path) -> TrainedAdapter:
+def with_added_tokens(lora: LoRAConfig, ids: Sequence[int], tied: bool) -> LoRAConfig:
+    """Train the rows of these tokens, too, wherever the whole embedding or head is not trained anyway."""
+    rows = {name: list(own) for name, own in lora.trainable_token_indices.items()}
+    for name in ("embed_tokens",) if tied else ("embed_tokens", "lm_head"):
+        if ids and not any(is_inside(f"model.{name}", saved) for saved in lora.modules_to_save):
+            rows[name] = list(dict.fromkeys([*rows.get(name, []), *ids]))
+    return replace(lora, trainable_token_indices=rows)
+
+
+def _read_checkpoint(run: Path, other_base: str | None) -> TrainedAdapter:
     config, saved = load_file(run / "config.json"), best_checkpoint(run)
     try:
         provenance = read_json(run / "config.json")["provenance"]
@@ -156,13 +183,23 @@ def _read_checkpoint(run: Path) -> TrainedAdapter:
         lora, tensors = as_plain_lora(config.lora, load_tensors(path))
     except (KeyError, RuntimeError):  # one of A, B, A0, B0 is missing, or has another shape
         raise UserError(f"{path}: not the tensors of an adapter with lora.init={config.lora.init}") from None
-    base, name, quantization = find_model(config.model.name), config.model.name, quantization_of(config)
-    return TrainedAdapter(saved.path, base, name, base, lora, tensors, quantization, trained_in, base_sha256, step)
+    name, quantization, tokens = other_base or config.model.reference, quantization_of(config), config.model.add_tokens
+    base = find_model(name)
+    tokenizer = base
+    if config.lora.start_from:
+        start = read_trained_adapter(config.lora.start_from, name)
+        tokenizer, tokens = start.tokenizer, start.add_tokens
+    chat = ChatTokenizer.from_directory(tokenizer, add_tokens=tokens)
+    lora = with_added_tokens(lora, chat.added_ids, ModelFiles.read(base).decoder.tied)
+    return TrainedAdapter(
+        saved.path, base, name, tokenizer, lora, tensors, quantization, trained_in, base_sha256, step, tokens
+    )
 
 
-def _read_adapter_directory(path: Path) -> TrainedAdapter:
+def _read_adapter_directory(path: Path, other_base: str | None) -> TrainedAdapter:
     """An adapter in PEFT's format; nanoft.json says how the base was quantized."""
     lora, base_name, tensors, note = read_adapter(path)
+    base_name = other_base or base_name
     base = find_model(base_name, f"{path / 'adapter_config.json'}: base_model_name_or_path")
     tokenizer = path if (path / "tokenizer.json").is_file() else base
     q = note.get("quantization")
@@ -178,9 +215,11 @@ def _read_adapter_directory(path: Path) -> TrainedAdapter:
 def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
     """Add an adapter to a model, in place; a UserError if it does not match."""
     try:
+        model.grow_vocabulary(vocabulary_of(adapter.lora, adapter.tensors))
         adapters = inject_lora(model, adapter.lora, seed=0)
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None
     load_adapter_tensors(adapters, adapter.tensors, str(adapter.place))
-    trained_on = adapter.quantization or ModelFiles.read(adapter.base).quantization
-    return LoadedModel(model.eval(), adapters, adapter.base, adapter.tokenizer, trained_on, adapter.dtype)
+    form = adapter.quantization or ModelFiles.read(adapter.base).quantization
+    base, tokenizer = adapter.base, adapter.tokenizer
+    return LoadedModel(model.eval(), adapters, base, tokenizer, form, adapter.dtype, None, adapter.add_tokens)

@@ -8,6 +8,7 @@ packed are read as they are; `cache_weights` dequantizes weights once, for speed
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +20,19 @@ from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
-from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors, read_header
+from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
-from nanoft.model import Decoder, initialize
+from nanoft.model import Decoder, DecoderConfig, initialize
 from nanoft.models.families import FAMILIES, find_family
-from nanoft.models.model_files import TOKENIZER_FILES, ModelFiles, Quantization, check_quantization
+from nanoft.models.model_files import (
+    HEAD,
+    TOKENIZER_FILES,
+    ModelFiles,
+    Quantization,
+    check_quantization,
+    is_packed,
+    read_headers,
+)
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
@@ -40,12 +49,15 @@ class WeightFiles:
     stored: Quantization | None  # (nf4 | fp4 | int8, double) of those that are packed
 
     def is_packed(self, name: str) -> bool:
-        found = self.headers.get(name)
-        return bool(self.stored and found and found.form in ("U8", "I8") and is_block_linear(name))
+        return bool(self.stored) and (is_block_linear(name) or name == HEAD) and is_packed(self.headers, name)
 
-    def read(self, name: str) -> Tensor:
-        """A plain weight, as a view of its file."""
-        return self.headers[name].read(name)
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """A plain tensor or rows of it, as a view of its file; a UserError if a number is not finite."""
+        header = self.headers[name]
+        tensor = header.read(rows)
+        if not is_finite(tensor):
+            raise UserError(f"{header.path}: {header.name} contains NaN or infinity: damaged: download the model again")
+        return tensor
 
     def read_packed(self, name: str, dtype: torch.dtype, device: torch.device) -> Linear4bit | Linear8bit:
         """The linear of a packed weight, without its bias."""
@@ -53,21 +65,24 @@ class WeightFiles:
         place = name.removesuffix("weight")
         parts = [*stored_tensors(self.shapes[name], self.stored), FORMAT]
         names = {part: place + part for part in parts if place + part in self.headers}
-        tensors = {part: self.headers[n].read(n).to(device, copy=True) for part, n in names.items()}
+        tensors = {part: self.read(n).to(device, copy=True) for part, n in names.items() if part != "weight"}
+        codes = self.headers[name].read()
+        if self.stored[0] != "int8":  # bytes, which may be stored as numbers of another type
+            codes = codes.view(torch.uint8).view(-1, 1)
+        tensors["weight"] = codes.to(device, copy=True)
         try:
             return read_stored(tensors, self.shapes[name], self.stored, dtype)
         except UserError as error:
             raise UserError(f"{self.headers[name].path}: {place}{error}") from None
 
 
+def is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or all(math.isfinite(end) for end in tensor.aminmax())
+
+
 def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = None) -> WeightFiles:
     """Validate the headers of a model's files, or of `paths`; a UserError lists all tensors that do not fit."""
-    headers: dict[str, TensorHeader] = {}
-    for path in paths or base.shards():
-        found = read_header(path)
-        if twice := next((name for name in found if name in headers), None):
-            raise UserError(f"{path}: {twice} is in two files: download the model again")
-        headers |= found
+    headers = read_headers(paths or base.shards())
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = {name: shapes[name] for name in headers if name in shapes}
     files = WeightFiles(headers, present, base.quantization)
@@ -76,6 +91,8 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
         if files.stored and files.is_packed(name):
             place, parts = name.removesuffix("weight"), stored_tensors(shape, files.stored)
             expected |= {place + part: ({form}, of) for part, (form, of) in parts.items()}
+            if (form := headers[name].form) in FLOATS:  # bnb_4bit_quant_storage
+                expected[name] = ({form}, (math.prod(shape) // 2 // SIZES[form], 1))
         else:
             expected[name] = (FLOATS, shape)
     faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
@@ -86,7 +103,7 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             faults += [] if header.form in forms else [f"{name} is of type {header.form}"]
             faults += [] if wanted in (None, header.shape) else [f"{name} is {header.shape} instead of {wanted}"]
         # Ignored: a copy of the tied head, rotary buffers of old files, the number of bitsandbytes' format.
-        elif not (tied and name == "lm_head.weight") and not name.endswith(("rotary_emb.inv_freq", f"_proj.{FORMAT}")):
+        elif not (tied and name == HEAD) and not name.endswith(("rotary_emb.inv_freq", f".{FORMAT}")):
             faults.append(f"unexpected {name}")
     if faults:
         shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
@@ -110,6 +127,8 @@ def load_model(
 ) -> Decoder:
     """Build the decoder of a Hugging Face directory and load its weights; raises what `open_weights` does."""
     base = base if isinstance(base, ModelFiles) else ModelFiles.read(base)
+    if files:
+        base = base.as_stored(files)
     with torch.device("meta"):
         model = Decoder(base.decoder).to(dtype)
     if random_seed is not None:
@@ -126,9 +145,13 @@ def load_model(
     weights = open_weights(base, model, files)
     for name in weights.shapes:
         if weights.is_packed(name):
-            _replace(model, name, weights.read_packed(name, unpacked_dtype or dtype, device))
-            continue
-        tensor = weights.read(name).to(device=device, dtype=dtype, copy=True)  # a view would follow changes of the file
+            linear = weights.read_packed(name, unpacked_dtype or dtype, device)
+            if is_block_linear(name):
+                _replace(model, name, linear)
+                continue
+            tensor = linear.dequantize().to(dtype)  # a head
+        else:
+            tensor = weights.read(name).to(device=device, dtype=dtype, copy=True)  # a view would follow file changes
         if quantization and not weights.stored and is_block_linear(name):
             _replace(model, name, quantize(tensor, quantization, unpacked_dtype or dtype))
             continue
@@ -251,36 +274,49 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
     parameters = dict(model.named_parameters())
     specs: Specs = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
     write_file(out / "model.safetensors", encode_safetensors(specs, lambda name: parameters[name].to(dtype)))
-    write_config(source, out, dtype)
+    write_config(source, out, dtype, model.config)
     copy_companions(source, out)
 
 
-def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
+def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig | None = None) -> None:
     """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized."""
-    config = read_json(source / "config.json")
-    config.pop("quantization_config", None)
+    base = ModelFiles.read(source)
+    decoder = decoder or base.decoder
+    config = {name: value for name, value in base.config.items() if name != "quantization_config"}
+    if decoder.tied != bool(config.get("tie_word_embeddings", False)):
+        config["tie_word_embeddings"] = decoder.tied
+    if decoder.vocab_size != base.decoder.vocab_size:
+        config["vocab_size"] = decoder.vocab_size
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # for transformers 5, and for 4
     write_json(out / "config.json", FAMILIES[find_family(config)].export(config))
 
 
-def copy_companions(source: Path, out: Path) -> None:
+def copy_companions(source: Path, out: Path, base: Path | None = None, add_tokens: Sequence[str] = ()) -> None:
     """Copy the tokenizer's files and generation_config.json, so that other tools render and stop as nanoft does.
 
     Without a chat template of its own, the default one that training used is written; missing stop tokens are added.
     """
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            write_file(out / name, [read_bytes(source / name, MAX_TOKENIZER)])
+    for file in (file for name in TOKENIZER_FILES for file in source.glob(name) if file.is_file()):
+        if add_tokens and file.name == "tokenizer.json":
+            continue  # written below
+        copied = out / file.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        write_file(copied, [read_bytes(file, MAX_TOKENIZER)])
     path = source / "generation_config.json"
+    if not path.is_file() and base is not None:
+        path = base / path.name
     stop_ids: list[int] = []
     settings = read_json(path) if path.is_file() else {}
     if (source / "tokenizer.json").is_file():
-        chat = ChatTokenizer.from_directory(source)
+        chat = ChatTokenizer.from_directory(source, add_tokens=add_tokens)
         stop_ids = chat.stop_ids
+        if add_tokens:
+            write_file(out / "tokenizer.json", [chat.tokenizer.to_str(pretty=True).encode()])
         if not chat.has_own_template:
             write_file(out / "chat_template.jinja", [chat.template.encode()])
     known = settings.get("eos_token_id", [])
-    if not set(stop_ids) <= set(known if isinstance(known, list) else [known]):
+    known = set(known if isinstance(known, list) else [known])
+    if not set(stop_ids) <= known or (stop_ids and path.parent != source and known != set(stop_ids)):
         write_json(out / path.name, {**settings, "eos_token_id": stop_ids})
     elif path.is_file():
         write_file(out / path.name, [read_bytes(path)])

@@ -15,8 +15,8 @@ from typing import Protocol
 from torch import Tensor
 
 from nanoft.batches import Batch, Window
+from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
-from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
 from nanoft.objectives.sft import SFT
 
@@ -39,7 +39,7 @@ class Objective(Protocol):
         """Held-out figures for the `eval` event; `loss` among them: the best checkpoint has the lowest."""
 
 
-Adapters = dict[str, LoRALinear]  # by name; disabled, they leave the reference model; empty in full training
+Adapters = dict[str, Adapter]  # by name; disabled, they leave the reference model; empty in full training
 OBJECTIVES: dict[str, Callable[[Config, Adapters], Objective]] = {"sft": lambda config, _: SFT(config)}
 
 

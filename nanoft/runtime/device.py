@@ -42,7 +42,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of model.dtype; `auto`: bfloat16 on a GPU that computes in it, float16 on other CUDA GPUs, or float32."""
+    """The dtype of model.dtype; `auto`: bfloat16 on GPUs that have it, float16 on older CUDA GPUs, else float32."""
     if wanted == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanoft.blocks.trained import Adapter
 from nanoft.io.tables import markdown_table
 from nanoft.lora import LoRALinear
 from nanoft.nf4 import Frozen
@@ -97,7 +98,7 @@ def directions_for_energy(sigma: Tensor, share: float) -> int:
 
 def weight_norm(linear: Frozen) -> float:
     """|W|_F of a plain or quantized weight."""
-    weight = linear.weight.detach() if isinstance(linear, nn.Linear) else linear.dequantize()
+    weight = linear.weight.detach() if isinstance(linear, (nn.Linear, nn.Embedding)) else linear.dequantize()
     # 64 rows at a time: on a CPU, a float32 sum over 60 million squares is off by 0.5 %.
     part = torch.empty_like(weight[:64], dtype=torch.float32)  # reused: allocation costs more than the sum
     norms = [part[: len(rows)].copy_(rows).norm() for rows in weight.split(64)]
@@ -201,15 +202,16 @@ def summarize(modules: dict[str, RankUsage], step: int) -> dict[str, Any]:
 
 
 def rank_report(
-    adapters: dict[str, LoRALinear], optimizer: torch.optim.Optimizer, step: int
+    adapters: dict[str, Adapter], optimizer: torch.optim.Optimizer, step: int
 ) -> tuple[dict[str, Any], str, str]:
     """How the adapters used their rank: an entry of report.json, two lines for the terminal, a section of report.md.
 
     Empty without adapters, or with PiSSA, whose update has rank 2r. The optimizer's moments may be of a later step.
     """
-    if not adapters or any(adapter.RANKS != 1 for adapter in adapters.values()):
+    low_rank = {name: adapter for name, adapter in adapters.items() if isinstance(adapter, LoRALinear)}
+    if not low_rank or any(adapter.RANKS != 1 for adapter in low_rank.values()):
         return {}, "", ""
-    usages = {name: measure_rank_usage(adapter, optimizer) for name, adapter in adapters.items()}
+    usages = {name: measure_rank_usage(adapter, optimizer) for name, adapter in low_rank.items()}
     values = summarize(usages, step)
     summary, run = values["summary"], values["all"]
     used, moved = f"{run['effective_rank']:.1f} of {run['rank']}", f"{run['relative_update']:.2%} of the base"

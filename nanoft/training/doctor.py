@@ -223,17 +223,17 @@ def _settings(config: Config) -> str:
 def _model(config: Config) -> str:
     """The model's shape, from config.json alone; weights are located, not downloaded."""
     name = config.model.name
-    files, where = ModelFiles.find(name), ""
+    files, where = ModelFiles.find(config.model.reference), ""
     check_quantization(files, quantization_of(config))
     shape = files.decoder
     if not config.model.random_init:
         try:
             files.shards()
         except UserError:
-            if Path(name).is_dir():
+            if files.directory == Path(name).expanduser():
                 raise
             where = "; its weights are not in the Hub cache yet"
-    return f"{name}: {shape.num_layers} layers of {shape.hidden_size}{where}"
+    return "; ".join([f"{name}: {shape.num_layers} layers of {shape.hidden_size}{where}", *files.notes])
 
 
 def _data(config: Config) -> str:
@@ -250,7 +250,7 @@ def _data(config: Config) -> str:
 
 def _room(config: Config) -> Check:
     """ok if the planned micro-batch fits, warn if only smaller ones do, FAIL if not even batch size 1 does."""
-    planner = Planner.of(config, Machine.detect(config), ModelFiles.find(config.model.name).decoder)
+    planner = Planner.of(config, Machine.detect(config), ModelFiles.find(config.model.reference).decoder)
     rows, length = resolve_micro_batch_size(planner, None).micro_batch_rows(), config.model.max_seq_length
     plan, room = planner.choose_activations(rows, length), planner.machine.room_bytes
     found = f"{plan.peak / 1e9:.2f} GB planned, {room / 1e9:.2f} GB available; {describe_recompute(plan)}"

@@ -17,6 +17,7 @@ from nanoft.data.dataset import describe_data
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
 from nanoft.export.merge import save_result
+from nanoft.generation.sampling import NotFinite
 from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
@@ -104,16 +105,21 @@ def best_step(ctx: TrainContext, state: TrainState) -> int:
 def export(ctx: TrainContext, step: int) -> Path:
     """Write the model's weights, those of that step; a sharded model is assembled on the CPU from the checkpoint."""
     if ctx.config.training.sharding == "full":
-        model = load_base(ctx.config, ctx.machine, ctx.files, on_cpu=True)
+        model = load_base(ctx.config, ctx.machine, ctx.files, ctx.model.config.vocab_size, on_cpu=True)
         adapters = inject_lora(model, ctx.config.lora, ctx.config.system.seed) if ctx.adapters else {}
         ctx = replace(ctx, model=model, adapters=adapters)
         load_weights(ctx, Checkpoint(ctx.checkpoints.path(step), {}))
     where, base = ctx.run.directory, ctx.files.directory
-    return save_result(where, ctx.model, ctx.adapters, base, ctx.config, step, ctx.machine.dtype)
+    tokenizer = ctx.tokenizer.directory or base
+    return save_result(where, ctx.model, ctx.adapters, base, ctx.config, step, ctx.machine.dtype, tokenizer)
 
 
 def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.EvalResult:
-    """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved."""
+    """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved.
+
+    Raises:
+        NotFinite: the model answers with NaN, so the result is worth nothing.
+    """
     e, length, seed = ctx.config.evaluation, ctx.config.model.max_seq_length, ctx.config.system.seed
     try:
         conversations = ctx.corpus.conversations(ctx.corpus.untruncated(ctx.corpus.validation), e.prompts)
@@ -128,6 +134,8 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
             if e.batch_size == e.prompt_batch_size == 1:
                 raise TrainingFailed("out of memory at batch size 1")
             e = replace(e, batch_size=max(1, e.batch_size // 2), prompt_batch_size=max(1, e.prompt_batch_size // 2))
+    except NotFinite:
+        raise
     except Exception as error:
         report_failure(ctx, state, "evaluation", error)
         return evaluate.EvalResult()

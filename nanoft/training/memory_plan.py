@@ -30,9 +30,11 @@ from nanoft.kernels.attention import CHUNK
 from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import Decoder, DecoderConfig
+from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.model_files import ModelFiles
+from nanoft.models.open import with_added_tokens
 from nanoft.models.weights import choose_dequantize
-from nanoft.optim import OPTIMIZERS, check_optimizer
+from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import matmul_gflop_s
 from nanoft.runtime.machine import Machine
@@ -72,7 +74,9 @@ class Counts:
     scales: float  # bytes beside the codes of packed linears
     others: int
     trained: int
+    adapters: int  # numbers of the adapters: what is trained, and what a variant keeps beside it
     ranks: int  # sum over the adapters of a block
+    trains_head: bool = False  # beside a frozen base
     rank_warnings: tuple[str, ...] = ()  # about adapters of a higher rank than their matrix can have
 
 
@@ -86,14 +90,17 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
     block_scales = 1 + 4 / 256 if config.quantization.double else 4  # bytes
     scales = {4: weights / 64 * block_scales, 8: 4.0 * sum(int(linear.out_features) for linear in linears)}
     if config.training.method == "full":
-        return Counts(weights, 0.0, others, weights + others, 0)
-    injected = inject_lora(model, replace(config.lora, init="default", dora=False), 0)
-    adapters = injected.values()
-    trained = sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
-    magnitudes = sum(adapter.base.out_features for adapter in adapters) * config.lora.dora
-    ranks = sum(len(adapter.lora_A) for adapter in adapters) // decoder.num_layers
-    oversized = warn_of_ranks(injected)
-    return Counts(weights, scales.get(config.quantization.bits, 0.0), others, trained + magnitudes, ranks, oversized)
+        return Counts(weights, 0.0, others, weights + others, 0, 0)
+    more = range(decoder.vocab_size, decoder.vocab_size + len(config.model.add_tokens))
+    lora = with_added_tokens(config.lora, more, decoder.tied)
+    model.grow_vocabulary(max(decoder.vocab_size + len(more), vocabulary_of(lora, {})))
+    adapters = inject_lora(model, lora, 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept = sum(t.numel() for adapter in adapters.values() for t in adapter.buffers(recurse=False))
+    inside = [a for name, a in adapters.items() if isinstance(a, LoRALinear) and ".layers." in name]
+    ranks = sum(len(adapter.factors()[0]) for adapter in inside) // decoder.num_layers
+    packed, trains_head = scales.get(config.quantization.bits, 0.0), model.head.requires_grad
+    return Counts(weights, packed, others, trained, trained + kept, ranks, trains_head, warn_of_ranks(adapters))
 
 
 def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -109,7 +116,13 @@ def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
 
 def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
     """Settings that are probably a mistake, for this base and samples of up to `longest` tokens, one line each."""
+    t = planner.config.training
     warnings = [*config_warnings(planner.config, total_steps), *planner.counts.rank_warnings]
+    high = 2e-4 if t.method == "lora" else 2e-5
+    steps = total_steps or t.max_steps or 10**9  # unknown: many
+    if t.optimizer.startswith("adamw") and t.learning_rate > high and not warmup_steps(steps, t):
+        fix = "the first steps are the largest, on moments that are noise: set training.warmup_steps"
+        warnings.append(f"training.learning_rate={t.learning_rate}: high for a run without warm-up: {fix}")
     if longest > files.context_length:
         known = f"the base knows {files.context_length:,} positions (max_position_embeddings)"
         warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and {known}: lower it")
@@ -149,14 +162,17 @@ def estimate_memory(
         "linears": part * counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16),
         "head, embedding": part * counts.others * stored,
         "gathered": gathered * split * (2 if full else 1),  # with their gradients
-        "adapters": 0.0 if full else part * 4.0 * counts.trained,
+        "adapters": part * 4.0 * counts.adapters,
         "cast weights": part * counts.linears * e if full and e < 4 else 0.0,  # for the products, by autocast
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
         "activations": sum(waiting[one] for one in keep),
         "backward": again + transient * tokens * decoder.intermediate_size * e + unpacked + scores,
         # a chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these
-        "loss": chunk * decoder.vocab_size * (2 * e + 4) + (2.0 * targets * e + 8.0 * tokens) * decoder.hidden_size,
+        "loss": chunk * decoder.vocab_size * (2 * e + 4)
+        + (2.0 * targets * e + 8.0 * tokens) * decoder.hidden_size
+        # the weight that the loss takes instead of a frozen head, and its gradient
+        + counts.trains_head * decoder.vocab_size * decoder.hidden_size * (2 * e + 8.0),
     }
     return Plan(parts, list(keep))
 
@@ -331,7 +347,7 @@ def show_plan(config: Config) -> int:
     """train.py --plan: print memory by part, and time, before anything is loaded; a UserError if it does not fit."""
     machine = Machine.detect_or_describe(config)
     check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
-    files = ModelFiles.find(config.model.name)
+    files = ModelFiles.find(config.model.reference)
     decoder = files.decoder
     if config.system.threads:
         torch.set_num_threads(config.system.threads)

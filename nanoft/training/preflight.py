@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanoft import UserError
 from nanoft.batches import TokenDataset, Window, eval_batches
+from nanoft.blocks.trained import TrainedRows
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.inspection import check_data, preview
 from nanoft.io.tensor_files import write_tensors
@@ -127,9 +128,10 @@ def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) 
     """A frozen head whose row for the stop token was never trained cannot learn to stop."""
     first = (samples[at] for at in range(min(100, len(samples))))
     ends = {int(s.ids[s.is_target][-1]) for s in first if s.is_target.any()}
-    stops = sorted(ends & set(tokenizer.stop_ids))
+    trained = model.output.ids.tolist() if isinstance(model.output, TrainedRows) else []
+    stops = sorted(ends & set(tokenizer.stop_ids) - set(trained)) if trained or not model.head.requires_grad else []
     norms = sharding.full_tensor(model.head.detach()).float().norm(dim=1)
-    median = norms.median().item()
+    median = norms[norms > 0].median().item()  # rows of zeros only fill up the vocabulary
     ratios = {tokenizer.decode([token], keep_special=True): norms[token].item() / median for token in stops}
     found = ", ".join(f"{token!r}: {ratio:.2f}" for token, ratio in ratios.items()) or "no stop token in use"
     found = f"norm of the stop token's row of the head, relative to the median row: {found}"

@@ -23,14 +23,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoft import TrainingFailed, UserError
 from nanoft.batches import Batches, Sample, TokenDataset, collate
+from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, apply, is_linear
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
-from nanoft.config import Config
+from nanoft.config import Config, LoRAConfig
 from nanoft.generation.generate import generate
-from nanoft.lora import LoRALinear, by_pattern, disabled, variant_of, weight_of
+from nanoft.lora import by_pattern, disabled, make_lora, variant_of, weight_of
 from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
@@ -121,13 +122,14 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
     sure = ctx.device.type == "cpu" or ctx.config.system.deterministic
     near, nearer = MODEL[ctx.machine.dtype], PRODUCT[ctx.machine.dtype]
     none = "" if adapters else "every parameter is trained: there is no adapter"
+    begun = "it starts from an adapter" if lora.start_from else ""
     exact = 0.0 if sure else near
     unsure = "" if sure else " (bit for bit only with system.deterministic=true)"
     onto = "" if ctx.config.quantization.bits == 16 else ", onto the quantized weights unpacked"
     splits = " = ".join(f"{n}x{DOCUMENTS // n}" for n in SIZES)
     prompts = [(s.ids[: max(1, int(s.is_target.argmax()))]).tolist() for s in documents[::2]]
     ids, pad = torch.from_numpy(documents[-1].ids.astype(np.int64))[None].to(ctx.device), ctx.tokenizer.pad_id
-    from_files = nearer if lora.init == "pissa" else 0.0  # PiSSA's files have twice the rank and another alpha
+    from_files = nearer if variant_of(lora).RANKS > 1 else 0.0  # PiSSA's files have twice the rank, another alpha
     resumed, all_state = f"{STEPS} + {STEPS} steps = {2 * STEPS} steps", f"weights, optimizer, random numbers{unsure}"
 
     def inference(measure: Callable[..., float], *args: Any) -> Callable[[], float]:
@@ -139,7 +141,7 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
         return measured
 
     return [
-        Check("fresh adapter = base", "logits", 0.0, inference(adapter_effect, model, adapters, ids), none),
+        Check("fresh adapter = base", "logits", 0.0, inference(adapter_effect, model, adapters, ids), none or begun),
         Check(splits, "gradient", near, lambda: splits_error(ctx, loop, documents)),
         Check("packed = alone, inference", "logits and loss", near, inference(packed_error, model, documents, pad)),
         Check("packed = alone, training", "gradient", near, lambda: packed_gradients_error(ctx, loop, documents)),
@@ -235,11 +237,11 @@ def cut(samples: Sequence[Sample], tokens: int) -> list[Sample]:
 
 
 @torch.no_grad()
-def perturb_adapters(adapters: dict[str, LoRALinear]) -> None:
+def perturb_adapters(adapters: dict[str, Adapter]) -> None:
     """Move every trained parameter off its start, at random but the same way each time, until outputs move by SHARE."""
     generator = torch.Generator().manual_seed(7)
     for _, adapter, x in examples(adapters):
-        training, before = adapter.training, adapter.eval()(x)
+        training, before = adapter.training, product(adapter.eval(), x)
         trained = [p for p in adapter.parameters() if p.requires_grad]
         moved = [(p, p.clone(), torch.randn(p.shape, generator=generator).to(p)) for p in trained]
         for exponent in range(-8, 12):
@@ -247,12 +249,12 @@ def perturb_adapters(adapters: dict[str, LoRALinear]) -> None:
                 size = start.square().mean().sqrt()  # zeros, such as lora_B's, have none
                 p.copy_(start + 2.0**exponent * noise * torch.where(size > 0, size, 1.0))
             adapter.train(training).eval()  # DoRA forgets the norm of what it was
-            if relative_error(adapter(x), before) >= SHARE:
+            if relative_error(product(adapter, x), before) >= SHARE:
                 break
         adapter.train(training)
 
 
-def adapter_effect(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor) -> float:
+def adapter_effect(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) -> float:
     """How far the adapters move the logits of documents, (b, s), from those of the base."""
     with disabled(adapters):
         base = model.logits(model(ids))  # (b, s, vocab)
@@ -264,14 +266,15 @@ def splits_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> floa
     with without_dropout(ctx):
         cuts = [Batches(documents, size, DOCUMENTS // size, 0, ctx.tokenizer.pad_id) for size in SIZES]
         found = [gradient(ctx, loop, batches) for batches in cuts]
-    if idle := [name for name, _ in ctx.trained if name not in found[0] or not found[0][name].any()]:
+    rows = "embed_tokens.rows"  # these tokens need not be in the documents
+    if idle := [n for n, _ in ctx.trained if not n.endswith(rows) and (n not in found[0] or not found[0][n].any())]:
         raise TrainingFailed(f"{idle[0]} is trained and has no effect: its gradient is zero")
     return max(gradient_error(one, found[0]) for one in found[1:])
 
 
 def packed_error(model: Decoder, documents: TokenDataset, pad_id: int) -> float:
     """Logits of every token, and the loss: all documents packed into one row against each by itself."""
-    device, losses = model.head.device, torch.zeros(2, dtype=torch.float64)
+    device, losses = model.device, torch.zeros(2, dtype=torch.float64)
     batch = collate(documents, [np.arange(len(documents))], pad_id).to(device)
     packed = model(batch.ids, batch.positions, batch.documents)  # (1, all tokens, hidden)
     worst = 0.0
@@ -309,13 +312,14 @@ def loss_error(ctx: TrainContext, documents: TokenDataset) -> float:
     batch = collate(documents, [[0]], ctx.tokenizer.pad_id).to(ctx.device)
     with torch.no_grad(), ctx.autocast():
         hidden = model(batch.ids, target_positions=batch.target_positions)[0]  # (targets, hidden)
-    rows = torch.arange(chunk_rows(len(model.head), ctx.device) * 5 // 4 + 1, device=ctx.device)
+    rows = torch.arange(chunk_rows(model.config.vocab_size, ctx.device) * 5 // 4 + 1, device=ctx.device)
     size = torch.linspace(0.5, 1.5, len(rows), device=ctx.device)[:, None]  # makes all rows different
     hidden = (hidden[rows % len(hidden)] * size).to(hidden.dtype).requires_grad_()
-    wanted = [hidden, model.head] if model.head.requires_grad else [hidden]
+    head = model.head.detach().requires_grad_(model.head.requires_grad)
+    wanted = [hidden, head] if head.requires_grad else [hidden]
     targets = batch.targets[rows % len(batch.targets)]
-    ours = token_nll(hidden, model.head, targets, t.label_smoothing, t.z_loss).sum()
-    logits = hidden @ model.head.to(hidden.dtype).T  # (n, vocab)
+    ours = token_nll(hidden, head, targets, t.label_smoothing, t.z_loss).sum()
+    logits = hidden @ head.to(hidden.dtype).T  # (n, vocab)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     plain = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=t.label_smoothing)
     plain = plain + t.z_loss * logits.logsumexp(-1).square().sum()
@@ -323,37 +327,63 @@ def loss_error(ctx: TrainContext, documents: TokenDataset) -> float:
     return max(relative_error(ours.detach(), plain.detach()), *itertools.starmap(relative_error, pairs))
 
 
-def merged_product(adapter: LoRALinear, x: Tensor) -> Tensor:
-    """x W'^T + b' of the merged linear: merged in float32, into the weight that the base multiplies by."""
-    weight = adapter.merged(weight_of(adapter.base).float()).to(x.dtype)  # (out, in)
-    bias = adapter.base.bias if adapter.bias is None else adapter.bias
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+def merged_product(adapter: Adapter, x: Tensor) -> Tensor:
+    """The output of the merged module: merged in float32, into the weight that the base uses."""
+    stored, bias = weight_of(adapter.base), getattr(adapter.base, "bias", None)
+    bias = bias if adapter.bias is None else adapter.bias
+    merged = adapter.merged(stored.float()).to(stored.dtype)
+    return apply(adapter.base, x, merged, None if bias is None else bias.to(stored.dtype))
 
 
-def examples(adapters: dict[str, LoRALinear]) -> Iterator[tuple[str, LoRALinear, Tensor]]:
+def examples(adapters: dict[str, Adapter]) -> Iterator[tuple[str, Adapter, Tensor]]:
     """Each adapter by name, with an input of random numbers, (DOCUMENTS, in)."""
     generator = torch.Generator().manual_seed(0)
     for name, adapter in adapters.items():
-        x = torch.randn(DOCUMENTS, adapter.base.in_features, generator=generator)
-        yield name, adapter, x.to(weight_of(adapter.base))
+        weight = weight_of(adapter.base)
+        if isinstance(adapter.base, nn.Embedding):
+            ids = torch.randint(len(weight), (DOCUMENTS,), generator=generator).to(weight.device)
+            yield name, adapter, torch.cat((ids, adapter.ids)) if isinstance(adapter, TrainedRows) else ids
+        else:
+            yield name, adapter, torch.randn(DOCUMENTS, weight.shape[-1], generator=generator).to(weight)
 
 
-def products_error(adapters: dict[str, LoRALinear]) -> float:
-    """The largest error of a merged linear against the same linear with its adapter."""
-    return max(relative_error(merged_product(adapter, x), adapter(x)) for _, adapter, x in examples(adapters))
+def product(adapter: Adapter, x: Tensor) -> Tensor:
+    """The adapter's output; for rows of a head, of which only the weight is used, its product."""
+    if isinstance(adapter, TrainedRows) and is_linear(adapter.base):
+        return F.linear(x, adapter.weight)
+    return adapter(x)
 
 
-def merged_error(model: Decoder, adapters: dict[str, LoRALinear], ids: Tensor) -> float:
+def products_error(adapters: dict[str, Adapter]) -> float:
+    """The largest error of a merged module against the same module with its adapter."""
+    return max(relative_error(merged_product(adapter, x), product(adapter, x)) for _, adapter, x in examples(adapters))
+
+
+def merged_error(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) -> float:
     """Logits of the merged model against base and adapters; each weight is merged when it is used, then freed."""
 
-    def merge(adapter: LoRALinear) -> Any:
+    def merge(adapter: Adapter) -> Any:
         return adapter.base.register_forward_hook(lambda _, inputs, __: merged_product(adapter, inputs[0]))
 
     expected = model.logits(model(ids))  # (b, s, vocab)
     with ExitStack() as hooks, disabled(adapters):
         for adapter in adapters.values():
             hooks.enter_context(merge(adapter))
-        return relative_error(model.logits(model(ids)), expected)
+        head = adapters.get("lm_head") or (adapters.get("model.embed_tokens") if model.config.tied else None)
+        if head is None:
+            return relative_error(model.logits(model(ids)), expected)
+        merged = head.merged(weight_of(head.base).float()).to(model.dtype)
+        return relative_error(F.linear(model(ids), merged).float(), expected)
+
+
+def rebuild(name: str, adapter: Adapter, lora: LoRAConfig) -> Adapter:
+    """A fresh adapter of the same kind on the same base, with settings read from its files."""
+    if isinstance(adapter, TrainedRows):
+        return TrainedRows(adapter.base, adapter.ids.tolist())
+    if isinstance(adapter, TrainedCopy):
+        return TrainedCopy(adapter.base, ("bias",) if adapter.copy is None else ("weight", "bias"))
+    rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
+    return make_lora(name, adapter.base, replace(lora, rank=rank, alpha=alpha), torch.Generator())
 
 
 def files_error(ctx: TrainContext, directory: Path) -> float:
@@ -362,22 +392,21 @@ def files_error(ctx: TrainContext, directory: Path) -> float:
     save_adapter(first, ctx.model, ctx.adapters, ctx.config.lora, ctx.config.model.name, {})
     read, base, tensors, note = read_adapter(first)
     lora = replace(read, dropout=ctx.config.lora.dropout)  # which matters in training only
-    again, generator = {}, torch.Generator()
-    for name, adapter in ctx.adapters.items():
-        rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-        again[name] = variant_of(lora)(adapter.base, replace(lora, rank=rank, alpha=alpha), generator).eval()
+    again = {name: rebuild(name, adapter, lora).eval() for name, adapter in ctx.adapters.items()}
     load_adapter_tensors(again, tensors, str(first))
     save_adapter(second, ctx.model, again, lora, base, note)
     if any((second / path.name).read_bytes() != path.read_bytes() for path in first.iterdir()):
         return math.inf
-    return max(relative_error(again[name](x), adapter(x)) for name, adapter, x in examples(ctx.adapters))
+    return max(
+        relative_error(product(again[name], x), product(adapter, x)) for name, adapter, x in examples(ctx.adapters)
+    )
 
 
 def answers_error(model: Decoder, prompts: list[list[int]]) -> float:
     """How much a pass without a cache prefers another token to the greedy answer's, in deviations of the logits."""
     worst = 0.0
     for prompt, answer in zip(prompts, generate(model, prompts, (), ANSWER), strict=True):
-        ids = torch.tensor([[*prompt, *answer.ids]], device=model.head.device)
+        ids = torch.tensor([[*prompt, *answer.ids]], device=model.device)
         logits = model.logits(model(ids)[0, len(prompt) - 1 : -1])  # (answer, vocab)
         ahead = logits.amax(-1) - logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
         worst = max(worst, (ahead / logits.std(-1)).nan_to_num(nan=math.inf).max().item())

@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -22,23 +22,29 @@ import torch
 import nanoft
 from nanoft import UserError, kernels
 from nanoft.batches import Batches
+from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows
 from nanoft.checkpoint import CheckpointManager
-from nanoft.config import Config
-from nanoft.config.loading import Loaded
+from nanoft.config import Config, LoRAConfig
+from nanoft.config.fields import nearest
+from nanoft.config.loading import Loaded, read_config
 from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
 from nanoft.config.schemas import FIELDS_FILE
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
+from nanoft.data.inspection import unseen_tokens
+from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.tables import format_duration
 from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
-from nanoft.lora import describe_adapters, disabled
+from nanoft.lora import disabled
 from nanoft.model import Decoder
+from nanoft.models.adapter_files import hash_tensors, load_adapter_tensors, vocabulary_of
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
+from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import cache_weights, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.runtime import distributed
@@ -50,9 +56,23 @@ from nanoft.tracking.trackers import build_trackers
 from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
 from nanoft.training.progress import log_memory
 from nanoft.training.state import TrainContext, TrainState
+from nanoft.training.validation import check_schedule, validate_config
 
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, base and source, device, threads, date
+# What lora.start_from takes from the adapter.
+SHAPE = """
+    rank alpha target_modules rank_pattern alpha_pattern rslora dora bias modules_to_save trainable_token_indices
+""".split()  # noqa: SIM905
 IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
+
+
+def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
+    """Read and check the config; prints what became of the names in files of another schema."""
+    source = read_config(path, words)
+    for line in [] if distributed.process_rank() else source.explanation:
+        print(line)
+    validate_config(source.config, source.names)
+    return source
 
 
 def shared_facts(config: Config, machine: Machine) -> dict[str, Any]:
@@ -71,16 +91,24 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
 
 
 def init_run_dir(
-    config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str, source: Loaded | None = None
+    config: Config,
+    run: Run,
+    machine: Machine,
+    files: ModelFiles,
+    resume: str,
+    start: TrainedAdapter | None = None,
+    fields: Sequence[str] = (),
 ) -> Provenance:
     """On rank 0: check that the directory is new or holds this very run, and write its config.json.
 
-    If the config is from files of another schema, `FIELDS_FILE` says what became of each name there.
+    `fields` says what became of each name in a config of another schema.
 
     Returns what the run depends on; date (which a template may print) and CPU threads are those of its first session.
     """
     check_quantization(files, quantization_of(config))
     weights = [] if config.model.random_init else files.shards()
+    for note in files.notes:
+        run.print(f"warning: {note}")
     recorded = run.recorded_config()
     before = (recorded or {}).get("provenance", {})
     provenance: Provenance = {
@@ -93,6 +121,7 @@ def init_run_dir(
         **data_provenance(config.data),
         "base_sha256": hash_named_files([*described_files(files.directory), *weights]),
         "source_sha256": hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
+        **({"start_sha256": hash_tensors(start.tensors)} if start else {}),
         "date": str(before.get("date") or datetime.now().date().isoformat()),
     }
     if recorded is not None:
@@ -108,16 +137,34 @@ def init_run_dir(
             run.print(f"warning: {threads}: from here on the run is not bit-identical to an uninterrupted one")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
-    if source and source.fields:
-        lines = [*source.explanation, *source.fields, "all settings: config.json; planned memory: metrics.jsonl"]
-        atomic.replace_file(run.directory / FIELDS_FILE, redact("\n".join(lines) + "\n").encode())
+    if fields:
+        atomic.replace_file(run.directory / FIELDS_FILE, redact("\n".join(fields) + "\n").encode())
+    if start:
+        check_start(start, config, provenance, run)
     return provenance
 
 
-def load_tokenizer(config: Config, files: ModelFiles, date: str) -> ChatTokenizer:
-    """The model's tokenizer and chat template; `date` is what a template that prints the date shows."""
-    tokenizer = ChatTokenizer.from_directory(files.directory, config.data.template_args)
+def load_tokenizer(
+    config: Config, files: ModelFiles, date: str, run: Run, start: TrainedAdapter | None
+) -> ChatTokenizer:
+    """The tokenizer and chat template, a chosen one saved; `date` is what a template that prints the date shows."""
+    chosen, saved = config.model.chat_template, run.directory / TEMPLATE_FILE
+    if chosen is not None and saved.is_file() and not Path(chosen).is_file():  # the file was moved meanwhile
+        config = config.override(model={"chat_template": str(saved)})
+    tokenizer = ChatTokenizer.from_config(files.directory if start is None else start.tokenizer, config)
     tokenizer.date = datetime.fromisoformat(date)
+    for name in sorted(config.data.template_args.keys() - tokenizer.variables):
+        fix = nearest(name, tokenizer.variables) or ": remove it"
+        raise UserError(f"data.template_args: {name}: the chat template does not read it{fix}")
+    if not tokenizer.has_own_template:
+        run.print(f"template  {files.directory} has none: ChatML is used, whose answers end in the EOS token")
+    if chosen is not None:
+        text = tokenizer.template.encode()
+        if saved.is_file() and saved.read_bytes() != text:
+            what = f"{chosen}: differs from {saved}, with which that run began"
+            raise UserError(f"model.chat_template: {what}: choose another output.dir, or put it back")
+        if not distributed.process_rank():
+            atomic.replace_file(saved, text)
     return tokenizer
 
 
@@ -128,13 +175,17 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     bar = config.logging.progress_bar and not distributed.process_rank()
     corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
+    if t.early_stopping_patience and not len(corpus.validation):
+        what = "there is no validation data, so training cannot stop early"
+        fix = "set data.validation_file or data.validation_size, or the patience to 0"
+        raise UserError(f"training.early_stopping_patience: {t.early_stopping_patience}: {what}: {fix}")
     rows, micro_batches = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
     options: dict[str, Any] = {"group_by_length": d.group_by_length, "pad_to_multiple_of": d.pad_to_multiple_of}
     pack_length = length if d.packing else None
     batches = Batches(corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, **options)
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
-    t.check_schedule(steps)
+    check_schedule(t, steps)
     counts = {"steps_per_epoch": windows, "steps": steps, "epochs": round(steps / windows, 3)}
     corpus = replace(corpus, report={**corpus.report, **counts})
     if not distributed.process_rank():
@@ -143,18 +194,74 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
         run.print(f"data      from the cache: {corpus.directory}")
     for line in describe_data(corpus.report):
         run.print(line)
+    for number in unseen_tokens(corpus, tokenizer.added_ids):
+        why = f"{tokenizer.tokenizer.id_to_token(number)} occurs in no training sample, where texts spell it out"
+        run.print(f"warning: model.add_tokens: {why}: its row of the embedding is not trained")
     padding, seconds = 1 - batches.utilization(), time.perf_counter() - started
     run.print(f"batches   {windows:,} steps per epoch, {100 * padding:.1f} % padding ({seconds:.1f} s)")
     return corpus, batches
 
 
-def load_base(config: Config, machine: Machine, files: ModelFiles, on_cpu: bool = False) -> Decoder:
-    """The base model: as it is stored, quantized while it streams from disk, or random."""
+def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
+    """The adapter of lora.start_from, and the settings with its shape; a UserError where they differ."""
+    lora, source = config.lora, config.lora.start_from
+    if not source:
+        return config, None
+    if config.training.method != "lora":
+        raise UserError(f"lora.start_from: {source}: needs training.method=lora: set one of them")
+    start = read_trained_adapter(source, config.model.name or None)
+    if lora.init != LoRAConfig.init:
+        raise UserError(f"lora.init: {lora.init}: the adapter starts from {source}: remove one of the two")
+    taken: dict[str, Any] = {}
+    for name in SHAPE:
+        own, default, theirs = (getattr(settings, name) for settings in (lora, LoRAConfig(), start.lora))
+        if own not in (default, theirs):
+            raise UserError(f"lora.{name}: {own}: {source} has {theirs}, and its shape stays: remove lora.{name}")
+        taken[f"lora.{name}"] = theirs
+    tokens = config.model.add_tokens
+    if tokens not in ((), start.add_tokens):
+        raise UserError(f"model.add_tokens: the tokens of {source} stay: remove it, or merge that adapter first")
+    return config.override({**taken, "model.add_tokens": start.add_tokens}), start
+
+
+def load_start(adapters: dict[str, Adapter], start: TrainedAdapter | None) -> None:
+    """Put the values of lora.start_from into fresh adapters."""
+    if start:
+        load_adapter_tensors(adapters, start.tensors, f"lora.start_from: {start.place}")
+
+
+def check_start(start: TrainedAdapter, config: Config, provenance: Provenance, run: Run) -> None:
+    """Refuse an adapter of another base, and say where its base was in another number format."""
+    if start.base_sha256 not in (None, provenance["base_sha256"]):
+        raise UserError(f"lora.start_from: {start.place}: was trained on another base than {config.model.name}")
+    if start.quantization != quantization_of(config):
+        forms = [form[0] if form else "full precision" for form in (start.quantization, quantization_of(config))]
+        run.print(f"warning: {start.place} was trained on a base in {forms[0]}, and continues on one in {forms[1]}")
+
+
+def with_tokens(planner: Planner, tokenizer: ChatTokenizer) -> Planner:
+    """The settings with the rows of model.add_tokens among what is trained."""
+    config, tied = planner.config, planner.decoder.tied
+    if not tokenizer.added_ids or config.lora.start_from:
+        return planner
+    lora = with_added_tokens(config.lora, tokenizer.added_ids, tied)
+    return replace(planner, config=replace(config, lora=lora))
+
+
+def vocabulary(files: ModelFiles, tokenizer: ChatTokenizer, start: TrainedAdapter | None = None) -> int:
+    """How many tokens the model has: its own, those that were added, those of the adapter that it starts from."""
+    more = vocabulary_of(start.lora, start.tensors) if start else 0
+    return max(files.decoder.vocab_size, more, *(number + 1 for number in tokenizer.added_ids))
+
+
+def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int = 0, on_cpu: bool = False) -> Decoder:
+    """The base model: as it is stored, quantized while it streams from disk, or random; with so many tokens."""
     device = torch.device("cpu") if on_cpu or config.training.sharding == "full" else machine.device
     # full training in float32: AdamW's small updates are lost when they are added to bfloat16
     dtype = torch.float32 if config.training.method == "full" else machine.dtype
     seed = config.system.seed if config.model.random_init else None
     model = load_model(files, device, dtype, quantization_of(config), seed)
+    model.grow_vocabulary(tokens)
     cache_weights(model, config.quantization.dequantize)
     return model
 
@@ -180,6 +287,31 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
         if ctx.config.training.sharding == "full":
             sharding.shard_model(model, ctx.device)
         yield model
+
+
+def shape_and_rank(adapter: Adapter) -> tuple[str, str]:
+    """How a line about an adapter describes it."""
+    if isinstance(adapter, TrainedRows):
+        return "rows", f"of {len(adapter.ids)} tokens"
+    if isinstance(adapter, TrainedCopy):
+        return "copy", "of the module" if adapter.copy is not None else "of the bias"
+    base, rank = adapter.base, f"rank {len(adapter.lora_A)}"  # type: ignore[arg-type]
+    inputs, outputs = (
+        base.weight.shape if isinstance(base, torch.nn.Embedding) else (base.in_features, base.out_features)
+    )
+    return f"({inputs} -> {outputs})", rank
+
+
+def describe_adapters(adapters: dict[str, Adapter]) -> list[str]:
+    """One line for each kind of linear: count, shape, rank, trained parameters."""
+    trained: dict[tuple[str, str, str], list[int]] = {}
+    for name, adapter in adapters.items():
+        shape, rank = shape_and_rank(adapter)
+        numbers = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        trained.setdefault((name.rpartition(".")[2], shape, rank), []).append(numbers)
+    lines = [(kind, f"{len(n)} x {shape}", rank, f"{sum(n):,}") for (kind, shape, rank), n in trained.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:

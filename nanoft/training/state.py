@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from nanoft import UserError, guard
 from nanoft.batches import Batches, TokenDataset, Window
+from nanoft.blocks.trained import Adapter
 from nanoft.checkpoint import AsyncCheckpointWriter, Checkpoint, CheckpointCorrupted, CheckpointManager, copy_matching
 from nanoft.config import Config
 from nanoft.config.settings import TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.kernels import sharding
-from nanoft.lora import LoRALinear
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
@@ -40,7 +40,7 @@ RENAMED = {"rate": "lr_scale", "left_out": "skipped_windows"}  # fields of the g
 
 @dataclass
 class TrainState:
-    """Everything that changes while training, besides the weights, the moments, the random numbers and the loss scale."""
+    """Everything that changes while training, besides weights, moments, random numbers and the loss scale."""
 
     step: int = 0  # completed optimizer steps
     epoch: int = 0  # the position in the data: the window that comes next
@@ -80,7 +80,7 @@ class TrainContext:
     batches: Batches
     validation: TokenDataset
     model: Decoder
-    adapters: dict[str, LoRALinear]  # empty when every parameter is trained
+    adapters: dict[str, Adapter]  # empty when every parameter is trained
     objective: Objective
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from nanoft import UserError
-from nanoft.config import Config
+from nanoft.config import Config, TrainingConfig
 from nanoft.config.fields import nearest
 from nanoft.data.formats import check_format
-from nanoft.lora import VARIANTS
+from nanoft.lora import VARIANTS, variant_of
 from nanoft.metrics.answers import select_metrics
 from nanoft.objectives import OBJECTIVES
-from nanoft.optim import OPTIMIZERS, SCHEDULES
+from nanoft.optim import OPTIMIZERS, SCHEDULES, warmup_steps
+
+MAX_RANK = 4096  # of LoRAConfig.rank
 
 
 def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> None:
@@ -37,7 +39,9 @@ def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> 
             raise UserError(f"{place}: {name!r:.60} is not known{nearest(name, list(known))}")
     if (config.lora.init, config.lora.dora) not in VARIANTS:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
-    t.check_schedule(t.max_steps)
+    if t.method == "lora":
+        check_variant(config)
+    check_schedule(t, t.max_steps)
     check_format(config.data.format)
     select_metrics(config.evaluation.metrics)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
@@ -45,3 +49,28 @@ def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> 
             f"training.optimizer: the state of {t.optimizer} cannot be sharded: set training.optimizer=adamw "
             "(each of N processes holds an Nth of it) or training.sharding=none"
         )
+
+
+def check_schedule(t: TrainingConfig, total_steps: int | None) -> None:
+    """Refuse a learning rate that cannot be meant, and a warm-up that is longer than the run."""
+    if not 0 < t.learning_rate <= 1:
+        why = "nothing would be learned" if t.learning_rate == 0 else "training would diverge"
+        raise UserError(f"training.learning_rate: {t.learning_rate}: {why}: set it above 0 and to at most 1")
+    if t.long_warmup == "refuse" and total_steps and warmup_steps(total_steps, t) > total_steps:
+        run = f"the run has {total_steps:,} steps and would never reach training.learning_rate"
+        raise UserError(f"training.warmup_steps: {t.warmup_steps}: {run}: lower it, or set warmup_ratio instead")
+
+
+def check_variant(config: Config) -> None:
+    """Refuse settings that have no effect on this variant of LoRA, or that its files cannot hold."""
+    lora, variant = config.lora, variant_of(config.lora)
+    without_effect = {
+        "lora.freeze_a": lora.freeze_a and "lora_A" not in variant.TRAINED,
+        "training.lora_plus_ratio": config.training.lora_plus_ratio != 1 and "lora_B" not in variant.TRAINED,
+    }
+    if field := next((field for field, is_set in without_effect.items() if is_set), None):
+        raise UserError(f"{field}: has no effect with lora.init={lora.init}: remove it")
+    most = MAX_RANK // variant.RANKS
+    if (rank := max([lora.rank, *lora.rank_pattern.values()])) > most:
+        times = f"{lora.init} is saved as LoRA of {variant.RANKS} times the rank"
+        raise UserError(f"lora.rank: {rank}: {times}: set lora.rank to {most} or less")

@@ -184,7 +184,6 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
         ({"eval_strategy": "no", "eval_steps": 9}, "eval_strategy and eval_steps: set training.eval_steps to 0 and"),
         ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, wandb: choose one"),
         ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, wandb"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: ['lm_head'] has no counterpart"),
         ({"deepspeed": {"stage": 3}}, "deepspeed: {'stage': 3} is none of"),
         ({"push_to_hub": True}, "push_to_hub: True is none of False: remove it: nothing is uploaded"),
         ({"trust_remote_code": True}, "remove it: code that comes with a model is never run"),

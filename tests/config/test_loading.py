@@ -99,6 +99,8 @@ BROKEN = {
         "lora.rank: 0 is out of range",
     ),
     "key.py": ("import os\nconfig = os.environ['NO_SUCH_VARIABLE']", "KeyError: 'NO_SUCH_VARIABLE'"),
+    "exits.py": ("raise SystemExit(0)", "SystemExit: 0"),
+    "many_digits.json": ('{"training": {"max_steps": 1' + "0" * 99 + "}}", "is not an integer (64 bits) or none"),
     "lines.py": ("raise ValueError('first\\nsecond')", "ValueError: first second"),
     "bad.yaml": ("model: [1", "not valid YAML"),
     "tabs.yaml": ("model:\n\tname: x", "not valid YAML"),
@@ -215,6 +217,7 @@ def test_the_config_of_a_copied_run_is_the_copys(tmp_path: Path) -> None:
 
 
 def test_a_run_name_depends_on_what_changes_the_result_only() -> None:
+    assert run_name("b.py", {"data.train_file": "caf\udce9"}) != run_name("b.py", {"data.train_file": "cafe"})
     assert run_name("a/b.py", {}) == "b"
     assert run_name("a/b.py", {"logging.progress_bar": "false", "output.dir": "x"}) == "b"
     one, two = {"lora.rank": "8", "system.seed": "1"}, {"system.seed": "1", "lora.rank": "8"}

@@ -72,3 +72,11 @@ def test_another_run_is_refused_by_its_first_difference() -> None:
     refused(lambda: check_same_run(recorded, moved, changed, "d"), "the data changed", "data.train_file:  -> b.jsonl")
     parts = {**recorded, "provenance": {**provenance, "data_files": [2, 1]}}  # the same files, split in another way
     refused(lambda: check_same_run(parts, config, {**provenance, "data_files": [1, 2]}, "d"), "the data changed")
+
+
+def test_a_base_that_moved_goes_on_if_it_is_the_same() -> None:
+    config, provenance = Config(), {"data_sha256": "1", "base_sha256": "2"}
+    recorded = {**config.to_dict(), "provenance": provenance}
+    moved = config.override({"model.name": "elsewhere", "model.revision": "v2"})
+    check_same_run(recorded, moved, provenance, "d")  # raises nothing
+    refused(lambda: check_same_run(recorded, moved, {**provenance, "base_sha256": "3"}, "d"), "model.name")

@@ -221,10 +221,21 @@ def test_emoji_at_the_very_ends_of_a_span(tmp_path: Path) -> None:
 
 def test_pad_token_that_is_eos_stays_a_target(tmp_path: Path) -> None:
     chat = read(tmp_path, STYLES["mistral"])
-    assert chat.pad_id == chat.eos_id
     (sample,) = samples_of(chat, conversation(SINGLE))
     assert sample.ids[-1] == chat.eos_id
     assert sample.is_target[-1]
+
+
+def test_a_pad_token_may_be_beyond_the_embedding(tmp_path: Path) -> None:
+    """People add one without resizing the model; nothing sees padding, so its id is one that every model has."""
+    save(tmp_path, STYLES["chatml"])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    stored = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**stored, "pad_token": "<pad>"}))
+    assert ChatTokenizer.from_directory(tmp_path).pad_id < size
 
 
 def test_turn_end_that_is_not_eos(tmp_path: Path) -> None:
@@ -296,7 +307,7 @@ def test_prompt_is_a_prefix_of_the_training_ids(
             assert chat.encode_prompt(messages[:turn]) == sample.ids[:at].tolist()
 
 
-@pytest.mark.parametrize(("name", "style"), [("multi", "qwen"), ("emoji", "qwen"), ("system+", "mistral")])
+@pytest.mark.parametrize(("name", "style"), [("system+", "mistral")])
 def test_rewritten_history_gives_a_sample_for_each_turn(tmp_path: Path, name: str, style: str) -> None:
     chat = read(tmp_path, STYLES[style])
     messages = conversation([("system", "Be brief."), *TALK] if name == "system+" else CONVERSATIONS[name])
@@ -315,8 +326,8 @@ def test_earlier_thinking_is_context_only_as_rendered(tmp_path: Path) -> None:
     turns = [("user", "a"), ("assistant", thought), ("user", "b"), ("assistant", "Two")]
     first, second = samples_of(chat, conversation(turns))
     assert target_texts(chat, first) == [thought + "<|im_end|>"]
-    assert target_texts(chat, second) == ["Two<|im_end|>"]  # nobody said the empty thought before it
-    assert chat.decode(second.ids.tolist()).endswith("<think>\n\n</think>\n\nTwo\n")
+    assert target_texts(chat, second) == ["Two<|im_end|>"]
+    assert chat.decode(second.ids.tolist()).endswith("b\nassistant\nTwo\n")  # without an empty thought, as in use
     assert "hm" not in chat.decode(second.ids.tolist())
 
 
@@ -332,9 +343,16 @@ def test_template_args_reach_the_template(tmp_path: Path) -> None:
 
 
 def test_template_that_changes_the_prompt_when_answered(tmp_path: Path) -> None:
-    template = CHATML + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    """What the model is given in use counts; how a call would stand there is not known, so it is refused."""
+    counted = "message.role + (' of ' ~ messages | length) + '\\n'"
+    chat = with_template(tmp_path / "text", CHATML.replace("message.role + '\\n'", counted))
+    (sample,) = samples_of(chat, one_turn("a"))
+    prompt = "<|im_start|>user of 1\na<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.decode(sample.ids.tolist(), keep_special=True) == prompt + "yes<|im_end|>\n"
+    assert target_texts(chat, sample) == ["yes<|im_end|>"]
+    chat = with_template(tmp_path / "calls", WITH_TOOLS.replace("message.role + '\\n'", counted))
     with pytest.raises(UserError, match="does not start with the prompt"):
-        with_template(tmp_path, template).render_samples(one_turn("a"), 0)
+        chat.render_samples(TOOLED[:2], 0)
 
 
 # ---- Control tokens that a user wrote
@@ -405,6 +423,7 @@ def test_a_pre_tokenizer_that_drops_characters(tmp_path: Path) -> None:
 def test_a_turn_that_a_rewritten_history_does_not_show_cannot_be_left_out(tmp_path: Path) -> None:
     chat = read(tmp_path, STYLES["qwen"])
     messages = [{**m, "weight": int(i != 1)} for i, m in enumerate(conversation(TALK))]
+    messages[1]["content"] = "<think>\nhm\n</think>\n\nFine."
     with pytest.raises(TemplateRefusal, match=r"rewrites earlier turns: use data\.train_on=assistant"):
         chat.render_samples(messages, 0, train_on="all")
 

@@ -27,6 +27,7 @@ from nanoft.data import builder, dataset
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets, describe_data
+from nanoft.data.formats import Conversation
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "tiny" / "conversations.jsonl"
@@ -104,7 +105,7 @@ def test_conversations_come_back_from_their_files(chat: ChatTokenizer, tmp_path:
 
 def test_several_samples_of_one_record(tmp_path: Path) -> None:
     chat = ChatTokenizer.from_directory(save(tmp_path / "qwen", STYLES["qwen"]))
-    turns = talk("a", "b", "c", "d")
+    turns = talk("a", "<think>\nh\n</think>\n\nb", "c", "d")
     found = build(chat, write(tmp_path / "d.jsonl", [{"messages": turns[:2]}, {"messages": turns}]))
     assert lines_of(found, found.training) == [1, 2, 2]
     assert len(found.conversations(found.training, 9)) == 2
@@ -247,7 +248,7 @@ def test_too_many_malformed_records_stop_the_run_and_show_five(
     assert len(build(chat, file, max_bad_records=0.9).training) == len(records)
 
 
-def test_what_the_template_refuses_or_swallows_is_malformed(tmp_path: Path) -> None:
+def test_what_the_template_refuses_or_swallows_is_not_called_malformed(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
         "{% if m.content != 'nothing' %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
@@ -255,8 +256,9 @@ def test_what_the_template_refuses_or_swallows_is_malformed(tmp_path: Path) -> N
     chat = ChatTokenizer.from_directory(save(tmp_path / "m", Style(template, None, "<|im_end|>", "<|im_end|>")))
     records = [pair(f"q{n}", "fine") for n in range(38)] + [pair("a", "no"), pair("b", "nothing")]
     found = build(chat, write(tmp_path / "d.jsonl", records))
-    assert rejected(found) == [("malformed", 39), ("malformed", 40)]
-    with pytest.raises(UserError, match=r"d\.jsonl:39: the chat template refuses these messages: not this \(2 of 40"):
+    assert rejected(found) == [("refused by the chat template", 39), ("refused by the chat template", 40)]
+    said = r"d\.jsonl:39: .* refuses these messages: not this \(the chat template refuses 2 of 40 records, more than"
+    with pytest.raises(UserError, match=said):
         build(chat, tmp_path / "d.jsonl", max_bad_records=0.04)
 
 
@@ -290,6 +292,26 @@ def test_truncation_is_counted_and_marked(chat: ChatTokenizer, tmp_path: Path) -
     assert cut.training.lengths.max() <= 100
 
 
+def test_long_texts_become_several_samples(chat: ChatTokenizer, tmp_path: Path) -> None:
+    texts = [" ".join(f"word{n}.{at}" for at in range(60)) for n in range(3)] + ["short"]
+    file = write(tmp_path / "d.jsonl", [{"text": text} for text in texts])
+    found = build(chat, file, limit=32, validation_size=1, seed=2)
+    learned: dict[int, list[int]] = {}
+    for sample in [*found.training, *found.validation]:
+        learned.setdefault(sample.record, []).extend(sample.ids[sample.is_target].tolist())
+    whole = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts)])
+    assert learned == {sample.record: sample.ids[sample.is_target].tolist() for sample in whole}
+    assert set(found.training.records).isdisjoint(found.validation.records)
+    count = len(found.training) + len(found.validation) - 1
+    assert (
+        f"data      3 texts longer than model.max_seq_length=32 became {count} samples (data.chunk)"
+        in describe_data(found.report)
+    )
+    assert found.report["target_tokens_lost"] == 0
+    dropped = build(chat, file, limit=32, chunk=False)
+    assert dropped.report["removed"] == {"too long": 3}
+
+
 def test_replies_that_are_cut_off_are_a_warning(chat: ChatTokenizer, tmp_path: Path) -> None:
     reply = "This is one. " + "and it goes on and on " * 5
     found = build(chat, write(tmp_path / "d.jsonl", [pair("a", reply), pair("b", reply + ".")]))
@@ -301,7 +323,7 @@ def test_replies_that_are_cut_off_are_a_warning(chat: ChatTokenizer, tmp_path: P
 
 
 def questions(found: PreparedDataset, side: Any) -> list[str]:
-    return [c.first_user_text() for c in found.conversations(side, len(side))]
+    return [c.prompt() for c in found.conversations(side, len(side))]
 
 
 def test_a_share_or_a_number_is_held_out_whatever_the_order(chat: ChatTokenizer, tmp_path: Path) -> None:
@@ -375,18 +397,83 @@ def test_one_question_about_many_documents(chat: ChatTokenizer, tmp_path: Path) 
     assert (len(found.training), len(found.validation), found.report["removed"]) == (54, 6, {})
 
 
-def test_reasoning_and_weights_make_records_different(chat: ChatTokenizer, tmp_path: Path) -> None:
+def same_opening(n: int, opening: str = "Hi") -> dict[str, Any]:
+    return {"messages": talk(opening, "Hello, what can I do?", f"Say {n}", f"It is {n}.")}
+
+
+def test_conversations_are_compared_by_their_whole_prompt(chat: ChatTokenizer, tmp_path: Path) -> None:
+    training = write(tmp_path / "a.jsonl", [same_opening(n) for n in range(40)])
+    found = build(chat, training, validation_size=10)
+    assert (len(found.training), len(found.validation), found.report["removed"]) == (30, 10, {})
+    said = "data      held out 10 of 40 records for validation: records with equal prompts together"
+    assert said in describe_data(found.report)
+    others = write(tmp_path / "b.jsonl", [same_opening(3), same_opening(99), {"messages": talk("Hi", "Good day.")}])
+    found = build(chat, training, validation_file=others)
+    assert (len(found.training), len(found.validation), found.report["removed"]) == (39, 3, {"leak": 1})
+
+
+def call(city: str) -> list[dict[str, Any]]:
+    function = {"name": "weather", "arguments": {"city": city}}
+    return [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}]
+
+
+def test_the_prompt_of_the_last_answer_has_the_calls_before_it() -> None:
+    cities = ("Rome", "Oslo")
+    made = [Conversation([*talk("Hot?"), *call(city), *talk("-", "yes")[1:]], None, "f", 1) for city in cities]
+    assert made[0].prompt() != made[1].prompt() != Conversation(talk("Hot?", "yes"), None, "f", 1).prompt() == "Hot?"
+
+
+HEADLINES = [pair("Write a headline.", f"Headline {n}!") for n in range(40)]
+
+
+def test_where_all_prompts_are_equal_answers_are_held_out(chat: ChatTokenizer, tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", HEADLINES)
+    found, other = build(chat, file, validation_size=10), build(chat, file, seed=1, validation_size=10)
+    assert (len(found.training), len(found.validation), found.report["removed"]) == (30, 10, {})
+    assert lines_of(found, found.validation) != lines_of(other, other.validation)
+    said = "\n".join(describe_data(found.report))
+    assert "held out 10 of 40 records for validation: records with equal prompts together, except prompts that" in said
+    assert "30 training records have the prompt of a validation record: kept, since that prompt is frequent" in said
+    assert "near duplicates" not in said
+
+
+def test_half_of_the_prompts_may_be_equal(chat: ChatTokenizer, tmp_path: Path) -> None:
+    records = [pair("Hi", f"Reply {n}.") for n in range(50)] + [pair(f"Say {n}", "So.") for n in range(50)]
+    file = write(tmp_path / "a.jsonl", records)
+    found = build(chat, file, validation_size=20, near_leaks="remove")
+    asked = Counter(question == "Hi" for question in questions(found, found.validation))
+    assert min(asked[True], asked[False]) >= 5
+    assert (len(found.training), found.report["removed"]) == (80, {})
+    held = write(tmp_path / "b.jsonl", [pair("hi", "Good day."), pair("Say 3", "No.")])
+    own = build(chat, file, validation_file=held)
+    assert (len(own.training), own.report["removed"], own.report["shared_prompts"]) == (99, {"leak": 1}, 50)
+
+
+@pytest.mark.parametrize(("leaks", "training", "shared"), [("remove", 38, 38), ("warn", 40, 39), ("ignore", 40, 0)])
+def test_a_validation_file_with_the_one_prompt_of_all_records(
+    chat: ChatTokenizer, tmp_path: Path, leaks: str, training: int, shared: int
+) -> None:
+    file = write(tmp_path / "a.jsonl", [*HEADLINES[:39], pair("Rare", "old")])
+    held = [pair("Write a headline.", "New!"), HEADLINES[7], pair("Rare", "new")]
+    found = build(chat, file, validation_file=write(tmp_path / "b.jsonl", held), leaks=leaks)
+    assert (len(found.training), len(found.validation)) == (training, 3)
+    shared += leaks == "warn"  # the rare prompt
+    assert found.report["shared_prompts"] == shared
+    said = "\n".join(describe_data(found.report))
+    assert ("training records have the prompt of a validation record: kept" in said) == (shared > 0)
+
+
+def test_names_and_weights_make_records_different(chat: ChatTokenizer, tmp_path: Path) -> None:
     turns = talk("a", "b")
-    records = [
-        {"messages": [turns[0], {**turns[1], **more}]} for more in ({}, {"reasoning_content": "x"}, {"weight": 1})
-    ]
+    records = [{"messages": [turns[0], {**turns[1], **more}]} for more in ({}, {"name": "x"}, {"weight": 1})]
     assert len(build(chat, write(tmp_path / "d.jsonl", records)).training) == 3
 
 
 def test_a_record_counts_once_however_many_samples_it_gives(tmp_path: Path) -> None:
     chat = ChatTokenizer.from_directory(save(tmp_path / "qwen", STYLES["qwen"]))
     long = "many words " * 30
-    records = [{"messages": talk(long, "b", "c", "d")}] * 2 + [{"messages": talk("a", "b", "c", long)}]
+    thought = "<think>\nh\n</think>\n\nb"  # not shown behind the next question: each answer is a sample
+    records = [{"messages": talk(long, thought, "c", "d")}] * 2 + [{"messages": talk("a", thought, "c", long)}]
     file = write(tmp_path / "d.jsonl", records)
     found = build(chat, file, limit=100, deduplicate=False)
     assert (found.report["removed"], found.report["samples_lost"]) == ({"too long": 2}, 5)
@@ -656,8 +743,8 @@ def test_fields_and_questions_are_those_of_the_records(chat: ChatTokenizer, tmp_
     second = write(tmp_path / "b.jsonl", [{"messages": system + talk("x", "y", "z", "w"), "topic": "m"}])
     found = build(chat, f"{first},{second}", validation_split=0.3)
     for side in (found.training, found.validation):
-        questions = [c.first_user_text() for c in found.conversations(side, 99)]
-        assert sorted(found.first_user_texts(side)) == sorted(questions)
+        questions = [c.without_system().prompt() for c in found.conversations(side, 99)]
+        assert sorted(found.prompts(side)) == sorted(questions)
         expected = []
         for record in side.records.tolist():
             file, _, line = found.location(record).rpartition(":")

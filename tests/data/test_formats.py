@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from nanoft import UserError
 from nanoft.config import DataConfig
-from nanoft.data.formats import SHAPES, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.formats import SHAPES, UNDESIRABLE, Conversation, ReadOptions, Rejected, is_trained, read_file
 
 SYSTEM, USER, ASSISTANT = ({"role": r, "content": c} for r, c in (("system", "S"), ("user", "Q"), ("assistant", "A")))
 TOOL = {"role": "tool", "content": "T"}
@@ -99,7 +99,7 @@ READ: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "weight and train": (
         "messages",
-        {"messages": [USER, {**ASSISTANT, "weight": 0}, {**USER, "z": 1}, {**ASSISTANT, "train": False}]},
+        {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "train": False}]},
         [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "train": False}],
     ),
     "parts": (
@@ -184,7 +184,8 @@ def test_shapes(tmp_path: Path, name: str, suffix: str) -> None:
     said, (conversation,), bad = read(path, [record])
     assert (said, bad) == (shape, [])
     assert conversation == Conversation(expected, None, str(path), 1)
-    assert conversation.first_user_text() == next(m["content"] for m in expected if m["role"] == "user")
+    assert conversation.prompt().startswith("\n".join(m["content"] for m in expected[:-1])[:1])
+    assert conversation.without_system().messages == [m for m in expected if m["role"] != "system"]
     assert conversation.characters() == sum(len(m["content"]) for m in expected)
     forced = read(path, [record], shape=shape.partition(":")[0])
     assert forced[:2] == (said, [conversation])
@@ -199,7 +200,7 @@ def test_plain_text(path: Path) -> None:
     said, (conversation,), (bad,) = read(path, [{"text": "Once\nupon"}, {"text": " \n"}])
     assert said == "text"
     assert conversation == Conversation([], "Once\nupon", str(path), 1)
-    assert conversation.first_user_text() == "Once\nupon"
+    assert conversation.prompt() == "Once\nupon"
     assert conversation.characters() == 9
     assert bad == Rejected("text is empty", str(path), 2)
 
@@ -209,7 +210,7 @@ def test_a_raw_prompt_and_completion(path: Path) -> None:
     said, (conversation,), _ = read(path, [record], shape="raw_prompt_completion")
     assert said == "raw_prompt_completion: prompt, completion"
     assert conversation == Conversation([], "2+2=4", str(path), 1, prompt_characters=4)
-    assert conversation.prompt() == conversation.first_user_text() == "2+2="
+    assert conversation.prompt() == "2+2="
     assert read(path, [record])[0] == "prompt_completion: prompt, completion"  # never by itself
     _, _, (bad,) = read(path, [{**record, "completion": " "}], shape="raw_prompt_completion")
     assert bad.reason == "completion is empty"
@@ -362,14 +363,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "role": (turns(("agent", "A")), "unknown role 'agent': set data.roles='{agent: user}' or data.roles='{agent: "),
     "nobody answers": (turns(("system", "S"), ASKED), "no assistant message, so there are no target tokens"),
     "assistant first": (turns(("assistant", "A"), ASKED), "from the assistant: there is no prompt"),
-    "assistant behind system": (turns(("system", "S"), ("assistant", "A")), "the first message is from the assistant"),
-    "tool first": (turns(("tool", "T"), ("assistant", "A")), "the first message is from the tool"),
-    "system later": (turns(ASKED, ("system", "S"), ("assistant", "A")), "system after user: turns must alternate"),
-    "two systems": (turns(("system", "S"), ("system", "S"), ASKED, ("assistant", "A")), "is from the system"),
-    "two questions": (turns(ASKED, ASKED, ("assistant", "A")), "user after user: turns must alternate"),
-    "two answers": (turns(ASKED, ("assistant", "A"), ("assistant", "A")), "assistant after assistant"),
-    "two in the tail": (turns(ASKED, ("assistant", "A"), ASKED, ASKED), "user after user"),
-    "empty system": (turns(("system", " "), ASKED, ("assistant", "A")), "a system message is empty"),
     "empty user": (turns(("user", "\n"), ("assistant", "A")), "a user message is empty"),
     "empty assistant": (turns(ASKED, ("assistant", "")), "an assistant message is empty"),
     "empty parts": (turns(ASKED, ("assistant", [])), "an assistant message is empty"),
@@ -409,7 +402,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no value": ({"conversations": [{"from": "human"}]}, "conversations: a turn has no content: its fields are role"),
     "function call": (speak(("human", "Q"), ("function_call", "add(1)")), "function_call: not valid JSON"),
     "conversations of texts": ({"conversations": ["Q", "A"]}, 'a turn is "Q": it needs a role and content'),
-    "system twice": (speak(("system", "S"), ("human", "Q"), ("gpt", "A"), system="S"), "is from the system"),
     "output null": ({"instruction": "Q", "output": None}, "output: null is not a string"),
     "input list": ({"instruction": "Q", "input": ["X"], "output": "A"}, 'input: ["X"] is not a string'),
     "system list": ({"instruction": "Q", "output": "A", "system": [3]}, "system: [3] is not a string"),
@@ -779,17 +771,16 @@ def assert_sound(c: Conversation) -> None:
         assert not GARBAGE & set(c.text)
         return
     roles = [message["role"] for message in c.messages]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    assert set(spoken) <= {"user", "assistant", "tool"}
-    assert spoken[0] == "user"
-    assert spoken[-1] == "assistant"
-    assert all(a != b or a == "tool" for a, b in itertools.pairwise(spoken))
+    assert set(roles) <= {"system", "user", "assistant", "tool"}
+    assert "user" in roles
+    assert roles[-1] == "assistant"
     for message in c.messages:
         assert set(message) <= {
             "role", "content", "tool_calls", "name", "tool_call_id", "reasoning_content", "weight", "train"
         }  # fmt: skip
         assert isinstance(message["content"], str)
-        assert message["content"].strip() or message["role"] == "tool" or message.get("tool_calls")
+        may_be_empty = message["role"] in ("system", "tool") or message.get("tool_calls") or not is_trained(message)
+        assert message["content"].strip() or may_be_empty
         assert message["role"] == "assistant" or "tool_calls" not in message
         assert message.get("weight", 1) in (0, 1)
         assert message.get("train", True) in (False, True)
@@ -800,7 +791,7 @@ def assert_sound(c: Conversation) -> None:
     assert c.tools is None or all(isinstance(t.get("function", t)["name"], str) for t in c.tools)
     texts = [value for value in [c.messages, c.tools] if value is not None]
     assert not GARBAGE & set("".join(all_texts(texts)))
-    assert c.first_user_text().strip()
+    assert c.prompt().strip()
 
 
 def all_texts(value: Any) -> list[str]:

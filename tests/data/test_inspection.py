@@ -53,7 +53,6 @@ def test_sound_templates_pass(name: str, tmp_path: Path) -> None:
 WRONG = {
     "stop": (Style(NO_END, None, "<|im_end|>", "<|im_end|>"), "0 of 20 turns end in a stop token"),
     "bos": (Style(TWO_BOS, "<s>", "<|im_end|>", "<|im_end|>"), "20 with two"),
-    "prompt": (STYLES["qwen"], r"0 of 20 prompts are the same .* in training '<think>"),
 }
 
 
@@ -65,6 +64,16 @@ def test_unsound_templates_fail_the_check_that_is_made_for_them(name: str, tmp_p
     assert not checks[name].passed
     assert re.search(found, checks[name].found)
     assert all(check.passed for check in checks.values() if check.name != name)
+
+
+def test_a_prompt_that_training_did_not_see_fails_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = read(tmp_path / "model", STYLES["chatml"])
+    corpus = build(tmp_path / "d.jsonl", chat)
+    seen = ChatTokenizer.encode_prompt
+    monkeypatch.setattr(ChatTokenizer, "encode_prompt", lambda *given: seen(*given)[:-1])
+    check = verdicts(chat, corpus)["prompt"]
+    assert not check.passed
+    assert check.found.startswith("0 of 20 prompts are the same in training and at inference; in training ")
 
 
 def test_template_args_make_training_and_use_alike(tmp_path: Path) -> None:

@@ -597,7 +597,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
             b'{"messages": 7}',
         ),
         (
-            1,
+            3,
             "messages is not a list of turns",
             "no assistant message",
             "the first message is from the assistant",
@@ -610,8 +610,6 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
             'the role ["assistant"] is not a string',
             "content: null is not a string",
             'content: {"text": "A"} is not a string',
-            "assistant after assistant",
-            "user after user",
             'content: [["A"]] is not a string',
             "messages is not a list of turns",
             "messages is not a list of turns",
@@ -742,7 +740,7 @@ def test_a_delimiter_goes_before_what_is_found(tmp_path: Path) -> None:
     for name in ("a.csv", "a.tsv"):
         (tmp_path / name).write_text("prompt:completion\n1,1,1\t1:A\n")
         ((conversation,), _) = read(tmp_path / name, delimiter=":")
-        assert conversation.first_user_text() == "1,1,1\t1"
+        assert conversation.prompt() == "1,1,1\t1"
 
 
 # ---- Lines and positions

@@ -21,13 +21,16 @@ def write(directory: Path, **files: Any) -> Path:
 
 
 def test_the_template_may_be_a_file_a_setting_or_one_of_several(tmp_path: Path) -> None:
-    assert read_settings(tmp_path) == ({}, None, [])
+    assert read_settings(tmp_path) == ({}, {}, [])
     named = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}]
-    for setting, expected in (("a", "a"), (named, "a"), (named[:1], "b")):
+    only = {"default": "b", "tool_use": "b"}
+    for setting, expected in (("a", {"default": "a"}), (named, {**only, "default": "a"}), (named[:1], only)):
         write(tmp_path, tokenizer_config={"chat_template": setting}, generation_config={"eos_token_id": 7})
         assert read_settings(tmp_path)[1:] == (expected, [7])
     (tmp_path / "chat_template.jinja").write_text("of its own file")
-    assert read_settings(tmp_path)[1] == "of its own file"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("c")
+    assert read_settings(tmp_path)[1] == {"default": "of its own file", "rag": "c"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from nanoft.batches import Sample
 from nanoft.data import truncation
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation
-from nanoft.data.truncation import OMITTED
+from nanoft.data.truncation import OMITTED, chunk
 
 fit = functools.partial(truncation.fit, train_on="assistant")
 POLICIES = ["drop", "prompt", "response", "proportional"]
@@ -142,7 +143,9 @@ def test_proportional_cuts_both(chats: dict[str, ChatTokenizer]) -> None:
 
 def test_a_turn_of_a_rewritten_history_is_cut_alone(chats: dict[str, ChatTokenizer]) -> None:
     chat = chats["qwen"]
-    conversation = talk(("user", LONG * 3), ("assistant", "One"), ("user", "b"), ("assistant", "Two"))
+    conversation = talk(
+        ("user", LONG * 3), ("assistant", "<think>\nh\n</think>\n\nOne"), ("user", "b"), ("assistant", "Two")
+    )
     first, second = encode(chat, conversation)
     assert (first.turn, second.turn) == (1, 3)
     found = fit(second, conversation, chat, 40, "prompt")
@@ -151,7 +154,23 @@ def test_a_turn_of_a_rewritten_history_is_cut_alone(chats: dict[str, ChatTokeniz
     assert "One" not in chat.decode(found.ids.tolist())
     cut = fit(first, conversation, chat, 60, "prompt")
     assert cut is not None
-    assert chat.decode(targets_of(cut), keep_special=True) == "One<|im_end|>"
+    assert chat.decode(targets_of(cut), keep_special=True) == "<think>\nh\n</think>\n\nOne<|im_end|>"
+
+
+@pytest.mark.parametrize("has_bos", [True, False])
+@pytest.mark.parametrize("length", [9, 10, 15, 16, 57])
+def test_every_token_of_a_chunked_text_is_a_target_once(length: int, has_bos: bool) -> None:
+    ids = np.arange(100, 100 + length, dtype=np.int32)
+    whole = Sample(ids, np.arange(length) > 0, record=7)
+    pieces = chunk(whole, 8, bos_id=100 if has_bos else None)
+    assert np.concatenate([piece.ids[piece.is_target] for piece in pieces]).tolist() == ids[1:].tolist()
+    for piece in pieces:
+        assert len(piece.ids) <= 8
+        assert piece.record == 7
+        first = int(piece.is_target.argmax())
+        assert piece.ids[first - 1] == piece.ids[first] - 1  # predicted from the token before it
+        assert piece.is_target[first:].all()
+        assert (piece.ids[0] == 100) or not has_bos
 
 
 def test_plain_text_has_no_prompt_to_cut(chats: dict[str, ChatTokenizer]) -> None:

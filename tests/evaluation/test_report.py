@@ -56,8 +56,8 @@ def test_the_table_shows_base_beside_tuned_with_the_change_and_how_sure_it_is() 
     assert loss == ["perplexity", *shown, "-63.2%", "-63.2% to -63.2%", "< 0.001"]  # 1 / e - 1
     assert overall[1:] == loss[1:]
     assert bits[3] == f"{-1 / math.log(2):+.3g}"
-    assert exact[:4] == ["exact match", "12.5%", "87.5%", "+75.0 points"]
-    assert stop == ["stop rate", "100.0%", "100.0%", "+0.0 points", "+0.0 to +0.0 points", "1.000"]
+    assert exact[:4] == ["exact match", "12.5%", "87.5%", "+75.0 pp"]
+    assert stop == ["stop rate", "100.0%", "100.0%", "+0.0 pp", "+0.0 to +0.0 pp", "1.000"]
 
 
 def test_what_was_not_measured_is_not_shown() -> None:
@@ -88,10 +88,14 @@ VERDICTS: dict[str, tuple[EvalResult, EvalResult, str]] = {
 def test_the_verdict_says_what_the_intervals_say(case: str) -> None:
     tuned, base, expected = VERDICTS[case]
     values, terminal, markdown = reported(tuned, base)
-    assert values["verdict"].startswith(f"{expected}: perplexity from ")
+    named = ["exact match"] if case == "worse answers" else ["perplexity"]
+    named += ["exact match"] if case in ("both better", "one each way") else []
+    first, *others = named  # the other figure of each pair has an interval around zero, or did not change at all
+    assert values["verdict"].startswith(f"{expected}: {first} from ")
+    assert [name for name in ("perplexity", "exact match") if f" and {name} from " in values["verdict"]] == others
     assert values["verdict"] in terminal
     assert markdown.startswith(f"# name\n\n**Verdict.** {expected[0].upper()}{expected[1:]}: ")
-    assert values["verdict"].count("95 % interval") == (2 if tuned.completions else 1)
+    assert values["verdict"].count("95 % interval") == len(named)
     low, high = (values["changes"]["loss"]["change"][end] for end in ("low", "high"))
     assert (high < 0) == (case in ("both better", "one better, one unclear", "one each way"))
     assert (low > 0) == (case == "worse")
@@ -264,10 +268,13 @@ def test_whatever_is_said_the_report_is_one_of_markdown() -> None:
 
 def test_the_leak_check_of_a_split_is_told_as_it_was_made() -> None:
     def said(near: str, **changes: Any) -> str:
-        data = {"removed": {}, "near_leaks": 0, "near_leaks_are": "kept", **changes}
+        data = {"removed": {}, "near_leaks": 0, "near_leaks_are": "kept", "leaks": "remove", "shared_prompts": 0}
+        data |= changes
         return report.leakage_of_run(data, near)["said"]
 
-    assert said("warn").endswith("is in the training data, nor a near duplicate")
+    assert said("warn") == "no training record has the prompt of a validation record; no near duplicates were found"
+    assert said("warn", shared_prompts=7).startswith("7 training records have the prompt of a validation record;")
+    assert said("warn", leaks="ignore").startswith("equal prompts were not searched for (data.leaks=ignore)")
     assert "4 such training records were removed" in said("warn", removed={"leak": 4})
     assert "3 training records nearly repeat" in said("warn", near_leaks=3)
     assert "3" not in said("remove", near_leaks=3, near_leaks_are="removed")

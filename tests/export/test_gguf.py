@@ -366,7 +366,7 @@ def test_a_family_that_llama_cpp_does_not_have_is_refused_in_one_line(
         assert not out.exists()
 
 
-@pytest.mark.parametrize(("variant", "reason"), [("dora", "not support DoRA"), ("bias", "have no biases")])
+@pytest.mark.parametrize(("variant", "reason"), [("dora", "not support DoRA"), ("bias", "has no trained biases")])
 def test_adapters_of_more_than_two_factors_are_refused(variant: str, reason: str, made: Any, tmp_path: Path) -> None:
     kinds: dict[str, dict[str, Any]] = {"dora": {"dora": True}, "bias": {"bias": "lora_only"}}
     opened, _ = made("qwen2", lora=LoRAConfig(rank=4, alpha=6.0, **kinds[variant]))

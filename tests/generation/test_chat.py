@@ -129,33 +129,24 @@ OPEN = "<|im_start|>assistant\n"
 
 def run_lines(session: ChatSession, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    session.in_terminal = True
     session.run()
 
 
-def test_a_pipe_gets_an_answer_a_line_and_nothing_else(
-    chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = Script(chat, ["uno", "due"], {})
-    run_lines(session_of(chat, script, system="S"), "one\n two \n\nnever read\n", monkeypatch)
-    assert capsys.readouterr() == ("uno\ndue\n", "")
-    system = "<|im_start|>system\nS<|im_end|>\n"
-    first = system + user("one") + OPEN
-    second = system + user("one") + assistant("uno") + user("two") + OPEN
-    assert script.asked == [(first, 50, True), (second, 50, True)]
-
-
-def test_commands_through_a_pipe(
+def test_commands(
     chat: ChatTokenizer,
     adapters: dict[str, LoRALinear],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    script = Script(chat, ["A1", "B1", "A2", "A3", "A4", "A5"], adapters)
+    script = Script(chat, ["A1", "B1", "A2", "A3", "A4"], adapters)
     lines = ["/base", "q1", "/base", "/reset", "q2", "/system be  brief", "q3", "/reset", "q4", "/system"]
     run_lines(session_of(chat, script), "\n".join([*lines, "/etc/passwd?", "/help", "/quit", "q6"]), monkeypatch)
     out, err = capsys.readouterr()
-    assert out == "A1\nbase: B1\nA2\nA3\nA4\nA5\n"
-    assert err == f"no question yet\n{HELP}\n"
+    assert out.replace("> ", "") == "A1\nbase: B1\nA2\nA3\nA4\n"
+    assert err.removeprefix("/help lists the commands, Ctrl-D exits\n") == (
+        f"no question yet\n/etc/passwd?: unknown command\n{HELP}\n{HELP}\n"
+    )
     brief = "<|im_start|>system\nbe  brief<|im_end|>\n"
     assert script.asked == [
         (user("q1") + OPEN, 50, True),
@@ -163,7 +154,6 @@ def test_commands_through_a_pipe(
         (user("q2") + OPEN, 50, True),
         (brief + user("q3") + OPEN, 50, True),
         (brief + user("q4") + OPEN, 50, True),
-        (user("/etc/passwd?") + OPEN, 50, True),
     ]
     assert all(adapter.enabled for adapter in adapters.values())
 

@@ -17,7 +17,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from nanoft.generation.sampling import BELOW_ONE, Sampler, Sampling, penalize, sample, warp
+from nanoft.generation.sampling import BELOW_ONE, NotFinite, Sampler, Sampling, penalize, sample, warp
 
 CPU = torch.device("cpu")
 VOCAB, DRAWS = 60, 40_000
@@ -170,5 +170,12 @@ def test_a_seed_repeats_and_another_differs() -> None:
     assert drawn(1) != drawn(2)
 
 
-def test_logits_that_are_no_numbers_give_a_token_all_the_same() -> None:
-    assert 0 <= int(sample(torch.full((1, 5), torch.nan), torch.full((1,), 0.5))) < 5
+@pytest.mark.parametrize("settings", [Sampling(), Sampling(0.7, repetition_penalty=1.1)])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error(odd: float, settings: Sampling) -> None:
+    broken = logits()
+    broken[3, 5] = odd
+    with pytest.raises(NotFinite, match=rf"^model: its logits are {odd}: the weights are damaged, or activations"):
+        all_of(settings, [[0]] * 16, VOCAB, 1).choose(broken)
+    broken[3, 5] = -torch.inf  # only this token is impossible
+    all_of(settings, [[0]] * 16, VOCAB, 1).choose(broken)

@@ -127,7 +127,6 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
         ("llama", "layer_types", ["sliding_attention"]),
         ("mistral", "attention_bias", True),
         ("mistral", "use_sliding_window", True),
-        ("mistral", "layer_types", ["full_attention"]),
         ("qwen2", "mlp_bias", True),
         ("qwen2", "attention_bias", True),
     ],
@@ -149,3 +148,92 @@ def test_the_default_rope_has_no_scaling_in_either_form() -> None:
     fields = with_both_rope_forms({"rope_theta": 5e5})
     assert fields["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
     assert fields["rope_scaling"] is None
+
+
+# --- config.json as people have it
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = torch.arange(3, 103)[None] % 90  # longer than the pre-training context of 64 below
+
+
+def rewrite_config(directory: Path, **changes: object) -> None:
+    """Change fields of config.json; None removes one."""
+    stored = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in stored.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7000.0}},
+        {"rope_theta": 500.0, "rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {
+            "rope_theta": 500.0,
+            "rope_parameters": None,
+            "rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 7000.0},
+        },
+        {"rope_theta": 500.0, "rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}, "original_max_position_embeddings": 32},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32},
+    ],
+)
+@torch.no_grad()
+def test_every_rope_has_the_angles_of_transformers(fields: dict[str, object], tmp_path: Path) -> None:
+    """Where two fields disagree, where one is left out, and beyond the context of pre-training."""
+    make_family("llama", tmp_path, max_position_embeddings=64)
+    rewrite_config(tmp_path, **fields)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path), load_model(tmp_path, CPU, torch.float32)
+    for ids in (LONG[:, :50], LONG, LONG[:, :50]):
+        wanted = theirs(ids).logits
+        assert (ours.logits(ours(ids)) - wanted).abs().max() < 1e-5 * wanted.std()
+
+
+@torch.no_grad()
+def test_mistral_with_layer_types_has_a_window_in_the_layers_that_slide(tmp_path: Path) -> None:
+    make_family("mistral", tmp_path)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    rewrite_config(tmp_path, sliding_window=8, layer_types=kinds)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")  # which takes it as Ministral
+    ours = load_model(tmp_path, CPU, torch.float32)
+    assert ours.config.windows == (8, None, 8)
+    assert (ours.logits(ours(LONG)) - theirs(LONG).logits).abs().max() < 1e-5 * theirs(LONG).logits.std()
+
+
+HARMLESS = {
+    "use_mrope": False, "is_llama_config": True, "rope_interleaved": False, "unsloth_fixed": True,
+    "unsloth_version": "2025.1.5", "_attn_implementation_autoset": True, "transformers.js_config": {"dtype": "q4"},
+    "neftune_noise_alpha": 5, "max_length": 20, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "num_beams": 1,
+    "repetition_penalty": 1.1, "hidden_act": "swish", "pretraining_tp": 2, "a_switch_of_tomorrow": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_harmless_fields_pass_and_unknown_ones_that_are_on_do_not(name: str, tmp_path: Path) -> None:
+    make_family(name, tmp_path)
+    rewrite_config(tmp_path, **HARMLESS)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert decoder_config(stored).family == name
+    for field in ("a_switch_of_tomorrow", "logit_scale", "use_mrope"):
+        with pytest.raises(UserError, match=f"config.json: {field}: True: unknown field of {name}"):
+            decoder_config({**stored, field: True})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_theta": 0}, "rope_theta: 0 is not a positive number"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta: 0 is not a positive number"),
+        ({"rope_theta": "1e4"}, "rope_theta: '1e4' is not a positive number"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope type dynamic needs the field factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope: full_attention: .* has no effect"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "alpha": 4}}, "rope: alpha: 4 has no effect"),
+        ({"layer_types": ["chunked_attention"] * 3}, "layer_types: 'chunked_attention' is not supported"),
+    ],
+)
+def test_a_rope_or_window_that_cannot_be_is_refused(fields: dict[str, object], message: str) -> None:
+    small = {name: value for name, value in SMALL.items() if name != "attn_implementation"}
+    with pytest.raises(UserError, match=message):
+        decoder_config({**small, "architectures": ["MistralForCausalLM"], **fields})

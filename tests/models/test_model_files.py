@@ -13,12 +13,14 @@ import pytest
 import torch
 from hub import Hub
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from nanoft import UserError
-from nanoft.config import Config, QuantizationConfig
+from nanoft.config import Config, ModelConfig, QuantizationConfig
+from nanoft.export.streaming import StreamedDecoder, open_rows
 from nanoft.model import Decoder
-from nanoft.models.model_files import ModelFiles, check_quantization, find_model, quantization_of
-from nanoft.models.weights import load_model
+from nanoft.models.model_files import ModelFiles, check_quantization, find_model, quantization_of, split_reference
+from nanoft.models.weights import load_model, save_model
 from tiny_models import make_chat_model, make_packed, make_reference
 
 CPU = torch.device("cpu")
@@ -128,6 +130,252 @@ def write_sharded(directory: Path, state: dict[str, torch.Tensor], limit: int) -
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+# --- weights that are not what config.json says
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Read the single weights file, change the dictionary, write it again."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_config(directory: Path, **changes: Any) -> None:
+    """Change config.json; None takes a field out."""
+    stored = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in stored.items() if v is not None}))
+
+
+def assert_equal_to_transformers(directory: Path) -> None:
+    wanted = logits(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager"))
+    assert (logits(load(directory)) - wanted).abs().max() < 1e-4
+
+
+def test_a_head_that_differs_from_the_embedding_is_not_tied_to_it(tmp_path: Path) -> None:
+    """As in transformers 5; and the exported model says so to every reader."""
+    make_reference("llama-tied", tmp_path / "model")
+    rewrite(tmp_path / "model", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    files = ModelFiles.read(tmp_path / "model")
+    assert files.decoder.tied
+    assert not files.notes
+    rewrite(tmp_path / "model", lambda t: t["lm_head.weight"].mul_(-2))
+    files = ModelFiles.read(tmp_path / "model")
+    assert not files.decoder.tied
+    assert files.notes == (
+        f"{tmp_path}/model/config.json: tie_word_embeddings is true, but lm_head.weight differs from the embedding: "
+        "it is used",
+    )
+    assert_equal_to_transformers(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    save_model(load(tmp_path / "model"), tmp_path / "model", tmp_path / "out", torch.float32)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(tmp_path / "model")))
+    assert not ModelFiles.read(tmp_path / "out").notes
+
+
+def test_without_a_head_the_embedding_is_the_head(tmp_path: Path) -> None:
+    reference = make_reference("llama", tmp_path)
+    rewrite(tmp_path, lambda t: t.pop("lm_head.weight"))
+    assert "there is no lm_head.weight: the head is the embedding" in ModelFiles.read(tmp_path).notes[0]
+    reference.lm_head.weight = reference.model.embed_tokens.weight
+    assert (logits(load(tmp_path)) - logits(reference)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+        lambda name: name.replace("layers.1.mlp", "layers.1._fsdp_wrapped_module._checkpoint_wrapped_module.mlp"),
+        lambda name: f"model.{name}",
+        lambda name: name.removeprefix("model."),
+    ],
+)
+def test_names_that_other_tools_wrapped_are_the_same_weights(rename: Any, tmp_path: Path) -> None:
+    reference = make_reference("qwen2", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    assert (logits(load(tmp_path)) - logits(reference)).abs().max() < 1e-4
+
+
+def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
+    make_reference("qwen2", tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"module.model.norm.weight": t["model.norm.weight"] + 1}))
+    with pytest.raises(UserError, match=r"model.safetensors: model.norm.weight is there twice"):
+        load(tmp_path)
+
+
+def test_shards_without_an_index_are_found_if_all_are_there(tmp_path: Path) -> None:
+    reference = make_reference("mistral", tmp_path, "100KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert (logits(load(tmp_path)) - logits(reference)).abs().max() < 1e-4
+    last = max(tmp_path.glob("model-*"))
+    last.unlink()
+    with pytest.raises(UserError, match=f"{last.name}: one of .* shards, but missing"):
+        load(tmp_path)
+
+
+def test_an_index_beside_a_single_file(tmp_path: Path) -> None:
+    """The same weights twice are read once; different ones are refused; an index without its shards is a leftover."""
+    reference = make_reference("mistral", tmp_path, "100KB")
+    tensors = {name: tensor for shard in tmp_path.glob("model-*") for name, tensor in load_file(shard).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert ModelFiles.read(tmp_path).shards() == [tmp_path / "model.safetensors"]
+    assert (logits(load(tmp_path)) - logits(reference)).abs().max() < 1e-4
+    tensors["model.norm.weight"] += 1
+    newer = tmp_path / "newer"
+    shutil.copytree(tmp_path, newer)
+    save_file(tensors, newer / "model.safetensors")
+    with pytest.raises(UserError, match=r"newer/model.safetensors: differs from the shards in model.safetensors.index"):
+        load(newer)
+    next(newer.glob("model-00001-*")).unlink()
+    assert torch.equal(load(newer).model.norm.weight, tensors["model.norm.weight"])
+
+
+LEFT_OVER = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def test_a_quantization_config_beside_plain_weights_is_ignored_with_a_line(tmp_path: Path) -> None:
+    reference = make_reference("qwen2", tmp_path)
+    set_config(tmp_path, quantization_config=LEFT_OVER)
+    files = ModelFiles.read(tmp_path)
+    assert files.quantization is None
+    assert "quantization_config is ignored: the weights are not quantized" in files.notes[0]
+    check_quantization(files, ("int8", False))
+    assert (logits(load(tmp_path)) - logits(reference)).abs().max() < 1e-4
+    set_config(tmp_path, quantization_config={**LEFT_OVER, "load_in_4bit": False})  # switched off
+    assert not ModelFiles.read(tmp_path).notes
+    set_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UserError, match=r"quantization_config: .* if the weights are not quantized, remove the field"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_packed_weights_may_be_stored_as_numbers_of_another_type(
+    storage: torch.dtype, packed: Path, tmp_path: Path
+) -> None:
+    settings = {**settings_of(("nf4", True)), "bnb_4bit_quant_storage": storage}
+    make_packed(packed / "source", tmp_path, **settings)
+    assert load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == storage
+    assert torch.equal(logits(load(tmp_path)), logits(load(packed / "nf4-True")))
+
+
+@torch.no_grad()
+def test_a_packed_head_is_read(tmp_path: Path) -> None:
+    make_reference("llama", tmp_path / "source")
+    theirs = make_packed(tmp_path / "source", tmp_path / "4", llm_int8_skip_modules=["none"], **settings_of(FORMS[0]))
+    assert load_file(tmp_path / "4" / "model.safetensors")["lm_head.weight"].dtype == torch.uint8
+    ours = load(tmp_path / "4")
+    assert (logits(ours) - logits(theirs.train())).abs().max() < 1e-4
+    streamed = StreamedDecoder(open_rows(tmp_path / "4"))
+    assert (logits(streamed) - logits(ours)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_without_a_usable_dtype_the_stored_form_counts(dtype: torch.dtype, tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path).to(dtype).save_pretrained(tmp_path)
+    for said in (None, "auto", 7):
+        set_config(tmp_path, dtype=said, torch_dtype=None)
+        assert ModelFiles.read(tmp_path).dtype() == dtype
+    set_config(tmp_path, dtype="torch.float16")
+    assert ModelFiles.read(tmp_path).dtype() == torch.float16
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("quantization", [None, ("nf4", True), ("int8", False)])
+def test_weights_that_are_not_finite_are_named_as_damaged(value: float, quantization: Any, tmp_path: Path) -> None:
+    make_reference("qwen2", tmp_path)
+    rewrite(tmp_path, lambda t: t["model.layers.1.mlp.up_proj.weight"][3].fill_(value))
+    message = r"model.safetensors: model.layers.1.mlp.up_proj.weight contains NaN or infinity: damaged: download"
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, quantization=quantization)
+    with pytest.raises(UserError, match=message):
+        list(open_rows(tmp_path).rows("model.layers.1.mlp.up_proj.weight"))
+
+
+# --- what is not a model
+
+
+def adapter_only(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_bytes(b"")
+
+
+def trainer_output(directory: Path) -> None:
+    for step in (500, 1000):
+        make_reference("llama", directory / f"checkpoint-{step}")
+
+
+def a_run(directory: Path) -> None:
+    tree = {**Config().to_dict(), "provenance": {}}
+    tree["model"]["name"] = "some/base"
+    (directory / "config.json").write_text(json.dumps(tree))
+    (directory / "checkpoints").mkdir()
+
+
+def files_named(*names: str) -> Callable[[Path], None]:
+    def make(directory: Path) -> None:
+        for name in names:
+            (directory / name).write_bytes(b"x")
+
+    return make
+
+
+def with_config(*names: str) -> Callable[[Path], None]:
+    def make(directory: Path) -> None:
+        make_reference("llama", directory)
+        (directory / "model.safetensors").unlink()
+        files_named(*names)(directory)
+
+    return make
+
+
+def dangling(directory: Path) -> None:
+    make_reference("llama", directory)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").symlink_to(directory / "blobs" / "gone")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (adapter_only, "is an adapter, not a model: set model.name to its base, and lora.start_from={0}"),
+        (trainer_output, "only checkpoints of a Trainer: name one of them, such as {0}/checkpoint-1000"),
+        (a_run, "is a run, not a model: set model.name to its base, and lora.start_from={0}"),
+        (files_named("model-Q4_K_M.gguf"), "has its weights in GGUF, which is for inference: name the original model"),
+        (with_config("model-f16.gguf"), "has its weights in GGUF"),
+        (with_config("pytorch_model.bin"), "pickles, such as pytorch_model.bin, which can run code and are not read"),
+        (with_config("other.safetensors"), "no weights here: expected model.safetensors"),
+        (dangling, "model.safetensors: no such file: it is a link to .*gone, which is gone"),
+    ],
+)
+def test_what_is_not_a_model_is_said_to_be_what_it_is(make: Any, message: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(UserError, match=message.format(tmp_path)) as raised:
+        ModelFiles.find(str(tmp_path)).shards()
+    assert str(raised.value).startswith(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_home_directory_is_found_and_a_wrong_path_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_chat_model(tmp_path / "base")
+    assert find_model("~/base") == tmp_path / "base"
+    files = ModelFiles.find("~/base")
+    assert files.fetch().shards() == [tmp_path / "base" / "model.safetensors"]
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"link: is a link to .*/gone, which is gone"):
+        find_model(str(tmp_path / "link"))
+    with pytest.raises(UserError, match=r"config.json: is a file: name the directory that it is in"):
+        find_model(str(tmp_path / "base" / "config.json"))
+    with pytest.raises(UserError, match=r"model.revision: v2: .*/base is a directory, which has no revisions"):
+        find_model(ModelConfig(name=str(tmp_path / "base"), revision="v2").reference)
+
+
 # --- the Hub
 
 
@@ -176,9 +424,59 @@ def test_a_hub_name_that_cannot_be_had_is_one_line(hub: type[Hub], monkeypatch: 
 
 
 def test_what_looks_like_a_path_is_not_asked_of_the_hub(hub: type[Hub]) -> None:
-    for name in ("./x", "/no/such/directory", "~/x", "a/b/c"):
+    for name in ("./x", "/no/such/directory", "~/x", "a/b/c", "./x@main"):
         with pytest.raises(UserError, match=f"{name}: no such directory"):
             find_model(name)
     with pytest.raises(UserError, match="empty"):
         find_model("")
     assert hub.asked == []
+
+
+def test_a_revision_is_what_is_asked_for(hub: type[Hub]) -> None:
+    make_chat_model(hub.files)
+    found = ModelFiles.find(ModelConfig(name="some/model", revision="v1.0").reference).fetch()
+    assert found.shards()
+    assert "/api/models/some/model/revision/v1.0" in hub.asked
+    assert split_reference("some/model@v1.0") == ("some/model", "v1.0")
+    assert split_reference("some/model") == ("some/model", None)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["pytorch_model.bin"], "some/model: has its weights in pickles, such as pytorch_model.bin"),
+        (["model-Q4_K_M.gguf"], "some/model: has its weights in GGUF"),
+        (["checkpoint-9/model.safetensors"], "some/model: .*: name one of them, such as some/model/checkpoint-9"),
+        (["adapter_model.safetensors", "adapter_config.json"], "some/model: is an adapter, not a model"),
+    ],
+)
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_repository_without_weights_is_said_to_be_what_it_is(
+    names: list[str], message: str, has_config: bool, hub: type[Hub]
+) -> None:
+    make_chat_model(hub.files)
+    (hub.files / "model.safetensors").unlink()
+    if not has_config:
+        (hub.files / "config.json").unlink()
+    for name in names:
+        (hub.files / name).parent.mkdir(exist_ok=True)
+        (hub.files / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=message):
+        ModelFiles.find("some/model").fetch().shards()
+
+
+def test_a_gated_repository_is_explained_to_the_end(hub: type[Hub]) -> None:
+    def refuse(self: Hub, _: bool) -> None:
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+        text = "Access to model some/model is restricted. Visit the page to ask for access."
+        self.send_header("X-Error-Message", text)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    hub.answer = refuse  # type: ignore[method-assign]
+    with pytest.raises(UserError) as raised:
+        find_model("some/model")
+    assert "accept its terms at https://huggingface.co/some/model, then set HF_TOKEN" in str(raised.value)
+    assert "Visit the page to ask for access." in str(raised.value)
+    assert "\n" not in str(raised.value)

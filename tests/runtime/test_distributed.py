@@ -27,6 +27,7 @@ from nanoft.runtime import distributed
 from nanoft.runtime.machine import Machine, select_device
 from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
 from nanoft.training.validation import validate_config
+from tiny_models import make_chat_model, write_records
 
 # train.py with something done before, and the exit code written down: torchrun itself ends with 1 whatever it was
 WORKER = """
@@ -174,6 +175,7 @@ def overflowing(loss, parameters):
         (gradient.to_local() if distributed.is_sharded() else gradient).fill_(float("inf"))
     return real(loss, parameters)
 distributed.all_reduce_gradients = overflowing
+train.build_scaler = lambda *_: torch.amp.GradScaler("cpu", init_scale=64.0)
 loop = train.train
 def looping(ctx, *rest):
     state = loop(ctx, *rest)
@@ -188,12 +190,14 @@ train.train = looping
 def test_an_overflow_on_one_rank_is_one_on_every_rank(sharding: str, tmp_path: Path) -> None:
     """The fourth window: the ranks' gradients are summed, so both see it, and both halve the loss scale."""
     changes = {"training__gradient_accumulation_steps": 1, "training__eval_steps": 0, "model__dtype": "float16"}
-    changes |= {"model__random_init": True, "training__sharding": sharding, "training__max_steps": 5}
+    make_chat_model(tmp_path / "base")
+    changes |= {"model__name": tmp_path / "base", "data__train_file": write_records(tmp_path / "data.jsonl", 40)}
+    changes |= {"training__sharding": sharding, "training__max_steps": 5, "evaluation__prompts": 0}
     _, err = run(2, tmp_path / "run", OVERFLOW_ON_ONE, **changes)
     assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
     assert [line["window"] for line in events(tmp_path / "run") if line["what"] == "overflow"] == [[0, 3]]
     found = [(tmp_path / "run-codes" / f"scale-{rank}").read_text() for rank in (0, 1)]
-    assert found == [str([32768.0, 1])] * 2
+    assert found == [str([32.0, 1])] * 2
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 

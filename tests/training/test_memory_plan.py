@@ -258,6 +258,9 @@ def test_plan_warns_of_what_the_base_does_not_have(arguments: list[str], capsys:
     assert "lora.rank: 33 is more than 32, the full rank of model.layers.0.self_attn.q_proj (64 x 32)" in said
     assert "and so it is for 4 of 4 adapters" in said
     assert "training.learning_rate=0.0004: high for a run without warm-up" in said
+    for steps, is_said in ((10, True), (20, False)):  # a warm-up of 0.3 and of 0.6 steps
+        assert train.main([*arguments, "--plan", "training.learning_rate=3e-4", f"training.max_steps={steps}"]) == 0
+        assert ("for a run without warm-up" in capsys.readouterr().out) == is_said
 
 
 @pytest.mark.parametrize(

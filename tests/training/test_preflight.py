@@ -50,6 +50,18 @@ def test_the_row_of_the_stop_token(tmp_path: Path, factor: float, passed: bool) 
     assert f"'<|im_end|>': {factor:.2f}" in check.found
 
 
+def test_rows_that_only_fill_up_the_vocabulary_do_not_count(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "model")
+    model = load_model(tmp_path / "model", torch.device("cpu"), torch.float32)
+    chat = ChatTokenizer.from_directory(tmp_path / "model")
+    corpus = build(tmp_path / "d.jsonl", chat)
+    with torch.no_grad():
+        model.head[len(model.head) // 2 :] = 0  # not the row of the stop token
+        median = model.head[: len(model.head) // 2].norm(dim=1).median()
+    row = model.head[CONTROL.index("<|im_end|>")].norm()
+    assert f"'<|im_end|>': {row / median:.2f}" in check_head(model, chat, corpus.training).found
+
+
 def test_room_on_the_disk(tmp_path: Path) -> None:
     assert check_disk(tmp_path, 1000, 3).passed
     check = check_disk(tmp_path, 10**15, 3)

@@ -83,14 +83,22 @@ def test_going_back_and_resumed_equals_going_back(tmp_path: Path, monkeypatch: P
     ]
 
 
+def far_too_high(_: int, real: Any, *args: Any) -> float:
+    """A learning rate that no config may set; at least 1e29, so that it diverges at once."""
+    return float(1e30 * real(*args))
+
+
 @pytest.mark.parametrize("allowed", [0, 2])
-def test_what_rollbacks_do_not_help_ends_with_3_and_a_diagnosis(allowed: int, tmp_path: Path, capsys: Capture) -> None:
-    changes = {"training__learning_rate": 1e30, "training__max_steps": 20, "guard__max_rollbacks": allowed}
+def test_what_rollbacks_do_not_help_ends_with_3_and_a_diagnosis(
+    allowed: int, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    in_the_loop(monkeypatch, "learning_rate", far_too_high)
+    changes = {"training__learning_rate": 1.0, "training__max_steps": 20, "guard__max_rollbacks": allowed}
     assert train.main(quick(tmp_path / "run", **changes, guard__rollback_rate=1.0)) == 3
     captured = capsys.readouterr()
     assert captured.err.startswith("failed: 5 windows in a row could not be used after step")
     assert f"{allowed} rollbacks did not help: the " in captured.err
-    assert "lower training.learning_rate (1e+30)" in captured.err
+    assert "lower training.learning_rate (1)" in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out.count("warning: rolled back from step") == allowed
     assert "conversations.jsonl:" in captured.out
@@ -104,9 +112,10 @@ def test_no_rollback_may_be_allowed(tmp_path: Path, monkeypatch: Patch, capsys: 
     assert "rolled back" not in captured.out
 
 
-def test_a_rollback_gets_over_a_learning_rate_that_was_too_high(tmp_path: Path) -> None:
+def test_a_rollback_gets_over_a_learning_rate_that_was_too_high(tmp_path: Path, monkeypatch: Patch) -> None:
     """1e30 diverges at once, and at some rate below only after a checkpoint; far below that it does not."""
-    changes = {"training__learning_rate": 1e30, "guard__rollback_rate": 0.001, "guard__max_rollbacks": 12}
+    in_the_loop(monkeypatch, "learning_rate", far_too_high)
+    changes = {"training__learning_rate": 1.0, "guard__rollback_rate": 0.001, "guard__max_rollbacks": 12}
     assert train.main(quick(tmp_path / "run", **changes, training__max_steps=20, guard__max_skips=1)) == 0
     steps_are_all_there(tmp_path / "run", 20)
     assert all(tensor.isfinite().all() for tensor in result(tmp_path / "run").values())

@@ -14,13 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from runs import BASE, ROOT, Capture, Patch, equal, events, in_the_loop, losses, quick, result, steps_are_all_there
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import merge
 import train
+from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.io import untrusted
 from nanoft.model import Decoder
 from nanoft.models import model_files
-from tiny_models import make_chat_model, write_records
+from nanoft.models.open import open_model
+from tiny_models import make_chat_model, train_run, write_records
 
 
 def test_another_split_of_the_same_rows_may_go_on(tmp_path: Path) -> None:
@@ -31,6 +37,24 @@ def test_another_split_of_the_same_rows_may_go_on(tmp_path: Path) -> None:
     split = {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 8}
     assert train.main(quick(other, **constant, **split)) == 0
     assert [loss for _, loss in losses(other)] == pytest.approx([loss for _, loss in losses(whole)], rel=1e-6)
+
+
+def test_a_run_goes_on_wherever_its_base_is_if_that_is_the_same(tmp_path: Path, capsys: Capture) -> None:
+    """Twice, so that the second time config.json already names the new place; and a run recorded before that was so."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    constant = {"training__lr_scheduler": "constant"}
+    assert train.main(quick(whole, **constant)) == 0
+    assert train.main(quick(moved, **constant, training__max_steps=4)) == 0
+    recorded = json.loads((moved / "config.json").read_text())
+    recorded["provenance"].pop("config_sha256")
+    (moved / "config.json").write_text(json.dumps(recorded))
+    for place, steps in (("a", 6), ("b", 8)):
+        shutil.copytree(BASE, tmp_path / place)
+        capsys.readouterr()
+        command = quick(moved, **constant, model__name=str(tmp_path / place), training__max_steps=steps)
+        assert train.main(command) == 0
+        assert f"resuming  after step {steps - 2} of {steps}" in capsys.readouterr().out
+    assert [loss for _, loss in losses(moved)] == [loss for _, loss in losses(whole)]
 
 
 @pytest.mark.parametrize(
@@ -245,3 +269,96 @@ def test_the_log_says_when_data_came_from_the_cache(tmp_path: Path, monkeypatch:
     for is_cached in (False, True):
         assert train.main([*quick(tmp_path / "run"), "--show-batch"]) == 0
         assert ("data      from the cache: " in capsys.readouterr().out) is is_cached
+
+
+# --- what lora.start_from, model.add_tokens and lora.modules_to_save change
+
+
+TOKENS = ("<|go|>", "<|a|>")
+TRAINED: dict[str, dict[str, Any]] = {
+    "tokens": {"model__add_tokens": TOKENS},
+    "copies": {"lora__modules_to_save": ("lm_head", "norm"), "lora__target_modules": ("q_proj", "embed_tokens")},
+    "head": {"lora__target_modules": ("q_proj", "lm_head"), "lora__dora": True, "model__dtype": "bfloat16"},
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])  # its own head, a tied one
+def tokens_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("tokens")
+    make_chat_model(place / "base", request.param)
+    write_records(place / "data.jsonl")
+    turn = "<|im_start|>{{ m.role }}\n<|go|>{{ m.content }}<|a|><|im_end|>\n"
+    prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n<|go|>{% endif %}"
+    template = f"{{% for m in messages %}}{turn}{{% endfor %}}{prompt}"
+    (place / "base" / "chat_template.jinja").write_text(template)
+    return place
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_all_that_is_trained_resumes_bit_for_bit_and_is_what_peft_reads(
+    what: str, tokens_base: Path, tmp_path: Path
+) -> None:
+    base, data = tokens_base / "base", tokens_base / "data.jsonl"
+    train_run(tmp_path / "whole", base, data, **TRAINED[what], training__lr_scheduler="constant")
+    changes = {**TRAINED[what], "training__lr_scheduler": "constant"}
+    train_run(tmp_path / "half", base, data, **changes, training__max_steps=2)
+    train_run(tmp_path / "half", base, data, **changes)
+    whole, half = (
+        load_file(tmp_path / name / "checkpoints" / "step-000004" / "adapter.safetensors") for name in ("whole", "half")
+    )
+    assert whole.keys() == half.keys()
+    assert all(torch.equal(tensor, half[name]) for name, tensor in whole.items())
+    start = load_file(tmp_path / "whole" / "checkpoints" / "step-000002" / "adapter.safetensors")
+    assert all(not torch.equal(tensor, start[name]) for name, tensor in whole.items())
+    reference = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
+    opened = open_model(str(tmp_path / "whole"), torch.device("cpu"), torch.float32).model.eval()
+    if opened.config.vocab_size > reference.config.vocab_size:
+        reference.resize_token_embeddings(opened.config.vocab_size, mean_resizing=False)
+    theirs = PeftModel.from_pretrained(reference, tmp_path / "whole" / "adapter").eval()
+    ids = torch.tensor([[3, 9, opened.config.vocab_size - 1, opened.config.vocab_size - 2, 5]])
+    with torch.no_grad():
+        assert (opened.logits(opened(ids)) - theirs(ids).logits).abs().max() < 1e-4
+    out = tmp_path / "merged"
+    assert merge.main([str(tmp_path / "whole"), "--out", str(out), "--dtype", "f32"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert (merged(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+    if what == "tokens":
+        for directory in (tmp_path / "whole" / "adapter", out):
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+            found = tokenizer("x<|a|>y", add_special_tokens=False)["input_ids"]
+            assert found[1] == tokenizer.convert_tokens_to_ids("<|a|>") == opened.config.vocab_size - 1
+            assert tokenizer.decode(found, skip_special_tokens=True) == "xy"
+
+
+def test_training_continues_from_an_adapter_with_its_shape(tmp_path: Path, capsys: Capture) -> None:
+    make_chat_model(tmp_path / "base", "llama")
+    data = write_records(tmp_path / "data.jsonl")
+    first = train_run(tmp_path / "first", tmp_path / "base", data, model__add_tokens=TOKENS, lora__rank=3)
+    adapter = load_file(first / "adapter" / "adapter_model.safetensors")
+    again = {"lora__start_from": str(first), "lora__rank": 16, "lora__alpha": 32.0}  # 16 and 32 are the defaults
+    second = train_run(tmp_path / "second", tmp_path / "base", data, **again, training__max_steps=1)
+    begun = load_file(second / "checkpoints" / "step-000001" / "adapter.safetensors")
+    config = json.loads((second / "config.json").read_text())
+    assert config["lora"]["rank"] == 3
+    assert ChatTokenizer.from_directory(second / "adapter").tokenizer.token_to_id("<|a|>") is not None
+    assert re.fullmatch("[0-9a-f]{64}", config["provenance"]["start_sha256"])
+    rows = next(name for name in adapter if "embed_tokens" in name)
+    assert begun.keys() == adapter.keys()
+    # After one step of AdamW each number is at most about its learning rate away.
+    assert all((begun[name] - tensor).abs().max() < 0.02 for name, tensor in adapter.items())
+    assert adapter[rows].shape == (2, 32)
+    capsys.readouterr()
+    for changes, said in [
+        ({"lora__rank": 4}, f"lora.rank: 4: {first} has 3, and its shape stays: remove lora.rank"),
+        ({"lora__init": "pissa"}, "lora.init: pissa: the adapter starts from"),
+        ({"model__add_tokens": ("<|b|>",)}, f"model.add_tokens: the tokens of {first} stay"),
+        ({"training__method": "full"}, "needs training.method=lora"),
+    ]:
+        with pytest.raises(AssertionError):
+            train_run(tmp_path / "third", tmp_path / "base", data, **{**again, **changes})
+        assert said in capsys.readouterr().err
+    make_chat_model(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(AssertionError):
+        train_run(tmp_path / "third", tmp_path / "other", data, **again)
+    assert "was trained on another base" in capsys.readouterr().err

@@ -9,12 +9,12 @@ import pytest
 
 import train
 from nanoft import UserError
-from nanoft.config import Config
+from nanoft.config import Config, TrainingConfig
 from nanoft.data.formats import SHAPES
-from nanoft.lora import VARIANTS
+from nanoft.lora import VARIANTS, LoRALinear
 from nanoft.metrics.answers import METRICS
 from nanoft.optim import OPTIMIZERS, SCHEDULES
-from nanoft.training.validation import validate_config
+from nanoft.training.validation import check_schedule, validate_config
 
 TABLES: dict[str, list[str]] = {
     "training.optimizer": list(OPTIMIZERS),
@@ -65,3 +65,48 @@ def test_train_answers_before_anything_is_made(
     assert train.main(["configs/tiny.py", change, f"output.dir={run}"]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not run.exists()
+
+
+class TrainsA(LoRALinear):
+    """A variant that trains A alone."""
+
+    TRAINED = ("lora_A",)
+
+
+class TrainsB(LoRALinear):
+    TRAINED = ("lora_B",)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        (LoRALinear, {"lora.init": "pissa", "lora.rank": 2049}, "lora.rank: 2049: pissa is saved as LoRA of 2 times"),
+        (LoRALinear, {"lora.init": "pissa", "lora.rank_pattern": {"q": 4000}}, "set lora.rank to 2048 or less"),
+        (TrainsB, {"lora.freeze_a": True}, "lora.freeze_a: has no effect with lora.init=default: remove it"),
+        (TrainsA, {"training.lora_plus_ratio": 4.0}, "training.lora_plus_ratio: has no effect with lora.init=default"),
+    ],
+)
+def test_what_a_variant_does_not_train_is_refused(
+    variant: type[LoRALinear], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VARIANTS, ("default", False), variant)
+    with pytest.raises(UserError, match=message):
+        validate_config(Config().override(changes))
+    if variant is not LoRALinear:
+        monkeypatch.setitem(VARIANTS, ("default", False), LoRALinear)
+        validate_config(Config().override(changes))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.01, 2e4])
+def test_a_learning_rate_that_cannot_be_meant_is_refused(rate: float) -> None:
+    with pytest.raises(UserError, match=r"^training\.learning_rate: "):
+        validate_config(Config().override({"training.learning_rate": rate}))
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_refused() -> None:
+    t = TrainingConfig(warmup_steps=30)
+    for total_steps in (None, 30):
+        check_schedule(t, total_steps)
+    check_schedule(TrainingConfig(warmup_ratio=1.0), 30)
+    with pytest.raises(UserError, match=r"^training\.warmup_steps: 30: the run has 29 steps"):
+        check_schedule(t, 29)

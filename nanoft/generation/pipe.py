@@ -1,0 +1,134 @@
+"""`python -m nanoft chat MODEL < questions.txt`: each line is answered on its own, in batches, in order.
+
+A plain line is a question; a blank one is answered by a blank one. With --json a line is a question as a JSON string, a
+list of messages, or an object with `prompt` or `messages` (and `tools`). It is written back as an object with the
+`answer`, why that ended (`finish_reason`: stop or length), and with --base the base model's answer, `base`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanoft import UserError
+from nanoft.data.chat_tokenizer import ChatTokenizer, Message
+from nanoft.data.formats import turns_of
+from nanoft.data.sources import BadRecord, decode_json
+from nanoft.generation.generate import Answer
+
+BATCH = 16  # lines answered together
+GIVEN = ("answer", "finish_reason", "base")  # fields of the output
+
+AnswerAll = Callable[[list[list[int]], int], list[Answer]]  # prompts, maximum number of new tokens
+
+
+@dataclass(frozen=True)
+class LineReader:
+    """Makes prompts of lines."""
+
+    chat: ChatTokenizer
+    context: float  # tokens that prompt and answer may have together
+    max_new_tokens: int
+    system: str | None  # of lines that have no system message of their own
+    as_json: bool
+
+    def read(self, line: bytes) -> tuple[dict[str, Any], list[int], int]:
+        """(the record that is written back, the ids of its prompt, the limit of its answer)."""
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise UserError("not UTF-8: convert it, for example with iconv") from None
+        record = _record(text) if self.as_json else {"prompt": text}
+        messages = _messages(record)
+        if self.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        prompt = self.chat.encode_prompt(messages, record.get("tools"))
+        room = self.context - len(prompt)
+        if room < 1:
+            raise UserError(f"the prompt has {len(prompt)} tokens, the model's context {self.context}: shorten it")
+        return record, prompt, int(min(room, self.max_new_tokens))
+
+
+def answer_lines(reader: LineReader, models: Mapping[str, AnswerAll], show: Callable[[str], None], fd: int = 0) -> None:
+    """Answer every line of a file descriptor.
+
+    models: name -> what answers, of which the first is the model itself; several names are shown before their answers.
+    """
+    number, cut = 0, list[int]()  # lines so far; those whose answer reached its limit
+    for lines in read_lines(fd):
+        asked, blank = [], list[int]()
+        for at, line in enumerate(lines, number + 1):
+            try:
+                if line.strip():
+                    asked.append((at, *reader.read(line)))
+                else:
+                    blank.append(at)
+            except UserError as error:
+                raise UserError(f"stdin:{at}: {error}") from None
+        shown = dict.fromkeys(blank, "" if reader.as_json else "\n")
+        for limit, group in itertools.groupby(asked, key=lambda item: item[3]):
+            places, records, prompts, _ = zip(*group, strict=True)
+            found = {name: model(list(prompts), limit) for name, model in models.items()}
+            for place, record, *answers in zip(places, records, *found.values(), strict=True):
+                shown[place] = _written(reader, record, dict(zip(models, answers, strict=True)))
+                cut += [place] if not answers[0].stopped else []
+        for _, text in sorted(shown.items()):
+            show(text)
+        number += len(lines)
+    if cut:
+        limit = f"--max-new-tokens {reader.max_new_tokens}, or the model's context"
+        print(f"{len(cut):,} answers were truncated ({limit}), first that of line {cut[0]}", file=sys.stderr)
+
+
+def read_lines(fd: int) -> Iterator[list[bytes]]:
+    """Up to BATCH lines at a time, of what is there: another program may wait for an answer before its next line."""
+    rest = b""
+    while piece := os.read(fd, 1 << 16):
+        *lines, rest = (rest + piece).split(b"\n")
+        for start in range(0, len(lines), BATCH):
+            yield lines[start : start + BATCH]
+    if rest:
+        yield [rest]
+
+
+def _record(text: str) -> dict[str, Any]:
+    try:
+        value = decode_json(text)
+    except BadRecord as reason:
+        raise UserError(f"{reason}: without --json, lines are plain text") from None
+    record = {"prompt": value} if isinstance(value, str) else {"messages": value} if isinstance(value, list) else value
+    if not isinstance(record, dict) or not {"prompt", "messages"} & record.keys():
+        raise UserError("expected a string, a list of messages, or an object with prompt or messages")
+    if taken := [name for name in GIVEN if name in record]:
+        raise UserError(f"{taken[0]}: is a field of the output: rename it")
+    return record
+
+
+def _messages(record: dict[str, Any]) -> list[Message]:
+    said = record.get("messages", record.get("prompt"))
+    if isinstance(said, str):
+        return [{"role": "user", "content": said}]
+    try:
+        messages = turns_of({"messages": said}, "messages", {})
+    except (BadRecord, TypeError, AttributeError, ValueError, LookupError) as error:
+        raise UserError(f"{error}" if isinstance(error, BadRecord) else "messages: a message is malformed") from None
+    assert not isinstance(messages, str)
+    if messages[-1]["role"] == "assistant":
+        raise UserError("messages: the last one is an answer: remove it")
+    return messages
+
+
+def _written(reader: LineReader, record: dict[str, Any], answers: dict[str, Answer]) -> str:
+    texts = {name: reader.chat.decode(answer.ids) for name, answer in answers.items()}
+    (_, first), *others = texts.items()
+    if reader.as_json:
+        reason = "stop" if next(iter(answers.values())).stopped else "length"
+        return (
+            json.dumps({**record, "answer": first, "finish_reason": reason, **dict(others)}, ensure_ascii=False) + "\n"
+        )
+    return "".join(f"{name}: {text}\n" if others else f"{text}\n" for name, text in texts.items())
