@@ -35,23 +35,20 @@ class Schema:
     warn: Callable[[Config], list[str]] = lambda config: []
 
 
-def between(low: float, high: float, *types: type, above: bool = False) -> Callable[[Any], Any]:
-    """A check that a value is in [low, high], or in (low, high] if it must be `above` low."""
+def between(low: float, high: float, *types: type, bounds: str = "[]") -> Callable[[Any], Any]:
+    """A check that a number is in [low, high], (low, high], or (low, high), as `bounds` says."""
+    above, below = bounds[0] == "(", bounds[1] == ")"
+    wanted = f"must be a {'whole ' * bool(types)}number {'>' if above else '>='} {low}"
+    wanted += f" and {'<' if below else '<='} {high}" * (high < 1e9)
 
     def check(value: Any) -> Any:
-        if type(value) not in (types or (int, float)) or not low <= value <= high or (above and value == low):
-            whole = "a whole number " if types else ""
-            raise ValueError(f"must be {whole}{'>' if above else '>='} {low}" + f" and <= {high}" * (high < 1e9))
+        if type(value) not in (types or (int, float)) or not low <= value <= high:
+            raise ValueError(wanted)
+        if (above and value == low) or (below and value == high):
+            raise ValueError(wanted)
         return value
 
     return check
-
-
-def rest(share: Any) -> Any:
-    """What a share in (0, 1) leaves of 1."""
-    if not 0 < share < 1:
-        raise ValueError("must be > 0 and < 1")
-    return round(1 - share, 12)
 
 
 def filled(value: Any) -> Any:
@@ -72,7 +69,7 @@ def if_installed(package: str, value: Any) -> Any:
 
 
 def tracker(name: str) -> Alias:
-    return Alias("logging.report_to", lambda on: if_installed(name, name) if on else {})
+    return Alias("logging.report_to", {False: {}, True: if_installed(name, name)})
 
 
 # compute_specs -> the config whose plan fits into the smallest of its GPUs (4, 8, 16 GB), and what it supplies: what
@@ -101,7 +98,7 @@ MODELFORGE_NAMES = {
     "use_4bit": Alias("quantization.bits", {True: 4, False: 16}),
     "lora_r": Alias("lora.rank", between(1, 256, int)),
     "num_train_epochs": Alias("training.num_epochs", between(1, float("inf"), int)),
-    "learning_rate": Alias("training.learning_rate", between(0, 1, above=True)),
+    "learning_rate": Alias("training.learning_rate", between(0, 1, bounds="(]")),
     "eval_split": Alias("data.validation_split", between(0, 1)),
     "max_seq_length": Alias("model.max_seq_length", {-1: {}}, open=True),
 }
@@ -135,7 +132,7 @@ MLX_TRANSLATED = {
     "model.dtype": Alias("model.dtype", DTYPES),
     "model.trust_remote_code": noted("code that comes with a model is never run, and not needed", False),
     "lora.task_type": ALIASES["task_type"],
-    "data.train_split": Alias("data.validation_split", rest),
+    "data.train_split": Alias("data.validation_split", lambda share: round(1 - between(0, 1, bounds="()")(share), 12)),
     "data.shuffle": Alias(values={True: {}}, fix="remove it: every epoch has another order"),
     "data.seed": noted("system.seed also seeds the split and the order"),
     "training.max_steps": Alias("training.max_steps", steps),
@@ -164,8 +161,8 @@ MLX_TRANSLATED = {
     "evaluation.eval_on_start": noted("the report compares with the base model at the end", False),
     "evaluation.eval_accumulation_steps": noted("an evaluation keeps sums, and no outputs to move"),
     "evaluation.generate_samples": Alias(values={True: {}, False: {"evaluation.samples": 0}}),
-    "evaluation.sample_temperature": Alias("evaluation.temperature", between(0, 2, above=True)),
-    "evaluation.sample_top_p": Alias("evaluation.top_p", between(0, 1, above=True)),
+    "evaluation.sample_temperature": Alias("evaluation.temperature", between(0, 2, bounds="(]")),
+    "evaluation.sample_top_p": Alias("evaluation.top_p", between(0, 1, bounds="(]")),
     "advanced.gradient_checkpointing": ALIASES["gradient_checkpointing"],
     "advanced.use_cache": noted("answers are the same with the cache, and faster", True),
     "advanced.dataloader_pin_memory": noted("it changes no result here", False),
@@ -248,8 +245,10 @@ def recognize(tree: Mapping[str, Any]) -> Schema | None:
 
 def check_modelforge(file: Mapping[str, Any]) -> None:
     """What the schema demands of a file as a whole."""
-    if file.get("compute_specs") is None:
-        raise UserError("compute_specs: missing: set low_end (4-6 GB), mid_range (8-12 GB) or high_end (16 GB or more)")
+    if (given := file.get("compute_specs")) not in list(COMPUTE_SPECS):
+        raise UserError(
+            f"compute_specs: {given!r:.60}: set low_end (4-6 GB), mid_range (8-12 GB) or high_end (16 GB up)"
+        )
     if file.get("provider") == "unsloth" and file.get("max_seq_length", 1) in (None, -1):
         raise UserError("max_seq_length: unsloth needs a number: set it, for example to 2048")
 

@@ -14,7 +14,7 @@ import train
 from nanoft import UserError
 from nanoft.config import Config, load_config, load_file
 from nanoft.config.loading import CONFIGS, Loaded, read_config
-from nanoft.config.schemas import FIELDS_FILE, MLX, MODELFORGE, SUPPLIED
+from nanoft.config.schemas import FIELDS_FILE, MLX, MODELFORGE, SUPPLIED, tracker
 from nanoft.training.validation import validate_config
 from tiny_models import make_chat_model, write_records
 
@@ -110,8 +110,8 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "data.train_split": [
         (0.8, {"data.validation_split": 0.2}),
         (0.95, {"data.validation_split": 0.05}),
-        (0, "error: data.train_split: 0 must be > 0 and < 1"),
-        (1.0, "error: data.train_split: 1.0 must be > 0 and < 1"),
+        (0, "error: data.train_split: 0 must be a number > 0 and < 1"),
+        (1.0, "error: data.train_split: 1.0 must be a number > 0 and < 1"),
     ],
     "data.shuffle": [(True, SAME), (False, "error: every epoch has another order")],
     "data.seed": [(1, "system.seed also seeds"), (2, "system.seed also seeds")],
@@ -171,7 +171,11 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "logging.log_file": [("a.log", LAYOUT), ("b.log", LAYOUT)],
     "logging.json_logs": [(True, SAME), (False, "metrics.jsonl is always written")],
     "logging.tensorboard": [(True, {"logging.report_to": "tensorboard"}), (False, {"logging.report_to": "none"})],
-    "logging.wandb": [(True, {"logging.report_to": "wandb"}), (False, {"logging.report_to": "none"})],
+    "logging.wandb": [
+        (True, {"logging.report_to": "wandb"}),
+        (False, {"logging.report_to": "none"}),
+        ("maybe", "error: logging.wandb: 'maybe' is none of False, True"),
+    ],
     "system.seed": [(1, {"system.seed": 1}), (2, {"system.seed": 2})],
     "system.num_workers": [(0, SAME), (4, "batches are made by the process that trains")],
     "system.device": [("cpu", {"system.device": "cpu"}), ("mps", {"system.device": "mps"}), ("tpu", "error: tpu")],
@@ -193,12 +197,12 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "evaluation.sample_max_length": [(9, {"evaluation.max_new_tokens": 9}), (7, {"evaluation.max_new_tokens": 7})],
     "evaluation.sample_temperature": [
         (1.0, {"evaluation.temperature": 1.0}),
-        (0, "error: evaluation.sample_temperature: 0 must be > 0 and <= 2"),
-        (2.5, "error: evaluation.sample_temperature: 2.5 must be > 0 and <= 2"),
+        (0, "error: evaluation.sample_temperature: 0 must be a number > 0 and <= 2"),
+        (2.5, "error: evaluation.sample_temperature: 2.5 must be a number > 0 and <= 2"),
     ],
     "evaluation.sample_top_p": [
         (0.5, {"evaluation.top_p": 0.5}),
-        (0.0, "error: evaluation.sample_top_p: 0.0 must be > 0 and <= 1"),
+        (0.0, "error: evaluation.sample_top_p: 0.0 must be a number > 0 and <= 1"),
     ],
     "advanced.gradient_checkpointing": [
         (True, {"training.checkpointing": "full"}),
@@ -251,7 +255,9 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
         ("mid_range", "configs/gpu_12gb.py supplies what the file leaves out"),
         ("high_end", "configs/gpu_24gb.py supplies what the file leaves out"),
         ("huge", "error: compute_specs: 'huge' is none of low_end, mid_range, high_end"),
-        (None, "error: compute_specs: missing: set low_end (4-6 GB)"),
+        (None, "error: compute_specs: None: set low_end (4-6 GB)"),
+        (["low_end"], "error: compute_specs: ['low_end']: set low_end (4-6 GB)"),
+        ({}, "error: compute_specs: {}: set low_end (4-6 GB)"),
     ],
     "lora_r": [(1, {"lora.rank": 1}), (256, {"lora.rank": 256}), (257, "error: lora_r: 257 must be a whole number >=")],
     "lora_alpha": [(8, {"lora.alpha": 8}), (64, {"lora.alpha": 64})],
@@ -289,8 +295,8 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "learning_rate": [
         (1, {"training.learning_rate": 1}),
         (1e-5, {"training.learning_rate": 1e-5}),
-        (0, "error: learning_rate: 0 must be > 0 and <= 1"),
-        (1.5, "error: learning_rate: 1.5 must be > 0 and <= 1"),
+        (0, "error: learning_rate: 0 must be a number > 0 and <= 1"),
+        (1.5, "error: learning_rate: 1.5 must be a number > 0 and <= 1"),
     ],
     "weight_decay": [(0.0, {"training.weight_decay": 0.0}), (0.1, {"training.weight_decay": 0.1})],
     "optim": [
@@ -313,8 +319,8 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "eval_split": [
         (0, {"data.validation_split": 0}),
         (0.5, {"data.validation_split": 0.5}),
-        (1.5, "error: eval_split: 1.5 must be >= 0 and <= 1"),
-        (-0.1, "error: eval_split: -0.1 must be >= 0 and <= 1"),
+        (1.5, "error: eval_split: 1.5 must be a number >= 0 and <= 1"),
+        (-0.1, "error: eval_split: -0.1 must be a number >= 0 and <= 1"),
     ],
     "eval_steps": [(5, {"training.eval_steps": 5}), (7, {"training.eval_steps": 7})],
 }
@@ -484,11 +490,12 @@ def test_both_trackers(tmp_path: Path) -> None:
     assert read(tmp_path, tree).config.logging.report_to == "all"
 
 
-def test_a_tracker_that_is_not_installed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_needs_a_package_that_is_not_installed_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nanoft.config.schemas.importlib.util.find_spec", lambda name: None)
-    loaded = read(tmp_path, {"logging": {"wandb": True}, "monitoring": {"plot_frequency": "step"}})
-    assert loaded.config.logging.report_to == "none"
-    assert "wandb is not installed: pip install wandb" in "\n".join(loaded.explanation)
+    assert "wandb is not installed: pip install wandb" in str(tracker("wandb").values)
+    loaded = read(tmp_path, {"monitoring": {"plot_frequency": "step"}})
     assert "matplotlib is not installed" in "\n".join(loaded.explanation)
 
 
