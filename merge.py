@@ -64,7 +64,7 @@ from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_mem
 from nanoft.io.atomic import new_directory, require_new, write_file, write_json
 from nanoft.models.adapter_files import adapter_tensors, fold_patterns, save_mlx
 from nanoft.models.model_files import ModelFiles
-from nanoft.models.open import LoadedModel, TrainedAdapter, find_adapter, open_chat_tokenizer, read_trained_adapter
+from nanoft.models.open import LoadedModel, TrainedAdapter, open_chat_tokenizer
 from nanoft.runtime.device import quiet_libraries
 
 
@@ -109,15 +109,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 def export_directory(args: argparse.Namespace) -> list[str]:
     """A merged model, or the adapter, in a new directory; returns lines for the terminal."""
     source, facts, files = args.sources[0], dict[str, Any](), dict[str, Any]()
-    adapter, hashes = export.choose_adapter(
-        args.sources, args.weights, args.only, args.base, args.unmerge, args.base_model
-    )
-    lora, lines = adapter.lora, list[str]()
+    adapter, summed = export.choose_adapter(args)
     if args.fold:
-        lora, folded = fold_patterns(lora, adapter.tensors)
+        lora, folded = fold_patterns(adapter.lora, adapter.tensors)
         adapter = replace(adapter, lora=lora, tensors=folded)
     asked = {k: v for k, v in vars(args).items() if k not in ("out", "push", "verify", "parity_tokens")}
-    with new_directory(Path(args.out), export.fingerprint(asked, adapter, hashes)) as staging:
+    with new_directory(Path(args.out), export.fingerprint(asked, adapter, summed)) as staging:
         opened = export.open_adapter(adapter, args.base if args.format == "hf" else "nf4")
         if not args.any_base and not args.unmerge:
             export.require_same_base(adapter)
@@ -126,36 +123,29 @@ def export_directory(args: argparse.Namespace) -> list[str]:
             print(f"{source}: has no result yet: exporting its best checkpoint, after step {opened.step}")
         chat = open_chat_tokenizer(source, opened, as_trained=True)
         samples, prompts = verify.held_out(source, chat)
-        factors = export.parse_weights(args.weights, len(hashes))
         if args.format == "hf":
             dtype = EXPORT_DTYPES[args.dtype] if args.dtype else ModelFiles.read(opened.base_directory).dtype()
             files = merge(opened, dtype, args.base, staging, export.parse_size(args.shard_size), resumable=True)
             lines, facts = verify_merged(args, adapter, opened, chat, samples, staging, dtype)
         elif args.format == "mlx":
-            save_mlx(staging, opened.adapters, opened.model.config.num_layers, adapter.base_name)
+            save_mlx(staging, opened.adapters, lora, opened.model.config.num_layers, adapter.base_name)
             export.copy_tokenizer(opened, staging)
             lines = ["the adapter in MLX's format"]
         else:
-            found = find_adapter(source)
-            if found and factors == [1.0] and not args.only and not args.fold and not args.base_model:
-                export.copy_adapter(found, staging)  # it is in PEFT's format already
-            else:
-                export.write_peft(staging, opened, adapter)
+            export.write_peft(staging, opened, adapter)
             lines = ["the adapter in PEFT's format"]
-            if (lora.rank_pattern or lora.alpha_pattern) and not args.fold:
+            if adapter.lora.rank_pattern or adapter.lora.alpha_pattern:
                 lines.append("note: vLLM scales all modules by the file's alpha / r, and ignores patterns: add --fold")
         export.save_template(Path(source), staging)
         model = StreamedDecoder(open_rows(staging)) if args.format == "hf" else opened.model
-        weights_said = verify.describe_weights(opened, merged=args.format == "hf")
-        write_json(
-            staging / "parity.json", model_card.parity_record(model, chat, prompts, args.parity_tokens, weights_said)
-        )
-        summed = zip(args.sources, hashes, factors, strict=True)
+        weights = verify.describe_weights(opened, merged=args.format == "hf")
+        parity = model_card.parity_record(model, chat, prompts, args.parity_tokens, weights)
+        write_json(staging / "parity.json", parity)
         facts = {
             "format": args.format,
             "base": {"name": adapter.base_name, "sha256": adapter.base_sha256},
             "quantization": adapter.quantization,
-            "adapters": [{"source": s, "sha256": digest, "weight": factor} for s, digest, factor in summed],
+            "adapters": summed,
             "only": args.only,
             "unmerged": args.unmerge,
         } | facts
@@ -171,19 +161,14 @@ def verify_merged(
 ) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
     """Lines for the terminal and facts for provenance.json; a UserError if the merge is not base + adapter."""
     proof = verify.verify_merge(opened, merged, verify.proof_prompts(chat, samples), dtype)
-    said = (
-        f"largest logit difference {proof.max_difference:.2g} (allowed {proof.allowed:.2g}; "
-        f"the adapter itself changes logits by {proof.effect:.2g})"
-    )
     if not proof.holds:
         raise UserError(
-            f"--out: {args.out}: the merged model is not base + adapter: {said}: try --dtype f32; nothing was kept"
+            f"--out: {args.out}: the merged model is not base + adapter: {proof}: try --dtype f32; nothing was kept"
         )
     name, stored = str(dtype).removeprefix("torch."), ModelFiles.read(opened.base_directory).quantization
     form = opened.quantization[0] if opened.quantization and (args.base == "nf4" or stored) else "original"
     what = f"subtracted from {args.unmerge}" if args.unmerge else f"merged onto the {form} weights"
-    lines = [f"{what} in {name}; verified against base + adapter:"]
-    lines.append(f"{said}, same most likely token at {proof.same_top_token:.1%} of positions")
+    lines = [f"{what} in {name}; verified against base + adapter:", str(proof)]
     facts: dict[str, Any] = {"dtype": name, "onto": form, "proof": asdict(proof)}
     if not samples:
         lines.append("note: verified on a few plain texts only, because the data of the run is not available")
@@ -192,7 +177,8 @@ def verify_merged(
     if stored:
         lines.append(f"note: the base is stored in {form}: there are no other original weights")
     if args.unmerge:
-        lines.append(verify.rounding_error(merged, read_trained_adapter(args.sources[0]).base, Path(args.unmerge)))
+        stored_in = str(ModelFiles.read(Path(args.unmerge)).dtype()).removeprefix("torch.")
+        lines.append(f"note: the merged weights had been rounded to {stored_in}, which cannot be undone")
     elif args.verify or (adapter.quantization and not stored):
         limit = verify.VERIFY_TOKENS if args.verify else verify.VERIFY_TOKENS // 8
         found, tokens = verify.compare_bases(adapter, dtype, chat, samples, limit)

@@ -46,25 +46,25 @@ import torch
 
 from nanoft import UserError, guard, kernels
 from nanoft.batches import Batches, Window, share_of_rank
-from nanoft.checkpoint import AsyncCheckpointWriter
 from nanoft.config import Config
 from nanoft.config.loading import CONFIGS
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.inspection import check_vocabulary, show_step
-from nanoft.guard import GradientOverflow, RollBack, SkipStep
+from nanoft.guard import RollBack, SkipStep
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
+from nanoft.models.adapter_files import load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import TrainedAdapter
 from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, build_scaler, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
-from nanoft.runtime.device import choose_device, seed_everything
+from nanoft.runtime.device import choose_device, library_versions, seed_everything
 from nanoft.runtime.energy import EnergyMeter
 from nanoft.runtime.machine import Machine, pick_config, select_device
-from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, available_host_bytes
+from nanoft.runtime.memory import MemoryMonitor, OutOfMemory
 from nanoft.tracking.profiler import Profiler
 from nanoft.tracking.run import Run
 from nanoft.training import progress, recovery, self_test, setup
@@ -104,7 +104,7 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
     select_device(choose_device(config.system.device), config.training.sharding)
     machine = Machine.detect(config)
     validate_environment(config, machine)  # exit code 2 before anything is downloaded
-    distributed.assert_same_on_all_ranks(setup.shared_facts(config, machine))
+    distributed.assert_same_on_all_ranks({"the device": machine.name, **library_versions(), **config.flat()})
     with Run.open(config.output.dir) as run, StopRequest(enabled=not args.selftest) as stop:
         files = distributed.main_process_first(lambda: ModelFiles.find(config.model.reference))  # config.json only
         planner = setup.plan_run(config, machine, files, run)
@@ -158,21 +158,21 @@ def build(
     model.activation_policy = distributed.broadcast_from_rank0(lambda: plan.keep)
     model.neftune_alpha = config.training.neftune_alpha
     adapters = inject_lora(model, config.lora, config.system.seed) if config.training.method == "lora" else {}
-    setup.load_start(adapters, start)
+    if start:
+        load_adapter_tensors(adapters, start.tensors, f"lora.start_from: {start.place}")
     if config.system.kernels == "auto" and (warning := kernels.apply(model, config.lora if adapters else None)):
         run.print(f"warning: {warning}")
     if config.training.compile:
         compile_blocks(model)
     if config.training.sharding == "full":
         sharding.shard_model(model, machine.device)
-    objective = build_objective(config, adapters)
     optimizer = build_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.training)
-    checkpoints = setup.open_checkpoints(config, run, provenance)
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
         validation=corpus.validation[: config.evaluation.max_samples], model=model, adapters=adapters, plan=plan,
-        objective=objective, optimizer=optimizer, scaler=build_scaler(machine.device, machine.dtype),
-        checkpoints=checkpoints, writer=AsyncCheckpointWriter(checkpoints, available_host_bytes), planner=planner,
+        objective=build_objective(config, adapters), optimizer=optimizer,
+        scaler=build_scaler(machine.device, machine.dtype),
+        writer=setup.open_checkpoints(config, run, provenance), planner=planner,
     )  # fmt: skip
 
 
@@ -209,11 +209,9 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
                 progress.save_if_due(ctx, state)
             except OutOfMemory as error:
                 state = recovery.halve_micro_batch(ctx, state, error)  # the same window again, in smaller pieces
-            except GradientOverflow as bad:
-                recovery.skip_overflow(ctx, state, bad)
             except RollBack as bad:
                 state = recovery.roll_back(ctx, state, bad)
-            except SkipStep as bad:
+            except SkipStep as bad:  # also GradientOverflow
                 recovery.skip_window(ctx, state, bad)
         progress.ensure_final_checkpoint(ctx, state)
     return state

@@ -110,13 +110,10 @@ class Batch:
         if device.type == "cpu":
             return self
 
-        def move(tensor: Tensor | None) -> Any:
-            if tensor is None:
-                return None
+        def move(tensor: Tensor) -> Any:
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-        names = ("ids", "positions", "target_positions", "targets")
-        moved = {name: move(getattr(self, name)) for name in names}
+        moved = {name: move(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
         if self.documents is not None:
             moved["documents"] = Documents(self.documents.lengths, move(self.documents.bounds))
         return dataclasses.replace(self, **moved)
@@ -153,13 +150,12 @@ class Batches:
         seed: int,
         pad_id: int,
         pack_length: int | None = None,  # maximum tokens of a row of several samples; None: one sample per row
-        shuffle: bool = True,  # a new order every epoch; otherwise the order given
         group_by_length: bool = False,  # windows of rows of similar length, in random order
         pad_to_multiple_of: int = 1,  # the width of a micro-batch is rounded up to it
     ):
         self.samples, self.pad_id, self.seed = TokenDataset.of(samples), pad_id, seed
         self.micro_batch_size, self.window_rows = micro_batch_size, micro_batch_size * accumulation_steps
-        self.shuffle, self.group_by_length, self.pad_to_multiple_of = shuffle, group_by_length, pad_to_multiple_of
+        self.group_by_length, self.pad_to_multiple_of = group_by_length, pad_to_multiple_of
         lengths = self.samples.lengths
         self.is_packed = pack_length is not None
         one_per_row: tuple[Array, Array] = np.arange(len(lengths)), np.arange(len(lengths) + 1)
@@ -225,8 +221,6 @@ class Batches:
         Rows are packed once, by length alone; every epoch permutes samples of equal length among their slots. So the
         number of windows is constant, while the samples that share a row vary.
         """
-        if not self.shuffle:
-            return self._slots, np.arange(len(self._row_lengths))
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self._row_lengths))
         members = self._slots

@@ -39,6 +39,7 @@ from nanoft import UserError
 from nanoft.io.atomic import hash_file, replace_file, sync_directory, write_file
 from nanoft.io.tensor_files import Tensors, load_tensors, write_tensors
 from nanoft.io.untrusted import parse_json, read_bytes
+from nanoft.runtime.memory import available_host_bytes
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -221,7 +222,7 @@ class AsyncCheckpointWriter:
     half of the free memory, training waits for the save. Only the owner of the checkpoints saves.
     """
 
-    def __init__(self, checkpoints: CheckpointManager, free_bytes: Callable[[], float]):
+    def __init__(self, checkpoints: CheckpointManager, free_bytes: Callable[[], float] = available_host_bytes):
         self.checkpoints, self.free_bytes = checkpoints, free_bytes
         self.last_step = -1  # of the last save that worked
         self._failed_at = math.inf

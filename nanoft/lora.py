@@ -14,9 +14,7 @@ Variants:
   y = (W - s B0 A0) x + s B A x. Here W stays as it is, and the change is written as
   B A - B0 A0 = (B - B0) A + B0 (A - A0): a LoRA of rank 2r, exactly zero at first, whose small differences are taken
   in float32. So W may be quantized, and the adapter fits it (QPiSSA, which quantizes W - s B0 A0, is something else).
-- Biases can be trained, too, in float32.
-
-What is trained beside low-rank corrections (whole modules, rows of tokens) is in nanoft/blocks/trained.py.
+- Biases can be trained, too, in float32; for whole modules and rows of tokens see nanoft/blocks/trained.py.
 
 A new variant is a subclass of `LoRALinear` that overrides `make_factors` (what is trained), `plain_factors` (A and B of
 the change, in the forward pass and in export as plain LoRA) or `apply_magnitude_and_bias`, and an entry of `VARIANTS`.
@@ -26,7 +24,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -223,13 +221,13 @@ class LoRAEmbedding(LoRALinear):
         y = self.base(ids)
         if not self.enabled:
             return y
-        u = F.embedding(ids, self.lora_A.T.to(y.dtype))  # (b, q, r)
-        return y + self.scaling * F.linear(u, self.lora_B.to(y.dtype))
+        b_t, a_t = self.factors()
+        return y + self.scaling * (F.embedding(ids, a_t.to(y.dtype)) @ b_t.to(y.dtype))
 
-    def merged(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """W + s (B A)^T, (vocab, hidden), or some rows of it."""
-        a, b = (factor.detach().to(weight.device) for factor in (self.lora_A, self.lora_B))
-        return torch.addmm(weight, a[:, rows].T, b.T, alpha=self.scaling)
+    @staticmethod
+    def plain_factors(a: Tensor, b: Tensor, *starts: Tensor) -> tuple[Tensor, Tensor]:
+        """W is (vocab, hidden) here, so its change is s A^T B^T."""
+        return b.T, a.T
 
 
 VARIANTS: dict[tuple[str, bool], type[LoRALinear]] = {  # by lora.init and lora.dora
@@ -280,26 +278,29 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adap
         UserError: a target that matches nothing, a pattern that matches no adapter, settings that do not fit together.
     """
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator, modules = torch.Generator().manual_seed(seed), list(targets_of(model))
     rows = token_rows(model, lora)
-    copies = copied_modules(model, lora, {name for name in targets_of(model) if _is_target(name, lora)})
     with time_limit(MATCHING_SECONDS, "lora.target_modules, lora.rank_pattern, lora.alpha_pattern"):
-        settings = _settings_by_name(targets_of(model), lora, copies)
-    if twice := settings.keys() & rows.keys() | copies.keys() & rows.keys():
+        targets = [name for name in modules if any(matches_target(name, target) for target in lora.target_modules)]
+        copies = copied_modules(model, lora, set(targets))
+        low_rank = [name for name in targets if "weight" not in copies.get(name, ())]
+        if unused := next((t for t in lora.target_modules if not any(matches_target(n, t) for n in low_rank)), None):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+            raise UserError(
+                f"lora.target_modules: {unused!r} matches no linear of this model, which has {known} "
+                "(norms: lora.modules_to_save; everything: training.method=full)"
+            )
+        settings = _settings_by_name(low_rank, lora)
+    if twice := rows.keys() & {*settings, *copies}:
         raise UserError(f"lora.trainable_token_indices: {min(twice)} is trained already: remove it in one of the two")
     if {*settings, *copies} & {"lm_head", "model.embed_tokens"}:
         model.untie()  # type: ignore[operator]
-    makers: dict[str, Callable[[Any], Adapter]] = {
-        name: lambda base, name=name, own=own: make_lora(name, base, own, generator)  # type: ignore[misc]
-        for name, own in settings.items()
-    }
-    makers |= {name: lambda base, parts=parts: TrainedCopy(base, parts) for name, parts in copies.items()}  # type: ignore
-    makers |= {name: lambda base, ids=ids: TrainedRows(base, ids) for name, ids in rows.items()}  # type: ignore[misc]
-    adapters = {}
-    for name, make in makers.items():
-        parent, _, last = name.rpartition(".")
-        adapters[name] = make(model.get_submodule(name))
-        setattr(model.get_submodule(parent), last, adapters[name])
+    module = model.get_submodule
+    adapters: dict[str, Adapter] = {n: make_lora(n, module(n), own, generator) for n, own in settings.items()}
+    adapters |= {name: TrainedCopy(module(name), parts) for name, parts in copies.items()}
+    adapters |= {name: TrainedRows(module(name), ids) for name, ids in rows.items()}
+    for name, adapter in adapters.items():
+        model.set_submodule(name, adapter)
     return adapters
 
 
@@ -316,24 +317,14 @@ def make_lora(name: str, base: Any, lora: LoRAConfig, generator: torch.Generator
     return variant(base, lora, generator)
 
 
-def _settings_by_name(modules: dict[str, Any], lora: LoRAConfig, copies: Mapping[str, Any]) -> dict[str, LoRAConfig]:
+def _settings_by_name(names: list[str], lora: LoRAConfig) -> dict[str, LoRAConfig]:
     """The settings of each low-rank adapter, with its own rank and alpha, by the name of its module."""
-    modules = {name: module for name, module in modules.items() if "weight" not in copies.get(name, ())}
-    for target in lora.target_modules:
-        if not any(matches_target(name, target) for name in modules):
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-            raise UserError(
-                f"lora.target_modules: {target!r} matches no linear of this model, which has {known} "
-                "(norms: lora.modules_to_save; everything: training.method=full)"
-            )
-    found = [name for name in modules if _is_target(name, lora)]
     for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        for key in pattern:
-            if not any(_matches(key, name) for name in found):
-                raise UserError(f"lora.{field}: {key!r} matches no adapter (such as {found[0]})")
-    ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in found}
-    alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in found}
-    return {name: replace(lora, rank=ranks[name], alpha=alphas[name]) for name in found}
+        if unused := next((key for key in pattern if not any(by_pattern({key: 1}, n, 0) for n in names)), None):
+            raise UserError(f"lora.{field}: {unused!r} matches no adapter (such as {names[0]})")
+    ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in names}
+    alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in names}
+    return {name: replace(lora, rank=ranks[name], alpha=alphas[name]) for name in names}
 
 
 def linears_of(model: nn.Module) -> dict[str, Frozen]:
@@ -344,15 +335,9 @@ def linears_of(model: nn.Module) -> dict[str, Frozen]:
 def targets_of(model: nn.Module) -> dict[str, Any]:
     """What can have a low-rank adapter: the embedding, every linear of the blocks, the head."""
     found = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding)}
-    return (
-        {**found, "lm_head": found.get("lm_head", found["model.embed_tokens"])}
-        if "model.embed_tokens" in found
-        else found
-    )
-
-
-def _is_target(name: str, lora: LoRAConfig) -> bool:
-    return any(matches_target(name, target) for target in lora.target_modules)
+    if "model.embed_tokens" in found:
+        found.setdefault("lm_head", found["model.embed_tokens"])
+    return found
 
 
 def matches_target(name: str, target: str) -> bool:
@@ -364,11 +349,7 @@ def matches_target(name: str, target: str) -> bool:
 
 def by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first regular expression that matches the module's name, as in PEFT."""
-    return next((value for key, value in pattern.items() if _matches(key, name)), default)
-
-
-def _matches(expression: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({expression})$", name) is not None
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 @contextmanager

@@ -323,7 +323,8 @@ def initialize(model: Decoder, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
-            continue  # norms stay 1, biases stay 0
+            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)  # norms are 1
+            continue
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2 * model.config.num_layers) if residual else 0.02
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -26,10 +26,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from nanoft import UserError
-from nanoft.config import Config
+from nanoft.config import Config, DataConfig
 from nanoft.config.loading import load_config
 from nanoft.config.settings import SECTION_TYPES
-from nanoft.data.formats import ReadOptions, read_file
+from nanoft.data.formats import read_file
 from nanoft.data.sources import read_raw
 from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment
 from nanoft.io.tensor_files import SIZES, read_header
@@ -180,7 +180,7 @@ def check_records(name: str, content: bytes) -> None:
     try:
         for _ in read_raw(path):
             pass
-        for _ in read_file(path, ReadOptions()):
+        for _ in read_file(path, DataConfig()):
             pass
     except UserError as error:
         check_refusal(error, path)

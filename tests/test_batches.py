@@ -188,13 +188,6 @@ def test_order_is_a_function_of_the_seed() -> None:
     assert [records_of(w) for w in map(Batches(samples, 4, 2, 5, PAD).window, range(5))] == orders[0][:5]
 
 
-def test_without_shuffling_the_order_is_the_one_given() -> None:
-    run = Batches(make([4] * 10), 2, 2, 0, PAD, shuffle=False)
-    every = map(records_of, windows_of(run))
-    for _ in range(2):
-        assert list(itertools.chain(*itertools.islice(every, 3))) == list(range(10))
-
-
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("pack_length", [None, 64])
 def test_a_window_is_a_function_of_its_position(pack_length: int | None, grouped: bool) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,21 @@ def fields_read(source: str) -> set[str]:
     return found
 
 
+def behind_properties(section: str, read: set[str]) -> set[str]:
+    """The fields that a section's properties are made of, of properties that are read."""
+    used = [
+        p for name, p in vars(SECTION_TYPES[section]).items() if isinstance(p, property) and f"{section}.{name}" in read
+    ]
+    bodies = [ast.parse(textwrap.dedent(inspect.getsource(p.fget))) for p in used if p.fget]
+    nodes = [node for body in bodies for node in ast.walk(body) if isinstance(node, ast.Attribute)]
+    return {f"{section}.{n.attr}" for n in nodes if isinstance(n.value, ast.Name) and n.value.id == "self"}
+
+
+def test_the_fields_behind_a_property_are_read_where_it_is() -> None:
+    assert behind_properties("model", {"model.reference"}) == {"model.name", "model.revision"}
+    assert behind_properties("model", {"model.dtype"}) == set()
+
+
 def test_the_reader_of_fields_sees_reads_and_nothing_else() -> None:
     source = """
 class LoRAConfig:
@@ -251,6 +268,7 @@ def f(d: DataConfig, rank: int): return d.packing, rank.columns
 def test_every_field_is_read_by_the_program(section: str) -> None:
     """Outside nanoft/config/, whose checks are no use of a setting."""
     read = set().union(*(fields_read(path.read_text()) for path in PROGRAM))
+    read |= behind_properties(section, read)
     fields = {f"{section}.{item.name}" for item in dataclasses.fields(SECTION_TYPES[section])}
     assert fields - read == set(), "settings that nothing reads"
 
@@ -260,7 +278,7 @@ def test_every_field_is_explained_beside_it(section: str) -> None:
     source = (ROOT / "nanoft" / "config" / "settings.py").read_text()
     bodies = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     for node in bodies[SECTION_TYPES[section].__name__].body:
-        if isinstance(node, ast.Expr):  # the section's docstring
+        if isinstance(node, (ast.Expr, ast.FunctionDef)):  # the section's docstring and properties
             continue
         assert isinstance(node, ast.AnnAssign)
         assert isinstance(node.target, ast.Name)

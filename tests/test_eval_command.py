@@ -451,10 +451,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "metric of no module": (["RUN", "evaluation.metrics=no_module:f"], "ModuleNotFoundError"),
     "stride without overlap": (["RUN", "evaluation.stride=256"], "evaluation.stride: 256: windows of"),
     "no such general text": (["RUN", "--general", "/no/text.txt"], "--general: /no/text.txt: no such file"),
-    "empty general text": (["RUN", "--general", "EMPTY"], "the file is empty"),
+    "empty general text": (["RUN", "--general", "EMPTY"], "is empty: it needs"),
     "no field": (["RUN", "--by", "topic"], "evaluation.by_field: topic: no record has this field"),
     "no adapter to put on other weights": (["ROOT/full", "--quantization"], "has no adapter"),
-    "empty data": (["RUN", "--data", "EMPTY"], "the file is empty"),
+    "empty data": (["RUN", "--data", "EMPTY"], "is empty: it needs"),
     "no targets": (["RUN", "--data", "MASKED"], "none of its messages is a target"),
     "nothing fits": (["RUN", "model.max_seq_length=8"], "model.max_seq_length"),
 }

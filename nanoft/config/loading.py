@@ -32,7 +32,7 @@ from nanoft.config.schemas import (
     is_flat,
     recognize,
 )
-from nanoft.config.settings import FIELDS, Config
+from nanoft.config.settings import Config
 from nanoft.io.untrusted import decode_text, parse_json, parse_yaml, read_bytes
 
 CONFIGS = Path(nanoft.__file__).parent.parent / "configs"
@@ -90,8 +90,8 @@ def _expand_home(config: Config) -> Config:
     def expand(path: str) -> str:
         return re.sub(r"(?:^|(?<=,))\s*~[^/,]*", lambda found: os.path.expanduser(found[0].strip()), path)
 
-    given = {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in PATHS}
-    return config.override({name: expand(path) for name, path in given.items() if path and "~" in path})
+    given = {name: path for name, path in config.flat().items() if name in PATHS and path and "~" in path}
+    return config.override({name: expand(path) for name, path in given.items()})
 
 
 def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -225,8 +225,8 @@ def _translate(tree: Mapping[str, Any], schema: Schema, environment: Mapping[str
 def _supplied(tree: Mapping[str, Any]) -> dict[str, Any]:
     """What the config for compute_specs supplies to a ModelForge file."""
     check_modelforge(tree)
-    config = load_file(CONFIGS / COMPUTE_SPECS[tree["compute_specs"]]).to_dict()
-    return {path: config[path.partition(".")[0]][FIELDS[path]] for path in SUPPLIED.split()}
+    config = load_file(CONFIGS / COMPUTE_SPECS[tree["compute_specs"]]).flat()
+    return {path: config[path] for path in SUPPLIED.split()}
 
 
 def _without_functions(config: Config, given: Collection[str], is_of_run: bool) -> Config:

@@ -47,8 +47,7 @@ WHY_FIXED = {
 
 def resume_fields(config: Config) -> dict[str, Any]:
     """The fields that must not change when a run is resumed, by their full name."""
-    fields = {f"{section}.{name}": value for section, fs in config.to_dict().items() for name, value in fs.items()}
-    fixed = {n: value for n, value in fields.items() if n in FIXED or not {n, n.partition(".")[0]} & FREE}
+    fixed = {n: value for n, value in config.flat().items() if n in FIXED or not {n, n.partition(".")[0]} & FREE}
     return {**fixed, "training.micro_batch_size x gradient_accumulation_steps": config.effective_batch_size()}
 
 

@@ -299,6 +299,10 @@ class Config:
         """The tree as plain JSON values; `Config.from_dict` is the inverse."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def flat(self) -> dict[str, Any]:
+        """The same by full name: section.field -> value."""
+        return {f"{section}.{name}": v for section, fields in self.to_dict().items() for name, v in fields.items()}
+
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Config:
         """Build a config from nested sections, as in YAML or JSON."""

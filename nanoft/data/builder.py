@@ -25,7 +25,7 @@ from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import CONTROL, DETECT_FROM, UNDESIRABLE, Conversation, ReadOptions, Rejected, read_file
+from nanoft.data.formats import CONTROL, DETECT_FROM, UNDESIRABLE, Conversation, Rejected, read_file
 from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -45,16 +45,15 @@ class DatasetBuilder:
         self.first_malformed: list[str] = []
         self.notes: dict[str, tuple[int, str]] = {}  # what has no effect or another: how many records, the first place
         self.shapes: list[dict[str, Any]] = []
-        self.read = self.cut_off = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
+        self.read = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
         self.chunked_texts = self.chunks = self.shared_prompts = 0
         self.held_out = ""  # how much, and by what
-        self.control_characters, self.first_control = 0, ""  # records with some; the first
         self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
         # per record; those of type Q are keys of the split
-        self.file, self.line, self.part, self.time = array("l"), array("q"), array("l"), array("d")
+        self.file, self.line, self.time = array("l"), array("q"), array("d")
         self.prompt, self.normalized_prompt, self.content, self.group = (array("Q") for _ in range(4))
         self.stratum: list[Any] = []
         # per sample
@@ -94,8 +93,8 @@ class DatasetBuilder:
     def _render(self) -> Iterator[Rendered]:
         for number, (part, file) in enumerate(self.files):
             for item in self._read(file, part == self.validation_part):
-                record, bad = self._add_record(item, number, part), (MALFORMED, "none of its messages is a target")
-                self._note(item, item.notes)
+                record, bad = self._add_record(item, number), (MALFORMED, "none of its messages is a target")
+                self._note(item, *item.notes)
                 self._note_control_tokens(item)
                 self.in_flight[record] = item
                 if item.text is not None:
@@ -105,7 +104,7 @@ class DatasetBuilder:
                     given = item.tools, self.data.train_on, item.template_args
                     pieces = self.tokenizer.render_samples(item.messages, record, *given)
                     if any(piece.spans for piece in pieces):
-                        self._note(item, pieces[0].notes)
+                        self._note(item, *pieces[0].notes)
                         yield from pieces
                         continue
                 except TemplateRefusal as error:
@@ -117,7 +116,7 @@ class DatasetBuilder:
     def _note_control_tokens(self, item: Conversation) -> None:
         shape = self.shapes[-1]
         if found := self.tokenizer.control.find(item.full_text()):
-            self._note(item, ("a control token of this tokenizer is encoded as text (data.control_tokens)",))
+            self._note(item, "a control token of this tokenizer is encoded as text (data.control_tokens)")
             shape.setdefault("first_control_token", f"{item.file}:{item.line}: {found!r}")
             shape["control_tokens"] += 1
         if shape["records"] == DETECT_FROM:
@@ -132,7 +131,7 @@ class DatasetBuilder:
             fix = "set data.control_tokens=parse if the token is meant, or data.control_tokens=text if its characters"
             raise UserError(f"{shape['first_control_token']} {what}: {fix}")
 
-    def _note(self, item: Conversation, notes: tuple[str, ...]) -> None:
+    def _note(self, item: Conversation, *notes: str) -> None:
         for note in notes:
             count, first = self.notes.get(note, (0, f"{item.file}:{item.line}"))
             self.notes[note] = count + 1, first
@@ -143,7 +142,7 @@ class DatasetBuilder:
         def advance(position: int) -> None:
             self.bar.update(start + position - self.bar.n)
 
-        for item in read_file(file, ReadOptions.from_config(self.data), advance):
+        for item in read_file(file, self.data, advance):
             if isinstance(item, str):
                 self.shapes.append({"file": str(file), "shape": item, "records": 0, "control_tokens": 0})
                 continue
@@ -174,13 +173,12 @@ class DatasetBuilder:
             self.seen.add(mark)
         return None
 
-    def _add_record(self, item: Conversation, file: int, part: int) -> int:
+    def _add_record(self, item: Conversation, file: int) -> int:
         """Note what the split depends on; returns the record's number."""
         data, prompt = self.data, item.prompt()
         key = functools.partial(filters.split_key, seed=self.seed)
         self.file.append(file)
         self.line.append(item.line)
-        self.part.append(part)
         self.prompt.append(key(prompt))
         self.normalized_prompt.append(key(filters.normalized(prompt)))
         self.content.append(key(str(filters.content_hash(item))))
@@ -191,10 +189,10 @@ class DatasetBuilder:
         if strata := data.stratify_field:
             length_bin = 1 << (max(item.characters(), 1).bit_length() - 1)  # 512 to 1023 characters: 512
             self.stratum.append(length_bin if strata == "length" else item.fields[strata])
-        self.cut_off += filters.looks_truncated(item)
-        if found := CONTROL.search(item.full_text()):
-            self.control_characters += 1
-            self.first_control = self.first_control or f"U+{ord(found[0]):04X} in {item.file}:{item.line}"
+        if filters.looks_truncated(item):
+            self._note(item, "the last reply stops in mid-sentence")
+        if CONTROL.search(item.full_text()):
+            self._note(item, "control characters are kept")
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
             if system in self.seen_systems:  # a system message that an earlier record has is not signed
@@ -261,8 +259,8 @@ class DatasetBuilder:
         """(is_training, is_validation) of each record: near duplicates removed, split, leaks removed."""
         data, prompts = self.data, np.array(self.normalized_prompt, np.uint64)
         used = np.isin(np.arange(len(prompts)), self.record)  # records with a sample
-        is_validation = used & (np.array(self.part) == self.validation_part)
-        pool = used & (np.array(self.part) != self.validation_part)
+        is_validation = used & (self._parts() == self.validation_part)
+        pool = used & ~is_validation
         signed = {name: np.memmap(self.directory / name, np.uint32, "r") for name in self.signatures}
         signatures = {name: values.reshape(-1, filters.COMPONENTS) for name, values in signed.items()}
         if data.near_duplicates:
@@ -286,31 +284,30 @@ class DatasetBuilder:
         if PROMPT in signatures:
             threshold, remaining = data.near_duplicates or NEAR, is_training & ~shared
             near = filters.near_matches(signatures[PROMPT], threshold, remaining, is_validation & ~is_frequent)
-            self.near_leaks = int(near.sum())
             if data.near_leaks == "remove":
                 leaks |= near
+            else:
+                self.near_leaks = int(near.sum())
         self._remove(leaks, "leak", "its prompt equals, or nearly equals, that of a validation record")
         if is_own and size:
-            self._say_held_out(int(is_validation.sum()), count, bool(is_frequent[pool].any()), size)
+            how = "records with equal prompts together"
+            if is_frequent[pool].any():
+                how += f", except prompts that more than {size:,} records have"
+            how = f"the newest by {data.split_time}" if data.split_time else how
+            how = f"by {data.split_group}" if data.split_group else how
+            self.held_out = f"held out {is_validation.sum():,} of {count:,} records for validation: {how}"
         return is_training & ~leaks, is_validation
 
-    def _say_held_out(self, held: int, count: int, has_frequent: bool, size: int) -> None:
-        data = self.data
-        how = f"the newest by {data.split_time}" if data.split_time else "records with equal prompts together"
-        if has_frequent and not data.split_time:
-            how += f", except prompts that more than {size:,} records have"
-        how = f"by {data.split_group}" if data.split_group else how
-        self.held_out = f"held out {held:,} of {count:,} records for validation: {how}"
+    def _parts(self) -> Array:  # (records,)
+        return np.array([part for part, _ in self.files])[self.file]
 
     def _remove(self, which: Array, kind: str, reason: str) -> None:
         for record in np.flatnonzero(which).tolist():
             self._reject_record(record, kind, reason)
 
     def _held_out_size(self, count: int) -> int:
-        data = self.data
-        size = data.validation_size or round(data.validation_split * count)
-        if data.validation_size is None and data.validation_split and count > 1:
-            size = max(size, 1)
+        at_least = int(self.data.validation_split > 0 and count > 1)
+        size = self.data.validation_size or max(round(self.data.validation_split * count), at_least)
         if size >= count > 1:
             raise UserError(f"data.validation_size: {size}: there are {count} records: leave some for training")
         return size
@@ -331,7 +328,7 @@ class DatasetBuilder:
     def _write(self, is_training: Array, is_validation: Array) -> None:
         record = np.array(self.record, np.int64)
         training, rng = np.flatnonzero(is_training[record]), np.random.default_rng([self.seed, 1])
-        part = np.array(self.part)[record[training]]
+        part = self._parts()[record[training]]
         copies: list[Array] = []
         for number, weight in enumerate(self.data.weights):  # whole copies, and a random subset for the fraction
             own = training[part == number]
@@ -357,20 +354,16 @@ class DatasetBuilder:
             path.unlink()
         tokens = np.memmap(self.directory / TOKENS, dtype=np.int32, mode="r")
         sides = {n: TokenDataset(tokens, arrays["starts"], record, arrays[n]) for n in ("training", "validation")}
+        counted = ("read", "first_malformed", "samples_lost", "target_tokens_lost", "held_out", "shared_prompts")
         report = {
             "files": self.shapes,
             "removed": dict(self.removed.most_common()),
             "truncated": len(self.truncated),
             "truncation": self.data.truncation,
             "max_seq_length": self.max_length,
-            "cut_off_replies": self.cut_off,
-            **{name: getattr(self, name) for name in ("read", "first_malformed", "samples_lost", "target_tokens_lost")},
-            **{name: getattr(self, name) for name in ("held_out", "shared_prompts", "chunked_texts", "chunks")},
-            "leaks": self.data.leaks,
+            **{name: getattr(self, name) for name in (*counted, "chunked_texts", "chunks", "near_leaks")},
             "notes": [[note, count, first] for note, (count, first) in self.notes.items()],
-            **{name: getattr(self, name) for name in ("control_characters", "first_control")},
-            "near_leaks": self.near_leaks,
-            "near_leaks_are": "removed" if self.data.near_leaks == "remove" else "kept",
+            "leaks": self.data.leaks,
             **{name: self._describe(samples) for name, samples in sides.items()},
         }
         text = json.dumps(report, indent=2, ensure_ascii=False)

@@ -34,10 +34,10 @@ from nanoft.config import DataConfig
 from nanoft.config.functions import source_file
 from nanoft.data.builder import PERCENTILES, REPORT, TOKENS, DatasetBuilder
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
+from nanoft.data.formats import Conversation, format_function, read_file
 from nanoft.data.sources import Log, find_files, read_raw
 from nanoft.io import untrusted
-from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered, sync_directory
+from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered
 from nanoft.io.tables import markdown_table
 
 NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batches does with the samples
@@ -57,7 +57,7 @@ class PreparedDataset:
     record_file: Array  # (records,) index into `files`
     record_line: Array  # (records,)
     truncated: Array  # which samples were truncated
-    options: ReadOptions
+    data: DataConfig
     from_cache: bool = False  # rather than built now
 
     def conversations(self, samples: TokenDataset, limit: int) -> list[Conversation]:
@@ -76,7 +76,7 @@ class PreparedDataset:
         found: dict[int, str] = {}
         fields: dict[str, None] = {}
         for file, records in self._lines(samples.records.tolist()):
-            for line, record in read_raw(file, self.options.delimiter):
+            for line, record in read_raw(file, self.data.delimiter):
                 if line in records and isinstance(record, dict):
                     fields |= dict.fromkeys(record)
                     if record.get(name) is not None:
@@ -102,7 +102,7 @@ class PreparedDataset:
 
     def _read(self, records: list[int]) -> Iterator[tuple[int, Conversation]]:
         for file, lines in self._lines(records):
-            for item in read_file(file, self.options, only=set(lines)):
+            for item in read_file(file, self.data, only=set(lines)):
                 if isinstance(item, Conversation):
                     yield lines[item.line], item
 
@@ -111,7 +111,7 @@ def build_datasets(
     data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, progress_bar: bool = False
 ) -> PreparedDataset:
     """Read, tokenize and split the files of a config, or load the result from the cache."""
-    parts, options = _parts(data, log), ReadOptions.from_config(data)
+    parts = _parts(data, log)
     files = [file for part in parts for file in part]
 
     def build(directory: Path) -> None:
@@ -129,16 +129,14 @@ def build_datasets(
     training, validation = (TokenDataset(*shared, arrays[name]) for name in ("training", "validation"))
     report = json.loads((entry / REPORT).read_text(encoding="utf-8"))
     origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated")}
-    return PreparedDataset(training, validation, report, entry, files, options=options, from_cache=from_cache, **origin)
+    return PreparedDataset(training, validation, report, entry, files, data=data, from_cache=from_cache, **origin)
 
 
 def data_provenance(data: DataConfig) -> dict[str, Any]:
     """What a run records of its data: the hash of all files, and how many there are in each part."""
     parts = _parts(data)
-    return {
-        "data_sha256": data_hash(data, [file for part in parts for file in part]),
-        "data_files": [len(part) for part in parts],
-    }
+    files = [file for part in parts for file in part]
+    return {"data_sha256": data_hash(data, files), "data_files": [len(part) for part in parts]}
 
 
 def data_hash(data: DataConfig, files: list[Path] | None = None) -> str:
@@ -200,13 +198,9 @@ def _build(temporary: Path, entry: Path, build: Callable[[Path], None]) -> None:
         build(temporary)
         hashes = {path.name: hash_content(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
-        for path in temporary.iterdir():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
         if not _is_intact(entry):  # else another process has built it meanwhile
             shutil.rmtree(entry, ignore_errors=True)
             os.rename(temporary, entry)
-        sync_directory(entry.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -235,22 +229,16 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     lines = [f"data      read {f['records']:,} records ({f['shape']}) from {f['file']}" for f in report["files"]]
     lines += [f"warning: {reason}: rejected" for reason in report["first_malformed"]]
     lines += [f"warning: {note}: {count:,} records, first {first}" for note, count, first in report["notes"]]
-    if report["control_characters"]:
-        what = f"contain control characters, first {report['first_control']}: they are kept"
-        lines.append(f"warning: {report['control_characters']:,} records {what}")
-    if report["cut_off_replies"]:
-        lines.append(f"warning: {report['cut_off_replies']:,} records end in a reply that stops in mid-sentence")
     if report["chunked_texts"]:
         what = f"texts longer than model.max_seq_length={report['max_seq_length']} became {report['chunks']:,} samples"
         lines.append(f"data      {report['chunked_texts']:,} {what} (data.chunk)")
     if report["held_out"]:
-        none = report["validation"]["records"] == 0
-        lines.append(f"{'warning: ' if none else 'data      '}{report['held_out']}")
+        lines.append(f"{'data      ' if report['validation']['records'] else 'warning: '}{report['held_out']}")
     if report["shared_prompts"]:
         why = " (data.leaks=warn)" if report["leaks"] == "warn" else ", since that prompt is frequent"
         what = f"training records have the prompt of a validation record: kept{why}"
         lines.append(f"warning: {report['shared_prompts']:,} {what}")
-    if report["near_leaks"] and report["near_leaks_are"] == "kept":
+    if report["near_leaks"]:
         what = "training prompts are near duplicates of validation prompts: set data.near_leaks=remove to remove them"
         lines.append(f"warning: {report['near_leaks']:,} {what}")
     rows = [["records read", f"{report['read']:,}", ""]]

@@ -67,14 +67,19 @@ def find_columns(shape: Shape, present: Collection[str]) -> list[dict[str, str]]
 
 
 def detect_shape(
-    path: Path, shapes: Mapping[str, Shape], records: list[tuple[int, Raw]], present: Collection[str]
+    path: Path, shapes: Mapping[str, Shape], wanted: str, records: list[tuple[int, Raw]]
 ) -> tuple[str, dict[str, str]]:
-    """(shape, field -> column): the shape that most records have; else the one that fits by other names; else text."""
+    """(shape, field -> column) of the wanted shape, or `auto`.
+
+    That is the shape that most records have; else the one that fits by other names; else text.
+    """
+    present = list(dict.fromkeys(name for _, record in records if isinstance(record, dict) for name in record))
     votes = dict.fromkeys(shapes, 0)
     for _, record in records:
         for name, shape in shapes.items() if isinstance(record, dict) else ():
             votes[name] += shape.to_messages is not None and record.keys() >= {*shape.required}
     best = [name for name in votes if votes[name] and votes[name] == max(votes.values())]
+    best = best if wanted == "auto" else [wanted]
     if len(best) > 1:
         choices = " or ".join(f"data.format={name} ({', '.join(shapes[name].required)})" for name in best)
         raise UserError(f"{path}: its records fit {len(best)} shapes: choose {choices}")

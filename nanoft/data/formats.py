@@ -23,17 +23,7 @@ from nanoft import UserError
 from nanoft.config import DataConfig
 from nanoft.config.fields import nearest
 from nanoft.config.functions import UNTRUSTED, import_function, is_function
-from nanoft.data.detection import (
-    BAD,
-    GOOD,
-    Shape,
-    detect_shape,
-    find_columns,
-    names_of,
-    normalized_name,
-    require_label_choice,
-    require_one_reading,
-)
+from nanoft.data.detection import BAD, GOOD, Shape, detect_shape, names_of, normalized_name, require_label_choice
 from nanoft.data.sources import BadRecord, Raw, read_raw
 from nanoft.data.values import as_json, check_value, nonempty, optional_text, text_of
 
@@ -71,7 +61,7 @@ class Conversation:
     file: str
     line: int  # from 1; in a JSON array or a Parquet file, the record's number
     tools: list[dict[str, Any]] | None = None
-    fields: dict[str, Any] = field(default_factory=dict)  # those of ReadOptions.fields
+    fields: dict[str, Any] = field(default_factory=dict)  # what the split depends on
     prompt_characters: int = 0  # of the text: they are no targets
     template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
     notes: tuple[str, ...] = ()  # what has no effect
@@ -100,10 +90,10 @@ def turns_of(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> lis
     turns = [value] if isinstance(value, dict) and name != "messages" else as_json(value, name)
     if not isinstance(turns, list) or not turns:
         raise BadRecord(f"{name} is not a list of turns")
-    return [_message(_standard_turn(turn, name, roles)) for turn in turns]
+    return [_message(turn, name, roles) for turn in turns]
 
 
-def _standard_turn(turn: Any, name: str, roles: Mapping[str, str]) -> dict[str, Any]:
+def _message(turn: Any, name: str, roles: Mapping[str, str]) -> Message:
     """ShareGPT's {"from": "Human", "value": "Q"} becomes {"role": "user", "content": "Q"}."""
     if not isinstance(turn, dict):
         raise BadRecord(f"{name}: a turn is {json.dumps(turn, default=str):.40}: it needs a role and content")
@@ -111,36 +101,33 @@ def _standard_turn(turn: Any, name: str, roles: Mapping[str, str]) -> dict[str, 
     for other, key in TURN_KEYS.items():
         if key not in turn and other in turn:
             turn[key] = turn.pop(other)
-    if turn.get("function_call"):  # OpenAI's older name of a single call
-        if turn.get("tool_calls"):
-            raise BadRecord(f"{name}: a turn has tool_calls and function_call: keep one of them")
-        turn["tool_calls"] = [as_json(turn["function_call"], "function_call")]
-    optional = {"content"} if turn.get("tool_calls") else set()
-    if missing := [key for key in TURN_KEYS.values() if key not in {*turn, *optional}]:
-        raise BadRecord(f"{name}: a turn has no {missing[0]}: its fields are {names_of(turn)}")
-    given = turn["role"]
-    if not isinstance(given, str):
-        raise BadRecord(f"{name}: the role {json.dumps(given, default=str):.40} is not a string")
-    role = roles.get(given) or ROLE_OF.get(given) or ROLE_OF.get(normalized_name(given))
-    if role is None:
-        fix = " or ".join(f"data.roles='{{{given!s:.40}: {role}}}'" for role in ("user", "assistant"))
-        raise BadRecord(f"unknown role {given!r:.40}: set {fix} (or {', '.join(ROLES)})")
-    if role == "function_call":
-        found = as_json(turn["content"], "function_call")
-        turn |= {"content": "", "tool_calls": found if isinstance(found, list) else [found]}
-    return {**turn, "role": "assistant" if role == "function_call" else role}
-
-
-def _message(turn: dict[str, Any]) -> Message:
-    role = turn["role"]
     calls = as_json(turn.get("tool_calls") or None, "tool_calls")
-    said = turn.get("content")
+    if turn.get("function_call"):  # OpenAI's older name of a single call
+        if calls:
+            raise BadRecord(f"{name}: a turn has tool_calls and function_call: keep one of them")
+        calls = [as_json(turn["function_call"], "function_call")]
+    if missing := [key for key in TURN_KEYS.values() if key not in turn and not (calls and key == "content")]:
+        raise BadRecord(f"{name}: a turn has no {missing[0]}: its fields are {names_of(turn)}")
+    role, said = _standard_role(turn["role"], name, roles), turn.get("content")
+    if role == "function_call":
+        role, said, found = "assistant", None, as_json(said, "function_call")
+        calls = found if isinstance(found, list) else [found]
     message: Message = {"role": role, "content": "" if calls and said is None else _content(said, role)}
     if calls:
         if role != "assistant":
             raise BadRecord(f"tool_calls: {role!r:.40} cannot call tools: only the assistant can")
         message["tool_calls"] = [_tool_call(call) for call in calls]
     return message | _other_fields(turn)
+
+
+def _standard_role(given: Any, name: str, roles: Mapping[str, str]) -> str:
+    if not isinstance(given, str):
+        raise BadRecord(f"{name}: the role {json.dumps(given, default=str):.40} is not a string")
+    role = roles.get(given) or ROLE_OF.get(given) or ROLE_OF.get(normalized_name(given))
+    if role is None:
+        fix = " or ".join(f"data.roles='{{{given!s:.40}: {role}}}'" for role in ("user", "assistant"))
+        raise BadRecord(f"unknown role {given!r:.40}: set {fix} (or {', '.join(ROLES)})")
+    return role
 
 
 def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
@@ -150,11 +137,10 @@ def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
         if turn.get(name) is not None and kept.setdefault(standard, text_of(turn, name)) != text_of(turn, name):
             raise BadRecord(f"{name} and {standard} differ: keep one of them")
     found = {name: turn[name] for name in TRAINING_FIELDS if turn.get(name) is not None}
-    if any(value not in (0, 1) or (name == "train" and not isinstance(value, bool)) for name, value in found.items()):
-        raise BadRecord(f"weight must be 0 or 1, and train true or false: found {found!r:.60}")
-    if len({bool(value) for value in found.values()}) > 1:
-        raise BadRecord(f"{', '.join(found)} contradict each other: found {found!r:.60}")
-    trained = {name if name in ("weight", "train") else "train": value for name, value in found.items()}
+    if any(value not in (0, 1) for value in found.values()) or len({bool(value) for value in found.values()}) > 1:
+        rule = "weight must be 0 or 1, and train true or false, and they must not contradict each other"
+        raise BadRecord(f"{rule}: found {found!r:.60}")
+    trained = {name if name == "weight" else "train": value for name, value in found.items()}
     unused = [name for name in turn if name not in KNOWN_FIELDS and turn[name] not in (None, "", [], {})]
     return kept | trained | ({UNUSED: unused} if unused else {})
 
@@ -162,22 +148,16 @@ def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
 def _content(value: Any, role: str = "") -> str:
     """A text; the texts of a list of parts; what a tool returned, as JSON."""
     is_parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
-    if (
-        role == "tool"
-        and isinstance(value, (dict, list))
-        and not (is_parts and value and all("text" in p for p in value))
-    ):
+    is_text = is_parts and value and all("text" in part for part in value)
+    if role == "tool" and isinstance(value, (dict, list)) and not is_text:
         check_value(value, "content")
         return json.dumps(value, ensure_ascii=False)
-    if is_parts:
-        if kinds := {part.get("type") or "text" for part in value} - {"text"}:
-            raise BadRecord(f"content: has a part of type {sorted(map(str, kinds))[0]!r:.40}: only text is supported")
-        if not all("text" in part for part in value):
-            raise BadRecord(
-                f"content: a part has no text: its fields are {names_of(next(p for p in value if 'text' not in p))}"
-            )
-        return "".join(text_of(part, "text") for part in value)
-    return text_of({"content": value}, "content")
+    for part in value if is_parts else ():
+        if (kind := part.get("type") or "text") != "text":
+            raise BadRecord(f"content: has a part of type {kind!r:.40}: only text is supported")
+        if "text" not in part:
+            raise BadRecord(f"content: a part has no text: its fields are {names_of(part)}")
+    return "".join(text_of(part, "text") for part in value) if is_parts else text_of({"content": value}, "content")
 
 
 def _tool_call(call: Any) -> dict[str, Any]:
@@ -273,26 +253,6 @@ class Rejected:
     line: int
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How files are read: the fields of the `data` section that say so."""
-
-    shape: str = "auto"  # an entry of SHAPES, or package.module:function
-    columns: Mapping[str, str] = field(default_factory=dict)  # name in nanoft -> name in the file
-    roles: Mapping[str, str] = field(default_factory=dict)  # role in the file -> role in nanoft
-    delimiter: str | None = None  # of CSV files; None: detected from the header
-    label_field: str | None = None  # keep only records that it marks as desirable; `ignore`: all, whatever marks them
-    fields: tuple[str, ...] = ()  # kept with each conversation, for the split
-
-    @classmethod
-    def from_config(cls, data: DataConfig) -> ReadOptions:
-        if odd := [role for role in data.roles.values() if role not in ROLES]:
-            raise UserError(f"data.roles: {odd[0]!r:.40} is not a role{nearest(str(odd[0]), ROLES)}")
-        wanted = {data.stratify_field, data.split_group, data.split_time} - {None, "length"}
-        fields = tuple(sorted(map(str, wanted)))
-        return cls(data.format, data.columns, data.roles, data.delimiter, data.label_field, fields)
-
-
 def check_format(name: str) -> None:
     """Raise a UserError if data.format is neither auto, nor an entry of SHAPES, nor package.module:function."""
     names = ("auto", *SHAPES, "package.module:function")
@@ -311,30 +271,29 @@ def format_function(name: str) -> Callable[..., Any] | None:
 
 def read_file(
     path: Path,
-    options: ReadOptions,
+    data: DataConfig,
     on_progress: Callable[[int], None] = lambda position: None,  # called now and then with the number of bytes read
     only: Collection[int] | None = None,  # lines to convert; None: all
 ) -> Iterator[Conversation | Rejected | str]:
     """All records of a file in order; before them, a description of the shape they are read in."""
-    shape, function = options.shape, format_function(options.shape)
-    raw = read_raw(path, options.delimiter, on_progress)
-    records = ((line, _rename(record, options.columns)) for line, record in raw)
+    if odd := [role for role in data.roles.values() if role not in ROLES]:
+        raise UserError(f"data.roles: {odd[0]!r:.40} is not a role{nearest(str(odd[0]), ROLES)}")
+    function, columns = format_function(data.format), data.columns
+    raw = read_raw(path, data.delimiter, on_progress)
+    records = ((line, _rename(record, columns)) for line, record in raw)
     first = list(itertools.islice(records, DETECT_FROM))
-    present = list(dict.fromkeys(name for _, record in first if isinstance(record, dict) for name in record))
-    columns: dict[str, str] = {}
-    if shape == "auto":
-        shape, columns = detect_shape(path, SHAPES, first, present)
-    elif function is None:
-        columns = require_one_reading(path, find_columns(SHAPES[shape], present), present)
-    if function is None and options.label_field is None and shape != "text":
-        require_label_choice(path, first)
-    for name in options.columns if function is None else ():
-        near = nearest(name, SHAPES[shape].fields)  # another name may be that of a split field, or of no use on purpose
-        if name not in SHAPES[shape].fields and "did you mean" in near:
-            raise UserError(f"data.columns: {name!r:.60} is not a field of {shape}{near}")
-    found = [name if name == column else f"{name} ({column})" for name, column in columns.items()]
-    yield shape if found in ([shape], []) else f"{shape}: {', '.join(found)}"
-    renamed = {name: column for name, column in columns.items() if name != column}
+    shape, found = data.format, dict[str, str]()  # field -> column
+    if function is None:
+        shape, found = detect_shape(path, SHAPES, shape, first)
+        if data.label_field is None and shape != "text":
+            require_label_choice(path, first)
+        for name in sorted(
+            {*columns} - {*SHAPES[shape].fields}
+        ):  # it may be a field of the split, or of no use on purpose
+            if "did you mean" in (near := nearest(name, SHAPES[shape].fields)):
+                raise UserError(f"data.columns: {name!r:.60} is not a field of {shape}{near}")
+    said = [name if name == column else f"{name} ({column})" for name, column in found.items()]
+    yield shape if said in ([shape], []) else f"{shape}: {', '.join(said)}"
     last = max(only, default=0) if only is not None else math.inf
     for line, record in itertools.chain(first, records):
         if line > last:
@@ -342,9 +301,9 @@ def read_file(
         if only is not None and line not in only:
             continue
         try:
-            if renamed and isinstance(record, dict):
-                record = record | {name: record[column] for name, column in renamed.items() if column in record}
-            yield _convert(record, shape, function, str(path), line, options)
+            if isinstance(record, dict):
+                record = record | {name: record[column] for name, column in found.items() if column in record}
+            yield _convert(record, shape, function, str(path), line, data)
         except BadRecord as reason:
             yield Rejected(str(reason), str(path), line)
         except RecursionError:  # from putting a value into a message
@@ -360,25 +319,17 @@ def _rename(record: Raw, columns: Mapping[str, str]) -> Raw:
     return kept | {name: record[column] for name, column in columns.items()}
 
 
-def _convert(record: Raw, shape: str, function: Any, path: str, line: int, options: ReadOptions) -> Conversation:
+def _convert(record: Raw, shape: str, function: Any, path: str, line: int, data: DataConfig) -> Conversation:
     if isinstance(record, BadRecord):
         raise record
     required = SHAPES[shape].required if function is None else ()
     if not isinstance(record, dict) or not all(name in record for name in required):
         found = names_of(record) if isinstance(record, dict) else type(record).__name__
         raise BadRecord(f"expected {'the fields ' + ', '.join(required) if required else 'an object'}, found {found}")
-    if (label := options.label_field) not in (
-        None,
-        "ignore",
-    ):  # data for KTO has good and bad answers: only good ones are imitated
-        if label not in record:
-            raise BadRecord(f"has no field {label!r} (data.label_field)")
-        value = str(record[label]).strip().lower()
-        if value not in GOOD + BAD:
-            raise BadRecord(f"{label}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)")
-        if value in BAD:
-            raise BadRecord(UNDESIRABLE)
-    fields = {name: _split_field(record, name) for name in options.fields}
+    if data.label_field not in (None, "ignore"):  # data for KTO has good and bad answers: the good are imitated
+        _require_desirable(record, str(data.label_field))
+    split_by = (data.stratify_field, data.split_group, data.split_time)
+    fields = {name: _split_field(record, name) for name in split_by if name not in (None, "length")}
     if function is not None:
         record, shape = _call(function, record, f"{path}:{line}: data.format={shape}")
     to_messages = SHAPES[shape].to_messages
@@ -387,15 +338,12 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
         text = "".join(before) + nonempty(learned, SHAPES[shape].required[-1])
         return Conversation([], text, path, line, None, fields, sum(map(len, before)))
     try:
-        record = record | {
-            name: turns_of(record, name, options.roles) for name in SHAPES[shape].fields if name in TURNS
-        }
+        fields_read = SHAPES[shape].fields
+        record = record | {name: turns_of(record, name, data.roles) for name in fields_read if name in TURNS}
         messages = to_messages(record)
-        if "system" in SHAPES[shape].fields and (system := optional_text(record, "system")):
+        if "system" in fields_read and (system := optional_text(record, "system")):
             messages.insert(0, {"role": "system", "content": system})
-        tools = _parse_tools(record) if "tools" in SHAPES[shape].fields else None
-    except BadRecord:
-        raise
+        tools = _parse_tools(record) if "tools" in fields_read else None
     except (TypeError, AttributeError, ValueError, LookupError):
         raise BadRecord(f"does not have the form of {shape} (docs/data.md)") from None
     _check_turns(messages)
@@ -404,11 +352,20 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, optio
     return Conversation(messages, None, path, line, tools, fields, 0, _template_args(record), notes)
 
 
+def _require_desirable(record: dict[str, Any], label: str) -> None:
+    if label not in record:
+        raise BadRecord(f"has no field {label!r} (data.label_field)")
+    value = str(record[label]).strip().lower()
+    if value not in GOOD + BAD:
+        raise BadRecord(f"{label}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)")
+    if value in BAD:
+        raise BadRecord(UNDESIRABLE)
+
+
 def _template_args(record: dict[str, Any]) -> dict[str, Any]:
     given = as_json(record.get(TEMPLATE_ARGS) or {}, TEMPLATE_ARGS)
-    if not isinstance(given, dict) or (taken := {"messages", "tools", "add_generation_prompt"} & given.keys()):
-        what = f"sets {min(taken)}, which nanoft sets" if isinstance(given, dict) else "is not an object"
-        raise BadRecord(f"{TEMPLATE_ARGS}: {what}")
+    if not isinstance(given, dict) or {"messages", "tools", "add_generation_prompt"} & given.keys():
+        raise BadRecord(f"{TEMPLATE_ARGS}: must be an object without messages, tools and add_generation_prompt")
     check_value(given, TEMPLATE_ARGS)
     return given
 

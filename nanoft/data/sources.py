@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanoft import UserError
+from nanoft.io.untrusted import one_line
 
 Log = Callable[[str], None]  # called with lines for the user
 Raw = Any  # any value in place of a record, or a BadRecord
@@ -51,9 +52,7 @@ ENCODINGS = {
 OTHER_KINDS = {
     rb"version https://git-lfs": "is a git-lfs pointer, not the data: run git lfs pull in its repository",
     rb"\x1f\x8b": "is compressed by gzip: add .gz to its name",
-    rb"BZh\d": "is compressed: unpack it with bzip2 -d",
-    rb"\(\xb5/\xfd": "is compressed: unpack it with zstd -d",
-    rb"\xfd7zXZ": "is compressed: unpack it with xz -d",
+    rb"BZh\d|\(\xb5/\xfd|\xfd7zXZ": "is compressed: unpack it with bzip2 -d, zstd -d or xz -d",
     rb"PK\x03\x04": "is a zip archive or a spreadsheet: unpack it with unzip, or export it as CSV",
     rb"PAR1": "is Parquet: rename it to .parquet",
     rb"ARROW1|\xff\xff\xff\xff": "is Arrow: convert its directory with datasets: load_from_disk(...).to_json(...)",
@@ -62,7 +61,7 @@ OTHER_KINDS = {
 NOT_UTF_8 = "is the file Latin-1? then convert it: iconv -f WINDOWS-1252 -t UTF-8"
 
 
-class BadRecord(ValueError):
+class BadRecord(Exception):
     """Why a record cannot be used."""
 
 
@@ -80,10 +79,9 @@ def find_files(spec: str, name: str = "data.train_file", log: Log = lambda line:
         place = _download(part, name) if part.startswith(HUB) else part
         files = _files_at(place, part, name, log)
         if not files:
-            missing = "a directory without data files" if place != part else "no file matches"
-            missing = (
-                missing if glob.has_magic(place) or place != part else f"no such file (on the Hub: {HUB}owner/name)"
-            )
+            missing = "no file matches" if glob.has_magic(place) else f"no such file (on the Hub: {HUB}owner/name)"
+            if os.path.isdir(place) or place != part:
+                missing = f"a directory without data files ({' '.join(SUFFIXES)})"
             raise UserError(f"{name}: {part}: {missing}")
         found.append(files)
     return found
@@ -112,8 +110,6 @@ def _data_files(directory: Path, part: str, name: str) -> list[Path]:
             raise UserError(f'{name}: {part}: was written by save_to_disk of datasets: convert it: python -c "{fix}"')
         if _suffix(path) in SUFFIXES and path.is_file() and not hidden and not any(map(path.match, METADATA)):
             found.append(path)
-    if not found:
-        raise UserError(f"{name}: {part}: a directory without data files ({' '.join(SUFFIXES)})")
     return found
 
 
@@ -161,7 +157,7 @@ def _download(part: str, name: str) -> str:
         patterns: dict[str, Any] = {"allow_patterns": [inside, *wanted], "ignore_patterns": METADATA}
         root = snapshot_download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
     except Exception as error:  # the Hub client raises many kinds: no network, no such dataset, gated, bad name
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason}") from None
     return os.path.join(root, inside)
 
@@ -199,7 +195,7 @@ def read_raw(
         what = "damaged" if path.name.endswith(".gz") else "cannot be read"
         raise UserError(f"{path}: {what} after {count:,} records: {error}") from None
     if not count:
-        raise UserError(f"{path}: the file is empty: it needs at least one record")
+        raise UserError(f"{path}: is empty: it needs at least one record")
 
 
 def _refuse_other_kinds(head: bytes, path: Path, expected: bytes) -> None:
@@ -210,21 +206,14 @@ def _refuse_other_kinds(head: bytes, path: Path, expected: bytes) -> None:
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:  # split at newlines only; an over-long one is cut at MAX_RECORD
     while line := stream.readline(MAX_RECORD):
-        if len(line) == MAX_RECORD and not line.endswith(b"\n"):
-            while (rest := stream.readline(MAX_RECORD)) and not rest.endswith(b"\n"):
-                pass
         yield line
+        while len(line) == MAX_RECORD and not line.endswith(b"\n"):
+            line = stream.readline(MAX_RECORD)
 
 
-def _read_lines(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    for number, line in enumerate(_lines(stream), start=1):
-        if len(line) >= MAX_RECORD:
-            yield number, BadRecord(f"longer than {MAX_RECORD >> 20} MiB")
-        elif line.strip():
-            yield number, _parse_line(line)
-
-
-def _parse_line(line: bytes | bytearray) -> Raw:
+def _parse_line(line: bytes) -> Raw:
+    if len(line) >= MAX_RECORD:
+        return BadRecord(f"longer than {MAX_RECORD >> 20} MiB")
     try:
         return decode_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -234,67 +223,58 @@ def _parse_line(line: bytes | bytearray) -> Raw:
 
 
 def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    """JSON Lines; an array of records; values one after another; in .json also an object with one array, or one record.
-
-    The content decides, not the name: people call each of them .json and .jsonl.
-    """
-    start, is_lines = stream.tell(), _suffix(path) != ".json"
-    opening = next((byte for byte in iter(lambda: stream.read(1), b"") if not byte.isspace()), b"")
+    """JSON Lines, an array, values one after another, or an object: the content decides, people mix up the names."""
+    start = stream.tell()
+    is_lines = _is_lines(stream, path)
     stream.seek(start)
-    if not opening:
+    if not is_lines:
+        yield from _read_values(stream, path)
         return
-    reader = _read_array
-    if opening != b"[" or is_lines:
-        lines = (line for line in _lines(stream) if line.strip())
-        line = next(lines, b"")
-        first = _parse_line(line) if len(line) < MAX_RECORD else BadRecord("a part of a longer line")
-        has_more = next(lines, None) is not None
-        stream.seek(start)
-        if opening == b"[":  # a list of turns on each line is no array of records
-            is_array = isinstance(first, BadRecord) or (not has_more and all(isinstance(r, dict) for r in first))
-            reader = _read_array if is_array else _read_lines
-        elif isinstance(first, dict):
-            reader = _read_lines if has_more or is_lines else _read_object
-        elif NOT_UTF_8 not in str(first) and _is_values(stream, path, is_lines):
-            reader = _read_values
-        else:
-            reader = _read_lines if is_lines else _read_object
-        stream.seek(start)
-    yield from reader(stream, path, delimiter)
+    for number, line in enumerate(_lines(stream), start=1):
+        if line.strip() or len(line) == MAX_RECORD:
+            yield number, _parse_line(line)
 
 
-def _is_values(stream: IO[bytes], path: Path, alone: bool) -> bool:
-    """Whether the file opens with an object over several lines, or before a comma; another follows, unless `alone`."""
+def _is_lines(stream: IO[bytes], path: Path) -> bool:
+    """Whether each line is a record: if the first one is, and others follow or the file is not called .json."""
+    start, is_named_so = stream.tell(), _suffix(path) != ".json"
+    lines = (line for line in _lines(stream) if line.strip())
+    line = next(lines, b"")
+    if line.lstrip().startswith(b"["):  # lists of turns on lines are no arrays of records
+        first = _parse_line(line) if is_named_so else None
+        return isinstance(first, list) and (
+            any(lines) or not all(isinstance(record, dict) for record in first or [None])
+        )
+    if isinstance(_parse_line(line), dict):
+        return is_named_so or any(lines)
+    stream.seek(start)
     text = _JsonText(stream, path)
-    with contextlib.suppress(UserError):
-        return isinstance(text.value(1), dict) and text.peek() in ("{", ",", *[""] * alone)
-    return False
+    with contextlib.suppress(UserError):  # a broken line, or the first line of an object?
+        return is_named_so and not (isinstance(text.value(1), dict) and text.peek() in ("{", ",", ""))
+    return is_named_so
 
 
-def _read_values(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    """Values one after another, pretty-printed or with commas between them."""
-    text = _JsonText(stream, path)
-    for number in itertools.count(1):
-        if not text.peek():
-            return
-        yield number, text.value(number)
-        if text.peek() == ",":
-            text.take(",")
-
-
-def _read_array(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    text, number = _JsonText(stream, path), 0
-    text.take("[")
-    while text.peek() != "]":
-        if number:
+def _read_values(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Raw]]:
+    """The values of an array; those of a text one after another, also with commas between them; or of one object."""
+    text, number, end = _JsonText(stream, path), 0, ""
+    if text.peek() == "[":
+        text.take("[")
+        end = "]"
+    while text.peek() != end:
+        if number and end:
             text.take(",")
         number += 1
-        yield number, text.value(number)
-    if not number:
-        raise UserError(f"{path}: the array is empty: it needs at least one record")
-    text.take("]")
-    if text.peek():
-        raise UserError(f"{path}: not valid JSON: extra data after the array")
+        value = text.value(number, MAX_RECORD if end else MAX_OBJECT)
+        if number == 1 and not end and not text.peek():
+            yield from enumerate(_records_of(value, path), start=1)
+            return
+        yield number, value
+        if not end and text.peek() == ",":
+            text.take(",")
+    if end:
+        text.take(end)
+        if text.peek():
+            raise UserError(f"{path}: not valid JSON: extra data after the array")
 
 
 class _JsonText:
@@ -320,7 +300,7 @@ class _JsonText:
             raise UserError(f"{self.path}: not valid JSON: expected {wanted!r} between records, {what}")
         self.at += 1
 
-    def value(self, number: int) -> Any:
+    def value(self, number: int, limit: int = MAX_RECORD) -> Any:
         """The next value; near the end of the window it is parsed again with more text: 1 may begin 1.5e3."""
         self.peek()
         while True:
@@ -336,7 +316,7 @@ class _JsonText:
             if not reason and (end + 2 < len(self.window) or not self._more()):
                 self.at += length
                 return value
-            too_long = f"longer than {MAX_RECORD >> 20} MiB, or " * (len(self.window) - self.at > MAX_RECORD)
+            too_long = f"longer than {limit >> 20} MiB, or " * (len(self.window) - self.at > limit)
             if reason and (too_long or not self._more()):
                 raise UserError(f"{self.path}: record {number}: {too_long}not valid JSON: {reason}")
 
@@ -348,16 +328,8 @@ class _JsonText:
         return bool(read)
 
 
-def _read_object(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
+def _records_of(whole: Any, path: Path) -> list[Any]:
     """The records of the only array in {"version": ..., "data": [...]}; without one, or of turns: one record."""
-    content = bytearray()
-    while piece := stream.read(CHUNK):  # piece by piece: a small .gz can hold a terabyte
-        content += piece
-        if len(content) > MAX_OBJECT:
-            raise UserError(f"{path}: one object of more than {MAX_OBJECT >> 20} MiB: convert it to JSON Lines")
-    whole = _parse_line(content)
-    if isinstance(whole, BadRecord):
-        raise UserError(f"{path}: {whole}")
     wanted = f"{path}: expected an array of records, or an object with one: found"
     if not isinstance(whole, dict):
         raise UserError(f"{wanted} {type(whole).__name__}")
@@ -367,14 +339,11 @@ def _read_object(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterat
         fix = "write records, in pandas with to_json(FILE, orient='records', lines=True)"
         raise UserError(f"{wanted} a table by columns ({', '.join(whole)!s:.100}): {fix}")
     if not arrays or any("role" in opening or "from" in opening for opening, *_ in filter(None, arrays.values())):
-        arrays = {"": [whole]}
+        return [whole]
     if len(arrays) > 1:
         fix = f"write one of them to a file of its own: jq -c '.{next(iter(arrays))}[]' FILE > NEW.jsonl"
         raise UserError(f"{wanted} {len(arrays)} arrays: {', '.join(arrays)!r:.100}: {fix}")
-    ((name, records),) = arrays.items()
-    if not records:
-        raise UserError(f"{path}: the array {name!r:.60} is empty: it needs at least one record")
-    yield from enumerate(records, start=1)
+    return next(iter(arrays.values()))
 
 
 def _read_table(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
@@ -425,7 +394,7 @@ def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Itera
         for number, row in enumerate(rows, start=1):
             yield number, {name: _without_nulls(value) for name, value in row.items()}
     except Exception as error:  # pyarrow raises many kinds, also for dates and strings that Python cannot hold
-        raise UserError(f"{path}: not valid Parquet: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid Parquet: {one_line(error)}") from None
 
 
 def _without_nulls(value: Any) -> Any:

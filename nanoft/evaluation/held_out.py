@@ -17,7 +17,7 @@ from nanoft.data import filters
 from nanoft.data.builder import NEAR
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash
-from nanoft.data.formats import Conversation, ReadOptions, format_function, read_file
+from nanoft.data.formats import Conversation, format_function, read_file
 from nanoft.data.sources import find_files
 from nanoft.evaluation.evaluate import Prompt, held_out_prompts
 from nanoft.evaluation.report import leakage_of_run, settings_of
@@ -75,10 +75,10 @@ def read_held_out(
     config: Config, data: DataConfig, source: str, file: str | None, general: str | None, chat: ChatTokenizer
 ) -> HeldOut:
     """Read and tokenize everything to evaluate on: `data` from `choose_data`, --data and --general."""
-    e, limit, options = config.evaluation, config.model.max_seq_length, ReadOptions.from_config(data)
+    e, limit = config.evaluation, config.model.max_seq_length
     if file:  # plain texts are evaluated completely, whatever their length
         paths = [path for part in find_files(data.train_file, "--data") for path in part]
-        limit = 2**31 - 1 if all(str(next(iter(read_file(path, options)))) == "text" for path in paths) else limit
+        limit = 2**31 - 1 if all(str(next(iter(read_file(path, data)))) == "text" for path in paths) else limit
     corpus = build_datasets(data, chat, limit, config.system.seed, print)
     samples = corpus.training if file else corpus.validation
     if not len(samples):
@@ -103,7 +103,7 @@ def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Samp
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--general: {file}: cannot be read as UTF-8 text: {error}") from None
     else:
-        records = read_file(Path(file), ReadOptions.from_config(DataConfig(train_file=file, label_field="ignore")))
+        records = read_file(Path(file), DataConfig(label_field="ignore"))
         texts = [record.full_text() for record in records if isinstance(record, Conversation)]
     samples = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts[:limit]) if text.strip()])
     if not any(sample.is_target.any() for sample in samples):

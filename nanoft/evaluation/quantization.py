@@ -37,11 +37,10 @@ def compare_quantization(
 
     figures = {"original": both()}
     for name, linear in list(loaded.model.named_modules()):  # one after another; the adapters stay
-        parent, _, leaf = name.rpartition(".")
         if isinstance(linear, nn.Linear) and name.startswith("model.layers."):
             quantized = quantize(linear.weight.detach(), form, loaded.dtype)
             quantized.register_parameter("bias", linear.bias)
-            setattr(loaded.model.get_submodule(parent), leaf, quantized)
+            loaded.model.set_submodule(name, quantized)
     for adapter in loaded.adapters.values():
         if isinstance(adapter, DoRALinear):
             adapter.measure_base()

@@ -55,22 +55,21 @@ class ReportInputs:
 def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     """The object of report.json, the text for the terminal, and report.md."""
     compared, outcome = inputs.compared(), outcomes(inputs)
-    conclusion, cautions = verdict(inputs, compared), warnings(inputs, compared)
-    changes = {name: dataclasses.asdict(c) for name, c in compared.items()}
     values: dict[str, Any] = {
-        "verdict": conclusion, "warnings": cautions, "changes": changes,
+        "verdict": verdict(inputs, compared), "warnings": warnings(inputs, compared),
+        "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
         "by": breakdowns(inputs), "hardest": hardest(inputs), "answers": answers(inputs, outcome),
         "leakage": inputs.leakage, "training": inputs.training, "cost": cost(inputs), "provenance": inputs.provenance,
     }  # fmt: skip
     counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
     won = [f"answers   {counts} (by {label(inputs.primary)})"] if outcome else []
-    head = "\n".join([f"verdict   {conclusion}", *won, *(f"warning: {line}" for line in cautions)])
+    head = "\n".join([f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])])
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
     by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
     terminal = f"\n{main}\n\n{head}\n{''.join(by[name] for name in inputs.groups if name in by)}\n{samples}".rstrip()
     evaluated = {**({"base": inputs.base.to_dict()} if inputs.base else {}), "tuned": inputs.tuned.to_dict()}
     evaluated |= {name: value for name, value in values.items() if value}
-    return evaluated, terminal, _markdown(inputs, main, conclusion, cautions, "".join(by.values()))
+    return evaluated, terminal, _markdown(inputs, values, main + "\n", "".join(by.values()))
 
 
 # ---- The verdict
@@ -96,7 +95,7 @@ def _direction(figure: Figure, c: Comparison) -> int:
     finite = [math.isfinite(one.value) for one in (c.base, c.tuned)]
     if not all(finite):  # a loss that is not finite is worse than any that is
         return finite[1] - finite[0]
-    sign = 1 if figure.higher_is_better and figure.unit != "nats" else -1
+    sign = -1 if figure.unit == "nats" else 1
     return sign * ((c.change.low > 0) - (c.change.high < 0))
 
 
@@ -231,7 +230,7 @@ def outcomes(inputs: ReportInputs) -> list[str]:
     if not inputs.base or inputs.primary not in inputs.tuned.figures or inputs.primary not in inputs.base.figures:
         return []
     after, before = inputs.tuned.figures[inputs.primary], inputs.base.figures[inputs.primary]
-    gains = (after.each() - before.each()) * (1 if after.higher_is_better else -1)
+    gains = after.each() - before.each()
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 
@@ -270,8 +269,7 @@ def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int
 
 def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
     """Prompts on both sides of the split of a run's data, from its report and data.near_leaks."""
-    removed, kept = data["removed"].get("leak", 0), data["near_leaks"] if data["near_leaks_are"] == "kept" else 0
-    shared = data["shared_prompts"]
+    removed, kept, shared = data["removed"].get("leak", 0), data["near_leaks"], data["shared_prompts"]
     said = f"{shared:,} training records have" if shared else "no training record has"
     said += " the prompt of a validation record"
     if data["leaks"] == "ignore":
@@ -305,23 +303,25 @@ def settings_of(config: Config) -> dict[str, Any]:
     }
 
 
-def _markdown(inputs: ReportInputs, main: str, conclusion: str, cautions: Sequence[str], breakdown: str) -> str:
-    text = f"# {inputs.name}\n\n**Verdict.** {_sentence(conclusion)}\n"
-    text += "".join(f"\n**Warning.** {line}.\n" for line in cautions)
-    text += f"\n{main}\n"
+def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown: str) -> str:
+    text = f"# {inputs.name}\n\n**Verdict.** {_sentence(values['verdict'])}\n"
+    text += "".join(f"\n**Warning.** {line}.\n" for line in values["warnings"])
+    text += f"\n{main}"
     if inputs.base and inputs.tuned.figures:
         text += "\n95 % interval and p-value from a paired bootstrap (10,000 resamples).\n"
     if inputs.training:
         names = [key.replace("_gb", ", GB").replace("_wh", ", Wh").replace("_", " ") for key in inputs.training]
         rows = [[name, f"{value:,}"] for name, value in zip(names, inputs.training.values(), strict=True)]
-        rows.append(["evaluation", format_duration(cost(inputs)["evaluation_seconds"])])
+        rows.append(["evaluation", format_duration(values["cost"]["evaluation_seconds"])])
         text += f"\n{markdown_table(['training', ''], rows)}\n"
-    text += breakdown + _breakdown(inputs, "Samples with the highest perplexity", "sample", hardest(inputs))
-    shown: dict[str, Sequence[int]] = {"Worst answers": worst(inputs), "Answers side by side": range(inputs.shown)}
-    if outcome := outcomes(inputs):
-        counts = [f"{outcome.count(word):,}" for word in OUTCOMES]
+    text += breakdown + _breakdown(inputs, "Samples with the highest perplexity", "sample", values["hardest"])
+    answered = values["answers"]
+    shown = {"Worst answers": answered.get("worst", ()), "Answers side by side": range(inputs.shown)}
+    if "wins" in answered:
+        counts = [f"{answered[word]:,}" for word in OUTCOMES]
         text += f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{markdown_table(OUTCOMES, [counts])}\n"
-        shown = {"Losses": [n for n, word in enumerate(outcome) if word == "losses"][:WORST], **shown}
+        losses = [number for number, line in enumerate(answered["each"]) if line["outcome"] == "losses"]
+        shown = {"Losses": losses[:WORST], **shown}
     for heading, which in shown.items():
         if block := side_by_side(inputs.base, inputs.tuned, which):
             text += f"\n### {heading}\n\n```\n{block}\n```\n"

@@ -12,7 +12,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export.gguf_tokenizer import read_vocabulary
 from nanoft.export.merge import EXPORT_DTYPES, Onto, check_room, weights_of
-from nanoft.export.streaming import SLAB
+from nanoft.export.streaming import Rows
 from nanoft.export.verify import TOLERANCE, Proof, prove
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder, DecoderConfig
@@ -303,33 +303,21 @@ def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
     return rounded.view(torch.uint8).numpy()
 
 
-class GGUFWeights:
-    """Reads the weights of an exported file back as `Rows`: as in Hugging Face files, in float32."""
+class GGUFWeights(Rows):
+    """Reads the weights of an exported file back: as in Hugging Face files, in float32."""
 
     def __init__(self, path: Path, config: DecoderConfig):
-        self.config, self.gguf = config, _import_gguf()
+        self.config, self.gguf, self.multiple = config, _import_gguf(), config.head_dim  # heads are permuted whole
         with torch.device("meta"):
             blank = Decoder(config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
         stored, new_name = {tensor.name: tensor for tensor in self.gguf.GGUFReader(path).tensors}, tensor_names(config)
         self.tensors = {name: stored[new_name(name)] for name in self.shapes}
 
-    def rows(self, name: str) -> Iterator[Tensor]:
-        """A weight in slices from the top, (some rows, ...); of q and k in multiples of a head, to permute them."""
-        (out, *inner), head = self.shapes[name], self.config.head_dim
-        step = max(1, SLAB // math.prod(inner) // head) * head
-        for start in range(0, out, step):
-            yield permute_qk(self._read(name, slice(start, start + step)), name, self.config, back=True)
-
-    def row(self, name: str, number: int) -> Tensor:
-        return self._read(name, slice(number, number + 1))
-
-    def whole(self, name: str) -> Tensor:
-        return torch.cat(list(self.rows(name)))
-
-    def _read(self, name: str, rows: slice) -> Tensor:
+    def read(self, name: str, rows: slice) -> Tensor:
         tensor = self.tensors[name]
-        return torch.from_numpy(np.array(self.gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)))
+        values = np.array(self.gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type))
+        return permute_qk(torch.from_numpy(values), name, self.config, back=True)
 
 
 def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:

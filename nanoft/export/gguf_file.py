@@ -39,13 +39,9 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
         if kind == "model":
             notes = write_gguf(opened, chat, name, dtype, args.base, path)
             proof = verify_gguf(opened, path, proof_prompts(chat, samples), dtype)
-            effect = f" (the adapter itself changes logits by {proof.effect:.2g})" if opened.adapters else ""
-            said = (
-                f"{out}: read back and compared: largest logit difference {proof.max_difference:.2g}{effect}, "
-                f"same most likely token at {proof.same_top_token:.1%} of positions"
-            )
+            said = f"{out}: read back and compared: {proof}"
             if not proof.holds:
-                raise UserError(f"{said}: allowed is {proof.allowed:.2g}: try --dtype f32; nothing was kept")
+                raise UserError(f"{said}: try --dtype f32; nothing was kept")
             recipe = modelfile(path.name, chat)
         else:
             write_gguf_lora(opened, name, dtype, path)
@@ -69,7 +65,7 @@ def _open(args: argparse.Namespace) -> LoadedModel:
         if not result.is_dir():
             return open_model(source, torch.device("cpu"), torch.float32)
         return LoadedModel(StreamedDecoder(open_rows(result)), {}, result, result)
-    adapter, _ = choose_adapter(args.sources, args.weights, args.only, args.base, args.unmerge, args.base_model)
+    adapter, _ = choose_adapter(args)
     opened = open_adapter(adapter, args.base)
     if not args.any_base:
         require_same_base(adapter)

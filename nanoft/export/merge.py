@@ -8,6 +8,7 @@ original weights, or the dequantized 4-bit weights. No model is in memory for an
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -42,16 +43,8 @@ from nanoft.io.atomic import (
 from nanoft.io.tensor_files import Specs, encode_safetensors
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import (
-    NOTE,
-    hash_tensors,
-    read_adapter,
-    save_adapter,
-    select_modules,
-    sum_adapters,
-    vocabulary_of,
-)  # fmt: skip
-from nanoft.models.model_files import TOKENIZER_FILES, ModelFiles, Quantization, base_files, quantization_of
+from nanoft.models.adapter_files import hash_tensors, save_adapter, select_modules, sum_adapters, vocabulary_of
+from nanoft.models.model_files import ModelFiles, Quantization, base_files, quantization_of
 from nanoft.models.open import LoadedModel, TrainedAdapter, attach_adapter, find_adapter, is_run, read_trained_adapter
 from nanoft.models.weights import copy_companions, save_model, write_config
 
@@ -145,19 +138,18 @@ def require_adapter(source: str) -> None:
     raise UserError(f"{source}: this run trained every parameter: its result is a complete model, in model/")
 
 
-def choose_adapter(
-    sources: Sequence[str], weights: str | None, only: str | None, onto: str, unmerge: str | None,
-    base: str | None = None,
-) -> tuple[TrainedAdapter, list[str]]:  # fmt: skip
-    """The adapter that sources, --weights, --only, --unmerge and --base-model describe; and the hash of each source."""
-    adapters = [read_trained_adapter(source, base) for source in sources]
-    for adapter in adapters:  # an adapter that is exported as it is is not verified later
+def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[dict[str, Any]]]:
+    """The adapter that the arguments of merge.py describe; and source, SHA-256 and weight of each one in the sum."""
+    adapters = [read_trained_adapter(source, args.base_model) for source in args.sources]
+    for adapter in adapters:  # an adapter that is not merged is not verified later
         if broken := next((name for name, tensor in adapter.tensors.items() if not tensor.isfinite().all()), None):
             raise UserError(f"{adapter.place}: {broken} contains NaN or infinity: export an earlier checkpoint")
-    factors, modules = parse_weights(weights, len(adapters)), only.split(",") if only else []
+    factors, modules = parse_weights(args.weights, len(adapters)), args.only.split(",") if args.only else []
     hashes = [hash_tensors(adapter.tensors) for adapter in adapters]
-    if unmerge:  # must have been merged, and be subtractable
-        directory = Path(unmerge)
+    parts = zip(args.sources, hashes, factors, strict=True)
+    summed = [{"source": source, "sha256": digest, "weight": factor} for source, digest, factor in parts]
+    if args.unmerge:  # must have been merged, and be subtractable
+        directory = Path(args.unmerge)
         if not directory.is_dir():
             raise UserError(f"--unmerge: {directory}: no such directory: give a merged model")
         if biased := next((adapter.place for adapter in adapters if adapter.lora.bias != "none"), None):
@@ -166,13 +158,14 @@ def choose_adapter(
         recorded = json.dumps(read_json(record).get("adapters")) if record.is_file() else None
         if recorded is not None and not all(digest in recorded for digest in hashes):
             raise UserError(f"--unmerge: {directory} was not merged from {adapters[0].place}: see its provenance.json")
-        return combine(adapters, [-factor for factor in factors], modules, directory), hashes
+        return combine(adapters, [-factor for factor in factors], modules, directory), summed
     chosen = combine(adapters, factors, modules)
-    for note in ModelFiles.read(chosen.base).notes:
+    files = ModelFiles.read(chosen.base)
+    for note in files.notes:
         print(f"warning: {note}", file=sys.stderr)
-    if onto == "nf4" and chosen.quantization is None and ModelFiles.read(chosen.base).quantization is None:
-        raise UserError(f"--base nf4: {sources[0]} was trained on the original weights: remove --base")
-    return chosen, hashes
+    if args.base == "nf4" and chosen.quantization is None and files.quantization is None:
+        raise UserError(f"--base nf4: {args.sources[0]} was trained on the original weights: remove --base")
+    return chosen, summed
 
 
 def parse_weights(text: str | None, count: int) -> list[float]:
@@ -195,10 +188,10 @@ def require_same_base(adapter: TrainedAdapter) -> None:
         )
 
 
-def fingerprint(asked: dict[str, Any], adapter: TrainedAdapter, hashes: list[str]) -> str:
+def fingerprint(asked: dict[str, Any], adapter: TrainedAdapter, summed: list[dict[str, Any]]) -> str:
     """16 hex digits, the same for the same command on the same files."""
     base = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in base_files(adapter.base)]
-    text = json.dumps([__version__, asked, hashes, str(adapter.base.resolve()), base])
+    text = json.dumps([__version__, asked, summed, str(adapter.base.resolve()), base])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -232,8 +225,7 @@ def open_adapter(adapter: TrainedAdapter, onto: Onto) -> LoadedModel:
     """An adapter on its base, whose weights stay on the disk; a UserError if it does not fit."""
     quantization = adapter.quantization if onto == "nf4" else None
     rows = open_rows(adapter.base, quantization, adapter.dtype, vocabulary_of(adapter.lora, adapter.tensors))
-    opened = attach_adapter(adapter, StreamedDecoder(rows))
-    return replace(opened, step=adapter.step)
+    return attach_adapter(adapter, StreamedDecoder(rows))
 
 
 def save_result(
@@ -269,7 +261,7 @@ def save_template(run: Path, out: Path) -> None:
 
 def write_peft(out: Path, opened: LoadedModel, adapter: TrainedAdapter) -> None:
     """An opened adapter in PEFT's format, with the tokenizer."""
-    note = _note(adapter.quantization, adapter.dtype, adapter.step, adapter.base_sha256)
+    note = _note(adapter.quantization, adapter.dtype, None, adapter.base_sha256)
     save_adapter(out, opened.model, opened.adapters, adapter.lora, adapter.base_name, note)
     copy_tokenizer(opened, out)
 
@@ -282,11 +274,3 @@ def _note(form: Quantization | None, dtype: torch.dtype, step: int | None, base_
         **({} if step is None else {"step": step}),
         **({"base_sha256": base_sha256} if base_sha256 else {}),
     }
-
-
-def copy_adapter(source: Path, out: Path) -> None:
-    """Copy an adapter directory, which is in PEFT's format already: validated, and without unrelated files."""
-    read_adapter(source)
-    for name in ("adapter_model.safetensors", "adapter_config.json", NOTE, *TOKENIZER_FILES, "generation_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)

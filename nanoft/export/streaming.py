@@ -12,12 +12,12 @@ or those quantized and dequantized, as in training; or either with an adapter me
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,24 +34,31 @@ EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 SLAB = 1 << 22  # elements of a weight in memory at a time: 16 MB in float32
 
 
-class Rows(Protocol):
+class Rows:
     """Weights that a `StreamedDecoder` can read, wherever they are stored."""
 
-    @property
-    def config(self) -> DecoderConfig: ...
+    config: DecoderConfig
+    shapes: Mapping[str, tuple[int, ...]]  # of every weight, in the files' order
+    multiple: int = 1  # of rows that are read at a time
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # of every weight, in the files' order
+    def read(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a weight."""
+        raise NotImplementedError
 
-    def rows(self, name: str) -> Iterator[Tensor]: ...  # a weight in slabs from the top, (some rows, ...)
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """A weight in slabs from the top, (some rows, ...)."""
+        total, *inner = self.shapes[name]
+        step = max(1, SLAB // math.prod(inner) // self.multiple) * self.multiple
+        for start in range(0, total, step):
+            yield self.read(name, slice(start, min(start + step, total)))
 
-    def row(self, name: str, number: int) -> Tensor: ...  # of an embedding, (1, hidden)
-
-    def whole(self, name: str) -> Tensor: ...
+    def whole(self, name: str) -> Tensor:
+        """A complete weight, in float32."""
+        return torch.cat([slab.float() for slab in self.rows(name)])
 
 
 @dataclass(frozen=True)
-class Weights:
+class Weights(Rows):
     """A model's weights, some rows at a time: quantized, merged and rounded as requested."""
 
     config: DecoderConfig
@@ -60,64 +67,47 @@ class Weights:
     unpacked: torch.dtype = torch.float32  # dtype of a dequantized weight
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # merged in
     dtype: torch.dtype = torch.float32  # of the rows: computed in float32, rounded once
+    dequantized: dict[str, Tensor] = field(default_factory=dict, init=False)  # the matrix that is being read
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:  # type: ignore[override]
         """As stored; with a head of its own, and new tokens, where `config` has them and the files do not."""
         shapes = dict(self.files.shapes)
         for name in EMBEDDINGS[: 1 if self.config.tied else 2]:
             shapes[name] = (self.config.vocab_size, *shapes.get(name, shapes[EMBEDDINGS[0]])[1:])
         return shapes
 
-    def stored(self, name: str) -> str:
-        """The name in the files: a head that was untied is the embedding there."""
-        return name if name in self.files.shapes else EMBEDDINGS[0]
-
-    def mean(self, name: str) -> Tensor:
-        """The row of each new token, (1, hidden): the mean of the others, as in `Decoder.grow_vocabulary`."""
-        return self.files.read(self.stored(name)).float().mean(0, keepdim=True)
-
-    def rows(self, name: str) -> Iterator[Tensor]:
+    def read(self, name: str, rows: slice) -> Tensor:
         place, _, part = name.rpartition(".")
         adapter = self.adapters.get(place)
         if adapter is not None and part == "bias" and adapter.bias is not None:
-            yield adapter.bias.detach().to(self.dtype)
-            return
-        total, name, whole = self.shapes[name][0], self.stored(name), None
-        shape = self.files.shapes[name]
-        if self.files.is_packed(name):
-            whole = self.files.read_packed(name, self.unpacked, torch.device("cpu")).dequantize()  # (out, in)
-        elif self.quantization and not self.files.stored and is_block_linear(name):
-            whole = quantize(self.files.read(name), self.quantization, self.unpacked).dequantize()
-        step = max(1, SLAB // math.prod(shape[1:]))
-        for start in range(0, shape[0], step):
-            rows = slice(start, min(start + step, shape[0]))
-            slab = self.files.read(name, rows) if whole is None else whole[rows]
-            if adapter is not None and part == "weight":
-                slab = adapter.merged(slab.float(), rows)
-            yield self._rounded(slab, name)
-        if total > shape[0]:
-            slab = self.mean(name).expand(total - shape[0], -1)
-            yield self._rounded(slab if adapter is None else adapter.merged(slab, slice(shape[0], total)), name)
-
-    def _rounded(self, slab: Tensor, name: str) -> Tensor:
+            return adapter.bias.detach()[rows].to(self.dtype)
+        slab = self.read_base(name, rows)
+        if adapter is not None and part == "weight":
+            slab = adapter.merged(slab.float(), rows)
         slab = slab.to(self.dtype)
         if self.dtype == torch.float16 and not is_finite(slab):
             raise UserError(f"--dtype: f16: numbers of {name} are too large for it: use bf16 or f32")
         return slab
 
-    def row(self, name: str, number: int) -> Tensor:
-        """A copy, since a view keeps the mapped pages around it in memory."""
-        rows, stored = slice(number, number + 1), self.stored(name)
-        is_new = number >= self.files.shapes[stored][0]
-        row = self.mean(name) if is_new else self.files.read(stored, rows)
-        if adapter := self.adapters.get(name.removesuffix(".weight")):
-            row = adapter.merged(row.float(), rows)
-        return row.to(self.dtype, copy=True)
-
-    def whole(self, name: str) -> Tensor:
-        """A complete weight, in float32."""
-        return torch.cat([part.float() for part in self.rows(name)])
+    def read_base(self, name: str, rows: slice) -> Tensor:
+        """Some rows of W; those of new tokens are the mean of the others, as in `Decoder.grow_vocabulary`."""
+        name = name if name in self.files.shapes else EMBEDDINGS[0]  # a head that was untied is the embedding there
+        stored = self.files.shapes[name][0]
+        if rows.stop > stored:
+            new = self.files.read(name).float().mean(0, keepdim=True).expand(rows.stop - max(rows.start, stored), -1)
+            return new if rows.start >= stored else torch.cat((self.read_base(name, slice(rows.start, stored)), new))
+        is_packed = self.files.is_packed(name)
+        if not is_packed and not (self.quantization and not self.files.stored and is_block_linear(name)):
+            return self.files.read(name, rows)
+        if name not in self.dequantized:
+            self.dequantized.clear()
+            if is_packed:
+                linear = self.files.read_packed(name, self.unpacked, torch.device("cpu"))
+            else:
+                linear = quantize(self.files.read(name), self.quantization, self.unpacked)  # type: ignore[arg-type]
+            self.dequantized[name] = linear.dequantize()  # (out, in)
+        return self.dequantized[name][rows]
 
 
 def open_rows(
@@ -178,8 +168,9 @@ class StreamedEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         wanted, places = ids.unique(return_inverse=True)
-        rows = torch.cat([self.weights.row(self.name, row) for row in wanted.tolist()])
-        return F.embedding(places, rows.float())
+        # Copies, since a view keeps the mapped pages around it in memory.
+        rows = [self.weights.read(self.name, slice(row, row + 1)).clone() for row in wanted.tolist()]
+        return F.embedding(places, torch.cat(rows).float())
 
 
 class StreamedDecoder(Decoder):
@@ -190,11 +181,10 @@ class StreamedDecoder(Decoder):
             super().__init__(weights.config)
         self.weights = weights
         for name, module in list(self.named_modules()):
-            parent, _, last = name.rpartition(".")
             if isinstance(module, nn.Linear):
-                setattr(self.get_submodule(parent), last, StreamedLinear(weights, name))
+                self.set_submodule(name, StreamedLinear(weights, name))
             elif isinstance(module, nn.Embedding):
-                setattr(self.get_submodule(parent), last, StreamedEmbedding(weights, name))
+                self.set_submodule(name, StreamedEmbedding(weights, name))
             elif isinstance(getattr(module, "weight", None), nn.Parameter):  # a norm
                 module.weight = nn.Parameter(weights.whole(f"{name}.weight"))
         self.requires_grad_(False)

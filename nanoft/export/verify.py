@@ -30,7 +30,6 @@ from nanoft.export.streaming import Rows, StreamedDecoder, open_rows
 from nanoft.io.tables import markdown_table
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel, TrainedAdapter, is_run
 from nanoft.perplexity import safe_exp
 
@@ -56,6 +55,13 @@ class Proof:
     @property
     def holds(self) -> bool:
         return self.max_difference <= self.allowed
+
+    def __str__(self) -> str:
+        effect = f"; the adapter itself changes logits by {self.effect:.2g}" if self.effect else ""
+        return (
+            f"largest logit difference {self.max_difference:.2g} (allowed {self.allowed:.2g}{effect}), "
+            f"same most likely token at {self.same_top_token:.1%} of positions"
+        )
 
 
 @dataclass(frozen=True)
@@ -155,18 +161,6 @@ def prove(opened: LoadedModel, merged: Rows, prompts: Sequence[list[int]], toler
     effect = compare(model, base, model, wanted, targets).max_difference
     found = compare(merged_model, hidden_states(merged_model, prompts), model, wanted, targets)
     return Proof(found.max_difference, tolerance * found.spread, effect, found.same_top_token)
-
-
-def rounding_error(unmerged: Path, base: Path, merged: Path) -> str:
-    """How far an unmerged model is from the base, and why."""
-    dtype = str(ModelFiles.read(merged).dtype()).removeprefix("torch.")
-    why = f"the merged weights had been rounded to {dtype}, which cannot be undone"
-    with suppress(UserError, KeyError):
-        ours, theirs = open_rows(unmerged), open_rows(base)
-        pairs = ((a, b) for name in theirs.shapes for a, b in zip(ours.rows(name), theirs.rows(name), strict=True))
-        farthest = max((a - b).abs().max().item() for a, b in pairs)
-        return f"largest difference of a weight from {base}: {farthest:.2g} ({why})"
-    return f"note: {why}; the base is not available for comparison"
 
 
 def compare_bases(

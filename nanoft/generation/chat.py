@@ -22,7 +22,7 @@ from nanoft.blocks.trained import Adapter
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.generation.generate import Answer, stream
 from nanoft.generation.generate import generate as generate_all
-from nanoft.generation.pipe import LineReader, answer_lines
+from nanoft.generation.pipe import LineReader, answer_limit, answer_lines
 from nanoft.generation.sampling import GREEDY, NotFinite, Sampling
 from nanoft.io.untrusted import read_json
 from nanoft.kernels.decode import MEMORY_SHARE
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     context = read_json(loaded.base_directory / "config.json").get("max_position_embeddings") or math.inf
     if args.prompt is None and (args.json or not sys.stdin.isatty()):
         reader = LineReader(chat, context, args.max_new_tokens, args.system, args.json)
-        models = {"tuned": answer_all, "base": base_all} if args.base else {"tuned": answer_all}
+        models = {"tuned": answer_all, **({"base": base_all} if args.base else {})}
         answer_lines(reader, models, functools.partial(show, hides_controls=sys.stdout.isatty()))
         return 0
     session = ChatSession(chat, generate, loaded.adapters, args.base, context, args.max_new_tokens, args.system)
@@ -152,21 +152,18 @@ class ChatSession:
 
     def fit(self) -> tuple[list[int], int]:
         """Prompt ids and the limit of the answer; drops the oldest questions if they do not fit."""
-        wanted, dropped = min(self.max_new_tokens, self.context // 4), 0  # tokens to reserve for the answer
-        while True:
-            prompt = self.chat.encode_prompt(self.messages)
-            room = self.context - len(prompt)
+        most, dropped = self.context - min(self.max_new_tokens, self.context // 4), 0  # tokens of the prompt
+        while len(prompt := self.chat.encode_prompt(self.messages)) > most:
             questions = [n for n, message in enumerate(self.messages) if message["role"] == "user"]
-            if room >= wanted or len(questions) == 1:
+            if len(questions) == 1:
                 break
             del self.messages[questions[0] : questions[1]]
             dropped += 1
-        if room < 1:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the model's context {self.context}: shorten it")
+        limit = answer_limit(prompt, self.context, self.max_new_tokens)
         if dropped:
             what = "question does" if dropped == 1 else f"{dropped} questions do"
             note(f"the oldest {what} not fit into the context of {self.context} tokens any more: dropped")
-        return prompt, int(min(room, self.max_new_tokens))
+        return prompt, limit
 
     def show_answer(self, generate: Generate, prompt: list[int], limit: int, name: str) -> str:
         """Show an answer as it is generated, and return it; in a terminal, Ctrl-C stops it."""
@@ -242,7 +239,7 @@ class ChatSession:
             note("no question yet")
         else:
             prompt = self.chat.encode_prompt(self.messages[:-1])
-            limit = int(min(self.context - len(prompt), self.max_new_tokens))
+            limit = answer_limit(prompt, self.context, self.max_new_tokens)
             self.show_answer(self.generate_base, prompt, limit, "base: ")
 
 

@@ -37,21 +37,26 @@ class LineReader:
     system: str | None  # of lines that have no system message of their own
     as_json: bool
 
-    def read(self, line: bytes) -> tuple[dict[str, Any], list[int], int]:
-        """(the record that is written back, the ids of its prompt, the limit of its answer)."""
+    def read(self, number: int, line: bytes) -> tuple[int, dict[str, Any], list[int], int]:
+        """(number of the line, the record that is written back, the ids of its prompt, the limit of its answer)."""
         try:
-            text = line.decode("utf-8").strip()
+            record = _record(line) if self.as_json else {"prompt": line.decode().strip()}
+            messages = _messages(record)
+            if self.system and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": self.system}, *messages]
+            prompt = self.chat.encode_prompt(messages, record.get("tools"))
+            return number, record, prompt, answer_limit(prompt, self.context, self.max_new_tokens)
         except UnicodeDecodeError:
-            raise UserError("not UTF-8: convert it, for example with iconv") from None
-        record = _record(text) if self.as_json else {"prompt": text}
-        messages = _messages(record)
-        if self.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        prompt = self.chat.encode_prompt(messages, record.get("tools"))
-        room = self.context - len(prompt)
-        if room < 1:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the model's context {self.context}: shorten it")
-        return record, prompt, int(min(room, self.max_new_tokens))
+            raise UserError(f"stdin:{number}: not UTF-8: convert it, for example with iconv") from None
+        except UserError as error:
+            raise UserError(f"stdin:{number}: {error}") from None
+
+
+def answer_limit(prompt: list[int], context: float, max_new_tokens: int) -> int:
+    """How many tokens an answer may have; a UserError if the context has room for none."""
+    if len(prompt) >= context:
+        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context {context}: shorten it")
+    return int(min(context - len(prompt), max_new_tokens))
 
 
 def answer_lines(reader: LineReader, models: Mapping[str, AnswerAll], show: Callable[[str], None], fd: int = 0) -> None:
@@ -59,27 +64,18 @@ def answer_lines(reader: LineReader, models: Mapping[str, AnswerAll], show: Call
 
     models: name -> what answers, of which the first is the model itself; several names are shown before their answers.
     """
-    number, cut = 0, list[int]()  # lines so far; those whose answer reached its limit
+    first, cut = 1, list[int]()  # number of the next line; lines whose answer reached its limit
     for lines in read_lines(fd):
-        asked, blank = [], list[int]()
-        for at, line in enumerate(lines, number + 1):
-            try:
-                if line.strip():
-                    asked.append((at, *reader.read(line)))
-                else:
-                    blank.append(at)
-            except UserError as error:
-                raise UserError(f"stdin:{at}: {error}") from None
-        shown = dict.fromkeys(blank, "" if reader.as_json else "\n")
+        asked = [reader.read(number, line) for number, line in enumerate(lines, first) if line.strip()]
+        shown = ["" if reader.as_json else "\n"] * len(lines)  # of a blank line
         for limit, group in itertools.groupby(asked, key=lambda item: item[3]):
-            places, records, prompts, _ = zip(*group, strict=True)
-            found = {name: model(list(prompts), limit) for name, model in models.items()}
-            for place, record, *answers in zip(places, records, *found.values(), strict=True):
-                shown[place] = _written(reader, record, dict(zip(models, answers, strict=True)))
-                cut += [place] if not answers[0].stopped else []
-        for _, text in sorted(shown.items()):
-            show(text)
-        number += len(lines)
+            numbers, records, prompts, _ = zip(*group, strict=True)
+            found = [model(list(prompts), limit) for model in models.values()]
+            for number, record, *answers in zip(numbers, records, *found, strict=True):
+                shown[number - first] = _written(reader, record, dict(zip(models, answers, strict=True)))
+                cut += [] if answers[0].stopped else [number]
+        show("".join(shown))
+        first += len(lines)
     if cut:
         limit = f"--max-new-tokens {reader.max_new_tokens}, or the model's context"
         print(f"{len(cut):,} answers were truncated ({limit}), first that of line {cut[0]}", file=sys.stderr)
@@ -96,9 +92,9 @@ def read_lines(fd: int) -> Iterator[list[bytes]]:
         yield [rest]
 
 
-def _record(text: str) -> dict[str, Any]:
+def _record(line: bytes) -> dict[str, Any]:
     try:
-        value = decode_json(text)
+        value = decode_json(line.decode())
     except BadRecord as reason:
         raise UserError(f"{reason}: without --json, lines are plain text") from None
     record = {"prompt": value} if isinstance(value, str) else {"messages": value} if isinstance(value, list) else value
@@ -125,10 +121,9 @@ def _messages(record: dict[str, Any]) -> list[Message]:
 
 def _written(reader: LineReader, record: dict[str, Any], answers: dict[str, Answer]) -> str:
     texts = {name: reader.chat.decode(answer.ids) for name, answer in answers.items()}
-    (_, first), *others = texts.items()
-    if reader.as_json:
-        reason = "stop" if next(iter(answers.values())).stopped else "length"
-        return (
-            json.dumps({**record, "answer": first, "finish_reason": reason, **dict(others)}, ensure_ascii=False) + "\n"
-        )
-    return "".join(f"{name}: {text}\n" if others else f"{text}\n" for name, text in texts.items())
+    if not reader.as_json:
+        return "".join(f"{name}: {text}\n" if len(texts) > 1 else f"{text}\n" for name, text in texts.items())
+    (tuned, answer), *base = texts.items()
+    reason = "stop" if answers[tuned].stopped else "length"
+    written = {**record, "answer": answer, "finish_reason": reason, **dict(base)}
+    return json.dumps(written, ensure_ascii=False) + "\n"

@@ -40,7 +40,6 @@ class Entry:
     argument: str = ""  # placeholder of that argument in messages: N in max_words:N
     package: str = ""  # of the extra `metrics`, if the metric needs one
     unit: Literal["share", "number"] = "share"
-    higher_is_better: bool = True
     of_sums: Callable[[Array], Array] | None = None  # the value of a corpus metric from its sums; None: mean of scores
 
 
@@ -56,7 +55,7 @@ class Metric:
         """The metric of (answer, reference, prompt) triples."""
         scores, entry = np.array([self.score(*sample) for sample in samples], dtype=np.float64), self.entry
         parts = scores if entry.of_sums else np.stack([scores, np.ones_like(scores)], axis=1)
-        return Figure(parts, entry.of_sums or ratio, entry.unit, entry.higher_is_better)
+        return Figure(parts, entry.of_sums or ratio, entry.unit)
 
 
 def select_metrics(names: Sequence[str]) -> list[Metric]:

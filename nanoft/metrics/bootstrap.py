@@ -37,7 +37,6 @@ class Figure:
     parts: Array
     of_sums: Callable[[Array], Array] = ratio
     unit: Literal["nats", "share", "number"] = "share"
-    higher_is_better: bool = True
 
     @classmethod
     def mean(cls, values: Any) -> Figure:

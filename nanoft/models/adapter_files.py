@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -41,20 +40,21 @@ from nanoft.lora import (
     variant_of,
     weight_of,
 )
-from nanoft.models.model_files import split_reference
+from nanoft.models.model_files import split_reference, standard_name
 
 NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
 PEFT_PREFIX = "base_model.model."
 A, B, BIAS = "lora_A.weight", "lora_B.weight", LoRALinear.NAMES["bias"]
-A_EMBEDDING, ROWS = LoRAEmbedding.NAMES["lora_A"], TrainedRows.NAMES["rows"]
-# What follows the module's name, in this order: with the name of an adapter (`.default`), as a state dict has it.
-PART = re.compile(
-    r"\.(?:(?P<factor>lora_[AB]|lora_[AB]0)(?:\.\w+)?\.weight|(?P<whole>lora_embedding_[AB]|lora_magnitude_vector"
-    r"|token_adapter\.trainable_tokens_delta)(?:\.\w+)?(?:\.weight)?|modules_to_save\.(?:\w+\.)?(?P<saved>weight|bias)"
-    r"|(?P<other>(?:base_layer\.|original_module\.|token_adapter\.base_layer\.)?(?:weight|bias)|lora_\w+(?:\.weight)?))$"
-)
-WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|module)\.")  # of FSDP, torch.compile, DDP
-OUTER = re.compile(r"^(?:(?:base_model|model|language_model)\.)*(?=(layers\.\d+|embed_tokens|norm|lm_head)\.)")
+A_EMBEDDING = LoRAEmbedding.NAMES["lora_A"]
+# What follows a module's name.
+PART = re.compile(r"\.(lora_\w+(?:\.weight)?|token_adapter\.\w+|(?:base_layer\.)?(?:weight|bias))$")
+FACTOR_A = re.compile(r"\.lora_(?:embedding_)?A(?:\.weight)?$")
+# Other spellings of PEFT's names: with the name of the adapter (`.default`), as a state dict has it.
+SPELLINGS = [
+    (r"\.(lora_[AB])\.\w+\.weight$", r".\1.weight"),
+    (r"\.(lora_embedding_[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)[\w.]*$", r".\1"),
+    (r"\.modules_to_save\.(?:\w+\.)?(weight|bias)$", r".\1"),
+]
 # Fields of adapter_config.json that are read here or do not change the result ...
 PEFT_FIELDS = """
     base_model_name_or_path r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version inference_mode
@@ -108,10 +108,8 @@ def load_adapter_tensors(adapters: dict[str, Adapter], tensors: dict[str, Tensor
             fix = "merge it with PEFT (merge_and_unload) and use the result as a model"
             raise UserError(f"{source}: {name}.base_layer.weight is not the base's: {fix}")
     if wrong := sorted(expected.keys() ^ tensors.keys()):
-        what = "missing" if wrong[0] in expected else "unexpected"
-        raise UserError(
-            f"{source}: {len(wrong)} tensors do not match this model, first {wrong[0]} ({what}): is it the right base?"
-        )
+        what = f"first {wrong[0]} ({'missing' if wrong[0] in expected else 'unexpected'})"
+        raise UserError(f"{source}: {len(wrong)} tensors do not match this model, {what}: is it the right base?")
     for name, own in expected.items():
         if own.shape != tensors[name].shape:
             have, want = tuple(tensors[name].shape), tuple(own.shape)
@@ -154,29 +152,21 @@ def save_adapter(
 def select_modules(
     lora: LoRAConfig, tensors: dict[str, Tensor], only: Sequence[str]
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The modules of an adapter that `only` names, in the syntax of lora.target_modules; each must match."""
-    modules = _by_module(tensors)
+    """The low-rank adapters of the modules that `only` names, in the syntax of lora.target_modules; each must match."""
+    ranks = ranks_of(tensors)
     for word in only:
         try:
             re.compile(word)
         except re.error as error:
             raise UserError(f"--only: {word!r:.60} is neither a name nor a regular expression: {error}") from None
-        if not any(matches_target(name, word) for name in modules):
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+        if not any(matches_target(name, word) for name in ranks):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in ranks))
             raise UserError(f"--only: {word!r} matches no module of this adapter, which has {known}")
-    kept = [name for name in modules if any(matches_target(name, word) for word in only)]
-    tensors = {f"{PEFT_PREFIX}{name}.{key}": tensor for name in kept for key, tensor in modules[name].items()}
-    tokens = {name: ids for name, ids in _by_name(lora.trainable_token_indices).items() if name in kept}
-    low_rank = [name for name in kept if any(part.startswith("lora_") for part in modules[name])]
-    if not low_rank:
-        raise UserError(f"--only: {','.join(only):.60}: PEFT's format needs a module with a low-rank adapter: name one")
-    ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in low_rank}
-    alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in low_rank}
-    copies = tuple(name for name in kept if "weight" in modules[name])
-    bias: Any = "all" if any("bias" in modules[n] for n in kept) else "lora_only"
-    has_bias = any({BIAS, "bias"} & modules[name].keys() for name in kept)
-    chosen = replace(lora, bias=bias if has_bias else "none", modules_to_save=copies, trainable_token_indices=tokens)
-    return _with_ranks(chosen, ranks, alphas), tensors
+    ranks = {name: rank for name, rank in ranks.items() if any(matches_target(name, word) for word in only)}
+    alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in ranks}
+    bias: Any = "none" if lora.bias == "none" else "lora_only"
+    lora = replace(lora, bias=bias, modules_to_save=(), trainable_token_indices={})
+    return _with_ranks(lora, ranks, alphas), {key: t for key, t in tensors.items() if _split(key)[0] in ranks}
 
 
 def sum_adapters(
@@ -186,54 +176,44 @@ def sum_adapters(
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The weighted sum of adapters of one base, w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ..., as one adapter, exactly.
 
-    It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so the ranks add up. What replaces a
-    parameter p, a trained bias for example, becomes p + w_1 (p_1 - p) + w_2 (p_2 - p) + ... DoRA's
-    m (W + s B A) / |W + s B A| is not such a sum, and is refused.
+    It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so the ranks add up. A trained bias b
+    becomes b + w_1 (b_1 - b) + w_2 (b_2 - b) + ... DoRA's m (W + s B A) / |W + s B A| is not such a sum.
     """
     if any(lora.dora for lora, _ in parts):
         raise UserError("--weights: DoRA adapters cannot be summed: merge them one at a time")
-    tokens = [_by_name(lora.trainable_token_indices) for lora, _ in parts]
-    if any(one != tokens[0] for one in tokens):
-        raise UserError("--weights: the adapters train the rows of different tokens: merge them one at a time")
-    modules = [_by_module(tensors) for _, tensors in parts]
     combined: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for name in dict.fromkeys(name for part in modules for name in part):
-        prefix, stacked = f"{PEFT_PREFIX}{name}.", dict[str, list[Tensor]]()
-        for (lora, _), part, weight in zip(parts, modules, weights, strict=True):
-            scaling = _scaling(lora, name)
-            for key, tensor in part.get(name, {}).items():
-                if key.startswith("lora_"):
-                    factor = weight * scaling if "_B" in key else 1.0
-                    stacked.setdefault(key, []).append(tensor.float() * factor)
-                elif key != "base_layer.weight":
-                    own = _replaced(base, name, key, tokens[0])
-                    own = tensor.float() if own is None else own
-                    combined[prefix + key] = combined.get(prefix + key, own) + weight * (tensor.float() - own)
-        for key, tensors in stacked.items():
-            combined[prefix + key] = torch.cat(tensors, dim=1 if "_B" in key else 0)
-            ranks[name] = sum(len(t) for t in tensors) if "_A" in key else ranks.get(name, 0)
-        own = base(f"{name}.bias") if any(lora.bias != "none" for lora, _ in parts) else None
-        if own is not None and name in ranks:  # each has one, if any has
-            combined.setdefault(prefix + BIAS, own)
-    copies = tuple(name for part in modules for name, keys in part.items() if "weight" in keys)
-    if mixed := ranks.keys() & set(copies):
-        raise UserError(f"--weights: {min(mixed)} is a trained copy in one adapter, low-rank in another: not summed")
-    biases = {lora.bias for lora, _ in parts} - {"none"}
-    bias: Any = "all" if "all" in biases else next(iter(biases), "none")
-    plain = LoRAConfig(bias=bias, modules_to_save=tuple(dict.fromkeys(copies)), trainable_token_indices=tokens[0])
+    for (lora, tensors), weight in zip(parts, weights, strict=True):
+        for place, stored in tensors.items():
+            (name, part), tensor = _split(place), stored.float()
+            if part == BIAS:
+                own = base(f"{name}.bias")
+                own = tensor if own is None else own
+                combined[place] = combined.get(place, own) + weight * (tensor - own)
+            elif part.startswith("lora_"):
+                axis = 1 if "_B" in part else 0
+                tensor = tensor * (weight * _scaling(lora, name)) if axis else tensor
+                combined[place] = torch.cat((combined[place], tensor), axis) if place in combined else tensor
+            elif part != "base_layer.weight":
+                raise UserError(f"--weights: {name}: only low-rank adapters can be summed: merge them one at a time")
+    ranks = ranks_of(combined)
+    has_bias = any(lora.bias != "none" for lora, _ in parts)
+    for name in ranks if has_bias else ():  # each has a bias, if any has
+        if (own := base(f"{name}.bias")) is not None:
+            combined.setdefault(f"{PEFT_PREFIX}{name}.{BIAS}", own)
+    plain = LoRAConfig(bias="lora_only" if has_bias else "none")
     return _with_ranks(plain, ranks, dict(ranks)), combined  # alpha / r = 1
 
 
 def fold_patterns(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The same adapter with one rank and one alpha: smaller ranks padded with zeros, other scalings put into B."""
-    ranks = {key: len(t) for key, t in tensors.items() if re.search(r"\.lora_(embedding_)?A(\.weight)?$", key)}
-    rank, scale, folded = max(ranks.values()), _scaling(lora, ""), dict(tensors)
-    for a, own in ranks.items():
-        head, tail = a.rsplit("A", 1)
-        module = a[: a.index(".lora_")].removeprefix(PEFT_PREFIX)
-        folded[a] = F.pad(tensors[a], (0, 0, 0, rank - own))
-        folded[f"{head}B{tail}"] = F.pad(tensors[f"{head}B{tail}"] * (_scaling(lora, module) / scale), (0, rank - own))
+    ranks, scale, folded = ranks_of(tensors), _scaling(lora, ""), dict(tensors)
+    rank = max(ranks.values())
+    for name, tensor in tensors.items():
+        module, part = _split(name)
+        if FACTOR_A.search(name):
+            folded[name] = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
+        elif part.startswith("lora_") and "_B" in part:
+            folded[name] = F.pad(tensor * (_scaling(lora, module) / scale), (0, rank - ranks[module]))
     return replace(lora, rank=rank, alpha=scale * rank, rank_pattern={}, alpha_pattern={}, rslora=False), folded
 
 
@@ -243,27 +223,18 @@ def _scaling(lora: LoRAConfig, name: str) -> float:
     return alpha / (math.sqrt(rank) if lora.rslora else rank)
 
 
-def _replaced(base: Callable[[str], Tensor | None], name: str, key: str, tokens: dict[str, list[int]]) -> Tensor | None:
-    """What a tensor of an adapter replaces in the base."""
-    own = base(f"{name}.{'bias' if key.endswith('bias') else 'weight'}")
-    return own[tokens[name]] if own is not None and key == ROWS else own
+def ranks_of(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The rank of each low-rank adapter by its module: A has so many rows."""
+    found = {_split(name)[0]: tensor for name, tensor in tensors.items() if FACTOR_A.search(name)}
+    return {module: len(a) if a.dim() else 0 for module, a in found.items()}
 
 
-def _by_name(indices: dict[str, list[int]]) -> dict[str, list[int]]:
-    """`trainable_token_indices` by the module's full name."""
-    names = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
-    return {names.get(key.rpartition(".")[2], key): list(ids) for key, ids in indices.items()}
-
-
-def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """module -> PEFT's name of the part -> tensor."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        found = PART.search(name)
-        if found is None:
-            raise UserError(f"{name}: not a tensor of an adapter: copy the adapter again")
-        modules.setdefault(name[: found.start()].removeprefix(PEFT_PREFIX), {})[found[0][1:]] = tensor
-    return modules
+def _split(name: str) -> tuple[str, str]:
+    """The module of a tensor, and PEFT's name of the part."""
+    found = PART.search(name)
+    if found is None:
+        raise UserError(f"{name}: not a tensor of an adapter: copy the adapter again")
+    return name[: found.start()].removeprefix(PEFT_PREFIX), found[1]
 
 
 def _with_ranks(lora: LoRAConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoRAConfig:
@@ -295,27 +266,24 @@ def only_linears(adapters: dict[str, Adapter], whose: str, fix: str) -> dict[str
     return linears
 
 
-def save_mlx(directory: Path, adapters: dict[str, Adapter], layers: int, base_name: str) -> None:
+def save_mlx(directory: Path, adapters: dict[str, Adapter], lora: LoRAConfig, layers: int, base_name: str) -> None:
     """Write adapters.safetensors and adapter_config.json in the format of mlx-lm.
 
     There A and B are transposed, lora_a (in, r) and lora_b (r, out), and all modules share one rank and one scale: a
     smaller rank is padded with zeros, another scale goes into lora_b. Trained biases are refused.
     """
     linears = only_linears(adapters, "--format mlx: mlx-lm", "merge the adapter with --format hf")
-    rank = max(len(adapter.factors()[0]) for adapter in linears.values())
-    scale = next(iter(linears.values())).scaling
-    tensors: dict[str, Tensor] = {}
-    for name, adapter in linears.items():
-        a, b = (factor.detach() for factor in adapter.factors())
-        more = rank - len(a)
-        tensors[f"{name}.lora_a"] = F.pad(a, (0, 0, 0, more)).T.contiguous()  # (in, r)
-        tensors[f"{name}.lora_b"] = F.pad(b * (adapter.scaling / scale), (0, more)).T.contiguous()  # (r, out)
-        if adapter.lora_magnitude_vector is not None:
-            tensors[f"{name}.m"] = adapter.lora_magnitude_vector.detach()
+    plain, stored = fold_patterns(*as_plain_lora(lora, adapter_tensors(adapters)))
+    parts = {A: "lora_a", B: "lora_b", "lora_magnitude_vector": "m"}
+    tensors = {
+        f"{module}.{parts[part]}": tensor.t().contiguous()
+        for name, tensor in stored.items()
+        for module, part in [_split(name)]
+    }
     write_tensors(directory / "adapters.safetensors", tensors)
     keys = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in linears})
     kind = "dora" if any(name.endswith(".m") for name in tensors) else "lora"
-    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
+    parameters = {"rank": plain.rank, "scale": plain.alpha / plain.rank, "dropout": 0.0, "keys": keys}
     config = {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters, "model": base_name}
     write_json(directory / "adapter_config.json", config)
 
@@ -325,132 +293,98 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
     path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     config = read_json(path)
     note = read_json(directory / NOTE) if (directory / NOTE).is_file() else {}
-    try:
-        lora = _settings(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     if (pickle := weights.with_suffix(".bin")).is_file() and not weights.is_file():
         raise UserError(f"{pickle}: pickles can run code and are not read: save the adapter again with a newer PEFT")
     if not weights.is_file():
         raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
     stored = load_tensors(weights)
     tensors = standard_names(stored, weights)
-    with_a, with_b = ({n.removesuffix(f".{part}") for n in tensors if n.endswith(f".{part}")} for part in (A, B))
-    some = any(".lora_" in name for name in tensors)
-    if incomplete := sorted(with_a ^ with_b) if some else ["the adapter"]:
-        raise UserError(f"{weights}: {incomplete[0]} lacks lora_A or lora_B: copy the complete adapter directory")
-    with time_limit(MATCHING_SECONDS, f"{path}: target_modules, rank_pattern, alpha_pattern"):
-        lora = _fit_to_tensors(lora, config, tensors, path, renamed=stored.keys() != tensors.keys())
-        for name, tensor in tensors.items():  # before memory for the ranks of the settings is allocated
-            module, a, _ = name.removeprefix(PEFT_PREFIX).partition(f".{A}")
-            have = tensor.shape[0] if tensor.dim() else 0
-            if a and have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
-                raise UserError(f"{weights}: {name} has rank {have}, but adapter_config.json says {rank}")
+    parts = [_split(name) for name in tensors]
+    with_a, with_b = ({module for module, part in parts if part == factor} for factor in (A, B))
+    if (incomplete := sorted(with_a ^ with_b)) or not any(part.startswith("lora_") for _, part in parts):
+        who = incomplete[0] if incomplete else "the adapter"
+        raise UserError(f"{weights}: {who} lacks lora_A or lora_B: copy the complete adapter directory")
+    try:
+        with time_limit(MATCHING_SECONDS, "target_modules, rank_pattern, alpha_pattern"):
+            lora = _settings(config, tensors, renamed=stored.keys() != tensors.keys())
+            for module, have in ranks_of(tensors).items():  # before memory for the ranks of the settings is allocated
+                if have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
+                    raise UserError(f"{module} has rank {have}, but adapter_config.json says {rank}")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     base, revision = config.get("base_model_name_or_path") or "", config.get("revision")
-    if revision in (None, "main"):
-        return lora, base, tensors, note
-    if os.path.isdir(base):
-        raise UserError(f"{path}: revision: {revision!r:.60}: {base} is a directory, which has none: remove it")
-    return lora, f"{base}@{revision}", tensors, note
+    return lora, base if revision in (None, "main") else f"{base}@{revision}", tensors, note
 
 
-def _settings(config: dict[str, Any]) -> LoRAConfig:
-    """adapter_config.json as settings; a field that is not known here could change the result and is refused."""
+def _settings(config: dict[str, Any], tensors: dict[str, Tensor], renamed: bool) -> LoRAConfig:
+    """adapter_config.json as settings; a field that is not known here could change the result and is refused.
+
+    Some depend on which tensors there are; `renamed`: under other names than PEFT's in the file.
+    """
     for key, value in config.items():
         if value and key not in PEFT_FIELDS and value not in PEFT_VALUES.get(key, ()):
             raise UserError(f"{key}: {value!r:.60} is not supported")
     if not isinstance(config.get("base_model_name_or_path") or "", str):
         raise UserError(f"base_model_name_or_path: {config['base_model_name_or_path']!r:.60} is not a name")
-    rank, alpha, targets = config.get("r"), config.get("lora_alpha", 8), config.get("target_modules")
-    if type(rank) is not int or rank < 1:
-        raise UserError(f"r: {rank!r:.60} is not a positive integer")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise UserError(f"lora_alpha: {alpha!r:.60} is not a positive number")
-    names: list[Any] = targets if isinstance(targets, list) else [targets]
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"target_modules: {targets!r:.60} is not a list of module names")
+    low_rank = ranks_of(tensors)
+    copies = tuple(module for module, part in map(_split, tensors) if part == "weight")
+
+    def used(field: str) -> Any:  # a key that no adapter has is without effect in PEFT, too
+        pattern = config.get(field) or {}
+        return {key: value for key, value in pattern.items() if any(by_pattern({key: 1}, n, 0) for n in low_rank)}
+
+    targets, rows = config.get("target_modules"), config.get("trainable_token_indices") or {}
     lora = LoRAConfig(
-        rank=rank, alpha=alpha, target_modules=tuple(names), bias=config.get("bias") or "none",
+        rank=config.get("r"), alpha=config.get("lora_alpha", 8), bias=config.get("bias") or "none",  # type: ignore
+        target_modules=tuple(targets) if targets and isinstance(targets, list) else (targets,),  # type: ignore
         rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=config.get("alpha_pattern") or {},
-        rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")),
-        modules_to_save=tuple(config.get("modules_to_save") or ()), trainable_token_indices=_token_indices(config),
+        rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")), modules_to_save=copies,
+        trainable_token_indices={"embed_tokens": rows} if isinstance(rows, list) else rows,
     )  # fmt: skip
     check_expressions(lora)
-    return lora
+    if wrong := [i for ids in lora.trainable_token_indices.values() for i in ids if not 0 <= i < MAX_ID]:
+        raise UserError(f"trainable_token_indices: {wrong[0]} is not the id of a token")
+    for saved in config.get("modules_to_save") or ():
+        if not any(is_inside(name, saved) for name in copies):
+            raise UserError(f"modules_to_save: {saved!r:.60} has no tensors: copy the adapter again")
+    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        lora = replace(lora, target_modules=(_target_rule(config),))
+    if renamed and isinstance(targets, str) and not any(matches_target(n, lora.target_modules[0]) for n in low_rank):
+        lora = replace(lora, target_modules=tuple(low_rank))  # an expression for the other tool's names
+    return replace(lora, rank_pattern=used("rank_pattern"), alpha_pattern=used("alpha_pattern"))
 
 
 def standard_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Tensors under the names that PEFT gives them now, whatever wrapped the model or named the adapter."""
     found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        module, part = WRAPPERS.sub("", name), ""
-        if match := PART.search(module):
-            factor = match["factor"] and f"{match['factor']}.weight"
-            module, part = module[: match.start()], "." + (factor or match["whole"] or match["saved"] or match["other"])
-        if part.startswith((".original_module.", ".token_adapter.base_layer.")):
-            continue  # the base's, in a dump of all tensors
-        outer = OUTER.match(f"{module}.")
-        if outer:
-            inner = module[outer.end() :]
-            module = PEFT_PREFIX + (inner if inner == "lm_head" else f"model.{inner}")
-        if module + part in found and not torch.equal(found[module + part], tensor):
-            raise UserError(f"{path}: {name}: a second tensor for {module + part}: save one adapter alone")
-        found[module + part] = tensor
-    has_lora = {name.removesuffix(A) for name in found if name.endswith(A)}
-    return {
-        f"{place}.{BIAS}" if last == "bias" and f"{place}." in has_lora else name: tensor
-        for name, tensor in found.items()
-        for place, _, last in [name.rpartition(".")]
-    }
-
-
-def _token_indices(config: dict[str, Any]) -> dict[str, list[int]]:
-    """`trainable_token_indices`: a list is of the embedding; a table names modules."""
-    given = config.get("trainable_token_indices") or {}
-    given = {"embed_tokens": given} if isinstance(given, list) else given
-    wrong = [i for ids in given.values() for i in ids if type(i) is not int or not 0 <= i < MAX_ID]
-    if wrong:
-        raise UserError(f"trainable_token_indices: {wrong[0]!r:.60} is not the id of a token")
-    return given
-
-
-def _fit_to_tensors(
-    lora: LoRAConfig, config: dict[str, Any], tensors: dict[str, Tensor], path: Path, renamed: bool
-) -> LoRAConfig:
-    """The settings with PEFT's further rules: which modules its file has, and what its fields say about them."""
-    modules = _by_module(tensors)
-    low_rank = [name for name, parts in modules.items() if any(part.startswith("lora_") for part in parts)]
-    copies = [name for name, parts in modules.items() if "weight" in parts]
-    if missing := next((s for s in lora.modules_to_save if not any(is_inside(name, s) for name in copies)), None):
-        raise UserError(f"{path}: modules_to_save: {missing!r:.60} has no tensors: copy the adapter again")
-    targets = lora.target_modules
-    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
-        targets = (_target_rule(config),)
-    is_foreign = renamed and isinstance(config["target_modules"], str)
-    if is_foreign and not any(matches_target(name, targets[0]) for name in low_rank):
-        targets = tuple(low_rank)  # an expression for names with another tool's prefix
-
-    def used(pattern: dict[str, Any]) -> dict[str, Any]:  # a key that no adapter has is without effect in PEFT, too
-        return {key: value for key, value in pattern.items() if any(by_pattern({key: 1}, n, 0) for n in low_rank)}
-
-    lora = replace(lora, rank_pattern=used(lora.rank_pattern), alpha_pattern=used(lora.alpha_pattern))
-    return replace(lora, target_modules=targets, modules_to_save=tuple(copies))
+    for stored, tensor in tensors.items():
+        if ".original_module." in stored or ".token_adapter.base_layer." in stored:
+            continue  # of the base
+        name = PEFT_PREFIX + standard_name(stored).removeprefix(PEFT_PREFIX)
+        for pattern, standard in SPELLINGS:
+            name = re.sub(pattern, standard, name)
+        if name in found and not torch.equal(found[name], tensor):
+            raise UserError(f"{path}: {stored}: a second tensor for {name}: save one adapter alone")
+        found[name] = tensor
+    return found
 
 
 def _target_rule(config: dict[str, Any]) -> str:
     """One regular expression for target_modules with layers_to_transform and exclude_modules (PEFT's tuners_utils)."""
 
-    def end(names: Any) -> str:
-        return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})" if isinstance(names, list) else f"(?:{names})"
+    def rule(names: Any) -> str:  # a list has the ends of modules' names, a text is an expression already
+        ends = "|".join(re.escape(str(name)) for name in names) if isinstance(names, list) else ""
+        return rf"(.*\.)?({ends})" if ends else str(names)
 
-    targets, excluded, layers = (config.get(k) for k in ("target_modules", "exclude_modules", "layers_to_transform"))
-    rule = end(r".*\.layers\..*" if targets == "all-linear" else targets)
+    targets, layers = config["target_modules"], config.get("layers_to_transform")
+    found = f"({rule('.*[.]layers[.].*' if targets == 'all-linear' else targets)})"
     if layers not in (None, []):
-        patterns = config.get("layers_pattern") or r"[^.]*"
-        numbers = "|".join(str(layer) for layer in (layers if isinstance(layers, list) else [layers]))
-        where = patterns if isinstance(patterns, str) else "|".join(patterns)
-        rule = rf"(?=(?:.*?\.)?(?:{where})\.(?:{numbers})\.)" + rule
-    return f"(?!{end(excluded)}$)" + rule if excluded else rule
+        names = config.get("layers_pattern") or "[^.]*"
+        where = names if isinstance(names, str) else "|".join(map(str, names))
+        numbers = "|".join(map(str, layers if isinstance(layers, list) else [layers]))
+        found = rf"(?=(.*?\.)?({where})\.({numbers})\.){found}"
+    excluded = config.get("exclude_modules")
+    return f"(?!({rule(excluded)})$){found}" if excluded else found
 
 
 def vocabulary_of(lora: LoRAConfig, tensors: dict[str, Tensor]) -> int:

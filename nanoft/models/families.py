@@ -1,8 +1,8 @@
 """Model families: what a Hugging Face `config.json` says, as the switches of the one decoder in nanoft/model.py.
 
-`FAMILIES` has one entry per family: how to read its config.json, how to write it for an exported model, and its name in
-llama.cpp. A field that the family does not read is refused: a setting that is silently ignored is a model that is
-silently wrong. A new family is an entry and, if no combination of switches describes it, a new switch in the decoder.
+`FAMILIES` has one entry per family: how to read its config.json, and its name in llama.cpp. A field that the family
+does not read is refused: a setting that is silently ignored is a model that is silently wrong. A new family is an entry
+and, if no combination of switches describes it, a new switch in the decoder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nanoft import UserError
@@ -18,7 +17,6 @@ from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig, Rope
 
 Fields = Mapping[str, Any]  # of a config.json
-BNB = "bitsandbytes"  # whose quantization_config had no quant_method once
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,6 @@ class Family:
     switches: Callable[[Fields], dict[str, Any]]  # config.json -> the DecoderConfig fields in which families differ
     fields: tuple[str, ...]  # of config.json that `switches` reads, besides READ_FIELDS
     gguf: str | None  # its name in llama.cpp; None: llama.cpp does not have it
-    export: Callable[[Fields], dict[str, Any]]  # config.json -> the one of an exported model
 
 
 # Fields of a config.json that are read or checked for every family ...
@@ -39,46 +36,59 @@ READ_FIELDS = """
     original_max_position_embeddings tie_word_embeddings hidden_act attention_dropout quantization_config
     partial_rotary_factor
 """.split()  # noqa: SIM905
-# ... and fields that do not affect the logits, among them settings of generation that transformers once kept there.
+# ... and fields that do not affect the logits, as those that begin with _, among them settings of generation that
+# transformers once kept there.
 HARMLESS_FIELDS = """
-    _name_or_path bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id torch_dtype dtype transformers_version use_cache tokenizer_class model_max_length
-    max_length max_sequence_length seq_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
-    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens prefix initializer_range pretraining_tp is_decoder return_dict use_return_dict
-    output_attentions output_hidden_states chunk_size_feed_forward id2label label2id problem_type finetuning_task
-    task_specific_params torchscript is_llama_config unsloth_fixed unsloth_version attn_implementation
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled
-    use_flash_attention use_flash_attn use_flash_attention_2 transformers.js_config neftune_noise_alpha
-    gradient_checkpointing _commit_hash
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
+    torch_dtype dtype transformers_version use_cache tokenizer_class model_max_length max_length max_sequence_length
+    seq_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
+    initializer_range pretraining_tp is_decoder return_dict use_return_dict output_attentions output_hidden_states
+    chunk_size_feed_forward id2label label2id problem_type finetuning_task task_specific_params torchscript
+    is_llama_config unsloth_fixed unsloth_version attn_implementation use_flash_attention use_flash_attn
+    use_flash_attention_2 transformers.js_config neftune_noise_alpha gradient_checkpointing
 """.split()  # noqa: SIM905
 
+# Upper limits of sizes in a config.json: several times those of the largest models.
+MOST = {
+    "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
+}  # fmt: skip
 
-def decoder_config(hf: Fields) -> DecoderConfig:
-    """Read a Hugging Face `config.json`; a UserError for a field that may change the logits and is not known here."""
+
+def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
+    """Read a Hugging Face `config.json`; a UserError for a field that may change the logits and is not known here.
+
+    A field that is missing or of the wrong type may raise any other exception.
+    """
+    refuse_code(hf)
+    for name, most in MOST.items():  # before anything of that size is allocated
+        value = hf.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
     family = find_family(hf)
     _refuse_unknown(hf, family)
-    try:
-        hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
-        common = {
-            "vocab_size": hf["vocab_size"],
-            "hidden_size": hidden,
-            "intermediate_size": hf["intermediate_size"],
-            "num_layers": layers,
-            "num_heads": heads,
-            "num_kv_heads": hf.get("num_key_value_heads") or heads,
-            "head_dim": hf.get("head_dim") or hidden // heads,
-            "norm_eps": hf.get("rms_norm_eps", 1e-6),
-            "rope": _read_rope(hf),
-            "tied": bool(hf.get("tie_word_embeddings", False)),
-            **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "qk_norm"), False),
-            "family": family,
-        }
-        return DecoderConfig(**{**common, "windows": (None,) * layers, **FAMILIES[family].switches(hf)})
-    except KeyError as error:
-        raise UserError(f"config.json: the field {error} is missing") from None
+    hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
+    common = {
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hidden,
+        "intermediate_size": hf["intermediate_size"],
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": hf.get("head_dim") or hidden // heads,
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "rope": _read_rope(hf),
+        "tied": bool(hf.get("tie_word_embeddings", False)),
+        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "qk_norm"), False),
+        "windows": (None,) * layers,
+        "family": family,
+    }
+    config = DecoderConfig(**{**common, **FAMILIES[family].switches(hf)})
+    _check_shape(config)
+    return config
 
 
 def find_family(hf: Fields) -> str:
@@ -89,10 +99,8 @@ def find_family(hf: Fields) -> str:
     if not names and hf.get("model_type") in FAMILIES:
         found = [hf["model_type"]]
     if not found:
-        raise UserError(
-            f"config.json: architectures: {', '.join(names) or 'none'} is not supported: "
-            f"the supported ones are {', '.join(known)}"
-        )
+        given = ", ".join(names) or "none"
+        raise UserError(f"architectures: {given} is not supported: the supported ones are {', '.join(known)}")
     return found[0]
 
 
@@ -101,22 +109,12 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
     supported = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0,), "attention_dropout": (0.0,)}
     for name, values in supported.items():
         if hf.get(name) not in (*values, None):
-            raise UserError(
-                f"config.json: {name}: {hf[name]!r} is not supported: set it to {values[0]!r} if that is right"
-            )
-    quantized = hf.get("quantization_config") or {}
-    if quantized and not ({"load_in_4bit", "load_in_8bit"} & {*quantized} or quantized.get("quant_method") == BNB):
-        raise UserError(
-            "config.json: quantization_config: only weights quantized by bitsandbytes are supported: name the original "
-            "model and set quantization.bits=4; if the weights are not quantized, remove the field"
-        )
+            raise UserError(f"{name}: {hf[name]!r} is not supported: set it to {values[0]!r} if that is right")
     known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields}
     for name, value in hf.items():
-        if value and name not in known:
-            raise UserError(
-                f"config.json: {name}: {value!r:.60}: unknown field of {family}, which may change the model: "
-                "remove it from config.json if it does not"
-            )
+        if value and name not in known and not name.startswith("_"):
+            what = f"unknown field of {family}, which may change the model"
+            raise UserError(f"{name}: {value!r:.60}: {what}: remove it from config.json if it does not")
 
 
 # Fields of each type of rope besides those of all types: first the ones that it needs, then the others.
@@ -135,21 +133,18 @@ def _read_rope(hf: Fields) -> Rope:
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_FIELDS:
-        raise UserError(
-            f"config.json: rope type {kind!r} is not supported: the supported ones are {', '.join(ROPE_FIELDS)}"
-        )
+        raise UserError(f"rope type {kind!r} is not supported: the supported ones are {', '.join(ROPE_FIELDS)}")
     needed, other = (names.split() for names in ROPE_FIELDS[kind])
     if missing := [name for name in needed if name not in scaling]:
-        raise UserError(f"config.json: rope type {kind} needs the field {missing[0]}")
+        raise UserError(f"rope type {kind} needs the field {missing[0]}")
     if unknown := [name for name, value in scaling.items() if value and name not in [*ALL_ROPES, *needed, *other]]:
-        raise UserError(
-            f"config.json: rope: {unknown[0]}: {scaling[unknown[0]]!r:.60} has no effect with type {kind}: remove it"
-        )
+        value = scaling[unknown[0]]
+        raise UserError(f"rope: {unknown[0]}: {value!r:.60} has no effect with type {kind}: remove it")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError("config.json: rope: a partial_rotary_factor other than 1 is not supported")
+        raise UserError("rope: a partial_rotary_factor other than 1 is not supported")
     given = [value for value in (scaling.get("rope_theta"), hf.get("rope_theta")) if value is not None]
     if wrong := [theta for theta in given if type(theta) not in (int, float) or theta <= 0]:
-        raise UserError(f"config.json: rope_theta: {wrong[0]!r:.60} is not a positive number")
+        raise UserError(f"rope_theta: {wrong[0]!r:.60} is not a positive number")
     theta, parameters = (given or [10000.0])[0], dict(scaling)
     if kind in ("llama3", "yarn"):
         outer, inner = hf.get("original_max_position_embeddings"), scaling.get("original_max_position_embeddings")
@@ -202,43 +197,18 @@ def _windows(hf: Fields, window: int | None, first: int = 0) -> tuple[int | None
     if not kinds:
         return tuple(window if index >= first else None for index in range(hf["num_hidden_layers"]))
     if unknown := [kind for kind in kinds if kind not in by_type]:
-        raise UserError(f"config.json: layer_types: {unknown[0]!r:.60} is not supported: only {', '.join(by_type)}")
+        raise UserError(f"layer_types: {unknown[0]!r:.60} is not supported: only {', '.join(by_type)}")
     return tuple(by_type[kind] for kind in kinds)
 
 
 WINDOWS = ("sliding_window", "layer_types")
 QWEN = (*WINDOWS, "use_sliding_window", "max_window_layers")
 FAMILIES: dict[str, Family] = {  # by model_type
-    "llama": Family("LlamaForCausalLM", _llama, ("attention_bias", "mlp_bias"), "llama", with_both_rope_forms),
-    "mistral": Family("MistralForCausalLM", _mistral, WINDOWS, "llama", with_both_rope_forms),
-    "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2", with_both_rope_forms),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3", with_both_rope_forms),
+    "llama": Family("LlamaForCausalLM", _llama, ("attention_bias", "mlp_bias"), "llama"),
+    "mistral": Family("MistralForCausalLM", _mistral, WINDOWS, "llama"),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
 }
-
-# Upper limits of sizes in a config.json: several times those of the largest models.
-MOST = {
-    "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
-    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
-}  # fmt: skip
-
-
-def parse_shape(stored: dict[str, Any], path: Path) -> DecoderConfig:
-    """The decoder's shape from a parsed config.json; `path` is where it was read, for messages."""
-    try:
-        refuse_code(stored)
-        for name, most in MOST.items():  # before anything of that size is allocated
-            value = stored.get(name)
-            if value is not None and (type(value) is not int or not 1 <= value <= most):
-                raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
-        config = decoder_config(stored)
-        _check_shape(config)
-    except UserError as error:
-        raise UserError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: a field is missing or has the wrong type ({error}): download the file again"
-        ) from None
-    return config
 
 
 def _check_shape(config: DecoderConfig) -> None:
@@ -250,9 +220,7 @@ def _check_shape(config: DecoderConfig) -> None:
     windows = [window for window in config.windows if window is not None]
     wrong = any(type(window) is not int or not 1 <= window <= 1 << 31 for window in windows)
     if wrong or len(config.windows) != config.num_layers:
-        raise UserError(
-            f"sliding_window, layer_types: must give a window or none for each of {config.num_layers} layers"
-        )
+        raise UserError(f"sliding_window, layer_types: give a window or none for each of {config.num_layers} layers")
     frequencies, factor = config.rope.angles(config.head_dim, config.rope.context + 1)
     if not frequencies.isfinite().all() or not math.isfinite(factor):
         raise UserError(f"rope: {config.rope.theta}, {dict(config.rope.parameters)!r:.200}: the angles are not finite")

@@ -20,14 +20,21 @@ from nanoft.config import Config
 from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
-from nanoft.models.families import parse_shape
+from nanoft.models.families import decoder_config
 from nanoft.nf4 import CODES
 
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of plain weights
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# What DDP, torch.compile, FSDP and activation checkpointing put into names.
-WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+BNB = "bitsandbytes"  # whose quantization_config had no quant_method once
+# Other spellings of the decoder's names: with what DDP, torch.compile, FSDP and activation checkpointing put into them,
+# with outer modules, or without the decoder's own.
+OUTER = r"^(?:(?:base_model|model|language_model)\.)*"
+SPELLINGS = [
+    (r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
+    (OUTER + r"(?=lm_head\.)", ""),
+    (OUTER + r"(?=(?:layers\.\d+|embed_tokens|norm)\.)", "model."),
+]
 # What a directory or repository without a model's files is, by a file in it, and what to name instead.
 INSTEAD = {
     "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "
@@ -70,7 +77,13 @@ class ModelFiles:
         if {"provenance", "model", "training"} <= config.keys():
             instead = "its model/" if (directory / "model").is_dir() else f"its base, and lora.start_from={directory}"
             raise UserError(f"{directory}: is a run, not a model: set model.name to {instead}")
-        shape, quantization = parse_shape(config, path), _quantization(config, path)
+        try:
+            shape, quantization = decoder_config(config), _quantization(config)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            what = f"a field is missing or has the wrong type ({error})"
+            raise UserError(f"{path}: {what}: download the file again") from None
         files = cls(name or str(directory), directory, config, shape, quantization)
         with suppress(UserError):  # without all weights, as it says; what is wrong with them is said when they are read
             return files.as_stored()
@@ -89,24 +102,24 @@ class ModelFiles:
     def context_length(self) -> float:
         """The positions that the model knows, stretched by its rope; infinite if config.json does not say."""
         length = self.config.get("max_position_embeddings") or math.inf
-        rope = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
+        rope = self.decoder.rope.parameters
         return max(length, (rope.get("original_max_position_embeddings") or length) * (rope.get("factor") or 1))
 
     def shards(self) -> list[Path]:
         """The safetensors files, from the index if there is one; a UserError if one is missing or outside."""
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
-        sharded = _indexed_shards(index) if os.path.lexists(index) else []
-        if single.is_file() or not sharded:  # an index whose shards are gone is a leftover
-            both = sharded not in ([], [single]) and all(shard.is_file() for shard in sharded)
-            if both and not _same_weights(single, tuple(sharded)):
-                raise UserError(f"{single}: differs from the shards in {index.name}: remove those that are outdated")
-            sharded = [single] if os.path.lexists(single) else _numbered_shards(self.directory)
+        sharded = _indexed_shards(index) if os.path.lexists(index) else _numbered_shards(self.directory)
+        if os.path.lexists(single) and sharded != [single]:
+            is_whole = sharded and all(shard.is_file() for shard in sharded)
+            if is_whole and not _same_weights(single, tuple(sharded)):
+                raise UserError(f"{single}: differs from the shards beside it: remove those that are outdated")
+            sharded = [single]  # shards that are not whole are a leftover
         if not sharded:
             wanted = f"no weights here: expected {single.name} or {index.name}"
             raise UserError(explain_missing(self.directory) or f"{self.directory}: {wanted}")
         for shard in sharded:
             if not os.path.lexists(shard) or shard.is_dir():
-                raise UserError(f"{shard}: named in the index, but missing: download the model again")
+                raise UserError(f"{shard}: one of {len(sharded)} files, but missing: download the model again")
             resolve_file(shard)
         return sharded
 
@@ -126,12 +139,12 @@ class ModelFiles:
         headers = read_headers(paths or self.shards())
         tied, quantization, notes = self.decoder.tied, self.quantization, []
         head, embedding = headers.get(HEAD), headers.get(EMBEDDING)
-        if tied and head and embedding and not _same_tensor(head, embedding):
-            notes.append("tie_word_embeddings is true, but lm_head.weight differs from the embedding: it is used")
-            tied = False
-        if not tied and embedding and not head:
-            notes.append("tie_word_embeddings is false, but there is no lm_head.weight: the head is the embedding")
-            tied = True
+        is_tied = head is None or (tied and embedding is not None and _same_tensor(head, embedding))
+        if is_tied != tied and embedding:
+            why = "lm_head.weight differs from the embedding: it is used"
+            why = "there is no lm_head.weight: the head is the embedding" if is_tied else why
+            notes.append(f"tie_word_embeddings is {str(tied).lower()}, but {why}")
+            tied = is_tied
         if quantization and not any(is_packed(headers, name) for name in headers):
             notes.append("quantization_config is ignored: the weights are not quantized")
             quantization = None
@@ -144,16 +157,19 @@ def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
     headers: dict[str, TensorHeader] = {}
     for path in paths:
         for stored, header in read_header(path).items():
-            name = WRAPPERS.sub("", stored)
-            if name.startswith(("model.model.", "model.lm_head.")):  # saved from inside another module
-                name = name.removeprefix("model.")
-            if name.startswith(("layers.", "embed_tokens.", "norm.")):  # saved without the head
-                name = f"model.{name}"
+            name = standard_name(stored)
             if name in headers:
                 where = "in two files" if headers[name].path != path else "there twice"
                 raise UserError(f"{path}: {name} is {where}: download the model again")
             headers[name] = header
     return headers
+
+
+def standard_name(name: str) -> str:
+    """The decoder's name of a stored tensor."""
+    for pattern, standard in SPELLINGS:
+        name = re.sub(pattern, standard, name)
+    return name
 
 
 def is_packed(headers: dict[str, TensorHeader], name: str) -> bool:
@@ -173,12 +189,10 @@ def _indexed_shards(index: Path) -> list[Path]:
 
 def _numbered_shards(directory: Path) -> list[Path]:
     """Shards without an index, model-00001-of-00003.safetensors and so on, as many as the first one says."""
-    number = "[0-9]" * 5
-    found = sorted(directory.glob(f"model-{number}-of-{number}.safetensors"))
-    count = int(found[0].stem[-5:]) if found else 0
-    if missing := {directory / f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)} - {*found}:
-        raise UserError(f"{min(missing)}: one of {count} shards, but missing: download the model again")
-    return found
+    digits = "[0-9]" * 5
+    first = min(directory.glob(f"model-{digits}-of-{digits}.safetensors"), default=None)
+    count = first.stem.rpartition("-")[2] if first else "0"
+    return [directory / f"model-{n:05d}-of-{count}.safetensors" for n in range(1, int(count) + 1)]
 
 
 def _same_tensor(a: TensorHeader, b: TensorHeader) -> bool:
@@ -219,16 +233,17 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HU
     path, (repository, revision) = Path(os.path.expanduser(name)), split_reference(name)
     if path.is_dir():
         return path
+    fault = ""
     if path.is_symlink():
-        raise UserError(f"{field}: {name}: is a link to {os.readlink(path)}, which is gone: name the model's directory")
-    if name.endswith(".gguf"):
-        raise UserError(f"{field}: {name}: is a GGUF file, which is for inference: name the original model")
-    if path.exists():
-        raise UserError(f"{field}: {name}: is a file: name the directory that it is in")
-    if os.path.isdir(os.path.expanduser(repository)):
-        raise UserError(f"model.revision: {revision}: {repository} is a directory, which has no revisions: remove it")
-    if name.startswith((".", "/", "~")) or repository.count("/") > 1:
-        raise UserError(f"{field}: {name}: no such directory: give a model's directory or its name on the Hub")
+        fault = f"is a link to {os.readlink(path)}, which is gone: name the model's directory"
+    elif path.exists():
+        fault = "is a file: name the directory of a model in safetensors that it is in"
+    elif os.path.isdir(os.path.expanduser(repository)):
+        fault = f"{repository} is a directory, which has no revision {revision}: remove it"
+    elif name.startswith((".", "/", "~")) or repository.count("/") > 1:
+        fault = "no such directory: give a model's directory or its name on the Hub"
+    if fault:
+        raise UserError(f"{field}: {name}: {fault}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
@@ -237,12 +252,9 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HU
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, GatedRepoError):
-            reason = (
-                f"accept its terms at https://huggingface.co/{repository}, then set HF_TOKEN to your token: {reason}"
-            )
-        raise UserError(
-            f"{field}: {name}: no such directory, and could not be downloaded from the Hub: {reason}"
-        ) from None
+            reason = f"accept its terms at https://huggingface.co/{repository}, then set HF_TOKEN: {reason}"
+        where = "no such directory, and could not be downloaded from the Hub"
+        raise UserError(f"{field}: {name}: {where}: {reason}") from None
 
 
 def split_reference(name: str) -> tuple[str, str | None]:
@@ -257,21 +269,21 @@ def quantization_of(config: Config) -> Quantization | None:
     return {4: (q.type, q.double), 8: ("int8", False), 16: None}[q.bits]
 
 
-def _quantization(config: dict[str, Any], path: Path) -> Quantization | None:
+def _quantization(config: dict[str, Any]) -> Quantization | None:
     """The form in which bitsandbytes packed the model; None if it did not."""
-    q = config.get("quantization_config")
-    if not q:
-        return None
-    if not isinstance(q, dict):
-        raise UserError(f"{path}: quantization_config: {q!r:.60} is not a table")
-    kind = str(q.get("bnb_4bit_quant_type", "fp4"))
+    q = config.get("quantization_config") or {}
+    by_bnb = isinstance(q, dict) and ("load_in_4bit" in q or "load_in_8bit" in q or q.get("quant_method") == BNB)
+    if q and not by_bnb:
+        raise UserError(
+            "quantization_config: only weights quantized by bitsandbytes are supported: name the original "
+            "model and set quantization.bits=4; if the weights are not quantized, remove the field"
+        )
     if q.get("load_in_8bit"):
         return "int8", False
-    if not q.get("load_in_4bit"):
-        return None
+    kind = str(q.get("bnb_4bit_quant_type", "fp4"))
     if kind not in CODES:
-        raise UserError(f"{path}: quantization_config: bnb_4bit_quant_type: {kind!r:.60} is neither nf4 nor fp4")
-    return kind, bool(q.get("bnb_4bit_use_double_quant"))
+        raise UserError(f"quantization_config: bnb_4bit_quant_type: {kind!r:.60} is neither nf4 nor fp4")
+    return (kind, bool(q.get("bnb_4bit_use_double_quant"))) if q.get("load_in_4bit") else None
 
 
 def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanoft import UserError, kernels
 from nanoft.blocks.trained import Adapter, is_inside
-from nanoft.checkpoint import Checkpoint, CheckpointCorrupted, verify
+from nanoft.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointManager, verify
 from nanoft.config import LoRAConfig
 from nanoft.config.loading import load_file
 from nanoft.data.chat_tokenizer import ChatTokenizer
@@ -96,7 +96,7 @@ def open_model(
         adapter = read_trained_adapter(source)
         quantization = None if original_base else adapter.quantization
         model = load_model(adapter.base, device, dtype, quantization, unpacked_dtype=adapter.dtype)
-        opened, lora = replace(attach_adapter(adapter, model), step=adapter.step), adapter.lora
+        opened, lora = attach_adapter(adapter, model), adapter.lora
     elif config is not None:  # a checkpoint of full fine-tuning has all weights
         saved, base = best_checkpoint(run), find_model(config.model.reference)
         model = load_model(base, device, dtype, files=[saved.path / "model.safetensors"]).eval()
@@ -130,19 +130,15 @@ def find_adapter(source: str) -> Path | None:
 def best_checkpoint(run: Path) -> Checkpoint:
     """The checkpoint in best.json, or without one the newest valid one, all hashes verified; else a UserError."""
     best = run / "best.json"
-    found = sorted((run / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
-    if best.is_file():
-        found = [run / "checkpoints" / Path(str(read_json(best).get("checkpoint"))).name]
-    damage = []
-    for path in found:
-        try:
-            return verify(path)
-        except (CheckpointCorrupted, OSError) as reason:
-            damage.append(str(reason))
-    if damage:
-        fix = f"remove {best} to use the newest valid checkpoint" if best.is_file() else "train again"
-        raise UserError(f"{damage[0]}: {fix}")
-    raise UserError(f"{run}: this run has no checkpoint yet: run its train.py command again")
+    if not best.is_file():
+        newest, _ = CheckpointManager(run / "checkpoints", keep=0, owner=False).newest()
+        if newest is None:
+            raise UserError(f"{run}: this run has no checkpoint yet: run its train.py command again")
+        return newest
+    try:
+        return verify(run / "checkpoints" / Path(str(read_json(best).get("checkpoint"))).name)
+    except (CheckpointCorrupted, OSError) as reason:
+        raise UserError(f"{reason}: remove {best} to use the newest valid checkpoint") from None
 
 
 def checkpoint_step(saved: Checkpoint) -> int:
@@ -221,5 +217,6 @@ def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
         raise UserError(f"{adapter.place}: {error}") from None
     load_adapter_tensors(adapters, adapter.tensors, str(adapter.place))
     form = adapter.quantization or ModelFiles.read(adapter.base).quantization
-    base, tokenizer = adapter.base, adapter.tokenizer
-    return LoadedModel(model.eval(), adapters, base, tokenizer, form, adapter.dtype, None, adapter.add_tokens)
+    return LoadedModel(
+        model.eval(), adapters, adapter.base, adapter.tokenizer, form, adapter.dtype, adapter.step, adapter.add_tokens
+    )

@@ -23,7 +23,7 @@ from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig, initialize
-from nanoft.models.families import FAMILIES, find_family
+from nanoft.models.families import with_both_rope_forms
 from nanoft.models.model_files import (
     HEAD,
     TOKENIZER_FILES,
@@ -34,8 +34,10 @@ from nanoft.models.model_files import (
     read_headers,
 )
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
+from nanoft.runtime.memory import memory_limit_bytes
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
+Stored = dict[str, tuple[set[str], tuple[int, ...] | None]]  # tensor -> its possible dtypes, and its shape (None: any)
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
 MAX_NOTE = 4096  # bytes of the JSON that bitsandbytes stores beside a weight; it needs 200
 
@@ -86,11 +88,11 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = {name: shapes[name] for name in headers if name in shapes}
     files = WeightFiles(headers, present, base.quantization)
-    expected: dict[str, tuple[set[str], tuple[int, ...] | None]] = {}
+    expected: Stored = {}
     for name, shape in shapes.items():
         if files.stored and files.is_packed(name):
             place, parts = name.removesuffix("weight"), stored_tensors(shape, files.stored)
-            expected |= {place + part: ({form}, of) for part, (form, of) in parts.items()}
+            expected |= {place + part: stored for part, stored in parts.items()}
             if (form := headers[name].form) in FLOATS:  # bnb_4bit_quant_storage
                 expected[name] = ({form}, (math.prod(shape) // 2 // SIZES[form], 1))
         else:
@@ -133,59 +135,52 @@ def load_model(
         model = Decoder(base.decoder).to(dtype)
     if random_seed is not None:
         model.to_empty(device=device)
-        for module in model.modules():  # norms 1, biases 0: the constructor's values were lost on `meta`
-            if isinstance(getattr(module, "bias", None), nn.Parameter):
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-            if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 1:  # type: ignore
-                nn.init.ones_(module.weight)  # type: ignore[arg-type]
         initialize(model, random_seed)
         return model
     if quantization:
         check_quantization(base, quantization)
     weights = open_weights(base, model, files)
     for name in weights.shapes:
+        packed, is_linear = None, is_block_linear(name)
         if weights.is_packed(name):
-            linear = weights.read_packed(name, unpacked_dtype or dtype, device)
-            if is_block_linear(name):
-                _replace(model, name, linear)
-                continue
-            tensor = linear.dequantize().to(dtype)  # a head
+            packed = weights.read_packed(name, unpacked_dtype or dtype, device)
         else:
             tensor = weights.read(name).to(device=device, dtype=dtype, copy=True)  # a view would follow file changes
-        if quantization and not weights.stored and is_block_linear(name):
-            _replace(model, name, quantize(tensor, quantization, unpacked_dtype or dtype))
-            continue
-        place, _, leaf = name.rpartition(".")
-        model.get_submodule(place)._parameters[leaf] = nn.Parameter(tensor, requires_grad=True)
+            if quantization and is_linear and not weights.stored:
+                packed = quantize(tensor, quantization, unpacked_dtype or dtype)
+        if packed is not None and is_linear:
+            _replace(model, name.removesuffix(".weight"), packed)
+        else:
+            place, _, leaf = name.rpartition(".")
+            value = tensor if packed is None else packed.dequantize().to(dtype)  # packed: a head
+            setattr(model.get_submodule(place), leaf, nn.Parameter(value))
     return model
 
 
-def _replace(model: Decoder, name: str, linear: nn.Module) -> None:
-    """Replace the linear whose weight has this name by a quantized one, which takes over its bias."""
-    place, _, last = name.removesuffix(".weight").rpartition(".")
-    parent = model.get_submodule(place)
-    linear.register_parameter("bias", getattr(parent, last).bias)
-    setattr(parent, last, linear)
+def _replace(model: nn.Module, name: str, linear: nn.Module) -> None:
+    """Put another linear in the place of one, whose bias it takes over."""
+    linear.register_parameter("bias", model.get_submodule(name).bias)  # type: ignore[arg-type]
+    model.set_submodule(name, linear)
 
 
 # ---- Weights that bitsandbytes packed and transformers saved
 
 
-def stored_tensors(shape: tuple[int, ...], quantization: Quantization) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """The tensors of a packed linear: name after the module's -> number format and shape (None: any)."""
+def stored_tensors(shape: tuple[int, ...], quantization: Quantization) -> Stored:
+    """The tensors of a packed linear, by the name after the module's."""
     (kind, double), weights = quantization, math.prod(shape)
     if kind == "int8":
-        return {"weight": ("I8", shape), "SCB": ("F32", shape[:1])}
+        return {"weight": ({"I8"}, shape), "SCB": ({"F32"}, shape[:1])}
     blocks = weights // BLOCK
-    tensors: dict[str, tuple[str, tuple[int, ...] | None]] = {
-        "weight": ("U8", (weights // 2, 1)),
-        "weight.absmax": ("U8" if double else "F32", (blocks,)),
-        "weight.quant_map": ("F32", (16,)),
-        f"weight.quant_state.bitsandbytes__{kind}": ("U8", None),  # JSON
+    tensors: Stored = {
+        "weight": ({"U8"}, (weights // 2, 1)),
+        "weight.absmax": ({"U8" if double else "F32"}, (blocks,)),
+        "weight.quant_map": ({"F32"}, (16,)),
+        f"weight.quant_state.bitsandbytes__{kind}": ({"U8"}, None),  # JSON
     }
     if double:
-        tensors["weight.nested_absmax"] = ("F32", (math.ceil(blocks / NESTED),))
-        tensors["weight.nested_quant_map"] = ("F32", (256,))
+        tensors["weight.nested_absmax"] = ({"F32"}, (math.ceil(blocks / NESTED),))
+        tensors["weight.nested_quant_map"] = ({"F32"}, (256,))
     return tensors
 
 
@@ -251,18 +246,14 @@ def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = Non
     device = layers[0][1].parts[0].device
     unpacked = sum(layer.out_features * layer.in_features * layer.dtype.itemsize for _, layer in layers)
     extra = unpacked - sum(packed_bytes(layer) for _, layer in layers)
-    free = 0
-    if device.type == "cuda":  # including what torch has reserved and does not use
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + held
+    is_cuda = device.type == "cuda"
+    free = int(memory_limit_bytes(device) - torch.cuda.memory_allocated(device)) if is_cuda else 0
     chosen = choose_dequantize(policy, device.type, extra, free)
     while chosen == "cached" and layers:
         name, layer = layers.pop()  # the packed weight is gone before the next one is unpacked
-        parent, _, last = name.rpartition(".")
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(layer.dequantize().to(dtype or layer.dtype), requires_grad=False)
-        linear.register_parameter("bias", layer.bias)
-        setattr(model.get_submodule(parent), last, linear)
+        _replace(model, name, linear)
     return chosen
 
 
@@ -283,12 +274,9 @@ def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderCo
     base = ModelFiles.read(source)
     decoder = decoder or base.decoder
     config = {name: value for name, value in base.config.items() if name != "quantization_config"}
-    if decoder.tied != bool(config.get("tie_word_embeddings", False)):
-        config["tie_word_embeddings"] = decoder.tied
-    if decoder.vocab_size != base.decoder.vocab_size:
-        config["vocab_size"] = decoder.vocab_size
+    config |= {"tie_word_embeddings": decoder.tied, "vocab_size": decoder.vocab_size}
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # for transformers 5, and for 4
-    write_json(out / "config.json", FAMILIES[find_family(config)].export(config))
+    write_json(out / "config.json", with_both_rope_forms(config))
 
 
 def copy_companions(source: Path, out: Path, base: Path | None = None, add_tokens: Sequence[str] = ()) -> None:
@@ -315,8 +303,7 @@ def copy_companions(source: Path, out: Path, base: Path | None = None, add_token
         if not chat.has_own_template:
             write_file(out / "chat_template.jinja", [chat.template.encode()])
     known = settings.get("eos_token_id", [])
-    known = set(known if isinstance(known, list) else [known])
-    if not set(stop_ids) <= known or (stop_ids and path.parent != source and known != set(stop_ids)):
+    if stop_ids and {*stop_ids} != {*(known if isinstance(known, list) else [known])}:
         write_json(out / path.name, {**settings, "eos_token_id": stop_ids})
     elif path.is_file():
         write_file(out / path.name, [read_bytes(path)])

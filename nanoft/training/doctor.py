@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -105,14 +106,11 @@ def metal() -> Check:
         return Check("Metal", "ok", f"{macos}; the limit is what Metal recommends; beyond it a Mac swaps")
     given = {key: os.environ[key] for key in (name, low) if key in os.environ}
     found = "; ".join([macos, *(f"{key}={ratio}" for key, ratio in given.items())])
-    try:
+    high = lower = math.nan
+    with contextlib.suppress(ValueError):
         high, lower = float(given[name]), float(given.get(low, LOW_RATIO))
-    except ValueError:
-        return Check("Metal", "FAIL", f"{found}: not a number", f"unset {name} and {low}")
-    if not 0 <= high <= 2:
-        return Check("Metal", "FAIL", f"{found}: out of range [0, 2]", f"unset {name}")
-    if 0 < high < lower:
-        return Check("Metal", "FAIL", f"{found}: PyTorch refuses it", f"lower {low}, or unset {name}")
+    if not 0 <= high <= 2 or 0 < high < lower:
+        return Check("Metal", "FAIL", f"{found}: PyTorch refuses it", f"unset {name}, or lower {low} below it")
     if high == 0 or high > 1:
         return Check("Metal", "warn", f"{found}: swaps before memory runs out", f"unset {name}, or set it to at most 1")
     return Check("Metal", "ok", found)

@@ -26,10 +26,10 @@ from nanoft.model import Decoder
 from nanoft.runtime import distributed
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.energy import JOULES_PER_WH
-from nanoft.runtime.memory import OutOfMemory, peak_memory_gb, release_memory
+from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking import rank_usage
 from nanoft.tracking.trackers import curves_section
-from nanoft.training.progress import log_memory, report_failure
+from nanoft.training.progress import in_smaller_batches, log_memory, report_failure
 from nanoft.training.setup import base_model, load_base
 from nanoft.training.state import TrainContext, TrainState, load_weights
 
@@ -121,19 +121,15 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
         NotFinite: the model answers with NaN, so the result is worth nothing.
     """
     e, length, seed = ctx.config.evaluation, ctx.config.model.max_seq_length, ctx.config.system.seed
+
+    def measured(size: int) -> evaluate.EvalResult:
+        at_most = replace(e, batch_size=min(size, e.batch_size), prompt_batch_size=min(size, e.prompt_batch_size))
+        return evaluate.measure(model, ctx.tokenizer, ctx.validation, prompts, at_most, length, metrics, seed=seed)
+
     try:
         conversations = ctx.corpus.conversations(ctx.corpus.untruncated(ctx.corpus.validation), e.prompts)
         prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), answers.select_metrics(e.metrics)
-        while True:
-            try:
-                with distributed.same_exception(ctx.device), ctx.autocast():
-                    held_out = ctx.validation
-                    return evaluate.measure(model, ctx.tokenizer, held_out, prompts, e, length, metrics, seed=seed)
-            except OutOfMemory as error:
-                release_memory(ctx.device, error)
-            if e.batch_size == e.prompt_batch_size == 1:
-                raise TrainingFailed("out of memory at batch size 1")
-            e = replace(e, batch_size=max(1, e.batch_size // 2), prompt_batch_size=max(1, e.prompt_batch_size // 2))
+        return in_smaller_batches(ctx, max(e.batch_size, e.prompt_batch_size), measured)
     except NotFinite:
         raise
     except Exception as error:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -301,17 +300,10 @@ def explained_out_of_memory(planner: Planner) -> Iterator[None]:
         if is_out_of_memory(error):
             raise out_of_memory_error(planner, planner.config.micro_batch_rows()) from None
         if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # importing it takes seconds
-            raise compiler_error(error) from None
+            reason = str(error).strip().partition("\n")[0]
+            fix = "install a compiler that works (CXX names it), or set training.compile=false"
+            raise UserError(f"training.compile: {reason}: {fix}") from None
         raise
-
-
-def compiler_error(error: BaseException) -> UserError | TrainingFailed:
-    """torch.compile failed: for want of a compiler that works here (exit code 2), or by itself (3)."""
-    reason = str(error).strip().partition("\n")[0]
-    if re.search(r"Cxx|Cpp|C\+\+|[Tt]riton", reason):
-        fix = "install a compiler that works (CXX names it), or set training.compile=false"
-        return UserError(f"training.compile: {reason}: {fix}")
-    return TrainingFailed(f"training.compile: torch.compile failed: {reason}: set training.compile=false")
 
 
 def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, peak_memory_gb, re
 from nanoft.training.state import TrainContext, TrainState
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # as fits 80 columns
+Figures = TypeVar("Figures")
 
 
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
@@ -52,7 +54,7 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
     if not len(ctx.validation) or not is_due(ctx, state, ctx.config.training.eval_steps):
         return
     try:
-        figures = validate(ctx)
+        figures = in_smaller_batches(ctx, ctx.config.evaluation.batch_size, lambda size: validate(ctx, size))
     except Exception as error:  # an evaluation that fails does not end the run
         ctx.model.train()
         report_failure(ctx, state, "evaluation", error)
@@ -71,17 +73,21 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
     ctx.run.print(f"step {state.step}: validation loss {loss:.4f}{perplexity}{best}")
 
 
-def validate(ctx: TrainContext) -> dict[str, float]:
-    """The objective's figures on the validation samples, in smaller batches if memory runs out."""
-    size = ctx.config.evaluation.batch_size
+def validate(ctx: TrainContext, batch_size: int) -> dict[str, float]:
+    """The objective's figures on the validation samples."""
+    return ctx.objective.evaluate(ctx.model, eval_batches(ctx.validation, batch_size, ctx.tokenizer.pad_id))
+
+
+def in_smaller_batches(ctx: TrainContext, size: int, evaluate: Callable[[int], Figures]) -> Figures:
+    """`evaluate(size)`, with half the batch size whenever memory runs out."""
     while True:
         try:
             with distributed.same_exception(ctx.device), ctx.autocast():
-                return ctx.objective.evaluate(ctx.model, eval_batches(ctx.validation, size, ctx.tokenizer.pad_id))
+                return evaluate(size)
         except OutOfMemory as error:
-            if size == 1:
-                raise TrainingFailed("out of memory with one validation sample") from None
             release_memory(ctx.device, error)
+        if size == 1:
+            raise TrainingFailed("out of memory at batch size 1")
         size //= 2
         ctx.model.train()  # the attempt that failed may have left it in evaluation mode
 

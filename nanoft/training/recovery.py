@@ -39,15 +39,11 @@ def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) 
     return state
 
 
-def skip_overflow(ctx: TrainContext, state: TrainState, bad: GradientOverflow) -> None:
-    """Pass over a window whose gradient overflowed float16; the next one is computed at half the loss scale."""
-    state.overflow_steps += 1
-    skip_window(ctx, state, bad, "overflow")
-
-
-def skip_window(ctx: TrainContext, state: TrainState, bad: SkipStep, what: str = "step skipped") -> None:
-    """Pass over a window, without a step."""
-    warn_of_window(ctx, state, what, bad)
+def skip_window(ctx: TrainContext, state: TrainState, bad: SkipStep) -> None:
+    """Pass over a window, without a step; after an overflow of float16, the next has half the loss scale."""
+    is_overflow = isinstance(bad, GradientOverflow)
+    state.overflow_steps += is_overflow
+    warn_of_window(ctx, state, "overflow" if is_overflow else "step skipped", bad)
     ctx.optimizer.zero_grad(set_to_none=True)
     state.skip(bad.window)
 

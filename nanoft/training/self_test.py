@@ -38,7 +38,6 @@ from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, r
 from nanoft.optim import build_scaler
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.device import seed_everything
-from nanoft.runtime.memory import available_host_bytes
 from nanoft.training import state
 from nanoft.training.state import TrainContext, TrainState
 
@@ -176,7 +175,7 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 
 
 def saving_to(ctx: TrainContext, checkpoints: CheckpointManager) -> TrainContext:
-    return replace(ctx, checkpoints=checkpoints, writer=AsyncCheckpointWriter(checkpoints, available_host_bytes))
+    return replace(ctx, writer=AsyncCheckpointWriter(checkpoints))
 
 
 class _Taken(Exception):

@@ -23,7 +23,7 @@ import nanoft
 from nanoft import UserError, kernels
 from nanoft.batches import Batches
 from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows
-from nanoft.checkpoint import CheckpointManager
+from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointManager
 from nanoft.config import Config, LoRAConfig
 from nanoft.config.fields import nearest
 from nanoft.config.loading import Loaded, read_config
@@ -42,7 +42,7 @@ from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import hash_tensors, load_adapter_tensors, vocabulary_of
+from nanoft.models.adapter_files import hash_tensors, vocabulary_of
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
 from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import cache_weights, load_model
@@ -73,12 +73,6 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
         print(line)
     validate_config(source.config, source.names)
     return source
-
-
-def shared_facts(config: Config, machine: Machine) -> dict[str, Any]:
-    """What must be the same on all ranks."""
-    settings = {f"{section}.{name}": v for section, fields in config.to_dict().items() for name, v in fields.items()}
-    return {"the device": machine.name, **library_versions(), **settings}
 
 
 def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> Planner:
@@ -224,12 +218,6 @@ def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
     return config.override({**taken, "model.add_tokens": start.add_tokens}), start
 
 
-def load_start(adapters: dict[str, Adapter], start: TrainedAdapter | None) -> None:
-    """Put the values of lora.start_from into fresh adapters."""
-    if start:
-        load_adapter_tensors(adapters, start.tensors, f"lora.start_from: {start.place}")
-
-
 def check_start(start: TrainedAdapter, config: Config, provenance: Provenance, run: Run) -> None:
     """Refuse an adapter of another base, and say where its base was in another number format."""
     if start.base_sha256 not in (None, provenance["base_sha256"]):
@@ -266,11 +254,12 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
     return model
 
 
-def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> CheckpointManager:
-    """The checkpoints of the run; only rank 0 writes there."""
+def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncCheckpointWriter:
+    """The checkpoints of the run, and who saves them in the background; only rank 0 writes there."""
     t, is_owner = config.training, not distributed.process_rank()
     identity = {name: provenance[name] for name in IDENTITY}
-    return CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
+    checkpoints = CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
+    return AsyncCheckpointWriter(checkpoints)
 
 
 @contextlib.contextmanager

@@ -84,7 +84,6 @@ class TrainContext:
     objective: Objective
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    checkpoints: CheckpointManager
     writer: AsyncCheckpointWriter
     planner: Planner
     plan: Plan
@@ -92,6 +91,10 @@ class TrainContext:
     @property
     def device(self) -> torch.device:
         return self.machine.device
+
+    @property
+    def checkpoints(self) -> CheckpointManager:
+        return self.writer.checkpoints
 
     @property
     def total_steps(self) -> int:

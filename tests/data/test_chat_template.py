@@ -11,10 +11,11 @@ from templates import CHATML, STYLES, Style, save
 from transformers import AutoTokenizer
 
 from nanoft import UserError
+from nanoft.config import DataConfig
 from nanoft.data.chat_template import CHATML as REAL_CHATML
 from nanoft.data.chat_template import DEFAULT_TEMPLATE
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
-from nanoft.data.formats import Conversation, ReadOptions, read_file
+from nanoft.data.formats import Conversation, read_file
 
 USER, SPOKEN = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 # A thought is shown only behind the last question.
@@ -209,7 +210,7 @@ def test_a_prompt_that_is_rendered_otherwise_once_it_is_answered(tmp_path: Path)
 
 def read(path: Path, record: dict[str, Any]) -> Any:
     path.write_text(json.dumps(record))
-    return list(read_file(path, ReadOptions()))[1]
+    return list(read_file(path, DataConfig()))[1]
 
 
 def test_names_of_calls_thoughts_and_targets(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_control_characters_are_kept_and_counted(chat: ChatTokenizer, tmp_path: 
     found = build(chat, write(tmp_path / "d.jsonl", records))
     sample = found.training[1]
     assert chat.decode(sample.ids[sample.is_target].tolist()) == "\x1b[31mred\x1b[0m"
-    said = f"warning: 2 records contain control characters, first U+001B in {tmp_path}/d.jsonl:2: they are kept"
+    said = f"warning: control characters are kept: 2 records, first {tmp_path}/d.jsonl:2"
     assert said in describe_data(found.report)
     assert chat.highlight_targets(sample, color=False).endswith("⟦\\x1b[31mred\\x1b[0m</s>⟧")
 
@@ -315,8 +315,8 @@ def test_long_texts_become_several_samples(chat: ChatTokenizer, tmp_path: Path) 
 def test_replies_that_are_cut_off_are_a_warning(chat: ChatTokenizer, tmp_path: Path) -> None:
     reply = "This is one. " + "and it goes on and on " * 5
     found = build(chat, write(tmp_path / "d.jsonl", [pair("a", reply), pair("b", reply + ".")]))
-    assert found.report["cut_off_replies"] == 1
-    assert any("1 records end in a reply that stops in mid-sentence" in line for line in describe_data(found.report))
+    said = f"warning: the last reply stops in mid-sentence: 1 records, first {tmp_path}/d.jsonl:1"
+    assert said in describe_data(found.report)
 
 
 # ---- Sides
@@ -524,7 +524,7 @@ def test_near_duplicates_and_near_leaks(chat: ChatTokenizer, tmp_path: Path) -> 
         found = build(chat, file, limit=2048, validation_file=validation, **changes)
         assert found.report["removed"] == removed
         assert len(found.training) == 35 - sum(removed.values())
-        assert found.report["near_leaks"] == (leaks != "ignore")
+        assert found.report["near_leaks"] == (leaks == "warn")
         warned = any("1 training prompts are near duplicates" in line for line in describe_data(found.report))
         assert warned is (leaks == "warn")
         assert not list(found.directory.glob("*.sig"))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nanoft import UserError
-from nanoft.data.formats import Conversation, ReadOptions, read_file
+from nanoft.config import DataConfig
+from nanoft.data.formats import Conversation, read_file
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 ALPACA = {"instruction": "Q", "input": "", "output": "A"}
@@ -18,7 +19,7 @@ ALPACA = {"instruction": "Q", "input": "", "output": "A"}
 def read(path: Path, records: list[Any], **reading: Any) -> tuple[str, list[Conversation]]:
     """The shape and the conversations of a file that is written with these records."""
     path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    shape, *items = read_file(path, ReadOptions(**reading))
+    shape, *items = read_file(path, DataConfig(**reading))
     assert isinstance(shape, str)
     return shape, [item for item in items if isinstance(item, Conversation)]
 
@@ -48,7 +49,7 @@ def test_fields_have_other_names(path: Path, columns: tuple[str, str]) -> None:
     record = {"id": 7, "category": "open_qa", columns[0]: "Q", columns[1]: "A"}
     said, (conversation,) = read(path, [record])
     assert (said, conversation.messages) == (OTHER_NAMES[columns], [USER, ASSISTANT])
-    assert read(path, [record], shape=said.partition(":")[0])[1] == [conversation]
+    assert read(path, [record], format=said.partition(":")[0])[1] == [conversation]
 
 
 TWO_READINGS: list[tuple[dict[str, str], list[str]]] = [

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from nanoft import UserError
 from nanoft.config import DataConfig
-from nanoft.data.formats import SHAPES, UNDESIRABLE, Conversation, ReadOptions, Rejected, is_trained, read_file
+from nanoft.data.formats import SHAPES, UNDESIRABLE, Conversation, Rejected, is_trained, read_file
 
 SYSTEM, USER, ASSISTANT = ({"role": r, "content": c} for r, c in (("system", "S"), ("user", "Q"), ("assistant", "A")))
 TOOL = {"role": "tool", "content": "T"}
@@ -38,7 +38,7 @@ def read(path: Path, records: list[Any], **reading: Any) -> tuple[str, list[Conv
     else:
         parts = [json.dumps(record) for record in records]
         path.write_text(f"[{','.join(parts)}]" if path.suffix == ".json" else "\n".join(parts), encoding="utf-8")
-    shape, *items = read_file(path, ReadOptions(**reading))
+    shape, *items = read_file(path, DataConfig(**reading))
     assert isinstance(shape, str)
     good = [item for item in items if isinstance(item, Conversation)]
     bad = [item for item in items if isinstance(item, Rejected)]
@@ -187,7 +187,7 @@ def test_shapes(tmp_path: Path, name: str, suffix: str) -> None:
     assert conversation.prompt().startswith("\n".join(m["content"] for m in expected[:-1])[:1])
     assert conversation.without_system().messages == [m for m in expected if m["role"] != "system"]
     assert conversation.characters() == sum(len(m["content"]) for m in expected)
-    forced = read(path, [record], shape=shape.partition(":")[0])
+    forced = read(path, [record], format=shape.partition(":")[0])
     assert forced[:2] == (said, [conversation])
 
 
@@ -207,12 +207,12 @@ def test_plain_text(path: Path) -> None:
 
 def test_a_raw_prompt_and_completion(path: Path) -> None:
     record = {"prompt": "2+2=", "completion": "4"}
-    said, (conversation,), _ = read(path, [record], shape="raw_prompt_completion")
+    said, (conversation,), _ = read(path, [record], format="raw_prompt_completion")
     assert said == "raw_prompt_completion: prompt, completion"
     assert conversation == Conversation([], "2+2=4", str(path), 1, prompt_characters=4)
     assert conversation.prompt() == "2+2="
     assert read(path, [record])[0] == "prompt_completion: prompt, completion"  # never by itself
-    _, _, (bad,) = read(path, [{**record, "completion": " "}], shape="raw_prompt_completion")
+    _, _, (bad,) = read(path, [{**record, "completion": " "}], format="raw_prompt_completion")
     assert bad.reason == "completion is empty"
 
 
@@ -269,7 +269,7 @@ def test_roles_are_mapped(path: Path) -> None:
     _, (conversation,), _ = read(path, [{"prompt": records[1][:1], "completion": records[1][1:]}], roles=roles)
     assert conversation.messages == [USER, ASSISTANT]
     with pytest.raises(UserError, match=r"data\.roles: 'asistant' is not a role: did you mean assistant\?"):
-        ReadOptions.from_config(DataConfig(roles={"agent": "asistant"}))
+        list(read_file(path, DataConfig(roles={"agent": "asistant"})))
 
 
 def test_only_the_completion_of_a_conversation_is_learned(path: Path) -> None:
@@ -460,7 +460,7 @@ def test_no_depth_is_too_deep_to_be_reported(tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text(f'[{{"conversations": [{{"role": "user", "content": {deep}}}]}}]')
         try:
             reasons += [
-                item.reason for item in read_file(tmp_path / "a.json", ReadOptions()) if isinstance(item, Rejected)
+                item.reason for item in read_file(tmp_path / "a.json", DataConfig()) if isinstance(item, Rejected)
             ]
         except UserError as error:
             reasons.append(str(error))
@@ -527,14 +527,14 @@ def test_what_can_be_read_in_two_ways_is_not_guessed(path: Path, name: str) -> N
     assert choices in str(raised.value)
     assert "\n" not in str(raised.value)
     for choice in choices.split("data.format=")[1:]:
-        said, good, _ = read(path, records, shape=choice.split()[0])
+        said, good, _ = read(path, records, format=choice.split()[0])
         assert said.startswith(choice.split()[0])
         assert good
 
 
 def test_a_plain_text_beside_other_fields_is_not_ambiguous(path: Path) -> None:
     assert read(path, [ALPACA | {"text": "T"}])[0] == "alpaca: instruction, input, output"
-    assert read(path, [ALPACA | {"text": "T"}], shape="text")[1][0].text == "T"
+    assert read(path, [ALPACA | {"text": "T"}], format="text")[1][0].text == "T"
 
 
 UNKNOWN: dict[str, tuple[list[Any], str]] = {
@@ -562,8 +562,8 @@ def test_an_unknown_shape_says_what_there_is(path: Path, name: str) -> None:
 def test_nothing_but_bad_lines_names_the_first(path: Path) -> None:
     path.write_text("\n\n{oh\nno}\n")
     with pytest.raises(UserError, match=r"data\.jsonl:3: not valid JSON"):
-        list(read_file(path, ReadOptions()))
-    _, *items = read_file(path, ReadOptions("text"))
+        list(read_file(path, DataConfig()))
+    _, *items = read_file(path, DataConfig(format="text"))
     assert [item.line for item in items if isinstance(item, Rejected)] == [3, 4]
 
 
@@ -643,7 +643,7 @@ def test_fields_are_kept_for_the_split(path: Path) -> None:
         *[{"text": "d", "user": {"a": 1}, "time": 1}, {"text": "d", "user": "\ud800", "time": 1}],
         {"text": "e", "time": 1},
     ]
-    _, good, bad = read(path, records, fields=("time", "user"))
+    _, good, bad = read(path, records, split_time="time", split_group="user")
     assert [c.fields for c in good] == [
         {"time": 5, "user": "Eva"},
         {"time": 1.5, "user": True},
@@ -658,13 +658,13 @@ def test_fields_of_a_table_with_dates(tmp_path: Path) -> None:
 
     date, nan = datetime(2024, 2, 29, 12), float("nan")
     rows = [{"text": "a", "time": date, "x": 1.0}, {"text": "a", "time": None, "x": 1.0}, {"text": "a", "x": nan}]
-    _, (good,), bad = read(tmp_path / "data.parquet", rows, fields=("time",))
+    _, (good,), bad = read(tmp_path / "data.parquet", rows, split_time="time")
     assert good.fields == {"time": "2024-02-29 12:00:00"}
     assert len(bad) == 2
-    _, good_ones, (bad_one,) = read(tmp_path / "data.parquet", rows, fields=("x",))
+    _, good_ones, (bad_one,) = read(tmp_path / "data.parquet", rows, split_time="x")
     assert (len(good_ones), bad_one.line) == (2, 3)
     nested = [{"text": "a", "time": [date]}]
-    _, _, (bad_one,) = read(tmp_path / "data.parquet", nested, fields=("time",))
+    _, _, (bad_one,) = read(tmp_path / "data.parquet", nested, split_time="time")
     assert bad_one.reason.startswith('time: ["2024-02-29 12:00:00"] is not a value')
 
 
@@ -680,7 +680,7 @@ def test_values_that_json_has_not_are_no_arguments(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wanted", [{1}, {4, 2}, {1500}, {3, 2000}, {5000}, set()])
 def test_only_some_lines(path: Path, wanted: set[int]) -> None:
     path.write_text("".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(1, 2001)))
-    said, *items = read_file(path, ReadOptions(), only=wanted)
+    said, *items = read_file(path, DataConfig(), only=wanted)
     assert said == "text"
     assert [(c.line, c.text) for c in items if isinstance(c, Conversation)] == [
         (n, str(n)) for n in sorted(wanted) if n <= 2000
@@ -691,10 +691,10 @@ def test_only_some_lines(path: Path, wanted: set[int]) -> None:
 def test_reading_ends_with_the_last_line_that_is_wanted(path: Path) -> None:
     path.write_bytes(b'{"text": "x"}\n' * 2000)
     ticks: list[int] = []
-    assert len(list(read_file(path, ReadOptions(), ticks.append, only={3}))) == 2
+    assert len(list(read_file(path, DataConfig(), ticks.append, only={3}))) == 2
     assert path.stat().st_size not in ticks
     ticks.clear()
-    assert len(list(read_file(path, ReadOptions(), ticks.append))) == 2001
+    assert len(list(read_file(path, DataConfig(), ticks.append))) == 2001
     assert ticks[-1] == path.stat().st_size
 
 
@@ -811,14 +811,14 @@ ANY = settings(max_examples=400, deadline=None, derandomize=True, suppress_healt
 
 @ANY
 @given(
-    drawn=RECORDS, auto=st.booleans(), reading=st.sampled_from([{}, {"label_field": "label"}, {"fields": ("label",)}])
+    drawn=RECORDS, auto=st.booleans(), reading=st.sampled_from([{}, {"label_field": "label"}, {"split_group": "label"}])
 )
 def test_any_record_becomes_a_sound_conversation_or_a_reason(
     scratch: Path, drawn: tuple[str, list[Any]], auto: bool, reading: dict[str, Any]
 ) -> None:
     shape, records = drawn
     try:
-        _, good, bad = read(scratch, records, shape="auto" if auto else shape, **reading)
+        _, good, bad = read(scratch, records, format="auto" if auto else shape, **reading)
     except UserError as error:
         assert auto
         messages = [str(error)]
@@ -843,7 +843,7 @@ def test_the_drawn_records_are_not_all_bad(scratch: Path) -> None:
     @given(drawn=RECORDS)
     def count(drawn: tuple[str, list[Any]]) -> None:
         shape, records = drawn
-        counts[shape] += len(read(scratch, records, shape=shape)[1])
+        counts[shape] += len(read(scratch, records, format=shape)[1])
 
     count()
     assert min(counts.values()) >= 1, counts

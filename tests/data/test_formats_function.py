@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from nanoft import UserError
+from nanoft.config import DataConfig
 from nanoft.config.loading import load_config
-from nanoft.data.formats import Conversation, ReadOptions, Rejected, check_format, format_function, read_file
+from nanoft.data.formats import Conversation, Rejected, check_format, format_function, read_file
 
 MODULE = """
 def messages(record):
@@ -45,7 +46,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def read(path: Path, records: list[Any], function: str, **options: Any) -> list[Any]:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    shape, *items = read_file(path, ReadOptions(f"my_formats:{function}", **options))
+    shape, *items = read_file(path, DataConfig(format=f"my_formats:{function}", **options))
     assert shape == f"my_formats:{function}"
     return items
 
@@ -64,8 +65,8 @@ def test_tools_and_plain_text(path: Path) -> None:
 
 def test_columns_labels_and_fields_are_those_of_the_record(path: Path) -> None:
     records = [{"question": "Q", "a": "A", "good": True, "user": 5}, {"question": "Q", "a": "A", "good": 0, "user": 5}]
-    found = read(path, records, "pair", columns={"q": "question"}, label_field="good", fields=("user",))
-    assert found[0].fields == {"user": 5}
+    found = read(path, records, "pair", columns={"q": "question"}, label_field="good", split_group="user")
+    assert found[0].fields == {"good": True, "user": 5}
     assert found[1] == Rejected("undesirable label", str(path), 2)
 
 
@@ -115,7 +116,7 @@ def test_an_error_of_the_function_names_file_and_line(path: Path) -> None:
 def test_a_format_that_does_not_exist(path: Path, name: str, message: str) -> None:
     path.write_text(json.dumps(RECORD))
     with pytest.raises(UserError) as caught:
-        list(read_file(path, ReadOptions(name)))
+        list(read_file(path, DataConfig(format=name)))
     assert message in str(caught.value)
     assert str(caught.value).startswith("data.format: ")
 

@@ -338,8 +338,8 @@ WATERMARKS = {
     "1.5": ("warn", "swaps"),
     "0": ("warn", "swaps"),
     "0.9": ("FAIL", "PyTorch refuses it"),
-    "3": ("FAIL", "out of range"),
-    "half": ("FAIL", "not a number"),
+    "3": ("FAIL", "PyTorch refuses it"),
+    "half": ("FAIL", "PyTorch refuses it"),
     "0.7 0.6": ("ok", "LOW_WATERMARK_RATIO=0.6"),
     "0.7 0.8": ("FAIL", "PyTorch refuses it"),
 }

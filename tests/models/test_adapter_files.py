@@ -291,7 +291,7 @@ def test_a_part_that_is_none_is_refused(base: Path) -> None:
 
 def test_mlx_has_no_place_for_biases(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--format mlx: mlx-lm has no trained biases"):
-        save_mlx(tmp_path, trained(base, variant("bias"))[1], 3, "some/base")
+        save_mlx(tmp_path, trained(base, variant("bias"))[1], variant("bias"), 3, "some/base")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -303,7 +303,7 @@ def test_mlx_says_what_we_say(name: str, tmp_path: Path) -> None:
     make_reference("llama-bias", tmp_path / "base")
     model, adapters = trained(tmp_path / "base", variant(name))
     (tmp_path / "adapter").mkdir()
-    save_mlx(tmp_path / "adapter", adapters, 3, str(tmp_path / "base"))
+    save_mlx(tmp_path / "adapter", adapters, variant(name), 3, str(tmp_path / "base"))
     theirs, _ = utils.load_model(tmp_path / "base")
     ids = mx.array(IDS.numpy())
     plain = torch.tensor(theirs(ids).tolist())
@@ -318,7 +318,7 @@ def test_mlx_says_what_we_say(name: str, tmp_path: Path) -> None:
 def test_the_mlx_files_are_the_adapter_transposed(base: Path, tmp_path: Path) -> None:
     """Without MLX: names, shapes and product of the layout as its documentation has it."""
     _, adapters = trained(base, variant("patterns"))
-    save_mlx(tmp_path, adapters, 3, "some/base")
+    save_mlx(tmp_path, adapters, variant("patterns"), 3, "some/base")
     config, tensors = (
         json.loads((tmp_path / "adapter_config.json").read_text()),
         load_file(tmp_path / "adapters.safetensors"),
@@ -349,7 +349,7 @@ def drop_tensors(path: Path, pattern: str) -> None:
         (lambda p: change_config(p, init_lora_weights="pissa_niter_4"), "init_lora_weights"),
         (lambda p: change_config(p, use_dora="yes"), "use_dora: 'yes' is not supported"),
         (lambda p: change_config(p, lora_bias=True), "lora_bias"),
-        (lambda p: change_config(p, r=None), "r: None is not a positive integer"),
+        (lambda p: change_config(p, r=None), "lora.rank: None is not an integer"),
         (lambda p: (p / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
         (lambda p: (p / "adapter_config.json").write_text("{"), "not valid JSON"),
         (lambda p: (p / "adapter_model.safetensors").write_bytes(b"\0" * 50), "corrupted"),

@@ -157,7 +157,7 @@ def drop_shard(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop_shard, r"model-00002-of-\d+\.safetensors: named in the index, but missing"),
+        (drop_shard, r"model-00002-of-\d+\.safetensors: one of \d+ files, but missing"),
         (lambda d: [f.unlink() for f in d.glob("model*")], "no weights here"),
         (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index.json: not valid JSON"),
         (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "index.json: expected a JSON object"),
@@ -784,18 +784,18 @@ def test_embeddings_saved_beside_an_adapter_are_read(runs: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": "x"}, "r: 'x' is not a positive integer"),
-        ({"r": True}, "r: True is not a positive integer"),
+        ({"r": "x"}, "lora.rank: 'x' is not an integer"),
+        ({"r": True}, "lora.rank: True is not an integer"),
         ({"r": 8}, "has rank 4, but adapter_config.json says 8"),
         ({"r": 10**12}, "lora.rank: 1000000000000 is out of range"),  # before memory for it is asked for
-        ({"lora_alpha": "6"}, "lora_alpha: '6' is not a positive number"),
-        ({"lora_alpha": float("nan")}, "lora_alpha: nan is not a positive number"),
-        ({"target_modules": []}, r"target_modules: \[\] is not a list of module names"),
-        ({"target_modules": [3]}, r"target_modules: \[3\] is not a list"),
+        ({"lora_alpha": "6"}, "lora.alpha: '6' is not a finite number"),
+        ({"lora_alpha": float("nan")}, "lora.alpha: nan is not a finite number"),
+        ({"target_modules": []}, r"target_modules: \(\[\],\) is not a list of names"),
+        ({"target_modules": [3]}, r"target_modules: \(3,\) is not a list"),
         ({"target_modules": "("}, r"target_modules: '\(' is not a regular expression"),
         ({"target_modules": "q_.*"}, r"target_modules: 'q_\.\*' matches no linear of this model"),
         ({"rank_pattern": {"q_proj": "x"}}, "lora.rank_pattern: .* is not a mapping"),
-        ({"rank_pattern": {"q_proj": 3}}, "q_proj.lora_A.weight has rank 4, but adapter_config.json says 3"),
+        ({"rank_pattern": {"q_proj": 3}}, "q_proj has rank 4, but adapter_config.json says 3"),
         ({"alpha_pattern": {"q_proj": 0}}, "lora.alpha_pattern: 0 is out of range"),
         ({"alpha_pattern": {"(": 1}}, r"lora.alpha_pattern: '\(' is not a regular expression"),
         ({"bias": "some"}, "bias: 'some' is not supported"),
@@ -803,7 +803,7 @@ def test_embeddings_saved_beside_an_adapter_are_read(runs: Path, tmp_path: Path)
         ({"base_model_name_or_path": 3}, "base_model_name_or_path: 3 is not a name"),
         ({"base_model_name_or_path": "/no/such"}, "adapter_config.json: base_model_name_or_path: /no/such: no such"),
         ({"peft_type": "IA3"}, "peft_type: 'IA3' is not supported"),
-        ({"revision": "v2"}, "revision: 'v2': .* is a directory, which has none"),
+        ({"revision": "v2"}, "is a directory, which has no revision v2"),
         ({"lora_bias": True}, "lora_bias: True is not supported"),
         ({"unheard_of": 1}, "unheard_of: 1 is not supported"),
     ],
