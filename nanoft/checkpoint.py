@@ -325,10 +325,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointCorrupted(f"{path / MANIFEST}: its content is not what was saved")
     if body.get("format") != FORMAT:
         raise CheckpointCorrupted(f"{path / MANIFEST}: format {body.get('format')!r}, and this nanoft reads {FORMAT}")
-    if not isinstance(body.get("belongs_to", {}), dict):
-        raise CheckpointCorrupted(f"{path / MANIFEST}: the manifest has no valid belongs_to field")
-    if not isinstance(body.get("files"), dict) or any(Path(name).name != name for name in body["files"]):
-        raise CheckpointCorrupted(f"{path / MANIFEST}: does not list files of its directory")
+    files, run = body.get("files"), body.get("belongs_to", {})
+    if not isinstance(files, dict) or not isinstance(run, dict) or any(Path(name).name != name for name in files):
+        raise CheckpointCorrupted(f"{path / MANIFEST}: does not list files of its directory, and whose they are")
     return body
 
 

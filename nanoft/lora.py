@@ -270,16 +270,12 @@ def top_singular_factors(weight: Tensor, rank: int, generator: torch.Generator) 
 
 
 def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adapter]:
-    """Freeze the model and put adapters on the modules that the settings name.
+    """Freeze the model and put adapters on the modules that the settings name; returns them by module name.
 
-    Returns:
-        The adapters by module name, low-rank ones first, in the model's order.
-    Raises:
-        UserError: a target that matches nothing, a pattern that matches no adapter, settings that do not fit together.
+    A UserError names a target that matches nothing, a pattern that matches no adapter, settings that do not fit.
     """
     model.requires_grad_(False)
     generator, modules = torch.Generator().manual_seed(seed), list(targets_of(model))
-    rows = token_rows(model, lora)
     with time_limit(MATCHING_SECONDS, "lora.target_modules, lora.rank_pattern, lora.alpha_pattern"):
         targets = [name for name in modules if any(matches_target(name, target) for target in lora.target_modules)]
         copies = copied_modules(model, lora, set(targets))
@@ -291,8 +287,7 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adap
                 "(norms: lora.modules_to_save; everything: training.method=full)"
             )
         settings = _settings_by_name(low_rank, lora)
-    if twice := rows.keys() & {*settings, *copies}:
-        raise UserError(f"lora.trainable_token_indices: {min(twice)} is trained already: remove it in one of the two")
+    rows = token_rows(model, lora, {*settings, *copies})
     if {*settings, *copies} & {"lm_head", "model.embed_tokens"}:
         model.untie()  # type: ignore[operator]
     module = model.get_submodule

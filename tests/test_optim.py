@@ -118,18 +118,18 @@ def test_wsd_equals_transformers(min_ratio: float, decay: int) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_warms_up_and_stays_between_peak_and_minimum(name: str) -> None:
-    t = TrainingConfig(lr_scheduler=name, learning_rate=2.0, warmup_steps=10, min_lr_ratio=0.25)
-    assert [learning_rate(step, 100, t) for step in range(10)] == [2.0 * (step + 1) / 11 for step in range(10)]
-    assert learning_rate(10, 100, t) == 2.0  # the first step after the warm-up
-    assert all(0.5 <= learning_rate(step, 100, t) <= 2.0 for step in range(10, 100))
+    t = TrainingConfig(lr_scheduler=name, learning_rate=0.5, warmup_steps=10, min_lr_ratio=0.25)
+    assert [learning_rate(step, 100, t) for step in range(10)] == [0.5 * (step + 1) / 11 for step in range(10)]
+    assert learning_rate(10, 100, t) == 0.5  # the first step after the warm-up
+    assert all(0.125 <= learning_rate(step, 100, t) <= 0.5 for step in range(10, 100))
     assert TrainingConfig(lr_scheduler=name).lr_scheduler == name
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "polynomial"])
 def test_the_ends(name: str) -> None:
-    t = TrainingConfig(lr_scheduler=name, learning_rate=2.0, warmup_steps=10, min_lr_ratio=0.25)
-    assert learning_rate(55, 100, t) == pytest.approx(2.0 * (0.25 + 0.75 / 2))  # half-way
-    assert learning_rate(100, 100, t) == pytest.approx(0.5)
+    t = TrainingConfig(lr_scheduler=name, learning_rate=0.5, warmup_steps=10, min_lr_ratio=0.25)
+    assert learning_rate(55, 100, t) == pytest.approx(0.5 * (0.25 + 0.75 / 2))  # half-way
+    assert learning_rate(100, 100, t) == pytest.approx(0.125)
     rates = [learning_rate(step, 100, t) for step in range(10, 101)]
     assert rates == sorted(rates, reverse=True)
 
@@ -160,7 +160,7 @@ def test_warmup_is_steps_or_a_share_of_them() -> None:
 
 SHAPES = {"matrix": (3, 4), "vector": (5,), "large": (70, 60), "q.lora_A": (2, 6), "q.lora_B": (6, 2)}
 EMBEDDING = {"model.embed_tokens.weight": (50, 100)}
-COMMON: dict[str, Any] = {"learning_rate": 9.9, "beta2": 0.98, "epsilon": 1e-6, "weight_decay": 0.1}
+COMMON: dict[str, Any] = {"learning_rate": 0.99, "beta2": 0.98, "epsilon": 1e-6, "weight_decay": 0.1}
 ON_CPU: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": name} for name, entry in OPTIMIZERS.items() if "cpu" in entry.devices},
     "sgd-plain": {"optimizer": "sgd", "momentum": 0.0},

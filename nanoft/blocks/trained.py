@@ -142,14 +142,16 @@ def is_inside(name: str, saved: str) -> bool:
     return any(f"{name}."[: place.end() - 1].endswith(saved) for place in re.finditer(r"\.", f"{name}."))
 
 
-def token_rows(model: nn.Module, lora: LoRAConfig) -> dict[str, tuple[int, ...]]:
-    """Module name -> ids of the tokens whose rows are trained in it."""
+def token_rows(model: nn.Module, lora: LoRAConfig, others: set[str]) -> dict[str, tuple[int, ...]]:
+    """Module name -> ids of the tokens whose rows are trained in it; `others` have another adapter."""
     rows, names = dict[str, tuple[int, ...]](), {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
     for key, ids in lora.trainable_token_indices.items():
         name, field = names.get(key.rpartition(".")[2], ""), f"lora.trainable_token_indices: {key}"
         if not name or getattr(model, name.rpartition(".")[2], model) is None:
             why = "the head of this model is its embedding: remove it" if name else "use embed_tokens and lm_head"
             raise UserError(f"{field}: {why}")
+        if name in others:
+            raise UserError(f"{field} is trained already: remove it in one of the two")
         vocab = len(model.get_submodule("model.embed_tokens").weight)  # type: ignore[arg-type]
         if wrong := next((i for i in ids if not 0 <= i < vocab or ids.count(i) > 1), None):
             raise UserError(f"{field}: {wrong}: each must be an id below {vocab:,}, once")

@@ -239,10 +239,8 @@ def _without_functions(config: Config, given: Collection[str], is_of_run: bool) 
     functions = {path: [name for name in names if is_function(name)] for path, names in named.items() if path in given}
     for path, names in functions.items():
         if names and not is_of_run:
-            raise UserError(
-                f"{path}: {names[0]}: would run code, which only a Python config may ask for: "
-                f"write one, or give {path}={names[0]} on the command line"
-            )
+            fix = f"write one, or give {path}={names[0]} on the command line"
+            raise UserError(f"{path}: {names[0]}: would run code, which only a Python config may ask for: {fix}")
     kept = tuple(name for name in metrics if name not in functions.get("evaluation.metrics", ()))
     data_format = UNTRUSTED + data_format if functions.get("data.format") else data_format
     return config.override({"evaluation.metrics": kept, "data.format": data_format})

@@ -92,13 +92,11 @@ def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping
 
 def check_ranks(batch_size: int, config: Config) -> None:
     """A run can be resumed on another number of processes if the effective batch size stays the same."""
-    size, ranks = config.micro_batch_rows(), config.system.ranks
+    size, steps, ranks = config.micro_batch_rows(), config.training.gradient_accumulation_steps, config.system.ranks
+    now = f"{ranks} processes with {size} x {steps} would make it {config.effective_batch_size()}"
     if config.effective_batch_size() != batch_size:
         fitting = next(n for n in range(min(size, batch_size), 0, -1) if batch_size % (n * ranks) == 0 or n == 1)
         steps, left = divmod(batch_size, fitting * ranks)
         fix = f"set training.micro_batch_size={fitting} training.gradient_accumulation_steps={steps}"
-        raise UserError(
-            f"torchrun: the effective batch size of this run is {batch_size}, and {ranks} processes with {size} x "
-            f"{config.training.gradient_accumulation_steps} would make it {config.effective_batch_size()}: "
-            + ("start a number of processes that divides it" if left else fix)
-        )
+        fix = "start a number of processes that divides it" if left else fix
+        raise UserError(f"torchrun: the effective batch size of this run is {batch_size}, and {now}: {fix}")

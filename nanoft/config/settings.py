@@ -141,7 +141,7 @@ class TrainingConfig(Section):
     num_epochs: float = bounded(3, 1e-6)  # passes over the training data; steps are rounded up
     max_steps: int | None = bounded(None, 1)  # optimizer steps; overrides num_epochs
     optimizer: str = "adamw"  # (table) 8bit: moments in 8 bits; paged: moments move to the CPU when the GPU is full
-    learning_rate: float = bounded(2e-4, 0.0)  # peak, reached after the warm-up
+    learning_rate: float = bounded(2e-4, 1e-12, 1.0)  # peak, reached after the warm-up
     lora_plus_ratio: float = bounded(1.0, 1.0)  # learning rate of B / that of A (LoRA+); 16 is usual
     lr_scheduler: str = "cosine"  # (table) shape after the warm-up
     lr_power: float = bounded(1.0, 0.0)  # exponent of polynomial: (1 - t)^power

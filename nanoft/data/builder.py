@@ -119,7 +119,7 @@ class DatasetBuilder:
             self._note(item, "a control token of this tokenizer is encoded as text (data.control_tokens)")
             shape.setdefault("first_control_token", f"{item.file}:{item.line}: {found!r}")
             shape["control_tokens"] += 1
-        if shape["records"] == DETECT_FROM:
+        if shape["records"] >= DETECT_FROM:
             self._check_control_tokens()
 
     def _check_control_tokens(self) -> None:

@@ -8,18 +8,22 @@ ends the turn. In some families (GLM) that is the token of the next role, which 
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import re
 import traceback
 from collections.abc import Mapping, Set
+from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import TemplateError, meta
+from tokenizers import Tokenizer
 
 from nanoft import UserError
 from nanoft.data.formats import Message
 from nanoft.data.template_sandbox import TEMPLATE_ERRORS, BoundedEnvironment, LimitExceeded, find_marks
-from nanoft.data.tokenizer_files import PLACEHOLDER
+from nanoft.data.tokenizer_files import PLACEHOLDER, read_template
 
 # For a base model without a template: ChatML as plain text, since the model does not have ChatML's tokens; a turn ends
 # with the end-of-sequence token.
@@ -33,6 +37,12 @@ CHATML = DEFAULT_TEMPLATE.replace("(eos_token if message.role == 'assistant' els
 THOUGHT = re.compile(r"\s*<(\w+)>(.*?)</\1>\s*", re.DOTALL)  # at the beginning of an answer
 EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
 THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templates call the thought of an answer
+# What closes a thought, besides </name> for <name>: Cohere's tokens, Gemma 4's channel.
+CLOSINGS = {"<|START_THINKING|>": "<|END_THINKING|>", "<|channel>thought": "<channel|>"}
+OPEN_THOUGHT = re.compile(  # a thought that a prompt opens at its end, and perhaps closes at once
+    r"\s*(?P<opening><\w+>|<\|START_THINKING\|>|<\|channel>thought)(?P<space>\s*)"
+    r"(?P<closed>(?:</\w+>|<\|END_THINKING\|>|<channel\|>)\s*)?$"
+)
 AS_USED = (
     "the chat template renders an answer differently from what follows the generation prompt: "
     "trained on the generation prompt, the raw answer and the end of turn"
@@ -40,7 +50,7 @@ AS_USED = (
 USER = "the user's text"
 WHAT = {"user": USER, "system": "the system message", "tool": "the result of a tool"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of every template
+Marked = tuple[str, list[tuple[int, int]]]  # a text, and the marked spans in it
 
 
 class TemplateRefusal(UserError):
@@ -61,59 +71,94 @@ class ChatTemplate:
         stops: Set[str],
     ):  # fmt: skip
         self.source, self._environment, self._special = source, environment, special
-        self._control, self.stops = control, stops
+        self._control, self._stops = control, stops
         self._compiled = environment.compile_bounded(source)
-        tree = environment.parse(source)
-        self.variables = meta.find_undeclared_variables(tree)
-        names = {node.attr for node in tree.find_all(nodes.Getattr)}
-        names |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-        self._thought = next((name for name in THOUGHT_NAMES if name in names), THOUGHT_NAMES[0])
+        self.variables = meta.find_undeclared_variables(environment.parse(source))
+        read = [name for name in THOUGHT_NAMES if re.search(rf"\.{name}\b|(['\"]){name}\1", source)]
+        self._thought = read[0] if read else THOUGHT_NAMES[0]
         around = self._probe([])
         self.lead, self.tail = around or ("", "")
         self.has_empty_thought = bool(EMPTY_THOUGHT.fullmatch(self.lead))
-        self.turn_end = self.end_of_turn(self.tail)
+        self.turn_end = self._end_of_turn(control.search(self.tail), self.tail)
+        self._ending = self.tail[: self.turn_end.end()] if self.turn_end else ""
         self.next_role: dict[str, str] = {}  # user, tool -> the token that ends an answer before it
         for role in ("user", "tool") if around and not self.turn_end else ():
             _, tail = self._probe([{"role": role, "content": "b"}]) or ("", "")
             if (following := control.match(tail)) and following[0] in stops:
                 self.next_role[role] = following[0]
 
-    def render(self, messages: list[Message], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
-        """The string that the model sees, with generation marks; raises TemplateRefusal."""
+    def render(self, messages: list[Message], add_generation_prompt: bool, variables: Mapping[str, Any]) -> Marked:
+        """The string that the model sees, and the spans of {% generation %} in it; raises TemplateRefusal."""
         given = {"documents": None, "add_generation_prompt": add_generation_prompt, **self._special, **variables}
         if self._thought != THOUGHT_NAMES[0]:
             messages = [{self._thought if k == THOUGHT_NAMES[0] else k: m[k] for k in m} for m in messages]
         calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
         try:
-            text = self._environment.render(self._compiled, messages=messages, **given)
+            text = self._attempt(messages, given)
             # Arguments that it shows as Python shows an object, {'city': 'Rome'}, were expected as JSON text.
             if not any(call["arguments"] and str(call["arguments"]) in text for call in calls):
-                return text
-        except TEMPLATE_ERRORS as error:
-            if not calls or isinstance(error, TemplateError):
-                raise TemplateRefusal(f"the chat template refuses these messages: {_words(error)}") from error
+                return find_marks(text)
+        except TemplateRefusal as refusal:
+            if not calls or isinstance(refusal.__cause__, TemplateError):
+                raise
+        return find_marks(self._attempt(_with_text_arguments(messages), given))
+
+    def _attempt(self, messages: list[Message], variables: Mapping[str, Any]) -> str:
         try:
-            return self._environment.render(self._compiled, messages=_with_text_arguments(messages), **given)
+            return self._environment.render(self._compiled, messages=messages, **variables)
         except TEMPLATE_ERRORS as error:
             raise TemplateRefusal(f"the chat template refuses these messages: {_words(error)}") from error
 
-    def end_of_turn(self, text: str, at_once: bool = False) -> re.Match[str] | None:
+    def _end_of_turn(self, first: re.Match[str] | None, text: str) -> re.Match[str] | None:
         """The token that ends the turn: of the first run of control tokens, the first that is a stop, or the first.
 
-        Cohere: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, of which the second stops. `at_once`: nothing may precede it.
+        Cohere: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, of which the second stops.
         """
-        first = run = self._control.match(text) if at_once else self._control.search(text)
-        while run and run[0] not in self.stops:
+        run = first
+        while run and run[0] not in self._stops:
             run = self._control.match(text, run.end())
         return run or first
+
+    def end_of_answer(self, text: str, start: int) -> int:
+        """Behind the token that ends the turn; what a template adds to it (a newline) is not a target."""
+        if self.tail and text.endswith(self.tail):
+            return len(text) - len(self.tail) + len(self._ending or self.tail.rstrip())
+        found = list(self._control.finditer(text, start))
+        if stops := [match.end() for match in found if match[0] in self._stops]:
+            return stops[-1]
+        last = found[-1].end() if found else len(text)
+        return last if found and not text[last:].strip() else len(text.rstrip())
+
+    def end_of_mark(self, text: str, end: int) -> int:
+        """Behind the token that ends the turn: the last one in the mark that ends at `end`, or one that follows it."""
+        inside = text[:end].rstrip()
+        if any(match.end() == len(inside) for match in self._control.finditer(inside)):
+            return len(inside)
+        following = self._end_of_turn(self._control.match(text, end), text)
+        return following.end() if following else end
+
+    def verbatim(self, message: Message, text: str, start: int) -> int:
+        """Where the turn ends, if just the answer and its end follow `start`: saves a rendering; else 0."""
+        if self.has_empty_thought and message.get("content", "")[:1].isspace():
+            return 0  # it follows the thought that is taken out
+        lead = "" if self.has_empty_thought else self.lead
+        for words in self.verbatim_answers(message) if self._ending else ():
+            if text.startswith(lead + words + self._ending, start):
+                return start + len(lead + words + self._ending)
+        return 0
+
+    def verbatim_answers(self, message: Message) -> list[str]:
+        """A plain answer as templates write it: as it is, or trimmed."""
+        content = message.get("content", "")
+        return [words for words in (content, content.strip()) if words and message.keys() <= {"role", "content"}]
 
     def _probe(self, following: list[Message]) -> tuple[str, str] | None:
         """What the template puts between the prompt and an answer (or nothing, if they do not fit), and after it."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PLACEHOLDER}]
         for tools in (None, [TOOL]):  # some need tools
             try:
-                before = find_marks(self.render(messages[:1], True, {"tools": tools}))[0]
-                after = find_marks(self.render([*messages, *following], False, {"tools": tools}))[0]
+                before = self.render(messages[:1], True, {"tools": tools})[0]
+                after = self.render([*messages, *following], False, {"tools": tools})[0]
             except TemplateRefusal as refusal:
                 if isinstance(refusal.__cause__, LimitExceeded):
                     return None
@@ -122,6 +167,18 @@ class ChatTemplate:
             if PLACEHOLDER in after:
                 return after[start:].partition(PLACEHOLDER)[0], after.partition(PLACEHOLDER)[2]
         return None
+
+
+def choose_template(wanted: str, templates: Mapping[str, str], tokenizer: Tokenizer) -> str:
+    """What `model.chat_template` names: `chatml`, one of the model's own templates, or a file."""
+    has_chatml = tokenizer.token_to_id("<|im_end|>") is not None
+    known = {"chatml": CHATML if has_chatml else DEFAULT_TEMPLATE, **templates}
+    if wanted in known:
+        return known[wanted]
+    if (file := Path(wanted).expanduser()).is_file():
+        return read_template(file)
+    fix = f"give a file or one of {', '.join(known)}"
+    raise UserError(f"model.chat_template: {wanted}: neither a file nor a template of the model: {fix}")
 
 
 def parts_of(message: Message) -> list[tuple[str, str, Message]]:
@@ -143,12 +200,36 @@ def parts_of(message: Message) -> list[tuple[str, str, Message]]:
     return [part for part in parts if part[1]]
 
 
-def _with_text_arguments(messages: list[Message]) -> list[Message]:
-    def as_text(call: dict[str, Any]) -> dict[str, Any]:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+def continue_thought(opened: re.Match[str] | None, message: Message, answer: str, variables: Set[str]) -> str:
+    """An answer behind a prompt that ends in <think>: the rest of the thought, </think> and the answer.
 
-    return [{**m, "tool_calls": [*map(as_text, m["tool_calls"])]} if "tool_calls" in m else m for m in messages]
+    Without a thought, the model closes it at once; behind an empty one, <think></think>, a thought is refused.
+    """
+    if opened is None:
+        return answer
+    opening, space, content = opened["opening"], opened["space"], message.get("content", "")
+    closing, gap = CLOSINGS.get(opening, f"</{opening[1:]}"), "" if opening in CLOSINGS else "\n"
+    thought, (said, closes, rest) = message.get("reasoning_content", ""), content.rpartition(closing)
+    if opened["closed"]:
+        if (thought + said).strip():
+            names = " or ".join(sorted(name for name in variables if "think" in name)) or "a variable"
+            fix = f"set {names} to match the answers, in data.template_args or each record's chat_template_kwargs"
+            raise TemplateRefusal(f"the chat template closes the thought in the prompt, the answer has one: {fix}")
+        return answer
+    if answer.startswith(closing):  # the template shows that there is none
+        return answer
+    if closes and not answer.startswith(opening):  # it removes the thought
+        answer = content[: len(content) - len(rest.lstrip())].lstrip() + answer
+    if closes or answer.startswith(opening):
+        return answer.removeprefix(opening).removeprefix(space)
+    return thought.strip("\n") + gap + closing + 2 * gap + answer
+
+
+def _with_text_arguments(messages: list[Message]) -> list[Message]:
+    messages = copy.deepcopy(messages)
+    for call in itertools.chain(*(message.get("tool_calls", ()) for message in messages)):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return messages
 
 
 def _words(error: BaseException) -> str:

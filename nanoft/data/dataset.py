@@ -57,7 +57,7 @@ class PreparedDataset:
     record_file: Array  # (records,) index into `files`
     record_line: Array  # (records,)
     truncated: Array  # which samples were truncated
-    data: DataConfig
+    data: DataConfig  # how the files were read
     from_cache: bool = False  # rather than built now
 
     def conversations(self, samples: TokenDataset, limit: int) -> list[Conversation]:

@@ -48,6 +48,8 @@ KEPT_FIELDS = {
 KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *KEPT_FIELDS, *TRAINING_FIELDS}
 UNUSED = "unused fields"  # of a message, while a record is converted
 TEMPLATE_ARGS = "chat_template_kwargs"  # of a record: variables for the chat template, as TRL has them
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # variables that the template gets from nanoft
+RESERVED |= {"bos_token", "eos_token", "pad_token", "unk_token"}
 UNDESIRABLE = "undesirable label"  # the one reason that is not a mistake in the data
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # but white space (tab, newline, form feed, ...)
 
@@ -287,9 +289,7 @@ def read_file(
         shape, found = detect_shape(path, SHAPES, shape, first)
         if data.label_field is None and shape != "text":
             require_label_choice(path, first)
-        for name in sorted(
-            {*columns} - {*SHAPES[shape].fields}
-        ):  # it may be a field of the split, or of no use on purpose
+        for name in sorted({*columns} - {*SHAPES[shape].fields}):  # another may be a field of the split, or unused
             if "did you mean" in (near := nearest(name, SHAPES[shape].fields)):
                 raise UserError(f"data.columns: {name!r:.60} is not a field of {shape}{near}")
     said = [name if name == column else f"{name} ({column})" for name, column in found.items()]
@@ -364,8 +364,8 @@ def _require_desirable(record: dict[str, Any], label: str) -> None:
 
 def _template_args(record: dict[str, Any]) -> dict[str, Any]:
     given = as_json(record.get(TEMPLATE_ARGS) or {}, TEMPLATE_ARGS)
-    if not isinstance(given, dict) or {"messages", "tools", "add_generation_prompt"} & given.keys():
-        raise BadRecord(f"{TEMPLATE_ARGS}: must be an object without messages, tools and add_generation_prompt")
+    if not isinstance(given, dict) or RESERVED & given.keys():
+        raise BadRecord(f"{TEMPLATE_ARGS}: must be an object without {', '.join(sorted(RESERVED))}")
     check_value(given, TEMPLATE_ARGS)
     return given
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from nanoft import UserError
-from nanoft.batches import Batches, Sample
+from nanoft.batches import Array, Batches, Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.formats import TRAINING_FIELDS
@@ -26,21 +26,23 @@ CONVERSATIONS_CHECKED = 32  # rendered again
 
 def check_vocabulary(corpus: PreparedDataset, vocab_size: int) -> None:
     """Raise a UserError if a token is not in the model's vocabulary: it would be read beyond the embedding."""
-    tokens, at_once = corpus.training.tokens, 1 << 24
-    pieces = (tokens[at : at + at_once] for at in range(0, len(tokens), at_once))
-    largest = max((int(np.maximum(piece, ~piece).max()) for piece in pieces), default=0)  # a target is stored as ~id
+    largest = max((int(ids.max()) for ids in _training_ids(corpus)), default=0)
     if largest >= vocab_size:
         found = f"its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}"
         raise UserError(f"model.name: {found}: tokenizer.json is another model's: fetch the directory again")
 
 
-def unseen_tokens(corpus: PreparedDataset, ids: Sequence[int]) -> list[int]:
+def unseen_tokens(corpus: PreparedDataset, wanted: Sequence[int]) -> list[int]:
     """Those of these tokens that occur in no training sample."""
-    tokens, at_once, seen = corpus.training.tokens, 1 << 24, set[int]()
-    for at in range(0, len(tokens) if ids else 0, at_once):
-        piece = tokens[at : at + at_once]
-        seen |= set(np.intersect1d(np.maximum(piece, ~piece), ids).tolist())
-    return [number for number in ids if number not in seen]
+    pieces = _training_ids(corpus) if wanted else ()
+    seen = set[int]().union(*(np.intersect1d(ids, wanted).tolist() for ids in pieces))
+    return [number for number in wanted if number not in seen]
+
+
+def _training_ids(corpus: PreparedDataset, at_once: int = 1 << 24) -> Iterator[Array]:
+    for at in range(0, len(corpus.training.tokens), at_once):
+        piece = corpus.training.tokens[at : at + at_once]
+        yield np.maximum(piece, ~piece)  # a target is stored as ~id
 
 
 def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
@@ -82,7 +84,7 @@ def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokeni
 
 def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
     """The prompt at inference equals what precedes the answer in training."""
-    extras = []  # what follows the prompt in training
+    extras = []  # what follows the prompt in training; None: nothing
     for conversation in corpus.conversations(corpus.training, CONVERSATIONS_CHECKED):
         roles = [message["role"] for message in conversation.messages]
         answers = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]

@@ -240,11 +240,9 @@ def _is_lines(stream: IO[bytes], path: Path) -> bool:
     start, is_named_so = stream.tell(), _suffix(path) != ".json"
     lines = (line for line in _lines(stream) if line.strip())
     line = next(lines, b"")
-    if line.lstrip().startswith(b"["):  # lists of turns on lines are no arrays of records
+    if line.lstrip().startswith(b"["):  # an array of records, or a list of turns on each line
         first = _parse_line(line) if is_named_so else None
-        return isinstance(first, list) and (
-            any(lines) or not all(isinstance(record, dict) for record in first or [None])
-        )
+        return isinstance(first, list) and (any(lines) or not first or not all(isinstance(r, dict) for r in first))
     if isinstance(_parse_line(line), dict):
         return is_named_so or any(lines)
     stream.seek(start)
@@ -318,7 +316,8 @@ class _JsonText:
                 return value
             too_long = f"longer than {limit >> 20} MiB, or " * (len(self.window) - self.at > limit)
             if reason and (too_long or not self._more()):
-                raise UserError(f"{self.path}: record {number}: {too_long}not valid JSON: {reason}")
+                fix = ": write JSON Lines" if too_long else ""
+                raise UserError(f"{self.path}: record {number}: {too_long}not valid JSON: {reason}{fix}")
 
     def _more(self) -> bool:
         """Extend the window by at least half, so that a long value is parsed only a few times."""

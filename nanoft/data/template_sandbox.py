@@ -11,6 +11,7 @@ What {% generation %} ... {% endgeneration %} marks is wrapped in two noncharact
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import time
@@ -19,9 +20,8 @@ from datetime import datetime
 from types import CodeType
 from typing import Any
 
-from jinja2 import Environment, Template, TemplateError, Undefined, nodes
+from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import do_indent
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -40,9 +40,8 @@ MAX_SOURCE = 200_000  # characters of a template; long ones have 20,000
 MAX_OUTPUT = 1_000_000  # characters of a rendering, besides four times those of the messages
 MAX_MADE = 64  # times the output: characters of all intermediate values
 MAX_AT_ONCE = 16  # times the output: estimated characters of one value
-MAX_WIDTH = 999  # of a field in a format
+MAX_WIDTH = 999  # of a field in a format; of an argument in TAKING_LONG
 MAX_BITS = 256  # of an integer
-MAX_DIGITS = 20  # that a number may be rounded to
 MAX_OPERATORS = 64  # unchecked + and ~ in one expression
 MAX_STEPS = 1_000_000  # iterations, macro and filter calls of one rendering
 MAX_SECONDS = 5.0  # of this thread's processor time, per rendering
@@ -50,7 +49,8 @@ MAX_SECONDS = 5.0  # of this thread's processor time, per rendering
 UNUSED_METHODS = ("encode", "to_bytes", "translate", "maketrans", "striptags", "unescape", "expandtabs", "zfill")
 # Filters and string methods whose result may be larger than their arguments.
 GROWING = ("replace", "join", "indent", "center", "ljust", "rjust", "batch", "slice", "tojson", "truncate", "sum")
-STRIPPING = ("strip", "lstrip", "rstrip", "trim")
+# Those that take long with a long text (characters to strip, digits) or a large number (of digits).
+TAKING_LONG = ("strip", "lstrip", "rstrip", "trim", "int", "round")
 MACHINERY = (Context, nodes.EvalContext, Environment)  # what Jinja itself passes to some filters
 
 
@@ -69,7 +69,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.optimized = False  # nothing is computed while compiling
         self._begin({})
         self.filters["tojson"] = self._to_json
-        self.filters["indent"] = _indent
         for name in ("urlize", "wordwrap", "striptags", "pprint", "random"):  # unused, slow or random
             del self.filters[name]
         tables: list[Any] = [self.filters, self.tests]
@@ -123,11 +122,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.count_step()
         return value
 
-    def concatenate(self, *values: Any) -> str:  # the ~ operator
-        for value in values:
-            self.track(value)
-        return self.concat(map(str, values))
-
     def _fits(self, size: int, times: int) -> int:
         """Return the size; raise LimitExceeded if it is more than `times` the limit."""
         if size > times * self.limit:
@@ -148,7 +142,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return self.track(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
-        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        method = getattr(function, "__wrapped__", function)  # Jinja wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(function, "__name__", "")
         if owner is self:
             return function(*args)  # what _Counted has put there
         self.count_step()
@@ -156,20 +151,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.track(value)
         if isinstance(owner, str):
             args = tuple(map(list, args)) if name == "join" else args
-            self._check_call(name, owner, args)
+            self._check_call(name, owner, (*args, *kwargs.values()))
         return self.track(super().call(context, function, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in UNUSED_METHODS and super().is_safe_attribute(obj, attr, value)
-
-    def wrap_str_format(self, value: Any) -> Any:
-        wrapped: Any = super().wrap_str_format(value)
-
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            self._checked_form(value.__self__, _size([args, kwargs]))
-            return wrapped(*args, **kwargs)
-
-        return wrapped and functools.wraps(wrapped)(checked)
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter or test with its arguments checked and its result counted."""
@@ -181,8 +167,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             for arg in given:
                 if not isinstance(arg, str):
                     self._fits(_size(arg, self.limit), 1)
-            if name == "format":
-                self._checked_form(str(given[0]), _size(given[1:]))
             if name in GROWING and given and isinstance(given[0], (Iterator, range)):
                 values = list(given[0])
                 args = tuple(values if arg is given[0] else arg for arg in args)
@@ -195,12 +179,16 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _check_call(self, name: str, subject: Any, others: Iterable[Any]) -> None:
         """Refuse a filter or string method that takes long for these arguments, or whose result may be too large."""
-        if name == "round" and any(isinstance(other, int) and abs(other) > MAX_DIGITS for other in others):
-            raise LimitExceeded(f"it asks for more than {MAX_DIGITS} digits")
-        if name == "int" and isinstance(subject, str) and len(subject) > MAX_WIDTH:
-            raise LimitExceeded(f"it asks for a number of {len(subject):,} digits")
-        if name in STRIPPING and any(isinstance(other, str) and len(other) > MAX_WIDTH for other in others):
-            raise LimitExceeded(f"it asks to strip more than {MAX_WIDTH} different characters")
+        if name in ("format", "format_map"):
+            self._checked_form(str(subject), _size(list(others)))
+        if name == "indent" and not isinstance(subject, str):
+            raise TemplateError(
+                f"indent: {type(subject).__name__} is not a string"
+            )  # it would extend a list of messages
+        if name in TAKING_LONG:
+            for value in (subject, *others) if name == "int" else others:
+                if (len(value) if isinstance(value, str) else abs(value) if isinstance(value, int) else 0) > MAX_WIDTH:
+                    raise LimitExceeded(f"{name}: one of its arguments is larger than {MAX_WIDTH}")
         if name == "sum" and any(isinstance(other, (list, tuple)) for other in others):
             raise LimitExceeded("it asks for a sum of lists")
         if name in GROWING:  # the result is at most the subject times what is added to each of its parts
@@ -217,8 +205,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return form
 
     def _to_json(self, value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        if isinstance(value, Undefined):
-            raise TemplateError("tojson of an undefined value")
         text = ""
         for piece in json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, **options).iterencode(value):
             text += piece
@@ -252,7 +238,7 @@ class _Counted(NodeTransformer):
             case nodes.Add() if operators >= MAX_OPERATORS:
                 return call("track", node)
             case nodes.Concat():
-                return call("concatenate", *node.nodes)
+                node.nodes = [call("track", part) for part in node.nodes]
             case nodes.Getitem(arg=nodes.Slice()) | nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load"):
                 return call("track", node)
         return node
@@ -272,16 +258,9 @@ class _GenerationTag(Extension):
 
 def find_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
     """A rendered text without its generation marks, and the marked spans."""
-    spans: list[tuple[int, int]] = []
-    start, clean = 0, ""
-    for part in re.split(f"([{OPENING}{CLOSING}])", text) if OPENING in text else [text]:
-        if part == OPENING:
-            start = len(clean)
-        elif part == CLOSING:
-            spans.append((start, len(clean)))
-        else:
-            clean += part
-    return clean, spans
+    parts = re.split(f"[{OPENING}{CLOSING}]", text)  # every second one is marked
+    edges = [0, *itertools.accumulate(map(len, parts))]
+    return "".join(parts), [(edges[at], edges[at + 1]) for at in range(1, len(parts), 2)]
 
 
 def _size(value: Any, enough: int = MAX_AT_ONCE * MAX_OUTPUT) -> int:
@@ -301,12 +280,6 @@ def _size(value: Any, enough: int = MAX_AT_ONCE * MAX_OUTPUT) -> int:
         elif isinstance(part, Namespace):
             todo.append(part._Namespace__attrs)  # its one field
     return count
-
-
-def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    if not isinstance(s, str):
-        raise TemplateError(f"indent: {type(s).__name__} is not a string")  # Jinja's would extend a list of messages
-    return do_indent(s, width, first, blank)
 
 
 def _raise_exception(message: str) -> None:

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nanoft.io.untrusted import read_bytes, read_json, refuse_code
 
 # Noncharacters, as in template_sandbox: one splits a control token that a user wrote, one stands for an answer.
 BREAK, PLACEHOLDER = "\ufdd0", "\ufdd3"
+NONCHARACTERS = {OPENING, CLOSING, BREAK, PLACEHOLDER}
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_TOKENIZER = 100 << 20  # bytes of a tokenizer.json; the largest in use have 33 MB
@@ -43,7 +44,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         if len(special) > MAX_SPECIAL:
             raise ValueError(f"{len(special):,} control tokens: at most {MAX_SPECIAL:,} are allowed")
-        if reserved := [text for text in special if {OPENING, CLOSING, BREAK, PLACEHOLDER} & set(text)]:
+        if reserved := [text for text in special if NONCHARACTERS & set(text)]:
             raise ValueError(f"the control token {reserved[0]!r:.60} contains a reserved Unicode noncharacter")
         for part in (tokenizer.normalizer, tokenizer.decoder):
             if part is not None and _growth(json.loads(part.__getstate__())) > MAX_GROWTH:
@@ -55,16 +56,17 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 def add_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[int, ...]:
     """Make each text one control token, at the end of the vocabulary unless it has one; their ids."""
     for text in texts:
-        if not text.strip() or {OPENING, CLOSING, BREAK, PLACEHOLDER} & set(text) or texts.count(text) > 1:
+        if not text.strip() or NONCHARACTERS & set(text) or texts.count(text) > 1:
             raise UserError(f"model.add_tokens: {text!r:.60} cannot be a token: give different visible texts")
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
     return tuple(number for text in texts if (number := tokenizer.token_to_id(text)) is not None)
 
 
-def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, str], list[int]]:
-    """The settings, the chat templates by name (`default`, `tool_use`, ...), the stop ids.
+def read_settings(directory: Path) -> tuple[dict[str, str], dict[str, str], list[int]]:
+    """The special tokens, the chat templates by name (`default`, `tool_use`, ...), the stop ids.
 
-    Templates are in files of their own, or in the settings: one, or a list of named ones.
+    A token is a string, or an object with its content. Templates are in files of their own, or in the settings: one, or
+    a list of named ones.
     """
     path = directory / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
@@ -72,19 +74,23 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, str], list
         refuse_code(settings)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    special: dict[str, str] = {}
     for key in SPECIAL_TOKENS:
-        if not isinstance(token_text(settings.get(key)), str | None):
-            raise UserError(f"{path}: {key}: expected a string, found {settings[key]!r:.60}")
-    files = [directory / TEMPLATE_FILE, *sorted((directory / "additional_chat_templates").glob("*.jinja"))]
-    templates: dict[str, Any] = {f.stem: read_template(f) for f in files if f.is_file()}
+        token = settings.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            special[key] = text
+        elif text is not None:
+            raise UserError(f"{path}: {key}: expected a string, found {token!r:.60}")
+    more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    files = {"default": directory / TEMPLATE_FILE, **{file.stem: file for file in more}}
+    templates: dict[str, Any] = {name: read_template(file) for name, file in files.items() if file.is_file()}
     stored = settings.get("chat_template") if not templates else None
     if isinstance(stored, list):
         templates = {str(t.get("name")): t["template"] for t in stored if isinstance(t, dict) and "template" in t}
         templates = {"default": next(iter(templates.values()), stored), **templates}  # a list without any is refused
     elif stored is not None:
         templates = {"default": stored}
-    if "chat_template" in templates:
-        templates = {"default": templates.pop("chat_template"), **templates}
     if odd := [template for template in templates.values() if not isinstance(template, str)]:
         raise UserError(f"{path}: chat_template: expected a string, found {odd[0]!r:.60}")
     path = directory / "generation_config.json"
@@ -92,7 +98,7 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, str], list
     stops = stops if isinstance(stops, list) else [stops]
     if not all(type(stop) is int and 0 <= stop < MAX_ID for stop in stops):
         raise UserError(f"{path}: eos_token_id: expected ids, found {stops!r:.60}")
-    return settings, templates, stops
+    return special, templates, stops
 
 
 def read_template(file: Path) -> str:
@@ -100,21 +106,6 @@ def read_template(file: Path) -> str:
         return read_bytes(file, 4 * MAX_SOURCE).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
-
-
-def choose_template(wanted: str, known: Mapping[str, str]) -> str:
-    """The template that `model.chat_template` names: one of the `known`, or a file."""
-    if wanted in known:
-        return known[wanted]
-    if (file := Path(wanted).expanduser()).is_file():
-        return read_template(file)
-    fix = f"give a file or one of {', '.join(known)}"
-    raise UserError(f"model.chat_template: {wanted}: neither a file nor a template of the model: {fix}")
-
-
-def token_text(value: Any) -> str | None:
-    """The text of a special token, which is a string, or an object with its content."""
-    return value.get("content") if isinstance(value, dict) else value
 
 
 @contextlib.contextmanager

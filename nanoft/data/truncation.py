@@ -8,6 +8,7 @@ the token that ends the turn. A sample without target tokens is never kept.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 
@@ -77,9 +78,7 @@ def _shorten_prompt(
     if len(sample.ids) <= limit:
         return sample
     messages = conversation.messages
-    if (
-        sample.turn is not None and messages
-    ):  # a turn that is a sample of its own: the conversation up to it, with no other target
+    if messages and sample.turn is not None:  # a sample of its own: the conversation up to it, with no other target
         earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[: sample.turn]]
         messages = [*earlier, messages[sample.turn]]
     asked = [index for index, message in enumerate(messages) if message["role"] == "user"]
@@ -88,16 +87,14 @@ def _shorten_prompt(
 
     def encode(shorter: list[Message]) -> Sample:
         given = conversation.tools, train_on, conversation.template_args
-        rendered = tokenizer.render_samples(shorter, sample.record, *given)
-        return tokenizer.encode_now(rendered)[-1]
+        return tokenizer.encode_now(tokenizer.render_samples(shorter, sample.record, *given))[-1]
 
-    head = messages[:1] if messages[0]["role"] == "system" else []
-    fewest, most = 1, len(asked) - 1  # bisect for the fewest dropped exchanges
-    while fewest < most:
-        middle = (fewest + most) // 2
-        enough = len(encode([*head, *messages[asked[middle] :]]).ids) <= limit
-        fewest, most = (fewest, middle) if enough else (middle + 1, most)
-    shorter = _cut_longest([*head, *messages[asked[most] :]], encode, limit)
+    def fits(first: int) -> bool:
+        return len(encode([*head, *messages[first:]]).ids) <= limit
+
+    head, last = messages[:1] if messages[0]["role"] == "system" else [], len(asked) - 1
+    first = asked[bisect.bisect_left(asked, True, min(1, last), last, key=fits)]  # drops the fewest exchanges
+    shorter = _cut_longest([*head, *messages[first:]], encode, limit)
     return shorter if shorter is not None and shorter.is_target.any() else None
 
 

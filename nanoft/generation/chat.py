@@ -107,9 +107,9 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
 
 
-def stream_text(chat: ChatTokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text as its tokens arrive; the pieces concatenate to the decoded ids."""
-    so_far, text, shown = list[int](), "", 0  # `shown` characters of the text have been yielded
+def stream_text(chat: ChatTokenizer, ids: Iterable[int], so_far: list[int] | None = None) -> Iterator[str]:
+    """Text as its tokens arrive, which are appended to `so_far`; the pieces concatenate to the decoded ids."""
+    so_far, text, shown = [] if so_far is None else so_far, "", 0  # `shown` characters have been yielded
     for token in ids:
         so_far.append(token)
         text = chat.decode(so_far)
@@ -168,15 +168,9 @@ class ChatSession:
     def show_answer(self, generate: Generate, prompt: list[int], limit: int, name: str) -> str:
         """Show an answer as it is generated, and return it; in a terminal, Ctrl-C stops it."""
         ids, text = list[int](), ""
-
-        def recorded() -> Iterator[int]:
-            for token in generate(prompt, limit):
-                ids.append(token)
-                yield token
-
         self.show(name)
         try:
-            for piece in stream_text(self.chat, recorded()):
+            for piece in stream_text(self.chat, generate(prompt, limit), ids):
                 self.show(piece)
                 text += piece
         except KeyboardInterrupt:

@@ -124,13 +124,10 @@ def should_prepack(model: Decoder) -> bool:
         return False
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    linears = linears_of(model).values()
+    linears, c = linears_of(model).values(), model.config
     if not {type(linear) for linear in linears} <= LINEARS:  # their weights lie elsewhere
         return False
     dtypes = {linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype for linear in linears}
-    numbers = (
-        sum(linear.out_features * linear.in_features for linear in linears)
-        + model.config.vocab_size * model.config.hidden_size
-    )
+    numbers = sum(linear.out_features * linear.in_features for linear in linears) + c.vocab_size * c.hidden_size
     least = CACHED_BYTES if dtype == torch.float32 else 0  # PyTorch's own bfloat16 product takes these kernels, too
     return dtypes == {dtype} and least < numbers * dtype.itemsize <= MEMORY_SHARE * available_host_bytes()

@@ -143,7 +143,7 @@ def _read_rope(hf: Fields) -> Rope:
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("rope: a partial_rotary_factor other than 1 is not supported")
     given = [value for value in (scaling.get("rope_theta"), hf.get("rope_theta")) if value is not None]
-    if wrong := [theta for theta in given if type(theta) not in (int, float) or theta <= 0]:
+    if wrong := [theta for theta in given if type(theta) not in (int, float) or not 0 < theta < 1e30]:
         raise UserError(f"rope_theta: {wrong[0]!r:.60} is not a positive number")
     theta, parameters = (given or [10000.0])[0], dict(scaling)
     if kind in ("llama3", "yarn"):

@@ -231,12 +231,12 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HU
     if not name:
         raise UserError(f"{field}: empty: give a directory in the Hugging Face layout or a Hub name")
     path, (repository, revision) = Path(os.path.expanduser(name)), split_reference(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     fault = ""
-    if path.is_symlink():
+    if os.path.islink(path):
         fault = f"is a link to {os.readlink(path)}, which is gone: name the model's directory"
-    elif path.exists():
+    elif os.path.exists(path):
         fault = "is a file: name the directory of a model in safetensors that it is in"
     elif os.path.isdir(os.path.expanduser(repository)):
         fault = f"{repository} is a directory, which has no revision {revision}: remove it"

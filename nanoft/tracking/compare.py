@@ -148,9 +148,8 @@ def follow(directory: Path, every_s: float) -> int:
         events = read_events(directory)
         if redraws:
             width = shutil.get_terminal_size((80, 24)).columns - 1
-            print(
-                HOME + "\n".join(line[:width] for line in dashboard(directory.name, events, width)) + REST, flush=True
-            )
+            lines = [line[:width] for line in dashboard(directory.name, events, width)]
+            print(HOME + "\n".join(lines) + REST, flush=True)
         elif events.lines:
             for line in events.of("train", "eval", "warning", "done"):
                 key = line["event"], line["step"], line.get("time"), line.get("what")

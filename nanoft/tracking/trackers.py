@@ -45,11 +45,6 @@ def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     return [*trackers, WandB(directory, config)] if report_to in ("wandb", "all") else trackers
 
 
-def curves_section(wanted: LoggingConfig) -> str:
-    """The section of report.md with the plots, which are drawn after it is written."""
-    return "\n## Curves\n\n![curves](plots/curves.png)\n" if wanted.plots != "none" else ""
-
-
 def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The finite numbers of an event, by name: train/loss, gradients/modules/q_proj/norm."""
 

@@ -28,7 +28,6 @@ from nanoft.runtime.command import StopRequest
 from nanoft.runtime.energy import JOULES_PER_WH
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking import rank_usage
-from nanoft.tracking.trackers import curves_section
 from nanoft.training.progress import in_smaller_batches, log_memory, report_failure
 from nanoft.training.setup import base_model, load_base
 from nanoft.training.state import TrainContext, TrainState, load_weights
@@ -80,7 +79,9 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
         usage, advice, section = rank_usage.rank_report(adapters, ctx.optimizer, step)
     except Exception as error:  # a decomposition need not converge
         report_failure(ctx, state, "the adapters' report", error)
-    markdown += section + curves_section(ctx.config.logging) + f"\n## Data\n\n{data}\n"
+    has_plots = ctx.config.logging.plots != "none"  # they are drawn later
+    curves = "\n## Curves\n\n![curves](plots/curves.png)\n" if has_plots else ""
+    markdown += f"{section}{curves}\n## Data\n\n{data}\n"
     log_memory(ctx, state, "finished")
     ctx.run.log("done", state.step, **training)
     ctx.run.write_report({**values, **usage, "data": ctx.corpus.report}, markdown)  # after it, the run has ended

@@ -123,8 +123,8 @@ def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps
         fix = "the first steps are the largest, on moments that are noise: set training.warmup_steps"
         warnings.append(f"training.learning_rate={t.learning_rate}: high for a run without warm-up: {fix}")
     if longest > files.context_length:
-        known = f"the base knows {files.context_length:,} positions (max_position_embeddings)"
-        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and {known}: lower it")
+        known = f"{files.context_length:,} positions (max_position_embeddings): lower it"
+        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and the base knows {known}")
     return warnings
 
 
@@ -274,10 +274,8 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
         return config
     rows_a_rank, left = divmod(t.gradient_accumulation_steps, ranks)
     if left:
-        raise UserError(
-            f"training.gradient_accumulation_steps: {t.gradient_accumulation_steps} rows a step cannot be split evenly "
-            f"over {ranks} processes: set it to {ranks * max(rows_a_rank, 1)}"
-        )
+        split = f"{t.gradient_accumulation_steps} rows a step cannot be split evenly over {ranks} processes"
+        raise UserError(f"training.gradient_accumulation_steps: {split}: set it to {ranks * max(rows_a_rank, 1)}")
     if recorded is not None and recorded["system"].get("ranks", 1) == ranks:
         return config.override({name: recorded["training"][name.removeprefix("training.")] for name in ROWS})
     length, keep = config.model.max_seq_length, planner.keep_by(t.checkpointing)
@@ -347,29 +345,33 @@ def show_plan(config: Config) -> int:
     config = resolve_micro_batch_size(planner, None)
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
     plan = planner.choose_activations(config.micro_batch_rows(), length)
+
+    def say(name: str, text: str) -> None:
+        print(wrap(f"{name:16} {text}", 17))
+
+    kind, rows = machine.device.type, config.effective_batch_size()
     if not machine.present:
-        print(f"{'device':16} {machine.device.type} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
+        say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
-        print(f"{name:16} {size / 1e9:9.3f} GB")
-    print(wrap(f"{'peak':16} {plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}", 17))
-    rows = config.effective_batch_size()
+        say(name, f"{size / 1e9:9.3f} GB")
+    say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
     assumed = f"per step: {rows:,} rows of model.max_seq_length={length:,} tokens, all full: real samples are shorter"
-    print(wrap(f"{'tokens':16} {rows * length:9,} {assumed}", 17))
+    say("tokens", f"{rows * length:9,} {assumed}")
     recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
     work = gflop_per_token(decoder, planner.counts, config, length, recomputed)
-    print(f"{'work':16} {work:9.3g} GFLOP per token")
+    say("work", f"{work:9.3g} GFLOP per token")
     if machine.present:
         reached = matmul_gflop_s(machine.device, machine.dtype, decoder.hidden_size, decoder.intermediate_size)
-        print(f"{'products':16} {reached:9,.0f} GFLOP/s in bare matrix products here")
-        share, kind = EFFICIENCY.get(machine.device.type), machine.device.type
-        speed = f"at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured"
-        if share:
-            tokens_s, tokens = share * reached / work, config.effective_batch_size() // config.system.ranks * length
-            speed = f"{tokens_s:9,.0f} tokens/s if {share:.0%} of it is reached; {tokens / tokens_s:,.1f} s per step"
-        print(wrap(f"{'speed':16} {speed}", 17))
+        say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products here")
+        if share := EFFICIENCY.get(kind):
+            tokens_s, tokens = share * reached / work, rows // config.system.ranks * length
+            reach = f"{share:.0%} of it is reached; {tokens / tokens_s:,.1f} s per step"
+            say("speed", f"{tokens_s:9,.0f} tokens/s if {reach}")
+        else:
+            say("speed", f"at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
-    print(wrap(f"{'micro-batch':16} {most} rows of {length} tokens fit, with every block recomputed", 17))
+    say("micro-batch", f"{most} rows of {length} tokens fit, with every block recomputed")
     for warning in plan_warnings(planner, files, length, None):
         print(f"warning: {warning}")
     if plan.peak > room:

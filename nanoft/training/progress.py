@@ -26,10 +26,10 @@ Figures = TypeVar("Figures")
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
     """A tqdm bar over the optimizer steps, on rank 0."""
     hidden = not ctx.config.logging.progress_bar or distributed.process_rank() > 0
-    interval_s = 0.1 if sys.stderr.isatty() else 5.0  # in a file, every update of the bar stays
-    options: dict[str, Any] = {"disable": hidden, "mininterval": interval_s, "leave": False, "bar_format": BAR}
-    width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80}
-    return tqdm(total=ctx.total_steps, initial=state.step, **options, **width)
+    # in a file, every update of the bar stays
+    width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80, "mininterval": 5.0}
+    options: dict[str, Any] = {"disable": hidden, "leave": False, "bar_format": BAR, **width}
+    return tqdm(total=ctx.total_steps, initial=state.step, **options)
 
 
 def is_due(ctx: TrainContext, state: TrainState, every: int) -> bool:
@@ -56,7 +56,6 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
     try:
         figures = in_smaller_batches(ctx, ctx.config.evaluation.batch_size, lambda size: validate(ctx, size))
     except Exception as error:  # an evaluation that fails does not end the run
-        ctx.model.train()
         report_failure(ctx, state, "evaluation", error)
         return
     loss = figures["loss"]
@@ -89,7 +88,6 @@ def in_smaller_batches(ctx: TrainContext, size: int, evaluate: Callable[[int], F
         if size == 1:
             raise TrainingFailed("out of memory at batch size 1")
         size //= 2
-        ctx.model.train()  # the attempt that failed may have left it in evaluation mode
 
 
 def watch_memory(ctx: TrainContext, state: TrainState, monitor: MemoryMonitor) -> None:
@@ -131,11 +129,13 @@ def save_if_due(ctx: TrainContext, state: TrainState) -> None:
 
 def log_save(ctx: TrainContext, state: TrainState, outcome: SaveResult | None) -> None:
     """Log a finished save. A save that failed is a warning: there will be another."""
-    if outcome is not None and outcome.error is None:
+    if outcome is None:
+        return
+    if outcome.error is None:
         where = str(outcome.path.relative_to(ctx.run.directory))
         seconds = {"seconds": outcome.seconds, "waited_seconds": outcome.waited_seconds}
         ctx.run.log("checkpoint", outcome.step, path=where, **seconds)
-    elif outcome is not None and outcome.error is not None:
+    else:
         if state.best_step == outcome.step:  # its weights are lost: the best is the one before, which is on the disk
             state.best_step, state.best_loss = ctx.checkpoints.best() or (0, float("inf"))
         report_failure(ctx, state, f"saving step {outcome.step}", outcome.error)

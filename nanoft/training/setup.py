@@ -148,8 +148,8 @@ def load_tokenizer(
     tokenizer = ChatTokenizer.from_config(files.directory if start is None else start.tokenizer, config)
     tokenizer.date = datetime.fromisoformat(date)
     for name in sorted(config.data.template_args.keys() - tokenizer.variables):
-        fix = nearest(name, tokenizer.variables) or ": remove it"
-        raise UserError(f"data.template_args: {name}: the chat template does not read it{fix}")
+        known = nearest(name, sorted(tokenizer.variables))
+        raise UserError(f"data.template_args: {name}: the chat template does not read it{known}")
     if not tokenizer.has_own_template:
         run.print(f"template  {files.directory} has none: ChatML is used, whose answers end in the EOS token")
     if chosen is not None:
@@ -285,9 +285,8 @@ def shape_and_rank(adapter: Adapter) -> tuple[str, str]:
     if isinstance(adapter, TrainedCopy):
         return "copy", "of the module" if adapter.copy is not None else "of the bias"
     base, rank = adapter.base, f"rank {len(adapter.lora_A)}"  # type: ignore[arg-type]
-    inputs, outputs = (
-        base.weight.shape if isinstance(base, torch.nn.Embedding) else (base.in_features, base.out_features)
-    )
+    is_embedding = isinstance(base, torch.nn.Embedding)
+    inputs, outputs = base.weight.shape if is_embedding else (base.in_features, base.out_features)
     return f"({inputs} -> {outputs})", rank
 
 
@@ -295,9 +294,8 @@ def describe_adapters(adapters: dict[str, Adapter]) -> list[str]:
     """One line for each kind of linear: count, shape, rank, trained parameters."""
     trained: dict[tuple[str, str, str], list[int]] = {}
     for name, adapter in adapters.items():
-        shape, rank = shape_and_rank(adapter)
         numbers = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        trained.setdefault((name.rpartition(".")[2], shape, rank), []).append(numbers)
+        trained.setdefault((name.rpartition(".")[2], *shape_and_rank(adapter)), []).append(numbers)
     lines = [(kind, f"{len(n)} x {shape}", rank, f"{sum(n):,}") for (kind, shape, rank), n in trained.items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

@@ -45,17 +45,12 @@ def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> 
     check_format(config.data.format)
     select_metrics(config.evaluation.metrics)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
-        raise UserError(
-            f"training.optimizer: the state of {t.optimizer} cannot be sharded: set training.optimizer=adamw "
-            "(each of N processes holds an Nth of it) or training.sharding=none"
-        )
+        fix = "set training.optimizer=adamw (each of N processes holds an Nth of it) or training.sharding=none"
+        raise UserError(f"training.optimizer: the state of {t.optimizer} cannot be sharded: {fix}")
 
 
 def check_schedule(t: TrainingConfig, total_steps: int | None) -> None:
-    """Refuse a learning rate that cannot be meant, and a warm-up that is longer than the run."""
-    if not 0 < t.learning_rate <= 1:
-        why = "nothing would be learned" if t.learning_rate == 0 else "training would diverge"
-        raise UserError(f"training.learning_rate: {t.learning_rate}: {why}: set it above 0 and to at most 1")
+    """Refuse a warm-up that is longer than the run."""
     if t.long_warmup == "refuse" and total_steps and warmup_steps(total_steps, t) > total_steps:
         run = f"the run has {total_steps:,} steps and would never reach training.learning_rate"
         raise UserError(f"training.warmup_steps: {t.warmup_steps}: {run}: lower it, or set warmup_ratio instead")

@@ -267,8 +267,8 @@ def test_plan_warns_of_what_the_base_does_not_have(arguments: list[str], capsys:
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("training.learning_rate=0", "training.learning_rate: 0.0: nothing would be learned"),
-        ("training.learning_rate=2", "training.learning_rate: 2.0: training would diverge"),
+        ("training.learning_rate=0", "training.learning_rate: 0.0 is out of range: it must be between 1e-12 and 1.0"),
+        ("training.learning_rate=2", "training.learning_rate: 2.0 is out of range: it must be between 1e-12 and 1.0"),
         ("training.warmup_steps=9", "training.warmup_steps: 9: the run has 8 steps"),
     ],
 )
