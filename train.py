@@ -22,8 +22,8 @@ def build_parser() -> Arguments:
         epilog="examples: python train.py configs/tiny.py; python train.py configs/tiny.py quantization.bits=4; "
         "python train.py auto model.name=Qwen/Qwen2.5-3B-Instruct data.train_file=mine.jsonl",
     )
-    parser.add_argument("config", nargs="?", help="Python, YAML or JSON file, or auto; default: configs/tiny.py")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting")
+    parser.add_argument("config", nargs="?", help="Python, YAML, JSON file, or auto; default: configs/tiny.py")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting; or another file")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
     parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")
@@ -47,7 +47,7 @@ import torch
 from nanoft import UserError, guard, kernels
 from nanoft.batches import Batches, Window, share_of_rank
 from nanoft.config import Config
-from nanoft.config.loading import load_config
+from nanoft.config.loading import CONFIGS
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.inspection import check_vocabulary, show_step
@@ -63,7 +63,7 @@ from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
 from nanoft.runtime.device import choose_device, library_versions, seed_everything
 from nanoft.runtime.energy import EnergyMeter
-from nanoft.runtime.machine import CONFIGS, Machine, pick_config, select_device
+from nanoft.runtime.machine import Machine, pick_config, select_device
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory
 from nanoft.tracking.profiler import Profiler
 from nanoft.tracking.run import Run
@@ -74,7 +74,6 @@ from nanoft.training.memory_plan import Planner, explained_out_of_memory, show_p
 from nanoft.training.preflight import preflight, require_room
 from nanoft.training.setup import Provenance
 from nanoft.training.state import TrainContext, TrainState, restore
-from nanoft.training.validation import validate_config
 
 
 @command
@@ -83,9 +82,8 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse(argv)
     positional = [args.config, *args.overrides] if args.config is not None else args.overrides
     path = positional.pop(0) if positional and "=" not in positional[0] else CONFIGS / "tiny.py"
-    config = load_config(pick_config(positional) if path == "auto" else path, positional)
-    validate_config(config)
-    config, start = setup.read_start(config)  # None, unless lora.start_from continues from an adapter
+    source = setup.read_source(pick_config(positional) if path == "auto" else path, positional)
+    config, start = setup.read_start(source.config)  # None, unless lora.start_from continues from an adapter
     if args.plan:
         if distributed.world_size() > 1:  # alone, system.ranks says for how many processes to plan
             config = distributed.resolve_world_size(config)
@@ -94,11 +92,11 @@ def main(argv: list[str]) -> int:
         if distributed.world_size() > 1:
             raise UserError("--selftest: is for one process: start train.py without torchrun")
         with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as scratch:
-            return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args, start)
-    return fine_tune(config, args, start)
+            return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args, start, [])
+    return fine_tune(config, args, start, source.fields)
 
 
-def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | None) -> int:
+def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | None, fields: list[str]) -> int:
     """One run, from its directory to its report; returns the exit code."""
     ignore_broken_output()
     seed_everything(config.system.seed, config.system.threads, config.system.deterministic)
@@ -117,7 +115,7 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
             require_room(planner, args.force)  # before a large model is downloaded
         files = distributed.main_process_first(files.fetch)
         provenance = distributed.broadcast_from_rank0(
-            lambda: setup.init_run_dir(config, run, machine, files, args.resume, start)
+            lambda: setup.init_run_dir(config, run, machine, files, args.resume, start, fields)
         )
         torch.set_num_threads(provenance["threads"])
         with explained_out_of_memory(planner):

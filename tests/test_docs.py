@@ -24,6 +24,7 @@ import pytest
 
 from nanoft.config import Config
 from nanoft.config.loading import load_config, load_file
+from nanoft.config.schemas import MLX_NAMES
 from nanoft.config.settings import SECTION_TYPES
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import SHAPES
@@ -378,6 +379,7 @@ def test_every_field_that_is_mentioned_exists(place: str) -> None:
     else:
         text = TEXTS.get(place) or (ROOT / place).read_text(encoding="utf-8")
     fields = {f"{section}.{item.name}" for section, kind in SECTION_TYPES.items() for item in dataclasses.fields(kind)}
+    fields |= MLX_NAMES.keys()
     sections = "|".join(SECTION_TYPES)
     mentioned = set(re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?==[\w.]|`)", text))
     mentioned = {name for name in mentioned if name.split(".")[1] not in ("py", "safetensors")}

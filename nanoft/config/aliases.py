@@ -2,31 +2,61 @@
 
     {"model_name": "Qwen/Qwen2.5-3B-Instruct", "use_4bit": true, "lora_r": 16, "num_train_epochs": 3, "bf16": true}
 
-`ALIASES` says what each name means. An unknown name is an error, and so is a value without a counterpart. What a file
-does not set has nanoft's default, not the Trainer's (learning_rate: 2e-4, not 5e-5).
+`ALIASES` says what each name means: it sets fields, is refused, or has no counterpart here, which is reported with the
+reason. An unknown name is an error. What a file does not set has nanoft's default, not the Trainer's (learning_rate:
+2e-4, not 5e-5). `schemas.py` adds the tables of two other schemas.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanoft import UserError
-from nanoft.config.settings import Config
+from nanoft.config.settings import FIELDS
 
 Settings = dict[str, Any]  # section.field -> value
 
 
+class Note(str):
+    """Why a value has no counterpart here: it sets nothing and is reported."""
+
+
 @dataclass(frozen=True)
 class Alias:
-    """What a name means: a field, and its value there; one value can set several fields, or none: {}."""
+    """What a name means: a field, and its value there; one value can set several fields, or none: {} or a Note."""
 
     field: str = ""
-    values: Mapping[Any, Any] | Callable[[Any], Any] | None = None  # value -> value or Settings; None: unchanged
+    # value -> value, Settings or Note; None: unchanged. A function raises a ValueError that says what the value must be
+    values: Mapping[Any, Any] | Callable[[Any], Any] | None = None
     fix: str = ""  # what to do about any other value
     open: bool = False  # other values pass unchanged: `validate_config` checks them
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What became of one name in a file; `note`: why it has no counterpart, or no effect beside another name."""
+
+    name: str
+    value: Any
+    settings: Settings
+    note: str = ""
+
+    def __str__(self) -> str:
+        became = ", ".join(f"{field}={json.dumps(value, default=str)}" for field, value in self.settings.items())
+        nothing = "not set" if self.value is None else "as it is here by default"
+        return f"{self.name}: {json.dumps(self.value, default=str)} -> {became or self.note or nothing}"
+
+
+class Rule(NamedTuple):
+    """Names that have no effect beside another one, if `applies` to its value and to theirs."""
+
+    names: str
+    other: str
+    applies: Callable[[Any, Any], Any]
 
 
 def whole(number: Any) -> Any:
@@ -55,9 +85,17 @@ def dataset(name: Any) -> Any:
     return name if is_path else f"hf://datasets/{name}"
 
 
-def ignored(_: Any) -> Settings:
-    """Any value: it changes no result here."""
-    return {}
+def trackers(wanted: Any) -> Any:
+    """A tracker, or a list of them."""
+    names = sorted({wanted} if isinstance(wanted, str) else set(map(str, wanted)))
+    if not set(names) <= {"none", "all", *TRACKERS} or ("none" in names and len(names) > 1):
+        raise ValueError("is none of none, tensorboard, wandb: choose one or both; every number is in metrics.jsonl")
+    return "all" if set(names) == TRACKERS else names[0]
+
+
+def noted(why: str, *same: Any) -> Alias:
+    """Any value has no counterpart, except those that say how it is here."""
+    return Alias(values=lambda value: {} if value in same else Note(why))
 
 
 DATA_FILES = {"json", "jsonl", "csv", "tsv", "parquet"}
@@ -79,11 +117,12 @@ SCHEDULES: dict[str, Any] = {
     "constant": {"training.lr_scheduler": "constant", "training.warmup_steps": 0},
 }
 STRATEGY = {"steps": {}, "no": 0}
-TRACKERS = {name: name for name in ("none", "tensorboard", "wandb")}
+TRACKERS = {"tensorboard", "wandb"}
 LOWEST_LOSS = "the best checkpoint has the lowest loss"
 LORA_OR_FULL = "train LoRA adapters, or every parameter"
 TORCHRUN = "remove it: start train.py with torchrun, and set training.sharding=full to shard"
 NO_UPLOAD = "remove it: nothing is uploaded"
+NO_RESULT = noted("changes no result here")
 
 # Fields that have the same name there
 SAME_NAME = """
@@ -153,7 +192,7 @@ TRANSLATED = {
     "gradient_checkpointing activation_checkpointing": Alias("training.checkpointing", {True: "full", False: "none"}),
     "logging_strategy": Alias(values={"steps": {}}, fix="set logging_steps"),
     "logging_steps": Alias("training.log_steps", whole),
-    "report_to": Alias("logging.report_to", TRACKERS, "choose one: every number is in metrics.jsonl anyway"),
+    "report_to": Alias("logging.report_to", trackers),
     "disable_tqdm": Alias("logging.progress_bar", {True: False, False: True}),
     "eval_strategy evaluation_strategy": Alias("training.eval_steps", STRATEGY, "set eval_steps"),
     "eval_steps": Alias("training.eval_steps", whole),
@@ -169,10 +208,18 @@ TRANSLATED = {
     "resume_from_checkpoint": Alias(values={True: {}, False: {}}, fix="use --resume PATH"),
     "overwrite_output_dir": Alias(values={False: {}}, fix="a run is never overwritten: choose another output_dir"),
     "trust_remote_code": Alias(values={False: {}}, fix="remove it: code that comes with a model is never run"),
-    "gradient_checkpointing_kwargs attn_implementation use_cache remove_unused_columns": Alias(values=ignored),
-    "dataloader_num_workers dataloader_pin_memory auto_find_batch_size": Alias(values=ignored),
+    "gradient_checkpointing_kwargs attn_implementation use_cache remove_unused_columns": NO_RESULT,
+    "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers": NO_RESULT,
+    "dataloader_drop_last dataset_num_proc dataset_batch_size auto_find_batch_size eval_accumulation_steps": NO_RESULT,
+    "logging_first_step logging_nan_inf_filter log_level log_level_replica skip_memory_metrics": NO_RESULT,
+    "include_num_input_tokens_seen include_tokens_per_second torch_empty_cache_steps ddp_timeout": NO_RESULT,
+    "ddp_find_unused_parameters local_rank save_on_each_node label_names prediction_loss_only": NO_RESULT,
+    "data_seed": noted("seed also seeds the order of the data"),
+    "run_name": noted("output_dir names the run"),
+    "logging_dir": noted("trackers write into output_dir"),
+    "save_safetensors": noted("every weight is saved as safetensors", True),
+    "save_only_model": noted("a checkpoint holds what a resumed run needs", False),
     "device_map": Alias(values={"auto": {}}, fix="remove it: system.device chooses the device"),
-    "run_name": Alias(values={}, fix="remove it: output_dir names the run"),
     # What nanoft does not have
     "push_to_hub": Alias(values={False: {}}, fix=NO_UPLOAD),
     "hub_model_id": Alias(values={}, fix=NO_UPLOAD),
@@ -188,45 +235,79 @@ ALIASES |= {name: alias for names, alias in TRANSLATED.items() for name in names
 SHORT = {"lr": "training.learning_rate", "epochs": "training.num_epochs", "batch_size": "training.micro_batch_size"}
 
 
-def translate(flat: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """The settings of a flat file as section.field -> (name in the file, value); a null is the same as no setting."""
-    if flat.get("bf16") is True and flat.get("fp16") is True:
+FOUR_BIT = "bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant use_nested_quant"
+RULES = [
+    Rule("warmup_steps", "warmup_ratio", lambda other, own: other and own == 0),  # 0 means: use the ratio
+    Rule("warmup_ratio", "lr_scheduler_type", lambda other, own: other == "constant"),
+    Rule(FOUR_BIT, "use_4bit", lambda other, own: other is False),
+    Rule(FOUR_BIT, "load_in_4bit", lambda other, own: other is False),
+    Rule(FOUR_BIT, "use_8bit", lambda other, own: other is True),
+    Rule(FOUR_BIT, "load_in_8bit", lambda other, own: other is True),
+    Rule("num_train_epochs", "max_steps", lambda other, own: other not in (None, 0, -1)),
+    Rule("adam_beta1 adam_beta2 adam_epsilon", "optim", lambda other, own: other == "sgd"),
+    Rule("early_stopping_threshold", "early_stopping_patience", lambda other, own: not other),
+]
+
+
+def translate(file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterable[Rule], where: str) -> list[Meaning]:
+    """What became of each name; a null is the same as no setting. `where` they stand is for messages."""
+    if file.get("bf16") is True and file.get("fp16") is True:
         raise UserError("bf16 and fp16: both are true: remove one of them")
+    reasons = {
+        name: f"no effect with {rule.other}: {json.dumps(file.get(rule.other), default=str)}"
+        for rule in rules
+        for name in rule.names.split()
+        if file.get(name) is not None and rule.applies(file.get(rule.other), file[name])
+    }
+    return [
+        Meaning(name, value, {}, reasons[name]) if name in reasons else _meaning(str(name), value, table, where)
+        for name, value in file.items()
+    ]
+
+
+def settle(meanings: Iterable[Meaning]) -> dict[str, tuple[str, Any]]:
+    """section.field -> (name in the file, value); a UserError if two names set a field to different values."""
     found: dict[str, tuple[str, Any]] = {}
-    for name, value in flat.items():
-        if name == "warmup_steps" and value == 0 and flat.get("warmup_ratio"):  # 0 means: use the ratio
-            continue
-        for field, setting in _meaning(str(name), value).items():
-            other, before = found.setdefault(field, (name, setting))
-            if before != setting:
-                raise UserError(f"{other} and {name}: set {field} to {before} and to {setting}: remove one of them")
+    for meaning in meanings:
+        for field, setting in meaning.settings.items():
+            other, before = found.setdefault(field, (meaning.name, setting))
+            if field == "logging.report_to" and {before, setting} == TRACKERS:
+                found[field] = (meaning.name, "all")
+            elif before != setting:
+                both = f"{other} and {meaning.name}: set {field} to {before} and to {setting}"
+                raise UserError(f"{both}: remove one of them")
     return found
 
 
-def _meaning(name: str, value: Any) -> Settings:
-    """What one line of a flat file sets."""
-    if name not in ALIASES:
-        near = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.6)
+def _meaning(name: str, value: Any, table: Mapping[str, Alias], where: str) -> Meaning:
+    """What one line of a file sets."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1, cutoff=0.6)
         known = f"did you mean {near[0]}?" if near else "docs/configs.md lists the names; or write sections"
-        raise UserError(f"{name}: no such setting in a flat file: {known}")
-    alias = ALIASES[name]
+        raise UserError(f"{name}: no such setting {where}: {known}")
+    alias = table[name]
     if value is None or value in ([], {}):
-        return {}
-    setting = alias.values(value) if callable(alias.values) else value
+        return Meaning(name, value, {})
+    try:
+        setting = alias.values(value) if callable(alias.values) else value
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{name}: {value!r:.60} {error}") from None
     if isinstance(alias.values, Mapping):
-        one = value[0] if isinstance(value, list) and len(value) == 1 else value  # report_to: [none]
+        one = value[0] if isinstance(value, list) and len(value) == 1 else value  # lr_scheduler_type: [linear]
         if isinstance(one, (list, dict)) or (one not in alias.values and not alias.open):
             options = f"is none of {', '.join(map(str, alias.values))}" if alias.values else "has no counterpart"
             raise UserError(f"{name}: {value!r:.60} {options}" + (f": {alias.fix}" if alias.fix else ""))
         setting = alias.values.get(one, one)
-    return setting if isinstance(setting, dict) and setting is not value else {alias.field: setting}
+    if isinstance(setting, Note):
+        return Meaning(name, value, {}, str(setting))
+    is_settings = isinstance(setting, dict) and setting is not value
+    return Meaning(name, value, setting if is_settings else {alias.field: setting})
 
 
 def suggest_override(name: str) -> str | None:
     """The section.field that a name such as `lr` or `max-steps` most likely means; None if nothing is near."""
     name = name.replace("-", "_")
-    fields = {f"{section}.{field}": field for section, part in Config().to_dict().items() for field in part}
     meanings = {alias: known.field for alias, known in ALIASES.items() if known.field} | SHORT
-    meanings |= {field: path for path, field in reversed(fields.items())} | {path: path for path in fields}
+    meanings |= {field: path for path, field in reversed(FIELDS.items())} | {path: path for path in FIELDS}
     nearest = difflib.get_close_matches(name, meanings, n=1, cutoff=0.75)
     return meanings[nearest[0]] if nearest else None

@@ -1,31 +1,87 @@
-"""Read a config from a file, the environment and the command line; the later source wins."""
+"""Read a config from files, the environment and the command line; the later source wins.
+
+A YAML or JSON file may build on others of its kind (`base: other.yaml`). Several files merge from left to right, and a
+Python config may be the first. A file of another schema (`schemas.py`) is translated as a whole, after merging.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import nanoft
 from nanoft import UserError
-from nanoft.config.aliases import ALIASES, translate
+from nanoft.config.aliases import Meaning, settle, translate
 from nanoft.config.functions import UNTRUSTED, is_function
-from nanoft.config.settings import SECTION_TYPES, Config
+from nanoft.config.schemas import (
+    COMPUTE_SPECS,
+    MODELFORGE,
+    SUPPLIED,
+    Schema,
+    check_modelforge,
+    explain,
+    flatten,
+    is_flat,
+    recognize,
+)
+from nanoft.config.settings import Config
 from nanoft.io.untrusted import decode_text, parse_json, parse_yaml, read_bytes
 
+CONFIGS = Path(nanoft.__file__).parent.parent / "configs"
 ENVIRONMENT_PREFIX = "NANOFT_"
 PATHS = ("model.name", "data.train_file", "data.validation_file", "output.dir")
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A config, and what became of the names in files of another schema."""
+
+    config: Config
+    schema: Schema | None = None  # None: nanoft's own names
+    explanation: list[str] = field(default_factory=list)  # for the terminal
+    fields: list[str] = field(default_factory=list)  # the lines of `FIELDS_FILE`: what each name became
+    names: dict[str, str] = field(default_factory=dict)  # section.field -> its name in a file, for messages
+
+
 def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
-    """Read a config file, apply the environment and then the command line's `section.field=value` overrides."""
-    overrides = list(overrides)
-    config = _expand_home(load_file(path).override(read_overrides(overrides, environment)))
-    name = run_name(path, read_overrides(overrides, {}))  # the same on machines with other environments
-    return config if config.output.dir else config.override({"output.dir": f"runs/{name}"})
+    """The config alone of `read_config`."""
+    return read_config(path, overrides, environment).config
+
+
+def read_config(path: str | Path, words: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Loaded:
+    """Read config files, apply the environment and then the command line's `section.field=value` overrides.
+
+    Args:
+        words: overrides, and further config files.
+    """
+    more, overrides = split_words(words)
+    changes = read_overrides(overrides, environment)
+    loaded = _read_files([Path(os.path.expanduser(path)), *more], environment)
+    config = _expand_home(loaded.config.override(changes))
+    if not config.output.dir:  # the same on machines with other environments
+        stems = Path("-".join(file.stem for file in (Path(path), *more)))
+        config = config.override({"output.dir": f"runs/{run_name(stems, read_overrides(overrides, {}))}"})
+    names = {path: name for path, name in loaded.names.items() if path not in changes}
+    if loaded.schema is None:
+        return replace(loaded, config=config, names=names)
+    said = loaded.explanation + [f"warning: {text}" for text in loaded.schema.warn(config)]
+    fields = [*said, *loaded.fields, "all settings: config.json; planned memory: metrics.jsonl"]
+    return Loaded(config, loaded.schema, said, fields, names)
+
+
+def split_words(words: Iterable[str]) -> tuple[list[Path], list[str]]:
+    """Config files and overrides on the command line."""
+    words = list(words)
+    files = [word for word in words if "=" not in word and word.endswith((".py", ".yaml", ".yml", ".json", ".toml"))]
+    return [Path(os.path.expanduser(word)) for word in files], [word for word in words if word not in files]
 
 
 def _expand_home(config: Config) -> Config:
@@ -64,39 +120,129 @@ def load_file(path: str | Path, beside: str = "") -> Config:
 
     A config that builds on another gives its `__file__` as `beside`, to whose directory `path` is relative.
     """
-    path = Path(beside).parent / os.path.expanduser(path)
+    return _read_files([Path(beside).parent / os.path.expanduser(path)], {}).config
+
+
+def _read_files(paths: Sequence[Path], environment: Mapping[str, str]) -> Loaded:
+    """The files merged from left to right; `environment` is for a schema that has names there."""
+    layers: list[tuple[str, Config | dict[str, Any]]] = []
+    for where, layer in itertools.chain.from_iterable(_layers(path) for path in paths):
+        if layers and (merged := _merge(layers[-1][1], layer)) is not None:
+            layers[-1] = (f"{layers[-1][0]}, {where}", merged)
+        else:
+            layers.append((where, layer))
+    loaded: Loaded | None = None
+    for where, layer in layers:
+        with _named(where):
+            if isinstance(layer, Config) and loaded is not None:
+                raise UserError("a Python config sets every field: name it first")
+            loaded = Loaded(layer) if isinstance(layer, Config) else _apply(layer, loaded, environment)
+    assert loaded is not None
+    return loaded
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors begin with the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+
+
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Config | dict[str, Any]]]:
+    """A file, after those that it names as its base."""
     if not path.is_file():
         raise UserError(f"{path}: no such config file: try configs/tiny.py")
+    with _named(str(path)):
+        if path.resolve() in above:
+            raise UserError("base: builds on itself: remove one of the lines")
+        if path.suffix == ".py" and above:
+            raise UserError("base: Python would run code: give both files on the command line, the Python one first")
+        layer = _run_python(path) if path.suffix == ".py" else _read_tree(path)
+        bases = [] if isinstance(layer, Config) else layer.pop("base", None) or []
+        bases = [bases] if isinstance(bases, str) else bases
+        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+            raise UserError(f"base: {bases!r:.60} is not the name of a file, or a list of them")
+    for base in bases:
+        yield from _layers(path.parent / os.path.expanduser(base), (*above, path.resolve()))
+    if isinstance(layer, dict) and "provenance" in layer and (path.parent / "metrics.jsonl").is_file():
+        layer["output"] = {"dir": str(path.parent)}  # a run, which may be a copy
+    yield str(path), layer
+
+
+def _merge(old: Config | dict[str, Any], new: Config | dict[str, Any]) -> dict[str, Any] | None:
+    """Two files with the same kind of names; the later wins, field by field; None: they are of different kinds."""
+    if isinstance(old, Config) or isinstance(new, Config) or is_flat(old) != is_flat(new):
+        return None
+    if is_flat(new):
+        return {**old, **new}
+    both = [name for name in old if isinstance(old[name], Mapping) and isinstance(new.get(name), Mapping)]
+    return {**old, **new, **{section: {**old[section], **new[section]} for section in both}}
+
+
+def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str, str]) -> Loaded:
+    """Change what is loaded so far by the settings of a file; the first file of a schema also has its defaults."""
+    provenance = tree.pop("provenance", None)  # in the config.json of a run
+    if not isinstance(provenance, dict | None):
+        raise UserError("provenance: not a mapping: the file is corrupted")
+    schema, before = recognize(tree), loaded or Loaded(Config())
+    if schema is None:
+        settings = flatten(tree)
+        config = _without_functions(before.config.override(settings), settings, is_of_run=provenance is not None)
+        return replace(before, config=config)
+    meanings = _translate(tree, schema, environment)
+    found = settle(meanings)
+    supplied = {} if loaded else dict(schema.defaults)  # what is loaded before has a value for every field
+    if schema is MODELFORGE and (loaded is None or tree.get("compute_specs")):
+        supplied |= _supplied(tree)
+    left_out = {path: value for path, value in supplied.items() if path not in found}
     try:
-        if path.suffix == ".py":
-            return _run_python(path)
-        tree = _read_tree(path)
-        provenance = tree.pop("provenance", None)  # in the config.json of a run
-        if not isinstance(provenance, dict | None):
-            raise UserError("provenance: not a mapping: the file is corrupted")
-        has_settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
-        is_flat = has_settings and not tree.keys() & SECTION_TYPES.keys()
-        config = _from_flat(tree) if is_flat else Config.from_dict(tree)
-        if provenance is not None and (path.parent / "metrics.jsonl").is_file():  # a run, which may be a copy
-            config = config.override({"output.dir": str(path.parent)})
-        return _without_functions(config, is_of_run=provenance is not None)
+        config = before.config.override(left_out).override({path: value for path, (_, value) in found.items()})
     except UserError as error:
-        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        path = str(error).partition(": ")[0]
+        name = found[path][0] if path in found else path
+        raise UserError(str(error) if name == path else f"{name}: {error}") from None
+    fields = [*map(str, meanings), f"left out: {', '.join(f'{path}={value}' for path, value in left_out.items())}"]
+    return Loaded(
+        _without_functions(config, found, is_of_run=False),
+        schema,
+        before.explanation + explain(schema, meanings),
+        before.fields + fields,
+        before.names | {path: name for path, (name, _) in found.items() if name != path},
+    )
 
 
-def _without_functions(config: Config, is_of_run: bool) -> Config:
-    """Importing a function runs its module, which no file of data may ask for.
+def _translate(tree: Mapping[str, Any], schema: Schema, environment: Mapping[str, str]) -> list[Meaning]:
+    """What became of the names of a file, and of those that its schema has in the environment."""
+    where, names = ("in a flat file", dict(tree)) if is_flat(tree) else (f"in the {schema.name} schema", flatten(tree))
+    given = {name: variable for variable, name in schema.environment.items() if variable in environment}
+    names |= {name: environment[variable] for name, variable in given.items()}
+    meanings = translate(names, schema.table, schema.rules, where)
+    return [replace(meaning, name=given.get(meaning.name, meaning.name)) for meaning in meanings]
+
+
+def _supplied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config for compute_specs supplies to a ModelForge file."""
+    check_modelforge(tree)
+    config = load_file(CONFIGS / COMPUTE_SPECS[tree["compute_specs"]]).flat()
+    return {path: config[path] for path in SUPPLIED.split()}
+
+
+def _without_functions(config: Config, given: Collection[str], is_of_run: bool) -> Config:
+    """Importing a function runs its module, which no file of data may ask for in the fields `given` there.
 
     A run's config.json is read without its own metrics, and its own data.format is marked as untrusted.
     """
     metrics, data_format = config.evaluation.metrics, config.data.format
-    for field, names in (("data.format", [data_format]), ("evaluation.metrics", metrics)):
-        for name in filter(is_function, names):
-            if not is_of_run:
-                fix = f"write one, or give {field}={name} on the command line"
-                raise UserError(f"{field}: {name}: would run code, which only a Python config may ask for: {fix}")
-    kept = tuple(name for name in metrics if not is_function(name))
-    data_format = UNTRUSTED + data_format if is_function(data_format) else data_format
+    named = {"data.format": [data_format], "evaluation.metrics": list(metrics)}
+    functions = {path: [name for name in names if is_function(name)] for path, names in named.items() if path in given}
+    for path, names in functions.items():
+        if names and not is_of_run:
+            fix = f"write one, or give {path}={names[0]} on the command line"
+            raise UserError(f"{path}: {names[0]}: would run code, which only a Python config may ask for: {fix}")
+    kept = tuple(name for name in metrics if name not in functions.get("evaluation.metrics", ()))
+    data_format = UNTRUSTED + data_format if functions.get("data.format") else data_format
     return config.override({"evaluation.metrics": kept, "data.format": data_format})
 
 
@@ -112,16 +258,6 @@ def _read_tree(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError("expected a mapping of sections (model, data, training, ...)")
     return tree
-
-
-def _from_flat(tree: Mapping[str, Any]) -> Config:
-    """A config from Hugging Face's names; errors use the names of the file."""
-    found = translate(tree)
-    try:
-        return Config().override({field: value for field, (_, value) in found.items()})
-    except UserError as error:
-        name, _ = found.get(str(error).partition(":")[0], ("", None))
-        raise UserError(f"{name}: {error}" if name else str(error)) from None
 
 
 def _run_python(path: Path) -> Config:

@@ -149,6 +149,7 @@ class TrainingConfig(Section):
     lr_decay_ratio: float = bounded(0.1, 0.001, 1.0)  # of wsd: share of the steps after the warm-up spent on the decay
     warmup_ratio: float = bounded(0.03, 0.0, 1.0)  # share of all steps spent on linear warm-up
     warmup_steps: int | None = bounded(None, 0)  # optimizer steps; overrides warmup_ratio
+    long_warmup: Literal["refuse", "warn"] = "refuse"  # if the warm-up is longer than the run
     min_lr_ratio: float = bounded(0.0, 0.0, 1.0)  # the schedule ends at learning_rate * min_lr_ratio
     weight_decay: float = bounded(0.0, 0.0)  # decoupled (sgd: added to the gradient), of matrices
     beta1: float = bounded(0.9, 0.0, 0.99999)  # decay of the running mean of the gradient
@@ -194,7 +195,7 @@ class LoggingConfig(Section):
     progress_bar: bool = True  # tqdm, on stderr
     show_example: bool = True  # print one training sample with its target tokens marked
     plots: Literal["none", "end", "epoch", "step"] = "none"  # when to draw plots/; step: every log_steps
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # in addition to metrics.jsonl; wandb: offline
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"  # besides metrics.jsonl; wandb: offline
     gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
 
@@ -340,6 +341,7 @@ def check_expressions(lora: LoRAConfig) -> None:
 
 
 SECTION_TYPES: dict[str, type] = typing.get_type_hints(Config)
+FIELDS = {f"{section}.{f.name}": f.name for section, kind in SECTION_TYPES.items() for f in dataclasses.fields(kind)}
 SECTION_NAMES: dict[str, str] = {hint.__name__: name for name, hint in SECTION_TYPES.items()}
 
 

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import torch
 
-import nanoft
 from nanoft import UserError
 from nanoft.config import Config
-from nanoft.config.loading import read_overrides
+from nanoft.config.loading import CONFIGS, read_overrides, split_words
 from nanoft.runtime import distributed
 from nanoft.runtime.device import DTYPES, choose_device, choose_dtype, describe_device
 from nanoft.runtime.memory import memory_limit_bytes, total_memory_gb
 
-CONFIGS = Path(nanoft.__file__).parent.parent / "configs"
 GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # minimum memory in GB
 FLOAT16_CONFIGS = {"gpu_16gb_fp16.py": 15, "gpu_8gb.py": 0}  # the same, of GPUs without bfloat16
 
@@ -85,7 +83,7 @@ def select_device(device: torch.device, sharding: str) -> None:
 
 def pick_config(overrides: list[str]) -> Path:
     """The config for this machine; prints which one, and why."""
-    device = choose_device(read_overrides(overrides).get("system.device", "auto"))
+    device = choose_device(read_overrides(split_words(overrides)[1]).get("system.device", "auto"))
     path = config_for(device.type, total_memory_gb(device), choose_dtype("auto", device))
     if not distributed.process_rank():
         print(f"auto      configs/{path.name}, because this is {describe_device(device)}")

@@ -2,6 +2,7 @@
 
     runs/tiny/
         config.json      resolved settings, library versions, hashes of the data and the base model
+        fields.txt       what each name in the config file became, if the file has another program's schema
         metrics.jsonl    one JSON object per line: train, eval, sample, gradients, checkpoint, warning, memory, done
         train.log        what the terminal showed
         plots/           curves.png and curves.svg, if logging.plots asks for them

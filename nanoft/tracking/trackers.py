@@ -23,13 +23,16 @@ from nanoft.tracking.plots import number
 from nanoft.tracking.run import Tracker
 
 TIMEOUT_S = 60.0  # for one drawing
+TRACKERS = ("tensorboard", "wandb")  # and the package and extra of each
 
 
 def require_tracker_packages(wanted: LoggingConfig) -> None:
     """Raise a UserError that names the extra to install, if a tracker's package is missing."""
-    plots, report_to = wanted.plots, wanted.report_to
-    for field, value, package, extra in (("plots", plots, "matplotlib", "plot"), ("report_to", *[report_to] * 3)):
-        if value != "none" and importlib.util.find_spec(package) is None:
+    packages = [("report_to", name, name) for name in TRACKERS if wanted.report_to in (name, "all")]
+    packages += [("plots", "matplotlib", "plot")] * (wanted.plots != "none")
+    for field, package, extra in packages:
+        if importlib.util.find_spec(package) is None:
+            value = getattr(wanted, field)
             raise UserError(f"logging.{field}: {value} needs {package}: pip install -e '.[{extra}]', or set none")
 
 
@@ -37,9 +40,9 @@ def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     """The trackers that the config asks for, after `step` completed steps."""
     plots, report_to = config.logging.plots, config.logging.report_to
     trackers: list[Tracker] = [Plots(directory, plots)] if plots != "none" else []
-    if report_to == "tensorboard":
+    if report_to in ("tensorboard", "all"):
         trackers.append(TensorBoard(directory / "tensorboard", step))
-    return [*trackers, WandB(directory, config)] if report_to == "wandb" else trackers
+    return [*trackers, WandB(directory, config)] if report_to in ("wandb", "all") else trackers
 
 
 def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +26,9 @@ from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointManager
 from nanoft.config import Config, LoRAConfig
 from nanoft.config.fields import nearest
+from nanoft.config.loading import Loaded, read_config
 from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
+from nanoft.config.schemas import FIELDS_FILE
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
@@ -36,6 +38,7 @@ from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.tables import format_duration
+from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
 from nanoft.lora import disabled
 from nanoft.model import Decoder
@@ -53,7 +56,7 @@ from nanoft.tracking.trackers import build_trackers
 from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
 from nanoft.training.progress import log_memory
 from nanoft.training.state import TrainContext, TrainState
-from nanoft.training.validation import check_schedule
+from nanoft.training.validation import check_schedule, validate_config
 
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, base and source, device, threads, date
 # What lora.start_from takes from the adapter.
@@ -61,6 +64,15 @@ SHAPE = """
     rank alpha target_modules rank_pattern alpha_pattern rslora dora bias modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
 IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
+
+
+def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
+    """Read and check the config; prints what became of the names in files of another schema."""
+    source = read_config(path, words)
+    for line in [] if distributed.process_rank() else source.explanation:
+        print(line)
+    validate_config(source.config, source.names)
+    return source
 
 
 def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> Planner:
@@ -73,9 +85,17 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
 
 
 def init_run_dir(
-    config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str, start: TrainedAdapter | None = None
+    config: Config,
+    run: Run,
+    machine: Machine,
+    files: ModelFiles,
+    resume: str,
+    start: TrainedAdapter | None = None,
+    fields: Sequence[str] = (),
 ) -> Provenance:
     """On rank 0: check that the directory is new or holds this very run, and write its config.json.
+
+    `fields` says what became of each name in a config of another schema.
 
     Returns what the run depends on; date (which a template may print) and CPU threads are those of its first session.
     """
@@ -111,6 +131,8 @@ def init_run_dir(
             run.print(f"warning: {threads}: from here on the run is not bit-identical to an uninterrupted one")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
+    if fields:
+        atomic.replace_file(run.directory / FIELDS_FILE, redact("\n".join(fields) + "\n").encode())
     if start:
         check_start(start, config, provenance, run)
     return provenance

@@ -6,7 +6,7 @@ entry beside its mathematics. All three commands call `validate_config` right af
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from nanoft import UserError
 from nanoft.config import Config, TrainingConfig
@@ -20,8 +20,12 @@ from nanoft.optim import OPTIMIZERS, SCHEDULES, warmup_steps
 MAX_RANK = 4096  # of LoRAConfig.rank
 
 
-def validate_config(config: Config) -> None:
-    """Check the names of table entries, and what the tables say about other settings; a mistake is a UserError."""
+def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> None:
+    """Check the names of table entries, and what the tables say about other settings; a mistake is a UserError.
+
+    Args:
+        origin: section.field -> its name in the user's file, where that is another.
+    """
     t = config.training
     names: dict[str, tuple[str, Iterable[str]]] = {
         "training.objective": (t.objective, OBJECTIVES),
@@ -31,7 +35,8 @@ def validate_config(config: Config) -> None:
     }
     for field, (name, known) in names.items():
         if name not in known:
-            raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, list(known))}")
+            place = f"{origin[field]}: {field}" if origin and field in origin else field
+            raise UserError(f"{place}: {name!r:.60} is not known{nearest(name, list(known))}")
     if (config.lora.init, config.lora.dora) not in VARIANTS:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
     if t.method == "lora":
@@ -46,7 +51,7 @@ def validate_config(config: Config) -> None:
 
 def check_schedule(t: TrainingConfig, total_steps: int | None) -> None:
     """Refuse a warm-up that is longer than the run."""
-    if total_steps and warmup_steps(total_steps, t) > total_steps:
+    if t.long_warmup == "refuse" and total_steps and warmup_steps(total_steps, t) > total_steps:
         run = f"the run has {total_steps:,} steps and would never reach training.learning_rate"
         raise UserError(f"training.warmup_steps: {t.warmup_steps}: {run}: lower it, or set warmup_ratio instead")
 

@@ -1,0 +1,269 @@
+"""Two schemas of other programs whose files run as they are, each recognized by its names.
+
+    {"task": "text-generation", "strategy": "qlora", "compute_specs": "low_end", ...}     ModelForge: flat
+    training: {batch_size: 2, adam_beta1: 0.9, lr_scheduler_type: cosine}                 MLX: with sections
+
+A schema is a table of names like that of `aliases.py`, the values that its files leave out, and the names that have no
+effect beside others. What became of each name is printed in a few lines and saved in the run directory (`FIELDS_FILE`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanoft import UserError
+from nanoft.config.aliases import ALIASES, DTYPES, RULES, Alias, Meaning, Note, Rule, Settings, noted, steps
+from nanoft.config.fields import nearest
+from nanoft.config.settings import FIELDS, SECTION_TYPES, Config
+from nanoft.io.tables import wrap
+
+FIELDS_FILE = "fields.txt"  # in the run directory
+
+
+@dataclass(frozen=True)
+class Schema:
+    """`defaults`: what a file leaves out, where nanoft's default differs; `environment`: variable -> name."""
+
+    name: str
+    table: Mapping[str, Alias]
+    rules: Sequence[Rule] = ()
+    defaults: Settings = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    warn: Callable[[Config], list[str]] = lambda config: []
+
+
+def between(low: float, high: float, *types: type, bounds: str = "[]") -> Callable[[Any], Any]:
+    """A check that a number is in [low, high], (low, high], or (low, high), as `bounds` says."""
+    above, below = bounds[0] == "(", bounds[1] == ")"
+    wanted = f"must be a {'whole ' * bool(types)}number {'>' if above else '>='} {low}"
+    wanted += f" and {'<' if below else '<='} {high}" * (high < 1e9)
+
+    def check(value: Any) -> Any:
+        if type(value) not in (types or (int, float)) or not low <= value <= high:
+            raise ValueError(wanted)
+        if (above and value == low) or (below and value == high):
+            raise ValueError(wanted)
+        return value
+
+    return check
+
+
+def filled(value: Any) -> Any:
+    """A text that is not empty."""
+    if not str(value).strip():
+        raise ValueError("cannot be empty")
+    return value
+
+
+def pairs(text: str) -> dict[str, str]:
+    """'a=b c=d' -> {a: b, c: d}."""
+    return dict(pair.split("=") for pair in text.split())
+
+
+def if_installed(package: str, value: Any) -> Any:
+    missing = importlib.util.find_spec(package) is None
+    return Note(f"{package} is not installed: pip install {package}") if missing else value
+
+
+def tracker(name: str) -> Alias:
+    return Alias("logging.report_to", {False: {}, True: if_installed(name, name)})
+
+
+# compute_specs -> the config whose plan fits into the smallest of its GPUs (4, 8, 16 GB), and what it supplies: what
+# depends on memory. For the rest the schema has defaults.
+COMPUTE_SPECS = {"low_end": "gpu_8gb.py", "mid_range": "gpu_12gb.py", "high_end": "gpu_24gb.py"}
+SUPPLIED = """
+    model.max_seq_length quantization.bits quantization.type quantization.double quantization.dequantize
+    training.micro_batch_size training.gradient_accumulation_steps training.checkpointing evaluation.batch_size
+    evaluation.prompt_batch_size
+"""
+TASKS = {"text-generation": {}, "summarization": "summarization", "extractive-question-answering": "extractive_qa"}
+SFT = {"training.objective": "sft", "training.method": "lora"}
+STRATEGIES = {"sft": SFT, "qlora": SFT | {"quantization.bits": 4}, "dpo": "dpo", "rlhf": "rlhf"}
+MODELFORGE_ONLY = {
+    "task": Alias("data.format", TASKS),
+    "provider": Alias(values={"huggingface": {}, "unsloth": Note("nanoft's own kernels are used instead")}),
+    "strategy": Alias("training.objective", STRATEGIES),
+    "compute_specs": Alias(
+        values={name: Note(f"configs/{file} supplies what the file leaves out") for name, file in COMPUTE_SPECS.items()}
+    ),
+}
+MODELFORGE_NAMES = {
+    **MODELFORGE_ONLY,
+    "model_name": Alias("model.name", filled),
+    "dataset": Alias("data.train_file", filled),
+    "use_4bit": Alias("quantization.bits", {True: 4, False: 16}),
+    "lora_r": Alias("lora.rank", between(1, 256, int)),
+    "num_train_epochs": Alias("training.num_epochs", between(1, float("inf"), int)),
+    "learning_rate": Alias("training.learning_rate", between(0, 1, bounds="(]")),
+    "eval_split": Alias("data.validation_split", between(0, 1)),
+    "max_seq_length": Alias("model.max_seq_length", {-1: {}}, open=True),
+}
+MODELFORGE_DEFAULTS = """
+    lora.dropout=0.1 data.validation_split=0.2 data.group_by_length=true training.num_epochs=1
+    training.max_grad_norm=0.3 training.weight_decay=0.001
+"""
+BITS_RULE = Rule("use_4bit", "use_8bit", lambda other, own: other is True and not own)
+MODELFORGE = Schema("ModelForge", ALIASES | MODELFORGE_NAMES, [*RULES, BITS_RULE], pairs(MODELFORGE_DEFAULTS))
+
+# The MLX schema: names that mean the same here, name=field, and the others
+MLX_SAME = """
+    model.name model.max_seq_length lora.rank lora.alpha lora.dropout lora.target_modules lora.bias data.validation_size
+    training.gradient_accumulation_steps training.num_epochs training.learning_rate training.weight_decay
+    training.max_grad_norm training.warmup_steps training.min_lr_ratio training.eval_steps training.save_steps
+    training.label_smoothing training.early_stopping_patience training.early_stopping_threshold system.seed
+    system.device
+"""
+MLX_RENAMED = """
+    data.dataset_path=data.train_file data.max_examples=data.max_samples training.batch_size=training.micro_batch_size
+    training.adam_beta1=training.beta1 training.adam_beta2=training.beta2 training.adam_epsilon=training.epsilon
+    training.logging_steps=training.log_steps training.save_total_limit=training.keep_checkpoints
+    output.output_dir=output.dir monitoring.gradient_log_steps=logging.gradient_steps
+    evaluation.num_samples=evaluation.samples evaluation.sample_max_length=evaluation.max_new_tokens
+    advanced.compile_model=training.compile advanced.pad_to_multiple_of=data.pad_to_multiple_of
+    advanced.profile_training=system.profile
+"""
+LAYOUT = "the run directory (output.dir) has its own layout: checkpoints/, adapter/, train.log, metrics.jsonl"
+MLX_TRANSLATED = {
+    "model.cache_dir": noted("HF_HOME in the environment chooses the cache"),
+    "model.dtype": Alias("model.dtype", DTYPES),
+    "model.trust_remote_code": noted("code that comes with a model is never run, and not needed", False),
+    "lora.task_type": ALIASES["task_type"],
+    "data.train_split": Alias("data.validation_split", lambda share: round(1 - between(0, 1, bounds="()")(share), 12)),
+    "data.shuffle": Alias(values={True: {}}, fix="remove it: every epoch has another order"),
+    "data.seed": noted("system.seed also seeds the split and the order"),
+    "training.max_steps": Alias("training.max_steps", steps),
+    "training.lr_scheduler_type": Alias("training.lr_scheduler", {n: n for n in ("cosine", "linear", "constant")}),
+    "training.warmup_ratio": Alias(values=lambda n: {"training.warmup_ratio": n, "training.warmup_steps": None}),
+    "training.save_best_checkpoint": noted("the best checkpoint is always kept", True),
+    "training.load_best_at_end": ALIASES["load_best_model_at_end"],
+    **dict.fromkeys(("output.checkpoint_dir", "output.final_model_dir", "output.logs_dir"), noted(LAYOUT)),
+    **dict.fromkeys(("output.metrics_dir", "logging.log_file"), noted(LAYOUT)),
+    "output.overwrite_output_dir": ALIASES["overwrite_output_dir"],
+    "logging.level": Alias(
+        values={"INFO": {}} | dict.fromkeys(("DEBUG", "WARNING", "ERROR"), Note("train.log has one level of detail"))
+    ),
+    "logging.console": Alias(values={True: {}, False: {"logging.progress_bar": False, "logging.show_example": False}}),
+    "logging.file": noted("train.log is always written", True),
+    "logging.json_logs": noted("metrics.jsonl is always written", True),
+    "logging.tensorboard": tracker("tensorboard"),
+    "logging.wandb": tracker("wandb"),
+    "system.num_workers": noted("batches are made by the process that trains", 0),
+    "system.mixed_precision": Alias(values={True: {}, False: {"model.dtype": "float32"}}),
+    "monitoring.track_memory": noted("memory is always watched", True),
+    "monitoring.memory_log_steps": noted("every train line has the memory (training.log_steps)"),
+    "monitoring.track_gradients": Alias(values={True: {}, False: {"logging.gradient_steps": 0}}),
+    "monitoring.save_metrics_plot": Alias(values={True: {}, False: {"logging.plots": "none"}}),
+    "monitoring.plot_frequency": Alias("logging.plots", lambda when: if_installed("matplotlib", when)),
+    "evaluation.eval_on_start": noted("the report compares with the base model at the end", False),
+    "evaluation.eval_accumulation_steps": noted("an evaluation keeps sums, and no outputs to move"),
+    "evaluation.generate_samples": Alias(values={True: {}, False: {"evaluation.samples": 0}}),
+    "evaluation.sample_temperature": Alias("evaluation.temperature", between(0, 2, bounds="(]")),
+    "evaluation.sample_top_p": Alias("evaluation.top_p", between(0, 1, bounds="(]")),
+    "advanced.gradient_checkpointing": ALIASES["gradient_checkpointing"],
+    "advanced.use_cache": noted("answers are the same with the cache, and faster", True),
+    "advanced.dataloader_pin_memory": noted("it changes no result here", False),
+    "advanced.debug_mode": Alias(values={True: {"system.debug": True}, False: {}}),
+    "advanced.detect_anomaly": Alias(values={True: {"system.debug": True}, False: {}}),
+}
+MLX_NAMES = {name: Alias(path) for name, path in pairs(MLX_RENAMED).items()} | MLX_TRANSLATED
+SAMPLING = "evaluation.num_samples evaluation.sample_max_length evaluation.sample_temperature evaluation.sample_top_p"
+MLX_RULES = [
+    Rule("training.warmup_steps", "training.warmup_ratio", lambda other, own: other),
+    Rule("training.num_epochs", "training.max_steps", lambda other, own: other),
+    Rule("training.min_lr_ratio", "training.lr_scheduler_type", lambda other, own: other == "constant"),
+    Rule("training.early_stopping_threshold", "training.early_stopping_patience", lambda other, own: not other),
+    Rule("data.train_split", "data.validation_size", lambda other, own: other),
+    Rule(SAMPLING, "evaluation.generate_samples", lambda other, own: other is False),
+    Rule("monitoring.gradient_log_steps", "monitoring.track_gradients", lambda other, own: other is False),
+    Rule("monitoring.plot_frequency", "monitoring.save_metrics_plot", lambda other, own: other is False),
+]
+MLX_DEFAULTS = """
+    model.dtype=float16 lora.dropout=0.05 lora.target_modules=q_proj,v_proj data.validation_split=0.1
+    training.micro_batch_size=2 training.weight_decay=0.01 training.warmup_steps=100 training.long_warmup=warn
+    training.min_lr_ratio=0.1 training.eval_steps=50 training.save_steps=100 training.early_stopping_threshold=1e-4
+    training.checkpointing=none logging.gradient_steps=100 system.seed=42 evaluation.samples=5
+    evaluation.max_new_tokens=100 evaluation.temperature=0.7 evaluation.top_p=0.9
+"""
+MLX_ENVIRONMENT = """
+    BATCH_SIZE=training.batch_size LEARNING_RATE=training.learning_rate NUM_EPOCHS=training.num_epochs
+    LORA_RANK=lora.rank DATASET_PATH=data.dataset_path OUTPUT_DIR=output.output_dir
+"""
+
+
+def mlx_warnings(config: Config) -> list[str]:
+    """The warnings of the schema's `validate` that nanoft does not have for every config."""
+    t, length, rank = config.training, config.model.max_seq_length, config.lora.rank
+    found = {
+        f"batch_size={t.micro_batch_size}: more than 4 may run out of memory on 24 GB": config.micro_batch_rows() > 4,
+        f"max_seq_length={length}: more than 2048, the context that this schema knows": length > 2048,
+        f"lora.rank={rank}: quite large; 8 to 32 are typical": rank > 64,
+        f"learning_rate={t.learning_rate}: above 1e-4 without warm-up": t.learning_rate > 1e-4 and t.warmup_steps == 0,
+    }
+    return [text for text, applies in found.items() if applies]
+
+
+MLX = Schema(
+    "MLX",
+    {path: Alias(path) for path in FIELDS} | MLX_NAMES,  # nanoft's own names are accepted, too
+    MLX_RULES,
+    pairs(MLX_DEFAULTS) | {"logging.plots": "epoch" if importlib.util.find_spec("matplotlib") else "none"},
+    pairs(MLX_ENVIRONMENT),
+    mlx_warnings,
+)
+SECTIONS = {*SECTION_TYPES, "monitoring", "advanced"}
+HUGGING_FACE = Schema("Hugging Face", ALIASES, RULES)
+
+
+def is_flat(tree: Mapping[str, Any]) -> bool:
+    """Whether a file has names at its top, and no sections."""
+    has_settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
+    return has_settings and not tree.keys() & SECTIONS
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """{"lora": {"rank": 8}} -> {"lora.rank": 8}."""
+    for section, fields in tree.items():
+        if section not in SECTIONS:
+            raise UserError(f"{section}: no such section{nearest(str(section), SECTION_TYPES)}")
+        if not isinstance(fields, Mapping):
+            raise UserError(f"{section}: {fields!r:.100} is not a mapping of fields")
+    return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
+
+
+def recognize(tree: Mapping[str, Any]) -> Schema | None:
+    """The schema of a file, by its names; None: nanoft's own."""
+    if is_flat(tree):
+        return MODELFORGE if tree.keys() & MODELFORGE_ONLY.keys() else HUGGING_FACE
+    names = {f"{section}.{name}" for section, fields in tree.items() if isinstance(fields, Mapping) for name in fields}
+    only_theirs = names & MLX_NAMES.keys() - FIELDS.keys()
+    return MLX if len(only_theirs) > len(names & FIELDS.keys() - MLX_NAMES.keys() - set(MLX_SAME.split())) else None
+
+
+def check_modelforge(file: Mapping[str, Any]) -> None:
+    """What the schema demands of a file as a whole."""
+    if (given := file.get("compute_specs")) not in list(COMPUTE_SPECS):
+        raise UserError(
+            f"compute_specs: {given!r:.60}: set low_end (4-6 GB), mid_range (8-12 GB) or high_end (16 GB up)"
+        )
+    if file.get("provider") == "unsloth" and file.get("max_seq_length", 1) in (None, -1):
+        raise UserError("max_seq_length: unsloth needs a number: set it, for example to 2048")
+
+
+def explain(schema: Schema, meanings: Sequence[Meaning]) -> list[str]:
+    """A few lines for the terminal: how many names set fields, and why others do not."""
+    notes: dict[str, list[str]] = {}
+    for meaning in meanings:
+        if meaning.note:
+            notes.setdefault(meaning.note, []).append(meaning.name)
+    effects = sum(bool(meaning.settings) for meaning in meanings)
+    same = len(meanings) - effects - sum(map(len, notes.values()))
+    head = (
+        f"{schema.name} schema: {effects} of {len(meanings)} names set fields ({FIELDS_FILE}), {same} say the default"
+    )
+    lines = [f"{m.name}={m.value} in the environment" for m in meanings if m.name in schema.environment]
+    lines += [f"{', '.join(names)}: {why}" for why, names in notes.items()]
+    return [wrap(f"config    {head} or nothing", 10), *(wrap(f"          {line}", 12) for line in lines)]
