@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 def lines(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, tuple[str, str]]]:
     """Exit code, and by name the outcome of each line and what it says."""
     code = main(["doctor", *arguments])
-    found = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    whole = re.sub(r"\n {10,}", " ", capsys.readouterr().out)  # lines that were wrapped
+    found = [line.split(maxsplit=1) for line in whole.splitlines()]
     return code, {rest[:13].strip(): (outcome, rest[14:]) for outcome, rest in found}
 
 
