@@ -38,7 +38,7 @@ def build(path: Path, chat: ChatTokenizer, count: int = 20, limit: int = 512, **
 @pytest.mark.parametrize(("factor", "passed"), [(1.0, True), (0.0, False), (0.05, False), (30.0, False), (0.5, True)])
 def test_the_row_of_the_stop_token(tmp_path: Path, factor: float, passed: bool) -> None:
     make_chat_model(tmp_path / "model")
-    model = load_model(tmp_path / "model", torch.device("cpu"), torch.float32)
+    model = load_model(tmp_path / "model", torch.device("cpu"), torch.float32).requires_grad_(False)
     chat = ChatTokenizer.from_directory(tmp_path / "model")
     corpus = build(tmp_path / "d.jsonl", chat)
     row = CONTROL.index("<|im_end|>")
@@ -48,11 +48,12 @@ def test_the_row_of_the_stop_token(tmp_path: Path, factor: float, passed: bool) 
     check = check_head(model, chat, corpus.training)
     assert check.passed is passed
     assert f"'<|im_end|>': {factor:.2f}" in check.found
+    assert check_head(model.requires_grad_(), chat, corpus.training).passed  # a head that trains can learn to stop
 
 
 def test_rows_that_only_fill_up_the_vocabulary_do_not_count(tmp_path: Path) -> None:
     make_chat_model(tmp_path / "model")
-    model = load_model(tmp_path / "model", torch.device("cpu"), torch.float32)
+    model = load_model(tmp_path / "model", torch.device("cpu"), torch.float32).requires_grad_(False)
     chat = ChatTokenizer.from_directory(tmp_path / "model")
     corpus = build(tmp_path / "d.jsonl", chat)
     with torch.no_grad():
