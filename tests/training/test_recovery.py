@@ -246,10 +246,10 @@ def test_out_of_memory_inside_an_evaluation_leaves_the_mode_as_it_was(tmp_path: 
         calls[0] += 1
         return no_memory() if calls[0] == 1 else real(*args)
 
-    def evaluating(_: int, validate: Any, ctx: train.TrainContext) -> Any:
+    def evaluating(_: int, validate: Any, *args: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(perplexity, "token_nll", failing)
-            return validate(ctx)
+            return validate(*args)
 
     in_the_loop(monkeypatch, "validate", evaluating, progress)
     assert train.main(quick(short, lora__dropout=0.2)) == 0
@@ -261,10 +261,10 @@ def test_out_of_memory_inside_an_evaluation_leaves_the_mode_as_it_was(tmp_path: 
 
 
 def test_an_evaluation_that_fails_is_an_event(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    def failing(number: int, real: Any, ctx: train.TrainContext) -> Any:
+    def failing(number: int, real: Any, *args: Any) -> Any:
         if number == 1:
             raise ValueError("no such thing")
-        return real(ctx)
+        return real(*args)
 
     in_the_loop(monkeypatch, "validate", failing, progress)
     assert train.main(quick(tmp_path / "run")) == 0
