@@ -423,8 +423,8 @@ DATA = {
     "blank": (lambda p: write(p / "d.jsonl", "\n \n"), ["d.jsonl", "empty"]),
     "wrong field": (lambda p: write(p / "d.jsonl", record(query="a", reply="b") * 9), ["d.jsonl", "query"]),
     "one in ten bad": (
-        lambda p: write(p / "d.jsonl", PAIR * 9 + record(prompt=1, completion="two")),
-        ["d.jsonl:10: prompt: 1 is not a string", "1 of 10 records"],
+        lambda p: write(p / "d.jsonl", PAIR * 9 + record(prompt=True, completion="two")),
+        ["d.jsonl:10: prompt: true is not a string", "1 of 10 records"],
     ),
     "not json": (lambda p: write(p / "d.jsonl", PAIR + "{oops\n"), ["d.jsonl:2"]),
     "nan": (lambda p: write(p / "d.jsonl", (PAIR + '{"prompt": "x", "completion": NaN}\n')), ["d.jsonl:2", "NaN"]),
