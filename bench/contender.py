@@ -275,8 +275,9 @@ def build_nanoft(args: argparse.Namespace, device: Any) -> Any:
     import torch
 
     dtype = getattr(torch, args.dtype)
+    config = decoder_config(hf_config(args))  # computes angles, which are checked
     with torch.device("meta"):
-        model = Decoder(decoder_config(hf_config(args)))
+        model = Decoder(config)
     for name, shape in [(name, p.shape) for name, p in model.named_parameters()]:
         weight = random_weight(args, name, shape, device).to(dtype)
         place, _, leaf = name.rpartition(".")

@@ -61,8 +61,9 @@ def make_base(directory: Path, layers: int) -> int:
     """Write random weights in shards, some rows at a time; returns their size in bytes."""
     config = hf_config(layers)
     (directory / "config.json").write_text(json.dumps(config))
+    shape = decoder_config(config)
     with torch.device("meta"):
-        model = Decoder(decoder_config(config))
+        model = Decoder(shape)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
 
@@ -132,8 +133,9 @@ def measure(adapter: Path, out: Path) -> dict[str, Any]:
 def run(layers: int) -> dict[str, Any]:
     root = Path(tempfile.mkdtemp(prefix="nanoft-merge-", dir=os.environ.get("TMPDIR", "/tmp")))
     try:
+        shape = decoder_config(hf_config(layers))
         with torch.device("meta"):
-            model = Decoder(decoder_config(hf_config(layers)))
+            model = Decoder(shape)
         needed = 2 * sum(2 * p.numel() for p in model.parameters())
         if needed * 1.1 > (free := shutil.disk_usage(root).free):
             raise SystemExit(f"{root} has {free / 1e9:.0f} GB free, {needed * 1.1 / 1e9:.0f} GB are needed: --layers")

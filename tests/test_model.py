@@ -145,7 +145,6 @@ def test_classic_and_current_config_give_the_same_shape(case: str, tmp_path: Pat
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
 def test_what_changes_the_maths_and_is_unknown_is_refused(change: dict[str, object], message: str) -> None:

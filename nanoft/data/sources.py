@@ -286,10 +286,8 @@ class _JsonText:
     def peek(self) -> str:  # the next character that is not white space; empty at the end
         while True:
             self.at = WHITE_SPACE.match(self.window, self.at).end()  # type: ignore[union-attr]  # always matches
-            if self.at < len(self.window):
-                return self.window[self.at]
-            if not self._more():
-                return ""
+            if self.at < len(self.window) or not self._more():
+                return self.window[self.at : self.at + 1]
 
     def take(self, wanted: str) -> None:
         found = self.peek()
@@ -305,6 +303,8 @@ class _JsonText:
             try:
                 value, end = DECODER.raw_decode(self.window, self.at)
                 reason, length = "", end - self.at
+                if length > limit:
+                    raise UserError(f"{self.path}: record {number}: longer than {limit >> 20} MiB: write JSON Lines")
             except RecursionError:
                 raise UserError(f"{self.path}: record {number}: nested too deeply") from None
             except json.JSONDecodeError as error:

@@ -247,9 +247,10 @@ def test_a_quantization_config_beside_plain_weights_is_ignored_with_a_line(tmp_p
     assert (logits(load(tmp_path)) - logits(reference)).abs().max() < 1e-4
     set_config(tmp_path, quantization_config={**LEFT_OVER, "load_in_4bit": False})  # switched off
     assert not ModelFiles.read(tmp_path).notes
-    set_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UserError, match=r"quantization_config: .* if the weights are not quantized, remove the field"):
-        load(tmp_path)
+    for other in ({"quant_method": "gptq", "bits": 4}, {"bits": 4}):
+        set_config(tmp_path, quantization_config=other)
+        with pytest.raises(UserError, match=r"quantization_config: .* if the weights are not quantized, remove the"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])

@@ -399,11 +399,11 @@ def test_a_linear_is_read_from_what_bitsandbytes_writes(kind: str, double: bool)
     weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
     packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=double)
     tensors = {"weight": packed, **{f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}}
-    formats = {"U8": torch.uint8, "F32": torch.float32}
+    dtypes = {"U8": torch.uint8, "F32": torch.float32}
     expected = stored_tensors((96, 64), (kind, double))
     assert tensors.keys() == expected.keys()
-    for name, (number_format, shape) in expected.items():
-        assert tensors[name].dtype == formats[number_format], name
+    for name, (forms, shape) in expected.items():
+        assert [tensors[name].dtype] == [dtypes[form] for form in forms], name
         assert shape is None or tensors[name].shape == shape, name
     linear = read_stored(tensors, (96, 64), (kind, double), torch.float32)
     assert torch.equal(linear.dequantize(), bitsandbytes.functional.dequantize_4bit(packed, state))

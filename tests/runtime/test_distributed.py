@@ -460,7 +460,7 @@ def test_a_plan_is_told_once_for_the_processes_that_there_are(tmp_path: Path) ->
 
 def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
     older = (
-        "real = setup.library_versions\nif rank == 1:\n    setup.library_versions = lambda: {**real(), 'torch': '1.0'}"
+        "real = train.library_versions\nif rank == 1:\n    train.library_versions = lambda: {**real(), 'torch': '1.0'}"
     )
     _, err = run(2, tmp_path / "run", older)
     assert codes(tmp_path / "run") == {0: 2, 1: 2}
