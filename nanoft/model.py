@@ -254,7 +254,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def grow_vocabulary(self, size: int) -> None:
-        """Append rows to the embedding and the head, the mean of each, up to so many tokens."""
+        """Append rows to the embedding and the head, the mean of each, until they have `size` tokens."""
         more = max(0, size - self.config.vocab_size)
         self.config = replace(self.config, vocab_size=self.config.vocab_size + more)
         for module in [self.model.embed_tokens] + ([] if self.lm_head is None else [self.lm_head]) if more else []:

@@ -270,7 +270,7 @@ class DatasetBuilder:
             pool &= ~near
         count, is_own = int(pool.sum()), data.validation_file is None
         size = self._held_out_size(count) if is_own else int(is_validation.sum())
-        # Records whose prompt is too frequent to be held out, or to be a leak, are told apart by their answers, too.
+        # If a prompt is too frequent to be held out, or to be a leak, its records are compared by prompt and answer.
         is_frequent = filters.is_frequent(prompts, pool, size if is_own else min(size, count / 2))
         content = np.array(self.content, np.uint64)
         if is_own:

@@ -1,9 +1,10 @@
 """One chat template: how it wants its messages, and what it puts around an answer.
 
 Templates differ in what they read: the thought of an answer is `reasoning_content` in one and `thinking` in another;
-the arguments of a call are an object in one and JSON text in another. `render` gives each what it reads. What stands
-around an answer is learned once, by rendering a placeholder as the answer: an empty thought before it, the token that
-ends the turn. In some families (GLM) that is the token of the next role, which the template writes only when it comes.
+the arguments of a call are an object in one and JSON text in another. `render` gives each what it reads. The
+text around an answer (an empty thought before it, the token that ends the turn) is found once, by rendering a
+placeholder as the answer. In some families (GLM) the turn is ended by the token of the next role, which the template
+writes only when that turn comes.
 """
 
 from __future__ import annotations

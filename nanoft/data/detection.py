@@ -1,8 +1,8 @@
 """Which shape the records of a file have, and which of their columns are its fields.
 
-Data sets name one field in many ways: `output`, `response`, `completion`. A shape whose fields stand there under their
-own names is taken first; other names count only where a single reading uses them all. What can be read in two ways is
-not guessed: the error prints the settings to choose from.
+Data sets name one field in many ways: `output`, `response`, `completion`. A shape whose fields occur under their own
+names is chosen first; other names count only if exactly one shape can be read from them. An ambiguous file is an error,
+which prints the settings to choose from.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def normalized_name(name: str) -> str:
 def find_columns(shape: Shape, present: Collection[str]) -> list[dict[str, str]]:
     """All ways to find a shape's fields among the columns, as field -> column; none if a required one is missing.
 
-    If all required fields are there under their own names, no other column is meant.
+    If all required fields occur under their own names, other columns are not considered.
     """
     is_exact = all(name in present for name in shape.required)
     choices: list[list[tuple[str, str] | None]] = []

@@ -232,7 +232,7 @@ SHAPES = {
 TURNS = ("messages", "conversations", "prompt", "completion")  # fields that hold lists of turns
 
 
-def _parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
+def parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The tools that are offered: `tools`, or OpenAI's older `functions`."""
     tools = as_json(record.get("tools") or record.get("functions") or None, "tools")
     if not tools:
@@ -343,7 +343,7 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, data:
         messages = to_messages(record)
         if "system" in fields_read and (system := optional_text(record, "system")):
             messages.insert(0, {"role": "system", "content": system})
-        tools = _parse_tools(record) if "tools" in fields_read else None
+        tools = parse_tools(record) if "tools" in fields_read else None
     except (TypeError, AttributeError, ValueError, LookupError):
         raise BadRecord(f"does not have the form of {shape} (docs/data.md)") from None
     _check_turns(messages)

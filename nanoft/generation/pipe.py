@@ -17,7 +17,7 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
-from nanoft.data.formats import turns_of
+from nanoft.data.formats import parse_tools, turns_of
 from nanoft.data.sources import BadRecord, decode_json
 from nanoft.generation.generate import Answer
 
@@ -44,11 +44,14 @@ class LineReader:
             messages = _messages(record)
             if self.system and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self.system}, *messages]
-            prompt = self.chat.encode_prompt(messages, record.get("tools"))
+            tools = parse_tools(record)
+            prompt = self.chat.encode_prompt(messages, tools)
+            if tools and prompt == self.chat.encode_prompt(messages):
+                raise UserError("the chat template omits tools: remove them")
             return number, record, prompt, answer_limit(prompt, self.context, self.max_new_tokens)
         except UnicodeDecodeError:
             raise UserError(f"stdin:{number}: not UTF-8: convert it, for example with iconv") from None
-        except UserError as error:
+        except (UserError, BadRecord) as error:
             raise UserError(f"stdin:{number}: {error}") from None
 
 

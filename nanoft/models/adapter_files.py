@@ -224,7 +224,7 @@ def _scaling(lora: LoRAConfig, name: str) -> float:
 
 
 def ranks_of(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The rank of each low-rank adapter by its module: A has so many rows."""
+    """The rank of each low-rank adapter by its module: the number of rows of A."""
     found = {_split(name)[0]: tensor for name, tensor in tensors.items() if FACTOR_A.search(name)}
     return {module: len(a) if a.dim() else 0 for module, a in found.items()}
 

@@ -243,7 +243,7 @@ def vocabulary(files: ModelFiles, tokenizer: ChatTokenizer, start: TrainedAdapte
 
 
 def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int = 0, on_cpu: bool = False) -> Decoder:
-    """The base model: as it is stored, quantized while it streams from disk, or random; with so many tokens."""
+    """The base model: as it is stored, quantized while it streams from disk, or random; of at least `tokens` tokens."""
     device = torch.device("cpu") if on_cpu or config.training.sharding == "full" else machine.device
     # full training in float32: AdamW's small updates are lost when they are added to bfloat16
     dtype = torch.float32 if config.training.method == "full" else machine.dtype
