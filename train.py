@@ -170,8 +170,8 @@ def build(
     optimizer = build_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.training)
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
-        validation=corpus.validation.units(slice(config.evaluation.max_samples)), model=model, adapters=adapters, plan=plan,
-        objective=build_objective(config, adapters), optimizer=optimizer,
+        validation=corpus.validation.units(slice(config.evaluation.max_samples)), model=model, adapters=adapters,
+        plan=plan, objective=build_objective(config, adapters), optimizer=optimizer,
         scaler=build_scaler(machine.device, machine.dtype),
         writer=setup.open_checkpoints(config, run, provenance), planner=planner,
     )  # fmt: skip

@@ -66,7 +66,8 @@ class TokenDataset(Sequence[Sample]):
         starts = np.cumsum([0, *(len(sample.ids) for sample in samples)])
         records = np.array([sample.record for sample in samples], dtype=np.int64)
         parts = [encode_targets(sample) for sample in samples]
-        tokens, labels = np.concatenate([np.empty(0, np.int32), *parts]), np.float32([s.label for s in samples])
+        tokens = np.concatenate([np.empty(0, np.int32), *parts])
+        labels = np.array([sample.label for sample in samples], np.float32)
         return cls(tokens, starts, records, np.arange(len(samples)), labels, unit_size)
 
     def __len__(self) -> int:
@@ -383,7 +384,7 @@ def share_of_rank(batches: Iterable[Batch]) -> Iterator[Batch]:
         if (count - 1) % size == distributed.process_rank():
             yield batch
     if 0 < count % size <= distributed.process_rank():
-        blank = dict.fromkeys(("target_positions", "targets", "sequence"), none)
+        blank: dict[str, Any] = dict.fromkeys(("target_positions", "targets", "sequence"), none)
         yield dataclasses.replace(batch, **blank, tokens=0, samples=batch.samples[:0])
 
 

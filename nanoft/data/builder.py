@@ -241,7 +241,8 @@ class DatasetBuilder:
 
     def _add_unit(self, samples: list[Sample], versions: list[list[Message]], conversation: Conversation) -> None:
         """Write the samples of a unit, truncated if need be; or note why they are lost."""
-        data, fitted, longest = self.data, None, max(len(sample.ids) for sample in samples)
+        data, longest = self.data, max(len(sample.ids) for sample in samples)
+        fitted: list[Sample] | None = None
         targets = [int(sample.is_target.sum()) for sample in samples]
         if all(targets):
             with contextlib.suppress(TemplateRefusal):  # the template needs what was removed
@@ -249,7 +250,7 @@ class DatasetBuilder:
                 fitted = fit(samples, versions, conversation, *limits)
         kept = [int(sample.is_target.sum()) for sample in fitted or []]
         self.target_tokens_lost += sum(targets) - sum(kept)
-        is_equal = bool(fitted) and len(samples) == 2 and np.array_equal(fitted[0].ids, fitted[1].ids)
+        is_equal = fitted is not None and len(samples) == 2 and np.array_equal(fitted[0].ids, fitted[1].ids)
         if fitted and not is_equal and min(len(sample.ids) for sample in fitted) >= data.min_tokens:
             self.near_equal += len(fitted) == 2 and filters.overlap(*fitted) >= NEAR_EQUAL
             for sample, whole, count in zip(fitted, samples, kept, strict=True):

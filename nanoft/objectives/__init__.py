@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class Objective(Protocol):
     settings: ClassVar[tuple[str, ...]]  # the fields of the section `preference` that it reads
 
     def begin(self, model: Decoder, sides: list[TokenDataset], directory: Path | None, batch_size: int) -> None:
-        """What needs every sample and the model as it was before training; `directory` is the run's, if there is one."""
+        """What needs every sample and the model as it was before training; `directory`: the run's."""
 
     def prepare(self, model: Decoder, window: Window) -> None:
         """What needs the whole window, without gradient, before its first micro-batch."""
@@ -52,9 +52,10 @@ class Objective(Protocol):
 
 
 # Each is built from the config and the adapters by name, which are empty in full training.
-OBJECTIVES: dict[str, type[Objective]] = {"sft": SFT, "dpo": DPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO}
+OBJECTIVES: dict[str, Any] = {"sft": SFT, "dpo": DPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO}
 
 
 def build_objective(config: Config, adapters: dict[str, Adapter]) -> Objective:
     """The objective that `training.objective` names."""
-    return OBJECTIVES[config.training.objective](config, adapters)  # type: ignore[call-arg]
+    objective: Objective = OBJECTIVES[config.training.objective](config, adapters)
+    return objective

@@ -1,9 +1,9 @@
 """KTO: learn from single answers that are good or bad, which are easier to collect than pairs.
 
 A reward is felt as a gain or a loss against a point of origin (Kahneman and Tversky 1979). The reward of an answer is
-beta (log p(y|x) - log p_ref(y|x)), and the origin that of an average one, beta KL(policy | reference)  (Ethayarajh et al.
-2024, "KTO: Model Alignment as Prospect Theoretic Optimization"). The KL divergence is estimated before each step, over
-its whole window and all ranks, on prompts with the answer to another prompt: so it does not depend on micro-batches.
+beta (log p(y|x) - log p_ref(y|x)), and the origin that of an average one, beta KL(policy | reference) (Ethayarajh et
+al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization"). The KL divergence is estimated before each step,
+over its whole window and all ranks, on prompts with the answer to another prompt: micro-batches do not change it.
 """
 
 from __future__ import annotations

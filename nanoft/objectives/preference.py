@@ -7,9 +7,9 @@ that is trained; the reference is the policy at step 0, which it should not leav
     r = log p(y-|x) - log p_ref(y-|x)        and the rejected one,
 
 beta c and beta r are implicit rewards: the policy is the optimum of those rewards less beta times its KL divergence
-from the reference (Rafailov et al. 2023, "Direct Preference Optimization", section 4). The loss of a step is a mean over
-the pairs of its window, however they are split into micro-batches. The two answers of a pair are two documents in one
-row of a batch.
+from the reference (Rafailov et al. 2023, "Direct Preference Optimization", section 4). The loss of a step is a mean
+over the pairs of its window, however they are split into micro-batches. The two answers of a pair are two documents in
+one row of a batch.
 """
 
 from __future__ import annotations

@@ -351,12 +351,13 @@ def show_plan(config: Config) -> int:
     planner = Planner.of(config, machine, decoder)
     config = resolve_micro_batch_size(planner, None)
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
-    plan, size = planner.choose_activations(config.micro_batch_rows() * planner.unit_size, length), planner.unit_size
+    unit = planner.unit_size  # sequences
+    plan = planner.choose_activations(config.micro_batch_rows() * unit, length)
 
     def say(name: str, text: str) -> None:
         print(wrap(f"{name:16} {text}", 17))
 
-    kind, rows = machine.device.type, config.effective_batch_size() * size
+    kind, rows = machine.device.type, config.effective_batch_size() * unit
     if not machine.present:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
@@ -376,7 +377,7 @@ def show_plan(config: Config) -> int:
             say("speed", f"{tokens_s:9,.0f} tokens/s if {reach}")
         else:
             say("speed", f"at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")
-    fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * size, length, planner.keep_by("full")).peak <= room]
+    fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * unit, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
     say("micro-batch", f"{most} rows of {length} tokens fit, with every block recomputed")
     for warning in plan_warnings(planner, files, length, None):
