@@ -127,13 +127,13 @@ PAIR_SHAPES = {
 def is_desirable(record: dict[str, Any], label: str | None) -> bool:
     """Whether a field marks an answer as good; None: the first field of LABELS that the record has."""
     name = label or next((name for name in LABELS if record.get(name) is not None), None)
-    if name is None or record.get(name) is None:
-        if label and label not in record:
-            raise BadRecord(f"has no field {label!r} (data.label_field)")
-        raise Skipped(UNLABELED, f"has no value in {label or ' or '.join(LABELS)}")
+    if name is None or name not in record:
+        where = f"field {label!r} (data.label_field)" if label else f"field {' or '.join(LABELS)}"
+        raise (BadRecord(f"has no {where}") if label else Skipped(UNLABELED, f"has no {where}"))
     value = str(record[name]).strip().lower()
     if value not in GOOD + BAD:
-        raise BadRecord(f"{name}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)")
+        what = f"{name}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)"
+        raise (Skipped(UNLABELED, what) if record[name] is None else BadRecord(what))
     return value in GOOD
 
 
