@@ -150,7 +150,7 @@ def likelihoods(
                 cut.append(Sample(sample.ids[start:end], np.arange(start, end) >= first, sample.record))
             batch = collate(TokenDataset.of(cut), list(np.arange(len(cut))[:, None]), chat.pad_id).to(device)
             hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)
-            nll = token_nll(hidden, model.head, batch.targets).cpu().double().numpy()
+            nll = token_nll(hidden, model.head, batch.targets, cap=model.config.logit_cap).cpu().double().numpy()
             ends = np.cumsum([end - first for _, _, first, end in group])  # of each window's counted tokens
             for place, own in enumerate(np.split(nll, ends[:-1]), start=at):
                 number, _, first, end = pieces[place]

@@ -76,9 +76,10 @@ def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
 def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
     """A model of two layers with the same switches, every trained parameter away from its start."""
     sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
-    sizes |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
+    sizes |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     sizes |= {name: (value[0], value[-1]) for name, value in vars(config).items() if isinstance(value, tuple)}
     sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
+    sizes["ropes"] = tuple(rope and replace(rope, kind="default", context=3) for rope in sizes["ropes"])
     model = Decoder(replace(config, **sizes))
     _perturb(model)
     if lora is not None:
@@ -116,14 +117,15 @@ def _step(model: Decoder) -> dict[str, Tensor]:
 def _answer(model: Decoder) -> Tensor:
     """The hidden states of the two sequences once more, token by token, as in generation."""
     blocks, (batch, length), c = [twin(block, False) for block in model.model.layers], IDS.shape, model.config
-    cos, sin = model.rotation(torch.arange(length).expand(batch, -1), torch.float64)
-    tables = FastCacheContext.tables(cos, sin, torch.ones(batch, length, dtype=torch.bool))
-    keys, values = ([cos.new_zeros(batch, c.num_kv_heads, length, c.head_dim) for _ in blocks] for _ in range(2))
+    rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64)
+    tables = FastCacheContext.tables(rotations, torch.ones(batch, length, dtype=torch.bool))
+    cache, doubles = (batch, c.num_kv_heads, length, c.head_dim), torch.float64
+    keys, values = ([torch.zeros(cache, dtype=doubles) for _ in blocks] for _ in range(2))
     hidden = []
     for slot in range(length):
-        x = model.model.embed_tokens(IDS[:, slot : slot + 1])
+        x = model.embed(IDS[:, slot : slot + 1])
         context = FastCacheContext(tables, keys, values, slot, 0)
         for block in blocks:
             x = block(x, context)
-        hidden.append(model.model.norm(x))
+        hidden.append(model.finish(x))
     return torch.cat(hidden, dim=1)
