@@ -25,10 +25,16 @@ class AttentionLayer(Protocol):
     """What a context needs to know about the layer that calls it."""
 
     index: int  # of the block, from 0: which part of a cache is its own
-    window: int | None  # how many positions back a query sees, its own among them; None: all of them
     rope: int | None  # which rotation is its own; None: none
-    scale: float  # of q k^T
-    cap: float | None  # of the scores
+    scores: Scores
+
+
+class Scores(NamedTuple):
+    """What becomes of q k^T in a layer, and which keys a query sees."""
+
+    scale: float  # usually 1 / sqrt(d)
+    window: int | None = None  # how many positions back a query sees, its own among them; None: all of them
+    cap: float | None = None  # scores s become cap tanh(s / cap)
 
 
 class Rotation(NamedTuple):
@@ -37,6 +43,10 @@ class Rotation(NamedTuple):
     cos: Tensor  # (b or 1, q, 1, n / 2), n <= d: the first n dimensions of a head are rotated
     sin: Tensor
     growth: Tensor | None = None  # (b or 1, q, 1, 1)
+
+    def at(self, positions: slice) -> Rotation:
+        cos, sin, growth = self
+        return Rotation(cos[:, positions], sin[:, positions], None if growth is None else growth[:, positions])
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,10 @@ class SequenceContext:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """What each position collects from those that it sees, (b, q, h, d)."""
-        if layer.window not in self._masks:  # once for all layers with this window
-            self._masks[layer.window] = causal_mask(q.shape[0], q.shape[1], q.device, layer.window, self.documents)
-        return attention(q, k, v, self._masks[layer.window], layer.scale, layer.cap)
-
-    @classmethod
-    def describe(cls, q: Tensor, window: int | None, packed: bool, cap: float | None = None) -> str:
-        """What computes attention for such queries, in a few words for the log."""
-        return f"PyTorch's kernel for {q.device.type} with a mask over all pairs"
+        window = layer.scores.window
+        if window not in self._masks:  # once for all layers with this window
+            self._masks[window] = causal_mask(q.shape[0], q.shape[1], q.device, window, self.documents)
+        return attention(q, k, v, self._masks[window], layer.scores)
 
 
 class CacheContext(SequenceContext):
@@ -94,7 +100,7 @@ class CacheContext(SequenceContext):
         """
         rotations, self.filled = tables
         here = slice(slot, slot + 1)
-        super().__init__([Rotation(*(None if part is None else part[:, here] for part in r)) for r in rotations])
+        super().__init__([r.at(here) for r in rotations])
         self.keys, self.values, self.slot, self.full = keys, values, slot, full
 
     @classmethod
@@ -105,13 +111,14 @@ class CacheContext(SequenceContext):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         keys, values, seen = self.write(k, v, layer)
         mask = self.filled[..., seen]
-        return attention(q, keys.transpose(1, 2), values.transpose(1, 2), mask, layer.scale, layer.cap)
+        return attention(q, keys.transpose(1, 2), values.transpose(1, 2), mask, layer.scores)
 
     def write(self, k: Tensor, v: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor, slice]:
         """Write k and v, (b, 1, g, d), into the cache; returns all that are seen, (b, g, k, d), and their slots."""
         keys, values, end = self.keys[layer.index], self.values[layer.index], self.slot + 1
         keys[:, :, self.slot], values[:, :, self.slot] = k[:, 0], v[:, 0]
-        seen = slice(0 if layer.window is None else max(0, end - layer.window), end)
+        window = layer.scores.window
+        seen = slice(0 if window is None else max(0, end - window), end)
         return keys[:, :, seen], values[:, :, seen], seen
 
 
@@ -129,18 +136,19 @@ def causal_mask(
     return seen & (document[..., :, None] == document[..., None, :])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float | None = None) -> Tensor:
-    """softmax(scale q k^T) v (Vaswani et al. 2017, eq. 1), (b, q, h, d); usually the scale is 1 / sqrt(d).
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    """softmax(scale q k^T) v (Vaswani et al. 2017, eq. 1), (b, q, h, d).
 
     q is (b, q, h, d), k and v are (b, k, g, d), where h / g query heads share a key head (Ainslie et al. 2023); mask,
-    (b or 1, 1, q, k) bool, says whether a query sees a key; cap: of the scores, which no kernel of PyTorch knows.
+    (b or 1, 1, q, k) bool, says whether a query sees a key. PyTorch's kernels know no cap of the scores.
     """
+    scale, _, cap = scores
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, positions, d)
     if cap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
     k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-    scores = soft_cap(scale * (q @ k.transpose(2, 3)), cap).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v).transpose(1, 2)
+    capped = soft_cap(scale * (q @ k.transpose(2, 3)), cap).masked_fill(~mask, -torch.inf)
+    return (capped.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v).transpose(1, 2)
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

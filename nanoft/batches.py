@@ -86,15 +86,6 @@ class TokenDataset(Sequence[Sample]):
         """Other samples of the same array."""
         return TokenDataset(self.tokens, self.starts, self.all_records, chosen, self.all_labels, self.unit_size)
 
-    def is_preferred(self) -> Array:
-        """(m,) bool: the better answer of each pair; of single answers, the desirable ones."""
-        return np.arange(len(self)) % 2 == 0 if self.unit_size == 2 else self.labels > 0
-
-    def preferred(self) -> TokenDataset:
-        """Those samples alone."""
-        chosen = self.chosen[self.is_preferred()]
-        return TokenDataset(self.tokens, self.starts, self.all_records, chosen, self.all_labels)
-
     def unit_lengths(self) -> Array:
         """(units,): tokens of each unit."""
         return self.lengths.reshape(-1, self.unit_size).sum(axis=1)

@@ -104,9 +104,9 @@ class _TokenNLL(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if want_hidden and not want_head else None
         weight = head.to(hidden.dtype)  # under autocast the head is float32 and the hidden states are not
         for chunk in _chunks(len(targets), len(head), hidden.device):
-            nll[chunk], *parts = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], *settings)
+            nll[chunk], p, lse, slope = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], *settings)
             if grad_hidden is not None:
-                d_logits = _logit_gradient(*parts, targets[chunk], *settings[:2]).to(hidden.dtype)
+                d_logits = _logit_gradient(p, lse, slope, targets[chunk], *settings[:2]).to(hidden.dtype)
                 torch.mm(d_logits, weight, out=grad_hidden[chunk])
         ctx.settings = settings
         ctx.save_for_backward(grad_hidden, *((hidden, head, targets) if want_head else ()))
@@ -122,8 +122,8 @@ class _TokenNLL(torch.autograd.Function):
         grad_hidden, weight = torch.empty_like(hidden), head.to(hidden.dtype)
         grad_head = torch.zeros_like(head, dtype=weights.dtype)
         for chunk in _chunks(len(targets), len(head), hidden.device):
-            _, *parts = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], *ctx.settings)
-            d_logits = _logit_gradient(*parts, targets[chunk], *ctx.settings[:2]) * weights[chunk]
+            _, p, lse, slope = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], *ctx.settings)
+            d_logits = _logit_gradient(p, lse, slope, targets[chunk], *ctx.settings[:2]) * weights[chunk]
             d_logits = d_logits.to(hidden.dtype)
             torch.mm(d_logits, weight, out=grad_hidden[chunk])
             grad_head += d_logits.T @ hidden[chunk]

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoft.attention import Documents, Rotation, SequenceContext, soft_cap
+from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
 from nanoft.blocks.rope import Rope
 from nanoft.blocks.trained import Adapter
 from nanoft.recompute import ActivationPolicy, run_block
@@ -114,12 +114,12 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         c = config
-        self.index, self.head_dim, self.window = layer, c.head_dim, c.windows[layer]
-        rope, self.cap = c.ropes[layer], c.attention_cap
+        self.index, self.head_dim, rope = layer, c.head_dim, c.ropes[layer]
         self.rope = None if rope is None else c.distinct_ropes.index(rope)
-        self.scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        self.scores = Scores(scale, c.windows[layer], c.attention_cap)
         self.widths = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
-        self.inputs = ("qkv_proj",) if c.fused else ("q_proj", "k_proj", "v_proj")
+        self.inputs: tuple[str, ...] = ("qkv_proj",) if c.fused else ("q_proj", "k_proj", "v_proj")
         for name, width in zip(self.inputs, [sum(self.widths)] if c.fused else self.widths, strict=True):
             self.add_module(name, nn.Linear(c.hidden_size, width, bias=c.qkv_bias))
         self.o_proj = nn.Linear(self.widths[0], c.hidden_size, bias=c.o_bias)
@@ -150,7 +150,8 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.inputs, width = (("gate_up_proj",), 2) if config.fused else (("gate_proj", "up_proj"), 1)
+        self.inputs: tuple[str, ...] = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
+        width = 2 if config.fused else 1
         for name in self.inputs:
             inner = nn.Linear(config.hidden_size, width * config.intermediate_size, bias=config.mlp_bias)
             self.add_module(name, inner)
@@ -258,15 +259,6 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @torch.no_grad()
-    def grow_vocabulary(self, size: int) -> None:
-        """Append rows to the embedding and the head, the mean of each, until they have `size` tokens."""
-        more = max(0, size - self.config.vocab_size)
-        self.config = replace(self.config, vocab_size=self.config.vocab_size + more)
-        for module in [self.model.embed_tokens] + ([] if self.lm_head is None else [self.lm_head]) if more else []:
-            mean = module.weight.float().mean(0, keepdim=True).to(module.weight.dtype)
-            module.weight = nn.Parameter(torch.cat((module.weight, mean.expand(more, -1))))
-
     def forward(
         self,
         ids: Tensor,
@@ -326,25 +318,3 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""
         return soft_cap(F.linear(hidden, self.head.to(hidden.dtype)).float(), self.config.logit_cap)
-
-    def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
-        """What computes attention over sequences of this length on this device, for each kind of layer in the model."""
-        c = self.config
-        q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=self.device)
-        windows = dict.fromkeys(None if w is None or w >= length else w for w in c.windows)
-        describe = partial(self.context_class.describe, q, packed=packed, cap=c.attention_cap)
-        return "; ".join(dict.fromkeys(describe(window=window) for window in windows))
-
-
-@torch.no_grad()
-def initialize(model: Decoder, seed: int) -> None:
-    """Random weights for pre-training: N(0, 0.02), outputs of each block scaled by 1/sqrt(2 layers) (GPT-2)."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            is_zero = name.endswith("bias") or model.config.norm_offset  # norms are 1
-            nn.init.constant_(parameter, 0.0 if is_zero else 1.0)
-            continue
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = 0.02 / math.sqrt(2 * model.config.num_layers) if residual else 0.02
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -27,6 +27,7 @@ from nanoft.batches import Sample, TokenDataset, collate
 from nanoft.config import EvaluationConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.data.formats import Conversation
+from nanoft.data.preferences import is_preferred
 from nanoft.generation.generate import generate
 from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.loss import token_nll
@@ -232,7 +233,7 @@ def measure(
     if len(samples):
         samples = TokenDataset.of(samples)
         found = likelihoods(model, chat, samples, e.batch_size, context, e.stride)
-        figures |= found[samples.is_preferred()].figures()
+        figures |= found[is_preferred(samples)].figures()
         if samples.unit_size == 2:
             figures["pair_accuracy"] = Figure.mean(found.nats[::2, 0] < found.nats[1::2, 0])
     if len(general):

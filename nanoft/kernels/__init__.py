@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
+from nanoft.kernels import attention
 from nanoft.kernels.attention import FastContext
 from nanoft.kernels.block import FastBlock, supports
 from nanoft.kernels.decode import FastCacheContext, twin
@@ -55,6 +56,17 @@ def describe(model: Decoder) -> str:
     """How many blocks are fast, for the log."""
     fast = sum(isinstance(block, FastBlock) for block in model.model.layers)
     return f"{fast} of {len(model.model.layers)} blocks fast" if is_applied(model) else "reference path"
+
+
+def describe_attention(model: Decoder, dtype: torch.dtype, length: int, packed: bool) -> str:
+    """What computes attention over sequences of this length on this device, for each kind of layer in the model."""
+    c = model.config
+    if not is_applied(model):
+        return f"PyTorch's kernel for {model.device.type} with a mask over all pairs"
+    q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=model.device)
+    layers: list[Any] = [block.self_attn for block in model.model.layers]
+    kinds = [attention.within(layer.scores, length) for layer in layers]
+    return "; ".join(dict.fromkeys(attention.describe(q, kind, packed) for kind in dict.fromkeys(kinds)))
 
 
 def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanoft.attention import AttentionLayer, Documents, SequenceContext
+from nanoft.attention import AttentionLayer, Documents, Scores, SequenceContext
 from nanoft.kernels import metal
 from nanoft.model import SelfAttention
 
@@ -41,21 +41,21 @@ class FastContext(SequenceContext):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         if not is_known(layer):
             return super().attend(q, k, v, layer)
-        return attend(q, k, v, Scores(layer.window, layer.scale, layer.cap), self.documents)
+        return attend(q, k, v, layer.scores, self.documents)
 
-    @classmethod
-    def describe(cls, q: Tensor, window: int | None, packed: bool, cap: float | None = None) -> str:
-        scores = Scores(window, 1.0, cap)
-        if packed and has_varlen(q, scores):
-            return "varlen kernel (FlashAttention)"
-        batched = ", documents of similar length batched" if packed else ""
-        if _needs_chunks(q, scores):
-            return f"chunks of {CHUNK} queries{batched}"
-        if q.device.type != "cuda":
-            return f"PyTorch's kernel for {q.device.type}{batched}"
-        t = q.transpose(1, 2)
-        choice = torch._fused_sdp_choice(t, t, t, is_causal=True)
-        return f"{torch.nn.attention.SDPBackend(choice).name.lower().replace('_', ' ')} kernel{batched}"
+
+def describe(q: Tensor, scores: Scores, packed: bool) -> str:
+    """What computes attention for such queries, in a few words for the log."""
+    if packed and has_varlen(q, scores):
+        return "varlen kernel (FlashAttention)"
+    batched = ", documents of similar length batched" if packed else ""
+    if _needs_chunks(q, scores):
+        return f"chunks of {CHUNK} queries{batched}"
+    if q.device.type != "cuda":
+        return f"PyTorch's kernel for {q.device.type}{batched}"
+    t = q.transpose(1, 2)
+    choice = torch._fused_sdp_choice(t, t, t, is_causal=True)
+    return f"{torch.nn.attention.SDPBackend(choice).name.lower().replace('_', ' ')} kernel{batched}"
 
 
 def is_known(layer: Any) -> bool:
@@ -63,22 +63,15 @@ def is_known(layer: Any) -> bool:
     return getattr(layer, "kind", type(layer)) is SelfAttention
 
 
-class Scores(NamedTuple):
-    """Which keys a query sees, and what becomes of scale * q k^T."""
-
-    window: int | None = None
-    scale: float = 1.0
-    cap: float | None = None
-
-    def within(self, length: int) -> Scores:
-        """The same for sequences of this length, which a wide window does not limit."""
-        return self._replace(window=None) if self.window is not None and self.window >= length else self
+def within(scores: Scores, length: int) -> Scores:
+    """The same for sequences of this length, which a wide window does not limit."""
+    return scores._replace(window=None) if scores.window is not None and scores.window >= length else scores
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # nothing to fuse with it, and its lengths keep changing
 def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents | None = None) -> Tensor:
     """Causal attention of q, (b, q, h, d), to k and v, (b, q, g, d), h a multiple of g: (b, q, h, d)."""
-    scores = scores.within(q.shape[1])
+    scores = within(scores, q.shape[1])
     if documents is None:
         return _causal(q, k, v, scores)
     flat = [part.flatten(0, 1) for part in (q, k, v)]  # (b * q, heads, d): the sequences end to end
@@ -87,8 +80,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents
     (groups, order), outputs = group_documents(documents), []
     for places, real in groups:
         ours = [part.index_select(0, places.flatten()).unflatten(0, places.shape) for part in flat]
-        within = scores.within(places.shape[1])
-        outputs.append(_causal(ours[0], ours[1], ours[2], within).flatten(0, 1).index_select(0, real))
+        outputs.append(
+            _causal(ours[0], ours[1], ours[2], within(scores, places.shape[1])).flatten(0, 1).index_select(0, real)
+        )
     return torch.cat(outputs).index_select(0, order).view_as(q)
 
 

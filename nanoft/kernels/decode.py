@@ -50,13 +50,13 @@ class FastCacheContext(CacheContext):
         return q if growth is None else q * growth, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        if layer.cap is not None:
+        if layer.scores.cap is not None:
             return super().attend(q, k, v, layer)
         keys, values, seen = self.write(k, v, layer)
         # the h / g query heads of a key head become as many queries of it, so that no key is repeated
         queries = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
         mask = self.filled[..., seen] if seen.start < self.full else None
-        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=layer.scale)
+        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=layer.scores.scale)
         return y.reshape(q.shape)
 
 

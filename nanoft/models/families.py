@@ -223,7 +223,8 @@ def _gemma(hf: Fields) -> dict[str, Any]:
     """Norms multiply by 1 + weight, before and after each half; embeddings grow by sqrt(hidden)."""
     return {
         "norms": "both", "norm_offset": 1.0, "activation": "gelu_tanh", "head_dim": hf.get("head_dim") or 256,
-        "attention_scale": (hf.get("query_pre_attn_scalar") or 256) ** -0.5, "embedding_scale": hf["hidden_size"] ** 0.5,
+        "attention_scale": (hf.get("query_pre_attn_scalar") or 256) ** -0.5,
+        "embedding_scale": hf["hidden_size"] ** 0.5,
         "attention_cap": hf.get("attn_logit_softcapping"), "logit_cap": hf.get("final_logit_softcapping"),
         "tied": hf.get("tie_word_embeddings", True), **_attention_bias(hf),
     }  # fmt: skip
@@ -312,7 +313,10 @@ def _seed_oss(hf: Fields) -> dict[str, Any]:
 WINDOWS = ("sliding_window", "layer_types")
 QWEN = (*WINDOWS, "use_sliding_window", "max_window_layers")
 GEMMA = ("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", *WINDOWS)
-GEMMA_ONLY = {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": ("gelu_pytorch_tanh",)}
+GEMMA_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh", "gelu"),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+}
 GEMMA_ONLY |= {"use_bidirectional_attention": (False,), "cache_implementation": ("hybrid",)}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "residual_dropout"), (0.0,))
 GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")

@@ -30,7 +30,7 @@ from nanoft.lora import inject_lora
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, vocabulary_of
 from nanoft.models.model_files import ModelFiles, Quantization, find_model, quantization_of
-from nanoft.models.weights import load_model
+from nanoft.models.weights import grow_vocabulary, load_model
 from nanoft.runtime.device import DTYPES
 
 
@@ -211,7 +211,7 @@ def _read_adapter_directory(path: Path, other_base: str | None) -> TrainedAdapte
 def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
     """Add an adapter to a model, in place; a UserError if it does not match."""
     try:
-        model.grow_vocabulary(vocabulary_of(adapter.lora, adapter.tensors))
+        grow_vocabulary(model, vocabulary_of(adapter.lora, adapter.tensors))
         adapters = inject_lora(model, adapter.lora, seed=0)
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None

@@ -26,6 +26,7 @@ from huggingface_hub import constants, get_token
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanoft import UserError
+from nanoft.attention import Scores
 from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.dataset import cache_home
@@ -148,10 +149,11 @@ def attention(device: torch.device) -> Iterator[Check]:
             found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             if torch.allclose(found.float(), expected, atol=2e-2):
                 works.append(kernel.name.lower().removesuffix("_attention"))
+    kind = Scores(q.shape[-1] ** -0.5)
     if device.type == "mps":  # used there, because PyTorch's own keeps all scores for backward
-        found = attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+        found = attend(*(part.transpose(1, 2) for part in (q, k, v)), kind).transpose(1, 2)
         works += [f"chunks of {CHUNK} queries"] * torch.allclose(found.float(), expected, atol=2e-2)
-    packed = "; varlen for packed rows" if has_varlen(q.transpose(1, 2), None) else ""
+    packed = "; varlen for packed rows" if has_varlen(q.transpose(1, 2), kind) else ""
     yield Check("attention", "ok" if works else "FAIL", f"{', '.join(works) or 'no kernel'} work{packed}")
 
 

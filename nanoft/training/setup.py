@@ -45,7 +45,7 @@ from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, vocabulary_of
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
 from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
-from nanoft.models.weights import cache_weights, load_model
+from nanoft.models.weights import cache_weights, grow_vocabulary, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES
 from nanoft.runtime import distributed
@@ -257,7 +257,7 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
     dtype = torch.float32 if config.training.method == "full" else machine.dtype
     seed = config.system.seed if config.model.random_init else None
     model = load_model(files, device, dtype, quantization_of(config), seed)
-    model.grow_vocabulary(tokens)
+    grow_vocabulary(model, tokens)
     cache_weights(model, config.quantization.dequantize)
     return model
 
@@ -335,7 +335,8 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     for line in describe_adapters(ctx.adapters):
         say(f"          {line}")
     say(f"kernels   {kernels.describe(ctx.model)}")
-    say(f"attention {ctx.model.attention_backend(ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed)}")
+    shape = ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed
+    say(f"attention {kernels.describe_attention(ctx.model, *shape)}")
     longest = int(max(samples.lengths.max() for samples in (ctx.corpus.training, ctx.validation) if len(samples)))
     for warning in plan_warnings(ctx.planner, ctx.files, longest, ctx.total_steps):
         say(f"warning: {warning}")

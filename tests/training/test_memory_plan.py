@@ -293,7 +293,8 @@ def test_a_schedule_that_cannot_be_meant_is_refused(
 def test_the_positions_that_a_base_knows(positions: int | None, rope: Any, known: float, tmp_path: Path) -> None:
     make_chat_model(tmp_path / "base")
     files = ModelFiles.read(tmp_path / "base")
-    decoder = replace(files.decoder, rope=replace(files.decoder.rope, parameters=rope or {}))
+    ropes = tuple(replace(own, parameters=rope or {}) for own in files.decoder.ropes if own)
+    decoder = replace(files.decoder, ropes=ropes)
     assert replace(files, config={"max_position_embeddings": positions}, decoder=decoder).context_length == known
 
 
