@@ -165,9 +165,11 @@ class TrainingConfig(Section):
     checkpoint_every: int = bounded(2, 1)  # k of every_k: one block in k is recomputed
     sharding: Literal["none", "full"] = "none"  # full: shard weights, gradients and state over the ranks
     compile: bool = False  # torch.compile each block: takes a minute; a CPU needs a C++ compiler
-    log_steps: int = bounded(10, 1)  # optimizer steps between `train` lines of metrics.jsonl
-    eval_steps: int = bounded(100, 0)  # optimizer steps between evaluations; 0: only at the end
-    save_steps: int = bounded(500, 0)  # optimizer steps between checkpoints; 0: only at the end
+    shuffle: bool = True  # another order in each epoch; false: always the order of the files
+    # Optimizer steps, a fraction of the run (0.25), or epoch; 0: only at the end
+    log_steps: int | float | Literal["epoch"] = bounded(10, 0)  # between `train` lines of metrics.jsonl
+    eval_steps: int | float | Literal["epoch", "auto"] = bounded("auto", 0)  # auto: a quarter epoch, at most 100
+    save_steps: int | float | Literal["epoch"] = bounded(500, 0)  # between checkpoints; the best are saved anyway
     keep_checkpoints: int = bounded(3, 1)  # how many of the newest; the best is kept too
     early_stopping_patience: int = bounded(0, 0)  # evaluations without improvement; 0: never stop early
     early_stopping_threshold: float = bounded(0.0, 0.0)  # smallest improvement, in nats per target token
@@ -206,6 +208,7 @@ class OutputConfig(Section):
 
 @dataclass(frozen=True)
 class LoggingConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"  # of the terminal; debug: events of metrics.jsonl, too
     progress_bar: bool = True  # tqdm, on stderr
     show_example: bool = True  # print one training sample with its target tokens marked
     plots: Literal["none", "end", "epoch", "step"] = "none"  # when to draw plots/; step: every log_steps
@@ -241,7 +244,8 @@ class EvaluationConfig(Section):
     metrics: tuple[str, ...] = ()  # (table) besides exact match; the first picks the winner: docs/evaluation.md
     by_field: str | None = None  # record field: report perplexity for each of its values
     stride: int | None = bounded(None, 1)  # tokens; of windows over texts beyond the context; none: half of it
-    samples: int = bounded(3, 0)  # answers to show side by side
+    samples: int = bounded(3, 0)  # of the prompts, whose answers are shown: at each evaluation, and in the report
+    on_start: bool = False  # evaluate before the first step, too
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,11 @@ class Config:
         _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
         idle = t.early_stopping_patience and not t.eval_steps
         _refuse(idle, "training.early_stopping_patience: no effect with training.eval_steps=0: raise that")
+        for name in ("log_steps", "eval_steps", "save_steps"):
+            wrong = isinstance(every := getattr(t, name), float) and not 0 < every < 1
+            _refuse(wrong, f"training.{name}: {every}: set a number of steps, a fraction of the run below 1, or epoch")
+        reorders = d.group_by_length and not t.shuffle
+        _refuse(reorders, "training.shuffle: data.group_by_length changes the order of the data: set it to false")
         random = self.model.random_init and t.method != "full"
         _refuse(random, "model.random_init: adapters cannot train random weights: set training.method=full")
         no_b = t.lora_plus_ratio != 1 and t.method != "lora"

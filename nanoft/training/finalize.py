@@ -129,8 +129,7 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
         return evaluate.measure(model, ctx.tokenizer, ctx.validation, prompts, at_most, length, metrics, seed=seed)
 
     try:
-        conversations = ctx.corpus.conversations(ctx.corpus.untruncated(ctx.corpus.validation), e.prompts)
-        prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), answers.select_metrics(e.metrics)
+        prompts, metrics = ctx.prompts, answers.select_metrics(e.metrics)
         return in_smaller_batches(ctx, max(e.batch_size, e.prompt_batch_size), measured)
     except NotFinite:
         raise
