@@ -25,7 +25,7 @@ from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import CONTROL, DETECT_FROM, UNDESIRABLE, Conversation, Rejected, read_file
+from nanoft.data.formats import CONTROL, DETECT_FROM, LOW_SCORE, UNDESIRABLE, Conversation, Rejected, read_file
 from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -149,7 +149,7 @@ class DatasetBuilder:
             self.read += 1
             self.shapes[-1]["records"] += 1
             if isinstance(item, Rejected):
-                kind = UNDESIRABLE if item.reason == UNDESIRABLE else MALFORMED
+                kind = item.reason if item.reason in (UNDESIRABLE, LOW_SCORE) else MALFORMED
                 self._reject(kind, item.reason, item.file, item.line)
             elif unwanted := self._unwanted(item, is_validation):
                 self._reject(*unwanted, item.file, item.line)
@@ -191,8 +191,12 @@ class DatasetBuilder:
             self.stratum.append(length_bin if strata == "length" else item.fields[strata])
         if filters.looks_truncated(item):
             self._note(item, "the last reply stops in mid-sentence")
-        if CONTROL.search(item.full_text()):
+        if CONTROL.search(text := item.full_text()):
             self._note(item, "control characters are kept")
+        if filters.is_garbled(text):
+            self._note(item, "a text seems to be UTF-8 read in another encoding (Ã©, â€™), or has U+FFFD")
+        if any(map(filters.repeats_itself, item.answers())):
+            self._note(item, "an answer repeats one phrase over and over")
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
             if system in self.seen_systems:  # a system message that an earlier record has is not signed
@@ -220,7 +224,7 @@ class DatasetBuilder:
                 fitted = fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
         kept = int(fitted.is_target.sum()) if fitted else 0
         self.target_tokens_lost += targets - kept
-        if fitted and len(fitted.ids) >= data.min_tokens:
+        if fitted and len(fitted.ids) >= data.min_tokens and kept >= data.min_target_tokens:
             if len(fitted.ids) < len(sample.ids):
                 self.truncated.append(len(self.record))
             self.tokens.write(encode_targets(fitted).tobytes())
@@ -231,6 +235,11 @@ class DatasetBuilder:
         lost = MALFORMED, "the sequence has no target tokens"
         if fitted:
             lost = "too few tokens", f"{len(fitted.ids)} tokens, fewer than data.min_tokens={data.min_tokens}"
+            if len(fitted.ids) >= data.min_tokens:
+                what = f"fewer than data.min_target_tokens={data.min_target_tokens}"
+                lost = "too few target tokens", f"{kept} target tokens, {what}"
+                if sample.record not in self.lost:
+                    self._note(conversation, f"a sample has {what} and is left out")
         elif targets:
             reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.max_length}"
             lost = "too long", f"{reason} (data.truncation={data.truncation})"

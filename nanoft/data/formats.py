@@ -50,7 +50,7 @@ UNUSED = "unused fields"  # of a message, while a record is converted
 TEMPLATE_ARGS = "chat_template_kwargs"  # of a record: variables for the chat template, as TRL has them
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # variables that the template gets from nanoft
 RESERVED |= {"bos_token", "eos_token", "pad_token", "unk_token"}
-UNDESIRABLE = "undesirable label"  # the one reason that is not a mistake in the data
+UNDESIRABLE, LOW_SCORE = "undesirable label", "below data.min_score"  # reasons that are no mistakes in the data
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # but white space (tab, newline, form feed, ...)
 
 
@@ -73,6 +73,11 @@ class Conversation:
 
     def characters(self) -> int:
         return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
+
+    def answers(self) -> list[str]:
+        """What the assistant says, or the plain text without its prompt."""
+        said = [message["content"] for message in self.messages if message["role"] == "assistant"]
+        return said if self.text is None else [self.text[self.prompt_characters :]]
 
     def prompt(self) -> str:
         """All that the last answer replies to, or the plain text: conversations are compared by it."""
@@ -328,6 +333,8 @@ def _convert(record: Raw, shape: str, function: Any, path: str, line: int, data:
         raise BadRecord(f"expected {'the fields ' + ', '.join(required) if required else 'an object'}, found {found}")
     if data.label_field not in (None, "ignore"):  # data for KTO has good and bad answers: the good are imitated
         _require_desirable(record, str(data.label_field))
+    if limit := data.score_limit:
+        _require_score(record, *limit)
     split_by = (data.stratify_field, data.split_group, data.split_time)
     fields = {name: _split_field(record, name) for name in split_by if name not in (None, "length")}
     if function is not None:
@@ -360,6 +367,20 @@ def _require_desirable(record: dict[str, Any], label: str) -> None:
         raise BadRecord(f"{label}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)")
     if value in BAD:
         raise BadRecord(UNDESIRABLE)
+
+
+def _require_score(record: dict[str, Any], name: str, limit: float) -> None:
+    if name not in record:
+        raise BadRecord(f"has no field {name!r:.60} (data.min_score): its fields are {names_of(record)}")
+    value = record[name]
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)  # in CSV files, numbers are texts
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if math.isnan(score):
+        raise BadRecord(f"{name}: {json.dumps(value, default=str):.40} is not a number (data.min_score)")
+    if score < limit:
+        raise BadRecord(LOW_SCORE)
 
 
 def _template_args(record: dict[str, Any]) -> dict[str, Any]:

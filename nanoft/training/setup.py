@@ -37,6 +37,7 @@ from nanoft.data.inspection import unseen_tokens
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
+from nanoft.io.hub import use_cache
 from nanoft.io.tables import format_duration
 from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
@@ -72,6 +73,7 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
     for line in [] if distributed.process_rank() else source.explanation:
         print(line)
     validate_config(source.config, source.names)
+    use_cache(source.config.model.cache_dir)
     return source
 
 
