@@ -204,7 +204,8 @@ class LoggingConfig(Section):
     progress_bar: bool = True  # tqdm, on stderr
     show_example: bool = True  # print one training sample with its target tokens marked
     plots: Literal["none", "end", "epoch", "step"] = "none"  # when to draw plots/; step: every log_steps
-    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"  # besides metrics.jsonl; wandb: offline
+    # Besides metrics.jsonl; wandb: offline; auto: wandb if it is installed, else tensorboard if that is
+    report_to: Literal["none", "auto", "tensorboard", "wandb", "all"] = "none"  # trackers
     gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
 
