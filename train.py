@@ -128,6 +128,7 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
                 return 0
             require_room(planner, args.force, batches.longest().ids.shape[1])
             ctx = build(planner, run, provenance, files, tokenizer, corpus, batches, start)
+            setup.begin_objective(ctx)
             if args.selftest:
                 return self_test.run(ctx, train)
             state = restore(ctx, args.resume)
@@ -169,8 +170,8 @@ def build(
     optimizer = build_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.training)
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
-        validation=corpus.validation[: config.evaluation.max_samples], model=model, adapters=adapters, plan=plan,
-        objective=build_objective(config, adapters), optimizer=optimizer,
+        validation=corpus.validation.units(slice(config.evaluation.max_samples)), model=model, adapters=adapters,
+        plan=plan, objective=build_objective(config, adapters), optimizer=optimizer,
         scaler=build_scaler(machine.device, machine.dtype),
         writer=setup.open_checkpoints(config, run, provenance), planner=planner,
     )  # fmt: skip

@@ -4,10 +4,11 @@ The unit of training is the window: all micro-batches of one optimizer step. Whi
 function of (seed, epoch, index), so a run resumes at any window without replaying what came before, and it does not
 depend on how the window is cut into micro-batches. Within a window rows are sorted by length, which saves padding.
 
-A row of a batch is one sample, or several when packing; then each token carries its place in its document
-(`positions`), and documents do not attend to each other (`documents`). All samples lie in one array of numbers, usually
-a memory-mapped file, so a million of them cost nothing until they are used; a target token is stored as its complement
-~id, which is negative.
+A row of a batch is one unit: a sample, or the two answers of a preference pair, which are never split. When packing, a
+row holds several units. Of several samples in a row, each token carries its place in its document (`positions`), and
+documents do not attend to each other (`documents`). All samples lie in one array of numbers, usually a memory-mapped
+file, so a million of them cost nothing until they are used; a target token is stored as its complement ~id, which is
+negative.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Sample:
     is_target: np.ndarray[Any, np.dtype[np.bool_]]  # (n,)
     record: int
     turn: int | None = None  # the message that is the only target; None: several messages, or plain text
+    label: float = 1.0  # of an answer: 1 desirable, 0 not; of a pair: by how much its first answer is better
 
 
 class TokenDataset(Sequence[Sample]):
@@ -47,21 +49,26 @@ class TokenDataset(Sequence[Sample]):
         starts: Array,  # (n + 1,) int64: where each sample begins, and the end of the last one
         all_records: Array,  # (n,): the record that each sample came from
         chosen: Array,  # (m,) int64: the samples of this selection, in order
+        all_labels: Array,  # (n,) float32
+        unit_size: int = 1,  # consecutive samples that belong together: 2 of a pair, the better answer first
     ):
         self.tokens, self.starts, self.all_records, self.chosen = tokens, starts, all_records, chosen
-        self.records = all_records[chosen]
+        self.all_labels, self.unit_size = all_labels, unit_size
+        self.records, self.labels = all_records[chosen], all_labels[chosen]
         self.begins = starts[chosen]
         self.lengths = starts[chosen + 1] - self.begins
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> TokenDataset:
+    def of(cls, samples: Sequence[Sample], unit_size: int = 1) -> TokenDataset:
         """From a few samples in memory."""
         if isinstance(samples, TokenDataset):
             return samples
         starts = np.cumsum([0, *(len(sample.ids) for sample in samples)])
         records = np.array([sample.record for sample in samples], dtype=np.int64)
         parts = [encode_targets(sample) for sample in samples]
-        return cls(np.concatenate([np.empty(0, np.int32), *parts]), starts, records, np.arange(len(samples)))
+        tokens = np.concatenate([np.empty(0, np.int32), *parts])
+        labels = np.array([sample.label for sample in samples], np.float32)
+        return cls(tokens, starts, records, np.arange(len(samples)), labels, unit_size)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -72,8 +79,33 @@ class TokenDataset(Sequence[Sample]):
                 raise IndexError(at)
             begin = int(self.begins[at])
             ids, is_target = decode_targets(np.asarray(self.tokens[begin : begin + int(self.lengths[at])]))
-            return Sample(ids, is_target, int(self.records[at]))
-        return TokenDataset(self.tokens, self.starts, self.all_records, self.chosen[at])
+            return Sample(ids, is_target, int(self.records[at]), label=float(self.labels[at]))
+        return self.select(self.chosen[at])
+
+    def select(self, chosen: Array) -> TokenDataset:
+        """Other samples of the same array."""
+        return TokenDataset(self.tokens, self.starts, self.all_records, chosen, self.all_labels, self.unit_size)
+
+    def is_preferred(self) -> Array:
+        """(m,) bool: the better answer of each pair; of single answers, the desirable ones."""
+        return np.arange(len(self)) % 2 == 0 if self.unit_size == 2 else self.labels > 0
+
+    def preferred(self) -> TokenDataset:
+        """Those samples alone."""
+        chosen = self.chosen[self.is_preferred()]
+        return TokenDataset(self.tokens, self.starts, self.all_records, chosen, self.all_labels)
+
+    def unit_lengths(self) -> Array:
+        """(units,): tokens of each unit."""
+        return self.lengths.reshape(-1, self.unit_size).sum(axis=1)
+
+    def members(self, units: Array) -> Array:
+        """(len(units) * unit_size,): the places of the samples of units."""
+        return (units[:, None] * self.unit_size + np.arange(self.unit_size)).ravel()
+
+    def units(self, which: Any) -> TokenDataset:
+        """A selection of whole units, by a slice or by their numbers."""
+        return self[self.members(np.arange(len(self) // self.unit_size)[which])]
 
 
 def encode_targets(sample: Sample) -> Array:
@@ -95,8 +127,17 @@ class Batch:
     documents: Documents | None  # their bounds, if rows are packed
     target_positions: Tensor  # (n,) int64: flat positions whose next token is a target
     targets: Tensor  # (n,) int64: those next tokens
+    sequence: Tensor  # (n,) int64: which of the samples each belongs to
     tokens: int  # without padding
-    records: list[int]  # the record of each sample
+    samples: TokenDataset  # in the order of the batch
+
+    @property
+    def records(self) -> list[int]:
+        return self.samples.records.tolist()
+
+    @property
+    def units(self) -> int:
+        return len(self.samples) // self.samples.unit_size
 
     @property
     def target_tokens(self) -> int:
@@ -138,6 +179,16 @@ class Window:
     def target_tokens(self) -> int:
         return sum(batch.target_tokens for batch in self)
 
+    @property
+    def units(self) -> int:
+        return sum(batch.units for batch in self)
+
+    @property
+    def samples(self) -> TokenDataset:
+        """All samples of the window in the order of the data, however it is split."""
+        chosen = np.concatenate([batch.samples.chosen for batch in self])
+        return self.micro_batches[0].samples.select(np.sort(chosen))
+
 
 class Batches:
     """The samples of a run in the order of training: windows of micro-batches, epoch after epoch."""
@@ -149,18 +200,19 @@ class Batches:
         accumulation_steps: int,
         seed: int,
         pad_id: int,
-        pack_length: int | None = None,  # maximum tokens of a row of several samples; None: one sample per row
+        pack_length: int | None = None,  # of a row of several units: tokens for each sample of one; None: one per row
         group_by_length: bool = False,  # windows of rows of similar length, in random order
         pad_to_multiple_of: int = 1,  # the width of a micro-batch is rounded up to it
     ):
         self.samples, self.pad_id, self.seed = TokenDataset.of(samples), pad_id, seed
         self.micro_batch_size, self.window_rows = micro_batch_size, micro_batch_size * accumulation_steps
         self.group_by_length, self.pad_to_multiple_of = group_by_length, pad_to_multiple_of
-        lengths = self.samples.lengths
+        self._lengths = lengths = self.samples.unit_lengths()
         self.is_packed = pack_length is not None
         one_per_row: tuple[Array, Array] = np.arange(len(lengths)), np.arange(len(lengths) + 1)
-        slots, self._bounds = pack(lengths, pack_length) if pack_length is not None else one_per_row
-        self._slots = slots  # (n,) the sample in each slot; row r has the slots bounds[r]:bounds[r + 1]
+        packed = pack(lengths, pack_length * self.samples.unit_size) if pack_length is not None else one_per_row
+        slots, self._bounds = packed
+        self._slots = slots  # (n,) the unit in each slot; row r has the slots bounds[r]:bounds[r + 1]
         self._slots_by_length = np.argsort(lengths[slots], kind="stable")
         self._row_lengths = np.add.reduceat(lengths[slots], self._bounds[:-1]) if len(slots) else np.empty(0, np.int64)
         self.epoch = 0  # the epoch of `window` and `rows`
@@ -195,7 +247,8 @@ class Batches:
         return collate(self.samples, self._micro_batches(longest)[0], self.pad_id, self.pad_to_multiple_of)
 
     def _micro_batches(self, rows: Array) -> list[list[Array]]:
-        members = [self._members[self._bounds[row] : self._bounds[row + 1]] for row in rows.tolist()]
+        units = [self._members[self._bounds[row] : self._bounds[row + 1]] for row in rows.tolist()]
+        members = [self.samples.members(row) for row in units]
         return [members[at : at + self.micro_batch_size] for at in range(0, len(members), self.micro_batch_size)]
 
     def seek(self, epoch: int) -> None:
@@ -216,17 +269,17 @@ class Batches:
         return used / max(padded, 1)
 
     def _arrange(self, epoch: int) -> tuple[Array, Array]:
-        """(samples by slot, order of the rows) of an epoch.
+        """(units by slot, order of the rows) of an epoch.
 
-        Rows are packed once, by length alone; every epoch permutes samples of equal length among their slots. So the
-        number of windows is constant, while the samples that share a row vary.
+        Rows are packed once, by length alone; every epoch permutes units of equal length among their slots. So the
+        number of windows is constant, while the units that share a row vary.
         """
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self._row_lengths))
         members = self._slots
         if self.is_packed:
             members = np.empty_like(self._slots)
-            members[self._slots_by_length] = np.lexsort((rng.random(len(members)), self.samples.lengths))
+            members[self._slots_by_length] = np.lexsort((rng.random(len(members)), self._lengths))
         return members, self._group(order, rng) if self.group_by_length else order
 
     def _group(self, order: Array, rng: np.random.Generator) -> Array:
@@ -299,8 +352,9 @@ def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_mult
         documents=_documents(lengths, row_lengths, counts, width) if packed else None,
         target_positions=torch.from_numpy(predicts),
         targets=torch.from_numpy(ids[is_target].astype(np.int64)),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(members)), lengths)[is_target]),
         tokens=total,
-        records=samples.records[members].tolist(),
+        samples=samples[members],
     )
 
 
@@ -330,12 +384,13 @@ def share_of_rank(batches: Iterable[Batch]) -> Iterator[Batch]:
         if (count - 1) % size == distributed.process_rank():
             yield batch
     if 0 < count % size <= distributed.process_rank():
-        yield dataclasses.replace(batch, target_positions=none, targets=none, tokens=0, records=[])
+        blank: dict[str, Any] = dict.fromkeys(("target_positions", "targets", "sequence"), none)
+        yield dataclasses.replace(batch, **blank, tokens=0, samples=batch.samples[:0])
 
 
 def eval_batches(samples: Sequence[Sample], batch_size: int, pad_id: int) -> Iterable[Batch]:
-    """Every sample once, sorted by length to minimize padding: for evaluation."""
+    """Every unit once, sorted by length to minimize padding: for evaluation."""
     samples = TokenDataset.of(samples)
-    ordered = np.argsort(samples.lengths, kind="stable")
+    ordered = samples.members(np.argsort(samples.unit_lengths(), kind="stable")).reshape(-1, samples.unit_size)
     for start in range(0, len(ordered), batch_size):
-        yield collate(samples, list(ordered[start : start + batch_size, None]), pad_id)
+        yield collate(samples, list(ordered[start : start + batch_size]), pad_id)

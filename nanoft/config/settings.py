@@ -101,6 +101,7 @@ class DataConfig(Section):
     roles: dict[str, str] = field(default_factory=dict)  # role in the file -> standard name: {agent: assistant}
     delimiter: str | None = None  # of CSV files; none: detected from the header
     label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...); ignore: all
+    margin_field: str | None = None  # of pairs, for reward models: by how much the chosen answer is better
     max_samples: int | None = bounded(None, 1)  # records to keep of each file, from its start
     # Filtering
     max_bad_records: float = bounded(0.05, 0.0, 1.0)  # largest accepted share of malformed records
@@ -183,6 +184,19 @@ class TrainingConfig(Section):
 
 
 @dataclass(frozen=True)
+class PreferenceConfig(Section):
+    """Objectives on pairs and labels of answers; what the chosen one does not read is refused (docs/preference.md)."""
+
+    loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid"  # of dpo
+    beta: float | None = bounded(None, 1e-6)  # weight of the implicit reward; none: 0.1, of simpo 2
+    label_smoothing: float = bounded(0.0, 0.0, 0.49)  # share of wrong labels: sigmoid (conservative DPO), robust
+    sft_weight: float = bounded(0.0, 0.0)  # of the negative log-likelihood per token of the chosen answers
+    gamma: float = bounded(0.5, 0.0)  # of simpo: by how much the chosen answer's reward has to be larger
+    desirable_weight: float = bounded(1.0, 0.0)  # of kto: of good answers
+    undesirable_weight: float = bounded(1.0, 0.0)  # of kto: of bad answers
+
+
+@dataclass(frozen=True)
 class GuardConfig(Section):
     """What happens when a loss or gradient norm is not finite, or spikes."""
 
@@ -249,6 +263,7 @@ class Config:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,21 +27,27 @@ from nanoft.batches import Array, Sample, TokenDataset, encode_targets
 from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
-from nanoft.data.formats import CONTROL, DETECT_FROM, LOW_SCORE, UNDESIRABLE, Conversation, Rejected, read_file
+from nanoft.data.formats import CONTROL, DETECT_FROM, MALFORMED, Conversation, Learns, Message, Rejected, read_file
+from nanoft.data.preferences import EQUAL
 from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
-MALFORMED, REFUSED = "malformed", "refused by the chat template"
+REFUSED = "refused by the chat template"
 TOKENS, REJECTED, REPORT = "tokens.bin", "rejected.jsonl", "report.json"
+NEAR_EQUAL = 0.9  # share of tokens that the answers of a pair have in common, from which they are counted
 NEAR = 0.8  # Jaccard similarity of near-equal prompts, unless data.near_duplicates is set
 FULL_TEXT, PROMPT = "full_text.sig", "prompt.sig"  # MinHash signatures, while building
+Version = tuple[list[Message], float]  # the messages of a sample, and its label
 
 
 class DatasetBuilder:
     """Writes a data set to a directory, with a few numbers for each record and each sample in memory."""
 
-    def __init__(self, directory: Path, data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int):
-        self.directory, self.data, self.tokenizer = directory, data, tokenizer
+    def __init__(
+        self, directory: Path, data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int,
+        learns: Learns = "turns",
+    ):  # fmt: skip
+        self.directory, self.data, self.tokenizer, self.learns = directory, data, tokenizer, learns
         self.max_length, self.seed = max_length, seed
         self.removed: Counter[str] = Counter()
         self.first_malformed: list[str] = []
@@ -50,7 +58,9 @@ class DatasetBuilder:
         self.held_out = ""  # how much, and by what
         self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
         self.seen_systems: set[int] = set()
-        self.in_flight: dict[int, Conversation] = {}  # rendered, not yet encoded
+        self.in_flight: dict[int, tuple[Conversation, Iterator[Version]]] = {}  # rendered, not yet encoded
+        self.unit: list[tuple[Sample, list[Message]]] = []  # the first answer of a pair, until the second is encoded
+        self.near_equal = 0  # pairs whose answers hardly differ
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
         # per record; those of type Q are keys of the split
         self.file, self.line, self.time = array("l"), array("q"), array("d")
@@ -58,6 +68,7 @@ class DatasetBuilder:
         self.stratum: list[Any] = []
         # per sample
         self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
+        self.labels = array("f")
 
     def build(self, parts: list[list[Path]], progress_bar: bool) -> None:
         self.files = [(number, file) for number, files in enumerate(parts) for file in files]
@@ -96,22 +107,31 @@ class DatasetBuilder:
                 record, bad = self._add_record(item, number), (MALFORMED, "none of its messages is a target")
                 self._note(item, *item.notes)
                 self._note_control_tokens(item)
-                self.in_flight[record] = item
+                versions = self._versions(item)
+                self.in_flight[record] = item, iter(versions) if self.learns != "turns" else itertools.cycle(versions)
                 if item.text is not None:
                     yield self.tokenizer.text_sample(item.text, record, item.prompt_characters)
                     continue
                 try:
                     given = item.tools, self.data.train_on, item.template_args
-                    pieces = self.tokenizer.render_samples(item.messages, record, *given)
-                    if any(piece.spans for piece in pieces):
-                        self._note(item, *pieces[0].notes)
-                        yield from pieces
+                    made = [self.tokenizer.render_samples(m, record, *given) for m, _ in versions]
+                    if self.learns != "turns" and any(len(pieces) > 1 for pieces in made):
+                        raise TemplateRefusal("the chat template rewrites the earlier turns of an answer")
+                    if all(any(piece.spans for piece in pieces) for pieces in made):
+                        self._note(item, *made[0][0].notes)
+                        yield from itertools.chain(*made)
                         continue
                 except TemplateRefusal as error:
                     bad = REFUSED, str(error)
                 del self.in_flight[record]
                 self._reject(*bad, item.file, item.line)
             self._check_control_tokens()
+
+    def _versions(self, item: Conversation) -> list[Version]:
+        """What becomes a sample, with its label: the best answer before each worse one, or every answer once."""
+        if self.learns == "pairs":
+            return [(messages, item.label) for worse in item.worse for messages in (item.messages, worse)]
+        return [(item.messages, item.label), *((worse, 0.0) for worse in item.worse)]
 
     def _note_control_tokens(self, item: Conversation) -> None:
         shape = self.shapes[-1]
@@ -142,15 +162,14 @@ class DatasetBuilder:
         def advance(position: int) -> None:
             self.bar.update(start + position - self.bar.n)
 
-        for item in read_file(file, self.data, advance):
+        for item in read_file(file, self.data, advance, learns=self.learns):
             if isinstance(item, str):
                 self.shapes.append({"file": str(file), "shape": item, "records": 0, "control_tokens": 0})
                 continue
             self.read += 1
             self.shapes[-1]["records"] += 1
             if isinstance(item, Rejected):
-                kind = item.reason if item.reason in (UNDESIRABLE, LOW_SCORE) else MALFORMED
-                self._reject(kind, item.reason, item.file, item.line)
+                self._reject(item.kind, item.reason, item.file, item.line)
             elif unwanted := self._unwanted(item, is_validation):
                 self._reject(*unwanted, item.file, item.line)
             else:
@@ -195,7 +214,7 @@ class DatasetBuilder:
             self._note(item, "control characters are kept")
         if filters.is_garbled(text):
             self._note(item, "a text seems to be UTF-8 read in another encoding (Ã©, â€™), or has U+FFFD")
-        if any(map(filters.repeats_itself, item.answers())):
+        if item.label and any(map(filters.repeats_itself, item.answers())):  # a bad answer may be bad in that way
             self._note(item, "an answer repeats one phrase over and over")
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
@@ -209,42 +228,60 @@ class DatasetBuilder:
     def _add_sample(self, sample: Sample) -> None:
         while (oldest := next(iter(self.in_flight))) < sample.record:
             del self.in_flight[oldest]
-        conversation, data = self.in_flight[sample.record], self.data
+        (conversation, versions), data = self.in_flight[sample.record], self.data
         is_plain = conversation.text is not None and not conversation.prompt_characters
         if is_plain and data.chunk and len(sample.ids) > self.max_length:
             pieces = chunk(sample, self.max_length, self.tokenizer.bos_id)
             self.chunked_texts, self.chunks = self.chunked_texts + 1, self.chunks + len(pieces)
             for piece in pieces:
-                self._add_sample(piece)
+                self._add_unit([piece], [[]], conversation)
             return
-        fitted: Sample | None = None
-        targets = int(sample.is_target.sum())
-        if targets:
+        messages, label = next(versions)
+        self.unit.append((replace(sample, label=label), messages))
+        if len(self.unit) == (2 if self.learns == "pairs" else 1):
+            samples, contents = zip(*self.unit, strict=True)
+            self.unit = []
+            self._add_unit([*samples], [*contents], conversation)
+
+    def _add_unit(self, samples: list[Sample], versions: list[list[Message]], conversation: Conversation) -> None:
+        """Write the samples of a unit, truncated if need be; or note why they are lost."""
+        data, longest = self.data, max(len(sample.ids) for sample in samples)
+        fitted: list[Sample] | None = None
+        targets = [int(sample.is_target.sum()) for sample in samples]
+        if all(targets):
             with contextlib.suppress(TemplateRefusal):  # the template needs what was removed
-                fitted = fit(sample, conversation, self.tokenizer, self.max_length, data.truncation, data.train_on)
-        kept = int(fitted.is_target.sum()) if fitted else 0
-        self.target_tokens_lost += targets - kept
-        if fitted and len(fitted.ids) >= data.min_tokens and kept >= data.min_target_tokens:
-            if len(fitted.ids) < len(sample.ids):
-                self.truncated.append(len(self.record))
-            self.tokens.write(encode_targets(fitted).tobytes())
-            self.starts.append(self.starts[-1] + len(fitted.ids))
-            self.record.append(sample.record)
-            self.targets.append(kept)
+                limits = self.tokenizer, self.max_length, data.truncation, data.train_on
+                fitted = fit(samples, versions, conversation, *limits)
+        kept = [int(sample.is_target.sum()) for sample in fitted or []]
+        self.target_tokens_lost += sum(targets) - sum(kept)
+        is_equal = fitted is not None and len(samples) == 2 and np.array_equal(fitted[0].ids, fitted[1].ids)
+        shortest = min((len(sample.ids) for sample in fitted or []), default=0)
+        if fitted and not is_equal and shortest >= data.min_tokens and min(kept) >= data.min_target_tokens:
+            self.near_equal += len(fitted) == 2 and filters.overlap(*fitted) >= NEAR_EQUAL
+            for sample, whole, count in zip(fitted, samples, kept, strict=True):
+                if len(sample.ids) < len(whole.ids):
+                    self.truncated.append(len(self.record))
+                self.tokens.write(encode_targets(sample).tobytes())
+                self.starts.append(self.starts[-1] + len(sample.ids))
+                self.record.append(sample.record)
+                self.targets.append(count)
+                self.labels.append(sample.label)
             return
         lost = MALFORMED, "the sequence has no target tokens"
-        if fitted:
-            lost = "too few tokens", f"{len(fitted.ids)} tokens, fewer than data.min_tokens={data.min_tokens}"
-            if len(fitted.ids) >= data.min_tokens:
-                what = f"fewer than data.min_target_tokens={data.min_target_tokens}"
-                lost = "too few target tokens", f"{kept} target tokens, {what}"
-                if sample.record not in self.lost:
-                    self._note(conversation, f"a sample has {what} and is left out")
-        elif targets:
-            reason = f"{len(sample.ids)} tokens, more than model.max_seq_length={self.max_length}"
+        if is_equal:
+            lost = EQUAL, "both answers have the same tokens"
+        elif fitted and shortest >= data.min_tokens:
+            what = f"fewer than data.min_target_tokens={data.min_target_tokens}"
+            lost = "too few target tokens", f"{min(kept)} target tokens, {what}"
+            if samples[0].record not in self.lost:
+                self._note(conversation, f"a sample has {what} and is left out")
+        elif fitted:
+            lost = "too few tokens", f"{shortest} tokens, fewer than data.min_tokens={data.min_tokens}"
+        elif all(targets):
+            reason = f"{longest} tokens, more than model.max_seq_length={self.max_length}"
             lost = "too long", f"{reason} (data.truncation={data.truncation})"
-        self.samples_lost += 1
-        self.lost.setdefault(sample.record, lost)
+        self.samples_lost += len(samples)
+        self.lost.setdefault(samples[0].record, lost)
 
     def _check_records(self) -> None:
         """Reject records of which no sample is left; stop if too many are malformed, or none is left at all."""
@@ -337,16 +374,17 @@ class DatasetBuilder:
     def _write(self, is_training: Array, is_validation: Array) -> None:
         record = np.array(self.record, np.int64)
         training, rng = np.flatnonzero(is_training[record]), np.random.default_rng([self.seed, 1])
-        part = self._parts()[record[training]]
+        part, size = self._parts()[record[training]], 2 if self.learns == "pairs" else 1
         copies: list[Array] = []
         for number, weight in enumerate(self.data.weights):  # whole copies, and a random subset for the fraction
-            own = training[part == number]
-            rest = rng.permutation(own)[: round((weight % 1) * len(own))]
-            copies += [own] * int(weight) + [np.sort(rest)]
+            own = training[part == number].reshape(-1, size)  # whole units
+            rest = np.sort(rng.permutation(len(own))[: round((weight % 1) * len(own))])
+            copies += [own.ravel()] * int(weight) + [own[rest].ravel()]
         training = np.concatenate(copies) if copies else training
         arrays: dict[str, Array] = {
             "starts": np.array(self.starts, np.int64),
             "records": record,
+            "labels": np.array(self.labels, np.float32),
             "truncated": np.array(self.truncated, np.int64),
             "training": training,
             "validation": np.flatnonzero(is_validation[record]),
@@ -362,7 +400,9 @@ class DatasetBuilder:
         for path in self.directory.glob("*.sig"):
             path.unlink()
         tokens = np.memmap(self.directory / TOKENS, dtype=np.int32, mode="r")
-        sides = {n: TokenDataset(tokens, arrays["starts"], record, arrays[n]) for n in ("training", "validation")}
+        shared = tokens, arrays["starts"], record
+        names = ("training", "validation")
+        sides = {name: TokenDataset(*shared, arrays[name], arrays["labels"], size) for name in names}
         counted = ("read", "first_malformed", "samples_lost", "target_tokens_lost", "held_out", "shared_prompts")
         report = {
             "files": self.shapes,
@@ -371,6 +411,7 @@ class DatasetBuilder:
             "truncation": self.data.truncation,
             "max_seq_length": self.max_length,
             **{name: getattr(self, name) for name in (*counted, "chunked_texts", "chunks", "near_leaks")},
+            **({"near_equal": self.near_equal} if self.learns == "pairs" else {}),
             "notes": [[note, count, first] for note, (count, first) in self.notes.items()],
             "leaks": self.data.leaks,
             **{name: self._describe(samples) for name, samples in sides.items()},
@@ -388,9 +429,26 @@ class DatasetBuilder:
             "target_tokens": int(np.array(self.targets, np.int64)[samples.chosen].sum()),
             "length": {f"p{p}": int(np.percentile(lengths, p, method="higher")) for p in percentiles},
         }
+        if self.learns != "turns":
+            described |= self._describe_answers(samples)
         if self.stratum:
             described["strata"] = dict(sorted(Counter(str(self.stratum[r]) for r in records.tolist()).items()))
         return described
+
+    def _describe_answers(self, samples: TokenDataset) -> dict[str, Any]:
+        """How many answers are preferred, and how long they and the others are on average, in tokens."""
+        lengths, is_good = np.array(self.targets, np.int64)[samples.chosen], samples.is_preferred()
+        mean = {
+            name: round(float(lengths[own].mean()), 1)
+            for name, own in (("chosen", is_good), ("rejected", ~is_good))
+            if own.any()
+        }
+        longer = float((lengths[::2] > lengths[1::2]).mean()) if samples.unit_size == 2 and len(samples) else None
+        return {
+            "pairs" if samples.unit_size == 2 else "desirable": int(is_good.sum()),
+            "answer_tokens": mean,
+            "chosen_longer": longer,
+        }
 
 
 def _time(item: Conversation, name: str) -> float:

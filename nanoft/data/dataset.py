@@ -34,7 +34,7 @@ from nanoft.config import DataConfig
 from nanoft.config.functions import source_file
 from nanoft.data.builder import PERCENTILES, REPORT, TOKENS, DatasetBuilder
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.formats import Conversation, format_function, read_file
+from nanoft.data.formats import Conversation, Learns, format_function, read_file
 from nanoft.data.sources import Log, find_files, read_raw
 from nanoft.io import untrusted
 from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered
@@ -58,6 +58,7 @@ class PreparedDataset:
     record_line: Array  # (records,)
     truncated: Array  # which samples were truncated
     data: DataConfig  # how the files were read
+    learns: Learns = "turns"
     from_cache: bool = False  # rather than built now
 
     def conversations(self, samples: TokenDataset, limit: int) -> list[Conversation]:
@@ -102,34 +103,39 @@ class PreparedDataset:
 
     def _read(self, records: list[int]) -> Iterator[tuple[int, Conversation]]:
         for file, lines in self._lines(records):
-            for item in read_file(file, self.data, only=set(lines)):
+            for item in read_file(file, self.data, only=set(lines), learns=self.learns):
                 if isinstance(item, Conversation):
                     yield lines[item.line], item
 
 
 def build_datasets(
-    data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, progress_bar: bool = False
-) -> PreparedDataset:
+    data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, progress_bar: bool = False,
+    learns: Learns = "turns",
+) -> PreparedDataset:  # fmt: skip
     """Read, tokenize and split the files of a config, or load the result from the cache."""
     parts = _parts(data, log)
     files = [file for part in parts for file in part]
 
     def build(directory: Path) -> None:
-        DatasetBuilder(directory, data, tokenizer, max_length, seed).build(parts, progress_bar)
+        DatasetBuilder(directory, data, tokenizer, max_length, seed, learns).build(parts, progress_bar)
 
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name not in NOT_IN_KEY}
     # An edit of the code that decides which samples come out must not be answered from the cache.
     code = [*sorted(Path(__file__).parent.glob("*.py")), Path(batches.__file__), Path(untrusted.__file__)]
     versions = [tokenizers.__version__, jinja2.__version__, hash_named_files(code)]
     content = [list(map(str, files)), data_hash(data, files)]
-    depends_on = [versions, settings, max_length, seed, content, tokenizer.fingerprint()]
+    depends_on = [versions, settings, max_length, seed, content, tokenizer.fingerprint(), learns]
     entry, from_cache = load_or_build(json.dumps(depends_on, sort_keys=True, default=str), build, log)
     arrays = {path.stem: np.load(path) for path in entry.glob("*.npy")}
     shared = np.memmap(entry / TOKENS, dtype=np.int32, mode="r"), arrays["starts"], arrays["records"]
-    training, validation = (TokenDataset(*shared, arrays[name]) for name in ("training", "validation"))
+    kind = arrays["labels"], 2 if learns == "pairs" else 1
+    training, validation = (TokenDataset(*shared, arrays[name], *kind) for name in ("training", "validation"))
     report = json.loads((entry / REPORT).read_text(encoding="utf-8"))
     origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated")}
-    return PreparedDataset(training, validation, report, entry, files, data=data, from_cache=from_cache, **origin)
+    return PreparedDataset(
+        training, validation, report, entry, files, data=data, learns=learns,
+        from_cache=from_cache, **origin,
+    )  # fmt: skip
 
 
 def data_provenance(data: DataConfig) -> dict[str, Any]:

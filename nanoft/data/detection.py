@@ -29,6 +29,9 @@ FIELD_NAMES = {  # field of a shape -> its other names
     "answer": ("response", "output", "completion", "solution"),
     "document": ("text", "article", "dialogue"),
     "summary": ("highlights", "abstract"),
+    "chosen": ("preferred", "accepted", "chosen_response", "response_chosen"),
+    "rejected": ("dispreferred", "rejected_response", "response_rejected"),
+    "answers": ("responses", "completions", "candidates", "output"),
 }
 LABELS = ("label", "kto_tag")  # fields that mark answers as good or bad, if they hold GOOD and BAD alone
 GOOD = ("true", "1", "1.0", "desirable", "chosen", "good", "yes")  # 1.0 and 0.0: from tables with missing values
@@ -41,7 +44,8 @@ class Shape:
 
     required: tuple[str, ...]  # fields that every record has; `auto` detects the shape by them
     fields: tuple[str, ...]  # all fields that are read, in the order in which they are shown
-    to_messages: Callable[[dict[str, Any]], list[dict[str, Any]]] | None  # None: plain text; its last field is learned
+    # To messages, or for objectives with preferences to several versions of them, the best first.
+    to_messages: Callable[[dict[str, Any]], list[Any]] | None  # None: plain text; its last field is learned
 
 
 def normalized_name(name: str) -> str:
@@ -100,7 +104,7 @@ def detect_shape(
         is_whole = isinstance(first["chosen"], list) and not isinstance(first.get("prompt"), list)
         way = {"messages": "chosen"} if is_whole else {"prompt": "prompt", "completion": "chosen"}
         fix = f"data.columns='{json.dumps(way)}' learns the chosen answers"
-        raise UserError(f"{path}: holds pairs of answers, for preference objectives: {fix}")
+        raise UserError(f"{path}: holds pairs of answers: set training.objective=dpo to prefer the chosen ones; {fix}")
     has = f"the fields {names_of(first)}" if isinstance(first, dict) else f"no fields: it is a {type(first).__name__}"
     known = "; ".join(
         f"{name} ({', '.join(shape.required)})" for name, shape in shapes.items() if name != "raw_prompt_completion"
@@ -126,7 +130,7 @@ def require_label_choice(path: Path, records: list[tuple[int, Raw]]) -> None:
         found = {str(r[name]).strip().lower() for _, r in records if isinstance(r, dict) and r.get(name) is not None}
         if found and found <= {*GOOD, *BAD}:
             choice = f"set data.label_field={name} to learn only the good ones, data.label_field=ignore to learn all"
-            raise UserError(f"{path}: {name} marks answers as good or bad (for preference objectives): {choice}")
+            raise UserError(f"{path}: {name} marks answers as good or bad: {choice}, or training.objective=kto")
 
 
 def names_of(record: Collection[str]) -> str:

@@ -20,12 +20,13 @@ import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from nanoft.batches import Array
+from nanoft.batches import Array, Sample
 from nanoft.data.formats import Conversation
 
 COMPONENTS = 128  # of a MinHash signature
@@ -57,7 +58,8 @@ _OFFSETS = _random.integers(0, 2**63, COMPONENTS, dtype=np.uint64)
 
 def content_hash(conversation: Conversation) -> int:
     """64 bits of text, messages and tools; the chance of a collision among 10^6 different records is 3 in 10^8."""
-    content = json.dumps([conversation.text, conversation.messages, conversation.tools], sort_keys=True)
+    said = [conversation.text, *conversation.versions, conversation.tools, conversation.label]
+    content = json.dumps(said, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
 
@@ -86,6 +88,12 @@ def repeats_itself(text: str) -> bool:
         if words and text.startswith(text[start:end] * (REPEATS if len(words) > 1 else 3 * REPEATS), start):
             return True
     return False
+
+
+def overlap(a: Sample, b: Sample) -> float:
+    """The share of the target tokens of two samples that both have, as often as they occur."""
+    counts = [Counter(sample.ids[sample.is_target].tolist()) for sample in (a, b)]
+    return (counts[0] & counts[1]).total() / max(counts[0].total(), counts[1].total(), 1)
 
 
 def normalized(text: str) -> str:

@@ -17,13 +17,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nanoft import UserError
 from nanoft.config import DataConfig
 from nanoft.config.fields import nearest
 from nanoft.config.functions import UNTRUSTED, import_function, is_function
-from nanoft.data.detection import BAD, GOOD, Shape, detect_shape, names_of, normalized_name, require_label_choice
+from nanoft.data.detection import Shape, detect_shape, names_of, normalized_name, require_label_choice
+from nanoft.data.preferences import PAIR_SHAPES, UNDESIRABLE, Skipped, is_desirable, margin
 from nanoft.data.sources import BadRecord, Raw, read_raw
 from nanoft.data.values import as_json, check_value, nonempty, optional_text, text_of
 
@@ -50,7 +51,8 @@ UNUSED = "unused fields"  # of a message, while a record is converted
 TEMPLATE_ARGS = "chat_template_kwargs"  # of a record: variables for the chat template, as TRL has them
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # variables that the template gets from nanoft
 RESERVED |= {"bos_token", "eos_token", "pad_token", "unk_token"}
-UNDESIRABLE, LOW_SCORE = "undesirable label", "below data.min_score"  # reasons that are no mistakes in the data
+MALFORMED = "malformed"
+Learns = Literal["turns", "pairs", "labels"]  # what an objective learns from: answers, better ones, good and bad ones
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # but white space (tab, newline, form feed, ...)
 
 
@@ -67,12 +69,19 @@ class Conversation:
     prompt_characters: int = 0  # of the text: they are no targets
     template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
     notes: tuple[str, ...] = ()  # what has no effect
+    worse: tuple[list[Message], ...] = ()  # the same prompt with worse answers
+    label: float = 1.0  # 1: its answer is desirable, 0: it is not; of pairs: by how much it is better
+    answer_at: int = -1  # the message where the answer begins, which `worse` has otherwise
+
+    @property
+    def versions(self) -> tuple[list[Message], ...]:
+        return (self.messages, *self.worse)
 
     def full_text(self) -> str:
-        return self.text or "\n".join(message["content"] for message in self.messages)
+        return self.text or "\n".join(m["content"] for messages in self.versions for m in messages)
 
     def characters(self) -> int:
-        return len(self.text or "") + sum(len(message["content"]) for message in self.messages)
+        return len(self.text or "") + sum(len(m["content"]) for messages in self.versions for m in messages)
 
     def answers(self) -> list[str]:
         """What the assistant says, or the plain text without its prompt."""
@@ -81,7 +90,8 @@ class Conversation:
 
     def prompt(self) -> str:
         """All that the last answer replies to, or the plain text: conversations are compared by it."""
-        said = (m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in self.messages[:-1])
+        before = self.messages[: self.answer_at]
+        said = (m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in before)
         return (self.text or "")[: self.prompt_characters or None] or "\n".join(said)
 
     def without_system(self) -> Conversation:
@@ -92,7 +102,7 @@ class Conversation:
 def turns_of(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> list[Message] | str:
     """[{"role", "content", "tool_calls", "weight", ...}, ...], as OpenAI writes it; a prompt may also be a text."""
     value = record[name]
-    if name in ("prompt", "completion") and not isinstance(value, (list, dict)):
+    if name in ("prompt", "completion", "chosen", "rejected") and not isinstance(value, (list, dict)):
         return text_of(record, name)
     turns = [value] if isinstance(value, dict) and name != "messages" else as_json(value, name)
     if not isinstance(turns, list) or not turns:
@@ -234,7 +244,18 @@ SHAPES = {
     "raw_prompt_completion": Shape(("prompt", "completion"), ("prompt", "completion"), None),  # without a chat template
     "text": Shape(("text",), ("text",), None),
 }
-TURNS = ("messages", "conversations", "prompt", "completion")  # fields that hold lists of turns
+TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")  # fields that hold lists of turns
+SHAPES_OF: dict[Learns, dict[str, Shape]] = {  # those that an objective can learn from
+    "turns": SHAPES,
+    "pairs": PAIR_SHAPES,
+    "labels": {**PAIR_SHAPES, **{name: shape for name, shape in SHAPES.items() if shape.to_messages}},
+}
+
+RETURNED: dict[Learns, tuple[str, ...]] = {  # shapes that a user's own function may return
+    "turns": ("messages", "prompt_completion", "text"),
+    "pairs": (*PAIR_SHAPES,),
+    "labels": ("messages", "prompt_completion", *PAIR_SHAPES),
+}
 
 
 def parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -258,11 +279,12 @@ class Rejected:
     reason: str
     file: str
     line: int
+    kind: str = MALFORMED  # what it is counted as
 
 
-def check_format(name: str) -> None:
-    """Raise a UserError if data.format is neither auto, nor an entry of SHAPES, nor package.module:function."""
-    names = ("auto", *SHAPES, "package.module:function")
+def check_format(name: str, learns: Learns = "turns") -> None:
+    """Raise a UserError if data.format is neither auto, nor a known shape, nor package.module:function."""
+    names = ("auto", *SHAPES_OF[learns], "package.module:function")
     if name not in names[:-1] and not is_function(name.removeprefix(UNTRUSTED)):
         raise UserError(f"data.format: {name!r:.60} is not known{nearest(name, names)}")
 
@@ -281,21 +303,22 @@ def read_file(
     data: DataConfig,
     on_progress: Callable[[int], None] = lambda position: None,  # called now and then with the number of bytes read
     only: Collection[int] | None = None,  # lines to convert; None: all
+    learns: Learns = "turns",
 ) -> Iterator[Conversation | Rejected | str]:
     """All records of a file in order; before them, a description of the shape they are read in."""
     if odd := [role for role in data.roles.values() if role not in ROLES]:
         raise UserError(f"data.roles: {odd[0]!r:.40} is not a role{nearest(str(odd[0]), ROLES)}")
-    function, columns = format_function(data.format), data.columns
+    function, columns, shapes = format_function(data.format), data.columns, SHAPES_OF[learns]
     raw = read_raw(path, data.delimiter, on_progress)
     records = ((line, _rename(record, columns)) for line, record in raw)
     first = list(itertools.islice(records, DETECT_FROM))
     shape, found = data.format, dict[str, str]()  # field -> column
     if function is None:
-        shape, found = detect_shape(path, SHAPES, shape, first)
-        if data.label_field is None and shape != "text":
+        shape, found = detect_shape(path, shapes, shape, first)
+        if learns == "turns" and data.label_field is None and shape != "text":
             require_label_choice(path, first)
-        for name in sorted({*columns} - {*SHAPES[shape].fields}):  # another may be a field of the split, or unused
-            if "did you mean" in (near := nearest(name, SHAPES[shape].fields)):
+        for name in sorted({*columns} - {*shapes[shape].fields}):  # another may be a field of the split, or unused
+            if "did you mean" in (near := nearest(name, shapes[shape].fields)):
                 raise UserError(f"data.columns: {name!r:.60} is not a field of {shape}{near}")
     said = [name if name == column else f"{name} ({column})" for name, column in found.items()]
     yield shape if said in ([shape], []) else f"{shape}: {', '.join(said)}"
@@ -308,9 +331,9 @@ def read_file(
         try:
             if isinstance(record, dict):
                 record = record | {name: record[column] for name, column in found.items() if column in record}
-            yield _convert(record, shape, function, str(path), line, data)
+            yield _convert(record, shape, function, str(path), line, data, learns)
         except BadRecord as reason:
-            yield Rejected(str(reason), str(path), line)
+            yield Rejected(str(reason), str(path), line, reason.kind if isinstance(reason, Skipped) else MALFORMED)
         except RecursionError:  # from putting a value into a message
             yield Rejected("nested too deeply", str(path), line)
 
@@ -324,49 +347,52 @@ def _rename(record: Raw, columns: Mapping[str, str]) -> Raw:
     return kept | {name: record[column] for name, column in columns.items()}
 
 
-def _convert(record: Raw, shape: str, function: Any, path: str, line: int, data: DataConfig) -> Conversation:
+def _convert(
+    record: Raw, shape: str, function: Any, path: str, line: int, data: DataConfig, learns: Learns
+) -> Conversation:
     if isinstance(record, BadRecord):
         raise record
-    required = SHAPES[shape].required if function is None else ()
+    shapes = SHAPES_OF[learns]
+    required = shapes[shape].required if function is None else ()
     if not isinstance(record, dict) or not all(name in record for name in required):
         found = names_of(record) if isinstance(record, dict) else type(record).__name__
         raise BadRecord(f"expected {'the fields ' + ', '.join(required) if required else 'an object'}, found {found}")
-    if data.label_field not in (None, "ignore"):  # data for KTO has good and bad answers: the good are imitated
-        _require_desirable(record, str(data.label_field))
+    if learns == "turns" and data.label_field not in (None, "ignore") and not is_desirable(record, data.label_field):
+        raise Skipped(UNDESIRABLE)
     if limit := data.score_limit:
         _require_score(record, *limit)
     split_by = (data.stratify_field, data.split_group, data.split_time)
     fields = {name: _split_field(record, name) for name in split_by if name not in (None, "length")}
     if function is not None:
-        record, shape = _call(function, record, f"{path}:{line}: data.format={shape}")
-    to_messages = SHAPES[shape].to_messages
+        record, shape = _call(function, record, f"{path}:{line}: data.format={shape}", learns)
+    label, required, to_messages = 1.0, shapes[shape].required, shapes[shape].to_messages
+    if learns == "labels" and shape not in PAIR_SHAPES:
+        label = float(is_desirable(record, data.label_field))
+    elif learns == "pairs":
+        label = margin(record, data.margin_field)
     if to_messages is None:
-        *before, learned = [text_of(record, name) for name in SHAPES[shape].required]
-        text = "".join(before) + nonempty(learned, SHAPES[shape].required[-1])
+        *before, learned = [text_of(record, name) for name in required]
+        text = "".join(before) + nonempty(learned, required[-1])
         return Conversation([], text, path, line, None, fields, sum(map(len, before)))
     try:
-        fields_read = SHAPES[shape].fields
-        record = record | {name: turns_of(record, name, data.roles) for name in fields_read if name in TURNS}
-        messages = to_messages(record)
+        fields_read = shapes[shape].fields
+        given = [name for name in fields_read if name in TURNS and (name in required or record.get(name))]
+        record = record | {name: turns_of(record, name, data.roles) for name in given}
+        versions = to_messages(record) if shape in PAIR_SHAPES else [to_messages(record)]
         if "system" in fields_read and (system := optional_text(record, "system")):
-            messages.insert(0, {"role": "system", "content": system})
+            versions = [[{"role": "system", "content": system}, *messages] for messages in versions]
         tools = parse_tools(record) if "tools" in fields_read else None
     except (TypeError, AttributeError, ValueError, LookupError):
         raise BadRecord(f"does not have the form of {shape} (docs/data.md)") from None
-    _check_turns(messages)
-    unused = dict.fromkeys(name for message in messages for name in message.pop(UNUSED, ()))
+    for messages in versions:
+        _check_turns(messages)
+    unused = dict.fromkeys(name for messages in versions for message in messages for name in message.pop(UNUSED, ()))
     notes = tuple(f"the field {name!r:.60} of a message is not used" for name in unused)
-    return Conversation(messages, None, path, line, tools, fields, 0, _template_args(record), notes)
-
-
-def _require_desirable(record: dict[str, Any], label: str) -> None:
-    if label not in record:
-        raise BadRecord(f"has no field {label!r} (data.label_field)")
-    value = str(record[label]).strip().lower()
-    if value not in GOOD + BAD:
-        raise BadRecord(f"{label}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)")
-    if value in BAD:
-        raise BadRecord(UNDESIRABLE)
+    best, *worse = versions
+    answer_at = next((at for at in range(len(best)) if any(best[: at + 1] != other[: at + 1] for other in worse)), -1)
+    return Conversation(
+        best, None, path, line, tools, fields, 0, _template_args(record), notes, tuple(worse), label, answer_at
+    )
 
 
 def _require_score(record: dict[str, Any], name: str, limit: float) -> None:
@@ -380,7 +406,7 @@ def _require_score(record: dict[str, Any], name: str, limit: float) -> None:
     if math.isnan(score):
         raise BadRecord(f"{name}: {json.dumps(value, default=str):.40} is not a number (data.min_score)")
     if score < limit:
-        raise BadRecord(LOW_SCORE)
+        raise Skipped("below data.min_score", f"{name}: {score:g} is below data.min_score={limit:g}")
 
 
 def _template_args(record: dict[str, Any]) -> dict[str, Any]:
@@ -391,17 +417,21 @@ def _template_args(record: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _call(function: Callable[..., Any], record: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
+def _call(
+    function: Callable[..., Any], record: dict[str, Any], where: str, learns: Learns
+) -> tuple[dict[str, Any], str]:
     try:
         found = function(record)
     except Exception as error:  # the function is the user's program, and so is the mistake
         raise UserError(f"{where}: {type(error).__name__}: {error}") from None
     found = {"messages": found} if isinstance(found, list) else {"text": found} if isinstance(found, str) else found
-    for shape in ("messages", "prompt_completion", "text") if isinstance(found, dict) else ():
-        if all(name in found for name in SHAPES[shape].required):
+    shapes = {name: SHAPES_OF[learns][name] for name in RETURNED[learns]}
+    for shape in shapes if isinstance(found, dict) else ():
+        if all(name in found for name in shapes[shape].required):
             return found, shape
     what = f"the fields {names_of(found)}" if isinstance(found, dict) else type(found).__name__
-    raise BadRecord(f"data.format: the function returned {what}: expected messages, prompt and completion, or text")
+    expected = "; or ".join(" and ".join(shape.required) for shape in shapes.values())
+    raise BadRecord(f"data.format: the function returned {what}: expected {expected}")
 
 
 def _split_field(record: dict[str, Any], name: str) -> Any:

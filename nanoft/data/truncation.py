@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,28 +24,34 @@ OMITTED = " [...] "  # replaces the middle of a message
 
 
 def fit(
-    sample: Sample, conversation: Conversation, tokenizer: ChatTokenizer, limit: int, policy: str, train_on: str
-) -> Sample | None:
-    """The sample with at most `limit` tokens; None if it is dropped.
+    samples: list[Sample], versions: list[list[Message]], conversation: Conversation,
+    tokenizer: ChatTokenizer, limit: int, policy: str, train_on: str,
+) -> list[Sample] | None:  # fmt: skip
+    """The samples of a unit, each with at most `limit` tokens; None if they are dropped.
+
+    The two answers of a pair keep the same prompt.
 
     Args:
+        versions: the messages of each sample.
         policy: `drop`; `prompt` (shorten the prompt, keep all targets of what is kept); `response` (cut the tail);
             `proportional` (both, in proportion to their lengths); `reject` (raise a UserError).
     """
-    if len(sample.ids) <= limit or policy == "drop":
-        return sample if len(sample.ids) <= limit else None
+    longest = max(samples, key=lambda sample: len(sample.ids))
+    if len(longest.ids) <= limit or policy == "drop":
+        return samples if len(longest.ids) <= limit else None
     if policy == "reject":
-        where = f"{conversation.file}:{conversation.line}: {len(sample.ids):,} tokens"
+        where = f"{conversation.file}:{conversation.line}: {len(longest.ids):,} tokens"
         fix = "raise it, or choose another data.truncation"
         raise UserError(f"{where} are more than model.max_seq_length={limit}: {fix}")
     if policy == "response":
-        return _cut_response(sample, limit)
+        return _cut_responses(samples, limit)
     if policy == "prompt":
-        return _shorten_prompt(sample, conversation, tokenizer, limit, train_on)
-    targets = int(sample.is_target.sum())
-    kept_targets = max(1, limit * targets // len(sample.ids))
-    shorter = _shorten_prompt(sample, conversation, tokenizer, limit + targets - kept_targets, train_on)
-    return _cut_response(shorter or sample, limit)
+        return _shorten_prompt(samples, versions, conversation, tokenizer, limit, train_on)
+    targets = int(longest.is_target.sum())
+    kept_targets = max(1, limit * targets // len(longest.ids))
+    room = limit + targets - kept_targets
+    shorter = _shorten_prompt(samples, versions, conversation, tokenizer, room, train_on)
+    return _cut_responses(shorter or samples, limit)
 
 
 def chunk(sample: Sample, limit: int, bos_id: int | None) -> list[Sample]:
@@ -63,56 +70,75 @@ def chunk(sample: Sample, limit: int, bos_id: int | None) -> list[Sample]:
     return pieces
 
 
-def _cut_response(sample: Sample, limit: int) -> Sample | None:
-    targets = np.flatnonzero(sample.is_target[:limit])
-    if not len(targets):
-        return None
-    end = int(targets[-1]) + 1
-    return Sample(sample.ids[:end], sample.is_target[:end], sample.record, sample.turn)
+def _cut_responses(samples: list[Sample], limit: int) -> list[Sample] | None:
+    cut = []
+    for sample in samples:
+        targets = np.flatnonzero(sample.is_target[:limit])
+        if not len(targets):
+            return None
+        end = int(targets[-1]) + 1
+        cut.append(replace(sample, ids=sample.ids[:end], is_target=sample.is_target[:end]))
+    return cut
 
 
 def _shorten_prompt(
-    sample: Sample, conversation: Conversation, tokenizer: ChatTokenizer, limit: int, train_on: str
-) -> Sample | None:
+    samples: list[Sample], versions: list[list[Message]], conversation: Conversation,
+    tokenizer: ChatTokenizer, limit: int, train_on: str,
+) -> list[Sample] | None:  # fmt: skip
     """Drop the oldest exchanges; if the last one alone is too long, the middle of its longest message."""
-    if len(sample.ids) <= limit:
-        return sample
-    messages = conversation.messages
-    if messages and sample.turn is not None:  # a sample of its own: the conversation up to it, with no other target
-        earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[: sample.turn]]
-        messages = [*earlier, messages[sample.turn]]
-    asked = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if all(len(sample.ids) <= limit for sample in samples):
+        return samples
+    first_sample, messages = samples[0], versions[0]
+    if len(samples) == 1 and messages and (turn := first_sample.turn) is not None:
+        # a sample of its own: the conversation up to it, with no other target
+        earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:turn]]
+        versions = [[*earlier, messages[turn]]]
+    shared = len(versions[0]) if len(versions) == 1 else conversation.answer_at
+    asked = [index for index, message in enumerate(versions[0][:shared]) if message["role"] == "user"]
     if not asked:
         return None  # plain text has no exchanges
 
-    def encode(shorter: list[Message]) -> Sample:
+    def encode(shorter: list[list[Message]]) -> list[Sample]:
         given = conversation.tools, train_on, conversation.template_args
-        return tokenizer.encode_now(tokenizer.render_samples(shorter, sample.record, *given))[-1]
+        rendered = [tokenizer.render_samples(messages, first_sample.record, *given)[-1] for messages in shorter]
+        return tokenizer.encode_now(rendered)
+
+    def without(first: int) -> list[list[Message]]:
+        return [[*head, *messages[first:]] for messages in versions]
 
     def fits(first: int) -> bool:
-        return len(encode([*head, *messages[first:]]).ids) <= limit
+        return all(len(sample.ids) <= limit for sample in encode(without(first)))
 
-    head, last = messages[:1] if messages[0]["role"] == "system" else [], len(asked) - 1
+    head, last = versions[0][:1] if versions[0][0]["role"] == "system" else [], len(asked) - 1
     first = asked[bisect.bisect_left(asked, True, min(1, last), last, key=fits)]  # drops the fewest exchanges
-    shorter = _cut_longest([*head, *messages[first:]], encode, limit)
-    return shorter if shorter is not None and shorter.is_target.any() else None
+    shorter = _cut_longest(without(first), len(head) + shared - first, encode, limit)
+    if shorter is None or not all(sample.is_target.any() for sample in shorter):
+        return None
+    return [replace(new, label=old.label) for new, old in zip(shorter, samples, strict=True)]
 
 
-def _cut_longest(messages: list[Message], encode: Callable[[list[Message]], Sample], limit: int) -> Sample | None:
-    """Cut more and more out of the middle of the longest user or tool message until the sample fits."""
-    given = [index for index, message in enumerate(messages) if message["role"] in ("user", "tool")]
-    longest = max(given, key=lambda index: len(messages[index]["content"]))
-    content = messages[longest]["content"]
+def _cut_longest(
+    versions: list[list[Message]], shared: int, encode: Callable[[list[list[Message]]], list[Sample]], limit: int
+) -> list[Sample] | None:
+    """Cut more and more out of the middle of the longest user or tool message until all samples fit.
+
+    That message is one of the `shared` first ones, which are the same in all versions.
+    """
+    given = [at for at, message in enumerate(versions[0][:shared]) if message["role"] in ("user", "tool")]
+    longest = max(given, key=lambda at: len(versions[0][at]["content"]))
+    content = versions[0][longest]["content"]
     keep = len(content)
     for _ in range(24):
-        sample: Sample = encode(messages)
-        excess = len(sample.ids) - limit
+        samples = encode(versions)
+        at = max(range(len(samples)), key=lambda at: len(samples[at].ids))
+        excess = len(samples[at].ids) - limit
         if excess <= 0:
-            return sample
+            return samples
         if keep <= 1:
             return None
-        characters_per_token = sum(len(message["content"]) for message in messages) / len(sample.ids)
+        characters_per_token = sum(len(message["content"]) for message in versions[at]) / len(samples[at].ids)
         keep = max(1, keep - max(1, math.ceil(1.05 * excess * characters_per_token)))
         cut = content[: (keep + 1) // 2] + OMITTED + (content[-(keep // 2) :] if keep > 1 else "")
-        messages = [*messages[:longest], {**messages[longest], "content": cut}, *messages[longest + 1 :]]
+        shorter = {**versions[0][longest], "content": cut}
+        versions = [[*messages[:longest], shorter, *messages[longest + 1 :]] for messages in versions]
     return None

@@ -77,6 +77,9 @@ class Likelihoods:
     tokens: Array  # (n, 2)
     text_bytes: Array  # (n,): UTF-8 length of the targets; a stop token has none
 
+    def __getitem__(self, which: Array) -> Likelihoods:
+        return Likelihoods(self.nats[which], self.tokens[which], self.text_bytes[which])
+
     def figures(self) -> dict[str, Figure]:
         """Losses in nats per token, and bits per byte of the targets; without those that have no token."""
         columns = {
@@ -184,7 +187,8 @@ def _text_bytes(chat: ChatTokenizer, sample: Sample) -> int:
 
 def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[Prompt]:
     """The last turn of the first `limit` conversations that end in an answer rather than a tool call."""
-    chats = [c for c in conversations if c.messages and not c.messages[-1].get("tool_calls")][:limit]
+    good = [c for c in conversations if c.messages and (c.worse or c.label)]
+    chats = [c for c in good if not c.messages[-1].get("tool_calls")][:limit]
     return [Prompt(list(c.messages[:-1]), c.messages[-1]["content"], c.tools, c.template_args) for c in chats]
 
 
@@ -226,7 +230,11 @@ def measure(
     started = time.perf_counter()
     figures: dict[str, Figure] = {}
     if len(samples):
-        figures |= likelihoods(model, chat, samples, e.batch_size, context, e.stride).figures()
+        samples = TokenDataset.of(samples)
+        found = likelihoods(model, chat, samples, e.batch_size, context, e.stride)
+        figures |= found[samples.is_preferred()].figures()
+        if samples.unit_size == 2:
+            figures["pair_accuracy"] = Figure.mean(found.nats[::2, 0] < found.nats[1::2, 0])
     if len(general):
         figures["general_loss"] = likelihoods(model, chat, general, e.batch_size, context, e.stride).figures()["loss"]
     sampling = Sampling(e.temperature, e.top_k, e.top_p, e.min_p, e.repetition_penalty)

@@ -23,6 +23,7 @@ from nanoft.evaluation.evaluate import Prompt, held_out_prompts
 from nanoft.evaluation.report import leakage_of_run, settings_of
 from nanoft.io.untrusted import read_json
 from nanoft.models.open import is_run
+from nanoft.objectives import OBJECTIVES
 from nanoft.runtime.device import library_versions
 
 
@@ -79,18 +80,20 @@ def read_held_out(
     if file:  # plain texts are evaluated completely, whatever their length
         paths = [path for part in find_files(data.train_file, "--data") for path in part]
         limit = 2**31 - 1 if all(str(next(iter(read_file(path, data)))) == "text" for path in paths) else limit
-    corpus = build_datasets(data, chat, limit, config.system.seed, print)
+    learns = OBJECTIVES[config.training.objective].learns
+    corpus = build_datasets(data, chat, limit, config.system.seed, print, learns=learns)
     samples = corpus.training if file else corpus.validation
     if not len(samples):
         raise UserError(f"{source}: this run has no validation data (data.validation_split=0): give --data FILE")
     prompts = held_out_prompts(corpus.conversations(corpus.untruncated(samples), e.prompts), e.prompts)
-    samples = samples[: e.max_samples]
+    samples = samples.units(slice(e.max_samples))
+    measured = samples.preferred()
     return HeldOut(
         samples,
         prompts,
         read_general(general, chat, e.max_samples) if general else [],
-        {e.by_field: corpus.field_values(samples, e.by_field)} if e.by_field else {},
-        [corpus.location(record) for record in samples.records.tolist()],
+        {e.by_field: corpus.field_values(measured, e.by_field)} if e.by_field else {},
+        [corpus.location(record) for record in measured.records.tolist()],
         _leakage_of_file(source, corpus, samples, chat) if file else leakage_of_run(corpus.report, data.near_leaks),
     )
 
@@ -120,7 +123,9 @@ def _leakage_of_file(
     try:
         trained = load_config(Path(source) / "config.json", environment={})
         _require_unchanged(trained, source)
-        train_set = build_datasets(trained.data, chat, trained.model.max_seq_length, trained.system.seed, print)
+        learns = OBJECTIVES[trained.training.objective].learns
+        length, seed = trained.model.max_seq_length, trained.system.seed
+        train_set = build_datasets(trained.data, chat, length, seed, print, learns=learns)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
     prompts = list(corpus.prompts(samples))

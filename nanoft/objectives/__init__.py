@@ -1,6 +1,6 @@
 """Objectives: what training minimizes. A new one is one file here, an entry in OBJECTIVES, and its record format.
 
-The loop knows nothing of an objective but these five members. The loss of an optimizer step is
+The loop knows nothing of an objective but these members. The loss of an optimizer step is
 
     sum over micro-batches and ranks of objective.loss(model, batch)  /  objective.count(window)
 
@@ -9,15 +9,19 @@ so a window has the same gradient however it is split into micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from nanoft.batches import Batch, Window
+from nanoft.batches import Batch, TokenDataset, Window
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
+from nanoft.data.formats import Learns
 from nanoft.model import Decoder
+from nanoft.objectives.kto import KTO
+from nanoft.objectives.preference import DPO, ORPO, SimPO
 from nanoft.objectives.sft import SFT
 
 
@@ -25,6 +29,11 @@ class Objective(Protocol):
     """What the loop, preflight, validation and the self-test ask of an objective."""
 
     unit: str  # what the loss is a mean of: "target tokens", "pairs", "samples", "completions"
+    learns: ClassVar[Learns]  # which data it needs
+    settings: ClassVar[tuple[str, ...]]  # the fields of the section `preference` that it reads
+
+    def begin(self, model: Decoder, sides: list[TokenDataset], directory: Path | None, batch_size: int) -> None:
+        """What needs every sample and the model as it was before training; `directory`: the run's."""
 
     def prepare(self, model: Decoder, window: Window) -> None:
         """What needs the whole window, without gradient, before its first micro-batch."""
@@ -35,14 +44,18 @@ class Objective(Protocol):
     def loss(self, model: Decoder, batch: Batch) -> Tensor:
         """The SUM of the loss over the units of a micro-batch on the model's device; differentiable, scalar."""
 
+    def figures(self) -> dict[str, float]:
+        """More figures of the last window, for its `train` event."""
+
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Held-out figures for the `eval` event; `loss` among them: the best checkpoint has the lowest."""
 
 
-Adapters = dict[str, Adapter]  # by name; disabled, they leave the reference model; empty in full training
-OBJECTIVES: dict[str, Callable[[Config, Adapters], Objective]] = {"sft": lambda config, _: SFT(config)}
+# Each is built from the config and the adapters by name, which are empty in full training.
+OBJECTIVES: dict[str, Any] = {"sft": SFT, "dpo": DPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO}
 
 
-def build_objective(config: Config, adapters: Adapters) -> Objective:
+def build_objective(config: Config, adapters: dict[str, Adapter]) -> Objective:
     """The objective that `training.objective` names."""
-    return OBJECTIVES[config.training.objective](config, adapters)
+    objective: Objective = OBJECTIVES[config.training.objective](config, adapters)
+    return objective

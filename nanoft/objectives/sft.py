@@ -8,12 +8,14 @@ Prompt tokens are read and never predicted: their positions give no logits and n
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from torch import Tensor
 
 from nanoft import perplexity
 from nanoft.batches import Batch, Window
 from nanoft.config import Config
+from nanoft.data.formats import Learns
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
 
@@ -22,12 +24,20 @@ class SFT:
     """The sum of the negative log-likelihood over target tokens, with label smoothing and z-loss if asked for."""
 
     unit = "target tokens"
+    learns: ClassVar[Learns] = "turns"
+    settings: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, adapters: object = None):
         self.label_smoothing, self.z_loss = config.training.label_smoothing, config.training.z_loss
+
+    def begin(self, *_: object) -> None:
+        """Nothing: there is no reference model."""
 
     def prepare(self, model: Decoder, window: Window) -> None:
         """Nothing: each token's loss stands for itself."""
+
+    def figures(self) -> dict[str, float]:
+        return {}
 
     def count(self, window: Window) -> float:
         return window.target_tokens

@@ -142,10 +142,10 @@ def report_inputs(
     ctx: TrainContext, base: evaluate.EvalResult | None, tuned: evaluate.EvalResult, training: dict[str, float]
 ) -> ReportInputs:
     """What the report is made of."""
-    e, groups = ctx.config.evaluation, {}
+    e, groups, measured = ctx.config.evaluation, {}, ctx.validation.preferred()
     if e.by_field and len(ctx.validation):
         try:
-            groups = {e.by_field: ctx.corpus.field_values(ctx.validation, e.by_field)}
+            groups = {e.by_field: ctx.corpus.field_values(measured, e.by_field)}
         except UserError as reason:  # the run is done: no reason to lose its report
             ctx.run.print(f"warning: {reason}")
     provenance: dict[str, Any] = {"base": ctx.config.model.name, "data": ctx.config.data.train_file}
@@ -153,6 +153,6 @@ def report_inputs(
     leakage = leakage_of_run(ctx.corpus.report, ctx.config.data.near_leaks) if len(ctx.validation) else {}
     return ReportInputs(
         ctx.run.directory.name, tuned, base, primary=next(iter(e.metrics), "exact_match"), limit=e.max_new_tokens,
-        groups=groups, places=[ctx.corpus.location(record) for record in ctx.validation.records.tolist()],
+        groups=groups, places=[ctx.corpus.location(record) for record in measured.records.tolist()],
         leakage=leakage, training=training, provenance=provenance, shown=e.samples, seed=ctx.config.system.seed,
     )  # fmt: skip

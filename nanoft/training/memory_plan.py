@@ -33,6 +33,7 @@ from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import with_added_tokens
 from nanoft.models.weights import choose_dequantize
+from nanoft.objectives import OBJECTIVES
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import matmul_gflop_s
@@ -236,6 +237,11 @@ class Planner:
     def of(cls, config: Config, machine: Machine, decoder: DecoderConfig) -> Planner:
         return cls(config, machine, decoder, count_parameters(decoder, config))
 
+    @property
+    def unit_size(self) -> int:
+        """Sequences of a unit of training: two of a preference pair."""
+        return 2 if OBJECTIVES[self.config.training.objective].learns == "pairs" else 1
+
     def plan(self, rows: int, length: int, keep: list[ActivationPolicy]) -> Plan:
         """The memory of a step with micro-batches of rows x length tokens, and what each block keeps for backward."""
         device, settled = self.machine.device, decide_dequantize(self.config, self.counts, self.machine)
@@ -279,7 +285,8 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
     if recorded is not None and recorded["system"].get("ranks", 1) == ranks:
         return config.override({name: recorded["training"][name.removeprefix("training.")] for name in ROWS})
     length, keep = config.model.max_seq_length, planner.keep_by(t.checkpointing)
-    rows = choose_rows(lambda n: planner.plan(n, length, keep).peak, rows_a_rank, planner.machine.room_bytes)
+    size = planner.unit_size
+    rows = choose_rows(lambda n: planner.plan(n * size, length, keep).peak, rows_a_rank, planner.machine.room_bytes)
     return config.override(dict(zip(ROWS, (rows, rows_a_rank // rows), strict=True)))
 
 
@@ -344,12 +351,13 @@ def show_plan(config: Config) -> int:
     planner = Planner.of(config, machine, decoder)
     config = resolve_micro_batch_size(planner, None)
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
-    plan = planner.choose_activations(config.micro_batch_rows(), length)
+    unit = planner.unit_size  # sequences
+    plan = planner.choose_activations(config.micro_batch_rows() * unit, length)
 
     def say(name: str, text: str) -> None:
         print(wrap(f"{name:16} {text}", 17))
 
-    kind, rows = machine.device.type, config.effective_batch_size()
+    kind, rows = machine.device.type, config.effective_batch_size() * unit
     if not machine.present:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
@@ -369,7 +377,7 @@ def show_plan(config: Config) -> int:
             say("speed", f"{tokens_s:9,.0f} tokens/s if {reach}")
         else:
             say("speed", f"at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")
-    fitting = [rows for rows in ROWS_TRIED if planner.plan(rows, length, planner.keep_by("full")).peak <= room]
+    fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * unit, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
     say("micro-batch", f"{most} rows of {length} tokens fit, with every block recomputed")
     for warning in plan_warnings(planner, files, length, None):

@@ -113,7 +113,7 @@ def rehearse(ctx: TrainContext) -> tuple[Check, float]:
 def rehearse_evaluation(ctx: TrainContext) -> None:
     """Evaluate the longest validation batch."""
     samples, size = ctx.validation, ctx.config.evaluation.batch_size
-    longest = samples[np.argsort(-samples.lengths, kind="stable")[:size]]
+    longest = samples.units(np.argsort(-samples.unit_lengths(), kind="stable")[:size])
     try:
         with distributed.same_exception(ctx.device), ctx.autocast():
             ctx.objective.evaluate(ctx.model, eval_batches(longest, size, ctx.tokenizer.pad_id))

@@ -46,7 +46,7 @@ def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: fl
         values = {"learning_rate": lr, "grad_norm": grad_norm, **memory}
         if ctx.scaler.is_enabled():
             values |= {"loss_scale": ctx.scaler.get_scale(), "overflow_steps": state.overflow_steps}
-        ctx.run.log("train", state.step, **state.meter.flush(), **values, epoch=state.epoch)
+        ctx.run.log("train", state.step, **state.meter.flush(), **values, **ctx.objective.figures(), epoch=state.epoch)
 
 
 def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
@@ -68,8 +68,10 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
     log_memory(ctx, state, "evaluated")
     ctx.run.log("eval", state.step, **figures)
     best = " (best so far)" if state.best_step == state.step else ""
-    perplexity = f", perplexity {figures['perplexity']:.4g}" if "perplexity" in figures else ""
-    ctx.run.print(f"step {state.step}: validation loss {loss:.4f}{perplexity}{best}")
+    more = f", perplexity {figures['perplexity']:.4g}" if "perplexity" in figures else ""
+    if "rewards/accuracies" in figures:
+        more = f", accuracy {figures['rewards/accuracies']:.1%}, margin {figures.get('rewards/margins', 0.0):.3f}"
+    ctx.run.print(f"step {state.step}: validation loss {loss:.4f}{more}{best}")
 
 
 def validate(ctx: TrainContext, batch_size: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import TrainingFailed, UserError
-from nanoft.batches import Batches, Sample, TokenDataset, collate
+from nanoft.batches import Batches, TokenDataset, collate
 from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, apply, is_linear
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
 from nanoft.config import Config, LoRAConfig
@@ -34,6 +34,7 @@ from nanoft.lora import by_pattern, disabled, make_lora, variant_of, weight_of
 from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
+from nanoft.objectives import build_objective
 from nanoft.optim import build_scaler
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.device import seed_everything
@@ -95,7 +96,7 @@ def run(ctx: TrainContext, loop: Loop) -> int:
     """Do every check with a context that took no step, and is used up; a TrainingFailed names the first that failed."""
     ctx.run.open_metrics(0, [0, 0], [])
     say, tokens = ctx.run.print, min(TOKENS, ctx.batches.longest().ids.numel())
-    documents = TokenDataset.of(cut(ctx.batches.samples, tokens))
+    documents = cut(ctx.batches.samples, tokens)
     say(f"self-test on {ctx.config.model.name}: {int(documents.lengths.sum()):,} tokens of its data, {ctx.device}\n")
     say(ROW.format("check", "result", "measured", "allowed", "compared"))
     table = checks(ctx, loop, documents)
@@ -143,7 +144,9 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
         Check(splits, "gradient", near, lambda: splits_error(ctx, loop, documents)),
         Check("packed = alone, inference", "logits and loss", near, inference(packed_error, model, documents, pad)),
         Check("packed = alone, training", "gradient", near, lambda: packed_gradients_error(ctx, loop, documents)),
-        Check("recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, documents[-1:])),
+        Check(
+            "recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, documents.units([-1]))
+        ),
         Check("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_error(ctx, documents[-1:])),
         Check("merged = adapter, each linear", f"products{onto}", nearer, inference(products_error, adapters), none),
         Check("merged = adapter", f"logits{onto}", near, inference(merged_error, model, adapters, ids), none),
@@ -196,7 +199,10 @@ def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tenso
     config = ctx.config.override({"training.max_grad_norm": 0.0, "guard.max_rollbacks": 0})
     unused = CheckpointManager(ctx.run.directory / "no" / "checkpoints", 1)
     scaler = build_scaler(ctx.device, ctx.machine.dtype)
-    ctx = saving_to(replace(ctx, config=config, batches=batches, scaler=scaler), unused)
+    objective = build_objective(config, ctx.adapters)
+    with ctx.autocast():
+        objective.begin(ctx.model, [batches.samples], None, DOCUMENTS)
+    ctx = saving_to(replace(ctx, config=config, batches=batches, objective=objective, scaler=scaler), unused)
     torch.manual_seed(config.system.seed)
     try:
         with ctx.optimizer.register_step_pre_hook(take):
@@ -222,16 +228,15 @@ def without_dropout(ctx: TrainContext) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def cut(samples: Sequence[Sample], tokens: int) -> list[Sample]:
-    """Pieces of samples spread over the data, of increasing length, each ending in the last target of its sample."""
-    longest = max(DOCUMENTS, tokens // DOCUMENTS)
-    pieces = []
+def cut(samples: TokenDataset, tokens: int) -> TokenDataset:
+    """Pieces of units spread over the data, of increasing length, each ending in the last target of its sample."""
+    longest, pieces = max(DOCUMENTS, tokens // DOCUMENTS), []
     for i in range(DOCUMENTS):
-        sample = samples[i * len(samples) // DOCUMENTS]
-        end = int(np.flatnonzero(sample.is_target).max(initial=-1)) + 1 or len(sample.ids)
-        begin = max(0, end - max(2, longest * (i + 1) // DOCUMENTS))
-        pieces.append(Sample(sample.ids[begin:end], sample.is_target[begin:end], sample.record))
-    return pieces
+        for sample in samples.units([i * (len(samples) // samples.unit_size) // DOCUMENTS]):
+            end = int(np.flatnonzero(sample.is_target).max(initial=-1)) + 1 or len(sample.ids)
+            begin = max(0, end - max(2, longest * (i + 1) // DOCUMENTS))
+            pieces.append(replace(sample, ids=sample.ids[begin:end], is_target=sample.is_target[begin:end]))
+    return TokenDataset.of(pieces, samples.unit_size)
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ from nanoft.models.model_files import ModelFiles, check_quantization, described_
 from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import cache_weights, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
+from nanoft.objectives import OBJECTIVES
 from nanoft.runtime import distributed
 from nanoft.runtime.device import describe_device, library_versions
 from nanoft.runtime.machine import Machine
@@ -55,7 +56,7 @@ from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run
 from nanoft.tracking.trackers import build_trackers, chosen_trackers
 from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
-from nanoft.training.progress import log_memory
+from nanoft.training.progress import in_smaller_batches, log_memory
 from nanoft.training.state import TrainContext, TrainState
 from nanoft.training.validation import check_schedule, validate_config
 
@@ -80,6 +81,11 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
 def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> Planner:
     """The memory planner, its config with the micro-batch size decided."""
     planner = Planner.of(config, machine, files.decoder)
+    if config.lora.dropout and OBJECTIVES[config.training.objective].learns != "turns":
+        run.print(
+            f"warning: lora.dropout: off with training.objective={config.training.objective}, in both forward passes"
+        )
+        planner = replace(planner, config=config.override({"lora.dropout": 0.0}))
     decided = distributed.broadcast_from_rank0(
         lambda: resolve_micro_batch_size(planner, run.recorded_config()).to_dict()
     )
@@ -167,9 +173,11 @@ def load_tokenizer(
 def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[PreparedDataset, Batches]:
     """The samples, and the batches of those for training; prints how many records were kept and rejected."""
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
-    started = time.perf_counter()
+    started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
     bar = config.logging.progress_bar and not distributed.process_rank()
-    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar))
+    corpus = distributed.main_process_first(
+        lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar, learns)
+    )
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     if t.early_stopping_patience and not len(corpus.validation):
         what = "there is no validation data, so training cannot stop early"
@@ -254,6 +262,13 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
     model.grow_vocabulary(tokens)
     cache_weights(model, config.quantization.dequantize)
     return model
+
+
+def begin_objective(ctx: TrainContext) -> None:
+    """What the objective needs of the model as it was before training; computed once per run."""
+    sides, directory = [ctx.corpus.training, ctx.corpus.validation], ctx.run.directory
+    size = ctx.config.evaluation.batch_size
+    in_smaller_batches(ctx, size, lambda size: ctx.objective.begin(ctx.model, sides, directory, size))
 
 
 def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncCheckpointWriter:

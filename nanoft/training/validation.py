@@ -7,6 +7,7 @@ entry beside its mathematics. All three commands call `validate_config` right af
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 
 from nanoft import UserError
 from nanoft.config import Config, TrainingConfig
@@ -42,11 +43,30 @@ def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> 
     if t.method == "lora":
         check_variant(config)
     check_schedule(t, t.max_steps)
-    check_format(config.data.format)
+    check_objective(config)
+    check_format(config.data.format, OBJECTIVES[t.objective].learns)
     select_metrics(config.evaluation.metrics)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
         fix = "set training.optimizer=adamw (each of N processes holds an Nth of it) or training.sharding=none"
         raise UserError(f"training.optimizer: the state of {t.optimizer} cannot be sharded: {fix}")
+
+
+def check_objective(config: Config) -> None:
+    """Refuse settings of `preference`, and those of supervised training, that the objective does not read."""
+    t, p, objective = config.training, config.preference, OBJECTIVES[config.training.objective]
+    idle = [
+        f"preference.{f.name}"
+        for f in fields(p)
+        if f.name not in objective.settings and getattr(p, f.name) != f.default
+    ]
+    if "label_smoothing" in objective.settings and p.loss == "ipo" and p.label_smoothing:
+        idle.append("preference.label_smoothing")
+    supervised = {"training.label_smoothing": t.label_smoothing, "training.z_loss": t.z_loss}
+    supervised |= {"training.neftune_alpha": t.neftune_alpha, "data.train_on": config.data.train_on != "assistant"}
+    idle += [name for name, is_set in supervised.items() if is_set and objective.learns != "turns"]
+    if idle:
+        loss = f" and preference.loss={p.loss}" if "loss" in objective.settings else ""
+        raise UserError(f"{idle[0]}: has no effect with training.objective={t.objective}{loss}: remove it")
 
 
 def check_schedule(t: TrainingConfig, total_steps: int | None) -> None:

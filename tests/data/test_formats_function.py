@@ -67,13 +67,13 @@ def test_columns_labels_and_fields_are_those_of_the_record(path: Path) -> None:
     records = [{"question": "Q", "a": "A", "good": True, "user": 5}, {"question": "Q", "a": "A", "good": 0, "user": 5}]
     found = read(path, records, "pair", columns={"q": "question"}, label_field="good", split_group="user")
     assert found[0].fields == {"good": True, "user": 5}
-    assert found[1] == Rejected("undesirable label", str(path), 2)
+    assert found[1] == Rejected("undesirable label", str(path), 2, "undesirable label")
 
 
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [
-        (None, "the function returned NoneType: expected messages, prompt and completion, or text"),
+        (None, "the function returned NoneType: expected messages; or prompt and completion; or text"),
         (5, "the function returned int"),
         ({"question": "Q"}, "the function returned the fields question"),
         ([], "messages is not a list of turns"),

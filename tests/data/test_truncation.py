@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,14 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation
 from nanoft.data.truncation import OMITTED, chunk
 
-fit = functools.partial(truncation.fit, train_on="assistant")
 POLICIES = ["drop", "prompt", "response", "proportional"]
 LONG = "I want euros for my 921 rupees, please. "
+
+
+def fit(sample: Sample, conversation: Conversation, chat: ChatTokenizer, limit: int, policy: str) -> Sample | None:
+    """A sample alone, as in supervised training."""
+    found = truncation.fit([sample], [conversation.messages], conversation, chat, limit, policy, "assistant")
+    return found[0] if found else None
 
 
 @pytest.fixture(scope="module")

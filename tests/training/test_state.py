@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanoft.batches import Batch, Window
+from nanoft.batches import Batch, TokenDataset, Window
 from nanoft.checkpoint import Checkpoint
 from nanoft.runtime.device import rng_state
 from nanoft.training.state import TrainState, read_state
@@ -15,7 +15,8 @@ from nanoft.training.state import TrainState, read_state
 
 def window(targets: int, index: int) -> Window:
     numbers = torch.zeros(targets, dtype=torch.int64)
-    batch = Batch(numbers[None], None, None, numbers, numbers, 2 * targets, [0])
+    samples = TokenDataset.of([])
+    batch = Batch(numbers[None], None, None, numbers, numbers, numbers, 2 * targets, samples)
     return Window([batch], [0, index], [0, index + 1])
 
 

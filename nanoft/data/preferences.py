@@ -1,0 +1,142 @@
+"""Records that compare answers: pairs, ranked answers, and single answers with a label.
+
+A record becomes a conversation with its best answer, and the same prompt with each worse one. Objectives that learn
+from pairs take the best answer against each worse one; KTO takes every answer by itself, as desirable or not.
+PAIR_SHAPES is the table of shapes. The prompt may be a text or messages, stand in its own field, or be what the
+answers, given as whole conversations, have in common.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from nanoft.data.detection import BAD, GOOD, LABELS, Shape
+from nanoft.data.sources import BadRecord
+from nanoft.data.values import as_json, optional_text, text_of
+
+Message = dict[str, Any]
+EQUAL, UNLABELED, EMPTY, UNDESIRABLE = "equal answers", "no label", "empty answer", "undesirable label"
+ASKED = ("system", "prompt", "conversations", "question", "instruction", "input")
+TEXTS = ("answer", "response", "content", "text", "value", "completion")  # fields of a ranked answer: what it says,
+RANKS, SCORES = ("rank",), ("score", "overall_score", "reward")  # its place (1 is best), or a number (more is better)
+SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of a dialogue in one text, as Anthropic's HH data has it
+
+
+class Skipped(BadRecord):
+    """A record without a preference; `kind` is what it is counted as, which is no mistake in the data."""
+
+    def __init__(self, kind: str, reason: str = ""):
+        super().__init__(reason or kind)
+        self.kind = kind
+
+
+def _turns(value: Any, role: str) -> list[Message]:
+    """A text as one turn; a dialogue in one text, or converted messages, as they are."""
+    if isinstance(value, list):
+        return value
+    value = text_of({role: value}, role)
+    if not SPEAKER.match(value):
+        return [{"role": role, "content": value}]
+    _, *parts = SPEAKER.split(value)
+    roles = [{"Human": "user", "Assistant": "assistant"}[name] for name in parts[::2]]
+    turns = [{"role": who, "content": text.strip()} for who, text in zip(roles, parts[1::2], strict=True)]
+    return turns if role == "assistant" or turns[-1]["content"] else turns[:-1]  # a prompt may end in "Assistant:"
+
+
+def _prompt(record: dict[str, Any]) -> list[Message]:
+    """The turns before the answer: in the first field that there is, and what Alpaca calls `input`."""
+    asked = _turns(next((record[name] for name in ASKED[1:-1] if record.get(name)), []), "user")
+    if asked and (more := optional_text(record, "input").strip()):
+        asked[-1] = {**asked[-1], "content": f"{asked[-1]['content']}\n\n{more}"}
+    return [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in asked]
+
+
+def _versions(prompt: list[Message], answers: list[list[Message]]) -> list[list[Message]]:
+    """Each answer after the prompt; if answers are whole conversations, their common turns are the prompt."""
+    if any(answer[0]["role"] != "assistant" for answer in answers):
+        common = next(
+            (i for i, turns in enumerate(zip(*answers, strict=False)) if any(t != turns[0] for t in turns)), 0
+        )
+        while common and answers[0][common]["role"] != "assistant":
+            common -= 1
+        if not common:
+            raise BadRecord("the answers have no prompt in common: give it as prompt")
+        if prompt and [t["content"] for t in prompt if t["role"] == "user"][-1:] != [answers[0][common - 1]["content"]]:
+            raise BadRecord("prompt is not what the answers reply to: keep one of the two")
+        shared = answers[0][:common]
+        prompt = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in shared]
+        answers = [answer[common:] for answer in answers]
+    if not prompt:
+        raise BadRecord("has no prompt")
+    if any(not turn["content"].strip() and not turn.get("tool_calls") for a in answers for turn in a[-1:]):
+        raise Skipped(EMPTY)
+    if all(answer == answers[0] for answer in answers[1:]):
+        raise Skipped(EQUAL)
+    return [[*prompt, *answer] for answer in answers]
+
+
+def _pair(record: dict[str, Any]) -> list[list[Message]]:
+    """{"prompt" (may be missing), "chosen", "rejected"}: texts or messages."""
+    return _versions(_prompt(record), [_turns(record[name], "assistant") for name in ("chosen", "rejected")])
+
+
+def _ranked(record: dict[str, Any]) -> list[list[Message]]:
+    """{"prompt", "answers": the best first, or with ranks or scores}: the best against each that is worse."""
+    answers = as_json(record["answers"], "answers")
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise BadRecord("answers: must be a list of two or more")
+    if all(isinstance(answer, str) for answer in answers):
+        texts, places = answers, [float(place) for place in range(len(answers))]
+    else:
+        fields = [(_field(a, TEXTS), _field(a, RANKS), _field(a, SCORES)) for a in answers]
+        if any(text is None or (rank is None and score is None) for text, rank, score in fields):
+            raise BadRecord(f"answers: each needs its text ({', '.join(TEXTS)}) and its rank or score")
+        texts = [answer[text] for answer, (text, *_) in zip(answers, fields, strict=True)]
+        keys = zip(answers, fields, strict=True)
+        places = [_number(a, rank) if rank else -_number(a, score) for a, (_, rank, score) in keys]
+    order = sorted(range(len(answers)), key=lambda at: places[at])
+    worse = [at for at in order if places[at] > places[order[0]]]
+    if not worse:
+        raise Skipped(EQUAL, "all answers have the same rank")
+    best_first = [_turns(text_of({"answers": texts[at]}, "answers"), "assistant") for at in (order[0], *worse)]
+    return _versions(_prompt(record), best_first)
+
+
+def _field(answer: Any, names: tuple[str, ...]) -> Any:
+    return next((name for name in names if isinstance(answer, dict) and answer.get(name) is not None), None)
+
+
+def _number(record: dict[str, Any], name: str) -> float:
+    try:
+        value = float(record[name])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadRecord(f"{name}: {record[name]!r:.40} is not a number")
+    return value
+
+
+PAIR_SHAPES = {
+    "preference": Shape(("chosen", "rejected"), (*ASKED, "chosen", "rejected", "tools"), _pair),
+    "ranked": Shape(("prompt", "answers"), (*ASKED, "answers", "tools"), _ranked),
+}
+
+
+def is_desirable(record: dict[str, Any], label: str | None) -> bool:
+    """Whether a field marks an answer as good; None: the first field of LABELS that the record has."""
+    name = label or next((name for name in LABELS if record.get(name) is not None), None)
+    if name is None or name not in record:
+        where = f"field {label!r} (data.label_field)" if label else f"field {' or '.join(LABELS)}"
+        raise (BadRecord(f"has no {where}") if label else Skipped(UNLABELED, f"has no {where}"))
+    value = str(record[name]).strip().lower()
+    if value not in GOOD + BAD:
+        what = f"{name}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)"
+        raise (Skipped(UNLABELED, what) if record[name] is None else BadRecord(what))
+    return value in GOOD
+
+
+def margin(record: dict[str, Any], name: str | None) -> float:
+    """By how much the better answer is better, from a field of the record; 0 without one."""
+    return _number(record, name) if name and name in record else 0.0

@@ -1,0 +1,88 @@
+"""Log-probabilities of whole answers, under the policy and under its reference, with one copy of the weights.
+
+    log p(y|x) = sum over the tokens of y of log p(token | x, tokens before it)
+
+The reference is the policy at step 0. A fresh adapter changes nothing, so without it the model is the reference; an
+adapter that training continues (lora.start_from) is swapped for a copy of how it began; and if every parameter is
+trained, the log-probabilities under the reference are computed once, before the first step, and kept in the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanoft.batches import Batch, TokenDataset, eval_batches
+from nanoft.blocks.trained import Adapter
+from nanoft.config import Config
+from nanoft.io.tensor_files import load_tensors, write_tensors
+from nanoft.lora import disabled
+from nanoft.loss import token_nll
+from nanoft.model import Decoder
+from nanoft.runtime import distributed
+
+FILE = "reference.safetensors"  # in the run directory
+
+
+def sequence_logps(model: Decoder, batch: Batch) -> Tensor:
+    """log p(y|x) of each of the s samples of a batch, in nats, (s,); differentiable, and never holds all logits."""
+    hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, targets, hidden)
+    logps = -token_nll(hidden, model.head, batch.targets)  # (targets,)
+    return logps.new_zeros(len(batch.samples)).index_add(0, batch.sequence, logps)
+
+
+def answer_tokens(batch: Batch) -> Tensor:
+    """|y|: the target tokens of each sample, (s,)."""
+    return torch.bincount(batch.sequence, minlength=len(batch.samples))
+
+
+class Reference:
+    """The policy at step 0; built before the first step."""
+
+    def __init__(self, config: Config, adapters: dict[str, Adapter]):
+        self.adapters = adapters
+        trained = [p for adapter in adapters.values() for p in adapter.parameters() if p.requires_grad]
+        self.start = [(p, p.detach().clone()) for p in trained] if config.lora.start_from else []
+        self.known = torch.empty(0)  # log p_ref of every sample of the data, if every parameter is trained
+
+    @torch.no_grad()
+    def logps(self, model: Decoder, batch: Batch) -> Tensor:
+        """log p_ref(y|x) of each of the s samples of a batch, (s,)."""
+        if not self.adapters:
+            return self.known[batch.samples.chosen].to(batch.targets.device)
+        with self._as_at_step_0() if self.start else disabled(self.adapters):
+            return sequence_logps(model, batch)
+
+    @contextmanager
+    def _as_at_step_0(self) -> Iterator[None]:
+        now = [p.data for p, _ in self.start]
+        for p, before in self.start:
+            p.data = before
+        try:
+            yield
+        finally:
+            for (p, _), data in zip(self.start, now, strict=True):
+                p.data = data
+
+    @torch.no_grad()
+    def precompute(
+        self, model: Decoder, sides: Sequence[TokenDataset], directory: Path | None, batch_size: int
+    ) -> None:
+        """For full training: log p_ref of all samples, from the file of an earlier session or with the fresh model."""
+        if directory is not None and (directory / FILE).is_file():
+            self.known = load_tensors(directory / FILE)["logps"]
+            return
+        found: dict[int, float] = {}
+        batches = [batch for samples in sides for batch in eval_batches(samples, batch_size, 0)]
+        for at in distributed.split_work(range(len(batches))):
+            logps = sequence_logps(model, batches[at].to(model.device)).tolist()
+            found |= zip(batches[at].samples.chosen.tolist(), logps, strict=True)
+        found = distributed.all_gather_dict(found)
+        self.known = torch.full((max(found) + 1,), torch.nan)
+        self.known[list(found)] = torch.tensor(list(found.values()))
+        if directory is not None and not distributed.process_rank():
+            write_tensors(directory / FILE, {"logps": self.known})
