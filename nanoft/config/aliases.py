@@ -129,8 +129,8 @@ NO_RESULT = noted("changes no result here")
 
 # Fields that have the same name there
 SAME_NAME = """
-    model.max_seq_length lora.target_modules lora.rank_pattern lora.alpha_pattern lora.bias lora.modules_to_save
-    data.train_file
+    model.max_seq_length model.cache_dir lora.target_modules lora.rank_pattern lora.alpha_pattern lora.bias
+    lora.modules_to_save data.train_file
     data.validation_file data.packing data.group_by_length data.pad_to_multiple_of training.gradient_accumulation_steps
     training.learning_rate training.warmup_ratio training.weight_decay training.max_grad_norm
     training.early_stopping_patience training.early_stopping_threshold system.seed

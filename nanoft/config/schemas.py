@@ -111,7 +111,8 @@ MODELFORGE = Schema("ModelForge", ALIASES | MODELFORGE_NAMES, [*RULES, BITS_RULE
 
 # The MLX schema: names that mean the same here, name=field, and the others
 MLX_SAME = """
-    model.name model.max_seq_length lora.rank lora.alpha lora.dropout lora.target_modules lora.bias data.validation_size
+    model.name model.cache_dir model.max_seq_length lora.rank lora.alpha lora.dropout lora.target_modules lora.bias
+    data.validation_size
     training.gradient_accumulation_steps training.num_epochs training.learning_rate training.weight_decay
     training.max_grad_norm training.warmup_steps training.min_lr_ratio training.eval_steps training.save_steps
     training.label_smoothing training.early_stopping_patience training.early_stopping_threshold system.seed
@@ -129,7 +130,6 @@ MLX_RENAMED = """
 """
 LAYOUT = "the run directory (output.dir) has its own layout: checkpoints/, adapter/, train.log, metrics.jsonl"
 MLX_TRANSLATED = {
-    "model.cache_dir": noted("HF_HOME in the environment chooses the cache"),
     "model.dtype": Alias("model.dtype", DTYPES),
     "model.trust_remote_code": noted("code that comes with a model is never run, and not needed", False),
     "lora.task_type": ALIASES["task_type"],

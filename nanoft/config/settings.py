@@ -49,6 +49,7 @@ class Section:
 class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
     revision: str = ""  # of a Hub name: branch, tag or commit; empty: its main branch
+    cache_dir: str = ""  # of downloads from the Hub, of models and data; empty: HF_HUB_CACHE, else HF_HOME/hub
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute dtype; auto: the fast one of the device
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
     add_tokens: tuple[str, ...] = ()  # new special tokens, whose rows of embedding and head are trained: [<|a|>, <|b|>]
@@ -111,6 +112,8 @@ class DataConfig(Section):
     min_characters: int = bounded(1, 1)  # per record, over all messages
     max_characters: int | None = bounded(None, 1)  # per record, over all messages
     min_tokens: int = bounded(1, 1)  # per sample
+    min_target_tokens: int = bounded(1, 1)  # per sample
+    min_score: str = ""  # FIELD:x: keep only records whose number in that field is at least x: quality:0.5
     # Splitting, without a validation_file
     validation_split: float = bounded(0.05, 0.0, 0.9)  # share of the prompts to hold out
     validation_size: int | None = bounded(None, 1)  # number of records to hold out instead
@@ -127,6 +130,12 @@ class DataConfig(Section):
     packing: bool = False  # several samples per sequence; they never attend to each other
     group_by_length: bool = False  # similar lengths in one batch: less padding
     pad_to_multiple_of: int = bounded(1, 1, 1024)  # tokens; micro-batch lengths are rounded up to it
+
+    @property
+    def score_limit(self) -> tuple[str, float] | None:
+        """The two parts of min_score."""
+        found = re.fullmatch(r"\s*(\S.*?)\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", self.min_score)
+        return (found[1], float(found[2])) if found else None
 
     @property
     def stratify_field(self) -> str | None:
@@ -212,7 +221,8 @@ class LoggingConfig(Section):
     progress_bar: bool = True  # tqdm, on stderr
     show_example: bool = True  # print one training sample with its target tokens marked
     plots: Literal["none", "end", "epoch", "step"] = "none"  # when to draw plots/; step: every log_steps
-    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"  # besides metrics.jsonl; wandb: offline
+    # Besides metrics.jsonl; wandb: offline; auto: wandb if it is installed, else tensorboard if that is
+    report_to: Literal["none", "auto", "tensorboard", "wandb", "all"] = "none"  # trackers
     gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
 
@@ -297,6 +307,8 @@ class Config:
         _refuse(two_splits, "data.split_time: cannot be combined with split_group or split_stratify: remove them")
         windows = f"evaluation.stride: {stride}: windows of model.max_seq_length={length} tokens must overlap"
         _refuse(stride and stride >= length, f"{windows}: lower it")
+        no_score = d.min_score and not d.score_limit
+        _refuse(no_score, f"data.min_score: {d.min_score!r:.60}: write FIELD:x, such as quality:0.5")
         wrong_weight = any(not 0 <= weight <= 100 for weight in d.weights)
         _refuse(wrong_weight, f"data.weights: {d.weights}: each weight must be between 0 and 100")
         try:

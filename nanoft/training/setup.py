@@ -37,6 +37,7 @@ from nanoft.data.inspection import unseen_tokens
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
+from nanoft.io.hub import use_cache
 from nanoft.io.tables import format_duration
 from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
@@ -53,7 +54,7 @@ from nanoft.runtime.device import describe_device, library_versions
 from nanoft.runtime.machine import Machine
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run, is_shown
-from nanoft.tracking.trackers import build_trackers
+from nanoft.tracking.trackers import build_trackers, chosen_trackers
 from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
 from nanoft.training.progress import in_smaller_batches, log_memory, steps_between
 from nanoft.training.state import TrainContext, TrainState
@@ -74,6 +75,7 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
         if is_shown(line, source.config.logging.level):
             print(line)
     validate_config(source.config, source.names)
+    use_cache(source.config.model.cache_dir)
     return source
 
 
@@ -375,6 +377,9 @@ def start_logging(ctx: TrainContext, state: TrainState) -> None:
     ctx.run.open_metrics(state.step, [state.epoch, state.window], state.guard.skipped_windows)
     if not distributed.process_rank():
         ctx.run.trackers = build_trackers(ctx.config, ctx.run.directory, state.step)
+    if (report_to := ctx.config.logging.report_to) == "auto":
+        found = ", ".join(chosen_trackers(report_to)) or "none: neither wandb nor tensorboard is installed"
+        ctx.run.print(f"trackers  {found} (logging.report_to=auto)")
     predicted, peak = {name: size / 1e9 for name, size in ctx.plan.parts.items()}, peak_memory_gb(ctx.device)
     ctx.run.log("memory", state.step, predicted_gb=predicted, peak_memory_gb=peak, total_steps=ctx.total_steps)
     log_memory(ctx, state, "prepared")

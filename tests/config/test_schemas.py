@@ -89,7 +89,7 @@ LAYOUT, SAME = "has its own layout", "as it is here by default"
 # field -> value -> fields that it sets; or what is refused, after "error: "; or what is reported
 MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "model.name": [("a", {"model.name": "a"}), ("b/c", {"model.name": "b/c"})],
-    "model.cache_dir": [("/cache", "HF_HOME in the environment chooses the cache"), ("~/x", "HF_HOME")],
+    "model.cache_dir": [("/cache", {"model.cache_dir": "/cache"}), ("~/x", {"model.cache_dir": "~/x"})],
     "model.dtype": [
         ("float16", {"model.dtype": "float16"}),
         ("bfloat16", {"model.dtype": "bfloat16"}),
@@ -388,7 +388,7 @@ def test_every_field_of_both_schemas_has_a_pair_of_values() -> None:
 def test_what_an_mlx_file_leaves_out_has_the_default_of_the_schema(tmp_path: Path) -> None:
     """But cache, device and directories, which depend on the machine, and the program's own data set."""
     tree = {section: dict(fields) for section, fields in MLX_TREE.items()}
-    del tree["output"], tree["system"]["device"]
+    del tree["output"], tree["system"]["device"], tree["model"]["cache_dir"]
     whole = read(tmp_path, tree).config
     least = read(tmp_path, tree_of({"model.name": "base", "data.dataset_path": "d.jsonl"})).config
     assert least == whole
