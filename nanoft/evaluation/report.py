@@ -25,6 +25,7 @@ from nanoft.perplexity import safe_exp
 
 STOP_RATE = 0.95  # a trained model below it probably learned not to stop
 FORGETTING = 0.05  # rise of the perplexity of a general text that is worth a warning
+LONGER = 1.5  # times the base's tokens per answer, where more answers do not stop, are worth a warning
 WORST = 10  # answers listed
 OUTCOMES = ("wins", "losses", "ties")  # of tuned against base, per prompt
 
@@ -55,14 +56,15 @@ class ReportInputs:
 def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     """The object of report.json, the text for the terminal, and report.md."""
     compared, outcome = inputs.compared(), outcomes(inputs)
+    win_rate = wins(outcome, inputs.seed)
     values: dict[str, Any] = {
         "verdict": verdict(inputs, compared), "warnings": warnings(inputs, compared),
         "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
-        "by": breakdowns(inputs), "hardest": hardest(inputs), "answers": answers(inputs, outcome),
+        "by": breakdowns(inputs), "hardest": hardest(inputs), "answers": answers(inputs, outcome) | win_rate,
         "leakage": inputs.leakage, "training": inputs.training, "cost": cost(inputs), "provenance": inputs.provenance,
     }  # fmt: skip
     counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
-    won = [f"answers   {counts} (by {label(inputs.primary)})"] if outcome else []
+    won = [f"answers   {counts} (by {label(inputs.primary)}): {said_wins(win_rate)}"] if outcome else []
     head = "\n".join([f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])])
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
     by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
@@ -79,7 +81,8 @@ def verdict(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
     """One sentence: better, worse, both, or no clear difference; with the intervals of what changed."""
     if inputs.base is None:
         return "none: the base was not evaluated"
-    decisive = [name for name in dict.fromkeys(("loss", inputs.primary)) if name in compared]
+    likelihood = "pair_accuracy" if "pair_accuracy" in compared else "loss"  # preferences may make both answers rarer
+    decisive = [name for name in dict.fromkeys((likelihood, inputs.primary)) if name in compared]
     if not decisive:
         return "none: there is no validation data"
     figures = inputs.tuned.figures
@@ -101,7 +104,8 @@ def _direction(figure: Figure, c: Comparison) -> int:
 
 def _describe(name: str, c: Comparison, figure: Figure) -> str:
     before, after, change, span, p = _cells(c, figure.unit)
-    count = f"{len(figure.parts):,} {'samples' if name in PERPLEXITIES else 'prompts'}"
+    unit = "samples" if name in PERPLEXITIES else "pairs" if name == "pair_accuracy" else "prompts"
+    count = f"{len(figure.parts):,} {unit}"
     return f"{label(name)} from {before} to {after} ({change}, 95 % interval {span}, p {p}, {count})"
 
 
@@ -118,6 +122,10 @@ def warnings(inputs: ReportInputs, compared: dict[str, Comparison]) -> list[str]
             f"perplexity of the general text rises by {rise:.1%}: the model forgets: "
             "lower training.learning_rate or lora.rank, or mix in general data"
         )
+    if "response_tokens" in compared and compared["stop_rate"].change.value < 0:
+        before, after = compared["response_tokens"].base.value, compared["response_tokens"].tuned.value
+        if after > LONGER * before:
+            found.append(f"answers have {after:.3g} tokens instead of {before:.3g}, and fewer of them stop")
     if inputs.leakage.get("exact") or inputs.leakage.get("near"):
         found.append(inputs.leakage["said"])
     return found + [f"{label(name)} is not finite" for name, f in figures.items() if not math.isfinite(f.value)]
@@ -234,6 +242,18 @@ def outcomes(inputs: ReportInputs) -> list[str]:
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 
+def wins(outcome: Sequence[str], seed: int) -> dict[str, Any]:
+    """The share of prompts that the tuned model wins, ties counting half, with its interval."""
+    points = {"wins": 1.0, "ties": 0.5, "losses": 0.0}
+    figure = interval(Figure.mean([points[word] for word in outcome]), seed) if outcome else None
+    return {"win_rate": dataclasses.asdict(figure)} if figure else {}
+
+
+def said_wins(rate: dict[str, Any]) -> str:
+    value, low, high = (f"{rate['win_rate'][name]:.1%}" for name in ("value", "low", "high"))
+    return f"win rate {value} (95 % interval {low} to {high}; ties count half)"
+
+
 def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
     """The `answers` object of report.json: every prompt with its answers, the worst ones, who won."""
     if not inputs.tuned.completions:
@@ -320,6 +340,7 @@ def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown
     if "wins" in answered:
         counts = [f"{answered[word]:,}" for word in OUTCOMES]
         text += f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{markdown_table(OUTCOMES, [counts])}\n"
+        text += f"\n{_sentence(said_wins(answered))}\n"
         losses = [number for number, line in enumerate(answered["each"]) if line["outcome"] == "losses"]
         shown = {"Losses": losses[:WORST], **shown}
     for heading, which in shown.items():
