@@ -242,6 +242,7 @@ class EvaluationConfig(Section):
     by_field: str | None = None  # record field: report perplexity for each of its values
     stride: int | None = bounded(None, 1)  # tokens; of windows over texts beyond the context; none: half of it
     samples: int = bounded(3, 0)  # answers to show side by side
+    general_file: str | None = None  # texts for the perplexity of general text at the end: does the model forget?
 
 
 @dataclass(frozen=True)

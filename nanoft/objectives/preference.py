@@ -146,13 +146,19 @@ class Preference:
 
     @torch.no_grad()
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss, implicit rewards (beta c, beta r, their margin, how often it is positive) and log-probabilities."""
+        """The loss, implicit rewards (beta c, beta r, their margin, how often it is positive) and log-probabilities.
+
+        With adapters, also KL(policy | reference), exact, a mean over the answers' tokens.
+        """
         training, sums = model.training, dict[str, Tensor]()
         model.eval()
         try:
             with distributed.same_exception(model.device):
                 for batch in share_of_rank(batches):
-                    losses, figures = self.measure(model, batch.to(model.device))
+                    batch = batch.to(model.device)
+                    losses, figures = self.measure(model, batch)
+                    if self.uses_reference and self.reference.adapters:
+                        figures |= {"kl_per_token": self.reference.kl_divergence(model, batch)}
                     add(sums, {"loss": losses, **figures})
         finally:
             model.train(training)  # also after an exception: the caller may try again

@@ -13,6 +13,7 @@ from nanoft import TrainingFailed
 from nanoft.batches import eval_batches
 from nanoft.checkpoint import SaveResult
 from nanoft.kernels import sharding
+from nanoft.objectives.preference import Preference
 from nanoft.optim import optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import rng_state
@@ -21,6 +22,8 @@ from nanoft.training.state import TrainContext, TrainState
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # as fits 80 columns
 Figures = TypeVar("Figures")
+EARLY, CLEAR = 0.1, 1.0  # of all steps: too soon for every pair to be ranked right with this margin of rewards
+FALLEN = -1.0  # reward of chosen answers; with a beta of 0.1, they are 10 nats less likely than under the reference
 
 
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
@@ -46,7 +49,9 @@ def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: fl
         values = {"learning_rate": lr, "grad_norm": grad_norm, **memory}
         if ctx.scaler.is_enabled():
             values |= {"loss_scale": ctx.scaler.get_scale(), "overflow_steps": state.overflow_steps}
-        ctx.run.log("train", state.step, **state.meter.flush(), **values, **ctx.objective.figures(), epoch=state.epoch)
+        figures = ctx.objective.figures()
+        ctx.run.log("train", state.step, **state.meter.flush(), **values, **figures, epoch=state.epoch)
+        warn_of_ease(ctx, state, figures)
 
 
 def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
@@ -59,6 +64,8 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
         report_failure(ctx, state, "evaluation", error)
         return
     loss = figures["loss"]
+    warn_of_falling(ctx, state, figures)
+    state.held_out = figures
     # rank 0 knows whether the best step so far was saved
     state.best_step, state.best_loss = distributed.broadcast_from_rank0(lambda: (state.best_step, state.best_loss))
     gained = loss < state.best_loss - ctx.config.training.early_stopping_threshold
@@ -72,6 +79,31 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
     if "rewards/accuracies" in figures:
         more = f", accuracy {figures['rewards/accuracies']:.1%}, margin {figures.get('rewards/margins', 0.0):.3f}"
     ctx.run.print(f"step {state.step}: validation loss {loss:.4f}{more}{best}")
+
+
+def warn_of_ease(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
+    """Warn if, within the first steps, every answer of a step is ranked right by a clear margin."""
+    margin = now.get("rewards/chosen", 0.0) - now.get("rewards/rejected", 0.0)
+    if now.get("rewards/accuracies") == 1.0 and margin > CLEAR and state.step <= EARLY * ctx.total_steps:
+        what = "every answer is already ranked right: do good ones differ in length or by a marker"
+        warn_once(ctx, state, "accuracy", f"{what} (train.py --show-batch)? If not, lower training.learning_rate")
+
+
+def warn_of_falling(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
+    """Warn if chosen answers become clearly less likely than under the reference, together with rejected ones."""
+    if isinstance(ctx.objective, Preference) and ctx.objective.uses_reference:
+        names = "rewards/chosen", "rewards/rejected"
+        if all(now.get(name, 0.0) < min(FALLEN, state.held_out.get(name, 0.0)) for name in names):
+            what = f"chosen answers become less likely, like rejected ones (rewards/chosen {now[names[0]]:.2f})"
+            fix = "lower training.learning_rate, raise preference.beta, or with dpo set preference.sft_weight"
+            warn_once(ctx, state, "falling", f"{what}: {fix}")
+
+
+def warn_once(ctx: TrainContext, state: TrainState, what: str, text: str) -> None:
+    if what not in state.warned:
+        state.warned.append(what)
+        ctx.run.log("warning", state.step, what=what, text=text)
+        ctx.run.print(f"warning: step {state.step}: {text}")
 
 
 def validate(ctx: TrainContext, batch_size: int) -> dict[str, float]:
