@@ -152,12 +152,9 @@ def has_base(source: str, loaded: LoadedModel, config: Config) -> bool:
 
 @contextlib.contextmanager
 def base_of(source: str, config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
-    """The same model with its adapters off; after full training, the model that training started from.
-
-    Of a run on preferences, which lora.start_from began, the adapter of step 0; `loaded` has it from here on.
-    """
+    """The same model with its adapters off; after training on preferences or in full, as it was before."""
     start = config.lora.start_from if is_run(source) else ""
-    if start and OBJECTIVES[config.training.objective].learns != "turns":
+    if start and OBJECTIVES[config.training.objective].learns != "turns":  # `loaded` has this adapter from here on
         load_adapter_tensors(loaded.adapters, read_trained_adapter(start, config.model.reference).tensors, start)
         yield loaded
     elif loaded.adapters:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.batches import Sample, TokenDataset
-from nanoft.config import Config, DataConfig, EvaluationConfig
+from nanoft.config import Config, DataConfig
 from nanoft.config.functions import UNTRUSTED
 from nanoft.config.loading import load_config
 from nanoft.data import filters
@@ -91,15 +91,19 @@ def read_held_out(
     return HeldOut(
         samples,
         prompts,
-        read_general(general, chat, e.max_samples) if general else read_general_file(e, chat),
+        read_general(general, chat, e.max_samples, "--general") if general else read_general(e.general_file, chat),
         {e.by_field: corpus.field_values(measured, e.by_field)} if e.by_field else {},
         [corpus.location(record) for record in measured.records.tolist()],
         _leakage_of_file(source, corpus, samples, chat) if file else leakage_of_run(corpus.report, data.near_leaks),
     )
 
 
-def read_general(file: str, chat: ChatTokenizer, limit: int | None, option: str = "--general") -> list[Sample]:
+def read_general(
+    file: str | None, chat: ChatTokenizer, limit: int | None = None, option: str = "evaluation.general_file"
+) -> list[Sample]:
     """The texts of a file, which `option` names: a .txt file is one text; of records, their messages."""
+    if not file:
+        return []
     if Path(file).suffix == ".txt":
         try:
             texts = [Path(file).read_text(encoding="utf-8")]
@@ -112,12 +116,6 @@ def read_general(file: str, chat: ChatTokenizer, limit: int | None, option: str 
     if not any(sample.is_target.any() for sample in samples):
         raise UserError(f"{option}: {file}: contains no text")
     return samples
-
-
-def read_general_file(e: EvaluationConfig, chat: ChatTokenizer) -> list[Sample]:
-    """The texts of evaluation.general_file, if it is set."""
-    option = "evaluation.general_file"
-    return read_general(e.general_file, chat, e.max_samples, option) if e.general_file else []
 
 
 def _leakage_of_file(

@@ -56,15 +56,15 @@ class ReportInputs:
 def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     """The object of report.json, the text for the terminal, and report.md."""
     compared, outcome = inputs.compared(), outcomes(inputs)
-    win_rate = wins(outcome, inputs.seed)
     values: dict[str, Any] = {
         "verdict": verdict(inputs, compared), "warnings": warnings(inputs, compared),
         "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
-        "by": breakdowns(inputs), "hardest": hardest(inputs), "answers": answers(inputs, outcome) | win_rate,
+        "by": breakdowns(inputs), "hardest": hardest(inputs), "answers": answers(inputs, outcome),
         "leakage": inputs.leakage, "training": inputs.training, "cost": cost(inputs), "provenance": inputs.provenance,
     }  # fmt: skip
     counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
-    won = [f"answers   {counts} (by {label(inputs.primary)}): {said_wins(win_rate)}"] if outcome else []
+    rate = values["answers"].get("win_rate", {}).get("said")
+    won = [f"answers   {counts} (by {label(inputs.primary)}): {rate}"] if rate else []
     head = "\n".join([f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])])
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
     by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
@@ -122,10 +122,9 @@ def warnings(inputs: ReportInputs, compared: dict[str, Comparison]) -> list[str]
             f"perplexity of the general text rises by {rise:.1%}: the model forgets: "
             "lower training.learning_rate or lora.rank, or mix in general data"
         )
-    if "response_tokens" in compared and compared["stop_rate"].change.value < 0:
-        before, after = compared["response_tokens"].base.value, compared["response_tokens"].tuned.value
-        if after > LONGER * before:
-            found.append(f"answers have {after:.3g} tokens instead of {before:.3g}, and fewer of them stop")
+    c = compared.get("response_tokens")
+    if c and c.tuned.value > LONGER * c.base.value and compared["stop_rate"].change.value < 0:
+        found.append(f"answers have {c.tuned.value:.3g} tokens, not {c.base.value:.3g}, and fewer of them stop")
     if inputs.leakage.get("exact") or inputs.leakage.get("near"):
         found.append(inputs.leakage["said"])
     return found + [f"{label(name)} is not finite" for name, f in figures.items() if not math.isfinite(f.value)]
@@ -242,16 +241,11 @@ def outcomes(inputs: ReportInputs) -> list[str]:
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 
-def wins(outcome: Sequence[str], seed: int) -> dict[str, Any]:
+def win_rate(outcome: Sequence[str], seed: int) -> dict[str, Any]:
     """The share of prompts that the tuned model wins, ties counting half, with its interval."""
-    points = {"wins": 1.0, "ties": 0.5, "losses": 0.0}
-    figure = interval(Figure.mean([points[word] for word in outcome]), seed) if outcome else None
-    return {"win_rate": dataclasses.asdict(figure)} if figure else {}
-
-
-def said_wins(rate: dict[str, Any]) -> str:
-    value, low, high = (f"{rate['win_rate'][name]:.1%}" for name in ("value", "low", "high"))
-    return f"win rate {value} (95 % interval {low} to {high}; ties count half)"
+    i = interval(Figure.mean([{"wins": 1.0, "ties": 0.5, "losses": 0.0}[word] for word in outcome]), seed)
+    said = f"win rate {i.value:.1%} (95 % interval {i.low:.1%} to {i.high:.1%}; ties count half)"
+    return {**dataclasses.asdict(i), "said": said}
 
 
 def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
@@ -262,7 +256,8 @@ def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
     if inputs.base and outcome:
         for line, before, word in zip(each, inputs.base.completions, outcome, strict=True):
             line |= {"base": before.answer, "outcome": word}
-    counts = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
+    counts: dict[str, Any] = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
+    counts |= {"win_rate": win_rate(outcome, inputs.seed)} if outcome else {}
     return {"metric": inputs.primary, **counts, "worst": worst(inputs), "each": each}
 
 
@@ -340,7 +335,7 @@ def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown
     if "wins" in answered:
         counts = [f"{answered[word]:,}" for word in OUTCOMES]
         text += f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{markdown_table(OUTCOMES, [counts])}\n"
-        text += f"\n{_sentence(said_wins(answered))}\n"
+        text += f"\n{_sentence(answered['win_rate']['said'])}\n"
         losses = [number for number, line in enumerate(answered["each"]) if line["outcome"] == "losses"]
         shown = {"Losses": losses[:WORST], **shown}
     for heading, which in shown.items():

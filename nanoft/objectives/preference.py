@@ -146,10 +146,7 @@ class Preference:
 
     @torch.no_grad()
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss, implicit rewards (beta c, beta r, their margin, how often it is positive) and log-probabilities.
-
-        With adapters, also KL(policy | reference), exact, a mean over the answers' tokens.
-        """
+        """The loss, rewards (chosen, rejected, margin, how often it is positive), log-probabilities, KL per token."""
         training, sums = model.training, dict[str, Tensor]()
         model.eval()
         try:

@@ -10,7 +10,7 @@ trained, the log-probabilities under the reference are computed once, before the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -71,17 +71,15 @@ class Reference:
             found.append((log_p.exp() * (log_p - log_q)).sum(-1))  # KL(p | q) = sum of p (log p - log q)
         return torch.cat(found)
 
-    def weights(self) -> AbstractContextManager[None]:
-        """The model with the adapters of step 0."""
-        return self._as_at_step_0() if self.start else disabled(self.adapters)
-
     @contextmanager
-    def _as_at_step_0(self) -> Iterator[None]:
+    def weights(self) -> Iterator[None]:
+        """The model as at step 0, for the duration of a `with` block."""
         now = [p.data for p, _ in self.start]
         for p, before in self.start:
             p.data = before
         try:
-            yield
+            with nullcontext() if self.start else disabled(self.adapters):
+                yield
         finally:
             for (p, _), data in zip(self.start, now, strict=True):
                 p.data = data

@@ -15,7 +15,7 @@ from nanoft import TrainingFailed, UserError
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
 from nanoft.data.dataset import describe_data
 from nanoft.evaluation import evaluate
-from nanoft.evaluation.held_out import read_general_file
+from nanoft.evaluation.held_out import read_general
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
 from nanoft.export.merge import save_result
 from nanoft.generation.sampling import NotFinite
@@ -126,11 +126,10 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
 
     def measured(size: int) -> evaluate.EvalResult:
         at_most = replace(e, batch_size=min(size, e.batch_size), prompt_batch_size=min(size, e.prompt_batch_size))
-        data = ctx.validation, prompts, at_most, length, metrics, general
-        return evaluate.measure(model, ctx.tokenizer, *data, seed)
+        return evaluate.measure(model, ctx.tokenizer, ctx.validation, prompts, at_most, length, metrics, general, seed)
 
     try:
-        general = read_general_file(e, ctx.tokenizer)
+        general = read_general(e.general_file, ctx.tokenizer)
         conversations = ctx.corpus.conversations(ctx.corpus.untruncated(ctx.corpus.validation), e.prompts)
         prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), answers.select_metrics(e.metrics)
         return in_smaller_batches(ctx, max(e.batch_size, e.prompt_batch_size), measured)

@@ -22,7 +22,8 @@ from nanoft.training.state import TrainContext, TrainState
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # as fits 80 columns
 Figures = TypeVar("Figures")
-EARLY, CLEAR = 0.1, 1.0  # of all steps: too soon for every pair to be ranked right with this margin of rewards
+REWARDS = "rewards/chosen", "rewards/rejected"
+EARLY = 0.1  # of all steps: too soon for every pair to be ranked right by a margin of 1
 FALLEN = -1.0  # reward of chosen answers; with a beta of 0.1, they are 10 nats less likely than under the reference
 
 
@@ -83,20 +84,19 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
 
 def warn_of_ease(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
     """Warn if, within the first steps, every answer of a step is ranked right by a clear margin."""
-    margin = now.get("rewards/chosen", 0.0) - now.get("rewards/rejected", 0.0)
-    if now.get("rewards/accuracies") == 1.0 and margin > CLEAR and state.step <= EARLY * ctx.total_steps:
+    chosen, rejected = (now.get(name, 0.0) for name in REWARDS)
+    if now.get("rewards/accuracies") == 1.0 and chosen - rejected > 1 and state.step <= EARLY * ctx.total_steps:
         what = "every answer is already ranked right: do good ones differ in length or by a marker"
         warn_once(ctx, state, "accuracy", f"{what} (train.py --show-batch)? If not, lower training.learning_rate")
 
 
 def warn_of_falling(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
     """Warn if chosen answers become clearly less likely than under the reference, together with rejected ones."""
-    if isinstance(ctx.objective, Preference) and ctx.objective.uses_reference:
-        names = "rewards/chosen", "rewards/rejected"
-        if all(now.get(name, 0.0) < min(FALLEN, state.held_out.get(name, 0.0)) for name in names):
-            what = f"chosen answers become less likely, like rejected ones (rewards/chosen {now[names[0]]:.2f})"
-            fix = "lower training.learning_rate, raise preference.beta, or with dpo set preference.sft_weight"
-            warn_once(ctx, state, "falling", f"{what}: {fix}")
+    has_reference = isinstance(ctx.objective, Preference) and ctx.objective.uses_reference
+    if has_reference and all(now.get(name, 0.0) < min(FALLEN, state.held_out.get(name, 0.0)) for name in REWARDS):
+        what = f"chosen answers become less likely, like rejected ones (rewards/chosen {now[REWARDS[0]]:.2f})"
+        fix = "lower training.learning_rate, raise preference.beta, or with dpo set preference.sft_weight"
+        warn_once(ctx, state, "falling", f"{what}: {fix}")
 
 
 def warn_once(ctx: TrainContext, state: TrainState, what: str, text: str) -> None:

@@ -35,7 +35,7 @@ from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
 from nanoft.data.inspection import unseen_tokens
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
-from nanoft.evaluation.held_out import read_general_file
+from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.tables import format_duration
@@ -174,7 +174,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     """The samples, and the batches of those for training; prints how many records were kept and rejected."""
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
-    read_general_file(config.evaluation, tokenizer)  # at the end of the run, a mistake in it would come late
+    read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
     bar = config.logging.progress_bar and not distributed.process_rank()
     corpus = distributed.main_process_first(
         lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar, learns)
@@ -282,13 +282,10 @@ def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncC
 
 @contextlib.contextmanager
 def base_model(ctx: TrainContext) -> Iterator[Decoder]:
-    """The model as it was before training: adapters switched off, or loaded again if every parameter was trained.
-
-    What preferences are compared with is the policy at step 0, which lora.start_from may have begun.
-    """
+    """The model before training: adapters off (of preferences: as at step 0), or loaded again in full training."""
     if ctx.adapters:
-        at_step_0 = ctx.objective.reference.weights() if isinstance(ctx.objective, Preference) else None
-        with at_step_0 or disabled(ctx.adapters):
+        objective = ctx.objective
+        with objective.reference.weights() if isinstance(objective, Preference) else disabled(ctx.adapters):
             yield ctx.model
     else:
         ctx.optimizer.state.clear()  # its memory is needed for the second model

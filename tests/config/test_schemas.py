@@ -475,7 +475,7 @@ def test_contradictions_are_one_line(changes: dict[str, Any], message: str, tmp_
 
 def test_a_strategy_without_an_objective_is_refused_by_name(tmp_path: Path) -> None:
     loaded = read(tmp_path, {**FORGE, "strategy": "rlhf"})
-    with pytest.raises(UserError, match="^strategy: training.objective: 'rlhf' is not known"):
+    with pytest.raises(UserError, match=r"^strategy: training.objective: 'rlhf' is not known"):
         validate_config(loaded.config, loaded.names)
 
 

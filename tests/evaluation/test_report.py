@@ -137,7 +137,7 @@ def test_a_model_that_does_not_stop_or_forgets_is_warned_of() -> None:
         pair = [EvalResult({"general_loss": figure}) for figure in (after, general)]
         assert ("warnings" in reported(*pair)[0]) == told
     longer = measured(HARD, "r" * 8, stopped=False, tokens=8)
-    assert "answers have 8 tokens instead of 5, and fewer of them stop" in reported(longer, base)[0]["warnings"]
+    assert "answers have 8 tokens, not 5, and fewer of them stop" in reported(longer, base)[0]["warnings"]
     assert reported(measured(HARD, "r" * 8, tokens=8), base)[0].get("warnings") is None  # longer, and they stop
     leak = {"exact": 1, "near": 0, "said": "one prompt stands in the training data"}
     assert reported(tuned, base, leakage=leak)[0]["warnings"] == [leak["said"]]
