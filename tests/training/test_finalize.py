@@ -157,4 +157,4 @@ def test_a_general_file_that_cannot_be_read_is_found_before_training(tmp_path: P
     (tmp_path / "empty.txt").write_text(" ")
     assert train.main(quick(tmp_path / "run", evaluation__general_file=tmp_path / "empty.txt")) == 2
     assert "evaluation.general_file: " in one_line(capsys.readouterr().err)
-    assert not events(tmp_path / "run", "train")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
