@@ -16,6 +16,7 @@ config = load_file("gpu_80gb.py", beside=__file__).override(
     training={
         "objective": "dpo",
         "micro_batch_size": 2,  # pairs: 4 sequences
+        "gradient_accumulation_steps": 8,
         "num_epochs": 1,
         "learning_rate": 5e-6,
         "warmup_ratio": 0.1,

@@ -450,7 +450,7 @@ def undecided(count: int, seed: int) -> Iterator[list[Message]]:
     rng = random.Random(seed + 1)
     for messages in conversations(count, seed):
         for message in messages:
-            if message["role"] == "assistant" and rng.random() < 0.52:  # so that greedy answers are even
+            if message["role"] == "assistant" and rng.random() < 0.54:  # so that greedy answers are even
                 message["content"] = arguments_first(message["content"])
         yield messages
 
