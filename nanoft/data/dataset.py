@@ -45,7 +45,7 @@ MAX_ENTRIES = 16  # the least recently used ones are deleted
 LENGTH_BIAS = 0.1  # by how much more than half of the chosen answers are longer, from which a warning is due
 LOSSES = (
     ("answers_cut", "answers cut short"),
-    ("samples_lost", "samples lost to length"),
+    ("samples_lost", "samples left out"),
     ("target_tokens_lost", "target tokens lost to length"),
 )
 STALE_AFTER = 86400  # seconds after which an unfinished build is deleted

@@ -18,6 +18,7 @@ from nanoft.batches import Array, Batches, Sample, TokenDataset
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.formats import TRAINING_FIELDS
+from nanoft.data.preferences import is_preferred
 from nanoft.runtime.command import Check
 
 SAMPLES_CHECKED = 2000  # evenly spread
@@ -140,7 +141,7 @@ def show_window(
 def answer_kind(corpus: PreparedDataset, samples: TokenDataset, at: int) -> str:
     """What the answer of a sample is to a preference objective, before its place."""
     kinds = {"turns": ("", ""), "pairs": ("rejected: ", "chosen: "), "labels": ("undesirable: ", "desirable: ")}
-    return kinds[corpus.learns][int(samples.is_preferred()[at])]
+    return kinds[corpus.learns][int(is_preferred(samples)[at])]
 
 
 def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:
