@@ -130,22 +130,19 @@ def rehearse_evaluation(ctx: TrainContext) -> None:
 
 def check_preferences(ctx: TrainContext) -> Check:
     """How often the model, which is the reference, prefers the chosen answer already."""
-    samples, count = ctx.corpus.training, len(ctx.corpus.training) // 2
-    spread = samples.units(np.linspace(0, count - 1, min(PAIRS_CHECKED, count)).astype(int))
+    count = len(ctx.corpus.training) // 2
+    pairs = ctx.corpus.training.units(np.linspace(0, count - 1, min(PAIRS_CHECKED, count)).astype(int))
 
     @torch.no_grad()
     def evaluate(size: int) -> dict[str, float]:
-        preferred = 0
-        for batch in share_of_rank(eval_batches(spread, size, ctx.tokenizer.pad_id)):
-            logps = sequence_logps(ctx.model, batch.to(ctx.device))
-            preferred += int((logps[::2] > logps[1::2]).sum())
-        return {"pairs": distributed.all_reduce_sum(preferred)[0]}
+        batches = share_of_rank(eval_batches(pairs, size, ctx.tokenizer.pad_id))
+        logps = [sequence_logps(ctx.model, batch.to(ctx.device)) for batch in batches]
+        return {"preferred": distributed.all_reduce_sum(sum(int((logp[::2] > logp[1::2]).sum()) for logp in logps))[0]}
 
     with preserve_rng_state():
-        preferred = int(in_smaller_batches(ctx, ctx.config.evaluation.batch_size, evaluate)["pairs"])
-    return Check.of(
-        "pairs", True, f"the chosen answer is the likelier one in {preferred} of {len(spread) // 2}, before training"
-    )
+        preferred = in_smaller_batches(ctx, ctx.config.evaluation.batch_size, evaluate)["preferred"]
+    found = f"the chosen answer is the likelier one in {preferred:.0f} of {len(pairs) // 2}, before training"
+    return Check.of("pairs", True, found)
 
 
 def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) -> Check:
