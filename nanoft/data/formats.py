@@ -247,7 +247,7 @@ SHAPES = {
     "raw_prompt_completion": Shape(("prompt", "completion"), ("prompt", "completion"), None),  # without a chat template
     "text": Shape(("text",), ("text",), None),
 }
-TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")  # fields that hold lists of turns
+TURNS = (*preferences.TURNS, "completion", "chosen", "rejected")  # fields that hold lists of turns
 SHAPES_OF: dict[Learns, dict[str, Shape]] = {  # those that an objective can learn from
     "turns": SHAPES,
     "pairs": PAIR_SHAPES,

@@ -23,7 +23,8 @@ Message = dict[str, Any]
 # What records without a preference are counted as.
 EQUAL, EMPTY, UNRANKED = "equal answers", "empty answer", "no worse answer"
 UNLABELED, UNDESIRABLE = "no label", "undesirable label"
-ASKED = ("prompt", "conversations", "messages", "question", "instruction", "input")  # the first one counts
+TURNS = ("prompt", "conversations", "messages")  # fields that may hold turns
+ASKED = (*TURNS, "question", "instruction", "input")  # fields of a prompt: the first one counts
 TEXTS = ("answer", "response", "content", "text", "value", "completion")  # fields of a ranked answer: what it says,
 RANKS, SCORES = ("rank",), ("score", "overall_score", "reward")  # its place (1 is best), or a number (more is better)
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of a dialogue in one text, as Anthropic's HH data has it
@@ -78,7 +79,7 @@ def _turns(value: Any, role: str) -> list[Message]:
 def _prompt(record: dict[str, Any]) -> list[Message]:
     """The turns before the answer: in the first field that there is, with what Alpaca calls `input`."""
     name = _asked(record)
-    asked = _turns(record[name], "user") if name else []
+    asked = _turns(record[name] if name in TURNS else text_of(record, name), "user") if name else []
     if name == "instruction" and (more := optional_text(record, "input").strip()):
         asked[-1] = {**asked[-1], "content": f"{asked[-1]['content']}\n\n{more}"}
     return asked

@@ -515,3 +515,42 @@ def test_checks_hold_for_both_answers(learns: Learns, path: Path, chat: ChatToke
     assert all(check.passed for check in checks.values())
     assert checks["stop"].found.startswith("10 of 10 turns end in a stop token")
     assert checks["prompt"].found.startswith("10 of 10 prompts are the same")
+
+
+ANYTHING = [
+    None,
+    True,
+    5,
+    -1.5,
+    "",
+    " ",
+    "text",
+    "\ud800",
+    [],
+    [[]],
+    {},
+    [{}],
+    [{"role": "user"}],
+    [{"role": 1, "content": {}}],
+]
+ANYTHING += [{"messages": 5}, {"messages": []}, [{"role": "assistant", "content": None}], "[{'role': 1}]", HH, "Human:"]
+
+
+@pytest.mark.parametrize("learns", ["pairs", "labels"])
+@pytest.mark.parametrize("name", [*PAIRS, *UNPAIRED])
+def test_any_value_gives_a_sound_conversation_or_a_reason(path: Path, name: str, learns: Learns) -> None:
+    record = (PAIRS | UNPAIRED)[name][0]
+    if learns == "pairs" and name in UNPAIRED:
+        record = record | {"chosen": "g", "rejected": "b"}
+    changed = [record | {field: value} for field in record for value in ANYTHING]
+    for item in read(path, [record, *changed, *([value] for value in ANYTHING)], learns)[1:]:
+        if isinstance(item, Rejected):
+            assert "\n" not in item.reason
+            assert len(item.reason) < 300
+            continue
+        for messages in item.versions:
+            assert messages[item.answer_at]["role"] == messages[-1]["role"] == "assistant"
+            assert "user" in [m["role"] for m in messages[: item.answer_at]]
+            assert messages[: item.answer_at] == item.messages[: item.answer_at]
+            assert (messages[-1]["content"] + str(messages[-1].get("tool_calls", ""))).strip()
+            assert all(isinstance(m["content"], str) for m in messages)
