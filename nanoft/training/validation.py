@@ -63,6 +63,8 @@ def check_objective(config: Config) -> None:
         idle.append("preference.label_smoothing")
     supervised = {"training.label_smoothing": t.label_smoothing, "training.z_loss": t.z_loss}
     supervised |= {"training.neftune_alpha": t.neftune_alpha, "data.train_on": config.data.train_on != "assistant"}
+    label = config.data.label_field
+    supervised["data.label_field"] = label == "ignore" or (label is not None and objective.learns == "pairs")
     idle += [name for name, is_set in supervised.items() if is_set and objective.learns != "turns"]
     if idle:
         loss = f" and preference.loss={p.loss}" if "loss" in objective.settings else ""
