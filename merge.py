@@ -119,9 +119,8 @@ def export_directory(args: argparse.Namespace) -> list[str]:
         if not args.any_base and not args.unmerge:
             export.require_same_base(adapter)
         has_score = opened.model.config.has_score
-        if has_score and (args.verify or args.only):
-            flag = "--verify: compares perplexities" if args.verify else "--only: needs a head"
-            raise UserError(f"{flag}, which a reward model does not have: remove it")
+        if has_score and args.verify:
+            raise UserError("--verify: compares perplexities, which a reward model does not have: remove it")
         adapter = replace(adapter, tensors=adapter_tensors(opened.adapters))  # one copy in memory
         if opened.step is not None:
             print(f"{source}: has no result yet: exporting its best checkpoint, after step {opened.step}")

@@ -149,6 +149,8 @@ def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[dict[
     hashes = [hash_tensors(adapter.tensors) for adapter in adapters]
     parts = zip(args.sources, hashes, factors, strict=True)
     summed = [{"source": source, "sha256": digest, "weight": factor} for source, digest, factor in parts]
+    if modules and any("score" in adapter.lora.modules_to_save for adapter in adapters):
+        raise UserError(f"--only: {args.only}: a reward model needs its scalar head: remove it")
     if args.unmerge:  # must have been merged, and be subtractable
         directory = Path(args.unmerge)
         if not directory.is_dir():

@@ -1,7 +1,7 @@
 """Reward models: a number for an answer, learned from which of two answers is better.
 
-A scalar head w, `model.score`, reads the last hidden state h where the answer has ended, r = w . h, in the place of the
-head that gives logits. The probability that y+ is better than y- is sigmoid(r+ - r-) (Bradley and Terry 1952), and its
+A scalar head w, `model.score`, reads the last hidden state h of the last token, r = w . h, in the place of the head
+that gives logits. The probability that y+ is better than y- is sigmoid(r+ - r-) (Bradley and Terry 1952), and its
 negative log-likelihood is the loss. Only differences are learned; `preference.center` keeps rewards around zero.
 """
 
@@ -19,10 +19,13 @@ from nanoft.objectives.preference import Figures, Preference
 
 
 def answer_rewards(model: Decoder, batch: Batch) -> Tensor:
-    """r of each of the s samples of a batch at its last target token, which ends the turn; (s,) float32."""
+    """r of each of the s samples of a batch of pairs, (s,) float32, at the last token, where transformers takes it."""
     assert model.score is not None
-    counts = torch.bincount(batch.sequence, minlength=len(batch.samples))  # (s,) target tokens
-    last = batch.target_positions[counts.cumsum(0) - 1] + 1  # (s,); a target position is that of the token before it
+    assert batch.positions is not None
+    ends = torch.bincount(batch.sequence, minlength=len(batch.samples)).cumsum(0)  # (s,) of each sample's targets
+    inside = batch.target_positions[ends - 1]  # (s,) a position in each sample
+    lengths = torch.from_numpy(batch.samples.lengths).to(inside.device)
+    last = inside - batch.positions.flatten()[inside] + lengths - 1  # a document begins where `positions` is 0
     hidden = model(batch.ids, batch.positions, batch.documents, last)[0]  # (s, hidden)
     return (hidden.float() * model.score.weight.float()).sum(-1)  # as a product, autocast would round it
 
