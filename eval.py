@@ -51,6 +51,7 @@ from nanoft.evaluation.held_out import HeldOut, choose_data, provenance, read_he
 from nanoft.evaluation.quantization import compare_quantization
 from nanoft.evaluation.report import ReportInputs, report
 from nanoft.io.atomic import replace_file
+from nanoft.io.hub import use_cache
 from nanoft.io.untrusted import redact
 from nanoft.lora import disabled
 from nanoft.metrics import answers
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int:
     args = PARSER.parse(argv)
     config = read_config(args)
     validate_config(config)
+    use_cache(config.model.cache_dir)
     check_arguments(args, config)
     metrics = answers.select_metrics(config.evaluation.metrics)
     data = choose_data(config, args.source, args.data)

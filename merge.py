@@ -64,7 +64,7 @@ from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_mem
 from nanoft.io.atomic import new_directory, require_new, write_file, write_json
 from nanoft.models.adapter_files import adapter_tensors, fold_patterns, save_mlx
 from nanoft.models.model_files import ModelFiles
-from nanoft.models.open import LoadedModel, TrainedAdapter, open_chat_tokenizer
+from nanoft.models.open import LoadedModel, TrainedAdapter, open_chat_tokenizer, use_cache_of
 from nanoft.runtime.device import quiet_libraries
 
 
@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     return_freed_memory()
     check_arguments(args)
+    use_cache_of(args.sources[0])
     print("\n".join(export_gguf(args) if args.format in GGUF else export_directory(args)))
     if args.push:
         print(f"pushed to {model_card.push(Path(args.out), args.push)}")

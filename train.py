@@ -111,6 +111,8 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
         if args.selftest:
             planner = replace(planner, config=self_test.shorten(planner.config))
         config, shows_data = planner.config, args.show_batch or args.show_step is not None
+        if not (shows_data or args.preflight or args.selftest):  # whose lines are the result
+            run.level = config.logging.level
         if not shows_data:
             require_room(planner, args.force)  # before a large model is downloaded
         files = distributed.main_process_first(files.fetch)
@@ -182,8 +184,8 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
     c, monitor, energy = ctx.config, MemoryMonitor(ctx.device), EnergyMeter(ctx.device)
     ctx.model.train()
     with ctx.writer, Profiler(c, ctx.run) as profiler, progress.progress_bar(ctx, state) as bar:
-        if state.step == 0 and c.guard.max_rollbacks:
-            progress.save(ctx, state)  # what a rollback returns to; and whether saving works is known at once
+        if state.step == 0:
+            progress.before_first_step(ctx, state)
         while (
             state.step < ctx.total_steps
             and not distributed.stop_requested(stop)

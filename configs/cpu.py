@@ -9,6 +9,7 @@ from nanoft.config import load_file
 
 config = load_file("gpu_80gb.py", beside=__file__).override(
     model={"name": "Qwen/Qwen2.5-0.5B-Instruct", "dtype": "float32", "max_seq_length": 1024},
+    training={"micro_batch_size": 2, "gradient_accumulation_steps": 8},
     evaluation={"batch_size": 4, "prompts": 20, "prompt_batch_size": 4},
     system={"device": "cpu", "memory_gb": None},
 )

@@ -14,7 +14,7 @@ config = load_file("gpu_80gb.py", beside=__file__).override(
     training={
         "method": "full",
         "num_epochs": 2,
-        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 8,
         "learning_rate": 1e-5,
         "max_grad_norm": 1.0,
         "keep_checkpoints": 1,

@@ -10,6 +10,7 @@ from nanoft.config import load_file
 config = load_file("h100.py", beside=__file__).override(
     model={"name": "Qwen/Qwen2.5-7B-Instruct"},
     quantization={"dequantize": "per_use"},
+    training={"micro_batch_size": 2, "gradient_accumulation_steps": 8},
     evaluation={"batch_size": 8, "prompt_batch_size": 16},
     system={"memory_gb": 24},
 )

@@ -12,8 +12,9 @@ Notation in comments: b batch, q and k positions that ask and answer, h query he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,28 @@ class AttentionLayer(Protocol):
     """What a context needs to know about the layer that calls it."""
 
     index: int  # of the block, from 0: which part of a cache is its own
-    window: int | None  # how many positions back a query sees, its own among them; None: all of them
+    rope: int | None  # which rotation is its own; None: none
+    scores: Scores
+
+
+class Scores(NamedTuple):
+    """What becomes of q k^T in a layer, and which keys a query sees."""
+
+    scale: float  # usually 1 / sqrt(d)
+    window: int | None = None  # how many positions back a query sees, its own among them; None: all of them
+    cap: float | None = None  # scores s become cap tanh(s / cap)
+
+
+class Rotation(NamedTuple):
+    """The angles of each position, and by what its queries grow."""
+
+    cos: Tensor  # (b or 1, q, 1, n / 2), n <= d: the first n dimensions of a head are rotated
+    sin: Tensor
+    growth: Tensor | None = None  # (b or 1, q, 1, 1)
+
+    def at(self, positions: slice) -> Rotation:
+        cos, sin, growth = self
+        return Rotation(cos[:, positions], sin[:, positions], None if growth is None else growth[:, positions])
 
 
 @dataclass(frozen=True)
@@ -38,25 +60,25 @@ class Documents:
 class SequenceContext:
     """What the layers of one forward pass share: the rotation of each position, and who sees whom."""
 
-    def __init__(self, cos: Tensor, sin: Tensor, documents: Documents | None = None):
-        """cos and sin are of each position's angles, (b or 1, q, 1, d / 2); no documents: each sequence is one."""
-        self.cos, self.sin, self.documents = cos, sin, documents
+    def __init__(self, rotations: Sequence[Rotation], documents: Documents | None = None):
+        """A rotation for each rope of the model; no documents: each sequence is one."""
+        self.rotations, self.documents = rotations, documents
         self._masks: dict[int | None, Tensor] = {}
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         """Rotary position embedding of q, (b, q, h, d), and k, (b, q, g, d)."""
-        return rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        if layer.rope is None:
+            return q, k
+        cos, sin, growth = self.rotations[layer.rope]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q if growth is None else q * growth, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """What each position collects from those that it sees, (b, q, h, d)."""
-        if layer.window not in self._masks:  # once for all layers with this window
-            self._masks[layer.window] = causal_mask(q.shape[0], q.shape[1], q.device, layer.window, self.documents)
-        return attention(q, k, v, self._masks[layer.window])
-
-    @classmethod
-    def describe(cls, q: Tensor, window: int | None, packed: bool) -> str:
-        """What computes attention for such queries, in a few words for the log."""
-        return f"PyTorch's kernel for {q.device.type} with a mask over all pairs"
+        window = layer.scores.window
+        if window not in self._masks:  # once for all layers with this window
+            self._masks[window] = causal_mask(q.shape[0], q.shape[1], q.device, window, self.documents)
+        return attention(q, k, v, self._masks[window], layer.scores)
 
 
 class CacheContext(SequenceContext):
@@ -66,7 +88,9 @@ class CacheContext(SequenceContext):
     slots differ by as much as positions do, so a window of positions is one of slots.
     """
 
-    def __init__(self, tables: tuple[Tensor, ...], keys: list[Tensor], values: list[Tensor], slot: int, full: int):
+    def __init__(
+        self, tables: tuple[Sequence[Rotation], Tensor], keys: list[Tensor], values: list[Tensor], slot: int, full: int
+    ):
         """
         Args:
             tables: as `tables` made them.
@@ -74,24 +98,27 @@ class CacheContext(SequenceContext):
             slot: of the new positions.
             full: the first slot that is not empty in any sequence.
         """
-        cos, sin, self.filled = tables
-        super().__init__(cos[:, slot : slot + 1], sin[:, slot : slot + 1])
+        rotations, self.filled = tables
+        here = slice(slot, slot + 1)
+        super().__init__([r.at(here) for r in rotations])
         self.keys, self.values, self.slot, self.full = keys, values, slot, full
 
     @classmethod
-    def tables(cls, cos: Tensor, sin: Tensor, filled: Tensor) -> tuple[Tensor, ...]:
-        """Shared by all steps, from cos and sin, (b, slots, 1, d / 2), and whether a slot holds a token, (b, slots)."""
-        return cos, sin, filled[:, None, None]
+    def tables(cls, rotations: Sequence[Rotation], filled: Tensor) -> tuple[Sequence[Rotation], Tensor]:
+        """Shared by all steps, from the rotations of all slots, and whether a slot holds a token, (b, slots)."""
+        return rotations, filled[:, None, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         keys, values, seen = self.write(k, v, layer)
-        return attention(q, keys.transpose(1, 2), values.transpose(1, 2), self.filled[..., seen])
+        mask = self.filled[..., seen]
+        return attention(q, keys.transpose(1, 2), values.transpose(1, 2), mask, layer.scores)
 
     def write(self, k: Tensor, v: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor, slice]:
         """Write k and v, (b, 1, g, d), into the cache; returns all that are seen, (b, g, k, d), and their slots."""
         keys, values, end = self.keys[layer.index], self.values[layer.index], self.slot + 1
         keys[:, :, self.slot], values[:, :, self.slot] = k[:, 0], v[:, 0]
-        seen = slice(0 if layer.window is None else max(0, end - layer.window), end)
+        window = layer.scores.window
+        seen = slice(0 if window is None else max(0, end - window), end)
         return keys[:, :, seen], values[:, :, seen], seen
 
 
@@ -109,17 +136,28 @@ def causal_mask(
     return seen & (document[..., :, None] == document[..., None, :])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), (b, q, h, d).
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    """softmax(scale q k^T) v (Vaswani et al. 2017, eq. 1), (b, q, h, d).
 
     q is (b, q, h, d), k and v are (b, k, g, d), where h / g query heads share a key head (Ainslie et al. 2023); mask,
-    (b or 1, 1, q, k) bool, says whether a query sees a key.
+    (b or 1, 1, q, k) bool, says whether a query sees a key. PyTorch's kernels know no cap of the scores.
     """
+    scale, _, cap = scores
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, positions, d)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+    capped = soft_cap(scale * (q @ k.transpose(2, 3)), cap).masked_fill(~mask, -torch.inf)
+    return (capped.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v).transpose(1, 2)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(x / cap): nearly x where it is small, and never beyond the cap (Bello et al. 2017; Gemma 2)."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) of x, (b, q, heads, d), by its position's angle (RoFormer, eq. 34)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Turn each pair (x_i, x_{i + n/2}) of the first n dimensions of x, (b, q, heads, d) (RoFormer, eq. 34)."""
+    n = 2 * cos.shape[-1]
+    first, second = x[..., :n].chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., n:]), dim=-1)

@@ -86,15 +86,6 @@ class TokenDataset(Sequence[Sample]):
         """Other samples of the same array."""
         return TokenDataset(self.tokens, self.starts, self.all_records, chosen, self.all_labels, self.unit_size)
 
-    def is_preferred(self) -> Array:
-        """(m,) bool: the better answer of each pair; of single answers, the desirable ones."""
-        return np.arange(len(self)) % 2 == 0 if self.unit_size == 2 else self.labels > 0
-
-    def preferred(self) -> TokenDataset:
-        """Those samples alone."""
-        chosen = self.chosen[self.is_preferred()]
-        return TokenDataset(self.tokens, self.starts, self.all_records, chosen, self.all_labels)
-
     def unit_lengths(self) -> Array:
         """(units,): tokens of each unit."""
         return self.lengths.reshape(-1, self.unit_size).sum(axis=1)
@@ -203,15 +194,16 @@ class Batches:
         pack_length: int | None = None,  # of a row of several units: tokens for each sample of one; None: one per row
         group_by_length: bool = False,  # windows of rows of similar length, in random order
         pad_to_multiple_of: int = 1,  # the width of a micro-batch is rounded up to it
+        shuffle: bool = True,  # False: every epoch has the order of `samples`
     ):
         self.samples, self.pad_id, self.seed = TokenDataset.of(samples), pad_id, seed
         self.micro_batch_size, self.window_rows = micro_batch_size, micro_batch_size * accumulation_steps
-        self.group_by_length, self.pad_to_multiple_of = group_by_length, pad_to_multiple_of
+        self.group_by_length, self.pad_to_multiple_of, self.shuffle = group_by_length, pad_to_multiple_of, shuffle
         self._lengths = lengths = self.samples.unit_lengths()
         self.is_packed = pack_length is not None
         one_per_row: tuple[Array, Array] = np.arange(len(lengths)), np.arange(len(lengths) + 1)
-        packed = pack(lengths, pack_length * self.samples.unit_size) if pack_length is not None else one_per_row
-        slots, self._bounds = packed
+        fill, per_unit = pack if shuffle else pack_in_order, self.samples.unit_size
+        slots, self._bounds = fill(lengths, pack_length * per_unit) if pack_length is not None else one_per_row
         self._slots = slots  # (n,) the unit in each slot; row r has the slots bounds[r]:bounds[r + 1]
         self._slots_by_length = np.argsort(lengths[slots], kind="stable")
         self._row_lengths = np.add.reduceat(lengths[slots], self._bounds[:-1]) if len(slots) else np.empty(0, np.int64)
@@ -274,6 +266,8 @@ class Batches:
         Rows are packed once, by length alone; every epoch permutes units of equal length among their slots. So the
         number of windows is constant, while the units that share a row vary.
         """
+        if not self.shuffle:
+            return self._slots, np.arange(len(self._row_lengths))
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self._row_lengths))
         members = self._slots
@@ -320,6 +314,17 @@ def pack(lengths: Array, capacity: int) -> tuple[Array, Array]:
         free |= 1 << (room - length)
     slots = np.array([sample for row in rows for sample in row], dtype=np.int64)
     return slots, np.cumsum([0, *(len(row) for row in rows)])
+
+
+def pack_in_order(lengths: Array, capacity: int) -> tuple[Array, Array]:
+    """Next fit: each sample into the newest row, or a new one if it has no room; returns what `pack` returns."""
+    bounds, free = [0], capacity
+    for sample, length in enumerate(lengths.tolist()):
+        if length > free:
+            bounds.append(sample)
+            free = capacity
+        free -= length
+    return np.arange(len(lengths)), np.array([*bounds, len(lengths)])
 
 
 def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_multiple_of: int = 1) -> Batch:

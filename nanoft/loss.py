@@ -9,7 +9,8 @@ enough for a CPU's cache, where the passes over it are several times faster.
 With logits l = W h, p = softmax(l) and lse = log sum exp(l), the negative log-likelihood is  L = lse - l[target],
 dL/dl = p - onehot(target),  dL/dh = W^T (p - onehot),  dL/dW = (p - onehot) h^T.
 With label smoothing e (Szegedy et al. 2016, section 7) the target is (1 - e) onehot + e / vocab. The z-loss adds
-z lse^2 (Chowdhery et al. 2022, section 5), whose gradient is 2 z lse p: it keeps the normalizer near 1.
+z lse^2 (Chowdhery et al. 2022, section 5), whose gradient is 2 z lse p: it keeps the normalizer near 1. With a soft cap
+the logits are  l = cap tanh(W h / cap),  and  dL/d(W h) = dL/dl (1 - (l / cap)^2).
 
 An objective may weight the tokens (a mean, a preference, an advantage). The gradient of each row is linear in the
 weight g of its token, so backward scales what forward kept:  dh = g dL/dh,  exact for any weights. Of a trained head
@@ -24,10 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoft.attention import soft_cap
+
 
 def token_nll(
-    hidden: Tensor, head: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> Tensor:
+    hidden: Tensor, head: Tensor, targets: Tensor,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, cap: float | None = None,
+) -> Tensor:  # fmt: skip
     """The negative log-likelihood of each target token (Bengio et al. 2003, eq. 2), in chunks, differentiable.
 
     Args:
@@ -36,13 +40,14 @@ def token_nll(
         targets: those next tokens, (n,) int64.
         label_smoothing: probability spread evenly over the vocabulary.
         z_loss: weight of the squared log-normalizer.
+        cap: soft cap of the logits, if the model has one.
     Returns:
         (n,) float32 (float64 for float64 inputs), in nats.
     """
     hidden = hidden.flatten(0, -2)
     if len(hidden) != len(targets):
         raise ValueError(f"token_nll: {len(hidden)} hidden states for {len(targets)} targets")
-    return _TokenNLL.apply(hidden, head, targets, label_smoothing, z_loss)
+    return _TokenNLL.apply(hidden, head, targets, label_smoothing, z_loss, cap)
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
@@ -57,8 +62,14 @@ def _chunks(n: int, vocab: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, n, rows))
 
 
-def _chunk_nll(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of each row, (n,); p, (n, vocab); lse, (n, 1); in float32 from logits, (n, vocab), of any dtype."""
+def _chunk_nll(
+    logits: Tensor, targets: Tensor, smoothing: float, z_loss: float, cap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Loss of each row, (n,); p, (n, vocab); lse, (n, 1); with a cap dl/d(W h); in float32 from W h, (n, vocab)."""
+    slope = None
+    if cap is not None:
+        logits = soft_cap(logits, cap)
+        slope = 1 - (logits / cap).square()
     wide = torch.promote_types(logits.dtype, torch.float32)
     p = logits.softmax(-1, dtype=wide)
     # The largest p is exp(largest logit - lse) and at least 1 / vocab, so its logarithm is safe and gives lse.
@@ -68,48 +79,52 @@ def _chunk_nll(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float)
         nll = nll - smoothing * logits.mean(-1, keepdim=True, dtype=wide)
     if z_loss:
         nll = nll + z_loss * lse.square()
-    return nll.squeeze(-1), p, lse
+    return nll.squeeze(-1), p, lse, slope
 
 
-def _logit_gradient(p: Tensor, lse: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
-    """(1 + 2 z lse) p - target distribution, computed in p's own memory, (n, vocab)."""
+def _logit_gradient(
+    p: Tensor, lse: Tensor, slope: Tensor | None, targets: Tensor, smoothing: float, z_loss: float
+) -> Tensor:
+    """((1 + 2 z lse) p - target distribution) dl/d(W h), computed in p's own memory, (n, vocab)."""
     if z_loss:
         p *= 1 + 2 * z_loss * lse
     if smoothing:
         p -= smoothing / p.shape[-1]
-    return p.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], smoothing - 1.0, dtype=p.dtype))
+    p.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], smoothing - 1.0, dtype=p.dtype))
+    return p if slope is None else p.mul_(slope)
 
 
 class _TokenNLL(torch.autograd.Function):
     """Frozen head: forward computes each row's gradient while its logits exist. Trained head: backward does."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, *settings: Any) -> Tensor:
         want_hidden, want_head = ctx.needs_input_grad[:2]
         nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if want_hidden and not want_head else None
         weight = head.to(hidden.dtype)  # under autocast the head is float32 and the hidden states are not
         for chunk in _chunks(len(targets), len(head), hidden.device):
-            nll[chunk], p, lse = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], smoothing, z_loss)
+            nll[chunk], p, lse, slope = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], *settings)
             if grad_hidden is not None:
-                d_logits = _logit_gradient(p, lse, targets[chunk], smoothing, z_loss).to(hidden.dtype)
+                d_logits = _logit_gradient(p, lse, slope, targets[chunk], *settings[:2]).to(hidden.dtype)
                 torch.mm(d_logits, weight, out=grad_hidden[chunk])
-        ctx.settings = (smoothing, z_loss)
+        ctx.settings = settings
         ctx.save_for_backward(grad_hidden, *((hidden, head, targets) if want_head else ()))
         return nll
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *inputs = ctx.saved_tensors
         weights = grad_outputs[0][:, None]  # of each token in the final loss, (n, 1)
         if not inputs:  # the head is frozen
-            return (grad_hidden * weights).to(grad_hidden.dtype), None, None, None, None
+            return (grad_hidden * weights).to(grad_hidden.dtype), *[None] * 5
         hidden, head, targets = inputs
         grad_hidden, weight = torch.empty_like(hidden), head.to(hidden.dtype)
         grad_head = torch.zeros_like(head, dtype=weights.dtype)
         for chunk in _chunks(len(targets), len(head), hidden.device):
-            _, p, lse = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], *ctx.settings)
-            d_logits = (_logit_gradient(p, lse, targets[chunk], *ctx.settings) * weights[chunk]).to(hidden.dtype)
+            _, p, lse, slope = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], *ctx.settings)
+            d_logits = _logit_gradient(p, lse, slope, targets[chunk], *ctx.settings[:2]) * weights[chunk]
+            d_logits = d_logits.to(hidden.dtype)
             torch.mm(d_logits, weight, out=grad_hidden[chunk])
             grad_head += d_logits.T @ hidden[chunk]
-        return grad_hidden, grad_head.to(head.dtype), None, None, None
+        return grad_hidden, grad_head.to(head.dtype), *[None] * 4

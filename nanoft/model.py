@@ -1,7 +1,7 @@
 """The decoder: token ids in, hidden states out.
 
-One class serves Llama 2/3, Mistral, Qwen2 and Qwen3, because they differ only in a few switches: a bias on some
-projections, a norm on queries and keys, a sliding window, a way of stretching the rotary positions.
+One class serves many families (nanoft/models/families.py), because they differ only in a few switches: a bias on some
+projections, a norm on queries and keys or on what a block adds, a sliding window, a factor here and there.
 
     x = embedding[ids]
     in every block:  x = x + attention(norm(x)),  x = x + mlp(norm(x))
@@ -17,75 +17,19 @@ Notation in comments: b batch, q positions, h query heads, g key/value heads, d 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoft.attention import Documents, SequenceContext
+from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
+from nanoft.blocks.rope import Rope
 from nanoft.blocks.trained import Adapter
 from nanoft.recompute import ActivationPolicy, run_block
-
-
-@dataclass(frozen=True)
-class Rope:
-    """How positions become angles (RoFormer, Su et al. 2021), and how a longer context stretches them."""
-
-    theta: float = 10000.0
-    kind: str = "default"  # default | linear | dynamic | llama3 | yarn
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    context: int = 0  # positions of pre-training; beyond them, dynamic depends on the sequence's length
-
-    def angles(self, head_dim: int, length: int = 0) -> tuple[Tensor, float]:
-        """Angular frequencies (head_dim / 2,) in radians per position, and the factor on cos and sin."""
-        theta = self.theta
-        if self.kind == "dynamic" and length > self.context:  # theta grows with the sequence (dynamic NTK)
-            factor = self.parameters["factor"]
-            theta *= (factor * length / self.context - (factor - 1)) ** (head_dim / (head_dim - 2))
-        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-        if self.kind == "linear":  # positions are squeezed by `factor` (Chen et al. 2023)
-            return frequency / self.parameters["factor"], 1.0
-        if self.kind == "llama3":
-            return _llama3_frequencies(frequency, self.parameters), 1.0
-        if self.kind == "yarn":
-            return _yarn_frequencies(frequency, self.theta, head_dim, self.parameters)
-        return frequency, 1.0
-
-
-def _llama3_frequencies(frequency: Tensor, p: Mapping[str, Any]) -> Tensor:
-    """Llama 3.1: slow frequencies divided by `factor`, fast ones kept, a linear blend between."""
-    old_context = p["original_max_position_embeddings"]
-    low, high = p["low_freq_factor"], p["high_freq_factor"]
-    turns = old_context * frequency / (2 * math.pi)  # full turns over the original context
-    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, 1: fast
-    return (1 - blend) * frequency / p["factor"] + blend * frequency
-
-
-def _yarn_frequencies(frequency: Tensor, theta: float, head_dim: int, p: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023, section 3.2-3.4): blend by the number of turns, and temper the attention."""
-    factor, old_context = p["factor"], p["original_max_position_embeddings"]
-
-    def dimension_of(turns: float) -> float:  # the frequency that makes this many turns over the old context
-        return head_dim * math.log(old_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = dimension_of(p.get("beta_fast") or 32), dimension_of(p.get("beta_slow") or 1)
-    if p.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: keep, 1: divide
-    stretched = frequency * (1 - ramp) + frequency / factor * ramp
-
-    def magnitude(scale: float) -> float:  # eq. 22: sqrt(1/t) = 0.1 ln(s) + 1
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if p.get("attention_factor") is not None:
-        return stretched, float(p["attention_factor"])
-    if p.get("mscale") and p.get("mscale_all_dim"):
-        return stretched, magnitude(p["mscale"]) / magnitude(p["mscale_all_dim"])
-    return stretched, magnitude(1.0)
 
 
 @dataclass(frozen=True)
@@ -100,30 +44,68 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    rope: Rope
+    ropes: tuple[Rope | None, ...]  # per layer; None: positions do not enter there
     tied: bool  # the head is the embedding
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool  # RMSNorm over head_dim on queries and keys (Qwen3)
     windows: tuple[int | None, ...]  # per layer: how far back a position sees; None: all the way
     family: str  # its entry in FAMILIES (nanoft/models/families.py)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    fused: bool = False  # q, k, v are the rows of one linear, and so are gate and up (Phi-3)
+    activation: str = "silu"  # of ACTIVATIONS
+    norms: str = "input"  # of NORMS: of what a block computes with, or of what it adds to x, or both
+    norm_offset: float = 0.0  # norms multiply by offset + weight (Gemma: 1)
+    qk_norm: str = ""  # norm of queries and keys: over each "head" (Qwen3), over all heads, the "width" (OLMo 2)
+    attention_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
+    attention_cap: float | None = None  # scores s become cap tanh(s / cap) (Gemma 2)
+    embedding_scale: float = 1.0  # x = scale * embedding[ids]
+    residual_scale: float = 1.0  # x + scale * attention(norm(x)) (Granite)
+    logit_scale: float = 1.0  # logits = scale * hidden @ head^T
+    logit_cap: float | None = None  # logits l become cap tanh(l / cap)
+
+    @property
+    def distinct_ropes(self) -> list[Rope]:
+        """Those of all layers, the one of the layers that see furthest first."""
+        by_window = sorted(zip(self.windows, self.ropes, strict=True), key=lambda pair: pair[0] is not None)
+        found: list[Rope] = []
+        for _, rope in by_window:
+            found += [rope] if rope is not None and rope not in found else []
+        return found
+
+    @property
+    def rope(self) -> Rope:
+        """That of the layers that see furthest."""
+        return self.distinct_ropes[0]
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+# The norms of a block, by their names in files: before attention, after it, before the MLP, after it.
+NORMS: dict[str, tuple[str, str, str, str]] = {
+    "input": ("input_layernorm", "", "post_attention_layernorm", ""),
+    "output": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    ),
+}  # fmt: skip
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4), in float32 inside."""
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) (Zhang & Sennrich 2019, eq. 4), in float32 inside."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, config: DecoderConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.formula(x, self.weight)
 
     def formula(self, x: Tensor, weight: Tensor) -> Tensor:
         """The norm as a function of everything that may get a gradient."""
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        if not self.offset:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)  # 1 + weight would lose the weight's last bits
+        return F.rms_norm(x.to(wide), weight.shape, self.offset + weight.to(wide), self.eps).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -132,60 +114,85 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         c = config
-        self.index, self.head_dim, self.window = layer, c.head_dim, c.windows[layer]
-        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.index, self.head_dim, rope = layer, c.head_dim, c.ropes[layer]
+        self.rope = None if rope is None else c.distinct_ropes.index(rope)
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        self.scores = Scores(scale, c.windows[layer], c.attention_cap)
+        self.widths = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
+        self.inputs: tuple[str, ...] = ("qkv_proj",) if c.fused else ("q_proj", "k_proj", "v_proj")
+        for name, width in zip(self.inputs, [sum(self.widths)] if c.fused else self.widths, strict=True):
+            self.add_module(name, nn.Linear(c.hidden_size, width, bias=c.qkv_bias))
+        self.o_proj = nn.Linear(self.widths[0], c.hidden_size, bias=c.o_bias)
+        self.over_width = c.qk_norm == "width"
+        sizes = self.widths if self.over_width else [c.head_dim, c.head_dim]
+        self.q_norm = RMSNorm(sizes[0], c) if c.qk_norm else None
+        self.k_norm = RMSNorm(sizes[1], c) if c.qk_norm else None
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        q, k, v = self.heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), context)
+        q, k, v = self.heads([getattr(self, name)(x) for name in self.inputs], context)
         return self.o_proj(context.attend(q, k, v, self).flatten(2))
 
-    def heads(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, projected: list[Tensor], context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         """Projections (b, q, heads * d), split into heads, normed and rotated: (b, q, h or g, d)."""
-        shape = (*v.shape[:-1], -1, self.head_dim)
-        q, k, v = q.view(shape), k.view(shape), v.view(shape)
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = projected if len(projected) == 3 else projected[0].split(self.widths, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None and self.over_width:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None and not self.over_width:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = context.rotate(q, k, self)
         return q.to(v.dtype), k.to(v.dtype), v  # under autocast a norm's float32 weight widens q and k
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020)."""
+    """down(silu(gate(x)) * up(x)) (SwiGLU; with gelu in the place of silu GeGLU: Shazeer 2020)."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.inputs: tuple[str, ...] = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
+        width = 2 if config.fused else 1
+        for name in self.inputs:
+            inner = nn.Linear(config.hidden_size, width * config.intermediate_size, bias=config.mlp_bias)
+            self.add_module(name, inner)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activate(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.activate(*[getattr(self, name)(x) for name in self.inputs]))
 
-    @staticmethod
-    def activate(gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * up
+    def activate(self, *projected: Tensor) -> Tensor:
+        gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+        return self.activation(gate) * up
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): a pre-norm transformer block."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): a pre-norm transformer block, unless NORMS says otherwise."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm_names, self.scale = NORMS[config.norms], config.residual_scale
         self.self_attn = SelfAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
+        for name in filter(None, self.norm_names):
+            self.add_module(name, RMSNorm(config.hidden_size, config))
+
+    def norm(self, place: int) -> Callable[[Tensor], Tensor]:
+        """That at a place of NORMS; without one, nothing changes."""
+        return getattr(self, self.norm_names[place]) if self.norm_names[place] else identity
 
     def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
         """The residual stream after this block, (b, q, hidden); at some positions only, (1, n, hidden)."""
-        x = x + self.self_attn(self.input_layernorm(x), context)
+        x = self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context)))
         x = select(x, target_positions)  # from here on no position sees another one
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.add(x, self.norm(3)(self.mlp(self.norm(2)(x))))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + scale * y."""
+        return torch.add(x, y, alpha=self.scale)
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
 
 
 def select(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -206,7 +213,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
 
 
 class Decoder(nn.Module):
@@ -252,15 +259,6 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @torch.no_grad()
-    def grow_vocabulary(self, size: int) -> None:
-        """Append rows to the embedding and the head, the mean of each, until they have `size` tokens."""
-        more = max(0, size - self.config.vocab_size)
-        self.config = replace(self.config, vocab_size=self.config.vocab_size + more)
-        for module in [self.model.embed_tokens] + ([] if self.lm_head is None else [self.lm_head]) if more else []:
-            mean = module.weight.float().mean(0, keepdim=True).to(module.weight.dtype)
-            module.weight = nn.Parameter(torch.cat((module.weight, mean.expand(more, -1))))
-
     def forward(
         self,
         ids: Tensor,
@@ -277,7 +275,7 @@ class Decoder(nn.Module):
                 comes after it, so such padding needs no mask).
             target_positions: flat positions b * seq + s whose hidden state is wanted, (n,); None: all.
         """
-        x = self.model.embed_tokens(ids)
+        x = self.embed(ids)
         if self.training and self.neftune_alpha:
             x = x + embedding_noise(x, self.neftune_alpha)
         if positions is None:
@@ -288,43 +286,35 @@ class Decoder(nn.Module):
             x = run_block(block, x, context, target_positions if index == last else None, policy)
         return self.finish(x)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """scale * embedding[ids], (b, q, hidden); the factor is rounded to the number format, as in pre-training."""
+        x, scale = self.model.embed_tokens(ids), self.config.embedding_scale
+        return x if scale == 1 else x * torch.full((), scale, dtype=x.dtype, device=x.device)
+
     def finish(self, x: Tensor) -> Tensor:
         """The last hidden states, (..., hidden), of the residual stream; wider with a low-rank adapter on the head."""
         x = self.model.norm(x)
+        x = x if self.config.logit_scale == 1 else x * self.config.logit_scale
         return self.output.widen(x) if isinstance(self.output, Adapter) else x
 
     def context(self, positions: Tensor, dtype: torch.dtype, documents: Documents | None = None) -> SequenceContext:
         """What the layers of one forward pass share; positions are (b, q)."""
-        return self.context_class(*self.rotation(positions, dtype), documents)
+        return self.context_class(self.rotations(positions, dtype), documents)
 
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of position * frequency, (b, q, 1, d / 2); angles in float32 whatever the model's dtype."""
-        rope = self.config.rope
-        length = int(positions.max()) + 1 if rope.kind == "dynamic" else 0
-        frequency, factor = rope.angles(self.config.head_dim, length)
-        angles = positions[:, :, None, None].float() * frequency.to(positions.device)
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    def rotations(self, positions: Tensor, dtype: torch.dtype) -> list[Rotation]:
+        """For each rope of the model cos and sin of position * frequency; angles in float32 whatever the dtype."""
+        found = []
+        for rope in self.config.distinct_ropes:
+            length = int(positions.max()) + 1 if rope.depends_on_length else 0
+            frequency, factor = rope.angles(self.config.head_dim, length)
+            angles = positions[:, :, None, None].float() * frequency.to(positions.device)
+            growth = None
+            if rope.query_growth:
+                turns = (positions[:, :, None, None] / rope.context).floor()
+                growth = (1 + rope.query_growth * turns.log1p()).to(dtype)
+            found.append(Rotation((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype), growth))
+        return found
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""
-        return F.linear(hidden, self.head.to(hidden.dtype)).float()
-
-    def attention_backend(self, dtype: torch.dtype, length: int, packed: bool) -> str:
-        """What computes attention over sequences of this length on this device, for each kind of layer in the model."""
-        c = self.config
-        q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=self.device)
-        windows = dict.fromkeys(None if w is None or w >= length else w for w in c.windows)
-        return "; ".join(dict.fromkeys(self.context_class.describe(q, window, packed) for window in windows))
-
-
-@torch.no_grad()
-def initialize(model: Decoder, seed: int) -> None:
-    """Random weights for pre-training: N(0, 0.02), outputs of each block scaled by 1/sqrt(2 layers) (GPT-2)."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)  # norms are 1
-            continue
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = 0.02 / math.sqrt(2 * model.config.num_layers) if residual else 0.02
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        return soft_cap(F.linear(hidden, self.head.to(hidden.dtype)).float(), self.config.logit_cap)

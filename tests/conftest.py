@@ -15,6 +15,8 @@ import pytest
 from hypothesis import settings
 from tiers import mark_quick
 
+from nanoft.io.hub import use_cache
+
 # One thread, here and in every process that a test starts: two processes with two threads each on two cores wait for
 # one another most of the time. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -63,6 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
     """Puts a handler of HTTP requests in the place of the Hub, with an empty cache."""
     servers: list[http.server.ThreadingHTTPServer] = []
+    use_cache("")  # not what another test's config said
 
     def serve(handler: Any) -> None:
         constants = huggingface_hub.constants

@@ -15,11 +15,12 @@ def tensors(lengths: tuple[int, ...], dtype: torch.dtype, heads: int = 4, groups
     ]
 
 
-def plainly(q: Any, k: Any, v: Any, seen: torch.Tensor) -> torch.Tensor:
-    """The formula over all pairs; seen is (b, 1, q, k)."""
+def plainly(q: Any, k: Any, v: Any, seen: torch.Tensor, cap: float | None = None) -> torch.Tensor:
+    """The formula over all pairs; seen is (b, 1, q, k); cap: of the scores."""
     repeats = q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(repeats, dim=2) for t in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    scores = scores if cap is None else cap * (scores / cap).tanh()
     return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 

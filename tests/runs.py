@@ -53,6 +53,8 @@ VARIANTS = {
         "training__lr_power": 2,
     },
     "qlora-fp16": {"quantization__bits": 4, "model__dtype": "float16", "lora__dropout": 0.1},
+    "in-order": {"training__shuffle": False, "training__eval_steps": 0.25, "training__save_steps": "epoch"},
+    "packed-in-order": {"training__shuffle": False, "data__packing": True, "model__max_seq_length": 200},
     "full-bf16": {"training__method": "full", "training__learning_rate": 1e-4, "model__dtype": "bfloat16"},
 }
 NO_EVALUATION = {"training__eval_steps": 0}  # so that a checkpoint of step 4, the best so far, is not saved

@@ -8,19 +8,19 @@ import pytest
 import torch
 from plain_attention import places, plainly, tensors, who_sees_whom
 
-from nanoft.attention import CacheContext, Documents, SequenceContext, rotate
+from nanoft.attention import CacheContext, Documents, Rotation, Scores, SequenceContext, rotate
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
 @pytest.mark.parametrize("packed", [None, (5, 6, 1, 10), (11, 3, 8)])
+@pytest.mark.parametrize("cap", [None, 0.5])
 def test_output_and_gradients_are_those_of_the_plain_formula(
-    window: int | None, packed: tuple[int, ...] | None
+    window: int | None, packed: tuple[int, ...] | None, cap: float | None
 ) -> None:
     parts = tensors((2, 11), torch.float64)
     documents = Documents(packed, torch.tensor((0, *packed), dtype=torch.int32).cumsum(0)) if packed else None
-    expected = plainly(*parts, who_sees_whom(*places(packed or (11, 11), 2, 11), window))
-    nothing = torch.zeros(0)
-    y = SequenceContext(nothing, nothing, documents).attend(*parts, SimpleNamespace(index=0, window=window))
+    expected = plainly(*parts, who_sees_whom(*places(packed or (11, 11), 2, 11), window), cap)
+    y = SequenceContext([], documents).attend(*parts, SimpleNamespace(index=0, scores=Scores(8**-0.5, window, cap)))
     assert torch.allclose(y, expected, atol=1e-12)
     towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = torch.autograd.grad(expected, parts, towards)
@@ -29,16 +29,17 @@ def test_output_and_gradients_are_those_of_the_plain_formula(
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("cap", [None, 0.5])
 @torch.no_grad()
-def test_steps_with_a_cache_are_a_pass_over_everything(window: int | None) -> None:
+def test_steps_with_a_cache_are_a_pass_over_everything(window: int | None, cap: float | None) -> None:
     q, k, v = tensors((2, 9), torch.float64)
-    layer, empty = SimpleNamespace(index=0, window=window), 2  # slots before the second sequence
-    whole = SequenceContext(torch.zeros(0), torch.zeros(0)).attend(q, k, v, layer)
-    short = SequenceContext(torch.zeros(0), torch.zeros(0)).attend(q[1:, empty:], k[1:, empty:], v[1:, empty:], layer)
+    layer, empty = SimpleNamespace(index=0, scores=Scores(8**-0.5, window, cap)), 2  # slots before the second sequence
+    whole = SequenceContext([]).attend(q, k, v, layer)
+    short = SequenceContext([]).attend(q[1:, empty:], k[1:, empty:], v[1:, empty:], layer)
     keys, values = torch.zeros(2, 2, 9, 8).double(), torch.zeros(2, 2, 9, 8).double()
     angles = torch.zeros(2, 9, 1, 4).double()
     filled = torch.arange(9) >= torch.tensor([[0], [empty]])
-    tables = CacheContext.tables(angles.cos(), angles.sin(), filled)
+    tables = CacheContext.tables([Rotation(angles.cos(), angles.sin())], filled)
     for slot in range(9):
         context = CacheContext(tables, [keys], [values], slot, empty)
         y = context.attend(*(part[:, slot : slot + 1] for part in (q, k, v)), layer)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoft import batches
-from nanoft.batches import Batch, Batches, Sample, TokenDataset, Window, pack
+from nanoft.batches import Batch, Batches, Sample, TokenDataset, Window, pack, pack_in_order
 from nanoft.loss import token_nll
 from nanoft.models.weights import load_model
 from nanoft.training.self_test import gradient_error, packed_error
@@ -188,6 +188,16 @@ def test_order_is_a_function_of_the_seed() -> None:
     assert [records_of(w) for w in map(Batches(samples, 4, 2, 5, PAD).window, range(5))] == orders[0][:5]
 
 
+@pytest.mark.parametrize("pack_length", [None, 64])
+def test_without_shuffling_every_epoch_has_the_order_of_the_samples(pack_length: int | None) -> None:
+    run = Batches(make(random_lengths(53)), 2, 4, 0, PAD, pack_length, shuffle=False)
+    windows = list(itertools.islice(windows_of(run), 3 * run.windows_in_epoch()))
+    for epoch in range(3):
+        every = [sorted(records_of(window)) for window in windows if window.position[0] == epoch]
+        assert list(itertools.chain(*every)) == list(range(53))
+        assert all(len(part) == 8 for part in every[:-1]) or pack_length
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("pack_length", [None, 64])
 def test_a_window_is_a_function_of_its_position(pack_length: int | None, grouped: bool) -> None:
@@ -254,6 +264,16 @@ def test_packing_of_nothing_and_of_what_fills_a_row() -> None:
     assert unpacked(*pack(np.array([], dtype=np.int64), 10)) == []
     assert unpacked(*pack(np.array([10, 10]), 10)) == [[0], [1]]
     assert sorted(map(sorted, unpacked(*pack(np.array([6, 5, 4, 5]), 10)))) == [[0, 2], [1, 3]]
+
+
+@given(st.lists(st.integers(1, 10), max_size=30))
+def test_packing_in_order_begins_a_row_when_the_next_sample_does_not_fit(lengths: list[int]) -> None:
+    rows: list[list[int]] = []
+    for sample, length in enumerate(lengths):
+        if not rows or sum(lengths[i] for i in rows[-1]) + length > 10:
+            rows.append([])
+        rows[-1].append(sample)
+    assert [row for row in unpacked(*pack_in_order(np.array(lengths, np.int64), 10)) if row] == rows
 
 
 def test_who_shares_a_row_changes_and_the_number_of_windows_does_not() -> None:
@@ -368,14 +388,16 @@ def test_samples_in_one_array_are_those_put_in() -> None:
     size=st.integers(1, 4),
     steps=st.integers(1, 3),
     packed=st.booleans(),
-    grouped=st.booleans(),
+    order=st.sampled_from(["shuffled", "grouped", "of the files"]),
     stop=st.integers(0, 60),
 )
 def test_a_run_that_is_resumed_anywhere_goes_on_as_if_it_had_not_stopped(
-    lengths: list[int], size: int, steps: int, packed: bool, grouped: bool, stop: int
+    lengths: list[int], size: int, steps: int, packed: bool, order: str, stop: int
 ) -> None:
+    options = {"group_by_length": order == "grouped", "shuffle": order != "of the files"}
+
     def fresh() -> Batches:
-        return Batches(make(lengths), size, steps, 7, PAD, 32 if packed else None, group_by_length=grouped)
+        return Batches(make(lengths), size, steps, 7, PAD, 32 if packed else None, **options)
 
     *_, last = itertools.islice(windows_of(fresh()), stop + 1)
     resumed = fresh().next_window(*last.position)

@@ -69,6 +69,26 @@ def test_the_config_for_an_h100_has_the_usual_settings() -> None:
     assert (t.learning_rate, t.lr_scheduler, t.warmup_ratio, t.optimizer) == (2e-4, "cosine", 0.03, "adamw_paged")
     assert (t.max_grad_norm, t.weight_decay, t.num_epochs) == (0.3, 0.01, 3)
     assert (t.log_steps, t.eval_steps, t.save_steps, t.keep_checkpoints) == (10, 100, 500, 3)
+    assert (t.micro_batch_size, t.gradient_accumulation_steps, t.checkpointing) == (4, 4, "auto")
+    assert (c.data.validation_split, c.logging.report_to) == (0.1, "auto")
+
+
+def test_the_config_for_a_mac() -> None:
+    c = load_file(ROOT / "configs" / "m4.py")
+    assert (c.model.dtype, c.model.max_seq_length, c.training.checkpointing) == ("bfloat16", 2048, "auto")
+    assert (c.training.micro_batch_size, c.training.gradient_accumulation_steps) == (2, 8)
+    assert (c.data.validation_split, c.logging.report_to) == (0.1, "auto")
+
+
+@pytest.mark.parametrize("name", ["h100", "m4"])
+def test_the_expected_time_is_the_tokens_by_the_published_rate(name: str) -> None:
+    text = " ".join((ROOT / "configs" / f"{name}.py").read_text().replace("\n#", "\n").split())
+    config = load_file(ROOT / "configs" / f"{name}.py")
+    records, length = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) records of (\d+)", text)[0])
+    tokens, rate, seconds = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) / ([\d,]+) = ([\d,]+) s", text)[0])
+    assert tokens == round(records * length * (1 - config.data.validation_split) * config.training.num_epochs)
+    assert seconds == round(tokens / rate)
+    assert f"{rate:,} tokens per second are published" in text
 
 
 # --- --plan, for machines that are not here
@@ -153,7 +173,7 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
     assert train.main([H100, "--plan", "system.memory_gb=6", "system.device=mps", "training.optimizer=adamw"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "training.micro_batch_size: 2 rows of 4096 tokens take" in error
+    assert "training.micro_batch_size: 4 rows of 4096 tokens take" in error
     assert "and 5.40 GB are available" in error
 
 

@@ -38,8 +38,8 @@ from tiers import rest_is_slow
 import train
 from nanoft.config.loading import load_config
 from nanoft.objectives import sft
-from nanoft.optim import optimizer_tensors
 from nanoft.training import recovery, self_test
+from nanoft.training.state import optimizer_tensors
 
 # --- exactness
 

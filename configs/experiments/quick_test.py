@@ -1,7 +1,7 @@
 """configs/h100.py for 20 steps on 500 records: does everything work, before it runs for hours?
 
 For whoever has new data or a new machine. Every part of a run happens: preflight, steps, evaluation, checkpoint,
-report. Planned, not measured: 41.6 GB, 19.8 GB with every block recomputed, as in h100.py; 32.2 GFLOP per token. Change
+report. Planned, not measured: 68.0 GB, 24.4 GB with every block recomputed, as in h100.py; 32.2 GFLOP per token. Change
 first: nothing; when it has passed, run configs/h100.py.
 """
 

@@ -116,7 +116,10 @@ SCHEDULES: dict[str, Any] = {
     "constant_with_warmup": "constant",
     "constant": {"training.lr_scheduler": "constant", "training.warmup_steps": 0},
 }
-STRATEGY = {"steps": {}, "no": 0}
+STRATEGY = {"steps": {}, "no": 0, "epoch": "epoch"}
+ORDERS: dict[str, Any] = {"random": False, "group_by_length": True, "sequential": {"training.shuffle": False}}
+LEVELS: dict[str, Any] = {name: name for name in ("debug", "info", "warning", "error")}
+LEVELS |= {name.upper(): name for name in LEVELS} | {"passive": {}, "critical": "error"}
 TRACKERS = {"tensorboard", "wandb"}
 LOWEST_LOSS = "the best checkpoint has the lowest loss"
 LORA_OR_FULL = "train LoRA adapters, or every parameter"
@@ -126,8 +129,8 @@ NO_RESULT = noted("changes no result here")
 
 # Fields that have the same name there
 SAME_NAME = """
-    model.max_seq_length lora.target_modules lora.rank_pattern lora.alpha_pattern lora.bias lora.modules_to_save
-    data.train_file
+    model.max_seq_length model.cache_dir lora.target_modules lora.rank_pattern lora.alpha_pattern lora.bias
+    lora.modules_to_save data.train_file
     data.validation_file data.packing data.group_by_length data.pad_to_multiple_of training.gradient_accumulation_steps
     training.learning_rate training.warmup_ratio training.weight_decay training.max_grad_norm
     training.early_stopping_patience training.early_stopping_threshold system.seed
@@ -156,6 +159,7 @@ RENAMED = {
     "training.neftune_alpha": "neftune_noise_alpha",
     "training.compile": "torch_compile",
     "training.keep_checkpoints": "save_total_limit",
+    "evaluation.on_start": "eval_on_start",
     "evaluation.batch_size": "per_device_eval_batch_size",
     "evaluation.max_samples": "max_eval_samples",
     "output.dir": "output_dir",
@@ -181,7 +185,7 @@ TRANSLATED = {
     "dataset_text_field": Alias(
         "data.columns", lambda name: {"data.columns": {"text": name}} if name != "text" else {}
     ),
-    "train_sampling_strategy": Alias("data.group_by_length", {"random": False, "group_by_length": True}),
+    "train_sampling_strategy": Alias("data.group_by_length", ORDERS),
     "assistant_only_loss completion_only_loss": Alias("data.train_on", {True: "assistant", False: "all"}),
     "train_on_inputs": Alias("data.train_on", {True: "all", False: "assistant"}),
     # Training (TrainingArguments)
@@ -190,13 +194,14 @@ TRANSLATED = {
     "lr_scheduler_type": Alias("training.lr_scheduler", SCHEDULES, open=True),
     "warmup_steps": Alias("training.warmup_steps", warmup),
     "gradient_checkpointing activation_checkpointing": Alias("training.checkpointing", {True: "full", False: "none"}),
-    "logging_strategy": Alias(values={"steps": {}}, fix="set logging_steps"),
+    "logging_strategy": Alias("training.log_steps", STRATEGY, "set logging_steps"),
+    "log_level": Alias("logging.level", LEVELS),
     "logging_steps": Alias("training.log_steps", whole),
     "report_to": Alias("logging.report_to", trackers),
     "disable_tqdm": Alias("logging.progress_bar", {True: False, False: True}),
     "eval_strategy evaluation_strategy": Alias("training.eval_steps", STRATEGY, "set eval_steps"),
     "eval_steps": Alias("training.eval_steps", whole),
-    "save_strategy": Alias("training.save_steps", STRATEGY, "set save_steps"),
+    "save_strategy": Alias("training.save_steps", STRATEGY | {"best": 0}, "set save_steps"),
     "save_steps": Alias("training.save_steps", whole),
     "load_best_model_at_end": Alias(values={True: {}}, fix="remove it: the result is always the best checkpoint"),
     "metric_for_best_model": Alias(values={"loss": {}, "eval_loss": {}}, fix=LOWEST_LOSS),
@@ -211,7 +216,7 @@ TRANSLATED = {
     "gradient_checkpointing_kwargs attn_implementation use_cache remove_unused_columns": NO_RESULT,
     "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers": NO_RESULT,
     "dataloader_drop_last dataset_num_proc dataset_batch_size auto_find_batch_size eval_accumulation_steps": NO_RESULT,
-    "logging_first_step logging_nan_inf_filter log_level log_level_replica skip_memory_metrics": NO_RESULT,
+    "logging_first_step logging_nan_inf_filter log_level_replica skip_memory_metrics": NO_RESULT,
     "include_num_input_tokens_seen include_tokens_per_second torch_empty_cache_steps ddp_timeout": NO_RESULT,
     "ddp_find_unused_parameters local_rank save_on_each_node label_names prediction_loss_only": NO_RESULT,
     "data_seed": noted("seed also seeds the order of the data"),
@@ -243,6 +248,10 @@ RULES = [
     Rule(FOUR_BIT, "load_in_4bit", lambda other, own: other is False),
     Rule(FOUR_BIT, "use_8bit", lambda other, own: other is True),
     Rule(FOUR_BIT, "load_in_8bit", lambda other, own: other is True),
+    Rule("eval_steps", "eval_strategy", lambda other, own: other == "epoch"),
+    Rule("eval_steps", "evaluation_strategy", lambda other, own: other == "epoch"),
+    Rule("save_steps", "save_strategy", lambda other, own: other in ("epoch", "best")),
+    Rule("logging_steps", "logging_strategy", lambda other, own: other == "epoch"),
     Rule("num_train_epochs", "max_steps", lambda other, own: other not in (None, 0, -1)),
     Rule("adam_beta1 adam_beta2 adam_epsilon", "optim", lambda other, own: other == "sgd"),
     Rule("early_stopping_threshold", "early_stopping_patience", lambda other, own: not other),

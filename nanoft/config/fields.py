@@ -37,6 +37,7 @@ def parse(key: str, text: str, hint: Any) -> Any:
     if len(options) > 1 and any(text in get_args(option) for option in options):  # auto, beside numbers
         return text
     kind = next(option for option in options if option is not type(None))
+    kind = float if {int, float} <= {*options} and not re.fullmatch(r"[+-]?\d+", text) else kind
     try:
         if get_origin(kind) is Literal:
             return next(choice for choice in get_args(kind) if str(choice) == text)

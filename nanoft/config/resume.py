@@ -18,6 +18,7 @@ MAY_CHANGE_ON_RESUME = {
     "which checkpoints are kept": "training.save_steps training.keep_checkpoints training.keep_every output.dir",
     "when activations and weights are computed, not their values": "training.checkpointing training.checkpoint_every "
     "quantization.dequantize",
+    "where downloads are": "model.cache_dir",
     "where things are computed": "training.sharding system.device system.memory_gb",
     "what happens after the next fault": "guard",
     "only their product counts": "training.micro_batch_size training.gradient_accumulation_steps system.ranks",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanoft import UserError
-from nanoft.config.aliases import ALIASES, DTYPES, RULES, Alias, Meaning, Note, Rule, Settings, noted, steps
+from nanoft.config.aliases import ALIASES, DTYPES, LEVELS, RULES, Alias, Meaning, Note, Rule, Settings, noted, steps
 from nanoft.config.fields import nearest
 from nanoft.config.settings import FIELDS, SECTION_TYPES, Config
 from nanoft.io.tables import wrap
@@ -104,14 +104,15 @@ MODELFORGE_NAMES = {
 }
 MODELFORGE_DEFAULTS = """
     lora.dropout=0.1 data.validation_split=0.2 data.group_by_length=true training.num_epochs=1
-    training.max_grad_norm=0.3 training.weight_decay=0.001
+    training.max_grad_norm=0.3 training.weight_decay=0.001 training.eval_steps=100
 """
 BITS_RULE = Rule("use_4bit", "use_8bit", lambda other, own: other is True and not own)
 MODELFORGE = Schema("ModelForge", ALIASES | MODELFORGE_NAMES, [*RULES, BITS_RULE], pairs(MODELFORGE_DEFAULTS))
 
 # The MLX schema: names that mean the same here, name=field, and the others
 MLX_SAME = """
-    model.name model.max_seq_length lora.rank lora.alpha lora.dropout lora.target_modules lora.bias data.validation_size
+    model.name model.cache_dir model.max_seq_length lora.rank lora.alpha lora.dropout lora.target_modules lora.bias
+    data.validation_size
     training.gradient_accumulation_steps training.num_epochs training.learning_rate training.weight_decay
     training.max_grad_norm training.warmup_steps training.min_lr_ratio training.eval_steps training.save_steps
     training.label_smoothing training.early_stopping_patience training.early_stopping_threshold system.seed
@@ -119,6 +120,7 @@ MLX_SAME = """
 """
 MLX_RENAMED = """
     data.dataset_path=data.train_file data.max_examples=data.max_samples training.batch_size=training.micro_batch_size
+    data.shuffle=training.shuffle evaluation.eval_on_start=evaluation.on_start
     training.adam_beta1=training.beta1 training.adam_beta2=training.beta2 training.adam_epsilon=training.epsilon
     training.logging_steps=training.log_steps training.save_total_limit=training.keep_checkpoints
     output.output_dir=output.dir monitoring.gradient_log_steps=logging.gradient_steps
@@ -128,12 +130,10 @@ MLX_RENAMED = """
 """
 LAYOUT = "the run directory (output.dir) has its own layout: checkpoints/, adapter/, train.log, metrics.jsonl"
 MLX_TRANSLATED = {
-    "model.cache_dir": noted("HF_HOME in the environment chooses the cache"),
     "model.dtype": Alias("model.dtype", DTYPES),
     "model.trust_remote_code": noted("code that comes with a model is never run, and not needed", False),
     "lora.task_type": ALIASES["task_type"],
     "data.train_split": Alias("data.validation_split", lambda share: round(1 - between(0, 1, bounds="()")(share), 12)),
-    "data.shuffle": Alias(values={True: {}}, fix="remove it: every epoch has another order"),
     "data.seed": noted("system.seed also seeds the split and the order"),
     "training.max_steps": Alias("training.max_steps", steps),
     "training.lr_scheduler_type": Alias("training.lr_scheduler", {n: n for n in ("cosine", "linear", "constant")}),
@@ -143,9 +143,7 @@ MLX_TRANSLATED = {
     **dict.fromkeys(("output.checkpoint_dir", "output.final_model_dir", "output.logs_dir"), noted(LAYOUT)),
     **dict.fromkeys(("output.metrics_dir", "logging.log_file"), noted(LAYOUT)),
     "output.overwrite_output_dir": ALIASES["overwrite_output_dir"],
-    "logging.level": Alias(
-        values={"INFO": {}} | dict.fromkeys(("DEBUG", "WARNING", "ERROR"), Note("train.log has one level of detail"))
-    ),
+    "logging.level": Alias("logging.level", LEVELS),
     "logging.console": Alias(values={True: {}, False: {"logging.progress_bar": False, "logging.show_example": False}}),
     "logging.file": noted("train.log is always written", True),
     "logging.json_logs": noted("metrics.jsonl is always written", True),
@@ -158,7 +156,6 @@ MLX_TRANSLATED = {
     "monitoring.track_gradients": Alias(values={True: {}, False: {"logging.gradient_steps": 0}}),
     "monitoring.save_metrics_plot": Alias(values={True: {}, False: {"logging.plots": "none"}}),
     "monitoring.plot_frequency": Alias("logging.plots", lambda when: if_installed("matplotlib", when)),
-    "evaluation.eval_on_start": noted("the report compares with the base model at the end", False),
     "evaluation.eval_accumulation_steps": noted("an evaluation keeps sums, and no outputs to move"),
     "evaluation.generate_samples": Alias(values={True: {}, False: {"evaluation.samples": 0}}),
     "evaluation.sample_temperature": Alias("evaluation.temperature", between(0, 2, bounds="(]")),

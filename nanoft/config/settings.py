@@ -49,6 +49,7 @@ class Section:
 class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
     revision: str = ""  # of a Hub name: branch, tag or commit; empty: its main branch
+    cache_dir: str = ""  # of downloads from the Hub, of models and data; empty: HF_HUB_CACHE, else HF_HOME/hub
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute dtype; auto: the fast one of the device
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
     add_tokens: tuple[str, ...] = ()  # new special tokens, whose rows of embedding and head are trained: [<|a|>, <|b|>]
@@ -111,6 +112,8 @@ class DataConfig(Section):
     min_characters: int = bounded(1, 1)  # per record, over all messages
     max_characters: int | None = bounded(None, 1)  # per record, over all messages
     min_tokens: int = bounded(1, 1)  # per sample
+    min_target_tokens: int = bounded(1, 1)  # per sample
+    min_score: str = ""  # FIELD:x: keep only records whose number in that field is at least x: quality:0.5
     # Splitting, without a validation_file
     validation_split: float = bounded(0.05, 0.0, 0.9)  # share of the prompts to hold out
     validation_size: int | None = bounded(None, 1)  # number of records to hold out instead
@@ -127,6 +130,12 @@ class DataConfig(Section):
     packing: bool = False  # several samples per sequence; they never attend to each other
     group_by_length: bool = False  # similar lengths in one batch: less padding
     pad_to_multiple_of: int = bounded(1, 1, 1024)  # tokens; micro-batch lengths are rounded up to it
+
+    @property
+    def score_limit(self) -> tuple[str, float] | None:
+        """The two parts of min_score."""
+        found = re.fullmatch(r"\s*(\S.*?)\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", self.min_score)
+        return (found[1], float(found[2])) if found else None
 
     @property
     def stratify_field(self) -> str | None:
@@ -165,9 +174,11 @@ class TrainingConfig(Section):
     checkpoint_every: int = bounded(2, 1)  # k of every_k: one block in k is recomputed
     sharding: Literal["none", "full"] = "none"  # full: shard weights, gradients and state over the ranks
     compile: bool = False  # torch.compile each block: takes a minute; a CPU needs a C++ compiler
-    log_steps: int = bounded(10, 1)  # optimizer steps between `train` lines of metrics.jsonl
-    eval_steps: int = bounded(100, 0)  # optimizer steps between evaluations; 0: only at the end
-    save_steps: int = bounded(500, 0)  # optimizer steps between checkpoints; 0: only at the end
+    shuffle: bool = True  # another order in each epoch; false: always the order of the files
+    # Optimizer steps, a fraction of the run (0.25), or epoch; 0: only at the end
+    log_steps: int | float | Literal["epoch"] = bounded(10, 0)  # between `train` lines of metrics.jsonl
+    eval_steps: int | float | Literal["epoch", "auto"] = bounded("auto", 0)  # auto: a quarter epoch, at most 100
+    save_steps: int | float | Literal["epoch"] = bounded(500, 0)  # between checkpoints; the best are saved anyway
     keep_checkpoints: int = bounded(3, 1)  # how many of the newest; the best is kept too
     early_stopping_patience: int = bounded(0, 0)  # evaluations without improvement; 0: never stop early
     early_stopping_threshold: float = bounded(0.0, 0.0)  # smallest improvement, in nats per target token
@@ -206,10 +217,12 @@ class OutputConfig(Section):
 
 @dataclass(frozen=True)
 class LoggingConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"  # of the terminal; debug: events of metrics.jsonl, too
     progress_bar: bool = True  # tqdm, on stderr
     show_example: bool = True  # print one training sample with its target tokens marked
     plots: Literal["none", "end", "epoch", "step"] = "none"  # when to draw plots/; step: every log_steps
-    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"  # besides metrics.jsonl; wandb: offline
+    # Besides metrics.jsonl; wandb: offline; auto: wandb if it is installed, else tensorboard if that is
+    report_to: Literal["none", "auto", "tensorboard", "wandb", "all"] = "none"  # trackers
     gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
 
@@ -241,7 +254,8 @@ class EvaluationConfig(Section):
     metrics: tuple[str, ...] = ()  # (table) besides exact match; the first picks the winner: docs/evaluation.md
     by_field: str | None = None  # record field: report perplexity for each of its values
     stride: int | None = bounded(None, 1)  # tokens; of windows over texts beyond the context; none: half of it
-    samples: int = bounded(3, 0)  # answers to show side by side
+    samples: int = bounded(3, 0)  # of the prompts, whose answers are shown: at each evaluation, and in the report
+    on_start: bool = False  # evaluate before the first step, too
 
 
 @dataclass(frozen=True)
@@ -274,6 +288,11 @@ class Config:
         _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
         idle = t.early_stopping_patience and not t.eval_steps
         _refuse(idle, "training.early_stopping_patience: no effect with training.eval_steps=0: raise that")
+        for name in ("log_steps", "eval_steps", "save_steps"):
+            wrong = isinstance(every := getattr(t, name), float) and not 0 < every < 1
+            _refuse(wrong, f"training.{name}: {every}: set a number of steps, a fraction of the run below 1, or epoch")
+        reorders = d.group_by_length and not t.shuffle
+        _refuse(reorders, "training.shuffle: data.group_by_length changes the order of the data: set it to false")
         random = self.model.random_init and t.method != "full"
         _refuse(random, "model.random_init: adapters cannot train random weights: set training.method=full")
         no_b = t.lora_plus_ratio != 1 and t.method != "lora"
@@ -288,6 +307,8 @@ class Config:
         _refuse(two_splits, "data.split_time: cannot be combined with split_group or split_stratify: remove them")
         windows = f"evaluation.stride: {stride}: windows of model.max_seq_length={length} tokens must overlap"
         _refuse(stride and stride >= length, f"{windows}: lower it")
+        no_score = d.min_score and not d.score_limit
+        _refuse(no_score, f"data.min_score: {d.min_score!r:.60}: write FIELD:x, such as quality:0.5")
         wrong_weight = any(not 0 <= weight <= 100 for weight in d.weights)
         _refuse(wrong_weight, f"data.weights: {d.weights}: each weight must be between 0 and 100")
         try:

@@ -28,7 +28,7 @@ from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
 from nanoft.data.formats import CONTROL, DETECT_FROM, MALFORMED, Conversation, Learns, Message, Rejected, read_file
-from nanoft.data.preferences import EQUAL
+from nanoft.data.preferences import EQUAL, is_preferred
 from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -210,8 +210,12 @@ class DatasetBuilder:
             self.stratum.append(length_bin if strata == "length" else item.fields[strata])
         if filters.looks_truncated(item):
             self._note(item, "the last reply stops in mid-sentence")
-        if CONTROL.search(item.full_text()):
+        if CONTROL.search(text := item.full_text()):
             self._note(item, "control characters are kept")
+        if filters.is_garbled(text):
+            self._note(item, "a text seems to be UTF-8 read in another encoding (Ã©, â€™), or has U+FFFD")
+        if item.label and any(map(filters.repeats_itself, item.answers())):  # a bad answer may be bad in that way
+            self._note(item, "an answer repeats one phrase over and over")
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
             if system in self.seen_systems:  # a system message that an earlier record has is not signed
@@ -251,7 +255,8 @@ class DatasetBuilder:
         kept = [int(sample.is_target.sum()) for sample in fitted or []]
         self.target_tokens_lost += sum(targets) - sum(kept)
         is_equal = fitted is not None and len(samples) == 2 and np.array_equal(fitted[0].ids, fitted[1].ids)
-        if fitted and not is_equal and min(len(sample.ids) for sample in fitted) >= data.min_tokens:
+        shortest = min((len(sample.ids) for sample in fitted or []), default=0)
+        if fitted and not is_equal and shortest >= data.min_tokens and min(kept) >= data.min_target_tokens:
             self.near_equal += len(fitted) == 2 and filters.overlap(*fitted) >= NEAR_EQUAL
             for sample, whole, count in zip(fitted, samples, kept, strict=True):
                 if len(sample.ids) < len(whole.ids):
@@ -265,8 +270,12 @@ class DatasetBuilder:
         lost = MALFORMED, "the sequence has no target tokens"
         if is_equal:
             lost = EQUAL, "both answers have the same tokens"
+        elif fitted and shortest >= data.min_tokens:
+            what = f"fewer than data.min_target_tokens={data.min_target_tokens}"
+            lost = "too few target tokens", f"{min(kept)} target tokens, {what}"
+            if samples[0].record not in self.lost:
+                self._note(conversation, f"a sample has {what} and is left out")
         elif fitted:
-            shortest = min(len(sample.ids) for sample in fitted)
             lost = "too few tokens", f"{shortest} tokens, fewer than data.min_tokens={data.min_tokens}"
         elif all(targets):
             reason = f"{longest} tokens, more than model.max_seq_length={self.max_length}"
@@ -428,7 +437,7 @@ class DatasetBuilder:
 
     def _describe_answers(self, samples: TokenDataset) -> dict[str, Any]:
         """How many answers are preferred, and how long they and the others are on average, in tokens."""
-        lengths, is_good = np.array(self.targets, np.int64)[samples.chosen], samples.is_preferred()
+        lengths, is_good = np.array(self.targets, np.int64)[samples.chosen], is_preferred(samples)
         mean = {
             name: round(float(lengths[own].mean()), 1)
             for name, own in (("chosen", is_good), ("rejected", ~is_good))

@@ -263,7 +263,7 @@ def describe_data(report: dict[str, Any]) -> list[str]:
         rows.append(["steps, epochs", f"{report['steps']:,}, {report['epochs']:.3g}", ""])
     if report["truncated"]:
         rows.append([f"truncated ({report['truncation']})", f"{report['truncated']:,}", ""])
-    for name, label in (("samples_lost", "samples"), ("target_tokens_lost", "target tokens")):
+    for name, label in (("samples_lost", "samples left out"), ("target_tokens_lost", "target tokens lost to length")):
         if report[name]:
-            rows.append([f"{label} lost to length", f"{report[name]:,}", ""])
+            rows.append([label, f"{report[name]:,}", ""])
     return [*lines, markdown_table(["", "training", "validation"], rows)]

@@ -33,6 +33,23 @@ COMPONENTS = 128  # of a MinHash signature
 SHINGLE = 5  # words
 RECALL = 0.95  # share of the pairs at the threshold that banding must find
 WORD = re.compile(r"\w+")
+# UTF-8 read as Latin-1 or Windows-1252: the first byte of a character became a letter, each later one a sign of LATER.
+# Alone, that is also how words end (AMANHÃ”, FÃ…): it counts within a word, and in a few forms that no text has.
+LATER = "[\x80-\xbf" + bytes({*range(0x80, 0xA0)} - {0x81, 0x8D, 0x8F, 0x90, 0x9D}).decode("cp1252") + "]"
+GARBLED = re.compile(
+    f"""[Â-ð]{LATER} (?: (?<= [a-z][Ã-Å].)                       # cafÃ©
+      | (?<= Ã.) (?<! [A-ZÀ-Þ]..) (?= [a-z])                     # Ã‰cole
+      | (?<= Â[¢£¥©®°]) | (?<= [a-z0-9.,;:)]Â[\xa0-\xbf])        # Â£5, 20Â°C
+      | (?<= â[€\x80]) | (?<= â[‚\x82]) ¬                        # donâ€™t, 5 â‚¬
+      | (?<= ð[Ÿ\x9f]) | (?<= ï») ¿                              # an emoji, a byte order mark
+      | (?<= á[º»]) {LATER} (?= [a-z])                           # Viá»‡t
+      | (?<= [Â-ß].) (?: [Â-ß]{LATER} ){{2}}                       # words in Cyrillic, Greek, Arabic, ...
+      | (?<= [à-ï].) {LATER} [à-ï]{LATER}{{2}} )                   # ... in Chinese, Hindi, ...
+    """,
+    re.VERBOSE,
+)
+REPEATS, LONGEST_PHRASE = 8, 200  # times in a row; characters
+WORD_BEGINS = re.compile(r"(?<!\w)[^\W\d_]")
 _random = np.random.default_rng(20)
 # Multiply-shift hashing (Dietzfelbinger et al. 1997): h(x) = (a x + b mod 2^64) >> 32, a odd.
 _FACTORS = _random.integers(0, 2**63, COMPONENTS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -51,6 +68,26 @@ def looks_truncated(conversation: Conversation) -> bool:
     answer = conversation.messages[-1]["content"].rstrip() if conversation.messages else ""
     in_sentence = answer[-1:].isalpha() or answer[-1:] == ","
     return in_sentence and any(mark in answer for mark in ".!?") and len(answer.split()) >= 20
+
+
+def is_garbled(text: str) -> bool:
+    """Whether somewhere UTF-8 was read in another encoding (é became Ã©), or a character was replaced by U+FFFD."""
+    return not text.isascii() and ("\ufffd" in text or GARBLED.search(text) is not None)
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether a phrase stands `REPEATS` times in a row, a single word three times as often.
+
+    At every 64th character: where the next 16 characters stand again is where the phrase begins again. Phrases without
+    words (rules of a table, numbers) do not count, nor do refrains, which other lines separate.
+    """
+    text = " ".join(text.split())
+    for start in range(0, len(text) - REPEATS, 64):
+        end = text.find(text[start : start + 16], start + 1, start + LONGEST_PHRASE + 16)
+        words = WORD_BEGINS.findall(text, start, end) if end > 0 else []
+        if words and text.startswith(text[start:end] * (REPEATS if len(words) > 1 else 3 * REPEATS), start):
+            return True
+    return False
 
 
 def overlap(a: Sample, b: Sample) -> float:

@@ -83,6 +83,11 @@ class Conversation:
     def characters(self) -> int:
         return len(self.text or "") + sum(len(m["content"]) for messages in self.versions for m in messages)
 
+    def answers(self) -> list[str]:
+        """What the assistant says, or the plain text without its prompt."""
+        said = [message["content"] for message in self.messages if message["role"] == "assistant"]
+        return said if self.text is None else [self.text[self.prompt_characters :]]
+
     def prompt(self) -> str:
         """All that the last answer replies to, or the plain text: conversations are compared by it."""
         before = self.messages[: self.answer_at]
@@ -354,6 +359,8 @@ def _convert(
         raise BadRecord(f"expected {'the fields ' + ', '.join(required) if required else 'an object'}, found {found}")
     if learns == "turns" and data.label_field not in (None, "ignore") and not is_desirable(record, data.label_field):
         raise Skipped(UNDESIRABLE)
+    if limit := data.score_limit:
+        _require_score(record, *limit)
     split_by = (data.stratify_field, data.split_group, data.split_time)
     fields = {name: _split_field(record, name) for name in split_by if name not in (None, "length")}
     if function is not None:
@@ -386,6 +393,20 @@ def _convert(
     return Conversation(
         best, None, path, line, tools, fields, 0, _template_args(record), notes, tuple(worse), label, answer_at
     )
+
+
+def _require_score(record: dict[str, Any], name: str, limit: float) -> None:
+    if name not in record:
+        raise BadRecord(f"has no field {name!r:.60} (data.min_score): its fields are {names_of(record)}")
+    value = record[name]
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)  # in CSV files, numbers are texts
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if math.isnan(score):
+        raise BadRecord(f"{name}: {json.dumps(value, default=str):.40} is not a number (data.min_score)")
+    if score < limit:
+        raise Skipped("below data.min_score", f"{name}: {score:g} is below data.min_score={limit:g}")
 
 
 def _template_args(record: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanoft import UserError
+from nanoft.io.hub import download
 from nanoft.io.untrusted import one_line
 
 Log = Callable[[str], None]  # called with lines for the user
@@ -151,11 +152,9 @@ def _download(part: str, name: str) -> str:
     endings = [suffix + packed for suffix in SUFFIXES for packed in ("", ".gz")]
     names = ("/*", "", "[0-9]*", "[-_.][0-9]*") if inside else ("*",)  # of a directory; of the shards of a split
     wanted = [inside + name + ending for name in names for ending in endings]
-    from huggingface_hub import snapshot_download
-
     try:
         patterns: dict[str, Any] = {"allow_patterns": [inside, *wanted], "ignore_patterns": METADATA}
-        root = snapshot_download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
+        root = download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
     except Exception as error:  # the Hub client raises many kinds: no network, no such dataset, gated, bad name
         reason = one_line(error) or type(error).__name__
         raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason}") from None

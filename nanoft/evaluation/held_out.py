@@ -18,6 +18,7 @@ from nanoft.data.builder import NEAR
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash
 from nanoft.data.formats import Conversation, format_function, read_file
+from nanoft.data.preferences import preferred
 from nanoft.data.sources import find_files
 from nanoft.evaluation.evaluate import Prompt, held_out_prompts
 from nanoft.evaluation.report import leakage_of_run, settings_of
@@ -87,7 +88,7 @@ def read_held_out(
         raise UserError(f"{source}: this run has no validation data (data.validation_split=0): give --data FILE")
     prompts = held_out_prompts(corpus.conversations(corpus.untruncated(samples), e.prompts), e.prompts)
     samples = samples.units(slice(e.max_samples))
-    measured = samples.preferred()
+    measured = preferred(samples)
     return HeldOut(
         samples,
         prompts,

@@ -20,24 +20,28 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanoft import UserError
+from nanoft.batches import Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export.gguf_tokenizer import read_vocabulary
 from nanoft.export.merge import EXPORT_DTYPES, Onto, check_room, weights_of
 from nanoft.export.streaming import Rows
-from nanoft.export.verify import TOLERANCE, Proof, prove
+from nanoft.export.verify import TOLERANCE, Proof, compare, hidden_states, next_tokens, prove
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.adapter_files import only_linears
 from nanoft.models.families import FAMILIES
 from nanoft.models.open import LoadedModel
+from nanoft.perplexity import safe_exp
 
 WRITTEN = (*EXPORT_DTYPES, "q8_0", "q5_0", "q4_0")  # by the gguf package
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: LLAMA_FTYPE_MOSTLY_... of include/llama.h
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
 BLOCK, K_BLOCK = 32, 256  # values per block: Q8_0, Q5_0, Q4_0; K-quants
+MEASURED, LONGEST = 1024, 512  # tokens for the perplexity, at least if there are as many; of one sample
 Entry = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]  # name, shape, format (F32, Q8_0, ...), float32 values
 # Largest difference of a quantized model's logits, as a share of their standard deviation. A wrong order of rows moves
 # them by several standard deviations; four bits alone may move them by one.
@@ -324,3 +328,35 @@ def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], d
     """Compare the logits of the file, read back, with those of base and adapter, in float32; see `prove`."""
     share = TOLERANCE[EXPORT_DTYPES[dtype]] if dtype in EXPORT_DTYPES else QUANTIZED_TOLERANCE.get(dtype, math.inf)
     return prove(opened, GGUFWeights(path, opened.model.config), prompts, share)
+
+
+@torch.no_grad()
+def perplexity_in_llama_cpp(opened: LoadedModel, path: Path, samples: Sequence[Sample]) -> tuple[str, dict[str, Any]]:
+    """The perplexity of the file by llama.cpp, and of base + adapter in float32, on the same held-out target tokens.
+
+    Returns a line to print, which says why if there is none; and the figures.
+    """
+    before = np.cumsum([0, *(min(len(sample.ids), LONGEST) for sample in samples)])
+    used = [sample for sample, tokens in zip(samples, before, strict=False) if tokens < MEASURED]
+    sequences = [sample.ids[-LONGEST:].tolist() for sample in used]
+    targets = next_tokens(sequences, [sample.is_target[-LONGEST:].tolist() for sample in used])
+    if not (count := int((targets >= 0).sum())):
+        return "perplexity in llama.cpp: not measured: there is no run with held-out samples", {}
+    try:
+        llama_cpp: Any = importlib.import_module("llama_cpp")
+        llama = llama_cpp.Llama(str(path), n_ctx=LONGEST, logits_all=True, verbose=False)
+    except ImportError:
+        return "perplexity in llama.cpp: not measured: pip install llama-cpp-python", {}
+    except (OSError, RuntimeError, ValueError) as error:  # its library is broken, or older than the architecture
+        return f"warning: llama.cpp {llama_cpp.__version__} does not load the file: {error}", {}
+    nats = 0.0
+    for ids, following in zip(sequences, targets.split([len(ids) for ids in sequences]), strict=True):
+        llama.reset()
+        llama.eval(ids)
+        logits = torch.from_numpy(llama.scores[: len(ids)]).double()
+        nats += F.cross_entropy(logits, following, ignore_index=-1, reduction="sum").item()
+    hidden = hidden_states(opened.model, sequences)
+    own = compare(opened.model, hidden, opened.model, hidden, targets).perplexity
+    figures = {"llama.cpp": safe_exp(nats / count), "nanoft": own, "target_tokens": count}
+    said = f"{figures['llama.cpp']:.5g} in llama.cpp, {own:.5g} of base + adapter in float32"
+    return f"perplexity on {count:,} held-out tokens: {said}", {"perplexity": figures}

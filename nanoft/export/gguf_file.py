@@ -17,7 +17,7 @@ import torch
 
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message, TemplateRefusal
-from nanoft.export.gguf import verify_gguf, write_gguf, write_gguf_lora
+from nanoft.export.gguf import perplexity_in_llama_cpp, verify_gguf, write_gguf, write_gguf_lora
 from nanoft.export.merge import choose_adapter, is_lora_run, open_adapter, require_same_base
 from nanoft.export.model_card import parity_record
 from nanoft.export.streaming import StreamedDecoder, open_rows
@@ -42,16 +42,18 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
             said = f"{out}: read back and compared: {proof}"
             if not proof.holds:
                 raise UserError(f"{said}: try --dtype f32; nothing was kept")
-            recipe = modelfile(path.name, chat)
+            measured, facts = perplexity_in_llama_cpp(opened, path, samples)
+            recipe, notes = modelfile(path.name, chat), [measured, *(f"note: {note}" for note in notes)]
         else:
             write_gguf_lora(opened, name, dtype, path)
-            notes, said = [], f"{out}: the adapter as GGUF, for a GGUF file of {opened.base_directory}"
+            facts, notes, said = {}, [], f"{out}: the adapter as GGUF, for a GGUF file of {opened.base_directory}"
             recipe = modelfile(path.name, chat, str(opened.base_directory))
         weights = describe_weights(opened, merged=kind == "model")
         recipe_path, parity_path = companions(path, out)
         write_file(recipe_path, [recipe.encode()])
-        write_json(parity_path, parity_record(opened.model, chat, prompts, args.parity_tokens, weights))
-    return [said, *(f"note: {note}" for note in notes)]
+        parity = parity_record(opened.model, chat, prompts, args.parity_tokens, weights)
+        write_json(parity_path, parity | facts)
+    return [said, *notes]
 
 
 def _open(args: argparse.Namespace) -> LoadedModel:

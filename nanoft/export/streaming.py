@@ -91,7 +91,7 @@ class Weights(Rows):
         return slab
 
     def read_base(self, name: str, rows: slice) -> Tensor:
-        """Some rows of W; those of new tokens are the mean of the others, as in `Decoder.grow_vocabulary`."""
+        """Some rows of W; those of new tokens are the mean of the others, as in `grow_vocabulary`."""
         name = name if name in self.files.shapes else EMBEDDINGS[0]  # a head that was untied is the embedding there
         stored = self.files.shapes[name][0]
         if rows.stop > stored:

@@ -27,7 +27,7 @@ from nanoft.generation.sampling import GREEDY, NotFinite, Sampling
 from nanoft.io.untrusted import read_json
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import disabled, linears_of
-from nanoft.models.open import open_chat_tokenizer, open_model
+from nanoft.models.open import open_chat_tokenizer, open_model, use_cache_of
 from nanoft.models.weights import cache_weights
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
 from nanoft.runtime.memory import available_host_bytes
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     for option, text in (("--prompt", args.prompt), ("--system", args.system)):
         check_text(option, text or "")
     quiet_libraries()
+    use_cache_of(args.source)
     device = choose_device("auto")
     loaded = open_model(args.source, device, choose_dtype("auto", device))
     if args.base and not loaded.adapters:

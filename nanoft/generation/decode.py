@@ -116,7 +116,7 @@ class Decoding:
                 kept[-1][sequences, :, slots] = part
 
         trunk = self.model.model
-        x = trunk.embed_tokens(ids)
+        x = self.model.embed(ids)
         context = PromptContext(self.model.context(positions[None], x.dtype, documents), keep)
         last = len(trunk.layers) - 1
         for index, block in enumerate(self.blocks()):
@@ -127,14 +127,14 @@ class Decoding:
         """For every slot of every sequence, its rotation and whether it holds a token."""
         slots, empty = torch.arange(self.slots), torch.tensor(self.empty)[:, None]
         positions = (slots - empty).clamp(min=0).to(self.device)
-        rotation = self.model.rotation(positions, self.values[0].dtype)
-        self.tables = self.context_class.tables(*rotation, (slots >= empty).to(self.device))
+        rotations = self.model.rotations(positions, self.values[0].dtype)
+        self.tables = self.context_class.tables(rotations, (slots >= empty).to(self.device))
 
     def step(self, newest: Tensor) -> Tensor:
         """Append one token to each sequence, (b,); the new hidden states, (b, n)."""
         context = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty))
         self.length += 1
-        x: Any = self.model.model.embed_tokens(newest[:, None])  # (b, 1, n)
+        x: Any = self.model.embed(newest[:, None])  # (b, 1, n)
         for block in self.blocks():
             x = block(x, context)
         return self.model.finish(x)[:, 0]

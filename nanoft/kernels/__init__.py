@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
+from nanoft.kernels import attention
 from nanoft.kernels.attention import FastContext
 from nanoft.kernels.block import FastBlock, supports
 from nanoft.kernels.decode import FastCacheContext, twin
@@ -57,6 +58,17 @@ def describe(model: Decoder) -> str:
     return f"{fast} of {len(model.model.layers)} blocks fast" if is_applied(model) else "reference path"
 
 
+def describe_attention(model: Decoder, dtype: torch.dtype, length: int, packed: bool) -> str:
+    """What computes attention over sequences of this length on this device, for each kind of layer in the model."""
+    c = model.config
+    if not is_applied(model):
+        return f"PyTorch's kernel for {model.device.type} with a mask over all pairs"
+    q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=model.device)
+    layers: list[Any] = [block.self_attn for block in model.model.layers]
+    kinds = [attention.within(layer.scores, length) for layer in layers]
+    return "; ".join(dict.fromkeys(attention.describe(q, kind, packed) for kind in dict.fromkeys(kinds)))
+
+
 def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
     """The first difference between core and kernels in a step of a float64 toy model; "" if there is none.
 
@@ -76,9 +88,10 @@ def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
 def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
     """A model of two layers with the same switches, every trained parameter away from its start."""
     sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
-    sizes |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
+    sizes |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     sizes |= {name: (value[0], value[-1]) for name, value in vars(config).items() if isinstance(value, tuple)}
     sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
+    sizes["ropes"] = tuple(rope and replace(rope, kind="default", context=3) for rope in sizes["ropes"])
     model = Decoder(replace(config, **sizes))
     _perturb(model)
     if lora is not None:
@@ -116,14 +129,15 @@ def _step(model: Decoder) -> dict[str, Tensor]:
 def _answer(model: Decoder) -> Tensor:
     """The hidden states of the two sequences once more, token by token, as in generation."""
     blocks, (batch, length), c = [twin(block, False) for block in model.model.layers], IDS.shape, model.config
-    cos, sin = model.rotation(torch.arange(length).expand(batch, -1), torch.float64)
-    tables = FastCacheContext.tables(cos, sin, torch.ones(batch, length, dtype=torch.bool))
-    keys, values = ([cos.new_zeros(batch, c.num_kv_heads, length, c.head_dim) for _ in blocks] for _ in range(2))
+    rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64)
+    tables = FastCacheContext.tables(rotations, torch.ones(batch, length, dtype=torch.bool))
+    cache, doubles = (batch, c.num_kv_heads, length, c.head_dim), torch.float64
+    keys, values = ([torch.zeros(cache, dtype=doubles) for _ in blocks] for _ in range(2))
     hidden = []
     for slot in range(length):
-        x = model.model.embed_tokens(IDS[:, slot : slot + 1])
+        x = model.embed(IDS[:, slot : slot + 1])
         context = FastCacheContext(tables, keys, values, slot, 0)
         for block in blocks:
             x = block(x, context)
-        hidden.append(model.model.norm(x))
+        hidden.append(model.finish(x))
     return torch.cat(hidden, dim=1)

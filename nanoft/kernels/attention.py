@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanoft.attention import AttentionLayer, Documents, SequenceContext
+from nanoft.attention import AttentionLayer, Documents, Scores, SequenceContext
 from nanoft.kernels import metal
 from nanoft.model import SelfAttention
 
@@ -32,27 +32,30 @@ class FastContext(SequenceContext):
     """A `SequenceContext` with a rotation in two passes and an attention without masks, for exactly `SelfAttention`."""
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling() or not is_known(layer):  # the compiler fuses the formula itself
-            return super().rotate(q, k, layer)
-        return _Rotation.apply(q, self.cos, self.sin), _Rotation.apply(k, self.cos, self.sin)
+        if layer.rope is None or torch.compiler.is_compiling() or not is_known(layer):
+            return super().rotate(q, k, layer)  # the compiler fuses the formula itself
+        cos, sin, growth = self.rotations[layer.rope]
+        q, k = _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+        return q if growth is None else q * growth, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         if not is_known(layer):
             return super().attend(q, k, v, layer)
-        return attend(q, k, v, layer.window, self.documents)
+        return attend(q, k, v, layer.scores, self.documents)
 
-    @classmethod
-    def describe(cls, q: Tensor, window: int | None, packed: bool) -> str:
-        if packed and has_varlen(q, window):
-            return "varlen kernel (FlashAttention)"
-        batched = ", documents of similar length batched" if packed else ""
-        if _needs_chunks(q, window):
-            return f"chunks of {CHUNK} queries{batched}"
-        if q.device.type != "cuda":
-            return f"PyTorch's kernel for {q.device.type}{batched}"
-        t = q.transpose(1, 2)
-        choice = torch._fused_sdp_choice(t, t, t, is_causal=True)
-        return f"{torch.nn.attention.SDPBackend(choice).name.lower().replace('_', ' ')} kernel{batched}"
+
+def describe(q: Tensor, scores: Scores, packed: bool) -> str:
+    """What computes attention for such queries, in a few words for the log."""
+    if packed and has_varlen(q, scores):
+        return "varlen kernel (FlashAttention)"
+    batched = ", documents of similar length batched" if packed else ""
+    if _needs_chunks(q, scores):
+        return f"chunks of {CHUNK} queries{batched}"
+    if q.device.type != "cuda":
+        return f"PyTorch's kernel for {q.device.type}{batched}"
+    t = q.transpose(1, 2)
+    choice = torch._fused_sdp_choice(t, t, t, is_causal=True)
+    return f"{torch.nn.attention.SDPBackend(choice).name.lower().replace('_', ' ')} kernel{batched}"
 
 
 def is_known(layer: Any) -> bool:
@@ -60,20 +63,26 @@ def is_known(layer: Any) -> bool:
     return getattr(layer, "kind", type(layer)) is SelfAttention
 
 
+def within(scores: Scores, length: int) -> Scores:
+    """The same for sequences of this length, which a wide window does not limit."""
+    return scores._replace(window=None) if scores.window is not None and scores.window >= length else scores
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # nothing to fuse with it, and its lengths keep changing
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Documents | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents | None = None) -> Tensor:
     """Causal attention of q, (b, q, h, d), to k and v, (b, q, g, d), h a multiple of g: (b, q, h, d)."""
-    window = None if window is None or window >= q.shape[1] else window
+    scores = within(scores, q.shape[1])
     if documents is None:
-        return _causal(q, k, v, window)
+        return _causal(q, k, v, scores)
     flat = [part.flatten(0, 1) for part in (q, k, v)]  # (b * q, heads, d): the sequences end to end
-    if has_varlen(q, window):
-        return _varlen(flat, documents, window).view_as(q)
+    if has_varlen(q, scores):
+        return _varlen(flat, documents, scores).view_as(q)
     (groups, order), outputs = group_documents(documents), []
     for places, real in groups:
         ours = [part.index_select(0, places.flatten()).unflatten(0, places.shape) for part in flat]
-        within = None if window is None or window >= places.shape[1] else window
-        outputs.append(_causal(ours[0], ours[1], ours[2], within).flatten(0, 1).index_select(0, real))
+        outputs.append(
+            _causal(ours[0], ours[1], ours[2], within(scores, places.shape[1])).flatten(0, 1).index_select(0, real)
+        )
     return torch.cat(outputs).index_select(0, order).view_as(q)
 
 
@@ -98,16 +107,22 @@ def group_documents(documents: Documents) -> tuple[list[tuple[Tensor, Tensor]], 
     return [(places.to(device), real.to(device)) for places, real in groups], order.to(device)
 
 
-def _needs_chunks(q: Tensor, window: int | None) -> bool:
-    """PyTorch's kernels know no windows, Metal's keeps all weights, and a CPU's is slow in bfloat16."""
-    return window is not None or metal.needs_chunks(q) or (q.device.type == "cpu" and q.dtype == torch.bfloat16)
+def _needs_chunks(q: Tensor, scores: Scores) -> bool:
+    """PyTorch's kernels know no windows and no caps, Metal's keeps all weights, and a CPU's is slow in bfloat16."""
+    return (
+        scores.window is not None
+        or scores.cap is not None
+        or metal.needs_chunks(q)
+        or (q.device.type == "cpu" and q.dtype == torch.bfloat16)
+    )
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    if _needs_chunks(q, window):
-        return _Chunked.apply(q, k, v, window)
+def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    if _needs_chunks(q, scores):
+        return _Chunked.apply(q, k, v, scores)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, q, d)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=True)
+    return y.transpose(1, 2)
 
 
 @functools.cache
@@ -120,20 +135,22 @@ def _varlen_kernel() -> tuple[Any, frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def has_varlen(q: Tensor, window: int | None) -> bool:
+def has_varlen(q: Tensor, scores: Scores) -> bool:
     """Whether one kernel can attend to documents of different lengths."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or scores.cap is not None:
         return False
     kernel, options = _varlen_kernel()
-    return kernel is not None and (window is None or "window_size" in options)
+    has_scale = "scale" in options or scores.scale == q.shape[-1] ** -0.5
+    return kernel is not None and has_scale and (scores.window is None or "window_size" in options)
 
 
-def _varlen(flat: list[Tensor], documents: Documents, window: int | None) -> Tensor:
+def _varlen(flat: list[Tensor], documents: Documents, scores: Scores) -> Tensor:
     """One kernel for all documents, (tokens, h, d). The names of its options depend on PyTorch's version."""
     (q, k, v), (kernel, known) = flat, _varlen_kernel()
     bounds, longest = documents.bounds, max(documents.lengths)
-    back = -1 if window is None else window - 1
+    back = -1 if scores.window is None else scores.window - 1
     options: dict[str, Any] = {"window_size": (back, 0)} if "window_size" in known else {"is_causal": True}
+    options |= {"scale": scores.scale} if "scale" in known else {}
     if "enable_gqa" in known:
         options["enable_gqa"] = True
     else:
@@ -144,20 +161,21 @@ def _varlen(flat: list[Tensor], documents: Documents, window: int | None) -> Ten
 class _Chunked(torch.autograd.Function):
     """Causal attention, a chunk of queries at a time; backward recomputes their weights P (Dao et al. 2022, section 3).
 
-        S = q k^T / sqrt(d),  P = softmax(S),  y = P v
-        dv = P^T dy,  dP = dy v^T,  dS = P (dP - sum_k P dP),  dq = dS k / sqrt(d),  dk = dS^T q / sqrt(d)
+        S = scale q k^T,  P = softmax(S),  y = P v
+        dv = P^T dy,  dP = dy v^T,  dS = P (dP - sum_k P dP),  dq = scale dS k,  dk = scale dS^T q
 
+    With a cap P = softmax(C), C = cap tanh(S / cap), and dS = dC (1 - (C / cap)^2).
     The h / g query heads that share a key head are stacked into one matrix.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.window = window
+        ctx.scores = scores
         keys, values = (_grouped(t, len(t) * t.shape[2]) for t in (k, v))  # (b g, k, d)
         y = torch.empty_like(q)
-        for here, seen in _chunks(q.shape[1], window):
-            p = _weights(q[:, here], keys[:, seen], here.start - seen.start, window)
+        for here, seen in _chunks(q.shape[1], scores.window):
+            p, _ = _weights(q[:, here], keys[:, seen], here.start - seen.start, scores)
             y[:, here] = _ungrouped(p @ values[:, seen], y[:, here])
             del p  # before the next chunk's
         return y
@@ -167,16 +185,17 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
         keys, values = (_grouped(t, len(t) * t.shape[2]) for t in (k, v))
-        dq, scale = torch.empty_like(q), q.shape[-1] ** -0.5
+        dq, scale = torch.empty_like(q), ctx.scores.scale
         wide = torch.promote_types(k.dtype, torch.float32)  # of the sums over chunks
         dk, dv = (torch.zeros(keys.shape, dtype=wide, device=q.device) for _ in range(2))
-        for here, seen in _chunks(q.shape[1], ctx.window):
-            p = _weights(q[:, here], keys[:, seen], here.start - seen.start, ctx.window)  # (b g, h/g q, k)
+        for here, seen in _chunks(q.shape[1], ctx.scores.window):
+            p, slope = _weights(q[:, here], keys[:, seen], here.start - seen.start, ctx.scores)  # (b g, h/g q, k)
             dy = _grouped(grad_outputs[0][:, here], keys.shape[0])
             dv[:, seen] += p.transpose(1, 2) @ dy
             dp = dy @ values[:, seen].transpose(1, 2)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            del p, dp  # memory is at its peak here
+            ds = ds if slope is None else ds * slope
+            del p, dp, slope  # memory is at its peak here
             dk[:, seen] += ds.transpose(1, 2) @ _grouped(q[:, here], keys.shape[0])
             dq[:, here] = _ungrouped(ds @ keys[:, seen], dq[:, here])
             del ds  # before the next chunk's p
@@ -192,16 +211,18 @@ def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(first, end)
 
 
-def _weights(q: Tensor, keys: Tensor, offset: int, window: int | None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) of a chunk, (b g, h/g q, k); its first query stands at key number `offset`."""
+def _weights(q: Tensor, keys: Tensor, offset: int, scores: Scores) -> tuple[Tensor, Tensor | None]:
+    """P of a chunk, (b g, h/g q, k), whose first query stands at key number `offset`; with a cap also dC/dS."""
     length, repeats = q.shape[1], q.shape[0] * q.shape[2] // keys.shape[0]
     unseen = torch.full((length, keys.shape[1]), -torch.inf, dtype=q.dtype, device=q.device)
     hidden = unseen.triu(offset + 1)  # -inf for keys after the query, 0 for the others
-    if window is not None:
-        hidden = hidden + unseen.tril(offset - window)
-    queries = _grouped(q, len(keys))
-    scores = torch.baddbmm(hidden.repeat(repeats, 1)[None], queries, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return scores.softmax(-1)
+    if scores.window is not None:
+        hidden = hidden + unseen.tril(offset - scores.window)
+    queries, hidden = _grouped(q, len(keys)), hidden.repeat(repeats, 1)[None]
+    if scores.cap is None:
+        return torch.baddbmm(hidden, queries, keys.transpose(1, 2), alpha=scores.scale).softmax(-1), None
+    capped = torch.tanh(queries @ keys.transpose(1, 2) * (scores.scale / scores.cap))
+    return torch.add(hidden, capped, alpha=scores.cap).softmax(-1), 1 - capped.square()
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -221,9 +242,11 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        first, second = x.chunk(2, dim=-1)
+        n = 2 * cos.shape[-1]  # dimensions that are rotated
+        first, second = x[..., :n].chunk(2, dim=-1)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        y_first, y_second = y.chunk(2, dim=-1)
+        y[..., n:] = x[..., n:]
+        y_first, y_second = y[..., :n].chunk(2, dim=-1)
         torch.mul(first, cos, out=y_first).addcmul_(second, sin, value=-1)
         torch.mul(second, cos, out=y_second).addcmul_(first, sin)
         return y

@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from nanoft.attention import SequenceContext
 from nanoft.lora import VARIANTS, LoRALinear
-from nanoft.model import MLP, Block, RMSNorm, SelfAttention, select
+from nanoft.model import MLP, Block, RMSNorm, SelfAttention, identity, select
 from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, matmul_backward
 
 LINEARS = {nn.Linear, Linear4bit, Linear8bit}
@@ -37,18 +37,17 @@ class FastBlock(Block):
         if self.self_attn._forward_hooks or self.mlp._forward_hooks:
             return super().forward(x, context, target_positions)
         if supports_attention(self):
-            attn, norm = self.self_attn, self.input_layernorm
-            q, k, v = grouped_linear((attn.q_proj, attn.k_proj, attn.v_proj), norm.formula, x, norm.weight)
-            y = context.attend(*attn.heads(q, k, v, context), attn).flatten(2)
-            y = select(y, target_positions)
-            x = select(x, target_positions) + grouped_linear((attn.o_proj,), identity, y)[0]
+            attn = self.self_attn
+            projected = grouped_linear([getattr(attn, name) for name in attn.inputs], *normed(self.norm(0), x))
+            y = select(context.attend(*attn.heads(projected, context), attn).flatten(2), target_positions)
+            x = self.add(select(x, target_positions), self.norm(1)(grouped_linear((attn.o_proj,), identity, y)[0]))
         else:
-            x = select(x + self.self_attn(self.input_layernorm(x), context), target_positions)
+            x = select(self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context))), target_positions)
         if not supports_mlp(self):
-            return x + self.mlp(self.post_attention_layernorm(x))
-        mlp, norm = self.mlp, self.post_attention_layernorm
-        gate, up = grouped_linear((mlp.gate_proj, mlp.up_proj), norm.formula, x, norm.weight)
-        return x + grouped_linear((mlp.down_proj,), mlp.activate, gate, up)[0]
+            return self.add(x, self.norm(3)(self.mlp(self.norm(2)(x))))
+        mlp = self.mlp
+        projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], *normed(self.norm(2), x))
+        return self.add(x, self.norm(3)(grouped_linear((mlp.down_proj,), mlp.activate, *projected)[0]))
 
 
 def supports(block: nn.Module) -> bool:
@@ -57,22 +56,27 @@ def supports(block: nn.Module) -> bool:
 
 
 def supports_attention(block: Block) -> bool:
-    return _is_known(block.input_layernorm, block.self_attn, SelfAttention)
+    return _is_known(block.norm(0), block.self_attn, SelfAttention)
 
 
 def supports_mlp(block: Block) -> bool:
-    return _is_known(block.post_attention_layernorm, block.mlp, MLP)
+    return _is_known(block.norm(2), block.mlp, MLP)
 
 
-def _is_known(norm: nn.Module, half: nn.Module, kind: type[nn.Module]) -> bool:
+def _is_known(norm: Any, half: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether norm, half and its linears are of exactly the known types: a subclass may compute something else."""
     linears = [module for name, module in half.named_children() if name.endswith("_proj")]
     adapted = [linear.base if type(linear) in VARIANTS.values() else linear for linear in linears]
-    return type(norm) is RMSNorm and type(half) is kind and {type(linear) for linear in adapted} <= LINEARS
+    return (
+        (type(norm) is RMSNorm or norm is identity)
+        and type(half) is kind
+        and {type(linear) for linear in adapted} <= LINEARS
+    )
 
 
-def identity(x: Tensor) -> Tensor:
-    return x
+def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:
+    """norm(x) as a function and what gets a gradient in it."""
+    return (norm, x) if norm is identity else (norm.formula, x, norm.weight)
 
 
 def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor) -> list[Tensor]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import platform
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoft.attention import AttentionLayer, CacheContext
+from nanoft.attention import AttentionLayer, CacheContext, Rotation
 from nanoft.kernels.block import LINEARS, FastBlock
 from nanoft.lora import VARIANTS, LoRALinear, linears_of, weight_of
 from nanoft.model import MLP, Block, Decoder, RMSNorm, SelfAttention
@@ -32,23 +32,32 @@ class FastCacheContext(CacheContext):
     """A `CacheContext` that rotates q and k together and needs no mask where no slot is empty."""
 
     @classmethod
-    def tables(cls, cos: Tensor, sin: Tensor, filled: Tensor) -> tuple[Tensor, ...]:
-        """What each half of a head and its other half are multiplied by, (b, slots, 1, d), and 0 or -inf per slot."""
-        mask = torch.zeros(filled.shape, dtype=cos.dtype, device=cos.device).masked_fill(~filled, -torch.inf)
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1), mask[:, None, None]
+    def tables(cls, rotations: Sequence[Rotation], filled: Tensor) -> tuple[Sequence[Rotation], Tensor]:
+        """What each half of a head and its other half are multiplied by, (b, slots, 1, n); who is there."""
+        doubled = [Rotation(torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1), g) for c, s, g in rotations]
+        return doubled, filled[:, None, None]
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
-        both = torch.cat((q, k), dim=2)  # (b, 1, h + g, d)
-        swapped = both.view(*both.shape[:3], 2, -1).flip(3).view(both.shape)  # each half in the other's place
-        both = torch.addcmul(both * self.cos, swapped, self.sin)
-        return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
+        if layer.rope is None:
+            return q, k
+        cos, sin, growth = self.rotations[layer.rope]
+        n, both = cos.shape[-1], torch.cat((q, k), dim=2)  # (b, 1, h + g, d)
+        turned = both[..., :n]
+        swapped = turned.unflatten(-1, (2, -1)).flip(3).flatten(3)  # each half in the other's place
+        turned = torch.addcmul(turned * cos, swapped, sin)
+        both = turned if n == both.shape[-1] else torch.cat((turned, both[..., n:]), dim=-1)
+        q, k = both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
+        return q if growth is None else q * growth, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        if layer.scores.cap is not None:
+            return super().attend(q, k, v, layer)
         keys, values, seen = self.write(k, v, layer)
         # the h / g query heads of a key head become as many queries of it, so that no key is repeated
         queries = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
         mask = self.filled[..., seen] if seen.start < self.full else None
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(q.shape)
+        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=layer.scores.scale)
+        return y.reshape(q.shape)
 
 
 def twin(module: Any, prepack: bool) -> Function:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanoft import UserError
+from nanoft.blocks.rope import Rope
 from nanoft.io.untrusted import refuse_code
-from nanoft.model import DecoderConfig, Rope
+from nanoft.model import DecoderConfig
 
 Fields = Mapping[str, Any]  # of a config.json
 
@@ -26,7 +27,8 @@ class Family:
     architecture: str  # its name in config.json
     switches: Callable[[Fields], dict[str, Any]]  # config.json -> the DecoderConfig fields in which families differ
     fields: tuple[str, ...]  # of config.json that `switches` reads, besides READ_FIELDS
-    gguf: str | None  # its name in llama.cpp; None: llama.cpp does not have it
+    gguf: str | None  # its name in llama.cpp; None: not exported
+    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # fields that may have these values alone
 
 
 # Fields of a config.json that are read or checked for every family ...
@@ -80,13 +82,14 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
         "num_kv_heads": hf.get("num_key_value_heads") or heads,
         "head_dim": hf.get("head_dim") or hidden // heads,
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "rope": _read_rope(hf),
         "tied": bool(hf.get("tie_word_embeddings", False)),
-        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "qk_norm"), False),
         "windows": (None,) * layers,
         "family": family,
     }
-    config = DecoderConfig(**{**common, **FAMILIES[family].switches(hf)})
+    switches = FAMILIES[family].switches(hf)
+    if "ropes" not in switches:
+        common["ropes"] = (_read_rope(hf),) * layers
+    config = DecoderConfig(**{**common, **switches})
     _check_shape(config)
     return config
 
@@ -106,11 +109,11 @@ def find_family(hf: Fields) -> str:
 
 def _refuse_unknown(hf: Fields, family: str) -> None:
     """Refuse every field that the family does not read, unless it is harmless or off."""
-    supported = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0,), "attention_dropout": (0.0,)}
+    supported = {"hidden_act": ("silu", "swish"), "attention_dropout": (0.0,)} | FAMILIES[family].only
     for name, values in supported.items():
         if hf.get(name) not in (*values, None):
             raise UserError(f"{name}: {hf[name]!r} is not supported: set it to {values[0]!r} if that is right")
-    known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields}
+    known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields, *FAMILIES[family].only}
     for name, value in hf.items():
         if value and name not in known and not name.startswith("_"):
             what = f"unknown field of {family}, which may change the model"
@@ -123,15 +126,21 @@ ROPE_FIELDS = {
     "linear": ("factor", ""),
     "dynamic": ("factor", ""),
     "llama3": ("factor low_freq_factor high_freq_factor", ""),
-    "yarn": ("factor", "beta_fast beta_slow mscale mscale_all_dim attention_factor truncate finetuned"),
+    "yarn": (
+        "factor",
+        "beta_fast beta_slow mscale mscale_all_dim attention_factor truncate finetuned llama_4_scaling_beta",
+    ),
+    "longrope": ("short_factor long_factor", "factor attention_factor"),
 }
-ALL_ROPES = ["type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"]
+OLD_ROPES = {"su": "longrope"}  # other names of the types
+ALL_ROPES = "type rope_type rope_theta partial_rotary_factor original_max_position_embeddings".split()  # noqa: SIM905
 
 
-def _read_rope(hf: Fields) -> Rope:
+def _read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:
     """Classic form: rope_theta and rope_scaling; current form: rope_parameters has both, and its theta counts."""
-    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {} if scaling is None else scaling
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    kind = OLD_ROPES.get(kind, kind)
     if kind not in ROPE_FIELDS:
         raise UserError(f"rope type {kind!r} is not supported: the supported ones are {', '.join(ROPE_FIELDS)}")
     needed, other = (names.split() for names in ROPE_FIELDS[kind])
@@ -140,17 +149,24 @@ def _read_rope(hf: Fields) -> Rope:
     if unknown := [name for name, value in scaling.items() if value and name not in [*ALL_ROPES, *needed, *other]]:
         value = scaling[unknown[0]]
         raise UserError(f"rope: {unknown[0]}: {value!r:.60} has no effect with type {kind}: remove it")
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError("rope: a partial_rotary_factor other than 1 is not supported")
     given = [value for value in (scaling.get("rope_theta"), hf.get("rope_theta")) if value is not None]
     if wrong := [theta for theta in given if type(theta) not in (int, float) or not 0 < theta < 1e30]:
         raise UserError(f"rope_theta: {wrong[0]!r:.60} is not a positive number")
-    theta, parameters = (given or [10000.0])[0], dict(scaling)
-    if kind in ("llama3", "yarn"):
-        outer, inner = hf.get("original_max_position_embeddings"), scaling.get("original_max_position_embeddings")
-        parameters["original_max_position_embeddings"] = outer or inner or hf["max_position_embeddings"]
-    context = hf["max_position_embeddings"] if kind == "dynamic" else 0
-    return Rope(theta=float(theta), kind=kind, parameters=parameters, context=context)
+    theta, parameters, longest = (given or [10000.0])[0], dict(scaling), hf.get("max_position_embeddings") or 0
+    outer, inner = hf.get("original_max_position_embeddings"), scaling.get("original_max_position_embeddings")
+    if kind in ("llama3", "yarn", "longrope"):
+        parameters["original_max_position_embeddings"] = outer or inner or longest
+    context = longest if kind == "dynamic" else int(outer or inner or longest) if kind == "longrope" else 0
+    if kind == "longrope" and scaling.get("attention_factor") is None:
+        factor = longest / context if outer else scaling.get("factor") or longest / context
+        parameters["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    shares = (scaling.get("partial_rotary_factor"), hf.get("partial_rotary_factor"))
+    share = next((value for value in shares if value is not None), 1.0)
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise UserError(f"partial_rotary_factor: {share!r:.60} is not a share between 0 and 1")
+    growth = float(scaling.get("llama_4_scaling_beta") or 0)
+    context = int(parameters["original_max_position_embeddings"]) if growth else context
+    return Rope(float(theta), kind, parameters, context, float(share), growth)
 
 
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
@@ -166,8 +182,7 @@ def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
 
 
 def _llama(hf: Fields) -> dict[str, Any]:
-    bias = bool(hf.get("attention_bias", False))
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(hf.get("mlp_bias", False))}
+    return {**_attention_bias(hf), "mlp_bias": bool(hf.get("mlp_bias", False))}
 
 
 def _mistral(hf: Fields) -> dict[str, Any]:
@@ -180,8 +195,8 @@ def _qwen2(hf: Fields) -> dict[str, Any]:
 
 
 def _qwen3(hf: Fields) -> dict[str, Any]:
-    bias, head_dim = bool(hf.get("attention_bias", False)), hf.get("head_dim") or 128
-    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "head_dim": head_dim, "windows": _qwen_windows(hf)}
+    head_dim = hf.get("head_dim") or 128
+    return {**_attention_bias(hf), "qk_norm": "head", "head_dim": head_dim, "windows": _qwen_windows(hf)}
 
 
 def _qwen_windows(hf: Fields) -> tuple[int | None, ...]:
@@ -190,9 +205,12 @@ def _qwen_windows(hf: Fields) -> tuple[int | None, ...]:
     return _windows(hf, window, hf.get("max_window_layers", 28))
 
 
+KINDS = ("full_attention", "sliding_attention")  # of layers, in layer_types
+
+
 def _windows(hf: Fields, window: int | None, first: int = 0) -> tuple[int | None, ...]:
     """The window of each layer: in those that layer_types names, or without it from layer `first` on."""
-    by_type = {"full_attention": None, "sliding_attention": window}
+    by_type = dict(zip(KINDS, (None, window), strict=True))
     kinds = hf.get("layer_types")
     if not kinds:
         return tuple(window if index >= first else None for index in range(hf["num_hidden_layers"]))
@@ -201,13 +219,126 @@ def _windows(hf: Fields, window: int | None, first: int = 0) -> tuple[int | None
     return tuple(by_type[kind] for kind in kinds)
 
 
+def _gemma(hf: Fields) -> dict[str, Any]:
+    """Norms multiply by 1 + weight, before and after each half; embeddings grow by sqrt(hidden)."""
+    return {
+        "norms": "both", "norm_offset": 1.0, "activation": "gelu_tanh", "head_dim": hf.get("head_dim") or 256,
+        "attention_scale": (hf.get("query_pre_attn_scalar") or 256) ** -0.5,
+        "embedding_scale": hf["hidden_size"] ** 0.5,
+        "attention_cap": hf.get("attn_logit_softcapping"), "logit_cap": hf.get("final_logit_softcapping"),
+        "tied": hf.get("tie_word_embeddings", True), **_attention_bias(hf),
+    }  # fmt: skip
+
+
+def _attention_bias(hf: Fields) -> dict[str, bool]:
+    return dict.fromkeys(("qkv_bias", "o_bias"), bool(hf.get("attention_bias", False)))
+
+
+def _gemma2(hf: Fields) -> dict[str, Any]:
+    """Every second layer sees a window only, from the first on."""
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    return {**_gemma({**caps, **hf}), "windows": _every(2, hf, 4096)}
+
+
+def _gemma3(hf: Fields) -> dict[str, Any]:
+    """Five of six layers see a window only, and have a rope of their own."""
+    windows = _every(hf.get("sliding_window_pattern") or 6, hf, 4096)
+    local = {"rope_theta": hf.get("rope_local_base_freq") or 10000.0}
+    return {
+        **_gemma(hf),
+        "qk_norm": "head",
+        "windows": windows,
+        "ropes": _ropes({"rope_theta": 1e6, **hf}, windows, local),
+    }
+
+
+def _ropes(hf: Fields, windows: tuple[int | None, ...], local: Fields) -> tuple[Rope, ...]:
+    """The rope of each layer by its kind: rope_parameters has one for each kind, or older files only one; then `local`
+    is that of the layers with a window."""
+    both = hf.get("rope_parameters") or {}
+    if "full_attention" in both:
+        full, sliding = (_read_rope({**hf, "rope_theta": None}, both[kind]) for kind in KINDS)
+    else:
+        full, sliding = _read_rope(hf), _read_rope({}, local)
+    return tuple(full if window is None else sliding for window in windows)
+
+
+def _every(n: int, hf: Fields, window: int) -> tuple[int | None, ...]:
+    """The window of each layer but every n-th, unless layer_types says otherwise."""
+    window = hf.get("sliding_window") or window
+    if hf.get("layer_types"):
+        return _windows(hf, window)
+    return tuple(None if (layer + 1) % n == 0 else window for layer in range(hf["num_hidden_layers"]))
+
+
+def _phi3(hf: Fields) -> dict[str, Any]:
+    """q, k, v in one linear, and gate and up."""
+    return {"fused": True, "windows": _windows(hf, hf.get("sliding_window"))}
+
+
+def _olmo2(hf: Fields) -> dict[str, Any]:
+    """Norms on outputs only; queries and keys are normed over all heads together."""
+    return {"norms": "output", "qk_norm": "width", **_attention_bias(hf)}
+
+
+def _olmo3(hf: Fields) -> dict[str, Any]:
+    """Three of four layers see a window only, and positions are stretched in the others alone."""
+    windows, local = _every(4, hf, 4096), {"rope_theta": hf.get("rope_theta", 5e5)}
+    return {**_olmo2(hf), "windows": windows, "ropes": _ropes({"rope_theta": 5e5, **hf}, windows, local)}
+
+
+def _smollm3(hf: Fields) -> dict[str, Any]:
+    """Every fourth layer does not rotate."""
+    n, rope = hf.get("no_rope_layer_interval") or 4, _read_rope({"rope_theta": 2e6, **hf})
+    has_rope = hf.get("no_rope_layers") or [(layer + 1) % n for layer in range(hf["num_hidden_layers"])]
+    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
+    return {**_llama(hf), "tied": hf.get("tie_word_embeddings", True), "windows": _windows(hf, window),
+            "ropes": tuple(rope if own else None for own in has_rope)}  # fmt: skip
+
+
+def _granite(hf: Fields) -> dict[str, Any]:
+    """Llama with four factors."""
+    return {
+        **_llama(hf), "embedding_scale": hf.get("embedding_multiplier", 1.0),
+        "residual_scale": hf.get("residual_multiplier", 1.0), "attention_scale": hf.get("attention_multiplier", 1.0),
+        "logit_scale": 1 / hf.get("logits_scaling", 1.0),
+    }  # fmt: skip
+
+
+def _seed_oss(hf: Fields) -> dict[str, Any]:
+    return {"qkv_bias": hf.get("attention_bias", True), "o_bias": hf.get("attention_out_bias", False),
+            "mlp_bias": hf.get("mlp_bias", False), "head_dim": hf.get("head_dim") or 128}  # fmt: skip
+
+
 WINDOWS = ("sliding_window", "layer_types")
 QWEN = (*WINDOWS, "use_sliding_window", "max_window_layers")
+GEMMA = ("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", *WINDOWS)
+GEMMA_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh", "gelu"),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+}
+GEMMA_ONLY |= {"use_bidirectional_attention": (False,), "cache_implementation": ("hybrid",)}
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "residual_dropout"), (0.0,))
+GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+BIASES = ("attention_bias", "mlp_bias")
 FAMILIES: dict[str, Family] = {  # by model_type
-    "llama": Family("LlamaForCausalLM", _llama, ("attention_bias", "mlp_bias"), "llama"),
+    "llama": Family("LlamaForCausalLM", _llama, BIASES, "llama"),
     "mistral": Family("MistralForCausalLM", _mistral, WINDOWS, "llama"),
+    "ministral3": Family("Ministral3ForCausalLM", lambda hf: {}, ("sliding_window",), None, {"sliding_window": ()}),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
+    "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, None, GEMMA_ONLY),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), None, GEMMA_ONLY
+    ),
+    "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, None, NO_DROPOUT),
+    "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), None),
+    "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), None),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM", _smollm3, (*BIASES, *QWEN, "no_rope_layers", "no_rope_layer_interval"), None
+    ),
+    "granite": Family("GraniteForCausalLM", _granite, (*BIASES, *GRANITE), None),
+    "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), None, NO_DROPOUT),
 }
 
 
@@ -221,6 +352,7 @@ def _check_shape(config: DecoderConfig) -> None:
     wrong = any(type(window) is not int or not 1 <= window <= 1 << 31 for window in windows)
     if wrong or len(config.windows) != config.num_layers:
         raise UserError(f"sliding_window, layer_types: give a window or none for each of {config.num_layers} layers")
-    frequencies, factor = config.rope.angles(config.head_dim, config.rope.context + 1)
-    if not frequencies.isfinite().all() or not math.isfinite(factor):
-        raise UserError(f"rope: {config.rope.theta}, {dict(config.rope.parameters)!r:.200}: the angles are not finite")
+    for rope in config.distinct_ropes:
+        frequencies, factor = rope.angles(config.head_dim, rope.context + 1)
+        if not frequencies.isfinite().all() or not math.isfinite(factor):
+            raise UserError(f"rope: {rope.theta}, {dict(rope.parameters)!r:.200}: the angles are not finite")

@@ -17,6 +17,7 @@ import torch
 
 from nanoft import UserError
 from nanoft.config import Config
+from nanoft.io.hub import download
 from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
@@ -244,11 +245,10 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HU
         fault = "no such directory: give a model's directory or its name on the Hub"
     if fault:
         raise UserError(f"{field}: {name}: {fault}")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+        return download(repository, revision=revision, allow_patterns=list(files))
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, GatedRepoError):

@@ -21,16 +21,17 @@ from nanoft import UserError, kernels
 from nanoft.blocks.trained import Adapter, is_inside
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointManager, verify
 from nanoft.config import LoRAConfig
-from nanoft.config.loading import load_file
+from nanoft.config.loading import load_config, load_file
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
+from nanoft.io.hub import use_cache
 from nanoft.io.tensor_files import load_tensors
 from nanoft.io.untrusted import read_json
 from nanoft.lora import inject_lora
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, vocabulary_of
 from nanoft.models.model_files import ModelFiles, Quantization, find_model, quantization_of
-from nanoft.models.weights import load_model
+from nanoft.models.weights import grow_vocabulary, load_model
 from nanoft.runtime.device import DTYPES
 
 
@@ -108,6 +109,12 @@ def open_model(
     for warning in filter(None, warnings):
         print(f"warning: {warning}", file=sys.stderr)
     return opened
+
+
+def use_cache_of(source: str) -> None:
+    """Download into the cache of a run (its model.cache_dir), if `source` is a run or the adapter in one."""
+    run = next((place for place in (Path(source), Path(source).parent) if is_run(place)), None)
+    use_cache(load_config(run / "config.json").model.cache_dir if run else "")
 
 
 def is_run(source: str | Path) -> bool:
@@ -211,7 +218,7 @@ def _read_adapter_directory(path: Path, other_base: str | None) -> TrainedAdapte
 def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
     """Add an adapter to a model, in place; a UserError if it does not match."""
     try:
-        model.grow_vocabulary(vocabulary_of(adapter.lora, adapter.tensors))
+        grow_vocabulary(model, vocabulary_of(adapter.lora, adapter.tensors))
         adapters = inject_lora(model, adapter.lora, seed=0)
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None

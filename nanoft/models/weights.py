@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
-from nanoft.model import Decoder, DecoderConfig, initialize
+from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.families import with_both_rope_forms
 from nanoft.models.model_files import (
     HEAD,
@@ -155,6 +155,30 @@ def load_model(
             value = tensor if packed is None else packed.dequantize().to(dtype)  # packed: a head
             setattr(model.get_submodule(place), leaf, nn.Parameter(value))
     return model
+
+
+@torch.no_grad()
+def initialize(model: Decoder, seed: int) -> None:
+    """Random weights for pre-training: N(0, 0.02), outputs of each block scaled by 1/sqrt(2 layers) (GPT-2)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            is_zero = name.endswith("bias") or model.config.norm_offset  # norms are 1
+            nn.init.constant_(parameter, 0.0 if is_zero else 1.0)
+            continue
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = 0.02 / math.sqrt(2 * model.config.num_layers) if residual else 0.02
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+@torch.no_grad()
+def grow_vocabulary(model: Decoder, size: int) -> None:
+    """Append rows to the embedding and the head, the mean of each, until they have `size` tokens."""
+    more = max(0, size - model.config.vocab_size)
+    model.config = replace(model.config, vocab_size=model.config.vocab_size + more)
+    for module in [model.model.embed_tokens] + ([] if model.lm_head is None else [model.lm_head]) if more else []:
+        mean = module.weight.float().mean(0, keepdim=True).to(module.weight.dtype)
+        module.weight = nn.Parameter(torch.cat((module.weight, mean.expand(more, -1))))
 
 
 def _replace(model: nn.Module, name: str, linear: nn.Module) -> None:

@@ -31,7 +31,7 @@ FILE = "reference.safetensors"  # in the run directory
 def sequence_logps(model: Decoder, batch: Batch) -> Tensor:
     """log p(y|x) of each of the s samples of a batch, in nats, (s,); differentiable, and never holds all logits."""
     hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, targets, hidden)
-    logps = -token_nll(hidden, model.head, batch.targets)  # (targets,)
+    logps = -token_nll(hidden, model.head, batch.targets, cap=model.config.logit_cap)  # (targets,)
     return logps.new_zeros(len(batch.samples)).index_add(0, batch.sequence, logps)
 
 

@@ -45,7 +45,8 @@ class SFT:
     def loss(self, model: Decoder, batch: Batch) -> Tensor:
         """Sum over the target tokens of a micro-batch, in nats."""
         hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, targets, hidden)
-        return token_nll(hidden, model.head, batch.targets, self.label_smoothing, self.z_loss).sum()
+        more = self.label_smoothing, self.z_loss, model.config.logit_cap
+        return token_nll(hidden, model.head, batch.targets, *more).sum()
 
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Loss in nats per target token (never smoothed), its perplexity, and how many tokens that is."""

@@ -45,6 +45,7 @@ from nanoft.io.untrusted import redact
 from nanoft.runtime.distributed import broadcast_from_rank0
 from nanoft.tracking.plots import as_event
 
+LEVELS = ("debug", "info", "warning", "error")  # of logging.level
 LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.md|adapter|model)|preflight)-\d+")  # of a killed process
 
 
@@ -125,8 +126,15 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def is_shown(text: str, level: str) -> bool:
+    """Whether the terminal shows a line at a logging.level."""
+    return LEVELS.index(level) <= LEVELS.index("warning" if text.startswith("warning: ") else "info")
+
+
 class Run:
     """An open run directory, locked by this process."""
+
+    level = "info"  # of the terminal
 
     def __init__(self, directory: Path):
         if directory.exists() and not directory.is_dir():
@@ -228,11 +236,12 @@ class Run:
             self._metrics = None
         (self.directory / "report.json").unlink(missing_ok=True)  # it marks a finished run
         path, kept = self.directory / "metrics.jsonl", []
+        known = step if step or rolled_back else -1  # what came before the first step will be logged again
         for line, values in self._events():
             if "window" in values:
                 keep = values["window"] < position or values["window"] in skipped
             else:
-                keep = values["step"] <= step or (rolled_back and values["event"] == "warning")
+                keep = values["step"] <= known or (rolled_back and values["event"] == "warning")
                 keep &= values["event"] != "done"
             if keep:
                 kept.append(line + b"\n")
@@ -252,6 +261,8 @@ class Run:
             self._metrics.append(line)
         except OSError as error:
             self._warn_once("metrics.jsonl", error)
+        if self.level == "debug":
+            self.print(f"event     {line}")
         failed = []
         for tracker in self.trackers:
             try:
@@ -262,10 +273,11 @@ class Run:
             self._remove(tracker, failure)
 
     def print(self, text: str = "") -> None:
-        """Print to the terminal, above the progress bar, and to train.log."""
+        """Print to the terminal, above the progress bar, if its level allows it, and to train.log."""
         text = redact(text)
         with contextlib.suppress(OSError, ValueError):  # stdout is closed; train.log still gets the line
-            tqdm.write(text, file=sys.stdout)
+            if is_shown(text, self.level):
+                tqdm.write(text, file=sys.stdout)
         try:
             with open(self.directory / "train.log", "ab") as log:
                 log.write(to_utf8(text + "\n"))

@@ -26,9 +26,16 @@ TIMEOUT_S = 60.0  # for one drawing
 TRACKERS = ("tensorboard", "wandb")  # and the package and extra of each
 
 
+def chosen_trackers(report_to: str) -> list[str]:
+    """Those of logging.report_to; auto: W&B if it is installed, else TensorBoard if that is."""
+    if report_to == "auto":
+        return [name for name in reversed(TRACKERS) if importlib.util.find_spec(name) is not None][:1]
+    return [name for name in TRACKERS if report_to in (name, "all")]
+
+
 def require_tracker_packages(wanted: LoggingConfig) -> None:
     """Raise a UserError that names the extra to install, if a tracker's package is missing."""
-    packages = [("report_to", name, name) for name in TRACKERS if wanted.report_to in (name, "all")]
+    packages = [("report_to", name, name) for name in chosen_trackers(wanted.report_to)]
     packages += [("plots", "matplotlib", "plot")] * (wanted.plots != "none")
     for field, package, extra in packages:
         if importlib.util.find_spec(package) is None:
@@ -38,11 +45,11 @@ def require_tracker_packages(wanted: LoggingConfig) -> None:
 
 def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     """The trackers that the config asks for, after `step` completed steps."""
-    plots, report_to = config.logging.plots, config.logging.report_to
+    plots, chosen = config.logging.plots, chosen_trackers(config.logging.report_to)
     trackers: list[Tracker] = [Plots(directory, plots)] if plots != "none" else []
-    if report_to in ("tensorboard", "all"):
+    if "tensorboard" in chosen:
         trackers.append(TensorBoard(directory / "tensorboard", step))
-    return [*trackers, WandB(directory, config)] if report_to in ("wandb", "all") else trackers
+    return [*trackers, WandB(directory, config)] if "wandb" in chosen else trackers
 
 
 def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:

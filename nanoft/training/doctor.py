@@ -26,10 +26,12 @@ from huggingface_hub import constants, get_token
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanoft import UserError
+from nanoft.attention import Scores
 from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.dataset import cache_home
 from nanoft.data.sources import find_files
+from nanoft.io.hub import cache_directory, use_cache
 from nanoft.io.untrusted import one_line
 from nanoft.kernels.attention import CHUNK, attend, has_varlen
 from nanoft.models.model_files import ModelFiles, check_quantization, quantization_of
@@ -127,11 +129,12 @@ def memory(device: torch.device) -> Iterator[Check]:
 
 
 def disk() -> Iterator[Check]:
-    places = {"disk here": Path.cwd(), "Hub cache": Path(constants.HF_HUB_CACHE), "data cache": cache_home()}
+    places = {"disk here": Path.cwd(), "Hub cache": cache_directory(), "data cache": cache_home()}
     for name, place in places.items():
         there = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(there).free / 1e9
-        fix = "free some, or set HF_HOME, XDG_CACHE_HOME or output.dir to another disk" if free < GB_ON_DISK else ""
+        where = "model.cache_dir, XDG_CACHE_HOME or output.dir"
+        fix = f"free some, or set {where} to another disk" if free < GB_ON_DISK else ""
         yield Check(name, "warn" if fix else "ok", f"{free:.0f} GB free in {place}", fix)
 
 
@@ -148,10 +151,11 @@ def attention(device: torch.device) -> Iterator[Check]:
             found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             if torch.allclose(found.float(), expected, atol=2e-2):
                 works.append(kernel.name.lower().removesuffix("_attention"))
+    kind = Scores(q.shape[-1] ** -0.5)
     if device.type == "mps":  # used there, because PyTorch's own keeps all scores for backward
-        found = attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+        found = attend(*(part.transpose(1, 2) for part in (q, k, v)), kind).transpose(1, 2)
         works += [f"chunks of {CHUNK} queries"] * torch.allclose(found.float(), expected, atol=2e-2)
-    packed = "; varlen for packed rows" if has_varlen(q.transpose(1, 2), None) else ""
+    packed = "; varlen for packed rows" if has_varlen(q.transpose(1, 2), kind) else ""
     yield Check("attention", "ok" if works else "FAIL", f"{', '.join(works) or 'no kernel'} work{packed}")
 
 
@@ -264,6 +268,7 @@ def run(args: argparse.Namespace) -> int:
     """`python -m nanoft doctor [CONFIG]`; returns the exit code: 2 if a check fails."""
     quiet_libraries()
     config = load_config(args.config, args.overrides) if args.config else None
+    use_cache(config.model.cache_dir if config else "")
     passed = True
     if config:
         try:

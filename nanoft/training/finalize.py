@@ -14,6 +14,7 @@ import torch
 from nanoft import TrainingFailed, UserError
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
 from nanoft.data.dataset import describe_data
+from nanoft.data.preferences import preferred
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
 from nanoft.export.merge import save_result
@@ -128,8 +129,7 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
         return evaluate.measure(model, ctx.tokenizer, ctx.validation, prompts, at_most, length, metrics, seed=seed)
 
     try:
-        conversations = ctx.corpus.conversations(ctx.corpus.untruncated(ctx.corpus.validation), e.prompts)
-        prompts, metrics = evaluate.held_out_prompts(conversations, e.prompts), answers.select_metrics(e.metrics)
+        prompts, metrics = ctx.prompts, answers.select_metrics(e.metrics)
         return in_smaller_batches(ctx, max(e.batch_size, e.prompt_batch_size), measured)
     except NotFinite:
         raise
@@ -142,7 +142,7 @@ def report_inputs(
     ctx: TrainContext, base: evaluate.EvalResult | None, tuned: evaluate.EvalResult, training: dict[str, float]
 ) -> ReportInputs:
     """What the report is made of."""
-    e, groups, measured = ctx.config.evaluation, {}, ctx.validation.preferred()
+    e, groups, measured = ctx.config.evaluation, {}, preferred(ctx.validation)
     if e.by_field and len(ctx.validation):
         try:
             groups = {e.by_field: ctx.corpus.field_values(measured, e.by_field)}

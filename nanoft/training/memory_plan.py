@@ -32,7 +32,7 @@ from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import with_added_tokens
-from nanoft.models.weights import choose_dequantize
+from nanoft.models.weights import choose_dequantize, grow_vocabulary
 from nanoft.objectives import OBJECTIVES
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
@@ -93,7 +93,7 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
         return Counts(weights, 0.0, others, weights + others, 0, 0)
     more = range(decoder.vocab_size, decoder.vocab_size + len(config.model.add_tokens))
     lora = with_added_tokens(config.lora, more, decoder.tied)
-    model.grow_vocabulary(max(decoder.vocab_size + len(more), vocabulary_of(lora, {})))
+    grow_vocabulary(model, max(decoder.vocab_size + len(more), vocabulary_of(lora, {})))
     adapters = inject_lora(model, lora, 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = sum(t.numel() for adapter in adapters.values() for t in adapter.buffers(recurse=False))

@@ -24,14 +24,13 @@ from nanoft.data.inspection import check_data, preview
 from nanoft.io.tensor_files import write_tensors
 from nanoft.kernels import sharding
 from nanoft.model import Decoder
-from nanoft.optim import optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.command import Check, require_passed
 from nanoft.runtime.device import preserve_rng_state
 from nanoft.runtime.memory import OutOfMemory, peak_memory_gb, release_memory
 from nanoft.training.memory_plan import Planner, describe_recompute, suggest_savings
 from nanoft.training.recovery import halve_micro_batch
-from nanoft.training.state import TrainContext, TrainState
+from nanoft.training.state import TrainContext, TrainState, optimizer_tensors
 
 WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median row
 

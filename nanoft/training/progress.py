@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, TypeVar
+from dataclasses import asdict, replace
+from fractions import Fraction
+from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
 from nanoft import TrainingFailed
 from nanoft.batches import eval_batches
 from nanoft.checkpoint import SaveResult
+from nanoft.evaluation import evaluate
+from nanoft.io.untrusted import one_line
 from nanoft.kernels import sharding
-from nanoft.optim import optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import rng_state
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, peak_memory_gb, read_memory, release_memory
-from nanoft.training.state import TrainContext, TrainState
+from nanoft.training.state import TrainContext, TrainState, optimizer_tensors
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # as fits 80 columns
+Cadence = int | float | Literal["epoch", "auto"]  # as in training.eval_steps
 Figures = TypeVar("Figures")
 
 
@@ -32,9 +35,31 @@ def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
     return tqdm(total=ctx.total_steps, initial=state.step, **options)
 
 
-def is_due(ctx: TrainContext, state: TrainState, every: int) -> bool:
-    """Whether something that happens after `every` steps, and after the last, happens now; 0: only after the last."""
-    return state.step == ctx.total_steps or (every > 0 and state.step % every == 0)
+def steps_between(every: Cadence, total_steps: int, epoch_steps: int) -> Fraction:
+    """Optimizer steps between two evaluations, checkpoints or log lines, at least 1; 0: only after the last step.
+
+    It need not be whole: 0.25 of 10 steps are 2.5, and what is due every 2.5 steps happens after steps 3, 5, 8 and 10.
+    """
+    if every == 0:
+        return Fraction(0)
+    if every == "auto":  # at least four in an epoch and in the run
+        return Fraction(max(1, min(100, epoch_steps // 4, total_steps // 4)))
+    steps = epoch_steps if every == "epoch" else Fraction(repr(every)) * (total_steps if every < 1 else 1)
+    return max(Fraction(1), Fraction(steps))
+
+
+def is_due(ctx: TrainContext, state: TrainState, every: Cadence) -> bool:
+    """Whether what happens every so many steps, and after the last, happens now."""
+    steps = steps_between(every, ctx.total_steps, ctx.corpus.report["steps_per_epoch"])
+    return state.step == ctx.total_steps or (steps > 0 and state.step // steps > (state.step - 1) // steps)
+
+
+def before_first_step(ctx: TrainContext, state: TrainState) -> None:
+    """Evaluate if asked for, and save what a rollback returns to; whether saving works is known at once."""
+    if ctx.config.evaluation.on_start:
+        log_validation(ctx, state)
+    if ctx.config.guard.max_rollbacks:
+        save(ctx, state)
 
 
 def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: float, grad_norm: float) -> None:
@@ -53,30 +78,59 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
     """Evaluate on the validation samples every training.eval_steps; remember the best step."""
     if not len(ctx.validation) or not is_due(ctx, state, ctx.config.training.eval_steps):
         return
-    try:
-        figures = in_smaller_batches(ctx, ctx.config.evaluation.batch_size, lambda size: validate(ctx, size))
-    except Exception as error:  # an evaluation that fails does not end the run
-        report_failure(ctx, state, "evaluation", error)
-        return
-    loss = figures["loss"]
     # rank 0 knows whether the best step so far was saved
     state.best_step, state.best_loss = distributed.broadcast_from_rank0(lambda: (state.best_step, state.best_loss))
+    if (loss := log_validation(ctx, state)) is None:
+        return
     gained = loss < state.best_loss - ctx.config.training.early_stopping_threshold
     state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
-    log_memory(ctx, state, "evaluated")
-    ctx.run.log("eval", state.step, **figures)
-    best = " (best so far)" if state.best_step == state.step else ""
-    more = f", perplexity {figures['perplexity']:.4g}" if "perplexity" in figures else ""
-    if "rewards/accuracies" in figures:
-        more = f", accuracy {figures['rewards/accuracies']:.1%}, margin {figures.get('rewards/margins', 0.0):.3f}"
-    ctx.run.print(f"step {state.step}: validation loss {loss:.4f}{more}{best}")
+    if trend := state.trend.update(loss, state.best_step == state.step):
+        ctx.run.log("warning", state.step, what="validation loss", text=trend)
+        ctx.run.print(f"warning: after step {state.step} validation loss {trend}")
 
 
 def validate(ctx: TrainContext, batch_size: int) -> dict[str, float]:
     """The objective's figures on the validation samples."""
     return ctx.objective.evaluate(ctx.model, eval_batches(ctx.validation, batch_size, ctx.tokenizer.pad_id))
+
+
+def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
+    """Evaluate on the validation samples, log and print the figures and sample answers; the loss, None if it fails."""
+    try:
+        figures = in_smaller_batches(ctx, ctx.config.evaluation.batch_size, lambda size: validate(ctx, size))
+    except Exception as error:  # does not end the run
+        report_failure(ctx, state, "evaluation", error)
+        return None
+    log_memory(ctx, state, "evaluated")
+    ctx.run.log("eval", state.step, **figures)
+    best = " (best so far)" if state.step and figures["loss"] < state.best_loss else ""
+    more = f", perplexity {figures['perplexity']:.4g}" if "perplexity" in figures else ""
+    if "rewards/accuracies" in figures:
+        more = f", accuracy {figures['rewards/accuracies']:.1%}, margin {figures.get('rewards/margins', 0.0):.3f}"
+    ctx.run.print(f"step {state.step}: validation loss {figures['loss']:.4f}{more}{best}")
+    try:
+        answers = sample_answers(ctx)
+    except Exception as error:
+        report_failure(ctx, state, "sampling answers", error)
+        answers = []
+    for c in answers:
+        ctx.run.log("sample", state.step, prompt=c.prompt, reference=c.reference, answer=c.answer, stopped=c.stopped)
+        ctx.run.print(f"  {one_line(c.prompt):.100} -> {one_line(c.answer):.200}{'' if c.stopped else ' ...'}")
+    return figures["loss"]
+
+
+def sample_answers(ctx: TrainContext) -> list[evaluate.Completion]:
+    """Answers to the first held-out prompts, the same ones each time, with random numbers of their own."""
+    c, e = ctx.config, ctx.config.evaluation
+    prompts = ctx.prompts[: e.samples] if e.samples else []
+
+    def measured(size: int) -> evaluate.EvalResult:
+        at_most, length = replace(e, prompt_batch_size=size), c.model.max_seq_length
+        return evaluate.measure(ctx.model, ctx.tokenizer, [], prompts, at_most, length, seed=c.system.seed)
+
+    return in_smaller_batches(ctx, min(len(prompts) or 1, e.prompt_batch_size), measured).completions
 
 
 def in_smaller_batches(ctx: TrainContext, size: int, evaluate: Callable[[int], Figures]) -> Figures:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import TrainingFailed, UserError
+from nanoft.attention import soft_cap
 from nanoft.batches import Batches, TokenDataset, collate
 from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, apply, is_linear
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
@@ -82,6 +83,7 @@ def shorten(config: Config) -> Config:
     """The user's config for a few steps; what is computed in a step stays as it is."""
     changes = {"training.gradient_accumulation_steps": min(2, config.training.gradient_accumulation_steps)}
     changes |= {"training.eval_steps": 0, "training.save_steps": STEPS, "training.compile": False}
+    changes |= {"evaluation.on_start": False, "evaluation.samples": 0}
     changes |= {"training.log_steps": 1, "training.early_stopping_patience": 0, "logging.progress_bar": False}
     return config.override(changes)
 
@@ -286,7 +288,11 @@ def packed_error(model: Decoder, documents: TokenDataset, pad_id: int) -> float:
         alone = model(one.ids)
         worst = max(worst, relative_error(model.logits(in_pack), model.logits(alone)))
         for i, hidden in enumerate((in_pack, alone)):
-            losses[i] += token_nll(hidden[0, one.target_positions], model.head, one.targets).sum().cpu()
+            losses[i] += (
+                token_nll(hidden[0, one.target_positions], model.head, one.targets, cap=model.config.logit_cap)
+                .sum()
+                .cpu()
+            )
     return max(worst, relative_error(losses[0], losses[1]))
 
 
@@ -321,8 +327,9 @@ def loss_error(ctx: TrainContext, documents: TokenDataset) -> float:
     head = model.head.detach().requires_grad_(model.head.requires_grad)
     wanted = [hidden, head] if head.requires_grad else [hidden]
     targets = batch.targets[rows % len(batch.targets)]
-    ours = token_nll(hidden, head, targets, t.label_smoothing, t.z_loss).sum()
-    logits = hidden @ head.to(hidden.dtype).T  # (n, vocab)
+    cap = model.config.logit_cap
+    ours = token_nll(hidden, head, targets, t.label_smoothing, t.z_loss, cap).sum()
+    logits = soft_cap(hidden @ head.to(hidden.dtype).T, cap)  # (n, vocab)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     plain = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=t.label_smoothing)
     plain = plain + t.z_loss * logits.logsumexp(-1).square().sum()

@@ -37,6 +37,7 @@ from nanoft.data.inspection import unseen_tokens
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
+from nanoft.io.hub import use_cache
 from nanoft.io.tables import format_duration
 from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
@@ -45,17 +46,17 @@ from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, vocabulary_of
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
 from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
-from nanoft.models.weights import cache_weights, load_model
+from nanoft.models.weights import cache_weights, grow_vocabulary, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES
 from nanoft.runtime import distributed
 from nanoft.runtime.device import describe_device, library_versions
 from nanoft.runtime.machine import Machine
 from nanoft.runtime.memory import peak_memory_gb
-from nanoft.tracking.run import Run
-from nanoft.tracking.trackers import build_trackers
+from nanoft.tracking.run import Run, is_shown
+from nanoft.tracking.trackers import build_trackers, chosen_trackers
 from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
-from nanoft.training.progress import in_smaller_batches, log_memory
+from nanoft.training.progress import in_smaller_batches, log_memory, steps_between
 from nanoft.training.state import TrainContext, TrainState
 from nanoft.training.validation import check_schedule, validate_config
 
@@ -71,8 +72,10 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
     """Read and check the config; prints what became of the names in files of another schema."""
     source = read_config(path, words)
     for line in [] if distributed.process_rank() else source.explanation:
-        print(line)
+        if is_shown(line, source.config.logging.level):
+            print(line)
     validate_config(source.config, source.names)
+    use_cache(source.config.model.cache_dir)
     return source
 
 
@@ -178,14 +181,19 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
         lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar, learns)
     )
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
-    if t.early_stopping_patience and not len(corpus.validation):
-        what = "there is no validation data, so training cannot stop early"
-        fix = "set data.validation_file or data.validation_size, or the patience to 0"
-        raise UserError(f"training.early_stopping_patience: {t.early_stopping_patience}: {what}: {fix}")
+    needed = {
+        f"training.early_stopping_patience: {t.early_stopping_patience}": t.early_stopping_patience,
+        "evaluation.on_start: true": config.evaluation.on_start,
+    }
+    for setting in [setting for setting, value in needed.items() if value and not len(corpus.validation)]:
+        fix = "set data.validation_file or data.validation_size, or remove this setting"
+        raise UserError(f"{setting}: there is no validation data: {fix}")
     rows, micro_batches = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
     options: dict[str, Any] = {"group_by_length": d.group_by_length, "pad_to_multiple_of": d.pad_to_multiple_of}
     pack_length = length if d.packing else None
-    batches = Batches(corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, **options)
+    batches = Batches(
+        corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, shuffle=t.shuffle, **options
+    )
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
     check_schedule(t, steps)
@@ -258,7 +266,7 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
     dtype = torch.float32 if config.training.method == "full" else machine.dtype
     seed = config.system.seed if config.model.random_init else None
     model = load_model(files, device, dtype, quantization_of(config), seed)
-    model.grow_vocabulary(tokens)
+    grow_vocabulary(model, tokens)
     cache_weights(model, config.quantization.dequantize)
     return model
 
@@ -319,7 +327,7 @@ def describe_adapters(adapters: dict[str, Adapter]) -> list[str]:
 
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
     """Print what is about to happen: on which device, what is trained, how long it will take."""
-    c, say = ctx.config, ctx.run.print
+    c, t, say = ctx.config, ctx.config.training, ctx.run.print
     packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, (Linear4bit, Linear8bit)))
     total = sum(p.numel() for p in ctx.model.parameters()) + packed
     trainable = sum(p.numel() for _, p in ctx.trained)
@@ -336,7 +344,8 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     for line in describe_adapters(ctx.adapters):
         say(f"          {line}")
     say(f"kernels   {kernels.describe(ctx.model)}")
-    say(f"attention {ctx.model.attention_backend(ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed)}")
+    shape = ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed
+    say(f"attention {kernels.describe_attention(ctx.model, *shape)}")
     longest = int(max(samples.lengths.max() for samples in (ctx.corpus.training, ctx.validation) if len(samples)))
     for warning in plan_warnings(ctx.planner, ctx.files, longest, ctx.total_steps):
         say(f"warning: {warning}")
@@ -347,6 +356,11 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     left, epochs = ctx.total_steps - state.step, f"{ctx.corpus.report['epochs']:.3g} epochs"
     duration = format_duration(left * seconds_per_step)
     say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} rows, about {duration}")
+    often = []
+    for what, every in (("evaluation", t.eval_steps), ("checkpoint", t.save_steps), ("log", t.log_steps)):
+        steps = float(steps_between(every, ctx.total_steps, ctx.corpus.report["steps_per_epoch"]))
+        often.append(f"{what} every {steps:g} step{'s' * (steps != 1)}" if steps else f"{what} at the end")
+    say(f"          {', '.join(often)}")
 
 
 def is_complete(ctx: TrainContext, state: TrainState) -> bool:
@@ -364,6 +378,9 @@ def start_logging(ctx: TrainContext, state: TrainState) -> None:
     ctx.run.open_metrics(state.step, [state.epoch, state.window], state.guard.skipped_windows)
     if not distributed.process_rank():
         ctx.run.trackers = build_trackers(ctx.config, ctx.run.directory, state.step)
+    if (report_to := ctx.config.logging.report_to) == "auto":
+        found = ", ".join(chosen_trackers(report_to)) or "none: neither wandb nor tensorboard is installed"
+        ctx.run.print(f"trackers  {found} (logging.report_to=auto)")
     predicted, peak = {name: size / 1e9 for name, size in ctx.plan.parts.items()}, peak_memory_gb(ctx.device)
     ctx.run.log("memory", state.step, predicted_gb=predicted, peak_memory_gb=peak, total_steps=ctx.total_steps)
     log_memory(ctx, state, "prepared")

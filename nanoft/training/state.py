@@ -7,7 +7,9 @@ loss scale and `TrainState`. So a run that is restored from one continues as if 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,17 @@ from torch import Tensor, nn
 from nanoft import UserError, guard
 from nanoft.batches import Batches, TokenDataset, Window
 from nanoft.blocks.trained import Adapter
-from nanoft.checkpoint import AsyncCheckpointWriter, Checkpoint, CheckpointCorrupted, CheckpointManager, copy_matching
+from nanoft.checkpoint import AsyncCheckpointWriter, Checkpoint, CheckpointCorrupted, CheckpointManager
 from nanoft.config import Config
 from nanoft.config.settings import TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
+from nanoft.evaluation.evaluate import Prompt, held_out_prompts
 from nanoft.kernels import sharding
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
 from nanoft.objectives import Objective
-from nanoft.optim import load_optimizer_tensors, optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import set_rng_state
 from nanoft.runtime.machine import Machine
@@ -36,6 +38,36 @@ from nanoft.tracking.run import Meter, Run
 from nanoft.training.memory_plan import Plan, Planner
 
 RENAMED = {"rate": "lr_scale", "left_out": "skipped_windows"}  # fields of the guard's history in older checkpoints
+RISES = 2  # of validation loss in a row, while training loss falls, that are more than noise
+
+
+@dataclass
+class LossTrend:
+    """Training and validation loss from one evaluation to the next, to see when they part."""
+
+    nats: float = 0.0  # of training since the last evaluation
+    units: float = 0.0
+    training: float = -math.inf  # mean loss between the last two evaluations
+    validation: float = 0.0  # at the last evaluation
+    rises: int = 0  # evaluations in a row with a higher validation and a lower training loss; RISES or more: warned
+
+    def update(self, validation: float, is_best: bool) -> str:
+        """What to warn of after an evaluation, once, until validation loss is finite again or the best so far."""
+        before, self.validation = self.validation, validation
+        past, self.training = self.training, self.nats / max(self.units, 1e-9)
+        self.nats = self.units = 0.0
+        if not math.isfinite(validation):
+            return f"is {validation}" if math.isfinite(before) else ""
+        if validation > before and self.training < past:
+            self.rises += 1
+            parted = (
+                f"rises ({before:.4f} -> {validation:.4f}) "
+                f"while training loss falls ({past:.4f} -> {self.training:.4f})"
+            )
+            return parted if self.rises == RISES else ""
+        if is_best or (validation < before and self.rises < RISES):
+            self.rises = 0
+        return ""
 
 
 @dataclass
@@ -49,6 +81,7 @@ class TrainState:
     best_step: int = 0
     best_loss: float = float("inf")  # on the validation samples
     evaluations_without_gain: int = 0
+    trend: LossTrend = field(default_factory=LossTrend)
     overflow_steps: int = 0  # windows skipped because their gradient overflowed float16
     micro_batch_rows: int = 0  # fewer than configured, after running out of memory; 0: as configured
     guard: guard.History = field(default_factory=guard.History)
@@ -58,6 +91,8 @@ class TrainState:
         self.step += 1
         self.skip(window)
         self.meter.add(loss * units, units, window.tokens, window.target_tokens, seconds, joules)
+        self.trend.nats += loss * units
+        self.trend.units += units
 
     def skip(self, window: Window) -> None:
         """Move on to the next window without a step."""
@@ -99,6 +134,12 @@ class TrainContext:
     @property
     def total_steps(self) -> int:
         return int(self.corpus.report["steps"])
+
+    @functools.cached_property
+    def prompts(self) -> list[Prompt]:
+        """The held-out prompts that are answered, read again from their files."""
+        limit, samples = self.config.evaluation.prompts, self.corpus.untruncated(self.corpus.validation)
+        return held_out_prompts(self.corpus.conversations(samples, limit), limit)
 
     @property
     def trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -182,7 +223,8 @@ def read_state(saved: Checkpoint, scaler: torch.amp.GradScaler) -> TrainState:
             scaler.load_state_dict(loss_scale)
         history = {RENAMED.get(name, name): value for name, value in values["guard"].items()}
         meter = {"units": values["meter"]["target_tokens"], **values["meter"]}  # older checkpoints have no units
-        state = TrainState(**{**values, "meter": Meter(**meter), "guard": guard.History(**history)})
+        parts = {"meter": Meter(**meter), "guard": guard.History(**history)}
+        state = TrainState(**{**values, **parts, "trend": LossTrend(**values.get("trend", {}))})
         set_rng_state(rng)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
         raise CheckpointCorrupted(f"{saved.path / 'state.json'}: {type(error).__name__}: {error}") from None
@@ -196,3 +238,36 @@ def load_weights(ctx: TrainContext, saved: Checkpoint) -> None:
         load_adapter_tensors(ctx.adapters, tensors, str(saved.path))
     else:
         copy_matching({name: parameter.detach() for name, parameter in ctx.trained}, tensors, str(saved.path))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: `<parameter>.exp_avg`, ..., as the optimizer calls them.
+
+    Tensors are the optimizer's own, not copies; plain numbers (bitsandbytes counts steps in an int) become tensors.
+    """
+    return {f"{name}.{key}": torch.as_tensor(value) for name, p in named for key, value in optimizer.state[p].items()}
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
+) -> None:
+    """Fill the allocated state from `optimizer_tensors`, matched by name; a UserError if something does not fit."""
+    copy_matching(optimizer_tensors(optimizer, named), tensors, "optimizer.safetensors")
+    for name, parameter in named:
+        state = optimizer.state[parameter]
+        state.update({key: int(tensors[f"{name}.{key}"]) for key, held in state.items() if isinstance(held, int)})
+
+
+def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into those of the same name; a UserError names the first whose name, shape or dtype differs."""
+
+    def describe(tensor: Tensor | None, absent: str) -> str:
+        return absent if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+
+    for name in sorted(own.keys() | saved.keys()):
+        have, want = describe(saved.get(name), "missing"), describe(own.get(name), "none")
+        if have != want:
+            raise UserError(f"{where}: {name}: {have}, but this run needs {want}: start anew with another output.dir")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])

@@ -121,6 +121,9 @@ def test_every_name_leads_to_a_field() -> None:
     assert len(targets) > 40
 
 
+EPOCHS = {f"training.{name}_steps": "epoch" for name in ("save", "eval", "log")}
+
+
 @pytest.mark.parametrize(
     ("flat", "changes"),
     [
@@ -143,6 +146,16 @@ def test_every_name_leads_to_a_field() -> None:
         ({"train_sampling_strategy": "group_by_length"}, {"data.group_by_length": True}),
         ({"train_on_inputs": True}, {"data.train_on": "all"}),
         ({"save_strategy": "no", "eval_strategy": "no"}, {"training.save_steps": 0, "training.eval_steps": 0}),
+        ({"save_strategy": "epoch", "evaluation_strategy": "epoch", "logging_strategy": "epoch"}, EPOCHS),
+        ({"eval_strategy": "epoch", "eval_steps": 50}, {"training.eval_steps": "epoch"}),  # as in the Trainer
+        ({"evaluation_strategy": "epoch", "eval_steps": 50}, {"training.eval_steps": "epoch"}),
+        ({"save_strategy": "best", "save_steps": 50}, {"training.save_steps": 0}),  # the best is always saved
+        ({"logging_strategy": "no"}, {"training.log_steps": 0}),
+        ({"eval_steps": 0.25, "save_steps": 50.0}, {"training.eval_steps": 0.25, "training.save_steps": 50}),
+        ({"eval_on_start": True}, {"evaluation.on_start": True}),
+        ({"train_sampling_strategy": "sequential"}, {"training.shuffle": False}),
+        ({"log_level": "critical"}, {"logging.level": "error"}),
+        ({"log_level": "passive"}, {}),
         ({"max_steps": 7}, {"training.max_steps": 7}),
         ({"report_to": ["wandb"]}, {"logging.report_to": "wandb"}),
         ({"use_cpu": True, "disable_tqdm": True}, {"system.device": "cpu", "logging.progress_bar": False}),
@@ -180,7 +193,10 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
             "eval_steps: training.eval_steps: {'training.learning_rate': 1}",
         ),
         ({"lr_scheduler_type": "constant", "warmup_steps": 9}, "lr_scheduler_type and warmup_steps: set training."),
-        ({"eval_strategy": "epoch"}, "eval_strategy: 'epoch' is none of steps, no: set eval_steps"),
+        ({"eval_strategy": "often"}, "eval_strategy: 'often' is none of steps, no, epoch: set eval_steps"),
+        ({"save_strategy": "often"}, "save_strategy: 'often' is none of steps, no, epoch, best: set save_steps"),
+        ({"eval_steps": 1.5}, "training.eval_steps: 1.5: set a number of steps, a fraction of the run below 1, or"),
+        ({"log_level": "trace"}, "log_level: 'trace' is none of debug, info, warning, error"),
         ({"eval_strategy": "no", "eval_steps": 9}, "eval_strategy and eval_steps: set training.eval_steps to 0 and"),
         ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, wandb: choose one"),
         ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, wandb"),

@@ -18,6 +18,9 @@ from nanoft.config import fields
         ("TRUE", bool, True),
         ("none", int | None, None),
         ("auto", int | Literal["auto"], "auto"),
+        ("50", int | float | Literal["epoch"], 50),
+        ("0.25", int | float | Literal["epoch"], 0.25),
+        ("epoch", int | float | Literal["epoch"], "epoch"),
         ("8", Literal[4, 8, 16], 8),
         ("[q_proj, v_proj]", tuple[str, ...], ("q_proj", "v_proj")),
         ("0.9 0.95", tuple[float, ...], (0.9, 0.95)),
@@ -33,6 +36,7 @@ def test_text_becomes_a_value_of_the_type(text: str, hint: Any, value: Any) -> N
     [
         ("x", int, "an integer"),
         ("yes", bool, "true or false"),
+        ("often", int | float | Literal["epoch"], "an integer .* or one of epoch"),
         ("5", Literal[4, 8], "one of 4, 8"),
         ("[1]", dict[str, int], "a mapping"),
         ("{a: 1, a: 2}", dict[str, int], "a mapping .*'a' appears a second time"),

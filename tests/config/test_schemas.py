@@ -89,7 +89,7 @@ LAYOUT, SAME = "has its own layout", "as it is here by default"
 # field -> value -> fields that it sets; or what is refused, after "error: "; or what is reported
 MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "model.name": [("a", {"model.name": "a"}), ("b/c", {"model.name": "b/c"})],
-    "model.cache_dir": [("/cache", "HF_HOME in the environment chooses the cache"), ("~/x", "HF_HOME")],
+    "model.cache_dir": [("/cache", {"model.cache_dir": "/cache"}), ("~/x", {"model.cache_dir": "~/x"})],
     "model.dtype": [
         ("float16", {"model.dtype": "float16"}),
         ("bfloat16", {"model.dtype": "bfloat16"}),
@@ -113,7 +113,7 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
         (0, "error: data.train_split: 0 must be a number > 0 and < 1"),
         (1.0, "error: data.train_split: 1.0 must be a number > 0 and < 1"),
     ],
-    "data.shuffle": [(True, SAME), (False, "error: every epoch has another order")],
+    "data.shuffle": [(True, {"training.shuffle": True}), (False, {"training.shuffle": False})],
     "data.seed": [(1, "system.seed also seeds"), (2, "system.seed also seeds")],
     "data.max_examples": [(100, {"data.max_samples": 100}), (None, {"data.max_samples": None})],
     "data.validation_size": [(20, {"data.validation_size": 20}), (None, {"data.validation_size": None})],
@@ -145,8 +145,8 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     ],
     "training.min_lr_ratio": [(0.2, {"training.min_lr_ratio": 0.2}), (0.0, {"training.min_lr_ratio": 0.0})],
     "training.logging_steps": [(1, {"training.log_steps": 1}), (2, {"training.log_steps": 2})],
-    "training.eval_steps": [(5, {"training.eval_steps": 5}), (7, {"training.eval_steps": 7})],
-    "training.save_steps": [(5, {"training.save_steps": 5}), (7, {"training.save_steps": 7})],
+    "training.eval_steps": [(5, {"training.eval_steps": 5}), (0.25, {"training.eval_steps": 0.25})],
+    "training.save_steps": [(5, {"training.save_steps": 5}), ("epoch", {"training.save_steps": "epoch"})],
     "training.save_total_limit": [(1, {"training.keep_checkpoints": 1}), (2, {"training.keep_checkpoints": 2})],
     "training.save_best_checkpoint": [(True, SAME), (False, "the best checkpoint is always kept")],
     "training.load_best_at_end": [(True, SAME), (False, "error: the result is always the best checkpoint")],
@@ -165,7 +165,13 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "output.logs_dir": [("a", LAYOUT), ("b", LAYOUT)],
     "output.metrics_dir": [("a", LAYOUT), ("b", LAYOUT)],
     "output.overwrite_output_dir": [(False, SAME), (True, "error: a run is never overwritten")],
-    "logging.level": [("INFO", SAME), ("DEBUG", "one level of detail"), ("LOUD", "error: is none of INFO, DEBUG")],
+    "logging.level": [
+        ("DEBUG", {"logging.level": "debug"}),
+        ("INFO", {"logging.level": "info"}),
+        ("WARNING", {"logging.level": "warning"}),
+        ("ERROR", {"logging.level": "error"}),
+        ("LOUD", "error: logging.level: 'LOUD' is none of debug, info"),
+    ],
     "logging.console": [(True, SAME), (False, {"logging.progress_bar": False, "logging.show_example": False})],
     "logging.file": [(True, SAME), (False, "train.log is always written")],
     "logging.log_file": [("a.log", LAYOUT), ("b.log", LAYOUT)],
@@ -190,7 +196,7 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
         ("end", {"logging.plots": "end"}),
         ("weekly", "error: monitoring.plot_frequency: logging.plots: 'weekly' is not one of"),
     ],
-    "evaluation.eval_on_start": [(False, SAME), (True, "the report compares with the base model")],
+    "evaluation.eval_on_start": [(True, {"evaluation.on_start": True}), (False, {"evaluation.on_start": False})],
     "evaluation.eval_accumulation_steps": [(1, "an evaluation keeps sums"), (10, "an evaluation keeps sums")],
     "evaluation.generate_samples": [(True, {"evaluation.samples": 5}), (False, {"evaluation.samples": 0})],
     "evaluation.num_samples": [(2, {"evaluation.samples": 2}), (7, {"evaluation.samples": 7})],
@@ -382,7 +388,7 @@ def test_every_field_of_both_schemas_has_a_pair_of_values() -> None:
 def test_what_an_mlx_file_leaves_out_has_the_default_of_the_schema(tmp_path: Path) -> None:
     """But cache, device and directories, which depend on the machine, and the program's own data set."""
     tree = {section: dict(fields) for section, fields in MLX_TREE.items()}
-    del tree["output"], tree["system"]["device"]
+    del tree["output"], tree["system"]["device"], tree["model"]["cache_dir"]
     whole = read(tmp_path, tree).config
     least = read(tmp_path, tree_of({"model.name": "base", "data.dataset_path": "d.jsonl"})).config
     assert least == whole

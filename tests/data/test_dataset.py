@@ -175,6 +175,54 @@ def test_labels_choose_and_are_no_mistakes(chat: ChatTokenizer, tmp_path: Path) 
         build(chat, write(tmp_path / "d.jsonl", records), label_field="label", max_bad_records=0.0)
 
 
+@pytest.mark.parametrize("limit", ["quality:0.5", " quality : 5e-1 "])
+def test_a_score_chooses_and_a_record_without_one_is_malformed(chat: ChatTokenizer, tmp_path: Path, limit: str) -> None:
+    scores = [0.4, 0.5, "0.6", 0, 1, -3, "1e3"]  # texts: as in CSV files
+    records = [pair(f"q{n}", quality=score) for n, score in enumerate(scores)]
+    found = build(chat, write(tmp_path / "d.jsonl", records), min_score=limit, max_bad_records=0.0)
+    assert questions(found, found.training) == ["q1", "q2", "q4", "q6"]
+    assert rejected(found) == [("below data.min_score", 1), ("below data.min_score", 4), ("below data.min_score", 6)]
+    assert "| removed: below data.min_score | 3 |" in re.sub(" +", " ", describe_data(found.report)[-1])
+    for odd in (None, "high", True, [1], "nan"):
+        file = write(tmp_path / "odd.jsonl", [*records, pair("q", quality=odd)])
+        with pytest.raises(UserError, match=r"odd\.jsonl:8: quality: .* is not a number \(data\.min_score\)"):
+            build(chat, file, min_score=limit, max_bad_records=0.0)
+        assert build(chat, file, min_score=limit, max_bad_records=0.2).report["removed"]["malformed"] == 1
+    for share in (0.05, 1.0):
+        with pytest.raises(UserError, match=r"has no field 'rank' \(data\.min_score\)|none of 7 records is left"):
+            build(chat, tmp_path / "d.jsonl", min_score="rank:0.5", max_bad_records=share)
+
+
+def test_samples_with_few_target_tokens_are_counted(chat: ChatTokenizer, tmp_path: Path) -> None:
+    answers = ["yes it is", "no", "perhaps it is so", "no", "I do not know that"]
+    file = write(tmp_path / "d.jsonl", [pair(f"q{n}", answer) for n, answer in enumerate(answers)])
+    counts = [int(sample.is_target.sum()) for sample in build(chat, file, deduplicate=False).training]
+    least = counts[1] + 1  # "no" and the end of the turn have one less
+    found = build(chat, file, deduplicate=False, min_target_tokens=least)
+    assert [int(sample.is_target.sum()) for sample in found.training] == [n for n in counts if n >= least]
+    what = f"a sample has fewer than data.min_target_tokens={least} and is left out"
+    assert f"warning: {what}: 2 records, first {tmp_path}/d.jsonl:2" in describe_data(found.report)
+    assert found.report["removed"] == {"too few target tokens": 2}
+    with pytest.raises(UserError, match=r"none of 5 records is left \(5 too few target tokens\)"):
+        build(chat, file, deduplicate=False, min_target_tokens=100)
+
+
+def test_garbled_text_and_repetition_are_counted(chat: ChatTokenizer, tmp_path: Path) -> None:
+    stuck = "I am sorry, I cannot do that. " * 12
+    records = [
+        pair("q0"),
+        pair("q1", "Un cafÃ©"),
+        pair("q2 â€™"),
+        pair("q3", stuck),
+        {"prompt": stuck, "completion": "a"},
+    ]
+    found = build(chat, write(tmp_path / "d.jsonl", records))
+    assert found.report["notes"] == [
+        ["a text seems to be UTF-8 read in another encoding (Ã©, â€™), or has U+FFFD", 2, f"{tmp_path}/d.jsonl:2"],
+        ["an answer repeats one phrase over and over", 1, f"{tmp_path}/d.jsonl:4"],
+    ]
+
+
 def test_columns_are_mapped(chat: ChatTokenizer, tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("q;a;s\nHello;Hi;Be kind\nBye;See you;Be kind\n")
     columns = {"instruction": "q", "response": "a", "system": "s"}

@@ -185,3 +185,67 @@ def test_leaked_prompts_are_counted_word_for_word_and_nearly(at_once: int) -> No
 def test_nothing_leaks_from_nothing() -> None:
     assert filters.count_leaks([], iter(texts(3)), 0.8) == (0, 0)
     assert filters.count_leaks(texts(3), iter([]), 0.8) == (0, 0)
+
+
+# --- garbled text and repetition
+
+WRITTEN = [
+    "café au lait", "Élan vital", "été", "voilà !", "naïve", "Müller grüßt", "École", "don’t", "“quoted”", "a – b",
+    "wait…", "привет", "γλώσσα", "שלום", "مرحبا", "你好世界", "日本語", "한국어", "नमस्ते", "Việt Nam",
+    "zażółć gęślą jaźń", "😀", "£5, 20°C", "5 € each", "São Paulo, não", "mañana", "\ufeffhi", "a\xa0word",
+]  # fmt: skip
+UPPER = [  # capital letters that also begin garbled ones, before signs that also follow in them
+    "NÃO, SÃO PAULO, AMANHÃ", "AMANHÃ” disse ela", "“AMANHÃ”", "IRMÃ… sim", "MAÇÃ – fruta", "«AMANHû",
+    "ÂGE d’or", "HÂTE…",
+    "Ångström: 5 Å² and 3 Å³, Å–like", "à « la » carte", "à\xa0«\xa0la\xa0»", "ĐÃ HỌC… ĐÃ”", "GRÖẞE, “groß”", "ÑANDÚ»",
+    "«está»…", "mamá» dijo", "Nº 5ª, 3º, 20 °C, © 2020", "Ð and ð: Ísland, það",
+]  # fmt: skip
+
+
+def as_read(text: str, encoding: str) -> str:
+    """UTF-8 decoded byte by byte in another encoding; bytes without a character there are kept as browsers do."""
+    characters = (bytes([byte]) for byte in text.encode())
+    return "".join(byte.decode(encoding if byte.decode(encoding, "ignore") else "latin-1") for byte in characters)
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_utf_8_in_another_encoding_is_noticed_and_the_text_itself_is_not(text: str) -> None:
+    assert not filters.is_garbled(text)
+    for encoding in ("cp1252", "latin-1"):
+        assert filters.is_garbled(as_read(text, encoding)), as_read(text, encoding)
+    assert filters.is_garbled(as_read(as_read(text, "cp1252"), "cp1252"))  # twice
+    assert filters.is_garbled(f"{text[:3]}\ufffd")
+
+
+@pytest.mark.parametrize("text", UPPER)
+def test_capital_letters_before_signs_are_not_garbled(text: str) -> None:
+    assert not filters.is_garbled(text)
+
+
+RULE = "|---|---|---|---|---|---|---|---|---|---|---|\n"
+REFRAIN = "".join(
+    f"Verse {'abcdefghij'[n]} tells of the sea\nBlow the man down, blow the man down\n" for n in range(10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I am sorry. " * 20, True),
+        ("First, a sentence. Then it is stuck: the cat sat on the mat and" + " the cat sat on the mat and" * 14, True),
+        ("Yes.\n" * 60, True),
+        ("the " * 60 + "end of the answer", True),
+        ("我不知道该说什么。" * 40, True),
+        ("A long sentence, which goes on for quite a while until it ends here, at its very end. " * 12, True),
+        ("I am sorry. " * 5, False),
+        ("la la la la la la la la", False),
+        (REFRAIN, False),
+        ("| name | ok | unit |\n" + RULE + "".join(f"| item {n} | yes | kg |\n" for n in range(60)), False),
+        (RULE * 9 + "=" * 300 + ". " * 99, False),
+        ("0, " * 200 + "0x00, " * 64, False),
+        ("NULL, " * 20 + "</div>\n" * 12, False),
+        ("", False),
+    ],
+)
+def test_answers_that_are_stuck(text: str, expected: bool) -> None:
+    assert filters.repeats_itself(text) == expected

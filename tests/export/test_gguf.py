@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import LORA, MERGE_VARIANTS, make_adapter
+from peft import PeftModel
 from templates import TINY
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +34,7 @@ from nanoft.export.gguf import (
 )
 from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.model_card import parity_record
+from nanoft.export.verify import held_out
 from nanoft.generation.generate import generate
 from nanoft.models import families
 from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
@@ -444,6 +446,47 @@ def test_runs_and_models_become_gguf_files(
         if dtype == "f16":
             found = greedy(llama, case["ids"], 32)
             assert found[: len(case["answer_ids"])] == case["answer_ids"]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q8_0", "q4_k_m"])
+def test_the_perplexity_of_the_file_is_beside_that_of_the_run(
+    dtype: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the same tokens; llama.cpp's from its own tokens' logits, nanoft's as transformers and PEFT compute it."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    assert run_merge(runs / "lora", "--out", tmp_path / "out", "--format", "gguf", "--dtype", dtype) == 0
+    found = json.loads((tmp_path / "out" / "parity.json").read_text())["perplexity"]
+    said = f"perplexity on {found['target_tokens']} held-out tokens: {found['llama.cpp']:.5g} in llama.cpp, "
+    assert said + f"{found['nanoft']:.5g} of base + adapter in float32" in capsys.readouterr().out
+
+    run, base = str(runs / "lora"), AutoModelForCausalLM.from_pretrained(runs / "base")
+    samples, _ = held_out(run, open_chat_tokenizer(run, open_model(run, CPU, torch.float32), as_trained=True))
+    reference = PeftModel.from_pretrained(base, runs / "lora" / "adapter")
+    llama, nats, count = in_llama_cpp(tmp_path / "out" / f"model-{dtype}.gguf"), [0.0, 0.0], 0
+    for sample in samples:
+        ids, is_target = torch.tensor(sample.ids).long(), torch.tensor(sample.is_target[1:])
+        with torch.no_grad():
+            ours = reference(ids[None]).logits[0]
+        llama.reset()
+        llama.eval(ids.tolist())
+        for n, logits in enumerate((torch.tensor(llama.scores[: len(ids)]), ours)):
+            nats[n] += torch.nn.functional.cross_entropy(logits[:-1][is_target], ids[1:][is_target], reduction="sum")
+        count += int(is_target.sum())
+    assert found["target_tokens"] == count
+    by_llama, by_peft = (math.exp(total / count) for total in nats)
+    assert found["nanoft"] == pytest.approx(by_peft, rel=1e-4)
+    assert found["llama.cpp"] == pytest.approx(by_llama, rel=1e-2)  # its cache is in float16, in the test in float32
+    assert found["llama.cpp"] == pytest.approx(found["nanoft"], rel={"f32": 1e-2, "q8_0": 2e-2, "q4_k_m": 0.2}[dtype])
+
+
+def test_without_llama_cpp_the_export_says_how_to_get_a_perplexity(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    for run, reason in {"lora": "pip install llama-cpp-python", "base": "there is no run with held-out"}.items():
+        assert run_merge(runs / run, "--out", tmp_path / run, "--format", "gguf") == 0
+        assert f"perplexity in llama.cpp: not measured: {reason}" in capsys.readouterr().out
+        assert "perplexity" not in json.loads((tmp_path / run / "parity.json").read_text())
 
 
 def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

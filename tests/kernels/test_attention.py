@@ -10,9 +10,9 @@ import pytest
 import torch
 from plain_attention import places, plainly, tensors, who_sees_whom
 
-from nanoft.attention import Documents
+from nanoft.attention import Documents, Scores
 from nanoft.kernels import attention
-from nanoft.kernels.attention import FastContext, attend
+from nanoft.kernels.attention import attend, describe
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,18 +21,20 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("chunk", [1, 4, 128])
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("packed", [(11, 11), (5, 6, 1, 10), (11, 3, 8)])
+@pytest.mark.parametrize("cap", [None, 0.5])
 def test_output_and_gradients_are_those_of_the_plain_formula(
-    window: int | None, chunk: int, chunked: bool, packed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    window: int | None, chunk: int, chunked: bool, packed: tuple[int, ...], cap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(attention, "CHUNK", chunk)
     if chunked:
-        monkeypatch.setattr(attention, "_needs_chunks", lambda q, window: True)
+        monkeypatch.setattr(attention, "_needs_chunks", lambda q, scores: True)
     parts = tensors((2, 11), torch.float64)
     bounds = torch.tensor((0, *packed), dtype=torch.int32).cumsum(0)
     documents = None if packed == (11, 11) else Documents(packed, bounds)
     place = places(packed, 2, 11)
-    expected = plainly(*parts, who_sees_whom(*place, window))
-    y = attend(*parts, window, documents)
+    expected = plainly(*parts, who_sees_whom(*place, window), cap)
+    y = attend(*parts, Scores(8**-0.5, window, cap), documents)
     assert torch.allclose(y, expected, atol=1e-12)
     towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for own, other in zip(
@@ -49,8 +51,8 @@ def test_in_bfloat16_on_a_cpu_chunks_stay_within_two_roundings_of_float64() -> N
     towards = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = torch.autograd.grad(expected, exact, towards)
 
-    assert FastContext.describe(parts[0], None, False) == "chunks of 256 queries"
-    y = attend(*parts)
+    assert describe(parts[0], Scores(1.0), False) == "chunks of 256 queries"
+    y = attend(*parts, Scores(8**-0.5))
     found = [y, *torch.autograd.grad(y, parts, towards.bfloat16())]
     for own, other in zip(found, [expected, *wanted], strict=True):
         assert (own.double() - other).norm() < 2**-7 * other.norm()  # a rounding to bfloat16 is up to 2^-9
@@ -58,9 +60,9 @@ def test_in_bfloat16_on_a_cpu_chunks_stay_within_two_roundings_of_float64() -> N
 
 def test_the_log_names_what_computes_it() -> None:
     q = torch.zeros(1, 4, 2, 8)
-    assert FastContext.describe(q, None, False) == "PyTorch's kernel for cpu"
-    assert FastContext.describe(q, None, True) == "PyTorch's kernel for cpu, documents of similar length batched"
-    assert FastContext.describe(q, 2, False) == "chunks of 256 queries"
+    assert describe(q, Scores(1.0), False) == "PyTorch's kernel for cpu"
+    assert describe(q, Scores(1.0), True) == "PyTorch's kernel for cpu, documents of similar length batched"
+    assert describe(q, Scores(1.0, 2), False) == describe(q, Scores(1.0, None, 5.0), False) == "chunks of 256 queries"
 
 
 @pytest.mark.gpu
@@ -74,7 +76,7 @@ def test_the_kernel_for_many_lengths_equals_the_masked_formula(window: int | Non
     place = [t.cuda() for t in places(lengths, 2, 128)]
     exact = [part.detach().double().requires_grad_() for part in parts]
     expected = plainly(*exact, who_sees_whom(*place, window))
-    y = attend(*parts, window, documents)
+    y = attend(*parts, Scores(parts[0].shape[-1] ** -0.5, window), documents)
     towards = torch.randn(y.shape, generator=generator).cuda()
     assert (y.double() - expected).norm() < 0.01 * expected.norm()
     wanted = torch.autograd.grad(expected, exact, towards.double())
@@ -98,8 +100,8 @@ def test_chunks_are_what_pytorchs_kernel_gives_in_float32(
     q, k, v = (part.transpose(1, 2) for part in parts)
     seen = who_sees_whom(*place, window)  # (b, 1, q, k)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2)
-    monkeypatch.setattr(attention, "_needs_chunks", lambda q, window: True)  # as on Metal
-    y = attend(*parts, window, documents)
+    monkeypatch.setattr(attention, "_needs_chunks", lambda q, scores: True)  # as on Metal
+    y = attend(*parts, Scores(parts[0].shape[-1] ** -0.5, window), documents)
     towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     assert (y - expected).norm() < 1e-6 * expected.norm()
     wanted = torch.autograd.grad(expected, parts, towards)
@@ -109,11 +111,15 @@ def test_chunks_are_what_pytorchs_kernel_gives_in_float32(
 
 PEAK = """
 import re, torch
+from nanoft.attention import Scores
 from nanoft.kernels import attention
-attention._needs_chunks = lambda q, window: True  # as on Metal
+attention._needs_chunks = lambda q, scores: True  # as on Metal
 
 def plainly(q, k, v):
     return (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1) @ v.transpose(1, 2)
+
+def chunked(q, k, v):
+    return attention.attend(q, k, v, Scores(16**-0.5))
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
@@ -123,8 +129,8 @@ def measure(attend, length):
     attend(*parts).sum().backward()
     return peak()
 
-measure(attention.attend, 64)  # starts the libraries
-print(peak(), measure(attention.attend, 1024), measure(attention.attend, 4096), measure(plainly, 4096))
+measure(chunked, 64)  # starts the libraries
+print(peak(), measure(chunked, 1024), measure(chunked, 4096), measure(plainly, 4096))
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from nanoft.kernels.block import grouped_linear, identity
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import MLP, Block, Decoder, RMSNorm
 from nanoft.models.families import decoder_config
+
+SIZES = {"norm_eps": 1e-6, "norm_offset": 0.0, "activation": "silu", "fused": False, "mlp_bias": False}
+SIZES |= {"hidden_size": 8, "intermediate_size": 8}
 
 
 def group(kind: str, freeze: bool = False, dropout: float = 0.0) -> tuple[list[Any], Any, list[Tensor]]:
@@ -29,7 +33,9 @@ def group(kind: str, freeze: bool = False, dropout: float = 0.0) -> tuple[list[A
             nn.init.normal_(linear.lora_B, generator=generator)  # type: ignore[arg-type]
         linears.append(linear.double())
     linears.insert(1, linears.pop())  # the one without an adapter in the middle
-    prepare: Any = {"identity": identity, "norm": RMSNorm(8, 1e-6).formula, "swiglu": MLP.activate}[kind]
+    config: Any = SimpleNamespace(**SIZES)
+    parts = {"identity": identity, "norm": RMSNorm(8, config).formula, "swiglu": MLP(config).activate}
+    prepare: Any = parts[kind]
     count = 2 if kind == "swiglu" else 1
     inputs = [torch.randn(2, 5, 8, dtype=torch.float64, generator=generator) for _ in range(count)]
     if kind == "norm":
@@ -80,7 +86,7 @@ def test_a_block_keeps_what_the_docstring_says_and_nothing_else(dora: bool) -> N
     x = torch.randn(2, 16, h, dtype=torch.bfloat16, requires_grad=True)
     context = model.context(torch.arange(16)[None], x.dtype)
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    known |= {context.cos.untyped_storage().data_ptr(), context.sin.untyped_storage().data_ptr()}
+    known |= {t.untyped_storage().data_ptr() for r in context.rotations for t in r if t is not None}
     saved: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:

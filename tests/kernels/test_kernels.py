@@ -199,7 +199,7 @@ class CappedAttention(SelfAttention):
     """Attention with a sharper softmax."""
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        q, k, v = self.heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), context)
+        q, k, v = self.heads([self.q_proj(x), self.k_proj(x), self.v_proj(x)], context)
         return self.o_proj(context.attend(2 * q, k, v, self).flatten(2))
 
 

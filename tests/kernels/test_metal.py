@@ -20,7 +20,7 @@ import merge
 import train
 from nanoft import UserError, nf4
 from nanoft.__main__ import main
-from nanoft.attention import Documents
+from nanoft.attention import Documents, Rotation, Scores
 from nanoft.config import LoRAConfig, TrainingConfig
 from nanoft.kernels import attention
 from nanoft.kernels.attention import FastContext, attend
@@ -69,13 +69,13 @@ def attention_piece(device: torch.device, window: int | None, packed: bool) -> P
     q, k, v = (numbers(2, 300, heads, 16, seed=heads).to(device).requires_grad_() for heads in (4, 2, 2))
     lengths = (100, 200, 299, 1)
     bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0).int().to(device)
-    y = attend(q, k, v, window, Documents(lengths, bounds) if packed else None)
+    y = attend(q, k, v, Scores(0.25, window), Documents(lengths, bounds) if packed else None)
     return [y.detach(), *torch.autograd.grad(y, (q, k, v), numbers(*y.shape).to(device))]
 
 
 def rotation_piece(device: torch.device) -> Pieces:
     x, angle = numbers(2, 5, 3, 8).to(device).requires_grad_(), numbers(1, 5, 1, 4, seed=1).to(device)
-    y, _ = FastContext(angle.cos(), angle.sin()).rotate(x, x, SimpleNamespace(kind=SelfAttention))
+    y, _ = FastContext([Rotation(angle.cos(), angle.sin())]).rotate(x, x, SimpleNamespace(kind=SelfAttention, rope=0))
     return [y.detach(), *torch.autograd.grad(y.sum(), x)]
 
 

@@ -76,7 +76,10 @@ def test_two_ranks_with_one_micro_batch_each_are_one_rank_with_two(alone: Path, 
     assert figures[0]["tuned"] == figures[1]["tuned"]
     assert answers(directory) == answers(alone)
     answered = [(directory.with_name("run-codes") / f"answers-{n}").read_text() for n in (0, 1)]
-    assert len(answered[0]) + len(answered[1]) == 2 * figures[0]["tuned"]["prompts"]  # base and tuned
+    samples = [[(e["step"], e["answer"]) for e in events(where, "sample")] for where in (directory, alone)]
+    assert samples[0] == samples[1]
+    count = 2 * figures[0]["tuned"]["prompts"] + len(samples[0])  # base and tuned, and at each evaluation
+    assert len(answered[0]) + len(answered[1]) == count
     assert min(map(len, answered)) > 0
 
 

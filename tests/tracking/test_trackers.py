@@ -18,7 +18,7 @@ from nanoft import UserError
 from nanoft.config import Config, LoggingConfig
 from nanoft.tracking import trackers
 from nanoft.tracking.run import Run
-from nanoft.tracking.trackers import Plots, TensorBoard, WandB, require_tracker_packages, scalars
+from nanoft.tracking.trackers import Plots, TensorBoard, WandB, build_trackers, require_tracker_packages, scalars
 
 TOKEN = "hf_" + "x" * 34
 
@@ -97,6 +97,19 @@ def test_a_missing_package_is_named_with_its_extra(
     message = rf"logging\.{field}: {value} needs {package}: pip install -e '\.\[{extra}\]', or set none"
     with pytest.raises(UserError, match=message):
         require_tracker_packages(LoggingConfig(**{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [({"wandb", "tensorboard"}, [WandB]), ({"tensorboard"}, [TensorBoard]), ({"wandb"}, [WandB]), (set(), [])],
+)
+def test_auto_is_wandb_if_it_is_installed_else_tensorboard(
+    installed: set[str], expected: list[type], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    config = Config(logging=LoggingConfig(report_to="auto"))
+    require_tracker_packages(config.logging)
+    assert [type(tracker) for tracker in build_trackers(config, tmp_path, 0)] == expected
 
 
 # ---- Plots

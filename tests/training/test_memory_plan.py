@@ -23,7 +23,7 @@ from nanoft.models.families import decoder_config
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
 from nanoft.nf4 import packed_bytes
-from nanoft.optim import build_optimizer, optimizer_tensors
+from nanoft.optim import build_optimizer
 from nanoft.runtime.machine import Machine
 from nanoft.training.memory_plan import (
     Plan,
@@ -37,6 +37,7 @@ from nanoft.training.memory_plan import (
     gflop_per_token,
     suggest_savings,
 )
+from nanoft.training.state import optimizer_tensors
 from tiny_models import make_chat_model, make_reference, write_records
 
 CPU = torch.device("cpu")
@@ -293,7 +294,8 @@ def test_a_schedule_that_cannot_be_meant_is_refused(
 def test_the_positions_that_a_base_knows(positions: int | None, rope: Any, known: float, tmp_path: Path) -> None:
     make_chat_model(tmp_path / "base")
     files = ModelFiles.read(tmp_path / "base")
-    decoder = replace(files.decoder, rope=replace(files.decoder.rope, parameters=rope or {}))
+    ropes = tuple(replace(own, parameters=rope or {}) for own in files.decoder.ropes if own)
+    decoder = replace(files.decoder, ropes=ropes)
     assert replace(files, config={"max_position_embeddings": positions}, decoder=decoder).context_length == known
 
 

@@ -142,7 +142,7 @@ def see_each_other(patch: pytest.MonkeyPatch) -> None:
     """In the core and in its kernel: a kernel that differs alone is not used."""
     mask, attend = core_attention.causal_mask, attention.attend
     patch.setattr(core_attention, "causal_mask", lambda *arguments: mask(*arguments[:-1], None))
-    patch.setattr(attention, "attend", lambda q, k, v, window, *_: attend(q, k, v, window))
+    patch.setattr(attention, "attend", lambda q, k, v, scores, *_: attend(q, k, v, scores))
 
 
 def begin_anywhere(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,82 @@
+"""Rotary positions: how far each pair of dimensions turns per position, and how a longer context stretches that.
+
+angle = position * theta^(-2 i / d)  for the i-th of d / 2 pairs   (RoFormer, Su et al. 2021, eq. 15)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How positions become angles (RoFormer, Su et al. 2021), and how a longer context stretches them."""
+
+    theta: float = 10000.0
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    context: int = 0  # positions of pre-training; beyond them, dynamic and longrope depend on the sequence's length
+    share: float = 1.0  # of each head's dimensions that is rotated, the first ones
+    query_growth: float = 0.0  # b: queries grow by 1 + b ln(1 + floor(position / context)) (Llama 4)
+
+    @property
+    def depends_on_length(self) -> bool:
+        return self.kind in ("dynamic", "longrope")
+
+    def angles(self, head_dim: int, length: int = 0) -> tuple[Tensor, float]:
+        """Angular frequencies, half as many as rotated dimensions, in radians per position; the factor on cos, sin."""
+        theta, head_dim = self.theta, int(head_dim * self.share)
+        if self.kind == "dynamic" and length > self.context:  # theta grows with the sequence (dynamic NTK)
+            factor = self.parameters["factor"]
+            theta *= (factor * length / self.context - (factor - 1)) ** (head_dim / (head_dim - 2))
+        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+        if self.kind == "linear":  # positions are squeezed by `factor` (Chen et al. 2023)
+            return frequency / self.parameters["factor"], 1.0
+        if self.kind == "llama3":
+            return _llama3_frequencies(frequency, self.parameters), 1.0
+        if self.kind == "longrope":  # each frequency has its own divisor (LongRoPE, Ding et al. 2024)
+            p, is_long = self.parameters, length > self.context
+            factors = torch.tensor(p["long_factor"] if is_long else p["short_factor"])
+            return frequency / factors, float(p["attention_factor"])
+        if self.kind == "yarn":
+            return _yarn_frequencies(frequency, self.theta, head_dim, self.parameters)
+        return frequency, 1.0
+
+
+def _llama3_frequencies(frequency: Tensor, p: Mapping[str, Any]) -> Tensor:
+    """Llama 3.1: slow frequencies divided by `factor`, fast ones kept, a linear blend between."""
+    old_context = p["original_max_position_embeddings"]
+    low, high = p["low_freq_factor"], p["high_freq_factor"]
+    turns = old_context * frequency / (2 * math.pi)  # full turns over the original context
+    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, 1: fast
+    return (1 - blend) * frequency / p["factor"] + blend * frequency
+
+
+def _yarn_frequencies(frequency: Tensor, theta: float, head_dim: int, p: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """YaRN (Peng et al. 2023, section 3.2-3.4): blend by the number of turns, and temper the attention."""
+    factor, old_context = p["factor"], p["original_max_position_embeddings"]
+
+    def dimension_of(turns: float) -> float:  # the frequency that makes this many turns over the old context
+        return head_dim * math.log(old_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(p.get("beta_fast") or 32), dimension_of(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: keep, 1: divide
+    stretched = frequency * (1 - ramp) + frequency / factor * ramp
+
+    def magnitude(scale: float) -> float:  # eq. 22: sqrt(1/t) = 0.1 ln(s) + 1
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if p.get("attention_factor") is not None:
+        return stretched, float(p["attention_factor"])
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return stretched, magnitude(p["mscale"]) / magnitude(p["mscale_all_dim"])
+    return stretched, magnitude(1.0)

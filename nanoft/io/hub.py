@@ -1,0 +1,33 @@
+"""Downloads from the Hugging Face Hub: models and data sets, into the cache that `model.cache_dir` names."""
+
+from __future__ import annotations
+
+import os
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+_cache: ContextVar[str | None] = ContextVar("hub_cache", default=None)  # None: the Hub client's own
+
+
+def use_cache(directory: str) -> None:
+    """Download into this directory from now on; empty: where the Hub's client does (HF_HUB_CACHE, HF_HOME).
+
+    A directory with `hub` in it is a home like ~/.cache/huggingface, whose cache is that.
+    """
+    home = os.path.expanduser(directory)
+    cache = os.path.join(home, "hub")
+    _cache.set((cache if os.path.isdir(cache) else home) or None)
+
+
+def cache_directory() -> Path:
+    from huggingface_hub import constants
+
+    return Path(_cache.get() or constants.HF_HUB_CACHE)
+
+
+def download(repository: str, **options: Any) -> Path:
+    """The directory with a snapshot of a repository; raises what the Hub's client does, which is many types."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repository, cache_dir=_cache.get(), **options))
