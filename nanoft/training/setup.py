@@ -82,10 +82,11 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
 def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> Planner:
     """The memory planner, its config with the micro-batch size decided."""
     planner = Planner.of(config, machine, files.decoder)
-    if config.lora.dropout and OBJECTIVES[config.training.objective].learns != "turns":
-        run.print(
-            f"warning: lora.dropout: off with training.objective={config.training.objective}, in both forward passes"
-        )
+    name, objective = config.training.objective, OBJECTIVES[config.training.objective]
+    if objective.learns != "turns":
+        objective.check(config)
+    if config.lora.dropout and objective.learns != "turns":
+        run.print(f"warning: lora.dropout: off with training.objective={name}, in both forward passes")
         planner = replace(planner, config=config.override({"lora.dropout": 0.0}))
     decided = distributed.broadcast_from_rank0(
         lambda: resolve_micro_batch_size(planner, run.recorded_config()).to_dict()
