@@ -64,7 +64,7 @@ class Reference:
         inputs = batch.ids, batch.positions, batch.documents, batch.target_positions
         policy, head = model(*inputs)[0], model.head  # (targets, hidden), (vocab, hidden)
         with self.weights():
-            reference, reference_head = model(*inputs)[0], model.head.detach()  # whose data changes back
+            reference, reference_head = model(*inputs)[0], model.head.clone() if self.start else model.head
         found = []
         for now, before in zip(policy.split(KL_POSITIONS), reference.split(KL_POSITIONS), strict=True):
             log_p, log_q = ((h @ w.T).float().log_softmax(-1) for h, w in ((now, head), (before, reference_head)))
@@ -74,15 +74,20 @@ class Reference:
     @contextmanager
     def weights(self) -> Iterator[None]:
         """The model as at step 0, for the duration of a `with` block."""
-        now = [p.data for p, _ in self.start]
-        for p, before in self.start:
-            p.data = before
+        now = [p.detach().clone() for p, _ in self.start]
+        self._set([before for _, before in self.start])
         try:
             with nullcontext() if self.start else disabled(self.adapters):
                 yield
         finally:
-            for (p, _), data in zip(self.start, now, strict=True):
-                p.data = data
+            self._set(now)
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for (p, _), value in zip(self.start, values, strict=True):
+            p.copy_(value)
+        for adapter in self.adapters.values() if self.start else ():
+            adapter.train(adapter.training)  # DoRA forgets the norms of the weights before
 
     @torch.no_grad()
     def precompute(
