@@ -1,7 +1,7 @@
 """The demo of preference training: DPO teaches an assistant which of two right answers is wanted, offline, on a CPU.
 
 For whoever wants to see preferences work before collecting some. The assistant (configs/tiny/assistant, an adapter for
-the base of configs/tiny.py) begins a tool call with its name or with its arguments, by chance, and both mean the same.
+the base of configs/tiny.py) begins some tool calls with their name, others with their arguments; both mean the same.
 The pairs (configs/tiny/preferences.jsonl) prefer the name first. So `json_equal`, which ignores the order of keys,
 stays, and what `regex` measures, the share of answers that begin with the name, changes. Try next:
 `preference.loss=ipo`, `training.objective=simpo`, `preference.beta=0.02`, or your own pairs: docs/preference.md.

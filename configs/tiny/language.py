@@ -436,8 +436,8 @@ def conversations(count: int, seed: int) -> Iterator[list[Message]]:
 
 
 # ---- Preferences --------------------------------------------------------------------------------------------------
-# A call means the same whichever of its two keys comes first. The assistant learns both orders and cannot know which
-# is wanted: that is what preferences tell it.
+# A call means the same whichever of its two keys comes first. The assistant learns both orders, and preferences tell it
+# which one is wanted.
 
 
 def arguments_first(answer: str) -> str:
@@ -446,12 +446,13 @@ def arguments_first(answer: str) -> str:
 
 
 def undecided(count: int, seed: int) -> Iterator[list[Message]]:
-    """Conversations whose calls begin with the name or with the arguments, by chance."""
-    rng = random.Random(seed + 1)
+    """Conversations with calls in both orders: of every other tool mostly with the arguments first."""
+    rng, others = random.Random(seed + 1), list(TOOLS)[::2]
     for messages in conversations(count, seed):
         for message in messages:
-            if message["role"] == "assistant" and rng.random() < 0.54:  # so that greedy answers are even
-                message["content"] = arguments_first(message["content"])
+            if message["role"] == "assistant":
+                share = 0.7 if json.loads(message["content"])["name"] in others else 0.3
+                message["content"] = arguments_first(message["content"]) if rng.random() < share else message["content"]
         yield messages
 
 
