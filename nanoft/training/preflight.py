@@ -41,7 +41,7 @@ WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median ro
 def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
     """Check the data, the head, memory and disk, which are UserErrors unless forced; returns the seconds of a step."""
     head = []
-    if ctx.adapters and not ctx.config.model.random_init:
+    if ctx.adapters and not ctx.config.model.random_init and not ctx.model.config.has_score:
         head.append(check_head(ctx.model, ctx.tokenizer, ctx.corpus.training))
     distributed.broadcast_from_rank0(lambda: require_shown([*check_samples(ctx), *head], ctx, forced))
     seconds_per_token, batches = rehearse_step(ctx, state), ctx.batches
@@ -49,7 +49,7 @@ def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
     ctx.run.print(f"memory    {describe_recompute(ctx.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(ctx.validation):
         rehearse_evaluation(ctx)
-    if ctx.objective.learns == "pairs" and not state.step:
+    if ctx.objective.learns == "pairs" and ctx.model.score is None and not state.step:
         ctx.run.print(check_preferences(ctx).preflight_line())
     weights = sharding.gather_full(ctx.trained_weights())
     moments = sharding.gather_full(optimizer_tensors(ctx.optimizer, ctx.trained))
