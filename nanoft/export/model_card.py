@@ -88,14 +88,18 @@ def model_card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base
     """README.md: the Hub's front matter, how to load the model, lines about what was verified, settings and metrics."""
     name, method = facts["base"]["name"], "qlora" if facts["quantization"] else "lora"
     front: dict[str, Any] = {"library_name": LIBRARIES.get(form, "transformers"), "pipeline_tag": "text-generation"}
-    if hub := hub_name(name, base):
+    use = USE.get(form, "").format(base=(hub := hub_name(name, base)) or name)
+    if facts.get("is_reward_model"):
+        front["pipeline_tag"] = "text-classification"
+        use = re.sub(r'CausalLM(\S+")\)', r"SequenceClassification\1, num_labels=1)", use)
+    if hub:
         front |= {"base_model": hub, "base_model_relation": "finetune" if form == "hf" else "adapter"}
     if license := license_of(base):
         front["license"] = license
     front["tags"] = ["nanoft", method]
     lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {Path(name).name}, fine-tuned", *proven]
-    if form in USE:
-        lines.append(f"```python\n{USE[form].format(base=hub or name)}\n```")
+    if use:
+        lines.append(f"```python\n{use}\n```")
     if settings := run.get("config"):
         values = {name: settings["lora"][name] for name in ("rank", "alpha")}
         values |= {"learning rate": settings["training"]["learning_rate"], "seed": settings["system"]["seed"]}

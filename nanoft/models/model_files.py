@@ -26,7 +26,7 @@ from nanoft.nf4 import CODES
 
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of plain weights
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING, SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
 BNB = "bitsandbytes"  # whose quantization_config had no quant_method once
 # Other spellings of the decoder's names: with what DDP, torch.compile, FSDP and activation checkpointing put into them,
 # with outer modules, or without the decoder's own.
@@ -150,7 +150,8 @@ class ModelFiles:
             notes.append("quantization_config is ignored: the weights are not quantized")
             quantization = None
         said = tuple(f"{self.directory / 'config.json'}: {note}" for note in notes)
-        return replace(self, decoder=replace(self.decoder, tied=tied), quantization=quantization, notes=said)
+        decoder = replace(self.decoder, tied=tied, has_score=SCORE in headers)
+        return replace(self, decoder=decoder, quantization=quantization, notes=said)
 
 
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:

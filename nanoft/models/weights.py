@@ -23,7 +23,7 @@ from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig
-from nanoft.models.families import with_both_rope_forms
+from nanoft.models.families import FAMILIES, SCORES, with_both_rope_forms
 from nanoft.models.model_files import (
     HEAD,
     TOKENIZER_FILES,
@@ -181,6 +181,18 @@ def grow_vocabulary(model: Decoder, size: int) -> None:
         module.weight = nn.Parameter(torch.cat((module.weight, mean.expand(more, -1))))
 
 
+def add_score(model: Decoder, seed: int = 0) -> None:
+    """Put a scalar head, (1, hidden) float32 ~ N(0, 1/(hidden + 1)), in the place of the head, unless there is one.
+
+    So rewards start small, of a variance near 1 (Stiennon et al. 2020, app. B); a head of zeros would pass no gradient.
+    """
+    if model.score is None:
+        model.config, model.lm_head = replace(model.config, tied=True, has_score=True), None
+        weight = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+        model.score = nn.Linear(model.config.hidden_size, 1, bias=False, device="meta")
+        model.score.weight = nn.Parameter((weight / math.sqrt(model.config.hidden_size + 1)).to(model.device))
+
+
 def _replace(model: nn.Module, name: str, linear: nn.Module) -> None:
     """Put another linear in the place of one, whose bias it takes over."""
     linear.register_parameter("bias", model.get_submodule(name).bias)  # type: ignore[arg-type]
@@ -291,6 +303,7 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
     write_file(out / "model.safetensors", encode_safetensors(specs, lambda name: parameters[name].to(dtype)))
     write_config(source, out, dtype, model.config)
     copy_companions(source, out)
+    describe_score(out, model.config)
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig | None = None) -> None:
@@ -298,9 +311,32 @@ def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderCo
     base = ModelFiles.read(source)
     decoder = decoder or base.decoder
     config = {name: value for name, value in base.config.items() if name != "quantization_config"}
-    config |= {"tie_word_embeddings": decoder.tied, "vocab_size": decoder.vocab_size}
+    config |= {"tie_word_embeddings": decoder.tied or decoder.has_score, "vocab_size": decoder.vocab_size}
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # for transformers 5, and for 4
     write_json(out / "config.json", with_both_rope_forms(config))
+
+
+def describe_score(out: Path, decoder: DecoderConfig) -> None:
+    """Let transformers load a reward model as AutoModelForSequenceClassification; of another, change nothing.
+
+    The reward is taken at the last token that is not padding, so padding is not a token that ends answers.
+    """
+    if not decoder.has_score:
+        return
+    chat = ChatTokenizer.from_directory(out)
+    names = [chat.special.get(name, "") for name in ("pad_token", "unk_token", "bos_token")]
+    ids = [*(chat.tokenizer.token_to_id(name) for name in names if name), *range(len(chat.stop_ids) + 1)]
+    pad = next(i for i in ids if i is not None and i not in chat.stop_ids)
+    architecture = FAMILIES[decoder.family].architecture.replace("ForCausalLM", SCORES)
+    labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": {"architectures": [architecture], "pad_token_id": pad, **labels},
+        "tokenizer_config.json": {"pad_token": chat.tokenizer.id_to_token(pad)},
+    }
+    for path in (out / name for name in changes):
+        settings = {**(read_json(path) if path.is_file() else {}), **changes[path.name]}
+        path.unlink(missing_ok=True)
+        write_json(path, settings)
 
 
 def copy_companions(source: Path, out: Path, base: Path | None = None, add_tokens: Sequence[str] = ()) -> None:

@@ -100,10 +100,12 @@ def test_a_label_beside_a_text_is_a_class(path: Path) -> None:
 
 
 PAIRS: list[tuple[dict[str, Any], dict[str, str]]] = [
-    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, {"prompt": "prompt", "completion": "chosen"}),
-    ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": []}, {"prompt": "prompt", "completion": "chosen"}),
+    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, {"completion": "chosen"}),
+    ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": []}, {"completion": "chosen"}),
     ({"prompt": "Q", "chosen": [USER, ASSISTANT], "rejected": []}, {"messages": "chosen"}),
     ({"chosen": [USER, ASSISTANT], "rejected": []}, {"messages": "chosen"}),
+    ({"question": "Q", "chosen": "A", "rejected": "B"}, {"answer": "chosen"}),
+    ({"instruction": "Q", "chosen": "A", "rejected": "B"}, {"output": "chosen"}),
 ]
 
 
