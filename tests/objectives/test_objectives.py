@@ -182,8 +182,8 @@ def test_out_of_memory_takes_the_same_window_again_in_halves(
     whole, short = (on(root, tmp_path / name, objective, **SHORT) for name in ("whole", "short"))
     assert train.main(whole) == 0
 
-    def failing(number: int, real: Any, *args: Any) -> Any:
-        done = real(*args)
+    def failing(number: int, real: Any, *args: Any, **options: Any) -> Any:
+        done = real(*args, **options)
         return no_memory() if number in (6, 10) else done
 
     with monkeypatch.context() as patch:
