@@ -1,6 +1,6 @@
 """Reward models: a number for an answer, learned from which of two answers is better.
 
-A scalar head w, `model.score`, reads the last hidden state h of the last token, r = w . h, in the place of the head
+A scalar head w, `score`, reads the last hidden state h of the last token, r = w . h, in the place of the head
 that gives logits. The probability that y+ is better than y- is sigmoid(r+ - r-) (Bradley and Terry 1952), and its
 negative log-likelihood is the loss. Only differences are learned; `preference.center` keeps rewards around zero.
 """
