@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
-from nanoft.blocks.rope import Rope
+from nanoft.blocks.rope import Rope, document_lengths
 from nanoft.blocks.trained import Adapter
 from nanoft.recompute import ActivationPolicy, run_block
 
@@ -301,14 +301,13 @@ class Decoder(nn.Module):
 
     def context(self, positions: Tensor, dtype: torch.dtype, documents: Documents | None = None) -> SequenceContext:
         """What the layers of one forward pass share; positions are (b, q)."""
-        return self.context_class(self.rotations(positions, dtype), documents)
+        return self.context_class(self.rotations(positions, dtype, document_lengths(positions, documents)), documents)
 
-    def rotations(self, positions: Tensor, dtype: torch.dtype) -> list[Rotation]:
-        """For each rope of the model cos and sin of position * frequency; angles in float32 whatever the dtype."""
+    def rotations(self, positions: Tensor, dtype: torch.dtype, lengths: Tensor) -> list[Rotation]:
+        """For each rope cos and sin of position * frequency, in float32 inside; lengths of documents are (b, q or 1)."""
         found = []
         for rope in self.config.distinct_ropes:
-            length = int(positions.max()) + 1 if rope.depends_on_length else 0
-            frequency, factor = rope.angles(self.config.head_dim, length)
+            frequency, factor = rope.angles(self.config.head_dim, lengths[..., None, None])
             angles = positions[:, :, None, None].float() * frequency.to(positions.device)
             growth = None
             if rope.query_growth:

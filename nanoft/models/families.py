@@ -172,11 +172,25 @@ def _read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:
 
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
     """The fields with the rope in both forms; transformers 4 and 5 each use a default if only the other's is there."""
-    rope = _read_rope(hf)
-    scaling = {key: value for key, value in rope.parameters.items() if key not in ("type", "rope_type", "rope_theta")}
-    current = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}
-    classic = None if rope.kind == "default" else {**current, "type": rope.kind}
-    return {**hf, "rope_theta": rope.theta, "rope_parameters": current, "rope_scaling": classic}
+    (rope, *local), share = decoder_config(hf).distinct_ropes, {}
+    current = full = _current_form(rope)
+    classic = None if rope.kind == "default" else {**full, "type": rope.kind}
+    if rope.kind == "longrope":  # where version 4 knows it, in Phi-3, it takes exactly these
+        classic = {"type": rope.kind, **{key: full[key] for key in ("short_factor", "long_factor")}}
+        share["original_max_position_embeddings"] = rope.context
+    if rope.share != 1:
+        share["partial_rotary_factor"] = rope.share
+    if local:
+        current = dict(zip(KINDS, (full, _current_form(local[0])), strict=True))
+        if find_family(hf) == "gemma3_text":
+            share["rope_local_base_freq"] = local[0].theta
+    return {**hf, **share, "rope_theta": rope.theta, "rope_parameters": current, "rope_scaling": classic}
+
+
+def _current_form(rope: Rope) -> dict[str, Any]:
+    parameters = {key: value for key, value in rope.parameters.items() if key != "type"}
+    share = {} if rope.share == 1 else {"partial_rotary_factor": rope.share}
+    return {**parameters, **share, "rope_type": rope.kind, "rope_theta": rope.theta}
 
 
 # ---- The families
