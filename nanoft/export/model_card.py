@@ -22,6 +22,7 @@ from nanoft.io.atomic import hash_file
 from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import is_run
 from nanoft.runtime.device import library_versions
 
@@ -29,9 +30,8 @@ PARITY_TOKENS = 256  # maximum length of a prompt
 PLAIN_PROMPTS = ["What is the capital of Norway?", "Count from 1 to 5."]  # if there is no data
 LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx"}
 USE = {  # how each format is loaded from its directory
-    "hf": 'model = transformers.AutoModelForCausalLM.from_pretrained(".")',
-    "peft": 'base = transformers.AutoModelForCausalLM.from_pretrained("{base}")\n'
-    'model = peft.PeftModel.from_pretrained(base, ".")',
+    "hf": 'model = transformers.{kind}.from_pretrained(".")',
+    "peft": 'base = transformers.{kind}.from_pretrained("{base}")\nmodel = peft.PeftModel.from_pretrained(base, ".")',
     "mlx": 'model, tokenizer = mlx_lm.load("{base}", adapter_path=".")',
 }
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -94,12 +94,15 @@ def model_card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base
         front["license"] = license
     front["tags"] = ["nanoft", method]
     lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {Path(name).name}, fine-tuned", *proven]
+    files = ModelFiles.read(base)
     if form in USE:
-        lines.append(f"```python\n{USE[form].format(base=hub or name)}\n```")
+        kind = "AutoModelForImageTextToText" if files.decoder.wrapped else "AutoModelForCausalLM"
+        lines.append(f"```python\n{USE[form].format(base=hub or name, kind=kind)}\n```")
     if settings := run.get("config"):
         values = {name: settings["lora"][name] for name in ("rank", "alpha")}
         values |= {"learning rate": settings["training"]["learning_rate"], "seed": settings["system"]["seed"]}
-        rows = [[name, str(value)] for name, value in {"method": method, **values}.items()]
+        about = {"model": files.description, "method": method, **values}
+        rows = [[name, str(value)] for name, value in about.items()]
         lines.append("## Training\n\n" + markdown_table(["setting", ""], rows))
     metrics = run.get("metrics", {})
     if "tuned" in metrics:
