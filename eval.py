@@ -82,6 +82,11 @@ def main(argv: list[str]) -> int:
     loaded = open_model(args.source, device, dtype, original_base=args.quantization, plain=plain)
     if loaded.step is not None:
         print(f"{args.source}: has no result yet: evaluating its best checkpoint, after step {loaded.step}\n")
+    if loaded.model.config.has_score:
+        config = config.override({"training.objective": "reward"})
+        asked = {"--compare-base": args.compare_base, "--general": args.general, "--quantization": args.quantization}
+        if flag := next((flag for flag, value in asked.items() if value), None):
+            raise UserError(f"{flag}: {args.source} is a reward model, which has no likelihoods: remove {flag}")
     if args.compare_base and not has_base(args.source, loaded, config):
         raise UserError(f"--compare-base: {args.source} is a plain model without a base: remove --compare-base")
     chat = open_chat_tokenizer(args.source, loaded, as_trained=True)

@@ -196,6 +196,7 @@ class PreferenceConfig(Section):
     gamma: float = bounded(0.5, 0.0)  # of simpo: by how much the chosen answer's reward has to be larger
     desirable_weight: float = bounded(1.0, 0.0)  # of kto: of good answers
     undesirable_weight: float = bounded(1.0, 0.0)  # of kto: of bad answers
+    center: float = bounded(0.0, 0.0)  # of reward: weight of the squared sum of a pair's rewards; 0.01 is usual
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from nanoft.batches import Sample, TokenDataset, collate
+from nanoft.batches import Sample, TokenDataset, collate, eval_batches
 from nanoft.config import EvaluationConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.data.formats import Conversation
@@ -34,6 +34,7 @@ from nanoft.loss import token_nll
 from nanoft.metrics.answers import Metric, exact_match
 from nanoft.metrics.bootstrap import Array, Figure
 from nanoft.model import Decoder
+from nanoft.objectives.reward import answer_rewards
 from nanoft.perplexity import safe_exp
 from nanoft.runtime import distributed
 
@@ -166,6 +167,22 @@ def likelihoods(
     return Likelihoods(nats, tokens, np.array([_text_bytes(chat, sample) for sample in samples], np.int64))
 
 
+@torch.no_grad()
+def reward_figures(model: Decoder, pairs: TokenDataset, batch_size: int) -> dict[str, Figure]:
+    """How often the chosen answer of a pair has the higher reward, and by how much on average."""
+    training, batches, found = model.training, list(eval_batches(pairs, batch_size, 0)), dict[int, float]()
+    model.eval()
+    with distributed.same_exception(model.device):
+        for at in distributed.split_work(range(len(batches))):
+            batch = batches[at].to(model.device)
+            found |= zip(batch.samples.chosen.tolist(), answer_rewards(model, batch).tolist(), strict=True)
+    found = distributed.all_gather_dict(found)
+    model.train(training)
+    rewards = np.array([found[number] for number in pairs.chosen.tolist()]).reshape(-1, 2)  # (pairs, 2)
+    margins = rewards[:, 0] - rewards[:, 1]
+    return {"pair_accuracy": Figure.mean(margins > 0), "reward_margin": replace(Figure.mean(margins), unit="number")}
+
+
 def windows(length: int, context: int, stride: int | None = None) -> list[tuple[int, int, int]]:
     """(start, first, end) of each window: it reads tokens [start, end) and counts [first, end)."""
     stride = stride or max(1, context // 2)
@@ -227,9 +244,15 @@ def measure(
     model: Decoder, chat: ChatTokenizer, samples: Sequence[Sample], prompts: Sequence[Prompt], e: EvaluationConfig,
     context: int, metrics: Sequence[Metric] = (), general: Sequence[Sample] = (), seed: int = 0,
 ) -> EvalResult:  # fmt: skip
-    """The likelihood of samples, answers to prompts and their metrics, and the loss on a general text."""
+    """The likelihood of samples, answers to prompts and their metrics, and the loss on a general text.
+
+    Of a reward model, what it says of pairs.
+    """
     started = time.perf_counter()
     figures: dict[str, Figure] = {}
+    if model.config.has_score:
+        figures = reward_figures(model, TokenDataset.of(samples), e.batch_size) if len(samples) else figures
+        return EvalResult(figures, [], time.perf_counter() - started)
     if len(samples):
         samples = TokenDataset.of(samples)
         found = likelihoods(model, chat, samples, e.batch_size, context, e.stride)

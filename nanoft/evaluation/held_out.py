@@ -78,10 +78,11 @@ def read_held_out(
 ) -> HeldOut:
     """Read and tokenize everything to evaluate on: `data` from `choose_data`, --data and --general."""
     e, limit = config.evaluation, config.model.max_seq_length
+    learns = OBJECTIVES[config.training.objective].learns
     if file:  # plain texts are evaluated completely, whatever their length
         paths = [path for part in find_files(data.train_file, "--data") for path in part]
-        limit = 2**31 - 1 if all(str(next(iter(read_file(path, data)))) == "text" for path in paths) else limit
-    learns = OBJECTIVES[config.training.objective].learns
+        shapes = {str(next(iter(read_file(path, data, learns=learns)))) for path in paths}
+        limit = 2**31 - 1 if shapes == {"text"} else limit
     corpus = build_datasets(data, chat, limit, config.system.seed, print, learns=learns)
     samples = corpus.training if file else corpus.validation
     if not len(samples):

@@ -46,7 +46,7 @@ from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, save_adapter, select_modules, sum_adapters, vocabulary_of
 from nanoft.models.model_files import ModelFiles, Quantization, base_files, quantization_of
 from nanoft.models.open import LoadedModel, TrainedAdapter, attach_adapter, find_adapter, is_run, read_trained_adapter
-from nanoft.models.weights import copy_companions, save_model, tower_specs, write_config
+from nanoft.models.weights import copy_companions, describe_score, save_model, tower_specs, write_config
 
 Onto = Literal["original", "nf4"]  # the base's original weights, or those of training, dequantized
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -101,6 +101,7 @@ def merge(
         write_json(out / "model.safetensors.index.json", index)
     write_config(opened.base_directory, out, dtype, opened.model.config)
     copy_tokenizer(opened, out)
+    describe_score(out, opened.model.config)
     return finished
 
 
@@ -154,6 +155,8 @@ def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[dict[
     hashes = [hash_tensors(adapter.tensors) for adapter in adapters]
     parts = zip(args.sources, hashes, factors, strict=True)
     summed = [{"source": source, "sha256": digest, "weight": factor} for source, digest, factor in parts]
+    if modules and any("score" in adapter.lora.modules_to_save for adapter in adapters):
+        raise UserError(f"--only: {args.only}: a reward model needs its scalar head: remove it")
     if args.unmerge:  # must have been merged, and be subtractable
         directory = Path(args.unmerge)
         if not directory.is_dir():

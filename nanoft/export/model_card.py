@@ -30,8 +30,9 @@ PARITY_TOKENS = 256  # maximum length of a prompt
 PLAIN_PROMPTS = ["What is the capital of Norway?", "Count from 1 to 5."]  # if there is no data
 LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx"}
 USE = {  # how each format is loaded from its directory
-    "hf": 'model = transformers.{kind}.from_pretrained(".")',
-    "peft": 'base = transformers.{kind}.from_pretrained("{base}")\nmodel = peft.PeftModel.from_pretrained(base, ".")',
+    "hf": 'model = transformers.AutoModelForCausalLM.from_pretrained(".")',
+    "peft": 'base = transformers.AutoModelForCausalLM.from_pretrained("{base}")\n'
+    'model = peft.PeftModel.from_pretrained(base, ".")',
     "mlx": 'model, tokenizer = mlx_lm.load("{base}", adapter_path=".")',
 }
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -88,16 +89,20 @@ def model_card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base
     """README.md: the Hub's front matter, how to load the model, lines about what was verified, settings and metrics."""
     name, method = facts["base"]["name"], "qlora" if facts["quantization"] else "lora"
     front: dict[str, Any] = {"library_name": LIBRARIES.get(form, "transformers"), "pipeline_tag": "text-generation"}
-    if hub := hub_name(name, base):
+    use, files = USE.get(form, "").format(base=(hub := hub_name(name, base)) or name), ModelFiles.read(base)
+    if files.decoder.wrapped:
+        use = use.replace("ForCausalLM", "ForImageTextToText")
+    if facts.get("is_reward_model"):
+        front["pipeline_tag"] = "text-classification"
+        use = re.sub(r'CausalLM(\S+")\)', r"SequenceClassification\1, num_labels=1)", use)
+    if hub:
         front |= {"base_model": hub, "base_model_relation": "finetune" if form == "hf" else "adapter"}
     if license := license_of(base):
         front["license"] = license
     front["tags"] = ["nanoft", method]
     lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {Path(name).name}, fine-tuned", *proven]
-    files = ModelFiles.read(base)
-    if form in USE:
-        kind = "AutoModelForImageTextToText" if files.decoder.wrapped else "AutoModelForCausalLM"
-        lines.append(f"```python\n{USE[form].format(base=hub or name, kind=kind)}\n```")
+    if use:
+        lines.append(f"```python\n{use}\n```")
     if settings := run.get("config"):
         values = {name: settings["lora"][name] for name in ("rank", "alpha")}
         values |= {"learning rate": settings["training"]["learning_rate"], "seed": settings["system"]["seed"]}

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     use_cache_of(args.source)
     device = choose_device("auto")
     loaded = open_model(args.source, device, choose_dtype("auto", device))
+    if loaded.model.config.has_score:
+        raise UserError(f"{args.source}: is a reward model, which writes no answers: measure it with eval.py on pairs")
     if args.base and not loaded.adapters:
         raise UserError(f"--base: {args.source} has no adapter to switch off: remove --base, or name a LoRA run")
     bytes_needed = sum(linear.out_features * linear.in_features for linear in linears_of(loaded.model).values()) * 4

@@ -144,7 +144,8 @@ def save_adapter(
     rows = {name.rpartition(".")[2]: a.ids.tolist() for name, a in adapters.items() if isinstance(a, TrainedRows)}
     base, revision = split_reference(base_name)
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if "score" in adapters else "CAUSAL_LM",
+        "base_model_name_or_path": base, "revision": revision,
         "r": plain.rank, "lora_alpha": plain.alpha,
         "rank_pattern": plain.rank_pattern, "alpha_pattern": plain.alpha_pattern,
         "lora_dropout": plain.dropout, "target_modules": targets,

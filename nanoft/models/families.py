@@ -53,6 +53,7 @@ HARMLESS_FIELDS = """
     use_flash_attention_2 transformers.js_config neftune_noise_alpha gradient_checkpointing
 """.split()  # noqa: SIM905
 
+SCORES = "ForSequenceClassification"  # the end of an architecture's name, instead of ForCausalLM: a reward model
 # Upper limits of sizes in a config.json: several times those of the largest models.
 MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
@@ -113,7 +114,7 @@ def find_family(hf: Fields) -> str:
     """The key in FAMILIES: by `architectures`, or by `model_type` if there are none."""
     names = hf.get("architectures") or []
     known = {family.architecture: name for name, family in FAMILIES.items()}
-    found = [known[name] for name in names if name in known]
+    found = [known[own] for name in names if (own := name.replace(SCORES, "ForCausalLM")) in known]
     if not names and hf.get("model_type") in FAMILIES:
         found = [hf["model_type"]]
     if not found:

@@ -27,7 +27,7 @@ from nanoft.nf4 import CODES
 
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of plain weights
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING, SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
 BNB, FP8 = "bitsandbytes", "fp8"  # of quantization_config: quant_method, which the first did not have once
 # Other spellings of the decoder's names: with what DDP, torch.compile, FSDP and activation checkpointing put into them,
 # with outer modules, or without the decoder's own.
@@ -167,7 +167,7 @@ class ModelFiles:
             quantization = None
         said = tuple(f"{self.directory / 'config.json'}: {note}" for note in notes)
         towers = {header.name: header for header in headers.values() if self.is_other_tower(header.name)}
-        decoder = replace(self.decoder, tied=tied)
+        decoder = replace(self.decoder, tied=tied, has_score=SCORE in headers)
         return replace(self, decoder=decoder, quantization=quantization, notes=said, towers=towers)
 
     def is_other_tower(self, name: str) -> bool:

@@ -24,7 +24,7 @@ from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensor
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models import fp8
-from nanoft.models.families import with_both_rope_forms
+from nanoft.models.families import FAMILIES, SCORES, with_both_rope_forms
 from nanoft.models.model_files import (
     DTYPES,
     HEAD,
@@ -195,6 +195,22 @@ def grow_vocabulary(model: Decoder, size: int) -> None:
         module.weight = nn.Parameter(torch.cat((module.weight, mean.expand(more, -1))))
 
 
+def add_score(model: Decoder, seed: int = 0) -> None:
+    """Put a scalar head, (1, hidden) float32 ~ N(0, 1/(hidden + 1)), in the place of the head, unless there is one.
+
+    So rewards start small, of a variance near 1 (Stiennon et al. 2020, app. B); a head of zeros would pass no gradient.
+    """
+    if model.config.wrapped:
+        raise UserError(
+            "training.objective: no reward model of a text tower can be exported: name a model of text alone"
+        )
+    if model.score is None:
+        model.config, model.lm_head = replace(model.config, tied=True, has_score=True), None
+        weight = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+        model.score = nn.Linear(model.config.hidden_size, 1, bias=False, device="meta")
+        model.score.weight = nn.Parameter((weight / math.sqrt(model.config.hidden_size + 1)).to(model.device))
+
+
 def _replace(model: nn.Module, name: str, linear: nn.Module) -> None:
     """Put another linear in the place of one, whose bias it takes over."""
     linear.register_parameter("bias", model.get_submodule(name).bias)  # type: ignore[arg-type]
@@ -313,6 +329,7 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
     write_file(out / "model.safetensors", encode_safetensors(specs | tower_specs(base), read))
     write_config(source, out, dtype, model.config)
     copy_companions(source, out)
+    describe_score(out, model.config)
 
 
 def tower_specs(base: ModelFiles) -> Specs:
@@ -327,15 +344,38 @@ def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderCo
     """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized."""
     base = ModelFiles.read(source)
     decoder = decoder or base.decoder
-    name = str(dtype).removeprefix("torch.")
-    whole = {"tie_word_embeddings": decoder.tied, "dtype": name, "torch_dtype": name}  # for transformers 5, and for 4
-    text = with_both_rope_forms({**base.fields, **whole, "vocab_size": decoder.vocab_size})
-    text.pop("quantization_config", None)
+    name, is_tied = str(dtype).removeprefix("torch."), decoder.tied or decoder.has_score
+    outer = {"tie_word_embeddings": is_tied, "dtype": name, "torch_dtype": name}  # for transformers 5, and for 4
+    config = text = with_both_rope_forms({**base.fields, **outer, "vocab_size": decoder.vocab_size})
     if decoder.wrapped:
+        config = {**base.config, **outer, "text_config": text}
         del text["architectures"]  # which is the wrapper's
-        whole = {**base.config, **whole, "text_config": text}
-        whole.pop("quantization_config", None)
-    write_json(out / "config.json", whole if decoder.wrapped else text)
+    for fields in (config, text):
+        fields.pop("quantization_config", None)
+    write_json(out / "config.json", config)
+
+
+def describe_score(out: Path, decoder: DecoderConfig) -> None:
+    """Let transformers load a reward model as AutoModelForSequenceClassification; of another, change nothing.
+
+    The reward is taken at the last token that is not padding, so padding is not a token that ends answers.
+    """
+    if not decoder.has_score:
+        return
+    chat = ChatTokenizer.from_directory(out)
+    names = [chat.special.get(name, "") for name in ("pad_token", "unk_token", "bos_token")]
+    ids = [*(chat.tokenizer.token_to_id(name) for name in names if name), *range(len(chat.stop_ids) + 1)]
+    pad = next(i for i in ids if i is not None and i not in chat.stop_ids)
+    architecture = FAMILIES[decoder.family].architecture.replace("ForCausalLM", SCORES)
+    labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": {"architectures": [architecture], "pad_token_id": pad, **labels},
+        "tokenizer_config.json": {"pad_token": chat.tokenizer.id_to_token(pad)},
+    }
+    for path in (out / name for name in changes):
+        settings = {**(read_json(path) if path.is_file() else {}), **changes[path.name]}
+        path.unlink(missing_ok=True)
+        write_json(path, settings)
 
 
 def copy_companions(source: Path, out: Path, base: Path | None = None, add_tokens: Sequence[str] = ()) -> None:

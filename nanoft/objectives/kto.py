@@ -44,7 +44,10 @@ class KTO(Preference):
     def __init__(self, config: Config, adapters: dict[str, Adapter]):
         super().__init__(config, adapters)
         self.kl = 0.0
-        if not adapters:
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if config.training.method == "full":
             why = "needs the reference at every step, for answers to other prompts"
             raise UserError(f"training.method: full: training.objective=kto {why}: set training.method=lora")
         if config.effective_batch_size() == 1 and not config.data.packing:

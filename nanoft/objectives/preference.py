@@ -121,6 +121,10 @@ class Preference:
         self.reference = Reference(config, adapters)
         self.sums: dict[str, Tensor] = {}
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuse a config on which the objective cannot work, with a UserError."""
+
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
         """The loss of each unit, (n,), differentiable; and figures, of which means are logged."""
         raise NotImplementedError

@@ -59,14 +59,18 @@ class Reference:
 
     @contextmanager
     def _as_at_step_0(self) -> Iterator[None]:
-        now = [p.data for p, _ in self.start]
-        for p, before in self.start:
-            p.data = before
+        now = [p.detach().clone() for p, _ in self.start]
+        self._set([before for _, before in self.start])
         try:
             yield
         finally:
-            for (p, _), data in zip(self.start, now, strict=True):
-                p.data = data
+            self._set(now)
+
+    def _set(self, values: list[Tensor]) -> None:
+        for (p, _), value in zip(self.start, values, strict=True):
+            p.copy_(value)
+        for adapter in self.adapters.values():
+            adapter.train(adapter.training)  # DoRA forgets the norms of the weights before
 
     @torch.no_grad()
     def precompute(

@@ -61,7 +61,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
         training["energy_wh"] = round(state.meter.total_joules / JOULES_PER_WH, 6)
     tuned = measure(ctx, state, ctx.model)
     base = None
-    if not distributed.stop_requested(stop) and not ctx.config.model.random_init:
+    if not distributed.stop_requested(stop) and not ctx.config.model.random_init and not ctx.model.config.has_score:
         try:
             with base_model(ctx) as model:
                 base = measure(ctx, state, model)

@@ -16,11 +16,10 @@ from nanoft.checkpoint import SaveResult
 from nanoft.evaluation import evaluate
 from nanoft.io.untrusted import one_line
 from nanoft.kernels import sharding
-from nanoft.optim import optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import rng_state
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, peak_memory_gb, read_memory, release_memory
-from nanoft.training.state import TrainContext, TrainState
+from nanoft.training.state import TrainContext, TrainState, optimizer_tensors
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # as fits 80 columns
 Cadence = int | float | Literal["epoch", "auto"]  # as in training.eval_steps

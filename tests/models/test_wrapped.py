@@ -21,7 +21,8 @@ import train
 from nanoft import UserError
 from nanoft.lora import inject_lora
 from nanoft.models.adapter_files import load_adapter_tensors, read_adapter
-from nanoft.models.families import decoder_config
+from nanoft.models.families import FAMILIES, decoder_config
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
 from tiny_models import SMALL, train_run, write_records
@@ -247,6 +248,28 @@ def test_the_plan_names_the_text_tower(wrapper: Path, capsys: pytest.CaptureFixt
     assert f"{fields['text_config']['model_type']}, the text of {fields['architectures'][0]}, " in said
 
 
+def test_a_reward_model_of_a_text_tower_is_refused(wrapper: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([str(wrapper / "run.json"), "training.objective=reward", "--plan"]) == 2
+    assert "training.objective: no reward model of a text tower" in capsys.readouterr().err
+
+
+def test_gguf_is_what_the_text_family_says(wrapper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, family = tmp_path / "model.gguf", ModelFiles.read(wrapper / "base").decoder.family
+    code = merge.main([str(wrapper / "run"), "--format", "gguf", "--dtype", "f32", "--out", str(out)])
+    assert (code, out.exists()) == ((2, False) if FAMILIES[family].gguf is None else (0, True)), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["mlx", "peft"])
+def test_names_in_other_formats(wrapper: Path, kind: str, tmp_path: Path) -> None:
+    """mlx-lm calls the text tower language_model, and ignores tensors of other names."""
+    assert merge.main([str(wrapper / "run"), "--format", kind, "--out", str(tmp_path / "out")]) == 0
+    files = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    prefix = {"mlx": "language_model.model.layers.", "peft": "base_model.model.model.language_model.layers."}[kind]
+    assert all(name.startswith(prefix) for name in files[0])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForCausalLM" not in card
+
+
 # --- FP8
 
 
@@ -270,7 +293,8 @@ def make_fp8(base: Path, out: Path, form: str) -> dict[str, Tensor]:
         name for name in stored if name.endswith("_proj.weight") and "layers" in name and "vision" not in name
     ]:
         weight = stored[name]
-        block = {"blocks": (32, 24), "rows": (1, weight.shape[1])}.get(form, tuple(weight.shape))
+        blocks = {"blocks": (32, 24), "even": (16, 16), "rows": (1, weight.shape[1]), "one": tuple(weight.shape)}
+        block = blocks[form]
         codes, scales = to_fp8(weight, block)  # type: ignore[arg-type]
         values[name] = torch.stack(
             [
@@ -286,7 +310,7 @@ def make_fp8(base: Path, out: Path, form: str) -> dict[str, Tensor]:
         stored[place + "activation_scale"] = torch.tensor(1.0)
     save_file(stored, out / "model.safetensors", {"format": "pt"})
     config = json.loads((out / "config.json").read_text())
-    blocks = [32, 24] if form == "blocks" else None
+    blocks = {"blocks": [32, 24], "even": [16, 16]}.get(form)
     config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": blocks}
     (out / "config.json").write_text(json.dumps(config))
     return values
@@ -302,3 +326,54 @@ def test_weights_in_fp8_are_dequantized_while_loading(
     for name, value in values.items():
         own = decoder.get_parameter(name.removeprefix("language_model."))
         assert torch.equal(own, value.to(dtype)), name
+
+
+@pytest.mark.parametrize("form", ["blocks", "rows", "one"])
+def test_a_merge_onto_fp8_has_the_dequantized_dtype(wrapper: Path, form: str, tmp_path: Path) -> None:
+    """Read some rows at a time, the sizes of which are not those of the blocks; with QLoRA on the dequantized ones."""
+    values, out = make_fp8(wrapper / "base", tmp_path / "base", form), tmp_path / "merged"
+    run = train_run(tmp_path / "run", tmp_path / "base", wrapper / "data.jsonl", training__max_steps=2)
+    said = ours(open_model(str(run), CPU, torch.float32).model)
+    assert merge.main([str(run), "--out", str(out), "--dtype", "bf16"]) == 0
+    merged = load_file(out / "model.safetensors")
+    assert all(merged[name].dtype == torch.bfloat16 for name in values)
+    assert not any("scale" in name for name in merged)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert (theirs(opened_by_transformers(out)).float() - said).abs().max() < 0.15 * said.std()
+
+
+def test_fp8_equals_transformers(wrapper: Path, tmp_path: Path) -> None:
+    """Which dequantizes, too, on a CPU; its blocks must divide the sizes."""
+    make_fp8(wrapper / "base", tmp_path / "base", "even")
+    model = opened_by_transformers(tmp_path / "base")
+    decoder = load_model(tmp_path / "base", CPU, torch.float32)
+    assert (theirs(model.float()) - ours(decoder)).abs().max() < 1e-4 * ours(decoder).std()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"weight_block_size": [0, 128]},
+            r"config\.json: quantization_config: weight_block_size: \[0, 128\] is not two",
+        ),
+        ({"weight_block_size": [16, 16]}, r"weight_scale_inv is \(2, 3\) instead of \(4, 4\)"),
+        ({"quant_method": "awq"}, "only weights quantized by bitsandbytes and in FP8 are supported"),
+    ],
+)
+def test_what_does_not_fit_is_refused(wrapper: Path, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_fp8(wrapper / "base", tmp_path / "base", "blocks")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": {**config["quantization_config"], **change}}))
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "base", CPU, torch.float32)
+
+
+def test_weights_in_fp8_without_scales_are_refused(wrapper: Path, tmp_path: Path) -> None:
+    make_fp8(wrapper / "base", tmp_path / "base", "one")
+    path = tmp_path / "base" / "model.safetensors"
+    stored = load_file(path)
+    save_file({n: t for n, t in stored.items() if "layers.0.self_attn.q_proj.weight_scale" not in n}, path)
+    with pytest.raises(UserError, match=r"1 tensors do not fit config.json: missing .*q_proj\.weight_scale_inv"):
+        load_model(tmp_path / "base", CPU, torch.float32)
