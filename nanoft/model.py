@@ -63,6 +63,7 @@ class DecoderConfig:
     residual_scale: float = 1.0  # x + scale * attention(norm(x)) (Granite)
     logit_scale: float = 1.0  # logits = scale * hidden @ head^T
     logit_cap: float | None = None  # logits l become cap tanh(l / cap)
+    wrapped: bool = False  # text is one tower of a larger model
 
     @property
     def distinct_ropes(self) -> list[Rope]:

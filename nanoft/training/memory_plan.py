@@ -367,6 +367,7 @@ def show_plan(config: Config) -> int:
     def say(name: str, text: str) -> None:
         print(wrap(f"{name:16} {text}", 17))
 
+    say("model", files.description)
     kind, rows = machine.device.type, config.effective_batch_size() * unit
     if not machine.present:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
