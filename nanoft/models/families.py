@@ -189,7 +189,7 @@ def _read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:
 
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
     """The fields with the rope in both forms; transformers 4 and 5 each use a default if only the other's is there."""
-    (rope, *local), share = decoder_config(hf).distinct_ropes, {}
+    (rope, *local), share = decoder_config({**hf}).distinct_ropes, dict[str, Any]()
     current = full = _current_form(rope)
     classic = None if rope.kind == "default" else {**full, "type": rope.kind}
     if rope.kind == "longrope":  # where version 4 knows it, in Phi-3, it takes exactly these

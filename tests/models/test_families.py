@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
 import merge
@@ -17,7 +18,6 @@ from nanoft import UserError
 from nanoft.models.families import FAMILIES, decoder_config, find_family, with_both_rope_forms
 from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
-from tiny_families import make_family
 from tiny_models import SMALL, train_run, write_records
 
 CPU = torch.device("cpu")

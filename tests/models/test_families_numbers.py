@@ -11,6 +11,7 @@ import torch
 from adapters import CPU, peft_model, peft_name, randomize
 from peft import PeftModel
 from tiers import rest_is_slow
+from tiny_families import CASES, FIRST, make_family
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +26,6 @@ from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, save_adapter
 from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
-from tiny_families import CASES, FIRST, make_family
 from tiny_models import make_packed
 
 every_family = pytest.mark.parametrize(
