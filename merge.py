@@ -119,6 +119,9 @@ def export_directory(args: argparse.Namespace) -> list[str]:
         opened = export.open_adapter(adapter, args.base if args.format == "hf" else "nf4")
         if not args.any_base and not args.unmerge:
             export.require_same_base(adapter)
+        has_score = opened.model.config.has_score
+        if has_score and args.verify:
+            raise UserError("--verify: compares perplexities, which a reward model does not have: remove it")
         adapter = replace(adapter, tensors=adapter_tensors(opened.adapters))  # one copy in memory
         if opened.step is not None:
             print(f"{source}: has no result yet: exporting its best checkpoint, after step {opened.step}")
@@ -129,7 +132,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
             files = merge(opened, dtype, args.base, staging, export.parse_size(args.shard_size), resumable=True)
             lines, facts = verify_merged(args, adapter, opened, chat, samples, staging, dtype)
         elif args.format == "mlx":
-            save_mlx(staging, opened.adapters, adapter.lora, opened.model.config.num_layers, adapter.base_name)
+            save_mlx(staging, opened.adapters, adapter.lora, opened.model.config, adapter.base_name)
             export.copy_tokenizer(opened, staging)
             lines = ["the adapter in MLX's format"]
         else:
@@ -140,10 +143,11 @@ def export_directory(args: argparse.Namespace) -> list[str]:
         export.save_template(Path(source), staging)
         model = StreamedDecoder(open_rows(staging)) if args.format == "hf" else opened.model
         weights = verify.describe_weights(opened, merged=args.format == "hf")
-        parity = model_card.parity_record(model, chat, prompts, args.parity_tokens, weights)
+        parity = model_card.parity_record(model, chat, prompts, 0 if has_score else args.parity_tokens, weights)
         write_json(staging / "parity.json", parity)
         facts = {
             "format": args.format,
+            "is_reward_model": has_score,
             "base": {"name": adapter.base_name, "sha256": adapter.base_sha256},
             "quantization": adapter.quantization,
             "adapters": summed,
@@ -180,7 +184,7 @@ def verify_merged(
     if args.unmerge:
         stored_in = str(ModelFiles.read(Path(args.unmerge)).dtype()).removeprefix("torch.")
         lines.append(f"note: the merged weights had been rounded to {stored_in}, which cannot be undone")
-    elif args.verify or (adapter.quantization and not stored):
+    elif args.verify or (adapter.quantization and not stored and not opened.model.config.has_score):
         limit = verify.VERIFY_TOKENS if args.verify else verify.VERIFY_TOKENS // 8
         found, tokens = verify.compare_bases(adapter, dtype, chat, samples, limit)
         lines += verify.describe_bases(found, tokens, args.base)

@@ -54,7 +54,6 @@ from nanoft.data.inspection import check_vocabulary, show_step
 from nanoft.guard import RollBack, SkipStep
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
-from nanoft.models.adapter_files import load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import TrainedAdapter
 from nanoft.objectives import build_objective
@@ -162,7 +161,7 @@ def build(
     model.neftune_alpha = config.training.neftune_alpha
     adapters = inject_lora(model, config.lora, config.system.seed) if config.training.method == "lora" else {}
     if start:
-        load_adapter_tensors(adapters, start.tensors, f"lora.start_from: {start.place}")
+        setup.load_start(adapters, start)
     if config.system.kernels == "auto" and (warning := kernels.apply(model, config.lora if adapters else None)):
         run.print(f"warning: {warning}")
     if config.training.compile:

@@ -32,8 +32,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from transformers.utils import logging
 
 
-def build(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    """Base and adapters."""
+def build_base(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     dtype = getattr(torch, args.dtype)
     shape = {key: value for key, value in hf_config(args).items() if key not in ("architectures", "model_type")}
     with torch.device(device):
@@ -47,10 +46,18 @@ def build(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     if args.ckpt:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    lora = LoraConfig(
+    return model
+
+
+def lora_config(args: argparse.Namespace) -> LoraConfig:
+    return LoraConfig(
         r=args.r, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM"
     )
-    adapted = get_peft_model(model, lora)  # its adapters are float32 whatever the base is
+
+
+def build(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    """Base and adapters."""
+    adapted = get_peft_model(build_base(args, device), lora_config(args))  # adapters are float32 whatever the base is
     draw_weights(args, {name.replace(".default", ""): p for name, p in adapted.named_parameters() if p.requires_grad})
     return adapted.train()
 

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nanoft import UserError
@@ -329,21 +328,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or not isinstance(run, dict) or any(Path(name).name != name for name in files):
         raise CheckpointCorrupted(f"{path / MANIFEST}: does not list files of its directory, and whose they are")
     return body
-
-
-def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors into those of the same name; a UserError names the first whose name, shape or dtype differs."""
-
-    def describe(tensor: Tensor | None, absent: str) -> str:
-        return absent if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-
-    for name in sorted(own.keys() | saved.keys()):
-        have, want = describe(saved.get(name), "missing"), describe(own.get(name), "none")
-        if have != want:
-            raise UserError(f"{where}: {name}: {have}, but this run needs {want}: start anew with another output.dir")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
 
 
 def _dump(value: Any) -> bytes:

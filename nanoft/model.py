@@ -48,6 +48,7 @@ class DecoderConfig:
     tied: bool  # the head is the embedding
     windows: tuple[int | None, ...]  # per layer: how far back a position sees; None: all the way
     family: str  # its entry in FAMILIES (nanoft/models/families.py)
+    has_score: bool = False  # a reward model: one number for each position instead of logits
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -62,6 +63,7 @@ class DecoderConfig:
     residual_scale: float = 1.0  # x + scale * attention(norm(x)) (Granite)
     logit_scale: float = 1.0  # logits = scale * hidden @ head^T
     logit_cap: float | None = None  # logits l become cap tanh(l / cap)
+    wrapped: bool = False  # text is one tower of a larger model
 
     @property
     def distinct_ropes(self) -> list[Rope]:
@@ -224,6 +226,7 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False) if config.has_score else None
         self.activation_policy: list[ActivationPolicy] = ["all"] * config.num_layers  # what each block keeps
         self.context_class: type[SequenceContext] = SequenceContext
         self.neftune_alpha = 0.0

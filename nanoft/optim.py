@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanoft import UserError
-from nanoft.checkpoint import copy_matching
 from nanoft.config import TrainingConfig
 
 Groups = list[dict[str, Any]]  # params, weight_decay, and scale: a factor on the learning rate
@@ -156,21 +155,3 @@ def build_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScal
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: `<parameter>.exp_avg`, ..., as the optimizer calls them.
-
-    Tensors are the optimizer's own, not copies; plain numbers (bitsandbytes counts steps in an int) become tensors.
-    """
-    return {f"{name}.{key}": torch.as_tensor(value) for name, p in named for key, value in optimizer.state[p].items()}
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
-) -> None:
-    """Fill the allocated state from `optimizer_tensors`, matched by name; a UserError if something does not fit."""
-    copy_matching(optimizer_tensors(optimizer, named), tensors, "optimizer.safetensors")
-    for name, parameter in named:
-        state = optimizer.state[parameter]
-        state.update({key: int(tensors[f"{name}.{key}"]) for key, held in state.items() if isinstance(held, int)})

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 import merge
 import train
+from nanoft import TrainingFailed
 from nanoft.tracking.run import Run
+from nanoft.training import self_test
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
@@ -132,6 +134,27 @@ def refused(arguments: list[str], fragments: list[str], capsys: pytest.CaptureFi
     assert error.startswith("error: ")
     for fragment in fragments:
         assert fragment in error
+
+
+def gradients(
+    directory: Path, micro_batch_size: int, accumulation: int, dtype: torch.dtype, **changes: Any
+) -> dict[str, torch.Tensor]:
+    """What the real loop hands to the optimizer at its first step."""
+    changes |= {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
+    taken: dict[str, torch.Tensor] = {}
+
+    def take(ctx: train.TrainContext, _: str) -> Any:
+        ctx.model.to(dtype)
+        self_test.perturb_adapters(ctx.adapters)  # at its start, A has no gradient
+        ctx.run.open_metrics(0, [0, 0], [])
+        taken.update(self_test.gradient(ctx, train.train, ctx.batches))
+        assert {name: len(part) for name, part in taken.items()} == {name: p.numel() for name, p in ctx.trained}
+        raise TrainingFailed("that is all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "restore", take)
+        assert train.main(quick(directory, **changes)) == 3
+    return taken
 
 
 # --- faults in the loop

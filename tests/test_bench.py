@@ -149,6 +149,20 @@ def test_curves_are_fitted_and_a_bad_fit_shows_in_the_residual() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("side", ["nanoft", "trl"])
+def test_a_side_of_the_preference_benchmark_learns_from_its_pairs(side: str) -> None:
+    if side == "trl":
+        pytest.importorskip("trl")
+    done = run("preference.py", "--side", side, *TINY[:-2], "--ckpt")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["losses"]) == 3
+    assert found["losses"][0] == pytest.approx(math.log(2), abs=1e-5)  # the policy is the reference
+    assert found["losses"][1] != found["losses"][0]
+    assert found["tok_s"] > 0
+
+
+@pytest.mark.slow
 def test_growth_writes_its_points_and_curves(tmp_path: Path) -> None:
     done = run("growth.py", *TINY[:-2], "--quick", "--minutes", "0.05", "--out", str(tmp_path / "growth"))
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,8 @@ from tiers import rest_is_slow
 from torch import Tensor
 
 from nanoft import UserError, checkpoint
-from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, copy_matching, verify
+from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
+from nanoft.training.state import copy_matching
 
 FILES = ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 OPERATIONS = ["open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir"]

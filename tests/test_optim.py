@@ -40,10 +40,9 @@ from nanoft.optim import (
     build_optimizer,
     check_optimizer,
     learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
     set_learning_rate,
 )
+from nanoft.training.state import load_optimizer_tensors, optimizer_tensors
 from tiny_models import make_chat_model, train_run, write_records
 
 Named = list[tuple[str, nn.Parameter]]

@@ -21,6 +21,7 @@ from runs import (
     command,
     copy_base,
     equal,
+    gradients,
     losses,
     one_line,
     quick,
@@ -35,34 +36,12 @@ from safetensors.torch import load_file, save_file
 from tiers import rest_is_slow
 
 import train
-from nanoft import TrainingFailed
 from nanoft.config.loading import load_config
 from nanoft.objectives import sft
-from nanoft.optim import optimizer_tensors
 from nanoft.training import recovery, self_test
+from nanoft.training.state import optimizer_tensors
 
 # --- exactness
-
-
-def gradients(
-    directory: Path, micro_batch_size: int, accumulation: int, dtype: torch.dtype, **changes: Any
-) -> dict[str, torch.Tensor]:
-    """What the real loop hands to the optimizer at its first step."""
-    changes |= {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
-    taken: dict[str, torch.Tensor] = {}
-
-    def take(ctx: train.TrainContext, _: str) -> Any:
-        ctx.model.to(dtype)
-        self_test.perturb_adapters(ctx.adapters)  # at its start, A has no gradient
-        ctx.run.open_metrics(0, [0, 0], [])
-        taken.update(self_test.gradient(ctx, train.train, ctx.batches))
-        assert {name: len(part) for name, part in taken.items()} == {name: p.numel() for name, p in ctx.trained}
-        raise TrainingFailed("that is all")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "restore", take)
-        assert train.main(quick(directory, **changes)) == 3
-    return taken
 
 
 @pytest.mark.quick

@@ -196,6 +196,7 @@ class PreferenceConfig(Section):
     gamma: float = bounded(0.5, 0.0)  # of simpo: by how much the chosen answer's reward has to be larger
     desirable_weight: float = bounded(1.0, 0.0)  # of kto: of good answers
     undesirable_weight: float = bounded(1.0, 0.0)  # of kto: of bad answers
+    center: float = bounded(0.0, 0.0)  # of reward: weight of the squared sum of a pair's rewards; 0.01 is usual
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,7 @@ class EvaluationConfig(Section):
     stride: int | None = bounded(None, 1)  # tokens; of windows over texts beyond the context; none: half of it
     samples: int = bounded(3, 0)  # of the prompts, whose answers are shown: at each evaluation, and in the report
     on_start: bool = False  # evaluate before the first step, too
+    general_file: str | None = None  # texts for the perplexity of general text at the end: does the model forget?
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
 from nanoft.data.formats import CONTROL, DETECT_FROM, MALFORMED, Conversation, Learns, Message, Rejected, read_file
-from nanoft.data.preferences import EQUAL, is_preferred
+from nanoft.data.preferences import EQUAL, UNLABELED, is_preferred
 from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -60,7 +60,7 @@ class DatasetBuilder:
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, tuple[Conversation, Iterator[Version]]] = {}  # rendered, not yet encoded
         self.unit: list[tuple[Sample, list[Message]]] = []  # the first answer of a pair, until the second is encoded
-        self.near_equal = 0  # pairs whose answers hardly differ
+        self.near_equal = self.answers_cut = 0  # pairs whose answers hardly differ; samples whose answer lost its end
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
         # per record; those of type Q are keys of the split
         self.file, self.line, self.time = array("l"), array("q"), array("d")
@@ -252,15 +252,18 @@ class DatasetBuilder:
             with contextlib.suppress(TemplateRefusal):  # the template needs what was removed
                 limits = self.tokenizer, self.max_length, data.truncation, data.train_on
                 fitted = fit(samples, versions, conversation, *limits)
+        if fitted and len(fitted) == 2 and np.array_equal(fitted[0].ids, fitted[1].ids):
+            fitted = None  # equal, or cut before they differ
         kept = [int(sample.is_target.sum()) for sample in fitted or []]
         self.target_tokens_lost += sum(targets) - sum(kept)
-        is_equal = fitted is not None and len(samples) == 2 and np.array_equal(fitted[0].ids, fitted[1].ids)
+        is_equal = len(samples) == 2 and np.array_equal(samples[0].ids, samples[1].ids)
         shortest = min((len(sample.ids) for sample in fitted or []), default=0)
-        if fitted and not is_equal and shortest >= data.min_tokens and min(kept) >= data.min_target_tokens:
+        if fitted and shortest >= data.min_tokens and min(kept) >= data.min_target_tokens:
             self.near_equal += len(fitted) == 2 and filters.overlap(*fitted) >= NEAR_EQUAL
             for sample, whole, count in zip(fitted, samples, kept, strict=True):
                 if len(sample.ids) < len(whole.ids):
                     self.truncated.append(len(self.record))
+                self.answers_cut += bool(sample.ids[sample.is_target][-1] != whole.ids[whole.is_target][-1])
                 self.tokens.write(encode_targets(sample).tobytes())
                 self.starts.append(self.starts[-1] + len(sample.ids))
                 self.record.append(sample.record)
@@ -299,6 +302,7 @@ class DatasetBuilder:
             reasons = ", ".join(f"{count} {kind}" for kind, count in self.removed.most_common()) or "there were none"
             fix = f": none fits model.max_seq_length={self.max_length}: raise it" if self.removed["too long"] else ""
             fix += ", or set data.truncation=prompt" if fix and self.data.truncation != "prompt" else ""
+            fix += ": set data.label_field to their field, or training.objective=sft" if self.removed[UNLABELED] else ""
             raise UserError(f"data: none of {self.read} records is left ({reasons}){fix}")
 
     def _split(self) -> tuple[Array, Array]:
@@ -411,6 +415,7 @@ class DatasetBuilder:
             "truncation": self.data.truncation,
             "max_seq_length": self.max_length,
             **{name: getattr(self, name) for name in (*counted, "chunked_texts", "chunks", "near_leaks")},
+            "answers_cut": self.answers_cut,
             **({"near_equal": self.near_equal} if self.learns == "pairs" else {}),
             "notes": [[note, count, first] for note, (count, first) in self.notes.items()],
             "leaks": self.data.leaks,

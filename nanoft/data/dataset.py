@@ -42,6 +42,7 @@ from nanoft.io.tables import markdown_table
 
 NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batches does with the samples
 MAX_ENTRIES = 16  # the least recently used ones are deleted
+LENGTH_BIAS = 0.1  # by how much more than half of the chosen answers are longer, from which a warning is due
 STALE_AFTER = 86400  # seconds after which an unfinished build is deleted
 
 
@@ -247,11 +248,22 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     if report["near_leaks"]:
         what = "training prompts are near duplicates of validation prompts: set data.near_leaks=remove to remove them"
         lines.append(f"warning: {report['near_leaks']:,} {what}")
+    pairs, bias = (report["training"].get(name) or 0 for name in ("pairs", "chosen_longer"))
+    if pairs and bias - 0.5 > max(LENGTH_BIAS, pairs**-0.5):  # which is two standard errors
+        what = f"the chosen answer is the longer one in {bias:.0%} of the pairs: length is learned as well"
+        lines.append(f"warning: {what} (preference.loss=ipo and training.objective=simpo count per token)")
     rows = [["records read", f"{report['read']:,}", ""]]
     rows += [[f"removed: {kind}", f"{count:,}", ""] for kind, count in report["removed"].items()]
     sides = [report["training"], report["validation"]]
     for name in ("records", "samples", "tokens", "target_tokens"):
         rows.append([name.replace("_", " "), *(f"{side[name]:,}" for side in sides)])
+    if "answer_tokens" in sides[0]:
+        kinds = ("pairs", "chosen", "rejected") if "pairs" in sides[0] else ("desirable", "desirable", "undesirable")
+        rows.append([kinds[0], *(f"{side[kinds[0]]:,}" for side in sides)])
+        for kind, name in zip(kinds[1:], ("chosen", "rejected"), strict=True):
+            rows.append([f"tokens per {kind} answer", *(f"{side['answer_tokens'].get(name, 0):,}" for side in sides)])
+    if report.get("near_equal"):
+        rows.append(["pairs that hardly differ", f"{report['near_equal']:,}", ""])
     for p in PERCENTILES:
         lengths = [f"{side['length'][f'p{p}']:,}" if side["length"] else "-" for side in sides]
         rows.append(["longest" if p == 100 else f"length, {p} %", *lengths])
@@ -262,7 +274,8 @@ def describe_data(report: dict[str, Any]) -> list[str]:
         rows.append(["steps per epoch", f"{report['steps_per_epoch']:,}", ""])
         rows.append(["steps, epochs", f"{report['steps']:,}, {report['epochs']:.3g}", ""])
     if report["truncated"]:
-        rows.append([f"truncated ({report['truncation']})", f"{report['truncated']:,}", ""])
+        inside = f", {report['answers_cut']:,} inside an answer" if report["answers_cut"] else ""
+        rows.append([f"truncated ({report['truncation']})", f"{report['truncated']:,}{inside}", ""])
     for name, label in (("samples_lost", "samples left out"), ("target_tokens_lost", "target tokens lost to length")):
         if report[name]:
             rows.append([label, f"{report[name]:,}", ""])

@@ -29,9 +29,9 @@ FIELD_NAMES = {  # field of a shape -> its other names
     "answer": ("response", "output", "completion", "solution"),
     "document": ("text", "article", "dialogue"),
     "summary": ("highlights", "abstract"),
-    "chosen": ("preferred", "accepted", "chosen_response", "response_chosen"),
-    "rejected": ("dispreferred", "rejected_response", "response_rejected"),
-    "answers": ("responses", "completions", "candidates", "output"),
+    "chosen": ("preferred", "accepted", "chosen_response", "response_chosen", "preferred_output", "response_j"),
+    "rejected": ("dispreferred", "rejected_response", "response_rejected", "non_preferred_output", "response_k"),
+    "answers": ("responses", "completions", "candidates"),
 }
 LABELS = ("label", "kto_tag")  # fields that mark answers as good or bad, if they hold GOOD and BAD alone
 GOOD = ("true", "1", "1.0", "desirable", "chosen", "good", "yes")  # 1.0 and 0.0: from tables with missing values
@@ -61,7 +61,9 @@ def find_columns(shape: Shape, present: Collection[str]) -> list[dict[str, str]]
     is_exact = all(name in present for name in shape.required)
     choices: list[list[tuple[str, str] | None]] = []
     for name in shape.fields:
-        others = [column for column in present if normalized_name(column) in (name, *FIELD_NAMES.get(name, ()))]
+        names = (name, *FIELD_NAMES.get(name, ()))
+        taken = [] if name in shape.required else [c[0][1] for c in choices if len(c) == 1 and c[0]]
+        others = [c for c in present if normalized_name(c) in names and c not in taken]
         found = [(name, column) for column in ([name] if is_exact and name in present else others)]
         if not found and name in shape.required:
             return []
@@ -71,8 +73,9 @@ def find_columns(shape: Shape, present: Collection[str]) -> list[dict[str, str]]
 
 
 def detect_shape(
-    path: Path, shapes: Mapping[str, Shape], wanted: str, records: list[tuple[int, Raw]]
-) -> tuple[str, dict[str, str]]:
+    path: Path, shapes: Mapping[str, Shape], wanted: str, records: list[tuple[int, Raw]],
+    others: Mapping[str, Shape],  # from which other objectives learn
+) -> tuple[str, dict[str, str]]:  # fmt: skip
     """(shape, field -> column) of the wanted shape, or `auto`.
 
     That is the shape that most records have; else the one that fits by other names; else text.
@@ -83,7 +86,11 @@ def detect_shape(
         for name, shape in shapes.items() if isinstance(record, dict) else ():
             votes[name] += shape.to_messages is not None and record.keys() >= {*shape.required}
     best = [name for name in votes if votes[name] and votes[name] == max(votes.values())]
-    best = best if wanted == "auto" else [wanted]
+    paired = [name for name in best if {"chosen", "rejected"} <= {*shapes[name].fields}]  # with a prompt in `messages`
+    best = (paired or best) if wanted == "auto" else [wanted]
+    example = next((record for _, record in records if isinstance(record, dict)), {})
+    if best and wanted == "auto" and not paired and isinstance(example.get("chosen"), dict):
+        raise UserError(f"{path}: {other_objective(others['preference'], {})}")
     if len(best) > 1:
         choices = " or ".join(f"data.format={name} ({', '.join(shapes[name].required)})" for name in best)
         raise UserError(f"{path}: its records fit {len(best)} shapes: choose {choices}")
@@ -95,21 +102,30 @@ def detect_shape(
         unused = {c for c in present if normalized_name(c) in names} - {*readings[0][1].values()}
         require_one_reading(path, [way for _, way in readings], present, bool(unused))
         return readings[0]
-    if "text" in present:
+    if "text" in present and "text" in shapes:
         return "text", {}
     line, first = records[0]
     if isinstance(first, BadRecord):
         raise UserError(f"{path}:{line}: {first}")
-    if isinstance(first, dict) and "chosen" in first:
-        is_whole = isinstance(first["chosen"], list) and not isinstance(first.get("prompt"), list)
-        way = {"messages": "chosen"} if is_whole else {"prompt": "prompt", "completion": "chosen"}
-        fix = f"data.columns='{json.dumps(way)}' learns the chosen answers"
-        raise UserError(f"{path}: holds pairs of answers: set training.objective=dpo to prefer the chosen ones; {fix}")
+    if fitting := [name for name, shape in others.items() if find_columns(shape, present)]:
+        raise UserError(f"{path}: {other_objective(others[fitting[0]], example)}")
     has = f"the fields {names_of(first)}" if isinstance(first, dict) else f"no fields: it is a {type(first).__name__}"
     known = "; ".join(
         f"{name} ({', '.join(shape.required)})" for name, shape in shapes.items() if name != "raw_prompt_completion"
     )
     raise UserError(f"{path}: unknown shape: its first record has {has}: map them with data.columns to one of {known}")
+
+
+def other_objective(shape: Shape, example: dict[str, Any]) -> str:
+    """What the records hold that this objective does not learn from, and the objective that does."""
+    if shape.required not in (("chosen", "rejected"), ("answers",)):
+        kto = [f", or training.objective=kto to learn from {name}" for name in LABELS if name in example]
+        return f"its answers ({', '.join(shape.required)}) are not compared: set training.objective=sft{''.join(kto)}"
+    asked = {"prompt": "completion", "question": "answer", "instruction": "output"}
+    is_whole = isinstance(example.get("chosen"), list) and not isinstance(example.get("prompt"), list)
+    fields = ["messages"] * is_whole + [asked[name] for name in asked if {name, "chosen"} <= example.keys()]
+    fix = [f"; data.columns='{json.dumps({name: 'chosen'})}' learns the chosen answers" for name in fields[:1]]
+    return f"holds pairs of answers: set training.objective=dpo to prefer the better ones{''.join(fix)}"
 
 
 def require_one_reading(

@@ -23,8 +23,9 @@ from nanoft import UserError
 from nanoft.config import DataConfig
 from nanoft.config.fields import nearest
 from nanoft.config.functions import UNTRUSTED, import_function, is_function
+from nanoft.data import preferences
 from nanoft.data.detection import Shape, detect_shape, names_of, normalized_name, require_label_choice
-from nanoft.data.preferences import PAIR_SHAPES, UNDESIRABLE, Skipped, is_desirable, margin
+from nanoft.data.preferences import PAIR_SHAPES, UNDESIRABLE, Skipped, is_desirable
 from nanoft.data.sources import BadRecord, Raw, read_raw
 from nanoft.data.values import as_json, check_value, nonempty, optional_text, text_of
 
@@ -51,6 +52,7 @@ UNUSED = "unused fields"  # of a message, while a record is converted
 TEMPLATE_ARGS = "chat_template_kwargs"  # of a record: variables for the chat template, as TRL has them
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # variables that the template gets from nanoft
 RESERVED |= {"bos_token", "eos_token", "pad_token", "unk_token"}
+JSON_TURNS = re.compile(r"""\s*\[\s*{\s*['"](?:role|content|from|value)['"]""")  # a list of turns, stored as a text
 MALFORMED = "malformed"
 Learns = Literal["turns", "pairs", "labels"]  # what an objective learns from: answers, better ones, good and bad ones
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # but white space (tab, newline, form feed, ...)
@@ -102,8 +104,9 @@ class Conversation:
 def turns_of(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> list[Message] | str:
     """[{"role", "content", "tool_calls", "weight", ...}, ...], as OpenAI writes it; a prompt may also be a text."""
     value = record[name]
-    if name in ("prompt", "completion", "chosen", "rejected") and not isinstance(value, (list, dict)):
-        return text_of(record, name)
+    may_be_text = name in ("prompt", "completion", "chosen", "rejected") and not isinstance(value, (list, dict))
+    if may_be_text and not JSON_TURNS.match(text := text_of(record, name)):
+        return text
     turns = [value] if isinstance(value, dict) and name != "messages" else as_json(value, name)
     if not isinstance(turns, list) or not turns:
         raise BadRecord(f"{name} is not a list of turns")
@@ -244,7 +247,7 @@ SHAPES = {
     "raw_prompt_completion": Shape(("prompt", "completion"), ("prompt", "completion"), None),  # without a chat template
     "text": Shape(("text",), ("text",), None),
 }
-TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")  # fields that hold lists of turns
+TURNS = (*preferences.TURNS, "completion", "chosen", "rejected")  # fields that hold lists of turns
 SHAPES_OF: dict[Learns, dict[str, Shape]] = {  # those that an objective can learn from
     "turns": SHAPES,
     "pairs": PAIR_SHAPES,
@@ -314,7 +317,8 @@ def read_file(
     first = list(itertools.islice(records, DETECT_FROM))
     shape, found = data.format, dict[str, str]()  # field -> column
     if function is None:
-        shape, found = detect_shape(path, shapes, shape, first)
+        others = {name: other for known in SHAPES_OF.values() for name, other in known.items() if name not in shapes}
+        shape, found = detect_shape(path, shapes, shape, first, others)
         if learns == "turns" and data.label_field is None and shape != "text":
             require_label_choice(path, first)
         for name in sorted({*columns} - {*shapes[shape].fields}):  # another may be a field of the split, or unused
@@ -361,24 +365,30 @@ def _convert(
         raise Skipped(UNDESIRABLE)
     if limit := data.score_limit:
         _require_score(record, *limit)
-    split_by = (data.stratify_field, data.split_group, data.split_time)
-    fields = {name: _split_field(record, name) for name in split_by if name not in (None, "length")}
+    read, label = record, 1.0
     if function is not None:
         record, shape = _call(function, record, f"{path}:{line}: data.format={shape}", learns)
-    label, required, to_messages = 1.0, shapes[shape].required, shapes[shape].to_messages
-    if learns == "labels" and shape not in PAIR_SHAPES:
-        label = float(is_desirable(record, data.label_field))
+    required, to_messages, is_compared = shapes[shape].required, shapes[shape].to_messages, shape in PAIR_SHAPES
+    if learns == "labels" and not is_compared:
+        label = float(is_desirable(read | record, data.label_field))
     elif learns == "pairs":
-        label = margin(record, data.margin_field)
+        label = preferences.margin(read | record, data.margin_field)
+    split_by = (data.stratify_field, data.split_group, data.split_time)
+    fields = {name: _split_field(read, name) for name in split_by if name not in (None, "length")}
+    if learns != "turns" and any(record[name] in (None, "", []) for name in required):
+        raise Skipped(preferences.EMPTY)
     if to_messages is None:
         *before, learned = [text_of(record, name) for name in required]
         text = "".join(before) + nonempty(learned, required[-1])
         return Conversation([], text, path, line, None, fields, sum(map(len, before)))
     try:
         fields_read = shapes[shape].fields
+        record = preferences.one_prompt(record) if is_compared else record
         given = [name for name in fields_read if name in TURNS and (name in required or record.get(name))]
         record = record | {name: turns_of(record, name, data.roles) for name in given}
-        versions = to_messages(record) if shape in PAIR_SHAPES else [to_messages(record)]
+        versions = to_messages(record) if is_compared else [to_messages(record)]
+        if learns != "turns":
+            preferences.require_answers(versions)
         if "system" in fields_read and (system := optional_text(record, "system")):
             versions = [[{"role": "system", "content": system}, *messages] for messages in versions]
         tools = parse_tools(record) if "tools" in fields_read else None
@@ -388,8 +398,9 @@ def _convert(
         _check_turns(messages)
     unused = dict.fromkeys(name for messages in versions for message in messages for name in message.pop(UNUSED, ()))
     notes = tuple(f"the field {name!r:.60} of a message is not used" for name in unused)
-    best, *worse = versions
-    answer_at = next((at for at in range(len(best)) if any(best[: at + 1] != other[: at + 1] for other in worse)), -1)
+    best, *worse = [preferences.last_answer(versions[0])] if learns == "labels" and not is_compared else versions
+    is_answer = (m["role"] == "assistant" and is_trained(m) for m in best)
+    answer_at = next(itertools.compress(itertools.count(), is_answer), -1) if learns != "turns" else -1
     return Conversation(
         best, None, path, line, tools, fields, 0, _template_args(record), notes, tuple(worse), label, answer_at
     )

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from nanoft import UserError
-from nanoft.batches import Array, Batches, Sample
+from nanoft.batches import Array, Batches, Sample, TokenDataset
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.formats import TRAINING_FIELDS
+from nanoft.data.preferences import is_preferred
 from nanoft.runtime.command import Check
 
 SAMPLES_CHECKED = 2000  # evenly spread
@@ -72,8 +73,7 @@ def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokeni
         if train_on == "all":
             ends = [token for token in sample.ids[sample.is_target].tolist() if token in chat.stop_ids][-1:] or ends
         last += ends
-    cut = corpus.report["truncated"] if corpus.report["truncation"] in ("response", "proportional") else 0
-    cut += corpus.report["chunks"] - corpus.report["chunked_texts"]
+    cut = corpus.report["answers_cut"] + corpus.report["chunks"] - corpus.report["chunked_texts"]
     odd = [token for token in last if token not in chat.stop_ids]
     shown = f"; one ends in {chat.decode(odd[:1], keep_special=True)!r}" if odd else ""
     stops = ", ".join(repr(chat.decode([token], keep_special=True)) for token in chat.stop_ids)
@@ -85,13 +85,15 @@ def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokeni
 def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
     """The prompt at inference equals what precedes the answer in training."""
     extras = []  # what follows the prompt in training; None: nothing
-    for conversation in corpus.conversations(corpus.training, CONVERSATIONS_CHECKED):
-        roles = [message["role"] for message in conversation.messages]
+    read = corpus.conversations(corpus.training, CONVERSATIONS_CHECKED)
+    for conversation, version in ((item, version) for item in read for version in item.versions):
+        roles = [message["role"] for message in version]
         answers = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
         if not answers or train_on == "all":
             continue
-        messages = conversation.messages[: answers[0] + 1]
+        messages = version[: max(answers[0], conversation.answer_at) + 1]
         plain = [{key: value for key, value in m.items() if key not in TRAINING_FIELDS} for m in messages]
+        plain[:-1] = [{**message, "weight": 0} for message in plain[:-1]]
         given = conversation.tools, "assistant", conversation.template_args
         (sample, *_) = chat.encode_now(chat.render_samples(plain, 0, *given))
         before = sample.ids[: int(sample.is_target.argmax())].tolist()
@@ -130,13 +132,20 @@ def show_window(
             for document, place in enumerate(members.tolist(), start=1):
                 sample = batches.samples[place]
                 where = f"row {row}" + (f", document {document} of {len(members)}" if len(members) > 1 else "")
+                where += f": {answer_kind(corpus, batches.samples, place)}{corpus.location(sample.record)}"
                 counts = f"{len(sample.ids):,} tokens, {int(sample.is_target[1:].sum()):,} targets"
-                yield f"  ── {where}: {corpus.location(sample.record)}, {counts}"
+                yield f"  ── {where}, {counts}"
                 yield chat.highlight_targets(sample, color)
 
 
+def answer_kind(corpus: PreparedDataset, samples: TokenDataset, at: int) -> str:
+    """What the answer of a sample is to a preference objective, before its place."""
+    kinds = {"turns": ("", ""), "pairs": ("rejected: ", "chosen: "), "labels": ("undesirable: ", "desirable: ")}
+    return kinds[corpus.learns][int(is_preferred(samples)[at])]
+
+
 def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:
-    """The shortest, the longest, a truncated and three random samples: ids, text and mask."""
+    """The shortest, the longest, a truncated and three random samples, with the other answer: ids, text and mask."""
     samples = corpus.training
     cut, chance = np.flatnonzero(np.isin(samples.chosen, corpus.truncated)), random.Random(seed)
     chosen = [
@@ -145,11 +154,11 @@ def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:
         *(("truncated", int(place)) for place in cut[:1]),
         *(("random", chance.randrange(len(samples))) for _ in range(3)),
     ]
-    lines = []
-    for name, at in chosen:
+    lines, size = [], samples.unit_size
+    for name, at in ((name, at) for name, one in chosen for at in range(one - one % size, one - one % size + size)):
         sample = samples[at]
         counts = f"{len(sample.ids)} tokens, {int(sample.is_target.sum())} targets"
-        lines.append(f"==== {name}: {corpus.location(sample.record)}, {counts}")
+        lines.append(f"==== {name}: {answer_kind(corpus, samples, at)}{corpus.location(sample.record)}, {counts}")
         lines += [chat.highlight_targets(sample, color=False), "ids   " + " ".join(map(str, sample.ids.tolist()))]
         lines += ["mask  " + " ".join(map(str, sample.is_target.astype(int).tolist())), ""]
     return "\n".join(lines)

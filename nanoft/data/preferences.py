@@ -20,8 +20,11 @@ from nanoft.data.sources import BadRecord
 from nanoft.data.values import as_json, optional_text, text_of
 
 Message = dict[str, Any]
-EQUAL, UNLABELED, EMPTY, UNDESIRABLE = "equal answers", "no label", "empty answer", "undesirable label"
-ASKED = ("system", "prompt", "conversations", "question", "instruction", "input")
+# What records without a preference are counted as.
+EQUAL, EMPTY, UNRANKED = "equal answers", "empty answer", "no worse answer"
+UNLABELED, UNDESIRABLE = "no label", "undesirable label"
+TURNS = ("prompt", "conversations", "messages")  # fields that may hold turns
+ASKED = (*TURNS, "question", "instruction", "input")  # fields of a prompt: the first one counts
 TEXTS = ("answer", "response", "content", "text", "value", "completion")  # fields of a ranked answer: what it says,
 RANKS, SCORES = ("rank",), ("score", "overall_score", "reward")  # its place (1 is best), or a number (more is better)
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of a dialogue in one text, as Anthropic's HH data has it
@@ -33,6 +36,31 @@ class Skipped(BadRecord):
     def __init__(self, kind: str, reason: str = ""):
         super().__init__(reason or kind)
         self.kind = kind
+
+
+def one_prompt(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the first field of its prompt alone; OpenAI wraps that: "input": {"messages", "tools"}."""
+    for name in ("prompt", "input"):
+        if isinstance(record.get(name), dict) and "messages" in record[name]:
+            record = {**record, "prompt": None, "input": None, **record[name]}
+    unread = set(ASKED) - {asked := _asked(record)} - ({"input"} if asked == "instruction" else set())
+    return {name: value for name, value in record.items() if name not in unread}
+
+
+def _asked(record: dict[str, Any]) -> str | None:
+    return next((name for name in ASKED if record.get(name)), None)
+
+
+def last_answer(turns: list[Message]) -> list[Message]:
+    """A conversation of which only what follows the last user message is judged."""
+    at = max((at for at, turn in enumerate(turns) if turn["role"] == "user"), default=-1) + 1
+    return [*_context(turns[:at]), *turns[at:]]
+
+
+def require_answers(versions: list[list[Message]]) -> None:
+    """Skip a record of which an answer says nothing."""
+    if any(not turns[-1]["content"].strip() and not turns[-1].get("tool_calls") for turns in versions):
+        raise Skipped(EMPTY)
 
 
 def _turns(value: Any, role: str) -> list[Message]:
@@ -49,35 +77,37 @@ def _turns(value: Any, role: str) -> list[Message]:
 
 
 def _prompt(record: dict[str, Any]) -> list[Message]:
-    """The turns before the answer: in the first field that there is, and what Alpaca calls `input`."""
-    asked = _turns(next((record[name] for name in ASKED[1:-1] if record.get(name)), []), "user")
-    if asked and (more := optional_text(record, "input").strip()):
+    """The turns before the answer: in the first field that there is, with what Alpaca calls `input`."""
+    name = _asked(record)
+    asked = _turns(record[name] if name in TURNS else text_of(record, name), "user") if name else []
+    if name == "instruction" and (more := optional_text(record, "input").strip()):
         asked[-1] = {**asked[-1], "content": f"{asked[-1]['content']}\n\n{more}"}
-    return [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in asked]
+    return asked
+
+
+def _context(turns: list[Message]) -> list[Message]:
+    return [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
 
 
 def _versions(prompt: list[Message], answers: list[list[Message]]) -> list[list[Message]]:
     """Each answer after the prompt; if answers are whole conversations, their common turns are the prompt."""
+    if all(answer == answers[0] for answer in answers[1:]):
+        raise Skipped(EQUAL)
     if any(answer[0]["role"] != "assistant" for answer in answers):
-        common = next(
-            (i for i, turns in enumerate(zip(*answers, strict=False)) if any(t != turns[0] for t in turns)), 0
-        )
-        while common and answers[0][common]["role"] != "assistant":
+        differ = [any(turn != turns[0] for turn in turns) for turns in zip(*answers, strict=False)]
+        common = differ.index(True) if True in differ else len(differ) - 1  # one may begin with the whole other
+        while common and any(answer[common]["role"] != "assistant" for answer in answers):
             common -= 1
         if not common:
             raise BadRecord("the answers have no prompt in common: give it as prompt")
-        if prompt and [t["content"] for t in prompt if t["role"] == "user"][-1:] != [answers[0][common - 1]["content"]]:
+        shared = [turn["content"].strip() for turn in answers[0][:common]]
+        asked = [turn["content"].strip() for turn in prompt if turn["role"] == "user"][-1:]
+        if prompt and not (asked and (asked[0] in shared or shared[-1] in asked[0])):
             raise BadRecord("prompt is not what the answers reply to: keep one of the two")
-        shared = answers[0][:common]
-        prompt = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in shared]
-        answers = [answer[common:] for answer in answers]
+        prompt, answers = answers[0][:common], [answer[common:] for answer in answers]
     if not prompt:
         raise BadRecord("has no prompt")
-    if any(not turn["content"].strip() and not turn.get("tool_calls") for a in answers for turn in a[-1:]):
-        raise Skipped(EMPTY)
-    if all(answer == answers[0] for answer in answers[1:]):
-        raise Skipped(EQUAL)
-    return [[*prompt, *answer] for answer in answers]
+    return [[*_context(prompt), *answer] for answer in answers]
 
 
 def _pair(record: dict[str, Any]) -> list[list[Message]]:
@@ -88,8 +118,8 @@ def _pair(record: dict[str, Any]) -> list[list[Message]]:
 def _ranked(record: dict[str, Any]) -> list[list[Message]]:
     """{"prompt", "answers": the best first, or with ranks or scores}: the best against each that is worse."""
     answers = as_json(record["answers"], "answers")
-    if not isinstance(answers, list) or len(answers) < 2:
-        raise BadRecord("answers: must be a list of two or more")
+    if not isinstance(answers, list):
+        raise BadRecord("answers: is not a list")
     if all(isinstance(answer, str) for answer in answers):
         texts, places = answers, [float(place) for place in range(len(answers))]
     else:
@@ -99,12 +129,12 @@ def _ranked(record: dict[str, Any]) -> list[list[Message]]:
         texts = [answer[text] for answer, (text, *_) in zip(answers, fields, strict=True)]
         keys = zip(answers, fields, strict=True)
         places = [_number(a, rank) if rank else -_number(a, score) for a, (_, rank, score) in keys]
-    order = sorted(range(len(answers)), key=lambda at: places[at])
-    worse = [at for at in order if places[at] > places[order[0]]]
+    said = [text_of({"answers": text}, "answers") for text in texts]
+    order = sorted((at for at in range(len(said)) if said[at].strip()), key=lambda at: places[at])
+    worse = [at for at in order if places[at] > places[order[0]] and said[at] != said[order[0]]]
     if not worse:
-        raise Skipped(EQUAL, "all answers have the same rank")
-    best_first = [_turns(text_of({"answers": texts[at]}, "answers"), "assistant") for at in (order[0], *worse)]
-    return _versions(_prompt(record), best_first)
+        raise Skipped(UNRANKED)
+    return _versions(_prompt(record), [_turns(said[at], "assistant") for at in (order[0], *worse)])
 
 
 def _field(answer: Any, names: tuple[str, ...]) -> Any:
@@ -113,17 +143,17 @@ def _field(answer: Any, names: tuple[str, ...]) -> Any:
 
 def _number(record: dict[str, Any], name: str) -> float:
     try:
-        value = float(record[name])
+        value = float(record.get(name, math.nan))
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise BadRecord(f"{name}: {record[name]!r:.40} is not a number")
+        raise BadRecord(f"{name}: {record.get(name)!r:.40} is not a number")
     return value
 
 
 PAIR_SHAPES = {
-    "preference": Shape(("chosen", "rejected"), (*ASKED, "chosen", "rejected", "tools"), _pair),
-    "ranked": Shape(("prompt", "answers"), (*ASKED, "answers", "tools"), _ranked),
+    "preference": Shape(("chosen", "rejected"), ("system", *ASKED, "chosen", "rejected", "tools"), _pair),
+    "ranked": Shape(("answers",), ("system", *ASKED, "answers", "tools"), _ranked),
 }
 
 
@@ -140,17 +170,17 @@ def preferred(samples: TokenDataset) -> TokenDataset:
 
 def is_desirable(record: dict[str, Any], label: str | None) -> bool:
     """Whether a field marks an answer as good; None: the first field of LABELS that the record has."""
-    name = label or next((name for name in LABELS if record.get(name) is not None), None)
-    if name is None or name not in record:
-        where = f"field {label!r} (data.label_field)" if label else f"field {' or '.join(LABELS)}"
-        raise (BadRecord(f"has no {where}") if label else Skipped(UNLABELED, f"has no {where}"))
+    name = next((name for name in ([label] if label else LABELS) if name in record), None)
+    if name is None:
+        where = f"{label!r} (data.label_field)" if label else " or ".join(LABELS)
+        raise Skipped(UNLABELED, f"has no field {where}")
     value = str(record[name]).strip().lower()
     if value not in GOOD + BAD:
         what = f"{name}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)"
-        raise (Skipped(UNLABELED, what) if record[name] is None else BadRecord(what))
+        raise Skipped(UNLABELED, what) if value in ("", "none", "nan") else BadRecord(what)
     return value in GOOD
 
 
 def margin(record: dict[str, Any], name: str | None) -> float:
-    """By how much the better answer is better, from a field of the record; 0 without one."""
-    return _number(record, name) if name and name in record else 0.0
+    """By how much the better answer is better, from a field of the record; 0 if none is named."""
+    return _number(record, name) if name else 0.0

@@ -17,13 +17,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from nanoft.batches import Sample, TokenDataset, collate
+from nanoft.batches import Sample, TokenDataset, collate, eval_batches
 from nanoft.config import EvaluationConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.data.formats import Conversation
@@ -34,6 +34,7 @@ from nanoft.loss import token_nll
 from nanoft.metrics.answers import Metric, exact_match
 from nanoft.metrics.bootstrap import Array, Figure
 from nanoft.model import Decoder
+from nanoft.objectives.reward import answer_rewards
 from nanoft.perplexity import safe_exp
 from nanoft.runtime import distributed
 
@@ -64,6 +65,7 @@ class Completion:
     reference: str
     answer: str
     stopped: bool  # the model ended its turn
+    tokens: int = 0  # of the answer
 
     @property
     def exact(self) -> bool:
@@ -166,6 +168,22 @@ def likelihoods(
     return Likelihoods(nats, tokens, np.array([_text_bytes(chat, sample) for sample in samples], np.int64))
 
 
+@torch.no_grad()
+def reward_figures(model: Decoder, pairs: TokenDataset, batch_size: int) -> dict[str, Figure]:
+    """How often the chosen answer of a pair has the higher reward, and by how much on average."""
+    training, batches, found = model.training, list(eval_batches(pairs, batch_size, 0)), dict[int, float]()
+    model.eval()
+    with distributed.same_exception(model.device):
+        for at in distributed.split_work(range(len(batches))):
+            batch = batches[at].to(model.device)
+            found |= zip(batch.samples.chosen.tolist(), answer_rewards(model, batch).tolist(), strict=True)
+    found = distributed.all_gather_dict(found)
+    model.train(training)
+    rewards = np.array([found[number] for number in pairs.chosen.tolist()]).reshape(-1, 2)  # (pairs, 2)
+    margins = rewards[:, 0] - rewards[:, 1]
+    return {"pair_accuracy": Figure.mean(margins > 0), "reward_margin": replace(Figure.mean(margins), unit="number")}
+
+
 def windows(length: int, context: int, stride: int | None = None) -> list[tuple[int, int, int]]:
     """(start, first, end) of each window: it reads tokens [start, end) and counts [first, end)."""
     stride = stride or max(1, context // 2)
@@ -206,7 +224,7 @@ def answer_all(
     with distributed.same_exception(model.device):
         mine = list(distributed.split_work(range(len(order))))
         answers = generate(model, longest_first, chat.stop_ids, max_new, sampling, generator, batch_size, mine)
-        found = {order[at]: (chat.decode(answers[at].ids), answers[at].stopped) for at in mine}
+        found = {order[at]: (chat.decode(a.ids), a.stopped, len(a.ids)) for at in mine for a in [answers[at]]}
     found = distributed.all_gather_dict(found)
     model.train(training)
     references = [chat.control.remove(prompt.reference) for prompt in prompts]
@@ -214,22 +232,29 @@ def answer_all(
 
 
 def answer_figures(completions: Sequence[Completion], metrics: Sequence[Metric]) -> dict[str, Figure]:
-    """Exact match, stop rate, and the requested metrics."""
+    """Exact match, stop rate, length of the answers, and the requested metrics."""
     if not completions:
         return {}
     triples = [(c.answer, c.reference, c.prompt) for c in completions]
     own = {metric.name: metric.figure(triples) for metric in metrics if metric.name != "exact_match"}
     exact, stopped = (Figure.mean([getattr(c, name) for c in completions]) for name in ("exact", "stopped"))
-    return {"exact_match": exact, "stop_rate": stopped, **own}
+    length = replace(Figure.mean([c.tokens for c in completions]), unit="number")
+    return {"exact_match": exact, "stop_rate": stopped, "response_tokens": length, **own}
 
 
 def measure(
     model: Decoder, chat: ChatTokenizer, samples: Sequence[Sample], prompts: Sequence[Prompt], e: EvaluationConfig,
     context: int, metrics: Sequence[Metric] = (), general: Sequence[Sample] = (), seed: int = 0,
 ) -> EvalResult:  # fmt: skip
-    """The likelihood of samples, answers to prompts and their metrics, and the loss on a general text."""
+    """The likelihood of samples, answers to prompts and their metrics, and the loss on a general text.
+
+    Of a reward model, what it says of pairs.
+    """
     started = time.perf_counter()
     figures: dict[str, Figure] = {}
+    if model.config.has_score:
+        figures = reward_figures(model, TokenDataset.of(samples), e.batch_size) if len(samples) else figures
+        return EvalResult(figures, [], time.perf_counter() - started)
     if len(samples):
         samples = TokenDataset.of(samples)
         found = likelihoods(model, chat, samples, e.batch_size, context, e.stride)

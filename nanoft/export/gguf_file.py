@@ -34,6 +34,8 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
     dtype, name = args.dtype or default, Path(source).resolve().name
     with atomic_gguf(out, f"{kind}-{dtype}.gguf") as path:
         opened = _open(args)
+        if opened.model.config.has_score:
+            raise UserError(f"--format {args.format}: {source} is a reward model, for --format hf or peft: use one")
         chat = open_chat_tokenizer(source, opened, as_trained=True)
         samples, prompts = held_out(source, chat)
         if kind == "model":

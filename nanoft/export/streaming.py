@@ -75,6 +75,9 @@ class Weights(Rows):
         shapes = dict(self.files.shapes)
         for name in EMBEDDINGS[: 1 if self.config.tied else 2]:
             shapes[name] = (self.config.vocab_size, *shapes.get(name, shapes[EMBEDDINGS[0]])[1:])
+        if self.config.has_score:  # in the place of the head
+            shapes.pop(EMBEDDINGS[1], None)
+            shapes["score.weight"] = (1, self.config.hidden_size)
         return shapes
 
     def read(self, name: str, rows: slice) -> Tensor:
@@ -92,7 +95,7 @@ class Weights(Rows):
 
     def read_base(self, name: str, rows: slice) -> Tensor:
         """Some rows of W; those of new tokens are the mean of the others, as in `grow_vocabulary`."""
-        name = name if name in self.files.shapes else EMBEDDINGS[0]  # a head that was untied is the embedding there
+        name = name if name in self.files.shapes else EMBEDDINGS[0]  # a head that was untied; a new one
         stored = self.files.shapes[name][0]
         if rows.stop > stored:
             new = self.files.read(name).float().mean(0, keepdim=True).expand(rows.stop - max(rows.start, stored), -1)

@@ -31,6 +31,7 @@ from nanoft.io.tables import markdown_table
 from nanoft.lora import disabled
 from nanoft.model import Decoder
 from nanoft.models.open import LoadedModel, TrainedAdapter, is_run
+from nanoft.objectives import OBJECTIVES
 from nanoft.perplexity import safe_exp
 
 # Allowed difference of logits, as a share of their standard deviation: rounding every weight to 8 (bf16) or 11 (f16)
@@ -51,17 +52,16 @@ class Proof:
     allowed: float
     effect: float  # largest difference that the adapter itself makes, for comparison
     same_top_token: float  # share of positions
+    kind: str = "logit"  # of number that is compared; reward: of a reward model
 
     @property
     def holds(self) -> bool:
         return self.max_difference <= self.allowed
 
     def __str__(self) -> str:
-        effect = f"; the adapter itself changes logits by {self.effect:.2g}" if self.effect else ""
-        return (
-            f"largest logit difference {self.max_difference:.2g} (allowed {self.allowed:.2g}{effect}), "
-            f"same most likely token at {self.same_top_token:.1%} of positions"
-        )
+        effect = f"; the adapter itself changes {self.kind}s by {self.effect:.2g}" if self.effect else ""
+        same = f", same most likely token at {self.same_top_token:.1%} of positions" if self.kind == "logit" else ""
+        return f"largest {self.kind} difference {self.max_difference:.2g} (allowed {self.allowed:.2g}{effect}){same}"
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,18 @@ def hidden_states(model: Decoder, sequences: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat(found)
 
 
+def predictions(model: Decoder, hidden: Tensor) -> Tensor:
+    """Logits, (n, vocab), of hidden states (n, hidden); rewards, (n, 1), of a reward model."""
+    return model.logits(hidden) if model.score is None else model.score(hidden)
+
+
 @torch.no_grad()
 def compare(model: Decoder, hidden: Tensor, wanted_model: Decoder, wanted_hidden: Tensor, targets: Tensor) -> Agreement:
     """Compare two models' predictions, from hidden states (tokens, hidden) and the targets of `next_tokens`."""
     farthest, total, squares, numbers = 0.0, 0.0, 0.0, 0
     same, divergence, nats, wanted_nats, count = 0, 0.0, 0.0, 0.0, int((targets >= 0).sum())
     for positions in torch.arange(len(targets)).split(64):
-        found, wanted = model.logits(hidden[positions]), wanted_model.logits(wanted_hidden[positions])  # (n, vocab)
+        found, wanted = predictions(model, hidden[positions]), predictions(wanted_model, wanted_hidden[positions])
         difference = (found - wanted).abs().nan_to_num(nan=math.inf)  # inf - inf: a weight overflowed
         farthest = max(farthest, difference.max().item())
         total += wanted.sum(dtype=torch.float64).item()
@@ -126,7 +131,8 @@ def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Promp
     if is_run(source):
         config = load_config(Path(source) / "config.json")
         with suppress(UserError):
-            corpus = build_datasets(config.data, chat, config.model.max_seq_length, config.system.seed, print)
+            learns, length = OBJECTIVES[config.training.objective].learns, config.model.max_seq_length
+            corpus = build_datasets(config.data, chat, length, config.system.seed, print, learns=learns)
             samples = corpus.validation if len(corpus.validation) else corpus.training
             conversations = corpus.conversations(corpus.untruncated(samples), PROMPTS)
             return list(samples[: VERIFY_TOKENS // 8]), held_out_prompts(conversations, PROMPTS)
@@ -155,12 +161,14 @@ def verify_merge(opened: LoadedModel, merged: Path, prompts: Sequence[list[int]]
 def prove(opened: LoadedModel, merged: Rows, prompts: Sequence[list[int]], tolerance: float) -> Proof:
     """Compare logits of merged weights and of base + adapter; `tolerance` is a share of their standard deviation."""
     prompts, model, merged_model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model, StreamedDecoder(merged)
-    targets, wanted = next_tokens(prompts), hidden_states(model, prompts)
-    with disabled(opened.adapters):
+    targets, wanted, has_score = next_tokens(prompts), hidden_states(model, prompts), model.config.has_score
+    targets = torch.full_like(targets, -1) if has_score else targets  # rewards predict no tokens
+    with disabled({name: adapter for name, adapter in opened.adapters.items() if name != "score"}):
         base = hidden_states(model, prompts)
     effect = compare(model, base, model, wanted, targets).max_difference
     found = compare(merged_model, hidden_states(merged_model, prompts), model, wanted, targets)
-    return Proof(found.max_difference, tolerance * found.spread, effect, found.same_top_token)
+    kind = "reward" if has_score else "logit"
+    return Proof(found.max_difference, tolerance * found.spread, effect, found.same_top_token, kind)
 
 
 def compare_bases(

@@ -31,7 +31,7 @@ from nanoft.lora import inject_lora
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, vocabulary_of
 from nanoft.models.model_files import ModelFiles, Quantization, find_model, quantization_of
-from nanoft.models.weights import grow_vocabulary, load_model
+from nanoft.models.weights import add_score, grow_vocabulary, load_model
 from nanoft.runtime.device import DTYPES
 
 
@@ -168,7 +168,7 @@ def read_trained_adapter(source: str, base: str | None = None) -> TrainedAdapter
 def with_added_tokens(lora: LoRAConfig, ids: Sequence[int], tied: bool) -> LoRAConfig:
     """Train the rows of these tokens, too, wherever the whole embedding or head is not trained anyway."""
     rows = {name: list(own) for name, own in lora.trainable_token_indices.items()}
-    for name in ("embed_tokens",) if tied else ("embed_tokens", "lm_head"):
+    for name in ("embed_tokens",) if tied or "score" in lora.modules_to_save else ("embed_tokens", "lm_head"):
         if ids and not any(is_inside(f"model.{name}", saved) for saved in lora.modules_to_save):
             rows[name] = list(dict.fromkeys([*rows.get(name, []), *ids]))
     return replace(lora, trainable_token_indices=rows)
@@ -219,6 +219,8 @@ def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
     """Add an adapter to a model, in place; a UserError if it does not match."""
     try:
         grow_vocabulary(model, vocabulary_of(adapter.lora, adapter.tensors))
+        if "score" in adapter.lora.modules_to_save:
+            add_score(model)
         adapters = inject_lora(model, adapter.lora, seed=0)
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None

@@ -22,6 +22,7 @@ from nanoft.data.formats import Learns
 from nanoft.model import Decoder
 from nanoft.objectives.kto import KTO
 from nanoft.objectives.preference import DPO, ORPO, SimPO
+from nanoft.objectives.reward import RewardModel
 from nanoft.objectives.sft import SFT
 
 
@@ -52,7 +53,12 @@ class Objective(Protocol):
 
 
 # Each is built from the config and the adapters by name, which are empty in full training.
-OBJECTIVES: dict[str, Any] = {"sft": SFT, "dpo": DPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO}
+OBJECTIVES: dict[str, Any] = {"sft": SFT, "dpo": DPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO, "reward": RewardModel}
+
+
+def trains_score(config: Config) -> bool:
+    """Whether the model that is trained has a scalar head instead of one for logits."""
+    return issubclass(OBJECTIVES[config.training.objective], RewardModel)
 
 
 def build_objective(config: Config, adapters: dict[str, Adapter]) -> Objective:

@@ -44,7 +44,10 @@ class KTO(Preference):
     def __init__(self, config: Config, adapters: dict[str, Adapter]):
         super().__init__(config, adapters)
         self.kl = 0.0
-        if not adapters:
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if config.training.method == "full":
             why = "needs the reference at every step, for answers to other prompts"
             raise UserError(f"training.method: full: training.objective=kto {why}: set training.method=lora")
         if config.effective_batch_size() == 1 and not config.data.packing:
@@ -68,7 +71,7 @@ class KTO(Preference):
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
         reference, policy = self.reference.logps(model, batch), sequence_logps(model, batch)
         is_good = torch.from_numpy(batch.samples.labels > 0).to(policy.device)
-        weights = self.p.desirable_weight, self.p.undesirable_weight
+        weights = self.preference.desirable_weight, self.preference.undesirable_weight
         losses, rewards = (
             kto_loss(policy - reference, is_good, self.kl, self.beta, weights),
             self.beta * (policy - reference),

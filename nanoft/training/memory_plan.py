@@ -32,8 +32,8 @@ from nanoft.model import NORMS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import with_added_tokens
-from nanoft.models.weights import choose_dequantize, grow_vocabulary
-from nanoft.objectives import OBJECTIVES
+from nanoft.models.weights import add_score, choose_dequantize, grow_vocabulary
+from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import matmul_gflop_s
@@ -84,6 +84,8 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
     """Build the model on the `meta` device, adapters and all, and count what it has."""
     with torch.device("meta"):
         model = Decoder(decoder)
+    if trains_score(config):
+        add_score(model)
     linears = list(linears_of(model).values())
     weights = sum(int(linear.in_features * linear.out_features) for linear in linears)
     others = sum(p.numel() for p in model.parameters()) - weights
@@ -253,7 +255,8 @@ class Planner:
         """The memory of a step with micro-batches of rows x length tokens, and what each block keeps for backward."""
         device, settled = self.machine.device, decide_dequantize(self.config, self.counts, self.machine)
         baseline, dtype = held_bytes(device) if device.type == "cpu" else 0.0, self.machine.dtype
-        return estimate_memory(self.decoder, self.counts, settled, device.type, dtype, rows, length, keep, baseline)
+        sizes = self.decoder, self.counts, settled, device.type, dtype, rows, length, keep, baseline
+        return estimate_memory(*sizes, float(not trains_score(self.config)))
 
     def keep_by(self, policy: str) -> list[ActivationPolicy]:
         """What each block keeps under a policy of training.checkpointing, for auto where memory is least."""
@@ -364,6 +367,7 @@ def show_plan(config: Config) -> int:
     def say(name: str, text: str) -> None:
         print(wrap(f"{name:16} {text}", 17))
 
+    say("model", files.description)
     kind, rows = machine.device.type, config.effective_batch_size() * unit
     if not machine.present:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")

@@ -17,29 +17,31 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.batches import TokenDataset, Window, eval_batches
+from nanoft.batches import TokenDataset, Window, eval_batches, share_of_rank
 from nanoft.blocks.trained import TrainedRows
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.inspection import check_data, preview
 from nanoft.io.tensor_files import write_tensors
 from nanoft.kernels import sharding
 from nanoft.model import Decoder
-from nanoft.optim import optimizer_tensors
+from nanoft.objectives.reference import sequence_logps
 from nanoft.runtime import distributed
 from nanoft.runtime.command import Check, require_passed
 from nanoft.runtime.device import preserve_rng_state
 from nanoft.runtime.memory import OutOfMemory, peak_memory_gb, release_memory
 from nanoft.training.memory_plan import Planner, describe_recompute, suggest_savings
+from nanoft.training.progress import in_smaller_batches
 from nanoft.training.recovery import halve_micro_batch
-from nanoft.training.state import TrainContext, TrainState
+from nanoft.training.state import TrainContext, TrainState, optimizer_tensors
 
+PAIRS_CHECKED = 64  # evenly spread
 WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median row
 
 
 def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
     """Check the data, the head, memory and disk, which are UserErrors unless forced; returns the seconds of a step."""
     head = []
-    if ctx.adapters and not ctx.config.model.random_init:
+    if ctx.adapters and not ctx.config.model.random_init and not ctx.model.config.has_score:
         head.append(check_head(ctx.model, ctx.tokenizer, ctx.corpus.training))
     distributed.broadcast_from_rank0(lambda: require_shown([*check_samples(ctx), *head], ctx, forced))
     seconds_per_token, batches = rehearse_step(ctx, state), ctx.batches
@@ -47,6 +49,8 @@ def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
     ctx.run.print(f"memory    {describe_recompute(ctx.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(ctx.validation):
         rehearse_evaluation(ctx)
+    if ctx.objective.learns == "pairs" and ctx.model.score is None and not state.step:
+        ctx.run.print(check_preferences(ctx).preflight_line())
     weights = sharding.gather_full(ctx.trained_weights())
     moments = sharding.gather_full(optimizer_tensors(ctx.optimizer, ctx.trained))
     out, keep = ctx.run.directory, ctx.config.training.keep_checkpoints
@@ -122,6 +126,23 @@ def rehearse_evaluation(ctx: TrainContext) -> None:
     except OutOfMemory as error:
         release_memory(ctx.device, error)
         ctx.run.print(f"warning: out of memory with evaluation.batch_size={size}: smaller batches will be used")
+
+
+def check_preferences(ctx: TrainContext) -> Check:
+    """How often the model, which is the reference, prefers the chosen answer already."""
+    count = len(ctx.corpus.training) // 2
+    pairs = ctx.corpus.training.units(np.linspace(0, count - 1, min(PAIRS_CHECKED, count)).astype(int))
+
+    @torch.no_grad()
+    def evaluate(size: int) -> dict[str, float]:
+        batches = share_of_rank(eval_batches(pairs, size, ctx.tokenizer.pad_id))
+        logps = [sequence_logps(ctx.model, batch.to(ctx.device)) for batch in batches]
+        return {"preferred": distributed.all_reduce_sum(sum(int((logp[::2] > logp[1::2]).sum()) for logp in logps))[0]}
+
+    with preserve_rng_state():
+        preferred = in_smaller_batches(ctx, ctx.config.evaluation.batch_size, evaluate)["preferred"]
+    found = f"the chosen answer is the likelier one in {preferred:.0f} of {len(pairs) // 2}, before training"
+    return Check.of("pairs", True, found)
 
 
 def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) -> Check:

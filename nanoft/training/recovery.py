@@ -100,7 +100,7 @@ def back_to_checkpoint(ctx: TrainContext, state: TrainState, history: History | 
 
 def warn_of_window(ctx: TrainContext, state: TrainState, what: str, bad: SkipStep) -> None:
     """Name the records of a window whose loss or gradient is not as it should be."""
-    records = [ctx.corpus.location(record) for micro_batch in bad.window for record in micro_batch.records]
+    records = [ctx.corpus.location(record) for batch in bad.window for record in dict.fromkeys(batch.records)]
     figures = {"loss": str(bad.loss), "grad_norm": str(bad.grad_norm), "window": bad.window.position}
     ctx.run.log("warning", state.step, what=what, **figures, records=records)
     first = ", ".join(Path(record).name for record in records[:4])

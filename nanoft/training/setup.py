@@ -35,6 +35,7 @@ from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
 from nanoft.data.inspection import unseen_tokens
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
+from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.hub import use_cache
@@ -43,12 +44,13 @@ from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
 from nanoft.lora import disabled
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import hash_tensors, vocabulary_of
+from nanoft.models.adapter_files import hash_tensors, load_adapter_tensors, vocabulary_of
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
 from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
-from nanoft.models.weights import cache_weights, grow_vocabulary, load_model
+from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
-from nanoft.objectives import OBJECTIVES
+from nanoft.objectives import OBJECTIVES, trains_score
+from nanoft.objectives.preference import Preference
 from nanoft.runtime import distributed
 from nanoft.runtime.device import describe_device, library_versions
 from nanoft.runtime.machine import Machine
@@ -82,10 +84,11 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
 def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> Planner:
     """The memory planner, its config with the micro-batch size decided."""
     planner = Planner.of(config, machine, files.decoder)
-    if config.lora.dropout and OBJECTIVES[config.training.objective].learns != "turns":
-        run.print(
-            f"warning: lora.dropout: off with training.objective={config.training.objective}, in both forward passes"
-        )
+    name, objective = config.training.objective, OBJECTIVES[config.training.objective]
+    if objective.learns != "turns":
+        objective.check(config)
+    if config.lora.dropout and objective.learns != "turns":
+        run.print(f"warning: lora.dropout: off with training.objective={name}, in both forward passes")
         planner = replace(planner, config=config.override({"lora.dropout": 0.0}))
     decided = distributed.broadcast_from_rank0(
         lambda: resolve_micro_batch_size(planner, run.recorded_config()).to_dict()
@@ -175,6 +178,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     """The samples, and the batches of those for training; prints how many records were kept and rejected."""
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
+    read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
     bar = config.logging.progress_bar and not distributed.process_rank()
     corpus = distributed.main_process_first(
         lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar, learns)
@@ -216,12 +220,17 @@ def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
     """The adapter of lora.start_from, and the settings with its shape; a UserError where they differ."""
     lora, source = config.lora, config.lora.start_from
     if not source:
-        return config, None
+        return with_score(config), None
     if config.training.method != "lora":
         raise UserError(f"lora.start_from: {source}: needs training.method=lora: set one of them")
     start = read_trained_adapter(source, config.model.name or None)
     if lora.init != LoRAConfig.init:
         raise UserError(f"lora.init: {lora.init}: the adapter starts from {source}: remove one of the two")
+    if not trains_score(config) and "score" in start.lora.modules_to_save:
+        raise UserError(f"lora.start_from: {source} is a reward model: set training.objective=reward")
+    if trains_score(config) and any(".lm_head." in name for name in start.tensors):
+        fix = "merge it with merge.py, and set model.name to the result"
+        raise UserError(f"lora.start_from: {source} has trained a head of the vocabulary, which rewards replace: {fix}")
     taken: dict[str, Any] = {}
     for name in SHAPE:
         own, default, theirs = (getattr(settings, name) for settings in (lora, LoRAConfig(), start.lora))
@@ -231,7 +240,20 @@ def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
     tokens = config.model.add_tokens
     if tokens not in ((), start.add_tokens):
         raise UserError(f"model.add_tokens: the tokens of {source} stay: remove it, or merge that adapter first")
-    return config.override({**taken, "model.add_tokens": start.add_tokens}), start
+    return with_score(config.override({**taken, "model.add_tokens": start.add_tokens})), start
+
+
+def with_score(config: Config) -> Config:
+    """The settings with the scalar head of a reward model among what is trained."""
+    saved = config.lora.modules_to_save
+    is_missing = trains_score(config) and config.training.method == "lora" and "score" not in saved
+    return config.override({"lora.modules_to_save": (*saved, "score")}) if is_missing else config
+
+
+def load_start(adapters: dict[str, Adapter], start: TrainedAdapter) -> None:
+    """Begin from a trained adapter; a scalar head that it does not have starts fresh."""
+    own = {name: a for name, a in adapters.items() if name != "score" or "score" in start.lora.modules_to_save}
+    load_adapter_tensors(own, start.tensors, f"lora.start_from: {start.place}")
 
 
 def check_start(start: TrainedAdapter, config: Config, provenance: Provenance, run: Run) -> None:
@@ -266,6 +288,10 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
     seed = config.system.seed if config.model.random_init else None
     model = load_model(files, device, dtype, quantization_of(config), seed)
     grow_vocabulary(model, tokens)
+    if trains_score(config):
+        add_score(model, config.system.seed)
+    elif model.score is not None:
+        raise UserError(f"model.name: {config.model.name}: is a reward model: set training.objective=reward")
     cache_weights(model, config.quantization.dequantize)
     return model
 
@@ -287,9 +313,10 @@ def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncC
 
 @contextlib.contextmanager
 def base_model(ctx: TrainContext) -> Iterator[Decoder]:
-    """The model as it was before training: adapters switched off, or loaded again if every parameter was trained."""
+    """The model before training: adapters off (of preferences: as at step 0), or loaded again in full training."""
     if ctx.adapters:
-        with disabled(ctx.adapters):
+        objective = ctx.objective
+        with objective.reference.weights() if isinstance(objective, Preference) else disabled(ctx.adapters):
             yield ctx.model
     else:
         ctx.optimizer.state.clear()  # its memory is needed for the second model

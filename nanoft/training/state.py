@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nanoft import UserError, guard
 from nanoft.batches import Batches, TokenDataset, Window
 from nanoft.blocks.trained import Adapter
-from nanoft.checkpoint import AsyncCheckpointWriter, Checkpoint, CheckpointCorrupted, CheckpointManager, copy_matching
+from nanoft.checkpoint import AsyncCheckpointWriter, Checkpoint, CheckpointCorrupted, CheckpointManager
 from nanoft.config import Config
 from nanoft.config.settings import TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
@@ -31,7 +31,6 @@ from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
 from nanoft.objectives import Objective
-from nanoft.optim import load_optimizer_tensors, optimizer_tensors
 from nanoft.runtime import distributed
 from nanoft.runtime.device import set_rng_state
 from nanoft.runtime.machine import Machine
@@ -86,6 +85,8 @@ class TrainState:
     overflow_steps: int = 0  # windows skipped because their gradient overflowed float16
     micro_batch_rows: int = 0  # fewer than configured, after running out of memory; 0: as configured
     guard: guard.History = field(default_factory=guard.History)
+    held_out: dict[str, float] = field(default_factory=dict)  # figures of the last evaluation
+    warned: list[str] = field(default_factory=list)  # of what is warned of once
 
     def advance(self, window: Window, loss: float, units: float, seconds: float, joules: float) -> None:
         """Count a completed optimizer step, whose loss is a mean over these units, and move on to the next window."""
@@ -239,3 +240,36 @@ def load_weights(ctx: TrainContext, saved: Checkpoint) -> None:
         load_adapter_tensors(ctx.adapters, tensors, str(saved.path))
     else:
         copy_matching({name: parameter.detach() for name, parameter in ctx.trained}, tensors, str(saved.path))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: `<parameter>.exp_avg`, ..., as the optimizer calls them.
+
+    Tensors are the optimizer's own, not copies; plain numbers (bitsandbytes counts steps in an int) become tensors.
+    """
+    return {f"{name}.{key}": torch.as_tensor(value) for name, p in named for key, value in optimizer.state[p].items()}
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
+) -> None:
+    """Fill the allocated state from `optimizer_tensors`, matched by name; a UserError if something does not fit."""
+    copy_matching(optimizer_tensors(optimizer, named), tensors, "optimizer.safetensors")
+    for name, parameter in named:
+        state = optimizer.state[parameter]
+        state.update({key: int(tensors[f"{name}.{key}"]) for key, held in state.items() if isinstance(held, int)})
+
+
+def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into those of the same name; a UserError names the first whose name, shape or dtype differs."""
+
+    def describe(tensor: Tensor | None, absent: str) -> str:
+        return absent if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+
+    for name in sorted(own.keys() | saved.keys()):
+        have, want = describe(saved.get(name), "missing"), describe(own.get(name), "none")
+        if have != want:
+            raise UserError(f"{where}: {name}: {have}, but this run needs {want}: start anew with another output.dir")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])

@@ -15,7 +15,7 @@ from nanoft.config.fields import nearest
 from nanoft.data.formats import check_format
 from nanoft.lora import VARIANTS, variant_of
 from nanoft.metrics.answers import select_metrics
-from nanoft.objectives import OBJECTIVES
+from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.optim import OPTIMIZERS, SCHEDULES, warmup_steps
 
 MAX_RANK = 4096  # of LoRAConfig.rank
@@ -61,8 +61,14 @@ def check_objective(config: Config) -> None:
     ]
     if "label_smoothing" in objective.settings and p.loss == "ipo" and p.label_smoothing:
         idle.append("preference.label_smoothing")
+    if config.data.margin_field and not trains_score(config):
+        idle.append("data.margin_field")
+    if trains_score(config) and "lm_head" in (*config.lora.target_modules, *config.lora.modules_to_save):
+        raise UserError("lora: lm_head: training.objective=reward has a scalar head in its place: remove it")
     supervised = {"training.label_smoothing": t.label_smoothing, "training.z_loss": t.z_loss}
     supervised |= {"training.neftune_alpha": t.neftune_alpha, "data.train_on": config.data.train_on != "assistant"}
+    label = config.data.label_field
+    supervised["data.label_field"] = label == "ignore" or (label is not None and objective.learns == "pairs")
     idle += [name for name, is_set in supervised.items() if is_set and objective.learns != "turns"]
     if idle:
         loss = f" and preference.loss={p.loss}" if "loss" in objective.settings else ""

@@ -100,10 +100,12 @@ def test_a_label_beside_a_text_is_a_class(path: Path) -> None:
 
 
 PAIRS: list[tuple[dict[str, Any], dict[str, str]]] = [
-    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, {"prompt": "prompt", "completion": "chosen"}),
-    ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": []}, {"prompt": "prompt", "completion": "chosen"}),
+    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, {"completion": "chosen"}),
+    ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": []}, {"completion": "chosen"}),
     ({"prompt": "Q", "chosen": [USER, ASSISTANT], "rejected": []}, {"messages": "chosen"}),
     ({"chosen": [USER, ASSISTANT], "rejected": []}, {"messages": "chosen"}),
+    ({"question": "Q", "chosen": "A", "rejected": "B"}, {"answer": "chosen"}),
+    ({"instruction": "Q", "chosen": "A", "rejected": "B"}, {"output": "chosen"}),
 ]
 
 
@@ -111,7 +113,7 @@ PAIRS: list[tuple[dict[str, Any], dict[str, str]]] = [
 def test_pairs_of_answers_are_named_with_the_setting_that_learns_the_chosen_ones(
     path: Path, record: dict[str, Any], columns: dict[str, str]
 ) -> None:
-    with pytest.raises(UserError, match="holds pairs of answers: set training.objective=dpo to prefer") as raised:
+    with pytest.raises(UserError, match=r"holds pairs of answers: set training\.objective=dpo to prefer") as raised:
         read(path, [record])
     assert f"data.columns='{json.dumps(columns)}'" in str(raised.value)
     assert read(path, [record], columns=columns)[1][0].messages == [USER, ASSISTANT]

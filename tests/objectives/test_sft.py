@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from preferences import random_samples
 
 from nanoft.batches import Sample, TokenDataset, Window, collate
-from nanoft.config import Config
+from nanoft.config import Config, LoRAConfig
+from nanoft.lora import inject_lora
 from nanoft.model import Decoder
-from nanoft.models.weights import load_model
-from nanoft.objectives import OBJECTIVES, build_objective
+from nanoft.models.weights import add_score, load_model
+from nanoft.objectives import OBJECTIVES, build_objective, trains_score
 from tiny_models import make_reference
 
 PAD = 0
@@ -74,9 +77,23 @@ def test_evaluation_is_the_same_loss_without_smoothing(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_has_what_the_loop_asks_for(name: str, model: Decoder) -> None:
-    objective = build_objective(Config().override({"training.objective": name}), {})
+def test_every_objective_has_what_the_loop_asks_for(name: str, model: Decoder, tmp_path: Path) -> None:
+    """On the data that it learns from; it may begin with adapters, or must."""
+    data = random_samples(OBJECTIVES[name].learns)
+    pieces = Window([collate(data, list(data.members(np.arange(6)).reshape(6, -1)), PAD)], [0, 0], [0, 1])
+    model, adapters = copy.deepcopy(model), {}
+    config = Config().override({"training.objective": name})
+    if trains_score(config):
+        add_score(model)
+    if OBJECTIVES[name].learns != "turns":
+        adapters = inject_lora(model, LoRAConfig(rank=2), 0)
+    objective = build_objective(config, adapters)
     assert objective.unit
-    objective.prepare(model, window(2))
-    assert objective.loss(model, window(2).micro_batches[0]).shape == ()
-    assert "loss" in objective.evaluate(model, window(2))
+    objective.begin(model, [data], tmp_path, 2)
+    objective.prepare(model, pieces)
+    loss = objective.loss(model, pieces.micro_batches[0])
+    assert loss.shape == ()
+    assert loss.requires_grad
+    assert objective.count(pieces) > 0
+    assert "loss" in objective.evaluate(model, pieces)
+    assert all(np.isfinite(value) for value in objective.figures().values())

@@ -6,15 +6,14 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, equal, events, losses, quick, result
+from ranks import EXACT, close, codes, run, start, torchrun
+from runs import equal, events, losses, quick, result
 from shapes import MISTRAL_7B
 from tiers import rest_is_slow
 
@@ -29,69 +28,11 @@ from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
 from nanoft.training.validation import validate_config
 from tiny_models import make_chat_model, write_records
 
-# train.py with something done before, and the exit code written down: torchrun itself ends with 1 whatever it was
-WORKER = """
-import os, sys, pathlib
-import torch, train
-from nanoft.objectives import sft
-from nanoft.runtime import distributed
-from nanoft.training import progress, setup
-rank = int(os.environ["RANK"])
-{before}
-try:
-    code = train.main(sys.argv[1:])
-except SystemExit as end:
-    code = end.code
-pathlib.Path({codes!r}, str(rank)).write_text(str(code))
-sys.exit(code)
-"""
-EXACT = {
-    "lora__dropout": 0.0,
-    "system__threads": 1,
-    "evaluation__batch_size": 3,
-    "evaluation__prompt_batch_size": 1,
-    "evaluation__temperature": 0.7,
-}
-
-
-def torchrun(processes: int, program: list[str]) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*launcher, *program], env=environment, cwd=ROOT, **pipes)
-
-
-def start(processes: int, directory: Path, before: str = "", **changes: Any) -> subprocess.Popen[str]:
-    codes = directory.with_name(directory.name + "-codes")
-    codes.mkdir(exist_ok=True)
-    worker = codes / "worker.py"
-    worker.write_text(WORKER.format(before=before, codes=str(codes)))
-    return torchrun(processes, [str(worker), *quick(directory, **{**EXACT, **changes})])
-
-
-def codes(directory: Path) -> dict[int, int]:
-    found = directory.with_name(directory.name + "-codes")
-    return {int(path.name): int(path.read_text()) for path in found.iterdir() if path.name.isdigit()}
-
-
-def run(processes: int, directory: Path, before: str = "", **changes: Any) -> tuple[str, str]:
-    """What was printed and what went to stderr."""
-    process = start(processes, directory, before, **changes)
-    try:
-        return process.communicate(timeout=180)
-    finally:
-        process.kill()
-
 
 def answers(directory: Path) -> list[str]:
     found = re.findall(r"^ *(?:base|tuned): .*$", (directory / "train.log").read_text(), re.MULTILINE)
     assert len(found) >= 2
     return found
-
-
-def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], allowed: float) -> None:
-    a, b = (torch.cat([part[name].flatten().double() for name in sorted(expected)]) for part in (found, expected))
-    assert ((a - b).norm() / b.norm()).item() <= allowed
 
 
 @pytest.fixture(scope="module")

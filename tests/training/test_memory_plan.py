@@ -23,7 +23,7 @@ from nanoft.models.families import decoder_config
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
 from nanoft.nf4 import packed_bytes
-from nanoft.optim import build_optimizer, optimizer_tensors
+from nanoft.optim import build_optimizer
 from nanoft.runtime.machine import Machine
 from nanoft.training.memory_plan import (
     Plan,
@@ -37,6 +37,7 @@ from nanoft.training.memory_plan import (
     gflop_per_token,
     suggest_savings,
 )
+from nanoft.training.state import optimizer_tensors
 from tiny_models import make_chat_model, make_reference, write_records
 
 CPU = torch.device("cpu")

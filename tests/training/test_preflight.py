@@ -171,6 +171,44 @@ def test_windows_that_were_left_out_do_not_count_in_show_step(
         assert place in capsys.readouterr().out
 
 
+def test_in_how_many_pairs_the_chosen_answer_is_the_likelier_one(
+    tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    """Compared with log-softmax over all logits of each sample; and no random number is drawn."""
+    ends = [("!", "."), (".", "!"), (" now.", ".")]
+    answers = [[f"Play Moon {n}{end}" for end in ends[n % 3]] for n in range(30)]
+    made = [
+        json.dumps({"prompt": f"Play {n}.", "chosen": good, "rejected": bad}) for n, (good, bad) in enumerate(answers)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(made))
+    check, seen = preflight.check_preferences, []
+
+    def checked(ctx: Any) -> Any:
+        before = torch.get_rng_state()
+        found = check(ctx)
+        assert torch.equal(torch.get_rng_state(), before)
+        likelihoods = []
+        for sample in ctx.corpus.training:
+            ids = torch.from_numpy(sample.ids).long()
+            with torch.no_grad():
+                hidden = ctx.model(ids[None], None, None, torch.arange(len(ids)))
+            logps = (hidden.reshape(len(ids), -1) @ ctx.model.head.T).log_softmax(-1)
+            each = logps[:-1].gather(1, ids[1:, None])[:, 0]
+            likelihoods.append(each[torch.from_numpy(sample.is_target)[1:]].sum().item())
+        seen.append(
+            (sum(a > b for a, b in zip(likelihoods[::2], likelihoods[1::2], strict=True)), len(likelihoods) // 2)
+        )
+        return found
+
+    monkeypatch.setattr(preflight, "check_preferences", checked)
+    data = {"data__train_file": tmp_path / "pairs.jsonl", "data__validation_split": 0, "evaluation__batch_size": 4}
+    assert train.main([*quick(tmp_path / "run", training__objective="dpo", **data), "--preflight"]) == 0
+    ((right, count),) = seen
+    assert 0 < right < count == 30
+    out = capsys.readouterr().out
+    assert re.search(rf"preflight pairs +ok +the chosen answer is the likelier one in {right} of {count},", out)
+
+
 def test_preflight_alone_trains_nothing_and_shows_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = quick(tmp_path / "run")
     assert train.main([*arguments, "--preflight"]) == 0

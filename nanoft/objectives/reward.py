@@ -1,0 +1,52 @@
+"""Reward models: a number for an answer, learned from which of two answers is better.
+
+A scalar head w, `score`, reads the last hidden state h of the last token, r = w . h, in the place of the head
+that gives logits. The probability that y+ is better than y- is sigmoid(r+ - r-) (Bradley and Terry 1952), and its
+negative log-likelihood is the loss. Only differences are learned; `preference.center` keeps rewards around zero.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoft.batches import Batch
+from nanoft.model import Decoder
+from nanoft.objectives.preference import Figures, Preference
+
+
+def answer_rewards(model: Decoder, batch: Batch) -> Tensor:
+    """r of each of the s samples of a batch of pairs, (s,) float32, at the last token, where transformers takes it."""
+    assert model.score is not None
+    assert batch.positions is not None
+    ends = torch.bincount(batch.sequence, minlength=len(batch.samples)).cumsum(0)  # (s,) of each sample's targets
+    inside = batch.target_positions[ends - 1]  # (s,) a position in each sample
+    lengths = torch.from_numpy(batch.samples.lengths).to(inside.device)
+    last = inside - batch.positions.flatten()[inside] + lengths - 1  # a document begins where `positions` is 0
+    hidden = model(batch.ids, batch.positions, batch.documents, last)[0]  # (s, hidden)
+    return (hidden.float() * model.score.weight.float()).sum(-1)  # as a product, autocast would round it
+
+
+def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Tensor:
+    """-log sigmoid(r+ - r- - margin) (Touvron et al. 2023, eq. 2) + center (r+ + r-)^2 (Eisenstein et al. 2023)."""
+    return -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected).square()
+
+
+class RewardModel(Preference):
+    """A Bradley-Terry model of pairs; data.margin_field says by how much the chosen answer is better."""
+
+    settings: ClassVar[tuple[str, ...]] = ("center",)
+
+    def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
+        rewards = answer_rewards(model, batch)
+        chosen, rejected = rewards[::2], rewards[1::2]
+        margin = torch.from_numpy(batch.samples.labels[::2]).to(rewards.device)
+        return reward_loss(chosen, rejected, margin, self.preference.center), {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": chosen > rejected,
+        }

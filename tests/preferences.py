@@ -1,0 +1,41 @@
+"""What objectives learn from, made by tests: random samples, and a file of pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from runs import record
+
+from nanoft.batches import Sample, TokenDataset
+from nanoft.data.formats import Learns
+from nanoft.objectives import OBJECTIVES
+
+VOCAB = 32
+ON_PREFERENCES = [name for name, objective in OBJECTIVES.items() if objective.learns != "turns"]
+
+
+def random_samples(learns: Learns, units: int = 6) -> TokenDataset:
+    """Prompts and answers of different lengths; the two of a pair have one prompt, the labels are mixed."""
+    chance, made = np.random.default_rng(0), list[Sample]()
+    for unit in range(units):
+        prompt = chance.integers(1, VOCAB, chance.integers(2, 6), np.int32)
+        for _ in range(2 if learns == "pairs" else 1):
+            answer = chance.integers(1, VOCAB, chance.integers(1, 8), np.int32)
+            is_target = np.arange(len(prompt) + len(answer)) >= len(prompt)
+            made.append(Sample(np.concatenate([prompt, answer]), is_target, unit, label=float(unit % 3 != 1)))
+    return TokenDataset.of(made, 2 if learns == "pairs" else 1)
+
+
+def write_pairs(path: Path, count: int = 40) -> Path:
+    """Questions with two answers each, of different lengths."""
+    lines = [
+        record(
+            prompt=f"Say {n} {'and again ' * (n % 4)}please.",
+            chosen=f"{n}, {n + 1}" + "!" * (n % 3),
+            rejected=f"{n}." + "?" * (n % 5),
+        )
+        for n in range(count)
+    ]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
