@@ -30,6 +30,7 @@ from runs import (
 from safetensors.torch import load_file
 from tiers import rest_is_slow
 
+import nanoft.model
 import train
 from nanoft.objectives import OBJECTIVES, reference
 from nanoft.training import self_test
@@ -181,8 +182,8 @@ def test_out_of_memory_takes_the_same_window_again_in_halves(
     whole, short = (on(root, tmp_path / name, objective, **SHORT) for name in ("whole", "short"))
     assert train.main(whole) == 0
 
-    def failing(number: int, real: Any, *args: Any) -> Any:
-        done = real(*args)
+    def failing(number: int, real: Any, *args: Any, **options: Any) -> Any:
+        done = real(*args, **options)
         return no_memory() if number in (6, 10) else done
 
     with monkeypatch.context() as patch:
@@ -197,7 +198,7 @@ def test_out_of_memory_takes_the_same_window_again_in_halves(
 def test_out_of_memory_at_one_unit_ends_with_3(
     objective: str, root: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    in_the_loop(monkeypatch, "token_nll", no_memory, reference)
+    in_the_loop(monkeypatch, "run_block", no_memory, nanoft.model)
     assert train.main(on(root, tmp_path / "run", objective, **SHORT)) == 3
     captured = capsys.readouterr()
     assert one_line(captured.err).startswith("failed: out of memory with micro-batches of 1 rows: try ")
