@@ -39,7 +39,7 @@ from nanoft.export.verify import held_out
 from nanoft.generation.generate import generate
 from nanoft.models import families
 from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
-from tiny_models import CASES, LLAMA3, YARN, make_chat_model, make_packed
+from tiny_models import CASES, LLAMA3, make_chat_model, make_packed
 
 CPU = torch.device("cpu")
 
@@ -394,13 +394,9 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
         ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings: llama.cpp's gemma2 has no head of its own"),
         ("gemma3_text", {"final_logit_softcapping": 3.0}, "attn_logit_softcapping: llama.cpp's gemma3 has no caps"),
         ("gemma3_text", {"rope_parameters": {SLIDING: SCALED, FULL: SCALED}}, "rope_parameters: llama.cpp's gemma3"),
-        ("phi3", {"head_dim": 20}, "head_dim: llama.cpp's phi3 requires"),
+        ("phi3", {"head_dim": 20, "rope_parameters": PLAIN}, "head_dim: llama.cpp's phi3 requires"),
         ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings: llama.cpp's olmo2 needs a head of its own"),
-        (
-            "olmo3",
-            {"rope_parameters": {SLIDING: PLAIN, FULL: YARN | {"rope_theta": 5e5}}},
-            "rope_theta: .* one for all",
-        ),
+        ("olmo3", {"rope_parameters": {SLIDING: PLAIN, FULL: {**PLAIN, "rope_theta": 5e5}}}, "rope_theta: .* one for"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers: llama.cpp's smollm3 rotates in all .* fourth"),
         ("seed_oss", {"attention_out_bias": True}, "attention_out_bias, mlp_bias: llama.cpp's seed_oss has none"),
     ],
@@ -414,17 +410,18 @@ def test_what_the_graph_of_a_family_does_not_have_is_refused(
         architecture(config)
 
 
-def test_the_short_factors_of_longrope_count_in_a_short_context(tmp_path: Path) -> None:
-    make_family("phi3", tmp_path)
+def test_the_context_of_llama_cpp_chooses_the_factors_of_longrope(tmp_path: Path) -> None:
+    """The short ones up to the context of pre-training; here it is each document's length that counts."""
+    make_family("phi3", tmp_path, original_max_position_embeddings=256, max_position_embeddings=1024)
     opened = open_model(str(tmp_path), CPU, torch.float32)
     made_one = opened, open_chat_tokenizer(str(tmp_path), opened)
     (note,) = write_gguf(*made_one, "x", "f32", "original", tmp_path / "model.gguf")
-    assert "the long factors if its context (-c) exceeds 40 tokens" in note
-    llama = in_llama_cpp(tmp_path / "model.gguf", n_ctx=40)
-    assert (logits(llama, IDS[:20]) - logits(opened.model, IDS[:20])).abs().max() < 1e-4
-    long = in_llama_cpp(tmp_path / "model.gguf")
-    assert (logits(long, IDS) - logits(opened.model, IDS)).abs().max() < 1e-4
-    assert (logits(long, IDS[:20]) - logits(opened.model, IDS[:20])).abs().max() > 0.1
+    assert "the long factors if its context (-c) exceeds 256 tokens" in note
+    short, long = in_llama_cpp(tmp_path / "model.gguf"), in_llama_cpp(tmp_path / "model.gguf", n_ctx=512)
+    ids = IDS * 5
+    assert (logits(short, IDS) - logits(opened.model, IDS)).abs().max() < 1e-4
+    assert (logits(long, ids) - logits(opened.model, ids)).abs().max() < 1e-4
+    assert (logits(long, IDS) - logits(opened.model, IDS)).abs().max() > 0.1
 
 
 def test_a_family_that_llama_cpp_does_not_have_is_refused_in_one_line(
