@@ -363,21 +363,21 @@ BIASES = ("attention_bias", "mlp_bias")
 FAMILIES: dict[str, Family] = {  # by model_type
     "llama": Family("LlamaForCausalLM", _llama, BIASES, "llama"),
     "mistral": Family("MistralForCausalLM", _mistral, WINDOWS, "llama"),
-    "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), None, {"sliding_window": ()}),
+    "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), "mistral3", {"sliding_window": ()}),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
-    "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, None, GEMMA_ONLY),
+    "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(
-        "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), None, GEMMA_ONLY
+        "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
     ),
-    "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, None, NO_DROPOUT),
-    "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), None),
-    "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), None),
+    "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, "phi3", NO_DROPOUT),
+    "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), "olmo2"),
+    "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), "olmo2"),
     "smollm3": Family(
-        "SmolLM3ForCausalLM", _smollm3, (*BIASES, *QWEN, "no_rope_layers", "no_rope_layer_interval"), None
+        "SmolLM3ForCausalLM", _smollm3, (*BIASES, *QWEN, "no_rope_layers", "no_rope_layer_interval"), "smollm3"
     ),
-    "granite": Family("GraniteForCausalLM", _granite, (*BIASES, *GRANITE), None),
-    "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), None, NO_DROPOUT),
+    "granite": Family("GraniteForCausalLM", _granite, (*BIASES, *GRANITE), "granite"),
+    "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), "seed_oss", NO_DROPOUT),
 }
 
 # Models of several towers, of which text is one: the families of its text_config, the default one first, each with
