@@ -44,7 +44,7 @@ class RewardModel(Preference):
         rewards = answer_rewards(model, batch)
         chosen, rejected = rewards[::2], rewards[1::2]
         margin = torch.from_numpy(batch.samples.labels[::2]).to(rewards.device)
-        return reward_loss(chosen, rejected, margin, self.p.center), {
+        return reward_loss(chosen, rejected, margin, self.preference.center), {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
