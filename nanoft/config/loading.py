@@ -205,11 +205,8 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
 
 def _translate(tree: Mapping[str, Any], schema: Schema, environment: Mapping[str, str]) -> list[Meaning]:
     """What became of the names of a file, and of those that its schema has in the environment."""
-    where, names = (
-        ("in a flat file", dict(tree))
-        if is_flat(tree)
-        else (f"in the {schema.name} schema", flatten(tree, MLX_SECTIONS))
-    )
+    where = "in a flat file" if is_flat(tree) else f"in the {schema.name} schema"
+    names = dict(tree) if is_flat(tree) else flatten(tree, MLX_SECTIONS)
     given = {name: variable for variable, name in schema.environment.items() if variable in environment}
     names |= {name: environment[variable] for name, variable in given.items()}
     meanings = translate(names, schema.table, schema.rules, where)
