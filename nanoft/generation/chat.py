@@ -134,7 +134,6 @@ class ChatSession:
         self.chat, self.generate, self.adapters, self.with_base = chat, generate, adapters, with_base
         self.context, self.max_new_tokens = context, max_new_tokens
         self.in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.show = functools.partial(show, hides_controls=self.in_terminal)
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
@@ -190,6 +189,9 @@ class ChatSession:
     def generate_base(self, prompt: list[int], limit: int) -> Iterator[int]:
         with disabled(self.adapters):
             yield from self.generate(prompt, limit)
+
+    def show(self, text: str) -> None:
+        show(text, hides_controls=self.in_terminal)
 
     def run(self) -> None:
         """Answer line by line until the input ends, or /quit."""
