@@ -288,11 +288,8 @@ def packed_error(model: Decoder, documents: TokenDataset, pad_id: int) -> float:
         alone = model(one.ids)
         worst = max(worst, relative_error(model.logits(in_pack), model.logits(alone)))
         for i, hidden in enumerate((in_pack, alone)):
-            losses[i] += (
-                token_nll(hidden[0, one.target_positions], model.head, one.targets, cap=model.config.logit_cap)
-                .sum()
-                .cpu()
-            )
+            nll = token_nll(hidden[0, one.target_positions], model.head, one.targets, cap=model.config.logit_cap)
+            losses[i] += nll.sum().cpu()
     return max(worst, relative_error(losses[0], losses[1]))
 
 
