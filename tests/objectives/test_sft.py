@@ -16,8 +16,8 @@ from nanoft.batches import Sample, TokenDataset, Window, collate
 from nanoft.config import Config, LoRAConfig
 from nanoft.lora import inject_lora
 from nanoft.model import Decoder
-from nanoft.models.weights import load_model
-from nanoft.objectives import OBJECTIVES, build_objective
+from nanoft.models.weights import add_score, load_model
+from nanoft.objectives import OBJECTIVES, build_objective, trains_score
 from tiny_models import make_reference
 
 PAD = 0
@@ -81,10 +81,13 @@ def test_every_objective_has_what_the_loop_asks_for(name: str, model: Decoder, t
     """On the data that it learns from; it may begin with adapters, or must."""
     data = random_samples(OBJECTIVES[name].learns)
     pieces = Window([collate(data, list(data.members(np.arange(6)).reshape(6, -1)), PAD)], [0, 0], [0, 1])
+    config = Config().override({"training.objective": name})
     model, adapters = copy.deepcopy(model), {}
+    if trains_score(config):
+        add_score(model)
     if OBJECTIVES[name].learns != "turns":
         adapters = inject_lora(model, LoRAConfig(rank=2), 0)
-    objective = build_objective(Config().override({"training.objective": name}), adapters)
+    objective = build_objective(config, adapters)
     assert objective.unit
     objective.begin(model, [data], tmp_path, 2)
     objective.prepare(model, pieces)
