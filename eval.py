@@ -55,8 +55,10 @@ from nanoft.io.hub import use_cache
 from nanoft.io.untrusted import redact
 from nanoft.lora import disabled
 from nanoft.metrics import answers
+from nanoft.models.adapter_files import load_adapter_tensors
 from nanoft.models.model_files import find_model
-from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_model
+from nanoft.models.open import LoadedModel, is_run, open_chat_tokenizer, open_model, read_trained_adapter
+from nanoft.objectives import OBJECTIVES
 from nanoft.runtime.device import choose_device, choose_dtype, seed_everything
 from nanoft.tracking.run import to_json
 from nanoft.training.validation import validate_config
@@ -103,7 +105,7 @@ def main(argv: list[str]) -> int:
     else:
         tuned, base = measure(config, loaded, chat, held_out, metrics), None
         if (args.compare_base or args.general) and has_base(args.source, loaded, config):
-            with base_of(config, loaded) as base_model:
+            with base_of(args.source, config, loaded) as base_model:
                 base = measure(config, base_model, chat, held_out, metrics)
         require_finite(tuned, args.source)
         values, text, markdown = report(
@@ -156,9 +158,14 @@ def has_base(source: str, loaded: LoadedModel, config: Config) -> bool:
 
 
 @contextlib.contextmanager
-def base_of(config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
-    """The same model with its adapters off; after full training, the model that training started from."""
-    if loaded.adapters:
+def base_of(source: str, config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
+    """The same model with its adapters off; after training on preferences or in full, as it was before."""
+    start = config.lora.start_from if is_run(source) else ""
+    if start and OBJECTIVES[config.training.objective].learns != "turns":  # `loaded` has this adapter from here on
+        load_adapter_tensors(loaded.adapters, read_trained_adapter(start, config.model.reference).tensors, start)
+        loaded.model.eval()  # DoRA forgets the norms of the weights before
+        yield loaded
+    elif loaded.adapters:
         with disabled(loaded.adapters):
             yield loaded
     else:

@@ -132,7 +132,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
             files = merge(opened, dtype, args.base, staging, export.parse_size(args.shard_size), resumable=True)
             lines, facts = verify_merged(args, adapter, opened, chat, samples, staging, dtype)
         elif args.format == "mlx":
-            save_mlx(staging, opened.adapters, adapter.lora, opened.model.config.num_layers, adapter.base_name)
+            save_mlx(staging, opened.adapters, adapter.lora, opened.model.config, adapter.base_name)
             export.copy_tokenizer(opened, staging)
             lines = ["the adapter in MLX's format"]
         else:

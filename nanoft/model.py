@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
-from nanoft.blocks.rope import Rope
+from nanoft.blocks.rope import Rope, document_lengths
 from nanoft.blocks.trained import Adapter
 from nanoft.recompute import ActivationPolicy, run_block
 
@@ -63,6 +63,7 @@ class DecoderConfig:
     residual_scale: float = 1.0  # x + scale * attention(norm(x)) (Granite)
     logit_scale: float = 1.0  # logits = scale * hidden @ head^T
     logit_cap: float | None = None  # logits l become cap tanh(l / cap)
+    wrapped: bool = False  # text is one tower of a larger model
 
     @property
     def distinct_ropes(self) -> list[Rope]:
@@ -301,14 +302,13 @@ class Decoder(nn.Module):
 
     def context(self, positions: Tensor, dtype: torch.dtype, documents: Documents | None = None) -> SequenceContext:
         """What the layers of one forward pass share; positions are (b, q)."""
-        return self.context_class(self.rotations(positions, dtype), documents)
+        return self.context_class(self.rotations(positions, dtype, document_lengths(positions, documents)), documents)
 
-    def rotations(self, positions: Tensor, dtype: torch.dtype) -> list[Rotation]:
-        """For each rope of the model cos and sin of position * frequency; angles in float32 whatever the dtype."""
+    def rotations(self, positions: Tensor, dtype: torch.dtype, lengths: Tensor) -> list[Rotation]:
+        """For each rope cos and sin of position * frequency, in float32 inside; lengths of documents are (b, q or 1)."""
         found = []
         for rope in self.config.distinct_ropes:
-            length = int(positions.max()) + 1 if rope.depends_on_length else 0
-            frequency, factor = rope.angles(self.config.head_dim, length)
+            frequency, factor = rope.angles(self.config.head_dim, lengths[..., None, None])
             angles = positions[:, :, None, None].float() * frequency.to(positions.device)
             growth = None
             if rope.query_growth:

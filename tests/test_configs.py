@@ -23,6 +23,7 @@ from nanoft.config import Config
 from nanoft.config.loading import load_file
 from nanoft.config.settings import SECTION_NAMES, SECTION_TYPES
 from nanoft.models.families import decoder_config
+from nanoft.objectives import OBJECTIVES
 from nanoft.recompute import keep_by_policy
 from nanoft.training.memory_plan import count_parameters, estimate_memory
 from tiny_models import make_chat_model
@@ -56,7 +57,14 @@ def test_there_is_a_config_for_every_situation() -> None:
     names = {str(path.relative_to(ROOT / "configs")) for path in CONFIGS}
     gpus = {f"gpu_{name}.py" for name in ("8gb", "12gb", "16gb_fp16", "24gb", "80gb")} | {"h100.py", "full_finetune.py"}
     experiments = {f"experiments/{name}.py" for name in ("high_rank", "larger_batch", "quick_test")}
-    assert names >= {"tiny.py", "m4.py", "cpu.py"} | gpus | experiments
+    assert names >= {"tiny.py", "tiny_dpo.py", "tiny_kto.py", "dpo_7b.py", "m4.py", "cpu.py"} | gpus | experiments
+
+
+def test_the_config_for_preferences_of_a_7b_model_has_the_usual_settings() -> None:
+    c = load_file(ROOT / "configs" / "dpo_7b.py")
+    assert (c.model.name, c.quantization.bits, c.lora.dropout) == ("mistralai/Mistral-7B-Instruct-v0.3", 16, 0.0)
+    assert (c.training.objective, c.training.learning_rate, c.preference.beta) == ("dpo", 5e-6, 0.1)
+    assert (16 <= c.effective_batch_size() <= 64, c.training.num_epochs) == (True, 1)
 
 
 def test_the_config_for_an_h100_has_the_usual_settings() -> None:
@@ -143,7 +151,8 @@ def test_a_plan_needs_no_weights_and_finds_what_the_config_says(
     if config.quantization.bits == 4 and config.quantization.dequantize == "auto":  # the GPU of h100.py has room
         config = config.override({"quantization.dequantize": "cached"})
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
-    size = (config.micro_batch_rows(), config.model.max_seq_length)
+    sequences = 2 if OBJECTIVES[config.training.objective].learns == "pairs" else 1
+    size = (sequences * config.micro_batch_rows(), config.model.max_seq_length)
     again = keep_by_policy("full", 1, decoder.num_layers)
     plan = estimate_memory(
         decoder, count_parameters(decoder, config), config, config.system.device, dtype, *size, again, 0.0
@@ -158,7 +167,7 @@ def test_the_table_of_the_document_has_the_figures_of_the_configs() -> None:
     assert shown == {path: claimed(path) for path in SITUATIONS}
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_base"])
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS if path.stem.startswith("tiny")])
 def test_the_plan_of_the_demo(name: str) -> None:
     assert train.main([str(ROOT / "configs" / f"{name}.py"), "--plan"]) == 0
 

@@ -59,6 +59,37 @@ def test_the_demo_teaches_tool_calls_and_says_so(bits: int, tmp_path: Path) -> N
     assert re.search(r"loss \d\.\d{3}, lr \d\.\de-\d\d, [\d,]+ tok/s", frames[-1])
 
 
+def test_the_demo_of_preferences_changes_how_answers_begin_and_keeps_them_right(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), str(TINY.with_name("tiny_dpo.py"))]
+    done = subprocess.run([*command, f"output.dir={tmp_path / 'run'}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    base, tuned = report["base"], report["tuned"]
+    assert 0.35 <= base["pair_accuracy"] <= 0.65
+    assert tuned["pair_accuracy"] >= 0.95
+    name_first = next(name for name in tuned if name.startswith("regex:"))
+    assert 0.35 <= base[name_first] <= 0.65
+    assert tuned[name_first] >= 0.95
+    assert min(base["json_equal"], tuned["json_equal"]) >= 0.95
+    assert tuned["exact_match"] >= base["exact_match"]
+    assert report["verdict"].startswith("better: pair accuracy from ")
+    assert report["answers"]["win_rate"]["low"] > 0.5
+    assert "warning" not in done.stdout
+
+
+@pytest.mark.quick
+def test_both_answers_of_a_pair_are_the_same_call_and_no_request_is_one_of_a_conversation() -> None:
+    directory = ROOT / "configs" / "tiny"
+    pairs = [json.loads(line) for line in (directory / "preferences.jsonl").read_text().splitlines()]
+    for pair in pairs:
+        assert json.loads(pair["chosen"]) == json.loads(pair["rejected"])
+        assert [next(iter(json.loads(pair[which]))) for which in ("chosen", "rejected")] == ["name", "arguments"]
+    chats = [json.loads(line)["messages"] for line in (directory / "conversations.jsonl").read_text().splitlines()]
+    known = {next(message["content"] for message in chat if message["role"] == "user") for chat in chats}
+    assert known.isdisjoint(pair["prompt"] for pair in pairs)
+    assert len({pair["prompt"] for pair in pairs}) == len(pairs) == 1000
+
+
 def test_no_held_out_prompt_is_in_the_training_data() -> None:
     config = load_config(TINY)
     d = config.data
@@ -89,13 +120,15 @@ def test_the_conversations_are_tool_calls_some_with_system_messages_and_several_
     assert sum(sum(m["role"] == "assistant" for m in chat) > 1 for chat in chats) > 0.2 * len(chats)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "conversations.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "conversations.jsonl", "preferences.jsonl"]
+)
 def test_the_shipped_files_are_what_the_script_writes(name: str, tmp_path: Path) -> None:
-    kind = "conversations" if name == "conversations.jsonl" else "tokenizer"
-    out = tmp_path / name if kind == "conversations" else tmp_path
+    kind = "tokenizer" if name.endswith(".json") else name.removesuffix(".jsonl")
+    out = tmp_path if kind == "tokenizer" else tmp_path / name
     script = ROOT / "configs" / "tiny" / "language.py"
     subprocess.run([sys.executable, str(script), kind, str(out)], check=True)
-    shipped = ROOT / "configs" / "tiny" / ("" if kind == "conversations" else "base") / name
+    shipped = ROOT / "configs" / "tiny" / ("base" if kind == "tokenizer" else "") / name
     assert (tmp_path / name).read_bytes() == shipped.read_bytes()
 
 

@@ -10,6 +10,8 @@ the same words but in other sentences. Fine-tuning therefore has to teach a form
     python configs/tiny/language.py corpus OUT.jsonl [--documents 60000] [--seed 0]
     python configs/tiny/language.py tokenizer OUT_DIR [--seed 0]
     python configs/tiny/language.py conversations OUT.jsonl [--count 2400] [--seed 0]
+    python configs/tiny/language.py preferences OUT.jsonl [--count 1000] [--seed 0]
+    python configs/tiny/language.py assistant [--seed 0]  the adapter that preference training starts from (a minute)
 """
 
 import argparse
@@ -24,6 +26,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
 Value = str | int
 Facts = dict[str, Value]
 Message = dict[str, str]
@@ -432,6 +435,40 @@ def conversations(count: int, seed: int) -> Iterator[list[Message]]:
             yield conversation(rng, asked)
 
 
+# ---- Preferences --------------------------------------------------------------------------------------------------
+# A call means the same whichever of its two keys comes first. The assistant learns both orders, and preferences tell it
+# which one is wanted.
+
+
+def arguments_first(answer: str) -> str:
+    """The same call with its keys in the other order."""
+    return json.dumps(dict(reversed(json.loads(answer).items())))
+
+
+def undecided(count: int, seed: int) -> Iterator[list[Message]]:
+    """Conversations with calls in both orders: of every other tool mostly with the arguments first."""
+    rng, others = random.Random(seed + 1), list(TOOLS)[::2]
+    for messages in conversations(count, seed):
+        for message in messages:
+            if message["role"] == "assistant":
+                share = 0.7 if json.loads(message["content"])["name"] in others else 0.3
+                message["content"] = arguments_first(message["content"]) if rng.random() < share else message["content"]
+        yield messages
+
+
+def preferences(count: int, seed: int) -> Iterator[dict[str, object]]:
+    """`count` requests that no conversation begins with: the call with the name first is better than the other."""
+    known = {next(m["content"] for m in chat if m["role"] == "user") for chat in conversations(CONVERSATIONS, seed)}
+    rng = random.Random(seed + 2)
+    seen = len(known)
+    while len(known) < seen + count:
+        sentence, tool, arguments = request(rng)
+        if sentence not in known:
+            known.add(sentence)
+            chosen = call(tool, arguments)
+            yield {"prompt": sentence, "chosen": chosen, "rejected": arguments_first(chosen)}
+
+
 # ---- Tokenizer ----------------------------------------------------------------------------------------------------
 
 VOCABULARY = 1400  # at most: with every word of the language in one piece, there is nothing left to join
@@ -508,7 +545,7 @@ def in_common_terms(tokenizer: Tokenizer) -> Tokenizer:
 # ---- Command line -------------------------------------------------------------------------------------------------
 
 
-DOCUMENTS, CONVERSATIONS = 60_000, 2_400  # as many as the shipped files were made from
+DOCUMENTS, CONVERSATIONS, PREFERENCES = 60_000, 2_400, 1_000  # as many as the shipped files were made from
 
 
 def write_lines(path: Path, objects: Iterator[dict[str, object]]) -> None:
@@ -536,25 +573,53 @@ def write_conversations(path: Path, size: int, seed: int) -> None:
     write_lines(path, ({"messages": messages} for messages in conversations(size, seed)))
 
 
-def build(seed: int) -> None:
-    """Make everything in this directory again: corpus, tokenizer, conversations, and the base by pre-training it."""
-    here, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
-    write_corpus(here / "corpus.jsonl", DOCUMENTS, seed)
-    write_tokenizer(here / "base", seed)
-    write_conversations(here / "conversations.jsonl", CONVERSATIONS, seed)
-    run = root / "runs" / "tiny_base"
-    train = [root / "train.py", root / "configs" / "tiny_base.py", f"output.dir={run}", f"system.seed={seed}"]
-    if code := subprocess.run([sys.executable, *map(str, train)], check=False).returncode:
+def write_preferences(path: Path, size: int, seed: int) -> None:
+    """Write the pairs of answers that the assistant learns the better order of keys from."""
+    write_lines(path, preferences(size, seed))
+
+
+def train(name: str, config: str, seed: int, *settings: str) -> Path:
+    """Train in runs/`name`; returns that directory."""
+    run = ROOT / "runs" / name
+    own = [ROOT / "train.py", ROOT / "configs" / config, f"output.dir={run}", f"system.seed={seed}", *settings]
+    if code := subprocess.run([sys.executable, *map(str, own)], check=False).returncode:
         sys.exit(code)
-    shutil.copyfile(run / "model" / "model.safetensors", here / "base" / "model.safetensors")
+    return run
+
+
+def build_assistant(seed: int) -> None:
+    """Fine-tune the base on conversations in both orders of keys, and put the adapter in place."""
+    write_lines(HERE / "undecided.jsonl", ({"messages": messages} for messages in undecided(CONVERSATIONS, seed)))
+    own = [f"data.train_file={HERE / 'undecided.jsonl'}", "lora.rank=8", "lora.alpha=128"]
+    adapter = train("tiny_assistant", "tiny.py", seed, *own) / "adapter"
+    (HERE / "assistant").mkdir(exist_ok=True)
+    shutil.copyfile(adapter / "adapter_model.safetensors", HERE / "assistant" / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = "configs/tiny/base"
+    text = json.dumps(config, indent=2) + "\n"
+    (HERE / "assistant" / "adapter_config.json").write_text(text, encoding="utf-8", newline="\n")
+
+
+def build(seed: int) -> None:
+    """Make everything in this directory again: corpus, tokenizer, conversations, preferences, base and assistant."""
+    write_corpus(HERE / "corpus.jsonl", DOCUMENTS, seed)
+    write_tokenizer(HERE / "base", seed)
+    write_conversations(HERE / "conversations.jsonl", CONVERSATIONS, seed)
+    write_preferences(HERE / "preferences.jsonl", PREFERENCES, seed)
+    run = train("tiny_base", "tiny_base.py", seed)
+    shutil.copyfile(run / "model" / "model.safetensors", HERE / "base" / "model.safetensors")
+    build_assistant(seed)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Four commands, each with a seed and all but one with the place to write to."""
+    """The commands, each with a seed and, but for those that build, with the place to write to."""
     parser = argparse.ArgumentParser(description="Write the corpus, the tokenizer or the conversations; or build all.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("build", help="everything in configs/tiny, with the base model (12 minutes on 2 cores)")
-    for name, size, default in [("corpus", "--documents", DOCUMENTS), ("conversations", "--count", CONVERSATIONS)]:
+    commands.add_parser("assistant", help="the adapter that preference training starts from (a minute)")
+    counts = {"conversations": CONVERSATIONS, "preferences": PREFERENCES}
+    sizes = [("corpus", "--documents", DOCUMENTS), *((name, "--count", count) for name, count in counts.items())]
+    for name, size, default in sizes:
         command = commands.add_parser(name)
         command.add_argument("out", type=Path, metavar="OUT.jsonl")
         command.add_argument(size, dest="size", type=int, default=default)
@@ -573,6 +638,10 @@ def main() -> None:
         write_corpus(options.out, options.size, options.seed)
     elif options.command == "conversations":
         write_conversations(options.out, options.size, options.seed)
+    elif options.command == "preferences":
+        write_preferences(options.out, options.size, options.seed)
+    elif options.command == "assistant":
+        build_assistant(options.seed)
     else:
         write_tokenizer(options.out, options.seed)
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoft.attention import Documents
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -21,7 +23,7 @@ class Rope:
     theta: float = 10000.0
     kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    context: int = 0  # positions of pre-training; beyond them, dynamic and longrope depend on the sequence's length
+    context: int = 0  # positions of pre-training; beyond them, dynamic and longrope depend on the document's length
     share: float = 1.0  # of each head's dimensions that is rotated, the first ones
     query_growth: float = 0.0  # b: queries grow by 1 + b ln(1 + floor(position / context)) (Llama 4)
 
@@ -29,24 +31,44 @@ class Rope:
     def depends_on_length(self) -> bool:
         return self.kind in ("dynamic", "longrope")
 
-    def angles(self, head_dim: int, length: int = 0) -> tuple[Tensor, float]:
-        """Angular frequencies, half as many as rotated dimensions, in radians per position; the factor on cos, sin."""
+    def changes_at(self, length: int) -> bool:
+        """Whether a document's earlier positions turn otherwise than before, once it has this length."""
+        return (
+            length > self.context if self.kind == "dynamic" else self.depends_on_length and length == self.context + 1
+        )
+
+    def angles(self, head_dim: int, lengths: Tensor | int = 0) -> tuple[Tensor, float]:
+        """Angular frequencies, (n / 2,) for n rotated dimensions, in radians per position; the factor on cos and sin.
+
+        If they depend on the length, for each of `lengths`, (..., 1): (..., n / 2).
+        """
+        theta: Tensor | float
         theta, head_dim = self.theta, int(head_dim * self.share)
-        if self.kind == "dynamic" and length > self.context:  # theta grows with the sequence (dynamic NTK)
+        if self.kind == "dynamic":  # theta grows with the document (dynamic NTK)
             factor = self.parameters["factor"]
-            theta *= (factor * length / self.context - (factor - 1)) ** (head_dim / (head_dim - 2))
+            longer = torch.as_tensor(factor * lengths / self.context - (factor - 1)).clamp(min=1)
+            theta = theta * longer ** (head_dim / (head_dim - 2))
         frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
         if self.kind == "linear":  # positions are squeezed by `factor` (Chen et al. 2023)
             return frequency / self.parameters["factor"], 1.0
         if self.kind == "llama3":
             return _llama3_frequencies(frequency, self.parameters), 1.0
         if self.kind == "longrope":  # each frequency has its own divisor (LongRoPE, Ding et al. 2024)
-            p, is_long = self.parameters, length > self.context
-            factors = torch.tensor(p["long_factor"] if is_long else p["short_factor"])
-            return frequency / factors, float(p["attention_factor"])
+            p, lengths = self.parameters, torch.as_tensor(lengths)
+            long, short = (torch.tensor(p[name], device=lengths.device) for name in ("long_factor", "short_factor"))
+            factors = torch.where(lengths > self.context, long, short)
+            return frequency.to(factors.device) / factors, float(p["attention_factor"])
         if self.kind == "yarn":
             return _yarn_frequencies(frequency, self.theta, head_dim, self.parameters)
         return frequency, 1.0
+
+
+def document_lengths(positions: Tensor, documents: Documents | None) -> Tensor:
+    """Of the document of each position, (b, q); without documents of each sequence, (b, 1), padding included."""
+    if documents is None:
+        return positions.amax(1, keepdim=True) + 1
+    lengths = documents.bounds.diff()
+    return lengths.repeat_interleave(lengths, output_size=positions.numel()).view_as(positions)
 
 
 def _llama3_frequencies(frequency: Tensor, p: Mapping[str, Any]) -> Tensor:

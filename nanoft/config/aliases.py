@@ -116,6 +116,7 @@ SCHEDULES: dict[str, Any] = {
     "constant_with_warmup": "constant",
     "constant": {"training.lr_scheduler": "constant", "training.warmup_steps": 0},
 }
+OBJECTIVES: dict[str, Any] = {name: {"training.objective": name} for name in ("dpo", "kto", "orpo", "simpo")}
 STRATEGY = {"steps": {}, "no": 0, "epoch": "epoch"}
 ORDERS: dict[str, Any] = {"random": False, "group_by_length": True, "sequential": {"training.shuffle": False}}
 LEVELS: dict[str, Any] = {name: name for name in ("debug", "info", "warning", "error")}
@@ -134,6 +135,7 @@ SAME_NAME = """
     data.validation_file data.packing data.group_by_length data.pad_to_multiple_of training.gradient_accumulation_steps
     training.learning_rate training.warmup_ratio training.weight_decay training.max_grad_norm
     training.early_stopping_patience training.early_stopping_threshold system.seed
+    preference.beta preference.label_smoothing preference.desirable_weight preference.undesirable_weight
 """
 # field -> other names that mean the same, with the same values
 RENAMED = {
@@ -159,6 +161,12 @@ RENAMED = {
     "training.neftune_alpha": "neftune_noise_alpha",
     "training.compile": "torch_compile",
     "training.keep_checkpoints": "save_total_limit",
+    "preference.beta": "rl_beta orpo_alpha",
+    "preference.label_smoothing": "dpo_label_smoothing",
+    "preference.sft_weight": "rpo_alpha",
+    "preference.gamma": "simpo_gamma",
+    "preference.desirable_weight": "kto_desirable_weight",
+    "preference.undesirable_weight": "kto_undesirable_weight",
     "evaluation.on_start": "eval_on_start",
     "evaluation.batch_size": "per_device_eval_batch_size",
     "evaluation.max_samples": "max_eval_samples",
@@ -207,6 +215,9 @@ TRANSLATED = {
     "metric_for_best_model": Alias(values={"loss": {}, "eval_loss": {}}, fix=LOWEST_LOSS),
     "greater_is_better": Alias(values={False: {}}, fix=LOWEST_LOSS),
     "use_cpu no_cuda": Alias("system.device", {True: "cpu", False: {}}),
+    # Preferences (DPOConfig, KTOConfig, CPOConfig)
+    "rl": Alias(values=OBJECTIVES | {"ipo": {"training.objective": "dpo", "preference.loss": "ipo"}}),
+    "loss_type": Alias("preference.loss", {name: name for name in ("sigmoid", "robust", "ipo")} | OBJECTIVES),
     # What happens anyway, or changes no result
     "do_train": Alias(values={True: {}}, fix="eval.py evaluates without training"),
     "do_eval": Alias(values={True: {}}, fix="set eval_strategy=no to evaluate only at the end"),

@@ -257,6 +257,7 @@ class EvaluationConfig(Section):
     stride: int | None = bounded(None, 1)  # tokens; of windows over texts beyond the context; none: half of it
     samples: int = bounded(3, 0)  # of the prompts, whose answers are shown: at each evaluation, and in the report
     on_start: bool = False  # evaluate before the first step, too
+    general_file: str | None = None  # texts for the perplexity of general text at the end: does the model forget?
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,7 @@ class DatasetBuilder:
         self.seen_systems: set[int] = set()
         self.in_flight: dict[int, tuple[Conversation, Iterator[Version]]] = {}  # rendered, not yet encoded
         self.unit: list[tuple[Sample, list[Message]]] = []  # the first answer of a pair, until the second is encoded
-        self.near_equal = 0  # pairs whose answers hardly differ
-        self.answers_cut = 0  # samples whose last answer lost its end
+        self.near_equal = self.answers_cut = 0  # pairs whose answers hardly differ; samples whose answer lost its end
         self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
         # per record; those of type Q are keys of the split
         self.file, self.line, self.time = array("l"), array("q"), array("d")
@@ -303,10 +302,7 @@ class DatasetBuilder:
             reasons = ", ".join(f"{count} {kind}" for kind, count in self.removed.most_common()) or "there were none"
             fix = f": none fits model.max_seq_length={self.max_length}: raise it" if self.removed["too long"] else ""
             fix += ", or set data.truncation=prompt" if fix and self.data.truncation != "prompt" else ""
-            if self.removed[UNLABELED]:
-                fix += (
-                    ": name the field that marks answers as good or bad (data.label_field), or do not learn from labels"
-                )
+            fix += ": set data.label_field to their field, or training.objective=sft" if self.removed[UNLABELED] else ""
             raise UserError(f"data: none of {self.read} records is left ({reasons}){fix}")
 
     def _split(self) -> tuple[Array, Array]:
@@ -418,9 +414,8 @@ class DatasetBuilder:
             "truncated": len(self.truncated),
             "truncation": self.data.truncation,
             "max_seq_length": self.max_length,
-            **{
-                name: getattr(self, name) for name in (*counted, "chunked_texts", "chunks", "near_leaks", "answers_cut")
-            },
+            **{name: getattr(self, name) for name in (*counted, "chunked_texts", "chunks", "near_leaks")},
+            "answers_cut": self.answers_cut,
             **({"near_equal": self.near_equal} if self.learns == "pairs" else {}),
             "notes": [[note, count, first] for note, (count, first) in self.notes.items()],
             "leaks": self.data.leaks,

@@ -43,11 +43,6 @@ from nanoft.io.tables import markdown_table
 NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batches does with the samples
 MAX_ENTRIES = 16  # the least recently used ones are deleted
 LENGTH_BIAS = 0.1  # by how much more than half of the chosen answers are longer, from which a warning is due
-LOSSES = (
-    ("answers_cut", "answers cut short"),
-    ("samples_lost", "samples left out"),
-    ("target_tokens_lost", "target tokens lost to length"),
-)
 STALE_AFTER = 86400  # seconds after which an unfinished build is deleted
 
 
@@ -279,8 +274,9 @@ def describe_data(report: dict[str, Any]) -> list[str]:
         rows.append(["steps per epoch", f"{report['steps_per_epoch']:,}", ""])
         rows.append(["steps, epochs", f"{report['steps']:,}, {report['epochs']:.3g}", ""])
     if report["truncated"]:
-        rows.append([f"truncated ({report['truncation']})", f"{report['truncated']:,}", ""])
-    for name, label in LOSSES:
+        inside = f", {report['answers_cut']:,} inside an answer" if report["answers_cut"] else ""
+        rows.append([f"truncated ({report['truncation']})", f"{report['truncated']:,}{inside}", ""])
+    for name, label in (("samples_lost", "samples left out"), ("target_tokens_lost", "target tokens lost to length")):
         if report[name]:
             rows.append([label, f"{report[name]:,}", ""])
     return [*lines, markdown_table(["", "training", "validation"], rows)]

@@ -90,7 +90,7 @@ def detect_shape(
     best = (paired or best) if wanted == "auto" else [wanted]
     example = next((record for _, record in records if isinstance(record, dict)), {})
     if best and wanted == "auto" and not paired and isinstance(example.get("chosen"), dict):
-        raise UserError(f"{path}: {other_objective(others['preference'], {}, ())}")
+        raise UserError(f"{path}: {other_objective(others['preference'], {})}")
     if len(best) > 1:
         choices = " or ".join(f"data.format={name} ({', '.join(shapes[name].required)})" for name in best)
         raise UserError(f"{path}: its records fit {len(best)} shapes: choose {choices}")
@@ -108,7 +108,7 @@ def detect_shape(
     if isinstance(first, BadRecord):
         raise UserError(f"{path}:{line}: {first}")
     if fitting := [name for name, shape in others.items() if find_columns(shape, present)]:
-        raise UserError(f"{path}: {other_objective(others[fitting[0]], example, present)}")
+        raise UserError(f"{path}: {other_objective(others[fitting[0]], example)}")
     has = f"the fields {names_of(first)}" if isinstance(first, dict) else f"no fields: it is a {type(first).__name__}"
     known = "; ".join(
         f"{name} ({', '.join(shape.required)})" for name, shape in shapes.items() if name != "raw_prompt_completion"
@@ -116,16 +116,14 @@ def detect_shape(
     raise UserError(f"{path}: unknown shape: its first record has {has}: map them with data.columns to one of {known}")
 
 
-def other_objective(shape: Shape, example: dict[str, Any], present: Collection[str]) -> str:
+def other_objective(shape: Shape, example: dict[str, Any]) -> str:
     """What the records hold that this objective does not learn from, and the objective that does."""
     if shape.required not in (("chosen", "rejected"), ("answers",)):
-        kto = [f", or training.objective=kto to learn from {name}" for name in LABELS if name in present]
+        kto = [f", or training.objective=kto to learn from {name}" for name in LABELS if name in example]
         return f"its answers ({', '.join(shape.required)}) are not compared: set training.objective=sft{''.join(kto)}"
-    answers = {"prompt": "completion", "question": "answer", "instruction": "output"}
+    asked = {"prompt": "completion", "question": "answer", "instruction": "output"}
     is_whole = isinstance(example.get("chosen"), list) and not isinstance(example.get("prompt"), list)
-    fields = (
-        ["messages"] if is_whole else [answers[name] for name in answers if name in example and "chosen" in example]
-    )
+    fields = ["messages"] * is_whole + [asked[name] for name in asked if {name, "chosen"} <= example.keys()]
     fix = [f"; data.columns='{json.dumps({name: 'chosen'})}' learns the chosen answers" for name in fields[:1]]
     return f"holds pairs of answers: set training.objective=dpo to prefer the better ones{''.join(fix)}"
 

@@ -86,7 +86,7 @@ def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -
     """The prompt at inference equals what precedes the answer in training."""
     extras = []  # what follows the prompt in training; None: nothing
     read = corpus.conversations(corpus.training, CONVERSATIONS_CHECKED)
-    for conversation, version in [(item, version) for item in read for version in item.versions]:
+    for conversation, version in ((item, version) for item in read for version in item.versions):
         roles = [message["role"] for message in version]
         answers = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
         if not answers or train_on == "all":

@@ -65,6 +65,7 @@ class Completion:
     reference: str
     answer: str
     stopped: bool  # the model ended its turn
+    tokens: int = 0  # of the answer
 
     @property
     def exact(self) -> bool:
@@ -223,7 +224,7 @@ def answer_all(
     with distributed.same_exception(model.device):
         mine = list(distributed.split_work(range(len(order))))
         answers = generate(model, longest_first, chat.stop_ids, max_new, sampling, generator, batch_size, mine)
-        found = {order[at]: (chat.decode(answers[at].ids), answers[at].stopped) for at in mine}
+        found = {order[at]: (chat.decode(a.ids), a.stopped, len(a.ids)) for at in mine for a in [answers[at]]}
     found = distributed.all_gather_dict(found)
     model.train(training)
     references = [chat.control.remove(prompt.reference) for prompt in prompts]
@@ -231,13 +232,14 @@ def answer_all(
 
 
 def answer_figures(completions: Sequence[Completion], metrics: Sequence[Metric]) -> dict[str, Figure]:
-    """Exact match, stop rate, and the requested metrics."""
+    """Exact match, stop rate, length of the answers, and the requested metrics."""
     if not completions:
         return {}
     triples = [(c.answer, c.reference, c.prompt) for c in completions]
     own = {metric.name: metric.figure(triples) for metric in metrics if metric.name != "exact_match"}
     exact, stopped = (Figure.mean([getattr(c, name) for c in completions]) for name in ("exact", "stopped"))
-    return {"exact_match": exact, "stop_rate": stopped, **own}
+    length = replace(Figure.mean([c.tokens for c in completions]), unit="number")
+    return {"exact_match": exact, "stop_rate": stopped, "response_tokens": length, **own}
 
 
 def measure(

@@ -93,26 +93,30 @@ def read_held_out(
     return HeldOut(
         samples,
         prompts,
-        read_general(general, chat, e.max_samples) if general else [],
+        read_general(general, chat, e.max_samples, "--general") if general else read_general(e.general_file, chat),
         {e.by_field: corpus.field_values(measured, e.by_field)} if e.by_field else {},
         [corpus.location(record) for record in measured.records.tolist()],
         _leakage_of_file(source, corpus, samples, chat) if file else leakage_of_run(corpus.report, data.near_leaks),
     )
 
 
-def read_general(file: str, chat: ChatTokenizer, limit: int | None) -> list[Sample]:
-    """The texts of a file: a .txt file is one text; of records, their messages."""
+def read_general(
+    file: str | None, chat: ChatTokenizer, limit: int | None = None, option: str = "evaluation.general_file"
+) -> list[Sample]:
+    """The texts of a file, which `option` names: a .txt file is one text; of records, their messages."""
+    if not file:
+        return []
     if Path(file).suffix == ".txt":
         try:
             texts = [Path(file).read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--general: {file}: cannot be read as UTF-8 text: {error}") from None
+            raise UserError(f"{option}: {file}: cannot be read as UTF-8 text: {error}") from None
     else:
         records = read_file(Path(file), DataConfig(label_field="ignore"))
         texts = [record.full_text() for record in records if isinstance(record, Conversation)]
     samples = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts[:limit]) if text.strip()])
     if not any(sample.is_target.any() for sample in samples):
-        raise UserError(f"--general: {file}: contains no text")
+        raise UserError(f"{option}: {file}: contains no text")
     return samples
 
 

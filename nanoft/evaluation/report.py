@@ -25,6 +25,7 @@ from nanoft.perplexity import safe_exp
 
 STOP_RATE = 0.95  # a trained model below it probably learned not to stop
 FORGETTING = 0.05  # rise of the perplexity of a general text that is worth a warning
+LONGER = 1.5  # times the base's tokens per answer, where more answers do not stop, are worth a warning
 WORST = 10  # answers listed
 OUTCOMES = ("wins", "losses", "ties")  # of tuned against base, per prompt
 
@@ -62,7 +63,8 @@ def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
         "leakage": inputs.leakage, "training": inputs.training, "cost": cost(inputs), "provenance": inputs.provenance,
     }  # fmt: skip
     counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
-    won = [f"answers   {counts} (by {label(inputs.primary)})"] if outcome else []
+    rate = values["answers"].get("win_rate", {}).get("said")
+    won = [f"answers   {counts} (by {label(inputs.primary)}): {rate}"] if rate else []
     head = "\n".join([f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])])
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
     by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
@@ -79,7 +81,8 @@ def verdict(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
     """One sentence: better, worse, both, or no clear difference; with the intervals of what changed."""
     if inputs.base is None:
         return "none: the base was not evaluated"
-    decisive = [name for name in dict.fromkeys(("loss", inputs.primary)) if name in compared]
+    likelihood = "pair_accuracy" if "pair_accuracy" in compared else "loss"  # preferences may make both answers rarer
+    decisive = [name for name in dict.fromkeys((likelihood, inputs.primary)) if name in compared]
     if not decisive:
         return "none: there is no validation data"
     figures = inputs.tuned.figures
@@ -101,7 +104,8 @@ def _direction(figure: Figure, c: Comparison) -> int:
 
 def _describe(name: str, c: Comparison, figure: Figure) -> str:
     before, after, change, span, p = _cells(c, figure.unit)
-    count = f"{len(figure.parts):,} {'samples' if name in PERPLEXITIES else 'prompts'}"
+    unit = "samples" if name in PERPLEXITIES else "pairs" if name == "pair_accuracy" else "prompts"
+    count = f"{len(figure.parts):,} {unit}"
     return f"{label(name)} from {before} to {after} ({change}, 95 % interval {span}, p {p}, {count})"
 
 
@@ -118,6 +122,9 @@ def warnings(inputs: ReportInputs, compared: dict[str, Comparison]) -> list[str]
             f"perplexity of the general text rises by {rise:.1%}: the model forgets: "
             "lower training.learning_rate or lora.rank, or mix in general data"
         )
+    c = compared.get("response_tokens")
+    if c and c.tuned.value > LONGER * c.base.value and compared["stop_rate"].change.value < 0:
+        found.append(f"answers have {c.tuned.value:.3g} tokens, not {c.base.value:.3g}, and fewer of them stop")
     if inputs.leakage.get("exact") or inputs.leakage.get("near"):
         found.append(inputs.leakage["said"])
     return found + [f"{label(name)} is not finite" for name, f in figures.items() if not math.isfinite(f.value)]
@@ -234,6 +241,13 @@ def outcomes(inputs: ReportInputs) -> list[str]:
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 
+def win_rate(outcome: Sequence[str], seed: int) -> dict[str, Any]:
+    """The share of prompts that the tuned model wins, ties counting half, with its interval."""
+    i = interval(Figure.mean([{"wins": 1.0, "ties": 0.5, "losses": 0.0}[word] for word in outcome]), seed)
+    said = f"win rate {i.value:.1%} (95 % interval {i.low:.1%} to {i.high:.1%}; ties count half)"
+    return {**dataclasses.asdict(i), "said": said}
+
+
 def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
     """The `answers` object of report.json: every prompt with its answers, the worst ones, who won."""
     if not inputs.tuned.completions:
@@ -242,7 +256,8 @@ def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
     if inputs.base and outcome:
         for line, before, word in zip(each, inputs.base.completions, outcome, strict=True):
             line |= {"base": before.answer, "outcome": word}
-    counts = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
+    counts: dict[str, Any] = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
+    counts |= {"win_rate": win_rate(outcome, inputs.seed)} if outcome else {}
     return {"metric": inputs.primary, **counts, "worst": worst(inputs), "each": each}
 
 
@@ -320,6 +335,7 @@ def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown
     if "wins" in answered:
         counts = [f"{answered[word]:,}" for word in OUTCOMES]
         text += f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{markdown_table(OUTCOMES, [counts])}\n"
+        text += f"\n{_sentence(answered['win_rate']['said'])}\n"
         losses = [number for number, line in enumerate(answered["each"]) if line["outcome"] == "losses"]
         shown = {"Losses": losses[:WORST], **shown}
     for heading, which in shown.items():

@@ -30,10 +30,10 @@ from nanoft.export.gguf_tokenizer import read_vocabulary
 from nanoft.export.merge import EXPORT_DTYPES, Onto, check_room, weights_of
 from nanoft.export.streaming import Rows
 from nanoft.export.verify import TOLERANCE, Proof, compare, hidden_states, next_tokens, prove
-from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.adapter_files import only_linears
 from nanoft.models.families import FAMILIES
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel
 from nanoft.perplexity import safe_exp
 
@@ -54,7 +54,7 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
         return _write_k_quants(opened, chat, name, dtype, onto, out)
     config = opened.model.config
     gguf, writer = _open_writer(out, config, "model", name)
-    notes = _add_shape(writer, config, read_json(opened.base_directory / "config.json"))
+    notes = _add_shape(writer, config, ModelFiles.read(opened.base_directory).fields)
     notes += _add_tokenizer(writer, chat, config)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     if dtype not in EXPORT_DTYPES:

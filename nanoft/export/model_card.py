@@ -22,6 +22,7 @@ from nanoft.io.atomic import hash_file
 from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import is_run
 from nanoft.runtime.device import library_versions
 
@@ -88,7 +89,9 @@ def model_card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base
     """README.md: the Hub's front matter, how to load the model, lines about what was verified, settings and metrics."""
     name, method = facts["base"]["name"], "qlora" if facts["quantization"] else "lora"
     front: dict[str, Any] = {"library_name": LIBRARIES.get(form, "transformers"), "pipeline_tag": "text-generation"}
-    use = USE.get(form, "").format(base=(hub := hub_name(name, base)) or name)
+    use, files = USE.get(form, "").format(base=(hub := hub_name(name, base)) or name), ModelFiles.read(base)
+    if files.decoder.wrapped:
+        use = use.replace("ForCausalLM", "ForImageTextToText")
     if facts.get("is_reward_model"):
         front["pipeline_tag"] = "text-classification"
         use = re.sub(r'CausalLM(\S+")\)', r"SequenceClassification\1, num_labels=1)", use)
@@ -103,7 +106,8 @@ def model_card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base
     if settings := run.get("config"):
         values = {name: settings["lora"][name] for name in ("rank", "alpha")}
         values |= {"learning rate": settings["training"]["learning_rate"], "seed": settings["system"]["seed"]}
-        rows = [[name, str(value)] for name, value in {"method": method, **values}.items()]
+        about = {"model": files.description, "method": method, **values}
+        rows = [[name, str(value)] for name, value in about.items()]
         lines.append("## Training\n\n" + markdown_table(["setting", ""], rows))
     metrics = run.get("metrics", {})
     if "tuned" in metrics:

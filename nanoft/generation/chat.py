@@ -24,9 +24,9 @@ from nanoft.generation.generate import Answer, stream
 from nanoft.generation.generate import generate as generate_all
 from nanoft.generation.pipe import LineReader, answer_limit, answer_lines
 from nanoft.generation.sampling import GREEDY, NotFinite, Sampling
-from nanoft.io.untrusted import read_json
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import disabled, linears_of
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_chat_tokenizer, open_model, use_cache_of
 from nanoft.models.weights import cache_weights
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         with disabled(loaded.adapters):
             return answer_all(prompts, limit)
 
-    context = read_json(loaded.base_directory / "config.json").get("max_position_embeddings") or math.inf
+    context = ModelFiles.read(loaded.base_directory).fields.get("max_position_embeddings") or math.inf
     if args.prompt is None and (args.json or not sys.stdin.isatty()):
         reader = LineReader(chat, context, args.max_new_tokens, args.system, args.json)
         models = {"tuned": answer_all, **({"base": base_all} if args.base else {})}

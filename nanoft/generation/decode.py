@@ -51,6 +51,8 @@ class Decoding:
         self.length = self.slots = 0  # slots in use, and allocated
         self.empty: list[int] = []  # slots before each prompt
         self.keys, self.values = list[Tensor](), list[Tensor]()  # of each layer, (b, g, slots, d)
+        self.ropes = [rope for rope in model.config.distinct_ropes if rope.depends_on_length]
+        self.read: list[list[int]] = []  # the tokens of each sequence, for these ropes
         self.is_fast = kernels.is_applied(model)
         self.prepacks = self.is_fast and not distributed.is_sharded() and should_prepack(model)
         self.head = prepacked(model.head.to(model.dtype), None) if self.prepacks else None
@@ -94,6 +96,7 @@ class Decoding:
             kept[:] = [append(*pair) for pair in zip(kept or [part[:0] for part in new], new, strict=True)]
         self.empty = [empty + before for empty in self.empty] + [length - len(prompt) for prompt in prompts]
         self.length, self.slots = length, length + more
+        self.read += [list(prompt) for prompt in prompts]
         self._prepare_slots()
         return hidden
 
@@ -127,11 +130,21 @@ class Decoding:
         """For every slot of every sequence, its rotation and whether it holds a token."""
         slots, empty = torch.arange(self.slots), torch.tensor(self.empty)[:, None]
         positions = (slots - empty).clamp(min=0).to(self.device)
-        rotations = self.model.rotations(positions, self.values[0].dtype)
+        rotations = self.model.rotations(positions, self.values[0].dtype, self.length - empty.to(self.device))
         self.tables = self.context_class.tables(rotations, (slots >= empty).to(self.device))
 
     def step(self, newest: Tensor) -> Tensor:
-        """Append one token to each sequence, (b,); the new hidden states, (b, n)."""
+        """Append one token to each sequence, (b,); the new hidden states, (b, n).
+
+        Where a sequence grows beyond the context of pre-training, all its positions may turn otherwise than those in
+        the cache: then the sequences are read once more.
+        """
+        if self.ropes:
+            self.read = [[*tokens, new] for tokens, new in zip(self.read, newest.tolist(), strict=True)]
+            if any(rope.changes_at(len(tokens)) for rope in self.ropes for tokens in self.read):
+                sequences, more = self.read, self.slots - self.length - 1
+                self.keys, self.values, self.empty, self.read, self.length = [], [], [], [], 0
+                return self.join(sequences, more)
         context = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty))
         self.length += 1
         x: Any = self.model.embed(newest[:, None])  # (b, 1, n)
@@ -147,5 +160,6 @@ class Decoding:
             for number, part in enumerate(parts):
                 parts[number] = part[chosen, :, cut:]
         self.empty = [self.empty[sequence] - cut for sequence in sequences]
+        self.read = [self.read[sequence] for sequence in sequences]
         self.length, self.slots = self.length - cut, self.slots - cut
         self._prepare_slots()

@@ -81,7 +81,8 @@ def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
         _install(model)
         found = _step(model) | {"answers": _answer(model)}
         expected["answers"] = expected["hidden states"]
-    bounds = {name: 1e-7 * tensor.norm() for name, tensor in expected.items()}
+    # one gradient is zero but for roundings: that of the bias of keys that are not rotated
+    bounds = {name: 1e-7 * tensor.norm() + 1e-12 for name, tensor in expected.items()}
     return next((name for name in found if not (found[name] - expected[name]).norm() <= bounds[name]), "")
 
 
@@ -129,7 +130,8 @@ def _step(model: Decoder) -> dict[str, Tensor]:
 def _answer(model: Decoder) -> Tensor:
     """The hidden states of the two sequences once more, token by token, as in generation."""
     blocks, (batch, length), c = [twin(block, False) for block in model.model.layers], IDS.shape, model.config
-    rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64)
+    lengths = torch.full((batch, 1), length)
+    rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64, lengths)
     tables = FastCacheContext.tables(rotations, torch.ones(batch, length, dtype=torch.bool))
     cache, doubles = (batch, c.num_kv_heads, length, c.head_dim), torch.float64
     keys, values = ([torch.zeros(cache, dtype=doubles) for _ in blocks] for _ in range(2))

@@ -13,14 +13,14 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanoft import UserError
 from nanoft.blocks.trained import Adapter, TrainedRows, is_inside
@@ -40,7 +40,8 @@ from nanoft.lora import (
     variant_of,
     weight_of,
 )
-from nanoft.models.model_files import split_reference, standard_name
+from nanoft.model import Decoder, DecoderConfig
+from nanoft.models.model_files import TOWERS, split_reference, standard_name
 
 NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
 PEFT_PREFIX = "base_model.model."
@@ -122,18 +123,24 @@ def load_adapter_tensors(adapters: dict[str, Adapter], tensors: dict[str, Tensor
 
 
 def save_adapter(
-    directory: Path, model: nn.Module, adapters: dict[str, Adapter], lora: LoRAConfig, base_name: str,
+    directory: Path, model: Decoder, adapters: dict[str, Adapter], lora: LoRAConfig, base_name: str,
     note: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write adapter_model.safetensors, adapter_config.json and nanoft.json, which holds `note`."""
     directory.mkdir(parents=True, exist_ok=True)
     plain, tensors = as_plain_lora(lora, adapter_tensors(adapters))
-    write_tensors(directory / "adapter_model.safetensors", tensors)
+    rename = in_wrapper if model.config.wrapped else str
+    write_tensors(directory / "adapter_model.safetensors", {rename(name): t for name, t in tensors.items()})
+    if model.config.wrapped and (plain.rank_pattern or plain.alpha_pattern):  # expressions for the names without it
+        ranks = ranks_of(tensors)
+        alphas = {name: by_pattern(plain.alpha_pattern, name, plain.alpha) for name in ranks}
+        plain = _with_ranks(plain, *({rename(name): n for name, n in numbers.items()} for numbers in (ranks, alphas)))
     # PEFT's target_modules: last parts of names, unless modules without an adapter share them.
     low_rank = {name for name, adapter in adapters.items() if isinstance(adapter, LoRALinear)}
     bare = {name.rpartition(".")[2] for name in linears_of(model) if name not in low_rank}
-    targets = sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in low_rank})
-    saved = [name for name, adapter in adapters.items() if getattr(adapter, "copy", None) is not None]
+    bare |= {name.rpartition(".")[2] for name in low_rank if model.config.wrapped}  # those of the other towers
+    targets = sorted({rename(name) if (last := name.rpartition(".")[2]) in bare else last for name in low_rank})
+    saved = [rename(name) for name, adapter in adapters.items() if getattr(adapter, "copy", None) is not None]
     rows = {name.rpartition(".")[2]: a.ids.tolist() for name, a in adapters.items() if isinstance(a, TrainedRows)}
     base, revision = split_reference(base_name)
     config = {
@@ -148,6 +155,11 @@ def save_adapter(
     }  # fmt: skip
     write_json(directory / "adapter_config.json", config)
     write_json(directory / NOTE, note)
+
+
+def in_wrapper(name: str) -> str:
+    """The name that transformers gives to a part of the decoder in a model of several towers."""
+    return re.sub(r"^(base_model\.model\.|)model\.", r"\1model.language_model.", name)
 
 
 def select_modules(
@@ -267,7 +279,9 @@ def only_linears(adapters: dict[str, Adapter], whose: str, fix: str) -> dict[str
     return linears
 
 
-def save_mlx(directory: Path, adapters: dict[str, Adapter], lora: LoRAConfig, layers: int, base_name: str) -> None:
+def save_mlx(
+    directory: Path, adapters: dict[str, Adapter], lora: LoRAConfig, shape: DecoderConfig, base_name: str
+) -> None:
     """Write adapters.safetensors and adapter_config.json in the format of mlx-lm.
 
     There A and B are transposed, lora_a (in, r) and lora_b (r, out), and all modules share one rank and one scale: a
@@ -277,7 +291,7 @@ def save_mlx(directory: Path, adapters: dict[str, Adapter], lora: LoRAConfig, la
     plain, stored = fold_patterns(*as_plain_lora(lora, adapter_tensors(adapters)))
     parts = {A: "lora_a", B: "lora_b", "lora_magnitude_vector": "m"}
     tensors = {
-        f"{module}.{parts[part]}": tensor.t().contiguous()
+        f"{'language_model.' * shape.wrapped}{module}.{parts[part]}": tensor.t().contiguous()
         for name, tensor in stored.items()
         for module, part in [_split(name)]
     }
@@ -285,7 +299,7 @@ def save_mlx(directory: Path, adapters: dict[str, Adapter], lora: LoRAConfig, la
     keys = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in linears})
     kind = "dora" if any(name.endswith(".m") for name in tensors) else "lora"
     parameters = {"rank": plain.rank, "scale": plain.alpha / plain.rank, "dropout": 0.0, "keys": keys}
-    config = {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters, "model": base_name}
+    config = {"fine_tune_type": kind, "num_layers": shape.num_layers, "lora_parameters": parameters, "model": base_name}
     write_json(directory / "adapter_config.json", config)
 
 
@@ -307,7 +321,7 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
         raise UserError(f"{weights}: {who} lacks lora_A or lora_B: copy the complete adapter directory")
     try:
         with time_limit(MATCHING_SECONDS, "target_modules, rank_pattern, alpha_pattern"):
-            lora = _settings(config, tensors, renamed=stored.keys() != tensors.keys())
+            lora = _settings(config, tensors, _places(stored))
             for module, have in ranks_of(tensors).items():  # before memory for the ranks of the settings is allocated
                 if have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
                     raise UserError(f"{module} has rank {have}, but adapter_config.json says {rank}")
@@ -317,10 +331,10 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
     return lora, base if revision in (None, "main") else f"{base}@{revision}", tensors, note
 
 
-def _settings(config: dict[str, Any], tensors: dict[str, Tensor], renamed: bool) -> LoRAConfig:
+def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[str, str]) -> LoRAConfig:
     """adapter_config.json as settings; a field that is not known here could change the result and is refused.
 
-    Some depend on which tensors there are; `renamed`: under other names than PEFT's in the file.
+    Some depend on which tensors there are. `places`: the modules' names in the file, which expressions there match.
     """
     for key, value in config.items():
         if value and key not in PEFT_FIELDS and value not in PEFT_VALUES.get(key, ()):
@@ -331,8 +345,8 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], renamed: bool)
     copies = tuple(module for module, part in map(_split, tensors) if part == "weight")
 
     def used(field: str) -> Any:  # a key that no adapter has is without effect in PEFT, too
-        pattern = config.get(field) or {}
-        return {key: value for key, value in pattern.items() if any(by_pattern({key: 1}, n, 0) for n in low_rank)}
+        pattern, names = config.get(field) or {}, [places.get(name, name) for name in low_rank]
+        return {key: value for key, value in pattern.items() if any(by_pattern({key: 1}, n, 0) for n in names)}
 
     targets, rows = config.get("target_modules"), config.get("trainable_token_indices") or {}
     lora = LoRAConfig(
@@ -350,9 +364,12 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], renamed: bool)
             raise UserError(f"modules_to_save: {saved!r:.60} has no tensors: copy the adapter again")
     if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
         lora = replace(lora, target_modules=(_target_rule(config),))
-    if renamed and isinstance(targets, str) and not any(matches_target(n, lora.target_modules[0]) for n in low_rank):
-        lora = replace(lora, target_modules=tuple(low_rank))  # an expression for the other tool's names
-    return replace(lora, rank_pattern=used("rank_pattern"), alpha_pattern=used("alpha_pattern"))
+    lora = replace(lora, rank_pattern=used("rank_pattern"), alpha_pattern=used("alpha_pattern"))
+    if places and places.keys() == low_rank.keys() and any(place != name for name, place in places.items()):
+        ranks = {name: by_pattern(lora.rank_pattern, place, lora.rank) for name, place in places.items()}
+        alphas = {name: by_pattern(lora.alpha_pattern, place, lora.alpha) for name, place in places.items()}
+        lora = _with_ranks(lora, ranks, alphas)
+    return lora
 
 
 def standard_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -361,13 +378,28 @@ def standard_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for stored, tensor in tensors.items():
         if ".original_module." in stored or ".token_adapter.base_layer." in stored:
             continue  # of the base
-        name = PEFT_PREFIX + standard_name(stored).removeprefix(PEFT_PREFIX)
-        for pattern, standard in SPELLINGS:
-            name = re.sub(pattern, standard, name)
+        if re.match(TOWERS, stored.removeprefix(PEFT_PREFIX)):  # PEFT adapts them, too: text leaves B = 0
+            if ".lora_B" in stored and tensor.any():
+                raise UserError(f"{path}: {stored}: was trained on images, which are not supported: train on text")
+            continue
+        name = _standard_key(stored)
         if name in found and not torch.equal(found[name], tensor):
             raise UserError(f"{path}: {stored}: a second tensor for {name}: save one adapter alone")
         found[name] = tensor
     return found
+
+
+def _standard_key(stored: str) -> str:
+    name = PEFT_PREFIX + standard_name(stored).removeprefix(PEFT_PREFIX)
+    for pattern, standard in SPELLINGS:
+        name = re.sub(pattern, standard, name)
+    return name
+
+
+def _places(stored: Iterable[str]) -> dict[str, str]:
+    """The name in the file of each module with a low-rank adapter."""
+    places = {name: name.partition(".lora_")[0].removeprefix(PEFT_PREFIX) for name in stored if ".lora_" in name}
+    return {_split(_standard_key(name))[0]: p for name, p in places.items() if not re.match(TOWERS, p)}
 
 
 def _target_rule(config: dict[str, Any]) -> str:

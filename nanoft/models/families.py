@@ -59,6 +59,7 @@ MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
 }  # fmt: skip
+OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")  # of a wrapper, for all towers
 
 
 def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
@@ -67,6 +68,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     A field that is missing or of the wrong type may raise any other exception.
     """
     refuse_code(hf)
+    whole, hf = hf, text_fields(hf)
     for name, most in MOST.items():  # before anything of that size is allocated
         value = hf.get(name)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
@@ -86,6 +88,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
         "tied": bool(hf.get("tie_word_embeddings", False)),
         "windows": (None,) * layers,
         "family": family,
+        "wrapped": hf is not whole,
     }
     switches = FAMILIES[family].switches(hf)
     if "ropes" not in switches:
@@ -93,6 +96,18 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     config = DecoderConfig(**{**common, **switches})
     _check_shape(config)
     return config
+
+
+def text_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the text tower of a wrapper, under those that hold for all of it; any other config.json itself."""
+    found = [WRAPPERS[name] for name in hf.get("architectures") or [] if name in WRAPPERS]
+    if not found:
+        return hf
+    towers, text = found[0], hf.get("text_config") or {}
+    if (kind := text.get("model_type", next(iter(towers)))) not in towers:
+        raise UserError(f"text_config: model_type: {kind!r:.60} is not supported: only {', '.join(towers)}")
+    outer = {name: hf[name] for name in OUTER_FIELDS if name in hf} | {"architectures": [FAMILIES[kind].architecture]}
+    return {"tie_word_embeddings": True, **towers[kind], **text, "model_type": kind, **outer}
 
 
 def find_family(hf: Fields) -> str:
@@ -104,7 +119,8 @@ def find_family(hf: Fields) -> str:
         found = [hf["model_type"]]
     if not found:
         given = ", ".join(names) or "none"
-        raise UserError(f"architectures: {given} is not supported: the supported ones are {', '.join(known)}")
+        supported = ", ".join([*known, *WRAPPERS])
+        raise UserError(f"architectures: {given} is not supported: the supported ones are {supported}")
     return found[0]
 
 
@@ -129,7 +145,8 @@ ROPE_FIELDS = {
     "llama3": ("factor low_freq_factor high_freq_factor", ""),
     "yarn": (
         "factor",
-        "beta_fast beta_slow mscale mscale_all_dim attention_factor truncate finetuned llama_4_scaling_beta",
+        "beta_fast beta_slow mscale mscale_all_dim attention_factor truncate finetuned llama_4_scaling_beta "
+        "max_position_embeddings",
     ),
     "longrope": ("short_factor long_factor", "factor attention_factor"),
 }
@@ -172,11 +189,25 @@ def _read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:
 
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
     """The fields with the rope in both forms; transformers 4 and 5 each use a default if only the other's is there."""
-    rope = _read_rope(hf)
-    scaling = {key: value for key, value in rope.parameters.items() if key not in ("type", "rope_type", "rope_theta")}
-    current = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}
-    classic = None if rope.kind == "default" else {**current, "type": rope.kind}
-    return {**hf, "rope_theta": rope.theta, "rope_parameters": current, "rope_scaling": classic}
+    (rope, *local), share = decoder_config({**hf}).distinct_ropes, dict[str, Any]()
+    current = full = _current_form(rope)
+    classic = None if rope.kind == "default" else {**full, "type": rope.kind}
+    if rope.kind == "longrope":  # where version 4 knows it, in Phi-3, it takes exactly these
+        classic = {"type": rope.kind, **{key: full[key] for key in ("short_factor", "long_factor")}}
+        share["original_max_position_embeddings"] = rope.context
+    if rope.share != 1:
+        share["partial_rotary_factor"] = rope.share
+    if local:
+        current = dict(zip(KINDS, (full, _current_form(local[0])), strict=True))
+        if find_family(hf) == "gemma3_text":
+            share["rope_local_base_freq"] = local[0].theta
+    return {**hf, **share, "rope_theta": rope.theta, "rope_parameters": current, "rope_scaling": classic}
+
+
+def _current_form(rope: Rope) -> dict[str, Any]:
+    parameters = {key: value for key, value in rope.parameters.items() if key != "type"}
+    share = {} if rope.share == 1 else {"partial_rotary_factor": rope.share}
+    return {**parameters, **share, "rope_type": rope.kind, "rope_theta": rope.theta}
 
 
 # ---- The families
@@ -277,6 +308,12 @@ def _phi3(hf: Fields) -> dict[str, Any]:
     return {"fused": True, "windows": _windows(hf, hf.get("sliding_window"))}
 
 
+def _ministral3(hf: Fields) -> dict[str, Any]:
+    if not (hf.get("rope_parameters") or hf.get("rope_scaling")):  # transformers' default stretches positions
+        raise UserError("rope_parameters: missing: download the file again")
+    return {"head_dim": hf.get("head_dim") or 128, "norm_eps": hf.get("rms_norm_eps", 1e-5)}
+
+
 def _olmo2(hf: Fields) -> dict[str, Any]:
     """Norms on outputs only; queries and keys are normed over all heads together."""
     return {"norms": "output", "qk_norm": "width", **_attention_bias(hf)}
@@ -325,7 +362,7 @@ BIASES = ("attention_bias", "mlp_bias")
 FAMILIES: dict[str, Family] = {  # by model_type
     "llama": Family("LlamaForCausalLM", _llama, BIASES, "llama"),
     "mistral": Family("MistralForCausalLM", _mistral, WINDOWS, "llama"),
-    "ministral3": Family("Ministral3ForCausalLM", lambda hf: {}, ("sliding_window",), None, {"sliding_window": ()}),
+    "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), None, {"sliding_window": ()}),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, None, GEMMA_ONLY),
@@ -340,6 +377,14 @@ FAMILIES: dict[str, Family] = {  # by model_type
     ),
     "granite": Family("GraniteForCausalLM", _granite, (*BIASES, *GRANITE), None),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), None, NO_DROPOUT),
+}
+
+# Models of several towers, of which text is one: the families of its text_config, the default one first, each with
+# the values of fields that the files lack.
+GEMMA3_TEXT = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
+WRAPPERS: dict[str, dict[str, Fields]] = {
+    "Gemma3ForConditionalGeneration": {"gemma3_text": {**GEMMA3_TEXT, "max_position_embeddings": 131_072}},
+    "Mistral3ForConditionalGeneration": {"mistral": {}, "ministral3": {}},
 }
 
 

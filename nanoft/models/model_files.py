@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from nanoft.io.hub import download
 from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
-from nanoft.models.families import decoder_config
+from nanoft.models.families import decoder_config, text_fields
+from nanoft.models.fp8 import read_block
 from nanoft.nf4 import CODES
 
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of plain weights
 HEAD, EMBEDDING, SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
-BNB = "bitsandbytes"  # whose quantization_config had no quant_method once
+BNB, FP8 = "bitsandbytes", "fp8"  # of quantization_config: quant_method, which the first did not have once
 # Other spellings of the decoder's names: with what DDP, torch.compile, FSDP and activation checkpointing put into them,
 # with outer modules, or without the decoder's own.
 OUTER = r"^(?:(?:base_model|model|language_model)\.)*"
@@ -36,6 +37,7 @@ SPELLINGS = [
     (OUTER + r"(?=lm_head\.)", ""),
     (OUTER + r"(?=(?:layers\.\d+|embed_tokens|norm)\.)", "model."),
 ]
+TOWERS = r"(model\.)?(vision_tower|multi_modal_projector)\."  # of a wrapper besides text
 # What a directory or repository without a model's files is, by a file in it, and what to name instead.
 INSTEAD = {
     "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "
@@ -55,6 +57,8 @@ TOKENIZER_FILES = [
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "additional_chat_templates/*.jinja",
 ]  # fmt: skip
+PROCESSOR_FILES = ["preprocessor_config.json", "processor_config.json"]  # of images, which other tools ask for
+ALL_FILES = (*HUB_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class ModelFiles:
     decoder: DecoderConfig
     quantization: Quantization | None  # in which bitsandbytes packed the stored weights
     notes: tuple[str, ...] = ()  # where the weights are not what config.json says
+    towers: dict[str, TensorHeader] = field(default_factory=dict)  # tensors of a wrapper besides text, as they are
 
     @classmethod
     def read(cls, directory: Path, name: str = "") -> ModelFiles:
@@ -79,7 +84,7 @@ class ModelFiles:
             instead = "its model/" if (directory / "model").is_dir() else f"its base, and lora.start_from={directory}"
             raise UserError(f"{directory}: is a run, not a model: set model.name to {instead}")
         try:
-            shape, quantization = decoder_config(config), _quantization(config)
+            shape, quantization = decoder_config(config), _quantization(text_fields(config))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -100,9 +105,20 @@ class ModelFiles:
         return self if str(self.directory) == self.name else ModelFiles.read(find_model(self.name), self.name)
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """What config.json says of the text tower."""
+        return text_fields(self.config)
+
+    @property
+    def description(self) -> str:
+        """Family and size; of a wrapper, what text is a tower of."""
+        whole = f", the text of {self.config['architectures'][0]}" if self.decoder.wrapped else ""
+        return f"{self.decoder.family}{whole}, {self.decoder.num_layers} layers of {self.decoder.hidden_size}"
+
+    @property
     def context_length(self) -> float:
         """The positions that the model knows, stretched by its rope; infinite if config.json does not say."""
-        length = self.config.get("max_position_embeddings") or math.inf
+        length = self.fields.get("max_position_embeddings") or math.inf
         rope = self.decoder.rope.parameters
         return max(length, (rope.get("original_max_position_embeddings") or length) * (rope.get("factor") or 1))
 
@@ -126,7 +142,7 @@ class ModelFiles:
 
     def dtype(self) -> torch.dtype:
         """The number format of the weights: what config.json says, or without that, what the largest is stored in."""
-        name = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
+        name = str(self.fields.get("dtype") or self.fields.get("torch_dtype")).removeprefix("torch.")
         if found := [dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{name}"]:
             return found[0]
         plain = [header for header in read_headers(self.shards()).values() if header.form in DTYPES]
@@ -150,8 +166,19 @@ class ModelFiles:
             notes.append("quantization_config is ignored: the weights are not quantized")
             quantization = None
         said = tuple(f"{self.directory / 'config.json'}: {note}" for note in notes)
+        towers = {header.name: header for header in headers.values() if self.is_other_tower(header.name)}
         decoder = replace(self.decoder, tied=tied, has_score=SCORE in headers)
-        return replace(self, decoder=decoder, quantization=quantization, notes=said)
+        return replace(self, decoder=decoder, quantization=quantization, notes=said, towers=towers)
+
+    def is_other_tower(self, name: str) -> bool:
+        """Whether a tensor belongs to a tower that is never loaded, such as that of images."""
+        return self.decoder.wrapped and re.match(TOWERS, name) is not None
+
+    def stored_name(self, name: str) -> str:
+        """The name of a decoder's weight in a directory with this config.json."""
+        if next(iter(self.towers), "").startswith("model."):
+            return re.sub("^model", "model.language_model", name)
+        return f"language_model.{name}" if self.decoder.wrapped else name
 
 
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
@@ -228,7 +255,7 @@ def explain_missing(directory: Path) -> str | None:
     return None
 
 
-def find_model(name: str, field: str = "model.name", files: Sequence[str] = (*HUB_FILES, *TOKENIZER_FILES)) -> Path:
+def find_model(name: str, field: str = "model.name", files: Sequence[str] = ALL_FILES) -> Path:
     """The directory of a model; of a Hub name, the files that match the patterns `files` are downloaded."""
     if not name:
         raise UserError(f"{field}: empty: give a directory in the Hugging Face layout or a Hub name")
@@ -274,11 +301,14 @@ def _quantization(config: dict[str, Any]) -> Quantization | None:
     """The form in which bitsandbytes packed the model; None if it did not."""
     q = config.get("quantization_config") or {}
     by_bnb = isinstance(q, dict) and ("load_in_4bit" in q or "load_in_8bit" in q or q.get("quant_method") == BNB)
-    if q and not by_bnb:
+    if q and not by_bnb and q.get("quant_method") != FP8:
         raise UserError(
-            "quantization_config: only weights quantized by bitsandbytes are supported: name the original "
+            "quantization_config: only weights quantized by bitsandbytes and in FP8 are supported: name the original "
             "model and set quantization.bits=4; if the weights are not quantized, remove the field"
         )
+    if not by_bnb:
+        read_block(q)
+        return None
     if q.get("load_in_8bit"):
         return "int8", False
     kind = str(q.get("bnb_4bit_quant_type", "fp4"))

@@ -23,9 +23,12 @@ from nanoft.io.atomic import write_file, write_json
 from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig
+from nanoft.models import fp8
 from nanoft.models.families import FAMILIES, SCORES, with_both_rope_forms
 from nanoft.models.model_files import (
+    DTYPES,
     HEAD,
+    PROCESSOR_FILES,
     TOKENIZER_FILES,
     ModelFiles,
     Quantization,
@@ -49,6 +52,7 @@ class WeightFiles:
     headers: dict[str, TensorHeader]
     shapes: dict[str, tuple[int, ...]]  # of every weight, in the files' order
     stored: Quantization | None  # (nf4 | fp4 | int8, double) of those that are packed
+    block: fp8.Block = (128, 128)  # of weights in FP8
 
     def is_packed(self, name: str) -> bool:
         return bool(self.stored) and (is_block_linear(name) or name == HEAD) and is_packed(self.headers, name)
@@ -57,6 +61,10 @@ class WeightFiles:
         """A plain tensor or rows of it, as a view of its file; a UserError if a number is not finite."""
         header = self.headers[name]
         tensor = header.read(rows)
+        if header.form == fp8.FORM:
+            scale = self.headers[fp8.scale_name(self.headers, name)]
+            shared = fp8.shared_by(header.shape, scale.shape, self.block)
+            tensor = fp8.dequantize(tensor, scale.read(), shared, rows.start or 0)
         if not is_finite(tensor):
             raise UserError(f"{header.path}: {header.name} contains NaN or infinity: damaged: download the model again")
         return tensor
@@ -87,7 +95,8 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
     headers = read_headers(paths or base.shards())
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = {name: shapes[name] for name in headers if name in shapes}
-    files = WeightFiles(headers, present, base.quantization)
+    block = fp8.read_block(base.fields.get("quantization_config") or {})
+    files = WeightFiles(headers, present, base.quantization, block)
     expected: Stored = {}
     for name, shape in shapes.items():
         if files.stored and files.is_packed(name):
@@ -95,17 +104,22 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             expected |= {place + part: stored for part, stored in parts.items()}
             if (form := headers[name].form) in FLOATS:  # bnb_4bit_quant_storage
                 expected[name] = ({form}, (math.prod(shape) // 2 // SIZES[form], 1))
+        elif name in headers and headers[name].form == fp8.FORM and len(shape) == 2:
+            scales = fp8.scale_name(headers, name)
+            wanted = fp8.grid(shape, headers[scales].shape, block) if scales in headers else None
+            expected |= {name: ({fp8.FORM}, shape), scales: (FLOATS, wanted)}
         else:
             expected[name] = (FLOATS, shape)
     faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
     tied = model.config.tied
+    ignored = ("rotary_emb.inv_freq", f".{FORMAT}", *fp8.UNUSED)
     for name, header in headers.items():
         if name in expected:
             forms, wanted = expected[name]
             faults += [] if header.form in forms else [f"{name} is of type {header.form}"]
             faults += [] if wanted in (None, header.shape) else [f"{name} is {header.shape} instead of {wanted}"]
         # Ignored: a copy of the tied head, rotary buffers of old files, the number of bitsandbytes' format.
-        elif not (tied and name == HEAD) and not name.endswith(("rotary_emb.inv_freq", f".{FORMAT}")):
+        elif not (tied and name == HEAD) and not name.endswith(ignored) and not base.is_other_tower(name):
             faults.append(f"unexpected {name}")
     if faults:
         shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
@@ -186,6 +200,10 @@ def add_score(model: Decoder, seed: int = 0) -> None:
 
     So rewards start small, of a variance near 1 (Stiennon et al. 2020, app. B); a head of zeros would pass no gradient.
     """
+    if model.config.wrapped:
+        raise UserError(
+            "training.objective: no reward model of a text tower can be exported: name a model of text alone"
+        )
     if model.score is None:
         model.config, model.lm_head = replace(model.config, tied=True, has_score=True), None
         weight = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
@@ -297,23 +315,44 @@ def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = Non
 
 
 def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write a full model into an empty directory: weights in `dtype`, with the source's config and tokenizer."""
-    parameters = dict(model.named_parameters())
+    """Write a full model into an empty directory: weights in `dtype`, with the source's config and tokenizer.
+
+    Other towers are copied from the source.
+    """
+    base = ModelFiles.read(source)
+    parameters = {base.stored_name(name): parameter for name, parameter in model.named_parameters()}
     specs: Specs = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
-    write_file(out / "model.safetensors", encode_safetensors(specs, lambda name: parameters[name].to(dtype)))
+
+    def read(name: str) -> Tensor:
+        return parameters[name].to(dtype) if name in parameters else base.towers[name].read()
+
+    write_file(out / "model.safetensors", encode_safetensors(specs | tower_specs(base), read))
     write_config(source, out, dtype, model.config)
     copy_companions(source, out)
     describe_score(out, model.config)
+
+
+def tower_specs(base: ModelFiles) -> Specs:
+    """What a wrapper has besides text, which an exported model gets as it is."""
+    for name, header in base.towers.items():
+        if header.form not in DTYPES:
+            raise UserError(f"{header.path}: {name} is quantized ({header.form}): name the original model")
+    return {name: (DTYPES[header.form], header.shape) for name, header in base.towers.items()}
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig | None = None) -> None:
     """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized."""
     base = ModelFiles.read(source)
     decoder = decoder or base.decoder
-    config = {name: value for name, value in base.config.items() if name != "quantization_config"}
-    config |= {"tie_word_embeddings": decoder.tied or decoder.has_score, "vocab_size": decoder.vocab_size}
-    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # for transformers 5, and for 4
-    write_json(out / "config.json", with_both_rope_forms(config))
+    name, is_tied = str(dtype).removeprefix("torch."), decoder.tied or decoder.has_score
+    outer = {"tie_word_embeddings": is_tied, "dtype": name, "torch_dtype": name}  # for transformers 5, and for 4
+    config = text = with_both_rope_forms({**base.fields, **outer, "vocab_size": decoder.vocab_size})
+    if decoder.wrapped:
+        config = {**base.config, **outer, "text_config": text}
+        del text["architectures"]  # which is the wrapper's
+    for fields in (config, text):
+        fields.pop("quantization_config", None)
+    write_json(out / "config.json", config)
 
 
 def describe_score(out: Path, decoder: DecoderConfig) -> None:
@@ -344,10 +383,12 @@ def copy_companions(source: Path, out: Path, base: Path | None = None, add_token
 
     Without a chat template of its own, the default one that training used is written; missing stop tokens are added.
     """
-    for file in (file for name in TOKENIZER_FILES for file in source.glob(name) if file.is_file()):
+    files = [(source, file) for name in TOKENIZER_FILES for file in source.glob(name)]
+    files += [(base or source, (base or source) / name) for name in PROCESSOR_FILES]
+    for place, file in [found for found in files if found[1].is_file()]:
         if add_tokens and file.name == "tokenizer.json":
             continue  # written below
-        copied = out / file.relative_to(source)
+        copied = out / file.relative_to(place)
         copied.parent.mkdir(exist_ok=True)
         write_file(copied, [read_bytes(file, MAX_TOKENIZER)])
     path = source / "generation_config.json"

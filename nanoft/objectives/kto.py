@@ -71,7 +71,7 @@ class KTO(Preference):
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
         reference, policy = self.reference.logps(model, batch), sequence_logps(model, batch)
         is_good = torch.from_numpy(batch.samples.labels > 0).to(policy.device)
-        weights = self.p.desirable_weight, self.p.undesirable_weight
+        weights = self.preference.desirable_weight, self.preference.undesirable_weight
         losses, rewards = (
             kto_loss(policy - reference, is_good, self.kl, self.beta, weights),
             self.beta * (policy - reference),

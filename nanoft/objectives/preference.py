@@ -117,7 +117,7 @@ class Preference:
     uses_reference = False
 
     def __init__(self, config: Config, adapters: dict[str, Adapter]):
-        self.p, self.beta = config.preference, config.preference.beta or self.default_beta
+        self.preference, self.beta = config.preference, config.preference.beta or self.default_beta
         self.reference = Reference(config, adapters)
         self.sums: dict[str, Tensor] = {}
 
@@ -150,13 +150,16 @@ class Preference:
 
     @torch.no_grad()
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss, implicit rewards (beta c, beta r, their margin, how often it is positive) and log-probabilities."""
+        """The loss, rewards (chosen, rejected, margin, how often it is positive), log-probabilities, KL per token."""
         training, sums = model.training, dict[str, Tensor]()
         model.eval()
         try:
             with distributed.same_exception(model.device):
                 for batch in share_of_rank(batches):
-                    losses, figures = self.measure(model, batch.to(model.device))
+                    batch = batch.to(model.device)
+                    losses, figures = self.measure(model, batch)
+                    if self.uses_reference and self.reference.adapters:
+                        figures |= {"kl_per_token": self.reference.kl_divergence(model, batch)}
                     add(sums, {"loss": losses, **figures})
         finally:
             model.train(training)  # also after an exception: the caller may try again
@@ -174,9 +177,9 @@ class DPO(Preference):
         reference = Answers.of(self.reference.logps(model, batch), tokens)  # first: its activations are gone by then
         policy = Answers.of(sequence_logps(model, batch), tokens)
         gain = policy.gained_over(reference)
-        losses = DPO_LOSSES[self.p.loss](gain, self.beta, self.p.label_smoothing)
+        losses = DPO_LOSSES[self.preference.loss](gain, self.beta, self.preference.label_smoothing)
         figures = pair_figures(policy, self.beta * gain.chosen, self.beta * gain.rejected)
-        return losses - self.p.sft_weight * policy.per_token()[0], figures
+        return losses - self.preference.sft_weight * policy.per_token()[0], figures
 
 
 class ORPO(Preference):
@@ -197,8 +200,8 @@ class SimPO(Preference):
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
         policy = Answers.of(sequence_logps(model, batch), answer_tokens(batch))
         rewards = (self.beta * logp for logp in policy.per_token())
-        losses = simpo_loss(policy, self.beta, self.p.gamma) - self.p.sft_weight * policy.per_token()[0]
-        return losses, pair_figures(policy, *rewards)
+        losses = simpo_loss(policy, self.beta, self.preference.gamma)
+        return losses - self.preference.sft_weight * policy.per_token()[0], pair_figures(policy, *rewards)
 
 
 def pair_figures(policy: Answers, chosen: Tensor, rejected: Tensor) -> Figures:

@@ -10,7 +10,7 @@ trained, the log-probabilities under the reference are computed once, before the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from nanoft.model import Decoder
 from nanoft.runtime import distributed
 
 FILE = "reference.safetensors"  # in the run directory
+KL_POSITIONS = 256  # of which logits are held at once
 
 
 def sequence_logps(model: Decoder, batch: Batch) -> Tensor:
@@ -54,22 +55,38 @@ class Reference:
         """log p_ref(y|x) of each of the s samples of a batch, (s,)."""
         if not self.adapters:
             return self.known[batch.samples.chosen].to(batch.targets.device)
-        with self._as_at_step_0() if self.start else disabled(self.adapters):
+        with self.weights():
             return sequence_logps(model, batch)
 
+    @torch.no_grad()
+    def kl_divergence(self, model: Decoder, batch: Batch) -> Tensor:
+        """KL(policy | reference) of the next token at each target position of a batch, in nats, exact, (targets,)."""
+        inputs = batch.ids, batch.positions, batch.documents, batch.target_positions
+        policy, head = model(*inputs)[0], model.head  # (targets, hidden), (vocab, hidden)
+        with self.weights():
+            reference, reference_head = model(*inputs)[0], model.head.clone() if self.start else model.head
+        found = []
+        for now, before in zip(policy.split(KL_POSITIONS), reference.split(KL_POSITIONS), strict=True):
+            log_p, log_q = ((h @ w.T).float().log_softmax(-1) for h, w in ((now, head), (before, reference_head)))
+            found.append((log_p.exp() * (log_p - log_q)).sum(-1))  # KL(p | q) = sum of p (log p - log q)
+        return torch.cat(found)
+
     @contextmanager
-    def _as_at_step_0(self) -> Iterator[None]:
+    def weights(self) -> Iterator[None]:
+        """The model as at step 0, for the duration of a `with` block."""
         now = [p.detach().clone() for p, _ in self.start]
         self._set([before for _, before in self.start])
         try:
-            yield
+            with nullcontext() if self.start else disabled(self.adapters):
+                yield
         finally:
             self._set(now)
 
+    @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
         for (p, _), value in zip(self.start, values, strict=True):
             p.copy_(value)
-        for adapter in self.adapters.values():
+        for adapter in self.adapters.values() if self.start else ():
             adapter.train(adapter.training)  # DoRA forgets the norms of the weights before
 
     @torch.no_grad()

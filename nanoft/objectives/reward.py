@@ -1,6 +1,6 @@
 """Reward models: a number for an answer, learned from which of two answers is better.
 
-A scalar head w, `model.score`, reads the last hidden state h of the last token, r = w . h, in the place of the head
+A scalar head w, `score`, reads the last hidden state h of the last token, r = w . h, in the place of the head
 that gives logits. The probability that y+ is better than y- is sigmoid(r+ - r-) (Bradley and Terry 1952), and its
 negative log-likelihood is the loss. Only differences are learned; `preference.center` keeps rewards around zero.
 """
@@ -44,7 +44,7 @@ class RewardModel(Preference):
         rewards = answer_rewards(model, batch)
         chosen, rejected = rewards[::2], rewards[1::2]
         margin = torch.from_numpy(batch.samples.labels[::2]).to(rewards.device)
-        return reward_loss(chosen, rejected, margin, self.p.center), {
+        return reward_loss(chosen, rejected, margin, self.preference.center), {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,

@@ -227,7 +227,6 @@ def _model(config: Config) -> str:
     name = config.model.name
     files, where = ModelFiles.find(config.model.reference), ""
     check_quantization(files, quantization_of(config))
-    shape = files.decoder
     if not config.model.random_init:
         try:
             files.shards()
@@ -235,7 +234,7 @@ def _model(config: Config) -> str:
             if files.directory == Path(name).expanduser():
                 raise
             where = "; its weights are not in the Hub cache yet"
-    return "; ".join([f"{name}: {shape.num_layers} layers of {shape.hidden_size}{where}", *files.notes])
+    return "; ".join([f"{name}: {files.description}{where}", *files.notes])
 
 
 def _data(config: Config) -> str:

@@ -16,6 +16,7 @@ from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
 from nanoft.data.dataset import describe_data
 from nanoft.data.preferences import preferred
 from nanoft.evaluation import evaluate
+from nanoft.evaluation.held_out import read_general
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
 from nanoft.export.merge import save_result
 from nanoft.generation.sampling import NotFinite
@@ -126,10 +127,11 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
 
     def measured(size: int) -> evaluate.EvalResult:
         at_most = replace(e, batch_size=min(size, e.batch_size), prompt_batch_size=min(size, e.prompt_batch_size))
-        return evaluate.measure(model, ctx.tokenizer, ctx.validation, prompts, at_most, length, metrics, seed=seed)
+        return evaluate.measure(model, ctx.tokenizer, ctx.validation, prompts, at_most, length, metrics, general, seed)
 
     try:
         prompts, metrics = ctx.prompts, answers.select_metrics(e.metrics)
+        general = read_general(e.general_file, ctx.tokenizer)
         return in_smaller_batches(ctx, max(e.batch_size, e.prompt_batch_size), measured)
     except NotFinite:
         raise

@@ -28,7 +28,7 @@ from nanoft.io.tables import wrap
 from nanoft.kernels.attention import CHUNK
 from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
-from nanoft.model import Decoder, DecoderConfig
+from nanoft.model import NORMS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import with_added_tokens
@@ -158,7 +158,10 @@ def estimate_memory(
     part = 1 / config.system.ranks if split else 1.0  # of weights, gradients and moments, on each rank
     gathered = stored * (2 * counts.linears / decoder.num_layers + counts.others)  # this block, the next, and the rest
     unpacked = decoder.hidden_size * decoder.intermediate_size * e * (bits < 16)  # the largest weight, for its product
-    scores = 4 * rows * decoder.num_heads * CHUNK * length * e * (device_type == "mps")  # S, P, dP and dS
+    capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
+    seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
+    chunked = device_type == "mps" or (not cpu and (capped or any((w or length) < length for w in decoder.windows)))
+    scores = (4 + capped) * rows * decoder.num_heads * CHUNK * seen * e * chunked
     parts = {
         "process": baseline + kernels + BITSANDBYTES * (cpu and bits == 4),
         "linears": part * counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16),
@@ -171,7 +174,7 @@ def estimate_memory(
         "activations": sum(waiting[one] for one in keep),
         "backward": again + transient * tokens * decoder.intermediate_size * e + unpacked + scores,
         # a chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these
-        "loss": chunk * decoder.vocab_size * (2 * e + 4)
+        "loss": chunk * decoder.vocab_size * (2 * e + 4 + 2 * e * (decoder.logit_cap is not None))
         + (2.0 * targets * e + 8.0 * tokens) * decoder.hidden_size
         # the weight that the loss takes instead of a frozen head, and its gradient
         + counts.trains_head * decoder.vocab_size * decoder.hidden_size * (2 * e + 8.0),
@@ -183,10 +186,14 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> f
     """Bytes per token that a block keeps for backward; `e` is the size of a number."""
     q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     kept = 2 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size + counts.ranks
-    if config.training.method == "full":  # normed inputs, silu(gate) and the product, too; norms keep float32
-        kept += 2 * c.hidden_size + 2 * c.intermediate_size + 4 * c.hidden_size * 4 // e
-    if c.qk_norm:
-        kept += (q + k) * (1 + 8 // e)
+    if c.fused:  # q and k before they are rotated, because v is a part of the same tensor
+        kept += q + k
+    full, before, after = config.training.method == "full", NORMS[c.norms][::2], NORMS[c.norms][1::2]
+    normed = (q + k) * bool(c.qk_norm) + c.hidden_size * sum(map(bool, after))
+    if full:  # normed inputs, silu(gate) and the product, too
+        kept += 2 * c.hidden_size + 2 * c.intermediate_size
+        normed += c.hidden_size * sum(map(bool, before))
+    kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
     if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
         kept += 2 * q + 2 * k + 2 * c.intermediate_size + c.hidden_size
     return float(kept * e)
@@ -360,6 +367,7 @@ def show_plan(config: Config) -> int:
     def say(name: str, text: str) -> None:
         print(wrap(f"{name:16} {text}", 17))
 
+    say("model", files.description)
     kind, rows = machine.device.type, config.effective_batch_size() * unit
     if not machine.present:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")

@@ -49,7 +49,7 @@ def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
     ctx.run.print(f"memory    {describe_recompute(ctx.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(ctx.validation):
         rehearse_evaluation(ctx)
-    if ctx.objective.learns == "pairs" and not state.step:
+    if ctx.objective.learns == "pairs" and ctx.model.score is None and not state.step:
         ctx.run.print(check_preferences(ctx).preflight_line())
     weights = sharding.gather_full(ctx.trained_weights())
     moments = sharding.gather_full(optimizer_tensors(ctx.optimizer, ctx.trained))

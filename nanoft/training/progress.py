@@ -16,6 +16,7 @@ from nanoft.checkpoint import SaveResult
 from nanoft.evaluation import evaluate
 from nanoft.io.untrusted import one_line
 from nanoft.kernels import sharding
+from nanoft.objectives.preference import Preference
 from nanoft.runtime import distributed
 from nanoft.runtime.device import rng_state
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, peak_memory_gb, read_memory, release_memory
@@ -24,6 +25,10 @@ from nanoft.training.state import TrainContext, TrainState, optimizer_tensors
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # as fits 80 columns
 Cadence = int | float | Literal["epoch", "auto"]  # as in training.eval_steps
 Figures = TypeVar("Figures")
+REWARDS = "rewards/chosen", "rewards/rejected"
+EARLY = 0.1  # of all steps: too soon for every pair to be ranked right by a margin of 1
+LONGER = 2.0  # times the tokens of the first answers to the samples
+FALLEN = -1.0  # reward of chosen answers; with a beta of 0.1, they are 10 nats less likely than under the reference
 
 
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
@@ -71,7 +76,9 @@ def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: fl
         values = {"learning_rate": lr, "grad_norm": grad_norm, **memory}
         if ctx.scaler.is_enabled():
             values |= {"loss_scale": ctx.scaler.get_scale(), "overflow_steps": state.overflow_steps}
-        ctx.run.log("train", state.step, **state.meter.flush(), **values, **ctx.objective.figures(), epoch=state.epoch)
+        figures = ctx.objective.figures()
+        ctx.run.log("train", state.step, **state.meter.flush(), **values, **figures, epoch=state.epoch)
+        warn_of_ease(ctx, state, figures)
 
 
 def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
@@ -91,6 +98,30 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
         ctx.run.print(f"warning: after step {state.step} validation loss {trend}")
 
 
+def warn_of_ease(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
+    """Warn if, within the first steps, every answer of a step is ranked right by a clear margin."""
+    chosen, rejected = (now.get(name, 0.0) for name in REWARDS)
+    if now.get("rewards/accuracies") == 1.0 and chosen - rejected > 1 and state.step <= EARLY * ctx.total_steps:
+        what = "every answer is already ranked right: do good ones differ in length or by a marker"
+        warn_once(ctx, state, "accuracy", f"{what} (train.py --show-batch)? If not, lower training.learning_rate")
+
+
+def warn_of_falling(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
+    """Warn if chosen answers become clearly less likely than under the reference, together with rejected ones."""
+    has_reference = isinstance(ctx.objective, Preference) and ctx.objective.uses_reference
+    if has_reference and all(now.get(name, 0.0) < min(FALLEN, state.held_out.get(name, 0.0)) for name in REWARDS):
+        what = f"chosen answers become less likely, like rejected ones (rewards/chosen {now[REWARDS[0]]:.2f})"
+        fix = "lower training.learning_rate, raise preference.beta, or with dpo set preference.sft_weight"
+        warn_once(ctx, state, "falling", f"{what}: {fix}")
+
+
+def warn_once(ctx: TrainContext, state: TrainState, what: str, text: str) -> None:
+    if what not in state.warned:
+        state.warned.append(what)
+        ctx.run.log("warning", state.step, what=what, text=text)
+        ctx.run.print(f"warning: step {state.step}: {text}")
+
+
 def validate(ctx: TrainContext, batch_size: int) -> dict[str, float]:
     """The objective's figures on the validation samples."""
     return ctx.objective.evaluate(ctx.model, eval_batches(ctx.validation, batch_size, ctx.tokenizer.pad_id))
@@ -105,6 +136,7 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
         return None
     log_memory(ctx, state, "evaluated")
     ctx.run.log("eval", state.step, **figures)
+    warn_of_falling(ctx, state, figures)
     best = " (best so far)" if state.step and figures["loss"] < state.best_loss else ""
     more = f", perplexity {figures['perplexity']:.4g}" if "perplexity" in figures else ""
     if "rewards/accuracies" in figures:
@@ -118,6 +150,10 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
     for c in answers:
         ctx.run.log("sample", state.step, prompt=c.prompt, reference=c.reference, answer=c.answer, stopped=c.stopped)
         ctx.run.print(f"  {one_line(c.prompt):.100} -> {one_line(c.answer):.200}{'' if c.stopped else ' ...'}")
+    length = sum(c.tokens for c in answers) / max(1, len(answers))
+    if (begun := state.held_out.get("sample_tokens", length)) * LONGER < length and not all(c.stopped for c in answers):
+        warn_once(ctx, state, "length", f"answers to the samples have grown from {begun:.0f} to {length:.0f} tokens")
+    state.held_out = {**figures, "sample_tokens": begun}
     return figures["loss"]
 
 

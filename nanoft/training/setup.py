@@ -35,6 +35,7 @@ from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
 from nanoft.data.inspection import unseen_tokens
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
+from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.hub import use_cache
@@ -49,6 +50,7 @@ from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_
 from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES, trains_score
+from nanoft.objectives.preference import Preference
 from nanoft.runtime import distributed
 from nanoft.runtime.device import describe_device, library_versions
 from nanoft.runtime.machine import Machine
@@ -176,6 +178,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     """The samples, and the batches of those for training; prints how many records were kept and rejected."""
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
+    read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
     bar = config.logging.progress_bar and not distributed.process_rank()
     corpus = distributed.main_process_first(
         lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar, learns)
@@ -310,9 +313,10 @@ def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncC
 
 @contextlib.contextmanager
 def base_model(ctx: TrainContext) -> Iterator[Decoder]:
-    """The model as it was before training: adapters switched off, or loaded again if every parameter was trained."""
+    """The model before training: adapters off (of preferences: as at step 0), or loaded again in full training."""
     if ctx.adapters:
-        with disabled(ctx.adapters):
+        objective = ctx.objective
+        with objective.reference.weights() if isinstance(objective, Preference) else disabled(ctx.adapters):
             yield ctx.model
     else:
         ctx.optimizer.state.clear()  # its memory is needed for the second model

@@ -85,6 +85,8 @@ class TrainState:
     overflow_steps: int = 0  # windows skipped because their gradient overflowed float16
     micro_batch_rows: int = 0  # fewer than configured, after running out of memory; 0: as configured
     guard: guard.History = field(default_factory=guard.History)
+    held_out: dict[str, float] = field(default_factory=dict)  # figures of the last evaluation
+    warned: list[str] = field(default_factory=list)  # of what is warned of once
 
     def advance(self, window: Window, loss: float, units: float, seconds: float, joules: float) -> None:
         """Count a completed optimizer step, whose loss is a mean over these units, and move on to the next window."""

@@ -121,6 +121,7 @@ def test_every_name_leads_to_a_field() -> None:
     assert len(targets) > 40
 
 
+SMOOTHED = {"preference.beta": 0.2, "preference.label_smoothing": 0.1}
 EPOCHS = {f"training.{name}_steps": "epoch" for name in ("save", "eval", "log")}
 
 
@@ -163,6 +164,14 @@ EPOCHS = {f"training.{name}_steps": "epoch" for name in ("save", "eval", "log")}
         ({"fp16": True, "bnb_4bit_compute_dtype": "float16", "bf16": False}, {"model.dtype": "float16"}),
         ({"torch_dtype": "torch.float16"}, {"model.dtype": "float16"}),
         ({"dtype": "half"}, {"model.dtype": "float16"}),
+        ({"rl": "dpo", "rl_beta": 0.2, "dpo_label_smoothing": 0.1}, {"training.objective": "dpo"} | SMOOTHED),
+        ({"rl": "ipo"}, {"training.objective": "dpo", "preference.loss": "ipo"}),
+        (
+            {"rl": "dpo", "loss_type": "sigmoid", "beta": 0.2, "label_smoothing": 0.1},
+            {"training.objective": "dpo"} | SMOOTHED,
+        ),
+        ({"loss_type": ["simpo"], "simpo_gamma": 1.0}, {"training.objective": "simpo", "preference.gamma": 1.0}),
+        ({"rl": "kto", "desirable_weight": 1.3}, {"training.objective": "kto", "preference.desirable_weight": 1.3}),
         ({"save_total_limit": None, "deepspeed": None, "report_to": [], "modules_to_save": None}, {}),
     ],
     ids=str,
@@ -198,6 +207,8 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
         ({"eval_steps": 1.5}, "training.eval_steps: 1.5: set a number of steps, a fraction of the run below 1, or"),
         ({"log_level": "trace"}, "log_level: 'trace' is none of debug, info, warning, error"),
         ({"eval_strategy": "no", "eval_steps": 9}, "eval_strategy and eval_steps: set training.eval_steps to 0 and"),
+        ({"rl": "grpo"}, "rl: 'grpo' is none of dpo, kto, orpo, simpo, ipo"),
+        ({"loss_type": "hinge"}, "loss_type: 'hinge' is none of sigmoid, robust, ipo, dpo, kto, orpo, simpo"),
         ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, wandb: choose one"),
         ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, wandb"),
         ({"deepspeed": {"stage": 3}}, "deepspeed: {'stage': 3} is none of"),

@@ -479,16 +479,21 @@ def test_contradictions_are_one_line(changes: dict[str, Any], message: str, tmp_
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("strategy", ["dpo", "rlhf"])
-def test_a_strategy_without_an_objective_is_refused_by_name(
-    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = read(tmp_path, {**FORGE, "strategy": strategy})
-    monkeypatch.setattr("nanoft.training.validation.OBJECTIVES", {"sft": None})
-    with pytest.raises(UserError, match=f"^strategy: training.objective: '{strategy}' is not known"):
+def test_a_strategy_without_an_objective_is_refused_by_name(tmp_path: Path) -> None:
+    loaded = read(tmp_path, {**FORGE, "strategy": "rlhf"})
+    with pytest.raises(UserError, match=r"^strategy: training.objective: 'rlhf' is not known"):
         validate_config(loaded.config, loaded.names)
-    monkeypatch.setattr("nanoft.training.validation.OBJECTIVES", {"sft": None, strategy: None})
-    validate_config(loaded.config, loaded.names)
+
+
+def test_the_strategy_dpo_trains_on_the_pairs_of_its_dataset(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "base")
+    pairs = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": f"{n}!"} for n in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    own = {"model_name": str(tmp_path / "base"), "dataset": str(tmp_path / "pairs.jsonl"), "use_4bit": False}
+    (tmp_path / "dpo.json").write_text(json.dumps({**FORGE, **own, "strategy": "dpo", "max_steps": 1, "fp16": False}))
+    more = ["evaluation.prompts=0", "system.device=cpu", f"output.dir={tmp_path / 'run'}"]
+    assert train.main([str(tmp_path / "dpo.json"), *more]) == 0
+    assert "pair_accuracy" in json.loads((tmp_path / "run" / "report.json").read_text())["tuned"]
 
 
 def test_both_trackers(tmp_path: Path) -> None:

@@ -405,7 +405,8 @@ def test_a_cut_inside_an_answer_is_counted(path: Path, chat: ChatTokenizer, poli
     assert rejected.ids.tolist() == whole[1].ids[: len(rejected.ids)].tolist()
     assert corpus.report["answers_cut"] == 1
     assert any(
-        re.match(r"\| answers cut short +\| 1 ", row) for row in "\n".join(describe_data(corpus.report)).split("\n")
+        re.match(rf"\| truncated \({policy}\) +\| 1, 1 inside an answer ", row)
+        for row in "\n".join(describe_data(corpus.report)).split("\n")
     )
     stop = next(check for check in check_data(corpus, chat, "assistant") if check.name == "stop")
     assert stop.passed

@@ -125,7 +125,7 @@ def test_a_model_that_always_stops_and_one_that_never_does(parts: Any) -> None:
 
 
 def completion(answer: str, reference: str, stopped: bool = True) -> Completion:
-    return Completion("prompt", reference, answer, stopped)
+    return Completion("prompt", reference, answer, stopped, tokens=3)
 
 
 def test_exact_match_ignores_outer_space_only() -> None:
@@ -141,6 +141,7 @@ def test_metrics_stand_beside_exact_match_and_stop_rate() -> None:
     assert {name: figure.value for name, figure in found.items()} == {
         "exact_match": 0.5,
         "stop_rate": 0.75,
+        "response_tokens": 3.0,
         "contains": 0.75,
         "token_f1": pytest.approx((1 + 0 + 2 / 3 + 1) / 4),
     }
@@ -246,4 +247,4 @@ def test_a_result_holds_what_was_measured_and_nothing_else() -> None:
         "target_tokens": 12,
     }
     measured = EvalResult(evaluate.answer_figures(completions, []), completions)
-    assert measured.to_dict() == {"exact_match": 0.75, "stop_rate": 0.75, "prompts": 4}
+    assert measured.to_dict() == {"exact_match": 0.75, "stop_rate": 0.75, "response_tokens": 3.0, "prompts": 4}

@@ -54,6 +54,7 @@ def test_a_general_text_is_one_sample_per_text(run: Path, tmp_path: Path) -> Non
     (sample,) = read_general(str(tmp_path / "a.txt"), chat, None)
     assert sample.is_target[1:].all()
     assert len(read_general(str(write_records(tmp_path / "r.jsonl", 4)), chat, 3)) == 3
+    assert read_general(None, chat) == []
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match=r"empty.txt: contains no text"):
         read_general(str(tmp_path / "empty.txt"), chat, None)

@@ -22,14 +22,14 @@ TOKENS = np.array([3, 17, 20, 31, 32, 64, 5, 18])
 
 
 def measured(
-    nats_a_token: Any = None, answers: str = "", metrics: tuple[str, ...] = (), stopped: bool = True
+    nats_a_token: Any = None, answers: str = "", metrics: tuple[str, ...] = (), stopped: bool = True, tokens: int = 5
 ) -> EvalResult:
     """Eight samples with these losses, and answers of one letter each to questions whose answer is r."""
     figures: dict[str, Figure] = {}
     if nats_a_token is not None:
         nats = np.stack([TOKENS * nats_a_token, np.zeros(8)], axis=1)
         figures = Likelihoods(nats, np.stack([TOKENS, 0 * TOKENS], axis=1), TOKENS).figures()
-    completions = [Completion(f"question {n}", "r", letter, stopped) for n, letter in enumerate(answers)]
+    completions = [Completion(f"question {n}", "r", letter, stopped, tokens) for n, letter in enumerate(answers)]
     return EvalResult({**figures, **answer_figures(completions, select_metrics(metrics))}, completions, 1.5)
 
 
@@ -49,7 +49,7 @@ HARD = np.array([2.0, 2.1, 1.9, 2.2, 2.0, 1.8, 2.3, 2.0])
 
 def test_the_table_shows_base_beside_tuned_with_the_change_and_how_sure_it_is() -> None:
     _, terminal, _ = reported(measured(HARD - 1, "rrrrrrrx"), measured(HARD, "rxxxxxxx"))
-    header, loss, overall, bits, exact, stop = cells(terminal)
+    header, loss, overall, bits, exact, stop, length = cells(terminal)
     assert header == ["", "base", "tuned", "change", "95 % interval", "p"]
     perplexity = math.exp((HARD * TOKENS).sum() / TOKENS.sum())
     shown = [f"{perplexity:.4g}", f"{perplexity / math.e:.4g}"]
@@ -58,6 +58,7 @@ def test_the_table_shows_base_beside_tuned_with_the_change_and_how_sure_it_is() 
     assert bits[3] == f"{-1 / math.log(2):+.3g}"
     assert exact[:4] == ["exact match", "12.5%", "87.5%", "+75.0 pp"]
     assert stop == ["stop rate", "100.0%", "100.0%", "+0.0 pp", "+0.0 to +0.0 pp", "1.000"]
+    assert length == ["response tokens", "5", "5", "+0", "+0 to +0", "1.000"]
 
 
 def test_what_was_not_measured_is_not_shown() -> None:
@@ -101,6 +102,19 @@ def test_the_verdict_says_what_the_intervals_say(case: str) -> None:
     assert (low > 0) == (case == "worse")
 
 
+def test_pairs_decide_the_verdict_even_if_chosen_answers_become_rarer() -> None:
+    right = [np.array([1.0, 0.0] * 4), np.ones(8)]  # before and after
+    base, tuned = (
+        EvalResult({**measured(hard).figures, "pair_accuracy": Figure.mean(pairs)})
+        for hard, pairs in zip((HARD, HARD + 1), right, strict=True)
+    )
+    values, terminal, _ = reported(tuned, base)
+    assert values["verdict"].startswith("better: pair accuracy from 50.0% to 100.0% (+50.0 pp, 95 % interval ")
+    assert values["verdict"].endswith(", 8 pairs)")
+    assert values["base"]["pair_accuracy"] == 0.5
+    assert ["pair accuracy", "50.0%", "100.0%", "+50.0 pp"] in [row[:4] for row in cells(terminal)]
+
+
 def test_without_a_base_or_with_one_sample_there_is_no_verdict_of_better_or_worse() -> None:
     assert reported(measured(HARD))[0]["verdict"] == "none: the base was not evaluated"
     one = [EvalResult({"loss": Figure(np.array([[nats, 1.0]]), unit="nats")}) for nats in (1.0, 2.0)]
@@ -122,6 +136,9 @@ def test_a_model_that_does_not_stop_or_forgets_is_warned_of() -> None:
         after = Figure(general.parts + np.array([math.log(1 + rise), 0]), unit="nats")
         pair = [EvalResult({"general_loss": figure}) for figure in (after, general)]
         assert ("warnings" in reported(*pair)[0]) == told
+    longer = measured(HARD, "r" * 8, stopped=False, tokens=8)
+    assert "answers have 8 tokens, not 5, and fewer of them stop" in reported(longer, base)[0]["warnings"]
+    assert reported(measured(HARD, "r" * 8, tokens=8), base)[0].get("warnings") is None  # longer, and they stop
     leak = {"exact": 1, "near": 0, "said": "one prompt stands in the training data"}
     assert reported(tuned, base, leakage=leak)[0]["warnings"] == [leak["said"]]
 
@@ -141,7 +158,11 @@ def test_a_loss_that_is_not_finite_is_worse_than_any(loss: float) -> None:
 def test_wins_losses_and_ties_are_counted_and_listed() -> None:
     values, terminal, markdown = reported(measured(None, "rrxxr"), measured(None, "xrrxr"))
     assert "answers   1 wins, 1 losses, 3 ties (by exact match)" in terminal
+    assert "win rate 50.0% (95 % interval " in terminal
+    assert "Win rate 50.0% (95 % interval " in markdown
     found = values["answers"]
+    assert found["win_rate"]["value"] == (1 + 3 / 2) / 5
+    assert 0 <= found["win_rate"]["low"] < 0.5 < found["win_rate"]["high"] <= 1
     assert [found[name] for name in ("metric", "wins", "losses", "ties")] == ["exact_match", 1, 1, 3]
     assert [each["outcome"] for each in found["each"]] == ["wins", "ties", "losses", "ties", "ties"]
     assert found["each"][2] == {

@@ -290,8 +290,9 @@ def test_a_part_that_is_none_is_refused(base: Path) -> None:
 
 
 def test_mlx_has_no_place_for_biases(base: Path, tmp_path: Path) -> None:
+    model, adapters = trained(base, variant("bias"))
     with pytest.raises(UserError, match=r"--format mlx: mlx-lm has no trained biases"):
-        save_mlx(tmp_path, trained(base, variant("bias"))[1], variant("bias"), 3, "some/base")
+        save_mlx(tmp_path, adapters, variant("bias"), model.config, "some/base")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -303,7 +304,7 @@ def test_mlx_says_what_we_say(name: str, tmp_path: Path) -> None:
     make_reference("llama-bias", tmp_path / "base")
     model, adapters = trained(tmp_path / "base", variant(name))
     (tmp_path / "adapter").mkdir()
-    save_mlx(tmp_path / "adapter", adapters, variant(name), 3, str(tmp_path / "base"))
+    save_mlx(tmp_path / "adapter", adapters, variant(name), model.config, str(tmp_path / "base"))
     theirs, _ = utils.load_model(tmp_path / "base")
     ids = mx.array(IDS.numpy())
     plain = torch.tensor(theirs(ids).tolist())
@@ -317,8 +318,8 @@ def test_mlx_says_what_we_say(name: str, tmp_path: Path) -> None:
 
 def test_the_mlx_files_are_the_adapter_transposed(base: Path, tmp_path: Path) -> None:
     """Without MLX: names, shapes and product of the layout as its documentation has it."""
-    _, adapters = trained(base, variant("patterns"))
-    save_mlx(tmp_path, adapters, variant("patterns"), 3, "some/base")
+    model, adapters = trained(base, variant("patterns"))
+    save_mlx(tmp_path, adapters, variant("patterns"), model.config, "some/base")
     config, tensors = (
         json.loads((tmp_path / "adapter_config.json").read_text()),
         load_file(tmp_path / "adapters.safetensors"),

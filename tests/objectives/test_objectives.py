@@ -30,6 +30,7 @@ from runs import (
 from safetensors.torch import load_file
 from tiers import rest_is_slow
 
+import nanoft.model
 import train
 from nanoft.objectives import OBJECTIVES, reference
 from nanoft.training import self_test
@@ -197,7 +198,7 @@ def test_out_of_memory_takes_the_same_window_again_in_halves(
 def test_out_of_memory_at_one_unit_ends_with_3(
     objective: str, root: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    in_the_loop(monkeypatch, "backward", no_memory, torch.Tensor)
+    in_the_loop(monkeypatch, "run_block", no_memory, nanoft.model)
     assert train.main(on(root, tmp_path / "run", objective, **SHORT)) == 3
     captured = capsys.readouterr()
     assert one_line(captured.err).startswith("failed: out of memory with micro-batches of 1 rows: try ")

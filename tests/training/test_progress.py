@@ -16,8 +16,10 @@ import runs
 import train
 from nanoft.checkpoint import SaveResult
 from nanoft.config import Config
+from nanoft.objectives import OBJECTIVES
+from nanoft.objectives.preference import Preference
 from nanoft.objectives.sft import SFT
-from nanoft.training.progress import is_due, log_save, progress_bar, steps_between
+from nanoft.training.progress import is_due, log_save, progress_bar, steps_between, warn_of_ease, warn_of_falling
 from nanoft.training.state import LossTrend, TrainState
 
 
@@ -251,3 +253,50 @@ def test_what_was_asked_for_is_shown_at_every_level(option: str, tmp_path: Path,
         assert train.main([*runs.quick(tmp_path / level, logging__level=level), option]) == 0
         shown.append(len(capsys.readouterr().out.splitlines()))
     assert shown[0] == shown[1] > 3
+
+
+# --- signs that preferences are learned badly
+
+
+def watched(objective: Any = None, steps: int = 100) -> tuple[Any, list[str]]:
+    """A context, and the texts of the warnings that are logged and printed in it."""
+    logged: list[str] = []
+    printed: list[str] = []
+    run = SimpleNamespace(log=lambda event, step, what, text: logged.append(text), print=printed.append)
+    return SimpleNamespace(run=run, total_steps=steps, objective=objective), printed
+
+
+def rewards(chosen: float, rejected: float, accuracy: float = 1.0) -> dict[str, float]:
+    return {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": accuracy}
+
+
+@pytest.mark.parametrize(
+    ("step", "figures", "warns"),
+    [
+        (10, rewards(1.0, -0.5), True),
+        (11, rewards(1.0, -0.5), False),  # no longer one of the first steps
+        (10, rewards(0.1, -0.1), False),  # the sign of a difference that means nothing yet
+        (10, rewards(1.0, -0.5, 0.95), False),
+        (10, {}, False),
+    ],
+)
+def test_answers_that_are_ranked_right_at_once_are_warned_of(step: int, figures: Any, warns: bool) -> None:
+    ctx, printed = watched()
+    state = TrainState(step=step)
+    for _ in range(2):  # and once only
+        warn_of_ease(ctx, state, figures)
+    assert len(printed) == warns
+    assert all("every answer is already ranked right" in line for line in printed)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_chosen_answers_that_fall_with_the_rejected_are_warned_of_where_there_is_a_reference(name: str) -> None:
+    objective: Any = object.__new__(OBJECTIVES[name])
+    ctx, printed = watched(objective)
+    state = TrainState(step=50, held_out=rewards(-1.5, -2.0))
+    for chosen, rejected in ((-0.9, -9.0), (-1.4, -9.0), (-1.6, -1.9)):  # not far; not any more; rejected rise
+        warn_of_falling(ctx, state, rewards(chosen, rejected))
+    assert printed == []
+    for _ in range(2):
+        warn_of_falling(ctx, state, rewards(-1.6, -2.5))
+    assert len(printed) == (isinstance(objective, Preference) and objective.uses_reference)

@@ -1,0 +1,379 @@
+"""Models of several towers, of which nanoft trains the text: config, names, adapters, merges; and weights in FP8."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from templates import STYLES, save
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config, PreTrainedModel
+
+import merge
+import train
+from nanoft import UserError
+from nanoft.lora import inject_lora
+from nanoft.models.adapter_files import load_adapter_tensors, read_adapter
+from nanoft.models.families import FAMILIES, decoder_config
+from nanoft.models.model_files import ModelFiles
+from nanoft.models.open import open_model
+from nanoft.models.weights import load_model
+from tiny_models import SMALL, train_run, write_records
+
+CPU = torch.device("cpu")
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 16, "patch_size": 8}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16}
+YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+ROPES = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
+ROPES |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+GEMMA3 = {"sliding_window": 8, "query_pre_attn_scalar": 16, "num_hidden_layers": 6, "rope_parameters": ROPES}
+# The wrapper's config, its fields, those of text.
+CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    "gemma3_text": (Gemma3Config, {"image_token_index": 60, "mm_tokens_per_image": 4}, GEMMA3),
+    "ministral3": (Mistral3Config, {"tie_word_embeddings": True}, {"rope_parameters": YARN}),
+    "mistral": (Mistral3Config, {"tie_word_embeddings": False}, {"sliding_window": None, "rms_norm_eps": 1e-5}),
+}
+IDS = torch.arange(5, 60)[None]
+
+
+def make_wrapper(kind: str, directory: Path, **changes: Any) -> PreTrainedModel:
+    """A random wrapper as transformers saves it, with a tokenizer and chat template."""
+    save(directory, STYLES["chatml"])
+    vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab_size()
+    (directory / "preprocessor_config.json").write_text('{"image_seq_length": 4}')
+    config_class, outer, text = CASES[kind]
+    text = {**SMALL, "vocab_size": vocabulary, "head_dim": 16, **text, **changes, "model_type": kind}
+    own = {"model_type": "siglip_vision_model"} if kind == "gemma3_text" else {"model_type": "pixtral", "head_dim": 8}
+    torch.manual_seed(0)
+    config = config_class(text_config=text, vision_config={**VISION, **own}, **outer)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def wrapper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a base, data and a finished run."""
+    root = tmp_path_factory.mktemp(request.param)
+    make_wrapper(request.param, root / "base")
+    train_run(root / "run", root / "base", write_records(root / "data.jsonl"))
+    return root
+
+
+def opened_by_transformers(directory: Path) -> PreTrainedModel:
+    return AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="eager")
+
+
+@torch.no_grad()
+def theirs(model: Any) -> Tensor:
+    return model(IDS).logits
+
+
+@torch.no_grad()
+def ours(model: Any) -> Tensor:
+    return model.logits(model(IDS))
+
+
+def vision(directory: Path) -> dict[str, Tensor]:
+    stored = load_file(directory / "model.safetensors")
+    return {name: tensor for name, tensor in stored.items() if "vision_tower" in name or "projector" in name}
+
+
+def with_names(base: Path, out: Path) -> Path:
+    """The same model with the prefixes of transformers' modules in its file."""
+    shutil.copytree(base, out)
+    stored = load_file(base / "model.safetensors")
+    renamed = {
+        name.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head", "lm_head")
+        if name.startswith("language_model.")
+        else f"model.{name}": tensor
+        for name, tensor in stored.items()
+    }
+    save_file(renamed, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+# --- Reading
+
+
+def test_text_logits_equal_those_of_the_wrapper(wrapper: Path, tmp_path: Path) -> None:
+    wanted = theirs(opened_by_transformers(wrapper / "base"))
+    decoder = load_model(wrapper / "base", CPU, torch.float32)
+    assert decoder.config.wrapped
+    assert (ours(decoder) - wanted).abs().max() < 1e-4 * wanted.std()
+    other = load_model(with_names(wrapper / "base", tmp_path / "base"), CPU, torch.float32)
+    assert torch.equal(ours(other), ours(decoder))
+
+
+def test_gemma3_of_the_hub_leaves_fields_to_the_defaults_of_its_class() -> None:
+    """The text_config of 4B as it was published, and what transformers makes of it."""
+    rope = {"factor": 8.0, "rope_type": "linear"}
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": rope, "sliding_window": 1024}
+    fields = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    full = Gemma3Config(text_config=dict(text)).to_dict()
+    full["architectures"] = fields["architectures"]
+    short, long = decoder_config(fields), decoder_config(full)
+    assert (short.num_heads, short.num_kv_heads, short.head_dim, short.vocab_size) == (8, 4, 256, 262_208)
+    assert (short.tied, short.windows, short.norm_eps) == (True, long.windows, long.norm_eps)
+    for a, b in zip(short.distinct_ropes, long.distinct_ropes, strict=True):
+        assert torch.equal(a.angles(256)[0], b.angles(256)[0])
+
+
+def test_another_text_tower_is_refused() -> None:
+    fields = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": "mistral4"}}
+    with pytest.raises(UserError, match=r"text_config: model_type: 'mistral4' .* only mistral, ministral3"):
+        decoder_config(fields)
+
+
+def test_the_rope_of_ministral3_must_be_given() -> None:
+    text = {**SMALL, "model_type": "ministral3"}
+    with pytest.raises(UserError, match="rope_parameters: missing"):
+        decoder_config({"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text})
+
+
+# --- Adapters
+
+
+@pytest.fixture(scope="module")
+def adapted(wrapper: Path) -> tuple[Path, Tensor]:
+    """The adapter of a run and what it says."""
+    return wrapper / "run" / "adapter", ours(open_model(str(wrapper / "run"), CPU, torch.float32).model)
+
+
+def test_peft_loads_the_adapter_on_the_wrapper(wrapper: Path, adapted: tuple[Path, Tensor]) -> None:
+    names = load_file(adapted[0] / "adapter_model.safetensors").keys()
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
+    model = opened_by_transformers(wrapper / "base")
+    assert (theirs(model) - adapted[1]).abs().max() > 0.01
+    tuned = PeftModel.from_pretrained(model, adapted[0])
+    own = {name for name, _ in tuned.named_parameters() if "lora_" in name}
+    assert len(own) == len(names)  # none in the other towers
+    assert (theirs(tuned) - adapted[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], r".*language_model.*\.(q_proj|down_proj)"])
+def test_an_adapter_by_peft_is_loaded(wrapper: Path, targets: Any, tmp_path: Path) -> None:
+    """With names alone, PEFT adapts the other towers, too, which text never trains."""
+    pattern = {"model.language_model.layers.1.self_attn.q_proj": 2}
+    config = LoraConfig(r=4, target_modules=targets, rank_pattern=pattern, alpha_pattern={"layers.0.mlp.down_proj": 3})
+    model = get_peft_model(opened_by_transformers(wrapper / "base"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and "language_model" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    lora, _, tensors, _ = read_adapter(tmp_path)
+    decoder = load_model(wrapper / "base", CPU, torch.float32)
+    load_adapter_tensors(inject_lora(decoder, lora, seed=0), tensors, "files")
+    assert (ours(decoder.eval()) - theirs(model.eval())).abs().max() < 1e-4
+
+
+def test_an_adapter_trained_on_images_is_refused(wrapper: Path, tmp_path: Path) -> None:
+    model = get_peft_model(opened_by_transformers(wrapper / "base"), LoraConfig(r=4, target_modules=["q_proj"]))
+    torch.nn.init.ones_(next(p for name, p in model.named_parameters() if "lora_B" in name and "vision" in name))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"vision_tower.*was trained on images"):
+        read_adapter(tmp_path)
+
+
+# --- Merges
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
+def test_a_merged_model_is_the_whole_wrapper(
+    wrapper: Path, adapted: tuple[Path, Tensor], shard_size: str, tmp_path: Path
+) -> None:
+    out, arguments = tmp_path / "merged", ["--dtype", "f32", "--shard-size", shard_size]
+    assert merge.main([str(wrapper / "run"), "--out", str(out), *arguments]) == 0
+    assert (theirs(opened_by_transformers(out)) - adapted[1]).abs().max() < 1e-4
+    assert (ours(load_model(out, CPU, torch.float32)) - adapted[1]).abs().max() < 1e-4
+    merged = {name: t for file in out.glob("*.safetensors") for name, t in load_file(file).items()}
+    before = load_file(wrapper / "base" / "model.safetensors")
+    assert merged.keys() == before.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in vision(wrapper / "base").items())
+    config, own = (json.loads((place / "config.json").read_text()) for place in (out, wrapper / "base"))
+    assert all(config[name] == own[name] for name in ("architectures", "model_type", "vision_config"))
+    assert (out / "preprocessor_config.json").read_bytes() == b'{"image_seq_length": 4}'
+
+
+def test_a_merge_keeps_the_prefixes_of_its_base(wrapper: Path, adapted: tuple[Path, Tensor], tmp_path: Path) -> None:
+    base, out = with_names(wrapper / "base", tmp_path / "base"), tmp_path / "merged"
+    arguments = ["--base-model", str(base), "--any-base", "--dtype", "f32"]
+    assert merge.main([str(wrapper / "run"), "--out", str(out), *arguments]) == 0
+    names = {place: load_file(place / "model.safetensors").keys() for place in (base, out)}
+    assert names[base] == names[out]
+    assert (theirs(opened_by_transformers(out)) - adapted[1]).abs().max() < 1e-4
+
+
+def test_full_training_keeps_the_other_towers(wrapper: Path, tmp_path: Path) -> None:
+    changes = {"training__method": "full", "training__learning_rate": 1e-3, "training__max_steps": 2}
+    out = train_run(tmp_path / "run", wrapper / "base", wrapper / "data.jsonl", **changes) / "model"
+    wanted = vision(wrapper / "base")
+    assert vision(out).keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in vision(out).items())
+    trained = load_model(out, CPU, torch.float32)
+    assert (theirs(opened_by_transformers(out)) - ours(trained)).abs().max() < 1e-4
+    assert (theirs(opened_by_transformers(wrapper / "base")) - ours(trained)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text"])
+def test_a_quantized_tower_cannot_be_copied(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_wrapper(kind, tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    stored = load_file(path)
+    name = next(name for name in stored if "vision_tower" in name)
+    save_file({**stored, name: stored[name].to(torch.uint8)}, path, {"format": "pt"})
+    train_run(tmp_path / "run", tmp_path / "base", write_records(tmp_path / "data.jsonl"), training__max_steps=1)
+    assert merge.main([str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 2
+    assert "is quantized (U8): name the original model" in capsys.readouterr().err
+
+
+def test_the_plan_names_the_text_tower(wrapper: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([str(wrapper / "run.json"), "--plan"]) == 0
+    fields = json.loads((wrapper / "base" / "config.json").read_text())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{fields['text_config']['model_type']}, the text of {fields['architectures'][0]}, " in said
+
+
+def test_a_reward_model_of_a_text_tower_is_refused(wrapper: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([str(wrapper / "run.json"), "training.objective=reward", "--plan"]) == 2
+    assert "training.objective: no reward model of a text tower" in capsys.readouterr().err
+
+
+def test_gguf_is_what_the_text_family_says(wrapper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, family = tmp_path / "model.gguf", ModelFiles.read(wrapper / "base").decoder.family
+    code = merge.main([str(wrapper / "run"), "--format", "gguf", "--dtype", "f32", "--out", str(out)])
+    assert (code, out.exists()) == ((2, False) if FAMILIES[family].gguf is None else (0, True)), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["mlx", "peft"])
+def test_names_in_other_formats(wrapper: Path, kind: str, tmp_path: Path) -> None:
+    """mlx-lm calls the text tower language_model, and ignores tensors of other names."""
+    assert merge.main([str(wrapper / "run"), "--format", kind, "--out", str(tmp_path / "out")]) == 0
+    files = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    prefix = {"mlx": "language_model.model.layers.", "peft": "base_model.model.model.language_model.layers."}[kind]
+    assert all(name.startswith(prefix) for name in files[0])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForCausalLM" not in card
+
+
+# --- FP8
+
+
+def to_fp8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Codes, and a scale for each block, by which its largest number becomes 448: written out with loops."""
+    rows, columns = (range(0, size, step) for size, step in zip(weight.shape, block, strict=True))
+    codes, scales = torch.empty_like(weight), torch.empty(len(rows), len(columns))
+    for i, top in enumerate(rows):
+        for j, left in enumerate(columns):
+            part = (slice(top, top + block[0]), slice(left, left + block[1]))
+            scales[i, j] = weight[part].abs().max() / 448
+            codes[part] = weight[part] / scales[i, j]
+    return codes.to(torch.float8_e4m3fn), scales
+
+
+def make_fp8(base: Path, out: Path, form: str) -> dict[str, Tensor]:
+    """A copy of a model whose linears are in FP8; returns their values."""
+    shutil.copytree(base, out)
+    stored, values = load_file(base / "model.safetensors"), dict[str, Tensor]()
+    for name in [
+        name for name in stored if name.endswith("_proj.weight") and "layers" in name and "vision" not in name
+    ]:
+        weight = stored[name]
+        blocks = {"blocks": (32, 24), "even": (16, 16), "rows": (1, weight.shape[1]), "one": tuple(weight.shape)}
+        block = blocks[form]
+        codes, scales = to_fp8(weight, block)  # type: ignore[arg-type]
+        values[name] = torch.stack(
+            [
+                codes.float()[i] * scales[i // block[0]].repeat_interleave(block[1])[: weight.shape[1]]
+                for i in range(len(codes))
+            ]
+        )
+        place = name.removesuffix("weight")
+        stored[name] = codes
+        stored[place + ("weight_scale_inv" if form != "rows" else "weight_scale")] = (
+            scales if scales.numel() > 1 else scales.reshape(())
+        )
+        stored[place + "activation_scale"] = torch.tensor(1.0)
+    save_file(stored, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    blocks = {"blocks": [32, 24], "even": [16, 16]}.get(form)
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": blocks}
+    (out / "config.json").write_text(json.dumps(config))
+    return values
+
+
+@pytest.mark.parametrize("form", ["blocks", "rows", "one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_fp8_are_dequantized_while_loading(
+    wrapper: Path, form: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    values = make_fp8(wrapper / "base", tmp_path / "base", form)
+    decoder = load_model(tmp_path / "base", CPU, dtype)
+    for name, value in values.items():
+        own = decoder.get_parameter(name.removeprefix("language_model."))
+        assert torch.equal(own, value.to(dtype)), name
+
+
+@pytest.mark.parametrize("form", ["blocks", "rows", "one"])
+def test_a_merge_onto_fp8_has_the_dequantized_dtype(wrapper: Path, form: str, tmp_path: Path) -> None:
+    """Read some rows at a time, the sizes of which are not those of the blocks; with QLoRA on the dequantized ones."""
+    values, out = make_fp8(wrapper / "base", tmp_path / "base", form), tmp_path / "merged"
+    run = train_run(tmp_path / "run", tmp_path / "base", wrapper / "data.jsonl", training__max_steps=2)
+    said = ours(open_model(str(run), CPU, torch.float32).model)
+    assert merge.main([str(run), "--out", str(out), "--dtype", "bf16"]) == 0
+    merged = load_file(out / "model.safetensors")
+    assert all(merged[name].dtype == torch.bfloat16 for name in values)
+    assert not any("scale" in name for name in merged)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert (theirs(opened_by_transformers(out)).float() - said).abs().max() < 0.15 * said.std()
+
+
+def test_fp8_equals_transformers(wrapper: Path, tmp_path: Path) -> None:
+    """Which dequantizes, too, on a CPU; its blocks must divide the sizes."""
+    make_fp8(wrapper / "base", tmp_path / "base", "even")
+    model = opened_by_transformers(tmp_path / "base")
+    decoder = load_model(tmp_path / "base", CPU, torch.float32)
+    assert (theirs(model.float()) - ours(decoder)).abs().max() < 1e-4 * ours(decoder).std()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"weight_block_size": [0, 128]},
+            r"config\.json: quantization_config: weight_block_size: \[0, 128\] is not two",
+        ),
+        ({"weight_block_size": [16, 16]}, r"weight_scale_inv is \(2, 3\) instead of \(4, 4\)"),
+        ({"quant_method": "awq"}, "only weights quantized by bitsandbytes and in FP8 are supported"),
+    ],
+)
+def test_what_does_not_fit_is_refused(wrapper: Path, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_fp8(wrapper / "base", tmp_path / "base", "blocks")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": {**config["quantization_config"], **change}}))
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "base", CPU, torch.float32)
+
+
+def test_weights_in_fp8_without_scales_are_refused(wrapper: Path, tmp_path: Path) -> None:
+    make_fp8(wrapper / "base", tmp_path / "base", "one")
+    path = tmp_path / "base" / "model.safetensors"
+    stored = load_file(path)
+    save_file({n: t for n, t in stored.items() if "layers.0.self_attn.q_proj.weight_scale" not in n}, path)
+    with pytest.raises(UserError, match=r"1 tensors do not fit config.json: missing .*q_proj\.weight_scale_inv"):
+        load_model(tmp_path / "base", CPU, torch.float32)

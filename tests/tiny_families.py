@@ -1,0 +1,88 @@
+"""Random models of every entry of FAMILIES as transformers configures them: what makes each family differ occurs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from templates import STYLES, save
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from nanoft.models.families import FAMILIES
+from tiny_models import LLAMA3, SMALL, YARN
+
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+PARTS = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+LONGROPE = {**PARTS, "short_factor": [1 + i / 9 for i in range(6)], "long_factor": [2.0 + i for i in range(6)]}
+MINISTRAL = {**YARN, "factor": 16.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0}
+GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 8}
+GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 3}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# The first shape of each family stands in the default run, the others in the slow one. Windows and contexts of
+# pre-training are shorter than the tests' inputs; layers of both kinds, and both ropes, are there.
+SHAPES: dict[str, list[dict[str, Any]]] = {
+    "llama": [{"rope_parameters": LLAMA3, "head_dim": 20}, {"attention_bias": True, "mlp_bias": True}],
+    "mistral": [{"sliding_window": 16}, {"sliding_window": None, "head_dim": 24}],
+    "ministral3": [
+        {"rope_parameters": {**MINISTRAL, "llama_4_scaling_beta": 0.3}},
+        {"head_dim": 24, "tie_word_embeddings": True, "rope_parameters": {**MINISTRAL, "llama_4_scaling_beta": 0.1}},
+    ],
+    "qwen2": [
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1, "tie_word_embeddings": True},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "rope_parameters": YARN},
+    ],
+    "qwen3": [{"head_dim": 20}, {"head_dim": 40, "attention_bias": True, "tie_word_embeddings": True}],
+    "gemma2": [
+        {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        {**GEMMA, "head_dim": 24, "tie_word_embeddings": False},
+    ],
+    "gemma3_text": [
+        {
+            **GEMMA, "layer_types": [SLIDING, FULL, SLIDING],
+            "rope_parameters": {SLIDING: PLAIN, FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}},
+        },
+        {**GEMMA, "num_hidden_layers": 7, "head_dim": 20},
+        {**GEMMA, "num_hidden_layers": 4, "sliding_window_pattern": 3, "final_logit_softcapping": 3.0, "head_dim": 40},
+    ],
+    "phi3": [
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40, "tie_word_embeddings": True},
+        {"sliding_window": 8, "head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}},
+    ],
+    "olmo2": [{}, {"head_dim": 24, "attention_bias": True, "num_key_value_heads": 4}],
+    "olmo3": [
+        {
+            "sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING],
+            "rope_parameters": {SLIDING: {**PLAIN, "rope_theta": 5e5}, FULL: {**YARN, "rope_theta": 5e5}},
+        },
+        {"sliding_window": 8, "num_hidden_layers": 5, "head_dim": 24},
+    ],
+    "smollm3": [
+        {"num_hidden_layers": 4},
+        {"no_rope_layers": [0, 1, 1], "head_dim": 20, "tie_word_embeddings": False, "attention_bias": True},
+    ],
+    "granite": [GRANITE, {**GRANITE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
+    "seed_oss": [{}, {"head_dim": 40, "attention_out_bias": True, "mlp_bias": True}],
+}  # fmt: skip
+CASES = [(name, number) for name in FAMILIES for number in range(len(SHAPES.get(name, [{}])))]
+FIRST = [case for case in CASES if case[1] == 0]
+NO_DROPOUT = dict.fromkeys(("attention_dropout", "residual_dropout"), 0.0)  # some families have some by default
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def make_family(name: str, directory: Path, shape: int = 0, **changes: Any) -> PreTrainedModel:
+    """One shape of a family with a tokenizer and chat template, saved by transformers in float32."""
+    save(directory, STYLES["chatml"])
+    vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab_size()
+    torch.manual_seed(0)
+    sizes = {**SMALL, "head_dim": 16, "vocab_size": vocabulary, **TOKENS, **NO_DROPOUT}
+    config = AutoConfig.for_model(name, **{**sizes, **SHAPES.get(name, [{}])[shape], **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too: a wrong detail shows
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(directory)
+    return model
