@@ -338,6 +338,60 @@ GEMMA = r"""{{- bos_token }}
 {%- endfor %}
 {{- '<start_of_turn>model\n' if add_generation_prompt }}"""
 
+# As Gemma 2, but the system text, with its spaces, opens the first user turn.
+GEMMA_3 = r"""{{- bos_token }}
+{%- set is_told = messages[0].role == 'system' %}
+{%- set turns = messages[1:] if is_told else messages %}
+{%- for turn in turns %}
+    {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+    {{- '<start_of_turn>' + ('model' if turn.role == 'assistant' else turn.role) + '\n' }}
+    {{- messages[0].content + '\n\n' if is_told and loop.first }}
+    {{- turn.content | trim + '<end_of_turn>\n' }}
+{%- endfor %}
+{{- '<start_of_turn>model\n' if add_generation_prompt }}"""
+
+# The reasoning models have a long system text by default; here there is none.
+PHI_4 = r"""{%- for turn in messages if turn.role in ['system', 'user', 'assistant'] %}
+    {{- '<|im_start|>' + turn.role + '<|im_sep|>' + turn.content + '<|im_end|>' }}
+{%- endfor %}
+{{- '<|im_start|>assistant<|im_sep|>' if add_generation_prompt }}"""
+
+GRANITE_4 = r"""{%- if messages[0].role != 'system' %}
+    {{- '<|start_of_role|>system<|end_of_role|>You are a helpful assistant. ' }}
+    {{- 'Please ensure responses are professional, accurate, and safe.<|end_of_text|>\n' }}
+{%- endif %}
+{%- for turn in messages %}
+    {{- '<|start_of_role|>' + turn.role + '<|end_of_role|>' + turn.content + '<|end_of_text|>\n' }}
+{%- endfor %}
+{{- '<|start_of_role|>assistant<|end_of_role|>' if add_generation_prompt }}"""
+
+# Every turn begins with BOS and ends with EOS.
+SEED_OSS = r"""{%- for turn in messages %}
+    {%- set words = turn.content | trim if turn.role == 'assistant' else turn.content %}
+    {{- '<seed:bos>' + turn.role + '\n' + words + '<seed:eos>' }}
+{%- endfor %}
+{{- '<seed:bos>assistant\n' if add_generation_prompt }}"""
+
+# As Unsloth renders it, without today's date; the long system text by default is shortened.
+SMOLLM_3 = r"""{{- '<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nReasoning Mode: /think\n\n' }}
+{{- '## Custom Instructions\n\n' }}
+{{- messages[0].content.rstrip() if messages[0].role == 'system' else 'You are SmolLM.' }}{{ '\n\n<|im_end|>\n' }}
+{%- for turn in messages if turn.role != 'system' %}
+    {%- set words = turn.content.lstrip('\n') if turn.role == 'assistant' else turn.content %}
+    {{- '<|im_start|>' + turn.role + '\n' + words + '<|im_end|>\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\n' if add_generation_prompt }}"""
+
+# Here, too, the default system text is shortened.
+MINISTRAL_3 = r"""{{- bos_token + '[SYSTEM_PROMPT]' }}
+{%- set is_told = messages[0].role == 'system' %}
+{{- (messages[0].content if is_told else 'First think.') + '[/SYSTEM_PROMPT]' }}
+{%- set turns = messages[1:] if is_told else messages %}
+{%- for turn in turns %}
+    {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+    {{- '[INST]' + turn.content + '[/INST]' if turn.role == 'user' else turn.content + eos_token }}
+{%- endfor %}"""
+
 # A finished conversation ends with the end of the text.
 PHI_3 = r"""{%- for turn in messages if turn.role in ['system', 'user', 'assistant'] %}
     {{- '<|' + turn.role + '|>\n' + turn.content + '<|end|>\n' if turn.content or turn.role != 'system' }}
@@ -380,6 +434,12 @@ HUB = {
     "qwen2.5": Hub(QWEN_25, None, "<|im_end|>", ("<|im_start|>", "<|endoftext|>"), "<|im_end|>", words=_CALL),
     "qwen3": Hub(QWEN_3, None, "<|im_end|>", ("<|im_start|>", "<|endoftext|>"), "<|im_end|>", words=(*_CALL, *_THINK)),
     "gemma": Hub(GEMMA, "<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", strips=True),
+    "gemma-3": Hub(GEMMA_3, "<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", strips=True),
+    "phi-4": Hub(PHI_4, "<|endoftext|>", "<|im_end|>", ("<|im_start|>", "<|im_sep|>"), "<|im_end|>"),
+    "granite-4": Hub(GRANITE_4, None, "<|end_of_text|>", ("<|start_of_role|>", "<|end_of_role|>"), "<|end_of_text|>"),
+    "seed-oss": Hub(SEED_OSS, None, "<seed:eos>", ("<seed:bos>",), "<seed:eos>", strips=True),
+    "smollm3": Hub(SMOLLM_3, None, "<|im_end|>", ("<|im_start|>",), "<|im_end|>"),
+    "ministral-3": Hub(MINISTRAL_3, "<s>", "</s>", (*_INST, *_RESULTS, *_SYSTEM), "</s>"),
     "phi-3": Hub(PHI_3, "<s>", "<|endoftext|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
     "zephyr": Hub(ZEPHYR, "<s>", "</s>", (), "</s>"),
     "alpaca": Hub(ALPACA, "<s>", "</s>", (), "</s>", strips=True),

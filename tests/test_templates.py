@@ -132,7 +132,7 @@ def answer(name: str, content: str) -> str:
     """What the model is to write for an answer of this content: the content as rendered and what ends the turn."""
     hub = HUB[name.split(",")[0]]
     words = content.strip() if hub.strips else content
-    if name.startswith("qwen3"):
+    if name.startswith(("qwen3", "smollm3")):
         words = words.lstrip("\n")
     return hub.lead + words + hub.end
 
@@ -157,7 +157,11 @@ ENDS = {
     **dict.fromkeys(["chatml", "qwen2.5", "qwen3", QUIET], "Fine.<|im_end|>"),
     **dict.fromkeys(["zephyr", "alpaca"], "Fine.</s>"),
     "llama-2": " Fine. </s>",
-    "gemma": "Fine.<end_of_turn>",
+    **dict.fromkeys(["gemma", "gemma-3"], "Fine.<end_of_turn>"),
+    **dict.fromkeys(["phi-4", "smollm3"], "Fine.<|im_end|>"),
+    "granite-4": "Fine.<|end_of_text|>",
+    "seed-oss": "Fine.<seed:eos>",
+    "ministral-3": "Fine.</s>",
     "phi-3": "Fine.<|end|>",
 }
 

@@ -1,9 +1,9 @@
 """Export a model, or an adapter, as a GGUF file for llama.cpp and Ollama.
 
 A GGUF file is a list of metadata and a list of tensors. The metadata must be complete, because llama.cpp silently uses
-a default for what is missing. The tensors are those of the Hugging Face files under other names, but llama.cpp's
-`llama` architecture, which covers Llama and Mistral, rotates neighbors (x0, x1), (x2, x3), ... where Hugging Face
-rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ... So the rows of q and k, and their biases, are permuted.
+a default for what is missing. The tensors are those of the Hugging Face files under other names, but some graphs of
+llama.cpp (nanoft/export/gguf_graphs.py), such as that of Llama and Mistral, rotate neighbors (x0, x1), (x2, x3), ...
+where Hugging Face rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ... So the rows of q and k, and their biases, are permuted.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor
 from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.export.gguf_graphs import GRAPHS, add_shape, architecture, rope_tensors
 from nanoft.export.gguf_tokenizer import read_vocabulary
 from nanoft.export.merge import EXPORT_DTYPES, Onto, check_room, weights_of
 from nanoft.export.streaming import Rows
 from nanoft.export.verify import TOLERANCE, Proof, compare, hidden_states, next_tokens, prove
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.adapter_files import only_linears
-from nanoft.models.families import FAMILIES
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel
 from nanoft.perplexity import safe_exp
@@ -54,7 +54,7 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
         return _write_k_quants(opened, chat, name, dtype, onto, out)
     config = opened.model.config
     gguf, writer = _open_writer(out, config, "model", name)
-    notes = _add_shape(writer, config, ModelFiles.read(opened.base_directory).fields)
+    notes = add_shape(writer, config, ModelFiles.read(opened.base_directory).fields)
     notes += _add_tokenizer(writer, chat, config)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     if dtype not in EXPORT_DTYPES:
@@ -68,16 +68,14 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
 
     def read(hf_name: str) -> Tensor:
         merged = parameters[hf_name].detach().float() if parameters else weights.whole(hf_name)
-        return permute_qk(merged, hf_name, config)
+        return to_llama_cpp(merged, hf_name, config)
 
     new_name, entries = tensor_names(config), list[Entry]()
     for hf_name, shape in shapes.items():
         form = _tensor_format(new_name(hf_name), shape, dtype, config)
         entries.append((new_name(hf_name), shape, form, partial(read, hf_name)))
-    if config.rope.kind == "llama3":  # scaled by a tensor: the divisors of the angular frequencies, (head_dim / 2,)
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        factors = config.rope.theta**-exponents / config.rope.angles(config.head_dim)[0]
-        entries.append(("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
+    for rope_name, divisors in rope_tensors(config).items():
+        entries.append((rope_name, tuple(divisors.shape), "F32", partial(torch.clone, divisors)))
     _write(gguf, writer, entries, out)
     return notes
 
@@ -131,7 +129,7 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     for place, adapter in adapters.items():
         weight = f"{place}.weight"
         a, b = (factor.detach().float() for factor in adapter.factors())  # (r, in), (out, r)
-        b = permute_qk(b * (alphas[place] / alpha), weight, config)
+        b = to_llama_cpp(b * (alphas[place] / alpha), weight, config)
         for part, tensor in (("lora_a", a), ("lora_b", b)):
             read = partial(torch.clone, tensor)
             entries.append((f"{new_name(weight)}.{part}", tuple(tensor.shape), dtype.upper(), read))
@@ -176,61 +174,7 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
         writer.close()
 
 
-# ---- Metadata
-
-
-def architecture(config: DecoderConfig) -> str:
-    """llama.cpp's name of the architecture; a UserError if it does not have the family or something the model uses."""
-    name, rope, missing = FAMILIES[config.family].gguf, config.rope, ""
-    turns = (rope.parameters.get("beta_fast") or 32, rope.parameters.get("beta_slow") or 1)
-    if name is None:
-        missing = f"llama.cpp has no architecture for {config.family}"
-    elif name == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
-        missing = "head_dim: llama.cpp's qwen2 requires hidden_size / num_attention_heads"
-    elif name == "qwen3" and config.qkv_bias:
-        missing = "attention_bias: llama.cpp's qwen3 has no biases"
-    elif rope.kind == "llama3" and name != "llama":
-        missing = f"rope type llama3: llama.cpp's {name} does not support it"
-    elif rope.kind == "yarn" and (turns != (32, 1) or not rope.parameters.get("truncate", True)):
-        missing = "rope type yarn: llama.cpp has only beta_fast 32, beta_slow 1, truncate"
-    if name is None or missing:
-        raise UserError(f"--format gguf: {missing}: use --format hf")
-    return name
-
-
-def _add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
-    """Add the metadata of the model, without its tokenizer; return notes."""
-    writer.add_block_count(c.num_layers)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_heads)
-    writer.add_head_count_kv(c.num_kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_vocab_size(c.vocab_size)
-    rope = c.rope  # llama3's scaling is a tensor instead
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(rope.theta)
-    if rope.kind in ("linear", "yarn"):
-        writer.add_string(f"{writer.arch}.rope.scaling.type", rope.kind)
-        writer.add_rope_scaling_factor(float(rope.parameters["factor"]))
-    if rope.kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(int(rope.parameters["original_max_position_embeddings"]))
-        own = 0.1 * math.log(rope.parameters["factor"]) + 1.0  # llama.cpp's own factor on cos and sin
-        writer.add_rope_scaling_attn_factors(rope.angles(c.head_dim)[1] / own)
-    length, notes = int(hf.get("max_position_embeddings") or 4096), []
-    windows = [window for window in c.windows if window is not None]
-    if windows and min(windows) < length:
-        length = min(windows)
-        notes.append(
-            f"llama.cpp has no sliding window for this architecture: the file limits the context to {length} tokens, "
-            "within which the window has no effect"
-        )
-    if len(set(c.windows)) == 1 and windows:
-        writer.add_sliding_window(windows[0])
-    writer.add_context_length(length)
-    return notes
+# ---- Metadata of the tokenizer
 
 
 def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> list[str]:
@@ -275,13 +219,16 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], str]:
     return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
-def permute_qk(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
-    """Permute the rows of q and k, within each head, from (first half, second half) to pairs of neighbors; or back.
+def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
+    """A tensor of Hugging Face files, (heads * head_dim, ...), with this name there, as llama.cpp computes; or back.
 
-    `tensor` is (heads * head_dim, ...), and `name` that of the weight or bias in Hugging Face files.
+    Weights of norms include their offset. The rows of q and k, within each head, go from (first half, second half) to
+    pairs of neighbors where the graph rotates these.
     """
+    if config.norm_offset and name.endswith("norm.weight"):
+        return tensor + (-config.norm_offset if back else config.norm_offset)
     is_rotated = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
-    if not is_rotated or architecture(config) != "llama":
+    if not is_rotated or not GRAPHS[architecture(config)].pairs:
         return tensor
     halves = (config.head_dim // 2, 2) if back else (2, config.head_dim // 2)
     return tensor.unflatten(0, (-1, *halves)).transpose(1, 2).flatten(0, 2)
@@ -321,7 +268,7 @@ class GGUFWeights(Rows):
     def read(self, name: str, rows: slice) -> Tensor:
         tensor = self.tensors[name]
         values = np.array(self.gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type))
-        return permute_qk(torch.from_numpy(values), name, self.config, back=True)
+        return to_llama_cpp(torch.from_numpy(values), name, self.config, back=True)
 
 
 def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:

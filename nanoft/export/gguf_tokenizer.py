@@ -37,6 +37,11 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The rule of o200k: as TEKKEN, but a word takes its contraction, and up to three digits are one.
+GPT4O = TEKKEN.replace("|[^\\r", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\\r").replace(
+    r"|\p{N}|", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|"
+)
+SEED = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}{1}").replace(r"\p{N}]+[\r\n]*|", r"\p{N}\r\n]+|")
 Steps = tuple[tuple[str, ...], ...]
 GPT2_WORDS, BYTES_ONLY = ("ByteLevel", "words"), ("ByteLevel",)
 # (steps, ignore_merges: whether a word that is a token is not split) -> llama.cpp's name
@@ -47,6 +52,8 @@ PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {
     ((("Split", LLAMA3), BYTES_ONLY), False): "dbrx",
     ((("Split", QWEN2), BYTES_ONLY), False): "qwen2",
     ((("Split", TEKKEN), BYTES_ONLY), True): "tekken",
+    ((("Split", GPT4O), BYTES_ONLY), False): "gpt-4o",
+    ((("Split", SEED), BYTES_ONLY), False): "seed-coder",
 }
 
 
@@ -89,7 +96,9 @@ def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
         found = [scores.get(token, -1e9) for token in tokens]  # -1e9: no merge forms it
         return Vocabulary("llama", "default", tokens, types, [], found, _space_prefix(tokenizer, chat), [])
     pre = _pre(tokenizer)
-    notes = ["llama.cpp splits words of scripts with combining marks (Khmer, Hindi) differently"] * (pre == "tekken")
+    notes = ["llama.cpp splits words of scripts with combining marks (Khmer, Hindi) differently"] * (
+        pre in ("tekken", "gpt-4o")
+    )
     notes += ["llama.cpp does not normalize texts to NFC: send normalized texts"] * bool(tokenizer["normalizer"])
     return Vocabulary("gpt2", pre, tokens, types, [f"{a} {b}" for a, b in merges], [], False, notes)
 
@@ -125,7 +134,7 @@ def _steps(part: dict[str, Any]) -> Steps:
     kind = part["type"]
     if kind == "Sequence":
         return tuple(step for inner in part["pretokenizers"] for step in _steps(inner))
-    if kind == "Split" and part["behavior"] == "Isolated" and not part["invert"]:
+    if kind == "Split" and (part["behavior"], part["invert"]) in (("Isolated", False), ("Removed", True)):
         return ((kind, part["pattern"].get("Regex", "")),)
     if kind == "Digits" and part["individual_digits"]:
         return ((kind,),)
@@ -134,9 +143,14 @@ def _steps(part: dict[str, Any]) -> Steps:
     return ((f"{kind} with settings",),)
 
 
+NO_WORDS = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+
+
 def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
     """Whether a space is added before a text and after each control token; llama.cpp does both or neither."""
     normalizer, words = tokenizer["normalizer"], tokenizer["pre_tokenizer"]
+    if words == NO_WORDS:  # Gemma's; after its normalizer there are no spaces
+        words = None
     parts = (normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]) if normalizer else []
     prepended = {"type": "Prepend", "prepend": SPACE}
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
+from nanoft.attention import soft_cap
 from nanoft.blocks.trained import Adapter
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.model_files import ModelFiles, Quantization
@@ -201,7 +202,7 @@ class StreamedDecoder(Decoder):
             self.lm_head = StreamedLinear(self.weights, EMBEDDINGS[0].removesuffix(".weight"))
 
     def finish(self, x: Tensor) -> Tensor:
-        return self.model.norm(x)
+        return self.model.norm(x) * self.config.logit_scale
 
     @property
     def head(self) -> Tensor:
@@ -209,7 +210,7 @@ class StreamedDecoder(Decoder):
         return torch.tensor(math.nan).expand(self.config.vocab_size, self.config.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden @ head^T, of a few rows of the head at a time, (..., vocab)."""
+        """hidden @ head^T, capped, of a few rows of the head at a time, (..., vocab)."""
         name, start, found = EMBEDDINGS[self.lm_head is not None], 0, list[Tensor]()
         for slab in self.weights.rows(name if name in self.weights.shapes else EMBEDDINGS[0]):
             slab = slab.float()
@@ -217,4 +218,4 @@ class StreamedDecoder(Decoder):
                 slab = self.output.merged(slab, slice(start, start + len(slab)))
             start += len(slab)
             found.append(F.linear(hidden, slab))
-        return torch.cat(found, dim=-1)
+        return soft_cap(torch.cat(found, dim=-1), self.config.logit_cap)

@@ -129,7 +129,8 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
     supported = {"hidden_act": ("silu", "swish"), "attention_dropout": (0.0,)} | FAMILIES[family].only
     for name, values in supported.items():
         if hf.get(name) not in (*values, None):
-            raise UserError(f"{name}: {hf[name]!r} is not supported: set it to {values[0]!r} if that is right")
+            right = repr(values[0]) if values else None
+            raise UserError(f"{name}: {hf[name]!r} is not supported: set it to {right} if that is right")
     known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields, *FAMILIES[family].only}
     for name, value in hf.items():
         if value and name not in known and not name.startswith("_"):
@@ -362,21 +363,21 @@ BIASES = ("attention_bias", "mlp_bias")
 FAMILIES: dict[str, Family] = {  # by model_type
     "llama": Family("LlamaForCausalLM", _llama, BIASES, "llama"),
     "mistral": Family("MistralForCausalLM", _mistral, WINDOWS, "llama"),
-    "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), None, {"sliding_window": ()}),
+    "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), "mistral3", {"sliding_window": ()}),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
-    "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, None, GEMMA_ONLY),
+    "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(
-        "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), None, GEMMA_ONLY
+        "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
     ),
-    "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, None, NO_DROPOUT),
-    "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), None),
-    "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), None),
+    "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, "phi3", NO_DROPOUT),
+    "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), "olmo2"),
+    "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), "olmo2"),
     "smollm3": Family(
-        "SmolLM3ForCausalLM", _smollm3, (*BIASES, *QWEN, "no_rope_layers", "no_rope_layer_interval"), None
+        "SmolLM3ForCausalLM", _smollm3, (*BIASES, *QWEN, "no_rope_layers", "no_rope_layer_interval"), "smollm3"
     ),
-    "granite": Family("GraniteForCausalLM", _granite, (*BIASES, *GRANITE), None),
-    "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), None, NO_DROPOUT),
+    "granite": Family("GraniteForCausalLM", _granite, (*BIASES, *GRANITE), "granite"),
+    "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), "seed_oss", NO_DROPOUT),
 }
 
 # Models of several towers, of which text is one: the families of its text_config, the default one first, each with
@@ -398,7 +399,18 @@ def _check_shape(config: DecoderConfig) -> None:
     wrong = any(type(window) is not int or not 1 <= window <= 1 << 31 for window in windows)
     if wrong or len(config.windows) != config.num_layers:
         raise UserError(f"sliding_window, layer_types: give a window or none for each of {config.num_layers} layers")
+    if len(config.ropes) != config.num_layers:
+        raise UserError(f"no_rope_layers: {len(config.ropes)} entries: give one for each of {config.num_layers} layers")
     for rope in config.distinct_ropes:
+        rotated = int(config.head_dim * rope.share)
+        if rotated % 2 or not rotated:
+            raise UserError(
+                f"partial_rotary_factor: {rope.share}: {rotated} of {config.head_dim} dimensions: not pairs"
+            )
+        for name in ROPE_FIELDS["longrope"][0].split() if rope.kind == "longrope" else ():
+            if len(rope.parameters[name]) != rotated // 2:
+                have = f"{len(rope.parameters[name])} numbers"
+                raise UserError(f"rope: {name}: {have}: give one for each of {rotated // 2} pairs of dimensions")
         frequencies, factor = rope.angles(config.head_dim, rope.context + 1)
         if not frequencies.isfinite().all() or not math.isfinite(factor):
             raise UserError(f"rope: {rope.theta}, {dict(rope.parameters)!r:.200}: the angles are not finite")

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export.gguf import write_gguf
-from nanoft.export.gguf_tokenizer import LLAMA3, QWEN2, TEKKEN, read_vocabulary
+from nanoft.export.gguf_tokenizer import GPT4O, LLAMA3, QWEN2, SEED, TEKKEN, read_vocabulary
 from nanoft.models.open import open_model
 from tiny_models import make_reference
 
@@ -39,9 +39,11 @@ CPU = (torch.device("cpu"), torch.float32)
 CONTROLS = [AddedToken(token, special=True, normalized=False) for token in CONTROL]
 
 
-def split(expression: str) -> Any:
+def split(expression: str, behavior: str = "isolated") -> Any:
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated"), bytes_only])
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(expression), behavior, behavior == "removed"), bytes_only]
+    )
 
 
 WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,6 +54,8 @@ PRE_TOKENIZERS = {
     "dbrx": (split(LLAMA3), False),
     "qwen2": (split(QWEN2), False),
     "tekken": (split(TEKKEN), True),
+    "gpt-4o": (split(GPT4O, "removed"), False),  # what does not match is removed: nothing
+    "seed-coder": (split(SEED), False),
 }
 
 
@@ -84,7 +88,7 @@ def as_hugging_face(processor: Any, scheme: str | None) -> str:
     """The same as a tokenizer.json: every way to make a piece is a merge, the best piece first.
 
     Args:
-        scheme: of a Metaspace; None: Llama 2's normalizer.
+        scheme: of a Metaspace; None: Llama 2's normalizer; "gemma": Gemma's, and its split at spaces, of which none is.
     """
     pieces = {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}
     merges = [
@@ -98,6 +102,9 @@ def as_hugging_face(processor: Any, scheme: str | None) -> str:
     tokenizer = Tokenizer(models.BPE(pieces, pairs, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     if scheme is None:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif scheme == "gemma":
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -130,7 +137,7 @@ def test_byte_level_ids_are_llama_cpps(pre: str, tmp_path: Path) -> None:
     llama, chat = in_llama_cpp(tmp_path, trained(*PRE_TOKENIZERS[pre]))
     assert llama.metadata["tokenizer.ggml.pre"] == pre
     for text in [*TEXTS, "so <think>well</think>"]:
-        if pre == "tekken":
+        if pre in ("tekken", "gpt-4o"):
             text = text.replace("កាន់តែពិសេស", "")  # llama.cpp's rule knows no combining marks
         assert ids_of(llama, text) == chat.tokenizer.encode(text, add_special_tokens=False).ids, text
 
@@ -162,7 +169,7 @@ def test_every_stop_id_ends_an_answer(tmp_path: Path) -> None:
     assert [id for id in chat.stop_ids if not llama_cpp.llama_vocab_is_eog(vocabulary, id)] == []
 
 
-@pytest.mark.parametrize("scheme", [None, "always", "never"])
+@pytest.mark.parametrize("scheme", [None, "always", "never", "gemma"])
 def test_sentencepiece_ids_are_sentencepieces_own(scheme: str | None, tmp_path: Path) -> None:
     reference = sentencepiece_model()
     llama, chat = in_llama_cpp(tmp_path, as_hugging_face(reference, scheme), "zephyr", unk_token="<unk>")

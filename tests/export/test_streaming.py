@@ -15,6 +15,7 @@ import pytest
 import torch
 from adapters import MERGE_VARIANTS, PLAIN, make_adapter
 from safetensors.torch import load_file
+from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
 from nanoft import UserError
@@ -24,6 +25,7 @@ from nanoft.export.merge import open_adapter
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.export.verify import hidden_states
 from nanoft.generation.generate import generate
+from nanoft.models.families import FAMILIES
 from nanoft.models.open import open_model, read_trained_adapter
 from nanoft.models.weights import load_model
 from tiny_models import make_chat_model, make_packed, make_reference
@@ -52,6 +54,14 @@ def test_from_disk_and_in_transformers_say_the_same(case: str, tmp_path: Path) -
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
     in_memory = generate(load_model(tmp_path, CPU, torch.float32).eval(), prompts, (), 12)
     assert generate(ours, prompts, (), 12) == in_memory
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_disk_and_in_memory_say_the_same(family: str, tmp_path: Path) -> None:
+    """With the factors and caps of every family."""
+    make_family(family, tmp_path)
+    in_memory = load_model(tmp_path, CPU, torch.float32).eval()
+    assert (logits(StreamedDecoder(open_rows(tmp_path))) - logits(in_memory)).abs().max() < 1e-5
 
 
 def test_what_is_in_memory_is_small_and_the_head_is_not_to_be_multiplied_by(tmp_path: Path) -> None:

@@ -1,0 +1,202 @@
+"""What llama.cpp computes for each of its architectures, and the metadata that describes a model to it.
+
+A graph of llama.cpp is compiled code with a few parameters. What a model needs beyond them is refused here: the file
+would load, and llama.cpp would compute something else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoft import UserError
+from nanoft.model import DecoderConfig
+from nanoft.models.families import FAMILIES
+
+Rule = tuple[str, Callable[[DecoderConfig], bool]]  # what llama.cpp requires, as the message says it; whether it holds
+
+
+def _period(c: DecoderConfig) -> int | None:
+    """n > 1 if every n-th layer sees everything and the others one window; None if it is otherwise."""
+    n = c.windows.index(None) + 1 if None in c.windows else 1
+    others = {window for layer, window in enumerate(c.windows, start=1) if layer % n}
+    as_said = all((window is None) == (layer % n == 0) for layer, window in enumerate(c.windows, start=1))
+    return n if n > 1 and len(others) == 1 and as_said else None
+
+
+def _turns(p: Mapping[str, Any]) -> tuple[float, float, bool]:
+    """Where YaRN blends, and whether there it rounds to whole dimensions."""
+    return p.get("beta_fast") or 32, p.get("beta_slow") or 1, bool(p.get("truncate", True))
+
+
+def _gemma_scale(largest: int) -> Rule:
+    """That of the model with this many layers differs."""
+
+    def holds(c: DecoderConfig) -> bool:
+        size = c.hidden_size // c.num_heads if c.num_layers == largest else c.head_dim
+        return math.isclose(c.attention_scale or 0, size**-0.5)
+
+    return "query_pre_attn_scalar: {} computes it from the sizes", holds
+
+
+SQUARE: Rule = (
+    "head_dim: {} requires hidden_size / num_attention_heads",
+    lambda c: c.num_heads * c.head_dim == c.hidden_size,
+)
+NO_BIASES: Rule = ("attention_bias: {} has no biases", lambda c: not (c.qkv_bias or c.o_bias))
+QKV_BIASES: Rule = ("attention_out_bias, mlp_bias: {} has none", lambda c: not (c.o_bias or c.mlp_bias))
+TIED: Rule = ("tie_word_embeddings: {} has no head of its own", lambda c: c.tied)
+UNTIED: Rule = ("tie_word_embeddings: {} needs a head of its own", lambda c: not c.tied)
+CAPS: Rule = ("attn_logit_softcapping: {} always has both caps", lambda c: bool(c.attention_cap and c.logit_cap))
+NO_CAPS: Rule = ("attn_logit_softcapping: {} has no caps", lambda c: not (c.attention_cap or c.logit_cap))
+PERIODIC: Rule = (
+    "layer_types: {} can have every n-th layer full, and one window in the others",
+    lambda c: set(c.windows) == {None} or _period(c) is not None,
+)
+WINDOWS: Rule = ("sliding_window: {} requires layers with one", lambda c: set(c.windows) != {None})
+LOCAL_ROPE: Rule = (
+    "rope_parameters: {} does not scale positions in layers with a window",
+    lambda c: all(rope and rope.kind == "default" for rope, w in zip(c.ropes, c.windows, strict=True) if w),
+)
+ONE_THETA: Rule = ("rope_theta: {} has one for all layers", lambda c: len({r.theta for r in c.ropes if r}) == 1)
+ALL_ROTATE: Rule = ("no_rope_layers: {} rotates in all layers", lambda c: None not in c.ropes)
+FOURTH_NOT: Rule = (
+    "no_rope_layers: {} rotates in all layers but every fourth",
+    lambda c: all((rope is None) == (layer % 4 == 0) for layer, rope in enumerate(c.ropes, start=1)),
+)
+WHOLE_HEAD: Rule = ("partial_rotary_factor: {} rotates whole heads", lambda c: c.rope.share == 1)
+NO_GROWTH: Rule = ("llama_4_scaling_beta: {} does not scale queries", lambda c: not c.rope.query_growth)
+# llama.cpp has other spellings of YaRN, too, but not in all architectures.
+YARN: Rule = (
+    "rope type yarn: {} has only beta_fast 32, beta_slow 1, truncate",
+    lambda c: c.rope.kind != "yarn" or _turns(c.rope.parameters) == (32, 1, True),
+)
+USUAL = (ALL_ROTATE, WHOLE_HEAD, NO_GROWTH, YARN)
+GEMMA = (*USUAL, NO_BIASES, TIED, PERIODIC, WINDOWS)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An architecture of llama.cpp."""
+
+    requires: tuple[Rule, ...] = USUAL
+    ropes: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")  # types; dynamic is default within the context
+    pairs: bool = False  # it rotates neighbors (x0, x1), (x2, x3), ... instead of (x0, x_{d/2}), ...
+    windows: bool = False  # it has layers with a window; if not, the context is limited to the window
+    scales: Mapping[str, Callable[[DecoderConfig], Any]] = field(default_factory=dict)  # metadata of its own
+
+
+WITH_LLAMA3 = (*Graph.ropes, "llama3")
+GRANITE: dict[str, Callable[[DecoderConfig], Any]] = {
+    "embedding_scale": lambda c: c.embedding_scale,
+    "residual_scale": lambda c: c.residual_scale,
+    "attention.scale": lambda c: c.attention_scale,
+    "logit_scale": lambda c: 1 / c.logit_scale,
+}
+SOFT_CAPS: dict[str, Callable[[DecoderConfig], Any]] = {
+    "attn_logit_softcapping": lambda c: c.attention_cap,
+    "final_logit_softcapping": lambda c: c.logit_cap,
+}
+GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
+    "llama": Graph(ropes=WITH_LLAMA3, pairs=True),
+    "qwen2": Graph((*USUAL, SQUARE)),
+    "qwen3": Graph((*USUAL, NO_BIASES)),
+    "gemma2": Graph(
+        (*USUAL, NO_BIASES, TIED, CAPS, PERIODIC, WINDOWS, _gemma_scale(46)), windows=True, scales=SOFT_CAPS
+    ),
+    "gemma3": Graph((*GEMMA, NO_CAPS, LOCAL_ROPE, _gemma_scale(62)), ("default", "linear"), windows=True),
+    "phi3": Graph((ALL_ROTATE, NO_GROWTH, SQUARE), ("default", "longrope")),
+    "olmo2": Graph((*USUAL, NO_BIASES, UNTIED, SQUARE, PERIODIC, LOCAL_ROPE, ONE_THETA), windows=True),
+    "smollm3": Graph((FOURTH_NOT, WHOLE_HEAD, NO_GROWTH, YARN), pairs=True),
+    "granite": Graph(ropes=WITH_LLAMA3, pairs=True, scales=GRANITE),
+    "seed_oss": Graph((*USUAL, QKV_BIASES)),
+    "mistral3": Graph(
+        (ALL_ROTATE, WHOLE_HEAD, YARN),
+        pairs=True,
+        scales={"attention.temperature_scale": lambda c: c.rope.query_growth},
+    ),
+}
+
+
+def architecture(config: DecoderConfig) -> str:
+    """llama.cpp's name of the architecture; a UserError if it does not have the family or something the model uses."""
+    name, missing = FAMILIES[config.family].gguf, f"llama.cpp has no architecture for {config.family}"
+    if name is not None:
+        graph, whose = GRAPHS[name], f"llama.cpp's {name}"
+        broken = [text.format(whose) for text, holds in graph.requires if not holds(config)]
+        if config.rope.kind not in graph.ropes:
+            broken.append(f"rope type {config.rope.kind}: {whose} does not support it")
+        if not broken:
+            return name
+        missing = broken[0]
+    raise UserError(f"--format gguf: {missing}: use --format hf")
+
+
+def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
+    """Add the metadata of the model, without its tokenizer; return notes."""
+    writer.add_block_count(c.num_layers)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_heads)
+    writer.add_head_count_kv(c.num_kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    graph = GRAPHS[writer.arch]
+    for key, value in graph.scales.items():
+        writer.add_float32(f"{writer.arch}.{key}", float(value(c)))
+    notes = _add_rope(writer, c)
+    length = int(hf.get("max_position_embeddings") or 4096)
+    windows = [window for window in c.windows if window is not None]
+    if graph.windows and windows:
+        writer.add_sliding_window(windows[0])
+        writer.add_sliding_window_pattern(_period(c))
+        writer.add_rope_freq_base_swa(
+            next(rope.theta for rope, w in zip(c.ropes, c.windows, strict=True) if rope and w)
+        )
+    elif windows and min(windows) < length:
+        length = min(windows)
+        notes.append(
+            f"llama.cpp has no sliding window for this architecture: the file limits the context to {length} tokens, "
+            "within which the window has no effect"
+        )
+    if not graph.windows and len(set(c.windows)) == 1 and windows:
+        writer.add_sliding_window(windows[0])
+    writer.add_context_length(length)
+    return notes
+
+
+def _add_rope(writer: Any, c: DecoderConfig) -> list[str]:
+    """Add how positions turn, besides what `rope_tensors` says; return notes."""
+    rope = c.rope
+    writer.add_rope_dimension_count(int(c.head_dim * rope.share))
+    writer.add_rope_freq_base(rope.theta)
+    if rope.kind in ("linear", "yarn"):
+        writer.add_string(f"{writer.arch}.rope.scaling.type", rope.kind)
+        writer.add_rope_scaling_factor(float(rope.parameters["factor"]))
+    if rope.kind in ("yarn", "longrope") or rope.query_growth:
+        writer.add_rope_scaling_orig_ctx_len(int(rope.parameters["original_max_position_embeddings"]))
+    if rope.kind in ("yarn", "longrope"):
+        factor = rope.angles(c.head_dim)[1]  # llama.cpp's yarn has one of its own besides
+        own = 0.1 * math.log(rope.parameters["factor"]) + 1.0 if rope.kind == "yarn" else 1.0
+        writer.add_rope_scaling_attn_factors(factor / own)
+    if rope.kind != "longrope":
+        return []
+    return [f"rope type longrope: llama.cpp takes the long factors if its context (-c) exceeds {rope.context} tokens"]
+
+
+def rope_tensors(c: DecoderConfig) -> dict[str, Tensor]:
+    """The divisors of the angular frequencies, by GGUF's names, where they are not computed: (rotated / 2,) each."""
+    rope = c.rope
+    if rope.kind == "longrope":
+        return {f"rope_factors_{n}.weight": torch.tensor(rope.parameters[f"{n}_factor"]) for n in ("long", "short")}
+    if rope.kind != "llama3":
+        return {}
+    exponents = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
+    return {"rope_freqs.weight": rope.theta**-exponents / rope.angles(c.head_dim)[0]}
