@@ -133,7 +133,8 @@ def _unique_names(pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         with contextlib.suppress(yaml.YAMLError):  # JSON is YAML, except for some escapes, and YAML's nodes have lines
-            _measure(yaml.compose(text[:MAX_YAML], YamlLoader), {})
+            if node := yaml.compose(text[:MAX_YAML], YamlLoader):
+                _measure(node, {})  # raises with both lines
         raise ValueError("a name appears twice in an object: remove one of the two")
     return table
 
