@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import LONGROPE, make_family
+from tiny_families import LONGROPE, SHAPES, make_family
 from transformers import AutoModelForCausalLM
 
 import merge
@@ -267,7 +267,13 @@ def test_a_family_that_is_close_but_not_equal_is_refused_by_the_field(
 ) -> None:
     """In one line that names the file, too."""
     small = {key: value for key, value in SMALL.items() if key != "attn_implementation"}
-    plain = {**small, "head_dim": 16, "architectures": [FAMILIES[name].architecture], "attention_dropout": 0.0}
+    plain: dict[str, Any] = {
+        **small,
+        "head_dim": 16,
+        "architectures": [FAMILIES[name].architecture],
+        "attention_dropout": 0.0,
+    }
+    plain |= SHAPES["ministral3"][0] if name == "ministral3" else {}  # which needs its rope
     decoder_config(plain)
     (tmp_path / "config.json").write_text(json.dumps({**plain, **fields}))
     with pytest.raises(UserError, match=message) as raised:

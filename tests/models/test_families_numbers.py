@@ -215,7 +215,7 @@ def test_adapters_go_to_peft_and_come_from_there(case: tuple[str, int], saved: S
     save_adapter(tmp_path / "ours", model, adapters, LORA, str(base), {})
     theirs = PeftModel.from_pretrained(reference(base), tmp_path / "ours").eval()
     assert (theirs(IDS).logits - expected).abs().max() < 1e-4
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
     again = open_model(str(tmp_path / "theirs"), CPU, torch.float32).model.eval()
     assert (again.logits(again(IDS)) - expected).abs().max() < 1e-4
     assert (expected - reference(base)(IDS).logits).abs().max() > 0.1
