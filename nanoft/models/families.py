@@ -107,7 +107,7 @@ def text_fields(hf: dict[str, Any]) -> dict[str, Any]:
     if (kind := text.get("model_type", next(iter(towers)))) not in towers:
         raise UserError(f"text_config: model_type: {kind!r:.60} is not supported: only {', '.join(towers)}")
     outer = {name: hf[name] for name in OUTER_FIELDS if name in hf} | {"architectures": [FAMILIES[kind].architecture]}
-    return {"tie_word_embeddings": True, **towers[kind], **text, "model_type": kind, **outer}
+    return {**towers[kind], **text, "model_type": kind, **outer}
 
 
 def find_family(hf: Fields) -> str:
