@@ -29,6 +29,7 @@ from nanoft.config.settings import SECTION_TYPES
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import SHAPES
 from nanoft.metrics.answers import METRICS
+from nanoft.models.families import FAMILIES
 from nanoft.optim import OPTIMIZERS, SCHEDULES
 from nanoft.runtime.command import Arguments
 from nanoft.runtime.memory import MemoryReading
@@ -472,6 +473,12 @@ def test_every_metric_is_in_the_document_and_every_one_there_is_a_metric() -> No
 
 
 @pytest.mark.parametrize("table", [SCHEDULES, OPTIMIZERS], ids=["schedules", "optimizers"])
+def test_every_family_is_in_the_document_with_its_name_in_llama_cpp() -> None:
+    table, _, _ = TEXTS["families.md"].partition("## Templates")
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| `?(\w+)`? \|", table, re.MULTILINE)
+    assert dict(rows) == {name: family.gguf or "no" for name, family in FAMILIES.items()}
+
+
 def test_the_readme_names_every_schedule_and_optimizer(table: dict[str, object]) -> None:
     missing = (name for name in table if f"`{name}`" not in README)
     all_exist(missing, "README.md: add it to the row of training.lr_scheduler or training.optimizer")

@@ -68,16 +68,17 @@ FAMILIES = ["llama-bias", "mistral", "qwen2", "qwen3"]
 # pre-training and periods of layers are shorter than the inputs.
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 KINDS = [SLIDING, SLIDING, FULL]
-GRAPHS: dict[str, dict[str, Any]] = {
-    "ministral3": {},
+CHANGES: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA,
     "gemma3_text": {**GEMMA, "layer_types": KINDS},
     "phi3": {"original_max_position_embeddings": 8},
-    "olmo2": {},
     "olmo3": {"layer_types": KINDS},
-    "smollm3": {},
     "granite": {"attention_bias": True, "mlp_bias": True},
-    "seed_oss": {},
+}
+GRAPHS = {
+    name: CHANGES.get(name, {})
+    for name, family in families.FAMILIES.items()
+    if family.gguf is not None and name not in SIZES
 }
 
 
