@@ -472,13 +472,13 @@ def test_every_metric_is_in_the_document_and_every_one_there_is_a_metric() -> No
     assert not unknown, f"docs/evaluation.md, Metrics of the answers: no such metric: {', '.join(sorted(unknown))}"
 
 
-@pytest.mark.parametrize("table", [SCHEDULES, OPTIMIZERS], ids=["schedules", "optimizers"])
 def test_every_family_is_in_the_document_with_its_name_in_llama_cpp() -> None:
     table, _, _ = TEXTS["families.md"].partition("## Templates")
     rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| `?(\w+)`? \|", table, re.MULTILINE)
     assert dict(rows) == {name: family.gguf or "no" for name, family in FAMILIES.items()}
 
 
+@pytest.mark.parametrize("table", [SCHEDULES, OPTIMIZERS], ids=["schedules", "optimizers"])
 def test_the_readme_names_every_schedule_and_optimizer(table: dict[str, object]) -> None:
     missing = (name for name in table if f"`{name}`" not in README)
     all_exist(missing, "README.md: add it to the row of training.lr_scheduler or training.optimizer")
