@@ -225,7 +225,7 @@ def contest(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         "losses": {name: runs[0]["losses"] for name, runs in results.items()},
         "threads": ours[0]["threads"],
         "rounds": args.rounds,
-        "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "args": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
     }
 
 
@@ -245,7 +245,8 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         "# DPO: nanoft and TRL's DPOTrainer",
         "",
-        f"{machine()}, {result['threads']} threads; {versions()}, trl {version('trl')}; rounds: {result['rounds']}.",
+        f"{machine()}, threads used: {result['threads']}; rounds: {result['rounds']};",
+        f"{versions()}, trl {version('trl')}.",
         f"{shape}; {args['dtype']}, activations {kept}; {step}.",
         "Written by `bench/preference.py`, which says what is compared. Speeds are medians (p10 to p90 of all steps),",
         "ratios medians (and range) over the rounds.",

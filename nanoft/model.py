@@ -305,7 +305,7 @@ class Decoder(nn.Module):
         return self.context_class(self.rotations(positions, dtype, document_lengths(positions, documents)), documents)
 
     def rotations(self, positions: Tensor, dtype: torch.dtype, lengths: Tensor) -> list[Rotation]:
-        """For each rope cos and sin of position * frequency, in float32 inside; lengths of documents are (b, q or 1)."""
+        """For each rope cos and sin of position * frequency, in float32 inside; lengths: of documents, (b, q or 1)."""
         found = []
         for rope in self.config.distinct_ropes:
             frequency, factor = rope.angles(self.config.head_dim, lengths[..., None, None])

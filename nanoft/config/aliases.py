@@ -10,6 +10,7 @@ reason. An unknown name is an error. What a file does not set has nanoft's defau
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -52,10 +53,10 @@ class Meaning:
 
 
 class Rule(NamedTuple):
-    """Names that have no effect beside another one, if `applies` to its value and to theirs."""
+    """Names that have no effect beside another one of `others`, if `applies` to its value and to theirs."""
 
     names: str
-    other: str
+    others: str
     applies: Callable[[Any, Any], Any]
 
 
@@ -255,12 +256,9 @@ FOUR_BIT = "bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant
 RULES = [
     Rule("warmup_steps", "warmup_ratio", lambda other, own: other and own == 0),  # 0 means: use the ratio
     Rule("warmup_ratio", "lr_scheduler_type", lambda other, own: other == "constant"),
-    Rule(FOUR_BIT, "use_4bit", lambda other, own: other is False),
-    Rule(FOUR_BIT, "load_in_4bit", lambda other, own: other is False),
-    Rule(FOUR_BIT, "use_8bit", lambda other, own: other is True),
-    Rule(FOUR_BIT, "load_in_8bit", lambda other, own: other is True),
-    Rule("eval_steps", "eval_strategy", lambda other, own: other == "epoch"),
-    Rule("eval_steps", "evaluation_strategy", lambda other, own: other == "epoch"),
+    Rule(FOUR_BIT, "use_4bit load_in_4bit", lambda other, own: other is False),
+    Rule(FOUR_BIT, "use_8bit load_in_8bit", lambda other, own: other is True),
+    Rule("eval_steps", "eval_strategy evaluation_strategy", lambda other, own: other == "epoch"),
     Rule("save_steps", "save_strategy", lambda other, own: other in ("epoch", "best")),
     Rule("logging_steps", "logging_strategy", lambda other, own: other == "epoch"),
     Rule("num_train_epochs", "max_steps", lambda other, own: other not in (None, 0, -1)),
@@ -274,10 +272,10 @@ def translate(file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterab
     if file.get("bf16") is True and file.get("fp16") is True:
         raise UserError("bf16 and fp16: both are true: remove one of them")
     reasons = {
-        name: f"no effect with {rule.other}: {json.dumps(file.get(rule.other), default=str)}"
+        name: f"no effect with {other}: {json.dumps(file.get(other), default=str)}"
         for rule in rules
-        for name in rule.names.split()
-        if file.get(name) is not None and rule.applies(file.get(rule.other), file[name])
+        for name, other in itertools.product(rule.names.split(), rule.others.split())
+        if file.get(name) is not None and rule.applies(file.get(other), file[name])
     }
     return [
         Meaning(name, value, {}, reasons[name]) if name in reasons else _meaning(str(name), value, table, where)

@@ -6,9 +6,9 @@ never from a file of data (YAML, JSON, a run's config.json): see `loading.py`.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Callable
@@ -27,11 +27,10 @@ def is_function(name: str) -> bool:
 
 def import_function(name: str, field: str, signature: str) -> Callable[..., Any]:
     """Import `package.module:function`, from the current directory last; `field` and `signature` are for messages."""
-    module, _, function = name.partition(":")
     here = os.getcwd()
     sys.path.append(here)
     try:
-        found = getattr(importlib.import_module(module), function)
+        found = pkgutil.resolve_name(name)
     except UserError:
         raise
     except Exception as error:  # the module is the user's program, and so is the mistake
@@ -39,7 +38,7 @@ def import_function(name: str, field: str, signature: str) -> Callable[..., Any]
     finally:
         sys.path.remove(here)
     if not callable(found):
-        raise UserError(f"{field}: {name}: is not a function: write def {function}{signature}")
+        raise UserError(f"{field}: {name}: is not a function: write def {name.partition(':')[2]}{signature}")
     return found
 
 

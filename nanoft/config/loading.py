@@ -21,18 +21,8 @@ import nanoft
 from nanoft import UserError
 from nanoft.config.aliases import Meaning, settle, translate
 from nanoft.config.functions import UNTRUSTED, is_function
-from nanoft.config.schemas import (
-    COMPUTE_SPECS,
-    MODELFORGE,
-    SUPPLIED,
-    Schema,
-    check_modelforge,
-    explain,
-    flatten,
-    is_flat,
-    recognize,
-)
-from nanoft.config.settings import Config
+from nanoft.config.schemas import MLX_SECTIONS, MODELFORGE, Schema, explain, for_compute_specs, is_flat, recognize
+from nanoft.config.settings import Config, flatten
 from nanoft.io.untrusted import decode_text, parse_json, parse_yaml, read_bytes
 
 CONFIGS = Path(nanoft.__file__).parent.parent / "configs"
@@ -188,14 +178,14 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
         raise UserError("provenance: not a mapping: the file is corrupted")
     schema, before = recognize(tree), loaded or Loaded(Config())
     if schema is None:
-        settings = flatten(tree)
+        settings = flatten(tree, MLX_SECTIONS)
         config = _without_functions(before.config.override(settings), settings, is_of_run=provenance is not None)
         return replace(before, config=config)
     meanings = _translate(tree, schema, environment)
     found = settle(meanings)
     supplied = {} if loaded else dict(schema.defaults)  # what is loaded before has a value for every field
     if schema is MODELFORGE and (loaded is None or tree.get("compute_specs")):
-        supplied |= _supplied(tree)
+        supplied |= for_compute_specs(tree, lambda name: load_file(CONFIGS / name))
     left_out = {path: value for path, value in supplied.items() if path not in found}
     try:
         config = before.config.override(left_out).override({path: value for path, (_, value) in found.items()})
@@ -215,18 +205,12 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
 
 def _translate(tree: Mapping[str, Any], schema: Schema, environment: Mapping[str, str]) -> list[Meaning]:
     """What became of the names of a file, and of those that its schema has in the environment."""
-    where, names = ("in a flat file", dict(tree)) if is_flat(tree) else (f"in the {schema.name} schema", flatten(tree))
+    where = "in a flat file" if is_flat(tree) else f"in the {schema.name} schema"
+    names = dict(tree) if is_flat(tree) else flatten(tree, MLX_SECTIONS)
     given = {name: variable for variable, name in schema.environment.items() if variable in environment}
     names |= {name: environment[variable] for name, variable in given.items()}
     meanings = translate(names, schema.table, schema.rules, where)
     return [replace(meaning, name=given.get(meaning.name, meaning.name)) for meaning in meanings]
-
-
-def _supplied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config for compute_specs supplies to a ModelForge file."""
-    check_modelforge(tree)
-    config = load_file(CONFIGS / COMPUTE_SPECS[tree["compute_specs"]]).flat()
-    return {path: config[path] for path in SUPPLIED.split()}
 
 
 def _without_functions(config: Config, given: Collection[str], is_of_run: bool) -> Config:

@@ -16,7 +16,6 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.config.aliases import ALIASES, DTYPES, LEVELS, RULES, Alias, Meaning, Note, Rule, Settings, noted, steps
-from nanoft.config.fields import nearest
 from nanoft.config.settings import FIELDS, SECTION_TYPES, Config
 from nanoft.io.tables import wrap
 
@@ -211,24 +210,14 @@ MLX = Schema(
     pairs(MLX_ENVIRONMENT),
     mlx_warnings,
 )
-SECTIONS = {*SECTION_TYPES, "monitoring", "advanced"}
+MLX_SECTIONS = ("monitoring", "advanced")  # that nanoft does not have
 HUGGING_FACE = Schema("Hugging Face", ALIASES, RULES)
 
 
 def is_flat(tree: Mapping[str, Any]) -> bool:
     """Whether a file has names at its top, and no sections."""
     has_settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
-    return has_settings and not tree.keys() & SECTIONS
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """{"lora": {"rank": 8}} -> {"lora.rank": 8}."""
-    for section, fields in tree.items():
-        if section not in SECTIONS:
-            raise UserError(f"{section}: no such section{nearest(str(section), SECTION_TYPES)}")
-        if not isinstance(fields, Mapping):
-            raise UserError(f"{section}: {fields!r:.100} is not a mapping of fields")
-    return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
+    return has_settings and not tree.keys() & {*SECTION_TYPES, *MLX_SECTIONS}
 
 
 def recognize(tree: Mapping[str, Any]) -> Schema | None:
@@ -240,14 +229,16 @@ def recognize(tree: Mapping[str, Any]) -> Schema | None:
     return MLX if len(only_theirs) > len(names & FIELDS.keys() - MLX_NAMES.keys() - set(MLX_SAME.split())) else None
 
 
-def check_modelforge(file: Mapping[str, Any]) -> None:
-    """What the schema demands of a file as a whole."""
+def for_compute_specs(file: Mapping[str, Any], load: Callable[[str], Config]) -> Settings:
+    """What the config for compute_specs, which `load` reads, supplies to a ModelForge file."""
     if (given := file.get("compute_specs")) not in list(COMPUTE_SPECS):
         raise UserError(
             f"compute_specs: {given!r:.60}: set low_end (4-6 GB), mid_range (8-12 GB) or high_end (16 GB up)"
         )
     if file.get("provider") == "unsloth" and file.get("max_seq_length", 1) in (None, -1):
         raise UserError("max_seq_length: unsloth needs a number: set it, for example to 2048")
+    config = load(COMPUTE_SPECS[given]).flat()
+    return {path: config[path] for path in SUPPLIED.split()}
 
 
 def explain(schema: Schema, meanings: Sequence[Meaning]) -> list[str]:

@@ -17,7 +17,7 @@ import math
 import re
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -339,17 +339,12 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """The same by full name: section.field -> value."""
-        return {f"{section}.{name}": v for section, fields in self.to_dict().items() for name, v in fields.items()}
+        return flatten(self.to_dict())
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Config:
         """Build a config from nested sections, as in YAML or JSON."""
-        for section, fields in tree.items():
-            if section not in SECTION_TYPES:
-                raise UserError(f"{section}: no such section{nearest(str(section), SECTION_TYPES)}")
-            if not isinstance(fields, Mapping):
-                raise UserError(f"{section}: {fields!r:.100} is not a mapping of fields")
-        return cls().override(**tree)
+        return cls().override(flatten(tree))
 
     def effective_batch_size(self) -> int:
         """Sequences per optimizer step, over all ranks."""
@@ -381,6 +376,16 @@ def check_expressions(lora: LoRAConfig) -> None:
 SECTION_TYPES: dict[str, type] = typing.get_type_hints(Config)
 FIELDS = {f"{section}.{f.name}": f.name for section, kind in SECTION_TYPES.items() for f in dataclasses.fields(kind)}
 SECTION_NAMES: dict[str, str] = {hint.__name__: name for name, hint in SECTION_TYPES.items()}
+
+
+def flatten(tree: Mapping[str, Any], also: Collection[str] = ()) -> dict[str, Any]:
+    """{"lora": {"rank": 8}} -> {"lora.rank": 8}; `also`: sections that nanoft does not have."""
+    for section, fields in tree.items():
+        if section not in SECTION_TYPES and section not in also:
+            raise UserError(f"{section}: no such section{nearest(str(section), SECTION_TYPES)}")
+        if not isinstance(fields, Mapping):
+            raise UserError(f"{section}: {fields!r:.100} is not a mapping of fields")
+    return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
 
 
 def config_warnings(config: Config, total_steps: int | None = None) -> list[str]:

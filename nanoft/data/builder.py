@@ -170,6 +170,8 @@ class DatasetBuilder:
             self.shapes[-1]["records"] += 1
             if isinstance(item, Rejected):
                 self._reject(item.kind, item.reason, item.file, item.line)
+            elif found := self.tokenizer.control.images.search(item.full_text()):
+                self._reject(MALFORMED, f"{found[0]} stands for an image: only text is supported", item.file, item.line)
             elif unwanted := self._unwanted(item, is_validation):
                 self._reject(*unwanted, item.file, item.line)
             else:

@@ -17,6 +17,8 @@ from nanoft.data.chat_template import TemplateRefusal
 from nanoft.data.formats import Message
 from nanoft.data.tokenizer_files import BREAK
 
+IMAGES = re.compile(r"[<\[].*(image|img|vision).*[>\]]", re.IGNORECASE)  # tokens in the place of an image, or around it
+
 
 class ControlTokens:
     """The control tokens of a tokenizer, and whether their characters in a text mean them (`parsed`)."""
@@ -24,6 +26,8 @@ class ControlTokens:
     def __init__(self, tokenizer: Tokenizer, parsed: bool):
         self.parsed, added = parsed, tokenizer.get_added_tokens_decoder()
         self.ids = {number for number, token in added.items() if token.special and token.content}
+        images = [t.content for t in added.values() if IMAGES.fullmatch(t.content) and (parsed or not t.special)]
+        self.images = _any_of(images)  # what would be encoded as an image
         self.texts = sorted((added[number].content for number in self.ids), key=len, reverse=True)
         self.pattern = _any_of(self.texts)
         breakable = [text for text in self.texts if len(text) > 1]

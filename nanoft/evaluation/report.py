@@ -302,20 +302,14 @@ def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
 def cost(inputs: ReportInputs) -> dict[str, float]:
     """Seconds, and watt-hours where the machine measures them."""
     known = {f"training_{key}": inputs.training[key] for key in ("seconds", "energy_wh") if key in inputs.training}
-    seconds = sum(result.seconds for result in (inputs.base, inputs.tuned) if result)
-    return known | {"evaluation_seconds": round(seconds, 3)}
+    return known | {"evaluation_seconds": round(sum(r.seconds for r in (inputs.base, inputs.tuned) if r), 3)}
 
 
 def settings_of(config: Config) -> dict[str, Any]:
     """Settings that are not the default, except names and files."""
-    plain = Config().to_dict()
-    return {
-        f"{section}.{name}": value
-        for section, fields in config.to_dict().items()
-        if section not in ("evaluation", "logging", "output")
-        for name, value in fields.items()
-        if value != plain[section][name] and not name.endswith(("name", "file"))
-    }
+    plain, apart = Config().flat(), ("evaluation.", "logging.", "output.")
+    changed = {name: value for name, value in config.flat().items() if value != plain[name]}
+    return {k: v for k, v in changed.items() if not k.startswith(apart) and not k.endswith(("name", "file"))}
 
 
 def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown: str) -> str:

@@ -15,7 +15,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,7 @@ from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, save_adapter, select_modules, sum_adapters, vocabulary_of
 from nanoft.models.model_files import ModelFiles, Quantization, base_files, quantization_of
 from nanoft.models.open import LoadedModel, TrainedAdapter, attach_adapter, find_adapter, is_run, read_trained_adapter
-from nanoft.models.weights import copy_companions, describe_score, save_model, tower_specs, write_config
+from nanoft.models.weights import copy_companions, describe_score, save_model, with_towers, write_config
 
 Onto = Literal["original", "nf4"]  # the base's original weights, or those of training, dequantized
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -70,8 +70,8 @@ def merge(
     weights = replace(weights_of(opened, onto), adapters=opened.adapters, dtype=dtype)
     shards: list[Specs] = [{}]  # which weights go into which new file, in the order of the old ones
     base = ModelFiles.read(opened.base_directory)
-    names, towers = {base.stored_name(name): name for name in weights.shapes}, tower_specs(base)
-    for name, spec in ({new: (dtype, weights.shapes[name]) for new, name in names.items()} | towers).items():
+    tensors, read = with_towers(base, weights.shapes, dtype, weights.rows)
+    for name, spec in tensors.items():
         added: Specs = {name: spec}
         if shards[-1] and _bytes(shards[-1]) + _bytes(added) > shard_bytes:
             shards.append({})
@@ -84,10 +84,6 @@ def merge(
         for name, recorded in (read_progress(out) if resumable else {}).items()
         if name in files and (out / name).is_file() and hash_file(out / name) == recorded
     }
-
-    def read(name: str) -> Tensor | Iterator[Tensor]:
-        return weights.rows(names[name]) if name in names else base.towers[name].read()
-
     check_room(out, sum(_bytes(specs) for name, specs in files.items() if name not in finished))
     for name in [name for name in files if name not in finished]:
         (out / name).unlink(missing_ok=True)

@@ -30,7 +30,6 @@ MAX_YAML = 100_000  # characters, which take PyYAML a second
 MAX_NODES = 10_000  # values of a YAML text with all aliases expanded
 MAX_DEPTH = 64  # of nested lists and objects
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
-JSON_TOKEN = re.compile(r'(?P<name>"(?:[^"\\]|\\.)*")(?=\s*:)|"(?:[^"\\]|\\.)*"|[{}\[\]]')
 # The plain values that PyYAML, which reads YAML 1.1, reads as YAML 1.2 (section 10.3.2) does; dates are text there.
 YAML_1_2 = {
     "bool": re.compile("true|True|TRUE|false|False|FALSE"),
@@ -133,24 +132,11 @@ def parse_json(content: bytes) -> Any:
 def _unique_names(pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError(_first_duplicate(text))
+        with contextlib.suppress(yaml.YAMLError):  # JSON is YAML, except for some escapes, and YAML's nodes have lines
+            if node := yaml.compose(text[:MAX_YAML], YamlLoader):
+                _measure(node, {})  # raises with both lines
+        raise ValueError("a name appears twice in an object: remove one of the two")
     return table
-
-
-def _first_duplicate(text: str) -> str:
-    """Where the first name stands twice in one JSON object, which is valid up to there."""
-    open_objects: list[dict[str, int]] = []  # the offsets of the names of each
-    for token in JSON_TOKEN.finditer(text):
-        if token[0] in "{[":
-            open_objects.append({})
-        elif token[0] in "}]":
-            open_objects.pop()
-        elif token["name"]:
-            name = json.loads(token["name"])
-            before = open_objects[-1].setdefault(name, token.start())
-            if before != token.start():
-                return _twice(name, text.count("\n", 0, before), text.count("\n", 0, token.start()))
-    return "a name appears twice"
 
 
 def _twice(name: str, first: int, second: int) -> str:  # lines, counted from 0

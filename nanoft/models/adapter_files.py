@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -312,8 +312,7 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
         raise UserError(f"{pickle}: pickles can run code and are not read: save the adapter again with a newer PEFT")
     if not weights.is_file():
         raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
-    stored = load_tensors(weights)
-    tensors = standard_names(stored, weights)
+    tensors, places = standard_names(load_tensors(weights), weights)
     parts = [_split(name) for name in tensors]
     with_a, with_b = ({module for module, part in parts if part == factor} for factor in (A, B))
     if (incomplete := sorted(with_a ^ with_b)) or not any(part.startswith("lora_") for _, part in parts):
@@ -321,7 +320,7 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
         raise UserError(f"{weights}: {who} lacks lora_A or lora_B: copy the complete adapter directory")
     try:
         with time_limit(MATCHING_SECONDS, "target_modules, rank_pattern, alpha_pattern"):
-            lora = _settings(config, tensors, _places(stored))
+            lora = _settings(config, tensors, places)
             for module, have in ranks_of(tensors).items():  # before memory for the ranks of the settings is allocated
                 if have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
                     raise UserError(f"{module} has rank {have}, but adapter_config.json says {rank}")
@@ -365,41 +364,36 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
     if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
         lora = replace(lora, target_modules=(_target_rule(config),))
     lora = replace(lora, rank_pattern=used("rank_pattern"), alpha_pattern=used("alpha_pattern"))
-    if places and places.keys() == low_rank.keys() and any(place != name for name, place in places.items()):
+    if any(place != name for name, place in places.items()):
         ranks = {name: by_pattern(lora.rank_pattern, place, lora.rank) for name, place in places.items()}
         alphas = {name: by_pattern(lora.alpha_pattern, place, lora.alpha) for name, place in places.items()}
         lora = _with_ranks(lora, ranks, alphas)
     return lora
 
 
-def standard_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Tensors under the names that PEFT gives them now, whatever wrapped the model or named the adapter."""
-    found: dict[str, Tensor] = {}
+def standard_names(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under the names that PEFT gives them now, whatever wrapped the model or named the adapter.
+
+    And the name in the file of each module with a low-rank adapter, which the expressions beside it mean.
+    """
+    found, places = dict[str, Tensor](), dict[str, str]()
     for stored, tensor in tensors.items():
         if ".original_module." in stored or ".token_adapter.base_layer." in stored:
             continue  # of the base
-        if re.match(TOWERS, stored.removeprefix(PEFT_PREFIX)):  # PEFT adapts them, too: text leaves B = 0
-            if ".lora_B" in stored and tensor.any():
+        place, dot, part = stored.removeprefix(PEFT_PREFIX).partition(".lora_")
+        if re.match(TOWERS, place):  # PEFT adapts them, too: text leaves B = 0
+            if part.startswith("B") and tensor.any():
                 raise UserError(f"{path}: {stored}: was trained on images, which are not supported: train on text")
             continue
-        name = _standard_key(stored)
+        name = PEFT_PREFIX + standard_name(stored).removeprefix(PEFT_PREFIX)
+        for pattern, standard in SPELLINGS:
+            name = re.sub(pattern, standard, name)
         if name in found and not torch.equal(found[name], tensor):
             raise UserError(f"{path}: {stored}: a second tensor for {name}: save one adapter alone")
         found[name] = tensor
-    return found
-
-
-def _standard_key(stored: str) -> str:
-    name = PEFT_PREFIX + standard_name(stored).removeprefix(PEFT_PREFIX)
-    for pattern, standard in SPELLINGS:
-        name = re.sub(pattern, standard, name)
-    return name
-
-
-def _places(stored: Iterable[str]) -> dict[str, str]:
-    """The name in the file of each module with a low-rank adapter."""
-    places = {name: name.partition(".lora_")[0].removeprefix(PEFT_PREFIX) for name in stored if ".lora_" in name}
-    return {_split(_standard_key(name))[0]: p for name, p in places.items() if not re.match(TOWERS, p)}
+        if dot:
+            places[_split(name)[0]] = place
+    return found, places
 
 
 def _target_rule(config: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ def text_fields(hf: dict[str, Any]) -> dict[str, Any]:
     if (kind := text.get("model_type", next(iter(towers)))) not in towers:
         raise UserError(f"text_config: model_type: {kind!r:.60} is not supported: only {', '.join(towers)}")
     outer = {name: hf[name] for name in OUTER_FIELDS if name in hf} | {"architectures": [FAMILIES[kind].architecture]}
-    return {"tie_word_embeddings": True, **towers[kind], **text, "model_type": kind, **outer}
+    return {**towers[kind], **text, "model_type": kind, **outer}
 
 
 def find_family(hf: Fields) -> str:
@@ -129,7 +129,8 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
     supported = {"hidden_act": ("silu", "swish"), "attention_dropout": (0.0,)} | FAMILIES[family].only
     for name, values in supported.items():
         if hf.get(name) not in (*values, None):
-            raise UserError(f"{name}: {hf[name]!r} is not supported: set it to {values[0]!r} if that is right")
+            right = repr(values[0]) if values else None
+            raise UserError(f"{name}: {hf[name]!r} is not supported: set it to {right} if that is right")
     known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields, *FAMILIES[family].only}
     for name, value in hf.items():
         if value and name not in known and not name.startswith("_"):
@@ -398,7 +399,18 @@ def _check_shape(config: DecoderConfig) -> None:
     wrong = any(type(window) is not int or not 1 <= window <= 1 << 31 for window in windows)
     if wrong or len(config.windows) != config.num_layers:
         raise UserError(f"sliding_window, layer_types: give a window or none for each of {config.num_layers} layers")
+    if len(config.ropes) != config.num_layers:
+        raise UserError(f"no_rope_layers: {len(config.ropes)} entries: give one for each of {config.num_layers} layers")
     for rope in config.distinct_ropes:
+        rotated = int(config.head_dim * rope.share)
+        if rotated % 2 or not rotated:
+            raise UserError(
+                f"partial_rotary_factor: {rope.share}: {rotated} of {config.head_dim} dimensions: not pairs"
+            )
+        for name in ROPE_FIELDS["longrope"][0].split() if rope.kind == "longrope" else ():
+            if len(rope.parameters[name]) != rotated // 2:
+                have = f"{len(rope.parameters[name])} numbers"
+                raise UserError(f"rope: {name}: {have}: give one for each of {rotated // 2} pairs of dimensions")
         frequencies, factor = rope.angles(config.head_dim, rope.context + 1)
         if not frequencies.isfinite().all() or not math.isfinite(factor):
             raise UserError(f"rope: {rope.theta}, {dict(rope.parameters)!r:.200}: the angles are not finite")

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.io.tensor_files import TensorHeader
 
 FORM = "F8_E4M3"  # in safetensors' names
-SCALES = ("weight_scale_inv", "weight_scale")  # both names mean a factor
+SCALE = "_scale_inv"  # after the name of a weight; in spite of that name a factor
 UNUSED = ("activation_scale", "input_scale")  # how other programs round what they multiply with the weights
 Block = tuple[int, int]  # rows and columns of a weight that share a scale
 
@@ -30,12 +29,6 @@ def read_block(quantization: Mapping[str, Any]) -> Block:
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise UserError(f"quantization_config: weight_block_size: {block!r:.60} is not two sizes such as [128, 128]")
     return block[0], block[1]
-
-
-def scale_name(headers: Mapping[str, TensorHeader], name: str) -> str:
-    """Which tensor has the scales of a weight."""
-    names = [name.removesuffix("weight") + part for part in SCALES]
-    return next((found for found in names if found in headers), names[0])
 
 
 def shared_by(shape: tuple[int, ...], scale: tuple[int, ...], block: Block) -> Block:

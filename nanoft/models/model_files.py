@@ -35,9 +35,10 @@ OUTER = r"^(?:(?:base_model|model|language_model)\.)*"
 SPELLINGS = [
     (r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
     (OUTER + r"(?=lm_head\.)", ""),
+    (r"\.weight_scale$", ".weight_scale_inv"),
     (OUTER + r"(?=(?:layers\.\d+|embed_tokens|norm)\.)", "model."),
 ]
-TOWERS = r"(model\.)?(vision_tower|multi_modal_projector)\."  # of a wrapper besides text
+TOWERS = r"(model\.)?(vision_tower|multi_modal_projector)\."  # of a wrapper besides text: never loaded
 # What a directory or repository without a model's files is, by a file in it, and what to name instead.
 INSTEAD = {
     "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "
@@ -166,13 +167,9 @@ class ModelFiles:
             notes.append("quantization_config is ignored: the weights are not quantized")
             quantization = None
         said = tuple(f"{self.directory / 'config.json'}: {note}" for note in notes)
-        towers = {header.name: header for header in headers.values() if self.is_other_tower(header.name)}
+        towers = {own.name: own for own in headers.values() if self.decoder.wrapped and re.match(TOWERS, own.name)}
         decoder = replace(self.decoder, tied=tied, has_score=SCORE in headers)
         return replace(self, decoder=decoder, quantization=quantization, notes=said, towers=towers)
-
-    def is_other_tower(self, name: str) -> bool:
-        """Whether a tensor belongs to a tower that is never loaded, such as that of images."""
-        return self.decoder.wrapped and re.match(TOWERS, name) is not None
 
     def stored_name(self, name: str) -> str:
         """The name of a decoder's weight in a directory with this config.json."""

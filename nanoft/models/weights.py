@@ -8,7 +8,7 @@ packed are read as they are; `cache_weights` dequantizes weights once, for speed
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from nanoft.runtime.memory import memory_limit_bytes
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
 Stored = dict[str, tuple[set[str], tuple[int, ...] | None]]  # tensor -> its possible dtypes, and its shape (None: any)
+ReadTensor = Callable[[str], Tensor | Iterable[Tensor]]  # by its name
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
 MAX_NOTE = 4096  # bytes of the JSON that bitsandbytes stores beside a weight; it needs 200
 
@@ -62,7 +63,7 @@ class WeightFiles:
         header = self.headers[name]
         tensor = header.read(rows)
         if header.form == fp8.FORM:
-            scale = self.headers[fp8.scale_name(self.headers, name)]
+            scale = self.headers[name + fp8.SCALE]
             shared = fp8.shared_by(header.shape, scale.shape, self.block)
             tensor = fp8.dequantize(tensor, scale.read(), shared, rows.start or 0)
         if not is_finite(tensor):
@@ -105,7 +106,7 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             if (form := headers[name].form) in FLOATS:  # bnb_4bit_quant_storage
                 expected[name] = ({form}, (math.prod(shape) // 2 // SIZES[form], 1))
         elif name in headers and headers[name].form == fp8.FORM and len(shape) == 2:
-            scales = fp8.scale_name(headers, name)
+            scales = name + fp8.SCALE
             wanted = fp8.grid(shape, headers[scales].shape, block) if scales in headers else None
             expected |= {name: ({fp8.FORM}, shape), scales: (FLOATS, wanted)}
         else:
@@ -119,7 +120,7 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             faults += [] if header.form in forms else [f"{name} is of type {header.form}"]
             faults += [] if wanted in (None, header.shape) else [f"{name} is {header.shape} instead of {wanted}"]
         # Ignored: a copy of the tied head, rotary buffers of old files, the number of bitsandbytes' format.
-        elif not (tied and name == HEAD) and not name.endswith(ignored) and not base.is_other_tower(name):
+        elif not (tied and name == HEAD) and not name.endswith(ignored) and header.name not in base.towers:
             faults.append(f"unexpected {name}")
     if faults:
         shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
@@ -319,25 +320,26 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
 
     Other towers are copied from the source.
     """
-    base = ModelFiles.read(source)
-    parameters = {base.stored_name(name): parameter for name, parameter in model.named_parameters()}
-    specs: Specs = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
-
-    def read(name: str) -> Tensor:
-        return parameters[name].to(dtype) if name in parameters else base.towers[name].read()
-
-    write_file(out / "model.safetensors", encode_safetensors(specs | tower_specs(base), read))
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    specs, read = with_towers(ModelFiles.read(source), shapes, dtype, lambda name: parameters[name].to(dtype))
+    write_file(out / "model.safetensors", encode_safetensors(specs, read))
     write_config(source, out, dtype, model.config)
     copy_companions(source, out)
     describe_score(out, model.config)
 
 
-def tower_specs(base: ModelFiles) -> Specs:
-    """What a wrapper has besides text, which an exported model gets as it is."""
-    for name, header in base.towers.items():
-        if header.form not in DTYPES:
-            raise UserError(f"{header.path}: {name} is quantized ({header.form}): name the original model")
-    return {name: (DTYPES[header.form], header.shape) for name, header in base.towers.items()}
+def with_towers(
+    base: ModelFiles, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, read: ReadTensor
+) -> tuple[Specs, ReadTensor]:
+    """What the files of an exported model hold, and how each tensor is read: the decoder's, of the given shapes, under
+    the names that its base has for them, then the other towers of the base, as they are."""
+    names = {base.stored_name(name): name for name in shapes}
+    if packed := [header for header in base.towers.values() if header.form not in DTYPES]:
+        raise UserError(f"{packed[0].path}: {packed[0].name} is quantized ({packed[0].form}): name the original model")
+    specs = {new: (dtype, shapes[name]) for new, name in names.items()}
+    specs |= {name: (DTYPES[header.form], header.shape) for name, header in base.towers.items()}
+    return specs, lambda new: read(names[new]) if new in names else base.towers[new].read()
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig | None = None) -> None:

@@ -36,19 +36,16 @@ Weights after step {step}; medians over the modules of a type; report.json has e
 
 - 90 %, 99 %: singular directions that hold this share of the update's energy, in the module that needs the most.
 - update: |dW| / |W|.
-- gradient, signal: {moments}
+- gradient, signal: root mean square of the clipped gradients, and their |mean| relative to it, from AdamW's moments.
+  Gradients that are pure noise have a signal of about sqrt((1 - beta1) / (1 + beta1)), which is 0.23 for 0.9.
 - A full spectrum may be noise: trust the validation loss. With another rank, keep lora.alpha / lora.rank.
 """
-MOMENTS = """\
-root mean square of the clipped gradients, and their |mean| relative to it, from AdamW's moments after
-  step {step}. Pure noise has a signal of {noise:.2f}, or less if gradients used to be larger."""
 
 
 @dataclass(frozen=True)
 class GradientStats:  # after clipping
     rms: float
     signal: float  # |mean gradient| / |RMS gradient|: 1 if the gradient is constant
-    noise: float  # the signal of independent gradients with mean zero
     step: int  # number of gradients averaged
 
 
@@ -108,8 +105,7 @@ def weight_norm(linear: Frozen) -> float:
 def gradient_stats(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> GradientStats | None:
     """Size and signal of the gradients of all parameters, from AdamW's m and v (Kingma & Ba 2015, algorithm 1).
 
-    m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t); rms = sqrt(mean v^), signal = |m^| / |sqrt(v^)|. Independent
-    gradients of mean zero have signal^2 = (1 - beta1)(1 + beta1^t) / ((1 + beta1)(1 - beta1^t)) on average: the noise.
+    m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t); rms = sqrt(mean v^), signal = |m^| / |sqrt(v^)|.
     """
     betas = {p: group["betas"] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
     states = [optimizer.state.get(p, {}) if p in betas else {} for p in parameters]
@@ -120,9 +116,8 @@ def gradient_stats(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Op
         (beta1, beta2), t = betas[p], int(state["step"])
         squared_means += state["exp_avg"].float().square().sum().item() / (1 - beta1**t) ** 2
         mean_squares += state["exp_avg_sq"].float().sum().item() / (1 - beta2**t)
-    noise = math.sqrt((1 - beta1) * (1 + beta1**t) / ((1 + beta1) * (1 - beta1**t)))
     signal = math.sqrt(squared_means / mean_squares) if mean_squares else 0.0
-    return GradientStats(math.sqrt(mean_squares / sum(p.numel() for p in parameters)), signal, noise, t)
+    return GradientStats(math.sqrt(mean_squares / sum(p.numel() for p in parameters)), signal, t)
 
 
 def measure_rank_usage(adapter: LoRALinear, optimizer: torch.optim.Optimizer) -> RankUsage:
@@ -224,6 +219,5 @@ def rank_report(
         known = line["gradient"] is not None
         gradient = [f"{line['gradient']:.1e}", f"{line['signal']:.2f}"] if known else ["not kept"] * 2
         rows.append([kind, str(line["modules"]), *ranks, *update, *gradient, str(Advice(**line["advice"]))])
-    moments = next((asdict(usage.gradient) for usage in usages.values() if usage.gradient), None)
-    legend = LEGEND.format(step=step, moments=MOMENTS.format(**moments) if moments else "not kept by this optimizer.")
-    return {"adapters": values}, terminal, f"\n## Adapters\n\n{summary}.\n\n{markdown_table(header, rows)}\n\n{legend}"
+    section = f"\n## Adapters\n\n{summary}.\n\n{markdown_table(header, rows)}\n\n{LEGEND.format(step=step)}"
+    return {"adapters": values}, terminal, section

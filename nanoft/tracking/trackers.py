@@ -94,12 +94,10 @@ class Plots:
         self._collect(wait=True)
 
     def _start(self) -> None:
-        source = str(Path(__file__).parents[2])  # makes nanoft importable in the process that draws
-        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         self._started, self._is_due = time.monotonic(), False
         self._process = subprocess.Popen(
             [sys.executable, "-m", "nanoft", "plot", str(self.directory.resolve())],
-            env={**os.environ, "PYTHONPATH": path},
+            cwd=Path(__file__).parents[2],  # makes nanoft importable there
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -40,10 +40,16 @@ WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median ro
 
 def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
     """Check the data, the head, memory and disk, which are UserErrors unless forced; returns the seconds of a step."""
-    head = []
+    checks = []
     if ctx.adapters and not ctx.config.model.random_init and not ctx.model.config.has_score:
-        head.append(check_head(ctx.model, ctx.tokenizer, ctx.corpus.training))
-    distributed.broadcast_from_rank0(lambda: require_shown([*check_samples(ctx), *head], ctx, forced))
+        checks.append(check_head(ctx.model, ctx.tokenizer, ctx.corpus.training))  # on every rank: it may be sharded
+
+    def check_samples() -> None:
+        text = preview(ctx.corpus, ctx.tokenizer, ctx.config.system.seed)
+        (ctx.run.directory / "preview.txt").write_text(text, encoding="utf-8")
+        require_shown([*check_data(ctx.corpus, ctx.tokenizer, ctx.config.data.train_on), *checks], ctx, forced)
+
+    distributed.broadcast_from_rank0(check_samples)
     seconds_per_token, batches = rehearse_step(ctx, state), ctx.batches
     measured, predicted = peak_memory_gb(ctx.device), ctx.plan.peak / 1e9
     ctx.run.print(f"memory    {describe_recompute(ctx.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
@@ -158,14 +164,6 @@ def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) 
     found = f"norm of the stop token's row of the head, relative to the median row: {found}"
     fix = "the base has not learned this token: use a template whose end of turn it knows, or training.method=full"
     return Check.of("head", all(WEAK <= ratio <= STRONG for ratio in ratios.values()), found, fix)
-
-
-def check_samples(ctx: TrainContext) -> list[Check]:
-    """Check what the model will see, and write preview.txt."""
-    checks = check_data(ctx.corpus, ctx.tokenizer, ctx.config.data.train_on)
-    text = preview(ctx.corpus, ctx.tokenizer, ctx.config.system.seed)
-    (ctx.run.directory / "preview.txt").write_text(text, encoding="utf-8")
-    return checks
 
 
 def rehearse_save(directory: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int) -> Check:

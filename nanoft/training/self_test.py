@@ -130,6 +130,7 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
     splits = " = ".join(f"{n}x{DOCUMENTS // n}" for n in SIZES)
     prompts = [(s.ids[: max(1, int(s.is_target.argmax()))]).tolist() for s in documents[::2]]
     ids, pad = torch.from_numpy(documents[-1].ids.astype(np.int64))[None].to(ctx.device), ctx.tokenizer.pad_id
+    longest = documents.units([-1])
     from_files = nearer if variant_of(lora).RANKS > 1 else 0.0  # PiSSA's files have twice the rank, another alpha
     resumed, all_state = f"{STEPS} + {STEPS} steps = {2 * STEPS} steps", f"weights, optimizer, random numbers{unsure}"
 
@@ -146,9 +147,7 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
         Check(splits, "gradient", near, lambda: splits_error(ctx, loop, documents)),
         Check("packed = alone, inference", "logits and loss", near, inference(packed_error, model, documents, pad)),
         Check("packed = alone, training", "gradient", near, lambda: packed_gradients_error(ctx, loop, documents)),
-        Check(
-            "recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, documents.units([-1]))
-        ),
+        Check("recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, longest)),
         Check("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_error(ctx, documents[-1:])),
         Check("merged = adapter, each linear", f"products{onto}", nearer, inference(products_error, adapters), none),
         Check("merged = adapter", f"logits{onto}", near, inference(merged_error, model, adapters, ids), none),
@@ -288,11 +287,8 @@ def packed_error(model: Decoder, documents: TokenDataset, pad_id: int) -> float:
         alone = model(one.ids)
         worst = max(worst, relative_error(model.logits(in_pack), model.logits(alone)))
         for i, hidden in enumerate((in_pack, alone)):
-            losses[i] += (
-                token_nll(hidden[0, one.target_positions], model.head, one.targets, cap=model.config.logit_cap)
-                .sum()
-                .cpu()
-            )
+            nll = token_nll(hidden[0, one.target_positions], model.head, one.targets, cap=model.config.logit_cap)
+            losses[i] += nll.sum().cpu()
     return max(worst, relative_error(losses[0], losses[1]))
 
 
@@ -407,9 +403,7 @@ def files_error(ctx: TrainContext, directory: Path) -> float:
     save_adapter(second, ctx.model, again, lora, base, note)
     if any((second / path.name).read_bytes() != path.read_bytes() for path in first.iterdir()):
         return math.inf
-    return max(
-        relative_error(product(again[name], x), product(adapter, x)) for name, adapter, x in examples(ctx.adapters)
-    )
+    return max(relative_error(product(again[n], x), product(old, x)) for n, old, x in examples(ctx.adapters))
 
 
 def answers_error(model: Decoder, prompts: list[list[int]]) -> float:

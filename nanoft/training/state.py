@@ -60,11 +60,8 @@ class LossTrend:
             return f"is {validation}" if math.isfinite(before) else ""
         if validation > before and self.training < past:
             self.rises += 1
-            parted = (
-                f"rises ({before:.4f} -> {validation:.4f}) "
-                f"while training loss falls ({past:.4f} -> {self.training:.4f})"
-            )
-            return parted if self.rises == RISES else ""
+            rise, fall = f"{before:.4f} -> {validation:.4f}", f"{past:.4f} -> {self.training:.4f}"
+            return f"rises ({rise}) while training loss falls ({fall})" if self.rises == RISES else ""
         if is_best or (validation < before and self.rises < RISES):
             self.rises = 0
         return ""

@@ -54,11 +54,8 @@ def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> 
 def check_objective(config: Config) -> None:
     """Refuse settings of `preference`, and those of supervised training, that the objective does not read."""
     t, p, objective = config.training, config.preference, OBJECTIVES[config.training.objective]
-    idle = [
-        f"preference.{f.name}"
-        for f in fields(p)
-        if f.name not in objective.settings and getattr(p, f.name) != f.default
-    ]
+    unread = [f for f in fields(p) if f.name not in objective.settings]
+    idle = [f"preference.{f.name}" for f in unread if getattr(p, f.name) != f.default]
     if "label_smoothing" in objective.settings and p.loss == "ipo" and p.label_smoothing:
         idle.append("preference.label_smoothing")
     if config.data.margin_field and not trains_score(config):

@@ -31,6 +31,7 @@ DIFFERENT = {  # something else than the default in every section
     "data.validation_file": "held_out.jsonl",
     "data.max_samples": 7,
     "training.learning_rate": 1e-5,
+    "preference.beta": 0.3,
     "guard.max_skips": 2,
     "output.dir": "runs/x",
     "logging.progress_bar": False,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from templates import STYLES, save
+from tokenizers import AddedToken, Tokenizer
 
 from nanoft import UserError
 from nanoft.config import Config, DataConfig
@@ -97,6 +98,30 @@ def test_parsed_texts_are_what_the_tokenizer_makes_of_them(
     ).training
     assert sample.ids.tolist() == ids_of(chat, "<s>[INST] a [/INST] b</s>")
     assert sample.ids[sample.is_target].tolist() == ids_of(chat, " b</s>")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_for_an_image_is_refused_where_it_would_be_one(tmp_path: Path, special: bool) -> None:
+    """As Mistral's and Gemma's tokenizers have them: as special tokens, whose characters are text unless parsed."""
+    directory = save(tmp_path, STYLES["mistral"])
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("[IMG]", special=special)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    number = tokenizer.token_to_id("[IMG]")
+    records = [
+        {"prompt": "What is in [IMG]?", "completion": "A cat"},
+        {"prompt": "An <img> tag?", "completion": "HTML"},
+    ]
+    for choice in ("text", "parse"):
+        chat = ChatTokenizer.from_config(directory, Config().override({"data.control_tokens": choice}))
+        found = build(chat, tmp_path / "d.jsonl", records, control_tokens=choice, max_bad_records=1)
+        is_refused = choice == "parse" or not special
+        assert len(found.training) == 2 - is_refused
+        assert not any(number in sample.ids for sample in found.training)
+        said = f"{tmp_path / 'd.jsonl'}:1: [IMG] stands for an image: only text is supported"
+        assert (said in "\n".join(describe_data(found.report))) == is_refused
+    with pytest.raises(UserError, match=r"d\.jsonl:1: \[IMG\] stands for an image"):
+        build(chat, tmp_path / "d.jsonl", records, control_tokens="parse")
 
 
 def test_the_end_of_an_answer_is_there_once(chats: dict[tuple[str, str], ChatTokenizer], tmp_path: Path) -> None:

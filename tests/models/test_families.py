@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import make_family
+from tiny_families import LONGROPE, SHAPES, make_family
 from transformers import AutoModelForCausalLM
 
 import merge
 import train
 from nanoft import UserError
 from nanoft.models.families import FAMILIES, decoder_config, find_family, with_both_rope_forms
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
 from tiny_models import SMALL, train_run, write_records
@@ -221,3 +227,102 @@ def test_a_rope_or_window_that_cannot_be_is_refused(fields: dict[str, object], m
     small = {name: value for name, value in SMALL.items() if name != "attn_implementation"}
     with pytest.raises(UserError, match=message):
         decoder_config({**small, "architectures": ["MistralForCausalLM"], **fields})
+
+
+CLOSE: list[tuple[str, dict[str, object], str]] = [
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),
+    ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation: 'silu' is not supported"),
+    ("gemma3_text", {"altup_num_inputs": 4}, "altup_num_inputs: 4: unknown field of gemma3_text"),  # Gemma 3n's
+    ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types: 'chunked_attention' is not supported"),
+    ("olmo3", {"layer_types": ["linear_attention"] * 3}, "layer_types: 'linear_attention' is not supported"),
+    ("olmo3", {"layer_types": ["full_attention"] * 2}, "layer_types: give a window or none for each of 3 layers"),
+    ("olmo2", {"clip_qkv": 8.0}, "clip_qkv: 8.0: unknown field of olmo2"),
+    ("olmo2", {"layer_types": ["sliding_attention"] * 3}, "layer_types: .* unknown field of olmo2"),
+    ("granite", {"key_multiplier": 2.0}, "key_multiplier: 2.0: unknown field of granite"),
+    ("granite", {"num_local_experts": 8}, "num_local_experts: 8: unknown field of granite"),
+    ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop: 0.1 is not supported: set it to 0.0"),
+    ("phi3", {"partial_rotary_factor": 0.7}, "partial_rotary_factor: 0.7: 11 of 16 dimensions: not pairs"),
+    ("phi3", {"partial_rotary_factor": 0.01}, "partial_rotary_factor: 0.01: 0 of 16 dimensions: not pairs"),
+    ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor: 1.5 is not a share between 0 and 1"),
+    (
+        "phi3",
+        {"rope_scaling": {**LONGROPE, "long_factor": [1.0] * 8}},
+        "rope: long_factor: 8 numbers: give one for .* 6",
+    ),
+    ("phi3", {"rope_scaling": {**LONGROPE, "short_mscale": 1.2}}, "rope: short_mscale: 1.2 has no effect"),
+    ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "longrope needs the field short_factor"),
+    ("phi3", {"mlp_bias": True}, "mlp_bias: True: unknown field of phi3"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: 2 entries: give one for each of 3 layers"),
+    ("seed_oss", {"residual_dropout": 0.1}, "residual_dropout: 0.1 is not supported: set it to 0.0"),
+    ("seed_oss", {"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported: set it to 0.0"),
+    ("ministral3", {"sliding_window": 4096}, "sliding_window: 4096 is not supported"),
+    ("ministral3", {"llama_4_scaling_beta": 0.1}, "llama_4_scaling_beta: 0.1: unknown field of ministral3"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "message"), CLOSE, ids=lambda value: str(value)[:40])
+def test_a_family_that_is_close_but_not_equal_is_refused_by_the_field(
+    name: str, fields: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    """In one line that names the file, too."""
+    small = {key: value for key, value in SMALL.items() if key != "attn_implementation"}
+    plain: dict[str, Any] = {
+        **small,
+        "head_dim": 16,
+        "architectures": [FAMILIES[name].architecture],
+        "attention_dropout": 0.0,
+    }
+    plain |= SHAPES["ministral3"][0] if name == "ministral3" else {}  # which needs its rope
+    decoder_config(plain)
+    (tmp_path / "config.json").write_text(json.dumps({**plain, **fields}))
+    with pytest.raises(UserError, match=message) as raised:
+        ModelFiles.read(tmp_path)
+    assert str(raised.value).startswith(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+WORKER = """
+import os, sys, train
+for port, config in zip(sys.argv[1::2], sys.argv[2::2]):
+    if (child := os.fork()) == 0:
+        os.environ["MASTER_PORT"] = port
+        os._exit(train.main([config, "training.gradient_accumulation_steps=1", f"output.dir={config}-two"]))
+    assert os.waitpid(child, 0)[1] == 0, config
+"""
+
+
+def free_ports(count: int) -> list[str]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [str(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    """The same bits in every family: two micro-batches, one after the other or one on each rank."""
+    records, exact = write_records(tmp_path / "data.jsonl", 16), {"lora__dropout": 0.0, "system__threads": 1}
+    few: dict[str, Any] = {"training__max_steps": 2, "data__validation_split": 0.0, "evaluation__prompts": 0}
+    program = [sys.executable, "-c", WORKER]
+    for name, port in zip(FAMILIES, free_ports(len(FAMILIES)), strict=True):
+        make_family(name, tmp_path / f"{name}-base")
+        train_run(tmp_path / name, tmp_path / f"{name}-base", records, **exact, **few)
+        program += [port, str(tmp_path / f"{name}.json")]
+    shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), **shared}
+    ranks = [
+        subprocess.Popen(program, env={**environment, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    try:
+        said = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    for name in FAMILIES:
+        file = "adapter/adapter_model.safetensors"
+        alone, both = (load_file(tmp_path / directory / file) for directory in (name, f"{name}.json-two"))
+        assert alone.keys() == both.keys()
+        assert all(torch.equal(alone[key], both[key]) for key in alone), name

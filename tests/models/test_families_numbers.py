@@ -11,21 +11,23 @@ import torch
 from adapters import CPU, peft_model, peft_name, randomize
 from peft import PeftModel
 from tiers import rest_is_slow
-from tiny_families import CASES, FIRST, make_family
+from tiny_families import CASES, FIRST, LONGROPE, make_family
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nanoft import kernels
 from nanoft.attention import Documents
-from nanoft.config import LoRAConfig
+from nanoft.config import Config, LoRAConfig
 from nanoft.generation.generate import generate
 from nanoft.kernels.block import FastBlock
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, save_adapter
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
+from nanoft.training.memory_plan import count_parameters, estimate_memory
 from tiny_models import make_packed
 
 every_family = pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_adapters_go_to_peft_and_come_from_there(case: tuple[str, int], saved: S
     save_adapter(tmp_path / "ours", model, adapters, LORA, str(base), {})
     theirs = PeftModel.from_pretrained(reference(base), tmp_path / "ours").eval()
     assert (theirs(IDS).logits - expected).abs().max() < 1e-4
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
     again = open_model(str(tmp_path / "theirs"), CPU, torch.float32).model.eval()
     assert (again.logits(again(IDS)) - expected).abs().max() < 1e-4
     assert (expected - reference(base)(IDS).logits).abs().max() > 0.1
@@ -230,3 +232,42 @@ def test_in_16_bits_logits_are_as_near_as_those_of_transformers(
     for fast in (False, True):
         ours = opened(saved(case), fast, dtype=dtype)
         assert (ours.logits(ours(IDS)) - exact).norm() < 1.2 * noise
+
+
+# --- memory
+
+SIZES = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}
+
+
+def resized(case: tuple[str, int], directory: Path, sizes: dict[str, int], **changes: Any) -> Path:
+    """A model of other sizes; longrope has as many factors as its heads have pairs."""
+    pairs = int(sizes["head_dim"] * 0.75) // 2
+    rope = {**LONGROPE, "short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
+    own = {"rope_parameters": rope} if case == ("phi3", 0) else {}
+    make_family(case[0], directory, case[1], **sizes, **own, **changes)
+    return directory
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_are_those_of_the_plan(case: tuple[str, int], dtype: torch.dtype, tmp_path: Path) -> None:
+    base, config = resized(case, tmp_path, SIZES), Config()
+    model, decoder = load_model(base, CPU, dtype), ModelFiles.read(base).decoder
+    keep: list[Any] = ["all"] * decoder.num_layers
+    inject_lora(model, config.lora, 0)
+    assert kernels.apply(model) == ""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = model(torch.randint(0, 199, (2, 256)))
+    assert hidden.requires_grad
+    final_norm = 2 * 256 * 128 * 8  # at most
+    plan = estimate_memory(decoder, count_parameters(decoder, config), config, "cpu", dtype, 2, 256, keep, 0.0)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert 0.93 * plan.parts["activations"] < found < 1.03 * plan.parts["activations"] + final_norm

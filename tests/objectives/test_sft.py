@@ -81,8 +81,8 @@ def test_every_objective_has_what_the_loop_asks_for(name: str, model: Decoder, t
     """On the data that it learns from; it may begin with adapters, or must."""
     data = random_samples(OBJECTIVES[name].learns)
     pieces = Window([collate(data, list(data.members(np.arange(6)).reshape(6, -1)), PAD)], [0, 0], [0, 1])
-    model, adapters = copy.deepcopy(model), {}
     config = Config().override({"training.objective": name})
+    model, adapters = copy.deepcopy(model), {}
     if trains_score(config):
         add_score(model)
     if OBJECTIVES[name].learns != "turns":

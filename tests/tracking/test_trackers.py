@@ -162,7 +162,7 @@ def test_the_process_that_draws_finds_nanoft_from_any_directory(
     started: list[dict[str, Any]] = []
     monkeypatch.setattr(trackers.subprocess, "Popen", lambda *_, **options: started.append(options))
     Plots(tmp_path, "end")._start()
-    first = started[0]["env"]["PYTHONPATH"].split(os.pathsep)[0]
+    first = started[0]["cwd"]  # where `python -m` looks first
     assert (Path(first) / "nanoft" / "__init__.py").is_file()
 
 
