@@ -23,10 +23,9 @@ Rule = tuple[str, Callable[[DecoderConfig], bool]]  # what llama.cpp requires, a
 
 def _period(c: DecoderConfig) -> int | None:
     """n > 1 if every n-th layer sees everything and the others one window; None if it is otherwise."""
-    n = c.windows.index(None) + 1 if None in c.windows else 1
-    others = {window for layer, window in enumerate(c.windows, start=1) if layer % n}
-    as_said = all((window is None) == (layer % n == 0) for layer, window in enumerate(c.windows, start=1))
-    return n if n > 1 and len(others) == 1 and as_said else None
+    n, window = c.windows.index(None) + 1 if None in c.windows else 1, c.windows[0]
+    expected = tuple(window if layer % n else None for layer in range(1, c.num_layers + 1))
+    return n if n > 1 and c.windows == expected else None
 
 
 def _turns(p: Mapping[str, Any]) -> tuple[float, float, bool]:
@@ -35,7 +34,7 @@ def _turns(p: Mapping[str, Any]) -> tuple[float, float, bool]:
 
 
 def _gemma_scale(largest: int) -> Rule:
-    """That of the model with this many layers differs."""
+    """1 / sqrt(head_dim), but of the model with this many layers 1 / sqrt(hidden_size / num_heads)."""
 
     def holds(c: DecoderConfig) -> bool:
         size = c.hidden_size // c.num_heads if c.num_layers == largest else c.head_dim
@@ -102,24 +101,19 @@ SOFT_CAPS: dict[str, Callable[[DecoderConfig], Any]] = {
     "attn_logit_softcapping": lambda c: c.attention_cap,
     "final_logit_softcapping": lambda c: c.logit_cap,
 }
+GROWTH: dict[str, Callable[[DecoderConfig], Any]] = {"attention.temperature_scale": lambda c: c.rope.query_growth}
 GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "llama": Graph(ropes=WITH_LLAMA3, pairs=True),
     "qwen2": Graph((*USUAL, SQUARE)),
     "qwen3": Graph((*USUAL, NO_BIASES)),
-    "gemma2": Graph(
-        (*USUAL, NO_BIASES, TIED, CAPS, PERIODIC, WINDOWS, _gemma_scale(46)), windows=True, scales=SOFT_CAPS
-    ),
+    "gemma2": Graph((*GEMMA, CAPS, _gemma_scale(46)), windows=True, scales=SOFT_CAPS),
     "gemma3": Graph((*GEMMA, NO_CAPS, LOCAL_ROPE, _gemma_scale(62)), ("default", "linear"), windows=True),
     "phi3": Graph((ALL_ROTATE, NO_GROWTH, SQUARE), ("default", "longrope")),
     "olmo2": Graph((*USUAL, NO_BIASES, UNTIED, SQUARE, PERIODIC, LOCAL_ROPE, ONE_THETA), windows=True),
     "smollm3": Graph((FOURTH_NOT, WHOLE_HEAD, NO_GROWTH, YARN), pairs=True),
     "granite": Graph(ropes=WITH_LLAMA3, pairs=True, scales=GRANITE),
     "seed_oss": Graph((*USUAL, QKV_BIASES)),
-    "mistral3": Graph(
-        (ALL_ROTATE, WHOLE_HEAD, YARN),
-        pairs=True,
-        scales={"attention.temperature_scale": lambda c: c.rope.query_growth},
-    ),
+    "mistral3": Graph((ALL_ROTATE, WHOLE_HEAD, YARN), pairs=True, scales=GROWTH),
 }
 
 
