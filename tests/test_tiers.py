@@ -25,7 +25,7 @@ def taken_from(name: str, paths: Iterable[Path]) -> bool:
 def test_tests_mirror_the_library(module: Path) -> None:
     """nanoft/data/filters.py is tested in tests/data/test_filters.py, whose first tests are quick.
 
-    A module may instead be tested by its name in another file, and an old spelling is in tests/test_main.py.
+    A module may instead be tested by its name in another file, an old spelling in tests/runtime/test_commands.py.
     """
     own = TESTS / module.parent / f"test_{module.stem.strip('_')}.py"
     name = ".".join(["nanoft", *module.with_suffix("").parts]).removesuffix(".__main__")

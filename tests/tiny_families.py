@@ -36,12 +36,12 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     ],
     "qwen3": [{"head_dim": 20}, {"head_dim": 40, "attention_bias": True, "tie_word_embeddings": True}],
     "gemma2": [
-        {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
-        {**GEMMA, "head_dim": 24, "tie_word_embeddings": False},
+        {**GEMMA, "head_dim": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        {**GEMMA, "head_dim": 40, "tie_word_embeddings": False},
     ],
     "gemma3_text": [
         {
-            **GEMMA, "layer_types": [SLIDING, FULL, SLIDING],
+            **GEMMA, "head_dim": 24, "layer_types": [SLIDING, FULL, SLIDING],
             "rope_parameters": {SLIDING: PLAIN, FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}},
         },
         {**GEMMA, "num_hidden_layers": 7, "head_dim": 20},

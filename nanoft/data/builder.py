@@ -28,7 +28,7 @@ from nanoft.config import DataConfig
 from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
 from nanoft.data.formats import CONTROL, DETECT_FROM, MALFORMED, Conversation, Learns, Message, Rejected, read_file
-from nanoft.data.preferences import EQUAL, UNLABELED, is_preferred
+from nanoft.data.preferences import EQUAL, UNLABELED
 from nanoft.data.truncation import chunk, fit
 
 PERCENTILES = (50, 90, 99, 100)
@@ -444,7 +444,7 @@ class DatasetBuilder:
 
     def _describe_answers(self, samples: TokenDataset) -> dict[str, Any]:
         """How many answers are preferred, and how long they and the others are on average, in tokens."""
-        lengths, is_good = np.array(self.targets, np.int64)[samples.chosen], is_preferred(samples)
+        lengths, is_good = np.array(self.targets, np.int64)[samples.chosen], filters.is_preferred(samples)
         mean = {
             name: round(float(lengths[own].mean()), 1)
             for name, own in (("chosen", is_good), ("rejected", ~is_good))

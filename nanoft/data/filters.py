@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoft.batches import Array, Sample
+from nanoft.batches import Array, Sample, TokenDataset
 from nanoft.data.formats import Conversation
 
 COMPONENTS = 128  # of a MinHash signature
@@ -236,3 +236,14 @@ def hold_out_newest(times: Array, keys: Array, size: int) -> Array:
     held = np.zeros(len(times), dtype=np.bool_)
     held[np.lexsort((keys, -times))[:size]] = True
     return held
+
+
+def is_preferred(samples: TokenDataset) -> Array:
+    """(m,) bool: the better answer of each pair; of single answers, the desirable ones."""
+    return np.arange(len(samples)) % 2 == 0 if samples.unit_size == 2 else samples.labels > 0
+
+
+def preferred(samples: TokenDataset) -> TokenDataset:
+    """Those samples alone."""
+    s, chosen = samples, samples.chosen[is_preferred(samples)]
+    return TokenDataset(s.tokens, s.starts, s.all_records, chosen, s.all_labels)

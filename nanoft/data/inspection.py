@@ -17,8 +17,8 @@ from nanoft import UserError
 from nanoft.batches import Array, Batches, Sample, TokenDataset
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
+from nanoft.data.filters import is_preferred
 from nanoft.data.formats import TRAINING_FIELDS
-from nanoft.data.preferences import is_preferred
 from nanoft.runtime.command import Check
 
 SAMPLES_CHECKED = 2000  # evenly spread

@@ -12,9 +12,6 @@ import math
 import re
 from typing import Any
 
-import numpy as np
-
-from nanoft.batches import Array, TokenDataset
 from nanoft.data.detection import BAD, GOOD, LABELS, Shape
 from nanoft.data.sources import BadRecord
 from nanoft.data.values import as_json, optional_text, text_of
@@ -155,17 +152,6 @@ PAIR_SHAPES = {
     "preference": Shape(("chosen", "rejected"), ("system", *ASKED, "chosen", "rejected", "tools"), _pair),
     "ranked": Shape(("answers",), ("system", *ASKED, "answers", "tools"), _ranked),
 }
-
-
-def is_preferred(samples: TokenDataset) -> Array:
-    """(m,) bool: the better answer of each pair; of single answers, the desirable ones."""
-    return np.arange(len(samples)) % 2 == 0 if samples.unit_size == 2 else samples.labels > 0
-
-
-def preferred(samples: TokenDataset) -> TokenDataset:
-    """Those samples alone."""
-    s, chosen = samples, samples.chosen[is_preferred(samples)]
-    return TokenDataset(s.tokens, s.starts, s.all_records, chosen, s.all_labels)
 
 
 def is_desirable(record: dict[str, Any], label: str | None) -> bool:

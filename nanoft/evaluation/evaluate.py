@@ -26,8 +26,8 @@ import torch
 from nanoft.batches import Sample, TokenDataset, collate, eval_batches
 from nanoft.config import EvaluationConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
+from nanoft.data.filters import is_preferred
 from nanoft.data.formats import Conversation
-from nanoft.data.preferences import is_preferred
 from nanoft.generation.generate import generate
 from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.loss import token_nll

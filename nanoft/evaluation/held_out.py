@@ -17,8 +17,8 @@ from nanoft.data import filters
 from nanoft.data.builder import NEAR
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash
+from nanoft.data.filters import preferred
 from nanoft.data.formats import Conversation, format_function, read_file
-from nanoft.data.preferences import preferred
 from nanoft.data.sources import find_files
 from nanoft.evaluation.evaluate import Prompt, held_out_prompts
 from nanoft.evaluation.report import leakage_of_run, settings_of

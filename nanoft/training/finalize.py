@@ -14,7 +14,7 @@ import torch
 from nanoft import TrainingFailed, UserError
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
 from nanoft.data.dataset import describe_data
-from nanoft.data.preferences import preferred
+from nanoft.data.filters import preferred
 from nanoft.evaluation import evaluate
 from nanoft.evaluation.held_out import read_general
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of

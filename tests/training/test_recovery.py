@@ -242,9 +242,9 @@ def test_out_of_memory_inside_an_evaluation_leaves_the_mode_as_it_was(tmp_path: 
     assert train.main(quick(whole, lora__dropout=0.2)) == 0
     real = perplexity.token_nll
 
-    def failing(*args: Any) -> Any:
+    def failing(*args: Any, **options: Any) -> Any:
         calls[0] += 1
-        return no_memory() if calls[0] == 1 else real(*args)
+        return no_memory() if calls[0] == 1 else real(*args, **options)
 
     def evaluating(_: int, validate: Any, *args: Any) -> Any:
         with monkeypatch.context() as patch:

@@ -14,7 +14,7 @@ from nanoft.__main__ import main
 from nanoft.export.gguf import GGUF_DTYPES
 from nanoft.export.merge import EXPORT_DTYPES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ["train.py", "eval.py", "merge.py"]
 COMMANDS = [*SCRIPTS, "-m nanoft", *(f"-m nanoft {name}" for name in ("chat", "doctor", "compare", "plot"))]
 WITHOUT_TORCH = """
