@@ -36,13 +36,8 @@ def validation_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, in
             for batch in share_of_rank(batches):
                 placed = batch.to(device)
                 hidden = model(placed.ids, placed.positions, placed.documents, placed.target_positions)
-                nats += (
-                    token_nll(hidden, model.head, placed.targets, cap=model.config.logit_cap)
-                    .cpu()
-                    .double()
-                    .sum()
-                    .item()
-                )
+                nll = token_nll(hidden, model.head, placed.targets, cap=model.config.logit_cap)
+                nats += nll.cpu().double().sum().item()
                 count += batch.target_tokens
     finally:
         model.train(training)  # also after an exception: the caller may try again

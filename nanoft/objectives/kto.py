@@ -72,10 +72,8 @@ class KTO(Preference):
         reference, policy = self.reference.logps(model, batch), sequence_logps(model, batch)
         is_good = torch.from_numpy(batch.samples.labels > 0).to(policy.device)
         weights = self.preference.desirable_weight, self.preference.undesirable_weight
-        losses, rewards = (
-            kto_loss(policy - reference, is_good, self.kl, self.beta, weights),
-            self.beta * (policy - reference),
-        )
+        gain = policy - reference
+        losses, rewards = kto_loss(gain, is_good, self.kl, self.beta, weights), self.beta * gain
         figures = {
             **{f"rewards/{name}": rewards[own] for name, own in (("chosen", is_good), ("rejected", ~is_good))},
             **{f"logps/{name}": policy[own] for name, own in (("chosen", is_good), ("rejected", ~is_good))},

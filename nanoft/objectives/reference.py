@@ -14,12 +14,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
+from nanoft.attention import soft_cap
 from nanoft.batches import Batch, TokenDataset, eval_batches
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
-from nanoft.io.tensor_files import load_tensors, write_tensors
+from nanoft.io.atomic import replace_file
+from nanoft.io.tensor_files import load_tensors
 from nanoft.lora import disabled
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
@@ -65,9 +68,10 @@ class Reference:
         policy, head = model(*inputs)[0], model.head  # (targets, hidden), (vocab, hidden)
         with self.weights():
             reference, reference_head = model(*inputs)[0], model.head.clone() if self.start else model.head
-        found = []
+        found, cap = [], model.config.logit_cap
         for now, before in zip(policy.split(KL_POSITIONS), reference.split(KL_POSITIONS), strict=True):
-            log_p, log_q = ((h @ w.T).float().log_softmax(-1) for h, w in ((now, head), (before, reference_head)))
+            pairs = ((now, head), (before, reference_head))
+            log_p, log_q = (soft_cap((h @ w.T).float(), cap).log_softmax(-1) for h, w in pairs)
             found.append((log_p.exp() * (log_p - log_q)).sum(-1))  # KL(p | q) = sum of p (log p - log q)
         return torch.cat(found)
 
@@ -106,4 +110,4 @@ class Reference:
         self.known = torch.full((max(found) + 1,), torch.nan)
         self.known[list(found)] = torch.tensor(list(found.values()))
         if directory is not None and not distributed.process_rank():
-            write_tensors(directory / FILE, {"logps": self.known})
+            replace_file(directory / FILE, save({"logps": self.known}))

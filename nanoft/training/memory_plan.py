@@ -244,6 +244,9 @@ class Planner:
 
     @classmethod
     def of(cls, config: Config, machine: Machine, decoder: DecoderConfig) -> Planner:
+        objective = OBJECTIVES[config.training.objective]
+        if objective.learns != "turns":
+            objective.check(config)
         return cls(config, machine, decoder, count_parameters(decoder, config))
 
     @property

@@ -85,8 +85,6 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
     """The memory planner, its config with the micro-batch size decided."""
     planner = Planner.of(config, machine, files.decoder)
     name, objective = config.training.objective, OBJECTIVES[config.training.objective]
-    if objective.learns != "turns":
-        objective.check(config)
     if config.lora.dropout and objective.learns != "turns":
         run.print(f"warning: lora.dropout: off with training.objective={name}, in both forward passes")
         planner = replace(planner, config=config.override({"lora.dropout": 0.0}))

@@ -278,6 +278,8 @@ def test_kto_refuses_a_step_of_one_answer_and_training_of_every_parameter(
     one = {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 1}
     refused(on(root, tmp_path / "one", "kto", **one), ["training.objective: kto", "accumulation_steps"], capsys)
     refused(on(root, tmp_path / "full", "kto", **FULL), ["training.method: full", "method=lora"], capsys)
+    planned = on(root, tmp_path / "planned", "kto", **FULL)
+    refused([*planned, "--plan"], ["training.method: full", "method=lora"], capsys)
     assert not list(tmp_path.glob("*/config.json")), "the fix may use the same directory"
 
 
