@@ -127,7 +127,7 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
                 for line in show_step(batches, corpus, tokenizer, args.show_step, run.skipped_windows()):
                     run.print(line)
                 return 0
-            require_room(planner, args.force, batches.longest().ids.shape[1])
+            require_room(planner, args.force, planner.longest_shape(batches)[1])
             ctx = build(planner, run, provenance, files, tokenizer, corpus, batches, start)
             setup.begin_objective(ctx)
             if args.selftest:
@@ -155,7 +155,7 @@ def build(
     config, machine = planner.config, planner.machine
     tokens = setup.vocabulary(files, tokenizer, start)
     check_vocabulary(corpus, tokens)
-    plan = planner.choose_activations(*batches.longest().ids.shape)  # from what is free before the model is loaded
+    plan = planner.choose_activations(*planner.longest_shape(batches))  # from what is free before the model is loaded
     model = setup.load_base(config, machine, files, tokens)  # quantized while it streams from disk
     model.activation_policy = distributed.broadcast_from_rank0(lambda: plan.keep)
     model.neftune_alpha = config.training.neftune_alpha
@@ -172,7 +172,7 @@ def build(
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
         validation=corpus.validation.units(slice(config.evaluation.max_samples)), model=model, adapters=adapters,
-        plan=plan, objective=build_objective(config, adapters), optimizer=optimizer,
+        plan=plan, objective=build_objective(config, adapters, corpus, tokenizer), optimizer=optimizer,
         scaler=build_scaler(machine.device, machine.dtype),
         writer=setup.open_checkpoints(config, run, provenance), planner=planner,
     )  # fmt: skip
@@ -193,18 +193,25 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
             try:
                 started = time.perf_counter()
                 window = ctx.batches.next_window(state.epoch, state.window, state.guard.skipped_windows)
-                loss, grad_norm = accumulate(ctx, window)  # raises GradientOverflow
-                spike = guard.check(c.guard, state.guard, loss, grad_norm, window)  # raises SkipStep, RollBack
-                if spike:
-                    recovery.warn_of_window(ctx, state, "spike", SkipStep(spike, loss, grad_norm, window))
                 lr = state.guard.lr_scale * learning_rate(state.step, ctx.total_steps, c.training)
                 set_learning_rate(ctx.optimizer, lr)
-                optimizer_step(ctx)
+                with ctx.autocast():
+                    windows = ctx.objective.windows(ctx.model, window, ctx.batches.micro_batch_size, stop)
+                if not windows:  # a signal came while answers were sampled
+                    continue
+                for window in windows:
+                    loss, grad_norm = accumulate(ctx, window)  # raises GradientOverflow
+                    spike = guard.check(c.guard, state.guard, loss, grad_norm, window)  # raises SkipStep, RollBack
+                    if spike:
+                        recovery.warn_of_window(ctx, state, "spike", SkipStep(spike, loss, grad_norm, window))
+                    state.updates += 1  # from here on, running out of memory leaves half a step
+                    with distributed.same_exception(ctx.device):
+                        ctx.optimizer.step()
+                    profiler.step(state.step + 1, ctx.trained, grad_norm)
+                    ctx.optimizer.zero_grad(set_to_none=True)
                 units = ctx.objective.count(window)
                 state.advance(window, loss, units, time.perf_counter() - started, energy.used())
 
-                profiler.step(state.step, ctx.trained, grad_norm)
-                ctx.optimizer.zero_grad(set_to_none=True)
                 progress.log_step(ctx, state, bar, loss, lr, grad_norm)
                 progress.validate_if_due(ctx, state)
                 progress.watch_memory(ctx, state, monitor)
@@ -243,16 +250,6 @@ def accumulate(ctx: TrainContext, window: Window) -> tuple[float, float]:
         grad_norm = sharding.clip_grad_norm(parameters, ctx.config.training.max_grad_norm)
     guard.check_overflow(loss_scale, loss.item(), grad_norm, window)
     return loss.item(), grad_norm
-
-
-def optimizer_step(ctx: TrainContext) -> None:
-    """Update the parameters; after an OutOfMemory, some may be updated and others not."""
-    try:
-        with distributed.same_exception(ctx.device):
-            ctx.optimizer.step()
-    except OutOfMemory as error:
-        error.in_optimizer_step = True
-        raise
 
 
 if __name__ == "__main__":

@@ -216,10 +216,10 @@ def _translate(tree: Mapping[str, Any], schema: Schema, environment: Mapping[str
 def _without_functions(config: Config, given: Collection[str], is_of_run: bool) -> Config:
     """Importing a function runs its module, which no file of data may ask for in the fields `given` there.
 
-    A run's config.json is read without its own metrics, and its own data.format is marked as untrusted.
+    A run's config.json is read without its own metrics; its own data.format and rewards are marked as untrusted.
     """
     metrics, data_format = config.evaluation.metrics, config.data.format
-    named = {"data.format": [data_format], "evaluation.metrics": list(metrics)}
+    named = {"data.format": [data_format], "evaluation.metrics": list(metrics), "rl.reward": list(config.rl.reward)}
     functions = {path: [name for name in names if is_function(name)] for path, names in named.items() if path in given}
     for path, names in functions.items():
         if names and not is_of_run:
@@ -227,7 +227,9 @@ def _without_functions(config: Config, given: Collection[str], is_of_run: bool) 
             raise UserError(f"{path}: {names[0]}: would run code, which only a Python config may ask for: {fix}")
     kept = tuple(name for name in metrics if name not in functions.get("evaluation.metrics", ()))
     data_format = UNTRUSTED + data_format if functions.get("data.format") else data_format
-    return config.override({"evaluation.metrics": kept, "data.format": data_format})
+    own = functions.get("rl.reward", ())
+    rewards = tuple(UNTRUSTED * (name in own) + name for name in config.rl.reward)
+    return config.override({"evaluation.metrics": kept, "data.format": data_format, "rl.reward": rewards})
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

@@ -200,6 +200,28 @@ class PreferenceConfig(Section):
 
 
 @dataclass(frozen=True)
+class RLConfig(Section):
+    """Objectives that learn from answers which the model samples (docs/rewards.md)."""
+
+    reward: tuple[str, ...] = ()  # what answers are worth: metrics (evaluation.metrics), or package.module:function
+    reward_weights: tuple[float, ...] = ()  # of each in the sum; none: 1
+    reward_timeout: float = bounded(10.0, 0.0)  # seconds for one answer; 0: none
+    prompts: int = bounded(8, 1)  # of a step
+    group_size: int = bounded(8, 2)  # answers to each prompt
+    updates: int = bounded(1, 1)  # optimizer steps on the answers of a step
+    temperature: float = bounded(1.0, 0.01)  # of sampling
+    top_p: float = bounded(1.0, 1e-6, 1.0)  # sample from the likeliest tokens with this total probability
+    max_new_tokens: int = bounded(256, 1)  # tokens per answer
+    mask_truncated: bool = False  # do not learn from answers that reach this limit
+    advantage_scale: Literal["group", "none"] = "group"  # divide by the deviation of a group's rewards, or not
+    ratio: Literal["token", "sequence"] = "token"  # sequence: the geometric mean over an answer (GSPO)
+    clip_low: float = bounded(0.2, 0.0, 1.0)  # ratios below 1 - clip_low have no gradient; with updates > 1
+    clip_high: float = bounded(0.2, 0.0)  # and those above 1 + clip_high; DAPO: 0.28
+    loss_normalization: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # by tokens, by answers, by the limit on tokens
+    beta: float = bounded(0.0, 0.0)  # weight of the KL divergence from the policy at step 0
+
+
+@dataclass(frozen=True)
 class GuardConfig(Section):
     """What happens when a loss or gradient norm is not finite, or spikes."""
 
@@ -270,6 +292,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -348,6 +371,8 @@ class Config:
 
     def effective_batch_size(self) -> int:
         """Sequences per optimizer step, over all ranks."""
+        if self.rl.reward:
+            return self.rl.prompts * self.rl.group_size
         return self.micro_batch_rows() * self.training.gradient_accumulation_steps * self.system.ranks
 
     def micro_batch_rows(self) -> int:

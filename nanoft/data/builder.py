@@ -436,7 +436,7 @@ class DatasetBuilder:
             "target_tokens": int(np.array(self.targets, np.int64)[samples.chosen].sum()),
             "length": {f"p{p}": int(np.percentile(lengths, p, method="higher")) for p in percentiles},
         }
-        if self.learns != "turns":
+        if self.learns in ("pairs", "labels"):
             described |= self._describe_answers(samples)
         if self.stratum:
             described["strata"] = dict(sorted(Counter(str(self.stratum[r]) for r in records.tolist()).items()))

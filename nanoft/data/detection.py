@@ -86,6 +86,7 @@ def detect_shape(
         for name, shape in shapes.items() if isinstance(record, dict) else ():
             votes[name] += shape.to_messages is not None and record.keys() >= {*shape.required}
     best = [name for name in votes if votes[name] and votes[name] == max(votes.values())]
+    best = [name for name in best if shapes[name].required != ("prompt",)] or best  # which others have, too
     paired = [name for name in best if {"chosen", "rejected"} <= {*shapes[name].fields}]  # with a prompt in `messages`
     best = (paired or best) if wanted == "auto" else [wanted]
     example = next((record for _, record in records if isinstance(record, dict)), {})

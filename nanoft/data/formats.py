@@ -54,7 +54,9 @@ RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # variab
 RESERVED |= {"bos_token", "eos_token", "pad_token", "unk_token"}
 JSON_TURNS = re.compile(r"""\s*\[\s*{\s*['"](?:role|content|from|value)['"]""")  # a list of turns, stored as a text
 MALFORMED = "malformed"
-Learns = Literal["turns", "pairs", "labels"]  # what an objective learns from: answers, better ones, good and bad ones
+# What an objective learns from: answers, better ones, good and bad ones; or its own answers to prompts.
+Learns = Literal["turns", "pairs", "labels", "prompts"]
+REFERENCES = ("answer", "solution", "reference", "ground_truth", "target")  # of a prompt: what rewards compare with
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # but white space (tab, newline, form feed, ...)
 
 
@@ -67,7 +69,7 @@ class Conversation:
     file: str
     line: int  # from 1; in a JSON array or a Parquet file, the record's number
     tools: list[dict[str, Any]] | None = None
-    fields: dict[str, Any] = field(default_factory=dict)  # what the split depends on
+    fields: dict[str, Any] = field(default_factory=dict)  # of the record: what the split depends on; for rewards, all
     prompt_characters: int = 0  # of the text: they are no targets
     template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
     notes: tuple[str, ...] = ()  # what has no effect
@@ -236,6 +238,12 @@ def _exchange(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def _prompt(record: dict[str, Any]) -> list[Message]:
+    """{"prompt": a text or messages, any of REFERENCES, and whatever rewards read}; the reference may be missing."""
+    reference = next((text_of(record, name) for name in REFERENCES if record.get(name) is not None), "")
+    return _pair({**record, "completion": reference})
+
+
 SHAPES = {
     "messages": Shape(("messages",), ("messages", "tools"), itemgetter("messages")),
     "sharegpt": Shape(("conversations",), ("system", "conversations", "tools"), itemgetter("conversations")),
@@ -252,12 +260,17 @@ SHAPES_OF: dict[Learns, dict[str, Shape]] = {  # those that an objective can lea
     "turns": SHAPES,
     "pairs": PAIR_SHAPES,
     "labels": {**PAIR_SHAPES, **{name: shape for name, shape in SHAPES.items() if shape.to_messages}},
+    "prompts": {
+        **{name: shape for name, shape in SHAPES.items() if shape.to_messages},
+        "prompt": Shape(("prompt",), ("system", "prompt", "tools"), _prompt),
+    },
 }
 
 RETURNED: dict[Learns, tuple[str, ...]] = {  # shapes that a user's own function may return
     "turns": ("messages", "prompt_completion", "text"),
     "pairs": (*PAIR_SHAPES,),
     "labels": ("messages", "prompt_completion", *PAIR_SHAPES),
+    "prompts": ("messages", "prompt_completion", "prompt"),
 }
 
 
@@ -375,6 +388,7 @@ def _convert(
         label = preferences.margin(read | record, data.margin_field)
     split_by = (data.stratify_field, data.split_group, data.split_time)
     fields = {name: _split_field(read, name) for name in split_by if name not in (None, "length")}
+    fields = {**read, **fields} if learns == "prompts" else fields
     if learns != "turns" and any(record[name] in (None, "", []) for name in required):
         raise Skipped(preferences.EMPTY)
     if to_messages is None:
@@ -387,7 +401,7 @@ def _convert(
         given = [name for name in fields_read if name in TURNS and (name in required or record.get(name))]
         record = record | {name: turns_of(record, name, data.roles) for name in given}
         versions = to_messages(record) if is_compared else [to_messages(record)]
-        if learns != "turns":
+        if learns in ("pairs", "labels"):
             preferences.require_answers(versions)
         if "system" in fields_read and (system := optional_text(record, "system")):
             versions = [[{"role": "system", "content": system}, *messages] for messages in versions]
@@ -395,10 +409,11 @@ def _convert(
     except (TypeError, AttributeError, ValueError, LookupError):
         raise BadRecord(f"does not have the form of {shape} (docs/data.md)") from None
     for messages in versions:
-        _check_turns(messages)
+        _check_turns(messages, may_be_empty=learns == "prompts")
     unused = dict.fromkeys(name for messages in versions for message in messages for name in message.pop(UNUSED, ()))
     notes = tuple(f"the field {name!r:.60} of a message is not used" for name in unused)
-    best, *worse = [preferences.last_answer(versions[0])] if learns == "labels" and not is_compared else versions
+    is_single = learns in ("labels", "prompts") and not is_compared
+    best, *worse = [preferences.last_answer(versions[0])] if is_single else versions
     is_answer = (m["role"] == "assistant" and is_trained(m) for m in best)
     answer_at = next(itertools.compress(itertools.count(), is_answer), -1) if learns != "turns" else -1
     return Conversation(
@@ -452,10 +467,11 @@ def _split_field(record: dict[str, Any], name: str) -> Any:
     return value if isinstance(value, (int, float)) else text_of({name: str(value)}, name)
 
 
-def _check_turns(messages: list[Message]) -> None:
+def _check_turns(messages: list[Message], may_be_empty: bool) -> None:
     """Check who speaks, and drop unanswered messages at the end; the order of turns is the chat template's affair."""
     for message in messages:
         is_answer = message["role"] == "assistant" and not message.get("tool_calls") and is_trained(message)
+        is_answer = is_answer and not may_be_empty
         if is_answer or message["role"] == "user":
             nonempty(message["content"], "an assistant message" if is_answer else "a user message")
     if all(message["role"] != "assistant" for message in messages):

@@ -140,8 +140,8 @@ def show_window(
 
 def answer_kind(corpus: PreparedDataset, samples: TokenDataset, at: int) -> str:
     """What the answer of a sample is to a preference objective, before its place."""
-    kinds = {"turns": ("", ""), "pairs": ("rejected: ", "chosen: "), "labels": ("undesirable: ", "desirable: ")}
-    return kinds[corpus.learns][int(is_preferred(samples)[at])]
+    kinds = {"pairs": ("rejected: ", "chosen: "), "labels": ("undesirable: ", "desirable: ")}
+    return kinds.get(corpus.learns, ("", ""))[int(is_preferred(samples)[at])]
 
 
 def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:

@@ -79,7 +79,8 @@ class Decoding:
     def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
         """Add prompts, none empty, to the batch; they end in the same slot as the sequences that are in it.
 
-        At most `more` tokens may follow each sequence. Returns the last hidden state of each prompt, (prompts, n).
+        Equal prompts are read once. At most `more` tokens may follow each sequence. Returns the last hidden state of
+        each prompt, (prompts, n).
         """
         longest = max(map(len, prompts))
         length = max(self.length, longest)
@@ -91,7 +92,12 @@ class Decoding:
             both[len(old) :, :, length - longest : length] = new
             return both
 
-        hidden, keys, values = self._read(prompts)
+        distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        hidden, keys, values = self._read(list(distinct))
+        if len(distinct) < len(prompts):
+            which = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
+            hidden, *parts = (part[which] for part in (hidden, *keys, *values))
+            keys, values = parts[: len(keys)], parts[len(keys) :]
         for kept, new in ((self.keys, keys), (self.values, values)):
             kept[:] = [append(*pair) for pair in zip(kept or [part[:0] for part in new], new, strict=True)]
         self.empty = [empty + before for empty in self.empty] + [length - len(prompt) for prompt in prompts]

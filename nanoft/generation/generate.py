@@ -9,6 +9,7 @@ answer does not hold up a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ def generate(
     """
     stops, answers = set(stop_ids), [Answer([], False) for _ in prompts]
     for step in stream(model, prompts, stop_ids, max_new_tokens, sampling, generator, batch_size, only):
-        for prompt, token in step:
+        for prompt, token, _ in step:
             if token in stops:
                 answers[prompt] = Answer(answers[prompt].ids, True)
             else:
@@ -55,12 +56,16 @@ def generate(
 def stream(
     model: Decoder, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int,
     sampling: Sampling = GREEDY, generator: torch.Generator | None = None, batch_size: int | None = None,
-    only: Sequence[int] | None = None,
-) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
-    """Yields for each step the (index of the prompt, new token) pairs; a stop id is the last token of its answer."""
+    only: Sequence[int] | None = None, noise: torch.Tensor | None = None,
+) -> Iterator[list[tuple[int, int, float]]]:  # fmt: skip
+    """Yields for each step (index of the prompt, new token, its log-probability); a stop id ends its answer.
+
+    Log-probabilities are NaN unless `sampling.log_probs` asks for them. `noise`: random numbers in [0, 1) for each
+    token of each answer, (prompts, max_new_tokens), in the place of those of the generator.
+    """
     stops, waiting = set(stop_ids), list(range(len(prompts)) if only is None else only) if max_new_tokens else []
     batch_size = batch_size or len(waiting)
-    sampler = Sampler(sampling, prompts, model.config.vocab_size, max_new_tokens, model.device, generator)
+    sampler = Sampler(sampling, prompts, model.config.vocab_size, max_new_tokens, model.device, generator, noise)
     decoding = Decoding(model)
     budget = [max_new_tokens] * len(prompts)  # tokens that each answer may still get
     batch: list[int] = []  # the prompt of each sequence in the batch; -1: its answer is finished
@@ -73,11 +78,12 @@ def stream(
             sampler.join(joining)
             batch += joining
         newest = sampler.choose(decoding.logits(torch.cat(hidden)))  # (batch,)
-        step = [(prompt, token) for prompt, token in zip(batch, newest.tolist(), strict=True) if prompt >= 0]
+        found = zip(batch, newest.tolist(), sampler.log_probs or [math.nan] * len(batch), strict=True)
+        step = [(prompt, token, log_p) for prompt, token, log_p in found if prompt >= 0]
         yield step
-        for prompt, _ in step:
+        for prompt, *_ in step:
             budget[prompt] -= 1
-        finished = {prompt for prompt, token in step if token in stops or not budget[prompt]}
+        finished = {prompt for prompt, token, _ in step if token in stops or not budget[prompt]}
         batch = [-1 if prompt in finished else prompt for prompt in batch]
         active = [index for index, prompt in enumerate(batch) if prompt >= 0]
         if len(active) <= REFILL * (batch_size if waiting else len(batch)):

@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +42,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    log_probs: bool = False  # remember log softmax(logits / temperature) of the chosen tokens, before the filters
 
 
 GREEDY = Sampling()
@@ -75,18 +77,30 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
     return sampled.clamp(max=logits.shape[-1] - 1)  # beyond it only if all is NaN
 
 
+def completion_noise(seeds: Sequence[Sequence[int]], steps: int) -> Tensor:
+    """Random numbers in [0, 1) for the tokens of n answers, (n, steps): a function of each answer's seed."""
+    rows = [np.random.default_rng(list(seed)).random(steps, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows)) * BELOW_ONE
+
+
 class Sampler:
     """Chooses the next token of each sequence in a batch; remembers which tokens each of them has seen."""
 
     def __init__(
         self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab: int, steps: int, device: torch.device,
-        generator: torch.Generator | None,
+        generator: torch.Generator | None, noise: Tensor | None = None,
     ):  # fmt: skip
-        """`prompts`: of all answers, of at most `steps` tokens; `generator`: on the CPU, so that seeds are portable."""
+        """`prompts`: of all answers, of at most `steps` tokens; `generator`: on the CPU, so that seeds are portable.
+
+        `noise`: (prompts, steps) in the place of what the generator gives.
+        """
         self.sampling, self.prompts, self.device = sampling, prompts, device
         self.noise: Tensor | None = None  # (prompts, steps)
         if sampling.temperature > 0:
-            self.noise = (torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE).to(device)
+            if noise is None:
+                noise = torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE
+            self.noise = noise.to(device)
+        self.log_probs: list[float] = []  # of the newest token of each sequence, if `sampling` asks for them
         self.batch = torch.zeros(0, dtype=torch.long, device=device)  # (batch,): the prompt of each sequence
         self.lengths = torch.zeros_like(self.batch)  # (batch,): tokens of its answer so far
         self.seen: Tensor | None = None  # (batch, vocab)
@@ -115,6 +129,9 @@ class Sampler:
         else:
             last = self.noise.shape[1] - 1  # a finished answer may still be in the batch
             newest = sample(warp(logits, self.sampling), self.noise[self.batch, self.lengths.clamp(max=last)])
+        if self.sampling.log_probs:
+            log_p = (logits / (self.sampling.temperature or 1.0)).log_softmax(-1)
+            self.log_probs = log_p.gather(1, newest[:, None])[:, 0].tolist()
         if self.seen is not None:
             self.seen.scatter_(1, newest[:, None], True)
         self.lengths += 1

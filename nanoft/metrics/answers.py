@@ -58,12 +58,12 @@ class Metric:
         return Figure(parts, entry.of_sums or ratio, entry.unit)
 
 
-def select_metrics(names: Sequence[str]) -> list[Metric]:
-    """Look up metrics by name, and import what they need."""
-    return [_select(name) for name in names]
+def select_metrics(names: Sequence[str], field: str = "evaluation.metrics") -> list[Metric]:
+    """Look up metrics by name, and import what they need; `field` of the config is for messages."""
+    return [_select(name, field) for name in names]
 
 
-def _select(name: str) -> Metric:
+def _select(name: str, field: str) -> Metric:
     kind, colon, argument = name.partition(":")
     entry = METRICS.get(kind)
     if entry is not None and bool(colon) == bool(entry.argument):
@@ -71,15 +71,15 @@ def _select(name: str) -> Metric:
             score = entry.build(argument)
         except ImportError:
             fix = f"needs the package {entry.package}: pip install -e '.[metrics]'"
-            raise UserError(f"evaluation.metrics: {name} {fix}") from None
+            raise UserError(f"{field}: {name} {fix}") from None
         except (ValueError, re.error) as error:
             reason = f"not a regular expression: {error}" if kind == "regex" else f"write {kind}:{entry.argument}"
-            raise UserError(f"evaluation.metrics: {name}: {reason}") from None
+            raise UserError(f"{field}: {name}: {reason}") from None
         return Metric(name, score, entry)
     if is_function(name):
         return Metric(name, _own(name), Entry(_own, unit="number"))
     forms = [f"{kind}:{entry.argument}" if entry.argument else kind for kind, entry in METRICS.items()]
-    raise UserError(f"evaluation.metrics: {name!r}: no such metric{nearest(kind, [*forms, 'package.module:function'])}")
+    raise UserError(f"{field}: {name!r}: no such metric{nearest(kind, [*forms, 'package.module:function'])}")
 
 
 def exact_match(answer: str, reference: str) -> float:

@@ -28,6 +28,7 @@ from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.data.formats import Learns
 from nanoft.model import Decoder
+from nanoft.objectives.objective import Objective
 from nanoft.objectives.reference import Reference, answer_tokens, sequence_logps
 from nanoft.runtime import distributed
 
@@ -107,7 +108,7 @@ def log1mexp(x: Tensor) -> Tensor:
 # ---- Objectives
 
 
-class Preference:
+class Preference(Objective):
     """What the objectives have in common; each says how it measures a batch."""
 
     unit = "pairs"
@@ -120,10 +121,6 @@ class Preference:
         self.preference, self.beta = config.preference, config.preference.beta or self.default_beta
         self.reference = Reference(config, adapters)
         self.sums: dict[str, Tensor] = {}
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        """Refuse a config on which the objective cannot work, with a UserError."""
 
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
         """The loss of each unit, (n,), differentiable; and figures, of which means are logged."""

@@ -18,26 +18,17 @@ from nanoft.config import Config
 from nanoft.data.formats import Learns
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
+from nanoft.objectives.objective import Objective
 
 
-class SFT:
+class SFT(Objective):
     """The sum of the negative log-likelihood over target tokens, with label smoothing and z-loss if asked for."""
 
     unit = "target tokens"
     learns: ClassVar[Learns] = "turns"
-    settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Config, adapters: object = None):
         self.label_smoothing, self.z_loss = config.training.label_smoothing, config.training.z_loss
-
-    def begin(self, *_: object) -> None:
-        """Nothing: there is no reference model."""
-
-    def prepare(self, model: Decoder, window: Window) -> None:
-        """Nothing: each token's loss stands for itself."""
-
-    def figures(self) -> dict[str, float]:
-        return {}
 
     def count(self, window: Window) -> float:
         return window.target_tokens

@@ -102,8 +102,6 @@ def _limits(root: Path, path: str, limit: str, usage: str, cache: str) -> Iterat
 class OutOfMemory(Exception):
     """Memory ran out on some rank. Every rank raises it at the same place (`distributed.same_exception`)."""
 
-    in_optimizer_step = False  # then some parameters may be updated and others not
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on any device."""

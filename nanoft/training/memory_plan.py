@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from nanoft import TrainingFailed, UserError
+from nanoft.batches import Batches
 from nanoft.config import Config
 from nanoft.config.settings import config_warnings
 from nanoft.io.tables import wrap
@@ -244,9 +245,7 @@ class Planner:
 
     @classmethod
     def of(cls, config: Config, machine: Machine, decoder: DecoderConfig) -> Planner:
-        objective = OBJECTIVES[config.training.objective]
-        if objective.learns != "turns":
-            objective.check(config)
+        OBJECTIVES[config.training.objective].check(config)
         return cls(config, machine, decoder, count_parameters(decoder, config))
 
     @property
@@ -260,6 +259,11 @@ class Planner:
         baseline, dtype = held_bytes(device) if device.type == "cpu" else 0.0, self.machine.dtype
         sizes = self.decoder, self.counts, settled, device.type, dtype, rows, length, keep, baseline
         return estimate_memory(*sizes, float(not trains_score(self.config)))
+
+    def longest_shape(self, batches: Batches) -> tuple[int, int]:
+        """Rows and tokens of the micro-batch that needs the most memory."""
+        (rows, length), rl = batches.longest().ids.shape, self.config.rl
+        return (batches.micro_batch_size, length + rl.max_new_tokens) if rl.reward else (rows, length)
 
     def keep_by(self, policy: str) -> list[ActivationPolicy]:
         """What each block keeps under a policy of training.checkpointing, for auto where memory is least."""
@@ -291,16 +295,17 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
     t, ranks = config.training, config.system.ranks
     if t.micro_batch_size != "auto":
         return config
-    rows_a_rank, left = divmod(t.gradient_accumulation_steps, ranks)
-    if left:
-        split = f"{t.gradient_accumulation_steps} rows a step cannot be split evenly over {ranks} processes"
+    step_rows = config.effective_batch_size() if config.rl.reward else t.gradient_accumulation_steps
+    rows_a_rank, left = divmod(step_rows, ranks)
+    if left and not config.rl.reward:
+        split = f"{step_rows} rows a step cannot be split evenly over {ranks} processes"
         raise UserError(f"training.gradient_accumulation_steps: {split}: set it to {ranks * max(rows_a_rank, 1)}")
     if recorded is not None and recorded["system"].get("ranks", 1) == ranks:
         return config.override({name: recorded["training"][name.removeprefix("training.")] for name in ROWS})
     length, keep = config.model.max_seq_length, planner.keep_by(t.checkpointing)
     size = planner.unit_size
     rows = choose_rows(lambda n: planner.plan(n * size, length, keep).peak, rows_a_rank, planner.machine.room_bytes)
-    return config.override(dict(zip(ROWS, (rows, rows_a_rank // rows), strict=True)))
+    return config.override(dict(zip(ROWS[: 1 if config.rl.reward else 2], (rows, rows_a_rank // rows), strict=False)))
 
 
 def describe_recompute(plan: Plan) -> str:

@@ -100,7 +100,7 @@ def rehearse_step(ctx: TrainContext, state: TrainState) -> float:
 
 def rehearse(ctx: TrainContext) -> tuple[Check, float]:
     """Forward and backward over the longest micro-batch, and its seconds per token; nothing is changed."""
-    longest, seconds = ctx.batches.longest(), []
+    longest, seconds = ctx.objective.longest(ctx.batches), []
     batch, window = longest.to(ctx.device), Window([longest], [0, 0], [0, 0])
     with preserve_rng_state():
         for _ in range(2):  # the first one warms up, and leaves its gradients

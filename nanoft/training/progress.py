@@ -139,6 +139,8 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
     warn_of_falling(ctx, state, figures)
     best = " (best so far)" if state.step and figures["loss"] < state.best_loss else ""
     more = f", perplexity {figures['perplexity']:.4g}" if "perplexity" in figures else ""
+    if "reward" in figures:
+        more = f", reward {figures['reward']:.4g}, stop rate {figures['stop_rate']:.0%}"
     if "rewards/accuracies" in figures:
         more = f", accuracy {figures['rewards/accuracies']:.1%}, margin {figures.get('rewards/margins', 0.0):.3f}"
     ctx.run.print(f"step {state.step}: validation loss {figures['loss']:.4f}{more}{best}")

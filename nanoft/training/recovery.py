@@ -24,7 +24,7 @@ def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) 
     """Split the same windows into micro-batches of half the size; TrainingFailed if that is 1 already."""
     release_memory(ctx.device, error)
     ctx.optimizer.zero_grad(set_to_none=True)
-    if error.in_optimizer_step:  # half of a step may have been taken; a checkpoint has whole ones
+    if state.updates:  # part of a step may have been taken; a checkpoint has whole ones
         state = back_to_checkpoint(ctx, state)
     rows = ctx.batches.micro_batch_size
     if rows == 1:

@@ -200,7 +200,7 @@ def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tenso
     config = ctx.config.override({"training.max_grad_norm": 0.0, "guard.max_rollbacks": 0})
     unused = CheckpointManager(ctx.run.directory / "no" / "checkpoints", 1)
     scaler = build_scaler(ctx.device, ctx.machine.dtype)
-    objective = build_objective(config, ctx.adapters)
+    objective = build_objective(config, ctx.adapters, ctx.corpus, ctx.tokenizer)
     with ctx.autocast():
         objective.begin(ctx.model, [batches.samples], None, DOCUMENTS)
     ctx = saving_to(replace(ctx, config=config, batches=batches, objective=objective, scaler=scaler), unused)

@@ -50,7 +50,6 @@ from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_
 from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES, trains_score
-from nanoft.objectives.preference import Preference
 from nanoft.runtime import distributed
 from nanoft.runtime.device import describe_device, library_versions
 from nanoft.runtime.machine import Machine
@@ -178,9 +177,8 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
     read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
     bar = config.logging.progress_bar and not distributed.process_rank()
-    corpus = distributed.main_process_first(
-        lambda: prepare_datasets(d, tokenizer, length, seed, run.print, bar, learns)
-    )
+    room = length - config.rl.max_new_tokens if learns == "prompts" else length  # the answers are sampled later
+    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, bar, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     needed = {
         f"training.early_stopping_patience: {t.early_stopping_patience}": t.early_stopping_patience,
@@ -191,10 +189,14 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
         raise UserError(f"{setting}: there is no validation data: {fix}")
     rows, micro_batches = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
     options: dict[str, Any] = {"group_by_length": d.group_by_length, "pad_to_multiple_of": d.pad_to_multiple_of}
-    pack_length = length if d.packing else None
-    batches = Batches(
-        corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, shuffle=t.shuffle, **options
-    )
+    if learns == "prompts":  # a window holds those of a step, whose answers become its micro-batches
+        batches = Batches(corpus.training, 1, config.rl.prompts, seed, tokenizer.pad_id, shuffle=t.shuffle, **options)
+        batches.micro_batch_size = rows
+    else:
+        pack_length = length if d.packing else None
+        batches = Batches(
+            corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, shuffle=t.shuffle, **options
+        )
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
     check_schedule(t, steps)
@@ -313,8 +315,8 @@ def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncC
 def base_model(ctx: TrainContext) -> Iterator[Decoder]:
     """The model before training: adapters off (of preferences: as at step 0), or loaded again in full training."""
     if ctx.adapters:
-        objective = ctx.objective
-        with objective.reference.weights() if isinstance(objective, Preference) else disabled(ctx.adapters):
+        reference = getattr(ctx.objective, "reference", None)
+        with reference.weights() if reference else disabled(ctx.adapters):
             yield ctx.model
     else:
         ctx.optimizer.state.clear()  # its memory is needed for the second model

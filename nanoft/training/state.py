@@ -30,7 +30,7 @@ from nanoft.kernels import sharding
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
-from nanoft.objectives import Objective
+from nanoft.objectives.objective import Objective
 from nanoft.runtime import distributed
 from nanoft.runtime.device import set_rng_state
 from nanoft.runtime.machine import Machine
@@ -80,6 +80,7 @@ class TrainState:
     evaluations_without_gain: int = 0
     trend: LossTrend = field(default_factory=LossTrend)
     overflow_steps: int = 0  # windows skipped because their gradient overflowed float16
+    updates: int = 0  # optimizer steps that the next window has had: some, if it has several
     micro_batch_rows: int = 0  # fewer than configured, after running out of memory; 0: as configured
     guard: guard.History = field(default_factory=guard.History)
     held_out: dict[str, float] = field(default_factory=dict)  # figures of the last evaluation
@@ -94,8 +95,9 @@ class TrainState:
         self.trend.units += units
 
     def skip(self, window: Window) -> None:
-        """Move on to the next window without a step."""
+        """Move on to the next window without a further step."""
         self.epoch, self.window = window.next_position
+        self.updates = 0
 
     def should_stop_early(self, t: TrainingConfig) -> bool:
         return 0 < t.early_stopping_patience <= self.evaluations_without_gain

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from typing import Any
 
 from nanoft import UserError
 from nanoft.config import Config, TrainingConfig
@@ -52,10 +53,12 @@ def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> 
 
 
 def check_objective(config: Config) -> None:
-    """Refuse settings of `preference`, and those of supervised training, that the objective does not read."""
+    """Refuse settings of `preference` and `rl`, and those of supervised training, that the objective does not read."""
     t, p, objective = config.training, config.preference, OBJECTIVES[config.training.objective]
-    unread = [f for f in fields(p) if f.name not in objective.settings]
-    idle = [f"preference.{f.name}" for f in unread if getattr(p, f.name) != f.default]
+    sections: dict[str, Any] = {"preference": p, "rl": config.rl}
+    read = {(objective.section, name) for name in objective.settings}
+    unread = [(name, f) for name, section in sections.items() for f in fields(section) if (name, f.name) not in read]
+    idle = [f"{name}.{f.name}" for name, f in unread if getattr(sections[name], f.name) != f.default]
     if "label_smoothing" in objective.settings and p.loss == "ipo" and p.label_smoothing:
         idle.append("preference.label_smoothing")
     if config.data.margin_field and not trains_score(config):

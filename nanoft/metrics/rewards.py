@@ -1,0 +1,112 @@
+"""What is an answer worth? The rewards of a step's answers, by the functions that `rl.reward` names.
+
+A built-in reward is a metric (`answers.py`), so what training raises is what evaluation measures. Your own reward is
+`def function(prompt, answer, record)`, of texts and of the record as it stands in its file: a number, larger being
+better. A function that fails says so in one line and costs its answer, not the run: the answer has no reward, NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from nanoft import UserError
+from nanoft.batches import Array
+from nanoft.config.functions import import_function, is_function
+from nanoft.config.settings import RLConfig
+from nanoft.metrics.answers import select_metrics
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A sampled answer, and what a reward function may want to know."""
+
+    prompt: str  # the message that it answers
+    answer: str
+    reference: str  # the record's own answer; may be empty
+    record: dict[str, Any]
+    where: str  # file:line of the record
+
+
+Reward = Callable[[Answered], Any]
+
+
+class Rewards:
+    """The reward functions of a run, and how often each has failed."""
+
+    def __init__(self, rl: RLConfig, log: Callable[[str], None] = print):
+        self.names, self.log, self.timeout = list(rl.reward), log, rl.reward_timeout
+        self.functions = [reward_function(name) for name in rl.reward]
+        self.weights = np.array(rl.reward_weights or [1.0] * len(rl.reward))
+        self.failures: Counter[str] = Counter()
+        if self.timeout and not can_interrupt():
+            self.log("warning: rl.reward_timeout: has no effect here, without SIGALRM in the main thread")
+
+    def score(self, answers: Sequence[Answered]) -> Array:
+        """What each function says of each answer, (answers, functions) float64; NaN: it failed."""
+        return np.array([[self._call(at, one) for at in range(len(self.functions))] for one in answers]).reshape(
+            len(answers), len(self.functions)
+        )
+
+    def total(self, rewards: Array) -> Array:
+        """The weighted sums of rewards, (answers,); NaN where one failed."""
+        return rewards @ self.weights
+
+    def _call(self, at: int, answered: Answered) -> float:
+        try:
+            with time_limit(self.timeout):
+                value = float(self.functions[at](answered))
+            if math.isfinite(value):
+                return value
+            reason = f"returned {value}"
+        except Exception as error:  # the function is the user's program, and so is the mistake
+            reason = f"{type(error).__name__}: {error}"
+        name = self.names[at]
+        self.failures[name] += 1
+        if self.failures[name] == 1:
+            what = f"{reason} at {answered.where} (answer {answered.answer!r:.60})"
+            self.log(f"warning: rl.reward: {name}: {what}: this answer is left out, as further ones will be")
+        return math.nan
+
+
+def reward_function(name: str) -> Reward:
+    """A metric, or the user's own `package.module:function`, as a function of an answer."""
+    if is_function(name):
+        function = import_function(name, "rl.reward", "(prompt, answer, record)")
+        return lambda a: function(a.prompt, a.answer, a.record)
+    metric = select_metrics([name], "rl.reward")[0]
+    if metric.entry.of_sums:
+        raise UserError(f"rl.reward: {name}: measures a whole set of answers, not one: choose another")
+    return lambda a: metric.score(a.answer, a.reference, a.prompt)
+
+
+def can_interrupt() -> bool:
+    return hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise a TimeoutError inside a `with` block after so many seconds, by SIGALRM; without it, or for 0: never."""
+    if not seconds or not can_interrupt():
+        yield
+        return
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"took longer than rl.reward_timeout={seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

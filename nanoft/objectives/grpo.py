@@ -1,0 +1,229 @@
+"""GRPO: learn from rewards, by comparing the answers to one prompt with each other (Shao et al. 2024, "DeepSeekMath").
+
+A step samples G answers y_1 ... y_G to each of its prompts x from the policy, and asks a function what each is worth,
+R_i. No model of values is needed, because an answer is compared with the others to its prompt:
+
+    A_i = (R_i - mean(R)) / (std(R) + 1e-4)                                  the advantage of all tokens of y_i
+    ratio = p(token | x, tokens before it) / p_old(token | x, tokens before it)   by how much the policy has changed
+    loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta KL         per token (Schulman et al. 2017, eq. 7)
+
+p_old is the policy that sampled. With one update per step it is the policy itself: the ratio is 1, and its gradient is
+that of log p, so the loss is REINFORCE with the group's mean as the baseline. With several updates (`rl.updates`),
+clipping stops an answer's tokens from moving further than by a factor of 1 + high, or 1 - low.
+
+The loss of a step is a mean over all its answers, however they are cut into micro-batches. What it divides by is a
+choice, LOSS_NORMALIZATIONS; answers of groups whose rewards are all equal have no gradient, yet they count there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoft import UserError
+from nanoft.batches import Array, Batch, Batches, TokenDataset, Window
+from nanoft.blocks.trained import Adapter
+from nanoft.config import Config
+from nanoft.config.settings import RLConfig, TrainingConfig
+from nanoft.data.formats import Learns
+from nanoft.generation.sampling import GREEDY, Sampling
+from nanoft.loss import token_nll
+from nanoft.model import Decoder
+from nanoft.objectives.objective import Objective
+from nanoft.objectives.preference import add, means
+from nanoft.objectives.reference import Reference, answer_tokens
+from nanoft.objectives.rollouts import Prompts, Rollout
+from nanoft.runtime.command import StopRequest
+
+SMALL = 1e-4  # added to the deviation of a group's rewards
+
+
+def group_advantages(rewards: Array, scale: str = "group") -> Array:
+    """A of the answers to n prompts, (n, G), from their rewards, (n, G); NaN, a failed reward, counts nowhere: 0.
+
+    `scale`: group, or none to leave out the division (Liu et al. 2025, "Dr. GRPO").
+    """
+    known = ~np.isnan(rewards)
+    count = known.sum(axis=1, keepdims=True)
+    mean = np.where(known, rewards, 0).sum(axis=1, keepdims=True) / np.maximum(count, 1)
+    centered = np.where(known, rewards - mean, 0)
+    std = np.sqrt((centered**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    return centered / (std + SMALL) if scale == "group" else centered
+
+
+def clipped_loss(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) of each token, (n,); high > low: Yu et al. 2025, "DAPO"."""
+    return -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def kl_estimate(logps: Tensor, reference: Tensor) -> Tensor:
+    """e^(r - l) - (r - l) - 1 >= 0 of each token, (n,): unbiased for KL(policy | reference) where the policy samples.
+
+    Schulman 2020, "Approximating KL divergence" (k3).
+    """
+    difference = reference - logps
+    return difference.exp() - difference - 1
+
+
+def sequence_mean(values: Tensor, batch: Batch) -> Tensor:
+    """At each token the mean over its answer, (n,): the geometric mean of ratios (Zheng et al. 2025, "GSPO")."""
+    tokens = answer_tokens(batch)
+    sums = values.new_zeros(len(tokens)).index_add(0, batch.sequence, values)
+    return (sums / tokens)[batch.sequence]
+
+
+# The weight of each token of an answer of n tokens, and what the weighted sum is divided by, from the answers' lengths
+# and the limit on them (rl.max_new_tokens).
+LOSS_NORMALIZATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Array, int], float]]] = {
+    "dapo": (torch.ones_like, lambda lengths, limit: lengths.sum()),  # every token weighs the same
+    "grpo": (torch.reciprocal, lambda lengths, limit: len(lengths)),  # every answer weighs the same
+    "dr_grpo": (torch.ones_like, lambda lengths, limit: len(lengths) * limit),  # no answer gains by its length
+}
+
+
+class GRPO(Objective):
+    """Group relative policy optimization: answers that the policy samples, and a function that says how good they are.
+
+    A step of the run is `rl.prompts` prompts with `rl.group_size` answers each, and `rl.updates` optimizer steps.
+    """
+
+    unit = "completions"
+    learns: ClassVar[Learns] = "prompts"
+    section = "rl"
+    settings: ClassVar[tuple[str, ...]] = tuple(f.name for f in fields(RLConfig))
+
+    def __init__(self, config: Config, adapters: dict[str, Adapter], prompts: Prompts):
+        self.rl, self.prompts, self.reference = config.rl, prompts, Reference(config, adapters)
+        self.sampling = Sampling(config.rl.temperature, top_p=config.rl.top_p, log_probs=True)
+        self.weight, self.denominator = LOSS_NORMALIZATIONS[config.rl.loss_normalization]
+        self.units, self.of_step, self.sums = 1.0, dict[str, float](), dict[str, Tensor]()
+        self.update = 0  # of the step, from 1
+        self.answers: list[Rollout] = []  # those of the step that have a gradient: sample n of its windows is answer n
+        self.old, self.start = dict[int, Tensor](), dict[int, Tensor]()  # log p of their tokens: old, of the reference
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        rl, t = config.rl, config.training
+        if not rl.reward:
+            raise UserError("rl.reward: empty: name a metric, such as exact_match, or package.module:function")
+        if rl.reward_weights and len(rl.reward_weights) != len(rl.reward):
+            raise UserError(
+                f"rl.reward_weights: {len(rl.reward_weights)} of {len(rl.reward)} rewards: give one for each"
+            )
+        if t.gradient_accumulation_steps != TrainingConfig.gradient_accumulation_steps:
+            what = f"a step has rl.prompts x rl.group_size = {config.effective_batch_size()} answers"
+            raise UserError(f"training.gradient_accumulation_steps: has no effect with grpo, where {what}: remove it")
+        if rl.beta and t.method == "full":
+            raise UserError("rl.beta: training.method=full does not keep the policy at step 0: set it to 0")
+        if rl.max_new_tokens >= (length := config.model.max_seq_length):
+            raise UserError(f"rl.max_new_tokens: {rl.max_new_tokens}: leaves no room in model.max_seq_length={length}")
+
+    def begin(self, model: Decoder, *_: object) -> None:
+        if model.config.logit_cap is not None and self.rl.temperature != 1:
+            why = f"{model.config.family} caps its logits, which are not divided by a temperature"
+            raise UserError(f"rl.temperature: {self.rl.temperature}: {why}: set it to 1")
+
+    def windows(self, model: Decoder, window: Window, rows: int, stop: StopRequest | None = None) -> list[Window]:
+        """The answers to a window's prompts, once for each update, in micro-batches of `rows`; none after a signal."""
+        started, group = time.perf_counter(), self.rl.group_size
+        records = window.samples.records.tolist()
+        found = self.prompts.sample(model, records, group, self.sampling, window.position, stop)
+        if not found:
+            return []
+        rewards = np.array([answer.reward for answer in found]).reshape(-1, group)
+        advantages = group_advantages(rewards, self.rl.advantage_scale)
+        tokens = sum(len(answer.ids) for answer in found)
+        self.of_step = self.prompts.figures(found) | {
+            "groups_without_spread": float((advantages == 0).all(axis=1).mean()),
+            "sampling_tokens_per_second": tokens / (time.perf_counter() - started),
+        }
+        samples = self.select(found, advantages.ravel())
+        return [replace(window, micro_batches=self.prompts.cut(samples, rows))] * self.rl.updates
+
+    def select(self, found: list[Rollout], advantages: Array) -> TokenDataset:
+        """The answers that have a gradient, labeled with their advantages; the others are only counted.
+
+        One whose reward failed is not even counted.
+        """
+        is_known = np.array([not math.isnan(answer.reward) for answer in found])
+        is_masked = np.array([self.rl.mask_truncated and not answer.stopped for answer in found])
+        lengths = np.array([len(answer.ids) for answer in found])
+        self.units = max(1.0, self.denominator(np.where(is_masked, 0, lengths)[is_known], self.rl.max_new_tokens))
+        moves = is_known & ~is_masked & ((advantages != 0) | (self.rl.beta > 0))
+        if not moves.any():  # a step without a gradient
+            advantages, moves = np.zeros_like(advantages), np.arange(len(found)) == lengths.argmin()
+        self.answers, self.update, self.sums = [found[at] for at in np.flatnonzero(moves)], 0, {}
+        pairs = zip(self.answers, advantages[moves].tolist(), strict=True)
+        return TokenDataset.of([answer.sample(advantage) for answer, advantage in pairs])
+
+    def prepare(self, model: Decoder, window: Window) -> None:
+        self.update += 1
+
+    def count(self, window: Window) -> float:
+        return self.units
+
+    def loss(self, model: Decoder, batch: Batch) -> Tensor:
+        """Sum over the tokens of a micro-batch, with the weights of `rl.loss_normalization`."""
+        rl, is_first = self.rl, self.update == 1
+        if rl.beta and is_first:
+            with self.reference.weights(), torch.no_grad():
+                keep(self.start, batch, self.token_logps(model, batch))
+        logps = self.token_logps(model, batch)
+        if is_first:
+            keep(self.old, batch, logps.detach())
+        change = logps - recall(self.old, batch)
+        ratio = (sequence_mean(change, batch) if rl.ratio == "sequence" else change).exp()
+        advantages = torch.from_numpy(batch.samples.labels).to(logps)[batch.sequence]
+        loss = clipped_loss(ratio, advantages, rl.clip_low, rl.clip_high)
+        figures = {
+            "entropy": -logps,  # its mean over sampled tokens is an unbiased estimate
+            "clip_ratio/low": (ratio < 1 - rl.clip_low) & (advantages < 0),
+            "clip_ratio/high": (ratio > 1 + rl.clip_high) & (advantages > 0),
+        }
+        if rl.beta:
+            figures["kl"] = kl_estimate(logps, recall(self.start, batch))
+            loss = loss + rl.beta * ratio * figures["kl"]
+        if is_first:  # the pass that samples and the one that trains compute the same, up to rounding
+            sampled = [logp for number in batch.samples.chosen.tolist() for logp in self.answers[number].logps]
+            figures["sampling_error"] = (logps - torch.tensor(sampled).to(logps)).abs()
+        add(self.sums, figures)
+        return (self.weight(answer_tokens(batch).to(loss.dtype))[batch.sequence] * loss).sum()
+
+    def token_logps(self, model: Decoder, batch: Batch) -> Tensor:
+        """log p of each target token at the temperature of sampling, in nats, (targets,)."""
+        hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, targets, hidden)
+        return -token_nll(hidden / self.rl.temperature, model.head, batch.targets, cap=model.config.logit_cap)
+
+    def figures(self) -> dict[str, float]:
+        return {**self.of_step, **means(self.sums)}
+
+    def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
+        """The reward of greedy answers to the prompts of samples; `loss` is its negative."""
+        records = [record for batch in batches for record in batch.records]
+        figures = self.prompts.figures(self.prompts.sample(model, records, 1, GREEDY, [0, 0]))
+        return {"loss": -figures.get("reward", math.nan), **figures}
+
+    def longest(self, batches: Batches) -> Batch:
+        """The longest prompt with answers as long as may be; of `windows`, nothing is sampled."""
+        record, rows = batches.longest().records[0], batches.micro_batch_size
+        prompt, tokens = self.prompts.encode(record), self.rl.max_new_tokens
+        answer = Rollout(record, prompt, prompt[-1:] * tokens, [0.0] * tokens, [], 0.0, True)
+        return self.prompts.cut(self.select([answer] * rows, np.ones(rows)), rows)[0]
+
+
+def keep(kept: dict[int, Tensor], batch: Batch, values: Tensor) -> None:
+    """Remember a value for each target token of a batch, (targets,), by sample."""
+    kept |= zip(batch.samples.chosen.tolist(), values.split(answer_tokens(batch).tolist()), strict=True)
+
+
+def recall(kept: dict[int, Tensor], batch: Batch) -> Tensor:
+    """What `keep` has remembered of the samples of a batch, (targets,)."""
+    none = torch.empty(0, device=batch.targets.device)
+    return torch.cat([none, *(kept[number] for number in batch.samples.chosen.tolist())])

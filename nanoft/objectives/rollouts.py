@@ -1,0 +1,142 @@
+"""Rollouts: answers to the prompts of a step, sampled from the very weights that are trained, and what they are worth.
+
+There is no second engine whose weights could be stale. Each answer has random numbers of its own, a pure function of
+(seed, position of the window, record, number of the answer), so it depends neither on the size of the batches in which
+answers are sampled nor on how many processes share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanoft.batches import Batch, Batches, Sample, TokenDataset
+from nanoft.config import Config
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.dataset import PreparedDataset
+from nanoft.data.formats import Conversation
+from nanoft.generation.generate import stream
+from nanoft.generation.sampling import Sampling, completion_noise
+from nanoft.metrics.rewards import Answered, Rewards
+from nanoft.model import Decoder
+from nanoft.runtime import distributed
+from nanoft.runtime.command import StopRequest
+from nanoft.runtime.memory import OutOfMemory, release_memory
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer."""
+
+    record: int
+    prompt_ids: list[int]
+    ids: list[int]  # of the answer, with the stop token if the model ended it
+    logps: list[float]  # of these tokens, as they were sampled
+    rewards: list[float]  # from each function of rl.reward; NaN: it failed
+    reward: float  # their weighted sum
+    stopped: bool  # the model ended the answer
+
+    def sample(self, label: float = 0.0) -> Sample:
+        """Prompt and answer, whose tokens are the targets."""
+        ids = np.array([*self.prompt_ids, *self.ids], np.int32)
+        return Sample(ids, np.arange(len(ids)) >= len(self.prompt_ids), self.record, label=label)
+
+
+class Prompts:
+    """The prompts of a data set, and the policy's answers to them."""
+
+    def __init__(self, config: Config, corpus: PreparedDataset, chat: ChatTokenizer):
+        self.config, self.rl, self.chat = config, config.rl, chat
+        self.rewards = Rewards(config.rl)
+        self.at_once = config.rl.prompts * config.rl.group_size  # answers sampled together; fewer when memory runs out
+        self.conversations: dict[int, Conversation] = {}
+        for samples in (corpus.training, corpus.validation):
+            records = dict.fromkeys(samples.records.tolist())
+            self.conversations |= zip(records, corpus.conversations(samples, len(records)), strict=True)
+
+    def encode(self, record: int) -> list[int]:
+        """The prompt's token ids, with the cue for the answer."""
+        c = self.conversations[record]
+        return self.chat.encode_prompt(c.messages[: c.answer_at], c.tools, c.template_args)
+
+    def sample(
+        self, model: Decoder, records: Sequence[int], count: int, sampling: Sampling, position: Sequence[int],
+        stop: StopRequest | None = None,
+    ) -> list[Rollout]:  # fmt: skip
+        """`count` answers to each prompt, those to one prompt beside each other; none if a signal arrives meanwhile.
+
+        Every rank answers a share of the prompts, and gets all answers.
+        """
+        encoded = [self.encode(record) for record in records]
+        while True:
+            try:
+                with distributed.same_exception(model.device):
+                    found = self._sample(model, records, encoded, count, sampling, position, stop)
+                break
+            except OutOfMemory as error:
+                release_memory(model.device, error)
+                if self.at_once == 1:
+                    raise
+                self.at_once = (self.at_once + 1) // 2
+        if stop is not None and distributed.stop_requested(stop):
+            return []
+        found = distributed.all_gather_dict(found)
+        return [Rollout(records[at // count], encoded[at // count], *found[at]) for at in sorted(found)]
+
+    @torch.no_grad()
+    def _sample(
+        self, model: Decoder, records: Sequence[int], encoded: list[list[int]], count: int, sampling: Sampling,
+        position: Sequence[int], stop: StopRequest | None,
+    ) -> dict[int, Any]:  # fmt: skip
+        """The fields of this rank's rollouts, by their place among all; fewer if a signal arrives."""
+        share = sorted(distributed.split_work(range(len(records))), key=lambda at: -len(encoded[at]))
+        own = [at * count + number for at in share for number in range(count)]  # if memory runs out, then at once
+        seeds = [[self.config.system.seed, *position, record, number] for record in records for number in range(count)]
+        noise = completion_noise(seeds, self.rl.max_new_tokens)
+        prompts = [prompt for prompt in encoded for _ in range(count)]
+        limits = self.chat.stop_ids, self.rl.max_new_tokens, sampling
+        ids: dict[int, list[int]] = {at: [] for at in own}
+        logps: dict[int, list[float]] = {at: [] for at in own}
+        training = model.training
+        model.eval()
+        try:
+            for step in stream(model, prompts, *limits, batch_size=self.at_once, only=own, noise=noise):
+                if stop and not distributed.is_sharded():
+                    return {}
+                for at, token, logp in step:
+                    ids[at].append(token)
+                    logps[at].append(logp)
+        finally:
+            model.train(training)
+        rewards = self.rewards.score([self._answered(records[at // count], ids[at]) for at in own])
+        totals, stops = self.rewards.total(rewards), set(self.chat.stop_ids)
+        worth = zip(own, rewards.tolist(), totals.tolist(), strict=True)
+        return {at: (ids[at], logps[at], each, total, ids[at][-1] in stops) for at, each, total in worth}
+
+    def _answered(self, record: int, ids: list[int]) -> Answered:
+        """What the reward functions get of an answer."""
+        c, stops = self.conversations[record], set(self.chat.stop_ids)
+        answer = self.chat.decode([token for token in ids if token not in stops])
+        asked, reference = c.messages[: c.answer_at], self.chat.control.remove(c.messages[c.answer_at]["content"])
+        return Answered(asked[-1]["content"], answer, reference, c.fields, f"{c.file}:{c.line}")
+
+    def cut(self, samples: TokenDataset, rows: int) -> list[Batch]:
+        """All samples in micro-batches of `rows`, packed if data.packing asks for it."""
+        pack_length = self.config.model.max_seq_length if self.config.data.packing else None
+        batches = Batches(samples, rows, len(samples), 0, self.chat.pad_id, pack_length, shuffle=False)
+        return batches.window(0)
+
+    def figures(self, answers: Sequence[Rollout]) -> dict[str, float]:
+        """Means over answers, each reward's without those where it failed."""
+        rewards = np.array([[answer.reward, *answer.rewards] for answer in answers])
+        names = ["reward", *(f"rewards/{name}" for name in self.rewards.names)]
+        known = zip(names, (column[~np.isnan(column)] for column in rewards.T), strict=True)
+        return {
+            **{name: float(values.mean()) for name, values in known if len(values)},
+            "completion_tokens": float(np.mean([len(answer.ids) for answer in answers])),
+            "stop_rate": float(np.mean([answer.stopped for answer in answers])),
+        }
