@@ -81,7 +81,7 @@ SUPPLIED = """
 """
 TASKS = {"text-generation": {}, "summarization": "summarization", "extractive-question-answering": "extractive_qa"}
 SFT = {"training.objective": "sft", "training.method": "lora"}
-STRATEGIES = {"sft": SFT, "qlora": SFT | {"quantization.bits": 4}, "dpo": "dpo", "rlhf": "rlhf"}
+STRATEGIES = {"sft": SFT, "qlora": SFT | {"quantization.bits": 4}, "dpo": "dpo", "rlhf": "grpo"}
 MODELFORGE_ONLY = {
     "task": Alias("data.format", TASKS),
     "provider": Alias(values={"huggingface": {}, "unsloth": Note("nanoft's own kernels are used instead")}),
@@ -106,7 +106,9 @@ MODELFORGE_DEFAULTS = """
     training.max_grad_norm=0.3 training.weight_decay=0.001 training.eval_steps=100
 """
 BITS_RULE = Rule("use_4bit", "use_8bit", lambda other, own: other is True and not own)
-MODELFORGE = Schema("ModelForge", ALIASES | MODELFORGE_NAMES, [*RULES, BITS_RULE], pairs(MODELFORGE_DEFAULTS))
+RLHF_RULE = Rule("gradient_accumulation_steps", "strategy", lambda other, own: other == "rlhf")  # rl.prompts counts
+MODELFORGE_RULES = [*RULES, BITS_RULE, RLHF_RULE]
+MODELFORGE = Schema("ModelForge", ALIASES | MODELFORGE_NAMES, MODELFORGE_RULES, pairs(MODELFORGE_DEFAULTS))
 
 # The MLX schema: names that mean the same here, name=field, and the others
 MLX_SAME = """
@@ -238,7 +240,8 @@ def for_compute_specs(file: Mapping[str, Any], load: Callable[[str], Config]) ->
     if file.get("provider") == "unsloth" and file.get("max_seq_length", 1) in (None, -1):
         raise UserError("max_seq_length: unsloth needs a number: set it, for example to 2048")
     config = load(COMPUTE_SPECS[given]).flat()
-    return {path: config[path] for path in SUPPLIED.split()}
+    idle = {"training.gradient_accumulation_steps"} if file.get("strategy") == "rlhf" else set()
+    return {path: config[path] for path in SUPPLIED.split() if path not in idle}
 
 
 def explain(schema: Schema, meanings: Sequence[Meaning]) -> list[str]:

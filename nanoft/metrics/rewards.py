@@ -35,17 +35,22 @@ class Answered:
     reference: str  # the record's own answer; may be empty
     record: dict[str, Any]
     where: str  # file:line of the record
+    messages: list[dict[str, Any]]  # the whole prompt
 
 
-Reward = Callable[[Answered], Any]
+RUN = "run:"  # before the run of a reward model
 
 
 class Rewards:
-    """The reward functions of a run, and how often each has failed."""
+    """The reward functions of a run, and how often each has failed.
 
-    def __init__(self, rl: RLConfig, log: Callable[[str], None] = print):
+    `open_run(DIR)` gives the reward model of a name run:DIR, a function of many answers.
+    """
+
+    def __init__(self, rl: RLConfig, open_run: Callable[[str], Any], log: Callable[[str], None] = print):
         self.names, self.log, self.timeout = list(rl.reward), log, rl.reward_timeout
-        self.functions = [reward_function(name) for name in rl.reward]
+        self.functions = [None if name.startswith(RUN) else reward_function(name) for name in rl.reward]
+        self.models = {name: open_run(name.removeprefix(RUN)) for name in rl.reward if name.startswith(RUN)}
         self.weights = np.array(rl.reward_weights or [1.0] * len(rl.reward))
         self.failures: Counter[str] = Counter()
         if self.timeout and not can_interrupt():
@@ -53,24 +58,25 @@ class Rewards:
 
     def score(self, answers: Sequence[Answered]) -> Array:
         """What each function says of each answer, (answers, functions) float64; NaN: it failed."""
-        return np.array([[self._call(at, one) for at in range(len(self.functions))] for one in answers]).reshape(
-            len(answers), len(self.functions)
-        )
+        columns = [
+            self.models[name](answers) if function is None else [self._call(name, function, one) for one in answers]
+            for name, function in zip(self.names, self.functions, strict=True)
+        ]
+        return np.array(columns, np.float64).T
 
     def total(self, rewards: Array) -> Array:
         """The weighted sums of rewards, (answers,); NaN where one failed."""
         return rewards @ self.weights
 
-    def _call(self, at: int, answered: Answered) -> float:
+    def _call(self, name: str, function: Callable[[Answered], Any], answered: Answered) -> float:
         try:
             with time_limit(self.timeout):
-                value = float(self.functions[at](answered))
+                value = float(function(answered))
             if math.isfinite(value):
                 return value
             reason = f"returned {value}"
         except Exception as error:  # the function is the user's program, and so is the mistake
             reason = f"{type(error).__name__}: {error}"
-        name = self.names[at]
         self.failures[name] += 1
         if self.failures[name] == 1:
             what = f"{reason} at {answered.where} (answer {answered.answer!r:.60})"
@@ -78,7 +84,7 @@ class Rewards:
         return math.nan
 
 
-def reward_function(name: str) -> Reward:
+def reward_function(name: str) -> Callable[[Answered], Any]:
     """A metric, or the user's own `package.module:function`, as a function of an answer."""
     if is_function(name):
         function = import_function(name, "rl.reward", "(prompt, answer, record)")

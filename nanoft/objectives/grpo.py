@@ -35,7 +35,10 @@ from nanoft.config.settings import RLConfig, TrainingConfig
 from nanoft.data.formats import Learns
 from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.loss import token_nll
+from nanoft.metrics.bootstrap import Figure
+from nanoft.metrics.rewards import RUN, reward_function
 from nanoft.model import Decoder
+from nanoft.models.open import is_run
 from nanoft.objectives.objective import Objective
 from nanoft.objectives.preference import add, means
 from nanoft.objectives.reference import Reference, answer_tokens
@@ -113,6 +116,11 @@ class GRPO(Objective):
         rl, t = config.rl, config.training
         if not rl.reward:
             raise UserError("rl.reward: empty: name a metric, such as exact_match, or package.module:function")
+        for name in rl.reward:  # a mistake is known before anything is loaded
+            if name.startswith(RUN) and not is_run(name.removeprefix(RUN)):
+                raise UserError(f"rl.reward: {name}: no such run: name one of training.objective=reward")
+            if not name.startswith(RUN):
+                reward_function(name)
         if rl.reward_weights and len(rl.reward_weights) != len(rl.reward):
             raise UserError(
                 f"rl.reward_weights: {len(rl.reward_weights)} of {len(rl.reward)} rewards: give one for each"
@@ -129,6 +137,7 @@ class GRPO(Objective):
         if model.config.logit_cap is not None and self.rl.temperature != 1:
             why = f"{model.config.family} caps its logits, which are not divided by a temperature"
             raise UserError(f"rl.temperature: {self.rl.temperature}: {why}: set it to 1")
+        self.prompts.begin(model)
 
     def windows(self, model: Decoder, window: Window, rows: int, stop: StopRequest | None = None) -> list[Window]:
         """The answers to a window's prompts, once for each update, in micro-batches of `rows`; none after a signal."""
@@ -209,6 +218,15 @@ class GRPO(Objective):
         records = [record for batch in batches for record in batch.records]
         figures = self.prompts.figures(self.prompts.sample(model, records, 1, GREEDY, [0, 0]))
         return {"loss": -figures.get("reward", math.nan), **figures}
+
+    def held_out(self, model: Decoder, samples: TokenDataset) -> dict[str, Figure]:
+        answers = self.prompts.sample(model, samples.records.tolist(), 1, GREEDY, [0, 0])
+        return {"reward": replace(Figure.mean([answer.reward for answer in answers]), unit="number")}
+
+    def tokens_per_step(self, batches: Batches) -> float:
+        """At most: if every answer has `rl.max_new_tokens`."""
+        answers = self.rl.prompts * self.rl.group_size * self.rl.updates
+        return answers * float(batches.samples.lengths.mean() + self.rl.max_new_tokens)
 
     def longest(self, batches: Batches) -> Batch:
         """The longest prompt with answers as long as may be; of `windows`, nothing is sampled."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from nanoft.batches import Batch, Batches, TokenDataset, Window
 from nanoft.config import Config
 from nanoft.data.formats import Learns
+from nanoft.metrics.bootstrap import Figure
 from nanoft.model import Decoder
 from nanoft.runtime.command import StopRequest
 
@@ -63,6 +64,14 @@ class Objective(Protocol):
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Held-out figures for the `eval` event; `loss` among them: the best checkpoint has the lowest."""
         ...
+
+    def held_out(self, model: Decoder, samples: TokenDataset) -> dict[str, Figure]:
+        """What the report says of held-out samples, besides likelihoods and metrics."""
+        return {}
+
+    def tokens_per_step(self, batches: Batches) -> float:
+        """On average, without padding."""
+        return float(batches.samples.lengths.sum() / batches.windows_in_epoch())
 
     def longest(self, batches: Batches) -> Batch:
         """The micro-batch that needs the most memory."""

@@ -7,25 +7,29 @@ negative log-likelihood is the loss. Only differences are learned; `preference.c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoft.batches import Batch
+from nanoft import UserError
+from nanoft.batches import Batch, eval_batches
+from nanoft.metrics.rewards import Answered
 from nanoft.model import Decoder
+from nanoft.models.open import open_chat_tokenizer, open_model
 from nanoft.objectives.preference import Figures, Preference
 
 
 def answer_rewards(model: Decoder, batch: Batch) -> Tensor:
-    """r of each of the s samples of a batch of pairs, (s,) float32, at the last token, where transformers takes it."""
+    """r of each of the s samples of a batch, (s,) float32, at the last token, where transformers takes it."""
     assert model.score is not None
-    assert batch.positions is not None
     ends = torch.bincount(batch.sequence, minlength=len(batch.samples)).cumsum(0)  # (s,) of each sample's targets
     inside = batch.target_positions[ends - 1]  # (s,) a position in each sample
     lengths = torch.from_numpy(batch.samples.lengths).to(inside.device)
-    last = inside - batch.positions.flatten()[inside] + lengths - 1  # a document begins where `positions` is 0
+    place = inside % batch.ids.shape[1] if batch.positions is None else batch.positions.flatten()[inside]
+    last = inside - place + lengths - 1  # a document begins where its place is 0
     hidden = model(batch.ids, batch.positions, batch.documents, last)[0]  # (s, hidden)
     return (hidden.float() * model.score.weight.float()).sum(-1)  # as a product, autocast would round it
 
@@ -33,6 +37,28 @@ def answer_rewards(model: Decoder, batch: Batch) -> Tensor:
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Tensor:
     """-log sigmoid(r+ - r- - margin) (Touvron et al. 2023, eq. 2) + center (r+ + r-)^2 (Eisenstein et al. 2023)."""
     return -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected).square()
+
+
+class TrainedReward:
+    """What a run of `training.objective=reward` says of answers: a reward function for objectives that sample."""
+
+    def __init__(self, run: str, device: torch.device, dtype: torch.dtype):
+        opened = open_model(run, device, dtype)
+        if opened.model.score is None:
+            raise UserError(f"rl.reward: run:{run}: is no reward model: name a run of training.objective=reward")
+        self.model, self.chat = opened.model, open_chat_tokenizer(run, opened, as_trained=True)
+
+    @torch.no_grad()
+    def __call__(self, answers: Sequence[Answered], batch_size: int = 16) -> list[float]:
+        """The reward of each answer, at the end of its conversation."""
+        rendered = [
+            self.chat.render_samples([*a.messages, {"role": "assistant", "content": a.answer}], at)[-1]
+            for at, a in enumerate(answers)
+        ]
+        found: dict[int, float] = {}
+        for batch in eval_batches(self.chat.encode_now(rendered), batch_size, self.chat.pad_id):
+            found |= zip(batch.records, answer_rewards(self.model, batch.to(self.model.device)).tolist(), strict=True)
+        return [found[at] for at in range(len(answers))]
 
 
 class RewardModel(Preference):

@@ -23,6 +23,7 @@ from nanoft.generation.generate import stream
 from nanoft.generation.sampling import Sampling, completion_noise
 from nanoft.metrics.rewards import Answered, Rewards
 from nanoft.model import Decoder
+from nanoft.objectives.reward import TrainedReward
 from nanoft.runtime import distributed
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.memory import OutOfMemory, release_memory
@@ -51,12 +52,15 @@ class Prompts:
 
     def __init__(self, config: Config, corpus: PreparedDataset, chat: ChatTokenizer):
         self.config, self.rl, self.chat = config, config.rl, chat
-        self.rewards = Rewards(config.rl)
         self.at_once = config.rl.prompts * config.rl.group_size  # answers sampled together; fewer when memory runs out
         self.conversations: dict[int, Conversation] = {}
         for samples in (corpus.training, corpus.validation):
             records = dict.fromkeys(samples.records.tolist())
             self.conversations |= zip(records, corpus.conversations(samples, len(records)), strict=True)
+
+    def begin(self, model: Decoder) -> None:
+        """Open reward models, on the policy's device."""
+        self.rewards = Rewards(self.rl, lambda run: TrainedReward(run, model.device, model.dtype))
 
     def encode(self, record: int) -> list[int]:
         """The prompt's token ids, with the cue for the answer."""
@@ -122,7 +126,7 @@ class Prompts:
         c, stops = self.conversations[record], set(self.chat.stop_ids)
         answer = self.chat.decode([token for token in ids if token not in stops])
         asked, reference = c.messages[: c.answer_at], self.chat.control.remove(c.messages[c.answer_at]["content"])
-        return Answered(asked[-1]["content"], answer, reference, c.fields, f"{c.file}:{c.line}")
+        return Answered(asked[-1]["content"], answer, reference, c.fields, f"{c.file}:{c.line}", asked)
 
     def cut(self, samples: TokenDataset, rows: int) -> list[Batch]:
         """All samples in micro-batches of `rows`, packed if data.packing asks for it."""

@@ -132,7 +132,11 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
     try:
         prompts, metrics = ctx.prompts, answers.select_metrics(e.metrics)
         general = read_general(e.general_file, ctx.tokenizer)
-        return in_smaller_batches(ctx, max(e.batch_size, e.prompt_batch_size), measured)
+        result = in_smaller_batches(ctx, max(e.batch_size, e.prompt_batch_size), measured)
+        if len(ctx.validation):
+            with ctx.autocast():
+                result.figures.update(ctx.objective.held_out(model, ctx.validation))
+        return result
     except NotFinite:
         raise
     except Exception as error:

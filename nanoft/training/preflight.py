@@ -50,7 +50,7 @@ def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
         require_shown([*check_data(ctx.corpus, ctx.tokenizer, ctx.config.data.train_on), *checks], ctx, forced)
 
     distributed.broadcast_from_rank0(check_samples)
-    seconds_per_token, batches = rehearse_step(ctx, state), ctx.batches
+    seconds_per_token = rehearse_step(ctx, state)
     measured, predicted = peak_memory_gb(ctx.device), ctx.plan.peak / 1e9
     ctx.run.print(f"memory    {describe_recompute(ctx.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(ctx.validation):
@@ -61,8 +61,7 @@ def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
     moments = sharding.gather_full(optimizer_tensors(ctx.optimizer, ctx.trained))
     out, keep = ctx.run.directory, ctx.config.training.keep_checkpoints
     distributed.broadcast_from_rank0(lambda: require_shown([rehearse_save(out, weights, moments, keep)], ctx, forced))
-    seconds = seconds_per_token * batches.samples.lengths.sum() / batches.windows_in_epoch()
-    return float(seconds / distributed.world_size())
+    return seconds_per_token * ctx.objective.tokens_per_step(ctx.batches) / distributed.world_size()
 
 
 def require_shown(checks: list[Check], ctx: TrainContext, forced: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -28,6 +29,9 @@ Figures = TypeVar("Figures")
 REWARDS = "rewards/chosen", "rewards/rejected"
 EARLY = 0.1  # of all steps: too soon for every pair to be ranked right by a margin of 1
 LONGER = 2.0  # times the tokens of the first answers to the samples
+COLLAPSED = 0.2  # of the entropy of the first answers
+GAINED = 0.1  # reward in training between two evaluations, while that of held-out prompts falls
+UNEQUAL = 0.05  # nats between the log-probabilities of a token where it is sampled and where it is trained on
 FALLEN = -1.0  # reward of chosen answers; with a beta of 0.1, they are 10 nats less likely than under the reference
 
 
@@ -79,6 +83,7 @@ def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: fl
         figures = ctx.objective.figures()
         ctx.run.log("train", state.step, **state.meter.flush(), **values, **figures, epoch=state.epoch)
         warn_of_ease(ctx, state, figures)
+        warn_of_answers(ctx, state, figures)
 
 
 def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
@@ -115,6 +120,34 @@ def warn_of_falling(ctx: TrainContext, state: TrainState, now: dict[str, float])
         warn_once(ctx, state, "falling", f"{what}: {fix}")
 
 
+def warn_of_answers(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
+    """Warn if sampled answers lose their variety, grow without an end, or are sampled by another model than trained."""
+    state.begun = first = state.begun or now
+    if "reward" not in now:
+        return
+    if now["entropy"] < COLLAPSED * first["entropy"]:
+        fall = f"{first['entropy']:.3f} -> {now['entropy']:.3f} nats per token"
+        warn_once(ctx, state, "entropy", f"answers lose their variety ({fall}): lower training.learning_rate")
+    if now["completion_tokens"] > LONGER * first["completion_tokens"] and now["stop_rate"] < first["stop_rate"]:
+        grown = f"{first['completion_tokens']:.0f} -> {now['completion_tokens']:.0f} tokens"
+        warn_once(ctx, state, "completions", f"answers grow ({grown}) and end less often: reward short ones, too")
+    if now.get("sampling_error", 0.0) > UNEQUAL:
+        error = f"{now['sampling_error']:.3f} nats per token"
+        warn_once(
+            ctx, state, "sampling", f"sampling and training differ by {error}: set model.dtype=float32 to see why"
+        )
+
+
+def warn_of_memorizing(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
+    """Warn if since the last evaluation rewards have risen in training, and fallen on held-out prompts."""
+    training, last = ctx.objective.figures().get("reward", 0.0), state.held_out
+    now["training_reward"] = training
+    if training - last.get("training_reward", math.inf) > GAINED and now["reward"] < last["reward"]:
+        rise = f"rises in training ({last['training_reward']:.3f} -> {training:.3f})"
+        fall = f"falls on held-out prompts ({last['reward']:.3f} -> {now['reward']:.3f})"
+        warn_once(ctx, state, "held-out reward", f"reward {rise} and {fall}: more or other prompts may help")
+
+
 def warn_once(ctx: TrainContext, state: TrainState, what: str, text: str) -> None:
     if what not in state.warned:
         state.warned.append(what)
@@ -137,13 +170,16 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
     log_memory(ctx, state, "evaluated")
     ctx.run.log("eval", state.step, **figures)
     warn_of_falling(ctx, state, figures)
+    if "reward" in figures:
+        warn_of_memorizing(ctx, state, figures)
     best = " (best so far)" if state.step and figures["loss"] < state.best_loss else ""
+    what = f"validation loss {figures['loss']:.4f}"
     more = f", perplexity {figures['perplexity']:.4g}" if "perplexity" in figures else ""
     if "reward" in figures:
-        more = f", reward {figures['reward']:.4g}, stop rate {figures['stop_rate']:.0%}"
+        what, more = f"held-out reward {figures['reward']:.4g}", f", stop rate {figures['stop_rate']:.0%}"
     if "rewards/accuracies" in figures:
         more = f", accuracy {figures['rewards/accuracies']:.1%}, margin {figures.get('rewards/margins', 0.0):.3f}"
-    ctx.run.print(f"step {state.step}: validation loss {figures['loss']:.4f}{more}{best}")
+    ctx.run.print(f"step {state.step}: {what}{more}{best}")
     try:
         answers = sample_answers(ctx)
     except Exception as error:

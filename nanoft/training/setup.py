@@ -381,6 +381,7 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
         say(f"resuming  after step {state.step} of {ctx.total_steps}")
     left, epochs = ctx.total_steps - state.step, f"{ctx.corpus.report['epochs']:.3g} epochs"
     duration = format_duration(left * seconds_per_step)
+    duration += ", without sampling" if ctx.objective.learns == "prompts" else ""
     say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} rows, about {duration}")
     often = []
     for what, every in (("evaluation", t.eval_steps), ("checkpoint", t.save_steps), ("log", t.log_steps)):

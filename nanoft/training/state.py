@@ -84,6 +84,7 @@ class TrainState:
     micro_batch_rows: int = 0  # fewer than configured, after running out of memory; 0: as configured
     guard: guard.History = field(default_factory=guard.History)
     held_out: dict[str, float] = field(default_factory=dict)  # figures of the last evaluation
+    begun: dict[str, float] = field(default_factory=dict)  # of the objective, at the first logged step
     warned: list[str] = field(default_factory=list)  # of what is warned of once
 
     def advance(self, window: Window, loss: float, units: float, seconds: float, joules: float) -> None:
