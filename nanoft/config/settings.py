@@ -222,6 +222,19 @@ class RLConfig(Section):
 
 
 @dataclass(frozen=True)
+class DistillConfig(Section):
+    """Learning what a teacher would say next (docs/rewards.md)."""
+
+    teacher: str = ""  # a run, an adapter, or a model of the same vocabulary
+    teacher_bits: Literal[4, 16] = 4  # of a model: 4 is NF4; a run's and an adapter's base is as it was in training
+    on_policy: bool = True  # on answers that the student samples; false: on those of the data
+    beta: float = bounded(1.0, 0.0, 1.0)  # 0: KL(teacher | student), 1: KL(student | teacher), between: Jensen-Shannon
+    temperature: float = bounded(1.0, 0.01)  # of both models, and of sampling
+    top_k: int = bounded(0, 0)  # compare this many of the teacher's likeliest tokens alone; 0: all
+    max_new_tokens: int = bounded(256, 1)  # tokens per sampled answer
+
+
+@dataclass(frozen=True)
 class GuardConfig(Section):
     """What happens when a loss or gradient norm is not finite, or spikes."""
 
@@ -293,6 +306,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -374,6 +388,12 @@ class Config:
         if self.rl.reward:
             return self.rl.prompts * self.rl.group_size
         return self.micro_batch_rows() * self.training.gradient_accumulation_steps * self.system.ranks
+
+    @property
+    def sampled_tokens(self) -> int:
+        """The most tokens of an answer that training samples; 0: its answers are those of the data."""
+        on_policy = self.distill.teacher and self.distill.on_policy
+        return self.rl.max_new_tokens if self.rl.reward else self.distill.max_new_tokens * bool(on_policy)
 
     def micro_batch_rows(self) -> int:
         """Sequences per forward pass; 1 while `auto` is not resolved."""

@@ -62,7 +62,7 @@ class Rewards:
             self.models[name](answers) if function is None else [self._call(name, function, one) for one in answers]
             for name, function in zip(self.names, self.functions, strict=True)
         ]
-        return np.array(columns, np.float64).T
+        return np.array(columns, np.float64).reshape(len(columns), len(answers)).T
 
     def total(self, rewards: Array) -> Array:
         """The weighted sums of rewards, (answers,); NaN where one failed."""

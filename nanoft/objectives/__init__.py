@@ -8,6 +8,7 @@ from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
+from nanoft.objectives.distill import Distill
 from nanoft.objectives.grpo import GRPO
 from nanoft.objectives.kto import KTO
 from nanoft.objectives.objective import Objective
@@ -20,6 +21,7 @@ from nanoft.objectives.sft import SFT
 # the prompts.
 OBJECTIVES: dict[str, Any] = {
     "sft": SFT, "dpo": DPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO, "reward": RewardModel, "grpo": GRPO,
+    "distill": Distill,
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ from nanoft.models.open import is_run
 from nanoft.objectives.objective import Objective
 from nanoft.objectives.preference import add, means
 from nanoft.objectives.reference import Reference, answer_tokens
-from nanoft.objectives.rollouts import Prompts, Rollout
+from nanoft.objectives.rollouts import Prompts, Rollout, check_answers_fit
 from nanoft.runtime.command import StopRequest
 
 SMALL = 1e-4  # added to the deviation of a group's rewards
@@ -130,8 +130,7 @@ class GRPO(Objective):
             raise UserError(f"training.gradient_accumulation_steps: has no effect with grpo, where {what}: remove it")
         if rl.beta and t.method == "full":
             raise UserError("rl.beta: training.method=full does not keep the policy at step 0: set it to 0")
-        if rl.max_new_tokens >= (length := config.model.max_seq_length):
-            raise UserError(f"rl.max_new_tokens: {rl.max_new_tokens}: leaves no room in model.max_seq_length={length}")
+        check_answers_fit(config, "rl.max_new_tokens")
 
     def begin(self, model: Decoder, *_: object) -> None:
         if model.config.logit_cap is not None and self.rl.temperature != 1:
@@ -153,11 +152,11 @@ class GRPO(Objective):
             "groups_without_spread": float((advantages == 0).all(axis=1).mean()),
             "sampling_tokens_per_second": tokens / (time.perf_counter() - started),
         }
-        samples = self.select(found, advantages.ravel())
-        return [replace(window, micro_batches=self.prompts.cut(samples, rows))] * self.rl.updates
+        labels = self.select(found, advantages.ravel())
+        return [replace(window, micro_batches=self.prompts.cut(self.answers, rows, labels))] * self.rl.updates
 
-    def select(self, found: list[Rollout], advantages: Array) -> TokenDataset:
-        """The answers that have a gradient, labeled with their advantages; the others are only counted.
+    def select(self, found: list[Rollout], advantages: Array) -> list[float]:
+        """Keep the answers that have a gradient, whose advantages are returned; the others are only counted.
 
         One whose reward failed is not even counted.
         """
@@ -169,8 +168,7 @@ class GRPO(Objective):
         if not moves.any():  # a step without a gradient
             advantages, moves = np.zeros_like(advantages), np.arange(len(found)) == lengths.argmin()
         self.answers, self.update, self.sums = [found[at] for at in np.flatnonzero(moves)], 0, {}
-        pairs = zip(self.answers, advantages[moves].tolist(), strict=True)
-        return TokenDataset.of([answer.sample(advantage) for answer, advantage in pairs])
+        return advantages[moves].tolist()
 
     def prepare(self, model: Decoder, window: Window) -> None:
         self.update += 1
@@ -229,11 +227,9 @@ class GRPO(Objective):
         return answers * float(batches.samples.lengths.mean() + self.rl.max_new_tokens)
 
     def longest(self, batches: Batches) -> Batch:
-        """The longest prompt with answers as long as may be; of `windows`, nothing is sampled."""
-        record, rows = batches.longest().records[0], batches.micro_batch_size
-        prompt, tokens = self.prompts.encode(record), self.rl.max_new_tokens
-        answer = Rollout(record, prompt, prompt[-1:] * tokens, [0.0] * tokens, [], 0.0, True)
-        return self.prompts.cut(self.select([answer] * rows, np.ones(rows)), rows)[0]
+        answers = self.prompts.longest(batches)
+        labels = self.select(answers, np.ones(len(answers)))
+        return self.prompts.cut(answers, len(answers), labels)[0]
 
 
 def keep(kept: dict[int, Tensor], batch: Batch, values: Tensor) -> None:

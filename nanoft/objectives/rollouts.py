@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanoft import UserError
 from nanoft.batches import Batch, Batches, Sample, TokenDataset
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
@@ -41,18 +42,23 @@ class Rollout:
     reward: float  # their weighted sum
     stopped: bool  # the model ended the answer
 
-    def sample(self, label: float = 0.0) -> Sample:
+    def sample(self, label: float) -> Sample:
         """Prompt and answer, whose tokens are the targets."""
         ids = np.array([*self.prompt_ids, *self.ids], np.int32)
         return Sample(ids, np.arange(len(ids)) >= len(self.prompt_ids), self.record, label=label)
+
+
+def check_answers_fit(config: Config, field: str) -> None:
+    if (tokens := config.sampled_tokens) >= (length := config.model.max_seq_length):
+        raise UserError(f"{field}: {tokens}: leaves no room for prompts in model.max_seq_length={length}: lower it")
 
 
 class Prompts:
     """The prompts of a data set, and the policy's answers to them."""
 
     def __init__(self, config: Config, corpus: PreparedDataset, chat: ChatTokenizer):
-        self.config, self.rl, self.chat = config, config.rl, chat
-        self.at_once = config.rl.prompts * config.rl.group_size  # answers sampled together; fewer when memory runs out
+        self.config, self.rl, self.chat, self.max_new_tokens = config, config.rl, chat, config.sampled_tokens
+        self.at_once = config.effective_batch_size()  # answers sampled together; fewer when memory runs out
         self.conversations: dict[int, Conversation] = {}
         for samples in (corpus.training, corpus.validation):
             records = dict.fromkeys(samples.records.tolist())
@@ -100,9 +106,9 @@ class Prompts:
         share = sorted(distributed.split_work(range(len(records))), key=lambda at: -len(encoded[at]))
         own = [at * count + number for at in share for number in range(count)]  # if memory runs out, then at once
         seeds = [[self.config.system.seed, *position, record, number] for record in records for number in range(count)]
-        noise = completion_noise(seeds, self.rl.max_new_tokens)
+        noise = completion_noise(seeds, self.max_new_tokens)
         prompts = [prompt for prompt in encoded for _ in range(count)]
-        limits = self.chat.stop_ids, self.rl.max_new_tokens, sampling
+        limits = self.chat.stop_ids, self.max_new_tokens, sampling
         ids: dict[int, list[int]] = {at: [] for at in own}
         logps: dict[int, list[float]] = {at: [] for at in own}
         training = model.training
@@ -128,11 +134,19 @@ class Prompts:
         asked, reference = c.messages[: c.answer_at], self.chat.control.remove(c.messages[c.answer_at]["content"])
         return Answered(asked[-1]["content"], answer, reference, c.fields, f"{c.file}:{c.line}", asked)
 
-    def cut(self, samples: TokenDataset, rows: int) -> list[Batch]:
-        """All samples in micro-batches of `rows`, packed if data.packing asks for it."""
+    def cut(self, answers: Sequence[Rollout], rows: int, labels: Sequence[float] | None = None) -> list[Batch]:
+        """Answers, with a label each, in micro-batches of `rows`, packed if data.packing asks for it."""
+        pairs = zip(answers, labels or [0.0] * len(answers), strict=True)
+        samples = TokenDataset.of([answer.sample(label) for answer, label in pairs])
         pack_length = self.config.model.max_seq_length if self.config.data.packing else None
         batches = Batches(samples, rows, len(samples), 0, self.chat.pad_id, pack_length, shuffle=False)
         return batches.window(0)
+
+    def longest(self, batches: Batches) -> list[Rollout]:
+        """A micro-batch of answers as long as may be to the longest prompt; nothing is sampled."""
+        prompt, tokens = self.encode(record := batches.longest().records[0]), self.max_new_tokens
+        answer = Rollout(record, prompt, prompt[-1:] * tokens, [0.0] * tokens, [], 0.0, True)
+        return [answer] * batches.micro_batch_size
 
     def figures(self, answers: Sequence[Rollout]) -> dict[str, float]:
         """Means over answers, each reward's without those where it failed."""

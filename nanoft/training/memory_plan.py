@@ -262,8 +262,8 @@ class Planner:
 
     def longest_shape(self, batches: Batches) -> tuple[int, int]:
         """Rows and tokens of the micro-batch that needs the most memory."""
-        (rows, length), rl = batches.longest().ids.shape, self.config.rl
-        return (batches.micro_batch_size, length + rl.max_new_tokens) if rl.reward else (rows, length)
+        (rows, length), more = batches.longest().ids.shape, self.config.sampled_tokens
+        return (batches.micro_batch_size if self.config.rl.reward else rows), length + more
 
     def keep_by(self, policy: str) -> list[ActivationPolicy]:
         """What each block keeps under a policy of training.checkpointing, for auto where memory is least."""

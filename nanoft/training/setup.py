@@ -177,7 +177,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
     read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
     bar = config.logging.progress_bar and not distributed.process_rank()
-    room = length - config.rl.max_new_tokens if learns == "prompts" else length  # the answers are sampled later
+    room = length - config.sampled_tokens  # for samples: some answers come later
     corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, bar, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     needed = {
@@ -189,7 +189,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
         raise UserError(f"{setting}: there is no validation data: {fix}")
     rows, micro_batches = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
     options: dict[str, Any] = {"group_by_length": d.group_by_length, "pad_to_multiple_of": d.pad_to_multiple_of}
-    if learns == "prompts":  # a window holds those of a step, whose answers become its micro-batches
+    if config.rl.reward:  # a window holds those of a step, whose answers become its micro-batches
         batches = Batches(corpus.training, 1, config.rl.prompts, seed, tokenizer.pad_id, shuffle=t.shuffle, **options)
         batches.micro_batch_size = rows
     else:
@@ -381,7 +381,7 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
         say(f"resuming  after step {state.step} of {ctx.total_steps}")
     left, epochs = ctx.total_steps - state.step, f"{ctx.corpus.report['epochs']:.3g} epochs"
     duration = format_duration(left * seconds_per_step)
-    duration += ", without sampling" if ctx.objective.learns == "prompts" else ""
+    duration += ", without sampling" if c.sampled_tokens else ""
     say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} rows, about {duration}")
     often = []
     for what, every in (("evaluation", t.eval_steps), ("checkpoint", t.save_steps), ("log", t.log_steps)):

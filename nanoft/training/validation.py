@@ -55,7 +55,7 @@ def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> 
 def check_objective(config: Config) -> None:
     """Refuse settings of `preference` and `rl`, and those of supervised training, that the objective does not read."""
     t, p, objective = config.training, config.preference, OBJECTIVES[config.training.objective]
-    sections: dict[str, Any] = {"preference": p, "rl": config.rl}
+    sections: dict[str, Any] = {"preference": p, "rl": config.rl, "distill": config.distill}
     read = {(objective.section, name) for name in objective.settings}
     unread = [(name, f) for name, section in sections.items() for f in fields(section) if (name, f.name) not in read]
     idle = [f"{name}.{f.name}" for name, f in unread if getattr(sections[name], f.name) != f.default]
