@@ -13,9 +13,11 @@ allocator cannot use again, is a constant and a share, measured with `bench/plan
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +26,17 @@ from torch import nn
 from nanoft import TrainingFailed, UserError
 from nanoft.batches import Batches
 from nanoft.config import Config
+from nanoft.config.loading import load_file
 from nanoft.config.settings import config_warnings
 from nanoft.io.tables import wrap
 from nanoft.kernels.attention import CHUNK
 from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
+from nanoft.metrics.rewards import RUN
 from nanoft.model import NORMS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.model_files import ModelFiles
-from nanoft.models.open import with_added_tokens
+from nanoft.models.open import find_adapter, is_run, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import add_score, choose_dequantize, grow_vocabulary
 from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
@@ -258,7 +262,37 @@ class Planner:
         device, settled = self.machine.device, decide_dequantize(self.config, self.counts, self.machine)
         baseline, dtype = held_bytes(device) if device.type == "cpu" else 0.0, self.machine.dtype
         sizes = self.decoder, self.counts, settled, device.type, dtype, rows, length, keep, baseline
-        return estimate_memory(*sizes, float(not trains_score(self.config)))
+        plan = estimate_memory(*sizes, float(not trains_score(self.config)))
+        if not self.config.sampled_tokens and not self.config.distill.teacher:
+            return plan
+        more = {"other models": self.other_models, "sampling": self.sampling_bytes(length)}
+        held = plan.parts["activations"] + max(plan.parts["backward"], plan.parts["loss"])  # which sampling does not
+        return replace(plan, parts={**plan.parts, **more, "sampling": max(0.0, more["sampling"] - held)})
+
+    def sampling_bytes(self, length: int) -> float:
+        """Keys and values of the answers of a step, in buffers of the final size, and their logits."""
+        c, e, answers = self.decoder, self.machine.dtype.itemsize, self.config.effective_batch_size()
+        slots = 2.0 * c.num_layers * c.num_kv_heads * c.head_dim * length * e
+        return answers / self.config.system.ranks * (slots * bool(self.config.sampled_tokens) + 12 * c.vocab_size)
+
+    @functools.cached_property
+    def other_models(self) -> float:
+        """Bytes of a teacher and of reward models; one that shares the policy's base takes none."""
+        d, own, total = self.config.distill, (self.config.model.reference, self.config.quantization.bits), 0.0
+        runs = [name.removeprefix(RUN) for name in self.config.rl.reward if name.startswith(RUN)]
+        for source in [*runs, *filter(None, [d.teacher])]:
+            of_run = load_file(Path(source) / "config.json") if is_run(source) else None
+            name, bits = (of_run.model.reference, of_run.quantization.bits) if of_run else (source, d.teacher_bits)
+            if find_adapter(source) and not of_run:
+                name, bits = read_trained_adapter(source).base_name, own[1]
+            if (name, bits) == own and source == d.teacher:
+                continue
+            counts = count_parameters(ModelFiles.find(name).decoder, self.config.override(quantization={"bits": bits}))
+            total += counts.linears * (bits / 8 if bits < 16 else self.machine.dtype.itemsize) + counts.scales * (
+                bits < 16
+            )
+            total += counts.others * self.machine.dtype.itemsize
+        return total
 
     def longest_shape(self, batches: Batches) -> tuple[int, int]:
         """Rows and tokens of the micro-batch that needs the most memory."""
