@@ -326,6 +326,14 @@ def _olmo3(hf: Fields) -> dict[str, Any]:
     return {**_olmo2(hf), "windows": windows, "ropes": _ropes({"rope_theta": 5e5, **hf}, windows, local)}
 
 
+def _exaone4(hf: Fields) -> dict[str, Any]:
+    """Where three of four layers see a window only, the others do not rotate."""
+    hybrid, rope = hf.get("sliding_window", 4096) is not None, _read_rope(hf)
+    windows = _every(hf.get("sliding_window_pattern") or 4, hf, 4096) if hybrid else (None,) * hf["num_hidden_layers"]
+    ropes = tuple(rope if window or not hybrid else None for window in windows)
+    return {"norms": "output", "qk_norm": "head", "windows": windows, "ropes": ropes}
+
+
 def _smollm3(hf: Fields) -> dict[str, Any]:
     """Every fourth layer does not rotate."""
     n, rope = hf.get("no_rope_layer_interval") or 4, _read_rope({"rope_theta": 2e6, **hf})
@@ -373,6 +381,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, "phi3", NO_DROPOUT),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), "olmo2"),
     "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), "olmo2"),
+    "exaone4": Family("Exaone4ForCausalLM", _exaone4, (*WINDOWS, "sliding_window_pattern"), "exaone4"),
     "smollm3": Family(
         "SmolLM3ForCausalLM", _smollm3, (*BIASES, *QWEN, "no_rope_layers", "no_rope_layer_interval"), "smollm3"
     ),
