@@ -8,7 +8,7 @@ and, if no combination of switches describes it, a new switch in the decoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,15 @@ MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
 }  # fmt: skip
+# Fields that are positive numbers if they are there; those of the second line cannot be null.
+POSITIVE = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "original_max_position_embeddings",
+)
+MULTIPLIERS = "embedding_multiplier residual_multiplier attention_multiplier logits_scaling".split()  # noqa: SIM905
+YES_OR_NO = "tie_word_embeddings attention_bias attention_out_bias mlp_bias use_sliding_window".split()  # noqa: SIM905
 OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")  # of a wrapper, for all towers
 
 
@@ -75,6 +84,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
             raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
     family = find_family(hf)
     _refuse_unknown(hf, family)
+    _refuse_wrong_types(hf)
     hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
     common = {
         "vocab_size": hf["vocab_size"],
@@ -100,11 +110,16 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
 
 def text_fields(hf: dict[str, Any]) -> dict[str, Any]:
     """The fields of the text tower of a wrapper, under those that hold for all of it; any other config.json itself."""
-    found = [WRAPPERS[name] for name in hf.get("architectures") or [] if name in WRAPPERS]
+    names = hf.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"architectures: {names!r:.60} is not a list of names")
+    found = [WRAPPERS[name] for name in names if name in WRAPPERS]
     if not found:
         return hf
-    towers, text = found[0], hf.get("text_config") or {}
-    if (kind := text.get("model_type", next(iter(towers)))) not in towers:
+    towers, text = found[0], hf.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(f"text_config: {text!r:.60} is not the fields of the text tower: download the file again")
+    if (kind := text.get("model_type", next(iter(towers)))) not in list(towers):
         raise UserError(f"text_config: model_type: {kind!r:.60} is not supported: only {', '.join(towers)}")
     outer = {name: hf[name] for name in OUTER_FIELDS if name in hf} | {"architectures": [FAMILIES[kind].architecture]}
     return {**towers[kind], **text, "model_type": kind, **outer}
@@ -138,6 +153,24 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
             raise UserError(f"{name}: {value!r:.60}: {what}: remove it from config.json if it does not")
 
 
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _refuse_wrong_types(hf: Fields) -> None:
+    """Refuse values of fields that would fail, or compute something else, only when the model runs."""
+    given = {name: hf[name] for name in (*POSITIVE, *MULTIPLIERS) if name in hf}
+    for name, value in given.items():
+        if not _is_positive(value) and (value is not None or name in MULTIPLIERS):
+            raise UserError(f"{name}: {value!r:.60} is not a positive number")
+    for name in YES_OR_NO:
+        if hf.get(name) not in (True, False, None):
+            raise UserError(f"{name}: {hf[name]!r:.60} is neither true nor false")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if name in hf and hf[name] is None:
+            raise UserError(f"{name}: null: give a whole number")
+
+
 # Fields of each type of rope besides those of all types: first the ones that it needs, then the others.
 ROPE_FIELDS = {
     "default": ("", ""),
@@ -158,9 +191,11 @@ ALL_ROPES = "type rope_type rope_theta partial_rotary_factor original_max_positi
 def _read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:
     """Classic form: rope_theta and rope_scaling; current form: rope_parameters has both, and its theta counts."""
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {} if scaling is None else scaling
+    if not isinstance(scaling, Mapping):
+        raise UserError(f"rope_parameters: {scaling!r:.60} is not a type and its fields")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    kind = OLD_ROPES.get(kind, kind)
-    if kind not in ROPE_FIELDS:
+    kind = OLD_ROPES.get(str(kind), kind)
+    if kind not in list(ROPE_FIELDS):
         raise UserError(f"rope type {kind!r} is not supported: the supported ones are {', '.join(ROPE_FIELDS)}")
     needed, other = (names.split() for names in ROPE_FIELDS[kind])
     if missing := [name for name in needed if name not in scaling]:
@@ -168,14 +203,21 @@ def _read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:
     if unknown := [name for name, value in scaling.items() if value and name not in [*ALL_ROPES, *needed, *other]]:
         value = scaling[unknown[0]]
         raise UserError(f"rope: {unknown[0]}: {value!r:.60} has no effect with type {kind}: remove it")
+    for name in (*needed, *other):
+        value, of_pairs = scaling.get(name), name in ("short_factor", "long_factor")
+        numbers = value if of_pairs and isinstance(value, list) else [value]
+        if (of_pairs and numbers is not value) or not all(n is None or isinstance(n, (int, float)) for n in numbers):
+            raise UserError(f"rope: {name}: {value!r:.60} is not {'a list of numbers' if of_pairs else 'a number'}")
     given = [value for value in (scaling.get("rope_theta"), hf.get("rope_theta")) if value is not None]
-    if wrong := [theta for theta in given if type(theta) not in (int, float) or not 0 < theta < 1e30]:
+    if wrong := [theta for theta in given if not _is_positive(theta) or theta > 1e30]:
         raise UserError(f"rope_theta: {wrong[0]!r:.60} is not a positive number")
     theta, parameters, longest = (given or [10000.0])[0], dict(scaling), hf.get("max_position_embeddings") or 0
     outer, inner = hf.get("original_max_position_embeddings"), scaling.get("original_max_position_embeddings")
     if kind in ("llama3", "yarn", "longrope"):
         parameters["original_max_position_embeddings"] = outer or inner or longest
     context = longest if kind == "dynamic" else int(outer or inner or longest) if kind == "longrope" else 0
+    if kind == "longrope" and context < 2:
+        raise UserError(f"original_max_position_embeddings: {context} is not the length of pre-training")
     if kind == "longrope" and scaling.get("attention_factor") is None:
         factor = longest / context if outer else scaling.get("factor") or longest / context
         parameters["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
@@ -247,7 +289,7 @@ def _windows(hf: Fields, window: int | None, first: int = 0) -> tuple[int | None
     kinds = hf.get("layer_types")
     if not kinds:
         return tuple(window if index >= first else None for index in range(hf["num_hidden_layers"]))
-    if unknown := [kind for kind in kinds if kind not in by_type]:
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"layer_types: {unknown[0]!r:.60} is not supported: only {', '.join(by_type)}")
     return tuple(by_type[kind] for kind in kinds)
 
@@ -290,6 +332,8 @@ def _ropes(hf: Fields, windows: tuple[int | None, ...], local: Fields) -> tuple[
     is that of the layers with a window."""
     both = hf.get("rope_parameters") or {}
     if "full_attention" in both:
+        if "sliding_attention" not in both:
+            raise UserError("rope_parameters: sliding_attention: missing")
         full, sliding = (_read_rope({**hf, "rope_theta": None}, both[kind]) for kind in KINDS)
     else:
         full, sliding = _read_rope(hf), _read_rope({}, local)
@@ -301,6 +345,8 @@ def _every(n: int, hf: Fields, window: int) -> tuple[int | None, ...]:
     window = hf.get("sliding_window") or window
     if hf.get("layer_types"):
         return _windows(hf, window)
+    if not _is_positive(n):
+        raise UserError(f"sliding_window_pattern: {n!r:.60} is not a number of layers: give layer_types")
     return tuple(None if (layer + 1) % n == 0 else window for layer in range(hf["num_hidden_layers"]))
 
 
@@ -326,13 +372,28 @@ def _olmo3(hf: Fields) -> dict[str, Any]:
     return {**_olmo2(hf), "windows": windows, "ropes": _ropes({"rope_theta": 5e5, **hf}, windows, local)}
 
 
+def _exaone4(hf: Fields) -> dict[str, Any]:
+    """Where three of four layers see a window only, the others do not rotate."""
+    hybrid, rope = hf.get("sliding_window", 4096) is not None, _read_rope(hf)
+    windows = _every(hf.get("sliding_window_pattern") or 4, hf, 4096) if hybrid else (None,) * hf["num_hidden_layers"]
+    ropes = _in_some(rope, [window is not None or not hybrid for window in windows])
+    return {"norms": "output", "qk_norm": "head", "windows": windows, "ropes": ropes}
+
+
+def _in_some(rope: Rope, has_rope: Sequence[Any]) -> tuple[Rope | None, ...]:
+    """The rope of each layer that rotates; one of them must."""
+    if not any(has_rope) or any(own not in (0, 1) for own in has_rope):
+        raise UserError(f"no_rope_layers, layer_types: {has_rope!r:.60}: 1 for each layer that rotates, at least one")
+    return tuple(rope if own else None for own in has_rope)
+
+
 def _smollm3(hf: Fields) -> dict[str, Any]:
     """Every fourth layer does not rotate."""
     n, rope = hf.get("no_rope_layer_interval") or 4, _read_rope({"rope_theta": 2e6, **hf})
-    has_rope = hf.get("no_rope_layers") or [(layer + 1) % n for layer in range(hf["num_hidden_layers"])]
+    has_rope = hf.get("no_rope_layers") or [(layer + 1) % n > 0 for layer in range(hf["num_hidden_layers"])]
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
     return {**_llama(hf), "tied": hf.get("tie_word_embeddings", True), "windows": _windows(hf, window),
-            "ropes": tuple(rope if own else None for own in has_rope)}  # fmt: skip
+            "ropes": _in_some(rope, has_rope)}  # fmt: skip
 
 
 def _granite(hf: Fields) -> dict[str, Any]:
@@ -373,6 +434,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, "phi3", NO_DROPOUT),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), "olmo2"),
     "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), "olmo2"),
+    "exaone4": Family("Exaone4ForCausalLM", _exaone4, (*WINDOWS, "sliding_window_pattern"), "exaone4"),
     "smollm3": Family(
         "SmolLM3ForCausalLM", _smollm3, (*BIASES, *QWEN, "no_rope_layers", "no_rope_layer_interval"), "smollm3"
     ),
@@ -391,14 +453,18 @@ WRAPPERS: dict[str, dict[str, Fields]] = {
 
 def _check_shape(config: DecoderConfig) -> None:
     """Refuse values that no decoder can have, before they fail deep inside one."""
-    if config.num_heads % config.num_kv_heads or config.head_dim % 2 or config.head_dim < 1:
-        raise UserError("num_attention_heads must be a multiple of num_key_value_heads, and head_dim of 2")
+    heads, groups = config.num_heads, config.num_kv_heads
+    if heads % groups:
+        raise UserError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads, {groups}")
+    if config.head_dim % 2 or config.head_dim < 1:
+        raise UserError(f"head_dim: {config.head_dim} is not even: its dimensions are rotated in pairs")
     if type(config.norm_eps) not in (int, float) or not 0 <= config.norm_eps < 1:
         raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not between 0 and 1")
-    windows = [window for window in config.windows if window is not None]
-    wrong = any(type(window) is not int or not 1 <= window <= 1 << 31 for window in windows)
-    if wrong or len(config.windows) != config.num_layers:
-        raise UserError(f"sliding_window, layer_types: give a window or none for each of {config.num_layers} layers")
+    for window in config.windows:
+        if window is not None and (type(window) is not int or not 1 <= window <= 1 << 31):
+            raise UserError(f"sliding_window: {window!r:.60} is not a number of tokens")
+    if len(config.windows) != config.num_layers:
+        raise UserError(f"layer_types: {len(config.windows)} entries: give one for each of {config.num_layers} layers")
     if len(config.ropes) != config.num_layers:
         raise UserError(f"no_rope_layers: {len(config.ropes)} entries: give one for each of {config.num_layers} layers")
     for rope in config.distinct_ropes:

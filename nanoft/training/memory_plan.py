@@ -165,8 +165,13 @@ def estimate_memory(
     unpacked = decoder.hidden_size * decoder.intermediate_size * e * (bits < 16)  # the largest weight, for its product
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
-    chunked = device_type == "mps" or (not cpu and (capped or any((w or length) < length for w in decoder.windows)))
-    scores = (4 + capped) * rows * decoder.num_heads * CHUNK * seen * e * chunked
+    # on a CPU in 16 bits attention is always chunked, which TRANSIENT_CPU includes
+    windowed = (not cpu or e == 4) and (capped or any((w or length) < length for w in decoder.windows))
+    chunked = device_type == "mps" or windowed
+    # S, tanh, their sum, P, the slope twice, dP, dC and dS: on a CPU what is freed is hardly used again
+    matrices = (10 if cpu else 5) if capped else 4
+    scores = matrices * rows * decoder.num_heads * CHUNK * seen * e * chunked
+    slopes = chunk * decoder.vocab_size * 2.0 * e * (decoder.logit_cap is not None)  # of capped logits
     parts = {
         "process": baseline + kernels + BITSANDBYTES * (cpu and bits == 4),
         "linears": part * counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16),
@@ -177,9 +182,10 @@ def estimate_memory(
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
         "activations": sum(waiting[one] for one in keep),
-        "backward": again + transient * tokens * decoder.intermediate_size * e + unpacked + scores,
+        "backward": again + transient * tokens * decoder.intermediate_size * e + unpacked + scores + slopes * cpu,
         # a chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these
-        "loss": chunk * decoder.vocab_size * (2 * e + 4 + 2 * e * (decoder.logit_cap is not None))
+        "loss": chunk * decoder.vocab_size * (2 * e + 4)
+        + slopes
         + (2.0 * targets * e + 8.0 * tokens) * decoder.hidden_size
         # the weight that the loss takes instead of a frozen head, and its gradient
         + counts.trains_head * decoder.vocab_size * decoder.hidden_size * (2 * e + 8.0),

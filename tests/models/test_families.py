@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import LONGROPE, SHAPES, make_family
+from tiny_families import LONGROPE, PLAIN, SHAPES, make_family
 from transformers import AutoModelForCausalLM
 
 import merge
@@ -149,7 +150,9 @@ LONG = torch.arange(3, 103)[None] % 90  # longer than the pre-training context o
 def rewrite_config(directory: Path, **changes: object) -> None:
     """Change fields of config.json; None removes one."""
     stored = json.loads((directory / "config.json").read_text()) | changes
-    (directory / "config.json").write_text(json.dumps({k: v for k, v in stored.items() if v is not None}))
+    (directory / "config.json").write_text(
+        json.dumps({k: v for k, v in stored.items() if v is not None or k not in changes})
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,7 @@ CLOSE: list[tuple[str, dict[str, object], str]] = [
     ("gemma3_text", {"altup_num_inputs": 4}, "altup_num_inputs: 4: unknown field of gemma3_text"),  # Gemma 3n's
     ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types: 'chunked_attention' is not supported"),
     ("olmo3", {"layer_types": ["linear_attention"] * 3}, "layer_types: 'linear_attention' is not supported"),
-    ("olmo3", {"layer_types": ["full_attention"] * 2}, "layer_types: give a window or none for each of 3 layers"),
+    ("olmo3", {"layer_types": ["full_attention"] * 2}, "layer_types: 2 entries: give one for each of 3 layers"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv: 8.0: unknown field of olmo2"),
     ("olmo2", {"layer_types": ["sliding_attention"] * 3}, "layer_types: .* unknown field of olmo2"),
     ("granite", {"key_multiplier": 2.0}, "key_multiplier: 2.0: unknown field of granite"),
@@ -256,6 +259,34 @@ CLOSE: list[tuple[str, dict[str, object], str]] = [
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: 2 entries: give one for each of 3 layers"),
     ("seed_oss", {"residual_dropout": 0.1}, "residual_dropout: 0.1 is not supported: set it to 0.0"),
     ("seed_oss", {"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported: set it to 0.0"),
+    # values that would fail, or compute something else, only when the model runs
+    ("llama", {"intermediate_size": None}, "intermediate_size: null: give a whole number"),
+    ("llama", {"architectures": "LlamaForCausalLM"}, "architectures: 'LlamaForCausalLM' is not a list of names"),
+    ("llama", {"architectures": [7]}, "architectures: .7. is not a list of names"),
+    ("llama", {"rope_parameters": [1, 2]}, "rope_parameters: .1, 2. is not a type and its fields"),
+    ("llama", {"rope_parameters": {"rope_type": ["yarn"]}}, "rope type .'yarn'. is not supported"),
+    ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings: 'no' is neither true nor false"),
+    ("llama", {"num_key_value_heads": 3}, "num_attention_heads: 4 is not a multiple of num_key_value_heads, 3"),
+    ("llama", {"head_dim": 7}, "head_dim: 7 is not even"),
+    ("mistral", {"sliding_window": -4}, "sliding_window: -4 is not a number of tokens"),
+    ("qwen3", {"layer_types": [["x"]] * 3}, "layer_types: .'x'. is not supported"),
+    ("gemma2", {"query_pre_attn_scalar": -3}, "query_pre_attn_scalar: -3 is not a positive number"),
+    ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping: -1.0 is not a positive number"),
+    ("gemma2", {"final_logit_softcapping": "x"}, "final_logit_softcapping: 'x' is not a positive number"),
+    ("gemma3_text", {"rope_parameters": {"full_attention": PLAIN}}, "rope_parameters: sliding_attention: missing"),
+    ("gemma3_text", {"sliding_window_pattern": "LLG"}, "sliding_window_pattern: 'LLG' is not a number of layers"),
+    ("phi3", {"rope_scaling": {**LONGROPE, "short_factor": 3}}, "rope: short_factor: 3 is not a list of numbers"),
+    ("phi3", {"rope_scaling": {**LONGROPE, "long_factor": ["a"] * 6}}, "rope: long_factor: .* not a list of numbers"),
+    ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 1}, "1 is not the length of pre-training"),
+    ("phi3", {"original_max_position_embeddings": -5}, "original_max_position_embeddings: -5 is not a positive"),
+    ("smollm3", {"no_rope_layers": [0] * 3}, "no_rope_layers, layer_types: .* at least one"),
+    ("smollm3", {"no_rope_layers": "abc"}, "no_rope_layers, layer_types: 'abc': 1 for each layer that rotates"),
+    ("exaone4", {"layer_types": ["full_attention"] * 3}, "no_rope_layers, layer_types: .* at least one"),
+    ("granite", {"residual_multiplier": "a"}, "residual_multiplier: 'a' is not a positive number"),
+    ("granite", {"embedding_multiplier": None}, "embedding_multiplier: None is not a positive number"),
+    ("granite", {"attention_multiplier": math.nan}, "attention_multiplier: nan is not a positive number"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling: 0 is not a positive number"),
+    ("ministral3", {"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, "rope: factor: 'x' is not a number"),
     ("ministral3", {"sliding_window": 4096}, "sliding_window: 4096 is not supported"),
     ("ministral3", {"llama_4_scaling_beta": 0.1}, "llama_4_scaling_beta: 0.1: unknown field of ministral3"),
 ]

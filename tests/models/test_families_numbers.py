@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,9 @@ import torch
 from adapters import CPU, peft_model, peft_name, randomize
 from peft import PeftModel
 from tiers import rest_is_slow
-from tiny_families import CASES, FIRST, LONGROPE, make_family
+from tiny_families import CASES, FIRST, LONGROPE, NO_DROPOUT, SHAPES, make_family
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanoft import kernels
 from nanoft.attention import Documents
@@ -24,6 +28,7 @@ from nanoft.lora import LoRALinear, inject_lora
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, save_adapter
+from nanoft.models.families import FAMILIES
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
@@ -236,6 +241,11 @@ def test_in_16_bits_logits_are_as_near_as_those_of_transformers(
 
 # --- memory
 
+WHOLE_STEP = Path(__file__).parents[1] / "whole_step.py"
+WHOLE: dict[str, Any] = {
+    "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32768, "max_position_embeddings": 2048,
+}  # fmt: skip
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}
 
 
@@ -271,3 +281,22 @@ def test_activations_are_those_of_the_plan(case: tuple[str, int], dtype: torch.d
     plan = estimate_memory(decoder, count_parameters(decoder, config), config, "cpu", dtype, 2, 256, keep, 0.0)
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert 0.93 * plan.parts["activations"] < found < 1.03 * plan.parts["activations"] + final_norm
+
+
+@pytest.mark.parametrize("case", rest_is_slow([(case,) for case in FIRST], (("llama", 0),)), ids=str)
+def test_the_plan_of_a_whole_step_is_near_the_peak_of_a_process(case: tuple[str, int], tmp_path: Path) -> None:
+    """On one thread, because each has a heap of its own; windows are shorter than the sequences."""
+    shape, pairs = {**NO_DROPOUT, **SHAPES.get(case[0], [{}])[0], **WHOLE}, int(WHOLE["head_dim"] * 0.75) // 2
+    for name in ("layer_types", "no_rope_layers"):
+        if shape.get(name):
+            shape[name] = (shape[name] * 2)[: WHOLE["num_hidden_layers"]]
+    if shape.get("sliding_window"):
+        shape["sliding_window"] = 128
+    if case[0] == "phi3":
+        shape["rope_parameters"] = {**LONGROPE, "short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
+    config = AutoConfig.for_model(case[0], **shape, architectures=[FAMILIES[case[0]].architecture])
+    config.save_pretrained(tmp_path)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, WHOLE_STEP, tmp_path / "config.json", "float32", "2", "512", "all"]
+    found = json.loads(subprocess.run(command, env=alone, capture_output=True, text=True, check=True).stdout)
+    assert 0.9 < found["planned"] / found["measured"] < 1.1, found
