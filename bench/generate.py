@@ -125,7 +125,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     def answer(prompts: list[list[int]], stops: list[int], limit: int) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts]
         for said in generate.stream(model, prompts, stops, limit, batch_size=args.batch):
-            for row, token in said:
+            for row, token, _ in said:
                 answers[row].append(token)
         return answers
 

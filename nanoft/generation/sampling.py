@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +42,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    log_probs: bool = False  # compute `log_probs` of the chosen tokens, too
 
 
 GREEDY = Sampling()
@@ -75,18 +77,34 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
     return sampled.clamp(max=logits.shape[-1] - 1)  # beyond it only if all is NaN
 
 
+def log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / T) of each row's token, (batch,), over the whole vocabulary; T = 1 for greedy choices."""
+    logits = logits / (temperature or 1.0)
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def completion_noise(seeds: Sequence[Sequence[int]], steps: int) -> Tensor:
+    """`noise` of completions, (seeds, steps), each from a generator of its own: it depends on its seed alone."""
+    rows = [np.random.default_rng(seed).random(steps, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.array(rows).reshape(-1, steps)) * BELOW_ONE
+
+
 class Sampler:
     """Chooses the next token of each sequence in a batch; remembers which tokens each of them has seen."""
 
     def __init__(
         self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab: int, steps: int, device: torch.device,
-        generator: torch.Generator | None,
+        generator: torch.Generator | None, noise: Tensor | None = None,
     ):  # fmt: skip
-        """`prompts`: of all answers, of at most `steps` tokens; `generator`: on the CPU, so that seeds are portable."""
+        """`prompts`: of all answers, of at most `steps` tokens; `generator`: on the CPU, so that seeds are portable.
+
+        `noise`: float32 in [0, 1), (prompts, steps), in the place of `generator`.
+        """
         self.sampling, self.prompts, self.device = sampling, prompts, device
         self.noise: Tensor | None = None  # (prompts, steps)
         if sampling.temperature > 0:
-            self.noise = (torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE).to(device)
+            drawn = torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE if noise is None else noise
+            self.noise = drawn.to(device)
         self.batch = torch.zeros(0, dtype=torch.long, device=device)  # (batch,): the prompt of each sequence
         self.lengths = torch.zeros_like(self.batch)  # (batch,): tokens of its answer so far
         self.seen: Tensor | None = None  # (batch, vocab)
