@@ -69,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
     def generate(prompt: list[int], limit: int) -> Iterator[int]:
         for step in stream(loaded.model, [prompt], chat.stop_ids, limit, sampling, generator):
-            if step[0][1] not in chat.stop_ids:
-                yield step[0][1]
+            ((_, token, _),) = step
+            if token not in chat.stop_ids:
+                yield token
 
     def answer_all(prompts: list[list[int]], limit: int) -> list[Answer]:
         return generate_all(loaded.model, prompts, chat.stop_ids, limit, sampling, generator)

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import kernels
-from nanoft.attention import AttentionLayer, CacheContext, Documents, SequenceContext
+from nanoft.attention import AttentionLayer, CacheContext, Documents, SequenceContext, soft_cap
 from nanoft.kernels import sharding
-from nanoft.kernels.decode import FastCacheContext, prepacked, should_prepack, twin
+from nanoft.kernels.decode import FastCacheContext, choose_build, prepacked, twin
 from nanoft.model import Decoder
 from nanoft.runtime import distributed
 
@@ -54,13 +54,13 @@ class Decoding:
         self.ropes = [rope for rope in model.config.distinct_ropes if rope.depends_on_length]
         self.read: list[list[int]] = []  # the tokens of each sequence, for these ropes
         self.is_fast = kernels.is_applied(model)
-        self.prepacks = self.is_fast and not distributed.is_sharded() and should_prepack(model)
-        self.head = prepacked(model.head.to(model.dtype), None) if self.prepacks else None
+        self.build = choose_build(model) if self.is_fast and not distributed.is_sharded() else None
+        self.head = prepacked(model.head.to(model.dtype), None) if self.build is prepacked else None
         self.context_class = FastCacheContext if self.is_fast else CacheContext
 
     def _function(self, block: nn.Module) -> Callable[..., Tensor]:
         """A block's twin, or its `forward`: calling a compiled block would compile it again for these shapes."""
-        return twin(block, self.prepacks) if self.is_fast else block.forward
+        return twin(block, self.build) if self.is_fast else block.forward
 
     @functools.cached_property
     def _functions(self) -> list[Callable[..., Tensor]]:
@@ -73,38 +73,38 @@ class Decoding:
         return self._functions
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden @ head^T in float32, (b, vocab)."""
-        return self.model.logits(hidden) if self.head is None else self.head(hidden).float()
+        """hidden @ head^T in float32, (b, vocab), capped if the model does so."""
+        if self.head is None:
+            return self.model.logits(hidden)
+        return soft_cap(self.head(hidden).float(), self.model.config.logit_cap)
 
     def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
         """Add prompts, none empty, to the batch; they end in the same slot as the sequences that are in it.
 
-        Equal prompts are read once. At most `more` tokens may follow each sequence. Returns the last hidden state of
-        each prompt, (prompts, n).
+        At most `more` tokens may follow each sequence. A prompt that occurs several times is read once. Returns the
+        last hidden state of each prompt, (prompts, n).
         """
+        numbers = dict[tuple[int, ...], int]()  # of the distinct prompts
+        copies = torch.tensor([numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts])
+        copies = copies.to(self.device)
         longest = max(map(len, prompts))
         length = max(self.length, longest)
         before = length - self.length  # slots by which the sequences in the batch move
 
         def append(old: Tensor, new: Tensor) -> Tensor:
-            both = new.new_zeros(len(old) + len(new), new.shape[1], length + more, new.shape[3])
+            both = new.new_zeros(len(old) + len(copies), new.shape[1], length + more, new.shape[3])
             both[: len(old), :, before:length] = old[:, :, : self.length]
-            both[len(old) :, :, length - longest : length] = new
+            both[len(old) :, :, length - longest : length] = new[copies]
             return both
 
-        distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        hidden, keys, values = self._read(list(distinct))
-        if len(distinct) < len(prompts):
-            which = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
-            hidden, *parts = (part[which] for part in (hidden, *keys, *values))
-            keys, values = parts[: len(keys)], parts[len(keys) :]
+        hidden, keys, values = self._read(list(numbers))
         for kept, new in ((self.keys, keys), (self.values, values)):
             kept[:] = [append(*pair) for pair in zip(kept or [part[:0] for part in new], new, strict=True)]
         self.empty = [empty + before for empty in self.empty] + [length - len(prompt) for prompt in prompts]
         self.length, self.slots = length, length + more
         self.read += [list(prompt) for prompt in prompts]
         self._prepare_slots()
-        return hidden
+        return hidden[copies]
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Last hidden states, (b, n), and each layer's keys and values, (b, g, longest, d), ending in the same slot."""

@@ -4,19 +4,21 @@ Prompts of different lengths are read as training reads packed documents, so non
 pass adds one token to every answer; finished answers leave the batch and waiting prompts take their places, so one long
 answer does not hold up a batch.
 
-`generate` returns all answers, complete; `stream` yields the new tokens of each step, as they come.
+`generate` returns all answers, complete; `stream` yields the new tokens of each step, as they come. A prompt that
+occurs several times among those that join together is read once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from nanoft.generation.decode import Decoding
-from nanoft.generation.sampling import GREEDY, Sampler, Sampling
+from nanoft.generation.sampling import GREEDY, Sampler, Sampling, log_probs
 from nanoft.model import Decoder
 
 REFILL = 0.75  # waiting prompts join when at most this share of the batch is active: joining copies the cache
@@ -24,16 +26,21 @@ REFILL = 0.75  # waiting prompts join when at most this share of the batch is ac
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated ids without the stop token, and whether the model produced one."""
+    """Generated ids without the stop token, which stands apart."""
 
     ids: list[int]
-    stopped: bool
+    stop_id: int | None = None  # the stop token, if the model produced one
+    logps: list[float] = field(default_factory=list)  # of the ids and the stop token, with Sampling(log_probs=True)
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop_id is not None
 
 
 def generate(
     model: Decoder, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int,
     sampling: Sampling = GREEDY, generator: torch.Generator | None = None, batch_size: int | None = None,
-    only: Sequence[int] | None = None,
+    only: Sequence[int] | None = None, noise: Tensor | None = None,
 ) -> list[Answer]:  # fmt: skip
     """Continue every prompt, of which none is empty, until a stop id or `max_new_tokens`.
 
@@ -41,12 +48,15 @@ def generate(
         generator: on the CPU; None: torch's default.
         batch_size: answers that are generated together; None: all.
         only: indices of the prompts to answer, with the random numbers they have among all prompts. None: all.
+        noise: in the place of `generator`, (prompts, max_new_tokens) float32 in [0, 1): see `completion_noise`.
     """
-    stops, answers = set(stop_ids), [Answer([], False) for _ in prompts]
-    for step in stream(model, prompts, stop_ids, max_new_tokens, sampling, generator, batch_size, only):
-        for prompt, token, _ in step:
+    stops, answers = set(stop_ids), [Answer([]) for _ in prompts]
+    for step in stream(model, prompts, stop_ids, max_new_tokens, sampling, generator, batch_size, only, noise):
+        for prompt, token, logp in step:
+            if sampling.log_probs:
+                answers[prompt].logps.append(logp)
             if token in stops:
-                answers[prompt] = Answer(answers[prompt].ids, True)
+                answers[prompt] = replace(answers[prompt], stop_id=token)
             else:
                 answers[prompt].ids.append(token)
     return answers
@@ -56,12 +66,11 @@ def generate(
 def stream(
     model: Decoder, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int,
     sampling: Sampling = GREEDY, generator: torch.Generator | None = None, batch_size: int | None = None,
-    only: Sequence[int] | None = None, noise: torch.Tensor | None = None,
+    only: Sequence[int] | None = None, noise: Tensor | None = None,
 ) -> Iterator[list[tuple[int, int, float]]]:  # fmt: skip
-    """Yields for each step (index of the prompt, new token, its log-probability); a stop id ends its answer.
+    """Yields for each step (index of the prompt, new token, its log-probability: NaN without `sampling.log_probs`).
 
-    Log-probabilities are NaN unless `sampling.log_probs` asks for them. `noise`: random numbers in [0, 1) for each
-    token of each answer, (prompts, max_new_tokens), in the place of those of the generator.
+    A stop id is the last token of its answer.
     """
     stops, waiting = set(stop_ids), list(range(len(prompts)) if only is None else only) if max_new_tokens else []
     batch_size = batch_size or len(waiting)
@@ -69,7 +78,7 @@ def stream(
     decoding = Decoding(model)
     budget = [max_new_tokens] * len(prompts)  # tokens that each answer may still get
     batch: list[int] = []  # the prompt of each sequence in the batch; -1: its answer is finished
-    hidden: list[torch.Tensor] = []  # last hidden states, (some of batch, hidden) each
+    hidden: list[Tensor] = []  # last hidden states, (some of batch, hidden) each
     while waiting or batch:
         if waiting and len(batch) <= REFILL * batch_size:
             free = batch_size - len(batch)
@@ -77,9 +86,11 @@ def stream(
             hidden.append(decoding.join([prompts[prompt] for prompt in joining], max_new_tokens))
             sampler.join(joining)
             batch += joining
-        newest = sampler.choose(decoding.logits(torch.cat(hidden)))  # (batch,)
-        found = zip(batch, newest.tolist(), sampler.log_probs or [math.nan] * len(batch), strict=True)
-        step = [(prompt, token, log_p) for prompt, token, log_p in found if prompt >= 0]
+        logits = decoding.logits(torch.cat(hidden))
+        newest = sampler.choose(logits)  # (batch,)
+        known = sampling.log_probs
+        logps = log_probs(logits, newest, sampling.temperature).tolist() if known else [math.nan] * len(batch)
+        step = [told for told in zip(batch, newest.tolist(), logps, strict=True) if told[0] >= 0]
         yield step
         for prompt, *_ in step:
             budget[prompt] -= 1

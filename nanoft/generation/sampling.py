@@ -42,7 +42,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    log_probs: bool = False  # remember log softmax(logits / temperature) of the chosen tokens, before the filters
+    log_probs: bool = False  # compute `log_probs` of the chosen tokens, too
 
 
 GREEDY = Sampling()
@@ -77,10 +77,16 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
     return sampled.clamp(max=logits.shape[-1] - 1)  # beyond it only if all is NaN
 
 
+def log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / T) of each row's token, (batch,), over the whole vocabulary; T = 1 for greedy choices."""
+    logits = logits / (temperature or 1.0)
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
 def completion_noise(seeds: Sequence[Sequence[int]], steps: int) -> Tensor:
-    """Random numbers in [0, 1) for the tokens of n answers, (n, steps): a function of each answer's seed."""
-    rows = [np.random.default_rng(list(seed)).random(steps, dtype=np.float32) for seed in seeds]
-    return torch.from_numpy(np.stack(rows)) * BELOW_ONE
+    """`noise` of completions, (seeds, steps), each from a generator of its own: it depends on its seed alone."""
+    rows = [np.random.default_rng(seed).random(steps, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.array(rows).reshape(-1, steps)) * BELOW_ONE
 
 
 class Sampler:
@@ -92,15 +98,13 @@ class Sampler:
     ):  # fmt: skip
         """`prompts`: of all answers, of at most `steps` tokens; `generator`: on the CPU, so that seeds are portable.
 
-        `noise`: (prompts, steps) in the place of what the generator gives.
+        `noise`: float32 in [0, 1), (prompts, steps), in the place of `generator`.
         """
         self.sampling, self.prompts, self.device = sampling, prompts, device
         self.noise: Tensor | None = None  # (prompts, steps)
         if sampling.temperature > 0:
-            if noise is None:
-                noise = torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE
-            self.noise = noise.to(device)
-        self.log_probs: list[float] = []  # of the newest token of each sequence, if `sampling` asks for them
+            drawn = torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE if noise is None else noise
+            self.noise = drawn.to(device)
         self.batch = torch.zeros(0, dtype=torch.long, device=device)  # (batch,): the prompt of each sequence
         self.lengths = torch.zeros_like(self.batch)  # (batch,): tokens of its answer so far
         self.seen: Tensor | None = None  # (batch, vocab)
@@ -129,9 +133,6 @@ class Sampler:
         else:
             last = self.noise.shape[1] - 1  # a finished answer may still be in the batch
             newest = sample(warp(logits, self.sampling), self.noise[self.batch, self.lengths.clamp(max=last)])
-        if self.sampling.log_probs:
-            log_p = (logits / (self.sampling.temperature or 1.0)).log_softmax(-1)
-            self.log_probs = log_p.gather(1, newest[:, None])[:, 0].tolist()
         if self.seen is not None:
             self.seen.scatter_(1, newest[:, None], True)
         self.lengths += 1

@@ -129,7 +129,7 @@ def _step(model: Decoder) -> dict[str, Tensor]:
 @torch.no_grad()
 def _answer(model: Decoder) -> Tensor:
     """The hidden states of the two sequences once more, token by token, as in generation."""
-    blocks, (batch, length), c = [twin(block, False) for block in model.model.layers], IDS.shape, model.config
+    blocks, (batch, length), c = [twin(block, None) for block in model.model.layers], IDS.shape, model.config
     lengths = torch.full((batch, 1), length)
     rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64, lengths)
     tables = FastCacheContext.tables(rotations, torch.ones(batch, length, dtype=torch.bool))

@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import AttentionLayer, CacheContext, Rotation
+from nanoft.blocks.trained import PACKED
 from nanoft.kernels.block import LINEARS, FastBlock
 from nanoft.lora import VARIANTS, LoRALinear, linears_of, weight_of
 from nanoft.model import MLP, Block, Decoder, RMSNorm, SelfAttention
-from nanoft.runtime.memory import available_host_bytes
+from nanoft.runtime.memory import available_bytes, available_host_bytes
 
 Function = Callable[..., Tensor]
+Build = Callable[[Tensor, Tensor | None], Function]  # a linear from its weight and bias
 MEMORY_SHARE = 0.5  # of the free memory, for a second copy of the weights
 CACHED_BYTES = 16e6  # of float32 weights that fit into a processor's caches, where their order does not matter
 
@@ -60,19 +62,23 @@ class FastCacheContext(CacheContext):
         return y.reshape(q.shape)
 
 
-def twin(module: Any, prepack: bool) -> Function:
-    """A function that computes what the module computes; the module itself where its type is not known."""
+def twin(module: Any, build: Build | None) -> Function:
+    """A function that computes what the module computes; the module itself where its type is not known.
+
+    `build` makes the linears, of quantized weights after dequantizing them once; None: as each module computes.
+    """
     if isinstance(module, FastBlock):
-        return Twin(Block, module, prepack)
-    if type(module) in (SelfAttention, MLP):
-        return Twin(type(module), module, prepack)
-    if type(module) in VARIANTS.values():
-        return adapted(module, prepack) if module.enabled else twin(module.base, prepack)
-    if prepack and type(module) in LINEARS:
-        return prepacked(weight_of(module), module.bias)
-    if type(module) is nn.Linear:
-        return lambda x, weight=module.weight, bias=module.bias: F.linear(x, weight, bias)
-    if type(module) is RMSNorm:
+        return _twin_class(Block)(module, build)
+    kind: Any = type(module)
+    if kind in (SelfAttention, MLP):
+        return _twin_class(kind)(module, build)
+    if kind in VARIANTS.values():
+        return adapted(module, build) if module.enabled else twin(module.base, build)
+    if build is not None and kind in LINEARS:
+        return build(weight_of(module), module.bias)
+    if kind is nn.Linear:
+        return plain(module.weight, module.bias)
+    if kind is RMSNorm:
         return lambda x, formula=module.formula, weight=module.weight: formula(x, weight)
     return module
 
@@ -80,26 +86,33 @@ def twin(module: Any, prepack: bool) -> Function:
 class Twin:
     """The attributes and the methods of a module, without nn.Module, and with twins in the place of its children."""
 
-    def __init__(self, kind: type[nn.Module], module: nn.Module, prepack: bool):
-        self.kind = kind
-        for name, value in vars(kind).items():
-            if isinstance(value, types.FunctionType) and not name.startswith("_"):
-                setattr(self, name, types.MethodType(value, self))
-            elif isinstance(value, staticmethod):
-                setattr(self, name, value.__func__)
+    def __init__(self, module: nn.Module, build: Build | None):
         for name, value in vars(module).items():
             if not name.startswith("_"):
                 setattr(self, name, value)
         for name, child in module._modules.items():
-            setattr(self, name, None if child is None else twin(child, prepack))
+            setattr(self, name, None if child is None else twin(child, build))
 
     def __call__(self, *arguments: Any) -> Tensor:
         return self.forward(*arguments)  # type: ignore[attr-defined]
 
 
-def adapted(linear: LoRALinear, prepack: bool) -> Function:
+@functools.cache
+def _twin_class(kind: Any) -> type[Twin]:
+    """`Twin` with the methods of a module's class: bound when called, so a twin's weights are freed with the twin."""
+    public = {name: value for name, value in vars(kind).items() if not name.startswith("_")}
+    methods = {name: value for name, value in public.items() if isinstance(value, types.FunctionType | staticmethod)}
+    return type(kind.__name__, (Twin,), methods)
+
+
+def plain(weight: Tensor, bias: Tensor | None) -> Function:
+    """x W^T + b."""
+    return lambda x: F.linear(x, weight, bias)
+
+
+def adapted(linear: LoRALinear, build: Build | None) -> Function:
     """A linear with its adapter; A and B are rounded to the number format of the model once."""
-    base, (a, b), scaling = twin(linear.base, prepack), linear.factors(), linear.scaling
+    base, (a, b), scaling = twin(linear.base, build), linear.factors(), linear.scaling
 
     @functools.cache
     def rounded(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -123,6 +136,16 @@ def prepacked(weight: Tensor, bias: Tensor | None) -> Function:
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     kernel: Function = torch.ops.mkldnn._linear_pointwise.default
     return lambda x: kernel(x, blocks, bias, "none", [], "")
+
+
+def choose_build(model: Decoder) -> Build | None:
+    """How the linears of the model's twin are made, if there is memory for other weights than the model's own."""
+    if should_prepack(model):
+        return prepacked
+    packed = [linear for linear in linears_of(model).values() if isinstance(linear, PACKED)]
+    copies = sum(linear.out_features * linear.in_features for linear in packed) * model.dtype.itemsize  # bytes
+    same = {linear.dtype for linear in packed} == {model.dtype}
+    return plain if same and copies <= MEMORY_SHARE * available_bytes(model.device) else None
 
 
 def should_prepack(model: Decoder) -> bool:

@@ -37,7 +37,7 @@ from nanoft.models.model_files import (
     read_headers,
 )
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
-from nanoft.runtime.memory import memory_limit_bytes
+from nanoft.runtime.memory import available_bytes
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
 Stored = dict[str, tuple[set[str], tuple[int, ...] | None]]  # tensor -> its possible dtypes, and its shape (None: any)
@@ -301,9 +301,7 @@ def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = Non
     device = layers[0][1].parts[0].device
     unpacked = sum(layer.out_features * layer.in_features * layer.dtype.itemsize for _, layer in layers)
     extra = unpacked - sum(packed_bytes(layer) for _, layer in layers)
-    is_cuda = device.type == "cuda"
-    free = int(memory_limit_bytes(device) - torch.cuda.memory_allocated(device)) if is_cuda else 0
-    chosen = choose_dequantize(policy, device.type, extra, free)
+    chosen = choose_dequantize(policy, device.type, extra, int(available_bytes(device)))
     while chosen == "cached" and layers:
         name, layer = layers.pop()  # the packed weight is gone before the next one is unpacked
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

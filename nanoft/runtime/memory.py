@@ -59,6 +59,12 @@ def memory_limit_bytes(device: torch.device) -> float:
     return available_host_bytes() + held_bytes(device)
 
 
+def available_bytes(device: torch.device) -> float:
+    """Memory that new tensors may take on the device; what PyTorch holds there without using it counts on CUDA."""
+    in_use = torch.cuda.memory_allocated(device) if device.type == "cuda" else held_bytes(device)
+    return memory_limit_bytes(device) - in_use
+
+
 def set_metal_limit() -> None:
     """Limit this process to the memory that Metal recommends, unless the user has set a limit."""
     if WATERMARK not in os.environ:

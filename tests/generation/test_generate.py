@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import subprocess
 import sys
+import traceback
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,13 @@ import torch
 from tiers import rest_is_slow
 from transformers import AutoTokenizer, PreTrainedModel
 
+from nanoft import kernels
 from nanoft.__main__ import main
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.generation import generate
 from nanoft.generation.decode import Decoding
 from nanoft.generation.generate import Answer
-from nanoft.generation.sampling import Sampling
+from nanoft.generation.sampling import Sampling, completion_noise
 from nanoft.model import Decoder
 from nanoft.models.weights import load_model
 from tiny_models import make_chat_model, make_reference, train_run, write_records
@@ -101,7 +105,7 @@ def test_rows_that_leave_or_come_later_change_nothing_for_the_others(
     expected = []
     for ids in free:
         end = next((at for at, token in enumerate(ids) if token in stops), None)
-        expected.append(Answer(ids[:end], end is not None))
+        expected.append(Answer(ids[:end], None if end is None else ids[end]))
     assert len({len(said.ids) for said in expected}) > 2
     assert generate.generate(model, PROMPTS, stops, 40, batch_size=batch_size) == expected
     order = [2, 0, 3, 1]  # a prompt longer than all that is there joins
@@ -146,7 +150,7 @@ def test_an_answer_ends_before_the_first_stop_id_and_the_others_go_on(tmp_path: 
     stop = free[1][5]
     first = [ids.index(stop) if stop in ids else None for ids in free]
     assert None in first  # one that never stops
-    expected = [Answer(ids[:at], at is not None) for ids, at in zip(free, first, strict=True)]
+    expected = [Answer(ids[:at], None if at is None else stop) for ids, at in zip(free, first, strict=True)]
     assert generate.generate(model, PROMPTS, [stop, free[1][9]], 24)[1] == expected[1]
     assert generate.generate(model, PROMPTS, [stop], 24) == expected
 
@@ -171,15 +175,15 @@ def test_the_last_token_may_be_the_stop_and_none_may_be_asked_for(tmp_path: Path
     (ids,) = ids_of(generate.generate(model, [[42]], (), 9))
     place = next(at for at in range(2, 9) if ids[at] not in ids[:at])
     stop = [ids[place]]
-    assert generate.generate(model, [[42]], stop, place + 1) == [Answer(ids[:place], True)]
-    assert generate.generate(model, [[42]], stop, place) == [Answer(ids[:place], False)]
-    assert generate.generate(model, [[42]], stop, 0) == [Answer([], False)]
+    assert generate.generate(model, [[42]], stop, place + 1) == [Answer(ids[:place], ids[place])]
+    assert generate.generate(model, [[42]], stop, place) == [Answer(ids[:place])]
+    assert generate.generate(model, [[42]], stop, 0) == [Answer([])]
 
 
 def test_steps_tell_each_token_as_it_comes(tmp_path: Path) -> None:
     model, _ = model_and_reference("mistral", tmp_path)
     free = ids_of(generate.generate(model, PROMPTS, (), 8))
-    told = [[pair[:2] for pair in step] for step in generate.stream(model, PROMPTS, (), 8)]
+    told = [[said[:2] for said in step] for step in generate.stream(model, PROMPTS, (), 8)]
     assert told == [[(row, ids[step]) for row, ids in enumerate(free)] for step in range(8)]
 
 
@@ -207,6 +211,88 @@ def test_a_seed_gives_the_same_answers_and_each_row_its_own(tmp_path: Path) -> N
     assert len({tuple(ids) for ids in sampled(model, [PROMPTS[0]] * 4, 1, **settings)}) == 4
     for narrow in ({"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}):
         assert sampled(model, PROMPTS, 1, **settings, **narrow) == greedy
+
+
+def test_with_noise_of_its_own_a_completion_is_the_same_in_every_batch(tmp_path: Path) -> None:
+    model, _ = model_and_reference("llama", tmp_path)
+    prompts = [PROMPTS[0]] * 3 + [PROMPTS[3]] * 3
+    seeds = [[7, group, number] for group in (0, 1) for number in range(3)]
+    sampling = Sampling(3.0, log_probs=True)
+
+    def completions(rows: Sequence[int], batch_size: int | None = None) -> list[Answer]:
+        noise = completion_noise([seeds[row] for row in rows], 12)
+        return generate.generate(model, [prompts[row] for row in rows], (), 12, sampling, None, batch_size, noise=noise)
+
+    expected = completions(range(6))
+    assert len({tuple(said.ids) for said in expected}) == 6
+    order = [4, 0, 5, 1]
+    for rows, batch_size in ((range(6), 4), (range(6), 1), (order, None), (order, 3)):
+        for found, row in zip(completions(rows, batch_size), rows, strict=True):
+            assert found.ids == expected[row].ids
+            assert found.logps == pytest.approx(expected[row].logps, abs=1e-5)
+    assert ids_of(completions([2])) == [expected[2].ids]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_prompt_that_occurs_several_times_is_read_once(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = model_and_reference("qwen2-window", tmp_path)
+    if fast:
+        assert kernels.apply(model) == ""
+    lengths, embed, order = [], model.embed, [1, 0, 1, 1, 3, 0]
+    monkeypatch.setattr(model, "embed", lambda ids: (lengths.append(ids.numel()), embed(ids))[1])
+    noise = completion_noise([[row] for row in range(6)], 20)
+    sampling = Sampling(3.0, log_probs=True)
+    for batch_size in (None, 3):
+        lengths.clear()
+        found = generate.generate(
+            model, [PROMPTS[row] for row in order], (), 20, sampling, None, batch_size, noise=noise
+        )
+        assert lengths[0] == sum(len(PROMPTS[row]) for row in set(order[:batch_size]))
+        for number, said in enumerate(found):
+            own = noise[number : number + 1]
+            (alone,) = generate.generate(model, [PROMPTS[order[number]]], (), 20, sampling, noise=own)
+            assert said.ids == alone.ids
+            assert said.logps == pytest.approx(alone.logps, abs=1e-5)
+
+
+def test_a_stream_that_is_left_or_runs_out_of_memory_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = model_and_reference("llama", tmp_path)
+    assert kernels.apply(model) == ""
+    expected = generate.generate(model, PROMPTS, (), 8)
+    made, step = list[Any](), Decoding.step
+
+    class Observed(Decoding):
+        def __init__(self, model: Decoder):
+            super().__init__(model)
+            made.append(weakref.ref(self))
+
+    def fails(self: Decoding, newest: torch.Tensor) -> torch.Tensor:
+        if self.length > max(map(len, PROMPTS)) + 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return step(self, newest)
+
+    monkeypatch.setattr(generate, "Decoding", Observed)
+    gc.disable()  # nothing waits for the collector
+    try:
+        for number, _ in enumerate(generate.stream(model, PROMPTS, (), 8)):
+            assert not torch.is_inference_mode_enabled()
+            if number == 3:
+                break
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoding, "step", fails)
+            with pytest.raises(torch.OutOfMemoryError) as caught:
+                generate.generate(model, PROMPTS, (), 8)
+        traceback.clear_frames(caught.value.__traceback__)
+        assert [decoding() for decoding in made] == [None, None]
+    finally:
+        gc.enable()
+    assert not torch.is_inference_mode_enabled()
+    assert generate.generate(model, PROMPTS, (), 8) == expected
+    model.train()(torch.tensor([PROMPTS[1]])).sum().backward()  # no weight became one of inference
 
 
 def test_a_repetition_penalty_is_that_of_transformers_generate(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Echo:
     def __call__(self, prompts: list[list[int]], limit: int) -> list[Answer]:
         self.batches.append(len(prompts))
         self.prompts += [self.chat.decode(prompt, keep_special=True) for prompt in prompts]
-        return [Answer(prompt[:limit], len(prompt) <= limit) for prompt in prompts]
+        return [Answer(prompt[:limit], 0 if len(prompt) <= limit else None) for prompt in prompts]
 
 
 def reader_of(chat: ChatTokenizer, **settings: Any) -> LineReader:
@@ -112,7 +112,7 @@ def test_an_answer_may_use_what_the_context_leaves(chat: ChatTokenizer) -> None:
 
     def answer(prompts: list[list[int]], limit: int) -> list[Answer]:
         limits.append(limit)
-        return [Answer([], True) for _ in prompts]
+        return [Answer([], 0) for _ in prompts]
 
     source, target = os.pipe()
     os.write(target, b"long question\nlong question\nq\n")

@@ -17,7 +17,17 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from nanoft.generation.sampling import BELOW_ONE, NotFinite, Sampler, Sampling, penalize, sample, warp
+from nanoft.generation.sampling import (
+    BELOW_ONE,
+    NotFinite,
+    Sampler,
+    Sampling,
+    completion_noise,
+    log_probs,
+    penalize,
+    sample,
+    warp,
+)
 
 CPU = torch.device("cpu")
 VOCAB, DRAWS = 60, 40_000
@@ -168,6 +178,24 @@ def test_a_seed_repeats_and_another_differs() -> None:
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
+
+
+def test_noise_of_completions_depends_on_their_seeds_alone() -> None:
+    noise = completion_noise([[1, 2, 3], [1, 2, 4], [1, 2, 3]], 5000)
+    assert (noise.shape, noise.dtype) == ((3, 5000), torch.float32)
+    assert torch.equal(noise[0], noise[2])
+    assert not (noise[0] == noise[1]).any()
+    assert torch.equal(completion_noise([[1, 2, 4]], 7)[0], noise[1, :7])
+    assert ((noise >= 0) & (noise < 1)).all()
+    assert abs(noise[:2].mean() - 0.5) < 5 / (12 * noise[:2].numel()) ** 0.5  # five standard errors
+    assert completion_noise([], 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 3.0])
+def test_log_probs_are_those_of_the_whole_vocabulary(temperature: float) -> None:
+    tokens = torch.arange(16) * 3
+    expected = (logits().double() / (temperature or 1)).log_softmax(-1)[torch.arange(16), tokens]
+    torch.testing.assert_close(log_probs(logits(), tokens, temperature).double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [Sampling(), Sampling(0.7, repetition_penalty=1.1)])

@@ -23,6 +23,8 @@ from nanoft import kernels
 from nanoft.attention import Documents
 from nanoft.config import Config, LoRAConfig
 from nanoft.generation.generate import generate
+from nanoft.generation.sampling import Sampling, completion_noise
+from nanoft.kernels import decode as decode_kernels
 from nanoft.kernels.block import FastBlock
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.loss import token_nll
@@ -138,6 +140,32 @@ def test_64_greedy_tokens_are_those_of_transformers_with_and_without_a_cache(
     alone = generate(plain, [prompts[1, :9].tolist(), prompts[0].tolist()], (), 64)  # of different lengths
     assert alone[1].ids == expected[0]
     assert alone[0] == generate(plain, [prompts[1, :9].tolist()], (), 64)[0]
+
+
+@torch.no_grad()
+@every_family
+@pytest.mark.parametrize("path", ["plain", "fast", "prepacked"])
+def test_log_probs_of_sampled_tokens_are_those_of_a_forward_pass_of_training(
+    case: tuple[str, int], path: str, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a temperature T: token_nll of hidden / T, where a soft cap becomes cap / T.
+
+    Within the context of pre-training: beyond it, some ropes turn all positions of a longer sequence otherwise.
+    """
+    monkeypatch.setattr(decode_kernels, "CACHED_BYTES", 0 if path == "prepacked" else 16e6)
+    model, prompts = opened(saved(case), path != "plain"), [IDS[0, :24].tolist(), IDS[1, :7].tolist()] * 2
+    sampling = Sampling(0.7, top_k=20, top_p=0.95, log_probs=True)
+    noise = completion_noise([[5, number] for number in range(4)], 16)
+    stop = generate(model, prompts[1:2], (), 16, sampling, noise=noise[1:2])[0].ids[9]
+    answers = generate(model, prompts, (stop,), 16, sampling, noise=noise)
+    assert answers[1].stop_id == stop
+    for prompt, answer in zip(prompts, answers, strict=True):
+        said = answer.ids + ([] if answer.stop_id is None else [answer.stop_id])
+        places = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(said))
+        hidden = model(torch.tensor([prompt + said]), target_positions=places) / 0.7
+        cap = model.config.logit_cap and model.config.logit_cap / 0.7
+        expected = -token_nll(hidden, model.head, torch.tensor(said), cap=cap)
+        torch.testing.assert_close(torch.tensor(answer.logps), expected, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
