@@ -19,9 +19,9 @@ config = load_file("tiny.py", beside=__file__).override(
         "objective": "grpo",
         "micro_batch_size": 64,  # answers
         "gradient_accumulation_steps": 4,  # the default: a step has rl.prompts x rl.group_size answers
-        "max_steps": 100,
+        "max_steps": 60,
         "learning_rate": 3e-5,
         "log_steps": 5,
-        "eval_steps": 25,
+        "eval_steps": 15,
     },
 )

@@ -133,9 +133,6 @@ class GRPO(Objective):
         check_answers_fit(config, "rl.max_new_tokens")
 
     def begin(self, model: Decoder, *_: object) -> None:
-        if model.config.logit_cap is not None and self.rl.temperature != 1:
-            why = f"{model.config.family} caps its logits, which are not divided by a temperature"
-            raise UserError(f"rl.temperature: {self.rl.temperature}: {why}: set it to 1")
         self.prompts.begin(model)
 
     def windows(self, model: Decoder, window: Window, rows: int, stop: StopRequest | None = None) -> list[Window]:
@@ -206,7 +203,9 @@ class GRPO(Objective):
     def token_logps(self, model: Decoder, batch: Batch) -> Tensor:
         """log p of each target token at the temperature of sampling, in nats, (targets,)."""
         hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, targets, hidden)
-        return -token_nll(hidden / self.rl.temperature, model.head, batch.targets, cap=model.config.logit_cap)
+        t, cap = self.rl.temperature, model.config.logit_cap
+        # a capped logit over T, c tanh(h w / c) / T, is (c / T) tanh((h / T) w / (c / T))
+        return -token_nll(hidden / t, model.head, batch.targets, cap=None if cap is None else cap / t)
 
     def figures(self) -> dict[str, float]:
         return {**self.of_step, **means(self.sums)}
