@@ -35,6 +35,7 @@ from nanoft.config.settings import RLConfig, TrainingConfig
 from nanoft.data.formats import Learns
 from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.loss import token_nll
+from nanoft.metrics.rewards import reward_function
 from nanoft.model import Decoder
 from nanoft.objectives.objective import Objective
 from nanoft.objectives.preference import add, means
@@ -114,6 +115,8 @@ class GRPO(Objective):
         rl, t = config.rl, config.training
         if not rl.reward:
             raise UserError("rl.reward: empty: name a metric, such as exact_match, or package.module:function")
+        for name in rl.reward:
+            reward_function(name)  # refuses a name that is wrong
         if rl.reward_weights and len(rl.reward_weights) != len(rl.reward):
             raise UserError(
                 f"rl.reward_weights: {len(rl.reward_weights)} of {len(rl.reward)} rewards: give one for each"
