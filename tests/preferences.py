@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from runs import record
 
 from nanoft.batches import Sample, TokenDataset
+from nanoft.config import TrainingConfig
 from nanoft.data.formats import Learns
 from nanoft.objectives import OBJECTIVES
 
 VOCAB = 32
-ON_PREFERENCES = [name for name, objective in OBJECTIVES.items() if objective.learns != "turns"]
+BEYOND_SFT = [name for name in OBJECTIVES if name != "sft"]
+ON_PREFERENCES = [name for name, objective in OBJECTIVES.items() if objective.learns in ("pairs", "labels")]
+
+
+SAMPLING = {  # a short run that samples; a random model's answers differ in this
+    "rl__reward": "regex:[a-mA-M]",
+    "rl__prompts": 2,
+    "rl__group_size": 4,
+    "rl__max_new_tokens": 8,
+    "training__gradient_accumulation_steps": TrainingConfig.gradient_accumulation_steps,
+}
+
+
+def settings_of_run(objective: str) -> dict[str, Any]:
+    """What a run needs besides the data of `write_pairs`."""
+    return SAMPLING if OBJECTIVES[objective].learns == "prompts" else {}
 
 
 def random_samples(learns: Learns, units: int = 6) -> TokenDataset:

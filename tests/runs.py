@@ -140,7 +140,7 @@ def gradients(
     directory: Path, micro_batch_size: int, accumulation: int, dtype: torch.dtype, **changes: Any
 ) -> dict[str, torch.Tensor]:
     """What the real loop hands to the optimizer at its first step."""
-    changes |= {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
+    sizes = {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
     taken: dict[str, torch.Tensor] = {}
 
     def take(ctx: train.TrainContext, _: str) -> Any:
@@ -153,7 +153,7 @@ def gradients(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "restore", take)
-        assert train.main(quick(directory, **changes)) == 3
+        assert train.main(quick(directory, **{**sizes, **changes})) == 3
     return taken
 
 

@@ -219,7 +219,8 @@ HUGGING_FACE = Schema("Hugging Face", ALIASES, RULES)
 def is_flat(tree: Mapping[str, Any]) -> bool:
     """Whether a file has names at its top, and no sections."""
     has_settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
-    return has_settings and not tree.keys() & {*SECTION_TYPES, *MLX_SECTIONS}
+    names = {name for name, value in tree.items() if name in ALIASES and not isinstance(value, Mapping)}  # `rl: dpo`
+    return has_settings and not (tree.keys() - names) & {*SECTION_TYPES, *MLX_SECTIONS}
 
 
 def recognize(tree: Mapping[str, Any]) -> Schema | None:

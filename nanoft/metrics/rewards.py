@@ -23,7 +23,7 @@ from nanoft import UserError
 from nanoft.batches import Array
 from nanoft.config.functions import import_function, is_function
 from nanoft.config.settings import RLConfig
-from nanoft.metrics.answers import select_metrics
+from nanoft.metrics.answers import METRICS, select_metrics
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Rewards:
                 return value
             reason = f"returned {value}"
         except Exception as error:  # the function is the user's program, and so is the mistake
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         self.failures[name] += 1
         if self.failures[name] == 1:
             what = f"{reason} at {answered.where} (answer {answered.answer!r:.60})"
@@ -86,7 +86,7 @@ class Rewards:
 
 def reward_function(name: str) -> Callable[[Answered], Any]:
     """A metric, or the user's own `package.module:function`, as a function of an answer."""
-    if is_function(name):
+    if is_function(name) and name.partition(":")[0] not in METRICS:
         function = import_function(name, "rl.reward", "(prompt, answer, record)")
         return lambda a: function(a.prompt, a.answer, a.record)
     metric = select_metrics([name], "rl.reward")[0]

@@ -30,11 +30,9 @@ def trains_score(config: Config) -> bool:
     return issubclass(OBJECTIVES[config.training.objective], RewardModel)
 
 
-def build_objective(
-    config: Config, adapters: dict[str, Adapter], corpus: PreparedDataset, chat: ChatTokenizer
-) -> Objective:
-    """The objective that `training.objective` names."""
+def build_objective(config: Config, adapters: dict[str, Adapter], *data: Any) -> Objective:
+    """The objective that `training.objective` names; `data`: records and tokenizer, for those that sample."""
     kind = OBJECTIVES[config.training.objective]
-    prompts = [Prompts(config, corpus, chat)] if kind.learns == "prompts" else []
+    prompts = [Prompts(config, *data)] if kind.learns == "prompts" else []
     objective: Objective = kind(config, adapters, *prompts)
     return objective

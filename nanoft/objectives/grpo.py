@@ -106,7 +106,8 @@ class GRPO(Objective):
         self.rl, self.prompts, self.reference = config.rl, prompts, Reference(config, adapters)
         self.sampling = Sampling(config.rl.temperature, top_p=config.rl.top_p, log_probs=True)
         self.weight, self.denominator = LOSS_NORMALIZATIONS[config.rl.loss_normalization]
-        self.units, self.of_step, self.sums = 1.0, dict[str, float](), dict[str, Tensor]()
+        self.units, self.beta = 1.0, config.rl.beta  # of the step
+        self.of_step, self.sums = dict[str, float](), dict[str, Tensor]()
         self.update = 0  # of the step, from 1
         self.answers: list[Rollout] = []  # those of the step that have a gradient: sample n of its windows is answer n
         self.old, self.start = dict[int, Tensor](), dict[int, Tensor]()  # log p of their tokens: old, of the reference
@@ -162,6 +163,7 @@ class GRPO(Objective):
         lengths = np.array([len(answer.ids) for answer in found])
         self.units = max(1.0, self.denominator(np.where(is_masked, 0, lengths)[is_known], self.rl.max_new_tokens))
         moves = is_known & ~is_masked & ((advantages != 0) | (self.rl.beta > 0))
+        self.beta = self.rl.beta if moves.any() else 0.0
         if not moves.any():  # a step without a gradient
             advantages, moves = np.zeros_like(advantages), np.arange(len(found)) == lengths.argmin()
         self.answers, self.update, self.sums = [found[at] for at in np.flatnonzero(moves)], 0, {}
@@ -176,7 +178,7 @@ class GRPO(Objective):
     def loss(self, model: Decoder, batch: Batch) -> Tensor:
         """Sum over the tokens of a micro-batch, with the weights of `rl.loss_normalization`."""
         rl, is_first = self.rl, self.update == 1
-        if rl.beta and is_first:
+        if self.beta and is_first:
             with self.reference.weights(), torch.no_grad():
                 keep(self.start, batch, self.token_logps(model, batch))
         logps = self.token_logps(model, batch)
@@ -191,9 +193,9 @@ class GRPO(Objective):
             "clip_ratio/low": (ratio < 1 - rl.clip_low) & (advantages < 0),
             "clip_ratio/high": (ratio > 1 + rl.clip_high) & (advantages > 0),
         }
-        if rl.beta:
+        if self.beta:
             figures["kl"] = kl_estimate(logps, recall(self.start, batch))
-            loss = loss + rl.beta * ratio * figures["kl"]
+            loss = loss + self.beta * ratio * figures["kl"]
         if is_first:  # the pass that samples and the one that trains compute the same, up to rounding
             sampled = [logp for number in batch.samples.chosen.tolist() for logp in self.answers[number].logps]
             figures["sampling_error"] = (logps - torch.tensor(sampled).to(logps)).abs()

@@ -32,6 +32,7 @@ DIFFERENT = {  # something else than the default in every section
     "data.max_samples": 7,
     "training.learning_rate": 1e-5,
     "preference.beta": 0.3,
+    "rl.reward": ("exact_match",),
     "guard.max_skips": 2,
     "output.dir": "runs/x",
     "logging.progress_bar": False,
@@ -200,6 +201,11 @@ def test_both_halves_of_a_rule_may_change_at_once() -> None:
 def test_the_effective_batch_is_rows_times_micro_batches() -> None:
     training = TrainingConfig(micro_batch_size=3, gradient_accumulation_steps=5)
     assert Config(training=training).effective_batch_size() == 15
+
+
+def test_the_effective_batch_of_rewards_is_prompts_times_answers() -> None:
+    config = Config().override({"rl.reward": ("exact_match",), "rl.prompts": 3, "rl.group_size": 5})
+    assert config.effective_batch_size() == 15
 
 
 # --- files

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from preferences import ON_PREFERENCES, write_pairs
+from preferences import BEYOND_SFT, settings_of_run, write_pairs
 from ranks import close, codes, run
 from runs import (
     Capture,
@@ -36,7 +36,7 @@ from nanoft.objectives import OBJECTIVES, reference
 from nanoft.training import self_test
 from tiny_models import make_chat_model
 
-WITH_REFERENCE = [name for name in ON_PREFERENCES if OBJECTIVES[name].uses_reference]
+WITH_REFERENCE = [name for name in BEYOND_SFT if getattr(OBJECTIVES[name], "uses_reference", False)]
 FULL: dict[str, Any] = {"training__method": "full", "training__learning_rate": 1e-4}
 PACKED: dict[str, Any] = {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1}
 SHORT: dict[str, Any] = {"training__eval_steps": 0, "evaluation__prompts": 0}
@@ -60,12 +60,12 @@ def start(root: Path) -> Path:
 def on(root: Path, directory: Path, objective: str, **changes: Any) -> list[str]:
     """Arguments of a short run; a learning rate at which losses move."""
     named = {"model__name": root / "base", "data__train_file": root / "pairs.jsonl", "training__learning_rate": 0.01}
-    return quick(directory, **{**named, "training__objective": objective, **changes})
+    return quick(directory, **{**named, "training__objective": objective, **settings_of_run(objective), **changes})
 
 
 def one_gradient(root: Path, directory: Path, objective: str, size: int, steps: int, **changes: Any) -> Any:
     named = {"model__name": root / "base", "data__train_file": root / "pairs.jsonl", "training__objective": objective}
-    return gradients(directory, size, steps, torch.float32, **named, **changes)
+    return gradients(directory, size, steps, torch.float32, **named, **settings_of_run(objective), **changes)
 
 
 def accepts(objective: str, **changes: Any) -> bool:
@@ -77,7 +77,7 @@ def accepts(objective: str, **changes: Any) -> bool:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("objective", ON_PREFERENCES)
+@pytest.mark.parametrize("objective", BEYOND_SFT)
 def test_a_window_has_one_gradient_however_it_is_split(
     objective: str, packing: bool, root: Path, tmp_path: Path
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_window_has_one_gradient_however_it_is_split(
         assert self_test.gradient_error(split, whole) <= 1e-6
 
 
-@pytest.mark.parametrize("objective", ON_PREFERENCES)
+@pytest.mark.parametrize("objective", BEYOND_SFT)
 def test_kernels_and_recomputation_change_no_gradient(objective: str, root: Path, tmp_path: Path) -> None:
     fast = one_gradient(root, tmp_path / "fast", objective, 4, 2, training__checkpointing="none")
     plain = one_gradient(root, tmp_path / "plain", objective, 4, 2, system__kernels="plain")
@@ -97,7 +97,7 @@ def test_kernels_and_recomputation_change_no_gradient(objective: str, root: Path
     assert equal(again, fast)
 
 
-@pytest.mark.parametrize("objective", rest_is_slow(ON_PREFERENCES, "kto"))
+@pytest.mark.parametrize("objective", rest_is_slow(BEYOND_SFT, "kto", "grpo"))
 def test_two_ranks_are_one_with_twice_the_accumulation(objective: str, root: Path, tmp_path: Path) -> None:
     changes = {
         "model__name": root / "base",
@@ -105,9 +105,10 @@ def test_two_ranks_are_one_with_twice_the_accumulation(objective: str, root: Pat
         "training__objective": objective,
         "training__learning_rate": 1e-3,
         "evaluation__prompts": 0,
+        **settings_of_run(objective),
     }
     assert train.main(quick(tmp_path / "alone", **changes)) == 0
-    _, err = run(2, tmp_path / "two", **changes, training__gradient_accumulation_steps=1)
+    _, err = run(2, tmp_path / "two", **{"training__gradient_accumulation_steps": 1, **changes})
     assert codes(tmp_path / "two") == {0: 0, 1: 0}, err
     for kind in ("train", "eval"):
         pairs = zip(events(tmp_path / "two", kind), events(tmp_path / "alone", kind), strict=True)
@@ -149,7 +150,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", rest_is_slow(RESUMED, "lora", "start", "full, reference lost"))
-@pytest.mark.parametrize("objective", rest_is_slow(ON_PREFERENCES, "dpo"))
+@pytest.mark.parametrize("objective", rest_is_slow(BEYOND_SFT, "dpo"))
 def test_resumed_equals_uninterrupted_bit_for_bit(
     objective: str, variant: str, root: Path, start: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -175,7 +176,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         assert equal(load_file(kept), load_file(whole / reference.FILE))
 
 
-@pytest.mark.parametrize("objective", rest_is_slow(ON_PREFERENCES, "kto", "dpo"))
+@pytest.mark.parametrize("objective", rest_is_slow(BEYOND_SFT, "kto", "dpo"))
 def test_out_of_memory_takes_the_same_window_again_in_halves(
     objective: str, root: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -194,7 +195,7 @@ def test_out_of_memory_takes_the_same_window_again_in_halves(
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ON_PREFERENCES)
+@pytest.mark.parametrize("objective", BEYOND_SFT)
 def test_out_of_memory_at_one_unit_ends_with_3(
     objective: str, root: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -205,7 +206,7 @@ def test_out_of_memory_at_one_unit_ends_with_3(
     assert captured.out.count("warning: out of memory after step 0") == 2  # 4 rows, 2 rows
 
 
-@pytest.mark.parametrize("objective", rest_is_slow(ON_PREFERENCES, "dpo"))
+@pytest.mark.parametrize("objective", rest_is_slow(BEYOND_SFT, "dpo"))
 def test_a_bad_window_is_passed_over_and_many_roll_back(
     objective: str, root: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -231,7 +232,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", rest_is_slow(METHODS, "lora", "full"))
-@pytest.mark.parametrize("objective", ON_PREFERENCES)
+@pytest.mark.parametrize("objective", BEYOND_SFT)
 def test_the_self_test_passes(objective: str, method: str, root: Path, tmp_path: Path) -> None:
     if not accepts(objective, **METHODS[method]):
         pytest.skip("not with every parameter")
@@ -255,7 +256,7 @@ def test_the_first_step_finds_no_difference_to_the_reference(
             assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
-@pytest.mark.parametrize("objective", rest_is_slow(ON_PREFERENCES, "dpo", "kto"))
+@pytest.mark.parametrize("objective", rest_is_slow(BEYOND_SFT, "dpo", "kto"))
 @pytest.mark.parametrize("words", [["--plan"], ["--preflight"]], ids=" ".join)
 def test_plan_and_rehearsal(objective: str, words: list[str], root: Path, tmp_path: Path, capsys: Capture) -> None:
     assert train.main([*on(root, tmp_path / "run", objective), *words]) == 0
@@ -283,7 +284,7 @@ def test_kto_refuses_a_step_of_one_answer_and_training_of_every_parameter(
     assert not list(tmp_path.glob("*/config.json")), "the fix may use the same directory"
 
 
-@pytest.mark.parametrize("objective", ON_PREFERENCES)
+@pytest.mark.parametrize("objective", BEYOND_SFT)
 @pytest.mark.parametrize(
     "field",
     ["training.label_smoothing=0.1", "training.z_loss=0.1", "training.neftune_alpha=5", "data.train_on=all"],

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from preferences import random_samples
+from preferences import VOCAB, random_samples
+from rollouts import given, random_rollouts
 
 from nanoft.batches import Sample, TokenDataset, Window, collate
 from nanoft.config import Config, LoRAConfig
@@ -87,9 +88,11 @@ def test_every_objective_has_what_the_loop_asks_for(name: str, model: Decoder, t
         add_score(model)
     if OBJECTIVES[name].learns != "turns":
         adapters = inject_lora(model, LoRAConfig(rank=2), 0)
-    objective = build_objective(config, adapters)
+    samples = OBJECTIVES[name].learns == "prompts"
+    objective = given(config, adapters, random_rollouts(vocab=VOCAB)) if samples else build_objective(config, adapters)
     assert objective.unit
     objective.begin(model, [data], tmp_path, 2)
+    (pieces,) = objective.windows(model, pieces, 2)
     objective.prepare(model, pieces)
     loss = objective.loss(model, pieces.micro_batches[0])
     assert loss.shape == ()

@@ -1,0 +1,60 @@
+"""Answers that tests give to GRPO in the place of sampled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from nanoft.batches import Sample, TokenDataset, Window, collate
+from nanoft.blocks.trained import Adapter
+from nanoft.config import Config
+from nanoft.metrics.rewards import Rewards
+from nanoft.objectives.grpo import GRPO
+from nanoft.objectives.rollouts import Prompts, Rollout
+
+PAD = 0
+
+
+def random_rollouts(prompts: int = 3, group: int = 4, vocab: int = 32) -> list[Rollout]:
+    """Answers of different lengths, most with rewards of their own; the second prompt's are all worth the same."""
+    chance, made = np.random.default_rng(11), list[Rollout]()
+    for n in range(prompts):
+        prompt = chance.integers(2, vocab, 2 + 3 * n).tolist()
+        for at in range(group):
+            ids = chance.integers(2, vocab, chance.integers(1, 8)).tolist()
+            reward = 0.5 if n == 1 else float(chance.normal())
+            made.append(Rollout(n, prompt, ids, [-1.0] * len(ids), [reward], reward, at % 3 != 1))
+    return made
+
+
+class Given(Prompts):
+    """Prompts to which the same answers are always found."""
+
+    def __init__(self, config: Config, found: Sequence[Rollout]):
+        self.config, self.rl, self.found = config, config.rl, list(found)
+        self.chat: Any = SimpleNamespace(pad_id=PAD)
+        self.rewards = Rewards(config.rl, lambda run: None)
+
+    def sample(self, *_: Any, **__: Any) -> list[Rollout]:
+        return self.found
+
+    def encode(self, record: int) -> list[int]:
+        return next(answer.prompt_ids for answer in self.found if answer.record == record)
+
+
+def given(config: Config, adapters: dict[str, Adapter], found: Sequence[Rollout]) -> GRPO:
+    """GRPO on these answers, a group after the other."""
+    groups = len({answer.record for answer in found})
+    sizes = {"rl.reward": ("exact_match",), "rl.group_size": len(found) // groups, "training.objective": "grpo"}
+    return GRPO(changed := config.override(sizes), adapters, Given(changed, found))
+
+
+def prompt_window(found: Sequence[Rollout]) -> Window:
+    """The prompts of a step, as the data has them."""
+    records = dict.fromkeys(answer.record for answer in found)
+    ids = np.arange(1, 3, dtype=np.int32)
+    samples = TokenDataset.of([Sample(ids, ids > 1, record) for record in records])
+    return Window([collate(samples, list(np.arange(len(samples))[:, None]), PAD)], [0, 0], [0, 1])
