@@ -12,7 +12,7 @@ from nanoft.data.formats import Learns
 from nanoft.objectives import OBJECTIVES
 
 VOCAB = 32
-ON_PREFERENCES = [name for name, objective in OBJECTIVES.items() if objective.learns != "turns"]
+ON_PREFERENCES = [name for name, objective in OBJECTIVES.items() if objective.learns in ("pairs", "labels")]
 
 
 def random_samples(learns: Learns, units: int = 6) -> TokenDataset:

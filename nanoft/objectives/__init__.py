@@ -6,8 +6,6 @@ from typing import Any
 
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
-from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import PreparedDataset
 from nanoft.objectives.grpo import GRPO
 from nanoft.objectives.kto import KTO
 from nanoft.objectives.objective import Objective
@@ -28,11 +26,9 @@ def trains_score(config: Config) -> bool:
     return issubclass(OBJECTIVES[config.training.objective], RewardModel)
 
 
-def build_objective(
-    config: Config, adapters: dict[str, Adapter], corpus: PreparedDataset, chat: ChatTokenizer
-) -> Objective:
-    """The objective that `training.objective` names."""
+def build_objective(config: Config, adapters: dict[str, Adapter], *data: Any) -> Objective:
+    """The objective that `training.objective` names; `data`: records and tokenizer, for those that sample."""
     kind = OBJECTIVES[config.training.objective]
-    prompts = [Prompts(config, corpus, chat)] if kind.learns == "prompts" else []
+    prompts = [Prompts(config, *data)] if kind.learns == "prompts" else []
     objective: Objective = kind(config, adapters, *prompts)
     return objective

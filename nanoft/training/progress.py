@@ -142,7 +142,8 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
     if "reward" in figures:
         more = f", reward {figures['reward']:.4g}, stop rate {figures['stop_rate']:.0%}"
     if "rewards/accuracies" in figures:
-        more = f", accuracy {figures['rewards/accuracies']:.1%}, margin {figures.get('rewards/margins', 0.0):.3f}"
+        margin = f"margin {figures['rewards/margins']:.3f}" if "kl" not in figures else f"KL {figures['kl']:.3f}"
+        more = f", accuracy {figures['rewards/accuracies']:.1%}, {margin}"
     ctx.run.print(f"step {state.step}: validation loss {figures['loss']:.4f}{more}{best}")
     try:
         answers = sample_answers(ctx)
