@@ -150,13 +150,14 @@ RESUMED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", rest_is_slow(RESUMED, "lora", "start", "full, reference lost"))
 @pytest.mark.parametrize("objective", rest_is_slow(ON_PREFERENCES, "dpo", "kto"))
 def test_resumed_equals_uninterrupted_bit_for_bit(
-    objective: str, variant: str, root: Path, start: Path, tmp_path: Path, monkeypatch: Patch
+    objective: str, variant: str, root: Path, start: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     changes = {**RESUMED[variant], "evaluation__prompts": 0}
     if "lora__start_from" in changes:
         changes["lora__start_from"] = start
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert train.main(on(root, whole, objective, **changes)) == 0
+    assert ("%, KL " if objective == "kto" else "%, margin ") in capsys.readouterr().out
     with monkeypatch.context() as patch:
         stop_after(5, patch, signal.SIGTERM)
         assert train.main(on(root, halves, objective, **changes)) == train.STOPPED_BY_SIGNAL
