@@ -4,18 +4,22 @@ A reward is felt as a gain or a loss against a point of origin (Kahneman and Tve
 beta (log p(y|x) - log p_ref(y|x)), and the origin that of an average one, beta KL(policy | reference) (Ethayarajh et
 al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization"). The KL divergence is estimated before each step,
 over its whole window and all ranks, on prompts with the answer to another prompt: micro-batches do not change it.
+
+Which answer that is depends on the data alone, not on the window: it is that of the last sample before with another
+prompt. So if every parameter is trained, log p_ref of these, too, is computed once, before the first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.batches import Batch, Sample, TokenDataset, Window, eval_batches, share_of_rank
+from nanoft.batches import Array, Batch, Sample, TokenDataset, Window, eval_batches, share_of_rank
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.model import Decoder
@@ -33,7 +37,7 @@ def kto_loss(gain: Tensor, is_desirable: Tensor, kl: float, beta: float, weights
 class KTO(Preference):
     """Kahneman-Tversky optimization: single answers, good or bad, against the KL divergence as the point of origin.
 
-    KL(policy | reference) is estimated on prompts with an answer to another prompt of the same window.
+    KL(policy | reference) is estimated on the prompts of a window with answers to other prompts.
     """
 
     unit = "samples"
@@ -43,16 +47,22 @@ class KTO(Preference):
 
     def __init__(self, config: Config, adapters: dict[str, Adapter]):
         super().__init__(config, adapters)
+        self.forms["mismatched"] = self.mismatched
+        self.others, self.max_tokens = np.empty(0, np.int64), 0  # whose answer takes the place of a sample's own
         self.kl = 0.0
 
     @classmethod
     def check(cls, config: Config) -> None:
-        if config.training.method == "full":
-            why = "needs the reference at every step, for answers to other prompts"
-            raise UserError(f"training.method: full: training.objective=kto {why}: set training.method=lora")
         if config.effective_batch_size() == 1 and not config.data.packing:
             fix = "raise training.gradient_accumulation_steps"
             raise UserError(f"training.objective: kto: compares the answers of a step, and this run has one: {fix}")
+
+    def begin(self, model: Decoder, sides: list[TokenDataset], directory: Path | None, batch_size: int) -> None:
+        self.others = np.arange(len(sides[0].all_records))
+        for side in sides:
+            self.others[side.chosen] = side.chosen[answers_to_others(side)]
+        self.max_tokens = max(int(side.lengths.max(initial=0)) for side in sides)
+        super().begin(model, sides, directory, batch_size)
 
     def prepare(self, model: Decoder, window: Window) -> None:
         super().prepare(model, window)
@@ -61,12 +71,23 @@ class KTO(Preference):
     @torch.no_grad()
     def estimate_kl(self, model: Decoder, window: Window) -> float:
         """max(0, mean of log p(y'|x) - log p_ref(y'|x)) over a window, y' answering another prompt; nats per answer."""
-        samples, rows = mismatched(window.samples), max(len(batch.ids) for batch in window)
-        total = 0.0
-        for batch in share_of_rank(eval_batches(samples, rows, 0)):
-            batch = batch.to(model.device)
-            total += (sequence_logps(model, batch) - self.reference.logps(model, batch)).double().sum().item()
+        samples, rows, total = window.samples, max(len(batch.ids) for batch in window), 0.0
+        for batch in share_of_rank(eval_batches(self.mismatched(samples), rows, 0)):
+            made_of, batch = samples.chosen[batch.samples.chosen], batch.to(model.device)
+            reference = self.reference.logps(model, batch, "mismatched", made_of)
+            total += (sequence_logps(model, batch) - reference).double().sum().item()
         return max(0.0, distributed.all_reduce_sum(total)[0] / len(samples))
+
+    def mismatched(self, samples: TokenDataset) -> TokenDataset:
+        """Each prompt with an answer to another one, no longer than the longest sample of the data."""
+        made = list[Sample]()
+        for sample, other in zip(samples, samples.select(self.others[samples.chosen]), strict=True):
+            prompt, start = prompt_of(sample), len(prompt_of(other))
+            length = max(self.max_tokens, len(prompt) + 1)
+            ids = np.concatenate([prompt, other.ids[start:]])[:length]
+            is_target = np.concatenate([np.zeros(len(prompt), np.bool_), other.is_target[start:]])[:length]
+            made.append(Sample(ids, is_target, sample.record))
+        return TokenDataset.of(made)
 
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
         reference, policy = self.reference.logps(model, batch), sequence_logps(model, batch)
@@ -93,14 +114,13 @@ class KTO(Preference):
             self.kl = before
 
 
-def mismatched(samples: TokenDataset) -> TokenDataset:
-    """Each prompt with the answer of the sample before it, the first one's with the last's; not of its own record."""
-    made, longest, all_samples = list[Sample](), int(samples.lengths.max()), list(samples)
-    for at, sample in enumerate(all_samples):
-        others = (all_samples[at - back] for back in range(1, len(all_samples)))
-        other = next((s for s in others if s.record != sample.record), all_samples[at - 1])
-        prompt = sample.ids[: int(sample.is_target.argmax())]
-        ids = np.concatenate([prompt, other.ids[int(other.is_target.argmax()) :]])[: max(longest, len(prompt) + 1)]
-        is_target = np.append(np.zeros(len(prompt), np.bool_), other.is_target[int(other.is_target.argmax()) :])
-        made.append(Sample(ids, is_target[: len(ids)], sample.record))
-    return TokenDataset.of(made)
+def prompt_of(sample: Sample) -> Array:
+    return sample.ids[: int(sample.is_target.argmax())]
+
+
+def answers_to_others(samples: TokenDataset) -> Array:
+    """(n,): the last sample before each that has another prompt; before the first one is the last one."""
+    prompts, others = [hash(prompt_of(sample).tobytes()) for sample in samples], np.arange(len(samples)) - 1
+    for at in [*range(len(samples))] * 2 if len(set(prompts)) > 1 else []:  # the second time, all before are known
+        others[at] = at - 1 if prompts[at] != prompts[at - 1] else others[at - 1]
+    return others

@@ -29,7 +29,7 @@ from nanoft.config import Config
 from nanoft.data.formats import Learns
 from nanoft.model import Decoder
 from nanoft.objectives.objective import Objective
-from nanoft.objectives.reference import Reference, answer_tokens, sequence_logps
+from nanoft.objectives.reference import Form, Reference, answer_tokens, sequence_logps
 from nanoft.runtime import distributed
 
 Figures = dict[str, Tensor]  # one value for each pair or answer
@@ -120,6 +120,7 @@ class Preference(Objective):
     def __init__(self, config: Config, adapters: dict[str, Adapter]):
         self.preference, self.beta = config.preference, config.preference.beta or self.default_beta
         self.reference = Reference(config, adapters)
+        self.forms: dict[str, Form] = {"logps": lambda samples: samples}  # of which log p_ref is needed
         self.sums: dict[str, Tensor] = {}
 
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
@@ -128,7 +129,7 @@ class Preference(Objective):
 
     def begin(self, model: Decoder, sides: list[TokenDataset], directory: Path | None, batch_size: int) -> None:
         if self.uses_reference and not self.reference.adapters:
-            self.reference.precompute(model, sides, directory, batch_size)
+            self.reference.precompute(model, sides, directory, batch_size, self.forms)
 
     def prepare(self, model: Decoder, window: Window) -> None:
         self.sums = {}

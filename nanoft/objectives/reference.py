@@ -9,16 +9,17 @@ trained, the log-probabilities under the reference are computed once, before the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from nanoft.attention import soft_cap
-from nanoft.batches import Batch, TokenDataset, eval_batches
+from nanoft.batches import Array, Batch, TokenDataset, collate, eval_batches
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.io.atomic import replace_file
@@ -30,6 +31,7 @@ from nanoft.runtime import distributed
 
 FILE = "reference.safetensors"  # in the run directory
 KL_POSITIONS = 256  # of which logits are held at once
+Form = Callable[[TokenDataset], TokenDataset]  # makes of each sample what is measured in its place
 
 
 def sequence_logps(model: Decoder, batch: Batch) -> Tensor:
@@ -51,13 +53,17 @@ class Reference:
         self.adapters = adapters
         trained = [p for adapter in adapters.values() for p in adapter.parameters() if p.requires_grad]
         self.start = [(p, p.detach().clone()) for p in trained] if config.lora.start_from else []
-        self.known = torch.empty(0)  # log p_ref of every sample of the data, if every parameter is trained
+        self.known = dict[str, Tensor]()  # form -> log p_ref of every sample, if every parameter is trained
 
     @torch.no_grad()
-    def logps(self, model: Decoder, batch: Batch) -> Tensor:
-        """log p_ref(y|x) of each of the s samples of a batch, (s,)."""
+    def logps(self, model: Decoder, batch: Batch, form: str = "logps", made_of: Array | None = None) -> Tensor:
+        """log p_ref(y|x) of each of the s samples of a batch, (s,).
+
+        Args:
+            made_of: if the batch has another form of the data's samples, their numbers, (s,).
+        """
         if not self.adapters:
-            return self.known[batch.samples.chosen].to(batch.targets.device)
+            return self.known[form][batch.samples.chosen if made_of is None else made_of].to(batch.targets.device)
         with self.weights():
             return sequence_logps(model, batch)
 
@@ -95,19 +101,23 @@ class Reference:
 
     @torch.no_grad()
     def precompute(
-        self, model: Decoder, sides: Sequence[TokenDataset], directory: Path | None, batch_size: int
-    ) -> None:
+        self, model: Decoder, sides: Sequence[TokenDataset], directory: Path | None, batch_size: int,
+        forms: Mapping[str, Form],
+    ) -> None:  # fmt: skip
         """For full training: log p_ref of all samples, from the file of an earlier session or with the fresh model."""
         if directory is not None and (directory / FILE).is_file():
-            self.known = load_tensors(directory / FILE)["logps"]
+            self.known = load_tensors(directory / FILE)
             return
-        found: dict[int, float] = {}
-        batches = [batch for samples in sides for batch in eval_batches(samples, batch_size, 0)]
-        for at in distributed.split_work(range(len(batches))):
-            logps = sequence_logps(model, batches[at].to(model.device)).tolist()
-            found |= zip(batches[at].samples.chosen.tolist(), logps, strict=True)
+        found: dict[int, list[float]] = {}  # of a sample, in each form
+        pieces = [batch.samples for samples in sides for batch in eval_batches(samples, batch_size, 0)]
+        for at in distributed.split_work(range(len(pieces))):
+            units = np.arange(len(pieces[at])).reshape(-1, pieces[at].unit_size)
+            batches = [collate(form(pieces[at]), list(units), 0).to(model.device) for form in forms.values()]
+            logps = torch.stack([sequence_logps(model, batch) for batch in batches], dim=1)
+            found |= zip(pieces[at].chosen.tolist(), logps.tolist(), strict=True)
         found = distributed.all_gather_dict(found)
-        self.known = torch.full((max(found) + 1,), torch.nan)
-        self.known[list(found)] = torch.tensor(list(found.values()))
+        known = torch.full((len(forms), max(found) + 1), torch.nan)
+        known[:, list(found)] = torch.tensor(list(found.values())).T
+        self.known = dict(zip(forms, known, strict=True))
         if directory is not None and not distributed.process_rank():
-            replace_file(directory / FILE, save({"logps": self.known}))
+            replace_file(directory / FILE, save(self.known))

@@ -148,6 +148,7 @@ def estimate_memory(
         target_share: of the tokens that are targets.
     """
     full, e = config.training.method == "full", dtype.itemsize
+    copied = bool(config.lora.start_from) and OBJECTIVES[config.training.objective].learns != "turns"
     stored = 4 if full else e
     tokens = rows * length
     bits = 16 if full or config.quantization.dequantize == "cached" else config.quantization.bits
@@ -178,6 +179,7 @@ def estimate_memory(
         "head, embedding": part * counts.others * stored,
         "gathered": gathered * split * (2 if full else 1),  # with their gradients
         "adapters": part * 4.0 * counts.adapters,
+        "reference": part * 4.0 * counts.trained * copied,  # its forward pass keeps nothing, and is over by then
         "cast weights": part * counts.linears * e if full and e < 4 else 0.0,  # for the products, by autocast
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,

@@ -178,7 +178,8 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
     if "reward" in figures:
         what, more = f"held-out reward {figures['reward']:.4g}", f", stop rate {figures['stop_rate']:.0%}"
     if "rewards/accuracies" in figures:
-        more = f", accuracy {figures['rewards/accuracies']:.1%}, margin {figures.get('rewards/margins', 0.0):.3f}"
+        margin = f"margin {figures['rewards/margins']:.3f}" if "kl" not in figures else f"KL {figures['kl']:.3f}"
+        more = f", accuracy {figures['rewards/accuracies']:.1%}, {margin}"
     ctx.run.print(f"step {state.step}: {what}{more}{best}")
     try:
         answers = sample_answers(ctx)

@@ -195,14 +195,18 @@ def merged(trained: Path, run: str, tmp_path: Path, *options: str) -> Path:
     return tmp_path / "merged"
 
 
-@pytest.mark.parametrize("run", ["lora", "full"])
-def test_transformers_gives_the_same_rewards(run: str, trained: Path, tmp_path: Path) -> None:
-    directory = merged(trained, run, tmp_path)
+@pytest.mark.parametrize(
+    ("run", "base"), [("lora", "original"), ("qlora", "original"), ("qlora", "nf4"), ("full", "original")]
+)
+def test_transformers_gives_the_same_rewards(run: str, base: str, trained: Path, tmp_path: Path) -> None:
+    """Merged onto the weights of training, or onto the original ones."""
+    directory = merged(trained, run, tmp_path, "--base", base, "--dtype", "f32")
     reference, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert reference.config.num_labels == 1
-    samples, opened = held_out(trained), open_model(str(trained / run), CPU, torch.float32)
+    samples = held_out(trained)
+    opened = open_model(str(trained / run), CPU, torch.float32, original_base=base == "original")
     expected = own_rewards(opened.model, samples)
     torch.testing.assert_close(rewards_of(reference, samples), expected, rtol=1e-4, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(directory)  # padded in one batch, on the side of its choice

@@ -23,6 +23,7 @@ from nanoft.models.families import decoder_config
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
 from nanoft.nf4 import packed_bytes
+from nanoft.objectives.reference import Reference
 from nanoft.optim import build_optimizer
 from nanoft.runtime.machine import Machine
 from nanoft.training.memory_plan import (
@@ -119,6 +120,19 @@ def test_static_parts_are_the_bytes_of_a_real_model_and_its_optimizer(settings: 
     }
     for name, size in expected.items():
         assert plan.parts[name] == pytest.approx(size, rel=0.04, abs=2000), name
+
+
+def test_a_preference_run_that_continues_an_adapter_holds_a_copy_of_it(tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path)
+    decoder, model = ModelFiles.read(tmp_path).decoder, load_model(tmp_path, CPU, torch.float32)
+    for objective, start, copies in (("dpo", "adapter", 1), ("kto", "", 0), ("sft", "adapter", 0)):
+        config = Config().override({"training.objective": objective, "lora.start_from": start})
+        counts = count_parameters(decoder, config)
+        plan = estimate_memory(decoder, counts, config, "cpu", torch.float32, 1, 16, ["all"] * 3, 0.0)
+        assert plan.parts["reference"] == copies * plan.parts["gradients"]
+        if copies:
+            held = Reference(config, inject_lora(model, config.lora, 0)).start
+            assert plan.parts["reference"] == sum(before.nbytes for _, before in held)
 
 
 def test_in_float16_weights_and_activations_take_half_the_bytes_of_float32() -> None:
