@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from runs import record
+from tiny_models import make_chat_model
 
 from nanoft.batches import Sample, TokenDataset
 from nanoft.config import TrainingConfig
@@ -27,9 +30,19 @@ SAMPLING = {  # a short run that samples; a random model's answers differ in thi
 }
 
 
+@functools.cache
+def teacher() -> str:
+    """A model with the vocabulary of other tests' models."""
+    directory = tempfile.mkdtemp()
+    make_chat_model(Path(directory), seed=7)
+    return directory
+
+
 def settings_of_run(objective: str) -> dict[str, Any]:
     """What a run needs besides the data of `write_pairs`."""
-    return SAMPLING if OBJECTIVES[objective].learns == "prompts" else {}
+    if OBJECTIVES[objective].section == "distill":
+        return {"distill__teacher": teacher(), "distill__teacher_bits": 16, "distill__max_new_tokens": 8}
+    return SAMPLING if OBJECTIVES[objective].section == "rl" else {}
 
 
 def random_samples(learns: Learns, units: int = 6) -> TokenDataset:

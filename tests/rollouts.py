@@ -36,7 +36,7 @@ class Given(Prompts):
     def __init__(self, config: Config, found: Sequence[Rollout]):
         self.config, self.rl, self.found = config, config.rl, list(found)
         self.chat: Any = SimpleNamespace(pad_id=PAD)
-        self.rewards = Rewards(config.rl, lambda run: None)
+        self.rewards = Rewards(config.rl)
 
     def sample(self, *_: Any, **__: Any) -> list[Rollout]:
         return self.found

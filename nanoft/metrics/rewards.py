@@ -47,7 +47,7 @@ class Rewards:
     `open_run(DIR)` gives the reward model of a name run:DIR, a function of many answers.
     """
 
-    def __init__(self, rl: RLConfig, open_run: Callable[[str], Any], log: Callable[[str], None] = print):
+    def __init__(self, rl: RLConfig, log: Callable[[str], None] = print, open_run: Callable[[str], Any] = str):
         self.names, self.log, self.timeout = list(rl.reward), log, rl.reward_timeout
         self.functions = [None if name.startswith(RUN) else reward_function(name) for name in rl.reward]
         self.models = {name: open_run(name.removeprefix(RUN)) for name in rl.reward if name.startswith(RUN)}

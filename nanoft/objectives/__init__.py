@@ -6,8 +6,6 @@ from typing import Any
 
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
-from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import PreparedDataset
 from nanoft.objectives.distill import Distill
 from nanoft.objectives.grpo import GRPO
 from nanoft.objectives.kto import KTO

@@ -66,7 +66,7 @@ class Prompts:
 
     def begin(self, model: Decoder) -> None:
         """Open reward models, on the policy's device."""
-        self.rewards = Rewards(self.rl, lambda run: TrainedReward(run, model.device, model.dtype))
+        self.rewards = Rewards(self.rl, open_run=lambda run: TrainedReward(run, model.device, model.dtype))
 
     def encode(self, record: int) -> list[int]:
         """The prompt's token ids, with the cue for the answer."""
