@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import AttentionLayer, CacheContext, Rotation
+from nanoft.blocks.norms import NORM_KINDS
 from nanoft.kernels.block import LINEARS, FastBlock
 from nanoft.lora import VARIANTS, LoRALinear, linears_of, weight_of
-from nanoft.model import MLP, Block, Decoder, RMSNorm, SelfAttention
+from nanoft.model import MLP, Block, Decoder, SelfAttention
 from nanoft.runtime.memory import available_host_bytes
 
 Function = Callable[..., Tensor]
@@ -72,8 +73,9 @@ def twin(module: Any, prepack: bool) -> Function:
         return prepacked(weight_of(module), module.bias)
     if type(module) is nn.Linear:
         return lambda x, weight=module.weight, bias=module.bias: F.linear(x, weight, bias)
-    if type(module) is RMSNorm:
-        return lambda x, formula=module.formula, weight=module.weight: formula(x, weight)
+    if type(module) in NORM_KINDS.values():
+        own = tuple(module.parameters())
+        return lambda x, formula=module.formula: formula(x, *own)
     return module
 
 
