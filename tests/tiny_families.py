@@ -69,11 +69,11 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"no_rope_layers": [0, 1, 1], "head_dim": 20, "tie_word_embeddings": False, "attention_bias": True},
     ],
     "granite": [GRANITE, {**GRANITE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
-    "gpt2": [GPT2, {**GPT2, "n_inner": 96, "num_attention_heads": 2, "tie_word_embeddings": False}],
+    "gpt2": [GPT2, {**GPT2, "n_inner": 192, "num_attention_heads": 2, "tie_word_embeddings": False}],
     "gpt_neox": [
         {},
         {
-            "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new", "num_attention_heads": 2,
+            "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new",
             "tie_word_embeddings": True, "rope_parameters": {**PLAIN, "partial_rotary_factor": 1.0},
         },
     ],

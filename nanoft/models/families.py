@@ -355,7 +355,9 @@ def _gpt2(hf: Fields) -> dict[str, Any]:
 def _gpt_neox(hf: Fields) -> dict[str, Any]:
     """Both halves of a block see the same x; a quarter of each head rotates."""
     bias, share = hf.get("attention_bias", True), hf.get("partial_rotary_factor") or 0.25
-    rope = read_rope({**hf, "partial_rotary_factor": share})
+    rope, size = read_rope({**hf, "partial_rotary_factor": share}), hf["hidden_size"] // hf["num_attention_heads"]
+    if hf.get("head_dim") not in (None, size):  # transformers would take it for the rope alone
+        raise UserError(f"head_dim: {hf['head_dim']} is not supported: only hidden_size / num_attention_heads, {size}")
     return {
         **_classic(hf), "qkv": "interleaved", "activation": GELUS[hf.get("hidden_act", "gelu")], "qkv_bias": bias,
         "o_bias": bias, "parallel": hf.get("use_parallel_residual", True), "ropes": (rope,) * hf["num_hidden_layers"],
