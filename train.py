@@ -50,7 +50,7 @@ from nanoft.config import Config
 from nanoft.config.loading import CONFIGS
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
-from nanoft.data.inspection import check_vocabulary, show_step
+from nanoft.data.inspection import check_embeddings, show_step
 from nanoft.guard import RollBack, SkipStep
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
@@ -154,7 +154,7 @@ def build(
     """Model, adapters, optimizer and checkpoints."""
     config, machine = planner.config, planner.machine
     tokens = setup.vocabulary(files, tokenizer, start)
-    check_vocabulary(corpus, tokens)
+    check_embeddings(corpus, tokens, planner.decoder.positions)
     plan = planner.choose_activations(*planner.longest_shape(batches))  # from what is free before the model is loaded
     model = setup.load_base(config, machine, files, tokens)  # quantized while it streams from disk
     model.activation_policy = distributed.broadcast_from_rank0(lambda: plan.keep)

@@ -36,6 +36,7 @@ from nanoft.batches import Batches
 from nanoft.config import DataConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
+from nanoft.data.inspection import utilization
 
 HERE = Path(__file__).parent
 LENGTH = 2048
@@ -161,7 +162,7 @@ def run_batches(work: Path, packing: bool) -> dict[str, Any]:
     while time.perf_counter() - started < 10 and windows < 3 * run.windows_in_epoch():
         tokens += sum(batch.tokens for batch in run.next_window())
         windows += 1
-    return {"seconds": time.perf_counter() - started, "tokens": tokens, "utilization": run.utilization()}
+    return {"seconds": time.perf_counter() - started, "tokens": tokens, "utilization": utilization(run)}
 
 
 CONTENDERS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -211,7 +212,7 @@ def packing(files: list[Path], tokenizer: Path, length: int) -> list[str]:
     ways: list[dict[str, Any]] = [{}, {"group_by_length": True}, {"pack_length": length}]
     for file in files:
         corpus = build_datasets(DataConfig(train_file=str(file), validation_split=0.0), chat, length, 0, print)
-        full = [f"{Batches(corpus.training, 4, 4, 0, chat.pad_id, **way).utilization():.1%}" for way in ways]
+        full = [f"{utilization(Batches(corpus.training, 4, 4, 0, chat.pad_id, **way)):.1%}" for way in ways]
         side = corpus.report["training"]
         cells = [file.name, f"{length:,}", f"{side['samples']:,}", f"{side['tokens']:,}", *full]
         lines.append("| " + " | ".join(cells) + " |")

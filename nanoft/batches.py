@@ -206,13 +206,13 @@ class Batches:
         slots, self._bounds = fill(lengths, pack_length * per_unit) if pack_length is not None else one_per_row
         self._slots = slots  # (n,) the unit in each slot; row r has the slots bounds[r]:bounds[r + 1]
         self._slots_by_length = np.argsort(lengths[slots], kind="stable")
-        self._row_lengths = np.add.reduceat(lengths[slots], self._bounds[:-1]) if len(slots) else np.empty(0, np.int64)
+        self.row_lengths = np.add.reduceat(lengths[slots], self._bounds[:-1]) if len(slots) else np.empty(0, np.int64)
         self.epoch = 0  # the epoch of `window` and `rows`
-        self._members, self._order = self._arrange(0)
+        self._members, self.order = self._arrange(0)
 
     def windows_in_epoch(self) -> int:
         """Optimizer steps of an epoch, the same in each; the last window may be smaller than the others."""
-        return -(-len(self._row_lengths) // self.window_rows)
+        return -(-len(self.row_lengths) // self.window_rows)
 
     def next_window(self, epoch: int, index: int, skipped: Sequence[list[int]] = ()) -> Window:
         """The first window at or after a position that is not among the skipped [epoch, index]; a pure function."""
@@ -230,12 +230,12 @@ class Batches:
 
     def rows(self, index: int) -> list[list[Array]]:
         """The same window as indices into `samples`, (samples of the row,) for each row of each micro-batch."""
-        rows = self._order[index * self.window_rows : (index + 1) * self.window_rows]
-        return self._micro_batches(rows[np.argsort(self._row_lengths[rows], kind="stable")])
+        rows = self.order[index * self.window_rows : (index + 1) * self.window_rows]
+        return self._micro_batches(rows[np.argsort(self.row_lengths[rows], kind="stable")])
 
     def longest(self) -> Batch:
         """A micro-batch of the longest rows: what needs the most memory."""
-        longest = np.argsort(-self._row_lengths, kind="stable")[: self.micro_batch_size]
+        longest = np.argsort(-self.row_lengths, kind="stable")[: self.micro_batch_size]
         return collate(self.samples, self._micro_batches(longest)[0], self.pad_id, self.pad_to_multiple_of)
 
     def _micro_batches(self, rows: Array) -> list[list[Array]]:
@@ -246,19 +246,8 @@ class Batches:
     def seek(self, epoch: int) -> None:
         """Arrange the samples as an epoch has them; costs one shuffle, whatever was consumed before."""
         if epoch != self.epoch:
-            self._members, self._order = self._arrange(epoch)
+            self._members, self.order = self._arrange(epoch)
             self.epoch = epoch
-
-    def utilization(self) -> float:
-        """Share of the tokens of an epoch's micro-batches that are not padding."""
-        used = padded = 0
-        for index in range(self.windows_in_epoch()):
-            rows = np.sort(self._row_lengths[self._order[index * self.window_rows : (index + 1) * self.window_rows]])
-            used += int(rows.sum())
-            for at in range(0, len(rows), self.micro_batch_size):
-                piece = rows[at : at + self.micro_batch_size]
-                padded += int(_round_up(piece[-1], self.pad_to_multiple_of)) * len(piece)
-        return used / max(padded, 1)
 
     def _arrange(self, epoch: int) -> tuple[Array, Array]:
         """(units by slot, order of the rows) of an epoch.
@@ -267,9 +256,9 @@ class Batches:
         number of windows is constant, while the units that share a row vary.
         """
         if not self.shuffle:
-            return self._slots, np.arange(len(self._row_lengths))
+            return self._slots, np.arange(len(self.row_lengths))
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self._row_lengths))
+        order = rng.permutation(len(self.row_lengths))
         members = self._slots
         if self.is_packed:
             members = np.empty_like(self._slots)
@@ -280,7 +269,7 @@ class Batches:
         """Sort by length within MEGABATCH windows, so that the rows of each have similar lengths; then shuffle them."""
         size = self.window_rows
         near = np.arange(len(order)) // (MEGABATCH * size)
-        order = order[np.lexsort((self._row_lengths[order], near))]
+        order = order[np.lexsort((self.row_lengths[order], near))]
         full = len(order) // size
         windows = np.lexsort((rng.random(full), np.arange(full) // MEGABATCH))
         return np.concatenate([order[: full * size].reshape(full, size)[windows].ravel(), order[full * size :]])

@@ -9,7 +9,7 @@ projections, a norm on queries and keys or on what a block adds, a sliding windo
 
 Every equation stands here once, for training, evaluation and generation. What depends on positions is in the context of
 a forward pass (attention.py); kernels/ has optimized forms of the same equations. Module names equal the names of the
-tensors in Hugging Face files, so loading is a look-up and an adapter saved here has the keys that other tools expect.
+tensors in most Hugging Face files; for the others the families have a table.
 
 Notation in comments: b batch, q positions, h query heads, g key/value heads, d head size, n target positions.
 """
@@ -17,7 +17,7 @@ Notation in comments: b batch, q positions, h query heads, g key/value heads, d 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
+from nanoft.blocks.norms import NORM_KINDS, RMSNorm
 from nanoft.blocks.rope import Rope, document_lengths
 from nanoft.blocks.trained import Adapter
 from nanoft.recompute import ActivationPolicy, run_block
@@ -52,14 +53,18 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    fused: bool = False  # q, k, v are the rows of one linear, and so are gate and up (Phi-3)
+    qkv: str = "separate"  # linears; rows of one: q, then k, then v, "fused" (Phi-3), or so in each head, "interleaved"
+    mlp: str = "gated"  # of MLP_INPUTS
     activation: str = "silu"  # of ACTIVATIONS
+    norm: str = "rms"  # of NORM_KINDS
     norms: str = "input"  # of NORMS: of what a block computes with, or of what it adds to x, or both
+    parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)): both halves see the same x (GPT-NeoX)
     norm_offset: float = 0.0  # norms multiply by offset + weight (Gemma: 1)
     qk_norm: str = ""  # norm of queries and keys: over each "head" (Qwen3), over all heads, the "width" (OLMo 2)
     attention_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
     attention_cap: float | None = None  # scores s become cap tanh(s / cap) (Gemma 2)
     embedding_scale: float = 1.0  # x = scale * embedding[ids]
+    positions: int = 0  # how many are learned: x = embedding[ids] + embedding'[positions] (GPT-2)
     residual_scale: float = 1.0  # x + scale * attention(norm(x)) (Granite)
     logit_scale: float = 1.0  # logits = scale * hidden @ head^T
     logit_cap: float | None = None  # logits l become cap tanh(l / cap)
@@ -77,10 +82,16 @@ class DecoderConfig:
     @property
     def rope(self) -> Rope:
         """That of the layers that see furthest."""
-        return self.distinct_ropes[0]
+        return next(iter(self.distinct_ropes), Rope())
+
+    def make_norm(self, size: int) -> RMSNorm:
+        return NORM_KINDS[self.norm](size, self.norm_eps, self.norm_offset)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS["gelu_tanh"] = partial(F.gelu, approximate="tanh")
+# What an MLP multiplies its input with; "fused": gate and up are rows of one linear (Phi-3).
+MLP_INPUTS = {"gated": ("gate_proj", "up_proj"), "fused": ("gate_up_proj",), "plain": ("up_proj",)}
 # The norms of a block, by their names in files: before attention, after it, before the MLP, after it.
 NORMS: dict[str, tuple[str, str, str, str]] = {
     "input": ("input_layernorm", "", "post_attention_layernorm", ""),
@@ -89,25 +100,6 @@ NORMS: dict[str, tuple[str, str, str, str]] = {
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
     ),
 }  # fmt: skip
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * (offset + weight) (Zhang & Sennrich 2019, eq. 4), in float32 inside."""
-
-    def __init__(self, size: int, config: DecoderConfig):
-        super().__init__()
-        self.eps, self.offset = config.norm_eps, config.norm_offset
-        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.formula(x, self.weight)
-
-    def formula(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The norm as a function of everything that may get a gradient."""
-        if not self.offset:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        wide = torch.promote_types(x.dtype, torch.float32)  # 1 + weight would lose the weight's last bits
-        return F.rms_norm(x.to(wide), weight.shape, self.offset + weight.to(wide), self.eps).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -121,14 +113,15 @@ class SelfAttention(nn.Module):
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         self.scores = Scores(scale, c.windows[layer], c.attention_cap)
         self.widths = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
-        self.inputs: tuple[str, ...] = ("qkv_proj",) if c.fused else ("q_proj", "k_proj", "v_proj")
-        for name, width in zip(self.inputs, [sum(self.widths)] if c.fused else self.widths, strict=True):
+        separate, self.interleaved = c.qkv == "separate", c.qkv == "interleaved"
+        self.inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj") if separate else ("qkv_proj",)
+        for name, width in zip(self.inputs, self.widths if separate else [sum(self.widths)], strict=True):
             self.add_module(name, nn.Linear(c.hidden_size, width, bias=c.qkv_bias))
         self.o_proj = nn.Linear(self.widths[0], c.hidden_size, bias=c.o_bias)
         self.over_width = c.qk_norm == "width"
         sizes = self.widths if self.over_width else [c.head_dim, c.head_dim]
-        self.q_norm = RMSNorm(sizes[0], c) if c.qk_norm else None
-        self.k_norm = RMSNorm(sizes[1], c) if c.qk_norm else None
+        self.q_norm = c.make_norm(sizes[0]) if c.qk_norm else None
+        self.k_norm = c.make_norm(sizes[1]) if c.qk_norm else None
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         q, k, v = self.heads([getattr(self, name)(x) for name in self.inputs], context)
@@ -136,10 +129,15 @@ class SelfAttention(nn.Module):
 
     def heads(self, projected: list[Tensor], context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         """Projections (b, q, heads * d), split into heads, normed and rotated: (b, q, h or g, d)."""
-        q, k, v = projected if len(projected) == 3 else projected[0].split(self.widths, dim=-1)
+        if self.interleaved:  # (b, q, h, 3 d)
+            parts: Sequence[Tensor] = projected[0].unflatten(-1, (-1, 3 * self.head_dim)).chunk(3, dim=-1)
+        else:
+            parts = projected if len(projected) == 3 else projected[0].split(self.widths, dim=-1)
+        q, k, v = parts
         if self.q_norm is not None and self.k_norm is not None and self.over_width:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if not self.interleaved:
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None and not self.over_width:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = context.rotate(q, k, self)
@@ -147,13 +145,13 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (SwiGLU; with gelu in the place of silu GeGLU: Shazeer 2020)."""
+    """down(silu(gate(x)) * up(x)) (SwiGLU; with gelu GeGLU: Shazeer 2020), or without a gate down(gelu(up(x)))."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.inputs: tuple[str, ...] = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
-        width = 2 if config.fused else 1
+        self.inputs, self.is_plain = MLP_INPUTS[config.mlp], config.mlp == "plain"
+        width = 2 if config.mlp == "fused" else 1
         for name in self.inputs:
             inner = nn.Linear(config.hidden_size, width * config.intermediate_size, bias=config.mlp_bias)
             self.add_module(name, inner)
@@ -163,6 +161,8 @@ class MLP(nn.Module):
         return self.down_proj(self.activate(*[getattr(self, name)(x) for name in self.inputs]))
 
     def activate(self, *projected: Tensor) -> Tensor:
+        if self.is_plain:
+            return self.activation(projected[0])
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
         return self.activation(gate) * up
 
@@ -172,11 +172,11 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.norm_names, self.scale = NORMS[config.norms], config.residual_scale
+        self.norm_names, self.scale, self.parallel = NORMS[config.norms], config.residual_scale, config.parallel
         self.self_attn = SelfAttention(config, layer)
         self.mlp = MLP(config)
         for name in filter(None, self.norm_names):
-            self.add_module(name, RMSNorm(config.hidden_size, config))
+            self.add_module(name, config.make_norm(config.hidden_size))
 
     def norm(self, place: int) -> Callable[[Tensor], Tensor]:
         """That at a place of NORMS; without one, nothing changes."""
@@ -184,9 +184,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
         """The residual stream after this block, (b, q, hidden); at some positions only, (1, n, hidden)."""
-        x = self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context)))
-        x = select(x, target_positions)  # from here on no position sees another one
-        return self.add(x, self.norm(3)(self.mlp(self.norm(2)(x))))
+        y = self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context)))
+        x, y = select(x, target_positions), select(y, target_positions)  # from here on no position sees another one
+        return self.add(y, self.norm(3)(self.mlp(self.norm(2)(x if self.parallel else y))))
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """x + scale * y."""
@@ -215,7 +215,9 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config)
+        self.norm = config.make_norm(config.hidden_size)
+        if config.positions:
+            self.embed_positions = nn.Embedding(config.positions, config.hidden_size)
 
 
 class Decoder(nn.Module):
@@ -278,21 +280,22 @@ class Decoder(nn.Module):
                 comes after it, so such padding needs no mask).
             target_positions: flat positions b * seq + s whose hidden state is wanted, (n,); None: all.
         """
-        x = self.embed(ids)
-        if self.training and self.neftune_alpha:
-            x = x + embedding_noise(x, self.neftune_alpha)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        x = self.embed(ids, positions)
+        if self.training and self.neftune_alpha:
+            x = x + embedding_noise(x, self.neftune_alpha)
         context = self.context(positions, x.dtype, documents)
         last = len(self.model.layers) - 1
         for index, (block, policy) in enumerate(zip(self.model.layers, self.activation_policy, strict=True)):
             x = run_block(block, x, context, target_positions if index == last else None, policy)
         return self.finish(x)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """scale * embedding[ids], (b, q, hidden); the factor is rounded to the number format, as in pre-training."""
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """scale * embedding[ids], (b, q, hidden), the factor rounded as in pre-training; plus learned positions."""
         x, scale = self.model.embed_tokens(ids), self.config.embedding_scale
-        return x if scale == 1 else x * torch.full((), scale, dtype=x.dtype, device=x.device)
+        x = x if scale == 1 else x * torch.full((), scale, dtype=x.dtype, device=x.device)
+        return x + self.model.embed_positions(positions) if self.config.positions else x
 
     def finish(self, x: Tensor) -> Tensor:
         """The last hidden states, (..., hidden), of the residual stream; wider with a low-rank adapter on the head."""

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from runs import record
-from tiny_models import make_chat_model
 
 from nanoft.batches import Sample, TokenDataset
 from nanoft.config import TrainingConfig
 from nanoft.data.formats import Learns
 from nanoft.objectives import OBJECTIVES
+from tiny_models import make_chat_model
 
 VOCAB = 32
 BEYOND_SFT = [name for name in OBJECTIVES if name != "sft"]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from nanoft import batches
 from nanoft.batches import Batch, Batches, Sample, TokenDataset, Window, pack, pack_in_order
+from nanoft.data.inspection import utilization
 from nanoft.loss import token_nll
 from nanoft.models.weights import load_model
 from nanoft.training.self_test import gradient_error, packed_error
@@ -333,7 +334,7 @@ def test_grouping_by_length_pads_less_and_keeps_the_windows_random() -> None:
     samples = make(random_lengths(1000, longest=200))
     plain, grouped = (Batches(samples, 4, 2, 0, PAD, group_by_length=on) for on in (False, True))
     assert plain.windows_in_epoch() == grouped.windows_in_epoch() == 125
-    assert grouped.utilization() > 0.97 > 0.9 > plain.utilization()
+    assert utilization(grouped) > 0.97 > 0.9 > utilization(plain)
     longest = [max(len(batch.ids[0]) for batch in grouped.window(index)) for index in range(50)]
     assert longest != sorted(longest)
     assert abs(np.corrcoef(longest, range(50))[0, 1]) < 0.5  # not from short to long
@@ -344,7 +345,7 @@ def test_utilization_is_what_the_batches_have(pack_length: int | None) -> None:
     run = Batches(make(random_lengths(100)), 4, 2, 0, PAD, pack_length, pad_to_multiple_of=8)
     batches_of_epoch = [batch for index in range(run.windows_in_epoch()) for batch in run.window(index)]
     used = sum(batch.tokens for batch in batches_of_epoch)
-    assert run.utilization() == used / sum(batch.ids.numel() for batch in batches_of_epoch)
+    assert utilization(run) == used / sum(batch.ids.numel() for batch in batches_of_epoch)
     assert all(batch.ids.shape[1] % 8 == 0 for batch in batches_of_epoch)
     assert {len(batch.ids) for batch in batches_of_epoch[:-2]} == {4}
 

@@ -140,7 +140,7 @@ def test_classic_and_current_config_give_the_same_shape(case: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architectures: GPT2LMHeadModel"),
+        ({"architectures": ["BloomForCausalLM"]}, "architectures: BloomForCausalLM"),
         ({"logit_scale": 0.5}, "logit_scale"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),

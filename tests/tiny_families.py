@@ -19,7 +19,12 @@ LONGROPE = {**PARTS, "short_factor": [1 + i / 9 for i in range(6)], "long_factor
 MINISTRAL = {**YARN, "factor": 16.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0}
 GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 8}
 GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 3}
+GPT2 = {**dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), "n_inner": 128}
 SLIDING, FULL = "sliding_attention", "full_attention"
+GRANITE4 = {
+    **GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": [FULL] * 3, "mamba_n_heads": 16,
+    "shared_intermediate_size": 128, "position_embedding_type": "rope",
+}  # fmt: skip
 
 # The first shape of each family stands in the default run, the others in the slow one. Windows and contexts of
 # pre-training are shorter than the tests' inputs; layers of both kinds, and both ropes, are there.
@@ -68,6 +73,15 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"sliding_window": None, "layer_types": [FULL] * 3, "rope_parameters": LLAMA3},
         {"sliding_window": 8, "num_hidden_layers": 5, "head_dim": 24, "tie_word_embeddings": True},
     ],
+    "gpt2": [GPT2, {**GPT2, "n_inner": 192, "num_attention_heads": 2, "tie_word_embeddings": False}],
+    "gpt_neox": [
+        {},
+        {
+            "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new",
+            "tie_word_embeddings": True, "rope_parameters": {**PLAIN, "partial_rotary_factor": 1.0},
+        },
+    ],
+    "granitemoehybrid": [GRANITE4, {**GRANITE4, "position_embedding_type": None, "tie_word_embeddings": True}],
     "seed_oss": [{}, {"head_dim": 40, "attention_out_bias": True, "mlp_bias": True}],
 }  # fmt: skip
 CASES = [(name, number) for name in FAMILIES for number in range(len(SHAPES.get(name, [{}])))]

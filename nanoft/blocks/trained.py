@@ -52,7 +52,8 @@ def apply(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     """What a linear, an embedding or a norm computes, with other parameters."""
     if is_linear(module):
         return F.linear(x, weight, bias)
-    return F.embedding(x, weight) if isinstance(module, nn.Embedding) else module.formula(x, weight)
+    own = (weight,) if bias is None else (weight, bias)
+    return F.embedding(x, weight) if isinstance(module, nn.Embedding) else module.formula(x, *own)
 
 
 class TrainedCopy(Adapter):
@@ -129,7 +130,7 @@ def copied_modules(model: nn.Module, lora: LoRAConfig, targets: set[str]) -> dic
             copies[name] = ("weight", "bias")
             if isinstance(leaf, PACKED):
                 raise UserError(f"lora.modules_to_save: {name} is quantized: set quantization.bits=16 or target it")
-        elif lora.bias == "all" and is_linear(leaf) and leaf.bias is not None and name not in targets:
+        elif lora.bias == "all" and getattr(leaf, "bias", None) is not None and name not in targets:
             copies[name] = ("bias",)
     if unknown := next((s for s in lora.modules_to_save if not any(is_inside(name, s) for name in leaves)), None):
         known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in leaves))

@@ -25,12 +25,26 @@ SAMPLES_CHECKED = 2000  # evenly spread
 CONVERSATIONS_CHECKED = 32  # rendered again
 
 
-def check_vocabulary(corpus: PreparedDataset, vocab_size: int) -> None:
-    """Raise a UserError if a token is not in the model's vocabulary: it would be read beyond the embedding."""
+def check_embeddings(corpus: PreparedDataset, vocab_size: int, positions: int) -> None:
+    """Raise a UserError if a token or a position (0: none are learned) would be read beyond the model's embedding."""
+    longest = max(int(samples.lengths.max()) for samples in (corpus.training, corpus.validation) if len(samples))
+    if 0 < positions < longest:
+        raise UserError(f"model.max_seq_length: samples have up to {longest} tokens: set it to the base's {positions}")
     largest = max((int(ids.max()) for ids in _training_ids(corpus)), default=0)
     if largest >= vocab_size:
         found = f"its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}"
         raise UserError(f"model.name: {found}: tokenizer.json is another model's: fetch the directory again")
+
+
+def utilization(batches: Batches) -> float:
+    """Share of the tokens of an epoch's micro-batches that are not padding."""
+    lengths, padded, multiple = batches.row_lengths[batches.order], 0, batches.pad_to_multiple_of
+    for start in range(0, len(lengths), batches.window_rows):
+        window = np.sort(lengths[start : start + batches.window_rows])
+        for at in range(0, len(window), batches.micro_batch_size):
+            piece = window[at : at + batches.micro_batch_size]
+            padded += -(-int(piece[-1]) // multiple) * multiple * len(piece)
+    return int(lengths.sum()) / max(padded, 1)
 
 
 def unseen_tokens(corpus: PreparedDataset, wanted: Sequence[int]) -> list[int]:

@@ -27,8 +27,8 @@ from nanoft import UserError
 from nanoft.attention import soft_cap
 from nanoft.blocks.trained import Adapter
 from nanoft.model import Decoder, DecoderConfig
-from nanoft.models.model_files import ModelFiles, Quantization
-from nanoft.models.weights import WeightFiles, is_block_linear, is_finite, open_weights
+from nanoft.models.model_files import ModelFiles, Quantization, is_block_linear
+from nanoft.models.weights import WeightFiles, is_finite, open_weights
 from nanoft.nf4 import quantize
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -190,7 +190,8 @@ class StreamedDecoder(Decoder):
             elif isinstance(module, nn.Embedding):
                 self.set_submodule(name, StreamedEmbedding(weights, name))
             elif isinstance(getattr(module, "weight", None), nn.Parameter):  # a norm
-                module.weight = nn.Parameter(weights.whole(f"{name}.weight"))
+                for part in dict(module.named_parameters()):
+                    setattr(module, part, nn.Parameter(weights.whole(f"{name}.{part}")))
         self.requires_grad_(False)
         self.eval()
 

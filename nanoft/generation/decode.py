@@ -125,7 +125,7 @@ class Decoding:
                 kept[-1][sequences, :, slots] = part
 
         trunk = self.model.model
-        x = self.model.embed(ids)
+        x = self.model.embed(ids, positions[None])
         context = PromptContext(self.model.context(positions[None], x.dtype, documents), keep)
         last = len(trunk.layers) - 1
         for index, block in enumerate(self.blocks()):
@@ -135,8 +135,9 @@ class Decoding:
     def _prepare_slots(self) -> None:
         """For every slot of every sequence, its rotation and whether it holds a token."""
         slots, empty = torch.arange(self.slots), torch.tensor(self.empty)[:, None]
-        positions = (slots - empty).clamp(min=0).to(self.device)
-        rotations = self.model.rotations(positions, self.values[0].dtype, self.length - empty.to(self.device))
+        most = self.model.config.positions or self.slots  # an answer that is finished may grow for a while
+        self.positions = (slots - empty).clamp(0, most - 1).to(self.device)  # (b, slots)
+        rotations = self.model.rotations(self.positions, self.values[0].dtype, self.length - empty.to(self.device))
         self.tables = self.context_class.tables(rotations, (slots >= empty).to(self.device))
 
     def step(self, newest: Tensor) -> Tensor:
@@ -152,8 +153,8 @@ class Decoding:
                 self.keys, self.values, self.empty, self.read, self.length = [], [], [], [], 0
                 return self.join(sequences, more)
         context = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty))
+        x: Any = self.model.embed(newest[:, None], self.positions[:, self.length : self.length + 1])  # (b, 1, n)
         self.length += 1
-        x: Any = self.model.embed(newest[:, None])  # (b, 1, n)
         for block in self.blocks():
             x = block(x, context)
         return self.model.finish(x)[:, 0]

@@ -72,11 +72,13 @@ def stream(
 
     A stop id is the last token of its answer.
     """
-    stops, waiting = set(stop_ids), list(range(len(prompts)) if only is None else only) if max_new_tokens else []
+    most = model.config.positions or max(map(len, prompts), default=0) + max_new_tokens
+    budget = [min(max_new_tokens, most + 1 - len(prompt)) for prompt in prompts]  # tokens that an answer may still get
+    stops, chosen = set(stop_ids), range(len(prompts)) if only is None else only
+    waiting = [prompt for prompt in chosen if budget[prompt] > 0]
     batch_size = batch_size or len(waiting)
     sampler = Sampler(sampling, prompts, model.config.vocab_size, max_new_tokens, model.device, generator, noise)
     decoding = Decoding(model)
-    budget = [max_new_tokens] * len(prompts)  # tokens that each answer may still get
     batch: list[int] = []  # the prompt of each sequence in the batch; -1: its answer is finished
     hidden: list[Tensor] = []  # last hidden states, (some of batch, hidden) each
     while waiting or batch:

@@ -48,10 +48,13 @@ class TensorHeader:
     name: str
     form: str  # F32, BF16, U8, ...
     shape: tuple[int, ...]
+    transposed: bool = False  # in the file; `shape` and `read` are those of (out, in)
 
     def read(self, rows: slice = slice(None)) -> Tensor:
         """Rows of the tensor, a view of the file, which is opened anew: an open file keeps what was read in memory."""
         with open_safetensors(self.path) as file:
+            if self.transposed:
+                return file.get_slice(self.name)[:, rows].t().contiguous()
             tensor: Tensor = file.get_tensor(self.name) if rows == slice(None) else file.get_slice(self.name)[rows]
             return tensor
 

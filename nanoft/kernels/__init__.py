@@ -89,7 +89,7 @@ def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
 def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
     """A model of two layers with the same switches, every trained parameter away from its start."""
     sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
-    sizes |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    sizes |= {"num_heads": 4, "num_kv_heads": 4 if config.qkv == "interleaved" else 2, "head_dim": 8}
     sizes |= {name: (value[0], value[-1]) for name, value in vars(config).items() if isinstance(value, tuple)}
     sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
     sizes["ropes"] = tuple(rope and replace(rope, kind="default", context=3) for rope in sizes["ropes"])
@@ -137,7 +137,7 @@ def _answer(model: Decoder) -> Tensor:
     keys, values = ([torch.zeros(cache, dtype=doubles) for _ in blocks] for _ in range(2))
     hidden = []
     for slot in range(length):
-        x = model.embed(IDS[:, slot : slot + 1])
+        x = model.embed(IDS[:, slot : slot + 1], torch.tensor([[slot]]))
         context = FastCacheContext(tables, keys, values, slot, 0)
         for block in blocks:
             x = block(x, context)

@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from nanoft.attention import SequenceContext
+from nanoft.blocks.norms import NORM_KINDS
 from nanoft.lora import VARIANTS, LoRALinear
-from nanoft.model import MLP, Block, RMSNorm, SelfAttention, identity, select
+from nanoft.model import MLP, Block, SelfAttention, identity, select
 from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, matmul_backward
 
 LINEARS = {nn.Linear, Linear4bit, Linear8bit}
@@ -40,14 +41,17 @@ class FastBlock(Block):
             attn = self.self_attn
             projected = grouped_linear([getattr(attn, name) for name in attn.inputs], *normed(self.norm(0), x))
             y = select(context.attend(*attn.heads(projected, context), attn).flatten(2), target_positions)
-            x = self.add(select(x, target_positions), self.norm(1)(grouped_linear((attn.o_proj,), identity, y)[0]))
+            x = select(x, target_positions)
+            y = self.add(x, self.norm(1)(grouped_linear((attn.o_proj,), identity, y)[0]))
         else:
-            x = select(self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context))), target_positions)
+            y = self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context)))
+            x, y = select(x, target_positions), select(y, target_positions)
+        x = x if self.parallel else y
         if not supports_mlp(self):
-            return self.add(x, self.norm(3)(self.mlp(self.norm(2)(x))))
+            return self.add(y, self.norm(3)(self.mlp(self.norm(2)(x))))
         mlp = self.mlp
         projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], *normed(self.norm(2), x))
-        return self.add(x, self.norm(3)(grouped_linear((mlp.down_proj,), mlp.activate, *projected)[0]))
+        return self.add(y, self.norm(3)(grouped_linear((mlp.down_proj,), mlp.activate, *projected)[0]))
 
 
 def supports(block: nn.Module) -> bool:
@@ -68,7 +72,7 @@ def _is_known(norm: Any, half: nn.Module, kind: type[nn.Module]) -> bool:
     linears = [module for name, module in half.named_children() if name.endswith("_proj")]
     adapted = [linear.base if type(linear) in VARIANTS.values() else linear for linear in linears]
     return (
-        (type(norm) is RMSNorm or norm is identity)
+        (type(norm) in NORM_KINDS.values() or norm is identity)
         and type(half) is kind
         and {type(linear) for linear in adapted} <= LINEARS
     )
@@ -76,7 +80,7 @@ def _is_known(norm: Any, half: nn.Module, kind: type[nn.Module]) -> bool:
 
 def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:
     """norm(x) as a function and what gets a gradient in it."""
-    return (norm, x) if norm is identity else (norm.formula, x, norm.weight)
+    return (norm, x) if norm is identity else (norm.formula, x, *norm.parameters())
 
 
 def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor) -> list[Tensor]:

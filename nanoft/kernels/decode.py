@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import AttentionLayer, CacheContext, Rotation
+from nanoft.blocks.norms import NORM_KINDS
 from nanoft.blocks.trained import PACKED
 from nanoft.kernels.block import LINEARS, FastBlock
 from nanoft.lora import VARIANTS, LoRALinear, linears_of, weight_of
-from nanoft.model import MLP, Block, Decoder, RMSNorm, SelfAttention
+from nanoft.model import MLP, Block, Decoder, SelfAttention
 from nanoft.runtime.memory import available_bytes, available_host_bytes
 
 Function = Callable[..., Tensor]
@@ -78,8 +79,9 @@ def twin(module: Any, build: Build | None) -> Function:
         return build(weight_of(module), module.bias)
     if kind is nn.Linear:
         return plain(module.weight, module.bias)
-    if kind is RMSNorm:
-        return lambda x, formula=module.formula, weight=module.weight: formula(x, weight)
+    if kind in NORM_KINDS.values():
+        own = tuple(module.parameters())
+        return lambda x, formula=module.formula: formula(x, *own)
     return module
 
 

@@ -15,6 +15,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from nanoft.lora import (
     weight_of,
 )
 from nanoft.model import Decoder, DecoderConfig
+from nanoft.models.families import FAMILIES, file_name, module_name
 from nanoft.models.model_files import TOWERS, split_reference, standard_name
 
 NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
@@ -58,8 +60,8 @@ SPELLINGS = [
 ]
 # Fields of adapter_config.json that are read here or do not change the result ...
 PEFT_FIELDS = """
-    base_model_name_or_path r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version inference_mode
-    revision megatron_core qalora_group_size runtime_config rank_pattern alpha_pattern
+    base_model_name_or_path r lora_alpha lora_dropout target_modules fan_in_fan_out task_type auto_mapping peft_version
+    inference_mode revision megatron_core qalora_group_size runtime_config rank_pattern alpha_pattern
     exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
 # ... and fields that do, with the supported values. Any other field must be unset.
@@ -129,19 +131,20 @@ def save_adapter(
     """Write adapter_model.safetensors, adapter_config.json and nanoft.json, which holds `note`."""
     directory.mkdir(parents=True, exist_ok=True)
     plain, tensors = as_plain_lora(lora, adapter_tensors(adapters))
-    rename = in_wrapper if model.config.wrapped else str
+    rename, own_names = partial(name_in_peft, model.config), model.config.wrapped or FAMILIES[model.config.family].names
     write_tensors(directory / "adapter_model.safetensors", {rename(name): t for name, t in tensors.items()})
-    if model.config.wrapped and (plain.rank_pattern or plain.alpha_pattern):  # expressions for the names without it
+    if own_names and (plain.rank_pattern or plain.alpha_pattern):  # expressions for the decoder's names
         ranks = ranks_of(tensors)
         alphas = {name: by_pattern(plain.alpha_pattern, name, plain.alpha) for name in ranks}
         plain = _with_ranks(plain, *({rename(name): n for name, n in numbers.items()} for numbers in (ranks, alphas)))
     # PEFT's target_modules: last parts of names, unless modules without an adapter share them.
-    low_rank = {name for name, adapter in adapters.items() if isinstance(adapter, LoRALinear)}
-    bare = {name.rpartition(".")[2] for name in linears_of(model) if name not in low_rank}
+    low_rank = {rename(name) for name, adapter in adapters.items() if isinstance(adapter, LoRALinear)}
+    bare = {name.rpartition(".")[2] for name in map(rename, linears_of(model)) if name not in low_rank}
     bare |= {name.rpartition(".")[2] for name in low_rank if model.config.wrapped}  # those of the other towers
-    targets = sorted({rename(name) if (last := name.rpartition(".")[2]) in bare else last for name in low_rank})
+    targets = sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in low_rank})
     saved = [rename(name) for name, adapter in adapters.items() if getattr(adapter, "copy", None) is not None]
-    rows = {name.rpartition(".")[2]: a.ids.tolist() for name, a in adapters.items() if isinstance(a, TrainedRows)}
+    trained = {rename(name): a.ids.tolist() for name, a in adapters.items() if isinstance(a, TrainedRows)}
+    rows = {name.rpartition(".")[2]: ids for name, ids in trained.items()}
     base, revision = split_reference(base_name)
     config = {
         "peft_type": "LORA", "task_type": "SEQ_CLS" if "score" in adapters else "CAUSAL_LM",
@@ -150,16 +153,19 @@ def save_adapter(
         "rank_pattern": plain.rank_pattern, "alpha_pattern": plain.alpha_pattern,
         "lora_dropout": plain.dropout, "target_modules": targets,
         "use_rslora": plain.rslora, "use_dora": plain.dora, "bias": plain.bias,
-        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "fan_in_fan_out": FAMILIES[model.config.family].transposed, "inference_mode": True, "init_lora_weights": True,
         **({"modules_to_save": saved} if saved else {}), **({"trainable_token_indices": rows} if rows else {}),
     }  # fmt: skip
     write_json(directory / "adapter_config.json", config)
     write_json(directory / NOTE, note)
 
 
-def in_wrapper(name: str) -> str:
-    """The name that transformers gives to a part of the decoder in a model of several towers."""
-    return re.sub(r"^(base_model\.model\.|)model\.", r"\1model.language_model.", name)
+def name_in_peft(config: DecoderConfig, name: str) -> str:
+    """The name that transformers gives to a part of the decoder, or PEFT to a part of its adapter."""
+    prefix, place = PEFT_PREFIX * name.startswith(PEFT_PREFIX), name.removeprefix(PEFT_PREFIX)
+    if config.wrapped:
+        place = re.sub(r"^model\.", "model.language_model.", place)
+    return prefix + (place if place.startswith("lm_head.") else file_name(config.family, place))
 
 
 def select_modules(
@@ -288,6 +294,8 @@ def save_mlx(
     smaller rank is padded with zeros, another scale goes into lora_b. Trained biases are refused.
     """
     linears = only_linears(adapters, "--format mlx: mlx-lm", "merge the adapter with --format hf")
+    if FAMILIES[shape.family].names:
+        raise UserError(f"--format mlx: not for {shape.family}: merge the adapter with --format hf")
     plain, stored = fold_patterns(*as_plain_lora(lora, adapter_tensors(adapters)))
     parts = {A: "lora_a", B: "lora_b", "lora_magnitude_vector": "m"}
     tensors = {
@@ -348,6 +356,7 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
         return {key: value for key, value in pattern.items() if any(by_pattern({key: 1}, n, 0) for n in names)}
 
     targets, rows = config.get("target_modules"), config.get("trainable_token_indices") or {}
+    rows = {module_name(name): ids for name, ids in rows.items()} if isinstance(rows, dict) else rows
     lora = LoRAConfig(
         rank=config.get("r"), alpha=config.get("lora_alpha", 8), bias=config.get("bias") or "none",  # type: ignore
         target_modules=tuple(targets) if targets and isinstance(targets, list) else (targets,),  # type: ignore
@@ -359,7 +368,7 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
     if wrong := [i for ids in lora.trainable_token_indices.values() for i in ids if not 0 <= i < MAX_ID]:
         raise UserError(f"trainable_token_indices: {wrong[0]} is not the id of a token")
     for saved in config.get("modules_to_save") or ():
-        if not any(is_inside(name, saved) for name in copies):
+        if not any(is_inside(name, module_name(saved)) for name in copies):
             raise UserError(f"modules_to_save: {saved!r:.60} has no tensors: copy the adapter again")
     if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
         lora = replace(lora, target_modules=(_target_rule(config),))

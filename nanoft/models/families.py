@@ -1,6 +1,7 @@
 """Model families: what a Hugging Face `config.json` says, as the switches of the one decoder in nanoft/model.py.
 
-`FAMILIES` has one entry per family: how to read its config.json, and its name in llama.cpp. A field that the family
+`FAMILIES` has one entry per family: how to read its config.json, its name in llama.cpp, and where its files name fields
+or tensors in another way than most: everything outside nanoft/models has the decoder's names. A field that the family
 does not read is refused: a setting that is silently ignored is a model that is silently wrong. A new family is an entry
 and, if no combination of switches describes it, a new switch in the decoder.
 """
@@ -8,16 +9,26 @@ and, if no combination of switches describes it, a new switch in the decoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from nanoft import UserError
-from nanoft.blocks.rope import Rope
 from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig
-
-Fields = Mapping[str, Any]  # of a config.json
+from nanoft.models.layer_fields import (
+    KINDS,
+    ROPE_FIELDS,
+    Fields,
+    current_form,
+    is_positive,
+    read_rope,
+    read_ropes,
+    read_windows,
+    rope_in_some,
+    window_but_every,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,9 @@ class Family:
     fields: tuple[str, ...]  # of config.json that `switches` reads, besides READ_FIELDS
     gguf: str | None  # its name in llama.cpp; None: not exported
     only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # fields that may have these values alone
+    field_names: dict[str, str] = field(default_factory=dict)  # READ_FIELDS -> what its config.json calls them
+    names: tuple[tuple[str, str], ...] = ()  # parts of names in files, and what the decoder calls them
+    transposed: bool = False  # the weights of linears in blocks are stored as (in, out) (Conv1D in transformers)
 
 
 # Fields of a config.json that are read or checked for every family ...
@@ -57,7 +71,7 @@ SCORES = "ForSequenceClassification"  # the end of an architecture's name, inste
 # Upper limits of sizes in a config.json: several times those of the largest models.
 MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
-    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
+    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13, "n_positions": 1 << 24,
 }  # fmt: skip
 # Fields that are positive numbers if they are there; those of the second line cannot be null.
 POSITIVE = (
@@ -77,7 +91,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     A field that is missing or of the wrong type may raise any other exception.
     """
     refuse_code(hf)
-    whole, hf = hf, text_fields(hf)
+    wrapped, hf = text_fields(hf) is not hf, standard_fields(hf)
     for name, most in MOST.items():  # before anything of that size is allocated
         value = hf.get(name)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
@@ -98,11 +112,11 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
         "tied": bool(hf.get("tie_word_embeddings", False)),
         "windows": (None,) * layers,
         "family": family,
-        "wrapped": hf is not whole,
+        "wrapped": wrapped,
     }
     switches = FAMILIES[family].switches(hf)
     if "ropes" not in switches:
-        common["ropes"] = (_read_rope(hf),) * layers
+        common["ropes"] = (read_rope(hf),) * layers
     config = DecoderConfig(**{**common, **switches})
     _check_shape(config)
     return config
@@ -125,11 +139,41 @@ def text_fields(hf: dict[str, Any]) -> dict[str, Any]:
     return {**towers[kind], **text, "model_type": kind, **outer}
 
 
+def standard_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the text tower, those of READ_FIELDS under the names that most families have for them, too."""
+    text = text_fields(hf)
+    own = FAMILIES[find_family(text)].field_names
+    return {**text, **{name: text.get(here) for name, here in own.items() if here in text or name not in text}}
+
+
+def module_name(name: str) -> str:
+    """What the decoder calls a tensor or module that a file of any family names."""
+    return _renamed(name, (pair for family in FAMILIES.values() for pair in family.names))
+
+
+def file_name(family: str, name: str) -> str:
+    """What the files of a family call a tensor or module of the decoder."""
+    return _renamed(name, ((own, here) for here, own in FAMILIES[family].names))
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        if old in name:
+            name = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, name)
+    return name
+
+
+def score_architecture(family: str) -> str:
+    """The name of a reward model."""
+    return re.sub("ForCausalLM|LMHeadModel", SCORES, FAMILIES[family].architecture)
+
+
 def find_family(hf: Fields) -> str:
     """The key in FAMILIES: by `architectures`, or by `model_type` if there are none."""
     names = hf.get("architectures") or []
     known = {family.architecture: name for name, family in FAMILIES.items()}
-    found = [known[own] for name in names if (own := name.replace(SCORES, "ForCausalLM")) in known]
+    rewards = {score_architecture(name): name for name in FAMILIES}
+    found = [name for own in names if (name := known.get(own) or rewards.get(own))]
     if not names and hf.get("model_type") in FAMILIES:
         found = [hf["model_type"]]
     if not found:
@@ -146,22 +190,19 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
         if hf.get(name) not in (*values, None):
             right = repr(values[0]) if values else None
             raise UserError(f"{name}: {hf[name]!r} is not supported: set it to {right} if that is right")
-    known = {*READ_FIELDS, *HARMLESS_FIELDS, *FAMILIES[family].fields, *FAMILIES[family].only}
+    entry = FAMILIES[family]
+    known = {*READ_FIELDS, *HARMLESS_FIELDS, *entry.fields, *entry.only, *entry.field_names.values()}
     for name, value in hf.items():
         if value and name not in known and not name.startswith("_"):
             what = f"unknown field of {family}, which may change the model"
             raise UserError(f"{name}: {value!r:.60}: {what}: remove it from config.json if it does not")
 
 
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
 def _refuse_wrong_types(hf: Fields) -> None:
     """Refuse values of fields that would fail, or compute something else, only when the model runs."""
     given = {name: hf[name] for name in (*POSITIVE, *MULTIPLIERS) if name in hf}
     for name, value in given.items():
-        if not _is_positive(value) and (value is not None or name in MULTIPLIERS):
+        if not is_positive(value) and (value is not None or name in MULTIPLIERS):
             raise UserError(f"{name}: {value!r:.60} is not a positive number")
     for name in YES_OR_NO:
         if hf.get(name) not in (True, False, None):
@@ -171,86 +212,25 @@ def _refuse_wrong_types(hf: Fields) -> None:
             raise UserError(f"{name}: null: give a whole number")
 
 
-# Fields of each type of rope besides those of all types: first the ones that it needs, then the others.
-ROPE_FIELDS = {
-    "default": ("", ""),
-    "linear": ("factor", ""),
-    "dynamic": ("factor", ""),
-    "llama3": ("factor low_freq_factor high_freq_factor", ""),
-    "yarn": (
-        "factor",
-        "beta_fast beta_slow mscale mscale_all_dim attention_factor truncate finetuned llama_4_scaling_beta "
-        "max_position_embeddings",
-    ),
-    "longrope": ("short_factor long_factor", "factor attention_factor"),
-}
-OLD_ROPES = {"su": "longrope"}  # other names of the types
-ALL_ROPES = "type rope_type rope_theta partial_rotary_factor original_max_position_embeddings".split()  # noqa: SIM905
-
-
-def _read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:
-    """Classic form: rope_theta and rope_scaling; current form: rope_parameters has both, and its theta counts."""
-    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {} if scaling is None else scaling
-    if not isinstance(scaling, Mapping):
-        raise UserError(f"rope_parameters: {scaling!r:.60} is not a type and its fields")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    kind = OLD_ROPES.get(str(kind), kind)
-    if kind not in list(ROPE_FIELDS):
-        raise UserError(f"rope type {kind!r} is not supported: the supported ones are {', '.join(ROPE_FIELDS)}")
-    needed, other = (names.split() for names in ROPE_FIELDS[kind])
-    if missing := [name for name in needed if name not in scaling]:
-        raise UserError(f"rope type {kind} needs the field {missing[0]}")
-    if unknown := [name for name, value in scaling.items() if value and name not in [*ALL_ROPES, *needed, *other]]:
-        value = scaling[unknown[0]]
-        raise UserError(f"rope: {unknown[0]}: {value!r:.60} has no effect with type {kind}: remove it")
-    for name in (*needed, *other):
-        value, of_pairs = scaling.get(name), name in ("short_factor", "long_factor")
-        numbers = value if of_pairs and isinstance(value, list) else [value]
-        if (of_pairs and numbers is not value) or not all(n is None or isinstance(n, (int, float)) for n in numbers):
-            raise UserError(f"rope: {name}: {value!r:.60} is not {'a list of numbers' if of_pairs else 'a number'}")
-    given = [value for value in (scaling.get("rope_theta"), hf.get("rope_theta")) if value is not None]
-    if wrong := [theta for theta in given if not _is_positive(theta) or theta > 1e30]:
-        raise UserError(f"rope_theta: {wrong[0]!r:.60} is not a positive number")
-    theta, parameters, longest = (given or [10000.0])[0], dict(scaling), hf.get("max_position_embeddings") or 0
-    outer, inner = hf.get("original_max_position_embeddings"), scaling.get("original_max_position_embeddings")
-    if kind in ("llama3", "yarn", "longrope"):
-        parameters["original_max_position_embeddings"] = outer or inner or longest
-    context = longest if kind == "dynamic" else int(outer or inner or longest) if kind == "longrope" else 0
-    if kind == "longrope" and context < 2:
-        raise UserError(f"original_max_position_embeddings: {context} is not the length of pre-training")
-    if kind == "longrope" and scaling.get("attention_factor") is None:
-        factor = longest / context if outer else scaling.get("factor") or longest / context
-        parameters["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
-    shares = (scaling.get("partial_rotary_factor"), hf.get("partial_rotary_factor"))
-    share = next((value for value in shares if value is not None), 1.0)
-    if type(share) not in (int, float) or not 0 < share <= 1:
-        raise UserError(f"partial_rotary_factor: {share!r:.60} is not a share between 0 and 1")
-    growth = float(scaling.get("llama_4_scaling_beta") or 0)
-    context = int(parameters["original_max_position_embeddings"]) if growth else context
-    return Rope(float(theta), kind, parameters, context, float(share), growth)
-
-
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
     """The fields with the rope in both forms; transformers 4 and 5 each use a default if only the other's is there."""
-    (rope, *local), share = decoder_config({**hf}).distinct_ropes, dict[str, Any]()
-    current = full = _current_form(rope)
+    ropes, share, family = decoder_config({**hf}).distinct_ropes, dict[str, Any](), FAMILIES[find_family(hf)]
+    if not ropes:
+        return {**hf}
+    rope, *local = ropes
+    current = full = current_form(rope)
     classic = None if rope.kind == "default" else {**full, "type": rope.kind}
     if rope.kind == "longrope":  # where version 4 knows it, in Phi-3, it takes exactly these
         classic = {"type": rope.kind, **{key: full[key] for key in ("short_factor", "long_factor")}}
         share["original_max_position_embeddings"] = rope.context
-    if rope.share != 1:
+    if rope.share != 1 or "partial_rotary_factor" in family.field_names:
         share["partial_rotary_factor"] = rope.share
     if local:
-        current = dict(zip(KINDS, (full, _current_form(local[0])), strict=True))
+        current = dict(zip(KINDS, (full, current_form(local[0])), strict=True))
         if find_family(hf) == "gemma3_text":
             share["rope_local_base_freq"] = local[0].theta
-    return {**hf, **share, "rope_theta": rope.theta, "rope_parameters": current, "rope_scaling": classic}
-
-
-def _current_form(rope: Rope) -> dict[str, Any]:
-    parameters = {key: value for key, value in rope.parameters.items() if key != "type"}
-    share = {} if rope.share == 1 else {"partial_rotary_factor": rope.share}
-    return {**parameters, **share, "rope_type": rope.kind, "rope_theta": rope.theta}
+    share |= {"rope_theta": rope.theta, "rope_parameters": current, "rope_scaling": classic}
+    return {**hf, **share, **{here: share[name] for name, here in family.field_names.items() if name in share}}
 
 
 # ---- The families
@@ -262,7 +242,7 @@ def _llama(hf: Fields) -> dict[str, Any]:
 
 def _mistral(hf: Fields) -> dict[str, Any]:
     """A sliding window of 4096 unless the field says otherwise, in all layers unless layer_types says otherwise."""
-    return {"windows": _windows(hf, hf.get("sliding_window", 4096))}
+    return {"windows": read_windows(hf, hf.get("sliding_window", 4096))}
 
 
 def _qwen2(hf: Fields) -> dict[str, Any]:
@@ -277,21 +257,7 @@ def _qwen3(hf: Fields) -> dict[str, Any]:
 def _qwen_windows(hf: Fields) -> tuple[int | None, ...]:
     """With use_sliding_window only, and without layer_types from max_window_layers on."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    return _windows(hf, window, hf.get("max_window_layers", 28))
-
-
-KINDS = ("full_attention", "sliding_attention")  # of layers, in layer_types
-
-
-def _windows(hf: Fields, window: int | None, first: int = 0) -> tuple[int | None, ...]:
-    """The window of each layer: in those that layer_types names, or without it from layer `first` on."""
-    by_type = dict(zip(KINDS, (None, window), strict=True))
-    kinds = hf.get("layer_types")
-    if not kinds:
-        return tuple(window if index >= first else None for index in range(hf["num_hidden_layers"]))
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise UserError(f"layer_types: {unknown[0]!r:.60} is not supported: only {', '.join(by_type)}")
-    return tuple(by_type[kind] for kind in kinds)
+    return read_windows(hf, window, hf.get("max_window_layers", 28))
 
 
 def _gemma(hf: Fields) -> dict[str, Any]:
@@ -312,47 +278,24 @@ def _attention_bias(hf: Fields) -> dict[str, bool]:
 def _gemma2(hf: Fields) -> dict[str, Any]:
     """Every second layer sees a window only, from the first on."""
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    return {**_gemma({**caps, **hf}), "windows": _every(2, hf, 4096)}
+    return {**_gemma({**caps, **hf}), "windows": window_but_every(2, hf, 4096)}
 
 
 def _gemma3(hf: Fields) -> dict[str, Any]:
     """Five of six layers see a window only, and have a rope of their own."""
-    windows = _every(hf.get("sliding_window_pattern") or 6, hf, 4096)
+    windows = window_but_every(hf.get("sliding_window_pattern") or 6, hf, 4096)
     local = {"rope_theta": hf.get("rope_local_base_freq") or 10000.0}
     return {
         **_gemma(hf),
         "qk_norm": "head",
         "windows": windows,
-        "ropes": _ropes({"rope_theta": 1e6, **hf}, windows, local),
+        "ropes": read_ropes({"rope_theta": 1e6, **hf}, windows, local),
     }
-
-
-def _ropes(hf: Fields, windows: tuple[int | None, ...], local: Fields) -> tuple[Rope, ...]:
-    """The rope of each layer by its kind: rope_parameters has one for each kind, or older files only one; then `local`
-    is that of the layers with a window."""
-    both = hf.get("rope_parameters") or {}
-    if "full_attention" in both:
-        if "sliding_attention" not in both:
-            raise UserError("rope_parameters: sliding_attention: missing")
-        full, sliding = (_read_rope({**hf, "rope_theta": None}, both[kind]) for kind in KINDS)
-    else:
-        full, sliding = _read_rope(hf), _read_rope({}, local)
-    return tuple(full if window is None else sliding for window in windows)
-
-
-def _every(n: int, hf: Fields, window: int) -> tuple[int | None, ...]:
-    """The window of each layer but every n-th, unless layer_types says otherwise."""
-    window = hf.get("sliding_window") or window
-    if hf.get("layer_types"):
-        return _windows(hf, window)
-    if not _is_positive(n):
-        raise UserError(f"sliding_window_pattern: {n!r:.60} is not a number of layers: give layer_types")
-    return tuple(None if (layer + 1) % n == 0 else window for layer in range(hf["num_hidden_layers"]))
 
 
 def _phi3(hf: Fields) -> dict[str, Any]:
     """q, k, v in one linear, and gate and up."""
-    return {"fused": True, "windows": _windows(hf, hf.get("sliding_window"))}
+    return {"qkv": "fused", "mlp": "fused", "windows": read_windows(hf, hf.get("sliding_window"))}
 
 
 def _ministral3(hf: Fields) -> dict[str, Any]:
@@ -368,32 +311,29 @@ def _olmo2(hf: Fields) -> dict[str, Any]:
 
 def _olmo3(hf: Fields) -> dict[str, Any]:
     """Three of four layers see a window only, and positions are stretched in the others alone."""
-    windows, local = _every(4, hf, 4096), {"rope_theta": hf.get("rope_theta", 5e5)}
-    return {**_olmo2(hf), "windows": windows, "ropes": _ropes({"rope_theta": 5e5, **hf}, windows, local)}
+    windows, local = window_but_every(4, hf, 4096), {"rope_theta": hf.get("rope_theta", 5e5)}
+    return {**_olmo2(hf), "windows": windows, "ropes": read_ropes({"rope_theta": 5e5, **hf}, windows, local)}
 
 
 def _exaone4(hf: Fields) -> dict[str, Any]:
     """Where three of four layers see a window only, the others do not rotate."""
-    hybrid, rope = hf.get("sliding_window", 4096) is not None, _read_rope(hf)
-    windows = _every(hf.get("sliding_window_pattern") or 4, hf, 4096) if hybrid else (None,) * hf["num_hidden_layers"]
-    ropes = _in_some(rope, [window is not None or not hybrid for window in windows])
+    hybrid, rope = hf.get("sliding_window", 4096) is not None, read_rope(hf)
+    windows = (
+        window_but_every(hf.get("sliding_window_pattern") or 4, hf, 4096)
+        if hybrid
+        else (None,) * hf["num_hidden_layers"]
+    )
+    ropes = rope_in_some(rope, [window is not None or not hybrid for window in windows])
     return {"norms": "output", "qk_norm": "head", "windows": windows, "ropes": ropes}
-
-
-def _in_some(rope: Rope, has_rope: Sequence[Any]) -> tuple[Rope | None, ...]:
-    """The rope of each layer that rotates; one of them must."""
-    if not any(has_rope) or any(own not in (0, 1) for own in has_rope):
-        raise UserError(f"no_rope_layers, layer_types: {has_rope!r:.60}: 1 for each layer that rotates, at least one")
-    return tuple(rope if own else None for own in has_rope)
 
 
 def _smollm3(hf: Fields) -> dict[str, Any]:
     """Every fourth layer does not rotate."""
-    n, rope = hf.get("no_rope_layer_interval") or 4, _read_rope({"rope_theta": 2e6, **hf})
+    n, rope = hf.get("no_rope_layer_interval") or 4, read_rope({"rope_theta": 2e6, **hf})
     has_rope = hf.get("no_rope_layers") or [(layer + 1) % n > 0 for layer in range(hf["num_hidden_layers"])]
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    return {**_llama(hf), "tied": hf.get("tie_word_embeddings", True), "windows": _windows(hf, window),
-            "ropes": _in_some(rope, has_rope)}  # fmt: skip
+    return {**_llama(hf), "tied": hf.get("tie_word_embeddings", True), "windows": read_windows(hf, window),
+            "ropes": rope_in_some(rope, has_rope)}  # fmt: skip
 
 
 def _granite(hf: Fields) -> dict[str, Any]:
@@ -405,9 +345,49 @@ def _granite(hf: Fields) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _granite4(hf: Fields) -> dict[str, Any]:
+    """Without experts and state-space layers, Granite 3 with gate and up in one linear, and with a rope or without."""
+    if hf.get("num_local_experts") != 0:
+        raise UserError(f"num_local_experts: {hf.get('num_local_experts')!r:.60} is not supported: only 0")
+    kinds = hf.get("layer_types") or ["mamba"]
+    if other := [kind for kind in kinds if kind not in ("attention", "full_attention")]:
+        raise UserError(f"layer_types: {other[0]!r:.60} is not supported: only attention")
+    rope = read_rope(hf) if hf.get("position_embedding_type") == "rope" else None
+    return {**_granite(hf), "mlp": "fused", "mlp_bias": False, "ropes": (rope,) * hf["num_hidden_layers"]}
+
+
 def _seed_oss(hf: Fields) -> dict[str, Any]:
     return {"qkv_bias": hf.get("attention_bias", True), "o_bias": hf.get("attention_out_bias", False),
             "mlp_bias": hf.get("mlp_bias", False), "head_dim": hf.get("head_dim") or 128}  # fmt: skip
+
+
+def _gpt2(hf: Fields) -> dict[str, Any]:
+    """Learned positions instead of a rope; its dropout, of pre-training, is left out."""
+    return {
+        **_classic(hf), "qkv": "fused", "activation": GELUS[hf.get("activation_function", "gelu_new")],
+        "positions": hf["max_position_embeddings"], "ropes": (None,) * hf["num_hidden_layers"],
+        "intermediate_size": hf.get("n_inner") or 4 * hf["hidden_size"], "tied": hf.get("tie_word_embeddings", True),
+    }  # fmt: skip
+
+
+def _gpt_neox(hf: Fields) -> dict[str, Any]:
+    """Both halves of a block see the same x; a quarter of each head rotates."""
+    bias, share = hf.get("attention_bias", True), hf.get("partial_rotary_factor") or 0.25
+    rope, size = read_rope({**hf, "partial_rotary_factor": share}), hf["hidden_size"] // hf["num_attention_heads"]
+    if hf.get("head_dim") not in (None, size):  # transformers would take it for the rope alone
+        raise UserError(f"head_dim: {hf['head_dim']} is not supported: only hidden_size / num_attention_heads, {size}")
+    return {
+        **_classic(hf), "qkv": "interleaved", "activation": GELUS[hf.get("hidden_act", "gelu")], "qkv_bias": bias,
+        "o_bias": bias, "parallel": hf.get("use_parallel_residual", True), "ropes": (rope,) * hf["num_hidden_layers"],
+    }  # fmt: skip
+
+
+def _classic(hf: Fields) -> dict[str, Any]:
+    """LayerNorm, biases everywhere, as many heads of keys as of queries, no gate in the MLP."""
+    heads, biases = hf["num_attention_heads"], dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), True)
+    eps = hf.get("rms_norm_eps")
+    return {**biases, "norm": "layer", "norm_eps": 1e-5 if eps is None else eps, "mlp": "plain",
+            "num_kv_heads": heads, "head_dim": hf["hidden_size"] // heads}  # fmt: skip
 
 
 WINDOWS = ("sliding_window", "layer_types")
@@ -420,7 +400,35 @@ GEMMA_ONLY: dict[str, tuple[Any, ...]] = {
 GEMMA_ONLY |= {"use_bidirectional_attention": (False,), "cache_implementation": ("hybrid",)}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "residual_dropout"), (0.0,))
 GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+# What only experts and state-space layers use.
+GRANITE4 = """
+    layer_types num_local_experts num_experts_per_tok output_router_logits router_aux_loss_coef mamba_n_heads
+    mamba_n_groups mamba_d_state mamba_d_head mamba_d_conv mamba_expand mamba_chunk_size mamba_conv_bias
+    mamba_proj_bias init_method time_step_limit time_step_min time_step_max time_step_floor
+""".split()  # noqa: SIM905
+GRANITE4_NAMES = (("shared_mlp.input_linear", "mlp.gate_up_proj"), ("shared_mlp.output_linear", "mlp.down_proj"))
 BIASES = ("attention_bias", "mlp_bias")
+GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+GPT2_ONLY: dict[str, tuple[Any, ...]] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), (0.0, 0.1))
+GPT2_ONLY |= {"activation_function": tuple(GELUS), "scale_attn_weights": (True,)}
+GPT2_FIELDS = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions", "intermediate_size": "n_inner", "rms_norm_eps": "layer_norm_epsilon",
+}  # fmt: skip
+GPT2_NAMES = (
+    ("transformer", "model"), ("wte", "embed_tokens"), ("wpe", "embed_positions"), ("ln_f", "norm"), ("h", "layers"),
+    ("ln_1", "input_layernorm"), ("attn.c_attn", "self_attn.qkv_proj"), ("attn.c_proj", "self_attn.o_proj"),
+    ("ln_2", "post_attention_layernorm"), ("mlp.c_fc", "mlp.up_proj"), ("mlp.c_proj", "mlp.down_proj"),
+)  # fmt: skip
+SUMMARY = "summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout"
+NEOX_FIELDS = {
+    "rms_norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct",
+}  # fmt: skip
+NEOX_NAMES = (
+    ("gpt_neox", "model"), ("embed_in", "embed_tokens"), ("final_layer_norm", "norm"), ("embed_out", "lm_head"),
+    ("attention.query_key_value", "self_attn.qkv_proj"), ("attention.dense", "self_attn.o_proj"),
+    ("mlp.dense_h_to_4h", "mlp.up_proj"), ("mlp.dense_4h_to_h", "mlp.down_proj"),
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {  # by model_type
     "llama": Family("LlamaForCausalLM", _llama, BIASES, "llama"),
     "mistral": Family("MistralForCausalLM", _mistral, WINDOWS, "llama"),
@@ -439,7 +447,28 @@ FAMILIES: dict[str, Family] = {  # by model_type
         "SmolLM3ForCausalLM", _smollm3, (*BIASES, *QWEN, "no_rope_layers", "no_rope_layer_interval"), "smollm3"
     ),
     "granite": Family("GraniteForCausalLM", _granite, (*BIASES, *GRANITE), "granite"),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridForCausalLM",
+        _granite4,
+        ("attention_bias", *GRANITE, *GRANITE4),
+        None,
+        {"position_embedding_type": ("rope", "nope"), "normalization_function": ("rmsnorm",)},
+        {"intermediate_size": "shared_intermediate_size"},
+        GRANITE4_NAMES,
+    ),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), "seed_oss", NO_DROPOUT),
+    "gpt2": Family(
+        "GPT2LMHeadModel", _gpt2, ("n_ctx", *SUMMARY.split()), None, GPT2_ONLY, GPT2_FIELDS, GPT2_NAMES, transposed=True
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        _gpt_neox,
+        ("attention_bias", "use_parallel_residual", "classifier_dropout"),
+        None,
+        {"hidden_act": tuple(GELUS), "hidden_dropout": (0.0,)},
+        NEOX_FIELDS,
+        NEOX_NAMES,
+    ),
 }
 
 # Models of several towers, of which text is one: the families of its text_config, the default one first, each with

@@ -21,7 +21,7 @@ from nanoft.io.hub import download
 from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
-from nanoft.models.families import decoder_config, text_fields
+from nanoft.models.families import FAMILIES, decoder_config, file_name, module_name, standard_fields, text_fields
 from nanoft.models.fp8 import read_block
 from nanoft.nf4 import CODES
 
@@ -36,7 +36,7 @@ SPELLINGS = [
     (r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
     (OUTER + r"(?=lm_head\.)", ""),
     (r"\.weight_scale$", ".weight_scale_inv"),
-    (OUTER + r"(?=(?:layers\.\d+|embed_tokens|norm)\.)", "model."),
+    (OUTER + r"(?=(?:layers\.\d+|embed_tokens|embed_positions|norm)\.)", "model."),
 ]
 TOWERS = r"(model\.)?(vision_tower|multi_modal_projector)\."  # of a wrapper besides text: never loaded
 # What a directory or repository without a model's files is, by a file in it, and what to name instead.
@@ -108,7 +108,7 @@ class ModelFiles:
     @property
     def fields(self) -> dict[str, Any]:
         """What config.json says of the text tower."""
-        return text_fields(self.config)
+        return standard_fields(self.config)
 
     @property
     def description(self) -> str:
@@ -175,7 +175,24 @@ class ModelFiles:
         """The name of a decoder's weight in a directory with this config.json."""
         if next(iter(self.towers), "").startswith("model."):
             return re.sub("^model", "model.language_model", name)
-        return f"language_model.{name}" if self.decoder.wrapped else name
+        return f"language_model.{name}" if self.decoder.wrapped else file_name(self.decoder.family, name)
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a decoder's weight is stored as (in, out) in such a directory."""
+        return FAMILIES[self.decoder.family].transposed and is_block_linear(name)
+
+    def headers(self, paths: Sequence[Path] | None = None) -> dict[str, TensorHeader]:
+        """What `read_headers` says of the model's files, or of `paths`, with the decoder's shapes."""
+        found = read_headers(paths or self.shards())
+        for name, own in found.items():
+            if self.is_transposed(name) and not is_packed(found, name):  # bitsandbytes has transposed it
+                found[name] = replace(own, shape=own.shape[::-1], transposed=True)
+        return found
+
+
+def is_block_linear(name: str) -> bool:
+    """Whether a parameter is the weight of a linear in a block, which is what quantization applies to."""
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
 
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
@@ -193,6 +210,7 @@ def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
 
 def standard_name(name: str) -> str:
     """The decoder's name of a stored tensor."""
+    name = module_name(name)
     for pattern, standard in SPELLINGS:
         name = re.sub(pattern, standard, name)
     return name

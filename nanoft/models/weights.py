@@ -24,7 +24,7 @@ from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensor
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models import fp8
-from nanoft.models.families import FAMILIES, SCORES, with_both_rope_forms
+from nanoft.models.families import score_architecture, text_fields, with_both_rope_forms
 from nanoft.models.model_files import (
     DTYPES,
     HEAD,
@@ -33,8 +33,8 @@ from nanoft.models.model_files import (
     ModelFiles,
     Quantization,
     check_quantization,
+    is_block_linear,
     is_packed,
-    read_headers,
 )
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
 from nanoft.runtime.memory import available_bytes
@@ -93,7 +93,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = None) -> WeightFiles:
     """Validate the headers of a model's files, or of `paths`; a UserError lists all tensors that do not fit."""
-    headers = read_headers(paths or base.shards())
+    headers = base.headers(paths)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = {name: shapes[name] for name in headers if name in shapes}
     block = fp8.read_block(base.fields.get("quantization_config") or {})
@@ -113,24 +113,20 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             expected[name] = (FLOATS, shape)
     faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
     tied = model.config.tied
-    ignored = ("rotary_emb.inv_freq", f".{FORMAT}", *fp8.UNUSED)
+    masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *fp8.UNUSED)
     for name, header in headers.items():
         if name in expected:
             forms, wanted = expected[name]
             faults += [] if header.form in forms else [f"{name} is of type {header.form}"]
             faults += [] if wanted in (None, header.shape) else [f"{name} is {header.shape} instead of {wanted}"]
-        # Ignored: a copy of the tied head, rotary buffers of old files, the number of bitsandbytes' format.
+        # Ignored: a copy of the tied head, masks and rotary buffers of old files, the number of bitsandbytes' format.
         elif not (tied and name == HEAD) and not name.endswith(ignored) and header.name not in base.towers:
             faults.append(f"unexpected {name}")
     if faults:
         shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise UserError(f"{base.directory}: {len(faults)} tensors do not fit config.json: {shown}")
     return files
-
-
-def is_block_linear(name: str) -> bool:
-    """Whether a parameter is the weight of a linear in a block, which is what quantization applies to."""
-    return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
 
 def load_model(
@@ -335,9 +331,17 @@ def with_towers(
     names = {base.stored_name(name): name for name in shapes}
     if packed := [header for header in base.towers.values() if header.form not in DTYPES]:
         raise UserError(f"{packed[0].path}: {packed[0].name} is quantized ({packed[0].form}): name the original model")
-    specs = {new: (dtype, shapes[name]) for new, name in names.items()}
+    turned = {new for new, name in names.items() if base.is_transposed(name)}
+    specs = {new: (dtype, shapes[name][:: -1 if new in turned else 1]) for new, name in names.items()}
     specs |= {name: (DTYPES[header.form], header.shape) for name, header in base.towers.items()}
-    return specs, lambda new: read(names[new]) if new in names else base.towers[new].read()
+
+    def stored(new: str) -> Tensor | Iterable[Tensor]:
+        found = read(names[new]) if new in names else base.towers[new].read()
+        if new in turned:
+            return (found if isinstance(found, Tensor) else torch.cat([*found])).t()
+        return found
+
+    return specs, stored
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig | None = None) -> None:
@@ -346,7 +350,8 @@ def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderCo
     decoder = decoder or base.decoder
     name, is_tied = str(dtype).removeprefix("torch."), decoder.tied or decoder.has_score
     outer = {"tie_word_embeddings": is_tied, "dtype": name, "torch_dtype": name}  # for transformers 5, and for 4
-    config = text = with_both_rope_forms({**base.fields, **outer, "vocab_size": decoder.vocab_size})
+    fields = text_fields(base.config)
+    config = text = with_both_rope_forms({**fields, **outer, "vocab_size": decoder.vocab_size})
     if decoder.wrapped:
         config = {**base.config, **outer, "text_config": text}
         del text["architectures"]  # which is the wrapper's
@@ -366,10 +371,9 @@ def describe_score(out: Path, decoder: DecoderConfig) -> None:
     names = [chat.special.get(name, "") for name in ("pad_token", "unk_token", "bos_token")]
     ids = [*(chat.tokenizer.token_to_id(name) for name in names if name), *range(len(chat.stop_ids) + 1)]
     pad = next(i for i in ids if i is not None and i not in chat.stop_ids)
-    architecture = FAMILIES[decoder.family].architecture.replace("ForCausalLM", SCORES)
     labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     changes: dict[str, dict[str, Any]] = {
-        "config.json": {"architectures": [architecture], "pad_token_id": pad, **labels},
+        "config.json": {"architectures": [score_architecture(decoder.family)], "pad_token_id": pad, **labels},
         "tokenizer_config.json": {"pad_token": chat.tokenizer.id_to_token(pad)},
     }
     for path in (out / name for name in changes):

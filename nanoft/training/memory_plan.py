@@ -198,17 +198,18 @@ def estimate_memory(
 def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> float:
     """Bytes per token that a block keeps for backward; `e` is the size of a number."""
     q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    kept = 2 * c.hidden_size + 2 * q + 2 * k + 2 * c.intermediate_size + counts.ranks
-    if c.fused:  # q and k before they are rotated, because v is a part of the same tensor
+    inner = (1 if c.mlp == "plain" else 2) * c.intermediate_size
+    kept = (1 if c.parallel else 2) * c.hidden_size + 2 * q + 2 * k + inner + counts.ranks
+    if c.qkv != "separate" and c.distinct_ropes:  # q and k before rotation: v is a part of the same tensor
         kept += q + k
     full, before, after = config.training.method == "full", NORMS[c.norms][::2], NORMS[c.norms][1::2]
     normed = (q + k) * bool(c.qk_norm) + c.hidden_size * sum(map(bool, after))
     if full:  # normed inputs, silu(gate) and the product, too
-        kept += 2 * c.hidden_size + 2 * c.intermediate_size
+        kept += 2 * c.hidden_size + inner
         normed += c.hidden_size * sum(map(bool, before))
     kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
     if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
-        kept += 2 * q + 2 * k + 2 * c.intermediate_size + c.hidden_size
+        kept += 2 * q + 2 * k + inner + c.hidden_size
     return float(kept * e)
 
 

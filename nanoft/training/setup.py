@@ -33,7 +33,7 @@ from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
-from nanoft.data.inspection import unseen_tokens
+from nanoft.data.inspection import unseen_tokens, utilization
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
@@ -211,7 +211,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     for number in unseen_tokens(corpus, tokenizer.added_ids):
         why = f"{tokenizer.tokenizer.id_to_token(number)} occurs in no training sample, where texts spell it out"
         run.print(f"warning: model.add_tokens: {why}: its row of the embedding is not trained")
-    padding, seconds = 1 - batches.utilization(), time.perf_counter() - started
+    padding, seconds = 1 - utilization(batches), time.perf_counter() - started
     run.print(f"batches   {windows:,} steps per epoch, {100 * padding:.1f} % padding ({seconds:.1f} s)")
     return corpus, batches
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from nanoft import kernels
+from nanoft.blocks.norms import RMSNorm
 from nanoft.config import LoRAConfig
 from nanoft.kernels.block import grouped_linear, identity
 from nanoft.lora import LoRALinear, inject_lora
-from nanoft.model import MLP, Block, Decoder, RMSNorm
+from nanoft.model import MLP, Block, Decoder
 from nanoft.models.families import decoder_config
 
-SIZES = {"norm_eps": 1e-6, "norm_offset": 0.0, "activation": "silu", "fused": False, "mlp_bias": False}
+SIZES = {"activation": "silu", "mlp": "gated", "mlp_bias": False}
 SIZES |= {"hidden_size": 8, "intermediate_size": 8}
 
 
@@ -34,7 +35,7 @@ def group(kind: str, freeze: bool = False, dropout: float = 0.0) -> tuple[list[A
         linears.append(linear.double())
     linears.insert(1, linears.pop())  # the one without an adapter in the middle
     config: Any = SimpleNamespace(**SIZES)
-    parts = {"identity": identity, "norm": RMSNorm(8, config).formula, "swiglu": MLP(config).activate}
+    parts = {"identity": identity, "norm": RMSNorm(8, 1e-6).formula, "swiglu": MLP(config).activate}
     prepare: Any = parts[kind]
     count = 2 if kind == "swiglu" else 1
     inputs = [torch.randn(2, 5, 8, dtype=torch.float64, generator=generator) for _ in range(count)]

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from nanoft import kernels
 from nanoft.attention import Documents, SequenceContext
+from nanoft.blocks.norms import RMSNorm
 from nanoft.config import LoRAConfig
 from nanoft.generation.generate import generate
 from nanoft.kernels.block import FastBlock
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.loss import token_nll
-from nanoft.model import MLP, Block, Decoder, RMSNorm, SelfAttention
+from nanoft.model import MLP, Block, Decoder, SelfAttention
 from nanoft.models.weights import load_model
 from tiny_models import make_reference
 

@@ -287,6 +287,11 @@ CLOSE: list[tuple[str, dict[str, object], str]] = [
     ("granite", {"attention_multiplier": math.nan}, "attention_multiplier: nan is not a positive number"),
     ("granite", {"logits_scaling": 0}, "logits_scaling: 0 is not a positive number"),
     ("ministral3", {"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, "rope: factor: 'x' is not a number"),
+    ("gpt_neox", {"head_dim": 8}, "head_dim: 8 is not supported: only hidden_size / num_attention_heads, 16"),
+    ("gpt_neox", {"hidden_dropout": 0.1}, "hidden_dropout: 0.1 is not supported: set it to 0.0"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True: unknown field of gpt2"),
+    ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts: 8 is not supported: only 0"),
+    ("granitemoehybrid", {"layer_types": ["mamba"] * 3}, "layer_types: 'mamba' is not supported: only attention"),
     ("ministral3", {"sliding_window": 4096}, "sliding_window: 4096 is not supported"),
     ("ministral3", {"llama_4_scaling_beta": 0.1}, "llama_4_scaling_beta: 0.1: unknown field of ministral3"),
 ]
@@ -304,7 +309,7 @@ def test_a_family_that_is_close_but_not_equal_is_refused_by_the_field(
         "architectures": [FAMILIES[name].architecture],
         "attention_dropout": 0.0,
     }
-    plain |= SHAPES["ministral3"][0] if name == "ministral3" else {}  # which needs its rope
+    plain |= SHAPES[name][0] if name in ("ministral3", "granitemoehybrid") else {}  # which need some of their fields
     decoder_config(plain)
     (tmp_path / "config.json").write_text(json.dumps({**plain, **fields}))
     with pytest.raises(UserError, match=message) as raised:

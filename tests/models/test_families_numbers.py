@@ -18,6 +18,7 @@ from tiers import rest_is_slow
 from tiny_families import CASES, FIRST, LONGROPE, NO_DROPOUT, SHAPES, make_family
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from nanoft import kernels
 from nanoft.attention import Documents
@@ -29,7 +30,7 @@ from nanoft.kernels.block import FastBlock
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import adapter_tensors, save_adapter
+from nanoft.models.adapter_files import adapter_tensors, name_in_peft, save_adapter
 from nanoft.models.families import FAMILIES
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model
@@ -84,8 +85,13 @@ def mean_loss(model: Decoder, ids: Tensor = IDS) -> Tensor:
     return token_nll(hidden, model.head, ids[:, 1:].flatten(), cap=model.config.logit_cap).mean()
 
 
-def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Under transformers' names, of weights as (out, in)."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if isinstance(model, Decoder):
+        return {name_in_peft(model.config, name): gradient for name, gradient in found.items()}
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return {name: gradient.t() if name in turned else gradient for name, gradient in found.items()}
 
 
 def near(found: dict[str, Tensor], wanted: dict[str, Tensor], allowed: float) -> None:
@@ -224,7 +230,7 @@ def test_a_step_with_adapters_is_that_of_peft(case: tuple[str, int], form: Any, 
     ).train()  # in evaluation, bitsandbytes rounds to bfloat16
     model, adapters = adapted(base, True, form)
     parameters = dict(theirs.named_parameters())
-    tensors = adapter_tensors(adapters)
+    tensors = {name_in_peft(model.config, key): tensor for key, tensor in adapter_tensors(adapters).items()}
     assert {peft_name(key) for key in tensors} == {name for name, p in parameters.items() if p.requires_grad}
     with torch.no_grad():
         for key, tensor in tensors.items():

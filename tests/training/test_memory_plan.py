@@ -310,7 +310,8 @@ def test_the_positions_that_a_base_knows(positions: int | None, rope: Any, known
     files = ModelFiles.read(tmp_path / "base")
     ropes = tuple(replace(own, parameters=rope or {}) for own in files.decoder.ropes if own)
     decoder = replace(files.decoder, ropes=ropes)
-    assert replace(files, config={"max_position_embeddings": positions}, decoder=decoder).context_length == known
+    config = {**files.config, "max_position_embeddings": positions}
+    assert replace(files, config=config, decoder=decoder).context_length == known
 
 
 def test_a_compiler_that_fails_is_one_line() -> None:
