@@ -225,3 +225,48 @@ def test_a_signal_leaves_the_window_for_later(tmp_path: Path, monkeypatch: pytes
         assert objective.windows(model, window_of([0, 1, 2]), 4, stop) == []
     assert steps == [0, 1, 2], "at once"
     assert model.training
+
+
+# --- learning
+
+
+def learn(objective: GRPO, model: Decoder, records: Sequence[int], steps: int, rate: float) -> list[float]:
+    """The mean reward of each step."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    rewards = []
+    for step in range(steps):
+        for window in objective.windows(model, window_of(records, step), 64):
+            objective.prepare(model, window)
+            for batch in window:
+                (objective.loss(model, batch) / objective.count(window)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        rewards.append(objective.figures()["reward"])
+    return rewards
+
+
+@pytest.mark.parametrize("rl", [{}, {"updates": 2}, {"loss_normalization": "dr_grpo", "advantage_scale": "none"}])
+def test_a_bandit_is_learned(rl: dict[str, Any], tmp_path: Path) -> None:
+    """One prompt, answers of one token; the arm is whether its number is odd."""
+    model, objective = policy(tmp_path, max_new_tokens=1, group_size=32, **rl)
+    objective.prompts.rewards.functions = [lambda a: float(a.answer != "" and int(a.answer) % 2 == 1)]
+    model.lm_head.weight.data.mul_(4)  # the last norm bounds the logits: of the base's head, p to 0.9
+    rewards = learn(objective, model, [0], 60, 0.003)
+    assert rewards[0] < 0.5
+    assert np.mean(rewards[-5:]) > 0.97
+    with torch.no_grad():
+        p = model.logits(model(torch.tensor([[3, 4, 5]])))[0, -1].softmax(-1)
+    assert p[3::2].sum() > 0.95
+
+
+def test_copying_is_learned(tmp_path: Path) -> None:
+    """The answer to a number is this number: at first one answer in 32 is right."""
+    tiny.make_base(tmp_path)
+    config = Config().override({**SETTINGS, "lora.rank": 8, "rl.max_new_tokens": 1, "rl.group_size": 64})
+    model = load_model(tmp_path, CPU, torch.float32)
+    numbers = {str(n): str(n) for n in range(2, 6)}
+    objective = sampling(config, inject_lora(model, config.lora, 0), numbers)
+    rewards = learn(objective, model, range(4), 100, 0.003)
+    assert np.mean(rewards[:3]) < 0.3
+    assert objective.evaluate(model, window_of(range(4)))["reward"] == 1.0
+    assert np.mean(rewards[-5:]) > 0.5
