@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -35,7 +35,7 @@ class Answered:
     reference: str  # the record's own answer; may be empty
     record: dict[str, Any]
     where: str  # file:line of the record
-    messages: list[dict[str, Any]]  # the whole prompt
+    messages: list[dict[str, Any]] = field(default_factory=list)  # the whole prompt
 
 
 RUN = "run:"  # before the run of a reward model
