@@ -180,6 +180,8 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     room = length - config.sampled_tokens  # for samples: some answers come later
     corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, bar, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
+    if config.sampled_tokens:
+        corpus = with_room_for_answers(corpus, room, run)
     needed = {
         f"training.early_stopping_patience: {t.early_stopping_patience}": t.early_stopping_patience,
         "evaluation.on_start: true": config.evaluation.on_start,
@@ -214,6 +216,16 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     padding, seconds = 1 - utilization(batches), time.perf_counter() - started
     run.print(f"batches   {windows:,} steps per epoch, {100 * padding:.1f} % padding ({seconds:.1f} s)")
     return corpus, batches
+
+
+def with_room_for_answers(corpus: PreparedDataset, room: int, run: Run) -> PreparedDataset:
+    """The samples whose prompts are whole: answers are sampled to prompts as they stand in the files."""
+    sides = {name: corpus.untruncated(getattr(corpus, name)) for name in ("training", "validation")}
+    if lost := len(corpus.training) + len(corpus.validation) - sum(map(len, sides.values())):
+        run.print(f"warning: {lost:,} samples of more than {room} tokens leave no room for answers: left out")
+    if not len(sides["training"]):
+        raise UserError(f"model.max_seq_length: no prompt leaves room for an answer in {room} tokens: raise it")
+    return replace(corpus, **sides)
 
 
 def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
