@@ -220,12 +220,12 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
 
 def with_room_for_answers(corpus: PreparedDataset, room: int, run: Run) -> PreparedDataset:
     """The samples whose prompts are whole: answers are sampled to prompts as they stand in the files."""
-    sides = {name: corpus.untruncated(getattr(corpus, name)) for name in ("training", "validation")}
-    if lost := len(corpus.training) + len(corpus.validation) - sum(map(len, sides.values())):
+    training, validation = (corpus.untruncated(side) for side in (corpus.training, corpus.validation))
+    if lost := len(corpus.training) + len(corpus.validation) - len(training) - len(validation):
         run.print(f"warning: {lost:,} samples of more than {room} tokens leave no room for answers: left out")
-    if not len(sides["training"]):
+    if not len(training):
         raise UserError(f"model.max_seq_length: no prompt leaves room for an answer in {room} tokens: raise it")
-    return replace(corpus, **sides)
+    return replace(corpus, training=training, validation=validation)
 
 
 def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -122,3 +123,14 @@ def test_what_cannot_work_is_one_line(
 ) -> None:
     refused(on(root, tmp_path / "run", **changes), fragments, capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_without_room_for_an_answer_is_left_out(root: Path, tmp_path: Path, capsys: Capture) -> None:
+    asked = [f"Say {n}." for n in range(12)] + ["Say it again and again. " * 40]
+    records = [json.dumps({"prompt": text, "answer": "1"}) for text in asked]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(records) + "\n")
+    words = on(root, tmp_path / "run", data__train_file=tmp_path / "prompts.jsonl", model__max_seq_length=128)
+    assert train.main(words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: 1 samples of more than 120 tokens leave no room for answers: left out" in said
+    refused([*words, "rl.max_new_tokens=127", f"output.dir={tmp_path / 'none'}"], ["max_seq_length"], capsys)
