@@ -53,6 +53,7 @@ class Rewards:
         self.models = {name: open_run(name.removeprefix(RUN)) for name in rl.reward if name.startswith(RUN)}
         self.weights = np.array(rl.reward_weights or [1.0] * len(rl.reward))
         self.failures: Counter[str] = Counter()
+        self.first_failure = ""
         if self.timeout and not can_interrupt():
             self.log("warning: rl.reward_timeout: has no effect here, without SIGALRM in the main thread")
 
@@ -79,8 +80,9 @@ class Rewards:
             reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         self.failures[name] += 1
         if self.failures[name] == 1:
-            what = f"{reason} at {answered.where} (answer {answered.answer!r:.60})"
-            self.log(f"warning: rl.reward: {name}: {what}: this answer is left out, as further ones will be")
+            what = f"rl.reward: {name}: {reason} at {answered.where} (answer {answered.answer!r:.60})"
+            self.first_failure = self.first_failure or what
+            self.log(f"warning: {what}: this answer is left out, as further ones will be")
         return math.nan
 
 

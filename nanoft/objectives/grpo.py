@@ -216,7 +216,9 @@ class GRPO(Objective):
         """The reward of greedy answers to the prompts of samples; `loss` is its negative."""
         records = [record for batch in batches for record in batch.records]
         figures = self.prompts.figures(self.prompts.sample(model, records, 1, GREEDY, [0, 0]))
-        return {"loss": -figures.get("reward", math.nan), **figures}
+        if "reward" not in figures:
+            raise UserError(f"{self.prompts.rewards.first_failure}: no held-out answer has a reward")
+        return {"loss": -figures["reward"], **figures}
 
     def held_out(self, model: Decoder, samples: TokenDataset) -> dict[str, Figure]:
         answers = self.prompts.sample(model, samples.records.tolist(), 1, GREEDY, [0, 0])

@@ -20,6 +20,7 @@ from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.formats import Conversation
+from nanoft.data.sources import Log
 from nanoft.generation.generate import stream
 from nanoft.generation.sampling import Sampling, completion_noise
 from nanoft.metrics.rewards import Answered, Rewards
@@ -57,8 +58,14 @@ def check_answers_fit(field: str, tokens: int, length: int) -> None:
 class Prompts:
     """The prompts of a data set, and the policy's answers to them."""
 
-    def __init__(self, config: Config, corpus: PreparedDataset, chat: ChatTokenizer):
-        self.config, self.rl, self.chat, self.max_new_tokens = config, config.rl, chat, config.sampled_tokens
+    def __init__(self, config: Config, corpus: PreparedDataset, chat: ChatTokenizer, log: Log = print):
+        self.log, self.config, self.rl, self.chat, self.max_new_tokens = (
+            log,
+            config,
+            config.rl,
+            chat,
+            config.sampled_tokens,
+        )
         self.at_once = config.effective_batch_size()  # answers sampled together; fewer when memory runs out
         self.conversations: dict[int, Conversation] = {}
         for samples in (corpus.training, corpus.validation):
@@ -67,7 +74,7 @@ class Prompts:
 
     def begin(self, model: Decoder) -> None:
         """Open reward models, on the policy's device."""
-        self.rewards = Rewards(self.rl, open_run=lambda run: TrainedReward(run, model.device, model.dtype))
+        self.rewards = Rewards(self.rl, self.log, lambda run: TrainedReward(run, model.device, model.dtype))
 
     def encode(self, record: int) -> list[int]:
         """The prompt's token ids, with the cue for the answer."""
