@@ -11,6 +11,7 @@ import numpy as np
 from nanoft.batches import Sample, TokenDataset, Window, collate
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
+from nanoft.data.formats import Conversation
 from nanoft.metrics.rewards import Rewards
 from nanoft.objectives.grpo import GRPO
 from nanoft.objectives.rollouts import Prompts, Rollout
@@ -54,7 +55,44 @@ def given(config: Config, adapters: dict[str, Adapter], found: Sequence[Rollout]
 
 def prompt_window(found: Sequence[Rollout]) -> Window:
     """The prompts of a step, as the data has them."""
-    records = dict.fromkeys(answer.record for answer in found)
+    return window_of([*dict.fromkeys(answer.record for answer in found)])
+
+
+class Numbers:
+    """A chat tokenizer without a template: a text is numbers, each of which is a token."""
+
+    stop_ids, pad_id = (1,), PAD
+    control: Any = SimpleNamespace(remove=lambda text: text)
+
+    def encode_prompt(self, messages: list[dict[str, Any]], *_: object) -> list[int]:
+        return [int(word) for message in messages for word in message["content"].split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def sampling(config: Config, adapters: dict[str, Adapter], records: dict[str, str], reward: Any = None) -> GRPO:
+    """GRPO that samples answers to prompts of numbers, each with its reference; `reward`: of an Answered."""
+    conversations = [
+        Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": reference}], 1, "f", n + 1)
+        for n, (prompt, reference) in enumerate(records.items())
+    ]
+    ids = np.arange(1, 3, dtype=np.int32)
+    samples = TokenDataset.of([Sample(ids, ids > 1, n) for n in range(len(conversations))])
+    corpus: Any = SimpleNamespace(
+        training=samples,
+        validation=samples[:0],
+        conversations=lambda part, limit: [conversations[record] for record in part.records.tolist()],
+    )
+    config = config.override({"rl.reward": config.rl.reward or ("exact_match",), "training.objective": "grpo"})
+    prompts = Prompts(config, corpus, Numbers())  # type: ignore[arg-type]
+    if reward is not None:
+        prompts.rewards.functions = [reward]
+    return GRPO(config, adapters, prompts)
+
+
+def window_of(records: Sequence[int], index: int = 0) -> Window:
+    """A window of the prompts of some records."""
     ids = np.arange(1, 3, dtype=np.int32)
     samples = TokenDataset.of([Sample(ids, ids > 1, record) for record in records])
-    return Window([collate(samples, list(np.arange(len(samples))[:, None]), PAD)], [0, 0], [0, 1])
+    return Window([collate(samples, list(np.arange(len(samples))[:, None]), PAD)], [0, index], [0, index + 1])

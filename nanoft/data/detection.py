@@ -108,7 +108,8 @@ def detect_shape(
     line, first = records[0]
     if isinstance(first, BadRecord):
         raise UserError(f"{path}:{line}: {first}")
-    if fitting := [name for name, shape in others.items() if find_columns(shape, present)]:
+    fitting = [n for n, s in others.items() if s.required != ("prompt",) and find_columns(s, present)]
+    if fitting:
         raise UserError(f"{path}: {other_objective(others[fitting[0]], example)}")
     has = f"the fields {names_of(first)}" if isinstance(first, dict) else f"no fields: it is a {type(first).__name__}"
     known = "; ".join(

@@ -1,0 +1,124 @@
+"""Whole runs that learn from rewards: signals while answers are sampled, and memory that runs out between updates."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from preferences import SAMPLING, write_pairs
+from runs import Capture, Patch, equal, events, losses, no_memory, quick, refused, result, stop_after
+
+import train
+from nanoft.objectives import rollouts
+from tiny_models import make_chat_model
+
+TWICE = {"rl__updates": 2, "training__eval_steps": 0, "evaluation__prompts": 0}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root: Path = tmp_path_factory.mktemp("rewards")
+    make_chat_model(root / "base", "qwen2")
+    write_pairs(root / "pairs.jsonl")
+    return root
+
+
+def on(root: Path, directory: Path, **changes: Any) -> list[str]:
+    named = {"model__name": root / "base", "data__train_file": root / "pairs.jsonl", "training__objective": "grpo"}
+    return quick(directory, **{**named, **SAMPLING, "training__learning_rate": 0.01, **TWICE, **changes})
+
+
+def signal_while_sampling(patch: Patch, call: int) -> None:
+    """A SIGTERM after a few tokens of the answers of this call; the first one rehearses evaluation."""
+    stream, calls = rollouts.stream, [0]
+
+    def signalling(*args: Any, **options: Any) -> Iterator[Any]:
+        calls[0] += 1
+        for number, step in enumerate(stream(*args, **options)):
+            if (calls[0], number) == (call, 3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+    patch.setattr(rollouts, "stream", signalling)
+
+
+@pytest.mark.parametrize("when", ["while sampling", "between steps"])
+@pytest.mark.parametrize("changes", [{}, {"rl__beta": 0.1, "rl__ratio": "sequence"}], ids=str)
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    when: str, changes: dict[str, Any], root: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert train.main(on(root, whole, **changes)) == 0
+    with monkeypatch.context() as patch:
+        if when == "while sampling":
+            signal_while_sampling(patch, 5)
+        else:
+            stop_after(4, patch, signal.SIGTERM)
+        assert train.main(on(root, halves, **changes)) == train.STOPPED_BY_SIGNAL
+    assert losses(halves)[-1][0] == (3 if when == "while sampling" else 4)
+    assert train.main(on(root, halves, **changes)) == 0
+    assert losses(halves) == losses(whole)
+    assert equal(result(halves), result(whole))
+
+
+def test_the_second_update_has_other_ratios_and_clips(root: Path, tmp_path: Path) -> None:
+    assert train.main(on(root, tmp_path / "run", rl__clip_low=0.01, rl__clip_high=0.01)) == 0
+    found = events(tmp_path / "run", "train")
+    assert [event["step"] for event in found] == list(range(1, 9))
+    assert max(event["clip_ratio/low"] + event["clip_ratio/high"] for event in found) > 0
+
+
+def test_out_of_memory_in_the_second_update_goes_back_to_a_checkpoint(
+    root: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    assert train.main(on(root, tmp_path / "whole")) == 0
+    accumulate, calls = train.accumulate, [0]
+
+    def failing(*args: Any) -> Any:
+        calls[0] += 1
+        return no_memory_as_in_a_block(args[0]) if calls[0] == 10 else accumulate(*args)  # the fifth step's second
+
+    monkeypatch.setattr(train, "accumulate", failing)
+    capsys.readouterr()
+    assert train.main(on(root, tmp_path / "short")) == 0
+    out = capsys.readouterr().out
+    assert "warning: rolled back from step 4 to the checkpoint of step 3" in out
+    found = [dict(losses(tmp_path / name)) for name in ("short", "whole")]
+    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-5)
+
+
+def no_memory_as_in_a_block(ctx: Any) -> None:
+    with train.distributed.same_exception(ctx.device):
+        no_memory()
+
+
+def test_steps_in_which_every_answer_is_worth_the_same_change_nothing(root: Path, tmp_path: Path) -> None:
+    assert train.main(on(root, tmp_path / "run", rl__reward="max_words:99", training__weight_decay=0)) == 0
+    found = events(tmp_path / "run", "train")
+    assert [(event["loss"], event["grad_norm"], event["groups_without_spread"]) for event in found] == [(0, 0, 1)] * 8
+    assert not result(tmp_path / "run")["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"rl__reward": ""}, ["rl.reward: "]),
+        ({"rl__reward": "exactmatch"}, ["rl.reward: 'exactmatch': no such metric"]),
+        ({"rl__reward_weights": "1,2"}, ["rl.reward_weights: 2 of 1 rewards"]),
+        ({"training__gradient_accumulation_steps": 2}, ["training.gradient_accumulation_steps", "remove it"]),
+        ({"training__method": "full", "rl__beta": 0.1}, ["rl.beta", "set it to 0"]),
+        ({"rl__max_new_tokens": 512, "model__max_seq_length": 256}, ["rl.max_new_tokens: 512"]),
+        ({"preference__beta": 0.3}, ["preference.beta: ", "has no effect", "grpo"]),
+        ({"training__objective": "sft", "rl__beta": 0.1}, ["rl.", "has no effect", "sft"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_one_line(
+    changes: dict[str, Any], fragments: list[str], root: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    refused(on(root, tmp_path / "run", **changes), fragments, capsys)
+    assert not (tmp_path / "run").exists()
