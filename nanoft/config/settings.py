@@ -205,7 +205,7 @@ class RLConfig(Section):
 
     reward: tuple[str, ...] = ()  # what answers are worth: metrics (evaluation.metrics), or package.module:function
     reward_weights: tuple[float, ...] = ()  # of each in the sum; none: 1
-    reward_timeout: float = bounded(10.0, 0.0)  # seconds for one answer; 0: none
+    reward_timeout: float = bounded(10.0, 0.0, 86400.0)  # seconds for one answer; 0: none
     prompts: int = bounded(8, 1)  # of a step
     group_size: int = bounded(8, 2)  # answers to each prompt
     updates: int = bounded(1, 1)  # optimizer steps on the answers of a step

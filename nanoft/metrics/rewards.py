@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +23,9 @@ import numpy as np
 
 from nanoft import UserError
 from nanoft.batches import Array
-from nanoft.config.functions import import_function, is_function
+from nanoft.config.functions import RUN, import_function, is_function
 from nanoft.config.settings import RLConfig
+from nanoft.io.untrusted import one_line
 from nanoft.metrics.answers import METRICS, select_metrics
 
 
@@ -36,9 +39,6 @@ class Answered:
     record: dict[str, Any]
     where: str  # file:line of the record
     messages: list[dict[str, Any]]  # the whole prompt
-
-
-RUN = "run:"  # before the run of a reward model
 
 
 class Rewards:
@@ -76,7 +76,7 @@ class Rewards:
                 return value
             reason = f"returned {value}"
         except Exception as error:  # the function is the user's program, and so is the mistake
-            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            reason = f"{one_line(''.join(traceback.format_exception_only(error))):.200}"  # its own text may fail, too
         self.failures[name] += 1
         if self.failures[name] == 1:
             what = f"{reason} at {answered.where} (answer {answered.answer!r:.60})"
@@ -99,6 +99,10 @@ def can_interrupt() -> bool:
     return hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
 
 
+class Alarm(BaseException):
+    """The time is up: no Exception, so that a function which catches those ends all the same."""
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise a TimeoutError inside a `with` block after so many seconds, by SIGALRM; without it, or for 0: never."""
@@ -107,12 +111,19 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"took longer than rl.reward_timeout={seconds:g} seconds")
+        raise Alarm
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    left, interval = signal.getitimer(signal.ITIMER_REAL)  # of a timer that runs already
     try:
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except Alarm:
+        raise TimeoutError(f"took longer than rl.reward_timeout={seconds:g} seconds") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-6), interval)

@@ -31,12 +31,13 @@ from nanoft import UserError
 from nanoft.batches import Array, Batch, Batches, TokenDataset, Window
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
+from nanoft.config.functions import RUN
 from nanoft.config.settings import RLConfig, TrainingConfig
 from nanoft.data.formats import Learns
 from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.loss import token_nll
 from nanoft.metrics.bootstrap import Figure
-from nanoft.metrics.rewards import RUN, reward_function
+from nanoft.metrics.rewards import reward_function
 from nanoft.model import Decoder
 from nanoft.models.open import is_run
 from nanoft.objectives.objective import Objective
