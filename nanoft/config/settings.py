@@ -400,6 +400,11 @@ class Config:
         size = self.training.micro_batch_size
         return 1 if size == "auto" else size
 
+    @property
+    def sample_length(self) -> int:
+        """The most tokens of a sample of the data: there is room for those that training samples."""
+        return self.model.max_seq_length - self.sampled_tokens
+
 
 def _refuse(broken: object, message: str) -> None:
     if broken:
