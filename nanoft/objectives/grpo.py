@@ -145,6 +145,9 @@ class GRPO(Objective):
         if not found:
             return []
         rewards = np.array([answer.reward for answer in found]).reshape(-1, group)
+        if np.isnan(rewards).all():
+            why = "failed on every answer of a step, as the warning about the first one says: repair it"
+            raise UserError(f"rl.reward: {', '.join(self.rl.reward)}: {why}")
         advantages = group_advantages(rewards, self.rl.advantage_scale)
         tokens = sum(len(answer.ids) for answer in found)
         self.of_step = self.prompts.figures(found) | {
@@ -221,7 +224,8 @@ class GRPO(Objective):
 
     def held_out(self, model: Decoder, samples: TokenDataset) -> dict[str, Figure]:
         answers = self.prompts.sample(model, samples.records.tolist(), 1, GREEDY, [0, 0])
-        return {"reward": replace(Figure.mean([answer.reward for answer in answers]), unit="number")}
+        rewards = np.array([answer.reward for answer in answers])
+        return {"reward": Figure(np.stack([np.nan_to_num(rewards), ~np.isnan(rewards)], axis=1), unit="number")}
 
     def tokens_per_step(self, batches: Batches) -> float:
         """At most: if every answer has `rl.max_new_tokens`."""
