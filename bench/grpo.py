@@ -239,7 +239,7 @@ def report(result: dict[str, Any]) -> str:
         f"{machine()}, threads used: {result['threads']}; rounds: {result['rounds']};",
         f"{versions()}, trl {version('trl')}.",
         f"{shape}; {args['dtype']}; a step: {step}.",
-        "Written by `bench/grpo.py`, which says what is compared. Medians; ratios: medians (and range) over the rounds.",
+        "Written by `bench/grpo.py`, which says what is compared. Medians; ratios with their range over the rounds.",
         "",
         "| | seconds per step | peak memory, MB | mean reward |",
         "|---|---|---|---|",

@@ -9,7 +9,8 @@ how full their batch is, and change with the batch size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -25,22 +26,28 @@ def safe_exp(nats: float) -> float:
     return math.exp(nats) if not nats >= 700 else math.inf
 
 
+@contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """The model in evaluation mode; afterwards as before, also after an exception: the caller may try again."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def validation_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, int]:
     """(nats per target token, target tokens) over all batches, which the ranks share; a UserError without targets."""
-    training, device = model.training, model.device
-    model.eval()
     nats, count = 0.0, 0
-    try:
-        with distributed.same_exception(device):
-            for batch in share_of_rank(batches):
-                placed = batch.to(device)
-                hidden = model(placed.ids, placed.positions, placed.documents, placed.target_positions)
-                nll = token_nll(hidden, model.head, placed.targets, cap=model.config.logit_cap)
-                nats += nll.cpu().double().sum().item()
-                count += batch.target_tokens
-    finally:
-        model.train(training)  # also after an exception: the caller may try again
+    with evaluating(model), distributed.same_exception(model.device):
+        for batch in share_of_rank(batches):
+            placed = batch.to(model.device)
+            hidden = model(placed.ids, placed.positions, placed.documents, placed.target_positions)
+            nll = token_nll(hidden, model.head, placed.targets, cap=model.config.logit_cap)
+            nats += nll.cpu().double().sum().item()
+            count += batch.target_tokens
     nats, tokens = distributed.all_reduce_sum(nats, count)
     if not tokens:
         raise UserError("validation data: no sample has target tokens: see data.train_on")

@@ -233,6 +233,10 @@ class DistillConfig(Section):
     top_k: int = bounded(0, 0)  # compare this many of the teacher's likeliest tokens alone; 0: all
     max_new_tokens: int = bounded(256, 1)  # tokens per sampled answer
 
+    @property
+    def sampled_tokens(self) -> int:
+        return self.max_new_tokens if self.teacher and self.on_policy else 0
+
 
 @dataclass(frozen=True)
 class GuardConfig(Section):
@@ -392,8 +396,7 @@ class Config:
     @property
     def sampled_tokens(self) -> int:
         """The most tokens of an answer that training samples; 0: its answers are those of the data."""
-        on_policy = self.distill.teacher and self.distill.on_policy
-        return self.rl.max_new_tokens if self.rl.reward else self.distill.max_new_tokens * bool(on_policy)
+        return self.rl.max_new_tokens if self.rl.reward else self.distill.sampled_tokens
 
     def micro_batch_rows(self) -> int:
         """Sequences per forward pass; 1 while `auto` is not resolved."""

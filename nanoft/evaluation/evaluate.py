@@ -35,7 +35,7 @@ from nanoft.metrics.answers import Metric, exact_match
 from nanoft.metrics.bootstrap import Array, Figure
 from nanoft.model import Decoder
 from nanoft.objectives.reward import answer_rewards
-from nanoft.perplexity import safe_exp
+from nanoft.perplexity import evaluating, safe_exp
 from nanoft.runtime import distributed
 
 # Losses and the names of exp(loss), in the order of the report.
@@ -138,13 +138,12 @@ def likelihoods(
     Samples longer than `context` are read through windows, of which each further one counts `stride` tokens, below
     `context`; None: half of it.
     """
-    training, device, samples = model.training, model.device, TokenDataset.of(samples)
-    model.eval()
+    device, samples = model.device, TokenDataset.of(samples)
     nats, tokens = np.zeros((len(samples), 2)), np.zeros((len(samples), 2), np.int64)
     pieces = [(number, *w) for number, size in enumerate(samples.lengths) for w in windows(int(size), context, stride)]
     pieces.sort(key=lambda piece: piece[3] - piece[1])
     found: dict[int, list[float]] = {}  # piece -> nats of its targets, and of its other tokens
-    with distributed.same_exception(device):
+    with evaluating(model), distributed.same_exception(device):
         for at in distributed.split_work(range(0, len(pieces), batch_size)):
             group = pieces[at : at + batch_size]
             cut: list[Sample] = []  # the tokens that each window reads, with those that it counts as targets
@@ -164,21 +163,18 @@ def likelihoods(
         is_target = samples[number].is_target[first:end]
         nats[number] += sums
         tokens[number] += is_target.sum(), (~is_target).sum()
-    model.train(training)
     return Likelihoods(nats, tokens, np.array([_text_bytes(chat, sample) for sample in samples], np.int64))
 
 
 @torch.no_grad()
 def reward_figures(model: Decoder, pairs: TokenDataset, batch_size: int) -> dict[str, Figure]:
     """How often the chosen answer of a pair has the higher reward, and by how much on average."""
-    training, batches, found = model.training, list(eval_batches(pairs, batch_size, 0)), dict[int, float]()
-    model.eval()
-    with distributed.same_exception(model.device):
+    batches, found = list(eval_batches(pairs, batch_size, 0)), dict[int, float]()
+    with evaluating(model), distributed.same_exception(model.device):
         for at in distributed.split_work(range(len(batches))):
             batch = batches[at].to(model.device)
             found |= zip(batch.samples.chosen.tolist(), answer_rewards(model, batch).tolist(), strict=True)
     found = distributed.all_gather_dict(found)
-    model.train(training)
     rewards = np.array([found[number] for number in pairs.chosen.tolist()]).reshape(-1, 2)  # (pairs, 2)
     margins = rewards[:, 0] - rewards[:, 1]
     return {"pair_accuracy": Figure.mean(margins > 0), "reward_margin": replace(Figure.mean(margins), unit="number")}
@@ -216,17 +212,15 @@ def answer_all(
     sampling: Sampling = GREEDY, seed: int = 0,
 ) -> list[Completion]:  # fmt: skip
     """Answers to every prompt, in batches; the longest first, so that memory runs out at once or not at all."""
-    training, generator = model.training, torch.Generator().manual_seed(seed)
-    model.eval()
+    generator = torch.Generator().manual_seed(seed)
     encoded = [chat.encode_prompt(prompt.messages, prompt.tools, prompt.template_args) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     longest_first = [encoded[i] for i in order]
-    with distributed.same_exception(model.device):
+    with evaluating(model), distributed.same_exception(model.device):
         mine = list(distributed.split_work(range(len(order))))
         answers = generate(model, longest_first, chat.stop_ids, max_new, sampling, generator, batch_size, mine)
         found = {order[at]: (chat.decode(a.ids), a.stopped, len(a.ids)) for at in mine for a in [answers[at]]}
     found = distributed.all_gather_dict(found)
-    model.train(training)
     references = [chat.control.remove(prompt.reference) for prompt in prompts]
     return [Completion(p.messages[-1]["content"], references[i], *found[i]) for i, p in enumerate(prompts)]
 

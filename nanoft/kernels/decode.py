@@ -76,7 +76,8 @@ def twin(module: Any, build: Build | None) -> Function:
     if kind in VARIANTS.values():
         return adapted(module, build) if module.enabled else twin(module.base, build)
     if build is not None and kind in LINEARS:
-        return build(weight_of(module), module.bias)
+        with torch.inference_mode(False), torch.no_grad():  # parts of a packed weight may be views
+            return build(weight_of(module), module.bias)
     if kind is nn.Linear:
         return plain(module.weight, module.bias)
     if kind in NORM_KINDS.values():

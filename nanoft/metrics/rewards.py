@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -38,7 +38,7 @@ class Answered:
     reference: str  # the record's own answer; may be empty
     record: dict[str, Any]
     where: str  # file:line of the record
-    messages: list[dict[str, Any]]  # the whole prompt
+    messages: list[dict[str, Any]] = field(default_factory=list)  # the whole prompt
 
 
 class Rewards:

@@ -317,13 +317,9 @@ def _olmo3(hf: Fields) -> dict[str, Any]:
 
 def _exaone4(hf: Fields) -> dict[str, Any]:
     """Where three of four layers see a window only, the others do not rotate."""
-    hybrid, rope = hf.get("sliding_window", 4096) is not None, read_rope(hf)
-    windows = (
-        window_but_every(hf.get("sliding_window_pattern") or 4, hf, 4096)
-        if hybrid
-        else (None,) * hf["num_hidden_layers"]
-    )
-    ropes = rope_in_some(rope, [window is not None or not hybrid for window in windows])
+    hybrid, every = hf.get("sliding_window", 4096) is not None, hf.get("sliding_window_pattern") or 4
+    windows = window_but_every(every, hf, 4096) if hybrid else (None,) * hf["num_hidden_layers"]
+    ropes = rope_in_some(read_rope(hf), [window is not None or not hybrid for window in windows])
     return {"norms": "output", "qk_norm": "head", "windows": windows, "ropes": ropes}
 
 

@@ -1,4 +1,4 @@
-"""How a config.json says how far each layer sees, and how positions become angles: in the classic or the current form."""
+"""How a config.json says how far each layer sees, and how positions become angles, in the classic or current form."""
 
 from __future__ import annotations
 

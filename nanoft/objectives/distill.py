@@ -44,6 +44,7 @@ from nanoft.models.weights import load_model
 from nanoft.objectives.objective import Objective
 from nanoft.objectives.preference import add, means
 from nanoft.objectives.rollouts import Prompts, check_answers_fit
+from nanoft.perplexity import evaluating
 from nanoft.runtime import distributed
 from nanoft.runtime.command import StopRequest
 
@@ -131,7 +132,7 @@ class Distill(Objective):
             raise UserError("distill.teacher: empty: name a run, an adapter, or a model of the same vocabulary")
         if not find_adapter(name) and not is_run(name):
             find_model(name, "distill.teacher")
-        check_answers_fit(config, "distill.max_new_tokens")
+        check_answers_fit("distill.max_new_tokens", config.distill.max_new_tokens, config.model.max_seq_length)
 
     def begin(self, model: Decoder, *_: object) -> None:
         name, d = self.distill.teacher, self.distill
@@ -195,16 +196,12 @@ class Distill(Objective):
     @torch.no_grad()
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """The divergence on the answers of the data; on-policy, on the student's greedy ones."""
-        held_out, training, sums = list(batches), model.training, dict[str, Tensor]()
-        model.eval()
-        try:
-            if self.distill.on_policy:
-                records = [record for batch in held_out for record in batch.records]
-                answers = self.prompts.sample(model, records, 1, GREEDY, [0, 0])
-                held_out = self.prompts.cut(answers, len(held_out[0].ids))
-            with distributed.same_exception(model.device):
-                for batch in share_of_rank(held_out):
-                    add(sums, {"loss": self.token_divergence(model, batch.to(model.device))})
-        finally:
-            model.train(training)
+        held_out, sums = list(batches), dict[str, Tensor]()
+        if self.distill.on_policy:
+            records = [record for batch in held_out for record in batch.records]
+            answers = self.prompts.sample(model, records, 1, GREEDY, [0, 0])
+            held_out = self.prompts.cut(answers, len(held_out[0].ids))
+        with evaluating(model), distributed.same_exception(model.device):
+            for batch in share_of_rank(held_out):
+                add(sums, {"loss": self.token_divergence(model, batch.to(model.device))})
         return means(sums)

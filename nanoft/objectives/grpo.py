@@ -132,7 +132,7 @@ class GRPO(Objective):
             raise UserError(f"training.gradient_accumulation_steps: has no effect with grpo, where {what}: remove it")
         if rl.beta and t.method == "full":
             raise UserError("rl.beta: training.method=full does not keep the policy at step 0: set it to 0")
-        check_answers_fit(config, "rl.max_new_tokens")
+        check_answers_fit("rl.max_new_tokens", rl.max_new_tokens, config.model.max_seq_length)
 
     def begin(self, model: Decoder, *_: object) -> None:
         self.prompts.begin(model)

@@ -30,6 +30,7 @@ from nanoft.data.formats import Learns
 from nanoft.model import Decoder
 from nanoft.objectives.objective import Objective
 from nanoft.objectives.reference import Form, Reference, answer_tokens, sequence_logps
+from nanoft.perplexity import evaluating
 from nanoft.runtime import distributed
 
 Figures = dict[str, Tensor]  # one value for each pair or answer
@@ -149,18 +150,14 @@ class Preference(Objective):
     @torch.no_grad()
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """The loss, rewards (chosen, rejected, margin, how often it is positive), log-probabilities, KL per token."""
-        training, sums = model.training, dict[str, Tensor]()
-        model.eval()
-        try:
-            with distributed.same_exception(model.device):
-                for batch in share_of_rank(batches):
-                    batch = batch.to(model.device)
-                    losses, figures = self.measure(model, batch)
-                    if self.uses_reference and self.reference.adapters:
-                        figures |= {"kl_per_token": self.reference.kl_divergence(model, batch)}
-                    add(sums, {"loss": losses, **figures})
-        finally:
-            model.train(training)  # also after an exception: the caller may try again
+        sums = dict[str, Tensor]()
+        with evaluating(model), distributed.same_exception(model.device):
+            for batch in share_of_rank(batches):
+                batch = batch.to(model.device)
+                losses, figures = self.measure(model, batch)
+                if self.uses_reference and self.reference.adapters:
+                    figures |= {"kl_per_token": self.reference.kl_divergence(model, batch)}
+                add(sums, {"loss": losses, **figures})
         return means(sums)
 
 

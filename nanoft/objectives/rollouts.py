@@ -25,6 +25,7 @@ from nanoft.generation.sampling import Sampling, completion_noise
 from nanoft.metrics.rewards import Answered, Rewards
 from nanoft.model import Decoder
 from nanoft.objectives.reward import TrainedReward
+from nanoft.perplexity import evaluating
 from nanoft.runtime import distributed
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.memory import OutOfMemory, release_memory
@@ -48,8 +49,8 @@ class Rollout:
         return Sample(ids, np.arange(len(ids)) >= len(self.prompt_ids), self.record, label=label)
 
 
-def check_answers_fit(config: Config, field: str) -> None:
-    if (tokens := config.sampled_tokens) >= (length := config.model.max_seq_length):
+def check_answers_fit(field: str, tokens: int, length: int) -> None:
+    if tokens >= length:
         raise UserError(f"{field}: {tokens}: leaves no room for prompts in model.max_seq_length={length}: lower it")
 
 
@@ -111,17 +112,13 @@ class Prompts:
         limits = self.chat.stop_ids, self.max_new_tokens, sampling
         ids: dict[int, list[int]] = {at: [] for at in own}
         logps: dict[int, list[float]] = {at: [] for at in own}
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             for step in stream(model, prompts, *limits, batch_size=self.at_once, only=own, noise=noise):
                 if stop and not distributed.is_sharded():
                     return {}
                 for at, token, logp in step:
                     ids[at].append(token)
                     logps[at].append(logp)
-        finally:
-            model.train(training)
         rewards = self.rewards.score([self._answered(records[at // count], ids[at]) for at in own])
         totals, stops = self.rewards.total(rewards), set(self.chat.stop_ids)
         worth = zip(own, rewards.tolist(), totals.tolist(), strict=True)

@@ -15,7 +15,6 @@ from nanoft import UserError
 from nanoft.config import Config, load_config, load_file
 from nanoft.config.loading import CONFIGS, Loaded, read_config
 from nanoft.config.schemas import FIELDS_FILE, MLX, MODELFORGE, SUPPLIED, tracker
-from nanoft.training.validation import validate_config
 from tiny_models import make_chat_model, write_records
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "schemas.md").read_text(encoding="utf-8")
@@ -252,7 +251,7 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
         ("sft", {"training.objective": "sft", "training.method": "lora"}),
         ("qlora", {"training.objective": "sft", "training.method": "lora", "quantization.bits": 4}),
         ("dpo", {"training.objective": "dpo"}),  # `validate_config` knows whether there is one
-        ("rlhf", {"training.objective": "rlhf"}),
+        ("rlhf", {"training.objective": "grpo"}),
         ("magic", "error: strategy: 'magic' is none of sft, qlora, dpo, rlhf"),
     ],
     "dataset": [("a.jsonl", {"data.train_file": "a.jsonl"}), (" ", "error: dataset: ' ' cannot be empty")],
@@ -479,10 +478,24 @@ def test_contradictions_are_one_line(changes: dict[str, Any], message: str, tmp_
     assert message in str(caught.value)
 
 
-def test_a_strategy_without_an_objective_is_refused_by_name(tmp_path: Path) -> None:
-    loaded = read(tmp_path, {**FORGE, "strategy": "rlhf"})
-    with pytest.raises(UserError, match=r"^strategy: training.objective: 'rlhf' is not known"):
-        validate_config(loaded.config, loaded.names)
+def test_the_strategy_rlhf_learns_from_a_reward_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_chat_model(tmp_path / "base")
+    pairs = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": f"{n}!"} for n in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": pair["prompt"]}) + "\n" for pair in pairs))
+    more = ["evaluation.prompts=0", "system.device=cpu", "model.dtype=float32"]
+    reward = [f"model.name={tmp_path / 'base'}", f"data.train_file={tmp_path / 'pairs.jsonl'}", "training.max_steps=2"]
+    reward += ["training.objective=reward", f"output.dir={tmp_path / 'reward'}"]
+    assert train.main(["configs/cpu.py", *reward, *more]) == 0
+    own = {"model_name": str(tmp_path / "base"), "dataset": str(tmp_path / "prompts.jsonl"), "use_4bit": False}
+    (tmp_path / "rlhf.json").write_text(json.dumps({**FORGE, **own, "strategy": "rlhf", "max_steps": 1, "fp16": False}))
+    words = [str(tmp_path / "rlhf.json"), f"output.dir={tmp_path / 'run'}", *more]
+    assert train.main(words) == 2
+    assert "error: rl.reward: empty" in capsys.readouterr().err
+    words += [f"rl.reward=run:{tmp_path / 'reward'}", "rl.max_new_tokens=8", "rl.prompts=2", "rl.group_size=2"]
+    assert train.main(words) == 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(f"rewards/run:{tmp_path / 'reward'}" in event for event in events)
 
 
 def test_the_strategy_dpo_trains_on_the_pairs_of_its_dataset(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ DIFFERENT = {  # something else than the default in every section
     "training.learning_rate": 1e-5,
     "preference.beta": 0.3,
     "rl.reward": ("exact_match",),
+    "distill.beta": 0.5,
     "guard.max_skips": 2,
     "output.dir": "runs/x",
     "logging.progress_bar": False,

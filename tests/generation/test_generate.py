@@ -241,7 +241,7 @@ def test_a_prompt_that_occurs_several_times_is_read_once(
     if fast:
         assert kernels.apply(model) == ""
     lengths, embed, order = [], model.embed, [1, 0, 1, 1, 3, 0]
-    monkeypatch.setattr(model, "embed", lambda ids: (lengths.append(ids.numel()), embed(ids))[1])
+    monkeypatch.setattr(model, "embed", lambda ids, *at: (lengths.append(ids.numel()), embed(ids, *at))[1])
     noise = completion_noise([[row] for row in range(6)], 20)
     sampling = Sampling(3.0, log_probs=True)
     for batch_size in (None, 3):
