@@ -13,8 +13,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -70,8 +69,7 @@ class Rewards:
 
     def _call(self, name: str, function: Callable[[Answered], Any], answered: Answered) -> float:
         try:
-            with time_limit(self.timeout):
-                value = float(function(answered))
+            value = call_within(self.timeout, lambda: float(function(answered)))
             if math.isfinite(value):
                 return value
             reason = f"returned {value}"
@@ -103,12 +101,10 @@ class Alarm(BaseException):
     """The time is up: no Exception, so that a function which catches those ends all the same."""
 
 
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError inside a `with` block after so many seconds, by SIGALRM; without it, or for 0: never."""
+def call_within(seconds: float, call: Callable[[], float]) -> float:
+    """What `call` returns; a TimeoutError after so many seconds, by SIGALRM. Without that, or for 0: no limit."""
     if not seconds or not can_interrupt():
-        yield
-        return
+        return call()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise Alarm
@@ -118,7 +114,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, seconds)
-            yield
+            return call()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     except Alarm:
