@@ -86,6 +86,7 @@ def sampling(config: Config, adapters: dict[str, Adapter], records: dict[str, st
     )
     config = config.override({"rl.reward": config.rl.reward or ("exact_match",), "training.objective": "grpo"})
     prompts = Prompts(config, corpus, Numbers())  # type: ignore[arg-type]
+    prompts.rewards = Rewards(config.rl)
     if reward is not None:
         prompts.rewards.functions = [reward]
     return GRPO(config, adapters, prompts)

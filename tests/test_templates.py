@@ -167,6 +167,24 @@ ENDS = {
 
 
 @pytest.mark.parametrize("name", [*HUB, QUIET])
+@pytest.mark.parametrize("said", ["", " \n"])
+def test_an_empty_answer_is_the_end_of_its_turn_even_where_the_template_refuses_it(
+    read: Read, name: str, said: str
+) -> None:
+    chat, asked = read(name), CONVERSATIONS["single"]["messages"][:1]
+    rendered = chat.render_samples([*asked, {"role": "assistant", "content": said}], 0)
+    (sample,) = chat.encode(rendered)
+    answered = next(chat.encode(chat.render_samples([*asked, {"role": "assistant", "content": "Fine."}], 0)))
+    prompt, ids = chat.encode_prompt(asked), sample.ids.tolist()
+    assert ids[: len(prompt)] == prompt
+    targets = sample.ids[sample.is_target].tolist()
+    assert targets == answered.ids[answered.is_target].tolist()[-len(targets) :]
+    assert targets[-1] in chat.stop_ids
+    after = len(prompt) + len(targets)
+    assert ids[after:] == answered.ids.tolist()[len(answered.ids) - len(ids) + after :], "as after any answer"
+
+
+@pytest.mark.parametrize("name", [*HUB, QUIET])
 def test_generation_stops_where_an_answer_ends(read: Read, name: str) -> None:
     """The last target is one token, and one of those that end a generation."""
     chat = read(name)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from nanoft import UserError
 from nanoft.io.untrusted import parse_yaml
 
-NAMES = r"[\[(]?[\w.:-]+([,\s]+[\w.:-]+)*[\])]?"  # a list of names: q_proj,v_proj
+NAMES = r"[\[(]?[\w.:/-]+([,\s]+[\w.:/-]+)*[\])]?"  # a list of names: q_proj,v_proj; numeric,run:runs/judge
 
 
 def bounded(default: Any, low: float, high: float = math.inf) -> Any:

@@ -19,6 +19,7 @@ from nanoft import UserError
 
 FUNCTION = re.compile(r"(?!regex:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 UNTRUSTED = "untrusted "  # stands before the name of a function that a run's config.json holds
+RUN = "run:"  # in rl.reward, stands before the directory of a reward model's run
 
 
 def is_function(name: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import nanoft
 from nanoft import UserError
 from nanoft.config.aliases import Meaning, settle, translate
-from nanoft.config.functions import UNTRUSTED, is_function
+from nanoft.config.functions import RUN, UNTRUSTED, is_function
 from nanoft.config.schemas import MLX_SECTIONS, MODELFORGE, Schema, explain, for_compute_specs, is_flat, recognize
 from nanoft.config.settings import Config, flatten
 from nanoft.io.untrusted import decode_text, parse_json, parse_yaml, read_bytes
@@ -219,7 +219,8 @@ def _without_functions(config: Config, given: Collection[str], is_of_run: bool) 
     A run's config.json is read without its own metrics; its own data.format and rewards are marked as untrusted.
     """
     metrics, data_format = config.evaluation.metrics, config.data.format
-    named = {"data.format": [data_format], "evaluation.metrics": list(metrics), "rl.reward": list(config.rl.reward)}
+    rewards = [name for name in config.rl.reward if not name.startswith(RUN)]
+    named = {"data.format": [data_format], "evaluation.metrics": list(metrics), "rl.reward": rewards}
     functions = {path: [name for name in names if is_function(name)] for path, names in named.items() if path in given}
     for path, names in functions.items():
         if names and not is_of_run:
@@ -228,8 +229,8 @@ def _without_functions(config: Config, given: Collection[str], is_of_run: bool) 
     kept = tuple(name for name in metrics if name not in functions.get("evaluation.metrics", ()))
     data_format = UNTRUSTED + data_format if functions.get("data.format") else data_format
     own = functions.get("rl.reward", ())
-    rewards = tuple(UNTRUSTED * (name in own) + name for name in config.rl.reward)
-    return config.override({"evaluation.metrics": kept, "data.format": data_format, "rl.reward": rewards})
+    marked = tuple(UNTRUSTED * (name in own) + name for name in config.rl.reward)
+    return config.override({"evaluation.metrics": kept, "data.format": data_format, "rl.reward": marked})
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

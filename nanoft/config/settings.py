@@ -205,7 +205,7 @@ class RLConfig(Section):
 
     reward: tuple[str, ...] = ()  # what answers are worth: metrics (evaluation.metrics), or package.module:function
     reward_weights: tuple[float, ...] = ()  # of each in the sum; none: 1
-    reward_timeout: float = bounded(10.0, 0.0)  # seconds for one answer; 0: none
+    reward_timeout: float = bounded(10.0, 0.0, 86400.0)  # seconds for one answer; 0: none
     prompts: int = bounded(8, 1)  # of a step
     group_size: int = bounded(8, 2)  # answers to each prompt
     updates: int = bounded(1, 1)  # optimizer steps on the answers of a step
@@ -402,6 +402,11 @@ class Config:
         """Sequences per forward pass; 1 while `auto` is not resolved."""
         size = self.training.micro_batch_size
         return 1 if size == "auto" else size
+
+    @property
+    def sample_length(self) -> int:
+        """The most tokens of a sample of the data: there is room for those that training samples."""
+        return self.model.max_seq_length - self.sampled_tokens
 
 
 def _refuse(broken: object, message: str) -> None:

@@ -192,11 +192,15 @@ class ChatTokenizer:
 
         Args:
             train_on: `assistant`: every assistant turn; `last_assistant`: the last one; `all`: everything. An assistant
-                message with `weight: 0` or `train: false` is never a target.
+                message with `weight: 0` or `train: false` is never a target. Of an empty last
+                answer its end is one, and nothing else of the conversation.
         Raises:
             TemplateRefusal: the template cannot be used for training on this conversation.
         """
-        whole = self._conversation(messages, tools, template_args)
+        whole, last = self._conversation(messages, tools, template_args), messages[-1]
+        says = last.get("tool_calls") or (last.get("content") or "").strip()
+        if last["role"] == "assistant" and is_trained(last) and not says:  # some templates refuse it
+            return [self._empty_answer(whole, record)]
         rendered = whole.rendered[0]
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if train_on == "all":
@@ -220,6 +224,13 @@ class ChatTokenizer:
         prompt, said = map(self.control.escape, (text[:prompt_characters], text[prompt_characters:]))
         ended = prompt + (said.rstrip() if self.control.is_ended(said) else said + self.special.get("eos_token", ""))
         return Rendered(ended, [(len(prompt), len(ended))], record, [0] if prompt else [])
+
+    def _empty_answer(self, whole: _Conversation, record: int) -> Rendered:
+        """A prompt, and what ends a turn."""
+        template, at = whole.template, len(whole.messages) - 1
+        other = template.next_role.get("user", self.special.get("eos_token", ""))
+        text = (prompt := whole.prompt(at)) + (template.tail if template.turn_end else other)
+        return Rendered(text, [(len(prompt), template.end_of_answer(text, len(prompt)))], record, [at])
 
     def _conversation(
         self, messages: Sequence[Message], tools: Any, template_args: Mapping[str, Any] | None

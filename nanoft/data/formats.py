@@ -56,7 +56,8 @@ JSON_TURNS = re.compile(r"""\s*\[\s*{\s*['"](?:role|content|from|value)['"]""") 
 MALFORMED = "malformed"
 # What an objective learns from: answers, better ones, good and bad ones; or its own answers to prompts.
 Learns = Literal["turns", "pairs", "labels", "prompts"]
-REFERENCES = ("answer", "solution", "reference", "ground_truth", "target")  # of a prompt: what rewards compare with
+# Fields of a prompt with what rewards compare with: the first one that there is.
+REFERENCES = ("answer", "solution", "reference", "reference_answer", "ground_truth", "target")
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # but white space (tab, newline, form feed, ...)
 
 
@@ -240,8 +241,13 @@ def _exchange(question: str, answer: str) -> list[Message]:
 
 def _prompt(record: dict[str, Any]) -> list[Message]:
     """{"prompt": a text or messages, any of REFERENCES, and whatever rewards read}; the reference may be missing."""
-    reference = next((text_of(record, name) for name in REFERENCES if record.get(name) is not None), "")
-    return _pair({**record, "completion": reference})
+    return _pair({**record, "completion": _reference(record)})
+
+
+def _reference(record: dict[str, Any]) -> str:
+    """The answer that a record of a prompt has in a field of its own: a text, another value as JSON, or nothing."""
+    found = next((record[name] for name in REFERENCES if record.get(name) not in (None, "")), "")
+    return json.dumps(found) if isinstance(found, bool) else _content(found, "tool")
 
 
 SHAPES = {
@@ -401,6 +407,8 @@ def _convert(
         given = [name for name in fields_read if name in TURNS and (name in required or record.get(name))]
         record = record | {name: turns_of(record, name, data.roles) for name in given}
         versions = to_messages(record) if is_compared else [to_messages(record)]
+        if learns == "prompts" and versions[0][-1]["role"] != "assistant":  # messages that end with the question
+            versions = [_pair({"prompt": versions[0], "completion": _reference(read | record)})]
         if learns in ("pairs", "labels"):
             preferences.require_answers(versions)
         if "system" in fields_read and (system := optional_text(record, "system")):

@@ -77,7 +77,7 @@ def read_held_out(
     config: Config, data: DataConfig, source: str, file: str | None, general: str | None, chat: ChatTokenizer
 ) -> HeldOut:
     """Read and tokenize everything to evaluate on: `data` from `choose_data`, --data and --general."""
-    e, limit = config.evaluation, config.model.max_seq_length
+    e, limit = config.evaluation, config.sample_length
     learns = OBJECTIVES[config.training.objective].learns
     if file:  # plain texts are evaluated completely, whatever their length
         paths = [path for part in find_files(data.train_file, "--data") for path in part]
@@ -130,7 +130,7 @@ def _leakage_of_file(
         trained = load_config(Path(source) / "config.json", environment={})
         _require_unchanged(trained, source)
         learns = OBJECTIVES[trained.training.objective].learns
-        length, seed = trained.model.max_seq_length, trained.system.seed
+        length, seed = trained.sample_length, trained.system.seed
         train_set = build_datasets(trained.data, chat, length, seed, print, learns=learns)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}

@@ -131,7 +131,7 @@ def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Promp
     if is_run(source):
         config = load_config(Path(source) / "config.json")
         with suppress(UserError):
-            learns, length = OBJECTIVES[config.training.objective].learns, config.model.max_seq_length
+            learns, length = OBJECTIVES[config.training.objective].learns, config.sample_length
             corpus = build_datasets(config.data, chat, length, config.system.seed, print, learns=learns)
             samples = corpus.validation if len(corpus.validation) else corpus.training
             conversations = corpus.conversations(corpus.untruncated(samples), PROMPTS)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -21,8 +22,9 @@ import numpy as np
 
 from nanoft import UserError
 from nanoft.batches import Array
-from nanoft.config.functions import import_function, is_function
+from nanoft.config.functions import RUN, import_function, is_function
 from nanoft.config.settings import RLConfig
+from nanoft.io.untrusted import one_line
 from nanoft.metrics.answers import METRICS, select_metrics
 
 
@@ -36,9 +38,6 @@ class Answered:
     record: dict[str, Any]
     where: str  # file:line of the record
     messages: list[dict[str, Any]] = field(default_factory=list)  # the whole prompt
-
-
-RUN = "run:"  # before the run of a reward model
 
 
 class Rewards:
@@ -71,13 +70,12 @@ class Rewards:
 
     def _call(self, name: str, function: Callable[[Answered], Any], answered: Answered) -> float:
         try:
-            with time_limit(self.timeout):
-                value = float(function(answered))
+            value = call_within(self.timeout, lambda: float(function(answered)))
             if math.isfinite(value):
                 return value
             reason = f"returned {value}"
         except Exception as error:  # the function is the user's program, and so is the mistake
-            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            reason = f"{one_line(''.join(traceback.format_exception_only(error))):.200}"  # its own text may fail, too
         self.failures[name] += 1
         if self.failures[name] == 1:
             what = f"rl.reward: {name}: {reason} at {answered.where} (answer {answered.answer!r:.60})"
@@ -101,20 +99,29 @@ def can_interrupt() -> bool:
     return hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
 
 
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError inside a `with` block after so many seconds, by SIGALRM; without it, or for 0: never."""
+class Alarm(BaseException):
+    """The time is up: no Exception, so that a function which catches those ends all the same."""
+
+
+def call_within(seconds: float, call: Callable[[], float]) -> float:
+    """What `call` returns; a TimeoutError after so many seconds, by SIGALRM. Without that, or for 0: no limit."""
     if not seconds or not can_interrupt():
-        yield
-        return
+        return call()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"took longer than rl.reward_timeout={seconds:g} seconds")
+        raise Alarm
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    left, interval = signal.getitimer(signal.ITIMER_REAL)  # of a timer that runs already
     try:
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            return call()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except Alarm:
+        raise TimeoutError(f"took longer than rl.reward_timeout={seconds:g} seconds") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-6), interval)

@@ -31,12 +31,13 @@ from nanoft import UserError
 from nanoft.batches import Array, Batch, Batches, TokenDataset, Window
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
+from nanoft.config.functions import RUN
 from nanoft.config.settings import RLConfig, TrainingConfig
 from nanoft.data.formats import Learns
 from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.loss import token_nll
 from nanoft.metrics.bootstrap import Figure
-from nanoft.metrics.rewards import RUN, reward_function
+from nanoft.metrics.rewards import reward_function
 from nanoft.model import Decoder
 from nanoft.models.open import is_run
 from nanoft.objectives.objective import Objective
@@ -144,6 +145,9 @@ class GRPO(Objective):
         if not found:
             return []
         rewards = np.array([answer.reward for answer in found]).reshape(-1, group)
+        if np.isnan(rewards).all():
+            why = "failed on every answer of a step, as the warning about the first one says: repair it"
+            raise UserError(f"rl.reward: {', '.join(self.rl.reward)}: {why}")
         advantages = group_advantages(rewards, self.rl.advantage_scale)
         tokens = sum(len(answer.ids) for answer in found)
         self.of_step = self.prompts.figures(found) | {
@@ -222,7 +226,8 @@ class GRPO(Objective):
 
     def held_out(self, model: Decoder, samples: TokenDataset) -> dict[str, Figure]:
         answers = self.prompts.sample(model, samples.records.tolist(), 1, GREEDY, [0, 0])
-        return {"reward": replace(Figure.mean([answer.reward for answer in answers]), unit="number")}
+        rewards = np.array([answer.reward for answer in answers])
+        return {"reward": Figure(np.stack([np.nan_to_num(rewards), ~np.isnan(rewards)], axis=1), unit="number")}
 
     def tokens_per_step(self, batches: Batches) -> float:
         """At most: if every answer has `rl.max_new_tokens`."""

@@ -159,6 +159,7 @@ class Prompts:
         known = zip(names, (column[~np.isnan(column)] for column in rewards.T), strict=True)
         return {
             **{name: float(values.mean()) for name, values in known if len(values)},
+            "reward_failures": float(np.isnan(rewards[:, 0]).mean()),
             "completion_tokens": float(np.mean([len(answer.ids) for answer in answers])),
             "stop_rate": float(np.mean([answer.stopped for answer in answers])),
         }

@@ -26,13 +26,13 @@ from torch import nn
 from nanoft import TrainingFailed, UserError
 from nanoft.batches import Batches
 from nanoft.config import Config
+from nanoft.config.functions import RUN
 from nanoft.config.loading import load_file
 from nanoft.config.settings import config_warnings
 from nanoft.io.tables import wrap
 from nanoft.kernels.attention import CHUNK
 from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
-from nanoft.metrics.rewards import RUN
 from nanoft.model import NORMS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.model_files import ModelFiles

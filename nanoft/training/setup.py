@@ -177,7 +177,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
     read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
     bar = config.logging.progress_bar and not distributed.process_rank()
-    room = length - config.sampled_tokens  # for samples: some answers come later
+    room = config.sample_length
     corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, bar, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     if config.sampled_tokens:

@@ -12,6 +12,7 @@ from templates import TINY
 from nanoft.config import DataConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets
+from nanoft.data.formats import Conversation, read_file
 
 ASKED = {"role": "user", "content": "What is 1 + 1?"}
 GSM8K = "1 + 1 = <<1+1=2>>2\n#### 2"
@@ -22,6 +23,13 @@ RECORDS: dict[str, tuple[dict[str, Any], str]] = {  # a record, and its referenc
     "gsm8k": ({"question": "What is 1 + 1?", "answer": GSM8K}, GSM8K),
     "messages": ({"messages": [ASKED, {"role": "assistant", "content": "2"}]}, "2"),
     "prompt and completion": ({"prompt": "What is 1 + 1?", "completion": "2"}, "2"),
+    "solution beside an empty answer": ({"prompt": "What is 1 + 1?", "answer": "", "solution": "2"}, "2"),
+    "a number": ({"prompt": "What is 1 + 1?", "answer": 2}, "2"),
+    "an object": ({"prompt": "What is 1 + 1?", "answer": {"sum": 2, "of": [1, 1]}}, '{"sum": 2, "of": [1, 1]}'),
+    "true": ({"prompt": "What is 1 + 1?", "answer": True}, "true"),
+    "messages that end with the question": ({"messages": [ASKED], "reference_answer": "2"}, "2"),
+    "such messages alone": ({"messages": [ASKED]}, ""),
+    "conversations that end with it": ({"conversations": [{"from": "human", "value": ASKED["content"]}]}, ""),
     "instruction": ({"instruction": "What is 1 + 1?", "output": "2"}, "2"),
 }
 
@@ -78,3 +86,26 @@ def test_the_cache_holds_prompts_apart_from_turns(chat: ChatTokenizer, tmp_path:
     assert again.directory == first.directory != turns.directory
     assert again.training.records.tolist() == first.training.records.tolist()
     assert again.conversations(again.training, 3) == first.conversations(first.training, 3)
+
+
+def test_earlier_answers_are_context(chat: ChatTokenizer, tmp_path: Path) -> None:
+    turns = [ASKED, {"role": "assistant", "content": "3"}, {"role": "user", "content": "Sure?"}]
+    for answer in ([], [{"role": "assistant", "content": "2"}]):
+        record = {"messages": [*turns, *answer], "solution": "2"}
+        corpus = build(chat, tmp_path / "data.jsonl", questions(record))
+        (conversation,) = corpus.conversations(corpus.training, 1)
+        assert [message["content"] for message in conversation.messages][1:] == ["3", "Sure?", "2"]
+        assert conversation.answer_at == 3
+        sample = corpus.training[0]
+        assert chat.decode(sample.ids[sample.is_target]).strip() == "2"
+
+
+def test_a_tool_result_may_be_the_end_of_a_prompt(chat: ChatTokenizer, tmp_path: Path) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": 1}}}]}
+    (tmp_path / "data.jsonl").write_text(
+        json.dumps({"messages": [ASKED, call, {"role": "tool", "content": "2"}], "solution": "two"}) + "\n"
+    )
+    _, found = read_file(tmp_path / "data.jsonl", DataConfig(), learns="prompts")
+    assert isinstance(found, Conversation)
+    assert [message["role"] for message in found.messages] == ["user", "assistant", "tool", "assistant"]
+    assert found.answer_at == 3

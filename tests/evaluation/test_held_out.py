@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nanoft import UserError
+from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.evaluation.held_out import choose_data, read_general, read_held_out
+from nanoft.training import setup
 from tiny_models import make_chat_model, train_run, write_records
 
 
@@ -46,6 +50,21 @@ def test_training_samples_are_never_evaluated_by_mistake(run: Path) -> None:
             choose_data(config, str(run), None)
     finally:
         data.write_text(content)
+
+
+def test_the_split_of_a_run_that_samples_is_that_of_its_training(tmp_path: Path) -> None:
+    """Samples leave room for answers; a longer limit would have other samples, and another split."""
+    make_chat_model(tmp_path / "base")
+    chat, (data, config) = ChatTokenizer.from_directory(tmp_path / "base"), (tmp_path / "data.jsonl", Config())
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{n} " + "again " * (n % 7), "answer": f"{n}"}) + "\n" for n in range(60))
+    )
+    config = config.override({"data.train_file": str(data), "model.max_seq_length": 60, "data.validation_split": 0.3})
+    config = config.override({"training.objective": "grpo", "rl.reward": ("exact_match",), "rl.max_new_tokens": 20})
+    corpus, _ = setup.build_datasets(config, chat, SimpleNamespace(print=print, directory=tmp_path))  # type: ignore[arg-type]
+    assert corpus.report["removed"]["too long"] > 5
+    found = read_held_out(config, config.data, str(tmp_path), None, None, chat)
+    assert found.places == [corpus.location(record) for record in corpus.validation.records.tolist()]
 
 
 def test_a_general_text_is_one_sample_per_text(run: Path, tmp_path: Path) -> None:

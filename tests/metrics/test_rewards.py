@@ -16,7 +16,7 @@ import pytest
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.loading import load_config
-from nanoft.metrics.rewards import Answered, Rewards, reward_function, time_limit
+from nanoft.metrics.rewards import Answered, Rewards, call_within, reward_function
 
 OWN = """
 import time
@@ -48,6 +48,23 @@ def busy(prompt, answer, record):
 
 def sleeps(prompt, answer, record):
     time.sleep(60)
+
+def stubborn(prompt, answer, record):
+    while True:
+        try:
+            time.sleep(0.01)
+        except Exception:
+            pass
+
+class Silent(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+def silent(prompt, answer, record):
+    raise Silent
+
+def garbled(prompt, answer, record):
+    raise ValueError("\\ud800 \\x1b[31m")
 """
 
 
@@ -61,7 +78,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def answered(answer: str, number: int = 3, **record: Any) -> Answered:
-    return Answered("What is 1 + 1?", answer, "2", {"solution": "two", **record}, f"sums.jsonl:{number}")
+    asked = [{"role": "user", "content": "What is 1 + 1?"}]
+    return Answered("What is 1 + 1?", answer, "2", {"solution": "two", **record}, f"sums.jsonl:{number}", asked)
 
 
 def rewards(*names: str, weights: tuple[float, ...] = (), timeout: float = 5.0) -> tuple[Rewards, list[str]]:
@@ -115,6 +133,9 @@ def test_several_are_summed_with_their_weights(own: str) -> None:
         ("text", "ValueError: could not convert string to float: 'good'"),
         ("busy", "TimeoutError: took longer than rl.reward_timeout=0.05 seconds"),
         ("sleeps", "TimeoutError: took longer than rl.reward_timeout=0.05 seconds"),
+        ("stubborn", "TimeoutError: took longer than rl.reward_timeout=0.05 seconds"),
+        ("silent", "<exception str() failed>"),
+        ("garbled", "ValueError: \\ud800 \\x1b[31m at"),
     ],
 )
 def test_one_that_fails_costs_its_answer_and_says_so_once(function: str, reason: str, own: str) -> None:
@@ -125,7 +146,9 @@ def test_one_that_fails_costs_its_answer_and_says_so_once(function: str, reason:
     np.testing.assert_array_equal(found, [[1, math.nan]] * 2)
     assert np.isnan(scorer.total(found)).all()
     (line,) = said
-    assert line.startswith(f"warning: rl.reward: {name}: {reason}")
+    assert line.startswith(f"warning: rl.reward: {name}: ")
+    assert reason in line
+    assert line.isprintable()
     assert "at sums.jsonl:3 (answer '2')" in line
     assert "\n" not in line
 
@@ -162,9 +185,41 @@ def test_the_handler_and_the_timer_are_what_they_were(own: str) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_timer_that_runs_already_goes_on() -> None:
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 100, 7)
+        assert 40 < call_within(50, lambda: signal.getitimer(signal.ITIMER_REAL)[0]) <= 50
+        time.sleep(0.02)
+        left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert 90 < left <= 99.98
+    assert interval == 7
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 1e-5, 2e-5, 3e-5, 5e-5])
+def test_a_limit_that_ends_anywhere_is_a_timeout_or_none(seconds: float) -> None:
+    """The alarm may come before the function is called, and while the limit is being removed."""
+    before = signal.getsignal(signal.SIGALRM)
+    scorer, _ = rewards("exact_match", timeout=seconds)
+    assert all(np.isnan(value) or value == 1 for value in scorer.score([answered("2")] * 500)[:, 0])
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_exit_is_no_failure(error: type[BaseException]) -> None:
+    def leave() -> float:
+        raise error
+
+    with pytest.raises(error):
+        call_within(5, leave)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 def test_no_limit_is_no_limit() -> None:
-    with time_limit(0):
-        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert call_within(0, lambda: signal.getitimer(signal.ITIMER_REAL)[0]) == 0
 
 
 def test_without_sigalrm_in_a_thread_it_says_so_once_and_still_works() -> None:
@@ -225,3 +280,16 @@ def test_the_config_of_a_run_imports_nothing(tmp_path: Path, monkeypatch: pytest
         Rewards(config.rl)
     assert "\n" not in str(caught.value)
     assert load_config(tmp_path / "config.json", ["rl.reward=max_words:2"], {}).rl.reward == ("max_words:2",)
+
+
+def test_a_reward_model_is_no_function_whatever_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("rl:\n  reward: ['run:judge']\n")
+    assert load_config(tmp_path / "run.yaml", [], {}).rl.reward == ("run:judge",)
+    settings = Config().override({"rl.reward": ("run:judge",)}).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "provenance": {}}))
+    assert load_config(tmp_path / "config.json", [], {}).rl.reward == ("run:judge",)
+
+
+@pytest.mark.parametrize("text", ["run:runs/judge,max_words:9", "[run:runs/judge, max_words:9]"])
+def test_several_on_the_command_line(text: str) -> None:
+    assert Config().override({"rl.reward": text}).rl.reward == ("run:runs/judge", "max_words:9")

@@ -17,7 +17,8 @@ from rollouts import given, prompt_window, random_rollouts
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanoft import kernels
+from nanoft import UserError, kernels
+from nanoft.batches import TokenDataset
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.lora import inject_lora
@@ -283,10 +284,9 @@ def test_an_answer_whose_reward_failed_counts_nowhere(normalization: str, direct
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("reward", [1.0, NAN])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_a_step_without_any_difference_has_no_gradient(reward: float, beta: float, directory: Path) -> None:
-    found = [replace(answer, reward=reward) for answer in random_rollouts()]
+def test_a_step_without_any_difference_has_no_gradient(beta: float, directory: Path) -> None:
+    found = [replace(answer, reward=1.0) for answer in random_rollouts()]
     config = settings_of(updates=2, beta=beta)
     model, adapters = policy_model(directory, config)
     objective = given(config, adapters, found)
@@ -294,7 +294,31 @@ def test_a_step_without_any_difference_has_no_gradient(reward: float, beta: floa
         loss = pass_over(objective, model, window)
         grad = gradient(adapters)
         assert loss.isfinite()
-        assert not grad.any() or (beta and reward == 1.0)
+        assert not grad.any() or beta
+
+
+def test_a_step_in_which_every_reward_failed_ends_the_run(directory: Path) -> None:
+    found = [replace(answer, reward=NAN) for answer in random_rollouts()]
+    model, adapters = policy_model(directory, config := settings_of())
+    objective = given(config, adapters, found)
+    with pytest.raises(UserError, match=r"^rl\.reward: exact_match: failed on every answer of a step"):
+        objective.windows(model, prompt_window(found), 4)
+    last = [*found[:-1], replace(found[-1], reward=1.0)]  # one is enough
+    assert given(config, adapters, last).windows(model, prompt_window(last), 4)
+
+
+def test_the_held_out_reward_is_the_mean_of_those_that_did_not_fail(directory: Path) -> None:
+    found = [
+        replace(answer, reward=value) for answer, value in zip(random_rollouts(), [1.0, NAN, 0.5] * 4, strict=True)
+    ]
+    model, adapters = policy_model(directory, config := settings_of())
+    objective = given(config, adapters, found)
+    samples = TokenDataset.of([answer.sample(0.0) for answer in found])
+    figure = objective.held_out(model, samples)["reward"]
+    assert figure.value == 0.75
+    assert figure.parts.shape == (12, 2), "a row for each, to compare two models on the same prompts"
+    assert objective.evaluate(model, [])["reward"] == 0.75
+    assert objective.evaluate(model, [])["reward_failures"] == pytest.approx(1 / 3)
 
 
 def test_every_answer_may_be_masked(directory: Path) -> None:

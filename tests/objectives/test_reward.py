@@ -24,10 +24,11 @@ from nanoft.batches import Batches, Sample, TokenDataset, collate
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.evaluation.evaluate import reward_figures
+from nanoft.metrics.rewards import Answered
 from nanoft.model import Decoder
 from nanoft.models.open import open_model
 from nanoft.models.weights import add_score, load_model
-from nanoft.objectives.reward import RewardModel, answer_rewards, reward_loss
+from nanoft.objectives.reward import RewardModel, TrainedReward, answer_rewards, reward_loss
 from tiny_models import CASES, make_chat_model, make_reference, train_run
 
 CPU = torch.device("cpu")
@@ -174,6 +175,27 @@ def test_a_run_learns_to_tell_the_answers_apart(run: str, trained: Path) -> None
     events = [json.loads(line) for line in (trained / run / "metrics.jsonl").read_text().splitlines()]
     last = [event for event in events if event["event"] == "eval"][-1]
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], abs=1e-4)
+
+
+@pytest.mark.parametrize("run", ["lora", "full"])
+def test_a_run_judges_answers_as_transformers_does(run: str, trained: Path, tmp_path: Path) -> None:
+    """Each by itself, whatever the others in its batch are; an empty one, too."""
+    directory = merged(trained, run, tmp_path, "--dtype", "f32")
+    reference = AutoModelForSequenceClassification.from_pretrained(directory)
+    tokenizer, expected, answers = AutoTokenizer.from_pretrained(trained / "base"), [], []
+    for n, said in enumerate(["", "4, 5!", "4, 5?", "well, " * 9, " "]):
+        asked: list[dict[str, Any]] = [{"role": "user", "content": f"Say {n}."}]
+        asked += [{"role": "assistant", "content": "Why?", "weight": 0}, *asked] * (n % 2)
+        answers.append(Answered("", said, "", {}, "", asked))
+        turns = [{k: v for k, v in turn.items() if k != "weight"} for turn in asked]
+        turns.append({"role": "assistant", "content": said if said.strip() else ""})
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
+        with torch.no_grad():
+            expected.append(reference(ids).logits.item())
+    judge = TrainedReward(str(trained / run), CPU, torch.float32)
+    assert judge(answers) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert judge(answers, batch_size=1) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert judge([]) == []
 
 
 @pytest.mark.parametrize("run", ["lora", "qlora"])

@@ -74,11 +74,8 @@ def by_number(found: Iterable[Rollout]) -> dict[int, list[list[int]]]:
 # --- exactness
 
 
-UNCAPPED = [name for name in FAMILIES if not name.startswith("gemma2")]
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("family", UNCAPPED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_are_those_of_training_and_of_transformers(
     family: str, temperature: float, tmp_path: Path
 ) -> None:
@@ -99,18 +96,6 @@ def test_log_probabilities_are_those_of_training_and_of_transformers(
     for batch in window:
         objective.loss(model, batch)
     assert objective.figures()["sampling_error"] < 1e-4
-
-
-def test_a_model_with_a_cap_is_refused_at_another_temperature(tmp_path: Path) -> None:
-    make_family("gemma2", tmp_path)
-    model = load_model(tmp_path, CPU, torch.float32)
-    for temperature in (1.0, 0.7):
-        objective = sampling(Config().override({**SETTINGS, "rl.temperature": temperature}), {}, PROMPTS)
-        if temperature == 1:
-            objective.begin(model)
-        else:
-            with pytest.raises(Exception, match=r"rl.temperature: 0.7: .*set it to 1"):
-                objective.begin(model)
 
 
 def test_answers_are_the_same_however_they_are_batched_and_ordered(tmp_path: Path) -> None:
