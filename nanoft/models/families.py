@@ -22,10 +22,10 @@ from nanoft.models.layer_fields import (
     ROPE_FIELDS,
     Fields,
     current_form,
-    is_positive,
     read_rope,
     read_ropes,
     read_windows,
+    refuse_wrong_types,
     rope_in_some,
     window_but_every,
 )
@@ -73,15 +73,6 @@ MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13, "n_positions": 1 << 24,
 }  # fmt: skip
-# Fields that are positive numbers if they are there; those of the second line cannot be null.
-POSITIVE = (
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "original_max_position_embeddings",
-)
-MULTIPLIERS = "embedding_multiplier residual_multiplier attention_multiplier logits_scaling".split()  # noqa: SIM905
-YES_OR_NO = "tie_word_embeddings attention_bias attention_out_bias mlp_bias use_sliding_window".split()  # noqa: SIM905
 OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")  # of a wrapper, for all towers
 
 
@@ -98,7 +89,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
             raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
     family = find_family(hf)
     _refuse_unknown(hf, family)
-    _refuse_wrong_types(hf)
+    refuse_wrong_types(hf)
     hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
     common = {
         "vocab_size": hf["vocab_size"],
@@ -196,20 +187,6 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
         if value and name not in known and not name.startswith("_"):
             what = f"unknown field of {family}, which may change the model"
             raise UserError(f"{name}: {value!r:.60}: {what}: remove it from config.json if it does not")
-
-
-def _refuse_wrong_types(hf: Fields) -> None:
-    """Refuse values of fields that would fail, or compute something else, only when the model runs."""
-    given = {name: hf[name] for name in (*POSITIVE, *MULTIPLIERS) if name in hf}
-    for name, value in given.items():
-        if not is_positive(value) and (value is not None or name in MULTIPLIERS):
-            raise UserError(f"{name}: {value!r:.60} is not a positive number")
-    for name in YES_OR_NO:
-        if hf.get(name) not in (True, False, None):
-            raise UserError(f"{name}: {hf[name]!r:.60} is neither true nor false")
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if name in hf and hf[name] is None:
-            raise UserError(f"{name}: null: give a whole number")
 
 
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
