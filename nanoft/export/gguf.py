@@ -33,6 +33,7 @@ from nanoft.export.streaming import Rows
 from nanoft.export.verify import TOLERANCE, Proof, compare, hidden_states, next_tokens, prove
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.adapter_files import only_linears
+from nanoft.models.families import file_name
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel
 from nanoft.perplexity import safe_exp
@@ -216,15 +217,18 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], str]:
     gguf = _import_gguf()
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[architecture(config)], config.num_layers)
-    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+    return lambda name: names.get_name(file_name(config.family, name), try_suffixes=(".weight", ".bias"))
 
 
 def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
     """A tensor of Hugging Face files, (heads * head_dim, ...), with this name there, as llama.cpp computes; or back.
 
     Weights of norms include their offset. The rows of q and k, within each head, go from (first half, second half) to
-    pairs of neighbors where the graph rotates these.
+    pairs of neighbors where the graph rotates these. Interleaved q, k, v go to all q, all k, all v.
     """
+    if config.qkv == "interleaved" and ".qkv_proj." in name:
+        sizes = (3, config.num_heads) if back else (config.num_heads, 3)
+        return tensor.unflatten(0, (*sizes, config.head_dim)).transpose(0, 1).flatten(0, 2)
     if config.norm_offset and name.endswith("norm.weight"):
         return tensor + (-config.norm_offset if back else config.norm_offset)
     is_rotated = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
@@ -236,7 +240,7 @@ def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = 
 
 def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: DecoderConfig) -> str:
     """The number format of one tensor: float32 for vectors, float16 for rows that are not multiples of 32."""
-    if len(shape) == 1:
+    if len(shape) == 1 or name == "position_embd.weight":
         return "F32"
     if dtype not in EXPORT_DTYPES and shape[-1] % BLOCK:
         return "F16"
@@ -259,6 +263,7 @@ class GGUFWeights(Rows):
 
     def __init__(self, path: Path, config: DecoderConfig):
         self.config, self.gguf, self.multiple = config, _import_gguf(), config.head_dim  # heads are permuted whole
+        self.multiple *= 3 * config.num_heads if config.qkv == "interleaved" else 1  # or all of them
         with torch.device("meta"):
             blank = Decoder(config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}

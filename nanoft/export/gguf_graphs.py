@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanoft import UserError
 from nanoft.model import DecoderConfig
-from nanoft.models.families import FAMILIES
+from nanoft.models.families import FAMILIES, standard_fields
 
 Rule = tuple[str, Callable[[DecoderConfig], bool]]  # what llama.cpp requires, as the message says it; whether it holds
 
@@ -79,6 +79,7 @@ YARN: Rule = (
     "rope type yarn: {} has only beta_fast 32, beta_slow 1, truncate",
     lambda c: c.rope.kind != "yarn" or _turns(c.rope.parameters) == (32, 1, True),
 )
+ALL_BIASES: Rule = ("attention_bias: {} has biases", lambda c: c.qkv_bias)
 USUAL = (ALL_ROTATE, WHOLE_HEAD, NO_GROWTH, YARN)
 GEMMA = (*USUAL, NO_BIASES, TIED, PERIODIC, WINDOWS)
 
@@ -118,6 +119,8 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "smollm3": Graph((FOURTH_NOT, WHOLE_HEAD, NO_GROWTH, YARN), pairs=True),
     "granite": Graph(ropes=WITH_LLAMA3, pairs=True, scales=GRANITE),
     "seed_oss": Graph((*USUAL, QKV_BIASES)),
+    "gpt2": Graph(()),
+    "gptneox": Graph((NO_GROWTH, ALL_BIASES, UNTIED), ("default", "dynamic")),
     "mistral3": Graph((ALL_ROTATE, WHOLE_HEAD, YARN), pairs=True, scales=GROWTH),
 }
 
@@ -145,13 +148,15 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     writer.add_head_count_kv(c.num_kv_heads)
     writer.add_key_length(c.head_dim)
     writer.add_value_length(c.head_dim)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
+    (writer.add_layer_norm_eps if c.norm == "layer" else writer.add_layer_norm_rms_eps)(c.norm_eps)
     writer.add_vocab_size(c.vocab_size)
     graph = GRAPHS[writer.arch]
     for key, value in graph.scales.items():
         writer.add_float32(f"{writer.arch}.{key}", float(value(c)))
-    notes = _add_rope(writer, c)
-    length = int(hf.get("max_position_embeddings") or 4096)
+    if writer.arch == "gptneox":
+        writer.add_parallel_residual(c.parallel)
+    notes = _add_rope(writer, c) if c.distinct_ropes else []
+    length = int(standard_fields(hf).get("max_position_embeddings") or 4096)
     windows = [window for window in c.windows if window is not None]
     if graph.windows and windows:
         writer.add_sliding_window(windows[0])

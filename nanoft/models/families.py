@@ -431,13 +431,20 @@ FAMILIES: dict[str, Family] = {  # by model_type
     ),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), "seed_oss", NO_DROPOUT),
     "gpt2": Family(
-        "GPT2LMHeadModel", _gpt2, ("n_ctx", *SUMMARY.split()), None, GPT2_ONLY, GPT2_FIELDS, GPT2_NAMES, transposed=True
+        "GPT2LMHeadModel",
+        _gpt2,
+        ("n_ctx", *SUMMARY.split()),
+        "gpt2",
+        GPT2_ONLY,
+        GPT2_FIELDS,
+        GPT2_NAMES,
+        transposed=True,
     ),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
         _gpt_neox,
         ("attention_bias", "use_parallel_residual", "classifier_dropout"),
-        None,
+        "gptneox",
         {"hidden_act": tuple(GELUS), "hidden_dropout": (0.0,)},
         NEOX_FIELDS,
         NEOX_NAMES,
