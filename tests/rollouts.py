@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.data.formats import Conversation
 from nanoft.metrics.rewards import Rewards
+from nanoft.model import Decoder
+from nanoft.objectives.distill import Distill
 from nanoft.objectives.grpo import GRPO
 from nanoft.objectives.rollouts import Prompts, Rollout
 
@@ -37,7 +40,7 @@ class Given(Prompts):
     def __init__(self, config: Config, found: Sequence[Rollout]):
         self.config, self.rl, self.found = config, config.rl, list(found)
         self.chat: Any = SimpleNamespace(pad_id=PAD)
-        self.rewards = Rewards(config.rl)
+        self.rewards, self.log = Rewards(config.rl), print
 
     def sample(self, *_: Any, **__: Any) -> list[Rollout]:
         return self.found
@@ -51,6 +54,17 @@ def given(config: Config, adapters: dict[str, Adapter], found: Sequence[Rollout]
     groups = len({answer.record for answer in found})
     sizes = {"rl.reward": ("exact_match",), "rl.group_size": len(found) // groups, "training.objective": "grpo"}
     return GRPO(changed := config.override(sizes), adapters, Given(changed, found))
+
+
+class Taught(Distill):
+    """Distillation from a model that is here already."""
+
+    def __init__(self, config: Config, adapters: dict[str, Adapter], found: Sequence[Rollout], teacher: Decoder):
+        super().__init__(config, adapters, Given(config, found))
+        self.teacher: Any = SimpleNamespace(as_model=lambda: nullcontext(teacher))
+
+    def begin(self, *_: object) -> None:
+        """Nothing is left to open."""
 
 
 def prompt_window(found: Sequence[Rollout]) -> Window:

@@ -309,13 +309,13 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    rl: RLConfig = field(default_factory=RLConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         t, d, bits, sharded = self.training, self.data, self.quantization.bits, self.training.sharding == "full"

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from preferences import VOCAB, random_samples
-from rollouts import given, random_rollouts
+from rollouts import Taught, given, random_rollouts
 
 from nanoft.batches import Sample, TokenDataset, Window, collate
 from nanoft.config import Config, LoRAConfig
@@ -88,8 +88,13 @@ def test_every_objective_has_what_the_loop_asks_for(name: str, model: Decoder, t
         add_score(model)
     if OBJECTIVES[name].learns != "turns":
         adapters = inject_lora(model, LoRAConfig(rank=2), 0)
-    samples = OBJECTIVES[name].learns == "prompts"
-    objective = given(config, adapters, random_rollouts(vocab=VOCAB)) if samples else build_objective(config, adapters)
+    answers = random_rollouts(vocab=VOCAB)
+    if OBJECTIVES[name].section == "distill":
+        objective = Taught(config, adapters, answers, copy.deepcopy(model))
+    elif OBJECTIVES[name].learns == "prompts":
+        objective = given(config, adapters, answers)
+    else:
+        objective = build_objective(config, adapters)
     assert objective.unit
     objective.begin(model, [data], tmp_path, 2)
     (pieces,) = objective.windows(model, pieces, 2)
