@@ -173,8 +173,7 @@ def build(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
         validation=corpus.validation.units(slice(config.evaluation.max_samples)), model=model, adapters=adapters,
         plan=plan, objective=build_objective(config, adapters, corpus, tokenizer, run.print),
-        optimizer=optimizer,
-        scaler=build_scaler(machine.device, machine.dtype),
+        optimizer=optimizer, scaler=build_scaler(machine.device, machine.dtype),
         writer=setup.open_checkpoints(config, run, provenance), planner=planner,
     )  # fmt: skip
 

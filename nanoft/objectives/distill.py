@@ -169,7 +169,7 @@ class Distill(Objective):
         return self.token_divergence(model, batch).sum()
 
     def token_divergence(self, model: Decoder, batch: Batch) -> Tensor:
-        """Of each target token, (targets,); logits of a chunk of them are held at once, and computed again backward."""
+        """The divergence of each target token, (targets,), in chunks whose logits are recomputed in backward."""
         inputs = batch.ids, batch.positions, batch.documents, batch.target_positions
         with torch.no_grad(), self.teacher.as_model() as teacher:
             t_hidden, t_head, t_cap = teacher(*inputs)[0], teacher.head, teacher.config.logit_cap

@@ -59,13 +59,8 @@ class Prompts:
     """The prompts of a data set, and the policy's answers to them."""
 
     def __init__(self, config: Config, corpus: PreparedDataset, chat: ChatTokenizer, log: Log = print):
-        self.log, self.config, self.rl, self.chat, self.max_new_tokens = (
-            log,
-            config,
-            config.rl,
-            chat,
-            config.sampled_tokens,
-        )
+        self.config, self.rl, self.chat, self.log = config, config.rl, chat, log
+        self.max_new_tokens = config.sampled_tokens
         self.at_once = config.effective_batch_size()  # answers sampled together; fewer when memory runs out
         self.conversations: dict[int, Conversation] = {}
         for samples in (corpus.training, corpus.validation):
@@ -112,7 +107,7 @@ class Prompts:
     ) -> dict[int, Any]:  # fmt: skip
         """The fields of this rank's rollouts, by their place among all; fewer if a signal arrives."""
         share = sorted(distributed.split_work(range(len(records))), key=lambda at: -len(encoded[at]))
-        own = [at * count + number for at in share for number in range(count)]  # if memory runs out, then at once
+        own = [at * count + number for at in share for number in range(count)]  # longest first
         seeds = [[self.config.system.seed, *position, record, number] for record in records for number in range(count)]
         noise = completion_noise(seeds, self.max_new_tokens)
         prompts = [prompt for prompt in encoded for _ in range(count)]

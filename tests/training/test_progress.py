@@ -19,7 +19,16 @@ from nanoft.config import Config
 from nanoft.objectives import OBJECTIVES
 from nanoft.objectives.preference import Preference
 from nanoft.objectives.sft import SFT
-from nanoft.training.progress import is_due, log_save, progress_bar, steps_between, warn_of_ease, warn_of_falling
+from nanoft.training.progress import (
+    is_due,
+    log_save,
+    progress_bar,
+    steps_between,
+    warn_of_answers,
+    warn_of_ease,
+    warn_of_falling,
+    warn_of_memorizing,
+)
 from nanoft.training.state import LossTrend, TrainState
 
 
@@ -300,3 +309,30 @@ def test_chosen_answers_that_fall_with_the_rejected_are_warned_of_where_there_is
     for _ in range(2):
         warn_of_falling(ctx, state, rewards(-1.6, -2.5))
     assert len(printed) == (isinstance(objective, Preference) and objective.uses_reference)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, ""),
+        ({"entropy": 0.19}, "answers lose their variety (1.000 -> 0.190 nats per token)"),
+        ({"completion_tokens": 41.0, "stop_rate": 0.8}, "answers grow (20 -> 41 tokens) and end less often"),
+        ({"completion_tokens": 41.0}, ""),  # longer, and they still end
+        ({"sampling_error": 0.06}, "sampling and training differ by 0.060 nats per token"),
+    ],
+)
+def test_sampled_answers_that_go_wrong_are_warned_of_once(changes: dict[str, float], text: str) -> None:
+    ctx, printed = watched()
+    state, first = TrainState(step=5), {"reward": 0.5, "entropy": 1.0, "completion_tokens": 20.0, "stop_rate": 0.9}
+    for figures in (first, {**first, **changes}, {**first, **changes}):
+        warn_of_answers(ctx, state, figures)
+    assert len(printed) == bool(text)
+    assert all(text in line for line in printed)
+
+
+@pytest.mark.parametrize(("training", "held_out", "warns"), [(0.7, 0.4, True), (0.7, 0.5, False), (0.55, 0.4, False)])
+def test_reward_that_rises_in_training_alone_is_warned_of(training: float, held_out: float, warns: bool) -> None:
+    ctx, printed = watched(SimpleNamespace(figures=lambda: {"reward": training}))
+    state = TrainState(step=5, held_out={"reward": 0.5, "training_reward": 0.5})
+    warn_of_memorizing(ctx, state, {"reward": held_out})
+    assert len(printed) == warns
