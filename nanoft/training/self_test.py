@@ -250,8 +250,8 @@ def perturb_adapters(adapters: dict[str, Adapter]) -> None:
         moved = [(p, p.clone(), torch.randn(p.shape, generator=generator).to(p)) for p in trained]
         for exponent in range(-8, 12):
             for p, start, noise in moved:
-                size = start.square().mean().sqrt()  # zeros, such as lora_B's, have none
-                p.copy_(start + 2.0**exponent * noise * torch.where(size > 0, size, 1.0))
+                size = float(start.square().mean().sqrt()) or 1.0  # zeros, such as lora_B's, have none
+                p.copy_(start + 2.0**exponent * size * noise)
             adapter.train(training).eval()  # DoRA forgets the norm of what it was
             if relative_error(product(adapter, x), before) >= SHARE:
                 break
