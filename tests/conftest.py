@@ -36,6 +36,28 @@ settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--differences", type=Path, help="write the largest differences of each family to this file")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if path := config.getoption("--differences"):
+        from differences import table
+
+        path.write_text(table(terminalreporter.stats.get("passed", [])))
+
+
+@pytest.fixture
+def differs(record_property: Callable[[str, object], None]) -> Callable[[str, Any, float], None]:
+    """Asserts that a difference is below a limit; its name is one of differences.CHECKS."""
+
+    def check(name: str, found: Any, allowed: float) -> None:
+        record_property(name, float(found.detach() if hasattr(found, "detach") else found))
+        assert found < allowed
+
+    return check
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_quick(items)

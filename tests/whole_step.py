@@ -1,11 +1,14 @@
-"""One training step in its own process: python whole_step.py CONFIG_JSON DTYPE ROWS LENGTH KEEP
+"""Training steps, each in a process of its own: python whole_step.py
 
-Prints the peak of the process and what the memory plan says, in bytes.
+Takes lines of JSON from stdin: the path of a config.json, dtype, rows, length, what blocks keep. For each it prints the
+peak of a process that ran a step, and what the memory plan says, in bytes. The processes are forks: what all of them
+import is imported once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -27,14 +30,14 @@ CPU = torch.device("cpu")
 
 
 def peak_bytes() -> float:
-    """The largest resident set since the program started; ru_maxrss would count the parent's, too."""
+    """The largest resident set since the process started; ru_maxrss would count the parent's, too."""
     if sys.platform == "linux":
         line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
         return 1024.0 * int(line.split()[1])
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def main(path: str, dtype_name: str, rows: str, length: str, keep: Any) -> None:
+def run_step(path: str, dtype_name: str, rows: int, length: int, keep: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     decoder, config, dtype = decoder_config(json.loads(Path(path).read_text())), Config(), getattr(torch, dtype_name)
     policy, baseline = [keep] * decoder.num_layers, held_bytes(CPU)
@@ -48,7 +51,7 @@ def main(path: str, dtype_name: str, rows: str, length: str, keep: Any) -> None:
     assert kernels.apply(model) == ""
     model.train().activation_policy = policy
     optimizer = build_optimizer(trained, config.training)
-    ids = torch.randint(0, decoder.vocab_size, (int(rows), int(length)))
+    ids = torch.randint(0, decoder.vocab_size, (rows, length))
     for _ in range(2):
         hidden = model(ids)
         token_nll(hidden, model.head, ids.flatten().roll(-1), cap=decoder.logit_cap).mean().backward()
@@ -56,9 +59,14 @@ def main(path: str, dtype_name: str, rows: str, length: str, keep: Any) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     counts = count_parameters(decoder, config)
-    plan = estimate_memory(decoder, counts, config, "cpu", dtype, int(rows), int(length), policy, baseline)
-    print(json.dumps({"measured": peak_bytes(), "planned": plan.peak, "parts": plan.parts}))
+    plan = estimate_memory(decoder, counts, config, "cpu", dtype, rows, length, policy, baseline)
+    return {"measured": peak_bytes(), "planned": plan.peak, "parts": plan.parts}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for line in sys.stdin:
+        if (child := os.fork()) == 0:
+            print(json.dumps(run_step(*json.loads(line))), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            print("{}", flush=True)

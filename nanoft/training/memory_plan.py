@@ -47,11 +47,11 @@ from nanoft.runtime.memory import OutOfMemory, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 
 MiB = 2**20
-# Besides what is counted: bytes of kernels, caches and threads, and how many tensors of (tokens, intermediate) backward
-# through an MLP holds at once: silu, the product, three gradients and two sums of them.
-KERNELS, TRANSIENT = 64 * MiB, 7
+# Besides what is counted: bytes of kernels, caches and threads; and how many tensors of (tokens, intermediate) and of
+# (tokens, hidden) a step holds at once: of backward through an MLP silu, the product, three gradients and two sums.
+KERNELS, TRANSIENT = 64 * MiB, (7, 0)
 # On a CPU, by the bytes of a number: larger, because the allocator cannot reuse everything that was freed.
-KERNELS_CPU, TRANSIENT_CPU = {2: 140 * MiB, 4: 60 * MiB}, {2: 28.5, 4: 23}
+KERNELS_CPU, TRANSIENT_CPU = {2: 110 * MiB, 4: 140 * MiB}, {2: (14, 46), 4: (10, 14)}
 BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
 EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
@@ -156,7 +156,9 @@ def estimate_memory(
     block = kept_by_block(decoder, counts, config, e) * tokens
     waiting = {"all": block, "input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     cpu = device_type == "cpu"
-    transient, kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
+    (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
+    inner = decoder.intermediate_size / (2 if decoder.mlp == "plain" else 1)  # without a gate there is half of it
+    transient = (wide * inner + narrow * decoder.hidden_size) * tokens * e
     again = max((block for one in keep if one != "all"), default=0.0)  # one of these at a time
     targets = tokens * target_share
     chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
@@ -166,9 +168,9 @@ def estimate_memory(
     unpacked = decoder.hidden_size * decoder.intermediate_size * e * (bits < 16)  # the largest weight, for its product
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
-    # on a CPU in 16 bits attention is always chunked, which TRANSIENT_CPU includes
-    windowed = (not cpu or e == 4) and (capped or any((w or length) < length for w in decoder.windows))
-    chunked = device_type == "mps" or windowed
+    windowed = any((w or length) < length for w in decoder.windows)
+    # what attention in chunks, or PyTorch's kernel, takes on a CPU is in TRANSIENT_CPU, but for caps
+    chunked = device_type == "mps" or capped or (windowed and not cpu)
     # S, tanh, their sum, P, the slope twice, dP, dC and dS: on a CPU what is freed is hardly used again
     matrices = (10 if cpu else 5) if capped else 4
     scores = matrices * rows * decoder.num_heads * CHUNK * seen * e * chunked
@@ -184,7 +186,7 @@ def estimate_memory(
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
         "activations": sum(waiting[one] for one in keep),
-        "backward": again + transient * tokens * decoder.intermediate_size * e + unpacked + scores + slopes * cpu,
+        "backward": again + transient + unpacked + scores + 2 * slopes * cpu,
         # a chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these
         "loss": chunk * decoder.vocab_size * (2 * e + 4)
         + slopes

@@ -259,12 +259,12 @@ def test_values_that_float16_lacks_are_refused(made: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("case", [*SIZES, *GRAPHS])
-def test_llama_cpp_computes_the_same(case: str, made: Any, tmp_path: Path) -> None:
+def test_llama_cpp_computes_the_same(case: str, made: Any, tmp_path: Path, differs: Any) -> None:
     opened, chat = made(case)
     llama = in_llama_cpp(write(made(case), tmp_path / "model.gguf"))
     assert verify_gguf(opened, tmp_path / "model.gguf", [IDS], "f32").holds
     rounding = 1e-4 if opened.model.config.activation == "silu" else 4e-3  # llama.cpp's table of GELU is in float16
-    assert (logits(llama) - logits(opened.model)).abs().max() < rounding
+    differs("GGUF", (logits(llama) - logits(opened.model)).abs().max(), rounding)
     assert perplexity(llama) == pytest.approx(perplexity(opened.model), rel=rounding / 10)
     long = IDS * 4  # beyond the context that rope scaling stretches
     assert (logits(llama, long) - logits(opened.model, long)).abs().max() < max(rounding, 1e-3)
@@ -306,7 +306,9 @@ ADAPTED = [(case, variant) for case in FAMILIES for variant in ("plain", "rslora
 
 
 @pytest.mark.parametrize(("case", "variant"), [*ADAPTED, *((case, "plain") for case in GRAPHS)])
-def test_an_adapter_file_on_the_base_is_the_merged_model(case: str, variant: str, made: Any, tmp_path: Path) -> None:
+def test_an_adapter_file_on_the_base_is_the_merged_model(
+    case: str, variant: str, made: Any, tmp_path: Path, differs: Any
+) -> None:
     lora = LoRAConfig(rank=4, alpha=6.0, **MERGE_VARIANTS.get(variant, {}))
     opened, chat = made(case, lora=lora)
     write_gguf_lora(opened, "adapter", "f32", tmp_path / "adapter.gguf")
@@ -316,7 +318,7 @@ def test_an_adapter_file_on_the_base_is_the_merged_model(case: str, variant: str
     write((base, chat), tmp_path / "base.gguf")
     llama = in_llama_cpp(tmp_path / "base.gguf", lora_path=str(tmp_path / "adapter.gguf"))
     rounding = 1e-4 if base.model.config.activation == "silu" else 4e-3
-    assert (logits(llama) - logits(opened.model)).abs().max() < rounding
+    differs("GGUF LoRA", (logits(llama) - logits(opened.model)).abs().max(), rounding)
     assert (logits(base.model) - logits(opened.model)).abs().max() > 10 * rounding
     prompt = chat.encode_prompt(HELLO)
     assert greedy(llama, prompt, 16) == ours(opened, prompt, 16, [chat.eos_id])
