@@ -78,7 +78,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
     usage, advice, section = dict[str, Any](), "", ""
     try:
         adapters = ctx.adapters if ctx.config.training.sharding == "none" else {}
-        usage, advice, section = rank_usage.rank_report(adapters, ctx.optimizer, step)
+        usage, advice, section = rank_usage.rank_report(adapters, step)
     except Exception as error:  # a decomposition need not converge
         report_failure(ctx, state, "the adapters' report", error)
     has_plots = ctx.config.logging.plots != "none"  # they are drawn later
