@@ -84,25 +84,18 @@ def available_host_bytes() -> float:
 
 
 def cgroup_limits() -> Iterator[tuple[int, int]]:
-    """Limit and usage in bytes of each cgroup above this process (the kernel's admin-guide/cgroup-v2 and cgroup-v1)."""
+    """Limit and usage in bytes of each cgroup above this process (the kernel's admin-guide/cgroup-v2).
+
+    In a container, only the root may be visible.
+    """
     with contextlib.suppress(OSError):  # not Linux
-        for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:  # version 2
-                yield from _limits(CGROUPS, path, "memory.max", "memory.current", "inactive_file")
-            elif "memory" in controllers.split(","):
-                names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-                yield from _limits(CGROUPS / "memory", path, *names)
-
-
-def _limits(root: Path, path: str, limit: str, usage: str, cache: str) -> Iterator[tuple[int, int]]:
-    """From the process's own cgroup up to the root; in a container, only the root may be visible."""
-    own = root / path.lstrip("/")
-    for directory in itertools.takewhile(lambda parent: parent.is_relative_to(root), [own, *own.parents]):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
-            most, used = (int((directory / name).read_text(encoding="utf-8")) for name in (limit, usage))
-            statistic = dict(row.split() for row in (directory / "memory.stat").read_text("utf-8").splitlines())
-            yield most, used - int(statistic.get(cache, 0))  # page cache that can be dropped
+        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
+        own = CGROUPS / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+        for directory in itertools.takewhile(lambda parent: parent.is_relative_to(CGROUPS), [own, *own.parents]):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
+                most, used = (int((directory / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
+                statistic = dict(row.split() for row in (directory / "memory.stat").read_text("utf-8").splitlines())
+                yield most, used - int(statistic.get("inactive_file", 0))  # page cache that can be dropped
 
 
 class OutOfMemory(Exception):
@@ -158,14 +151,14 @@ def read_memory(device: torch.device) -> MemoryReading:
 class MemoryMonitor:
     """Warns before memory runs out: at 85, 90 and 95 % of the limit, and when memory leaks.
 
-    To tell a leak from noise, each window of readings gives one median. It is a leak if nearly all slopes between two
-    windows are positive (Theil, 1950; Sen, 1968) and memory has grown by more than caches explain.
+    To tell a leak from noise, each window of readings gives one median. It is a leak if the medians rise along a line
+    and memory has grown by more than caches explain.
     """
 
     LEVELS = (0.85, 0.90, 0.95)
     WINDOW_READINGS = 30
     WINDOWS = 8
-    RISING = 0.9  # share of positive slopes in a leak
+    RISING = 0.9  # correlation of memory and steps in a leak
     GROWTH, GROWTH_BYTES = 0.02, 32e6  # of a leak over all windows: at least this share of held memory, and this much
 
     def __init__(self, device: torch.device, every_s: float = 1.0):
@@ -205,19 +198,14 @@ class MemoryMonitor:
         self._windows.append((statistics.median(steps), statistics.median(held)))
         if self._leak_warned or len(self._windows) < self.WINDOWS:
             return
-        per_step, rising = theil_sen_slope(list(self._windows))
-        (first_step, first), (last_step, last) = self._windows[0], self._windows[-1]
-        grown = per_step * (last_step - first_step)
-        if rising >= self.RISING and grown > max(self.GROWTH * first, self.GROWTH_BYTES):
+        all_steps, medians = zip(*self._windows, strict=True)
+        per_step, taken = statistics.linear_regression(all_steps, medians).slope, all_steps[-1] - all_steps[0]
+        grown = per_step * taken
+        is_large = grown > max(self.GROWTH * medians[0], self.GROWTH_BYTES)
+        if is_large and statistics.correlation(all_steps, medians) >= self.RISING:
             self._leak_warned = True
             yield (
-                f"memory has grown by {grown / 1e6:,.0f} MB in {last_step - first_step:,.0f} steps and will be full in "
-                f"about {(now.host_limit - last) / per_step:,.0f} more: stop with Ctrl-C and run the same command "
+                f"memory has grown by {grown / 1e6:,.0f} MB in {taken:,.0f} steps and will be full in about "
+                f"{(now.host_limit - medians[-1]) / per_step:,.0f} more: stop with Ctrl-C and run the same command "
                 "again, which resumes in a new process"
             )
-
-
-def theil_sen_slope(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Median slope between all pairs of points (Theil, 1950; Sen, 1968), and the share of positive slopes."""
-    slopes = [(y - b) / (x - a) for (a, b), (x, y) in itertools.combinations(points, 2) if x != a]
-    return (statistics.median(slopes), sum(s > 0 for s in slopes) / len(slopes)) if slopes else (0.0, 0.0)
