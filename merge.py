@@ -129,7 +129,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
         samples, prompts = verify.held_out(source, chat)
         if args.format == "hf":
             dtype = EXPORT_DTYPES[args.dtype] if args.dtype else ModelFiles.read(opened.base_directory).dtype()
-            files = merge(opened, dtype, args.base, staging, export.parse_size(args.shard_size), resumable=True)
+            files = merge(opened, dtype, args.base, staging, args.shard_size, resumable=True)
             lines, facts = verify_merged(args, adapter, opened, chat, samples, staging, dtype)
         elif args.format == "mlx":
             save_mlx(staging, opened.adapters, adapter.lora, opened.model.config, adapter.base_name)

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from nanoft import UserError, __version__
@@ -40,7 +40,7 @@ from nanoft.io.atomic import (
     write_file,
     write_json,
 )
-from nanoft.io.tensor_files import Specs, encode_safetensors
+from nanoft.io.tensor_files import encode_safetensors
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, save_adapter, select_modules, sum_adapters, vocabulary_of
@@ -59,41 +59,36 @@ def weights_of(opened: LoadedModel, onto: Onto) -> Weights:
 
 
 def merge(
-    opened: LoadedModel, dtype: torch.dtype, onto: Onto, out: Path, shard_bytes: int = 5 * 10**9,
-    resumable: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    opened: LoadedModel, dtype: torch.dtype, onto: Onto, out: Path, shard_size: str = "5GB", resumable: bool = False
+) -> dict[str, Any]:
     """Write base + adapter as a Hugging Face directory: shards, index, config, tokenizer, generation_config.
 
     `out` is empty except for finished shards; `resumable`: they are recorded in `PROGRESS`, and those recorded there
     whose hash agrees are skipped. Returns size in bytes and SHA-256 of each shard.
     """
     weights = replace(weights_of(opened, onto), adapters=opened.adapters, dtype=dtype)
-    shards: list[Specs] = [{}]  # which weights go into which new file, in the order of the old ones
-    base = ModelFiles.read(opened.base_directory)
-    tensors, read = with_towers(base, weights.shapes, dtype, weights.rows)
-    for name, spec in tensors.items():
-        added: Specs = {name: spec}
-        if shards[-1] and _bytes(shards[-1]) + _bytes(added) > shard_bytes:
-            shards.append({})
-        shards[-1].update(added)
-    files = {"model.safetensors": shards[0]}
-    if len(shards) > 1:
-        files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": specs for i, specs in enumerate(shards, start=1)}
+    tensors, read = with_towers(ModelFiles.read(opened.base_directory), weights.shapes, dtype, weights.rows)
+    try:
+        split = split_state_dict_into_shards_factory(
+            tensors, get_storage_size=_bytes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
+        )
+    except ValueError:
+        raise UserError(f"--shard-size: {shard_size!r:.40} is not a size: write one like 500MB or 5GB") from None
+    files = {name: {tensor: tensors[tensor] for tensor in own} for name, own in split.filename_to_tensors.items()}
     finished = {
         name: recorded
         for name, recorded in (read_progress(out) if resumable else {}).items()
         if name in files and (out / name).is_file() and hash_file(out / name) == recorded
     }
-    check_room(out, sum(_bytes(specs) for name, specs in files.items() if name not in finished))
-    for name in [name for name in files if name not in finished]:
+    missing = [name for name in files if name not in finished]
+    check_room(out, sum(_bytes(spec) for name in missing for spec in files[name].values()))
+    for name in missing:
         (out / name).unlink(missing_ok=True)
         finished[name] = write_file(out / name, encode_safetensors(files[name], read))
         if resumable:
             replace_file(out / PROGRESS, json.dumps(finished).encode())
-    if len(shards) > 1:
-        total = sum(map(_bytes, shards))
-        weight_map = {tensor: name for name, specs in files.items() for tensor in specs}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(out / "model.safetensors.index.json", index)
     write_config(opened.base_directory, out, dtype, opened.model.config)
     copy_tokenizer(opened, out)
@@ -106,8 +101,8 @@ def copy_tokenizer(opened: LoadedModel, out: Path) -> None:
     copy_companions(opened.tokenizer_directory, out, opened.base_directory, opened.add_tokens)
 
 
-def _bytes(specs: Specs) -> int:
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
+def _bytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    return spec[0].itemsize * math.prod(spec[1])
 
 
 def check_room(out: Path, needed: int) -> None:
@@ -115,14 +110,6 @@ def check_room(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(f"--out: needs {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free there: make room")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of 500MB or 5GB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip().upper())
-    if not found or not (size := int(float(found[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]])):
-        raise UserError(f"--shard-size: {text!r:.40} is not a size: write one like 500MB or 5GB")
-    return size
 
 
 # ---- Which adapter
