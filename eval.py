@@ -110,19 +110,13 @@ def main(argv: list[str]) -> int:
         require_finite(tuned, args.source)
         values, text, markdown = report(
             ReportInputs(
-                args.source,
-                tuned,
-                base,
-                primary=next(iter(config.evaluation.metrics), "exact_match"),
+                args.source, tuned, base, primary=next(iter(config.evaluation.metrics), "exact_match"),
                 limit=config.evaluation.max_new_tokens if loaded.adapters or is_run(args.source) else None,
-                groups=held_out.groups,
-                places=held_out.places,
-                leakage=held_out.leakage,
+                groups=held_out.groups, places=held_out.places, leakage=held_out.leakage,
                 provenance=provenance(config, data, args.source, args.data),
-                shown=config.evaluation.samples,
-                seed=config.system.seed,
+                shown=config.evaluation.samples, seed=config.system.seed,
             )
-        )
+        )  # fmt: skip
         text = f"{text.removeprefix(chr(10))}\n\nleakage   {held_out.leakage['said']}"
     print(redact(text))
     write(args.json, "--json", to_json(values, indent=2) + "\n")

@@ -60,9 +60,8 @@ from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, build_scaler, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
-from nanoft.runtime.device import choose_device, library_versions, seed_everything
+from nanoft.runtime.device import Machine, choose_device, library_versions, pick_config, seed_everything, select_device
 from nanoft.runtime.energy import EnergyMeter
-from nanoft.runtime.machine import Machine, pick_config, select_device
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory
 from nanoft.tracking.profiler import Profiler
 from nanoft.tracking.run import Run

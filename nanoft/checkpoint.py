@@ -205,8 +205,6 @@ class CheckpointManager:
 
 @dataclass
 class SaveResult:
-    """The outcome of a background save."""
-
     step: int
     path: Path = Path()
     error: Exception | None = None

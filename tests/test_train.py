@@ -159,7 +159,7 @@ def test_resume_takes_never_and_a_path(tmp_path: Path, capsys: pytest.CaptureFix
     assert train.main([*quick(directory), "--resume", str(directory / "checkpoints" / "nothing")]) == 2
     assert "nothing" in one_line(capsys.readouterr().err)
     assert train.main([*quick(tmp_path / "other"), "--resume", str(earlier)]) == 2
-    assert "name a checkpoint of this run" in one_line(capsys.readouterr().err)
+    assert "no checkpoint of this run" in one_line(capsys.readouterr().err)
 
 
 def test_going_back_leaves_the_other_branch_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,6 @@ def windows(length: int, context: int, stride: int | None = None) -> list[tuple[
 
 
 def _text_bytes(chat: ChatTokenizer, sample: Sample) -> int:
-    """UTF-8 length of the decoded targets, in bytes."""
     bounds = np.flatnonzero(np.diff(sample.is_target, prepend=False, append=False)).tolist()
     sizes = [len(chat.decode(sample.ids[:bound].tolist()).encode()) for bound in bounds]  # prefixes up to each boundary
     return sum(sizes[1::2]) - sum(sizes[::2])

@@ -72,7 +72,6 @@ class Arguments(argparse.ArgumentParser):
 
 
 def renamed(old: str, new: str) -> NoReturn:
-    """Exit with the new name of a command."""
     print(f"error: python -m {old} was renamed: use python -m nanoft {new}", file=sys.stderr)
     sys.exit(2)
 

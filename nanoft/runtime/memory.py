@@ -140,7 +140,6 @@ class MemoryReading:
 
 
 def read_memory(device: torch.device) -> MemoryReading:
-    """The memory of this process now."""
     held = held_bytes(torch.device("cpu"))
     limit = available_host_bytes() + held
     if device.type == "cpu":

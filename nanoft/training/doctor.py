@@ -38,6 +38,7 @@ from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsan
 from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.runtime.command import Check
 from nanoft.runtime.device import (
+    Machine,
     choose_device,
     choose_dtype,
     describe_device,
@@ -45,7 +46,6 @@ from nanoft.runtime.device import (
     quiet_libraries,
     supports_matmul,
 )
-from nanoft.runtime.machine import Machine
 from nanoft.runtime.memory import WATERMARK, memory_limit_bytes
 from nanoft.tracking.trackers import require_tracker_packages
 from nanoft.training.memory_plan import Planner, describe_recompute, resolve_micro_batch_size

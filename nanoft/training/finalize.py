@@ -147,7 +147,6 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
 def report_inputs(
     ctx: TrainContext, base: evaluate.EvalResult | None, tuned: evaluate.EvalResult, training: dict[str, float]
 ) -> ReportInputs:
-    """What the report is made of."""
     e, groups, measured = ctx.config.evaluation, {}, preferred(ctx.validation)
     if e.by_field and len(ctx.validation):
         try:

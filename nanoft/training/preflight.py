@@ -120,7 +120,6 @@ def rehearse(ctx: TrainContext) -> tuple[Check, float]:
 
 
 def rehearse_evaluation(ctx: TrainContext) -> None:
-    """Evaluate the longest validation batch."""
     samples, size = ctx.validation, ctx.config.evaluation.batch_size
     longest = samples.units(np.argsort(-samples.unit_lengths(), kind="stable")[:size])
     try:

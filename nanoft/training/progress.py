@@ -156,7 +156,6 @@ def warn_once(ctx: TrainContext, state: TrainState, what: str, text: str) -> Non
 
 
 def validate(ctx: TrainContext, batch_size: int) -> dict[str, float]:
-    """The objective's figures on the validation samples."""
     return ctx.objective.evaluate(ctx.model, eval_batches(ctx.validation, batch_size, ctx.tokenizer.pad_id))
 
 
