@@ -137,10 +137,8 @@ def read_config(args: argparse.Namespace) -> Config:
 def check_arguments(args: argparse.Namespace, config: Config) -> None:
     """Refuse files that cannot be read or written before the work, not after it."""
     for flag, file in (("--json", args.json), ("--report", args.report)):
-        if file and (os.path.isdir(file) or not os.path.isdir(Path(file).parent)):
-            raise UserError(f"{flag}: {file}: is a directory, or its directory does not exist: name a file")
-        if file and not os.access(Path(file).parent, os.W_OK):
-            raise UserError(f"{flag}: {file}: its directory is not writable: choose another")
+        if file and (os.path.isdir(file) or not os.access(Path(file).parent, os.W_OK)):
+            raise UserError(f"{flag}: {file}: is a directory, or its directory is not there or read-only: name a file")
     if args.general and not os.path.isfile(args.general):
         raise UserError(f"--general: {args.general}: no such file")
     if args.compare_base and is_run(args.source) and config.model.random_init:

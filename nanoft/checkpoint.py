@@ -66,17 +66,13 @@ class CheckpointManager:
     """The checkpoints of one run, in one directory."""
 
     def __init__(
-        self, directory: Path, keep: int, keep_every: int = 0, identity: Mapping[str, Any] = ANY_RUN, owner: bool = True
+        self,
+        directory: Path,  # created if it is missing; incomplete leftovers of killed saves are removed
+        keep: int,  # how many of the newest, besides the best
+        keep_every: int = 0,  # steps that are multiples of it are kept for good; 0: none
+        identity: Mapping[str, Any] = ANY_RUN,  # what they belong to: hashes, which must be equal to load one; versions
+        owner: bool = True,  # whether this process writes there; of several ranks, only rank 0 does
     ):
-        """
-        Args:
-            directory: created if it is missing; incomplete leftovers of killed saves are removed.
-            keep: how many of the newest are kept, besides the best.
-            keep_every: steps that are multiples of it are kept for good; 0: none.
-            identity: what the checkpoints belong to (hashes of config, base and data, library versions), as JSON
-                values; those that end in _sha256 must be equal when a checkpoint is loaded.
-            owner: whether this process writes there; of several ranks, only rank 0 does.
-        """
         self.directory, self.keep, self.keep_every = directory, keep, keep_every
         self.identity, self.owner = dict(identity), owner
         self.best_file = directory.parent / "best.json"

@@ -30,16 +30,7 @@ from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
-from nanoft.io.atomic import (
-    PROGRESS,
-    hash_file,
-    hash_named_files,
-    read_progress,
-    replace_file,
-    replaced_directory,
-    write_file,
-    write_json,
-)
+from nanoft.io import atomic
 from nanoft.io.tensor_files import encode_safetensors
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder
@@ -77,19 +68,19 @@ def merge(
     files = {name: {tensor: tensors[tensor] for tensor in own} for name, own in split.filename_to_tensors.items()}
     finished = {
         name: recorded
-        for name, recorded in (read_progress(out) if resumable else {}).items()
-        if name in files and (out / name).is_file() and hash_file(out / name) == recorded
+        for name, recorded in (atomic.read_progress(out) if resumable else {}).items()
+        if name in files and (out / name).is_file() and atomic.hash_file(out / name) == recorded
     }
     missing = [name for name in files if name not in finished]
     check_room(out, sum(_bytes(spec) for name in missing for spec in files[name].values()))
     for name in missing:
         (out / name).unlink(missing_ok=True)
-        finished[name] = write_file(out / name, encode_safetensors(files[name], read))
+        finished[name] = atomic.write_file(out / name, encode_safetensors(files[name], read))
         if resumable:
-            replace_file(out / PROGRESS, json.dumps(finished).encode())
+            atomic.replace_file(out / atomic.PROGRESS, json.dumps(finished).encode())
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(out / "model.safetensors.index.json", index)
+        atomic.write_json(out / "model.safetensors.index.json", index)
     write_config(opened.base_directory, out, dtype, opened.model.config)
     copy_tokenizer(opened, out)
     describe_score(out, opened.model.config)
@@ -173,7 +164,7 @@ def parse_weights(text: str | None, count: int) -> list[float]:
 
 def require_same_base(adapter: TrainedAdapter) -> None:
     """Refuse a base that the adapter fits, but whose files are not those that it was trained on."""
-    if adapter.base_sha256 and hash_named_files(base_files(adapter.base)) != adapter.base_sha256:
+    if adapter.base_sha256 and atomic.hash_named_files(base_files(adapter.base)) != adapter.base_sha256:
         raise UserError(
             f"{adapter.base}: its files are not those that {adapter.place} was trained on (SHA-256 differs): "
             "restore them, or add --any-base"
@@ -230,7 +221,7 @@ def save_result(
     full model is stored; `step` is of the weights' checkpoint; `dtype` is that of training; `tokenizer` its directory.
     """
     out = run / ("adapter" if adapters else "model")
-    with replaced_directory(out) as staging:
+    with atomic.replaced_directory(out) as staging:
         if adapters:
             base_sha256 = None
             with suppress(UserError, AttributeError):

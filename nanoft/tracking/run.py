@@ -321,18 +321,14 @@ class Run:
         is assumed to run. There, two processes that start at the same instant may both succeed.
         """
         note = os.pread(self._lock, 1000, 0).decode(errors="replace").strip()
-        fix = ""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fix = "wait for it"
-        except OSError:
-            if may_be_running(note):
-                fix = f"wait for it or, if it has ended, remove {self.directory / '.lock'}"
-        if fix:
-            os.close(self._lock)
-            used = f"{self.directory} is in use by process {note or 'unknown'}"
-            raise UserError(f"output.dir: {used}: {fix} or choose another output.dir")
+        except OSError as error:
+            is_locked, used = isinstance(error, BlockingIOError), f"in use by process {note or 'unknown'}"
+            if is_locked or may_be_running(note):
+                os.close(self._lock)
+                fix = "wait for it" if is_locked else f"wait for it, remove {self.directory / '.lock'} if it has ended,"
+                raise UserError(f"output.dir: {self.directory} is {used}: {fix} or choose another output.dir") from None
         owner = f"{os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         with contextlib.suppress(OSError):  # disk full; the lock holds anyway
             os.pwrite(self._lock, owner.encode(), 0)

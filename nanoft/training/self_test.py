@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,6 @@ from nanoft.batches import Batches, TokenDataset, collate
 from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, apply, is_linear
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
 from nanoft.config import Config, LoRAConfig
-from nanoft.generation.generate import generate
 from nanoft.lora import by_pattern, disabled, make_lora, variant_of, weight_of
 from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
@@ -47,7 +46,6 @@ DOCUMENTS = 8  # pieces of samples, of as many lengths
 SIZES = (1, 2, 4, DOCUMENTS)  # of a micro-batch
 TOKENS = 2048  # of all documents together, at most
 STEPS = 2  # before the interruption, and after it
-ANSWER = 16  # tokens
 SHARE = 0.2  # by which the outputs of a perturbed adapter change, relative to their norm
 KEPT = 1 << 16  # values of each gradient that are compared
 # Tolerances: of a whole model forward and backward, and of one product or loss.
@@ -121,7 +119,9 @@ def equations(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Eq
     unsure = "" if sure else " (bit for bit only with system.deterministic=true)"
     onto = "" if ctx.config.quantization.bits == 16 else ", onto the quantized weights unpacked"
     splits = " = ".join(f"{n}x{DOCUMENTS // n}" for n in SIZES)
-    prompts = [(s.ids[: max(1, int(s.is_target.argmax()))]).tolist() for s in documents[::2]]
+    pad, row = ctx.tokenizer.pad_id, int(documents.lengths.sum())
+    cuts = [Batches(documents, size, DOCUMENTS // size, 0, pad) for size in SIZES]
+    packed = Batches(documents, 1, 1, 0, pad, pack_length=row)
     ids = torch.from_numpy(documents[-1].ids.astype(np.int64))[None].to(ctx.device)
     longest = documents.units([-1])
     from_files = nearer if variant_of(lora).RANKS > 1 else 0.0  # PiSSA's files have twice the rank, another alpha
@@ -137,14 +137,12 @@ def equations(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Eq
 
     return [
         Equation("fresh adapter = base", "logits", 0.0, inference(adapter_effect, model, adapters, ids), none or begun),
-        Equation(splits, "gradient", near, lambda: splits_error(ctx, loop, documents)),
-        Equation("packed = alone", "gradient", near, lambda: packed_error(ctx, loop, documents)),
+        Equation(splits, "gradient", near, lambda: batching_error(ctx, loop, cuts)),
+        Equation("packed = alone", "gradient", near, lambda: batching_error(ctx, loop, [cuts[0], packed])),
         Equation("recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, longest)),
         Equation("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_error(ctx, documents[-1:])),
         Equation("merged = adapter", f"logits{onto}", near, inference(merged_error, model, adapters, ids), none),
         Equation("adapter saved = read", "files, products", from_files, inference(files_error, ctx, place), none),
-        # both the likeliest token's logit and that of the one taken may be off
-        Equation("with a cache = without", "greedy tokens", 2 * near, inference(answers_error, model, prompts)),
         Equation(resumed, all_state, exact, lambda: resume_error(ctx, loop, place)),
     ]
 
@@ -206,20 +204,6 @@ def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tenso
     raise TrainingFailed("the loop took no step: its loss is not finite")
 
 
-@contextmanager
-def without_dropout(ctx: TrainContext) -> Iterator[None]:
-    """Switch off dropout and noise, which depend on the shape of a batch."""
-    random = [(ctx.model, "neftune_alpha"), *((adapter, "dropout") for adapter in ctx.adapters.values())]
-    before = [getattr(module, name) for module, name in random]
-    for module, name in random:
-        setattr(module, name, 0.0)
-    try:
-        yield
-    finally:
-        for (module, name), value in zip(random, before, strict=True):
-            setattr(module, name, value)
-
-
 def cut(samples: TokenDataset, tokens: int) -> TokenDataset:
     """Pieces of units spread over the data, of increasing length, each ending in the last target of its sample."""
     longest, pieces = max(DOCUMENTS, tokens // DOCUMENTS), []
@@ -256,23 +240,18 @@ def adapter_effect(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) ->
     return relative_error(model.logits(model(ids)), base)
 
 
-def splits_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
-    """The gradient of one window split into micro-batches of 1, 2, 4, ... sequences."""
-    with without_dropout(ctx):
-        cuts = [Batches(documents, size, DOCUMENTS // size, 0, ctx.tokenizer.pad_id) for size in SIZES]
-        found = [gradient(ctx, loop, batches) for batches in cuts]
+def batching_error(ctx: TrainContext, loop: Loop, cuts: list[Batches]) -> float:
+    """The gradient of documents in batches of several shapes; without dropout and noise, which depend on the shape."""
+    random = [(ctx.model, "neftune_alpha"), *((adapter, "dropout") for adapter in ctx.adapters.values())]
+    with ExitStack() as after:
+        for module, name in random:
+            after.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, 0.0)
+        first, *others = [gradient(ctx, loop, batches) for batches in cuts]
     rows = "embed_tokens.rows"  # these tokens need not be in the documents
-    if idle := [n for n, _ in ctx.trained if not n.endswith(rows) and (n not in found[0] or not found[0][n].any())]:
+    if idle := [n for n, _ in ctx.trained if not n.endswith(rows) and (n not in first or not first[n].any())]:
         raise TrainingFailed(f"{idle[0]} is trained and has no effect: its gradient is zero")
-    return max(vector_error(one, found[0]) for one in found[1:])
-
-
-def packed_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
-    """The gradient: all documents packed into one row against one row per document."""
-    row, pad_id = int(documents.lengths.sum()), ctx.tokenizer.pad_id
-    with without_dropout(ctx):
-        alone = gradient(ctx, loop, Batches(documents, 1, DOCUMENTS, 0, pad_id))
-        return vector_error(gradient(ctx, loop, Batches(documents, 1, 1, 0, pad_id, pack_length=row)), alone)
+    return max(vector_error(one, first) for one in others)
 
 
 def recompute_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
@@ -374,17 +353,6 @@ def files_error(ctx: TrainContext, directory: Path) -> float:
     if any((second / path.name).read_bytes() != path.read_bytes() for path in first.iterdir()):
         return math.inf
     return max(relative_error(product(again[n], x), product(old, x)) for n, old, x in examples(ctx.adapters))
-
-
-def answers_error(model: Decoder, prompts: list[list[int]]) -> float:
-    """How much a pass without a cache prefers another token to the greedy answer's, in deviations of the logits."""
-    worst = 0.0
-    for prompt, answer in zip(prompts, generate(model, prompts, (), ANSWER), strict=True):
-        ids = torch.tensor([[*prompt, *answer.ids]], device=model.device)
-        logits = model.logits(model(ids)[0, len(prompt) - 1 : -1])  # (answer, vocab)
-        ahead = logits.amax(-1) - logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
-        worst = max(worst, (ahead / logits.std(-1)).nan_to_num(nan=math.inf).max().item())
-    return worst
 
 
 def resume_error(ctx: TrainContext, loop: Loop, directory: Path) -> float:

@@ -37,7 +37,6 @@ from nanoft.data.inspection import unseen_tokens, utilization
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
-from nanoft.io.atomic import hash_named_files
 from nanoft.io.hub import use_cache
 from nanoft.io.tables import format_duration
 from nanoft.io.untrusted import redact
@@ -116,8 +115,8 @@ def init_run_dir(
         "threads": config.system.threads or before.get("threads") or torch.get_num_threads(),
         "config_sha256": fingerprint,
         **data_provenance(config.data),
-        "base_sha256": hash_named_files([*described_files(files.directory), *weights]),
-        "source_sha256": hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
+        "base_sha256": atomic.hash_named_files([*described_files(files.directory), *weights]),
+        "source_sha256": atomic.hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
         **({"start_sha256": hash_tensors(start.tensors)} if start else {}),
         "date": str(before.get("date") or datetime.now().date().isoformat()),
     }
@@ -187,8 +186,16 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     if config.rl.reward:  # a window holds the prompts of a step, whose answers become its micro-batches
         window = 1, config.rl.prompts
     pack_length = length if d.packing and not config.rl.reward else None
-    order = d.group_by_length, d.pad_to_multiple_of, t.shuffle
-    batches = Batches(corpus.training, *window, seed, tokenizer.pad_id, pack_length, *order)
+    batches = Batches(
+        corpus.training,
+        *window,
+        seed,
+        tokenizer.pad_id,
+        pack_length,
+        d.group_by_length,
+        d.pad_to_multiple_of,
+        t.shuffle,
+    )
     batches.micro_batch_size = config.micro_batch_rows()
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
