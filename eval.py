@@ -1,10 +1,12 @@
 """Evaluate a run or a model on held-out data: perplexity, answers, forgetting; base against tuned, with intervals.
 
-python eval.py runs/tiny --compare-base
-python eval.py runs/tiny --data questions.jsonl --by topic --json figures.json evaluation.metrics=token_f1,rouge_l
-python eval.py runs/tiny --general wikitext.txt
-python eval.py runs/tiny --quantization
-python eval.py mistralai/Mistral-7B-Instruct-v0.3 --data questions.jsonl
+    python eval.py runs/tiny --compare-base
+    python eval.py runs/tiny --data questions.jsonl --by topic --json figures.json evaluation.metrics=token_f1,rouge_l
+    python eval.py runs/tiny --general wikitext.txt
+    python eval.py runs/tiny --quantization
+    python eval.py mistralai/Mistral-7B-Instruct-v0.3 --data questions.jsonl
+
+More: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -13,13 +15,7 @@ import sys
 
 from nanoft.runtime.command import Arguments, command
 
-PARSER = Arguments(
-    prog="eval.py",
-    description="Evaluate a run or a model on held-out data: perplexity, metrics of its answers, stop rate.",
-    epilog="examples: python eval.py runs/tiny --compare-base; "
-    "python eval.py runs/tiny --data questions.jsonl evaluation.metrics=token_f1 --json figures.json; "
-    "more: docs/evaluation.md",
-)
+PARSER = Arguments(prog="eval.py", description=__doc__)
 add = PARSER.add_argument
 add("source", metavar="RUN|MODEL", help="run directory, adapter, model directory or Hub name")
 add("overrides", nargs="*", metavar="section.field=value", help="change a setting of the run")

@@ -364,7 +364,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
     assert stopped.value.code == 0
-    assert "examples: python train.py configs/tiny.py" in capsys.readouterr().out
+    assert "python train.py configs/tiny.py" in capsys.readouterr().out
 
 
 # --- mistakes: exit 2, one line, nothing left behind

@@ -42,6 +42,7 @@ from nanoft.runtime.device import (
     choose_device,
     choose_dtype,
     describe_device,
+    library_versions,
     matmul_gflop_s,
     quiet_libraries,
     supports_matmul,
@@ -52,7 +53,7 @@ from nanoft.training.memory_plan import Planner, describe_recompute, resolve_mic
 from nanoft.training.preflight import check_room
 from nanoft.training.validation import validate_config
 
-TESTED = {"torch": ((2, 8), (2, 14)), "python": ((3, 11), (3, 15))}  # first supported, first untested
+TESTED = {"python": ((3, 11), (3, 15)), "torch": ((2, 8), (2, 14))}  # first supported, first untested
 FIX_BITSANDBYTES = "reinstall or update it, or quantization.bits=16 and training.optimizer=adamw"
 GB_ON_DISK = 10  # below this a checkpoint or a model may not fit
 
@@ -77,14 +78,13 @@ def check_machine(device: torch.device, config: Config | None = None) -> Iterato
 
 
 def versions() -> Iterator[Check]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name, version in found.items():
-        low, high = TESTED[name]
-        number = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    found = library_versions()
+    for name, (low, high) in TESTED.items():
+        number = tuple(int(part) for part in found[name].split("+")[0].split(".")[:2])
         fix = "" if low <= number < high else f"tested with {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}"
-        yield Check(name, "warn" if fix else "ok", version, fix)
-    others = ("safetensors", "tokenizers", "bitsandbytes", "numpy", "huggingface_hub")
-    yield Check("libraries", "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in others))
+        yield Check(name, "warn" if fix else "ok", found[name], fix)
+    others = [f"{name} {version}" for name, version in found.items() if name not in TESTED]
+    yield Check("libraries", "ok", ", ".join(others))
 
 
 def precision(device: torch.device) -> Iterator[Check]:
@@ -177,12 +177,11 @@ def hub() -> Check:
 
 
 def check_config(config: Config) -> Iterator[Check]:
-    """Checks of what this config needs: device, packages, files, memory."""
-    yield (device := _try("config", lambda: f"runs on {choose_device(config.system.device).type}"))
+    """Checks of what this config needs: known names, device, packages, files, memory."""
+    yield (settings := _try("settings", lambda: _settings(config)))
     yield _try("model", lambda: _model(config))
     yield _try("data", lambda: _data(config))
-    if device.passed:
-        yield _try("settings", lambda: _settings(config))
+    if settings.passed:
         yield _try("room", lambda: _room(config))
 
 
@@ -204,10 +203,12 @@ def validate_environment(config: Config, machine: Machine) -> None:
 
 
 def needs_bitsandbytes(config: Config) -> bool:
-    return config.quantization.bits == 4 or OPTIMIZERS[config.training.optimizer].needs_bitsandbytes
+    optimizer = OPTIMIZERS.get(config.training.optimizer)
+    return config.quantization.bits == 4 or bool(optimizer and optimizer.needs_bitsandbytes)
 
 
 def _settings(config: Config) -> str:
+    validate_config(config)
     machine = Machine.detect(config)
     validate_environment(config, machine)
     return f"{config.training.optimizer} and {machine.dtype_name} work on {machine.device.type}"
@@ -257,14 +258,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     config = load_config(args.config, args.overrides) if args.config else None
     use_cache(config.model.cache_dir if config else "")
-    passed = True
-    if config:
-        try:
-            validate_config(config)
-        except UserError as error:
-            print(Check("settings", "FAIL", one_line(error)), flush=True)
-            config, passed = None, False
-    device = choose_device("auto")
+    device, passed = choose_device("auto"), True
     with contextlib.suppress(UserError):  # not available, which check_config reports
         device = choose_device(config.system.device) if config else device
     for check in chain(check_machine(device, config), check_config(config) if config else ()):
