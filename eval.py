@@ -103,7 +103,10 @@ def main(argv: list[str]) -> int:
         if (args.compare_base or args.general) and has_base(args.source, loaded, config):
             with base_of(args.source, config, loaded) as base_model:
                 base = measure(config, base_model, chat, held_out, metrics)
-        require_finite(tuned, args.source)
+        for name, figure in tuned.figures.items():
+            if not math.isfinite(figure.value):  # no figure is worth printing then
+                fault = "its weights are broken or overflow in model.dtype"
+                raise UserError(f"{args.source}: {name} is {figure.value}: {fault}")
         values, text, markdown = report(
             ReportInputs(
                 args.source, tuned, base, primary=next(iter(config.evaluation.metrics), "exact_match"),
@@ -166,13 +169,6 @@ def measure(
 ) -> EvalResult:
     e, context, seed = config.evaluation, config.model.max_seq_length, config.system.seed
     return evaluate.measure(loaded.model, chat, data.samples, data.prompts, e, context, metrics, data.general, seed)
-
-
-def require_finite(result: EvalResult, source: str) -> None:
-    """A model without a finite loss has no figures worth printing."""
-    for name, figure in result.figures.items():
-        if not math.isfinite(figure.value):
-            raise UserError(f"{source}: {name} is {figure.value}: its weights are broken or overflow in model.dtype")
 
 
 def write(file: str | None, flag: str, text: str) -> None:

@@ -158,7 +158,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return difference / norm if math.isfinite(difference) and math.isfinite(norm) else math.inf
 
 
-def vector_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The relative error of all tensors of the same names, as one vector."""
     if found.keys() != expected.keys():
         return math.inf
@@ -251,7 +251,7 @@ def batching_error(ctx: TrainContext, loop: Loop, cuts: list[Batches]) -> float:
     rows = "embed_tokens.rows"  # these tokens need not be in the documents
     if idle := [n for n, _ in ctx.trained if not n.endswith(rows) and (n not in first or not first[n].any())]:
         raise TrainingFailed(f"{idle[0]} is trained and has no effect: its gradient is zero")
-    return max(vector_error(one, first) for one in others)
+    return max(gradient_error(one, first) for one in others)
 
 
 def recompute_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
@@ -262,7 +262,7 @@ def recompute_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> f
         ctx.model.activation_policy = [keep] * len(chosen)
         found.append(gradient(ctx, loop, batches))
     ctx.model.activation_policy = chosen
-    return max(vector_error(one, found[0]) for one in found[1:])
+    return max(gradient_error(one, found[0]) for one in found[1:])
 
 
 def loss_error(ctx: TrainContext, documents: TokenDataset) -> float:
@@ -375,4 +375,4 @@ def resume_error(ctx: TrainContext, loop: Loop, directory: Path) -> float:
     if any(found.state[key] != expected.state[key] for key in ("step", "epoch", "window", "rng", "scaler")):
         return math.inf
     files = ("adapter" if ctx.adapters else "model", "optimizer")
-    return max(vector_error(found.tensors(name), expected.tensors(name)) for name in files)
+    return max(gradient_error(found.tensors(name), expected.tensors(name)) for name in files)

@@ -305,7 +305,7 @@ def test_what_is_no_number_is_infinitely_far() -> None:
         )
     assert self_test.relative_error(one, 0 * one) == torch.inf
     assert self_test.relative_error(0 * one, 0 * one) == 0.0
-    assert self_test.vector_error({"a": one}, {"a": one, "b": one}) == torch.inf
+    assert self_test.gradient_error({"a": one}, {"a": one, "b": one}) == torch.inf
 
 
 def test_pieces_end_in_a_target_and_are_of_all_lengths() -> None:
