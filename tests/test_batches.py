@@ -330,11 +330,12 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(
 
 def packed_error(model: Decoder, documents: TokenDataset) -> float:
     """Logits of every token, and the loss: all documents packed into one row against each by itself."""
-    batch, losses = collate(documents, [np.arange(len(documents))], PAD), torch.zeros(2, dtype=torch.float64)
+    whole, losses = [np.arange(len(documents))], torch.zeros(2, dtype=torch.float64)
+    batch = batches.collate(documents, whole, PAD)
     packed = model(batch.ids, batch.positions, batch.documents)  # (1, all tokens, hidden)
     worst = 0.0
     for place, in_pack in enumerate(packed.split(documents.lengths.tolist(), dim=1)):
-        one = collate(documents, [[place]], PAD)
+        one = batches.collate(documents, [[place]], PAD)
         alone = model(one.ids)
         worst = max(worst, relative_error(model.logits(in_pack), model.logits(alone)))
         for i, hidden in enumerate((in_pack, alone)):
