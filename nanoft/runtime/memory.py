@@ -150,23 +150,20 @@ def read_memory(device: torch.device) -> MemoryReading:
 class MemoryMonitor:
     """Warns before memory runs out: at 85, 90 and 95 % of the limit, and when memory leaks.
 
-    To tell a leak from noise, each window of readings gives one median. It is a leak if the medians rise along a line
-    and memory has grown by more than caches explain.
+    It is a leak if the last readings rise along a line, and memory has grown by more than caches explain.
     """
 
     LEVELS = (0.85, 0.90, 0.95)
-    WINDOW_READINGS = 30
-    WINDOWS = 8
+    READINGS = 240
     RISING = 0.9  # correlation of memory and steps in a leak
-    GROWTH, GROWTH_BYTES = 0.02, 32e6  # of a leak over all windows: at least this share of held memory, and this much
+    GROWTH, GROWTH_BYTES = 0.02, 32e6  # of a leak over all readings: at least this share of held memory, and this much
 
     def __init__(self, device: torch.device, every_s: float = 1.0):
         self.device, self.every_s = device, every_s  # seconds between readings; in between, only the clock is read
         self._warned: dict[str, float] = {}  # place -> the highest level that was warned of
         self._leak_warned = False
         self._last_s = -float("inf")
-        self._readings: list[tuple[int, float]] = []
-        self._windows: deque[tuple[float, float]] = deque(maxlen=self.WINDOWS)  # (step, bytes)
+        self._readings: deque[tuple[int, float]] = deque(maxlen=self.READINGS)  # (step, bytes)
 
     def check(self, step: int) -> list[str]:
         """New warnings after `step` completed optimizer steps, if a reading is due."""
@@ -190,21 +187,16 @@ class MemoryMonitor:
 
     def _leak(self, step: int, now: MemoryReading) -> Iterator[str]:
         self._readings.append((step, now.host_held))
-        if len(self._readings) < self.WINDOW_READINGS:
+        if self._leak_warned or len(self._readings) < self.READINGS:
             return
         steps, held = zip(*self._readings, strict=True)
-        self._readings.clear()
-        self._windows.append((statistics.median(steps), statistics.median(held)))
-        if self._leak_warned or len(self._windows) < self.WINDOWS:
-            return
-        all_steps, medians = zip(*self._windows, strict=True)
-        per_step, taken = statistics.linear_regression(all_steps, medians).slope, all_steps[-1] - all_steps[0]
+        per_step, taken = statistics.linear_regression(steps, held).slope, steps[-1] - steps[0]
         grown = per_step * taken
-        is_large = grown > max(self.GROWTH * medians[0], self.GROWTH_BYTES)
-        if is_large and statistics.correlation(all_steps, medians) >= self.RISING:
+        is_large = grown > max(self.GROWTH * held[0], self.GROWTH_BYTES)
+        if is_large and statistics.correlation(steps, held) >= self.RISING:
             self._leak_warned = True
             yield (
                 f"memory has grown by {grown / 1e6:,.0f} MB in {taken:,.0f} steps and will be full in about "
-                f"{(now.host_limit - medians[-1]) / per_step:,.0f} more: stop with Ctrl-C and run the same command "
+                f"{(now.host_limit - held[-1]) / per_step:,.0f} more: stop with Ctrl-C and run the same command "
                 "again, which resumes in a new process"
             )

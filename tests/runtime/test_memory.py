@@ -136,7 +136,7 @@ def test_looking_is_not_done_more_often_than_asked(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("leaks", [False, True])
 def test_a_leak_is_told_from_a_warm_up(leaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real allocations: some at the beginning, and then none, or one at every step."""
-    monkeypatch.setattr(MemoryMonitor, "WINDOW_READINGS", 5)
+    monkeypatch.setattr(MemoryMonitor, "READINGS", 40)
     watch, kept, warnings = MemoryMonitor(CPU, every_s=0), [], []
     for step in range(60):
         if leaks or step < 8:
@@ -147,8 +147,8 @@ def test_a_leak_is_told_from_a_warm_up(leaks: bool, monkeypatch: pytest.MonkeyPa
         del temporary
     assert len(warnings) == leaks
     if leaks:
-        assert float(warnings[0].split(" MB")[0].split()[-1]) == pytest.approx(4 * 35, rel=0.2)
-        assert "in 35 steps and will be full in about" in warnings[0]
+        assert float(warnings[0].split(" MB")[0].split()[-1]) == pytest.approx(4 * 39, rel=0.2)
+        assert "in 39 steps and will be full in about" in warnings[0]
 
 
 def test_figures_are_those_of_the_process() -> None:
