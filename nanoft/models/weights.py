@@ -20,7 +20,7 @@ from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
-from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensors
+from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models import fp8
@@ -39,7 +39,7 @@ from nanoft.models.model_files import (
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
 from nanoft.runtime.memory import available_bytes
 
-FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
+FLOATS = {"F64", *DTYPES}  # dtypes of plain weights, in safetensors' names
 Stored = dict[str, tuple[set[str], tuple[int, ...] | None]]  # tensor -> its possible dtypes, and its shape (None: any)
 ReadTensor = Callable[[str], Tensor | Iterable[Tensor]]  # by its name
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
@@ -104,7 +104,7 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             place, parts = name.removesuffix("weight"), stored_tensors(shape, files.stored)
             expected |= {place + part: stored for part, stored in parts.items()}
             if (form := headers[name].form) in FLOATS:  # bnb_4bit_quant_storage
-                expected[name] = ({form}, (math.prod(shape) // 2 // SIZES[form], 1))
+                expected[name] = ({form}, (math.prod(shape) // 2 // DTYPES[form].itemsize, 1))
         elif name in headers and headers[name].form == fp8.FORM and len(shape) == 2:
             scales = name + fp8.SCALE
             wanted = fp8.grid(shape, headers[scales].shape, block) if scales in headers else None
