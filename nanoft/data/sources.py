@@ -298,25 +298,25 @@ class _JsonText:
     def value(self, number: int, limit: int = MAX_RECORD) -> Any:
         """The next value; near the end of the window it is parsed again with more text: 1 may begin 1.5e3."""
         self.peek()
+        where = f"{self.path}: record {number}"
         while True:
+            reason, end = "", len(self.window)
             try:
                 value, end = DECODER.raw_decode(self.window, self.at)
-                reason, length = "", end - self.at
-                if length > limit:
-                    raise UserError(f"{self.path}: record {number}: longer than {limit >> 20} MiB: write JSON Lines")
             except RecursionError:
-                raise UserError(f"{self.path}: record {number}: nested too deeply") from None
+                raise UserError(f"{where}: nested too deeply") from None
             except json.JSONDecodeError as error:
-                reason = f"{error.msg}: character {error.pos - self.at + 1:,} of the record"
+                reason = f"not valid JSON: {error.msg}: character {error.pos - self.at + 1:,} of the record"
             except ValueError as error:
-                reason = str(error)
-            if not reason and (end + 2 < len(self.window) or not self._more()):
+                reason = f"not valid JSON: {error}"
+            if (length := end - self.at) > limit:
+                also = f", or {reason}" if reason else ""
+                raise UserError(f"{where}: longer than {limit >> 20} MiB{also}: write JSON Lines")
+            if end + 2 < len(self.window) or not self._more():
+                if reason:
+                    raise UserError(f"{where}: {reason}")
                 self.at += length
                 return value
-            too_long = f"longer than {limit >> 20} MiB, or " * (len(self.window) - self.at > limit)
-            if reason and (too_long or not self._more()):
-                fix = ": write JSON Lines" if too_long else ""
-                raise UserError(f"{self.path}: record {number}: {too_long}not valid JSON: {reason}{fix}")
 
     def _more(self) -> bool:
         """Extend the window by at least half, so that a long value is parsed only a few times."""
