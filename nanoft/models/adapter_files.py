@@ -348,13 +348,7 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
             raise UserError(f"{key}: {value!r:.60} is not supported")
     if not isinstance(config.get("base_model_name_or_path") or "", str):
         raise UserError(f"base_model_name_or_path: {config['base_model_name_or_path']!r:.60} is not a name")
-    low_rank = ranks_of(tensors)
     copies = tuple(module for module, part in map(_split, tensors) if part == "weight")
-
-    def used(field: str) -> Any:  # a key that no adapter has is without effect in PEFT, too
-        pattern, names = config.get(field) or {}, [places.get(name, name) for name in low_rank]
-        return {key: value for key, value in pattern.items() if any(by_pattern({key: 1}, n, 0) for n in names)}
-
     targets, rows = config.get("target_modules"), config.get("trainable_token_indices") or {}
     rows = {module_name(name): ids for name, ids in rows.items()} if isinstance(rows, dict) else rows
     lora = LoRAConfig(
@@ -370,10 +364,9 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
     for saved in config.get("modules_to_save") or ():
         if not any(is_inside(name, module_name(saved)) for name in copies):
             raise UserError(f"modules_to_save: {saved!r:.60} has no tensors: copy the adapter again")
-    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
-        lora = replace(lora, target_modules=(_target_rule(config),))
-    lora = replace(lora, rank_pattern=used("rank_pattern"), alpha_pattern=used("alpha_pattern"))
-    if any(place != name for name, place in places.items()):
+    narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
+    if narrowed or lora.rank_pattern or lora.alpha_pattern or any(place != name for name, place in places.items()):
+        # The tensors say which modules have adapters; the patterns, what ranks and alphas these have.
         ranks = {name: by_pattern(lora.rank_pattern, place, lora.rank) for name, place in places.items()}
         alphas = {name: by_pattern(lora.alpha_pattern, place, lora.alpha) for name, place in places.items()}
         lora = _with_ranks(lora, ranks, alphas)
@@ -403,24 +396,6 @@ def standard_names(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Te
         if dot:
             places[_split(name)[0]] = place
     return found, places
-
-
-def _target_rule(config: dict[str, Any]) -> str:
-    """One regular expression for target_modules with layers_to_transform and exclude_modules (PEFT's tuners_utils)."""
-
-    def rule(names: Any) -> str:  # a list has the ends of modules' names, a text is an expression already
-        ends = "|".join(re.escape(str(name)) for name in names) if isinstance(names, list) else ""
-        return rf"(.*\.)?({ends})" if ends else str(names)
-
-    targets, layers = config["target_modules"], config.get("layers_to_transform")
-    found = f"({rule('.*[.]layers[.].*' if targets == 'all-linear' else targets)})"
-    if layers not in (None, []):
-        names = config.get("layers_pattern") or "[^.]*"
-        where = names if isinstance(names, str) else "|".join(map(str, names))
-        numbers = "|".join(map(str, layers if isinstance(layers, list) else [layers]))
-        found = rf"(?=(.*?\.)?({where})\.({numbers})\.){found}"
-    excluded = config.get("exclude_modules")
-    return f"(?!({rule(excluded)})$){found}" if excluded else found
 
 
 def vocabulary_of(lora: LoRAConfig, tensors: dict[str, Tensor]) -> int:

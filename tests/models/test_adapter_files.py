@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from nanoft import UserError
 from nanoft.config import LoRAConfig
-from nanoft.lora import LoRALinear, inject_lora, variant_of
+from nanoft.lora import LoRALinear, by_pattern, inject_lora, variant_of
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import (
     PEFT_PREFIX,
     adapter_tensors,
     as_plain_lora,
     load_adapter_tensors,
+    ranks_of,
     read_adapter,
     save_adapter,
     save_mlx,
@@ -99,8 +100,11 @@ def test_their_file_loads_here(name: str, base: Path, tmp_path: Path) -> None:
     ours, base_name, tensors, note = read_adapter(tmp_path / "adapter")
     assert (base_name, note) == (str(base), {})
     assert tensors.keys() == adapter_tensors(adapters).keys()
-    kept = ("rank", "rank_pattern", "alpha_pattern", "rslora", "dora", "bias")
-    assert all(getattr(ours, name) == getattr(lora, name) for name in kept)
+    assert all(getattr(ours, name) == getattr(lora, name) for name in ("rslora", "dora", "bias"))
+    for name in ranks_of(tensors):
+        for pattern, default in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+            own, wanted = (by_pattern(getattr(c, pattern), name, getattr(c, default)) for c in (ours, lora))
+            assert own == wanted
 
 
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights of the model:UserWarning")
