@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from nanoft.models.model_files import TOWERS, split_reference, standard_name
 
 NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
 PEFT_PREFIX = "base_model.model."
-A, B, BIAS = "lora_A.weight", "lora_B.weight", LoRALinear.NAMES["bias"]
+A, B = "lora_A.weight", "lora_B.weight"
 A_EMBEDDING = LoRAEmbedding.NAMES["lora_A"]
 # What follows a module's name.
 PART = re.compile(r"\.(lora_\w+(?:\.weight)?|token_adapter\.\w+|(?:base_layer\.)?(?:weight|bias))$")
@@ -191,12 +191,11 @@ def select_modules(
 def sum_adapters(
     parts: Sequence[tuple[LoRAConfig, dict[str, Tensor]]],  # in PEFT's format, see `as_plain_lora`
     weights: Sequence[float],
-    base: Callable[[str], Tensor | None],  # of a parameter's name
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The weighted sum of adapters of one base, w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ..., as one adapter, exactly.
 
-    It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so the ranks add up. A trained bias b
-    becomes b + w_1 (b_1 - b) + w_2 (b_2 - b) + ... DoRA's m (W + s B A) / |W + s B A| is not such a sum.
+    It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so the ranks add up. DoRA's
+    m (W + s B A) / |W + s B A| is not such a sum.
     """
     if any(lora.dora for lora, _ in parts):
         raise UserError("--weights: DoRA adapters cannot be summed: merge them one at a time")
@@ -204,23 +203,15 @@ def sum_adapters(
     for (lora, tensors), weight in zip(parts, weights, strict=True):
         for place, stored in tensors.items():
             (name, part), tensor = _split(place), stored.float()
-            if part == BIAS:
-                own = base(f"{name}.bias")
-                own = tensor if own is None else own
-                combined[place] = combined.get(place, own) + weight * (tensor - own)
-            elif part.startswith("lora_"):
-                axis = 1 if "_B" in part else 0
-                tensor = tensor * (weight * _scaling(lora, name)) if axis else tensor
-                combined[place] = torch.cat((combined[place], tensor), axis) if place in combined else tensor
-            elif part != "base_layer.weight":
+            if part == "base_layer.weight":  # of the base
+                continue
+            if not part.startswith("lora_"):
                 raise UserError(f"--weights: {name}: only low-rank adapters can be summed: merge them one at a time")
+            axis = 1 if "_B" in part else 0
+            tensor = tensor * (weight * _scaling(lora, name)) if axis else tensor
+            combined[place] = torch.cat((combined[place], tensor), axis) if place in combined else tensor
     ranks = ranks_of(combined)
-    has_bias = any(lora.bias != "none" for lora, _ in parts)
-    for name in ranks if has_bias else ():  # each has a bias, if any has
-        if (own := base(f"{name}.bias")) is not None:
-            combined.setdefault(f"{PEFT_PREFIX}{name}.{BIAS}", own)
-    plain = LoRAConfig(bias="lora_only" if has_bias else "none")
-    return _with_ranks(plain, ranks, dict(ranks)), combined  # alpha / r = 1
+    return _with_ranks(LoRAConfig(), ranks, dict(ranks)), combined  # alpha / r = 1
 
 
 def fold_patterns(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
