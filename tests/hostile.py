@@ -115,7 +115,10 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "another field": (one(entry(code="x")), "do not fit config.json"),
     "field missing": (one('{"dtype":"F32","shape":[2]}'), "corrupted"),
     "an entry that is null": (one("null"), "corrupted"),
-    "terminal codes in a name": (tensor_file('{"\\u001b]0;x\\u0007":' + entry() + "}", bytes(8)), r"\\x1b"),
+    "terminal codes in a name": (
+        tensor_file('{"\\u001b]0;x\\u0007":' + entry() + "}", bytes(8)),
+        "do not fit config.json",
+    ),
     "half a character in a name": (tensor_file('{"\\ud800":' + entry() + "}", bytes(8)), "corrupted"),
     "metadata as a list": (tensor_file('{"__metadata__":[]}'), "corrupted"),
     "metadata of tables": (tensor_file('{"__metadata__":{"a":{}}}'), "corrupted"),
@@ -220,7 +223,7 @@ MODELS = {f"header: {name}": Case("model", put(WEIGHTS, data), says) for name, (
         "model", only_pickle(WEIGHTS, "pytorch_model.bin"), "pickles, such as pytorch_model.bin"
     ),
     "weights in pickles": Case("model", only_pickle(WEIGHTS, "pytorch_model-00001-of-00002.bin"), "pickle"),
-    "weights of a terabyte": Case("model", huge_tensor, "tensors do not fit"),
+    "weights of a terabyte": Case("model", huge_tensor, "tensors do not fit|Cannot allocate memory"),
     "weights linked from elsewhere": Case("model", link(WEIGHTS), "leads out of its directory"),
     "weights as a pipe": Case("model", pipe(WEIGHTS), "not a plain file"),
     "weights that never end": Case("model", link(WEIGHTS, "/dev/zero"), "leads out of its directory"),
@@ -573,7 +576,7 @@ CONFIGS = {
 
 
 def stolen(directory: Path) -> None:
-    """A companion of the model that is a link to somebody's key, which merging would publish."""
+    """A companion of the adapter that is a link to somebody's key, which merging would publish."""
     key = directory.with_name(f"{directory.name}-key")
     key.write_text(SECRET)
     (directory / "tokenizer.model").symlink_to(key)

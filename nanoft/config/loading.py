@@ -19,7 +19,7 @@ from typing import Any
 
 import nanoft
 from nanoft import UserError
-from nanoft.config.aliases import Meaning, settle, translate
+from nanoft.config.aliases import settle, translate
 from nanoft.config.functions import RUN, UNTRUSTED, is_function
 from nanoft.config.schemas import MLX_SECTIONS, MODELFORGE, Schema, explain, for_compute_specs, is_flat, recognize
 from nanoft.config.settings import Config, flatten
@@ -176,7 +176,12 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
         settings = flatten(tree, MLX_SECTIONS)
         config = _without_functions(before.config.override(settings), settings, is_of_run=provenance is not None)
         return replace(before, config=config)
-    meanings = _translate(tree, schema, environment)
+    where = "in a flat file" if is_flat(tree) else f"in the {schema.name} schema"
+    names = dict(tree) if is_flat(tree) else flatten(tree, MLX_SECTIONS)
+    given = {name: variable for variable, name in schema.environment.items() if variable in environment}
+    names |= {name: environment[variable] for name, variable in given.items()}
+    meanings = translate(names, schema.table, schema.rules, where)
+    meanings = [replace(meaning, name=given.get(meaning.name, meaning.name)) for meaning in meanings]
     found = settle(meanings)
     supplied = {} if loaded else dict(schema.defaults)  # what is loaded before has a value for every field
     if schema is MODELFORGE and (loaded is None or tree.get("compute_specs")):
@@ -196,16 +201,6 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
         before.fields + fields,
         before.names | {path: name for path, (name, _) in found.items() if name != path},
     )
-
-
-def _translate(tree: Mapping[str, Any], schema: Schema, environment: Mapping[str, str]) -> list[Meaning]:
-    """What became of the names of a file, and of those that its schema has in the environment."""
-    where = "in a flat file" if is_flat(tree) else f"in the {schema.name} schema"
-    names = dict(tree) if is_flat(tree) else flatten(tree, MLX_SECTIONS)
-    given = {name: variable for variable, name in schema.environment.items() if variable in environment}
-    names |= {name: environment[variable] for name, variable in given.items()}
-    meanings = translate(names, schema.table, schema.rules, where)
-    return [replace(meaning, name=given.get(meaning.name, meaning.name)) for meaning in meanings]
 
 
 def _without_functions(config: Config, given: Collection[str], is_of_run: bool) -> Config:

@@ -381,8 +381,8 @@ def _convert(
     required, to_messages, is_compared = shapes[shape].required, shapes[shape].to_messages, shape in PAIR_SHAPES
     if learns == "labels" and not is_compared:
         label = float(is_desirable(read | record, data.label_field))
-    elif learns == "pairs":
-        label = preferences.margin(read | record, data.margin_field)
+    elif learns == "pairs":  # by how much the better answer is better
+        label = number_of(read | record, data.margin_field) if data.margin_field else 0.0
     split_by = (data.stratify_field, data.split_group, data.split_time)
     fields = {name: _split_field(read, name) for name in split_by if name not in (None, "length")}
     fields = {**read, **fields} if learns == "prompts" else fields

@@ -148,8 +148,3 @@ def is_desirable(record: dict[str, Any], label: str | None) -> bool:
         what = f"{name}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)"
         raise Skipped(UNLABELED, what) if value in ("", "none", "nan") else BadRecord(what)
     return value in GOOD
-
-
-def margin(record: dict[str, Any], name: str | None) -> float:
-    """By how much the better answer is better, from a field of the record; 0 if none is named."""
-    return number_of(record, name) if name else 0.0

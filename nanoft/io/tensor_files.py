@@ -79,7 +79,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # it maps the whole file
         raise UserError(f"{path}: corrupted ({error}): download or copy it again") from None
 
 
