@@ -110,15 +110,7 @@ RLHF_RULE = Rule("gradient_accumulation_steps", "strategy", lambda other, own: o
 MODELFORGE_RULES = [*RULES, BITS_RULE, RLHF_RULE]
 MODELFORGE = Schema("ModelForge", ALIASES | MODELFORGE_NAMES, MODELFORGE_RULES, pairs(MODELFORGE_DEFAULTS))
 
-# The MLX schema: names that mean the same here, name=field, and the others
-MLX_SAME = """
-    model.name model.cache_dir model.max_seq_length lora.rank lora.alpha lora.dropout lora.target_modules lora.bias
-    data.validation_size
-    training.gradient_accumulation_steps training.num_epochs training.learning_rate training.weight_decay
-    training.max_grad_norm training.warmup_steps training.min_lr_ratio training.eval_steps training.save_steps
-    training.label_smoothing training.early_stopping_patience training.early_stopping_threshold system.seed
-    system.device
-"""
+# The MLX schema: name=field, and names with other values
 MLX_RENAMED = """
     data.dataset_path=data.train_file data.max_examples=data.max_samples training.batch_size=training.micro_batch_size
     data.shuffle=training.shuffle evaluation.eval_on_start=evaluation.on_start
@@ -229,7 +221,8 @@ def recognize(tree: Mapping[str, Any]) -> Schema | None:
         return MODELFORGE if tree.keys() & MODELFORGE_ONLY.keys() else HUGGING_FACE
     names = {f"{section}.{name}" for section, fields in tree.items() if isinstance(fields, Mapping) for name in fields}
     only_theirs = names & MLX_NAMES.keys() - FIELDS.keys()
-    return MLX if len(only_theirs) > len(names & FIELDS.keys() - MLX_NAMES.keys() - set(MLX_SAME.split())) else None
+    only_ours = names & {alias.field for alias in MLX_NAMES.values()} - MLX_NAMES.keys()  # it calls these otherwise
+    return MLX if len(only_theirs) > len(only_ours) else None
 
 
 def for_compute_specs(file: Mapping[str, Any], load: Callable[[str], Config]) -> Settings:

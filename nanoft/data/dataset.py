@@ -183,7 +183,15 @@ def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Pa
                 atexit.register(shutil.rmtree, entry, ignore_errors=True)
                 build(entry)
                 return entry, False
-            _build(temporary, entry, build)
+            try:
+                build(temporary)
+                hashes = {path.name: hash_content(path) for path in sorted(temporary.iterdir())}
+                (temporary / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
+                if not _is_intact(entry):  # else another process has built it meanwhile
+                    shutil.rmtree(entry, ignore_errors=True)
+                    os.rename(temporary, entry)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
             _prune(home, entry)
         with contextlib.suppress(OSError):  # the cache may belong to another user
             os.utime(entry)  # used now
@@ -198,18 +206,6 @@ def cache_home() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
     except RuntimeError:  # not a fixed name in the shared temporary directory: others could put data there
         return Path(os.devnull) / "nanoft"
-
-
-def _build(temporary: Path, entry: Path, build: Callable[[Path], None]) -> None:
-    try:
-        build(temporary)
-        hashes = {path.name: hash_content(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
-        if not _is_intact(entry):  # else another process has built it meanwhile
-            shutil.rmtree(entry, ignore_errors=True)
-            os.rename(temporary, entry)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_intact(entry: Path) -> bool:

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from torch import Tensor
 
 from nanoft import UserError, __version__
 from nanoft.blocks.trained import Adapter
@@ -190,13 +189,7 @@ def combine(
             )
     lora, tensors = first.lora, first.tensors
     if len(adapters) > 1 or weights[0] != 1:
-        files = open_rows(base or first.base, vocabulary=max(vocabulary_of(a.lora, a.tensors) for a in adapters))
-        files = replace(files, config=replace(files.config, tied=False))  # a head may be summed, too
-
-        def base_parameter(name: str) -> Tensor | None:
-            return files.whole(name) if name in files.shapes else None
-
-        lora, tensors = sum_adapters([(a.lora, a.tensors) for a in adapters], weights, base_parameter)
+        lora, tensors = sum_adapters([(a.lora, a.tensors) for a in adapters], weights)
     if only:
         lora, tensors = select_modules(lora, tensors, only)
     same = all((a.quantization, a.dtype) == (first.quantization, first.dtype) for a in adapters)
