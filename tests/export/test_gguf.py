@@ -430,6 +430,13 @@ def test_the_context_of_llama_cpp_chooses_the_factors_of_longrope(tmp_path: Path
     assert (logits(long, IDS) - logits(opened.model, IDS)).abs().max() > 0.1
 
 
+def test_granite_without_a_rope_does_not_rotate(tmp_path: Path) -> None:
+    make_family("granitemoehybrid", tmp_path, shape=1)
+    opened = open_model(str(tmp_path), CPU, torch.float32)
+    written = write((opened, open_chat_tokenizer(str(tmp_path), opened)), tmp_path / "model.gguf")
+    assert (logits(in_llama_cpp(written), IDS) - logits(opened.model, IDS)).abs().max() < 1e-4
+
+
 def test_64_layers_of_exaone_have_windows(tmp_path: Path) -> None:
     """As in its 32B: of four layers three have a window of 4096, and only they rotate."""
     deep = {"num_hidden_layers": 64, "sliding_window": 4096, "layer_types": None}
