@@ -398,6 +398,11 @@ class Config:
         """The most tokens of an answer that training samples; 0: its answers are those of the data."""
         return self.rl.max_new_tokens if self.rl.reward else self.distill.sampled_tokens
 
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens of an answer to a held-out prompt: at least those of answers that training samples."""
+        return max(self.evaluation.max_new_tokens, self.sampled_tokens)
+
     def micro_batch_rows(self) -> int:
         """Sequences per forward pass; 1 while `auto` is not resolved."""
         size = self.training.micro_batch_size

@@ -16,11 +16,11 @@ import yaml
 
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.evaluation.evaluate import Prompt
 from nanoft.generation.generate import generate
 from nanoft.io.atomic import hash_file
 from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import read_json
+from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import is_run

@@ -52,6 +52,7 @@ class Decoding:
         self.keys, self.values = list[Tensor](), list[Tensor]()  # of each layer, (b, g, slots, d)
         self.ropes = [rope for rope in model.config.distinct_ropes if rope.depends_on_length]
         self.read: list[list[int]] = []  # the tokens of each sequence, for these ropes
+        sharding.gather_outside(model)
         self.is_fast = kernels.is_applied(model)
         self.build = choose_build(model) if self.is_fast and not distributed.is_sharded() else None
         self.head = prepacked(model.head.to(model.dtype), None) if self.build is prepacked else None

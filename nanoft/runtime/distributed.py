@@ -169,8 +169,10 @@ def split_work(items: Iterable[T]) -> Iterator[T]:
 
 
 def all_gather_dict(found: dict[int, T]) -> dict[int, T]:
-    """The union of what the ranks found with `split_work`, JSON values by number."""
-    if _store is None or _sharded:
+    """The union of what the ranks found with `split_work`, JSON values by number; with a sharded model, rank 0's."""
+    if _sharded:
+        return dict(broadcast_from_rank0(lambda: list(found.items())))
+    if _store is None:
         return found
     return dict(sorted(pair for part in _all_gather(list(found.items())) for pair in part))
 

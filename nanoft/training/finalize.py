@@ -30,7 +30,8 @@ from nanoft.runtime.command import StopRequest
 from nanoft.runtime.energy import JOULES_PER_WH
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking import rank_usage
-from nanoft.training.progress import in_smaller_batches, log_memory, report_failure
+from nanoft.training import progress
+from nanoft.training.progress import log_memory, report_failure
 from nanoft.training.setup import base_model, load_base
 from nanoft.training.state import TrainContext, TrainState, load_weights
 
@@ -123,20 +124,10 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
     Raises:
         NotFinite: the model answers with NaN, so the result is worth nothing.
     """
-    e, length, seed = ctx.config.evaluation, ctx.config.model.max_seq_length, ctx.config.system.seed
-
-    def measured(size: int) -> evaluate.EvalResult:
-        at_most = replace(e, batch_size=min(size, e.batch_size), prompt_batch_size=min(size, e.prompt_batch_size))
-        return evaluate.measure(model, ctx.tokenizer, ctx.validation, prompts, at_most, length, metrics, general, seed)
-
+    e = ctx.config.evaluation
     try:
-        prompts, metrics = ctx.prompts, answers.select_metrics(e.metrics)
-        general = read_general(e.general_file, ctx.tokenizer)
-        result = in_smaller_batches(ctx, max(e.batch_size, e.prompt_batch_size), measured)
-        if len(ctx.validation):
-            with ctx.autocast():
-                result.figures.update(ctx.objective.held_out(model, ctx.validation))
-        return result
+        metrics, general = answers.select_metrics(e.metrics), read_general(e.general_file, ctx.tokenizer)
+        return progress.measure(ctx, model, ctx.validation, ctx.prompts, metrics, general)
     except NotFinite:
         raise
     except Exception as error:
@@ -157,7 +148,7 @@ def report_inputs(
     provenance |= {"settings": settings_of(ctx.config), **(ctx.run.recorded_config() or {}).get("provenance", {})}
     leakage = leakage_of_run(ctx.corpus.report, ctx.config.data.near_leaks) if len(ctx.validation) else {}
     return ReportInputs(
-        ctx.run.directory.name, tuned, base, primary=next(iter(e.metrics), "exact_match"), limit=e.max_new_tokens,
-        groups=groups, places=[ctx.corpus.location(record) for record in measured.records.tolist()],
+        ctx.run.directory.name, tuned, base, primary=next(iter(e.metrics), "exact_match"), groups=groups,
+        limit=ctx.config.answer_tokens, places=[ctx.corpus.location(record) for record in measured.records.tolist()],
         leakage=leakage, training=training, provenance=provenance, shown=e.samples, seed=ctx.config.system.seed,
     )  # fmt: skip

@@ -25,8 +25,9 @@ from nanoft.config import Config
 from nanoft.config.settings import TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
-from nanoft.evaluation.evaluate import Prompt, held_out_prompts
+from nanoft.evaluation.evaluate import held_out_prompts
 from nanoft.kernels import sharding
+from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.model_files import ModelFiles

@@ -24,7 +24,6 @@ import merge as command
 from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.evaluation.evaluate import Prompt
 from nanoft.export.gguf import (
     K_QUANTS,
     WRITTEN,
@@ -37,6 +36,7 @@ from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.model_card import parity_record
 from nanoft.export.verify import held_out
 from nanoft.generation.generate import generate
+from nanoft.metrics.rewards import Prompt
 from nanoft.models import families
 from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
 from tiny_models import CASES, LLAMA3, make_chat_model, make_packed
