@@ -67,6 +67,7 @@ NOT_RUN = {
     r"python merge.py BASE": "the user's own model: tests/export/test_gguf.py",
     r"python bench/": "minutes, or a GPU: tests/test_bench.py runs small ones",
     r"python configs/tiny/language.py build": "pre-trains the demo's base for minutes: tests/test_demo.py",
+    r"python docs/solutions/": "tests/test_exercises.py",
     r"python tests/fuzz.py": "runs as long as you like: tests/test_hostile.py has a short form",
     r"python .*--follow": "waits for a run that trains: tests/tracking/test_compare.py",
     r"python .*--base nf4": "needs a run in 4 bits: tests/test_merge_command.py",
@@ -105,7 +106,7 @@ def reason_not_to_run(command: str) -> str | None:
 def words_of(command: str) -> list[str]:
     """The words that a user would type: placeholders replaced, files of this project with their full path."""
     words = [PLACEHOLDERS.get(word.partition("=")[2] or word, word) for word in shlex.split(command)]
-    return [str(ROOT / word) if word.startswith(("configs/", "bench/", "tests/")) else word for word in words]
+    return [str(ROOT / word) if word.startswith(("configs/", "bench/", "docs/", "tests/")) else word for word in words]
 
 
 def main_of(words: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
