@@ -87,7 +87,7 @@ class Model:
         q, k, v = (self.linear(f"{name}.{p}_proj", x).unflatten(-1, (-1, d)).transpose(1, 2) for p in "qkv")
         k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))  # h / g queries share a key
         scores = self.rotate(q) @ self.rotate(k).transpose(2, 3) / math.sqrt(d)  # (b, h, s, s)
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)  # not the future
+        scores = scores.masked_fill(torch.ones(scores.shape[2:], dtype=torch.bool).triu(1), -math.inf)  # no future
         return self.linear(f"{name}.o_proj", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
     def rotate(self, x: Tensor) -> Tensor:
