@@ -115,6 +115,8 @@ def selected(lines: list[list[Cell]]) -> list[list[Cell]]:
             found += [line[start : start + COLUMNS] for line in block for start in range(0, len(line) or 1, COLUMNS)]
         elif found[-1:] != [dots]:
             found.append(dots)
+    while found and not text_of(found[-1]):
+        found.pop()
     return found
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -210,7 +211,7 @@ def packed() -> Figure:
     ends = np.cumsum(lengths).tolist()
     inside = causal_mask(1, width, torch.device("cpu"), None, batch.documents)[0, 0]
     causal = causal_mask(1, width, torch.device("cpu"))[0, 0]
-    figure = Figure(figsize=(7.4, 4.2))
+    figure = plt.figure(figsize=(7.4, 4.2))
     left, right = (figure.add_axes((x, 0.17, 0.40, 0.40 * 7.4 / 4.2)) for x in (0.06, 0.56))
     draw_mask(left, causal, ends, "causal mask alone: conversations leak", causal & ~inside)
     draw_mask(right, inside, ends, "data.packing=true: each sees only itself")
@@ -252,7 +253,7 @@ def plan(**changes: Any) -> tuple[Plan, int]:
 
 def draw_plans(plans: dict[str, Plan], gpu: float) -> Figure:
     """A bar for each plan, cut into parts in GB; a line at 90 % of the GPU's memory."""
-    figure = Figure(figsize=(7.4, 0.5 * len(plans) + 1.3))
+    figure = plt.figure(figsize=(7.4, 0.5 * len(plans) + 1.3))
     axes = figure.add_axes((0.25, 0.29, 0.71, 0.62))
     for row, found in enumerate(plans.values()):
         left = 0.0
@@ -301,7 +302,7 @@ LEFT: dict[str, Any] = {"ha": "left", "va": "center"}
 
 def canvas(width: float, height: float) -> tuple[Figure, Any]:
     """A figure of width x height points, and axes over all of it with points as units."""
-    figure = Figure(figsize=(width / 72, height / 72))
+    figure = plt.figure(figsize=(width / 72, height / 72))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, width), axes.set_ylim(0, height)
     axes.axis("off")
@@ -331,6 +332,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of the documents.")
     parser.add_argument("directory", nargs="?", type=Path, default=HERE)
     directory = parser.parse_args(argv).directory
+    mpl.use("Agg")
     with mpl.rc_context(STYLE):
         for name, make in PICTURES.items():
             path = directory / f"{name}.svg"
