@@ -39,6 +39,13 @@ TEXTS = {
     path.name: path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
+NOTEBOOKS = {
+    path.name: "\n\n".join(
+        "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
+    )
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+}
+TEXTS = NOTEBOOKS | TEXTS
 README, TOUR, DATA, EVALUATION = (TEXTS[name] for name in ("README.md", "tour.md", "data.md", "evaluation.md"))
 TROUBLES = TEXTS["troubleshooting.md"]
 PACKAGES = sorted(path.parent.name for path in (ROOT / "nanoft").glob("*/__init__.py"))
