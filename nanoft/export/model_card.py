@@ -35,7 +35,7 @@ PLAIN_PROMPTS = ["What is the capital of Norway?", "Count from 1 to 5."]  # if t
 LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx", "gguf": "gguf", "gguf-lora": "gguf"}
 LOAD = {  # in Python
     "hf": 'model = transformers.AutoModelForCausalLM.from_pretrained("{here}")',
-    "peft": 'import peft\n\nbase = transformers.AutoModelForCausalLM.from_pretrained("{base}")\n'
+    "peft": 'base = transformers.AutoModelForCausalLM.from_pretrained("{base}")\n'
     'model = peft.PeftModel.from_pretrained(base, "{here}")',
 }
 ASK = """
@@ -128,7 +128,9 @@ def model_card(form: str, opened: LoadedModel, source: str, proven: Sequence[str
     if run and (run / "report.md").is_file():  # its verdict, warnings and table
         text = (run / "report.md").read_text(encoding="utf-8")
         found = re.search(r"\*\*Verdict.*?(?=\n\| training|\n## |\Z)", text, re.DOTALL)
+        start = settings["lora"]["start_from"]
         lines += [f"## Evaluation\n\n{found[0].strip()}"] if found else []
+        lines += [f"`base` has the adapter that training started from, {start}."] if found and start else []
     if settings:
         about = {"model": ModelFiles.read(base).description, "method": method}
         about |= {name: settings["lora"][name] for name in ("rank", "alpha")} if opened.adapters else {}
@@ -153,7 +155,8 @@ def usage(form: str, opened: LoadedModel, names: Mapping[str, Any]) -> Iterator[
     elif load:
         load += ASK
     if load:
-        yield f"```python\nimport transformers\n{load.format(**names)}\n```"
+        imports = "import peft\n" * (form == "peft") + "import transformers"
+        yield f"```python\n{imports}\n\n{load.format(**names)}\n```"
     if serves:
         yield f"```sh\n{SERVE[form].format(**names)}\n```"
 
