@@ -310,7 +310,7 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
 
 def begin_objective(ctx: TrainContext) -> None:
     """What the objective needs of the model as it was before training; computed once per run."""
-    sides, directory = [ctx.corpus.training, ctx.corpus.validation], ctx.run.directory
+    sides, directory = [ctx.corpus.training, ctx.validation], ctx.run.directory
     size = ctx.config.evaluation.batch_size
     in_smaller_batches(ctx, size, lambda size: ctx.objective.begin(ctx.model, sides, directory, size))
 
