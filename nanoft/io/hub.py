@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from nanoft.io.untrusted import one_line
+
 _cache: ContextVar[str | None] = ContextVar("hub_cache", default=None)  # None: the Hub client's own
 
 
@@ -31,3 +33,12 @@ def download(repository: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(repository, cache_dir=_cache.get(), **options))
+
+
+def reason_of(error: Exception) -> str:
+    """Why a download failed, in one line."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the Hub is not reachable, and it is not in the cache"
+    return one_line(error) or type(error).__name__
