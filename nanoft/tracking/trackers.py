@@ -1,13 +1,16 @@
-"""Trackers: plots, TensorBoard and Weights & Biases. All of them are off by default.
+"""Trackers: plots, which are drawn by default, and TensorBoard, trackio and Weights & Biases, which are off.
 
 `Run.log` passes each event, with access tokens redacted, to every tracker. A tracker must neither end nor slow a run:
 one that raises is removed with a warning, and plots are drawn by another process, for at most a tenth of the time.
-TensorBoard: `tensorboard --logdir RUN/tensorboard`. Weights & Biases: upload RUN/wandb with `wandb sync`.
+TensorBoard: `tensorboard --logdir RUN/tensorboard`. trackio: `TRACKIO_DIR=RUN/trackio trackio show`. Weights & Biases:
+upload RUN/wandb with `wandb sync`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import math
 import os
 import subprocess
@@ -19,37 +22,39 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.config import Config, LoggingConfig
+from nanoft.config.settings import TRACKERS
 from nanoft.tracking.plots import number
 from nanoft.tracking.run import Tracker
 
 TIMEOUT_S = 60.0  # for one drawing
-TRACKERS = ("tensorboard", "wandb")  # and the package and extra of each
 
 
-def chosen_trackers(report_to: str) -> list[str]:
-    """Those of logging.report_to; auto: W&B if it is installed, else TensorBoard if that is."""
-    if report_to == "auto":
-        return [name for name in reversed(TRACKERS) if importlib.util.find_spec(name) is not None][:1]
-    return [name for name in TRACKERS if report_to in (name, "all")]
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def chosen_trackers(wanted: LoggingConfig) -> list[str]:
+    """Those of logging.report_to; all: every one that is installed; auto: the first of those."""
+    names = wanted.trackers
+    installed = [name for name in TRACKERS if is_installed(name)] if {"all", "auto"} & set(names) else []
+    also = installed if "all" in names else installed[:1]
+    return [name for name in TRACKERS if name in [*names, *also]]
 
 
 def require_tracker_packages(wanted: LoggingConfig) -> None:
     """Raise a UserError that names the extra to install, if a tracker's package is missing."""
-    packages = [("report_to", name, name) for name in chosen_trackers(wanted.report_to)]
-    packages += [("plots", "matplotlib", "plot")] * (wanted.plots != "none")
-    for field, package, extra in packages:
-        if importlib.util.find_spec(package) is None:
-            value = getattr(wanted, field)
-            raise UserError(f"logging.{field}: {value} needs {package}: pip install -e '.[{extra}]', or set none")
+    for name in chosen_trackers(wanted):
+        if not is_installed(name):
+            raise UserError(f"logging.report_to: {name} is not installed: pip install -e '.[{name}]', or set none")
 
 
 def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     """The trackers that the config asks for, after `step` completed steps."""
-    plots, chosen = config.logging.plots, chosen_trackers(config.logging.report_to)
-    trackers: list[Tracker] = [Plots(directory, plots)] if plots != "none" else []
+    plots, chosen = config.logging.plots, chosen_trackers(config.logging)
+    trackers: list[Tracker] = [Plots(directory, plots)] if plots != "none" and is_installed("matplotlib") else []
     if "tensorboard" in chosen:
         trackers.append(TensorBoard(directory / "tensorboard", step))
-    return [*trackers, WandB(directory, config)] if "wandb" in chosen else trackers
+    return trackers + [kind(directory, config) for kind in (Trackio, WandB) if kind.__name__.lower() in chosen]
 
 
 def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -144,6 +149,35 @@ class TensorBoard:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class Trackio:
+    """trackio, in RUN/trackio unless TRACKIO_DIR says otherwise."""
+
+    name = "trackio"
+
+    def __init__(self, directory: Path, config: Config):
+        self.directory, self.config = directory, config
+        self._run: Any = None
+
+    def log(self, event: dict[str, Any]) -> None:
+        if self._run is None:
+            os.environ.setdefault("TRACKIO_DIR", str(self.directory.resolve() / "trackio"))
+            import trackio
+
+            off = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+            named = {"project": os.environ.get("TRACKIO_PROJECT", "nanoft"), "name": self.directory.name}
+            with contextlib.redirect_stdout(io.StringIO()):  # it advertises
+                self._run = trackio.init(**named, config=self.config.flat(), resume="allow", **off)
+        if values := dict(scalars(event)):
+            self._run.log(values, step=event["step"])
+
+    def close(self) -> None:
+        if self._run is not None:
+            import trackio
+
+            with contextlib.redirect_stdout(io.StringIO()):
+                trackio.finish()
 
 
 class WandB:

@@ -417,9 +417,9 @@ def start_logging(ctx: TrainContext, state: TrainState) -> None:
     ctx.run.open_metrics(state.step, [state.epoch, state.window], state.guard.skipped_windows)
     if not distributed.process_rank():
         ctx.run.trackers = build_trackers(ctx.config, ctx.run.directory, state.step)
-    if (report_to := ctx.config.logging.report_to) == "auto":
-        found = ", ".join(chosen_trackers(report_to)) or "none: neither wandb nor tensorboard is installed"
-        ctx.run.print(f"trackers  {found} (logging.report_to=auto)")
+    if {"all", "auto"} & set(ctx.config.logging.trackers):
+        found = ", ".join(chosen_trackers(ctx.config.logging)) or "none: no tracker is installed"
+        ctx.run.print(f"trackers  {found} (logging.report_to={ctx.config.logging.report_to})")
     predicted, peak = {name: size / 1e9 for name, size in ctx.plan.parts.items()}, peak_memory_gb(ctx.device)
     ctx.run.log("memory", state.step, predicted_gb=predicted, peak_memory_gb=peak, total_steps=ctx.total_steps)
     log_memory(ctx, state, "prepared")

@@ -115,20 +115,6 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert said.count("\n") == 1
 
 
-def test_the_chart_puts_the_extremes_at_the_edges() -> None:
-    lines = compare.chart([([0.0, 5.0, 10.0], [4.0, 2.0, 0.0]), ([10.0], [4.0])], width=32, height=5)
-    assert lines == [
-        "        4 |*                   o",
-        "          |",
-        "          |          *",
-        "          |",
-        "        0 |                    *",
-        "          +0                  10",
-    ]
-    assert compare.chart([([], [])]) == ["  (no data yet)"]
-    assert "*" in compare.chart([([3.0], [1.0])])[-2]  # a single point
-
-
 def test_the_rest_is_reckoned_by_the_median_pace() -> None:
     events = [{"event": "memory", "step": 0, "total_steps": 100, "time": 0.0}]
     times = [10, 12, 14, 16, 99, 101, 103]  # one pause
