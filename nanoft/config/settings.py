@@ -25,8 +25,6 @@ from nanoft import UserError
 from nanoft.config.fields import bounded, check_type, nearest, parse
 from nanoft.io.untrusted import redact
 
-TRACKERS = ("wandb", "tensorboard", "trackio")  # and the package and extra of each; auto: the first that is installed
-
 
 class Section:
     """Base of the section dataclasses: validates types and ranges when an instance is made."""
@@ -268,12 +266,6 @@ class LoggingConfig(Section):
     report_to: str | tuple[str, ...] = "none"
     gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
-    @property
-    def trackers(self) -> list[str]:
-        """The names in report_to."""
-        words = self.report_to.strip("[]()").replace(",", " ").split() if isinstance(self.report_to, str) else ()
-        return [name for name in words or self.report_to if name != "none"]
-
 
 @dataclass(frozen=True)
 class SystemConfig(Section):
@@ -339,9 +331,6 @@ class Config:
         per_module = sharded and self.logging.gradient_steps
         _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
         idle = t.early_stopping_patience and not t.eval_steps
-        for name in self.logging.trackers:
-            known = ("none", "auto", "all", *TRACKERS)
-            _refuse(name not in known, f"logging.report_to: {name!r:.60} is not a tracker{nearest(name, known)}")
         _refuse(idle, "training.early_stopping_patience: no effect with training.eval_steps=0: raise that")
         for name in ("log_steps", "eval_steps", "save_steps"):
             wrong = isinstance(every := getattr(t, name), float) and not 0 < every < 1

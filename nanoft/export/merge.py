@@ -40,6 +40,7 @@ from nanoft.io.atomic import (
     write_file,
     write_json,
 )
+from nanoft.io.bars import track
 from nanoft.io.tensor_files import Specs, encode_safetensors
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder
@@ -87,7 +88,8 @@ def merge(
     check_room(out, sum(_bytes(specs) for name, specs in files.items() if name not in finished))
     for name in [name for name in files if name not in finished]:
         (out / name).unlink(missing_ok=True)
-        finished[name] = write_file(out / name, encode_safetensors(files[name], read))
+        written = track(encode_safetensors(files[name], read), f"merging {name}", "B", _bytes(files[name]), len)
+        finished[name] = write_file(out / name, written)
         if resumable:
             replace_file(out / PROGRESS, json.dumps(finished).encode())
     if len(shards) > 1:

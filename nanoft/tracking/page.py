@@ -1,10 +1,7 @@
 """report.html: report.md as one self-contained page, for a browser, light or dark as that prefers.
 
-    RUN/report.html                                               written with report.md, then with the curves
-    python -m nanoft compare RUN RUN --html FILE                  several runs: what differs, curves, answers, reports
-
 report.md is read back (it has only headings, tables, lists, paragraphs and blocks of answers), so both say the same.
-The curves are those of plots/curves.svg, inside the page. It refers to no other file and no address, and has no script.
+The curves are those of plots/curves.svg, inside the page, which refers to no other file or address and has no script.
 """
 
 from __future__ import annotations
@@ -30,22 +27,18 @@ PAGE = Template("""<!DOCTYPE html>
 @media (prefers-color-scheme: dark) {
   :root { --text: #e3e6ea; --faint: #9aa4b0; --line: #3a4048; --page: #15181c; --card: #20252b; --accent: #5aa9e6 }
 }
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif }
-body { color: var(--text); background: var(--page) }
-h1 + p { padding: .7rem 1rem; background: var(--card); border-left: 4px solid var(--accent) }
-h2, h3 { margin-top: 2rem }
-h2 { padding-bottom: .2rem; border-bottom: 1px solid var(--line) }
-.wide { overflow-x: auto }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif;
+  color: var(--text); background: var(--page) }
+h1 + p, pre { padding: .7rem 1rem; background: var(--card); border-left: 4px solid var(--accent) }
+h2, h3, summary { margin: 2rem 0 1rem; font-size: 1.3rem }
+.wide, pre { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { color: var(--faint); font-weight: 600 }
-th:first-child, td:first-child, .answers th, .answers td { text-align: left }
-.answers { width: 100% }
+th { color: var(--faint) }
+th:first-child, td:first-child, .answers * { text-align: left }
 .answers td, li { overflow-wrap: anywhere }
-pre { overflow-x: auto; padding: .7rem 1rem; background: var(--card); line-height: 1.2 }
 svg { max-width: 100%; height: auto }
 svg text { fill: currentColor }
-summary { margin-top: 2rem; font-size: 1.3rem; font-weight: 600; cursor: pointer }
 </style>
 </head>
 <body>
@@ -71,6 +64,7 @@ def report_of(directory: Path) -> str:
 
 
 def document(title: str, body: str) -> bytes:
+    """A page of HTML."""
     return PAGE.substitute(title=escape(title), body=body).encode("utf-8", "backslashreplace")
 
 
@@ -86,17 +80,16 @@ def _lines(text: str, pictures: Mapping[str, str]) -> Iterator[str]:
     for kind, group in itertools.groupby(joined.splitlines(), lambda line: KINDS.get(line[:1], "paragraph")):
         lines = list(group)
         if kind == "heading":
-            for line in lines:
-                level = len(line) - len(line.lstrip("#"))
-                yield f"<h{level}>{escape(line[level:].strip())}</h{level}>"
+            level = len(lines[0]) - len(lines[0].lstrip("#"))
+            yield f"<h{level}>{escape(lines[0][level:].strip())}</h{level}>"
         elif kind == "table":
             cells = [[_text(c.strip()) for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
             yield table(cells[0], cells[2:])
         elif kind == "list":
             yield "<ul>" + "".join(f"<li>{_text(line[1:].strip())}</li>" for line in lines) + "</ul>"
         elif kind == "picture":
-            for path in re.findall(r"\((.*)\)", "\n".join(lines)):
-                yield _inline(pictures[path]) if path in pictures else "<p>The curves have not been drawn.</p>"
+            path = lines[0].partition("(")[2].rstrip(")")
+            yield _inline(pictures[path]) if path in pictures else "<p>The curves have not been drawn.</p>"
         elif kind == "paragraph":
             yield f"<p>{'<br>'.join(map(_text, lines))}</p>"
 

@@ -51,6 +51,7 @@ STYLE = {
     "axes.spines.right": False,
     "grid.color": "0.85",
     "axes.formatter.useoffset": False,
+    "axes.formatter.min_exponent": 4,  # 0.01 rather than a power of ten
     "legend.frameon": False,
     "legend.handlelength": 1.5,
     "legend.columnspacing": 1.0,
@@ -136,18 +137,12 @@ def figure(events: Events, title: str) -> Any:
 
         picture = Figure(figsize=(10, 2.5 * rows + 0.5), dpi=100, layout="constrained")
         picture.suptitle(plain(title))
-        grid = picture.subplots(rows, 2, squeeze=False).flat
-        for axes in grid[len(panels) :]:
-            axes.remove()
-        for axes, (name, curves) in zip(grid, panels, strict=False):
-            axes.set(title=name, xlabel="optimizer step")
-            for index, (label, event, key) in enumerate(curves):
-                curve(axes, events.series(event, key), label, index, f"{event}.{key}")
-                if event == "eval" and best:
-                    axes.axvline(best["step"], color="0.5", linestyle=":", label=best_label)
-                    best_label = "_"  # once is enough: matplotlib hides this one
-            if name == "loss":
-                scale(axes, [y for _, event, key in curves for y in events.finite(event, key)])
+        for place, (name, curves) in enumerate(panels, start=1):
+            axes = picture.add_subplot(rows, 2, place)
+            draw_curves(axes, name, [(label, events.series(*of), ".".join(of)) for label, *of in curves])
+            if best and any(event == "eval" for _, event, _ in curves):
+                axes.axvline(best["step"], color="0.5", linestyle=":", label=best_label)
+                best_label = "_"  # once is enough: matplotlib hides this one
             if len(curves) > 1:  # above the axes, where it covers no curve
                 axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
     return picture
@@ -158,36 +153,27 @@ def is_wide(values: list[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > WIDE * min(values)
 
 
-def scale(axes: Any, values: list[float]) -> None:
-    """A logarithmic axis if that shows more, with labels such as 0.02."""
-    if is_wide(values):
-        from matplotlib.ticker import LogLocator
-
-        axes.set_yscale("log")
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter="")
-        axes.yaxis.set_major_formatter("{x:g}")
-
-
 def comparison(runs: dict[str, Events]) -> Any:
     """A matplotlib Figure with the eval-loss curves of several runs, by name."""
     with style():
         from matplotlib.figure import Figure
 
         picture = Figure(figsize=(10, 4.5), dpi=100, layout="constrained")
-        axes = picture.subplots()
-        axes.set(title="eval loss", xlabel="optimizer step")
-        for index, (name, events) in enumerate(runs.items()):
-            curve(axes, events.series("eval", "loss"), plain(name), index, f"run.{index}", few=sys.maxsize)
-        scale(axes, [loss for events in runs.values() for loss in events.finite("eval", "loss")])
+        curves = [(plain(name), run.series("eval", "loss"), f"run.{n}") for n, (name, run) in enumerate(runs.items())]
+        draw_curves(picture.subplots(), "eval loss", curves, few=sys.maxsize)
         picture.legend(loc="outside right upper")
     return picture
 
 
-def curve(axes: Any, points: Curve, label: str, index: int, gid: str, few: int = 40) -> None:
-    """Plot (steps, values) in the style number `index`, up to `few` points with markers; `gid` is its id in an SVG."""
-    mark = MARKS[index % len(MARKS)] if len(points[0]) <= few else ""
-    looks = {"color": f"C{index % 10}", "linewidth": 1.3, "markersize": 4}
-    axes.plot(*points, DASHES[index % len(DASHES)], marker=mark, label=label, gid=gid, **looks)
+def draw_curves(axes: Any, title: str, curves: list[tuple[str, Curve, str]], few: int = 40) -> None:
+    """Plot curves, up to `few` points with markers, by label, steps and values, and id in an SVG."""
+    axes.set(title=title, xlabel="optimizer step")
+    for index, (label, points, gid) in enumerate(curves):
+        mark = MARKS[index % len(MARKS)] if len(points[0]) <= few else ""
+        looks = {"color": f"C{index % 10}", "linewidth": 1.3, "markersize": 4}
+        axes.plot(*points, DASHES[index % len(DASHES)], marker=mark, label=label, gid=gid, **looks)
+    if "loss" in title and is_wide([y for _, (_, ys), _ in curves for y in ys if math.isfinite(y)]):
+        axes.set_yscale("log")
 
 
 def chart(curve: Curve, marks: Curve = ([], []), width: int = 79, height: int = 6) -> list[str]:

@@ -511,7 +511,7 @@ def test_the_strategy_dpo_trains_on_the_pairs_of_its_dataset(tmp_path: Path) -> 
 
 def test_both_trackers(tmp_path: Path) -> None:
     tree = {"logging": {"tensorboard": True, "wandb": True}}
-    assert read(tmp_path, tree).config.logging.trackers == ["tensorboard", "wandb"]
+    assert read(tmp_path, tree).config.logging.report_to == "tensorboard,wandb"
 
 
 def test_what_needs_a_package_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,14 +175,16 @@ def test_following_a_run_that_nobody_works_on_ends(tmp_path: Path, capsys: pytes
     assert "stopped before it was done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
 def test_a_terminal_is_drawn_anew(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    columns: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_events(tmp_path / "run", [*training(10), {"event": "done", "step": 10}])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert compare.follow(tmp_path / "run", 0.05) == 0
     said = capsys.readouterr().out
     assert said.startswith(compare.HOME)
-    assert max(map(len, said.removeprefix(compare.HOME).splitlines())) <= 63
+    assert max(map(len, said.removeprefix(compare.HOME).splitlines())) <= columns + 3
+    assert said.count("█") > 10
     assert "run  step 10  done" in said

@@ -131,7 +131,7 @@ def test_which_trackers_there_are(
 
 def test_an_unknown_tracker_is_one_line() -> None:
     with pytest.raises(UserError, match=r"logging\.report_to: 'wandbb' is not a tracker: did you mean wandb\?"):
-        Config().override({"logging.report_to": "tensorboard,wandbb"})
+        require_tracker_packages(LoggingConfig(report_to="tensorboard,wandbb"))
 
 
 # ---- Plots
