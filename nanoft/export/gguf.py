@@ -31,6 +31,7 @@ from nanoft.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from nanoft.export.merge import EXPORT_DTYPES, Onto, check_room, weights_of
 from nanoft.export.streaming import Rows
 from nanoft.export.verify import TOLERANCE, Proof, compare, hidden_states, next_tokens, prove
+from nanoft.io.bars import track
 from nanoft.model import MLP_INPUTS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import only_linears
 from nanoft.models.families import file_name
@@ -172,7 +173,7 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, _, form, read in entries:
+        for name, _, form, read in track(entries, f"writing {out.name}", "tensors"):
             writer.write_tensor_data(_encode(gguf, name, read(), form))
         writer.flush()
         os.fsync(writer.fout[0].fileno())
