@@ -58,7 +58,13 @@ PROGRAM += sorted(ROOT.glob("*.py"))
 SOURCES = {path: path.read_text(encoding="utf-8") for path in PROGRAM}
 TREES = {path: ast.parse(text) for path, text in SOURCES.items()}
 
-FEW = ["data.max_samples=60", "training.max_steps=2", "evaluation.prompts=3", "logging.progress_bar=false"]
+FEW = [
+    "data.max_samples=60",
+    "training.max_steps=2",
+    "evaluation.prompts=3",
+    "logging.progress_bar=false",
+    "logging.plots=none",
+]
 PLACEHOLDERS = {
     "CONFIG": "configs/tiny.py",
     "RUN": "runs/tiny",

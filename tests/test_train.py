@@ -305,8 +305,8 @@ def test_the_run_directory_holds_what_it_says(tmp_path: Path, capsys: pytest.Cap
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()} - {".lock"}
     assert names == {
-        "config.json", "metrics.jsonl", "train.log", "checkpoints", "best.json", "adapter", "report.md", "report.json",
-        "rejected.jsonl", "preview.txt",
+        "config.json", "metrics.jsonl", "train.log", "checkpoints", "best.json", "adapter", "report.md", "report.html",
+        "report.json", "rejected.jsonl", "preview.txt",
     }  # fmt: skip
     assert (run / "train.log").read_text() == out
     assert load_config(run / "config.json", []) == load_config(arguments[0], arguments[1:])

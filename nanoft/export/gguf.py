@@ -41,6 +41,7 @@ from nanoft.export.model_card import model_card, parity_record
 from nanoft.export.streaming import Rows, StreamedDecoder, open_rows
 from nanoft.export.verify import TOLERANCE, Proof
 from nanoft.io.atomic import new_directory, require_new, write_file, write_json
+from nanoft.io.bars import track
 from nanoft.model import MLP_INPUTS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import only_linears
 from nanoft.models.families import file_name
@@ -182,7 +183,7 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, _, form, read in entries:
+        for name, _, form, read in track(entries, f"writing {out.name}", "tensors"):
             writer.write_tensor_data(_encode(gguf, name, read(), form))
         writer.flush()
         os.fsync(writer.fout[0].fileno())

@@ -30,6 +30,7 @@ from nanoft.config.loading import load_config
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.io import atomic
+from nanoft.io.bars import track
 from nanoft.io.tensor_files import encode_safetensors
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder
@@ -74,7 +75,9 @@ def merge(
     check_room(out, sum(_bytes(spec) for name in missing for spec in files[name].values()))
     for name in missing:
         (out / name).unlink(missing_ok=True)
-        finished[name] = atomic.write_file(out / name, encode_safetensors(files[name], read))
+        size = sum(_bytes(spec) for spec in files[name].values())
+        written = track(encode_safetensors(files[name], read), f"merging {name}", "B", size, len)
+        finished[name] = atomic.write_file(out / name, written)
         if resumable:
             atomic.replace_file(out / atomic.PROGRESS, json.dumps(finished).encode())
     if split.is_sharded:

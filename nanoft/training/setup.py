@@ -37,6 +37,7 @@ from nanoft.data.inspection import unseen_tokens, utilization
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
+from nanoft.io.bars import Bar
 from nanoft.io.hub import use_cache
 from nanoft.io.tables import format_duration
 from nanoft.io.untrusted import redact
@@ -75,6 +76,7 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
             print(line)
     validate_config(source.config, source.names)
     use_cache(source.config.model.cache_dir)
+    Bar.enabled = source.config.logging.progress_bar and not distributed.process_rank()
     return source
 
 
@@ -169,9 +171,8 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
     read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
-    bar = config.logging.progress_bar and not distributed.process_rank()
     room = config.sample_length
-    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, bar, learns))
+    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     if config.sampled_tokens:
         corpus = with_room_for_answers(corpus, room, run)
@@ -414,9 +415,9 @@ def start_logging(ctx: TrainContext, state: TrainState) -> None:
     ctx.run.open_metrics(state.step, [state.epoch, state.window], state.guard.skipped_windows)
     if not distributed.process_rank():
         ctx.run.trackers = build_trackers(ctx.config, ctx.run.directory, state.step)
-    if (report_to := ctx.config.logging.report_to) == "auto":
-        found = ", ".join(chosen_trackers(report_to)) or "none: neither wandb nor tensorboard is installed"
-        ctx.run.print(f"trackers  {found} (logging.report_to=auto)")
+    if (report_to := ctx.config.logging.report_to) in ("all", "auto"):
+        found = ", ".join(chosen_trackers(report_to)) or "none is installed"
+        ctx.run.print(f"trackers  {found} (logging.report_to={report_to})")
     predicted, peak = {name: size / 1e9 for name, size in ctx.plan.parts.items()}, peak_memory_gb(ctx.device)
     ctx.run.log("memory", state.step, predicted_gb=predicted, peak_memory_gb=peak, total_steps=ctx.total_steps)
     log_memory(ctx, state, "prepared")

@@ -267,7 +267,13 @@ def test_a_report_judges_each_type_alone() -> None:
 
 def test_the_demo_reports_its_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    few = ["training.max_steps=3", "data.max_samples=60", "evaluation.prompts=2", "logging.progress_bar=false"]
+    few = [
+        "training.max_steps=3",
+        "data.max_samples=60",
+        "evaluation.prompts=2",
+        "logging.progress_bar=false",
+        "logging.plots=none",
+    ]
     assert train.main([str(TINY), f"output.dir={run}", *few]) == 0
     found = json.loads((run / "report.json").read_text())["adapters"]
 

@@ -109,12 +109,12 @@ def test_a_run_begins_with_what_it_needs(
         raise OSError("libcudart.so: cannot open shared object file")
 
     monkeypatch.setattr(doctor, "unpack_bitsandbytes", broken)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     own = [TINY, "system.device=cpu", "data.train_file=nothing.jsonl", f"output.dir={tmp_path / 'run'}"]
     for changes, text in (
         (["quantization.bits=4"], "4-bit weights: bitsandbytes fails (libcudart.so: cannot open"),
         (["training.optimizer=adamw_8bit"], "4-bit weights: bitsandbytes fails"),
-        (["logging.plots=end"], "logging.plots: end needs matplotlib: pip install"),
+        (["logging.report_to=wandb"], "logging.report_to: wandb is not installed: pip install"),
         ([], "data.train_file: nothing.jsonl"),
     ):
         for command in ([], ["--selftest"]):

@@ -247,7 +247,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     records = write_records(root / "data.jsonl")
     settings = {"model": {"name": str(root / "base"), "max_seq_length": 256}, "data": {"train_file": str(records)}}
     (root / "mine.json").write_text(json.dumps({**settings, "system": {"device": "cpu"}}))
-    return [str(root / "mine.json"), f"output.dir={root / 'run'}", "logging.progress_bar=false"]
+    return [str(root / "mine.json"), f"output.dir={root / 'run'}", "logging.progress_bar=false", "logging.plots=none"]
 
 
 def test_plan_prints_parts_and_peak_and_loads_nothing(
