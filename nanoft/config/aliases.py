@@ -90,8 +90,10 @@ def trackers(wanted: Any) -> Any:
     """A tracker, or a list of them."""
     names = sorted({wanted} if isinstance(wanted, str) else set(map(str, wanted)))
     if not set(names) <= {"none", "all", *TRACKERS} or ("none" in names and len(names) > 1):
-        raise ValueError("is none of none, tensorboard, wandb: choose one or both; every number is in metrics.jsonl")
-    return "all" if set(names) == TRACKERS else names[0]
+        raise ValueError(
+            f"is none of none, {', '.join(sorted(TRACKERS))}: choose any of them; every number is in metrics.jsonl"
+        )
+    return ",".join(names)
 
 
 def noted(why: str, *same: Any) -> Alias:
@@ -103,6 +105,7 @@ DATA_FILES = {"json", "jsonl", "csv", "tsv", "parquet"}
 DTYPES = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 DTYPES |= {f"torch.{name}": DTYPES[name] for name in ("float32", "bfloat16", "float16", "half")}
+TRACKERS = ("wandb", "tensorboard", "trackio")  # and the package and extra of each; auto: the first that is installed
 OPTIMIZERS: dict[str, Any] = {  # whose names differ
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
@@ -125,7 +128,6 @@ STRATEGY = {"steps": {}, "no": 0, "epoch": "epoch"}
 ORDERS: dict[str, Any] = {"random": False, "group_by_length": True, "sequential": {"training.shuffle": False}}
 LEVELS: dict[str, Any] = {name: name for name in ("debug", "info", "warning", "error")}
 LEVELS |= {name.upper(): name for name in LEVELS} | {"passive": {}, "critical": "error"}
-TRACKERS = {"tensorboard", "wandb"}
 LOWEST_LOSS = "the best checkpoint has the lowest loss"
 LORA_OR_FULL = "train LoRA adapters, or every parameter"
 TORCHRUN = "remove it: start train.py with torchrun, and set training.sharding=full to shard"
@@ -325,8 +327,8 @@ def settle(meanings: Iterable[Meaning]) -> dict[str, tuple[str, Any]]:
     for meaning in meanings:
         for field, setting in meaning.settings.items():
             other, before = found.setdefault(field, (meaning.name, setting))
-            if field == "logging.report_to" and {before, setting} == TRACKERS:
-                found[field] = (meaning.name, "all")
+            if field == "logging.report_to" and before != setting:
+                found[field] = (meaning.name, f"{before},{setting}")
             elif before != setting:
                 both = f"{other} and {meaning.name}: set {field} to {before} and to {setting}"
                 raise UserError(f"{both}: remove one of them")

@@ -30,6 +30,7 @@ from nanoft.data.filters import is_preferred
 from nanoft.data.formats import Conversation
 from nanoft.generation.generate import generate
 from nanoft.generation.sampling import GREEDY, Sampling
+from nanoft.io.bars import track
 from nanoft.loss import token_nll
 from nanoft.metrics.answers import Metric, exact_match
 from nanoft.metrics.bootstrap import Array, Figure
@@ -143,7 +144,7 @@ def likelihoods(
     pieces.sort(key=lambda piece: piece[3] - piece[1])
     found: dict[int, list[float]] = {}  # piece -> nats of its targets, and of its other tokens
     with evaluating(model), distributed.same_exception(device):
-        for at in distributed.split_work(range(0, len(pieces), batch_size)):
+        for at in track([*distributed.split_work(range(0, len(pieces), batch_size))], "evaluating", "batches"):
             group = pieces[at : at + batch_size]
             cut: list[Sample] = []  # the tokens that each window reads, with those that it counts as targets
             for number, start, first, end in group:
@@ -190,7 +191,6 @@ def windows(length: int, context: int, stride: int | None = None) -> list[tuple[
 
 
 def _text_bytes(chat: ChatTokenizer, sample: Sample) -> int:
-    """UTF-8 length of the decoded targets, in bytes."""
     bounds = np.flatnonzero(np.diff(sample.is_target, prepend=False, append=False)).tolist()
     sizes = [len(chat.decode(sample.ids[:bound].tolist()).encode()) for bound in bounds]  # prefixes up to each boundary
     return sum(sizes[1::2]) - sum(sizes[::2])

@@ -43,6 +43,7 @@ class ReportInputs:
     places: list[str] = field(default_factory=list)  # file:line of each sample
     leakage: dict[str, Any] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
+    curves: str = ""  # Markdown
     provenance: dict[str, Any] = field(default_factory=dict)
     shown: int = 3  # answers shown side by side
     seed: int = 0
@@ -323,7 +324,9 @@ def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown
     text += f"\n{main}"
     if inputs.base and inputs.tuned.figures:
         text += "\n95 % interval and p-value from a paired bootstrap (10,000 resamples).\n"
+    text += f"\n## Curves\n\n{inputs.curves}\n" if inputs.curves else ""
     if inputs.training:
+        text += "\n## Training\n"
         names = [key.replace("_gb", ", GB").replace("_wh", ", Wh").replace("_", " ") for key in inputs.training]
         rows = [[name, f"{value:,}"] for name, value in zip(names, inputs.training.values(), strict=True)]
         rows.append(["evaluation", format_duration(values["cost"]["evaluation_seconds"])])

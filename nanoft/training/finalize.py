@@ -29,7 +29,8 @@ from nanoft.runtime import distributed
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.energy import JOULES_PER_WH
 from nanoft.runtime.memory import peak_memory_gb
-from nanoft.tracking import rank_usage
+from nanoft.tracking import plots, rank_usage
+from nanoft.tracking.trackers import is_installed
 from nanoft.training import progress
 from nanoft.training.progress import log_memory, report_failure
 from nanoft.training.setup import base_model, load_base
@@ -74,23 +75,25 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
         return STOPPED_BY_SIGNAL
     if distributed.process_rank():
         return 0
-    values, terminal, markdown = report(report_inputs(ctx, base, tuned, training))
+    chart = curves = ""
+    if ctx.config.logging.plots != "none":  # drawn when the run is over, or now as text
+        chart = "" if is_installed("matplotlib") else "\n".join(["", *plots.loss_chart(plots.read_events(where))])
+        curves = f"```{chart}\n```" if chart else "![curves](plots/curves.png)"
+    values, terminal, markdown = report(replace(report_inputs(ctx, base, tuned, training), curves=curves))
     data = "\n".join(describe_data(ctx.corpus.report))
     usage, advice, section = dict[str, Any](), "", ""
     try:
         adapters = ctx.adapters if ctx.config.training.sharding == "none" else {}
-        usage, advice, section = rank_usage.rank_report(adapters, ctx.optimizer, step)
+        usage, advice, section = rank_usage.rank_report(adapters, step)
     except Exception as error:  # a decomposition need not converge
         report_failure(ctx, state, "the adapters' report", error)
-    has_plots = ctx.config.logging.plots != "none"  # they are drawn later
-    curves = "\n## Curves\n\n![curves](plots/curves.png)\n" if has_plots else ""
-    markdown += f"{section}{curves}\n## Data\n\n{data}\n"
+    markdown += f"{section}\n## Data\n\n{data}\n"
     log_memory(ctx, state, "finished")
     ctx.run.log("done", state.step, **training)
     ctx.run.write_report({**values, **usage, "data": ctx.corpus.report}, markdown)  # after it, the run has ended
-    ctx.run.print(terminal + advice)
+    ctx.run.print(f"{chart}\n{terminal}{advice}" if chart else terminal + advice)
     done = f"{state.step} steps in {format_duration(seconds)}, {speed:,.0f} tokens/s"
-    ctx.run.print(f"\nresult    {result}: {done}; report in {where}/report.md")
+    ctx.run.print(f"\nresult    {result}: {done}; report in {where}/report.html")
     return 0
 
 
@@ -138,7 +141,6 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
 def report_inputs(
     ctx: TrainContext, base: evaluate.EvalResult | None, tuned: evaluate.EvalResult, training: dict[str, float]
 ) -> ReportInputs:
-    """What the report is made of."""
     e, groups, measured = ctx.config.evaluation, {}, preferred(ctx.validation)
     if e.by_field and len(ctx.validation):
         try:

@@ -9,12 +9,11 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import Any, Literal, TypeVar
 
-from tqdm import tqdm
-
 from nanoft import TrainingFailed
 from nanoft.batches import Sample, eval_batches
 from nanoft.checkpoint import SaveResult
 from nanoft.evaluation import evaluate
+from nanoft.io.bars import Bar
 from nanoft.io.untrusted import one_line
 from nanoft.kernels import sharding
 from nanoft.metrics.answers import Metric
@@ -39,12 +38,10 @@ FALLEN = -1.0  # reward of chosen answers; with a beta of 0.1, they are 10 nats 
 
 
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
-    """A tqdm bar over the optimizer steps, on rank 0."""
-    hidden = not ctx.config.logging.progress_bar or distributed.process_rank() > 0
-    # in a file, every update of the bar stays
-    width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80, "mininterval": 5.0}
-    options: dict[str, Any] = {"disable": hidden, "leave": False, "bar_format": BAR, **width}
-    return tqdm(total=ctx.total_steps, initial=state.step, **options)
+    """A bar over the optimizer steps; also in a file or notebook, where every update of the bar stays."""
+    looks: dict[str, Any] = {} if sys.stderr.isatty() else {"ncols": 80, "dynamic_ncols": False, "mininterval": 5.0}
+    looks |= {"disable": not Bar.enabled, "delay": 0.0, "bar_format": BAR}
+    return Bar(total=ctx.total_steps, initial=state.step, **looks)
 
 
 def steps_between(every: Cadence, total_steps: int, epoch_steps: int) -> Fraction:
@@ -159,7 +156,6 @@ def warn_once(ctx: TrainContext, state: TrainState, what: str, text: str) -> Non
 
 
 def validate(ctx: TrainContext, batch_size: int) -> dict[str, float]:
-    """The objective's figures on the validation samples."""
     return ctx.objective.evaluate(ctx.model, eval_batches(ctx.validation, batch_size, ctx.tokenizer.pad_id))
 
 

@@ -194,6 +194,7 @@ EPOCHS = {f"training.{name}_steps": "epoch" for name in ("save", "eval", "log")}
         ({"log_level": "passive"}, {}),
         ({"max_steps": 7}, {"training.max_steps": 7}),
         ({"report_to": ["wandb"]}, {"logging.report_to": "wandb"}),
+        ({"report_to": ["wandb", "trackio"]}, {"logging.report_to": "trackio,wandb"}),
         ({"use_cpu": True, "disable_tqdm": True}, {"system.device": "cpu", "logging.progress_bar": False}),
         ({"bf16": True, "torch_dtype": "bfloat16"}, {"model.dtype": "bfloat16"}),  # twice the same
         ({"fp16": True, "bnb_4bit_compute_dtype": "float16", "bf16": False}, {"model.dtype": "float16"}),
@@ -262,8 +263,8 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
             {"rl": "grpo", "gradient_accumulation_steps": "many"},
             "gradient_accumulation_steps: 'many' x per_device_train_batch_size=4 answers",
         ),
-        ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, wandb: choose one"),
-        ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, wandb"),
+        ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, trackio, wandb: choose any"),
+        ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, trackio"),
         ({"deepspeed": {"stage": 3}}, "deepspeed: {'stage': 3} is none of"),
         ({"push_to_hub": True}, "push_to_hub: True is none of False: remove it: nothing is uploaded"),
         ({"trust_remote_code": True}, "remove it: code that comes with a model is never run"),
