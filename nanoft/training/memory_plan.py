@@ -310,10 +310,8 @@ class Planner:
             if (name, bits) == own and source == d.teacher:
                 continue
             counts = count_parameters(ModelFiles.find(name).decoder, self.config.override(quantization={"bits": bits}))
-            total += counts.linears * (bits / 8 if bits < 16 else self.machine.dtype.itemsize) + counts.scales * (
-                bits < 16
-            )
-            total += counts.others * self.machine.dtype.itemsize
+            e, is_packed = self.machine.dtype.itemsize, bits < 16
+            total += counts.linears * (bits / 8 if is_packed else e) + counts.scales * is_packed + counts.others * e
         return total
 
     def longest_shape(self, batches: Batches) -> tuple[int, int]:
