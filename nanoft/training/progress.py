@@ -205,13 +205,13 @@ def measure(
     metrics: Sequence[Metric] = (), general: Sequence[Sample] = (),
 ) -> evaluate.EvalResult:  # fmt: skip
     """`evaluate.measure` with the settings of the run, in batches that fit into memory."""
-    c, e = ctx.config, ctx.config.evaluation
+    c = ctx.config
+    e, options = replace(c.evaluation, max_new_tokens=c.answer_tokens), (c.system.seed, ctx.objective.rewards)
 
     def measured(size: int) -> evaluate.EvalResult:
-        sizes: dict[str, Any] = {name: min(size, getattr(e, name)) for name in ("batch_size", "prompt_batch_size")}
-        given, length = replace(e, **sizes, max_new_tokens=c.answer_tokens), c.model.max_seq_length
-        options = metrics, general, c.system.seed, ctx.objective.rewards
-        return evaluate.measure(model, ctx.tokenizer, samples, prompts, given, length, *options)
+        given = replace(e, batch_size=min(size, e.batch_size), prompt_batch_size=min(size, e.prompt_batch_size))
+        what = ctx.tokenizer, samples, prompts, given, c.model.max_seq_length, metrics, general
+        return evaluate.measure(model, *what, *options)
 
     largest = max(e.batch_size if len(samples) or len(general) else 1, min(e.prompt_batch_size, len(prompts)))
     return in_smaller_batches(ctx, largest, measured)

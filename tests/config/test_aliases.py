@@ -210,7 +210,7 @@ EPOCHS = {f"training.{name}_steps": "epoch" for name in ("save", "eval", "log")}
         ({"rl": "kto", "desirable_weight": 1.3}, {"training.objective": "kto", "preference.desirable_weight": 1.3}),
         ({"rl": "grpo", "beta": 0.04}, {"training.objective": "grpo", "rl.beta": 0.04}),
         ({"num_generations": 4, "beta": 0.04}, {"training.objective": "grpo", "rl.group_size": 4, "rl.beta": 0.04}),
-        ({"loss_type": "dr_grpo", "scale_rewards": False}, DR_GRPO),
+        ({"loss_type": ["dr_grpo"], "scale_rewards": False, "beta": 0.01}, DR_GRPO | {"rl.beta": 0.01}),
         ({"rl": "grpo", "epsilon": 0.1}, {"training.objective": "grpo", "rl.clip_low": 0.1, "rl.clip_high": 0.1}),
         ({"rl": "grpo", "epsilon_high": 0.28}, {"training.objective": "grpo", "rl.clip_high": 0.28}),
         (GRPO_CONFIG, GRPO),
