@@ -182,9 +182,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if name in ("format", "format_map"):
             self._checked_form(str(subject), _size(list(others)))
         if name == "indent" and not isinstance(subject, str):
-            raise TemplateError(
-                f"indent: {type(subject).__name__} is not a string"
-            )  # it would extend a list of messages
+            raise TemplateError("indent: not a string")  # it would extend a list of messages
         if name in TAKING_LONG:
             for value in (subject, *others) if name == "int" else others:
                 if (len(value) if isinstance(value, str) else abs(value) if isinstance(value, int) else 0) > MAX_WIDTH:

