@@ -464,7 +464,7 @@ def test_a_name_without_effect_beside_another_is_reported(
         ({"strategy": "qlora", "use_4bit": False}, "strategy and use_4bit: set quantization.bits to 4 and to 16"),
         ({"strategy": "qlora", "use_8bit": True, "use_4bit": False}, "strategy and use_8bit: set quantization.bits"),
         ({"use_4bit": True, "use_8bit": True}, "use_4bit and use_8bit: set quantization.bits to 4 and to 8"),
-        ({"fp16": True, "bf16": True}, "bf16 and fp16: both are true"),
+        ({"fp16": True, "bf16": True}, "fp16 and bf16: set model.dtype"),
         ({"bf16": True, "bnb_4bit_compute_dtype": "float16"}, "bf16 and bnb_4bit_compute_dtype: set model.dtype to"),
         ({"provider": "unsloth", "max_seq_length": None}, "max_seq_length: unsloth needs a number"),
         ({"provider": "unsloth", "max_seq_length": -1}, "max_seq_length: unsloth needs a number"),
