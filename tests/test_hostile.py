@@ -153,7 +153,7 @@ def test_no_token_leaves(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     records.write_text("\n".join(json.dumps({"prompt": f"{n} {words}", "completion": words}) for n in range(24)))
     settings = json.loads((good / "run.json").read_text())
     settings["data"]["train_file"], settings["output"]["dir"] = str(records), str(tmp_path / "run")
-    settings["logging"] = {"progress_bar": False}
+    settings["logging"] = {"progress_bar": False, "plots": "none"}
     (tmp_path / "run.json").write_text(json.dumps(settings))
     assert train.main([str(tmp_path / "run.json")]) == 0
     assert (

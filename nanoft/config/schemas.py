@@ -140,7 +140,7 @@ MLX_TRANSLATED = {
     "monitoring.memory_log_steps": noted("every train line has the memory (training.log_steps)"),
     "monitoring.track_gradients": Alias(values={True: {}, False: {"logging.gradient_steps": 0}}),
     "monitoring.save_metrics_plot": Alias(values={True: {}, False: {"logging.plots": "none"}}),
-    "monitoring.plot_frequency": Alias("logging.plots", lambda when: if_installed("matplotlib", when)),
+    "monitoring.plot_frequency": Alias("logging.plots"),
     "evaluation.eval_accumulation_steps": noted("an evaluation keeps sums, and no outputs to move"),
     "evaluation.generate_samples": Alias(values={True: {}, False: {"evaluation.samples": 0}}),
     "evaluation.sample_temperature": Alias("evaluation.temperature", between(0, 2, bounds="(]")),
@@ -167,8 +167,8 @@ MLX_DEFAULTS = """
     model.dtype=float16 lora.dropout=0.05 lora.target_modules=q_proj,v_proj data.validation_split=0.1
     training.micro_batch_size=2 training.weight_decay=0.01 training.warmup_steps=100 training.long_warmup=warn
     training.min_lr_ratio=0.1 training.eval_steps=50 training.save_steps=100 training.early_stopping_threshold=1e-4
-    training.checkpointing=none logging.gradient_steps=100 system.seed=42 evaluation.samples=5
-    evaluation.max_new_tokens=100 evaluation.temperature=0.7 evaluation.top_p=0.9
+    training.checkpointing=none logging.gradient_steps=100 logging.plots=epoch system.seed=42
+    evaluation.samples=5 evaluation.max_new_tokens=100 evaluation.temperature=0.7 evaluation.top_p=0.9
 """
 MLX_ENVIRONMENT = """
     BATCH_SIZE=training.batch_size LEARNING_RATE=training.learning_rate NUM_EPOCHS=training.num_epochs
@@ -192,7 +192,7 @@ MLX = Schema(
     "MLX",
     {path: Alias(path) for path in FIELDS} | MLX_NAMES,  # nanoft's own names are accepted, too
     MLX_RULES,
-    pairs(MLX_DEFAULTS) | {"logging.plots": "epoch" if importlib.util.find_spec("matplotlib") else "none"},
+    pairs(MLX_DEFAULTS),
     pairs(MLX_ENVIRONMENT),
     mlx_warnings,
 )

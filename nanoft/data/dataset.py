@@ -110,15 +110,14 @@ class PreparedDataset:
 
 
 def build_datasets(
-    data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, progress_bar: bool = False,
-    learns: Learns = "turns",
+    data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, learns: Learns = "turns"
 ) -> PreparedDataset:  # fmt: skip
     """Read, tokenize and split the files of a config, or load the result from the cache."""
     parts = _parts(data, log)
     files = [file for part in parts for file in part]
 
     def build(directory: Path) -> None:
-        DatasetBuilder(directory, data, tokenizer, max_length, seed, learns).build(parts, progress_bar)
+        DatasetBuilder(directory, data, tokenizer, max_length, seed, learns).build(parts)
 
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name not in NOT_IN_KEY}
     # An edit of the code that decides which samples come out must not be answered from the cache.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanoft import UserError
-from nanoft.io.hub import download
+from nanoft.io.hub import download, reason_of
 from nanoft.io.untrusted import one_line
 
 Log = Callable[[str], None]  # called with lines for the user
@@ -155,8 +155,7 @@ def _download(part: str, name: str) -> str:
         patterns: dict[str, Any] = {"allow_patterns": [inside, *wanted], "ignore_patterns": METADATA}
         root = download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
     except Exception as error:  # the Hub client raises many kinds: no network, no such dataset, gated, bad name
-        reason = one_line(error) or type(error).__name__
-        raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason}") from None
+        raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason_of(error)}") from None
     return os.path.join(root, inside)
 
 

@@ -285,21 +285,29 @@ def save_mlx(
     smaller rank is padded with zeros, another scale goes into lora_b. Trained biases are refused.
     """
     linears = only_linears(adapters, "--format mlx: mlx-lm", "merge the adapter with --format hf")
-    if FAMILIES[shape.family].names:
-        raise UserError(f"--format mlx: not for {shape.family}: merge the adapter with --format hf")
     plain, stored = fold_patterns(*as_plain_lora(lora, adapter_tensors(adapters)))
     parts = {A: "lora_a", B: "lora_b", "lora_magnitude_vector": "m"}
-    tensors = {
-        f"{'language_model.' * shape.wrapped}{module}.{parts[part]}": tensor.t().contiguous()
-        for name, tensor in stored.items()
-        for module, part in [_split(name)]
-    }
+    tensors = dict[str, Tensor]()
+    for name, tensor in stored.items():
+        module, part = _split(name)
+        names = _mlx_names(module, shape.family)
+        rows = [tensor] * len(names) if part == A else tensor.chunk(len(names))
+        for new_name, some in zip(names, rows, strict=True):
+            tensors[f"{'language_model.' * shape.wrapped}{new_name}.{parts[part]}"] = some.t().contiguous()
     write_tensors(directory / "adapters.safetensors", tensors)
-    keys = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in linears})
+    places = [new_name for name in linears for new_name in _mlx_names(name, shape.family)]
+    keys = sorted({re.sub(r"^model\.(layers|h)\.\d+\.", "", place) for place in places})
     kind = "dora" if any(name.endswith(".m") for name in tensors) else "lora"
     parameters = {"rank": plain.rank, "scale": plain.alpha / plain.rank, "dropout": 0.0, "keys": keys}
     config = {"fine_tune_type": kind, "num_layers": shape.num_layers, "lora_parameters": parameters, "model": base_name}
     write_json(directory / "adapter_config.json", config)
+
+
+def _mlx_names(module: str, family: str) -> list[str]:
+    """What mlx-lm calls a module: two names where gate and up are linears of their own there."""
+    if family == "granitemoehybrid":
+        return [module.replace("gate_up", part) for part in ("gate", "up")] if "gate_up" in module else [module]
+    return [re.sub(r"^(transformer\.h|gpt_neox\.layers)\.", "model.h.", file_name(family, module))]
 
 
 def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], dict[str, Any]]:

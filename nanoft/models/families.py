@@ -424,7 +424,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
         "GraniteMoeHybridForCausalLM",
         _granite4,
         ("attention_bias", *GRANITE, *GRANITE4),
-        None,
+        "granite",
         {"position_embedding_type": ("rope", "nope"), "normalization_function": ("rmsnorm",)},
         {"intermediate_size": "shared_intermediate_size"},
         GRANITE4_NAMES,

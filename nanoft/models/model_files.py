@@ -17,7 +17,7 @@ import torch
 
 from nanoft import UserError
 from nanoft.config import Config
-from nanoft.io.hub import download
+from nanoft.io.hub import download, reason_of
 from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
@@ -293,7 +293,7 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = ALL_
     try:
         return download(repository, revision=revision, allow_patterns=list(files))
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         if isinstance(error, GatedRepoError):
             reason = f"accept its terms at https://huggingface.co/{repository}, then set HF_TOKEN: {reason}"
         where = "no such directory, and could not be downloaded from the Hub"

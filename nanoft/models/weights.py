@@ -20,6 +20,7 @@ from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
+from nanoft.io.bars import track
 from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig
@@ -154,7 +155,8 @@ def load_model(
     if quantization:
         check_quantization(base, quantization)
     weights = open_weights(base, model, files)
-    for name in weights.shapes:
+    what = "quantizing" if quantization and not weights.stored else "loading"
+    for name in track(weights.shapes, what, "weights"):
         packed, is_linear = None, is_block_linear(name)
         if weights.is_packed(name):
             packed = weights.read_packed(name, unpacked_dtype or dtype, device)
