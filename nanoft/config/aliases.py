@@ -290,7 +290,7 @@ def names_of_grpo(file: Mapping[str, Any]) -> dict[str, Alias]:
     said = file.get("rl") == "grpo" or file.get("strategy") == "rlhf" or file.get("num_generations")
     if not said and file.get("loss_type") not in [*GRPO_LOSSES]:
         return {}
-    rows = file.get("per_device_train_batch_size") or TrainingConfig.micro_batch_size
+    rows: Any = file.get("per_device_train_batch_size") or TrainingConfig.micro_batch_size
     group, high = file.get("num_generations") or RLConfig.group_size, file.get("epsilon_high")
 
     def prompts(steps: Any) -> Any:
