@@ -307,8 +307,6 @@ def names_of_grpo(file: Mapping[str, Any]) -> dict[str, Alias]:
 def translate(file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterable[Rule], where: str) -> list[Meaning]:
     """What became of each name; a null is the same as no setting. `where` they stand is for messages."""
     table = {**table, **names_of_grpo(file)}
-    if file.get("bf16") is True and file.get("fp16") is True:
-        raise UserError("bf16 and fp16: both are true: remove one of them")
     reasons = {
         name: f"no effect with {other}: {json.dumps(file.get(other), default=str)}"
         for rule in rules

@@ -230,7 +230,7 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
         ({"lora_r": 0}, "lora_r: lora.rank: 0 is out of range"),
         ({"num_train_epochs": 0}, "num_train_epochs: training.num_epochs: 0 is out of range"),
         ({"learning_rate": "fast"}, "learning_rate: training.learning_rate: 'fast' is not a finite number"),
-        ({"bf16": True, "fp16": True}, "bf16 and fp16: both are true: remove one of them"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16: set model.dtype to bfloat16 and to float16: remove one"),
         ({"fp16": "yes"}, "fp16: 'yes' is none of True, False"),
         ({"torch_dtype": "float8"}, "torch_dtype: 'float8' is none of auto, float32, bfloat16, float16"),
         ({"fp16": True, "torch_dtype": "bfloat16"}, "fp16 and torch_dtype: set model.dtype to float16 and to bfloat16"),
