@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoft.attention import AttentionLayer, Documents, Scores, SequenceContext
-from nanoft.kernels import metal
+from nanoft.kernels import fused, metal
 from nanoft.model import SelfAttention
 
 SIMILAR = 0.8  # documents of at least this share of the longest one's length are batched with it
@@ -35,7 +35,8 @@ class FastContext(SequenceContext):
         if layer.rope is None or torch.compiler.is_compiling() or not is_known(layer):
             return super().rotate(q, k, layer)  # the compiler fuses the formula itself
         cos, sin, growth = self.rotations[layer.rope]
-        q, k = _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+        turn = kernels.rotate if (kernels := fused.kernels(q)) else _Rotation.apply
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
         return q if growth is None else q * growth, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
