@@ -19,7 +19,7 @@ from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message, TemplateRefusal
 from nanoft.export.gguf import perplexity_in_llama_cpp, verify_gguf, write_gguf, write_gguf_lora
 from nanoft.export.merge import choose_adapter, is_lora_run, open_adapter, require_same_base
-from nanoft.export.model_card import parity_record
+from nanoft.export.model_card import model_card, parity_record
 from nanoft.export.streaming import StreamedDecoder, open_rows
 from nanoft.export.verify import describe_weights, held_out, proof_prompts
 from nanoft.io.atomic import new_directory, require_new, write_file, write_json
@@ -41,21 +41,23 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
         if kind == "model":
             notes = write_gguf(opened, chat, name, dtype, args.base, path)
             proof = verify_gguf(opened, path, proof_prompts(chat, samples), dtype)
-            said = f"{out}: read back and compared: {proof}"
+            said = f"read back and compared: {proof}"
             if not proof.holds:
-                raise UserError(f"{said}: try --dtype f32; nothing was kept")
+                raise UserError(f"{out}: {said}: try --dtype f32; nothing was kept")
             measured, facts = perplexity_in_llama_cpp(opened, path, samples)
             recipe, notes = modelfile(path.name, chat), [measured, *(f"note: {note}" for note in notes)]
         else:
             write_gguf_lora(opened, name, dtype, path)
-            facts, notes, said = {}, [], f"{out}: the adapter as GGUF, for a GGUF file of {opened.base_directory}"
+            facts, notes, said = {}, [], f"the adapter as GGUF, for a GGUF file of {opened.base_directory}"
             recipe = modelfile(path.name, chat, str(opened.base_directory))
         weights = describe_weights(opened, merged=kind == "model")
-        recipe_path, parity_path = companions(path, out)
+        card_path, recipe_path, parity_path = companions(path, out)
+        card = model_card(args.format, opened, source, [said, *notes], file=path.name, recipe=recipe_path.name)
+        write_file(card_path, [card.encode()])
         write_file(recipe_path, [recipe.encode()])
         parity = parity_record(opened.model, chat, prompts, args.parity_tokens, weights)
         write_json(parity_path, parity | facts)
-    return [said, *notes]
+    return [f"{out}: {said}", *notes]
 
 
 def _open(args: argparse.Namespace) -> LoadedModel:
@@ -102,9 +104,9 @@ def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
 
 
 def companions(path: Path, out: Path) -> list[Path]:
-    """Paths of the Modelfile and the parity file, with the GGUF file's name unless it has its own directory."""
+    """Paths of model card, Modelfile and parity file, with the GGUF file's name unless it has its own directory."""
     prefix = f"{path.stem}." if out.suffix == ".gguf" else ""
-    return [path.with_name(f"{prefix}{name}") for name in ("Modelfile", "parity.json")]
+    return [path.with_name(f"{prefix}{name}") for name in ("README.md", "Modelfile", "parity.json")]
 
 
 def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> str:

@@ -23,7 +23,7 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
         for companion in companions(path, out):
             companion.write_text("beside")
         assert not out.exists()
-    assert {p.name for p in out.parent.iterdir()} == {"m.gguf", "m.Modelfile", "m.parity.json"}
+    assert {p.name for p in out.parent.iterdir()} == {"m.gguf", "m.README.md", "m.Modelfile", "m.parity.json"}
     for name in ("m.gguf", "m.Modelfile"):
         other = out.with_name(name.replace("m.", "n."))
         other.write_text("mine")
@@ -44,8 +44,8 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
         path.write_text("weights")
         for companion in companions(path, tmp_path / "dir"):
             companion.write_text("beside")
-    assert {p.name for p in (tmp_path / "dir").iterdir()} == {"model.gguf", "Modelfile", "parity.json"}
-    assert {p.name for p in out.parent.iterdir()} == {"m.gguf", "m.Modelfile", "m.parity.json"}
+    assert {p.name for p in (tmp_path / "dir").iterdir()} == {"model.gguf", "README.md", "Modelfile", "parity.json"}
+    assert {p.name for p in out.parent.iterdir()} == {"m.gguf", "m.README.md", "m.Modelfile", "m.parity.json"}
 
 
 def as_ollama_renders(template: str, messages: list[dict[str, str]]) -> str:
