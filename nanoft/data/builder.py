@@ -279,7 +279,7 @@ class DatasetBuilder:
             what = f"fewer than data.min_target_tokens={data.min_target_tokens}"
             lost = "too few target tokens", f"{min(kept)} target tokens, {what}"
             if samples[0].record not in self.lost:
-                self._note(conversation, f"a sample has {what} and is left out")
+                self._note(conversation, f"a sample has {what} and is skipped")
         elif fitted:
             lost = "too few tokens", f"{shortest} tokens, fewer than data.min_tokens={data.min_tokens}"
         elif all(targets):

@@ -200,7 +200,7 @@ def test_samples_with_few_target_tokens_are_counted(chat: ChatTokenizer, tmp_pat
     least = counts[1] + 1  # "no" and the end of the turn have one less
     found = build(chat, file, deduplicate=False, min_target_tokens=least)
     assert [int(sample.is_target.sum()) for sample in found.training] == [n for n in counts if n >= least]
-    what = f"a sample has fewer than data.min_target_tokens={least} and is left out"
+    what = f"a sample has fewer than data.min_target_tokens={least} and is skipped"
     assert f"warning: {what}: 2 records, first {tmp_path}/d.jsonl:2" in describe_data(found.report)
     assert found.report["removed"] == {"too few target tokens": 2}
     with pytest.raises(UserError, match=r"none of 5 records is left \(5 too few target tokens\)"):
