@@ -342,7 +342,7 @@ class DatasetBuilder:
                 self.near_leaks = int(near.sum())
         self._remove(leaks, "leak", "its prompt equals, or nearly equals, that of a validation record")
         if is_own and size:
-            how = "records with equal prompts together"
+            how = "equal prompts together"
             if is_frequent[pool].any():
                 how += f", except prompts that more than {size:,} records have"
             how = f"the newest by {data.split_time}" if data.split_time else how

@@ -39,7 +39,7 @@ from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
 from nanoft.io.atomic import hash_named_files
 from nanoft.io.hub import use_cache
-from nanoft.io.tables import format_duration
+from nanoft.io.tables import format_duration, wrap
 from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
 from nanoft.lora import disabled
@@ -399,7 +399,7 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     for what, every in (("evaluation", t.eval_steps), ("checkpoint", t.save_steps), ("log", t.log_steps)):
         steps = float(steps_between(every, ctx.total_steps, ctx.corpus.report["steps_per_epoch"]))
         often.append(f"{what} every {steps:g} step{'s' * (steps != 1)}" if steps else f"{what} at the end")
-    say(f"          {', '.join(often)}")
+    say(wrap(f"          {', '.join(often)}", 10))
 
 
 def is_complete(ctx: TrainContext, state: TrainState) -> bool:
