@@ -5,6 +5,7 @@ python merge.py runs/tiny --out merged --dtype f32 --base nf4 --verify
 python merge.py runs/tiny --out adapter --format peft
 python merge.py runs/one runs/two --weights 0.7,0.3 --out both
 python merge.py runs/tiny --out tiny.gguf --format gguf --dtype q8_0
+python merge.py runs/tiny --unmerge merged --out base-again
 """
 
 from __future__ import annotations
@@ -19,14 +20,7 @@ GGUF = ("gguf", "gguf-lora")  # files rather than directories
 # Formats of other tools, and the command that makes them from a merged directory.
 ELSEWHERE = {"onnx": "optimum-cli export onnx --model {out} {out}-onnx", "tensorrt": "trtllm-serve {out}"}
 
-PARSER = Arguments(
-    prog="merge.py",
-    description="Merge an adapter into its base as a Hugging Face model, or export it in another tool's format.",
-    epilog="examples: python merge.py runs/tiny --out merged; "
-    "python merge.py runs/tiny --out merged --dtype f32 --base nf4 --verify; "
-    "python merge.py runs/one runs/two --weights 0.7,0.3 --out both; "
-    "python merge.py runs/tiny --unmerge merged --out base-again",
-)
+PARSER = Arguments(prog="merge.py", description=__doc__)
 add = PARSER.add_argument
 add("sources", nargs="+", metavar="RUN|ADAPTER", help="run or adapter directories; several are summed")
 add("--out", required=True, metavar="DIR", help="a new directory; for GGUF, or FILE.gguf")
@@ -130,7 +124,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
         samples, prompts = verify.held_out(source, chat)
         if args.format == "hf":
             dtype = EXPORT_DTYPES[args.dtype] if args.dtype else ModelFiles.read(opened.base_directory).dtype()
-            files = merge(opened, dtype, args.base, staging, export.parse_size(args.shard_size), resumable=True)
+            files = merge(opened, dtype, args.base, staging, args.shard_size, resumable=True)
             lines, facts = verify_merged(args, adapter, opened, chat, samples, staging, dtype)
         elif args.format == "mlx":
             save_mlx(staging, opened.adapters, adapter.lora, opened.model.config, adapter.base_name)

@@ -42,6 +42,13 @@ TEXTS = {
         *sorted((ROOT / "docs").glob("*.md")),
     ]
 }
+NOTEBOOKS = {
+    path.name: "\n\n".join(
+        "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
+    )
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+}
+TEXTS = NOTEBOOKS | TEXTS
 README, TOUR, DATA, EVALUATION = (TEXTS[name] for name in ("README.md", "tour.md", "data.md", "evaluation.md"))
 CONFIGS, CONTRIBUTING = TEXTS["configs.md"], TEXTS["CONTRIBUTING.md"]
 TROUBLES = TEXTS["troubleshooting.md"]
@@ -51,7 +58,13 @@ PROGRAM += sorted(ROOT.glob("*.py"))
 SOURCES = {path: path.read_text(encoding="utf-8") for path in PROGRAM}
 TREES = {path: ast.parse(text) for path, text in SOURCES.items()}
 
-FEW = ["data.max_samples=60", "training.max_steps=2", "evaluation.prompts=3", "logging.progress_bar=false"]
+FEW = [
+    "data.max_samples=60",
+    "training.max_steps=2",
+    "evaluation.prompts=3",
+    "logging.progress_bar=false",
+    "logging.plots=none",
+]
 PLACEHOLDERS = {
     "CONFIG": "configs/tiny.py",
     "RUN": "runs/tiny",
@@ -72,6 +85,8 @@ NOT_RUN = {
     r"python merge.py BASE": "the user's own model: tests/export/test_gguf.py",
     r"python bench/": "minutes, or a GPU: tests/test_bench.py runs small ones",
     r"python configs/tiny/language.py build": "pre-trains the demo's base for minutes: tests/test_demo.py",
+    r"python docs/solutions/": "tests/test_exercises.py",
+    r"python nanoft/nano.py": "tests/test_nano.py",
     r"python tests/fuzz.py": "runs as long as you like: tests/test_hostile.py has a short form",
     r"python .*--follow": "waits for a run that trains: tests/tracking/test_compare.py",
     r"python .*--base nf4": "needs a run in 4 bits: tests/test_merge_command.py",
@@ -110,7 +125,7 @@ def reason_not_to_run(command: str) -> str | None:
 def words_of(command: str) -> list[str]:
     """The words that a user would type: placeholders replaced, files of this project with their full path."""
     words = [PLACEHOLDERS.get(word.partition("=")[2] or word, word) for word in shlex.split(command)]
-    return [str(ROOT / word) if word.startswith(("configs/", "bench/", "tests/")) else word for word in words]
+    return [str(ROOT / word) if word.startswith(("configs/", "bench/", "docs/", "tests/")) else word for word in words]
 
 
 def main_of(words: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
@@ -170,7 +185,7 @@ def test_the_other_scripts_have_the_options_that_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = {}
-    for command in sorted({c for _, c in COMMANDS if re.match(r"python (?!-m)", c) and not is_ours(c)}):
+    for command in sorted({c for _, c in COMMANDS if re.match(r"python (?!-m|nanoft/nano.py)", c) and not is_ours(c)}):
         _, script, *arguments = words_of(command)
         if script not in seen:
             monkeypatch.setattr(sys, "argv", [script, "--help"])
@@ -416,7 +431,7 @@ def test_every_file_that_is_mentioned_exists(name: str) -> None:
 
 def test_the_core_is_in_the_readme_and_every_package_in_the_contributing_guide() -> None:
     reading = README[README.index("## Where to read") :]
-    core = {path.name for path in (ROOT / "nanoft").glob("*.py") if "renamed(" not in SOURCES[path]}
+    core = {path.name for path in (ROOT / "nanoft").glob("*.py") if "renamed(" not in SOURCES[path]} - {"nano.py"}
     named = set(re.findall(r"`nanoft/(\w+\.py)`", reading))
     fix = "README.md, Where to read: add it to the core, or move it into a package"
     all_exist(core - named - {"__init__.py", "__main__.py"}, fix)

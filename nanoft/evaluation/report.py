@@ -43,6 +43,7 @@ class ReportInputs:
     places: list[str] = field(default_factory=list)  # file:line of each sample
     leakage: dict[str, Any] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
+    curves: str = ""  # Markdown
     provenance: dict[str, Any] = field(default_factory=dict)
     shown: int = 3  # answers shown side by side
     seed: int = 0
@@ -253,10 +254,14 @@ def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
     """The `answers` object of report.json: every prompt with its answers, the worst ones, who won."""
     if not inputs.tuned.completions:
         return {}
-    each = [{"prompt": c.prompt, "reference": c.reference, "tuned": c.answer} for c in inputs.tuned.completions]
+    each: list[dict[str, Any]] = []
+    for c in inputs.tuned.completions:
+        each.append({"prompt": c.prompt, "reference": c.reference, "tuned": c.answer})
+        each[-1] |= {"rewards": c.rewards} if c.rewards else {}
     if inputs.base and outcome:
         for line, before, word in zip(each, inputs.base.completions, outcome, strict=True):
             line |= {"base": before.answer, "outcome": word}
+            line |= {"base_rewards": before.rewards} if before.rewards else {}
     counts: dict[str, Any] = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
     counts |= {"win_rate": win_rate(outcome, inputs.seed)} if outcome else {}
     return {"metric": inputs.primary, **counts, "worst": worst(inputs), "each": each}
@@ -277,9 +282,10 @@ def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int
     blocks = []
     for index in (index for index in which if index < len(tuned.completions)):
         c = tuned.completions[index]
-        before = [("base", base.completions[index].answer)] if base and index < len(base.completions) else []
-        lines = [("prompt", c.prompt), ("wanted", c.reference), *before, ("tuned", c.answer)]
-        blocks.append("\n".join(f"{name:>7}: {_one_line(text)}" for name, text in lines))
+        before = [("base", base.completions[index])] if base and index < len(base.completions) else []
+        lines = [("prompt", _one_line(c.prompt)), ("wanted", _one_line(c.reference))]
+        lines += [(name, _one_line(said.answer) + said.worth) for name, said in [*before, ("tuned", c)]]
+        blocks.append("\n".join(f"{name:>7}: {text}" for name, text in lines))
     return "\n\n".join(blocks)
 
 
@@ -319,7 +325,9 @@ def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown
     text += f"\n{main}"
     if inputs.base and inputs.tuned.figures:
         text += "\n95 % interval and p-value from a paired bootstrap (10,000 resamples).\n"
+    text += f"\n## Curves\n\n{inputs.curves}\n" if inputs.curves else ""
     if inputs.training:
+        text += "\n## Training\n"
         names = [key.replace("_gb", ", GB").replace("_wh", ", Wh").replace("_", " ") for key in inputs.training]
         rows = [[name, f"{value:,}"] for name, value in zip(names, inputs.training.values(), strict=True)]
         rows.append(["evaluation", format_duration(values["cost"]["evaluation_seconds"])])

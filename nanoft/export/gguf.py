@@ -27,11 +27,12 @@ from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export.gguf_graphs import GRAPHS, add_shape, architecture, rope_tensors
-from nanoft.export.gguf_tokenizer import read_vocabulary
+from nanoft.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from nanoft.export.merge import EXPORT_DTYPES, Onto, check_room, weights_of
 from nanoft.export.streaming import Rows
 from nanoft.export.verify import TOLERANCE, Proof, compare, hidden_states, next_tokens, prove
-from nanoft.model import Decoder, DecoderConfig
+from nanoft.io.bars import track
+from nanoft.model import MLP_INPUTS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import only_linears
 from nanoft.models.families import file_name
 from nanoft.models.model_files import ModelFiles
@@ -54,9 +55,10 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
     if dtype in K_QUANTS:
         return _write_k_quants(opened, chat, name, dtype, onto, out)
     config = opened.model.config
-    gguf, writer = _open_writer(out, config, "model", name)
+    vocabulary = read_vocabulary(chat, config.vocab_size)
+    gguf, writer = _open_writer(out, config, "model", f"{name} {vocabulary.named}".rstrip())
     notes = add_shape(writer, config, ModelFiles.read(opened.base_directory).fields)
-    notes += _add_tokenizer(writer, chat, config)
+    notes += _add_tokenizer(writer, chat, vocabulary)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     if dtype not in EXPORT_DTYPES:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -67,14 +69,17 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
         parameters, weights = {}, replace(weights_of(opened, onto), adapters=opened.adapters)
         shapes = weights.shapes
 
-    def read(hf_name: str) -> Tensor:
+    def read(hf_name: str, part: int, parts: int) -> Tensor:
         merged = parameters[hf_name].detach().float() if parameters else weights.whole(hf_name)
-        return to_llama_cpp(merged, hf_name, config)
+        return to_llama_cpp(merged, hf_name, config).chunk(parts)[part]
 
-    new_name, entries = tensor_names(config), list[Entry]()
-    for hf_name, shape in shapes.items():
-        form = _tensor_format(new_name(hf_name), shape, dtype, config)
-        entries.append((new_name(hf_name), shape, form, partial(read, hf_name)))
+    new_names, entries = tensor_names(config), list[Entry]()
+    for hf_name, (height, *inner) in shapes.items():
+        names = new_names(hf_name)
+        shape = (height // len(names), *inner)
+        for part, name in enumerate(names):
+            form = _tensor_format(name, shape, dtype, config)
+            entries.append((name, shape, form, partial(read, hf_name, part, len(names))))
     for rope_name, divisors in rope_tensors(config).items():
         entries.append((rope_name, tuple(divisors.shape), "F32", partial(torch.clone, divisors)))
     _write(gguf, writer, entries, out)
@@ -126,14 +131,15 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     alphas = {place: adapter.scaling * len(adapter.factors()[0]) for place, adapter in adapters.items()}
     alpha = next(iter(alphas.values()))
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    new_name, entries = tensor_names(config), list[Entry]()
+    new_names, entries = tensor_names(config), list[Entry]()
     for place, adapter in adapters.items():
-        weight = f"{place}.weight"
+        names = new_names(f"{place}.weight")
         a, b = (factor.detach().float() for factor in adapter.factors())  # (r, in), (out, r)
-        b = to_llama_cpp(b * (alphas[place] / alpha), weight, config)
-        for part, tensor in (("lora_a", a), ("lora_b", b)):
-            read = partial(torch.clone, tensor)
-            entries.append((f"{new_name(weight)}.{part}", tuple(tensor.shape), dtype.upper(), read))
+        b = to_llama_cpp(b * (alphas[place] / alpha), f"{place}.weight", config)
+        for new_name, rows in zip(names, b.chunk(len(names)), strict=True):
+            for part, tensor in (("lora_a", a), ("lora_b", rows)):
+                read = partial(torch.clone, tensor)
+                entries.append((f"{new_name}.{part}", tuple(tensor.shape), dtype.upper(), read))
     _write(gguf, writer, entries, out)
 
 
@@ -167,7 +173,7 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, _, form, read in entries:
+        for name, _, form, read in track(entries, f"writing {out.name}", "tensors"):
             writer.write_tensor_data(_encode(gguf, name, read(), form))
         writer.flush()
         os.fsync(writer.fout[0].fileno())
@@ -178,9 +184,8 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
 # ---- Metadata of the tokenizer
 
 
-def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> list[str]:
+def _add_tokenizer(writer: Any, chat: ChatTokenizer, vocabulary: Vocabulary) -> list[str]:
     """Add the tokenizer and the chat template; return notes."""
-    vocabulary = read_vocabulary(chat, config.vocab_size)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -212,12 +217,19 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, config: DecoderConfig) -> l
 # ---- Tensors
 
 
-def tensor_names(config: DecoderConfig) -> Callable[[str], str]:
-    """A function from Hugging Face's tensor names to GGUF's."""
+def tensor_names(config: DecoderConfig) -> Callable[[str], list[str]]:
+    """A function from the decoder's tensor names to GGUF's: two if the graph has a tensor for each half of the rows."""
     gguf = _import_gguf()
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(numbers[architecture(config)], config.num_layers)
-    return lambda name: names.get_name(file_name(config.family, name), try_suffixes=(".weight", ".bias"))
+    known = gguf.get_tensor_name_map(numbers[architecture(config)], config.num_layers)
+    gated = ("gate_up_proj",) if GRAPHS[architecture(config)].fused else MLP_INPUTS["gated"]
+
+    def new_names(name: str) -> list[str]:
+        parts = [name.replace("gate_up_proj", part) for part in gated] if ".gate_up_proj." in name else [name]
+        spelled = [(file_name(config.family, part), part) for part in parts]
+        return [next(new for own in names if (new := known.get_name(own, (".weight", ".bias")))) for names in spelled]
+
+    return new_names
 
 
 def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
@@ -267,13 +279,16 @@ class GGUFWeights(Rows):
         with torch.device("meta"):
             blank = Decoder(config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
-        stored, new_name = {tensor.name: tensor for tensor in self.gguf.GGUFReader(path).tensors}, tensor_names(config)
-        self.tensors = {name: stored[new_name(name)] for name in self.shapes}
+        stored, names = {tensor.name: tensor for tensor in self.gguf.GGUFReader(path).tensors}, tensor_names(config)
+        self.tensors = {name: [stored[part] for part in names(name)] for name in self.shapes}
 
     def read(self, name: str, rows: slice) -> Tensor:
-        tensor = self.tensors[name]
-        values = np.array(self.gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type))
-        return to_llama_cpp(torch.from_numpy(values), name, self.config, back=True)
+        found, start = [], 0
+        for tensor in self.tensors[name]:  # below each other
+            data = tensor.data[max(0, rows.start - start) : max(0, rows.stop - start)]
+            found += [self.gguf.quants.dequantize(data, tensor.tensor_type)] if len(data) else []
+            start += len(tensor.data)
+        return to_llama_cpp(torch.from_numpy(np.concatenate(found)), name, self.config, back=True)
 
 
 def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:

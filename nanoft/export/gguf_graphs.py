@@ -68,6 +68,7 @@ LOCAL_ROPE: Rule = (
 )
 ONE_THETA: Rule = ("rope_theta: {} has one for all layers", lambda c: len({r.theta for r in c.ropes if r}) == 1)
 ALL_ROTATE: Rule = ("no_rope_layers: {} rotates in all layers", lambda c: None not in c.ropes)
+ALL_OR_NONE: Rule = ("no_rope_layers: {} rotates in all layers or in none", lambda c: len({*map(bool, c.ropes)}) == 1)
 FOURTH_NOT: Rule = (
     "no_rope_layers: {} rotates in all layers but every fourth",
     lambda c: all((rope is None) == (layer % 4 == 0) for layer, rope in enumerate(c.ropes, start=1)),
@@ -92,6 +93,7 @@ class Graph:
     ropes: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")  # types; dynamic is default within the context
     pairs: bool = False  # it rotates neighbors (x0, x1), (x2, x3), ... instead of (x0, x_{d/2}), ...
     windows: bool = False  # it has layers with a window; if not, the context is limited to the window
+    fused: bool = False  # gate and up are one tensor, if they are in the model
     scales: Mapping[str, Callable[[DecoderConfig], Any]] = field(default_factory=dict)  # metadata of its own
 
 
@@ -113,11 +115,11 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "qwen3": Graph((*USUAL, NO_BIASES)),
     "gemma2": Graph((*GEMMA, CAPS, _gemma_scale(46)), windows=True, scales=SOFT_CAPS),
     "gemma3": Graph((*GEMMA, NO_CAPS, LOCAL_ROPE, _gemma_scale(62)), ("default", "linear"), windows=True),
-    "phi3": Graph((ALL_ROTATE, NO_GROWTH, SQUARE), ("default", "longrope")),
+    "phi3": Graph((ALL_ROTATE, NO_GROWTH, SQUARE), ("default", "longrope"), fused=True),
     "olmo2": Graph((*USUAL, NO_BIASES, UNTIED, SQUARE, PERIODIC, LOCAL_ROPE, ONE_THETA), windows=True),
     "exaone4": Graph((WHOLE_HEAD, NO_GROWTH, YARN, OF_32B), WITH_LLAMA3, windows=True),
     "smollm3": Graph((FOURTH_NOT, WHOLE_HEAD, NO_GROWTH, YARN), pairs=True),
-    "granite": Graph(ropes=WITH_LLAMA3, pairs=True, scales=GRANITE),
+    "granite": Graph((ALL_OR_NONE, WHOLE_HEAD, NO_GROWTH, YARN), WITH_LLAMA3, pairs=True, scales=GRANITE),
     "seed_oss": Graph((*USUAL, QKV_BIASES)),
     "gpt2": Graph(()),
     "gptneox": Graph((NO_GROWTH, ALL_BIASES, UNTIED), ("default", "dynamic")),
@@ -156,6 +158,8 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     if writer.arch == "gptneox":
         writer.add_parallel_residual(c.parallel)
     notes = _add_rope(writer, c) if c.distinct_ropes else []
+    if writer.arch == "granite":
+        writer.add_rope_scaling_finetuned(bool(c.distinct_ropes))  # its name for: rotates at all
     length = int(standard_fields(hf).get("max_position_embeddings") or 4096)
     windows = [window for window in c.windows if window is not None]
     if graph.windows and windows:

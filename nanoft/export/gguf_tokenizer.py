@@ -57,6 +57,10 @@ PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {
 }
 
 
+# Of models that are named so, llama.cpp lets each control token but these swallow the spaces behind it.
+PHI3, PHI3_KEEPS = "phi-3", {"<unk>", "<s>", "<|endoftext|>"}
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The `tokenizer.ggml` metadata that depends on tokenizer.json."""
@@ -69,14 +73,18 @@ class Vocabulary:
     scores: list[float]  # of llama
     space_prefix: bool  # whether a space is added before a text and after each control token
     notes: list[str]  # known differences in llama.cpp
+    named: str = ""  # what the model's name must contain
 
 
 def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
     """What llama.cpp needs to produce the same ids; ids below vocab_size without a token become unused tokens."""
     tokenizer = json.loads(chat.tokenizer.to_str())
     model, added = tokenizer["model"], {token["id"]: token for token in tokenizer["added_tokens"]}
+    control = {token["content"] for token in added.values()}
+    strips = {token["content"] for token in added.values() if token["rstrip"]}
+    is_phi3 = "</s>" in strips and control >= PHI3_KEEPS and strips == control - PHI3_KEEPS
     for token in added.values():
-        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+        if token["lstrip"] or token["single_word"] or (token["rstrip"] and not is_phi3):
             _refuse(f"the token {token['content']!r} strips the spaces around it")
     if model["type"] != "BPE" or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
         _refuse(f"its model is {model['type']}, not the BPE of GPT-2 or SentencePiece")
@@ -94,7 +102,9 @@ def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
         # What BPE merges first must score highest: minus the index of the first merge that forms the token.
         scores = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(merges)))}
         found = [scores.get(token, -1e9) for token in tokens]  # -1e9: no merge forms it
-        return Vocabulary("llama", "default", tokens, types, [], found, _space_prefix(tokenizer, chat), [])
+        named, prefix = PHI3 if is_phi3 else "", _space_prefix(tokenizer, chat)
+        notes = [f"keep {PHI3} in the model's name: llama.cpp goes by it to strip spaces behind tokens"] * is_phi3
+        return Vocabulary("llama", "default", tokens, types, [], found, prefix, notes, named)
     pre = _pre(tokenizer)
     notes = ["llama.cpp splits words of scripts with combining marks (Khmer, Hindi) differently"] * (
         pre in ("tekken", "gpt-4o")

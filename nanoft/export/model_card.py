@@ -20,11 +20,11 @@ from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.sources import HUB
-from nanoft.evaluation.evaluate import Prompt
 from nanoft.generation.generate import generate
 from nanoft.io.atomic import hash_file
 from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import read_json
+from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel, run_of

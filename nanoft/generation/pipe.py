@@ -29,8 +29,6 @@ AnswerAll = Callable[[list[list[int]], int], list[Answer]]  # prompts, maximum n
 
 @dataclass(frozen=True)
 class LineReader:
-    """Makes prompts of lines."""
-
     chat: ChatTokenizer
     context: float  # tokens that prompt and answer may have together
     max_new_tokens: int

@@ -84,8 +84,8 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     refuse_code(hf)
     wrapped, hf = text_fields(hf) is not hf, standard_fields(hf)
     for name, most in MOST.items():  # before anything of that size is allocated
-        value = hf.get(name)
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
+        value, may_be_null = hf.get(name, 1), name in ("num_key_value_heads", "head_dim", "n_positions")
+        if not (value is None and may_be_null) and (type(value) is not int or not 1 <= value <= most):
             raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
     family = find_family(hf)
     _refuse_unknown(hf, family)
@@ -424,7 +424,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
         "GraniteMoeHybridForCausalLM",
         _granite4,
         ("attention_bias", *GRANITE, *GRANITE4),
-        None,
+        "granite",
         {"position_embedding_type": ("rope", "nope"), "normalization_function": ("rmsnorm",)},
         {"intermediate_size": "shared_intermediate_size"},
         GRANITE4_NAMES,

@@ -22,9 +22,9 @@ from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
 from nanoft.models.families import FAMILIES, decoder_config, file_name, module_name, standard_fields, text_fields
-from nanoft.models.fp8 import read_block
 from nanoft.nf4 import CODES
 
+Block = tuple[int, int]  # rows and columns of a weight in FP8 that share a scale
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of plain weights
 HEAD, EMBEDDING, SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
@@ -330,6 +330,14 @@ def _quantization(config: dict[str, Any]) -> Quantization | None:
     if kind not in CODES:
         raise UserError(f"quantization_config: bnb_4bit_quant_type: {kind!r:.60} is neither nf4 nor fp4")
     return (kind, bool(q.get("bnb_4bit_use_double_quant"))) if q.get("load_in_4bit") else None
+
+
+def read_block(quantization: dict[str, Any]) -> Block:
+    """weight_block_size of a quantization_config."""
+    block = quantization.get("weight_block_size") or [128, 128]
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise UserError(f"quantization_config: weight_block_size: {block!r:.60} is not two sizes such as [128, 128]")
+    return block[0], block[1]
 
 
 def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:

@@ -54,6 +54,7 @@ add("overrides", nargs="*", metavar="section.field=value", help="change a settin
 add = new_command("compare", "tracking.compare", "Compare runs, or follow one", COMPARE).add_argument
 add("runs", nargs="+", metavar="RUN", help="run directories")
 add("--plot", metavar="FILE", help="plot their eval losses (.png, .svg, .pdf)")
+add("--html", metavar="FILE", help="write them as one page: what differs, losses, answers, reports")
 add("--follow", action="store_true", help="show one run until it is done; it need not have started")
 add("--every", type=float, default=2.0, metavar="S", help="seconds between two updates of --follow; default: 2")
 

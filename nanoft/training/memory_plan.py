@@ -41,8 +41,7 @@ from nanoft.models.weights import add_score, choose_dequantize, grow_vocabulary
 from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
-from nanoft.runtime.device import matmul_gflop_s
-from nanoft.runtime.machine import Machine
+from nanoft.runtime.device import Machine, matmul_gflop_s
 from nanoft.runtime.memory import OutOfMemory, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 

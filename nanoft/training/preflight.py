@@ -90,15 +90,13 @@ def rehearse_step(ctx: TrainContext, state: TrainState) -> float:
     while True:
         try:
             with distributed.same_exception(ctx.device):
-                check, seconds_per_token = rehearse(ctx)
-            ctx.run.print(check.preflight_line())
-            return seconds_per_token
+                return rehearse(ctx)
         except OutOfMemory as error:
             halve_micro_batch(ctx, state, error)
 
 
-def rehearse(ctx: TrainContext) -> tuple[Check, float]:
-    """Forward and backward over the longest micro-batch, and its seconds per token; nothing is changed."""
+def rehearse(ctx: TrainContext) -> float:
+    """Forward and backward over the longest micro-batch; nothing is changed. Returns its seconds per token."""
     longest, seconds = ctx.objective.longest(ctx.batches), []
     batch, window = longest.to(ctx.device), Window([longest], [0, 0], [0, 0])
     with preserve_rng_state():
@@ -116,11 +114,11 @@ def rehearse(ctx: TrainContext) -> tuple[Check, float]:
     for _, parameter in ctx.trained:
         parameter.grad = None
     check = Check.of("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit")
-    return check, min(seconds) / longest.tokens
+    ctx.run.print(check.preflight_line())
+    return min(seconds) / longest.tokens
 
 
 def rehearse_evaluation(ctx: TrainContext) -> None:
-    """Evaluate the longest validation batch."""
     samples, size = ctx.validation, ctx.config.evaluation.batch_size
     longest = samples.units(np.argsort(-samples.unit_lengths(), kind="stable")[:size])
     try:

@@ -8,6 +8,7 @@ RollBack          back to the newest checkpoint, at a lower learning rate, witho
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,11 +75,8 @@ def back_to_checkpoint(ctx: TrainContext, state: TrainState, history: History | 
 
     def choose() -> Checkpoint:
         log_save(ctx, state, ctx.writer.collect(wait=True))
-        saved = None
-        if history is not None and state.step == state.guard.back_at:
-            saved, _ = ctx.checkpoints.newest(before=state.step)
-        if saved is None:
-            saved, _ = ctx.checkpoints.newest()
+        again = history is not None and state.step == state.guard.back_at
+        saved = ctx.checkpoints.newest(state.step if again else math.inf)[0] or ctx.checkpoints.newest()[0]
         if saved is None:
             raise UserError("no checkpoint could be saved before")
         return saved

@@ -37,7 +37,7 @@ from nanoft.data.inspection import unseen_tokens, utilization
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
-from nanoft.io.atomic import hash_named_files
+from nanoft.io.bars import Bar
 from nanoft.io.hub import use_cache
 from nanoft.io.tables import format_duration, wrap
 from nanoft.io.untrusted import redact
@@ -51,8 +51,7 @@ from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, loa
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.runtime import distributed
-from nanoft.runtime.device import describe_device, library_versions
-from nanoft.runtime.machine import Machine
+from nanoft.runtime.device import Machine, describe_device, library_versions
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run, is_shown
 from nanoft.tracking.trackers import build_trackers, chosen_trackers
@@ -77,6 +76,7 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
             print(line)
     validate_config(source.config, source.names)
     use_cache(source.config.model.cache_dir)
+    Bar.enabled = source.config.logging.progress_bar and not distributed.process_rank()
     return source
 
 
@@ -94,14 +94,9 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
 
 
 def init_run_dir(
-    config: Config,
-    run: Run,
-    machine: Machine,
-    files: ModelFiles,
-    resume: str,
-    start: TrainedAdapter | None = None,
-    fields: Sequence[str] = (),
-) -> Provenance:
+    config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str,
+    start: TrainedAdapter | None = None, fields: Sequence[str] = (),
+) -> Provenance:  # fmt: skip
     """On rank 0: check that the directory is new or holds this very run, and write its config.json.
 
     `fields` says what became of each name in a config of another schema.
@@ -114,16 +109,16 @@ def init_run_dir(
         run.print(f"warning: {note}")
     recorded = run.recorded_config()
     before = (recorded or {}).get("provenance", {})
+    fingerprint = before.get("config_sha256") or resume_fingerprint(recorded_settings(recorded) if recorded else config)
     provenance: Provenance = {
         "versions": library_versions(),
         "device": machine.device.type,
         "dtype": machine.dtype_name,
         "threads": config.system.threads or before.get("threads") or torch.get_num_threads(),
-        "config_sha256": before.get("config_sha256")
-        or resume_fingerprint(recorded_settings(recorded) if recorded else config),
+        "config_sha256": fingerprint,
         **data_provenance(config.data),
-        "base_sha256": hash_named_files([*described_files(files.directory), *weights]),
-        "source_sha256": hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
+        "base_sha256": atomic.hash_named_files([*described_files(files.directory), *weights]),
+        "source_sha256": atomic.hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
         **({"start_sha256": hash_tensors(start.tensors)} if start else {}),
         "date": str(before.get("date") or datetime.now().date().isoformat()),
     }
@@ -176,9 +171,8 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
     read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
-    bar = config.logging.progress_bar and not distributed.process_rank()
     room = config.sample_length
-    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, bar, learns))
+    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     if config.sampled_tokens:
         corpus = with_room_for_answers(corpus, room, run)
@@ -189,16 +183,21 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     for setting in [setting for setting, value in needed.items() if value and not len(corpus.validation)]:
         fix = "set data.validation_file or data.validation_size, or remove this setting"
         raise UserError(f"{setting}: there is no validation data: {fix}")
-    rows, micro_batches = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
-    options: dict[str, Any] = {"group_by_length": d.group_by_length, "pad_to_multiple_of": d.pad_to_multiple_of}
-    if config.rl.reward:  # a window holds those of a step, whose answers become its micro-batches
-        batches = Batches(corpus.training, 1, config.rl.prompts, seed, tokenizer.pad_id, shuffle=t.shuffle, **options)
-        batches.micro_batch_size = rows
-    else:
-        pack_length = length if d.packing else None
-        batches = Batches(
-            corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, shuffle=t.shuffle, **options
-        )
+    window = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
+    if config.rl.reward:  # a window holds the prompts of a step, whose answers become its micro-batches
+        window = 1, config.rl.prompts
+    pack_length = length if d.packing and not config.rl.reward else None
+    batches = Batches(
+        corpus.training,
+        *window,
+        seed,
+        tokenizer.pad_id,
+        pack_length,
+        d.group_by_length,
+        d.pad_to_multiple_of,
+        t.shuffle,
+    )
+    batches.micro_batch_size = config.micro_batch_rows()
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
     check_schedule(t, steps)
@@ -341,7 +340,6 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
 
 
 def shape_and_rank(adapter: Adapter) -> tuple[str, str]:
-    """How a line about an adapter describes it."""
     if isinstance(adapter, TrainedRows):
         return "rows", f"of {len(adapter.ids)} tokens"
     if isinstance(adapter, TrainedCopy):
@@ -417,9 +415,9 @@ def start_logging(ctx: TrainContext, state: TrainState) -> None:
     ctx.run.open_metrics(state.step, [state.epoch, state.window], state.guard.skipped_windows)
     if not distributed.process_rank():
         ctx.run.trackers = build_trackers(ctx.config, ctx.run.directory, state.step)
-    if (report_to := ctx.config.logging.report_to) == "auto":
-        found = ", ".join(chosen_trackers(report_to)) or "none: neither wandb nor tensorboard is installed"
-        ctx.run.print(f"trackers  {found} (logging.report_to=auto)")
+    if (report_to := ctx.config.logging.report_to) in ("all", "auto"):
+        found = ", ".join(chosen_trackers(report_to)) or "none is installed"
+        ctx.run.print(f"trackers  {found} (logging.report_to={report_to})")
     predicted, peak = {name: size / 1e9 for name, size in ctx.plan.parts.items()}, peak_memory_gb(ctx.device)
     ctx.run.log("memory", state.step, predicted_gb=predicted, peak_memory_gb=peak, total_steps=ctx.total_steps)
     log_memory(ctx, state, "prepared")

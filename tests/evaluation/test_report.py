@@ -198,6 +198,25 @@ def test_the_worst_answers_come_first_and_no_right_one_among_them() -> None:
     assert alone["each"][3] == {"prompt": "3", "reference": "one two three four", "tuned": "nothing"}
 
 
+def test_answers_have_their_rewards_and_the_mean_leaves_out_those_that_failed() -> None:
+    """A row for each answer, to compare two models on the same prompts."""
+    worth = [{"reward": value, "rewards/numeric": value} for value in (1.0, math.nan, 0.5)]
+    before, after = (
+        [Completion("q", "r", "a", True, 2, {**each, "reward": each["reward"] + more}) for each in worth]
+        for more in (0.0, 1.0)
+    )
+    base, tuned = (EvalResult(answer_figures(said, []), said) for said in (before, after))
+    assert tuned.figures["reward"].value == 1.75
+    assert tuned.figures["reward"].parts.shape == (3, 2)
+    values, terminal, markdown = reported(tuned, base)
+    assert values["changes"]["reward"]["change"]["value"] == 1
+    for text in (terminal, markdown):
+        assert "   base: a (reward 1, numeric 1)" in text
+        assert "  tuned: a (reward 2, numeric 1)" in text
+    assert [each["rewards"] for each in values["answers"]["each"]][2] == {"reward": 1.5, "rewards/numeric": 0.5}
+    assert values["answers"]["each"][2]["base_rewards"] == worth[2]
+
+
 def test_breakdowns_add_up_to_the_whole() -> None:
     base, tuned = measured(HARD), measured(HARD - 1)
     values = ["a", "b", "a", "a", "(none)", "b", "a", "x|y"]

@@ -24,7 +24,6 @@ import merge as command
 from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.evaluation.evaluate import Prompt
 from nanoft.export.gguf import (
     K_QUANTS,
     WRITTEN,
@@ -37,6 +36,7 @@ from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.model_card import parity_record
 from nanoft.export.verify import held_out
 from nanoft.generation.generate import generate
+from nanoft.metrics.rewards import Prompt
 from nanoft.models import families
 from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
 from tiny_models import CASES, LLAMA3, make_chat_model, make_packed
@@ -428,6 +428,13 @@ def test_the_context_of_llama_cpp_chooses_the_factors_of_longrope(tmp_path: Path
     assert (logits(short, IDS) - logits(opened.model, IDS)).abs().max() < 1e-4
     assert (logits(long, ids) - logits(opened.model, ids)).abs().max() < 1e-4
     assert (logits(long, IDS) - logits(opened.model, IDS)).abs().max() > 0.1
+
+
+def test_granite_without_a_rope_does_not_rotate(tmp_path: Path) -> None:
+    make_family("granitemoehybrid", tmp_path, shape=1)
+    opened = open_model(str(tmp_path), CPU, torch.float32)
+    written = write((opened, open_chat_tokenizer(str(tmp_path), opened)), tmp_path / "model.gguf")
+    assert (logits(in_llama_cpp(written), IDS) - logits(opened.model, IDS)).abs().max() < 1e-4
 
 
 def test_64_layers_of_exaone_have_windows(tmp_path: Path) -> None:

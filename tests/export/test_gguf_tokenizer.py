@@ -183,6 +183,25 @@ def test_sentencepiece_ids_are_sentencepieces_own(scheme: str | None, tmp_path: 
     assert ids_of(llama, "a", with_bos=True) == chat.tokenizer.encode("a").ids
 
 
+def test_the_tokens_of_phi_3_swallow_the_spaces_behind_them(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_str(as_hugging_face(sentencepiece_model(), None))
+    tokens = [AddedToken("<|endoftext|>", special=True, normalized=False)]
+    strips = ("</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    tokens += [AddedToken(text, special=True, normalized=False, rstrip=True) for text in strips]
+    tokenizer.add_special_tokens(tokens)
+    llama, chat = in_llama_cpp(tmp_path, tokenizer.to_str(), "zephyr", unk_token="<unk>")
+    assert llama.metadata["general.name"] == "tokenizer phi-3"
+    chats = [
+        "<|system|>\nBe brief.<|end|>\n<|user|>\n  Hi <|end|> \n\n<|assistant|>\n",
+        "a</s>  b<|endoftext|>  c<s> d",
+    ]
+    for text in [*chats, *TEXTS[:10]]:
+        assert ids_of(llama, text) == chat.tokenizer.encode(text, add_special_tokens=False).ids, text
+    save(tmp_path / "other", STYLES["zephyr"], tokenizer_json=stripping(tokenizer.to_str()))
+    with pytest.raises(UserError, match="'<unk>' strips the spaces around it"):
+        read_vocabulary(ChatTokenizer.from_directory(tmp_path / "other"), 2000)
+
+
 def test_a_space_before_the_first_word_only_is_none_where_chats_open_with_a_control_token(tmp_path: Path) -> None:
     llama, chat = in_llama_cpp(tmp_path, byte_fallback(), "mistral")
     text = chat.render_prompt([{"role": "user", "content": "the tea, a täble 🦙"}])

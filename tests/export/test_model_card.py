@@ -21,8 +21,8 @@ from nanoft import UserError
 from nanoft.__main__ import main
 from nanoft.config import LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.evaluation.evaluate import Prompt
 from nanoft.export.model_card import PARITY_TOKENS, hub_name, license_of, parity_record, push, vllm_rank
+from nanoft.metrics.rewards import Prompt
 from nanoft.models.weights import load_model
 from tiny_models import make_chat_model
 

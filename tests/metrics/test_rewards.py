@@ -16,7 +16,7 @@ import pytest
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.loading import load_config
-from nanoft.metrics.rewards import Answered, Rewards, call_within, reward_function
+from nanoft.metrics.rewards import Answered, Prompt, Rewards, call_within, reward_function
 
 OWN = """
 import time
@@ -78,8 +78,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def answered(answer: str, number: int = 3, **record: Any) -> Answered:
-    asked = [{"role": "user", "content": "What is 1 + 1?"}]
-    return Answered("What is 1 + 1?", answer, "2", {"solution": "two", **record}, f"sums.jsonl:{number}", asked)
+    asked, fields = [{"role": "user", "content": "What is 1 + 1?"}], {"solution": "two", **record}
+    return Answered(Prompt(asked, "2", record=fields, where=f"sums.jsonl:{number}"), answer, "2")
 
 
 def rewards(*names: str, weights: tuple[float, ...] = (), timeout: float = 5.0) -> tuple[Rewards, list[str]]:

@@ -23,7 +23,7 @@ from nanoft.config import Config
 from nanoft.config.resume import check_ranks, first_difference, resume_fingerprint
 from nanoft.models.families import decoder_config
 from nanoft.runtime import distributed
-from nanoft.runtime.machine import Machine, select_device
+from nanoft.runtime.device import Machine, select_device
 from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
 from nanoft.training.validation import validate_config
 from tiny_models import make_chat_model, write_records
@@ -543,7 +543,7 @@ def broken():
 def main(argv):
     me, n = distributed.process_rank(), distributed.world_size()
     assert n == 3
-    assert list(distributed.shard(range(8))) == list(distributed.split_work(range(8))) == list(range(me, 8, 3))
+    assert list(distributed.split_work(range(8))) == list(range(me, 8, 3))
     every = {i: [i / 3, "x"] for i in range(4)}
     assert distributed.all_gather_dict({i: every[i] for i in distributed.split_work(range(4))}) == every
     assert distributed.broadcast_from_rank0(lambda: ["found", me]) == ["found", 0]
@@ -608,7 +608,6 @@ def test_alone_there_is_nobody_to_talk_to() -> None:
     assert distributed.broadcast_from_rank0(lambda: {1, 2}) == {1, 2}, "not even JSON is made of it"
     assert distributed.all_reduce_sum(0.5, 3) == [0.5, 3]
     assert (list(distributed.split_work(range(3))), distributed.all_gather_dict({2: "c"})) == ([0, 1, 2], {2: "c"})
-    assert list(distributed.shard(iter("abc"))) == ["a", "b", "c"]
     p = torch.nn.Parameter(torch.ones(2))
     distributed.all_reduce_gradients(torch.ones(()), [p])
     assert p.grad is None

@@ -25,7 +25,7 @@ from nanoft.models.weights import load_model
 from nanoft.nf4 import packed_bytes
 from nanoft.objectives.reference import Reference
 from nanoft.optim import build_optimizer
-from nanoft.runtime.machine import Machine
+from nanoft.runtime.device import Machine
 from nanoft.training.memory_plan import (
     Plan,
     Planner,
@@ -247,7 +247,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     records = write_records(root / "data.jsonl")
     settings = {"model": {"name": str(root / "base"), "max_seq_length": 256}, "data": {"train_file": str(records)}}
     (root / "mine.json").write_text(json.dumps({**settings, "system": {"device": "cpu"}}))
-    return [str(root / "mine.json"), f"output.dir={root / 'run'}", "logging.progress_bar=false"]
+    return [str(root / "mine.json"), f"output.dir={root / 'run'}", "logging.progress_bar=false", "logging.plots=none"]
 
 
 def test_plan_prints_parts_and_peak_and_loads_nothing(
@@ -357,7 +357,7 @@ def test_auto_keeps_the_rows_of_a_step_and_a_run_goes_on_with_what_was_decided(
     assert (decided["micro_batch_size"], decided["gradient_accumulation_steps"]) == (6, 1)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert next(line for line in lines if line["event"] == "memory")["predicted_gb"].keys() >= {"linears", "loss"}
-    monkeypatch.setattr("nanoft.runtime.machine.memory_limit_bytes", lambda device: 1.0)  # less memory than before
+    monkeypatch.setattr("nanoft.runtime.device.memory_limit_bytes", lambda device: 1.0)  # less memory than before
     more = ["training.max_steps=2", "training.checkpointing=none", "--force", "room"]
     assert train.main([*arguments, *auto, *more]) == 0
     assert json.loads((run / "config.json").read_text())["training"]["micro_batch_size"] == 6

@@ -20,7 +20,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, build_datasets
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
-from nanoft.runtime.machine import Machine
+from nanoft.runtime.device import Machine
 from nanoft.training import preflight
 from nanoft.training.memory_plan import Planner
 from nanoft.training.preflight import check_disk, check_head, check_room, rehearse_save
