@@ -18,7 +18,7 @@ import numpy as np
 
 from nanoft.config import Config
 from nanoft.evaluation.evaluate import PERPLEXITIES, EvalResult
-from nanoft.io.tables import format_duration, markdown_table
+from nanoft.io.tables import format_duration, markdown_table, wrap
 from nanoft.metrics.answers import token_f1
 from nanoft.metrics.bootstrap import Comparison, Figure, compare, interval
 from nanoft.perplexity import safe_exp
@@ -66,7 +66,8 @@ def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
     rate = values["answers"].get("win_rate", {}).get("said")
     won = [f"answers   {counts} (by {label(inputs.primary)}): {rate}"] if rate else []
-    head = "\n".join([f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])])
+    lines = [f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])]
+    head = "\n".join(wrap(line, 10) for line in lines)
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
     by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
     terminal = f"\n{main}\n\n{head}\n{''.join(by[name] for name in inputs.groups if name in by)}\n{samples}".rstrip()

@@ -118,7 +118,7 @@ class Rewards:
         if self.failures[name] == 1:
             what = f"rl.reward: {name}: {reason} at {answered.prompt.where} (answer {answered.answer!r:.60})"
             self.first_failure = self.first_failure or what
-            self.log(f"warning: {what}: this answer is left out, as further ones will be")
+            self.log(f"warning: {what}: this answer is skipped, as further ones will be")
         return math.nan
 
 

@@ -229,7 +229,7 @@ def choose_rows(peak_of: Callable[[int], float], step_rows: int, room: float) ->
     """The largest divisor of a step's rows that fits into `room` bytes as a micro-batch; a UserError if none does."""
     fitting = [rows for rows in range(1, step_rows + 1) if step_rows % rows == 0 and peak_of(rows) <= room]
     if not fitting:
-        sizes = f"one row takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free"
+        sizes = f"one sequence takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free"
         raise UserError(f"model.max_seq_length: {sizes}: lower it, or set quantization.bits=4")
     return fitting[-1]
 
@@ -355,7 +355,7 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
     step_rows = config.effective_batch_size() if config.rl.reward else t.gradient_accumulation_steps
     rows_a_rank, left = divmod(step_rows, ranks)
     if left and not config.rl.reward:
-        split = f"{step_rows} rows a step cannot be split evenly over {ranks} processes"
+        split = f"a step of {step_rows} sequences cannot be split evenly over {ranks} processes"
         raise UserError(f"training.gradient_accumulation_steps: {split}: set it to {ranks * max(rows_a_rank, 1)}")
     if recorded is not None and recorded["system"].get("ranks", 1) == ranks:
         return config.override({name: recorded["training"][name.removeprefix("training.")] for name in ROWS})
@@ -388,7 +388,7 @@ def explained_out_of_memory(planner: Planner) -> Iterator[None]:
 
 def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
     helps = suggest_savings(planner, rows, planner.config.model.max_seq_length)
-    return TrainingFailed(f"out of memory with micro-batches of {rows} rows: try {helps}")
+    return TrainingFailed(f"out of memory with micro-batch size {rows}: try {helps}")
 
 
 def suggest_savings(planner: Planner, rows: int, length: int) -> str:
@@ -437,16 +437,19 @@ def show_plan(config: Config) -> int:
     if not machine.present:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
-        say(name, f"{size / 1e9:9.3f} GB")
+        if size:
+            say(name, f"{size / 1e9:9.3f} GB")
     say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
-    assumed = f"per step: {rows:,} rows of model.max_seq_length={length:,} tokens, all full: real samples are shorter"
+    assumed = (
+        f"per step: {rows:,} sequences of model.max_seq_length={length:,} tokens, all full: real samples are shorter"
+    )
     say("tokens", f"{rows * length:9,} {assumed}")
     recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
     work = gflop_per_token(decoder, planner.counts, config, length, recomputed)
     say("work", f"{work:9.3g} GFLOP per token")
     if machine.present:
         reached = matmul_gflop_s(machine.device, machine.dtype, decoder.hidden_size, decoder.intermediate_size)
-        say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products here")
+        say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products on this machine")
         if share := EFFICIENCY.get(kind):
             tokens_s, tokens = share * reached / work, rows // config.system.ranks * length
             reach = f"{share:.0%} of it is reached; {tokens / tokens_s:,.1f} s per step"
@@ -455,14 +458,14 @@ def show_plan(config: Config) -> int:
             say("speed", f"at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * unit, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
-    say("micro-batch", f"{most} rows of {length} tokens fit, with every block recomputed")
+    say("micro-batch", f"{most} sequences of {length} tokens fit, with every block recomputed")
     for warning in plan_warnings(planner, files, length, None):
         print(f"warning: {warning}")
     if plan.peak > room:
         fewer = "training.micro_batch_size=auto, or lower model.max_seq_length"
         fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
         raise UserError(
-            f"training.micro_batch_size: {config.micro_batch_rows()} rows of {length} tokens take "
+            f"training.micro_batch_size: {config.micro_batch_rows()} sequences of {length} tokens take "
             f"{plan.peak / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available: {fix}"
         )
     return 0

@@ -39,7 +39,7 @@ from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
 from nanoft.io.bars import Bar
 from nanoft.io.hub import use_cache
-from nanoft.io.tables import format_duration
+from nanoft.io.tables import format_duration, wrap
 from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
 from nanoft.lora import disabled
@@ -222,7 +222,7 @@ def with_room_for_answers(corpus: PreparedDataset, room: int, run: Run) -> Prepa
     """The samples whose prompts have at most `room` tokens."""
     training, validation = (side[prompt_lengths(side) <= room] for side in (corpus.training, corpus.validation))
     if lost := len(corpus.training) + len(corpus.validation) - len(training) - len(validation):
-        run.print(f"warning: {lost:,} prompts of more than {room} tokens leave no room for answers: left out")
+        run.print(f"warning: {lost:,} prompts of more than {room} tokens leave no room for answers: skipped")
     if not len(training):
         raise UserError(f"model.max_seq_length: no prompt leaves room for an answer in {room} tokens: raise it")
     return replace(corpus, training=training, validation=validation)
@@ -247,11 +247,11 @@ def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
     for name in SHAPE:
         own, default, theirs = (getattr(settings, name) for settings in (lora, LoRAConfig(), start.lora))
         if own not in (default, theirs):
-            raise UserError(f"lora.{name}: {own}: {source} has {theirs}, and its shape stays: remove lora.{name}")
+            raise UserError(f"lora.{name}: {own}: {source} has {theirs}, which cannot be changed: remove lora.{name}")
         taken[f"lora.{name}"] = theirs
     tokens = config.model.add_tokens
     if tokens not in ((), start.add_tokens):
-        raise UserError(f"model.add_tokens: the tokens of {source} stay: remove it, or merge that adapter first")
+        raise UserError(f"model.add_tokens: {source} has its own tokens: remove it, or merge that adapter first")
     return with_score(config.override({**taken, "model.add_tokens": start.add_tokens})), start
 
 
@@ -391,15 +391,15 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
         say(f"example   {ctx.tokenizer.highlight_targets(ctx.batches.samples[0], color=sys.stdout.isatty())}")
     if state.step:
         say(f"resuming  after step {state.step} of {ctx.total_steps}")
-    left, epochs = ctx.total_steps - state.step, f"{ctx.corpus.report['epochs']:.3g} epochs"
+    left, epochs = ctx.total_steps - state.step, f"{(n := ctx.corpus.report['epochs']):.3g} epoch{'s' * (n != 1)}"
     duration = format_duration(left * seconds_per_step)
     duration += ", without sampling" if c.sampled_tokens else ""
-    say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} rows, about {duration}")
+    say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} sequences, about {duration}")
     often = []
     for what, every in (("evaluation", t.eval_steps), ("checkpoint", t.save_steps), ("log", t.log_steps)):
         steps = float(steps_between(every, ctx.total_steps, ctx.corpus.report["steps_per_epoch"]))
         often.append(f"{what} every {steps:g} step{'s' * (steps != 1)}" if steps else f"{what} at the end")
-    say(f"          {', '.join(often)}")
+    say(wrap(f"          {', '.join(often)}", 10))
 
 
 def is_complete(ctx: TrainContext, state: TrainState) -> bool:
@@ -407,7 +407,7 @@ def is_complete(ctx: TrainContext, state: TrainState) -> bool:
     has_steps_left = state.step < ctx.total_steps and not state.should_stop_early(ctx.config.training)
     if has_steps_left or distributed.broadcast_from_rank0(lambda: ctx.run.finished_step() != state.step):
         return False
-    ctx.run.print(f"complete  {ctx.run.directory} has done its {state.step} steps: see report.md there")
+    ctx.run.print(f"complete  {ctx.run.directory}: all {state.step} steps are done: see its report.md")
     return True
 
 

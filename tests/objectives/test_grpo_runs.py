@@ -213,5 +213,5 @@ def test_a_prompt_without_room_for_an_answer_is_left_out(root: Path, tmp_path: P
     words = on(root, tmp_path / "run", data__train_file=tmp_path / "prompts.jsonl", model__max_seq_length=128)
     assert train.main(words) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: 1 prompts of more than 120 tokens leave no room for answers: left out" in said
+    assert "warning: 1 prompts of more than 120 tokens leave no room for answers: skipped" in said
     refused([*words, "rl.max_new_tokens=127", f"output.dir={tmp_path / 'none'}"], ["max_seq_length"], capsys)

@@ -226,7 +226,7 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits() -> None:
     assert choose_rows(lambda rows: 10.0 * rows, 12, 59) == 4
     assert choose_rows(lambda rows: 10.0 * rows, 12, 60) == 6
     assert choose_rows(lambda rows: 10.0 * rows, 7, 60) == 1
-    with pytest.raises(UserError, match=r"^model.max_seq_length: one row takes 0.00 GB and 0.00 GB are free"):
+    with pytest.raises(UserError, match=r"^model.max_seq_length: one sequence takes 0.00 GB and 0.00 GB are free"):
         choose_rows(lambda rows: 10.0 * rows, 12, 9)
 
 
@@ -302,7 +302,7 @@ def test_plan_prints_parts_and_peak_and_loads_nothing(
     for part in ("process", "linears", "adapters", "gradients", "optimizer", "activations", "backward", "loss", "peak"):
         assert f"\n{part} " in f"\n{said}"
     assert "all activations kept" in said
-    assert "tokens               4,096 per step: 16 rows of model.max_seq_length=256 tokens" in said
+    assert "tokens               4,096 per step: 16 sequences of model.max_seq_length=256 tokens" in said
     assert max(map(len, said.splitlines())) <= 80
     assert "warning" not in said
     assert not Path(arguments[1].removeprefix("output.dir=")).exists()
@@ -374,7 +374,7 @@ def test_what_cannot_fit_is_one_line_with_the_fix(arguments: list[str], capsys: 
     assert train.main([*arguments, "--plan", "model.max_seq_length=100000000"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "training.micro_batch_size: 4 rows of 100000000 tokens take" in error
+    assert "training.micro_batch_size: 4 sequences of 100000000 tokens take" in error
     assert "are available: set model.max_seq_length=50000000 (saves about " in error
 
 
