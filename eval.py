@@ -1,10 +1,12 @@
 """Evaluate a run or a model on held-out data: perplexity, answers, forgetting; base against tuned, with intervals.
 
-python eval.py runs/tiny --compare-base
-python eval.py runs/tiny --data questions.jsonl --by topic --json figures.json evaluation.metrics=token_f1,rouge_l
-python eval.py runs/tiny --general wikitext.txt
-python eval.py runs/tiny --quantization
-python eval.py mistralai/Mistral-7B-Instruct-v0.3 --data questions.jsonl
+    python eval.py runs/tiny --compare-base
+    python eval.py runs/tiny --data questions.jsonl --by topic --json figures.json evaluation.metrics=token_f1,rouge_l
+    python eval.py runs/tiny --general wikitext.txt
+    python eval.py runs/tiny --quantization
+    python eval.py mistralai/Mistral-7B-Instruct-v0.3 --data questions.jsonl
+
+More: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -13,13 +15,7 @@ import sys
 
 from nanoft.runtime.command import Arguments, command
 
-PARSER = Arguments(
-    prog="eval.py",
-    description="Evaluate a run or a model on held-out data: perplexity, metrics of its answers, stop rate.",
-    epilog="examples: python eval.py runs/tiny --compare-base; "
-    "python eval.py runs/tiny --data questions.jsonl evaluation.metrics=token_f1 --json figures.json; "
-    "more: docs/evaluation.md",
-)
+PARSER = Arguments(prog="eval.py", description=__doc__)
 add = PARSER.add_argument
 add("source", metavar="RUN|MODEL", help="run directory, adapter, model directory or Hub name")
 add("overrides", nargs="*", metavar="section.field=value", help="change a setting of the run")
@@ -107,22 +103,19 @@ def main(argv: list[str]) -> int:
         if (args.compare_base or args.general) and has_base(args.source, loaded, config):
             with base_of(args.source, config, loaded) as base_model:
                 base = measure(config, base_model, chat, held_out, metrics)
-        require_finite(tuned, args.source)
+        for name, figure in tuned.figures.items():
+            if not math.isfinite(figure.value):  # no figure is worth printing then
+                fault = "its weights are broken or overflow in model.dtype"
+                raise UserError(f"{args.source}: {name} is {figure.value}: {fault}")
         values, text, markdown = report(
             ReportInputs(
-                args.source,
-                tuned,
-                base,
-                primary=next(iter(config.evaluation.metrics), "exact_match"),
+                args.source, tuned, base, primary=next(iter(config.evaluation.metrics), "exact_match"),
                 limit=config.evaluation.max_new_tokens if loaded.adapters or is_run(args.source) else None,
-                groups=held_out.groups,
-                places=held_out.places,
-                leakage=held_out.leakage,
+                groups=held_out.groups, places=held_out.places, leakage=held_out.leakage,
                 provenance=provenance(config, data, args.source, args.data),
-                shown=config.evaluation.samples,
-                seed=config.system.seed,
+                shown=config.evaluation.samples, seed=config.system.seed,
             )
-        )
+        )  # fmt: skip
         text = f"{text.removeprefix(chr(10))}\n\nleakage   {held_out.leakage['said']}"
     print(redact(text))
     write(args.json, "--json", to_json(values, indent=2) + "\n")
@@ -143,10 +136,8 @@ def read_config(args: argparse.Namespace) -> Config:
 def check_arguments(args: argparse.Namespace, config: Config) -> None:
     """Refuse files that cannot be read or written before the work, not after it."""
     for flag, file in (("--json", args.json), ("--report", args.report)):
-        if file and (os.path.isdir(file) or not os.path.isdir(Path(file).parent)):
-            raise UserError(f"{flag}: {file}: is a directory, or its directory does not exist: name a file")
-        if file and not os.access(Path(file).parent, os.W_OK):
-            raise UserError(f"{flag}: {file}: its directory is not writable: choose another")
+        if file and (os.path.isdir(file) or not os.access(Path(file).parent, os.W_OK)):
+            raise UserError(f"{flag}: {file}: is a directory, or its directory is not there or read-only: name a file")
     if args.general and not os.path.isfile(args.general):
         raise UserError(f"--general: {args.general}: no such file")
     if args.compare_base and is_run(args.source) and config.model.random_init:
@@ -178,13 +169,6 @@ def measure(
 ) -> EvalResult:
     e, context, seed = config.evaluation, config.model.max_seq_length, config.system.seed
     return evaluate.measure(loaded.model, chat, data.samples, data.prompts, e, context, metrics, data.general, seed)
-
-
-def require_finite(result: EvalResult, source: str) -> None:
-    """A model without a finite loss has no figures worth printing."""
-    for name, figure in result.figures.items():
-        if not math.isfinite(figure.value):
-            raise UserError(f"{source}: {name} is {figure.value}: its weights are broken or overflow in model.dtype")
 
 
 def write(file: str | None, flag: str, text: str) -> None:

@@ -5,10 +5,12 @@ python merge.py runs/tiny --out merged --dtype f32 --base nf4 --verify
 python merge.py runs/tiny --out adapter --format peft
 python merge.py runs/one runs/two --weights 0.7,0.3 --out both
 python merge.py runs/tiny --out tiny.gguf --format gguf --dtype q8_0
+python merge.py runs/tiny --unmerge merged --out base-again
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from nanoft.runtime.command import Arguments, command
@@ -18,14 +20,7 @@ GGUF = ("gguf", "gguf-lora")  # files rather than directories
 # Formats of other tools, and the command that makes them from a merged directory.
 ELSEWHERE = {"onnx": "optimum-cli export onnx --model {out} {out}-onnx", "tensorrt": "trtllm-serve {out}"}
 
-PARSER = Arguments(
-    prog="merge.py",
-    description="Merge an adapter into its base as a Hugging Face model, or export it in another tool's format.",
-    epilog="examples: python merge.py runs/tiny --out merged; "
-    "python merge.py runs/tiny --out merged --dtype f32 --base nf4 --verify; "
-    "python merge.py runs/one runs/two --weights 0.7,0.3 --out both; "
-    "python merge.py runs/tiny --unmerge merged --out base-again",
-)
+PARSER = Arguments(prog="merge.py", description=__doc__)
 add = PARSER.add_argument
 add("sources", nargs="+", metavar="RUN|ADAPTER", help="run or adapter directories; several are summed")
 add("--out", required=True, metavar="DIR", help="a new directory; for GGUF, or FILE.gguf")
@@ -42,11 +37,11 @@ add("--base-model", metavar="DIR", help="the base, if it is not where the adapte
 add("--fold", action="store_true", help="--format peft: one rank and one alpha for all modules, for vLLM")
 add("--any-base", action="store_true", help="accept a base whose files are not those of training")
 add("--push", metavar="REPO", help="upload the result to this repository on the Hub")
+add("--private", action=argparse.BooleanOptionalAction, default=True, help="a new repository is private; default: yes")
 
 if __name__ == "__main__":
     PARSER.check(sys.argv[1:])  # --help, --version and mistakes are answered before torch is imported
 
-import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +53,7 @@ from nanoft.batches import Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export import merge as export
 from nanoft.export import model_card, verify
-from nanoft.export.gguf_file import export_gguf
+from nanoft.export.gguf import export_gguf
 from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
 from nanoft.io.atomic import new_directory, require_new, write_file, write_json
@@ -77,7 +72,7 @@ def main(argv: list[str]) -> int:
     use_cache_of(args.sources[0])
     print("\n".join(export_gguf(args) if args.format in GGUF else export_directory(args)))
     if args.push:
-        print(f"pushed to {model_card.push(Path(args.out), args.push)}")
+        print(f"pushed to {model_card.push(Path(args.out), args.push, args.private)}")
     return 0
 
 
@@ -101,8 +96,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--unmerge: takes that model's weights as they are: remove --base and --verify")
     if args.parity_tokens < 0:
         raise UserError(f"--parity-tokens: {args.parity_tokens} is out of range: it must be >= 0 (0: no answers)")
-    if args.push and args.format in GGUF:
-        raise UserError("--push: uploads directories, not GGUF files: use `hf upload`")
+    if args.push and args.out.endswith(".gguf"):
+        raise UserError(f"--push: uploads directories: write --out {args.out.removesuffix('.gguf')}")
     if args.push:
         model_card.validate_repository(args.push)
 
@@ -114,7 +109,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
     if args.fold:
         lora, folded = fold_patterns(adapter.lora, adapter.tensors)
         adapter = replace(adapter, lora=lora, tensors=folded)
-    asked = {k: v for k, v in vars(args).items() if k not in ("out", "push", "verify", "parity_tokens")}
+    asked = {k: v for k, v in vars(args).items() if k not in ("out", "push", "private", "verify", "parity_tokens")}
     with new_directory(Path(args.out), export.fingerprint(asked, adapter, summed)) as staging:
         opened = export.open_adapter(adapter, args.base if args.format == "hf" else "nf4")
         if not args.any_base and not args.unmerge:
@@ -129,7 +124,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
         samples, prompts = verify.held_out(source, chat)
         if args.format == "hf":
             dtype = EXPORT_DTYPES[args.dtype] if args.dtype else ModelFiles.read(opened.base_directory).dtype()
-            files = merge(opened, dtype, args.base, staging, export.parse_size(args.shard_size), resumable=True)
+            files = merge(opened, dtype, args.base, staging, args.shard_size, resumable=True)
             lines, facts = verify_merged(args, adapter, opened, chat, samples, staging, dtype)
         elif args.format == "mlx":
             save_mlx(staging, opened.adapters, adapter.lora, opened.model.config, adapter.base_name)
@@ -154,7 +149,8 @@ def export_directory(args: argparse.Namespace) -> list[str]:
             "only": args.only,
             "unmerged": args.unmerge,
         } | facts
-        card = model_card.model_card(args.format, facts, model_card.run_facts(source), adapter.base, lines)
+        names = {"here": args.push or ".", "rank": args.format == "hf" or model_card.vllm_rank(adapter.lora)}
+        card = model_card.model_card(args.format, opened, source, lines, **names)
         write_file(staging / "README.md", [card.encode()])
         write_json(staging / "provenance.json", model_card.provenance_record(source, facts, staging, files))
     return [f"{args.out}: {lines[0]}", *lines[1:]]

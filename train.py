@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model: the setup in order, the loop, and what happens instead when a step fails.
+"""Fine-tune a causal language model: LoRA, QLoRA, or every parameter.
 
     python train.py                                       the embedded demo, configs/tiny.py
     python train.py configs/tiny.py training.max_steps=20
@@ -16,12 +16,7 @@ from nanoft.runtime.command import FORCEABLE, Arguments, StopRequest, command, i
 
 
 def build_parser() -> Arguments:
-    parser = Arguments(
-        prog="train.py",
-        description="Fine-tune a causal language model: LoRA, QLoRA, or every parameter.",
-        epilog="examples: python train.py configs/tiny.py; python train.py configs/tiny.py quantization.bits=4; "
-        "python train.py auto model.name=Qwen/Qwen2.5-3B-Instruct data.train_file=mine.jsonl",
-    )
+    parser = Arguments(prog="train.py", description=__doc__)
     parser.add_argument("config", nargs="?", help="Python, YAML, JSON file, or auto; default: configs/tiny.py")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting; or another file")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
@@ -60,9 +55,8 @@ from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, build_scaler, learning_rate, set_learning_rate
 from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
-from nanoft.runtime.device import choose_device, library_versions, seed_everything
+from nanoft.runtime.device import Machine, choose_device, library_versions, pick_config, seed_everything, select_device
 from nanoft.runtime.energy import EnergyMeter
-from nanoft.runtime.machine import Machine, pick_config, select_device
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory
 from nanoft.tracking.profiler import Profiler
 from nanoft.tracking.run import Run
@@ -154,7 +148,7 @@ def build(
     """Model, adapters, optimizer and checkpoints."""
     config, machine = planner.config, planner.machine
     tokens = setup.vocabulary(files, tokenizer, start)
-    check_embeddings(corpus, tokens, planner.decoder.positions)
+    check_embeddings(corpus, tokens, planner.decoder.positions, config.model.max_seq_length)
     plan = planner.choose_activations(*planner.longest_shape(batches))  # from what is free before the model is loaded
     model = setup.load_base(config, machine, files, tokens)  # quantized while it streams from disk
     model.activation_policy = distributed.broadcast_from_rank0(lambda: plan.keep)

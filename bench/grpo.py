@@ -13,12 +13,9 @@ A step is sampling, rewards and training. Peak memory is the largest resident se
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,15 +26,13 @@ from contender import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
     PROMPT_LENGTH,
-    add_step_options,
     build_nanoft,
     peak_rss_mb,
     random_weight,
 )
-from preference import END, PAD
-from step import Failed, in_process, machine, ratio, say, versions
+from preference import END, PAD, SIDES, alternate, heading, options, run, settings_of
+from step import ratio
 
-SIDES = ("nanoft", "trl")
 CLOSE = 0.05  # of the mean rewards of two sets of random answers
 
 
@@ -66,6 +61,7 @@ def measured(args: argparse.Namespace, seconds: list[float], rewards: list[float
     import torch
 
     return {
+        "pace": f"{statistics.median(seconds[args.warmup :]):.2f} s a step",
         "seconds": seconds[args.warmup :],
         "reward": statistics.mean(rewards[args.warmup :]),
         "peak_rss_mb": peak_rss_mb(),
@@ -203,14 +199,8 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
 # ---- The contest and its report
 
 
-def contest(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
-    for number in range(args.rounds):
-        for name in SIDES[:: 1 if number % 2 == 0 else -1]:
-            found = in_process([sys.executable, str(HERE / "grpo.py"), "--side", name, *words], args.timeout_s)
-            results[name].append(found)
-            pace = statistics.median(found["seconds"])
-            say(f"round {number + 1}: {name}: {pace:.2f} s a step, {found['peak_rss_mb']:,} MB")
+def contest(args: argparse.Namespace) -> dict[str, Any]:
+    results = alternate(HERE / "grpo.py", args)
     ours, theirs = (results[name] for name in SIDES)
     rewards = {name: statistics.mean(run["reward"] for run in runs) for name, runs in results.items()}
     agree = abs(rewards["nanoft"] - rewards["trl"]) < CLOSE
@@ -221,24 +211,15 @@ def contest(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         "peak_rss_mb": {n: statistics.median(run["peak_rss_mb"] for run in runs) for n, runs in results.items()},
         "speedups": [statistics.median(b["seconds"]) / statistics.median(a["seconds"]) for a, b in rounds],
         "memory_ratios": [a["peak_rss_mb"] / b["peak_rss_mb"] for a, b in rounds],
-        "threads": ours[0]["threads"],
-        "rounds": args.rounds,
-        "args": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
+        **settings_of(args, results),
     }
 
 
 def report(result: dict[str, Any]) -> str:
-    from importlib.metadata import version
-
     args = result["args"]
-    shape = f"{args['layers']} layers of {args['hidden']}, {args['vocab']:,} tokens, LoRA rank {args['r']}"
     step = f"{args['prompts']} prompts x {args['group']} answers of {args['new']} tokens, micro-batches of {args['bs']}"
     lines = [
-        "# GRPO: nanoft and TRL's GRPOTrainer",
-        "",
-        f"{machine()}, threads used: {result['threads']}; rounds: {result['rounds']};",
-        f"{versions()}, trl {version('trl')}.",
-        f"{shape}; {args['dtype']}; a step: {step}.",
+        *heading("GRPO: nanoft and TRL's GRPOTrainer", result, f"; a step: {step}"),
         "Written by `bench/grpo.py`, which says what is compared. Medians; ratios with their range over the rounds.",
         "",
         "| | seconds per step | peak memory, MB | mean reward |",
@@ -252,31 +233,12 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=SIDES, help="one process of this side alone")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = options(__doc__, HERE / "grpo", 3)
     parser.add_argument("--prompts", type=int, default=2, help="of a step")
     parser.add_argument("--group", type=int, default=8, help="answers to each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens per answer")
-    parser.add_argument("--timeout-s", type=float, default=600, help="for each process")
-    parser.add_argument("--out", type=Path, default=HERE / "grpo", help="without a suffix")
-    add_step_options(parser)
     parser.set_defaults(dtype="float32", steps=4, bs=8)
-    args = parser.parse_args()
-    if args.threads:
-        import torch
-
-        torch.set_num_threads(args.threads)
-    if args.side:
-        print(json.dumps({"nanoft": run_nanoft, "trl": run_trl}[args.side](args)))
-        return
-    try:
-        result = contest(args, sys.argv[1:])
-    except Failed as error:
-        raise SystemExit(str(error)) from None
-    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(report(result), encoding="utf-8")
-    print(report(result))
+    run(parser.parse_args(), {"nanoft": run_nanoft, "trl": run_trl}, contest, report)
 
 
 if __name__ == "__main__":

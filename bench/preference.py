@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from contender import (
 )
 from step import Failed, in_process, largest, machine, ratio, say, spread, versions
 
+Side = Callable[[argparse.Namespace], dict[str, Any]]
 Pair = tuple[list[int], list[int], list[int]]  # prompt, chosen and rejected answer
 SIDES = ("nanoft", "trl")
 PAD, END = 0, 1
@@ -67,6 +69,7 @@ def measured(args: argparse.Namespace, seconds: list[float], losses: list[float]
     import torch
 
     return {
+        "pace": f"{statistics.median(speeds):,.0f} tokens/s",
         "tok_s": statistics.median(speeds),
         "speeds": speeds,
         "peak_rss_mb": peak_rss_mb(),
@@ -204,14 +207,69 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
 # ---- The contest and its report
 
 
-def contest(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
+def alternate(script: Path, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """What each side of a script found in each round, in fresh processes."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     for number in range(args.rounds):
         for name in SIDES[:: 1 if number % 2 == 0 else -1]:
-            command = [sys.executable, str(HERE / "preference.py"), "--side", name, *words]
-            results[name].append(in_process(command, args.timeout_s))
-            found = results[name][-1]
-            say(f"round {number + 1}: {name}: {found['tok_s']:,.0f} tokens/s, {found['peak_rss_mb']:,} MB")
+            command = [sys.executable, str(script), "--side", name, *sys.argv[1:]]
+            results[name].append(found := in_process(command, args.timeout_s))
+            say(f"round {number + 1}: {name}: {found['pace']}, {found['peak_rss_mb']:,} MB")
+    return results
+
+
+def settings_of(args: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    known = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    return {"threads": results["nanoft"][0]["threads"], "rounds": args.rounds, "args": known}
+
+
+def heading(title: str, result: dict[str, Any], step: str) -> list[str]:
+    """The lines of a report above its own."""
+    args = result["args"]
+    shape = f"{args['layers']} layers of {args['hidden']}, {args['vocab']:,} tokens, LoRA rank {args['r']}"
+    return [
+        f"# {title}",
+        "",
+        f"{machine()}, threads used: {result['threads']}; rounds: {result['rounds']};",
+        f"{versions()}, trl {version('trl')}.",
+        f"{shape}; {args['dtype']}{step}.",
+    ]
+
+
+def options(document: str, out: Path, rounds: int) -> argparse.ArgumentParser:
+    """What every contest has."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=SIDES, help="one process of this side alone")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--timeout-s", type=float, default=600, help="for each process")
+    parser.add_argument("--out", type=Path, default=out, help="without a suffix")
+    add_step_options(parser)
+    return parser
+
+
+def run(
+    args: argparse.Namespace, sides: dict[str, Side], contest: Callable[[argparse.Namespace], dict[str, Any]],
+    report: Callable[[dict[str, Any]], str],
+) -> None:  # fmt: skip
+    """One side, or the contest, whose report is written and printed."""
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    if args.side:
+        print(json.dumps(sides[args.side](args)))
+        return
+    try:
+        result = contest(args)
+    except Failed as error:
+        raise SystemExit(str(error)) from None
+    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    args.out.with_suffix(".md").write_text(report(result), encoding="utf-8")
+    print(report(result))
+
+
+def contest(args: argparse.Namespace) -> dict[str, Any]:
+    results = alternate(HERE / "preference.py", args)
     ours, theirs = (results[name] for name in SIDES)
     differences = [abs(a - b) for a, b in zip(ours[0]["losses"], theirs[0]["losses"], strict=True)]
     agree = max(differences) <= TOLERANCE[args.dtype][0]
@@ -223,9 +281,7 @@ def contest(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         "losses_agree": agree,
         "largest_difference": largest(differences),
         "losses": {name: runs[0]["losses"] for name, runs in results.items()},
-        "threads": ours[0]["threads"],
-        "rounds": args.rounds,
-        "args": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
+        **settings_of(args, results),
     }
 
 
@@ -236,18 +292,11 @@ def side_summary(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def report(result: dict[str, Any]) -> str:
-    from importlib.metadata import version
-
     args = result["args"]
-    shape = f"{args['layers']} layers of {args['hidden']}, {args['vocab']:,} tokens, LoRA rank {args['r']}"
     kept = "recomputed" if args["ckpt"] else "kept"
-    step = f"{args['bs']} pairs x {args['accumulation']} micro-batches a step"
+    step = f", activations {kept}; {args['bs']} pairs x {args['accumulation']} micro-batches a step"
     lines = [
-        "# DPO: nanoft and TRL's DPOTrainer",
-        "",
-        f"{machine()}, threads used: {result['threads']}; rounds: {result['rounds']};",
-        f"{versions()}, trl {version('trl')}.",
-        f"{shape}; {args['dtype']}, activations {kept}; {step}.",
+        *heading("DPO: nanoft and TRL's DPOTrainer", result, step),
         "Written by `bench/preference.py`, which says what is compared. Speeds are medians (p10 to p90 of all steps),",
         "ratios medians (and range) over the rounds.",
         "",
@@ -264,29 +313,10 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=SIDES, help="one process of this side alone")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = options(__doc__, HERE / "preference", 5)
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of --bs pairs in a step")
-    parser.add_argument("--timeout-s", type=float, default=600, help="for each process")
-    parser.add_argument("--out", type=Path, default=HERE / "preference", help="without a suffix")
-    add_step_options(parser)
     parser.set_defaults(dtype="float32", steps=4)
-    args = parser.parse_args()
-    if args.threads:
-        import torch
-
-        torch.set_num_threads(args.threads)
-    if args.side:
-        print(json.dumps({"nanoft": run_nanoft, "trl": run_trl}[args.side](args)))
-        return
-    try:
-        result = contest(args, sys.argv[1:])
-    except Failed as error:
-        raise SystemExit(str(error)) from None
-    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(report(result), encoding="utf-8")
-    print(report(result))
+    run(parser.parse_args(), {"nanoft": run_nanoft, "trl": run_trl}, contest, report)
 
 
 if __name__ == "__main__":

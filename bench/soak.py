@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import itertools
 import json
 import os
 import random
@@ -38,8 +39,6 @@ sys.path += [str(ROOT / "tests" / "faults"), str(HERE), str(ROOT)]
 from harness import Fault, inject  # noqa: E402
 from step import machine, versions  # noqa: E402
 
-from nanoft.runtime.memory import theil_sen_slope  # noqa: E402
-
 EVERY_S = 0.5  # between two readings
 NAMES = {-9: "killed", 75: "asked to stop", 2: "refused by the disk", 0: "ended"}  # meaning of the exit codes
 SETTINGS = [
@@ -49,6 +48,12 @@ SETTINGS = [
     *("evaluation.prompts=4", "evaluation.max_new_tokens=4", "logging.progress_bar=false"),
     *("logging.show_example=false", "system.device=cpu", "system.threads=1"),
 ]
+
+
+def theil_sen_slope(points: list[tuple[float, float]]) -> float:
+    """The median slope between all pairs of points (Theil, 1950; Sen, 1968)."""
+    slopes = [(y - b) / (x - a) for (a, b), (x, y) in itertools.combinations(points, 2) if x != a]
+    return statistics.median(slopes) if slopes else 0.0
 
 
 @dataclass
@@ -152,7 +157,7 @@ def watch(settings: list[str], fault: Fault, metrics: Metrics, until: int, end: 
 
 def figures(processes: list[Process], metrics: Metrics, disturbed: Counter[str]) -> dict[str, Any]:
     long = [process.steady() for process in processes if len(process.steady()) >= 20]
-    slopes = [theil_sen_slope([(step, rss) for step, rss, _, _ in readings])[0] * 1000 / 1e6 for readings in long]
+    slopes = [theil_sen_slope([(step, rss) for step, rss, _, _ in readings]) * 1000 / 1e6 for readings in long]
     grown = [readings[-1][1] - readings[0][1] for readings in long]
 
     def change(column: int) -> int:

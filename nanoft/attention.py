@@ -89,15 +89,13 @@ class CacheContext(SequenceContext):
     """
 
     def __init__(
-        self, tables: tuple[Sequence[Rotation], Tensor], keys: list[Tensor], values: list[Tensor], slot: int, full: int
+        self,
+        tables: tuple[Sequence[Rotation], Tensor],  # as `tables` made them
+        keys: list[Tensor],  # of each layer, (b, g, slots, d), like values; the new ones are written into them
+        values: list[Tensor],
+        slot: int,  # of the new positions
+        full: int,  # the first slot that is not empty in any sequence
     ):
-        """
-        Args:
-            tables: as `tables` made them.
-            keys: of each layer, (b, g, slots, d), like values; the new ones are written into them.
-            slot: of the new positions.
-            full: the first slot that is not empty in any sequence.
-        """
         rotations, self.filled = tables
         here = slice(slot, slot + 1)
         super().__init__([r.at(here) for r in rotations])

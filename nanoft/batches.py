@@ -326,7 +326,7 @@ def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_mult
     lengths = samples.lengths[members]
     row_of = np.repeat(np.arange(len(rows)), counts)
     row_lengths = np.bincount(row_of, lengths, len(rows)).astype(np.int64)
-    width = _round_up(int(row_lengths.max()), pad_to_multiple_of)
+    width = -(-int(row_lengths.max()) // pad_to_multiple_of) * pad_to_multiple_of  # rounded up
 
     total = int(lengths.sum())
     ends = np.cumsum(lengths)  # of each document, without padding
@@ -365,10 +365,6 @@ def _documents(lengths: Array, row_lengths: Array, counts: list[int], width: int
     with_padding = with_padding[with_padding > 0]
     bounds = np.concatenate(([0], np.cumsum(with_padding))).astype(np.int32)
     return Documents(tuple(with_padding.tolist()), torch.from_numpy(bounds))
-
-
-def _round_up(value: Any, multiple: int) -> Any:
-    return -(-value // multiple) * multiple
 
 
 def share_of_rank(batches: Iterable[Batch]) -> Iterator[Batch]:

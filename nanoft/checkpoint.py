@@ -66,57 +66,42 @@ class CheckpointManager:
     """The checkpoints of one run, in one directory."""
 
     def __init__(
-        self, directory: Path, keep: int, keep_every: int = 0, identity: Mapping[str, Any] = ANY_RUN, owner: bool = True
+        self,
+        directory: Path,  # created if it is missing; incomplete leftovers of killed saves are removed
+        keep: int,  # how many of the newest, besides the best
+        keep_every: int = 0,  # steps that are multiples of it are kept for good; 0: none
+        identity: Mapping[str, Any] = ANY_RUN,  # what they belong to: hashes, which must be equal to load one; versions
+        owner: bool = True,  # whether this process writes there; of several ranks, only rank 0 does
     ):
-        """
-        Args:
-            directory: created if it is missing; incomplete leftovers of killed saves are removed.
-            keep: how many of the newest are kept, besides the best.
-            keep_every: steps that are multiples of it are kept for good; 0: none.
-            identity: what the checkpoints belong to (hashes of config, base and data, library versions), as JSON
-                values; those that end in _sha256 must be equal when a checkpoint is loaded.
-            owner: whether this process writes there; of several ranks, only rank 0 does.
-        """
         self.directory, self.keep, self.keep_every = directory, keep, keep_every
         self.identity, self.owner = dict(identity), owner
         self.best_file = directory.parent / "best.json"
         if owner:
             directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
-            self._put_back()
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None = None) -> Path:
         """Write checkpoint `step`; when this returns it is on the disk; an OSError leaves earlier ones untouched.
+
+        A valid one of the same step stays: what followed its rename failed, or the run begins again there.
 
         Args:
             state: JSON values.
             best: step and validation loss of the best checkpoint, which may be this one, for best.json; None: nothing
                 was evaluated yet.
         """
-        staging = self.directory / f".tmp-step-{step:06d}-{os.getpid()}"
-        shutil.rmtree(staging, ignore_errors=True)
-        os.mkdir(staging)
         try:
-            files = {f"{n}.safetensors": write_tensors(staging / f"{n}.safetensors", t) for n, t in tensors.items()}
-            files["state.json"] = write_file(staging / "state.json", [_dump(state)])
-            body = {"format": FORMAT, "step": step, "belongs_to": self.identity, "files": files}
-            write_file(staging / MANIFEST, [_dump({"body": body, "sha256": hashlib.sha256(_dump(body)).hexdigest()})])
-            try:
-                verify(staging)
-            except CheckpointCorrupted as reason:  # the disk returns something else than what was written
-                raise OSError(errno.EIO, f"{reason} (read back after writing)") from None
-            sync_directory(staging)
-            final = self._publish(staging, step)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+            self.verify(self.path(step))
+        except CheckpointCorrupted:  # usually because it is not there
+            self._write(step, tensors, state)
+        sync_directory(self.directory)
         if best is None:
             self.best_file.unlink(missing_ok=True)
         else:
             place = f"checkpoints/{self.path(best[0]).name}"
             replace_file(self.best_file, _dump({"step": best[0], "validation_loss": best[1], "checkpoint": place}))
         self._rotate(step)
-        return final
+        return self.path(step)
 
     def newest(self, before: float = math.inf) -> tuple[Checkpoint | None, list[str]]:
         """The newest valid checkpoint before a step, and what is wrong with later ones; a UserError if all are bad."""
@@ -158,37 +143,33 @@ class CheckpointManager:
                 self.best_file.unlink()
             self._remove(later for later in self.steps() if later > step)
 
-    def _publish(self, staging: Path, step: int) -> Path:
-        """Rename the finished directory; an older one of the same step (corrupted, or redone) is replaced."""
-        final, older = self.path(step), self.directory / f".old-step-{step:06d}"
+    def _write(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
+        """Write and verify every file under a temporary name, then rename the directory."""
+        staging = self.directory / f".tmp-step-{step:06d}-{os.getpid()}"
+        shutil.rmtree(staging, ignore_errors=True)
+        os.mkdir(staging)
         try:
-            if final.exists():
-                os.rename(final, older)
-            os.rename(staging, final)
+            files = {f"{n}.safetensors": write_tensors(staging / f"{n}.safetensors", t) for n, t in tensors.items()}
+            files["state.json"] = write_file(staging / "state.json", [_dump(state)])
+            body = {"format": FORMAT, "step": step, "belongs_to": self.identity, "files": files}
+            write_file(staging / MANIFEST, [_dump({"body": body, "sha256": hashlib.sha256(_dump(body)).hexdigest()})])
+            try:
+                verify(staging)
+            except CheckpointCorrupted as reason:  # the disk returns something else than what was written
+                raise OSError(errno.EIO, f"{reason} (read back after writing)") from None
+            sync_directory(staging)
+            if self.path(step).exists():  # corrupted
+                self._remove([step])
+            os.rename(staging, self.path(step))
         except BaseException:
-            self._put_back()
+            shutil.rmtree(staging, ignore_errors=True)
             raise
-        sync_directory(self.directory)
-        shutil.rmtree(older, ignore_errors=True)
-        return final
 
     def _sweep(self) -> None:
         """Remove incomplete saves of killed processes; the run's lock says that none is alive."""
         for leftover in self.directory.iterdir():
             if re.fullmatch(r"\.tmp-step-\d+-\d+", leftover.name):
-                if leftover.is_dir() and not leftover.is_symlink():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
-
-    def _put_back(self) -> None:
-        """Undo the first rename of a replacement; if the second was done, delete the older checkpoint."""
-        for older in self.directory.glob(".old-step-*"):
-            final = self.directory / older.name.removeprefix(".old-")
-            if final.exists():
-                shutil.rmtree(older, ignore_errors=True)
-            else:
-                os.rename(older, final)
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _rotate(self, newest: int) -> None:
         """Delete what is older than the last `keep`, and steps after `newest`, which a rollback has undone."""
@@ -205,8 +186,6 @@ class CheckpointManager:
 
 @dataclass
 class SaveResult:
-    """The outcome of a background save."""
-
     step: int
     path: Path = Path()
     error: Exception | None = None

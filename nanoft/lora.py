@@ -72,7 +72,6 @@ class LoRALinear(Adapter):
             self.bias = nn.Parameter(self.base.bias.detach().to(torch.float32, copy=True))
 
     def make_factors(self, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A and B as they start."""
         a, b = torch.empty(rank, self.base.in_features), torch.zeros(self.base.out_features, rank)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # U(-1/sqrt(in), 1/sqrt(in))
         return a, b
@@ -239,7 +238,6 @@ VARIANTS: dict[tuple[str, bool], type[LoRALinear]] = {  # by lora.init and lora.
 
 
 def variant_of(lora: LoRAConfig) -> type[LoRALinear]:
-    """The class of the adapters with these settings."""
     return VARIANTS[lora.init, lora.dora]
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -253,6 +253,8 @@ def _chunks(rows: Tensor) -> Iterator[slice]:
 
 # --- unpacking
 
+UNPACKERS: dict[str, Callable[[list[Tensor], str, torch.dtype], Tensor]] = {}  # faster ones, by type of device
+
 
 def unpack(parts: list[Tensor], kind: str, shape: tuple[int, ...] | list[int], dtype: torch.dtype) -> Tensor:
     """The weight that the parts stand for, (out, in): each code's value times its scale, rounded to `dtype`.
@@ -260,8 +262,9 @@ def unpack(parts: list[Tensor], kind: str, shape: tuple[int, ...] | list[int], d
     The parts are codes and absmax; of a weight with double quantization, codes and the four of `pack_scales`.
     """
     if kind != "int8":
-        unpack_4bit = unpack_bitsandbytes if uses_bitsandbytes(parts[0].device.type) else unpack_table
-        return unpack_4bit(parts, kind, dtype).view(*shape)
+        device = parts[0].device.type
+        default = unpack_bitsandbytes if uses_bitsandbytes(device) else unpack_table
+        return UNPACKERS.get(device, default)(parts, kind, dtype).view(*shape)
     codes, absmax = parts
     weight, scale = torch.empty(codes.shape, dtype=dtype, device=codes.device), (absmax / 127)[:, None]
     for part in _chunks(codes):

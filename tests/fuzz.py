@@ -32,7 +32,7 @@ from nanoft.config.settings import SECTION_TYPES
 from nanoft.data.formats import read_file
 from nanoft.data.sources import read_raw
 from nanoft.data.template_sandbox import COMPILE_ERRORS, TEMPLATE_ERRORS, BoundedEnvironment
-from nanoft.io.tensor_files import SIZES, read_header
+from nanoft.io.tensor_files import SAFETENSORS_DTYPES, read_header
 from nanoft.io.untrusted import one_line, parse_json, parse_yaml
 
 PLACE = Path(tempfile.mkdtemp(prefix="nanoft-fuzz-"))
@@ -55,6 +55,7 @@ def check_refusal(error: UserError, where: object) -> None:
 
 # ---- The header of a safetensors file: what is accepted here, the library accepts, and says the same of it
 
+SIZES = {form: dtype.itemsize for dtype, form in SAFETENSORS_DTYPES.items()}
 places = st.integers(0, 24) | numbers | st.floats() | st.none()
 entries = st.fixed_dictionaries(
     {

@@ -35,6 +35,7 @@ QUICK = {
     "evaluation.prompts": "2",
     "evaluation.max_new_tokens": "4",
     "logging.progress_bar": "false",
+    "logging.plots": "none",  # they take seconds
 }
 VARIANTS = {
     "lora-dropout": {"lora__dropout": 0.1},

@@ -18,8 +18,9 @@ from nanoft import batches
 from nanoft.batches import Batch, Batches, Sample, TokenDataset, Window, pack, pack_in_order
 from nanoft.data.inspection import utilization
 from nanoft.loss import token_nll
+from nanoft.model import Decoder
 from nanoft.models.weights import load_model
-from nanoft.training.self_test import gradient_error, packed_error
+from nanoft.training.self_test import gradient_error, relative_error
 from tiny_models import make_reference
 
 PAD = 9
@@ -321,10 +322,25 @@ def test_packed_logits_and_gradients_are_those_of_the_documents_alone(
         assert gradient_error(flow(rows), alone) < 1e-5
     model = load_model(tmp_path, torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        assert packed_error(model, TokenDataset.of(samples), PAD) < 1e-5
+        assert packed_error(model, TokenDataset.of(samples)) < 1e-5
         forward = model.forward  # the test of the test: documents that see each other
         monkeypatch.setattr(model, "forward", lambda ids, positions=None, documents=None: forward(ids, positions))
-        assert packed_error(model, TokenDataset.of(samples), PAD) > 1e-2
+        assert packed_error(model, TokenDataset.of(samples)) > 1e-2
+
+
+def packed_error(model: Decoder, documents: TokenDataset) -> float:
+    """Logits of every token, and the loss: all documents packed into one row against each by itself."""
+    whole, losses = [np.arange(len(documents))], torch.zeros(2, dtype=torch.float64)
+    batch = batches.collate(documents, whole, PAD)
+    packed = model(batch.ids, batch.positions, batch.documents)  # (1, all tokens, hidden)
+    worst = 0.0
+    for place, in_pack in enumerate(packed.split(documents.lengths.tolist(), dim=1)):
+        one = batches.collate(documents, [[place]], PAD)
+        alone = model(one.ids)
+        worst = max(worst, relative_error(model.logits(in_pack), model.logits(alone)))
+        for i, hidden in enumerate((in_pack, alone)):
+            losses[i] += token_nll(hidden[0, one.target_positions], model.head, one.targets).sum()
+    return max(worst, relative_error(losses[0], losses[1]))
 
 
 # ---- Padding

@@ -37,9 +37,20 @@ from nanoft.runtime.memory import MemoryReading
 ROOT = Path(__file__).parent.parent
 TEXTS = {
     path.name: path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for path in [
+        *(ROOT / f"{name}.md" for name in ("README", "SECURITY", "CONTRIBUTING")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
 }
+NOTEBOOKS = {
+    path.name: "\n\n".join(
+        "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
+    )
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+}
+TEXTS = NOTEBOOKS | TEXTS
 README, TOUR, DATA, EVALUATION = (TEXTS[name] for name in ("README.md", "tour.md", "data.md", "evaluation.md"))
+CONFIGS, CONTRIBUTING = TEXTS["configs.md"], TEXTS["CONTRIBUTING.md"]
 TROUBLES = TEXTS["troubleshooting.md"]
 PACKAGES = sorted(path.parent.name for path in (ROOT / "nanoft").glob("*/__init__.py"))
 PROGRAM = [path for folder in ("nanoft", "configs") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -47,26 +58,35 @@ PROGRAM += sorted(ROOT.glob("*.py"))
 SOURCES = {path: path.read_text(encoding="utf-8") for path in PROGRAM}
 TREES = {path: ast.parse(text) for path, text in SOURCES.items()}
 
-FEW = ["data.max_samples=60", "training.max_steps=2", "evaluation.prompts=3", "logging.progress_bar=false"]
+FEW = [
+    "data.max_samples=60",
+    "training.max_steps=2",
+    "evaluation.prompts=3",
+    "logging.progress_bar=false",
+    "logging.plots=none",
+]
 PLACEHOLDERS = {
     "CONFIG": "configs/tiny.py",
     "RUN": "runs/tiny",
     "MODEL": "configs/tiny/base",
     "FILE": "questions.jsonl",
 }
-ENGINES = ("lm_eval", "ollama", "llama-cli", "llama-server", "llama-quantize", "llama-perplexity")
+ENGINES = ("lm-eval", "ollama", "llama-cli", "llama-server", "llama-quantize", "llama-perplexity")
 TOOLS = ("python", "pip", "pytest", "torchrun", "hf", "tensorboard", "wandb", "nvidia-smi", "iconv", *ENGINES)
 # Commands that no test of this file runs, and why. Those of nanoft are parsed all the same.
 NOT_RUN = {
     r"pip install|(python -m )?pytest": ".ci/run installs and tests in a clean environment, with README's own lines",
     r"torchrun": "several processes: tests/runtime/test_distributed.py",
     r"hf |iconv |nvidia-smi|tensorboard|wandb|cd |git |export ": "another program's command",
-    r"lm_eval|ollama|llama-": "these engines are not installed; their input is tested in tests/export/test_gguf.py",
+    r"lm-eval|ollama|llama-": "these are not installed: tests/test_harness.py, tests/export/test_gguf.py",
     r"python train.py auto|python .*configs/(?!tiny)": "needs the Hub or a GPU: tests/test_configs.py plans all",
     r"python train.py (auto|mine.py|my.yaml)": "the user's own files",
+    r"python eval.py merged": "needs a merged model: tests/test_eval_command.py",
     r"python merge.py BASE": "the user's own model: tests/export/test_gguf.py",
     r"python bench/": "minutes, or a GPU: tests/test_bench.py runs small ones",
     r"python configs/tiny/language.py build": "pre-trains the demo's base for minutes: tests/test_demo.py",
+    r"python docs/solutions/": "tests/test_exercises.py",
+    r"python nanoft/nano.py": "tests/test_nano.py",
     r"python tests/fuzz.py": "runs as long as you like: tests/test_hostile.py has a short form",
     r"python .*--follow": "waits for a run that trains: tests/tracking/test_compare.py",
     r"python .*--base nf4": "needs a run in 4 bits: tests/test_merge_command.py",
@@ -105,7 +125,7 @@ def reason_not_to_run(command: str) -> str | None:
 def words_of(command: str) -> list[str]:
     """The words that a user would type: placeholders replaced, files of this project with their full path."""
     words = [PLACEHOLDERS.get(word.partition("=")[2] or word, word) for word in shlex.split(command)]
-    return [str(ROOT / word) if word.startswith(("configs/", "bench/", "tests/")) else word for word in words]
+    return [str(ROOT / word) if word.startswith(("configs/", "bench/", "docs/", "tests/")) else word for word in words]
 
 
 def main_of(words: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
@@ -165,7 +185,7 @@ def test_the_other_scripts_have_the_options_that_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = {}
-    for command in sorted({c for _, c in COMMANDS if re.match(r"python (?!-m)", c) and not is_ours(c)}):
+    for command in sorted({c for _, c in COMMANDS if re.match(r"python (?!-m|nanoft/nano.py)", c) and not is_ours(c)}):
         _, script, *arguments = words_of(command)
         if script not in seen:
             monkeypatch.setattr(sys, "argv", [script, "--help"])
@@ -233,7 +253,7 @@ def test_a_command_of_each_family_runs(
     if name[0] == "train.py":
         arguments += ["output.dir=runs/other", *FEW]
     assert main(arguments) == 0, capfd.readouterr().err
-    assert capfd.readouterr().out.strip() or name == ("-m nanoft chat", "")
+    assert capfd.readouterr().out.strip() or name[0] == "-m nanoft chat"  # without a question
 
 
 # --- Troubleshooting
@@ -389,12 +409,13 @@ def test_every_field_that_is_mentioned_exists(place: str) -> None:
 
 def test_the_defaults_in_the_table_are_the_defaults() -> None:
     defaults = Config()
-    found = re.findall(r"^\| `(\w+)\.(\w+)` \| ([^|]+) \|", README, re.MULTILINE)
+    table = CONFIGS[CONFIGS.index("## Settings that are changed") : CONFIGS.index("## Building on another")]
+    found = re.findall(r"^\| `(\w+)\.(\w+)` \| ([^|]+) \|", table, re.MULTILINE)
     assert len(found) >= 3
     for section, name, shown in found:
         value = getattr(getattr(defaults, section), name)
         if (section, name) != ("output", "dir"):
-            assert shown.strip(" `").lower() == str(value).lower(), f"README.md: {section}.{name}: write {value}"
+            assert shown.strip(" `").lower() == str(value).lower(), f"configs.md: {section}.{name}: write {value}"
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -408,15 +429,15 @@ def test_every_file_that_is_mentioned_exists(name: str) -> None:
     all_exist(missing, f"{name}: no such file: write its present path")
 
 
-def test_the_core_and_every_package_are_in_the_readme() -> None:
+def test_the_core_is_in_the_readme_and_every_package_in_the_contributing_guide() -> None:
     reading = README[README.index("## Where to read") :]
-    core = {path.name for path in (ROOT / "nanoft").glob("*.py") if "renamed(" not in SOURCES[path]}
+    core = {path.name for path in (ROOT / "nanoft").glob("*.py") if "renamed(" not in SOURCES[path]} - {"nano.py"}
     named = set(re.findall(r"`nanoft/(\w+\.py)`", reading))
     fix = "README.md, Where to read: add it to the core, or move it into a package"
     all_exist(core - named - {"__init__.py", "__main__.py"}, fix)
-    (tree,) = blocks("", reading)
+    (tree,) = blocks("", CONTRIBUTING)
     listed = re.findall(r"^  (\w+)/", tree, re.MULTILINE)
-    all_exist(set(PACKAGES) ^ set(listed), "README.md, Where to read: list exactly the packages of nanoft/")
+    all_exist(set(PACKAGES) ^ set(listed), "CONTRIBUTING.md: list exactly the packages of nanoft/")
 
 
 def names_of_the_program() -> set[str]:
@@ -479,9 +500,9 @@ def test_every_family_is_in_the_document_with_its_name_in_llama_cpp() -> None:
 
 
 @pytest.mark.parametrize("table", [SCHEDULES, OPTIMIZERS], ids=["schedules", "optimizers"])
-def test_the_readme_names_every_schedule_and_optimizer(table: dict[str, object]) -> None:
-    missing = (name for name in table if f"`{name}`" not in README)
-    all_exist(missing, "README.md: add it to the row of training.lr_scheduler or training.optimizer")
+def test_the_settings_name_every_schedule_and_optimizer(table: dict[str, object]) -> None:
+    missing = (name for name in table if f"`{name}`" not in CONFIGS)
+    all_exist(missing, "docs/configs.md: add it to the row of training.lr_scheduler or training.optimizer")
 
 
 def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:

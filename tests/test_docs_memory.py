@@ -14,7 +14,7 @@ from nanoft.config.loading import load_file
 from nanoft.generation.decode import Decoding
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
-from nanoft.runtime.machine import Machine
+from nanoft.runtime.device import Machine
 from nanoft.training.memory_plan import Plan, Planner, count_parameters, gflop_per_token
 from tiny_models import make_reference
 

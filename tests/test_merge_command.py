@@ -477,7 +477,7 @@ def test_a_merge_that_is_interrupted_goes_on_with_the_shards_that_it_finished(
     assert run_merge(*line, tmp_path / "whole") == 0
     shards = sorted(path.name for path in (tmp_path / "whole").glob("model-*.safetensors"))
     assert len(shards) > 4
-    write_file, written = merge.write_file, []
+    write_file, written = merge.atomic.write_file, []
 
     def interrupt(path: Path, pieces: Any) -> Any:
         if path.name.endswith(".safetensors"):
@@ -487,7 +487,7 @@ def test_a_merge_that_is_interrupted_goes_on_with_the_shards_that_it_finished(
                 raise KeyboardInterrupt
         return write_file(path, pieces)
 
-    monkeypatch.setattr(merge, "write_file", interrupt)
+    monkeypatch.setattr(merge.atomic, "write_file", interrupt)
     assert run_merge(*line, tmp_path / "out") == 130
     assert capsys.readouterr().err == "interrupted\n"
     (aside,) = tmp_path.glob(".tmp-out-*")

@@ -159,7 +159,7 @@ def test_resume_takes_never_and_a_path(tmp_path: Path, capsys: pytest.CaptureFix
     assert train.main([*quick(directory), "--resume", str(directory / "checkpoints" / "nothing")]) == 2
     assert "nothing" in one_line(capsys.readouterr().err)
     assert train.main([*quick(tmp_path / "other"), "--resume", str(earlier)]) == 2
-    assert "name a checkpoint of this run" in one_line(capsys.readouterr().err)
+    assert "no checkpoint of this run" in one_line(capsys.readouterr().err)
 
 
 def test_going_back_leaves_the_other_branch_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,8 +305,8 @@ def test_the_run_directory_holds_what_it_says(tmp_path: Path, capsys: pytest.Cap
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()} - {".lock"}
     assert names == {
-        "config.json", "metrics.jsonl", "train.log", "checkpoints", "best.json", "adapter", "report.md", "report.json",
-        "rejected.jsonl", "preview.txt",
+        "config.json", "metrics.jsonl", "train.log", "checkpoints", "best.json", "adapter", "report.md", "report.html",
+        "report.json", "rejected.jsonl", "preview.txt",
     }  # fmt: skip
     assert (run / "train.log").read_text() == out
     assert load_config(run / "config.json", []) == load_config(arguments[0], arguments[1:])
@@ -356,7 +356,7 @@ def test_out_of_memory_anywhere_is_one_line_and_3(
     monkeypatch.setattr(part, allocate)
     assert train.main(quick(tmp_path / "run", training__max_steps=1)) == 3
     said = one_line(capsys.readouterr().err)
-    assert said.startswith("failed: out of memory with micro-batches of 4 rows: try ")
+    assert said.startswith("failed: out of memory with micro-batch size 4: try ")
     assert said.count(" (saves about ") == 3
 
 
@@ -364,7 +364,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
     assert stopped.value.code == 0
-    assert "examples: python train.py configs/tiny.py" in capsys.readouterr().out
+    assert "python train.py configs/tiny.py" in capsys.readouterr().out
 
 
 # --- mistakes: exit 2, one line, nothing left behind

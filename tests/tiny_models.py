@@ -143,7 +143,7 @@ def train_run(directory: Path, base: Path, records: Path, **changes: Any) -> Pat
             "learning_rate": 0.01,
         },
         "evaluation": {"prompts": 4, "max_new_tokens": 8},
-        "logging": {"progress_bar": False, "show_example": False},
+        "logging": {"progress_bar": False, "show_example": False, "plots": "none"},
         "system": {"device": "cpu"},
         "output": {"dir": str(directory)},
     }

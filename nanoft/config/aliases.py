@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nanoft import UserError
-from nanoft.config.settings import FIELDS
+from nanoft.config.settings import FIELDS, RLConfig, TrainingConfig
 
 Settings = dict[str, Any]  # section.field -> value
 
@@ -90,8 +90,10 @@ def trackers(wanted: Any) -> Any:
     """A tracker, or a list of them."""
     names = sorted({wanted} if isinstance(wanted, str) else set(map(str, wanted)))
     if not set(names) <= {"none", "all", *TRACKERS} or ("none" in names and len(names) > 1):
-        raise ValueError("is none of none, tensorboard, wandb: choose one or both; every number is in metrics.jsonl")
-    return "all" if set(names) == TRACKERS else names[0]
+        raise ValueError(
+            f"is none of none, {', '.join(sorted(TRACKERS))}: choose any of them; every number is in metrics.jsonl"
+        )
+    return ",".join(names)
 
 
 def noted(why: str, *same: Any) -> Alias:
@@ -103,6 +105,7 @@ DATA_FILES = {"json", "jsonl", "csv", "tsv", "parquet"}
 DTYPES = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 DTYPES |= {f"torch.{name}": DTYPES[name] for name in ("float32", "bfloat16", "float16", "half")}
+TRACKERS = ("wandb", "tensorboard", "trackio")  # and the package and extra of each; auto: the first that is installed
 OPTIMIZERS: dict[str, Any] = {  # whose names differ
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
@@ -117,12 +120,14 @@ SCHEDULES: dict[str, Any] = {
     "constant_with_warmup": "constant",
     "constant": {"training.lr_scheduler": "constant", "training.warmup_steps": 0},
 }
-OBJECTIVES: dict[str, Any] = {name: {"training.objective": name} for name in ("dpo", "kto", "orpo", "simpo")}
+OBJECTIVES: dict[str, Any] = {name: {"training.objective": name} for name in ("dpo", "kto", "orpo", "simpo", "grpo")}
+GRPO_LOSSES: dict[str, Any] = {
+    name: {"training.objective": "grpo", "rl.loss_normalization": name} for name in ("dapo", "grpo", "dr_grpo")
+}
 STRATEGY = {"steps": {}, "no": 0, "epoch": "epoch"}
 ORDERS: dict[str, Any] = {"random": False, "group_by_length": True, "sequential": {"training.shuffle": False}}
 LEVELS: dict[str, Any] = {name: name for name in ("debug", "info", "warning", "error")}
 LEVELS |= {name.upper(): name for name in LEVELS} | {"passive": {}, "critical": "error"}
-TRACKERS = {"tensorboard", "wandb"}
 LOWEST_LOSS = "the best checkpoint has the lowest loss"
 LORA_OR_FULL = "train LoRA adapters, or every parameter"
 TORCHRUN = "remove it: start train.py with torchrun, and set training.sharding=full to shard"
@@ -137,6 +142,7 @@ SAME_NAME = """
     training.learning_rate training.warmup_ratio training.weight_decay training.max_grad_norm
     training.early_stopping_patience training.early_stopping_threshold system.seed
     preference.beta preference.label_smoothing preference.desirable_weight preference.undesirable_weight
+    rl.reward_weights rl.temperature rl.top_p
 """
 # field -> other names that mean the same, with the same values
 RENAMED = {
@@ -168,6 +174,14 @@ RENAMED = {
     "preference.gamma": "simpo_gamma",
     "preference.desirable_weight": "kto_desirable_weight",
     "preference.undesirable_weight": "kto_undesirable_weight",
+    "rl.reward": "reward_funcs",
+    "rl.group_size": "num_generations",
+    "rl.updates": "num_iterations",
+    "rl.max_new_tokens": "max_completion_length",
+    "rl.mask_truncated": "mask_truncated_completions",
+    "rl.ratio": "importance_sampling_level",
+    "rl.clip_low": "epsilon",
+    "rl.clip_high": "epsilon_high",
     "evaluation.on_start": "eval_on_start",
     "evaluation.batch_size": "per_device_eval_batch_size",
     "evaluation.max_samples": "max_eval_samples",
@@ -216,9 +230,13 @@ TRANSLATED = {
     "metric_for_best_model": Alias(values={"loss": {}, "eval_loss": {}}, fix=LOWEST_LOSS),
     "greater_is_better": Alias(values={False: {}}, fix=LOWEST_LOSS),
     "use_cpu no_cuda": Alias("system.device", {True: "cpu", False: {}}),
-    # Preferences (DPOConfig, KTOConfig, CPOConfig)
+    # Preferences and rewards (DPOConfig, KTOConfig, CPOConfig, GRPOConfig)
     "rl": Alias(values=OBJECTIVES | {"ipo": {"training.objective": "dpo", "preference.loss": "ipo"}}),
-    "loss_type": Alias("preference.loss", {name: name for name in ("sigmoid", "robust", "ipo")} | OBJECTIVES),
+    "loss_type": Alias(
+        "preference.loss", {name: name for name in ("sigmoid", "robust", "ipo")} | OBJECTIVES | GRPO_LOSSES
+    ),
+    "scale_rewards": Alias("rl.advantage_scale", {True: "group", False: "none", "group": "group", "none": "none"}),
+    "use_bias_correction_kl": Alias(values={True: {}}, fix="remove it: the ratio always weighs the divergence"),
     # What happens anyway, or changes no result
     "do_train": Alias(values={True: {}}, fix="eval.py evaluates without training"),
     "do_eval": Alias(values={True: {}}, fix="set eval_strategy=no to evaluate only at the end"),
@@ -267,10 +285,28 @@ RULES = [
 ]
 
 
+def names_of_grpo(file: Mapping[str, Any]) -> dict[str, Alias]:
+    """Names that mean something else in a file for GRPO, or that depend on others there; none for other objectives."""
+    said = file.get("rl") == "grpo" or file.get("strategy") == "rlhf" or file.get("num_generations")
+    if not said and str(file.get("loss_type")).strip("[']") not in GRPO_LOSSES:
+        return {}
+    rows: Any = file.get("per_device_train_batch_size") or TrainingConfig.micro_batch_size
+    group, high = file.get("num_generations") or RLConfig.group_size, file.get("epsilon_high")
+
+    def prompts(steps: Any) -> Any:
+        if not isinstance(steps, int) or steps * rows % group:
+            raise ValueError(f"x per_device_train_batch_size={rows} answers are no multiple of num_generations={group}")
+        return steps * rows // group
+
+    clip = Alias("rl.clip_low", lambda low: {"rl.clip_low": low, "rl.clip_high": low if high is None else high})
+    size = Alias(values=lambda size: {"training.objective": "grpo", "rl.group_size": size})
+    names = {"num_generations": size, "beta": Alias("rl.beta"), "epsilon": clip}
+    return {**names, "gradient_accumulation_steps": Alias("rl.prompts", prompts)}
+
+
 def translate(file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterable[Rule], where: str) -> list[Meaning]:
     """What became of each name; a null is the same as no setting. `where` they stand is for messages."""
-    if file.get("bf16") is True and file.get("fp16") is True:
-        raise UserError("bf16 and fp16: both are true: remove one of them")
+    table = {**table, **names_of_grpo(file)}
     reasons = {
         name: f"no effect with {other}: {json.dumps(file.get(other), default=str)}"
         for rule in rules
@@ -289,8 +325,8 @@ def settle(meanings: Iterable[Meaning]) -> dict[str, tuple[str, Any]]:
     for meaning in meanings:
         for field, setting in meaning.settings.items():
             other, before = found.setdefault(field, (meaning.name, setting))
-            if field == "logging.report_to" and {before, setting} == TRACKERS:
-                found[field] = (meaning.name, "all")
+            if field == "logging.report_to" and before != setting:
+                found[field] = (meaning.name, f"{before},{setting}")
             elif before != setting:
                 both = f"{other} and {meaning.name}: set {field} to {before} and to {setting}"
                 raise UserError(f"{both}: remove one of them")

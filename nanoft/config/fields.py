@@ -42,9 +42,9 @@ def parse(key: str, text: str, hint: Any) -> Any:
         if get_origin(kind) is Literal:
             return next(choice for choice in get_args(kind) if str(choice) == text)
         if get_origin(kind) is tuple:
-            if get_args(kind)[0] is str and text[:1] + text[-1:] == "[]" and "<" in text:  # tokens: [<|a|>, <|b|>]
-                return tuple(map(str, parse_yaml(text)))
             if get_args(kind)[0] is str and not re.fullmatch(NAMES, text):
+                if text[:1] + text[-1:] == "[]" and re.search("[<,]", text):  # [<|a|>], [numeric, max_words:9]
+                    return tuple(map(str, parse_yaml(text)))
                 return (text,) if text else ()  # one regular expression
             return tuple(get_args(kind)[0](part) for part in text.strip("[]()").replace(",", " ").split())
         if get_origin(kind) is dict:

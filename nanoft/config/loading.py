@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import os
 import re
+import runpy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import nanoft
 from nanoft import UserError
-from nanoft.config.aliases import Meaning, settle, translate
+from nanoft.config.aliases import settle, translate
 from nanoft.config.functions import RUN, UNTRUSTED, is_function
 from nanoft.config.schemas import MLX_SECTIONS, MODELFORGE, Schema, explain, for_compute_specs, is_flat, recognize
 from nanoft.config.settings import Config, flatten
@@ -55,7 +55,12 @@ def read_config(path: str | Path, words: Iterable[str] = (), environment: Mappin
     more, overrides = split_words(words)
     changes = read_overrides(overrides, environment)
     loaded = _read_files([Path(os.path.expanduser(path)), *more], environment)
-    config = _expand_home(loaded.config.override(changes))
+    config = loaded.config.override(changes)
+    # A shell leaves a ~ in section.field=~/path, and behind a comma.
+    paths = {name: path for name, path in config.flat().items() if name in PATHS and path}
+    home = r"(?:^|(?<=,))\s*(~[^/,]*)"
+    expanded = {n: re.sub(home, lambda found: os.path.expanduser(found[1]), path) for n, path in paths.items()}
+    config = config.override(expanded)
     if not config.output.dir:  # the same on machines with other environments
         stems = Path("-".join(file.stem for file in (Path(path), *more)))
         config = config.override({"output.dir": f"runs/{run_name(stems, read_overrides(overrides, {}))}"})
@@ -72,16 +77,6 @@ def split_words(words: Iterable[str]) -> tuple[list[Path], list[str]]:
     words = list(words)
     files = [word for word in words if "=" not in word and word.endswith((".py", ".yaml", ".yml", ".json", ".toml"))]
     return [Path(os.path.expanduser(word)) for word in files], [word for word in words if word not in files]
-
-
-def _expand_home(config: Config) -> Config:
-    """~ at the beginning of a path, which a shell leaves in section.field=~/path; several are separated by commas."""
-
-    def expand(path: str) -> str:
-        return re.sub(r"(?:^|(?<=,))\s*~[^/,]*", lambda found: os.path.expanduser(found[0].strip()), path)
-
-    given = {name: path for name, path in config.flat().items() if name in PATHS and path and "~" in path}
-    return config.override({name: expand(path) for name, path in given.items()})
 
 
 def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -181,7 +176,12 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
         settings = flatten(tree, MLX_SECTIONS)
         config = _without_functions(before.config.override(settings), settings, is_of_run=provenance is not None)
         return replace(before, config=config)
-    meanings = _translate(tree, schema, environment)
+    where = "in a flat file" if is_flat(tree) else f"in the {schema.name} schema"
+    names = dict(tree) if is_flat(tree) else flatten(tree, MLX_SECTIONS)
+    given = {name: variable for variable, name in schema.environment.items() if variable in environment}
+    names |= {name: environment[variable] for name, variable in given.items()}
+    meanings = translate(names, schema.table, schema.rules, where)
+    meanings = [replace(meaning, name=given.get(meaning.name, meaning.name)) for meaning in meanings]
     found = settle(meanings)
     supplied = {} if loaded else dict(schema.defaults)  # what is loaded before has a value for every field
     if schema is MODELFORGE and (loaded is None or tree.get("compute_specs")):
@@ -203,34 +203,23 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
     )
 
 
-def _translate(tree: Mapping[str, Any], schema: Schema, environment: Mapping[str, str]) -> list[Meaning]:
-    """What became of the names of a file, and of those that its schema has in the environment."""
-    where = "in a flat file" if is_flat(tree) else f"in the {schema.name} schema"
-    names = dict(tree) if is_flat(tree) else flatten(tree, MLX_SECTIONS)
-    given = {name: variable for variable, name in schema.environment.items() if variable in environment}
-    names |= {name: environment[variable] for name, variable in given.items()}
-    meanings = translate(names, schema.table, schema.rules, where)
-    return [replace(meaning, name=given.get(meaning.name, meaning.name)) for meaning in meanings]
-
-
 def _without_functions(config: Config, given: Collection[str], is_of_run: bool) -> Config:
     """Importing a function runs its module, which no file of data may ask for in the fields `given` there.
 
     A run's config.json is read without its own metrics; its own data.format and rewards are marked as untrusted.
     """
-    metrics, data_format = config.evaluation.metrics, config.data.format
-    rewards = [name for name in config.rl.reward if not name.startswith(RUN)]
-    named = {"data.format": [data_format], "evaluation.metrics": list(metrics), "rl.reward": rewards}
-    functions = {path: [name for name in names if is_function(name)] for path, names in named.items() if path in given}
-    for path, names in functions.items():
-        if names and not is_of_run:
-            fix = f"write one, or give {path}={names[0]} on the command line"
-            raise UserError(f"{path}: {names[0]}: would run code, which only a Python config may ask for: {fix}")
-    kept = tuple(name for name in metrics if name not in functions.get("evaluation.metrics", ()))
-    data_format = UNTRUSTED + data_format if functions.get("data.format") else data_format
-    own = functions.get("rl.reward", ())
-    marked = tuple(UNTRUSTED * (name in own) + name for name in config.rl.reward)
-    return config.override({"evaluation.metrics": kept, "data.format": data_format, "rl.reward": marked})
+    metrics, data_format, rewards = config.evaluation.metrics, config.data.format, config.rl.reward
+    named = {"data.format": (data_format,), "evaluation.metrics": metrics, "rl.reward": rewards}
+    own = set[str]()
+    for path in (path for path in named if path in given):
+        functions = [name for name in named[path] if is_function(name) and not name.startswith(RUN)]
+        if functions and not is_of_run:
+            fix = f"write one, or give {path}={functions[0]} on the command line"
+            raise UserError(f"{path}: {functions[0]}: would run code, which only a Python config may ask for: {fix}")
+        own.update(functions)
+    kept = tuple(name for name in metrics if name not in own)
+    marked = [tuple(UNTRUSTED * (name in own) + name for name in names) for names in ((data_format,), rewards)]
+    return config.override({"evaluation.metrics": kept, "data.format": marked[0][0], "rl.reward": marked[1]})
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
@@ -249,19 +238,14 @@ def _read_tree(path: Path) -> dict[str, Any]:
 
 def _run_python(path: Path) -> Config:
     """Run a Python config, the user's own program, and return its `config`."""
-    spec = importlib.util.spec_from_file_location(f"nanoft_config_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        config = runpy.run_path(str(path)).get("config")
     except SyntaxError as error:
         raise UserError(f"line {error.lineno or 1}: {error.msg}") from None
     except UserError:
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
-    config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise UserError("defines no `config`: write config = Config(...)")
     return config

@@ -83,8 +83,6 @@ def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping
         raise UserError(f"output.dir: {where}: holds another run ({difference}): {fix}, or set the field back")
     old, new = resume_fields(before), resume_fields(config)
     for key, (what, names) in BY_CONTENT.items():
-        if key == "data_files" and key not in known:  # the run is older than this entry
-            continue
         if known.get(key) != provenance.get(key):
             other = "".join(f" ({name}: {old[name]} -> {new[name]})" for name in names if old[name] != new[name])
             changed = f"the {what} changed since that run began{other}"

@@ -50,13 +50,6 @@ def between(low: float, high: float, *types: type, bounds: str = "[]") -> Callab
     return check
 
 
-def filled(value: Any) -> Any:
-    """A text that is not empty."""
-    if not str(value).strip():
-        raise ValueError("cannot be empty")
-    return value
-
-
 def pairs(text: str) -> dict[str, str]:
     """'a=b c=d' -> {a: b, c: d}."""
     return dict(pair.split("=") for pair in text.split())
@@ -92,8 +85,7 @@ MODELFORGE_ONLY = {
 }
 MODELFORGE_NAMES = {
     **MODELFORGE_ONLY,
-    "model_name": Alias("model.name", filled),
-    "dataset": Alias("data.train_file", filled),
+    "dataset": Alias("data.train_file"),
     "use_4bit": Alias("quantization.bits", {True: 4, False: 16}),
     "lora_r": Alias("lora.rank", between(1, 256, int)),
     "num_train_epochs": Alias("training.num_epochs", between(1, float("inf"), int)),
@@ -110,15 +102,7 @@ RLHF_RULE = Rule("gradient_accumulation_steps", "strategy", lambda other, own: o
 MODELFORGE_RULES = [*RULES, BITS_RULE, RLHF_RULE]
 MODELFORGE = Schema("ModelForge", ALIASES | MODELFORGE_NAMES, MODELFORGE_RULES, pairs(MODELFORGE_DEFAULTS))
 
-# The MLX schema: names that mean the same here, name=field, and the others
-MLX_SAME = """
-    model.name model.cache_dir model.max_seq_length lora.rank lora.alpha lora.dropout lora.target_modules lora.bias
-    data.validation_size
-    training.gradient_accumulation_steps training.num_epochs training.learning_rate training.weight_decay
-    training.max_grad_norm training.warmup_steps training.min_lr_ratio training.eval_steps training.save_steps
-    training.label_smoothing training.early_stopping_patience training.early_stopping_threshold system.seed
-    system.device
-"""
+# The MLX schema: name=field, and names with other values
 MLX_RENAMED = """
     data.dataset_path=data.train_file data.max_examples=data.max_samples training.batch_size=training.micro_batch_size
     data.shuffle=training.shuffle evaluation.eval_on_start=evaluation.on_start
@@ -156,7 +140,7 @@ MLX_TRANSLATED = {
     "monitoring.memory_log_steps": noted("every train line has the memory (training.log_steps)"),
     "monitoring.track_gradients": Alias(values={True: {}, False: {"logging.gradient_steps": 0}}),
     "monitoring.save_metrics_plot": Alias(values={True: {}, False: {"logging.plots": "none"}}),
-    "monitoring.plot_frequency": Alias("logging.plots", lambda when: if_installed("matplotlib", when)),
+    "monitoring.plot_frequency": Alias("logging.plots"),
     "evaluation.eval_accumulation_steps": noted("an evaluation keeps sums, and no outputs to move"),
     "evaluation.generate_samples": Alias(values={True: {}, False: {"evaluation.samples": 0}}),
     "evaluation.sample_temperature": Alias("evaluation.temperature", between(0, 2, bounds="(]")),
@@ -183,8 +167,8 @@ MLX_DEFAULTS = """
     model.dtype=float16 lora.dropout=0.05 lora.target_modules=q_proj,v_proj data.validation_split=0.1
     training.micro_batch_size=2 training.weight_decay=0.01 training.warmup_steps=100 training.long_warmup=warn
     training.min_lr_ratio=0.1 training.eval_steps=50 training.save_steps=100 training.early_stopping_threshold=1e-4
-    training.checkpointing=none logging.gradient_steps=100 system.seed=42 evaluation.samples=5
-    evaluation.max_new_tokens=100 evaluation.temperature=0.7 evaluation.top_p=0.9
+    training.checkpointing=none logging.gradient_steps=100 logging.plots=epoch system.seed=42
+    evaluation.samples=5 evaluation.max_new_tokens=100 evaluation.temperature=0.7 evaluation.top_p=0.9
 """
 MLX_ENVIRONMENT = """
     BATCH_SIZE=training.batch_size LEARNING_RATE=training.learning_rate NUM_EPOCHS=training.num_epochs
@@ -208,7 +192,7 @@ MLX = Schema(
     "MLX",
     {path: Alias(path) for path in FIELDS} | MLX_NAMES,  # nanoft's own names are accepted, too
     MLX_RULES,
-    pairs(MLX_DEFAULTS) | {"logging.plots": "epoch" if importlib.util.find_spec("matplotlib") else "none"},
+    pairs(MLX_DEFAULTS),
     pairs(MLX_ENVIRONMENT),
     mlx_warnings,
 )
@@ -229,15 +213,14 @@ def recognize(tree: Mapping[str, Any]) -> Schema | None:
         return MODELFORGE if tree.keys() & MODELFORGE_ONLY.keys() else HUGGING_FACE
     names = {f"{section}.{name}" for section, fields in tree.items() if isinstance(fields, Mapping) for name in fields}
     only_theirs = names & MLX_NAMES.keys() - FIELDS.keys()
-    return MLX if len(only_theirs) > len(names & FIELDS.keys() - MLX_NAMES.keys() - set(MLX_SAME.split())) else None
+    only_ours = names & {alias.field for alias in MLX_NAMES.values()} - MLX_NAMES.keys()  # it calls these otherwise
+    return MLX if len(only_theirs) > len(only_ours) else None
 
 
 def for_compute_specs(file: Mapping[str, Any], load: Callable[[str], Config]) -> Settings:
     """What the config for compute_specs, which `load` reads, supplies to a ModelForge file."""
     if (given := file.get("compute_specs")) not in list(COMPUTE_SPECS):
-        raise UserError(
-            f"compute_specs: {given!r:.60}: set low_end (4-6 GB), mid_range (8-12 GB) or high_end (16 GB up)"
-        )
+        raise UserError(f"compute_specs: {given!r:.60}: set low_end (4-6 GB), mid_range (8-12 GB) or high_end (16 GB)")
     if file.get("provider") == "unsloth" and file.get("max_seq_length", 1) in (None, -1):
         raise UserError("max_seq_length: unsloth needs a number: set it, for example to 2048")
     config = load(COMPUTE_SPECS[given]).flat()

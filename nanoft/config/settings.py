@@ -260,9 +260,10 @@ class LoggingConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"  # of the terminal; debug: events of metrics.jsonl, too
     progress_bar: bool = True  # tqdm, on stderr
     show_example: bool = True  # print one training sample with its target tokens marked
-    plots: Literal["none", "end", "epoch", "step"] = "none"  # when to draw plots/; step: every log_steps
-    # Besides metrics.jsonl; wandb: offline; auto: wandb if it is installed, else tensorboard if that is
-    report_to: Literal["none", "auto", "tensorboard", "wandb", "all"] = "none"  # trackers
+    plots: Literal["none", "end", "epoch", "step"] = "end"  # when to draw the curves; step: every log_steps
+    # Trackers besides metrics.jsonl: none, tensorboard, trackio, wandb, or several (wandb,trackio); all: those that are
+    # installed; auto: one of them
+    report_to: str | tuple[str, ...] = "none"
     gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
 
@@ -398,6 +399,11 @@ class Config:
         """The most tokens of an answer that training samples; 0: its answers are those of the data."""
         return self.rl.max_new_tokens if self.rl.reward else self.distill.sampled_tokens
 
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens of an answer to a held-out prompt: at least those of answers that training samples."""
+        return max(self.evaluation.max_new_tokens, self.sampled_tokens)
+
     def micro_batch_rows(self) -> int:
         """Sequences per forward pass; 1 while `auto` is not resolved."""
         size = self.training.micro_batch_size
@@ -405,8 +411,8 @@ class Config:
 
     @property
     def sample_length(self) -> int:
-        """The most tokens of a sample of the data: there is room for those that training samples."""
-        return self.model.max_seq_length - self.sampled_tokens
+        """The most tokens of a sample of the data; any, if training samples answers in the place of its own."""
+        return 2**31 - 1 if self.sampled_tokens else self.model.max_seq_length
 
 
 def _refuse(broken: object, message: str) -> None:

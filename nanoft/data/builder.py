@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nanoft import UserError
 from nanoft.batches import Array, Sample, TokenDataset, encode_targets
@@ -30,6 +29,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
 from nanoft.data.formats import CONTROL, DETECT_FROM, MALFORMED, Conversation, Learns, Message, Rejected, read_file
 from nanoft.data.preferences import EQUAL, UNLABELED
 from nanoft.data.truncation import chunk, fit
+from nanoft.io.bars import Bar
 
 PERCENTILES = (50, 90, 99, 100)
 REFUSED = "refused by the chat template"
@@ -70,7 +70,7 @@ class DatasetBuilder:
         self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
         self.labels = array("f")
 
-    def build(self, parts: list[list[Path]], progress_bar: bool) -> None:
+    def build(self, parts: list[list[Path]]) -> None:
         self.files = [(number, file) for number, files in enumerate(parts) for file in files]
         self.validation_part = len(parts) - 1 if self.data.validation_file is not None else -1
         with contextlib.ExitStack() as stack:
@@ -80,9 +80,8 @@ class DatasetBuilder:
             holds_out = data.validation_file or data.validation_split or data.validation_size
             signed += [PROMPT] if holds_out and data.near_leaks != "ignore" else []
             self.signatures = {name: stack.enter_context(open(self.directory / name, "wb")) for name in signed}
-            shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1.0}
             size = sum(os.path.getsize(file) for _, file in self.files)
-            with tqdm(desc="tokenizing", total=size, disable=not progress_bar, **shown) as self.bar:
+            with Bar(desc="tokenizing", total=size, unit="B") as self.bar:
                 for sample in self.tokenizer.encode(self._render()):
                     self._add_sample(sample)
             for stream in (self.tokens, *self.signatures.values()):
@@ -279,7 +278,7 @@ class DatasetBuilder:
             what = f"fewer than data.min_target_tokens={data.min_target_tokens}"
             lost = "too few target tokens", f"{min(kept)} target tokens, {what}"
             if samples[0].record not in self.lost:
-                self._note(conversation, f"a sample has {what} and is left out")
+                self._note(conversation, f"a sample has {what} and is skipped")
         elif fitted:
             lost = "too few tokens", f"{shortest} tokens, fewer than data.min_tokens={data.min_tokens}"
         elif all(targets):
@@ -342,7 +341,7 @@ class DatasetBuilder:
                 self.near_leaks = int(near.sum())
         self._remove(leaks, "leak", "its prompt equals, or nearly equals, that of a validation record")
         if is_own and size:
-            how = "records with equal prompts together"
+            how = "equal prompts together"
             if is_frequent[pool].any():
                 how += f", except prompts that more than {size:,} records have"
             how = f"the newest by {data.split_time}" if data.split_time else how

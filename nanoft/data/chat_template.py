@@ -102,13 +102,21 @@ class ChatTemplate:
         except TemplateRefusal as refusal:
             if not calls or isinstance(refusal.__cause__, TemplateError):
                 raise
-        return find_marks(self._attempt(_with_text_arguments(messages), given))
+        messages = copy.deepcopy(messages)
+        for call in itertools.chain(*(message.get("tool_calls", ()) for message in messages)):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return find_marks(self._attempt(messages, given))
 
     def _attempt(self, messages: list[Message], variables: Mapping[str, Any]) -> str:
         try:
             return self._environment.render(self._compiled, messages=messages, **variables)
         except TEMPLATE_ERRORS as error:
-            raise TemplateRefusal(f"the chat template refuses these messages: {_words(error)}") from error
+            said = str(error)
+            if not isinstance(error, TemplateError):  # a Python error says little without its line
+                frames = traceback.walk_tb(error.__traceback__)
+                lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
+                said = f"it fails in its line {lines[-1] if lines else '?'}: {error or 'nested too deeply'}"
+            raise TemplateRefusal(f"the chat template refuses these messages: {said}") from error
 
     def _end_of_turn(self, first: re.Match[str] | None, text: str) -> re.Match[str] | None:
         """The token that ends the turn: of the first run of control tokens, the first that is a stop, or the first.
@@ -224,18 +232,3 @@ def continue_thought(opened: re.Match[str] | None, message: Message, answer: str
     if closes or answer.startswith(opening):
         return answer.removeprefix(opening).removeprefix(space)
     return thought.strip("\n") + gap + closing + 2 * gap + answer
-
-
-def _with_text_arguments(messages: list[Message]) -> list[Message]:
-    messages = copy.deepcopy(messages)
-    for call in itertools.chain(*(message.get("tool_calls", ()) for message in messages)):
-        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return messages
-
-
-def _words(error: BaseException) -> str:
-    """The template's own words, or where it fails: a Python error says little without its line."""
-    if isinstance(error, TemplateError) or error.__traceback__ is None:
-        return str(error)
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
-    return f"it fails in its line {lines[-1] if lines else '?'}: {error or 'nested too deeply'}"

@@ -110,15 +110,14 @@ class PreparedDataset:
 
 
 def build_datasets(
-    data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, progress_bar: bool = False,
-    learns: Learns = "turns",
+    data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int, log: Log, learns: Learns = "turns"
 ) -> PreparedDataset:  # fmt: skip
     """Read, tokenize and split the files of a config, or load the result from the cache."""
     parts = _parts(data, log)
     files = [file for part in parts for file in part]
 
     def build(directory: Path) -> None:
-        DatasetBuilder(directory, data, tokenizer, max_length, seed, learns).build(parts, progress_bar)
+        DatasetBuilder(directory, data, tokenizer, max_length, seed, learns).build(parts)
 
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name not in NOT_IN_KEY}
     # An edit of the code that decides which samples come out must not be answered from the cache.
@@ -183,7 +182,15 @@ def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Pa
                 atexit.register(shutil.rmtree, entry, ignore_errors=True)
                 build(entry)
                 return entry, False
-            _build(temporary, entry, build)
+            try:
+                build(temporary)
+                hashes = {path.name: hash_content(path) for path in sorted(temporary.iterdir())}
+                (temporary / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
+                if not _is_intact(entry):  # else another process has built it meanwhile
+                    shutil.rmtree(entry, ignore_errors=True)
+                    os.rename(temporary, entry)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
             _prune(home, entry)
         with contextlib.suppress(OSError):  # the cache may belong to another user
             os.utime(entry)  # used now
@@ -198,18 +205,6 @@ def cache_home() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
     except RuntimeError:  # not a fixed name in the shared temporary directory: others could put data there
         return Path(os.devnull) / "nanoft"
-
-
-def _build(temporary: Path, entry: Path, build: Callable[[Path], None]) -> None:
-    try:
-        build(temporary)
-        hashes = {path.name: hash_content(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
-        if not _is_intact(entry):  # else another process has built it meanwhile
-            shutil.rmtree(entry, ignore_errors=True)
-            os.rename(temporary, entry)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_intact(entry: Path) -> bool:
@@ -276,7 +271,7 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     if report["truncated"]:
         inside = f", {report['answers_cut']:,} inside an answer" if report["answers_cut"] else ""
         rows.append([f"truncated ({report['truncation']})", f"{report['truncated']:,}{inside}", ""])
-    for name, label in (("samples_lost", "samples left out"), ("target_tokens_lost", "target tokens lost to length")):
+    for name, label in (("samples_lost", "samples skipped"), ("target_tokens_lost", "target tokens lost to length")):
         if report[name]:
             rows.append([label, f"{report[name]:,}", ""])
     return [*lines, markdown_table(["", "training", "validation"], rows)]

@@ -27,7 +27,7 @@ from nanoft.data import preferences
 from nanoft.data.detection import Shape, detect_shape, names_of, normalized_name, require_label_choice
 from nanoft.data.preferences import PAIR_SHAPES, UNDESIRABLE, Skipped, is_desirable
 from nanoft.data.sources import BadRecord, Raw, read_raw
-from nanoft.data.values import as_json, check_value, nonempty, optional_text, text_of
+from nanoft.data.values import as_json, check_value, nonempty, number_of, optional_text, text_of
 
 Message = dict[str, Any]
 DETECT_FROM = 1000  # records from which a file's shape is detected
@@ -131,7 +131,13 @@ def _message(turn: Any, name: str, roles: Mapping[str, str]) -> Message:
         calls = [as_json(turn["function_call"], "function_call")]
     if missing := [key for key in TURN_KEYS.values() if key not in turn and not (calls and key == "content")]:
         raise BadRecord(f"{name}: a turn has no {missing[0]}: its fields are {names_of(turn)}")
-    role, said = _standard_role(turn["role"], name, roles), turn.get("content")
+    given, said = turn["role"], turn.get("content")
+    if not isinstance(given, str):
+        raise BadRecord(f"{name}: the role {json.dumps(given, default=str):.40} is not a string")
+    role = roles.get(given) or ROLE_OF.get(given) or ROLE_OF.get(normalized_name(given))
+    if role is None:
+        fix = " or ".join(f"data.roles='{{{given!s:.40}: {role}}}'" for role in ("user", "assistant"))
+        raise BadRecord(f"unknown role {given!r:.40}: set {fix} (or {', '.join(ROLES)})")
     if role == "function_call":
         role, said, found = "assistant", None, as_json(said, "function_call")
         calls = found if isinstance(found, list) else [found]
@@ -141,16 +147,6 @@ def _message(turn: Any, name: str, roles: Mapping[str, str]) -> Message:
             raise BadRecord(f"tool_calls: {role!r:.40} cannot call tools: only the assistant can")
         message["tool_calls"] = [_tool_call(call) for call in calls]
     return message | _other_fields(turn)
-
-
-def _standard_role(given: Any, name: str, roles: Mapping[str, str]) -> str:
-    if not isinstance(given, str):
-        raise BadRecord(f"{name}: the role {json.dumps(given, default=str):.40} is not a string")
-    role = roles.get(given) or ROLE_OF.get(given) or ROLE_OF.get(normalized_name(given))
-    if role is None:
-        fix = " or ".join(f"data.roles='{{{given!s:.40}: {role}}}'" for role in ("user", "assistant"))
-        raise BadRecord(f"unknown role {given!r:.40}: set {fix} (or {', '.join(ROLES)})")
-    return role
 
 
 def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
@@ -262,21 +258,12 @@ SHAPES = {
     "text": Shape(("text",), ("text",), None),
 }
 TURNS = (*preferences.TURNS, "completion", "chosen", "rejected")  # fields that hold lists of turns
+CHATS = {name: shape for name, shape in SHAPES.items() if shape.to_messages}
 SHAPES_OF: dict[Learns, dict[str, Shape]] = {  # those that an objective can learn from
     "turns": SHAPES,
     "pairs": PAIR_SHAPES,
-    "labels": {**PAIR_SHAPES, **{name: shape for name, shape in SHAPES.items() if shape.to_messages}},
-    "prompts": {
-        **{name: shape for name, shape in SHAPES.items() if shape.to_messages},
-        "prompt": Shape(("prompt",), ("system", "prompt", "tools"), _prompt),
-    },
-}
-
-RETURNED: dict[Learns, tuple[str, ...]] = {  # shapes that a user's own function may return
-    "turns": ("messages", "prompt_completion", "text"),
-    "pairs": (*PAIR_SHAPES,),
-    "labels": ("messages", "prompt_completion", *PAIR_SHAPES),
-    "prompts": ("messages", "prompt_completion", "prompt"),
+    "labels": PAIR_SHAPES | CHATS,
+    "prompts": CHATS | {"prompt": Shape(("prompt",), ("system", "prompt", "tools"), _prompt)},
 }
 
 
@@ -383,15 +370,17 @@ def _convert(
     if learns == "turns" and data.label_field not in (None, "ignore") and not is_desirable(record, data.label_field):
         raise Skipped(UNDESIRABLE)
     if limit := data.score_limit:
-        _require_score(record, *limit)
+        name, least = limit
+        if (score := number_of(record, name, "data.min_score")) < least:
+            raise Skipped("below data.min_score", f"{name}: {score:g} is below data.min_score={least:g}")
     read, label = record, 1.0
     if function is not None:
         record, shape = _call(function, record, f"{path}:{line}: data.format={shape}", learns)
     required, to_messages, is_compared = shapes[shape].required, shapes[shape].to_messages, shape in PAIR_SHAPES
     if learns == "labels" and not is_compared:
         label = float(is_desirable(read | record, data.label_field))
-    elif learns == "pairs":
-        label = preferences.margin(read | record, data.margin_field)
+    elif learns == "pairs":  # by how much the better answer is better
+        label = number_of(read | record, data.margin_field) if data.margin_field else 0.0
     split_by = (data.stratify_field, data.split_group, data.split_time)
     fields = {name: _split_field(read, name) for name in split_by if name not in (None, "length")}
     fields = {**read, **fields} if learns == "prompts" else fields
@@ -409,13 +398,18 @@ def _convert(
         versions = to_messages(record) if is_compared else [to_messages(record)]
         if learns == "prompts" and versions[0][-1]["role"] != "assistant":  # messages that end with the question
             versions = [_pair({"prompt": versions[0], "completion": _reference(read | record)})]
-        if learns in ("pairs", "labels"):
-            preferences.require_answers(versions)
+        said = (turns[-1]["content"].strip() or turns[-1].get("tool_calls") for turns in versions)
+        if learns in ("pairs", "labels") and not all(said):
+            raise Skipped(preferences.EMPTY)
         if "system" in fields_read and (system := optional_text(record, "system")):
             versions = [[{"role": "system", "content": system}, *messages] for messages in versions]
         tools = parse_tools(record) if "tools" in fields_read else None
     except (TypeError, AttributeError, ValueError, LookupError):
         raise BadRecord(f"does not have the form of {shape} (docs/data.md)") from None
+    template_args = as_json(record.get(TEMPLATE_ARGS) or {}, TEMPLATE_ARGS)
+    if not isinstance(template_args, dict) or RESERVED & template_args.keys():
+        raise BadRecord(f"{TEMPLATE_ARGS}: must be an object without {', '.join(sorted(RESERVED))}")
+    check_value(template_args, TEMPLATE_ARGS)
     for messages in versions:
         _check_turns(messages, may_be_empty=learns == "prompts")
     unused = dict.fromkeys(name for messages in versions for message in messages for name in message.pop(UNUSED, ()))
@@ -424,31 +418,7 @@ def _convert(
     best, *worse = [preferences.last_answer(versions[0])] if is_single else versions
     is_answer = (m["role"] == "assistant" and is_trained(m) for m in best)
     answer_at = next(itertools.compress(itertools.count(), is_answer), -1) if learns != "turns" else -1
-    return Conversation(
-        best, None, path, line, tools, fields, 0, _template_args(record), notes, tuple(worse), label, answer_at
-    )
-
-
-def _require_score(record: dict[str, Any], name: str, limit: float) -> None:
-    if name not in record:
-        raise BadRecord(f"has no field {name!r:.60} (data.min_score): its fields are {names_of(record)}")
-    value = record[name]
-    try:
-        score = math.nan if isinstance(value, bool) else float(value)  # in CSV files, numbers are texts
-    except (TypeError, ValueError, OverflowError):
-        score = math.nan
-    if math.isnan(score):
-        raise BadRecord(f"{name}: {json.dumps(value, default=str):.40} is not a number (data.min_score)")
-    if score < limit:
-        raise Skipped("below data.min_score", f"{name}: {score:g} is below data.min_score={limit:g}")
-
-
-def _template_args(record: dict[str, Any]) -> dict[str, Any]:
-    given = as_json(record.get(TEMPLATE_ARGS) or {}, TEMPLATE_ARGS)
-    if not isinstance(given, dict) or RESERVED & given.keys():
-        raise BadRecord(f"{TEMPLATE_ARGS}: must be an object without {', '.join(sorted(RESERVED))}")
-    check_value(given, TEMPLATE_ARGS)
-    return given
+    return Conversation(best, None, path, line, tools, fields, 0, template_args, notes, tuple(worse), label, answer_at)
 
 
 def _call(
@@ -459,13 +429,11 @@ def _call(
     except Exception as error:  # the function is the user's program, and so is the mistake
         raise UserError(f"{where}: {type(error).__name__}: {error}") from None
     found = {"messages": found} if isinstance(found, list) else {"text": found} if isinstance(found, str) else found
-    shapes = {name: SHAPES_OF[learns][name] for name in RETURNED[learns]}
-    for shape in shapes if isinstance(found, dict) else ():
-        if all(name in found for name in shapes[shape].required):
-            return found, shape
+    for name, shape in SHAPES_OF[learns].items() if isinstance(found, dict) else ():
+        if found.keys() >= {*shape.required}:
+            return found, name
     what = f"the fields {names_of(found)}" if isinstance(found, dict) else type(found).__name__
-    expected = "; or ".join(" and ".join(shape.required) for shape in shapes.values())
-    raise BadRecord(f"data.format: the function returned {what}: expected {expected}")
+    raise BadRecord(f"data.format: the function returned {what}: expected the fields of a shape (docs/data.md)")
 
 
 def _split_field(record: dict[str, Any], name: str) -> Any:

@@ -8,13 +8,12 @@ answers, given as whole conversations, have in common.
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
 from nanoft.data.detection import BAD, GOOD, LABELS, Shape
 from nanoft.data.sources import BadRecord
-from nanoft.data.values import as_json, optional_text, text_of
+from nanoft.data.values import as_json, number_of, optional_text, text_of
 
 Message = dict[str, Any]
 # What records without a preference are counted as.
@@ -23,7 +22,7 @@ UNLABELED, UNDESIRABLE = "no label", "undesirable label"
 TURNS = ("prompt", "conversations", "messages")  # fields that may hold turns
 ASKED = (*TURNS, "question", "instruction", "input")  # fields of a prompt: the first one counts
 TEXTS = ("answer", "response", "content", "text", "value", "completion")  # fields of a ranked answer: what it says,
-RANKS, SCORES = ("rank",), ("score", "overall_score", "reward")  # its place (1 is best), or a number (more is better)
+PLACES = ("rank", "score", "overall_score", "reward")  # its place (1 is best), or a number (more is better)
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of a dialogue in one text, as Anthropic's HH data has it
 
 
@@ -52,12 +51,6 @@ def last_answer(turns: list[Message]) -> list[Message]:
     """A conversation of which only what follows the last user message is judged."""
     at = max((at for at, turn in enumerate(turns) if turn["role"] == "user"), default=-1) + 1
     return [*_context(turns[:at]), *turns[at:]]
-
-
-def require_answers(versions: list[list[Message]]) -> None:
-    """Skip a record of which an answer says nothing."""
-    if any(not turns[-1]["content"].strip() and not turns[-1].get("tool_calls") for turns in versions):
-        raise Skipped(EMPTY)
 
 
 def _turns(value: Any, role: str) -> list[Message]:
@@ -120,12 +113,12 @@ def _ranked(record: dict[str, Any]) -> list[list[Message]]:
     if all(isinstance(answer, str) for answer in answers):
         texts, places = answers, [float(place) for place in range(len(answers))]
     else:
-        fields = [(_field(a, TEXTS), _field(a, RANKS), _field(a, SCORES)) for a in answers]
-        if any(text is None or (rank is None and score is None) for text, rank, score in fields):
+        fields = [(_field(answer, TEXTS), _field(answer, PLACES)) for answer in answers]
+        if any(None in found for found in fields):
             raise BadRecord(f"answers: each needs its text ({', '.join(TEXTS)}) and its rank or score")
-        texts = [answer[text] for answer, (text, *_) in zip(answers, fields, strict=True)]
-        keys = zip(answers, fields, strict=True)
-        places = [_number(a, rank) if rank else -_number(a, score) for a, (_, rank, score) in keys]
+        texts = [answer[text] for answer, (text, _) in zip(answers, fields, strict=True)]
+        numbers = [number_of(answer, place) for answer, (_, place) in zip(answers, fields, strict=True)]
+        places = [n if place == "rank" else -n for n, (_, place) in zip(numbers, fields, strict=True)]
     said = [text_of({"answers": text}, "answers") for text in texts]
     order = sorted((at for at in range(len(said)) if said[at].strip()), key=lambda at: places[at])
     worse = [at for at in order if places[at] > places[order[0]] and said[at] != said[order[0]]]
@@ -136,16 +129,6 @@ def _ranked(record: dict[str, Any]) -> list[list[Message]]:
 
 def _field(answer: Any, names: tuple[str, ...]) -> Any:
     return next((name for name in names if isinstance(answer, dict) and answer.get(name) is not None), None)
-
-
-def _number(record: dict[str, Any], name: str) -> float:
-    try:
-        value = float(record.get(name, math.nan))
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise BadRecord(f"{name}: {record.get(name)!r:.40} is not a number")
-    return value
 
 
 PAIR_SHAPES = {
@@ -165,8 +148,3 @@ def is_desirable(record: dict[str, Any], label: str | None) -> bool:
         what = f"{name}: {value!r:.40} is neither desirable nor undesirable (true/false, 1/0, good/bad)"
         raise Skipped(UNLABELED, what) if value in ("", "none", "nan") else BadRecord(what)
     return value in GOOD
-
-
-def margin(record: dict[str, Any], name: str | None) -> float:
-    """By how much the better answer is better, from a field of the record; 0 if none is named."""
-    return _number(record, name) if name else 0.0

@@ -1,8 +1,8 @@
 """Data sources to raw records: files, directories, globs and Hub datasets, read one record after another.
 
-JSON, JSON Lines, CSV, TSV and Parquet are streamed, so the size of a file does not matter. A record that cannot be
-read (a line that is not JSON, a ragged row, bytes that are not UTF-8) is yielded as a BadRecord in its place, and
-reading goes on. A file that cannot be read as a whole (truncated, damaged, of another kind) is a UserError.
+JSON Lines, CSV, TSV and Parquet are streamed, so the size of a file does not matter. A record that cannot be read (a
+line that is not JSON, a ragged row, bytes that are not UTF-8) is yielded as a BadRecord in its place, and reading goes
+on. A file that cannot be read as a whole (truncated, damaged, of another kind) is a UserError.
 
 A directory, here or on the Hub, may hold several splits: `train_file` then means its training split alone.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanoft import UserError
-from nanoft.io.hub import download
+from nanoft.io.hub import download, reason_of
 from nanoft.io.untrusted import one_line
 
 Log = Callable[[str], None]  # called with lines for the user
@@ -42,8 +42,7 @@ SPLIT = re.compile(
 PREFERRED = {"data.validation_file": ("validation", "test", None, "train")}  # None: named after no split
 SHARD = re.compile(r"[-_.]?(?:(?:part|shard)[-_.]?)?\d+(?:[-_.]of[-_.]\d+)?(?:-[0-9a-f-]{8,})?$")  # -00000-of-00002
 MAX_RECORD = 64 << 20  # bytes; a longer line is a file without line ends
-MAX_OBJECT = 512 << 20  # bytes, uncompressed, of a file that is one JSON object: it is read into memory
-CHUNK = 1 << 20
+MAX_VALUES = 1 << 30  # bytes, uncompressed, of a JSON file that is not JSON Lines: it is read into memory
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 # What the first bytes of a file say that it is, and how it becomes readable.
 ENCODINGS = {
@@ -156,8 +155,7 @@ def _download(part: str, name: str) -> str:
         patterns: dict[str, Any] = {"allow_patterns": [inside, *wanted], "ignore_patterns": METADATA}
         root = download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
     except Exception as error:  # the Hub client raises many kinds: no network, no such dataset, gated, bad name
-        reason = one_line(error) or type(error).__name__
-        raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason}") from None
+        raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason_of(error)}") from None
     return os.path.join(root, inside)
 
 
@@ -245,85 +243,55 @@ def _is_lines(stream: IO[bytes], path: Path) -> bool:
     if isinstance(_parse_line(line), dict):
         return is_named_so or any(lines)
     stream.seek(start)
-    text = _JsonText(stream, path)
-    with contextlib.suppress(UserError):  # a broken line, or the first line of an object?
-        return is_named_so and not (isinstance(text.value(1), dict) and text.peek() in ("{", ",", ""))
+    text = stream.read(MAX_RECORD).decode("latin-1")
+    with contextlib.suppress(ValueError, RecursionError):  # a broken line, or the first line of an object?
+        value, end = DECODER.raw_decode(text, _next(text, 0))
+        return is_named_so and not (isinstance(value, dict) and text[_next(text, end) :][:1] in ("{", ",", ""))
     return is_named_so
 
 
 def _read_values(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Raw]]:
-    """The values of an array; those of a text one after another, also with commas between them; or of one object."""
-    text, number, end = _JsonText(stream, path), 0, ""
-    if text.peek() == "[":
-        text.take("[")
-        end = "]"
-    while text.peek() != end:
-        if number and end:
-            text.take(",")
+    """The values of an array; those of a text one after another, also with commas between them; or of one object.
+
+    They are found with one character for each byte, which takes the least memory, and decoded as UTF-8 one by one.
+    """
+    pieces = itertools.islice(iter(lambda: stream.read(1 << 20), b""), (MAX_VALUES >> 20) + 1)
+    text = "".join(piece.decode("latin-1") for piece in pieces)
+    if len(text) > MAX_VALUES:
+        raise UserError(f"{path}: longer than {MAX_VALUES >> 20} MiB, and not JSON Lines: write JSON Lines")
+    start = _next(text, 0)
+    is_array, number, expects_more = text.startswith("[", start), 0, False
+    at = _next(text, start + is_array)
+    while expects_more or text[at : at + 1] != ("]" if is_array else ""):
         number += 1
-        value = text.value(number, MAX_RECORD if end else MAX_OBJECT)
-        if number == 1 and not end and not text.peek():
+        try:
+            value, end = DECODER.raw_decode(text, at)
+            if not text.isascii():
+                value = DECODER.decode(text[at:end].encode("latin-1").decode("utf-8", "surrogateescape"))
+        except RecursionError:
+            raise UserError(f"{path}: record {number}: nested too deeply") from None
+        except json.JSONDecodeError as error:
+            reason = f"{error.msg}: character {error.pos - at + 1:,} of the record"
+            raise UserError(f"{path}: record {number}: not valid JSON: {reason}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: record {number}: not valid JSON: {error}") from None
+        at = _next(text, end)
+        if number == 1 and not is_array and at == len(text):
             yield from enumerate(_records_of(value, path), start=1)
             return
         yield number, value
-        if not end and text.peek() == ",":
-            text.take(",")
-    if end:
-        text.take(end)
-        if text.peek():
-            raise UserError(f"{path}: not valid JSON: extra data after the array")
-
-
-class _JsonText:
-    """A JSON text read value by value through a sliding window."""
-
-    def __init__(self, stream: IO[bytes], path: Path):
-        self.stream, self.path = stream, path
-        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bad bytes: lone surrogates
-        self.window, self.at = "", 0
-
-    def peek(self) -> str:  # the next character that is not white space; empty at the end
-        while True:
-            self.at = WHITE_SPACE.match(self.window, self.at).end()  # type: ignore[union-attr]  # always matches
-            if self.at < len(self.window) or not self._more():
-                return self.window[self.at : self.at + 1]
-
-    def take(self, wanted: str) -> None:
-        found = self.peek()
-        if found != wanted:
+        found = text[at : at + 1]
+        if is_array and found not in (",", "]"):
             what = f"found {found!r}" if found else "the file ends"
-            raise UserError(f"{self.path}: not valid JSON: expected {wanted!r} between records, {what}")
-        self.at += 1
+            raise UserError(f"{path}: not valid JSON: expected ',' between records, {what}")
+        expects_more = is_array and found == ","
+        at = _next(text, at + (found == ","))
+    if is_array and _next(text, at + 1) < len(text):
+        raise UserError(f"{path}: not valid JSON: extra data after the array")
 
-    def value(self, number: int, limit: int = MAX_RECORD) -> Any:
-        """The next value; near the end of the window it is parsed again with more text: 1 may begin 1.5e3."""
-        self.peek()
-        while True:
-            try:
-                value, end = DECODER.raw_decode(self.window, self.at)
-                reason, length = "", end - self.at
-                if length > limit:
-                    raise UserError(f"{self.path}: record {number}: longer than {limit >> 20} MiB: write JSON Lines")
-            except RecursionError:
-                raise UserError(f"{self.path}: record {number}: nested too deeply") from None
-            except json.JSONDecodeError as error:
-                reason = f"{error.msg}: character {error.pos - self.at + 1:,} of the record"
-            except ValueError as error:
-                reason = str(error)
-            if not reason and (end + 2 < len(self.window) or not self._more()):
-                self.at += length
-                return value
-            too_long = f"longer than {limit >> 20} MiB, or " * (len(self.window) - self.at > limit)
-            if reason and (too_long or not self._more()):
-                fix = ": write JSON Lines" if too_long else ""
-                raise UserError(f"{self.path}: record {number}: {too_long}not valid JSON: {reason}{fix}")
 
-    def _more(self) -> bool:
-        """Extend the window by at least half, so that a long value is parsed only a few times."""
-        self.window, self.at = self.window[self.at :], 0
-        read = self.stream.read(max(CHUNK, len(self.window) // 2))
-        self.window += self.decoder.decode(read, final=not read)
-        return bool(read)
+def _next(text: str, at: int) -> int:  # the next character that is not white space
+    return WHITE_SPACE.match(text, at).end()  # type: ignore[union-attr]  # always matches
 
 
 def _records_of(whole: Any, path: Path) -> list[Any]:

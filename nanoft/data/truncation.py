@@ -9,7 +9,6 @@ the token that ends the turn. A sample without target tokens is never kept.
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -120,25 +119,23 @@ def _shorten_prompt(
 def _cut_longest(
     versions: list[list[Message]], shared: int, encode: Callable[[list[list[Message]]], list[Sample]], limit: int
 ) -> list[Sample] | None:
-    """Cut more and more out of the middle of the longest user or tool message until all samples fit.
+    """Cut as little as need be out of the middle of the longest user or tool message, so that all samples fit.
 
     That message is one of the `shared` first ones, which are the same in all versions.
     """
     given = [at for at, message in enumerate(versions[0][:shared]) if message["role"] in ("user", "tool")]
     longest = max(given, key=lambda at: len(versions[0][at]["content"]))
     content = versions[0][longest]["content"]
-    keep = len(content)
-    for _ in range(24):
-        samples = encode(versions)
-        at = max(range(len(samples)), key=lambda at: len(samples[at].ids))
-        excess = len(samples[at].ids) - limit
-        if excess <= 0:
-            return samples
-        if keep <= 1:
-            return None
-        characters_per_token = sum(len(message["content"]) for message in versions[at]) / len(samples[at].ids)
-        keep = max(1, keep - max(1, math.ceil(1.05 * excess * characters_per_token)))
-        cut = content[: (keep + 1) // 2] + OMITTED + (content[-(keep // 2) :] if keep > 1 else "")
-        shorter = {**versions[0][longest], "content": cut}
-        versions = [[*messages[:longest], shorter, *messages[longest + 1 :]] for messages in versions]
-    return None
+
+    def without(cut: int) -> list[Sample]:
+        kept = len(content) - cut
+        text = content[: (kept + 1) // 2] + OMITTED * (cut > 0) + content[len(content) - kept // 2 :]
+        return encode([[*m[:longest], {**m[longest], "content": text}, *m[longest + 1 :]] for m in versions])
+
+    def fits(cut: int) -> bool:
+        return all(len(sample.ids) <= limit for sample in without(cut))
+
+    cut = (
+        0 if fits(0) else bisect.bisect_left(range(len(content)), True, lo=1, key=fits)
+    )  # what replaces it is longer than 1
+    return without(cut) if cut < len(content) else None

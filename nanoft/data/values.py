@@ -55,6 +55,18 @@ def optional_text(fields: dict[str, Any], name: str) -> str:
     return "" if value is None or value != value else text_of(fields, name)
 
 
+def number_of(fields: dict[str, Any], name: str, setting: str = "") -> float:
+    """A finite number, which tables store as a text; `setting` names the field."""
+    value = fields.get(name)
+    try:
+        number = math.nan if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRecord(f"{name}: {value!r:.40} is not a number" + f" ({setting})" * bool(setting))
+    return number
+
+
 def nonempty(text: str, what: str) -> str:
     if not text.strip():
         raise BadRecord(f"{what} is empty")

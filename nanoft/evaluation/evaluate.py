@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,14 +25,16 @@ import torch
 
 from nanoft.batches import Sample, TokenDataset, collate, eval_batches
 from nanoft.config import EvaluationConfig
-from nanoft.data.chat_tokenizer import ChatTokenizer, Message
+from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.filters import is_preferred
 from nanoft.data.formats import Conversation
 from nanoft.generation.generate import generate
 from nanoft.generation.sampling import GREEDY, Sampling
+from nanoft.io.bars import track
 from nanoft.loss import token_nll
 from nanoft.metrics.answers import Metric, exact_match
 from nanoft.metrics.bootstrap import Array, Figure
+from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
 from nanoft.objectives.reward import answer_rewards
 from nanoft.perplexity import evaluating, safe_exp
@@ -45,16 +47,7 @@ PERPLEXITIES = {
     "overall_loss": "overall_perplexity",
     "general_loss": "general_perplexity",
 }
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A conversation up to the answer, the reference answer, and the tools the model may call."""
-
-    messages: list[Message]
-    reference: str
-    tools: list[dict[str, Any]] | None = None
-    template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
+Judge = Callable[[Sequence[Prompt], Sequence[str]], list[dict[str, float]]]  # what answers are worth, by name
 
 
 @dataclass(frozen=True)
@@ -66,6 +59,13 @@ class Completion:
     answer: str
     stopped: bool  # the model ended its turn
     tokens: int = 0  # of the answer
+    rewards: dict[str, float] = field(default_factory=dict)  # of a run that learns from them, by name
+
+    @property
+    def worth(self) -> str:
+        """The rewards for a reader."""
+        said = ", ".join(f"{name.removeprefix('rewards/')} {value:.3g}" for name, value in self.rewards.items())
+        return f" ({said})" if said else ""
 
     @property
     def exact(self) -> bool:
@@ -144,7 +144,7 @@ def likelihoods(
     pieces.sort(key=lambda piece: piece[3] - piece[1])
     found: dict[int, list[float]] = {}  # piece -> nats of its targets, and of its other tokens
     with evaluating(model), distributed.same_exception(device):
-        for at in distributed.split_work(range(0, len(pieces), batch_size)):
+        for at in track([*distributed.split_work(range(0, len(pieces), batch_size))], "evaluating", "batches"):
             group = pieces[at : at + batch_size]
             cut: list[Sample] = []  # the tokens that each window reads, with those that it counts as targets
             for number, start, first, end in group:
@@ -191,7 +191,6 @@ def windows(length: int, context: int, stride: int | None = None) -> list[tuple[
 
 
 def _text_bytes(chat: ChatTokenizer, sample: Sample) -> int:
-    """UTF-8 length of the decoded targets, in bytes."""
     bounds = np.flatnonzero(np.diff(sample.is_target, prepend=False, append=False)).tolist()
     sizes = [len(chat.decode(sample.ids[:bound].tolist()).encode()) for bound in bounds]  # prefixes up to each boundary
     return sum(sizes[1::2]) - sum(sizes[::2])
@@ -204,7 +203,7 @@ def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[
     """The last turn of the first `limit` conversations that end in an answer rather than a tool call."""
     good = [c for c in conversations if c.messages and (c.worse or c.label)]
     chats = [c for c in good if not c.messages[-1].get("tool_calls")][:limit]
-    return [Prompt(list(c.messages[:-1]), c.messages[-1]["content"], c.tools, c.template_args) for c in chats]
+    return [Prompt.of(c) for c in chats]
 
 
 def answer_all(
@@ -222,25 +221,30 @@ def answer_all(
         found = {order[at]: (chat.decode(a.ids), a.stopped, len(a.ids)) for at in mine for a in [answers[at]]}
     found = distributed.all_gather_dict(found)
     references = [chat.control.remove(prompt.reference) for prompt in prompts]
-    return [Completion(p.messages[-1]["content"], references[i], *found[i]) for i, p in enumerate(prompts)]
+    return [Completion(prompt.text, references[i], *found[i]) for i, prompt in enumerate(prompts)]
 
 
 def answer_figures(completions: Sequence[Completion], metrics: Sequence[Metric]) -> dict[str, Figure]:
-    """Exact match, stop rate, length of the answers, and the requested metrics."""
+    """Exact match, stop rate, length of the answers, the requested metrics, and the reward where there is one."""
     if not completions:
         return {}
     triples = [(c.answer, c.reference, c.prompt) for c in completions]
     own = {metric.name: metric.figure(triples) for metric in metrics if metric.name != "exact_match"}
     exact, stopped = (Figure.mean([getattr(c, name) for c in completions]) for name in ("exact", "stopped"))
     length = replace(Figure.mean([c.tokens for c in completions]), unit="number")
-    return {"exact_match": exact, "stop_rate": stopped, "response_tokens": length, **own}
+    figures = {"exact_match": exact, "stop_rate": stopped, "response_tokens": length, **own}
+    if completions[0].rewards:  # without those that failed
+        values = np.array([c.rewards["reward"] for c in completions])
+        figures["reward"] = Figure(np.stack([np.nan_to_num(values), ~np.isnan(values)], axis=1), unit="number")
+    return figures
 
 
 def measure(
     model: Decoder, chat: ChatTokenizer, samples: Sequence[Sample], prompts: Sequence[Prompt], e: EvaluationConfig,
     context: int, metrics: Sequence[Metric] = (), general: Sequence[Sample] = (), seed: int = 0,
+    judge: Judge | None = None,
 ) -> EvalResult:  # fmt: skip
-    """The likelihood of samples, answers to prompts and their metrics, and the loss on a general text.
+    """The likelihood of samples, answers to prompts, their metrics and rewards, and the loss on a general text.
 
     Of a reward model, what it says of pairs.
     """
@@ -261,5 +265,7 @@ def measure(
     completions: list[Completion] = []
     if prompts:
         completions = answer_all(model, chat, prompts, e.prompt_batch_size, e.max_new_tokens, sampling, seed)
+        if judge and (rewards := judge(prompts, [c.answer for c in completions])):
+            completions = [replace(c, rewards=each) for c, each in zip(completions, rewards, strict=True)]
     figures |= answer_figures(completions, metrics)
     return EvalResult(figures, completions, time.perf_counter() - started)

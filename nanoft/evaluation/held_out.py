@@ -20,9 +20,10 @@ from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash
 from nanoft.data.filters import preferred
 from nanoft.data.formats import Conversation, format_function, read_file
 from nanoft.data.sources import find_files
-from nanoft.evaluation.evaluate import Prompt, held_out_prompts
+from nanoft.evaluation.evaluate import held_out_prompts
 from nanoft.evaluation.report import leakage_of_run, settings_of
 from nanoft.io.untrusted import read_json
+from nanoft.metrics.rewards import Prompt
 from nanoft.models.open import is_run
 from nanoft.objectives import OBJECTIVES
 from nanoft.runtime.device import library_versions

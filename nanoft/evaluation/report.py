@@ -18,7 +18,7 @@ import numpy as np
 
 from nanoft.config import Config
 from nanoft.evaluation.evaluate import PERPLEXITIES, EvalResult
-from nanoft.io.tables import format_duration, markdown_table
+from nanoft.io.tables import format_duration, markdown_table, wrap
 from nanoft.metrics.answers import token_f1
 from nanoft.metrics.bootstrap import Comparison, Figure, compare, interval
 from nanoft.perplexity import safe_exp
@@ -43,6 +43,7 @@ class ReportInputs:
     places: list[str] = field(default_factory=list)  # file:line of each sample
     leakage: dict[str, Any] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
+    curves: str = ""  # Markdown
     provenance: dict[str, Any] = field(default_factory=dict)
     shown: int = 3  # answers shown side by side
     seed: int = 0
@@ -65,7 +66,8 @@ def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
     rate = values["answers"].get("win_rate", {}).get("said")
     won = [f"answers   {counts} (by {label(inputs.primary)}): {rate}"] if rate else []
-    head = "\n".join([f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])])
+    lines = [f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])]
+    head = "\n".join(wrap(line, 10) for line in lines)
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
     by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
     terminal = f"\n{main}\n\n{head}\n{''.join(by[name] for name in inputs.groups if name in by)}\n{samples}".rstrip()
@@ -252,10 +254,13 @@ def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
     """The `answers` object of report.json: every prompt with its answers, the worst ones, who won."""
     if not inputs.tuned.completions:
         return {}
-    each = [{"prompt": c.prompt, "reference": c.reference, "tuned": c.answer} for c in inputs.tuned.completions]
+    each: list[dict[str, Any]] = [
+        {"prompt": c.prompt, "reference": c.reference, "tuned": c.answer, **(c.rewards and {"rewards": c.rewards})}
+        for c in inputs.tuned.completions
+    ]
     if inputs.base and outcome:
         for line, before, word in zip(each, inputs.base.completions, outcome, strict=True):
-            line |= {"base": before.answer, "outcome": word}
+            line.update({"base_rewards": before.rewards} if before.rewards else {}, base=before.answer, outcome=word)
     counts: dict[str, Any] = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
     counts |= {"win_rate": win_rate(outcome, inputs.seed)} if outcome else {}
     return {"metric": inputs.primary, **counts, "worst": worst(inputs), "each": each}
@@ -276,9 +281,10 @@ def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int
     blocks = []
     for index in (index for index in which if index < len(tuned.completions)):
         c = tuned.completions[index]
-        before = [("base", base.completions[index].answer)] if base and index < len(base.completions) else []
-        lines = [("prompt", c.prompt), ("wanted", c.reference), *before, ("tuned", c.answer)]
-        blocks.append("\n".join(f"{name:>7}: {_one_line(text)}" for name, text in lines))
+        before = [("base", base.completions[index])] if base and index < len(base.completions) else []
+        lines = [("prompt", _one_line(c.prompt)), ("wanted", _one_line(c.reference))]
+        lines += [(name, _one_line(said.answer) + said.worth) for name, said in [*before, ("tuned", c)]]
+        blocks.append("\n".join(f"{name:>7}: {text}" for name, text in lines))
     return "\n\n".join(blocks)
 
 
@@ -318,7 +324,9 @@ def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown
     text += f"\n{main}"
     if inputs.base and inputs.tuned.figures:
         text += "\n95 % interval and p-value from a paired bootstrap (10,000 resamples).\n"
+    text += f"\n## Curves\n\n{inputs.curves}\n" if inputs.curves else ""
     if inputs.training:
+        text += "\n## Training\n"
         names = [key.replace("_gb", ", GB").replace("_wh", ", Wh").replace("_", " ") for key in inputs.training]
         rows = [[name, f"{value:,}"] for name, value in zip(names, inputs.training.values(), strict=True)]
         rows.append(["evaluation", format_duration(values["cost"]["evaluation_seconds"])])

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from nanoft import UserError, __version__
 from nanoft.blocks.trained import Adapter
@@ -30,17 +29,9 @@ from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
-from nanoft.io.atomic import (
-    PROGRESS,
-    hash_file,
-    hash_named_files,
-    read_progress,
-    replace_file,
-    replaced_directory,
-    write_file,
-    write_json,
-)
-from nanoft.io.tensor_files import Specs, encode_safetensors
+from nanoft.io import atomic
+from nanoft.io.bars import track
+from nanoft.io.tensor_files import encode_safetensors
 from nanoft.io.untrusted import read_json
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, save_adapter, select_modules, sum_adapters, vocabulary_of
@@ -59,42 +50,39 @@ def weights_of(opened: LoadedModel, onto: Onto) -> Weights:
 
 
 def merge(
-    opened: LoadedModel, dtype: torch.dtype, onto: Onto, out: Path, shard_bytes: int = 5 * 10**9,
-    resumable: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    opened: LoadedModel, dtype: torch.dtype, onto: Onto, out: Path, shard_size: str = "5GB", resumable: bool = False
+) -> dict[str, Any]:
     """Write base + adapter as a Hugging Face directory: shards, index, config, tokenizer, generation_config.
 
     `out` is empty except for finished shards; `resumable`: they are recorded in `PROGRESS`, and those recorded there
     whose hash agrees are skipped. Returns size in bytes and SHA-256 of each shard.
     """
     weights = replace(weights_of(opened, onto), adapters=opened.adapters, dtype=dtype)
-    shards: list[Specs] = [{}]  # which weights go into which new file, in the order of the old ones
-    base = ModelFiles.read(opened.base_directory)
-    tensors, read = with_towers(base, weights.shapes, dtype, weights.rows)
-    for name, spec in tensors.items():
-        added: Specs = {name: spec}
-        if shards[-1] and _bytes(shards[-1]) + _bytes(added) > shard_bytes:
-            shards.append({})
-        shards[-1].update(added)
-    files = {"model.safetensors": shards[0]}
-    if len(shards) > 1:
-        files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": specs for i, specs in enumerate(shards, start=1)}
+    tensors, read = with_towers(ModelFiles.read(opened.base_directory), weights.shapes, dtype, weights.rows)
+    try:
+        split = split_state_dict_into_shards_factory(
+            tensors, get_storage_size=_bytes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
+        )
+    except ValueError:
+        raise UserError(f"--shard-size: {shard_size!r:.40} is not a size: write one like 500MB or 5GB") from None
+    files = {name: {tensor: tensors[tensor] for tensor in own} for name, own in split.filename_to_tensors.items()}
     finished = {
         name: recorded
-        for name, recorded in (read_progress(out) if resumable else {}).items()
-        if name in files and (out / name).is_file() and hash_file(out / name) == recorded
+        for name, recorded in (atomic.read_progress(out) if resumable else {}).items()
+        if name in files and (out / name).is_file() and atomic.hash_file(out / name) == recorded
     }
-    check_room(out, sum(_bytes(specs) for name, specs in files.items() if name not in finished))
-    for name in [name for name in files if name not in finished]:
+    missing = [name for name in files if name not in finished]
+    check_room(out, sum(_bytes(spec) for name in missing for spec in files[name].values()))
+    for name in missing:
         (out / name).unlink(missing_ok=True)
-        finished[name] = write_file(out / name, encode_safetensors(files[name], read))
+        size = sum(_bytes(spec) for spec in files[name].values())
+        written = track(encode_safetensors(files[name], read), f"merging {name}", "B", size, len)
+        finished[name] = atomic.write_file(out / name, written)
         if resumable:
-            replace_file(out / PROGRESS, json.dumps(finished).encode())
-    if len(shards) > 1:
-        total = sum(map(_bytes, shards))
-        weight_map = {tensor: name for name, specs in files.items() for tensor in specs}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(out / "model.safetensors.index.json", index)
+            atomic.replace_file(out / atomic.PROGRESS, json.dumps(finished).encode())
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        atomic.write_json(out / "model.safetensors.index.json", index)
     write_config(opened.base_directory, out, dtype, opened.model.config)
     copy_tokenizer(opened, out)
     describe_score(out, opened.model.config)
@@ -106,8 +94,8 @@ def copy_tokenizer(opened: LoadedModel, out: Path) -> None:
     copy_companions(opened.tokenizer_directory, out, opened.base_directory, opened.add_tokens)
 
 
-def _bytes(specs: Specs) -> int:
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
+def _bytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    return spec[0].itemsize * math.prod(spec[1])
 
 
 def check_room(out: Path, needed: int) -> None:
@@ -115,14 +103,6 @@ def check_room(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(f"--out: needs {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free there: make room")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of 500MB or 5GB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip().upper())
-    if not found or not (size := int(float(found[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]])):
-        raise UserError(f"--shard-size: {text!r:.40} is not a size: write one like 500MB or 5GB")
-    return size
 
 
 # ---- Which adapter
@@ -186,7 +166,7 @@ def parse_weights(text: str | None, count: int) -> list[float]:
 
 def require_same_base(adapter: TrainedAdapter) -> None:
     """Refuse a base that the adapter fits, but whose files are not those that it was trained on."""
-    if adapter.base_sha256 and hash_named_files(base_files(adapter.base)) != adapter.base_sha256:
+    if adapter.base_sha256 and atomic.hash_named_files(base_files(adapter.base)) != adapter.base_sha256:
         raise UserError(
             f"{adapter.base}: its files are not those that {adapter.place} was trained on (SHA-256 differs): "
             "restore them, or add --any-base"
@@ -212,13 +192,7 @@ def combine(
             )
     lora, tensors = first.lora, first.tensors
     if len(adapters) > 1 or weights[0] != 1:
-        files = open_rows(base or first.base, vocabulary=max(vocabulary_of(a.lora, a.tensors) for a in adapters))
-        files = replace(files, config=replace(files.config, tied=False))  # a head may be summed, too
-
-        def base_parameter(name: str) -> Tensor | None:
-            return files.whole(name) if name in files.shapes else None
-
-        lora, tensors = sum_adapters([(a.lora, a.tensors) for a in adapters], weights, base_parameter)
+        lora, tensors = sum_adapters([(a.lora, a.tensors) for a in adapters], weights)
     if only:
         lora, tensors = select_modules(lora, tensors, only)
     same = all((a.quantization, a.dtype) == (first.quantization, first.dtype) for a in adapters)
@@ -243,7 +217,7 @@ def save_result(
     full model is stored; `step` is of the weights' checkpoint; `dtype` is that of training; `tokenizer` its directory.
     """
     out = run / ("adapter" if adapters else "model")
-    with replaced_directory(out) as staging:
+    with atomic.replaced_directory(out) as staging:
         if adapters:
             base_sha256 = None
             with suppress(UserError, AttributeError):

@@ -7,34 +7,52 @@ provenance.json records base, data, settings, library versions and the hash of e
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.repocard import metadata_load
 
 from nanoft import UserError
+from nanoft.config import LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.evaluation.evaluate import Prompt
+from nanoft.data.sources import HUB
 from nanoft.generation.generate import generate
 from nanoft.io.atomic import hash_file
 from nanoft.io.tables import markdown_table
 from nanoft.io.untrusted import read_json
+from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
 from nanoft.models.model_files import ModelFiles
-from nanoft.models.open import is_run
+from nanoft.models.open import LoadedModel, run_of
 from nanoft.runtime.device import library_versions
 
 PARITY_TOKENS = 256  # maximum length of a prompt
 PLAIN_PROMPTS = ["What is the capital of Norway?", "Count from 1 to 5."]  # if there is no data
-LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx"}
-USE = {  # how each format is loaded from its directory
-    "hf": 'model = transformers.AutoModelForCausalLM.from_pretrained(".")',
+LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx", "gguf": "gguf", "gguf-lora": "gguf"}
+LOAD = {  # in Python
+    "hf": 'model = transformers.AutoModelForCausalLM.from_pretrained("{here}")',
     "peft": 'base = transformers.AutoModelForCausalLM.from_pretrained("{base}")\n'
-    'model = peft.PeftModel.from_pretrained(base, ".")',
-    "mlx": 'model, tokenizer = mlx_lm.load("{base}", adapter_path=".")',
+    'model = peft.PeftModel.from_pretrained(base, "{here}")',
 }
+ASK = """
+tokenizer = transformers.AutoTokenizer.from_pretrained("{here}")
+chat = [{{"role": "user", "content": "Hello!"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+OLLAMA = "\nollama create tuned -f {recipe} && ollama run tuned"
+SERVE = {  # in a shell
+    "hf": "vllm serve {here}\nmlx_lm.chat --model {here}",
+    "peft": "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={here}",
+    "mlx": "mlx_lm.chat --model {base} --adapter-path .",
+    "gguf": "llama-cli -m {file}" + OLLAMA,
+    "gguf-lora": "llama-cli -m base.gguf --lora {file}" + OLLAMA,
+}
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -75,8 +93,7 @@ def provenance_record(source: str, facts: Mapping[str, Any], out: Path, known: M
 
 def run_facts(source: str) -> dict[str, Any]:
     """Settings, hashes and metrics of a run; empty if the adapter is not in one."""
-    run = next((place for place in (Path(source), Path(source).parent) if is_run(place)), None)
-    if run is None:
+    if (run := run_of(source)) is None:
         return {}
     config = read_json(run / "config.json")
     trained = config.pop("provenance", {})
@@ -85,44 +102,70 @@ def run_facts(source: str) -> dict[str, Any]:
     return {"config": config, "trained": trained, "metrics": metrics}
 
 
-def model_card(form: str, facts: Mapping[str, Any], run: Mapping[str, Any], base: Path, proven: Sequence[str]) -> str:
-    """README.md: the Hub's front matter, how to load the model, lines about what was verified, settings and metrics."""
-    name, method = facts["base"]["name"], "qlora" if facts["quantization"] else "lora"
-    front: dict[str, Any] = {"library_name": LIBRARIES.get(form, "transformers"), "pipeline_tag": "text-generation"}
-    use, files = USE.get(form, "").format(base=(hub := hub_name(name, base)) or name), ModelFiles.read(base)
-    if files.decoder.wrapped:
-        use = use.replace("ForCausalLM", "ForImageTextToText")
-    if facts.get("is_reward_model"):
-        front["pipeline_tag"] = "text-classification"
-        use = re.sub(r'CausalLM(\S+")\)', r"SequenceClassification\1, num_labels=1)", use)
-    if hub:
-        front |= {"base_model": hub, "base_model_relation": "finetune" if form == "hf" else "adapter"}
-    if license := license_of(base):
-        front["license"] = license
-    front["tags"] = ["nanoft", method]
-    lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {Path(name).name}, fine-tuned", *proven]
-    if use:
-        lines.append(f"```python\n{use}\n```")
-    if settings := run.get("config"):
-        values = {name: settings["lora"][name] for name in ("rank", "alpha")}
-        values |= {"learning rate": settings["training"]["learning_rate"], "seed": settings["system"]["seed"]}
-        about = {"model": files.description, "method": method, **values}
-        rows = [[name, str(value)] for name, value in about.items()]
+def model_card(form: str, opened: LoadedModel, source: str, proven: Sequence[str], **names: Any) -> str:
+    """README.md: the Hub's front matter, what was verified, how to use the export, figures and settings of the run.
+
+    `names` are those in LOAD and SERVE: `here` is the export's directory or its repository on the Hub.
+    """
+    settings, base, run = run_facts(source).get("config", {}), opened.base_directory, run_of(source)
+    name = str(base) if opened.adapters else settings.get("model", {}).get("name", str(base))  # not RUN/model
+    names["base"] = hub_name(name, base) or name
+    method = ("qlora" if opened.quantization else "lora") if opened.adapters else "full"
+    data = [place for place in settings.get("data", {}).get("train_file", "").split(",") if place]
+    relation = {"base_model_relation": "finetune" if form in ("hf", "gguf") else "adapter"}
+    front = {
+        "library_name": LIBRARIES[form],
+        "pipeline_tag": "text-classification" if opened.model.config.has_score else "text-generation",
+        **({"base_model": hub, **relation} if (hub := hub_name(name, base)) else {}),
+        "datasets": [place.removeprefix(HUB) for place in data if place.startswith(HUB)],
+        **license_of(base),
+        "tags": ["nanoft", method],
+    }
+    yaml_block = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
+    trained_on = " and ".join(PurePath(place).stem for place in data)
+    title = f"# {PurePath(names['base']).name}" + f" fine-tuned on {trained_on}" * bool(trained_on)
+    lines = [f"---\n{yaml_block}---", title, "\n".join(proven), *usage(form, opened, names)]
+    if run and (run / "report.md").is_file():  # its verdict, warnings and table
+        text = (run / "report.md").read_text(encoding="utf-8")
+        found = re.search(r"\*\*Verdict.*?(?=\n\| training|\n## |\Z)", text, re.DOTALL)
+        start = settings["lora"]["start_from"]
+        lines += [f"## Evaluation\n\n{found[0].strip()}"] if found else []
+        lines += [f"`base` has the adapter that training started from, {start}."] if found and start else []
+    if settings:
+        about = {"model": ModelFiles.read(base).description, "method": method}
+        about |= {name: settings["lora"][name] for name in ("rank", "alpha")} if opened.adapters else {}
+        about |= {name: settings["training"][name] for name in ("objective", "learning_rate")}
+        about["seed"] = settings["system"]["seed"]
+        rows = [[name.replace("_", " "), str(value)] for name, value in about.items()]
         lines.append("## Training\n\n" + markdown_table(["setting", ""], rows))
-    metrics = run.get("metrics", {})
-    if "tuned" in metrics:
-        sides = {side: metrics[side] for side in ("base", "tuned") if side in metrics}
-        rows = [
-            [key.replace("_", " "), *("-" if side.get(key) is None else f"{side[key]:.4g}" for side in sides.values())]
-            for key in ("perplexity", "exact_match", "stop_rate")
-            if metrics["tuned"].get(key) is not None
-        ]
-        lines.append("## Held-out metrics\n\n" + markdown_table(["", *sides], rows))
     lines.append(
         "## Check\n\n`parity.json` holds prompts as rendered in training, their token ids, and greedy answers to "
-        "check an inference engine;\n`provenance.json` holds settings, versions and the SHA-256 of every file."
+        "check an inference engine."
     )
     return "\n\n".join(lines) + "\n"
+
+
+def usage(form: str, opened: LoadedModel, names: Mapping[str, Any]) -> Iterator[str]:
+    """The code that loads an export, and the commands that serve it."""
+    load, serves = LOAD.get(form, ""), form in SERVE and names.get("rank", 1)
+    if ModelFiles.read(opened.base_directory).decoder.wrapped:
+        load = load.replace("ForCausalLM", "ForImageTextToText")
+    if opened.model.config.has_score:
+        load, serves = re.sub(r'CausalLM(\S+")\)', r"SequenceClassification\1, num_labels=1)", load), False
+    elif load:
+        load += ASK
+    if load:
+        imports = "import peft\n" * (form == "peft") + "import transformers"
+        yield f"```python\n{imports}\n\n{load.format(**names)}\n```"
+    if serves:
+        yield f"```sh\n{SERVE[form].format(**names)}\n```"
+
+
+def vllm_rank(lora: LoRAConfig) -> int:
+    """The --max-lora-rank that vLLM needs for an adapter; 0 if it cannot serve that one."""
+    if lora.dora or lora.bias != "none" or lora.modules_to_save or lora.trainable_token_indices:
+        return 0
+    return next((rank for rank in VLLM_RANKS if rank >= lora.rank), 0)
 
 
 def hub_name(name: str, directory: Path) -> str | None:
@@ -133,37 +176,31 @@ def hub_name(name: str, directory: Path) -> str | None:
     return "/".join(cached[-1].split("--")[1:]) if cached else None
 
 
-def license_of(base: Path) -> str | None:
-    """The license in the front matter of the base's README.md, if any."""
+def license_of(base: Path) -> dict[str, str]:
+    """The license in the front matter of the base's README.md, with its name and link, if any."""
     with suppress(OSError, ValueError, yaml.YAMLError):
-        found = re.match(r"---\r?\n(.*?)\r?\n---", (base / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-        front = yaml.safe_load(found[1]) if found else None
-        license = front.get("license") if isinstance(front, dict) else None
-        return license if isinstance(license, str) else None
-    return None
+        front = metadata_load(base / "README.md") or {}
+        keys = ("license", "license_name", "license_link")
+        return {key: front[key] for key in keys if isinstance(front.get(key), str)}
+    return {}
 
 
-def push(out: Path, repository: str) -> str:
-    """Upload a finished directory to the Hub, to a private repository if it is new; return its URL."""
-    from huggingface_hub import HfApi, get_token
-
+def push(out: Path, repository: str, private: bool) -> str:
+    """Upload a finished directory to the Hub, to a repository that is created if it is new; return its URL."""
     api = HfApi()
     try:
-        url = api.create_repo(repository, private=True, exist_ok=True)
+        url = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=out, commit_message="Upload by nanoft")
     except Exception as error:  # the Hub client raises many types
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        reason = reason.replace(get_token() or "\0", "(token)")
-        raise UserError(
-            f"--push: {repository}: {reason}: {out} is complete: fix this, then `hf upload {repository} {out}`"
-        ) from None
+        reason = reason.replace(get_token() or "\0", "(token)").rstrip(".")
+        again = f"hf upload {repository} {out}" + " --private" * private
+        raise UserError(f"--push: {repository}: {reason}: {out} is complete: fix this, then `{again}`") from None
     return str(url)
 
 
 def validate_repository(repository: str) -> None:
     """Raise a UserError before the work starts if the name is invalid or there is no token."""
-    from huggingface_hub import get_token
-
     if not HUB_NAME.fullmatch(repository):
         raise UserError(f"--push: {repository!r:.80} is not a repository name: use owner/name")
     if not get_token():

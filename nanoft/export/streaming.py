@@ -43,7 +43,6 @@ class Rows:
     multiple: int = 1  # of rows that are read at a time
 
     def read(self, name: str, rows: slice) -> Tensor:
-        """Some rows of a weight."""
         raise NotImplementedError
 
     def rows(self, name: str) -> Iterator[Tensor]:
@@ -115,11 +114,9 @@ class Weights(Rows):
 
 
 def open_rows(
-    directory: Path,
-    quantization: Quantization | None = None,
-    unpacked: torch.dtype = torch.float32,
+    directory: Path, quantization: Quantization | None = None, unpacked: torch.dtype = torch.float32,
     vocabulary: int = 0,
-) -> Weights:
+) -> Weights:  # fmt: skip
     """The weights of a Hugging Face directory, with at least `vocabulary` tokens; raises what `open_weights` does."""
     base = ModelFiles.read(directory)
     with torch.device("meta"):
@@ -160,8 +157,6 @@ class StreamedLinear(nn.Linear):
 
 
 class StreamedEmbedding(nn.Embedding):
-    """An embedding that reads the rows it needs."""
-
     def __init__(self, weights: Rows, name: str):
         nn.Module.__init__(self)
         self.weights, self.name = weights, f"{name}.weight"

@@ -24,11 +24,12 @@ from nanoft.batches import Sample
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
-from nanoft.evaluation.evaluate import Prompt, held_out_prompts
+from nanoft.evaluation.evaluate import held_out_prompts
 from nanoft.export.merge import Onto, open_adapter, weights_of
 from nanoft.export.streaming import Rows, StreamedDecoder, open_rows
 from nanoft.io.tables import markdown_table
 from nanoft.lora import disabled
+from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
 from nanoft.models.open import LoadedModel, TrainedAdapter, is_run
 from nanoft.objectives import OBJECTIVES

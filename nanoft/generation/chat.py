@@ -14,32 +14,39 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from nanoft import UserError
 from nanoft.blocks.trained import Adapter
+from nanoft.config.fields import nearest
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.generation.generate import Answer, stream
 from nanoft.generation.generate import generate as generate_all
 from nanoft.generation.pipe import LineReader, answer_limit, answer_lines
 from nanoft.generation.sampling import GREEDY, NotFinite, Sampling
+from nanoft.io.untrusted import read_json
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import disabled, linears_of
 from nanoft.models.model_files import ModelFiles
-from nanoft.models.open import open_chat_tokenizer, open_model, use_cache_of
+from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model, use_cache_of
 from nanoft.models.weights import cache_weights
 from nanoft.runtime.device import choose_device, choose_dtype, quiet_libraries
 from nanoft.runtime.memory import available_host_bytes
 
-Generate = Callable[[list[int], int], Iterator[int]]  # prompt ids, maximum number of new tokens -> ids without the stop
+# prompt ids, maximum number of new tokens, sampling -> ids without the stop
+Generate = Callable[[list[int], int, Sampling], Iterator[int]]
 HELP = """\
-/reset        new conversation with the same system message
-/system TEXT  new conversation with this system message; without TEXT, with none
-/base         the base model's answer to the last question, without the adapter
-/help         this list
-/quit         exit, like Ctrl-D
-Ctrl-C        stop an answer"""
+/reset          new conversation with the same system message
+/system TEXT    new conversation with this system message; without TEXT, with none
+/temperature T  0: always the most likely token; above 0: sampled
+/base           the base model's answer to the last question, without the adapter
+/help           this list
+/quit           exit, like Ctrl-D
+Ctrl-C          stop an answer"""
+COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: escape codes for the terminal
 INCOMPLETE = "\ufffd"  # what the bytes of an incomplete character decode to
 
@@ -57,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     loaded = open_model(args.source, device, choose_dtype("auto", device))
     if loaded.model.config.has_score:
         raise UserError(f"{args.source}: is a reward model, which writes no answers: measure it with eval.py on pairs")
-    if args.base and not loaded.adapters:
-        raise UserError(f"--base: {args.source} has no adapter to switch off: remove --base, or name a LoRA run")
+    if args.compare and not loaded.adapters:
+        raise UserError(f"--compare: {args.source} has no adapter to switch off: remove --compare, or name a LoRA run")
     bytes_needed = sum(linear.out_features * linear.in_features for linear in linears_of(loaded.model).values()) * 4
     has_room = device.type == "cpu" and bytes_needed <= MEMORY_SHARE * available_host_bytes()
     policy = "cached" if has_room else "auto"  # a dequantized base is several times as fast
@@ -67,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     generator = torch.Generator()
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
 
-    def generate(prompt: list[int], limit: int) -> Iterator[int]:
+    def generate(prompt: list[int], limit: int, sampling: Sampling) -> Iterator[int]:
         for step in stream(loaded.model, [prompt], chat.stop_ids, limit, sampling, generator):
             ((_, token, _),) = step
             if token not in chat.stop_ids:
@@ -83,12 +90,21 @@ def run(args: argparse.Namespace) -> int:
     context = ModelFiles.read(loaded.base_directory).fields.get("max_position_embeddings") or math.inf
     if args.prompt is None and (args.json or not sys.stdin.isatty()):
         reader = LineReader(chat, context, args.max_new_tokens, args.system, args.json)
-        models = {"tuned": answer_all, **({"base": base_all} if args.base else {})}
+        models = {"tuned": answer_all, **({"base": base_all} if args.compare else {})}
         answer_lines(reader, models, functools.partial(show, hides_controls=sys.stdout.isatty()))
         return 0
-    session = ChatSession(chat, generate, loaded.adapters, args.base, context, args.max_new_tokens, args.system)
-    session.run() if args.prompt is None else session.ask(args.prompt)
+    session = ChatSession(
+        chat, generate, loaded.adapters, args.compare, context, args.max_new_tokens, args.system, sampling
+    )
+    session.run(title_of(args.source, loaded)) if args.prompt is None else session.ask(args.prompt)
     return 0
+
+
+def title_of(source: str, loaded: LoadedModel) -> str:
+    """A run with the step of its weights, or the name of an adapter or a model."""
+    best = Path(source) / "best.json"
+    step = read_json(best).get("step") if loaded.step is None and best.is_file() else loaded.step
+    return source if step is None else f"{source}, step {step}"
 
 
 def read_sampling(args: argparse.Namespace) -> Sampling:
@@ -128,12 +144,12 @@ class ChatSession:
     """A conversation, and the commands that control it."""
 
     def __init__(
-        self, chat: ChatTokenizer, generate: Generate, adapters: dict[str, Adapter], with_base: bool,
-        context: float, max_new_tokens: int, system: str | None,
+        self, chat: ChatTokenizer, generate: Generate, adapters: dict[str, Adapter], compare: bool,
+        context: float, max_new_tokens: int, system: str | None, sampling: Sampling = GREEDY,
     ):  # fmt: skip
-        """Show the base model's answers, too, if `with_base`; prompt and answer fit into `context` tokens."""
-        self.chat, self.generate, self.adapters, self.with_base = chat, generate, adapters, with_base
-        self.context, self.max_new_tokens = context, max_new_tokens
+        """Show the base model's answers, too, with `compare`; prompt and answer fit into `context` tokens."""
+        self.chat, self.generate, self.adapters, self.compare = chat, generate, adapters, compare
+        self.context, self.max_new_tokens, self.sampling = context, max_new_tokens, sampling
         self.in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.reset(system)
 
@@ -149,8 +165,8 @@ class ChatSession:
         except UserError:
             self.messages.pop()
             raise
-        answer = self.show_answer(self.generate, prompt, limit, "tuned: " if self.with_base else "")
-        if self.with_base:
+        answer = self.show_answer(self.generate, prompt, limit, "tuned: " if self.compare else "")
+        if self.compare:
             self.show_answer(self.generate_base, prompt, limit, "base: ")
         self.messages.append({"role": "assistant", "content": answer})
 
@@ -166,7 +182,7 @@ class ChatSession:
         limit = answer_limit(prompt, self.context, self.max_new_tokens)
         if dropped:
             what = "question does" if dropped == 1 else f"{dropped} questions do"
-            note(f"the oldest {what} not fit into the context of {self.context} tokens any more: dropped")
+            note(f"the oldest {what} not fit into the context of {self.context} tokens: dropped")
         return prompt, limit
 
     def show_answer(self, generate: Generate, prompt: list[int], limit: int, name: str) -> str:
@@ -174,7 +190,7 @@ class ChatSession:
         ids, text = list[int](), ""
         self.show(name)
         try:
-            for piece in stream_text(self.chat, generate(prompt, limit), ids):
+            for piece in stream_text(self.chat, generate(prompt, limit, self.sampling), ids):
                 self.show(piece)
                 text += piece
         except KeyboardInterrupt:
@@ -187,18 +203,18 @@ class ChatSession:
             note(f"truncated after {limit} tokens (--max-new-tokens)")
         return text
 
-    def generate_base(self, prompt: list[int], limit: int) -> Iterator[int]:
+    def generate_base(self, prompt: list[int], limit: int, sampling: Sampling) -> Iterator[int]:
         with disabled(self.adapters):
-            yield from self.generate(prompt, limit)
+            yield from self.generate(prompt, limit, sampling)
 
     def show(self, text: str) -> None:
         show(text, hides_controls=self.in_terminal)
 
-    def run(self) -> None:
-        """Answer line by line until the input ends, or /quit."""
+    def run(self, title: str) -> None:
+        """Show a banner, then answer line by line until the input ends, or /quit."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() its arrow keys
-        note("/help lists the commands, Ctrl-D exits")
+        note(f"{title}\n{self.limits()}\n{' '.join(COMMANDS)}; Ctrl-D exits")
         while (line := self.read()) is not None and line != "/quit":
             try:
                 if line.startswith("/"):
@@ -209,6 +225,10 @@ class ChatSession:
                 raise
             except UserError as error:
                 note(str(error))
+
+    def limits(self) -> str:
+        greedy = " (greedy)" * (self.sampling.temperature == 0)
+        return f"temperature {self.sampling.temperature:g}{greedy}, at most {self.max_new_tokens} tokens per answer"
 
     def read(self) -> str | None:
         """The next line without surrounding space; None at the end."""
@@ -229,8 +249,10 @@ class ChatSession:
             self.reset(first["content"] if first.get("role") == "system" else None)
         elif command == "/system":
             self.reset(text)
+        elif command == "/temperature":
+            self.set_temperature(text)
         elif command != "/base":
-            note(HELP if command == "/help" else f"{command}: unknown command\n{HELP}")
+            note(HELP if command == "/help" else f"{command}: unknown command{nearest(command, COMMANDS)}")
         elif not self.adapters:
             note("there is no adapter to switch off")
         elif len(self.messages) < 2:
@@ -239,6 +261,16 @@ class ChatSession:
             prompt = self.chat.encode_prompt(self.messages[:-1])
             limit = answer_limit(prompt, self.context, self.max_new_tokens)
             self.show_answer(self.generate_base, prompt, limit, "base: ")
+
+    def set_temperature(self, text: str) -> None:
+        try:
+            temperature = float(text)
+        except ValueError:
+            temperature = math.nan
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"/temperature: {text!r} is not a number >= 0: write, for example, /temperature 0.7")
+        self.sampling = replace(self.sampling, temperature=temperature)
+        note(self.limits())
 
 
 def check_text(where: str, text: str) -> None:

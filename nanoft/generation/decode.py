@@ -13,7 +13,6 @@ Notation in comments: b sequences, h query heads, g key/value heads, d head size
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -53,18 +52,16 @@ class Decoding:
         self.keys, self.values = list[Tensor](), list[Tensor]()  # of each layer, (b, g, slots, d)
         self.ropes = [rope for rope in model.config.distinct_ropes if rope.depends_on_length]
         self.read: list[list[int]] = []  # the tokens of each sequence, for these ropes
+        sharding.gather_outside(model)
         self.is_fast = kernels.is_applied(model)
         self.build = choose_build(model) if self.is_fast and not distributed.is_sharded() else None
         self.head = prepacked(model.head.to(model.dtype), None) if self.build is prepacked else None
         self.context_class = FastCacheContext if self.is_fast else CacheContext
+        self._functions = [] if distributed.is_sharded() else list(map(self._function, model.model.layers))
 
     def _function(self, block: nn.Module) -> Callable[..., Tensor]:
         """A block's twin, or its `forward`: calling a compiled block would compile it again for these shapes."""
         return twin(block, self.build) if self.is_fast else block.forward
-
-    @functools.cached_property
-    def _functions(self) -> list[Callable[..., Tensor]]:
-        return [self._function(block) for block in self.model.model.layers]
 
     def blocks(self) -> Iterable[Callable[..., Tensor]]:
         """The blocks as functions; of a sharded model one after the other, each while its weights are gathered."""

@@ -10,6 +10,7 @@ occurs several times among those that join together is read once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from nanoft.generation.decode import Decoding
 from nanoft.generation.sampling import GREEDY, Sampler, Sampling, log_probs
+from nanoft.io.bars import Bar
 from nanoft.model import Decoder
 
 REFILL = 0.75  # waiting prompts join when at most this share of the batch is active: joining copies the cache
@@ -51,14 +53,16 @@ def generate(
         noise: in the place of `generator`, (prompts, max_new_tokens) float32 in [0, 1): see `completion_noise`.
     """
     stops, answers = set(stop_ids), [Answer([]) for _ in prompts]
-    for step in stream(model, prompts, stop_ids, max_new_tokens, sampling, generator, batch_size, only, noise):
-        for prompt, token, logp in step:
+    steps = stream(model, prompts, stop_ids, max_new_tokens, sampling, generator, batch_size, only, noise)
+    with Bar(desc="answering", total=len(prompts if only is None else only), unit="answers") as bar:
+        for prompt, token, logp in itertools.chain.from_iterable(steps):
             if sampling.log_probs:
                 answers[prompt].logps.append(logp)
             if token in stops:
                 answers[prompt] = replace(answers[prompt], stop_id=token)
             else:
                 answers[prompt].ids.append(token)
+            bar.update(token in stops or len(answers[prompt].ids) == max_new_tokens)
     return answers
 
 

@@ -2,7 +2,7 @@
 
 A plain line is a question; a blank one is answered by a blank one. With --json a line is a question as a JSON string, a
 list of messages, or an object with `prompt` or `messages` (and `tools`). It is written back as an object with the
-`answer`, why that ended (`finish_reason`: stop or length), and with --base the base model's answer, `base`.
+`answer`, why that ended (`finish_reason`: stop or length), and with --compare the base model's answer, `base`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ AnswerAll = Callable[[list[list[int]], int], list[Answer]]  # prompts, maximum n
 
 @dataclass(frozen=True)
 class LineReader:
-    """Makes prompts of lines."""
-
     chat: ChatTokenizer
     context: float  # tokens that prompt and answer may have together
     max_new_tokens: int

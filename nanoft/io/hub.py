@@ -7,6 +7,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from nanoft.io.bars import Bar
+from nanoft.io.untrusted import one_line
+
 _cache: ContextVar[str | None] = ContextVar("hub_cache", default=None)  # None: the Hub client's own
 
 
@@ -30,4 +33,14 @@ def download(repository: str, **options: Any) -> Path:
     """The directory with a snapshot of a repository; raises what the Hub's client does, which is many types."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(repository, cache_dir=_cache.get(), **options))
+    bar: Any = Bar  # whose type the client narrows
+    return Path(snapshot_download(repository, cache_dir=_cache.get(), tqdm_class=bar, **options))
+
+
+def reason_of(error: Exception) -> str:
+    """Why a download failed, in one line."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the Hub is not reachable, and it is not in the cache"
+    return one_line(error) or type(error).__name__

@@ -139,10 +139,6 @@ def _unique_names(pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
     return table
 
 
-def _twice(name: str, first: int, second: int) -> str:  # lines, counted from 0
-    return f"line {second + 1}: {name!r:.60} appears a second time, after line {first + 1}: remove one of the two"
-
-
 def parse_yaml(text: str) -> Any:
     """A YAML value: plain data of bounded size and depth, aliases expanded; else a ValueError.
 
@@ -188,7 +184,8 @@ def _refuse_ambiguous(node: yaml.Node) -> None:
         names: dict[tuple[str, str], int] = {}
         for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
             if (before := names.get((key.tag, key.value))) is not None:
-                raise ValueError(_twice(key.value, before, key.start_mark.line))
+                where, first = f"line {key.start_mark.line + 1}: {key.value!r:.60}", before + 1  # lines from 0
+                raise ValueError(f"{where} appears a second time, after line {first}: remove one of the two")
             names[key.tag, key.value] = key.start_mark.line
     elif isinstance(node, yaml.ScalarNode) and node.style is None and kind in YAML_1_2:
         if YAML_1_2[kind].fullmatch(node.value):

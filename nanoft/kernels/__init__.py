@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
-from nanoft.kernels import attention
+from nanoft.kernels import attention, fused
 from nanoft.kernels.attention import FastContext
 from nanoft.kernels.block import FastBlock, supports
 from nanoft.kernels.decode import FastCacheContext, twin
@@ -33,12 +33,13 @@ def apply(model: Decoder, lora: LoRAConfig | None = None) -> str:
     """Use the kernels for every block that they support; call it before compiling and sharding.
 
     Adapters, whose settings are `lora`, and quantized weights are in place by then. Returns a warning if the kernels
-    differ from the core, so that the reference path is used; else "".
+    differ from the core, so that the reference path is used, or if those for this device do not work; else "".
     """
+    warning = fused.enable(model.device)
     if difference := verify(model.config, lora):
         return f"system.kernels: the kernels differ from the core ({difference}): the reference path is used"
     _install(model)
-    return ""
+    return warning
 
 
 def _install(model: Decoder) -> None:
@@ -55,7 +56,8 @@ def is_applied(model: Decoder) -> bool:
 def describe(model: Decoder) -> str:
     """How many blocks are fast, for the log."""
     fast = sum(isinstance(block, FastBlock) for block in model.model.layers)
-    return f"{fast} of {len(model.model.layers)} blocks fast" if is_applied(model) else "reference path"
+    by = " by Triton" if fused.kernels(model.head) else ""
+    return f"{fast} of {len(model.model.layers)} blocks fast{by}" if is_applied(model) else "reference path"
 
 
 def describe_attention(model: Decoder, dtype: torch.dtype, length: int, packed: bool) -> str:

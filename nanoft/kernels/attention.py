@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoft.attention import AttentionLayer, Documents, Scores, SequenceContext
-from nanoft.kernels import metal
+from nanoft.kernels import fused, metal
 from nanoft.model import SelfAttention
 
 SIMILAR = 0.8  # documents of at least this share of the longest one's length are batched with it
@@ -35,7 +35,8 @@ class FastContext(SequenceContext):
         if layer.rope is None or torch.compiler.is_compiling() or not is_known(layer):
             return super().rotate(q, k, layer)  # the compiler fuses the formula itself
         cos, sin, growth = self.rotations[layer.rope]
-        q, k = _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+        turn = kernels.rotate if (kernels := fused.kernels(q)) else _Rotation.apply
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
         return q if growth is None else q * growth, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
@@ -126,36 +127,28 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
 
 
 @functools.cache
-def _varlen_kernel() -> tuple[Any, frozenset[str]]:
-    """PyTorch's attention for documents of different lengths, from 2.10 on, and the names of its options."""
+def _varlen_kernel() -> Any:
+    """PyTorch's attention for documents of different lengths; None in versions without all of its options."""
     try:
         from torch.nn.attention.varlen import varlen_attn  # takes 71 MB and a second, so only where there is CUDA
     except ImportError:
-        return None, frozenset()
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+        return None
+    options = {"scale", "window_size", "enable_gqa"}
+    return varlen_attn if options <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
 def has_varlen(q: Tensor, scores: Scores) -> bool:
     """Whether one kernel can attend to documents of different lengths."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or scores.cap is not None:
-        return False
-    kernel, options = _varlen_kernel()
-    has_scale = "scale" in options or scores.scale == q.shape[-1] ** -0.5
-    return kernel is not None and has_scale and (scores.window is None or "window_size" in options)
+    is_supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and scores.cap is None
+    return is_supported and _varlen_kernel() is not None
 
 
 def _varlen(flat: list[Tensor], documents: Documents, scores: Scores) -> Tensor:
-    """One kernel for all documents, (tokens, h, d). The names of its options depend on PyTorch's version."""
-    (q, k, v), (kernel, known) = flat, _varlen_kernel()
+    """One kernel for all documents, (tokens, h, d)."""
     bounds, longest = documents.bounds, max(documents.lengths)
-    back = -1 if scores.window is None else scores.window - 1
-    options: dict[str, Any] = {"window_size": (back, 0)} if "window_size" in known else {"is_causal": True}
-    options |= {"scale": scores.scale} if "scale" in known else {}
-    if "enable_gqa" in known:
-        options["enable_gqa"] = True
-    else:
-        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-    return kernel(q, k, v, bounds, bounds, longest, longest, **options)
+    window = (-1 if scores.window is None else scores.window - 1, 0)  # positions back, and ahead
+    of_each = bounds, bounds, longest, longest
+    return _varlen_kernel()(*flat, *of_each, scale=scores.scale, window_size=window, enable_gqa=True)
 
 
 class _Chunked(torch.autograd.Function):

@@ -19,6 +19,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from nanoft.attention import SequenceContext
 from nanoft.blocks.norms import NORM_KINDS
+from nanoft.kernels import fused
+from nanoft.kernels.attention import FastContext
 from nanoft.lora import VARIANTS, LoRALinear
 from nanoft.model import MLP, Block, SelfAttention, identity, select
 from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, matmul_backward
@@ -40,7 +42,9 @@ class FastBlock(Block):
         if supports_attention(self):
             attn = self.self_attn
             projected = grouped_linear([getattr(attn, name) for name in attn.inputs], *normed(self.norm(0), x))
-            y = select(context.attend(*attn.heads(projected, context), attn).flatten(2), target_positions)
+            rotation = context.rotations[attn.rope] if type(context) is FastContext and attn.rope is not None else None
+            heads = fused.heads(attn, projected, rotation) or attn.heads(projected, context)
+            y = select(context.attend(*heads, attn).flatten(2), target_positions)
             x = select(x, target_positions)
             y = self.add(x, self.norm(1)(grouped_linear((attn.o_proj,), identity, y)[0]))
         else:
@@ -51,7 +55,7 @@ class FastBlock(Block):
             return self.add(y, self.norm(3)(self.mlp(self.norm(2)(x))))
         mlp = self.mlp
         projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], *normed(self.norm(2), x))
-        return self.add(y, self.norm(3)(grouped_linear((mlp.down_proj,), mlp.activate, *projected)[0]))
+        return self.add(y, self.norm(3)(grouped_linear((mlp.down_proj,), fused.activation(mlp, x), *projected)[0]))
 
 
 def supports(block: nn.Module) -> bool:
@@ -80,7 +84,7 @@ def _is_known(norm: Any, half: nn.Module, kind: type[nn.Module]) -> bool:
 
 def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:
     """norm(x) as a function and what gets a gradient in it."""
-    return (norm, x) if norm is identity else (norm.formula, x, *norm.parameters())
+    return (norm, x) if norm is identity else fused.normed(norm, x)
 
 
 def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor) -> list[Tensor]:

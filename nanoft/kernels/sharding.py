@@ -33,6 +33,12 @@ def reshard(model: Any) -> None:
         model.reshard()
 
 
+def gather_outside(model: Any) -> None:
+    """Gather the parameters outside the blocks, as FSDP does before a forward pass."""
+    if is_sharded():
+        model.unshard()
+
+
 def unsharded(blocks: Iterable[Any], use: Callable[[Any], T]) -> Iterator[T]:
     """use(block) for each sharded block, while its weights are gathered."""
     for block in blocks:

@@ -34,8 +34,6 @@ Score = Callable[[str, str, str], Any]  # (answer, reference, prompt) -> a numbe
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of METRICS."""
-
     build: Callable[[str], Score]  # from the argument after the colon of the name
     argument: str = ""  # placeholder of that argument in messages: N in max_words:N
     package: str = ""  # of the extra `metrics`, if the metric needs one

@@ -63,8 +63,6 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same samples."""
-
     base: Interval
     tuned: Interval
     change: Interval  # tuned - base

@@ -24,20 +24,42 @@ from nanoft import UserError
 from nanoft.batches import Array
 from nanoft.config.functions import RUN, import_function, is_function
 from nanoft.config.settings import RLConfig
+from nanoft.data.formats import Conversation, Message
 from nanoft.io.untrusted import one_line
 from nanoft.metrics.answers import METRICS, select_metrics
+from nanoft.runtime.memory import is_out_of_memory
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation up to the answer, the reference answer, and the tools the model may call."""
+
+    messages: list[Message]
+    reference: str  # may be empty
+    tools: list[dict[str, Any]] | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
+    record: dict[str, Any] = field(default_factory=dict)  # for rewards: as it stands in its file
+    where: str = ""  # file:line of the record
+
+    @classmethod
+    def of(cls, c: Conversation, at: int = -1) -> Prompt:
+        """What message `at` of a record answers."""
+        asked, answer = c.messages[:at], c.messages[at]["content"]
+        return cls(asked, answer, c.tools, c.template_args, c.fields, f"{c.file}:{c.line}")
+
+    @property
+    def text(self) -> str:
+        """The message that is answered."""
+        return str(self.messages[-1]["content"])
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A sampled answer, and what a reward function may want to know."""
+    """The model's answer to a prompt, and the reference without control tokens."""
 
-    prompt: str  # the message that it answers
+    prompt: Prompt
     answer: str
-    reference: str  # the record's own answer; may be empty
-    record: dict[str, Any]
-    where: str  # file:line of the record
-    messages: list[dict[str, Any]] = field(default_factory=list)  # the whole prompt
+    reference: str
 
 
 class Rewards:
@@ -56,13 +78,27 @@ class Rewards:
         if self.timeout and not can_interrupt():
             self.log("warning: rl.reward_timeout: has no effect here, without SIGALRM in the main thread")
 
+    @property
+    def columns(self) -> list[str]:
+        """The names of the sum and of each function in logs."""
+        return ["reward", *(f"rewards/{name}" for name in self.names)]
+
     def score(self, answers: Sequence[Answered]) -> Array:
         """What each function says of each answer, (answers, functions) float64; NaN: it failed."""
-        columns = [
-            self.models[name](answers) if function is None else [self._call(name, function, one) for one in answers]
-            for name, function in zip(self.names, self.functions, strict=True)
-        ]
+        columns = [self._column(*named, answers) for named in zip(self.names, self.functions, strict=True)]
         return np.array(columns, np.float64).reshape(len(columns), len(answers)).T
+
+    def _column(self, name: str, function: Any, answers: Sequence[Answered]) -> list[float]:
+        """What one function says; a reward model is asked about all answers at once, and if that fails about each."""
+        if (judge := self.models.get(name)) is None:
+            return [self._call(name, function, one) for one in answers]
+        try:
+            if all(map(math.isfinite, found := judge(answers))):
+                return list(found)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+        return [self._call(name, lambda answered: judge([answered])[0], one) for one in answers]
 
     def total(self, rewards: Array) -> Array:
         """The weighted sums of rewards, (answers,); NaN where one failed."""
@@ -75,12 +111,14 @@ class Rewards:
                 return value
             reason = f"returned {value}"
         except Exception as error:  # the function is the user's program, and so is the mistake
+            if name in self.models and is_out_of_memory(error):
+                raise
             reason = f"{one_line(''.join(traceback.format_exception_only(error))):.200}"  # its own text may fail, too
         self.failures[name] += 1
         if self.failures[name] == 1:
-            what = f"rl.reward: {name}: {reason} at {answered.where} (answer {answered.answer!r:.60})"
+            what = f"rl.reward: {name}: {reason} at {answered.prompt.where} (answer {answered.answer!r:.60})"
             self.first_failure = self.first_failure or what
-            self.log(f"warning: {what}: this answer is left out, as further ones will be")
+            self.log(f"warning: {what}: this answer is skipped, as further ones will be")
         return math.nan
 
 
@@ -88,11 +126,11 @@ def reward_function(name: str) -> Callable[[Answered], Any]:
     """A metric, or the user's own `package.module:function`, as a function of an answer."""
     if is_function(name) and name.partition(":")[0] not in METRICS:
         function = import_function(name, "rl.reward", "(prompt, answer, record)")
-        return lambda a: function(a.prompt, a.answer, a.record)
+        return lambda a: function(a.prompt.text, a.answer, a.prompt.record)
     metric = select_metrics([name], "rl.reward")[0]
     if metric.entry.of_sums:
         raise UserError(f"rl.reward: {name}: measures a whole set of answers, not one: choose another")
-    return lambda a: metric.score(a.answer, a.reference, a.prompt)
+    return lambda a: metric.score(a.answer, a.reference, a.prompt.text)
 
 
 def can_interrupt() -> bool:

@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from nanoft.models.model_files import TOWERS, split_reference, standard_name
 
 NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
 PEFT_PREFIX = "base_model.model."
-A, B, BIAS = "lora_A.weight", "lora_B.weight", LoRALinear.NAMES["bias"]
+A, B = "lora_A.weight", "lora_B.weight"
 A_EMBEDDING = LoRAEmbedding.NAMES["lora_A"]
 # What follows a module's name.
 PART = re.compile(r"\.(lora_\w+(?:\.weight)?|token_adapter\.\w+|(?:base_layer\.)?(?:weight|bias))$")
@@ -191,12 +191,11 @@ def select_modules(
 def sum_adapters(
     parts: Sequence[tuple[LoRAConfig, dict[str, Tensor]]],  # in PEFT's format, see `as_plain_lora`
     weights: Sequence[float],
-    base: Callable[[str], Tensor | None],  # of a parameter's name
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The weighted sum of adapters of one base, w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ..., as one adapter, exactly.
 
-    It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so the ranks add up. A trained bias b
-    becomes b + w_1 (b_1 - b) + w_2 (b_2 - b) + ... DoRA's m (W + s B A) / |W + s B A| is not such a sum.
+    It is the product of [w_1 s_1 B_1, w_2 s_2 B_2, ...] and [A_1; A_2; ...], so the ranks add up. DoRA's
+    m (W + s B A) / |W + s B A| is not such a sum.
     """
     if any(lora.dora for lora, _ in parts):
         raise UserError("--weights: DoRA adapters cannot be summed: merge them one at a time")
@@ -204,23 +203,15 @@ def sum_adapters(
     for (lora, tensors), weight in zip(parts, weights, strict=True):
         for place, stored in tensors.items():
             (name, part), tensor = _split(place), stored.float()
-            if part == BIAS:
-                own = base(f"{name}.bias")
-                own = tensor if own is None else own
-                combined[place] = combined.get(place, own) + weight * (tensor - own)
-            elif part.startswith("lora_"):
-                axis = 1 if "_B" in part else 0
-                tensor = tensor * (weight * _scaling(lora, name)) if axis else tensor
-                combined[place] = torch.cat((combined[place], tensor), axis) if place in combined else tensor
-            elif part != "base_layer.weight":
+            if part == "base_layer.weight":  # of the base
+                continue
+            if not part.startswith("lora_"):
                 raise UserError(f"--weights: {name}: only low-rank adapters can be summed: merge them one at a time")
+            axis = 1 if "_B" in part else 0
+            tensor = tensor * (weight * _scaling(lora, name)) if axis else tensor
+            combined[place] = torch.cat((combined[place], tensor), axis) if place in combined else tensor
     ranks = ranks_of(combined)
-    has_bias = any(lora.bias != "none" for lora, _ in parts)
-    for name in ranks if has_bias else ():  # each has a bias, if any has
-        if (own := base(f"{name}.bias")) is not None:
-            combined.setdefault(f"{PEFT_PREFIX}{name}.{BIAS}", own)
-    plain = LoRAConfig(bias="lora_only" if has_bias else "none")
-    return _with_ranks(plain, ranks, dict(ranks)), combined  # alpha / r = 1
+    return _with_ranks(LoRAConfig(), ranks, dict(ranks)), combined  # alpha / r = 1
 
 
 def fold_patterns(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
@@ -356,13 +347,7 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
             raise UserError(f"{key}: {value!r:.60} is not supported")
     if not isinstance(config.get("base_model_name_or_path") or "", str):
         raise UserError(f"base_model_name_or_path: {config['base_model_name_or_path']!r:.60} is not a name")
-    low_rank = ranks_of(tensors)
     copies = tuple(module for module, part in map(_split, tensors) if part == "weight")
-
-    def used(field: str) -> Any:  # a key that no adapter has is without effect in PEFT, too
-        pattern, names = config.get(field) or {}, [places.get(name, name) for name in low_rank]
-        return {key: value for key, value in pattern.items() if any(by_pattern({key: 1}, n, 0) for n in names)}
-
     targets, rows = config.get("target_modules"), config.get("trainable_token_indices") or {}
     rows = {module_name(name): ids for name, ids in rows.items()} if isinstance(rows, dict) else rows
     lora = LoRAConfig(
@@ -378,10 +363,9 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
     for saved in config.get("modules_to_save") or ():
         if not any(is_inside(name, module_name(saved)) for name in copies):
             raise UserError(f"modules_to_save: {saved!r:.60} has no tensors: copy the adapter again")
-    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
-        lora = replace(lora, target_modules=(_target_rule(config),))
-    lora = replace(lora, rank_pattern=used("rank_pattern"), alpha_pattern=used("alpha_pattern"))
-    if any(place != name for name, place in places.items()):
+    narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
+    if narrowed or lora.rank_pattern or lora.alpha_pattern or any(place != name for name, place in places.items()):
+        # The tensors say which modules have adapters; the patterns, what ranks and alphas these have.
         ranks = {name: by_pattern(lora.rank_pattern, place, lora.rank) for name, place in places.items()}
         alphas = {name: by_pattern(lora.alpha_pattern, place, lora.alpha) for name, place in places.items()}
         lora = _with_ranks(lora, ranks, alphas)
@@ -411,24 +395,6 @@ def standard_names(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Te
         if dot:
             places[_split(name)[0]] = place
     return found, places
-
-
-def _target_rule(config: dict[str, Any]) -> str:
-    """One regular expression for target_modules with layers_to_transform and exclude_modules (PEFT's tuners_utils)."""
-
-    def rule(names: Any) -> str:  # a list has the ends of modules' names, a text is an expression already
-        ends = "|".join(re.escape(str(name)) for name in names) if isinstance(names, list) else ""
-        return rf"(.*\.)?({ends})" if ends else str(names)
-
-    targets, layers = config["target_modules"], config.get("layers_to_transform")
-    found = f"({rule('.*[.]layers[.].*' if targets == 'all-linear' else targets)})"
-    if layers not in (None, []):
-        names = config.get("layers_pattern") or "[^.]*"
-        where = names if isinstance(names, str) else "|".join(map(str, names))
-        numbers = "|".join(map(str, layers if isinstance(layers, list) else [layers]))
-        found = rf"(?=(.*?\.)?({where})\.({numbers})\.){found}"
-    excluded = config.get("exclude_modules")
-    return f"(?!({rule(excluded)})$){found}" if excluded else found
 
 
 def vocabulary_of(lora: LoRAConfig, tensors: dict[str, Tensor]) -> int:

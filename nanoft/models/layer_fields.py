@@ -11,13 +11,8 @@ from nanoft.blocks.rope import Rope
 
 Fields = Mapping[str, Any]  # of a config.json
 
-# Fields that are positive numbers if they are there; those of the second line cannot be null.
-POSITIVE = (
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "original_max_position_embeddings",
-)
+# Fields that are positive numbers if they are there; those of the second list cannot be null.
+CAPS = "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping".split()  # noqa: SIM905
 MULTIPLIERS = "embedding_multiplier residual_multiplier attention_multiplier logits_scaling".split()  # noqa: SIM905
 YES_OR_NO = "tie_word_embeddings attention_bias attention_out_bias mlp_bias use_sliding_window".split()  # noqa: SIM905
 # Fields of each type of rope besides those of all types: first the ones that it needs, then the others.
@@ -44,16 +39,13 @@ def is_positive(value: Any) -> bool:
 
 def refuse_wrong_types(hf: Fields) -> None:
     """Refuse values of fields that would fail, or compute something else, only when the model runs."""
-    given = {name: hf[name] for name in (*POSITIVE, *MULTIPLIERS) if name in hf}
-    for name, value in given.items():
+    for name in (*CAPS, *MULTIPLIERS, "original_max_position_embeddings"):
+        value = hf.get(name, 1)
         if not is_positive(value) and (value is not None or name in MULTIPLIERS):
             raise UserError(f"{name}: {value!r:.60} is not a positive number")
     for name in YES_OR_NO:
         if hf.get(name) not in (True, False, None):
             raise UserError(f"{name}: {hf[name]!r:.60} is neither true nor false")
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if name in hf and hf[name] is None:
-            raise UserError(f"{name}: null: give a whole number")
 
 
 def read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:

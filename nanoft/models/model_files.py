@@ -17,14 +17,14 @@ import torch
 
 from nanoft import UserError
 from nanoft.config import Config
-from nanoft.io.hub import download
+from nanoft.io.hub import download, reason_of
 from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
 from nanoft.models.families import FAMILIES, decoder_config, file_name, module_name, standard_fields, text_fields
-from nanoft.models.fp8 import read_block
 from nanoft.nf4 import CODES
 
+Block = tuple[int, int]  # rows and columns of a weight in FP8 that share a scale
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of plain weights
 HEAD, EMBEDDING, SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
@@ -293,7 +293,7 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = ALL_
     try:
         return download(repository, revision=revision, allow_patterns=list(files))
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         if isinstance(error, GatedRepoError):
             reason = f"accept its terms at https://huggingface.co/{repository}, then set HF_TOKEN: {reason}"
         where = "no such directory, and could not be downloaded from the Hub"
@@ -317,10 +317,8 @@ def _quantization(config: dict[str, Any]) -> Quantization | None:
     q = config.get("quantization_config") or {}
     by_bnb = isinstance(q, dict) and ("load_in_4bit" in q or "load_in_8bit" in q or q.get("quant_method") == BNB)
     if q and not by_bnb and q.get("quant_method") != FP8:
-        raise UserError(
-            "quantization_config: only weights quantized by bitsandbytes and in FP8 are supported: name the original "
-            "model and set quantization.bits=4; if the weights are not quantized, remove the field"
-        )
+        fix = "name the original model; if the weights are not quantized, remove the field"
+        raise UserError(f"quantization_config: only that of bitsandbytes and FP8 are supported: {fix}")
     if not by_bnb:
         read_block(q)
         return None
@@ -332,16 +330,22 @@ def _quantization(config: dict[str, Any]) -> Quantization | None:
     return (kind, bool(q.get("bnb_4bit_use_double_quant"))) if q.get("load_in_4bit") else None
 
 
+def read_block(quantization: dict[str, Any]) -> Block:
+    """weight_block_size of a quantization_config."""
+    block = quantization.get("weight_block_size") or [128, 128]
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise UserError(f"quantization_config: weight_block_size: {block!r:.60} is not two sizes such as [128, 128]")
+    return block[0], block[1]
+
+
 def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:
     """Refuse another quantization than that of a model whose stored weights are packed."""
     if base.quantization in (None, wanted):
         return
     kind, double = base.quantization
     fields = "bits=8" if kind == "int8" else f"bits=4 quantization.type={kind} quantization.double={double}".lower()
-    raise UserError(
-        f"quantization.bits: {base.directory} is stored in {kind} and can only be trained in that form: "
-        f"set quantization.{fields}, or name the original model"
-    )
+    fix = f"set quantization.{fields}, or name the original model"
+    raise UserError(f"quantization.bits: {base.directory} is stored in {kind}, which cannot be changed: {fix}")
 
 
 def base_files(directory: Path) -> list[Path]:

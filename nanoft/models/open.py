@@ -113,8 +113,13 @@ def open_model(
 
 def use_cache_of(source: str) -> None:
     """Download into the cache of a run (its model.cache_dir), if `source` is a run or the adapter in one."""
-    run = next((place for place in (Path(source), Path(source).parent) if is_run(place)), None)
+    run = run_of(source)
     use_cache(load_config(run / "config.json").model.cache_dir if run else "")
+
+
+def run_of(source: str) -> Path | None:
+    """The run directory that is `source` or that the adapter `source` is in."""
+    return next((place for place in (Path(source), Path(source).parent) if is_run(place)), None)
 
 
 def is_run(source: str | Path) -> bool:

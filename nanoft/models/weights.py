@@ -20,29 +20,33 @@ from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
-from nanoft.io.tensor_files import SIZES, Specs, TensorHeader, encode_safetensors
+from nanoft.io.bars import track
+from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig
-from nanoft.models import fp8
 from nanoft.models.families import score_architecture, text_fields, with_both_rope_forms
 from nanoft.models.model_files import (
     DTYPES,
     HEAD,
     PROCESSOR_FILES,
     TOKENIZER_FILES,
+    Block,
     ModelFiles,
     Quantization,
     check_quantization,
     is_block_linear,
     is_packed,
+    read_block,
 )
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
 from nanoft.runtime.memory import available_bytes
 
-FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of plain weights, in safetensors' names
+FLOATS = {"F64", *DTYPES}  # dtypes of plain weights, in safetensors' names
 Stored = dict[str, tuple[set[str], tuple[int, ...] | None]]  # tensor -> its possible dtypes, and its shape (None: any)
 ReadTensor = Callable[[str], Tensor | Iterable[Tensor]]  # by its name
 FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
+FP8_FORM, FP8_SCALE = "F8_E4M3", "_scale_inv"  # the latter after the name of a weight; in spite of that name a factor
+FP8_UNUSED = ("activation_scale", "input_scale")  # how other programs round what they multiply with the weights
 MAX_NOTE = 4096  # bytes of the JSON that bitsandbytes stores beside a weight; it needs 200
 
 
@@ -53,7 +57,7 @@ class WeightFiles:
     headers: dict[str, TensorHeader]
     shapes: dict[str, tuple[int, ...]]  # of every weight, in the files' order
     stored: Quantization | None  # (nf4 | fp4 | int8, double) of those that are packed
-    block: fp8.Block = (128, 128)  # of weights in FP8
+    block: Block = (128, 128)  # of weights in FP8
 
     def is_packed(self, name: str) -> bool:
         return bool(self.stored) and (is_block_linear(name) or name == HEAD) and is_packed(self.headers, name)
@@ -62,10 +66,10 @@ class WeightFiles:
         """A plain tensor or rows of it, as a view of its file; a UserError if a number is not finite."""
         header = self.headers[name]
         tensor = header.read(rows)
-        if header.form == fp8.FORM:
-            scale = self.headers[name + fp8.SCALE]
-            shared = fp8.shared_by(header.shape, scale.shape, self.block)
-            tensor = fp8.dequantize(tensor, scale.read(), shared, rows.start or 0)
+        if header.form == FP8_FORM:
+            scale = self.headers[name + FP8_SCALE]
+            shared = shared_by(header.shape, scale.shape, self.block)
+            tensor = dequantize_fp8(tensor, scale.read(), shared, rows.start or 0)
         if not is_finite(tensor):
             raise UserError(f"{header.path}: {header.name} contains NaN or infinity: damaged: download the model again")
         return tensor
@@ -96,7 +100,7 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
     headers = base.headers(paths)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = {name: shapes[name] for name in headers if name in shapes}
-    block = fp8.read_block(base.fields.get("quantization_config") or {})
+    block = read_block(base.fields.get("quantization_config") or {})
     files = WeightFiles(headers, present, base.quantization, block)
     expected: Stored = {}
     for name, shape in shapes.items():
@@ -104,17 +108,17 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             place, parts = name.removesuffix("weight"), stored_tensors(shape, files.stored)
             expected |= {place + part: stored for part, stored in parts.items()}
             if (form := headers[name].form) in FLOATS:  # bnb_4bit_quant_storage
-                expected[name] = ({form}, (math.prod(shape) // 2 // SIZES[form], 1))
-        elif name in headers and headers[name].form == fp8.FORM and len(shape) == 2:
-            scales = name + fp8.SCALE
-            wanted = fp8.grid(shape, headers[scales].shape, block) if scales in headers else None
-            expected |= {name: ({fp8.FORM}, shape), scales: (FLOATS, wanted)}
+                expected[name] = ({form}, (math.prod(shape) // 2 // DTYPES[form].itemsize, 1))
+        elif name in headers and headers[name].form == FP8_FORM and len(shape) == 2:
+            scales = name + FP8_SCALE
+            wanted = scale_shape(shape, headers[scales].shape, block) if scales in headers else None
+            expected |= {name: ({FP8_FORM}, shape), scales: (FLOATS, wanted)}
         else:
             expected[name] = (FLOATS, shape)
     faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
     tied = model.config.tied
     masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *fp8.UNUSED)
+    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *FP8_UNUSED)
     for name, header in headers.items():
         if name in expected:
             forms, wanted = expected[name]
@@ -151,7 +155,8 @@ def load_model(
     if quantization:
         check_quantization(base, quantization)
     weights = open_weights(base, model, files)
-    for name in weights.shapes:
+    what = "quantizing" if quantization and not weights.stored else "loading"
+    for name in track(weights.shapes, what, "weights"):
         packed, is_linear = None, is_block_linear(name)
         if weights.is_packed(name):
             packed = weights.read_packed(name, unpacked_dtype or dtype, device)
@@ -198,9 +203,7 @@ def add_score(model: Decoder, seed: int = 0) -> None:
     So rewards start small, of a variance near 1 (Stiennon et al. 2020, app. B); a head of zeros would pass no gradient.
     """
     if model.config.wrapped:
-        raise UserError(
-            "training.objective: no reward model of a text tower can be exported: name a model of text alone"
-        )
+        raise UserError("training.objective: a reward model cannot be a text tower: name a model of text alone")
     if model.score is None:
         model.config, model.lm_head = replace(model.config, tied=True, has_score=True), None
         weight = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
@@ -271,6 +274,32 @@ def _read_offset(note: Tensor, shape: tuple[int, ...], quantization: Quantizatio
     if type(offset) not in (int, float) or not abs(offset) < torch.finfo(torch.float32).max:
         raise UserError(f"weight.quant_state: nested_offset: {offset!r:.60} is not a finite number")
     return float(offset)
+
+
+# ---- Weights in FP8 (E4M3, Micikevicius et al. 2022), dequantized while they are read
+# Eight bits hold a number from -448 to 448 with three bits after its leading one. A scale beside them restores the size
+# of a whole matrix, of each row, or of each block of 128 x 128 (`weight_block_size`):
+# W[i, j] = codes[i, j] * scale[i // rows, j // columns]
+
+
+def shared_by(shape: tuple[int, ...], scale: tuple[int, ...], block: Block) -> Block:
+    """Rows and columns of an (out, in) weight that share a scale, by the shape of its scales."""
+    if math.prod(scale) == 1:
+        return shape[0], shape[1]
+    return (1, shape[1]) if scale == (shape[0], 1) else block
+
+
+def scale_shape(shape: tuple[int, ...], scale: tuple[int, ...], block: Block) -> tuple[int, ...]:
+    """The shape that the scales of a weight must have; blocks at the ends may be smaller."""
+    rows, columns = shared_by(shape, scale, block)
+    return scale if math.prod(scale) == 1 else (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns))
+
+
+def dequantize_fp8(codes: Tensor, scale: Tensor, shared: Block, first: int = 0) -> Tensor:
+    """Rows from `first` on of a weight, (some of out, in), float32; `scale` is that of the whole weight."""
+    scale = scale.float().reshape(scale.shape if scale.dim() == 2 else (1, 1))
+    i, j = (first + torch.arange(codes.shape[0])) // shared[0], torch.arange(codes.shape[1]) // shared[1]
+    return codes.float() * scale[i][:, j]
 
 
 # ---- Dequantized once instead of at every use: memory for speed

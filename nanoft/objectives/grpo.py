@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import ClassVar
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.batches import Array, Batch, Batches, TokenDataset, Window
+from nanoft.batches import Array, Batch, Batches, Window
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.config.functions import RUN
@@ -36,14 +36,13 @@ from nanoft.config.settings import RLConfig, TrainingConfig
 from nanoft.data.formats import Learns
 from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.loss import token_nll
-from nanoft.metrics.bootstrap import Figure
-from nanoft.metrics.rewards import reward_function
+from nanoft.metrics.rewards import Prompt, reward_function
 from nanoft.model import Decoder
 from nanoft.models.open import is_run
 from nanoft.objectives.objective import Objective
 from nanoft.objectives.preference import add, means
 from nanoft.objectives.reference import Reference, answer_tokens
-from nanoft.objectives.rollouts import Prompts, Rollout, check_answers_fit
+from nanoft.objectives.rollouts import Prompts, Rollout, check_answers_fit, prompt_lengths
 from nanoft.runtime.command import StopRequest
 
 SMALL = 1e-4  # added to the deviation of a group's rewards
@@ -108,6 +107,7 @@ class GRPO(Objective):
         self.sampling = Sampling(config.rl.temperature, top_p=config.rl.top_p, log_probs=True)
         self.weight, self.denominator = LOSS_NORMALIZATIONS[config.rl.loss_normalization]
         self.units, self.beta = 1.0, config.rl.beta  # of the step
+        self.sampled_at, self.trained_tokens = 0.0, 0  # when training on the answers began, on how many tokens
         self.of_step, self.sums = dict[str, float](), dict[str, Tensor]()
         self.update = 0  # of the step, from 1
         self.answers: list[Rollout] = []  # those of the step that have a gradient: sample n of its windows is answer n
@@ -139,7 +139,7 @@ class GRPO(Objective):
 
     def windows(self, model: Decoder, window: Window, rows: int, stop: StopRequest | None = None) -> list[Window]:
         """The answers to a window's prompts, once for each update, in micro-batches of `rows`; none after a signal."""
-        started, group = time.perf_counter(), self.rl.group_size
+        started, group, updates = time.perf_counter(), self.rl.group_size, self.rl.updates
         records = window.samples.records.tolist()
         found = self.prompts.sample(model, records, group, self.sampling, window.position, stop)
         if not found:
@@ -150,12 +150,15 @@ class GRPO(Objective):
             raise UserError(f"rl.reward: {', '.join(self.rl.reward)}: {why}")
         advantages = group_advantages(rewards, self.rl.advantage_scale)
         tokens = sum(len(answer.ids) for answer in found)
+        self.sampled_at = time.perf_counter()
         self.of_step = self.prompts.figures(found) | {
             "groups_without_spread": float((advantages == 0).all(axis=1).mean()),
-            "sampling_tokens_per_second": tokens / (time.perf_counter() - started),
+            "sampling_tokens_per_second": tokens / (self.sampled_at - started),
         }
         labels = self.select(found, advantages.ravel())
-        return [replace(window, micro_batches=self.prompts.cut(self.answers, rows, labels))] * self.rl.updates
+        window = replace(window, micro_batches=self.prompts.cut(self.answers, rows, labels))
+        self.trained_tokens = window.tokens * updates
+        return [window] * updates
 
     def select(self, found: list[Rollout], advantages: Array) -> list[float]:
         """Keep the answers that have a gradient, whose advantages are returned; the others are only counted.
@@ -214,7 +217,8 @@ class GRPO(Objective):
         return -token_nll(hidden / t, model.head, batch.targets, cap=None if cap is None else cap / t)
 
     def figures(self) -> dict[str, float]:
-        return {**self.of_step, **means(self.sums)}
+        speed = self.trained_tokens / (time.perf_counter() - self.sampled_at)
+        return {**self.of_step, "training_tokens_per_second": speed, **means(self.sums)}
 
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """The reward of greedy answers to the prompts of samples; `loss` is its negative."""
@@ -224,15 +228,13 @@ class GRPO(Objective):
             raise UserError(f"{self.prompts.rewards.first_failure}: no held-out answer has a reward")
         return {"loss": -figures["reward"], **figures}
 
-    def held_out(self, model: Decoder, samples: TokenDataset) -> dict[str, Figure]:
-        answers = self.prompts.sample(model, samples.records.tolist(), 1, GREEDY, [0, 0])
-        rewards = np.array([answer.reward for answer in answers])
-        return {"reward": Figure(np.stack([np.nan_to_num(rewards), ~np.isnan(rewards)], axis=1), unit="number")}
+    def rewards(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[dict[str, float]]:
+        return self.prompts.rewards_of(prompts, answers)
 
     def tokens_per_step(self, batches: Batches) -> float:
         """At most: if every answer has `rl.max_new_tokens`."""
         answers = self.rl.prompts * self.rl.group_size * self.rl.updates
-        return answers * float(batches.samples.lengths.mean() + self.rl.max_new_tokens)
+        return answers * float(prompt_lengths(batches.samples).mean() + self.rl.max_new_tokens)
 
     def longest(self, batches: Batches) -> Batch:
         answers = self.prompts.longest(batches)

@@ -10,7 +10,7 @@ so a window has the same gradient however it is split into micro-batches. Most o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from nanoft.batches import Batch, Batches, TokenDataset, Window
 from nanoft.config import Config
 from nanoft.data.formats import Learns
-from nanoft.metrics.bootstrap import Figure
+from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
 from nanoft.runtime.command import StopRequest
 
@@ -65,9 +65,9 @@ class Objective(Protocol):
         """Held-out figures for the `eval` event; `loss` among them: the best checkpoint has the lowest."""
         ...
 
-    def held_out(self, model: Decoder, samples: TokenDataset) -> dict[str, Figure]:
-        """What the report says of held-out samples, besides likelihoods and metrics."""
-        return {}
+    def rewards(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[dict[str, float]]:
+        """What answers to prompts are worth, in all and by function; none, where nothing is learned from rewards."""
+        return []
 
     def tokens_per_step(self, batches: Batches) -> float:
         """On average, without padding."""

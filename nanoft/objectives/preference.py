@@ -155,7 +155,7 @@ class Preference(Objective):
             for batch in share_of_rank(batches):
                 batch = batch.to(model.device)
                 losses, figures = self.measure(model, batch)
-                if self.uses_reference and self.reference.adapters:
+                if self.uses_reference:
                     figures |= {"kl_per_token": self.reference.kl_divergence(model, batch)}
                 add(sums, {"loss": losses, **figures})
         return means(sums)

@@ -4,7 +4,8 @@
 
 The reference is the policy at step 0. A fresh adapter changes nothing, so without it the model is the reference; an
 adapter that training continues (lora.start_from) is swapped for a copy of how it began; and if every parameter is
-trained, the log-probabilities under the reference are computed once, before the first step, and kept in the run.
+trained, the log-probabilities under the reference are computed once, before the first step, and kept in the run. So
+are its hidden states of held-out answers and its head, from which all logits follow; those would be far larger.
 """
 
 from __future__ import annotations
@@ -25,25 +26,42 @@ from nanoft.config import Config
 from nanoft.io.atomic import replace_file
 from nanoft.io.tensor_files import load_tensors
 from nanoft.lora import disabled
-from nanoft.loss import token_nll
+from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
 from nanoft.runtime import distributed
 
 FILE = "reference.safetensors"  # in the run directory
-KL_POSITIONS = 256  # of which logits are held at once
 Form = Callable[[TokenDataset], TokenDataset]  # makes of each sample what is measured in its place
+
+
+def answer_states(model: Decoder, batch: Batch) -> Tensor:
+    """The final hidden states from which the targets are predicted, (targets, hidden)."""
+    states: Tensor = model(batch.ids, batch.positions, batch.documents, batch.target_positions)
+    return states[0]
 
 
 def sequence_logps(model: Decoder, batch: Batch) -> Tensor:
     """log p(y|x) of each of the s samples of a batch, in nats, (s,); differentiable, and never holds all logits."""
-    hidden = model(batch.ids, batch.positions, batch.documents, batch.target_positions)  # (1, targets, hidden)
-    logps = -token_nll(hidden, model.head, batch.targets, cap=model.config.logit_cap)  # (targets,)
+    logps = -token_nll(answer_states(model, batch), model.head, batch.targets, cap=model.config.logit_cap)  # (targets,)
     return logps.new_zeros(len(batch.samples)).index_add(0, batch.sequence, logps)
 
 
 def answer_tokens(batch: Batch) -> Tensor:
     """|y|: the target tokens of each sample, (s,)."""
     return torch.bincount(batch.sequence, minlength=len(batch.samples))
+
+
+def compared_rows(vocab: int, device: torch.device) -> int:
+    """Rows of two tensors of logits that are compared at once: each has several temporary tensors of their size."""
+    return max(16, chunk_rows(vocab, device) // 4)
+
+
+def kl_of_logits(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p | q) = sum of p (log p - log q) of each row of two tensors of logits, (n,); computed in their memory."""
+    for logits in (p, q):
+        logits.sub_(logits.logsumexp(-1, keepdim=True))
+    difference = q.sub_(p)
+    return -p.exp_().mul_(difference).sum(-1)
 
 
 class Reference:
@@ -53,7 +71,8 @@ class Reference:
         self.adapters = adapters
         trained = [p for adapter in adapters.values() for p in adapter.parameters() if p.requires_grad]
         self.start = [(p, p.detach().clone()) for p in trained] if config.lora.start_from else []
-        self.known = dict[str, Tensor]()  # form -> log p_ref of every sample, if every parameter is trained
+        # if every parameter is trained: form -> log p_ref of every sample, (n,); sample -> its hidden states; the head
+        self.known = dict[str, Tensor]()
 
     @torch.no_grad()
     def logps(self, model: Decoder, batch: Batch, form: str = "logps", made_of: Array | None = None) -> Tensor:
@@ -70,15 +89,19 @@ class Reference:
     @torch.no_grad()
     def kl_divergence(self, model: Decoder, batch: Batch) -> Tensor:
         """KL(policy | reference) of the next token at each target position of a batch, in nats, exact, (targets,)."""
-        inputs = batch.ids, batch.positions, batch.documents, batch.target_positions
-        policy, head = model(*inputs)[0], model.head  # (targets, hidden), (vocab, hidden)
-        with self.weights():
-            reference, reference_head = model(*inputs)[0], model.head.clone() if self.start else model.head
+        policy, head = answer_states(model, batch), model.head  # (targets, hidden), (vocab, hidden)
+        if self.adapters:
+            with self.weights():
+                reference = answer_states(model, batch)
+                reference_head = model.head.clone() if self.start else model.head
+        else:
+            kept = [policy[:0], *(self.known[str(sample)].to(policy) for sample in batch.samples.chosen)]
+            reference, reference_head = torch.cat(kept), self.known["head"].to(head)
         found, cap = [], model.config.logit_cap
-        for now, before in zip(policy.split(KL_POSITIONS), reference.split(KL_POSITIONS), strict=True):
+        rows = compared_rows(len(head), head.device)
+        for now, before in zip(policy.split(rows), reference.split(rows), strict=True):
             pairs = ((now, head), (before, reference_head))
-            log_p, log_q = (soft_cap((h @ w.T).float(), cap).log_softmax(-1) for h, w in pairs)
-            found.append((log_p.exp() * (log_p - log_q)).sum(-1))  # KL(p | q) = sum of p (log p - log q)
+            found.append(kl_of_logits(*(soft_cap((h @ w.T).float(), cap) for h, w in pairs)))
         return torch.cat(found)
 
     @contextmanager
@@ -104,7 +127,10 @@ class Reference:
         self, model: Decoder, sides: Sequence[TokenDataset], directory: Path | None, batch_size: int,
         forms: Mapping[str, Form],
     ) -> None:  # fmt: skip
-        """For full training: log p_ref of all samples, from the file of an earlier session or with the fresh model."""
+        """For full training: what is known of the reference, from the file of an earlier session or the fresh model.
+
+        That is log p_ref of all samples, and the hidden states of those of the second side, which are held out.
+        """
         if directory is not None and (directory / FILE).is_file():
             self.known = load_tensors(directory / FILE)
             return
@@ -119,5 +145,10 @@ class Reference:
         known = torch.full((len(forms), max(found) + 1), torch.nan)
         known[:, list(found)] = torch.tensor(list(found.values())).T
         self.known = dict(zip(forms, known, strict=True))
+        for batch in (batch for samples in sides[1:] for batch in eval_batches(samples, batch_size, 0)):
+            states = answer_states(model, batch.to(model.device)).cpu().split(answer_tokens(batch).tolist())
+            self.known |= zip(map(str, batch.samples.chosen), states, strict=True)
+        if len(self.known) > len(forms):
+            self.known["head"] = model.head.cpu().clone()
         if directory is not None and not distributed.process_rank():
             replace_file(directory / FILE, save(self.known))

@@ -45,16 +45,19 @@ class TrainedReward:
     def __init__(self, run: str, device: torch.device, dtype: torch.dtype):
         opened = open_model(run, device, dtype)
         if opened.model.score is None:
-            raise UserError(f"rl.reward: run:{run}: is no reward model: name a run of training.objective=reward")
+            raise UserError(f"rl.reward: run:{run}: is not a reward model: name a run of training.objective=reward")
         self.model, self.chat = opened.model, open_chat_tokenizer(run, opened, as_trained=True)
 
     @torch.no_grad()
     def __call__(self, answers: Sequence[Answered], batch_size: int = 16) -> list[float]:
         """The reward of each answer, at the end of its conversation."""
         rendered = [
-            self.chat.render_samples([*a.messages, {"role": "assistant", "content": a.answer}], at)[-1]
+            self.chat.render_samples(
+                [*a.prompt.messages, {"role": "assistant", "content": a.answer}], at, a.prompt.tools,
+                template_args=a.prompt.template_args,
+            )[-1]
             for at, a in enumerate(answers)
-        ]
+        ]  # fmt: skip
         found: dict[int, float] = {}
         for batch in eval_batches(self.chat.encode_now(rendered), batch_size, self.chat.pad_id):
             found |= zip(batch.records, answer_rewards(self.model, batch.to(self.model.device)).tolist(), strict=True)

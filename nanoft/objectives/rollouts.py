@@ -15,15 +15,14 @@ import numpy as np
 import torch
 
 from nanoft import UserError
-from nanoft.batches import Batch, Batches, Sample, TokenDataset
+from nanoft.batches import Array, Batch, Batches, Sample, TokenDataset
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
-from nanoft.data.formats import Conversation
 from nanoft.data.sources import Log
 from nanoft.generation.generate import stream
 from nanoft.generation.sampling import Sampling, completion_noise
-from nanoft.metrics.rewards import Answered, Rewards
+from nanoft.metrics.rewards import Answered, Prompt, Rewards
 from nanoft.model import Decoder
 from nanoft.objectives.reward import TrainedReward
 from nanoft.perplexity import evaluating
@@ -55,6 +54,12 @@ def check_answers_fit(field: str, tokens: int, length: int) -> None:
         raise UserError(f"{field}: {tokens}: leaves no room for prompts in model.max_seq_length={length}: lower it")
 
 
+def prompt_lengths(samples: TokenDataset) -> Array:
+    """The tokens of each sample before its first target, (n,)."""
+    targets = np.flatnonzero(samples.tokens < 0)
+    return targets[np.searchsorted(targets, samples.begins)] - samples.begins
+
+
 class Prompts:
     """The prompts of a data set, and the policy's answers to them."""
 
@@ -62,10 +67,11 @@ class Prompts:
         self.config, self.rl, self.chat, self.log = config, config.rl, chat, log
         self.max_new_tokens = config.sampled_tokens
         self.at_once = config.effective_batch_size()  # answers sampled together; fewer when memory runs out
-        self.conversations: dict[int, Conversation] = {}
+        self.of_record: dict[int, Prompt] = {}
         for samples in (corpus.training, corpus.validation):
             records = dict.fromkeys(samples.records.tolist())
-            self.conversations |= zip(records, corpus.conversations(samples, len(records)), strict=True)
+            read = corpus.conversations(samples, len(records))
+            self.of_record |= zip(records, (Prompt.of(c, c.answer_at) for c in read), strict=True)
 
     def begin(self, model: Decoder) -> None:
         """Open reward models, on the policy's device."""
@@ -73,8 +79,8 @@ class Prompts:
 
     def encode(self, record: int) -> list[int]:
         """The prompt's token ids, with the cue for the answer."""
-        c = self.conversations[record]
-        return self.chat.encode_prompt(c.messages[: c.answer_at], c.tools, c.template_args)
+        prompt = self.of_record[record]
+        return self.chat.encode_prompt(prompt.messages, prompt.tools, prompt.template_args)
 
     def sample(
         self, model: Decoder, records: Sequence[int], count: int, sampling: Sampling, position: Sequence[int],
@@ -121,17 +127,26 @@ class Prompts:
                 for at, token, logp in step:
                     ids[at].append(token)
                     logps[at].append(logp)
-        rewards = self.rewards.score([self._answered(records[at // count], ids[at]) for at in own])
-        totals, stops = self.rewards.total(rewards), set(self.chat.stop_ids)
-        worth = zip(own, rewards.tolist(), totals.tolist(), strict=True)
-        return {at: (ids[at], logps[at], each, total, ids[at][-1] in stops) for at, each, total in worth}
+        stops = set(self.chat.stop_ids)
+        texts = [self.chat.decode([token for token in ids[at] if token not in stops]) for at in own]
+        worth = self._score([self.of_record[records[at // count]] for at in own], texts).tolist()
+        return {
+            at: (ids[at], logps[at], each, total, ids[at][-1] in stops)
+            for at, (total, *each) in zip(own, worth, strict=True)
+        }
 
-    def _answered(self, record: int, ids: list[int]) -> Answered:
-        """What the reward functions get of an answer."""
-        c, stops = self.conversations[record], set(self.chat.stop_ids)
-        answer = self.chat.decode([token for token in ids if token not in stops])
-        asked, reference = c.messages[: c.answer_at], self.chat.control.remove(c.messages[c.answer_at]["content"])
-        return Answered(asked[-1]["content"], answer, reference, c.fields, f"{c.file}:{c.line}", asked)
+    def _score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Array:
+        """The reward of each answer, and what each function says, (answers, 1 + functions)."""
+        references = [self.chat.control.remove(prompt.reference) for prompt in prompts]
+        rewards = self.rewards.score(list(map(Answered, prompts, answers, references)))
+        return np.column_stack([self.rewards.total(rewards), rewards])
+
+    def rewards_of(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[dict[str, float]]:
+        """The same by name. Every rank asks about a share of the answers, and gets all rewards."""
+        own = list(distributed.split_work(range(len(answers))))
+        worth = self._score([prompts[at] for at in own], [answers[at] for at in own]).tolist()
+        found = distributed.all_gather_dict(dict(zip(own, worth, strict=True)))
+        return [dict(zip(self.rewards.columns, found[at], strict=True)) for at in sorted(found)]
 
     def cut(self, answers: Sequence[Rollout], rows: int, labels: Sequence[float] | None = None) -> list[Batch]:
         """Answers, with a label each, in micro-batches of `rows`, packed if data.packing asks for it."""
@@ -143,15 +158,16 @@ class Prompts:
 
     def longest(self, batches: Batches) -> list[Rollout]:
         """A micro-batch of answers as long as may be to the longest prompt; nothing is sampled."""
-        prompt, tokens = self.encode(record := batches.longest().records[0]), self.max_new_tokens
+        record = int(batches.samples.records[prompt_lengths(batches.samples).argmax()])
+        prompt, tokens, config = self.encode(record), self.max_new_tokens, self.config
         answer = Rollout(record, prompt, prompt[-1:] * tokens, [0.0] * tokens, [], 0.0, True)
-        return [answer] * batches.micro_batch_size
+        in_a_row = config.model.max_seq_length // (len(prompt) + tokens) if config.data.packing else 1
+        return [answer] * batches.micro_batch_size * max(1, in_a_row)
 
     def figures(self, answers: Sequence[Rollout]) -> dict[str, float]:
         """Means over answers, each reward's without those where it failed."""
         rewards = np.array([[answer.reward, *answer.rewards] for answer in answers])
-        names = ["reward", *(f"rewards/{name}" for name in self.rewards.names)]
-        known = zip(names, (column[~np.isnan(column)] for column in rewards.T), strict=True)
+        known = zip(self.rewards.columns, (column[~np.isnan(column)] for column in rewards.T), strict=True)
         return {
             **{name: float(values.mean()) for name, values in known if len(values)},
             "reward_failures": float(np.isnan(rewards[:, 0]).mean()),

@@ -1,6 +1,6 @@
 """The process and its machine; nothing here knows a model or a run.
 
 `device` (device, dtype, random state) and `memory` (readings, limits, a monitor) hide the differences of CUDA, Metal
-and the CPU; `machine` looks them up once. `distributed` has the collectives of several processes, `command` the exit
-codes and signals of the commands, `energy` the hardware counters.
+and the CPU. `distributed` has the collectives of several processes, `command` the exit codes and signals of the
+commands, `energy` the hardware counters.
 """

@@ -35,7 +35,7 @@ class Arguments(argparse.ArgumentParser):
     """Command-line arguments with `--version`; a mistake in them is a UserError, one line like every other."""
 
     def __init__(self, **settings: Any):
-        super().__init__(**settings)
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
         self.add_argument("--version", action="version", version=f"nanoft {__version__}")
 
     def error(self, message: str) -> NoReturn:
@@ -72,7 +72,6 @@ class Arguments(argparse.ArgumentParser):
 
 
 def renamed(old: str, new: str) -> NoReturn:
-    """Exit with the new name of a command."""
     print(f"error: python -m {old} was renamed: use python -m nanoft {new}", file=sys.stderr)
     sys.exit(2)
 

@@ -12,7 +12,7 @@ from nanoft.runtime.command import Arguments, command
 
 CHAT = """examples:
   python -m nanoft chat runs/tiny --prompt "What is the weather in Oslo on Monday?"
-  python -m nanoft chat runs/tiny --base                                  a chat, with the base model's answers
+  python -m nanoft chat runs/tiny --compare                               a chat, with the base model's answers
   python -m nanoft chat runs/tiny --temperature 0.7 --top-p 0.9 --seed 1  sampled, reproducibly
   python -m nanoft chat runs/tiny < questions.txt                         each line is answered on its own
   python -m nanoft chat runs/tiny --json < chats.jsonl > answers.jsonl    JSON lines: prompt or messages -> answer"""
@@ -36,7 +36,7 @@ add("source", metavar="RUN|MODEL", help="run directory, adapter, model directory
 add("--prompt", metavar="TEXT", help="answer this and exit; without it, chat: one question per line, /help for more")
 add("--system", metavar="TEXT", help="a system message")
 add("--json", action="store_true", help="JSON lines in and out: a string, messages, or an object with one of them")
-add("--base", action="store_true", help="show the base model's answer, without the adapter, after each answer")
+add("--compare", "--base", action="store_true", help="show the base model's answer, without the adapter, too")
 add("--max-new-tokens", type=int, default=256, metavar="N", help="limit of an answer (256)")
 add("--temperature", type=float, default=0.0, metavar="T", help="0 (the default): greedy")
 add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens")
@@ -54,6 +54,7 @@ add("overrides", nargs="*", metavar="section.field=value", help="change a settin
 add = new_command("compare", "tracking.compare", "Compare runs, or follow one", COMPARE).add_argument
 add("runs", nargs="+", metavar="RUN", help="run directories")
 add("--plot", metavar="FILE", help="plot their eval losses (.png, .svg, .pdf)")
+add("--html", metavar="FILE", help="write them as one page: what differs, losses, answers, reports")
 add("--follow", action="store_true", help="show one run until it is done; it need not have started")
 add("--every", type=float, default=2.0, metavar="S", help="seconds between two updates of --follow; default: 2")
 

@@ -93,7 +93,6 @@ def _init_process_group() -> None:
 
 
 def resolve_world_size(config: Config) -> Config:
-    """The config with the world size as system.ranks."""
     wanted = config.system.ranks
     if wanted not in (1, world_size()):
         raise UserError(
@@ -161,19 +160,19 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
         tensor.detach().copy_(sent)
 
 
-def shard(items: Iterable[T]) -> Iterator[T]:
-    """This rank's share: of what is sorted by length, each rank gets short and long items."""
-    return itertools.islice(items, process_rank(), None, world_size())
-
-
 def split_work(items: Iterable[T]) -> Iterator[T]:
-    """This rank's share of independent work; all of it with a sharded model, which all ranks compute together."""
-    return iter(items) if _sharded else shard(items)
+    """This rank's share of independent work, of items sorted by length short and long ones.
+
+    All of it with a sharded model, which all ranks compute together.
+    """
+    return iter(items) if _sharded else itertools.islice(items, process_rank(), None, world_size())
 
 
 def all_gather_dict(found: dict[int, T]) -> dict[int, T]:
-    """The union of what the ranks found with `split_work`, JSON values by number."""
-    if _store is None or _sharded:
+    """The union of what the ranks found with `split_work`, JSON values by number; with a sharded model, rank 0's."""
+    if _sharded:
+        return dict(broadcast_from_rank0(lambda: list(found.items())))
+    if _store is None:
         return found
     return dict(sorted(pair for part in _all_gather(list(found.items())) for pair in part))
 
@@ -244,7 +243,6 @@ def all_reduce_sum(*values: float) -> list[float]:
 
 
 def all_reduce_any(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
     return bool(_all_reduce([flag], dist.ReduceOp.MAX)[0])
 
 

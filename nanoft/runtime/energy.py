@@ -13,7 +13,6 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,23 +21,19 @@ POWERCAP = Path("/sys/class/powercap")
 JOULES_PER_WH = 3600
 
 
-@dataclass
 class EnergyCounter:
-    """A hardware counter and its last value."""
+    """A hardware counter, in joules, which begins again at `wraps_at`."""
 
-    read: Callable[[], float]  # J
-    wraps_at: float  # J
-    last: float
+    def __init__(self, read: Callable[[], float], wraps_at: float = math.inf):
+        self.read, self.wraps_at, self.last = read, wraps_at, read()
 
     def used(self) -> float:
         """Joules since the last call; 0 if the counter can no longer be read."""
         try:
-            now = self.read()
+            before, self.last = self.last, self.read()
         except (OSError, ValueError):
             return 0.0
-        used = now - self.last if now >= self.last else now + self.wraps_at - self.last
-        self.last = now
-        return used
+        return self.last - before + (self.wraps_at if self.last < before else 0)
 
 
 class EnergyMeter:
@@ -59,7 +54,7 @@ def _processors() -> list[EnergyCounter]:
         try:
             if (zone / "name").read_text().startswith("package"):
                 read = functools.partial(_joules, zone / "energy_uj")
-                counters.append(EnergyCounter(read, _joules(zone / "max_energy_range_uj"), read()))
+                counters.append(EnergyCounter(read, _joules(zone / "max_energy_range_uj")))
         except (OSError, ValueError):
             continue
     return counters
@@ -83,6 +78,6 @@ def _gpu(device: torch.device) -> list[EnergyCounter]:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
             return []
-        return [EnergyCounter(read, math.inf, read())]
+        return [EnergyCounter(read)]
     except (OSError, AttributeError):  # no driver, or an older one
         return []

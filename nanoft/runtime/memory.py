@@ -84,25 +84,18 @@ def available_host_bytes() -> float:
 
 
 def cgroup_limits() -> Iterator[tuple[int, int]]:
-    """Limit and usage in bytes of each cgroup above this process (the kernel's admin-guide/cgroup-v2 and cgroup-v1)."""
+    """Limit and usage in bytes of each cgroup above this process (the kernel's admin-guide/cgroup-v2).
+
+    In a container, only the root may be visible.
+    """
     with contextlib.suppress(OSError):  # not Linux
-        for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:  # version 2
-                yield from _limits(CGROUPS, path, "memory.max", "memory.current", "inactive_file")
-            elif "memory" in controllers.split(","):
-                names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-                yield from _limits(CGROUPS / "memory", path, *names)
-
-
-def _limits(root: Path, path: str, limit: str, usage: str, cache: str) -> Iterator[tuple[int, int]]:
-    """From the process's own cgroup up to the root; in a container, only the root may be visible."""
-    own = root / path.lstrip("/")
-    for directory in itertools.takewhile(lambda parent: parent.is_relative_to(root), [own, *own.parents]):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
-            most, used = (int((directory / name).read_text(encoding="utf-8")) for name in (limit, usage))
-            statistic = dict(row.split() for row in (directory / "memory.stat").read_text("utf-8").splitlines())
-            yield most, used - int(statistic.get(cache, 0))  # page cache that can be dropped
+        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
+        own = CGROUPS / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+        for directory in itertools.takewhile(lambda parent: parent.is_relative_to(CGROUPS), [own, *own.parents]):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
+                most, used = (int((directory / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
+                statistic = dict(row.split() for row in (directory / "memory.stat").read_text("utf-8").splitlines())
+                yield most, used - int(statistic.get("inactive_file", 0))  # page cache that can be dropped
 
 
 class OutOfMemory(Exception):
@@ -147,7 +140,6 @@ class MemoryReading:
 
 
 def read_memory(device: torch.device) -> MemoryReading:
-    """The memory of this process now."""
     held = held_bytes(torch.device("cpu"))
     limit = available_host_bytes() + held
     if device.type == "cpu":
@@ -158,23 +150,20 @@ def read_memory(device: torch.device) -> MemoryReading:
 class MemoryMonitor:
     """Warns before memory runs out: at 85, 90 and 95 % of the limit, and when memory leaks.
 
-    To tell a leak from noise, each window of readings gives one median. It is a leak if nearly all slopes between two
-    windows are positive (Theil, 1950; Sen, 1968) and memory has grown by more than caches explain.
+    It is a leak if the last readings rise along a line, and memory has grown by more than caches explain.
     """
 
     LEVELS = (0.85, 0.90, 0.95)
-    WINDOW_READINGS = 30
-    WINDOWS = 8
-    RISING = 0.9  # share of positive slopes in a leak
-    GROWTH, GROWTH_BYTES = 0.02, 32e6  # of a leak over all windows: at least this share of held memory, and this much
+    READINGS = 240
+    RISING = 0.9  # correlation of memory and steps in a leak
+    GROWTH, GROWTH_BYTES = 0.02, 32e6  # of a leak over all readings: at least this share of held memory, and this much
 
     def __init__(self, device: torch.device, every_s: float = 1.0):
         self.device, self.every_s = device, every_s  # seconds between readings; in between, only the clock is read
         self._warned: dict[str, float] = {}  # place -> the highest level that was warned of
         self._leak_warned = False
         self._last_s = -float("inf")
-        self._readings: list[tuple[int, float]] = []
-        self._windows: deque[tuple[float, float]] = deque(maxlen=self.WINDOWS)  # (step, bytes)
+        self._readings: deque[tuple[int, float]] = deque(maxlen=self.READINGS)  # (step, bytes)
 
     def check(self, step: int) -> list[str]:
         """New warnings after `step` completed optimizer steps, if a reading is due."""
@@ -198,26 +187,16 @@ class MemoryMonitor:
 
     def _leak(self, step: int, now: MemoryReading) -> Iterator[str]:
         self._readings.append((step, now.host_held))
-        if len(self._readings) < self.WINDOW_READINGS:
+        if self._leak_warned or len(self._readings) < self.READINGS:
             return
         steps, held = zip(*self._readings, strict=True)
-        self._readings.clear()
-        self._windows.append((statistics.median(steps), statistics.median(held)))
-        if self._leak_warned or len(self._windows) < self.WINDOWS:
-            return
-        per_step, rising = theil_sen_slope(list(self._windows))
-        (first_step, first), (last_step, last) = self._windows[0], self._windows[-1]
-        grown = per_step * (last_step - first_step)
-        if rising >= self.RISING and grown > max(self.GROWTH * first, self.GROWTH_BYTES):
+        per_step, taken = statistics.linear_regression(steps, held).slope, steps[-1] - steps[0]
+        grown = per_step * taken
+        is_large = grown > max(self.GROWTH * held[0], self.GROWTH_BYTES)
+        if is_large and statistics.correlation(steps, held) >= self.RISING:
             self._leak_warned = True
             yield (
-                f"memory has grown by {grown / 1e6:,.0f} MB in {last_step - first_step:,.0f} steps and will be full in "
-                f"about {(now.host_limit - last) / per_step:,.0f} more: stop with Ctrl-C and run the same command "
+                f"memory has grown by {grown / 1e6:,.0f} MB in {taken:,.0f} steps and will be full in about "
+                f"{(now.host_limit - held[-1]) / per_step:,.0f} more: stop with Ctrl-C and run the same command "
                 "again, which resumes in a new process"
             )
-
-
-def theil_sen_slope(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Median slope between all pairs of points (Theil, 1950; Sen, 1968), and the share of positive slopes."""
-    slopes = [(y - b) / (x - a) for (a, b), (x, y) in itertools.combinations(points, 2) if x != a]
-    return (statistics.median(slopes), sum(s > 0 for s in slopes) / len(slopes)) if slopes else (0.0, 0.0)

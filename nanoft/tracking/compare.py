@@ -1,12 +1,14 @@
 """Runs from outside: several side by side, or one while it trains. Only metrics.jsonl and files beside it are read.
 
 python -m nanoft compare runs/a runs/b --plot both.svg      a table, and the eval losses in one plot
+python -m nanoft compare runs/a runs/b --html both.html     the same as a page, with answers and reports
 python -m nanoft compare runs/a --follow                    curves in the terminal until the run is done
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -15,17 +17,20 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from nanoft import UserError
+from nanoft.io.atomic import replace_file
 from nanoft.io.tables import format_duration, markdown_table, wrap
 from nanoft.io.untrusted import one_line, read_json
-from nanoft.tracking import plots
+from nanoft.tracking import page, plots
 from nanoft.tracking.plots import Events, number, read_events
 from nanoft.tracking.run import may_be_running
 
 IGNORED = ("logging", "output", "provenance")  # sections that do not change what is trained
+ANSWERS, LONGEST = 20, 500  # answers in a page, and characters of each
 PACE = 20  # the time per step is the median over this many train events
 HOME, REST = "\x1b[H\x1b[2J", "\x1b[0J"  # clear the screen and go to its top; clear below the cursor
 
@@ -33,17 +38,18 @@ HOME, REST = "\x1b[H\x1b[2J", "\x1b[0J"  # clear the screen and go to its top; c
 def run(args: argparse.Namespace) -> int:
     """`python -m nanoft compare RUN... [--follow]`; returns the exit code."""
     if not args.follow:
-        return compare([Path(name) for name in args.runs], Path(args.plot) if args.plot else None)
-    if len(args.runs) > 1 or args.plot:
-        raise UserError("--follow: shows one run: remove the other runs and --plot")
+        files = [Path(name) if name else None for name in (args.plot, args.html)]
+        return compare([Path(name) for name in args.runs], *files)
+    if len(args.runs) > 1 or args.plot or args.html:
+        raise UserError("--follow: shows one run: remove the other runs, --plot and --html")
     return follow(Path(args.runs[0]), max(0.05, args.every))
 
 
 # ---- Side by side
 
 
-def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
-    """Print a table of runs: the settings that differ, then the figures; draw their eval losses."""
+def compare(directories: Sequence[Path], plot: Path | None = None, html: Path | None = None) -> int:
+    """Print a table of runs: the settings that differ, then the figures; draw their eval losses; write a page."""
     directories = list(dict.fromkeys(directories))  # without duplicates
     for directory in directories:
         if not (directory / "metrics.jsonl").is_file():
@@ -63,6 +69,9 @@ def compare(directories: Sequence[Path], plot: Path | None = None) -> int:
     columns = [figures(events, _json(d / "report.json")) for events, d in zip(runs.values(), directories, strict=True)]
     rows += [[key, *(column[key] for column in columns)] for key in columns[0]]
     print("\n\n".join(side_by_side(["", *names], rows)))
+    if html:
+        replace_file(html, page_of_runs(dict(zip(names, directories, strict=True)), runs, rows))
+        print(f"page      {html}")
     for name, events in runs.items():
         if events.damaged:
             print(f"{name}: skipped {events.damaged:,} damaged lines of metrics.jsonl")
@@ -82,6 +91,32 @@ def side_by_side(header: list[str], rows: list[list[str]]) -> Iterator[str]:
         part = [[row[0], *row[first : first + fitting]] for row in [header, *rows]]
         cut = [[row[0], *(t if len(t) <= width else f"...{t[3 - width :]}" for t in row[1:])] for row in part]
         yield markdown_table(cut[0], cut[1:])
+
+
+def page_of_runs(directories: dict[str, Path], runs: dict[str, Events], rows: list[list[str]]) -> bytes:
+    """Several runs in one page: what differs, their eval losses, answers that are not the same, and their reports."""
+    names, pictures = list(directories), {}
+    text = f"# {', '.join(names)}\n\n{markdown_table(['', *names], rows)}\n"
+    if importlib.util.find_spec("matplotlib"):
+        text += "\n## Eval loss\n\n![eval loss](losses)\n"
+        pictures["losses"] = plots.encode(plots.comparison(runs), ".svg").decode()
+    body = page.from_markdown(text, pictures)
+    if answers := differing_answers([_json(directory / "report.json") for directory in directories.values()]):
+        body += f"<h2>Answers</h2>{page.table(['prompt', 'wanted', *map(escape, names)], answers, 'answers')}"
+    for name, directory in directories.items():
+        body += f"<details><summary>{escape(name)}</summary>\n{page.report_of(directory)}\n</details>\n"
+    return page.document(", ".join(names), body)
+
+
+def differing_answers(reports: list[dict[str, Any]]) -> list[list[str]]:
+    """HTML rows: a prompt that all runs have answered, what was wanted, and their answers, where these differ."""
+    try:
+        each = [_part(report, "answers").get("each", []) for report in reports]
+        by_run = [{(a["prompt"], a["reference"]): a["tuned"] for a in answers} for answers in each]
+        rows = [[*key, *(answers[key] for answers in by_run)] for key in by_run[0] if all(key in a for a in by_run)]
+        return [[escape(cell[:LONGEST]) for cell in row] for row in rows if len({*row[2:]}) > 1][:ANSWERS]
+    except (TypeError, KeyError, AttributeError):  # damaged
+        return []
 
 
 def settings_of(directory: Path) -> dict[str, Any]:
@@ -196,9 +231,8 @@ def dashboard(name: str, events: Events, width: int = 72) -> list[str]:
         lines.append(event_line(train[0]))
     if best := events.best():
         lines.append(f"eval loss {events.last('eval', 'loss'):.4f}, best {best['loss']:.4f} at step {best['step']:g}")
-    both = [events.series(event, "loss") for event in ("train", "eval")]
-    lines += ["", "loss (*), eval loss (o)", *chart(both, width)]
-    lines += ["", "gradient norm", *chart([events.series("train", "grad_norm")], width, height=4)]
+    lines += ["", *plots.loss_chart(events, width)]
+    lines += ["", "gradient norm", *plots.chart(events.series("train", "grad_norm"), width=width, height=4)]
     recent = events.of("warning")[-3:]
     lines += ["", *(event_line(line) for line in recent)] if recent else []
     if events.damaged:
@@ -213,22 +247,3 @@ def progress(events: Events) -> tuple[float, float, float]:
     train = [(line["step"], number(line.get("time"))) for line in events.of("train")[-PACE - 1 :]]
     paces = [(t - u) / (n - m) for (m, u), (n, t) in itertools.pairwise(train) if n > m and t >= u]
     return step, total, (total - step) * statistics.median(paces) if total and paces else math.nan
-
-
-def chart(series: Sequence[tuple[list[float], list[float]]], width: int = 72, height: int = 8) -> list[str]:
-    """Curves as text: `*` the first, `o` the second, on axes with the smallest and largest values and steps."""
-    points = [(x, y, mark) for (xs, ys), mark in zip(series, "*o", strict=False) for x, y in zip(xs, ys, strict=True)]
-    points = [point for point in points if math.isfinite(point[1])]
-    if not points:
-        return ["  (no data yet)"]
-    xs, ys = [point[0] for point in points], [point[1] for point in points]
-    left, bottom, across, up = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
-    columns = max(10, width - 11)
-    rows = [[" "] * columns for _ in range(height)]
-    for x, y, mark in points:
-        column = round((x - left) / across * (columns - 1)) if across else 0
-        row = round((y - bottom) / up * (height - 1)) if up else 0
-        rows[height - 1 - row][column] = mark
-    labels = [f"{max(ys):9.4g}", *[" " * 9] * (height - 2), f"{bottom:9.4g}"]
-    lines = [f"{label} |{''.join(row).rstrip()}" for label, row in zip(labels, rows, strict=True)]
-    return [*lines, f"{'':9} +{f'{left:g}':<{columns - 10}}{f'{max(xs):g}':>10}"]

@@ -2,9 +2,10 @@
 
     python -m nanoft plot runs/tiny        writes runs/tiny/plots/curves.png and curves.svg, also during training
 
-Damaged lines are counted and skipped: the run may have been killed in the middle of one. Curves are black and differ in
-dashes and markers, so they survive printing; the same metrics.jsonl gives the same bytes. During training, plots are
-drawn in a separate process (nanoft/tracking/trackers.py), so this module imports neither torch nor anything that does.
+Damaged lines are counted and skipped: the run may have been killed in the middle of one. Curves differ in dashes and
+markers, too, so they survive a black and white print; the same metrics.jsonl gives the same bytes. During training,
+plots are drawn in a separate process (nanoft/tracking/trackers.py), so this module imports neither torch nor anything
+that does. Without matplotlib, `chart` draws the loss as text.
 """
 
 from __future__ import annotations
@@ -17,15 +18,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanoft import UserError
 from nanoft.io.atomic import replace_file
 from nanoft.io.untrusted import one_line, parse_json
+from nanoft.tracking import page
 
 UNDATED: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # metadata
-PANELS = [  # label of the axis -> curves: name, event, key
-    ("loss, nats per target token", [("loss", "train", "loss"), ("eval loss", "eval", "loss")]),
+EVENTS = [("training", "train"), ("evaluation", "eval")]
+PANELS = [  # title -> curves: name, event, key; a panel without data is left out
+    ("loss", [(name, kind, "loss") for name, kind in EVENTS]),
+    ("reward", [(name, kind, "reward") for name, kind in EVENTS]),
+    ("reward of answers", [("chosen", "train", "rewards/chosen"), ("rejected", "train", "rewards/rejected")]),
+    ("pairs ranked right", [(name, kind, "rewards/accuracies") for name, kind in EVENTS]),
+    ("tokens per sampled answer", [(name, kind, "completion_tokens") for name, kind in EVENTS]),
+    ("gradient norm", [("gradient norm", "train", "grad_norm")]),
     ("learning rate", [("learning rate", "train", "learning_rate")]),
-    ("gradient norm", [("grad norm", "train", "grad_norm")]),
     ("tokens/s", [("all", "train", "tokens_per_second"), ("targets", "train", "target_tokens_per_second")]),
     ("memory, GB", [("peak", "train", "peak_memory_gb"), ("held", "train", "device_held_gb")]),
 ]
@@ -35,11 +44,21 @@ STYLE = {
     "svg.hashsalt": "nanoft",  # names of clip paths; otherwise random
     "svg.fonttype": "none",  # text stays text
     "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
     "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
     "grid.color": "0.85",
     "axes.formatter.useoffset": False,
+    "axes.formatter.min_exponent": 4,  # 0.01 rather than a power of ten
     "legend.frameon": False,
+    "legend.handlelength": 1.5,
+    "legend.columnspacing": 1.0,
 }
+WIDE = 10.0  # a loss whose largest value is this many times its smallest is drawn on a logarithmic axis
+BLOCKS = " ▁▂▃▄▅▆▇█"
+Curve = tuple[list[float], list[float]]  # steps and values
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,7 @@ class Events:
     def of(self, *kinds: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["event"] in kinds]
 
-    def series(self, event: str, key: str) -> tuple[list[float], list[float]]:
+    def series(self, event: str, key: str) -> Curve:
         """Steps and values of a curve; missing and non-finite values are NaN, which leaves a gap."""
         lines = self.of(event)
         return [float(line["step"]) for line in lines], [number(line.get(key)) for line in lines]
@@ -99,27 +118,39 @@ def as_event(line: bytes) -> dict[str, Any] | None:
 
 
 def draw(directory: Path) -> list[Path]:
-    """Write plots/curves.png and plots/curves.svg of a run; returns their paths."""
+    """Write plots/curves.png and .svg of a run, and put them into its report.html; returns the paths."""
     picture, folder = figure(read_events(directory), directory.resolve().name), directory / "plots"
     folder.mkdir(exist_ok=True)
-    return [save(picture, folder / "curves.png"), save(picture, folder / "curves.svg")]
+    paths = [save(picture, folder / "curves.png"), save(picture, folder / "curves.svg")]
+    return [*paths, page.write(directory)] if (directory / "report.md").is_file() else paths
 
 
 def figure(events: Events, title: str) -> Any:
-    """A matplotlib Figure with one panel for each of `PANELS`."""
+    """A matplotlib Figure with those of `PANELS` that have data, and the best step marked where evaluations are."""
+    hidden = ("eval", "loss") if events.finite("eval", "reward") else ()  # it is the negative reward
+    panels = [(name, [c for c in curves if events.finite(*c[1:]) and c[1:] != hidden]) for name, curves in PANELS]
+    panels = [panel for panel in panels if panel[1]] or PANELS[:1]
+    rows, best = (len(panels) + 1) // 2, events.best()
+    best_label = f"best: step {best['step']:g}" if best else ""
     with style():
         from matplotlib.figure import Figure
 
-        picture = Figure(figsize=(7, 2 * len(PANELS)), dpi=100, layout="constrained")
+        picture = Figure(figsize=(10, 2.5 * rows + 0.5), dpi=100, layout="constrained")
         picture.suptitle(plain(title))
-        for axes, (name, curves) in zip(picture.subplots(len(PANELS), sharex=True), PANELS, strict=True):
-            axes.set_ylabel(name)
-            for index, (label, event, key) in enumerate(curves):
-                curve(axes, events.series(event, key), label, index, f"{event}.{key}")
-            if len(curves) > 1:
-                axes.legend(loc="upper right")
-        axes.set_xlabel("optimizer step")
+        for place, (name, curves) in enumerate(panels, start=1):
+            axes = picture.add_subplot(rows, 2, place)
+            draw_curves(axes, name, [(label, events.series(*of), ".".join(of)) for label, *of in curves])
+            if best and any(event == "eval" for _, event, _ in curves):
+                axes.axvline(best["step"], color="0.5", linestyle=":", label=best_label)
+                best_label = "_"  # once is enough: matplotlib hides this one
+            if len(curves) > 1:  # above the axes, where it covers no curve
+                axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
     return picture
+
+
+def is_wide(values: list[float]) -> bool:
+    """Whether a logarithmic axis shows more of these values."""
+    return bool(values) and min(values) > 0 and max(values) > WIDE * min(values)
 
 
 def comparison(runs: dict[str, Events]) -> Any:
@@ -127,21 +158,51 @@ def comparison(runs: dict[str, Events]) -> Any:
     with style():
         from matplotlib.figure import Figure
 
-        picture = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
-        axes = picture.subplots()
-        axes.set_ylabel("eval loss, nats per target token")
-        axes.set_xlabel("optimizer step")
-        for index, (name, events) in enumerate(runs.items()):
-            curve(axes, events.series("eval", "loss"), plain(name), index, f"run.{index}", few=sys.maxsize)
-        axes.legend(loc="upper right")
+        picture = Figure(figsize=(10, 4.5), dpi=100, layout="constrained")
+        curves = [(plain(name), run.series("eval", "loss"), f"run.{n}") for n, (name, run) in enumerate(runs.items())]
+        draw_curves(picture.subplots(), "eval loss", curves, few=sys.maxsize)
+        picture.legend(loc="outside right upper")
     return picture
 
 
-def curve(axes: Any, points: tuple[list[float], list[float]], label: str, index: int, gid: str, few: int = 40) -> None:
-    """Plot (steps, values) in the style number `index`, up to `few` points with markers; `gid` is its id in an SVG."""
-    mark = MARKS[index % len(MARKS)] if len(points[0]) <= few else ""
-    looks = {"color": "black", "linewidth": 1.0, "markersize": 3.5, "markerfacecolor": "white"}
-    axes.plot(*points, DASHES[index % len(DASHES)], marker=mark, label=label, gid=gid, **looks)
+def draw_curves(axes: Any, title: str, curves: list[tuple[str, Curve, str]], few: int = 40) -> None:
+    """Plot curves, up to `few` points with markers, by label, steps and values, and id in an SVG."""
+    axes.set(title=title, xlabel="optimizer step")
+    for index, (label, points, gid) in enumerate(curves):
+        mark = MARKS[index % len(MARKS)] if len(points[0]) <= few else ""
+        looks = {"color": f"C{index % 10}", "linewidth": 1.3, "markersize": 4}
+        axes.plot(*points, DASHES[index % len(DASHES)], marker=mark, label=label, gid=gid, **looks)
+    if "loss" in title and is_wide([y for _, (_, ys), _ in curves for y in ys if math.isfinite(y)]):
+        axes.set_yscale("log")
+
+
+def chart(curve: Curve, marks: Curve = ([], []), width: int = 79, height: int = 6) -> list[str]:
+    """A curve as text, in columns of blocks, and another one as `o`; the axes have the extremes of both."""
+    known = [[(x, y) for x, y in zip(*points, strict=True) if math.isfinite(y)] for points in (curve, marks)]
+    if not known[0] + known[1]:
+        return ["  (no data yet)"]
+    xs, ys = zip(*known[0], *known[1], strict=True)
+    scale: Any = np.log if is_wide(list(ys)) else np.float64
+    low, high, columns = scale(min(ys)), scale(max(ys)), width - 11
+
+    def level(y: Any) -> Any:  # in eighths of a row, from 1
+        return np.round((scale(y) - low) / ((high - low) or 1.0) * (8 * height - 1)).astype(int) + 1
+
+    at = np.linspace(min(xs), max(xs), columns)
+    tops = level(np.interp(at, *np.transpose(known[0]))) if known[0] else np.zeros(columns, int)
+    rows = [[BLOCKS[min(max(top - 8 * row, 0), 8)] for top in tops] for row in range(height)]  # the lowest first
+    for x, y in known[1]:
+        rows[(level(y) - 1) // 8][np.abs(at - x).argmin()] = "o"
+    labels = [f"{min(ys):9.4g}", *[" " * 9] * (height - 2), f"{max(ys):9.4g}"]
+    lines = [f"{label} |{''.join(row).rstrip()}" for label, row in zip(labels, rows, strict=True)]
+    return [*reversed(lines), f"{'':9} +{f'{min(xs):g}':<{columns - 10}}{f'{max(xs):g}':>10}"]
+
+
+def loss_chart(events: Events, width: int = 79) -> list[str]:
+    """The loss of a run as text, or its reward."""
+    key = "reward" if events.finite("train", "reward") else "loss"
+    curves = chart(events.series("train", key), events.series("eval", key), width)
+    return [f"{key}: training (blocks), evaluation (o), by optimizer step", *curves]
 
 
 def style() -> Any:
@@ -157,11 +218,15 @@ def save(picture: Any, path: Path) -> Path:
     """Write a figure atomically, in the format of its suffix, without a timestamp; returns its path."""
     if path.suffix not in UNDATED:
         raise UserError(f"{path}: unknown plot format: use one of {', '.join(UNDATED)}")
+    replace_file(path, encode(picture, path.suffix))  # a viewer sees the old picture or the new one
+    return path
+
+
+def encode(picture: Any, suffix: str) -> bytes:
     buffer = io.BytesIO()
     with style():
-        picture.savefig(buffer, format=path.suffix[1:], metadata=UNDATED[path.suffix])
-    replace_file(path, buffer.getvalue())  # a viewer sees the old picture or the new one
-    return path
+        picture.savefig(buffer, format=suffix[1:], metadata=UNDATED[suffix])
+    return buffer.getvalue()
 
 
 def plain(text: str) -> str:

@@ -5,13 +5,13 @@
         fields.txt       what each name in the config file became, if the file has another program's schema
         metrics.jsonl    one JSON object per line: train, eval, sample, gradients, checkpoint, warning, memory, done
         train.log        what the terminal showed
-        plots/           curves.png and curves.svg, if logging.plots asks for them
+        plots/           curves.png and curves.svg
         checkpoints/     to resume from
         best.json        the checkpoint with the lowest validation loss
         adapter/         the result, in PEFT's format (model/ after full fine-tuning)
         rejected.jsonl   records that were dropped, and why
         preview.txt      a few samples as the model sees them
-        report.md, report.json
+        report.md, report.html, report.json
 
 One process owns the directory at a time, and a run that is refused before its first step leaves no directory behind.
 Logging never stops training: a line of metrics.jsonl that cannot be written is kept in memory and written later.
@@ -43,10 +43,11 @@ from nanoft import UserError
 from nanoft.io.atomic import replace_file, write_all
 from nanoft.io.untrusted import redact
 from nanoft.runtime.distributed import broadcast_from_rank0
+from nanoft.tracking import page
 from nanoft.tracking.plots import as_event
 
 LEVELS = ("debug", "info", "warning", "error")  # of logging.level
-LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.md|adapter|model)|preflight)-\d+")  # of a killed process
+LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.(md|html)|adapter|model)|preflight)-\d+")  # of a killed process
 
 
 @dataclass
@@ -285,8 +286,9 @@ class Run:
             self._warn_once("train.log", error)
 
     def write_report(self, report: dict[str, Any], markdown: str) -> None:
-        """Write report.md and then report.json, which marks the run as finished."""
+        """Write report.md, the same as report.html, and then report.json, which marks the run as finished."""
         replace_file(self.directory / "report.md", to_utf8(redact(markdown)))
+        page.write(self.directory)
         replace_file(self.directory / "report.json", to_utf8(redact(to_json(report, indent=2)) + "\n"))
 
     def sync(self) -> None:
@@ -321,18 +323,14 @@ class Run:
         is assumed to run. There, two processes that start at the same instant may both succeed.
         """
         note = os.pread(self._lock, 1000, 0).decode(errors="replace").strip()
-        fix = ""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fix = "wait for it"
-        except OSError:
-            if may_be_running(note):
-                fix = f"wait for it or, if it has ended, remove {self.directory / '.lock'}"
-        if fix:
-            os.close(self._lock)
-            used = f"{self.directory} is in use by process {note or 'unknown'}"
-            raise UserError(f"output.dir: {used}: {fix} or choose another output.dir")
+        except OSError as error:
+            is_locked, used = isinstance(error, BlockingIOError), f"in use by process {note or 'unknown'}"
+            if is_locked or may_be_running(note):
+                os.close(self._lock)
+                fix = "wait for it" if is_locked else f"wait for it, remove {self.directory / '.lock'} if it has ended,"
+                raise UserError(f"output.dir: {self.directory} is {used}: {fix} or choose another output.dir") from None
         owner = f"{os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         with contextlib.suppress(OSError):  # disk full; the lock holds anyway
             os.pwrite(self._lock, owner.encode(), 0)

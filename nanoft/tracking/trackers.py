@@ -1,13 +1,16 @@
-"""Trackers: plots, TensorBoard and Weights & Biases. All of them are off by default.
+"""Trackers: plots, which are drawn by default, and TensorBoard, trackio and Weights & Biases, which are off.
 
 `Run.log` passes each event, with access tokens redacted, to every tracker. A tracker must neither end nor slow a run:
 one that raises is removed with a warning, and plots are drawn by another process, for at most a tenth of the time.
-TensorBoard: `tensorboard --logdir RUN/tensorboard`. Weights & Biases: upload RUN/wandb with `wandb sync`.
+TensorBoard: `tensorboard --logdir RUN/tensorboard`. trackio: `TRACKIO_DIR=RUN/trackio trackio show`. Weights & Biases:
+upload RUN/wandb with `wandb sync`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import math
 import os
 import subprocess
@@ -19,37 +22,43 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.config import Config, LoggingConfig
+from nanoft.config.aliases import TRACKERS
+from nanoft.config.fields import nearest, parse
 from nanoft.tracking.plots import number
 from nanoft.tracking.run import Tracker
 
 TIMEOUT_S = 60.0  # for one drawing
-TRACKERS = ("tensorboard", "wandb")  # and the package and extra of each
 
 
-def chosen_trackers(report_to: str) -> list[str]:
-    """Those of logging.report_to; auto: W&B if it is installed, else TensorBoard if that is."""
-    if report_to == "auto":
-        return [name for name in reversed(TRACKERS) if importlib.util.find_spec(name) is not None][:1]
-    return [name for name in TRACKERS if report_to in (name, "all")]
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def chosen_trackers(report_to: str | tuple[str, ...]) -> list[str]:
+    """Those of logging.report_to, which may be a list as text; all: every one that is installed; auto: one of those."""
+    names = parse("logging.report_to", report_to, tuple[str, ...]) if isinstance(report_to, str) else report_to
+    known = ("none", "auto", "all", *TRACKERS)
+    for name in [name for name in names if name not in known]:
+        raise UserError(f"logging.report_to: {name!r:.60} is not a tracker{nearest(name, known)}")
+    installed = [name for name in TRACKERS if is_installed(name)]
+    also = installed if "all" in names else installed[:1] if "auto" in names else []
+    return [name for name in TRACKERS if name in (*names, *also)]
 
 
 def require_tracker_packages(wanted: LoggingConfig) -> None:
     """Raise a UserError that names the extra to install, if a tracker's package is missing."""
-    packages = [("report_to", name, name) for name in chosen_trackers(wanted.report_to)]
-    packages += [("plots", "matplotlib", "plot")] * (wanted.plots != "none")
-    for field, package, extra in packages:
-        if importlib.util.find_spec(package) is None:
-            value = getattr(wanted, field)
-            raise UserError(f"logging.{field}: {value} needs {package}: pip install -e '.[{extra}]', or set none")
+    for name in chosen_trackers(wanted.report_to):
+        if not is_installed(name):
+            raise UserError(f"logging.report_to: {name} is not installed: pip install -e '.[{name}]', or set none")
 
 
 def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     """The trackers that the config asks for, after `step` completed steps."""
     plots, chosen = config.logging.plots, chosen_trackers(config.logging.report_to)
-    trackers: list[Tracker] = [Plots(directory, plots)] if plots != "none" else []
+    trackers: list[Tracker] = [Plots(directory, plots)] if plots != "none" and is_installed("matplotlib") else []
     if "tensorboard" in chosen:
         trackers.append(TensorBoard(directory / "tensorboard", step))
-    return [*trackers, WandB(directory, config)] if "wandb" in chosen else trackers
+    return trackers + [kind(directory, config) for kind in (Trackio, WandB) if kind.__name__.lower() in chosen]
 
 
 def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -156,21 +165,51 @@ class WandB:
         self._run: Any = None
 
     def log(self, event: dict[str, Any]) -> None:
-        if self._run is None:
-            import wandb
-
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "nanoft"),
-                name=self.directory.name,
-                dir=str(self.directory),
-                mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-                config=self.config.to_dict(),
-                settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
-            )
-            self._run.define_metric("*", step_metric="step")  # W&B's own step cannot go back after a rollback
+        self._run = self._run or self._start()
         if values := dict(scalars(event)):
-            self._run.log({**values, "step": event["step"]})
+            self._send(values, event["step"])
 
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()
+
+    def _start(self) -> Any:
+        import wandb
+
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "nanoft"),
+            name=self.directory.name,
+            dir=str(self.directory),
+            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+            config=self.config.to_dict(),
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+        )
+        run.define_metric("*", step_metric="step")  # W&B's own step cannot go back after a rollback
+        return run
+
+    def _send(self, values: dict[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+
+class Trackio(WandB):
+    """trackio, which follows W&B, in RUN/trackio unless TRACKIO_DIR says otherwise."""
+
+    name = "trackio"
+
+    def close(self) -> None:
+        if self._run is not None:
+            import trackio
+
+            with contextlib.redirect_stdout(io.StringIO()):
+                trackio.finish()
+
+    def _start(self) -> Any:
+        os.environ.setdefault("TRACKIO_DIR", str(self.directory.resolve() / "trackio"))
+        import trackio
+
+        off = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+        with contextlib.redirect_stdout(io.StringIO()):  # it is talkative
+            return trackio.init("nanoft", self.directory.name, config=self.config.flat(), resume="allow", **off)
+
+    def _send(self, values: dict[str, float], step: int) -> None:
+        self._run.log(values, step=step)

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import shutil
@@ -39,22 +38,22 @@ from nanoft.nf4 import pack_4bit, unpack_bitsandbytes, unpack_table, uses_bitsan
 from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.runtime.command import Check
 from nanoft.runtime.device import (
+    Machine,
     choose_device,
     choose_dtype,
     describe_device,
+    library_versions,
     matmul_gflop_s,
     quiet_libraries,
     supports_matmul,
 )
-from nanoft.runtime.machine import Machine
 from nanoft.runtime.memory import WATERMARK, memory_limit_bytes
 from nanoft.tracking.trackers import require_tracker_packages
 from nanoft.training.memory_plan import Planner, describe_recompute, resolve_micro_batch_size
 from nanoft.training.preflight import check_room
 from nanoft.training.validation import validate_config
 
-TESTED = {"torch": ((2, 8), (2, 14)), "python": ((3, 11), (3, 15))}  # first supported, first untested
-LOW_RATIO = 1.4  # default of PYTORCH_MPS_LOW_WATERMARK_RATIO, which must not exceed the high one
+TESTED = {"python": ((3, 11), (3, 15)), "torch": ((2, 8), (2, 14))}  # first supported, first untested
 FIX_BITSANDBYTES = "reinstall or update it, or quantization.bits=16 and training.optimizer=adamw"
 GB_ON_DISK = 10  # below this a checkpoint or a model may not fit
 
@@ -79,14 +78,13 @@ def check_machine(device: torch.device, config: Config | None = None) -> Iterato
 
 
 def versions() -> Iterator[Check]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name, version in found.items():
-        low, high = TESTED[name]
-        number = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    found = library_versions()
+    for name, (low, high) in TESTED.items():
+        number = tuple(int(part) for part in found[name].split("+")[0].split(".")[:2])
         fix = "" if low <= number < high else f"tested with {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}"
-        yield Check(name, "warn" if fix else "ok", version, fix)
-    others = ("safetensors", "tokenizers", "bitsandbytes", "numpy", "huggingface_hub")
-    yield Check("libraries", "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in others))
+        yield Check(name, "warn" if fix else "ok", found[name], fix)
+    others = [f"{name} {version}" for name, version in found.items() if name not in TESTED]
+    yield Check("libraries", "ok", ", ".join(others))
 
 
 def precision(device: torch.device) -> Iterator[Check]:
@@ -103,19 +101,12 @@ def precision(device: torch.device) -> Iterator[Check]:
 
 def metal() -> Check:
     """The memory limit of PyTorch on Metal. Source: PyTorch's notes on MPS environment variables."""
-    name, low, macos = WATERMARK, WATERMARK.replace("HIGH", "LOW"), f"macOS {platform.mac_ver()[0]}"
-    if name not in os.environ:
+    macos, ratio = f"macOS {platform.mac_ver()[0]}", os.environ.get(WATERMARK)
+    if ratio is None:
         return Check("Metal", "ok", f"{macos}; the limit is what Metal recommends; beyond it a Mac swaps")
-    given = {key: os.environ[key] for key in (name, low) if key in os.environ}
-    found = "; ".join([macos, *(f"{key}={ratio}" for key, ratio in given.items())])
-    high = lower = math.nan
-    with contextlib.suppress(ValueError):
-        high, lower = float(given[name]), float(given.get(low, LOW_RATIO))
-    if not 0 <= high <= 2 or 0 < high < lower:
-        return Check("Metal", "FAIL", f"{found}: PyTorch refuses it", f"unset {name}, or lower {low} below it")
-    if high == 0 or high > 1:
-        return Check("Metal", "warn", f"{found}: swaps before memory runs out", f"unset {name}, or set it to at most 1")
-    return Check("Metal", "ok", found)
+    is_safe = ratio.replace(".", "", 1).isdecimal() and 0 < float(ratio) <= 1  # 0: no limit
+    fix = "" if is_safe else f"unset {WATERMARK}, or set it to at most 1: a Mac swaps before memory runs out"
+    return Check("Metal", "ok" if is_safe else "warn", f"{macos}; {WATERMARK}={ratio}", fix)
 
 
 def memory(device: torch.device) -> Iterator[Check]:
@@ -186,12 +177,11 @@ def hub() -> Check:
 
 
 def check_config(config: Config) -> Iterator[Check]:
-    """Checks of what this config needs: device, packages, files, memory."""
-    yield (device := _try("config", lambda: f"runs on {choose_device(config.system.device).type}"))
+    """Checks of what this config needs: known names, device, packages, files, memory."""
+    yield (settings := _try("settings", lambda: _settings(config)))
     yield _try("model", lambda: _model(config))
     yield _try("data", lambda: _data(config))
-    if device.passed:
-        yield _try("settings", lambda: _settings(config))
+    if settings.passed:
         yield _try("room", lambda: _room(config))
 
 
@@ -213,10 +203,12 @@ def validate_environment(config: Config, machine: Machine) -> None:
 
 
 def needs_bitsandbytes(config: Config) -> bool:
-    return config.quantization.bits == 4 or OPTIMIZERS[config.training.optimizer].needs_bitsandbytes
+    optimizer = OPTIMIZERS.get(config.training.optimizer)
+    return config.quantization.bits == 4 or bool(optimizer and optimizer.needs_bitsandbytes)
 
 
 def _settings(config: Config) -> str:
+    validate_config(config)
     machine = Machine.detect(config)
     validate_environment(config, machine)
     return f"{config.training.optimizer} and {machine.dtype_name} work on {machine.device.type}"
@@ -257,10 +249,8 @@ def _room(config: Config) -> Check:
     found = f"{plan.peak / 1e9:.2f} GB planned, {room / 1e9:.2f} GB available; {describe_recompute(plan)}"
     if plan.peak <= room:
         return Check("room", "ok", found)
-    smallest = check_room(planner, length)
-    if not smallest.passed:
-        return Check("room", "FAIL", smallest.found, smallest.fix)
-    return Check("room", "warn", found, "micro-batches will be halved; training.micro_batch_size=auto avoids that")
+    fix = "micro-batches will be halved; training.micro_batch_size=auto avoids that"
+    return Check("room", "warn", found, fix) if (smallest := check_room(planner, length)).passed else smallest
 
 
 def run(args: argparse.Namespace) -> int:
@@ -268,14 +258,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     config = load_config(args.config, args.overrides) if args.config else None
     use_cache(config.model.cache_dir if config else "")
-    passed = True
-    if config:
-        try:
-            validate_config(config)
-        except UserError as error:
-            print(Check("settings", "FAIL", one_line(error)), flush=True)
-            config, passed = None, False
-    device = choose_device("auto")
+    device, passed = choose_device("auto"), True
     with contextlib.suppress(UserError):  # not available, which check_config reports
         device = choose_device(config.system.device) if config else device
     for check in chain(check_machine(device, config), check_config(config) if config else ()):

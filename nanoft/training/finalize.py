@@ -20,7 +20,7 @@ from nanoft.evaluation.held_out import read_general
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
 from nanoft.export.merge import save_result
 from nanoft.generation.sampling import NotFinite
-from nanoft.io.tables import format_duration
+from nanoft.io.tables import format_duration, wrap
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
 from nanoft.metrics import answers
@@ -29,8 +29,10 @@ from nanoft.runtime import distributed
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.energy import JOULES_PER_WH
 from nanoft.runtime.memory import peak_memory_gb
-from nanoft.tracking import rank_usage
-from nanoft.training.progress import in_smaller_batches, log_memory, report_failure
+from nanoft.tracking import plots, rank_usage
+from nanoft.tracking.trackers import is_installed
+from nanoft.training import progress
+from nanoft.training.progress import log_memory, report_failure
 from nanoft.training.setup import base_model, load_base
 from nanoft.training.state import TrainContext, TrainState, load_weights
 
@@ -73,23 +75,25 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
         return STOPPED_BY_SIGNAL
     if distributed.process_rank():
         return 0
-    values, terminal, markdown = report(report_inputs(ctx, base, tuned, training))
+    chart = curves = ""
+    if ctx.config.logging.plots != "none":  # drawn when the run is over, or now as text
+        chart = "" if is_installed("matplotlib") else "\n".join(["", *plots.loss_chart(plots.read_events(where))])
+        curves = f"```{chart}\n```" if chart else "![curves](plots/curves.png)"
+    values, terminal, markdown = report(replace(report_inputs(ctx, base, tuned, training), curves=curves))
     data = "\n".join(describe_data(ctx.corpus.report))
     usage, advice, section = dict[str, Any](), "", ""
     try:
         adapters = ctx.adapters if ctx.config.training.sharding == "none" else {}
-        usage, advice, section = rank_usage.rank_report(adapters, ctx.optimizer, step)
+        usage, advice, section = rank_usage.rank_report(adapters, step)
     except Exception as error:  # a decomposition need not converge
         report_failure(ctx, state, "the adapters' report", error)
-    has_plots = ctx.config.logging.plots != "none"  # they are drawn later
-    curves = "\n## Curves\n\n![curves](plots/curves.png)\n" if has_plots else ""
-    markdown += f"{section}{curves}\n## Data\n\n{data}\n"
+    markdown += f"{section}\n## Data\n\n{data}\n"
     log_memory(ctx, state, "finished")
     ctx.run.log("done", state.step, **training)
     ctx.run.write_report({**values, **usage, "data": ctx.corpus.report}, markdown)  # after it, the run has ended
-    ctx.run.print(terminal + advice)
+    ctx.run.print(f"{chart}\n{terminal}{advice}" if chart else terminal + advice)
     done = f"{state.step} steps in {format_duration(seconds)}, {speed:,.0f} tokens/s"
-    ctx.run.print(f"\nresult    {result}: {done}; report in {where}/report.md")
+    ctx.run.print("\n" + wrap(f"result    {result}: {done}; report in {where}/report.html", 10))
     return 0
 
 
@@ -123,20 +127,10 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
     Raises:
         NotFinite: the model answers with NaN, so the result is worth nothing.
     """
-    e, length, seed = ctx.config.evaluation, ctx.config.model.max_seq_length, ctx.config.system.seed
-
-    def measured(size: int) -> evaluate.EvalResult:
-        at_most = replace(e, batch_size=min(size, e.batch_size), prompt_batch_size=min(size, e.prompt_batch_size))
-        return evaluate.measure(model, ctx.tokenizer, ctx.validation, prompts, at_most, length, metrics, general, seed)
-
+    e = ctx.config.evaluation
     try:
-        prompts, metrics = ctx.prompts, answers.select_metrics(e.metrics)
-        general = read_general(e.general_file, ctx.tokenizer)
-        result = in_smaller_batches(ctx, max(e.batch_size, e.prompt_batch_size), measured)
-        if len(ctx.validation):
-            with ctx.autocast():
-                result.figures.update(ctx.objective.held_out(model, ctx.validation))
-        return result
+        metrics, general = answers.select_metrics(e.metrics), read_general(e.general_file, ctx.tokenizer)
+        return progress.measure(ctx, model, ctx.validation, ctx.prompts, metrics, general)
     except NotFinite:
         raise
     except Exception as error:
@@ -147,7 +141,6 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
 def report_inputs(
     ctx: TrainContext, base: evaluate.EvalResult | None, tuned: evaluate.EvalResult, training: dict[str, float]
 ) -> ReportInputs:
-    """What the report is made of."""
     e, groups, measured = ctx.config.evaluation, {}, preferred(ctx.validation)
     if e.by_field and len(ctx.validation):
         try:
@@ -158,7 +151,7 @@ def report_inputs(
     provenance |= {"settings": settings_of(ctx.config), **(ctx.run.recorded_config() or {}).get("provenance", {})}
     leakage = leakage_of_run(ctx.corpus.report, ctx.config.data.near_leaks) if len(ctx.validation) else {}
     return ReportInputs(
-        ctx.run.directory.name, tuned, base, primary=next(iter(e.metrics), "exact_match"), limit=e.max_new_tokens,
-        groups=groups, places=[ctx.corpus.location(record) for record in measured.records.tolist()],
+        ctx.run.directory.name, tuned, base, primary=next(iter(e.metrics), "exact_match"), groups=groups,
+        limit=ctx.config.answer_tokens, places=[ctx.corpus.location(record) for record in measured.records.tolist()],
         leakage=leakage, training=training, provenance=provenance, shown=e.samples, seed=ctx.config.system.seed,
     )  # fmt: skip

@@ -74,7 +74,7 @@ def check_room(planner: Planner, length: int = 0) -> Check:
     """Whether the plan fits into memory, before anything is loaded: the model, and one row of `length` tokens."""
     keep = planner.keep_by(planner.config.training.checkpointing)
     needed, there = planner.plan(1, length, keep).peak, planner.machine.memory_bytes
-    what = f"the model and a row of {length:,} tokens take" if length else "the model alone takes"
+    what = f"the model and a sequence of {length:,} tokens take" if length else "the model alone takes"
     found = f"{what} {needed / 1e9:.2f} GB at least, and {there / 1e9:.2f} GB are available"
     fix = "" if needed <= there else f"set {suggest_savings(planner, 1, length)}"
     return Check.of("room", needed <= there, found, fix)
@@ -91,7 +91,7 @@ def rehearse_step(ctx: TrainContext, state: TrainState) -> float:
         try:
             with distributed.same_exception(ctx.device):
                 check, seconds_per_token = rehearse(ctx)
-            ctx.run.print(check.preflight_line())
+            ctx.run.print(check.preflight_line())  # when it fits on every rank
             return seconds_per_token
         except OutOfMemory as error:
             halve_micro_batch(ctx, state, error)
@@ -120,7 +120,6 @@ def rehearse(ctx: TrainContext) -> tuple[Check, float]:
 
 
 def rehearse_evaluation(ctx: TrainContext) -> None:
-    """Evaluate the longest validation batch."""
     samples, size = ctx.validation, ctx.config.evaluation.batch_size
     longest = samples.units(np.argsort(-samples.unit_lengths(), kind="stable")[:size])
     try:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import Any, Literal, TypeVar
 
-from tqdm import tqdm
-
 from nanoft import TrainingFailed
-from nanoft.batches import eval_batches
+from nanoft.batches import Sample, eval_batches
 from nanoft.checkpoint import SaveResult
 from nanoft.evaluation import evaluate
+from nanoft.io.bars import Bar
 from nanoft.io.untrusted import one_line
 from nanoft.kernels import sharding
+from nanoft.metrics.answers import Metric
+from nanoft.metrics.rewards import Prompt
+from nanoft.model import Decoder
 from nanoft.objectives.preference import Preference
 from nanoft.runtime import distributed
 from nanoft.runtime.device import rng_state
@@ -36,12 +38,10 @@ FALLEN = -1.0  # reward of chosen answers; with a beta of 0.1, they are 10 nats 
 
 
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
-    """A tqdm bar over the optimizer steps, on rank 0."""
-    hidden = not ctx.config.logging.progress_bar or distributed.process_rank() > 0
-    # in a file, every update of the bar stays
-    width: dict[str, Any] = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80, "mininterval": 5.0}
-    options: dict[str, Any] = {"disable": hidden, "leave": False, "bar_format": BAR, **width}
-    return tqdm(total=ctx.total_steps, initial=state.step, **options)
+    """A bar over the optimizer steps; also in a file or notebook, where every update of the bar stays."""
+    looks: dict[str, Any] = {} if sys.stderr.isatty() else {"ncols": 80, "dynamic_ncols": False, "mininterval": 5.0}
+    looks |= {"disable": not Bar.enabled, "delay": 0.0, "bar_format": BAR}
+    return Bar(total=ctx.total_steps, initial=state.step, **looks)
 
 
 def steps_between(every: Cadence, total_steps: int, epoch_steps: int) -> Fraction:
@@ -132,10 +132,8 @@ def warn_of_answers(ctx: TrainContext, state: TrainState, now: dict[str, float])
         grown = f"{first['completion_tokens']:.0f} -> {now['completion_tokens']:.0f} tokens"
         warn_once(ctx, state, "completions", f"answers grow ({grown}) and end less often: reward short ones, too")
     if now.get("sampling_error", 0.0) > UNEQUAL:
-        error = f"{now['sampling_error']:.3f} nats per token"
-        warn_once(
-            ctx, state, "sampling", f"sampling and training differ by {error}: set model.dtype=float32 to see why"
-        )
+        what = f"sampling and training differ by {now['sampling_error']:.3f} nats per token"
+        warn_once(ctx, state, "sampling", f"{what}: set model.dtype=float32 to see why")
 
 
 def warn_of_memorizing(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
@@ -156,7 +154,6 @@ def warn_once(ctx: TrainContext, state: TrainState, what: str, text: str) -> Non
 
 
 def validate(ctx: TrainContext, batch_size: int) -> dict[str, float]:
-    """The objective's figures on the validation samples."""
     return ctx.objective.evaluate(ctx.model, eval_batches(ctx.validation, batch_size, ctx.tokenizer.pad_id))
 
 
@@ -187,8 +184,9 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
         report_failure(ctx, state, "sampling answers", error)
         answers = []
     for c in answers:
-        ctx.run.log("sample", state.step, prompt=c.prompt, reference=c.reference, answer=c.answer, stopped=c.stopped)
-        ctx.run.print(f"  {one_line(c.prompt):.100} -> {one_line(c.answer):.200}{'' if c.stopped else ' ...'}")
+        said = {"prompt": c.prompt, "reference": c.reference, "answer": c.answer, "stopped": c.stopped}
+        ctx.run.log("sample", state.step, **said, **c.rewards)
+        ctx.run.print(f"  {one_line(c.prompt):.100} -> {one_line(c.answer):.200}{'' if c.stopped else ' ...'}{c.worth}")
     length = sum(c.tokens for c in answers) / max(1, len(answers))
     if (begun := state.held_out.get("sample_tokens", length)) * LONGER < length and not all(c.stopped for c in answers):
         warn_once(ctx, state, "length", f"answers to the samples have grown from {begun:.0f} to {length:.0f} tokens")
@@ -198,14 +196,25 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
 
 def sample_answers(ctx: TrainContext) -> list[evaluate.Completion]:
     """Answers to the first held-out prompts, the same ones each time, with random numbers of their own."""
-    c, e = ctx.config, ctx.config.evaluation
-    prompts = ctx.prompts[: e.samples] if e.samples else []
+    samples = ctx.config.evaluation.samples
+    return measure(ctx, ctx.model, [], ctx.prompts[:samples] if samples else []).completions
+
+
+def measure(
+    ctx: TrainContext, model: Decoder, samples: Sequence[Sample], prompts: Sequence[Prompt],
+    metrics: Sequence[Metric] = (), general: Sequence[Sample] = (),
+) -> evaluate.EvalResult:  # fmt: skip
+    """`evaluate.measure` with the settings of the run, in batches that fit into memory."""
+    c = ctx.config
+    e, options = replace(c.evaluation, max_new_tokens=c.answer_tokens), (c.system.seed, ctx.objective.rewards)
 
     def measured(size: int) -> evaluate.EvalResult:
-        at_most, length = replace(e, prompt_batch_size=size), c.model.max_seq_length
-        return evaluate.measure(ctx.model, ctx.tokenizer, [], prompts, at_most, length, seed=c.system.seed)
+        given = replace(e, batch_size=min(size, e.batch_size), prompt_batch_size=min(size, e.prompt_batch_size))
+        what = ctx.tokenizer, samples, prompts, given, c.model.max_seq_length, metrics, general
+        return evaluate.measure(model, *what, *options)
 
-    return in_smaller_batches(ctx, min(len(prompts) or 1, e.prompt_batch_size), measured).completions
+    largest = max(e.batch_size if len(samples) or len(general) else 1, min(e.prompt_batch_size, len(prompts)))
+    return in_smaller_batches(ctx, largest, measured)
 
 
 def in_smaller_batches(ctx: TrainContext, size: int, evaluate: Callable[[int], Figures]) -> Figures:

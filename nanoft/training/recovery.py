@@ -8,6 +8,7 @@ RollBack          back to the newest checkpoint, at a lower learning rate, witho
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) 
     if ctx.run.has_metrics:
         ctx.run.log("warning", state.step, what="out of memory", micro_batch_rows=state.micro_batch_rows)
     ctx.run.print(
-        f"warning: out of memory after step {state.step} with micro-batches of {rows} rows: retrying with "
+        f"warning: out of memory after step {state.step} with micro-batch size {rows}: retrying with "
         f"{state.micro_batch_rows}; same samples per step, same loss"
     )
     return state
@@ -74,11 +75,8 @@ def back_to_checkpoint(ctx: TrainContext, state: TrainState, history: History | 
 
     def choose() -> Checkpoint:
         log_save(ctx, state, ctx.writer.collect(wait=True))
-        saved = None
-        if history is not None and state.step == state.guard.back_at:
-            saved, _ = ctx.checkpoints.newest(before=state.step)
-        if saved is None:
-            saved, _ = ctx.checkpoints.newest()
+        again = history is not None and state.step == state.guard.back_at
+        saved = ctx.checkpoints.newest(state.step if again else math.inf)[0] or ctx.checkpoints.newest()[0]
         if saved is None:
             raise UserError("no checkpoint could be saved before")
         return saved
@@ -104,5 +102,5 @@ def warn_of_window(ctx: TrainContext, state: TrainState, what: str, bad: SkipSte
     figures = {"loss": str(bad.loss), "grad_norm": str(bad.grad_norm), "window": bad.window.position}
     ctx.run.log("warning", state.step, what=what, **figures, records=records)
     first = ", ".join(Path(record).name for record in records[:4])
-    done = "the step is taken all the same" if what == "spike" else "window skipped"
+    done = "the step is taken anyway" if what == "spike" else "window skipped"
     ctx.run.print(f"warning: after step {state.step}: {bad.reason}: {done}: {first}")

@@ -14,10 +14,10 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from nanoft.batches import Batches, TokenDataset, collate
 from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, apply, is_linear
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
 from nanoft.config import Config, LoRAConfig
-from nanoft.generation.generate import generate
 from nanoft.lora import by_pattern, disabled, make_lora, variant_of, weight_of
 from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
@@ -47,7 +46,6 @@ DOCUMENTS = 8  # pieces of samples, of as many lengths
 SIZES = (1, 2, 4, DOCUMENTS)  # of a micro-batch
 TOKENS = 2048  # of all documents together, at most
 STEPS = 2  # before the interruption, and after it
-ANSWER = 16  # tokens
 SHARE = 0.2  # by which the outputs of a perturbed adapter change, relative to their norm
 KEPT = 1 << 16  # values of each gradient that are compared
 # Tolerances: of a whole model forward and backward, and of one product or loss.
@@ -56,27 +54,14 @@ PRODUCT = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
 ROW = "{:32} {:6} {:>8} {:>8}  {}"
 
 
-@dataclass
-class Check:
-    """An equation, what is compared of its two sides, the error that is allowed, and the function that measures it."""
+class Equation(NamedTuple):
+    """What is compared of its two sides, the error that is allowed, and the function that measures it."""
 
     name: str
     compared: str
     allowed: float
     measure: Callable[[], float]
     pointless: str = ""  # why there is nothing to check
-    measured: float = math.nan
-    trouble: str = ""  # the exception that prevented the measurement
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.pointless) or self.measured <= self.allowed  # which NaN is not
-
-    def line(self) -> str:
-        if self.pointless:
-            return ROW.format(self.name, "-", "", "", f"not applicable: {self.pointless}")
-        result, figures = "pass" if self.passed else "FAIL", (f"{self.measured:.2g}", f"{self.allowed:.2g}")
-        return ROW.format(self.name, result, *figures, self.trouble or self.compared)
 
 
 def shorten(config: Config) -> Config:
@@ -101,23 +86,29 @@ def run(ctx: TrainContext, loop: Loop) -> int:
     documents = cut(ctx.batches.samples, tokens)
     say(f"self-test on {ctx.config.model.name}: {int(documents.lengths.sum()):,} tokens of its data, {ctx.device}\n")
     say(ROW.format("check", "result", "measured", "allowed", "compared"))
-    table = checks(ctx, loop, documents)
-    for check in table:
-        try:
-            check.measured = math.nan if check.pointless else check.measure()
-        except (UserError, TrainingFailed, CheckpointCorrupted) as error:  # refused, but should work
-            check.trouble = str(error)
-        say(check.line())
-        if check is table[0]:
+    table, failed = equations(ctx, loop, documents), list[str]()
+    for number, equation in enumerate(table):
+        if number == 1:
             perturb_adapters(ctx.adapters)  # from here on every adapter has an effect
-    if failed := [check for check in table if not check.passed]:
-        first = failed[0]
-        what = first.trouble or f"{first.compared}: error {first.measured:.2g}, allowed {first.allowed:.2g}"
-        raise TrainingFailed(f"self-test: {first.name}: {what} ({len(failed)} of {len(table)} checks failed)")
+        if equation.pointless:
+            say(ROW.format(equation.name, "-", "", "", f"not applicable: {equation.pointless}"))
+            continue
+        trouble, error = "", math.nan
+        try:
+            error = equation.measure()
+        except (UserError, TrainingFailed, CheckpointCorrupted) as reason:  # refused, but should work
+            trouble = str(reason)
+        figures, passed = (f"{error:.2g}", f"{equation.allowed:.2g}"), error <= equation.allowed  # which NaN is not
+        say(ROW.format(equation.name, "pass" if passed else "FAIL", *figures, trouble or equation.compared))
+        if not passed:
+            what = trouble or f"{equation.compared}: error {figures[0]}, allowed {figures[1]}"
+            failed.append(f"{equation.name}: {what}")
+    if failed:
+        raise TrainingFailed(f"self-test: {failed[0]} ({len(failed)} of {len(table)} checks failed)")
     return 0
 
 
-def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check]:
+def equations(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Equation]:
     """The table of checks; the first one needs fresh adapters."""
     model, adapters, lora, place = ctx.model, ctx.adapters, ctx.config.lora, ctx.run.directory
     sure = ctx.device.type == "cpu" or ctx.config.system.deterministic
@@ -128,8 +119,10 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
     unsure = "" if sure else " (bit for bit only with system.deterministic=true)"
     onto = "" if ctx.config.quantization.bits == 16 else ", onto the quantized weights unpacked"
     splits = " = ".join(f"{n}x{DOCUMENTS // n}" for n in SIZES)
-    prompts = [(s.ids[: max(1, int(s.is_target.argmax()))]).tolist() for s in documents[::2]]
-    ids, pad = torch.from_numpy(documents[-1].ids.astype(np.int64))[None].to(ctx.device), ctx.tokenizer.pad_id
+    pad, row = ctx.tokenizer.pad_id, int(documents.lengths.sum())
+    cuts = [Batches(documents, size, DOCUMENTS // size, 0, pad) for size in SIZES]
+    packed = Batches(documents, 1, 1, 0, pad, pack_length=row)
+    ids = torch.from_numpy(documents[-1].ids.astype(np.int64))[None].to(ctx.device)
     longest = documents.units([-1])
     from_files = nearer if variant_of(lora).RANKS > 1 else 0.0  # PiSSA's files have twice the rank, another alpha
     resumed, all_state = f"{STEPS} + {STEPS} steps = {2 * STEPS} steps", f"weights, optimizer, random numbers{unsure}"
@@ -143,18 +136,14 @@ def checks(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Check
         return measured
 
     return [
-        Check("fresh adapter = base", "logits", 0.0, inference(adapter_effect, model, adapters, ids), none or begun),
-        Check(splits, "gradient", near, lambda: splits_error(ctx, loop, documents)),
-        Check("packed = alone, inference", "logits and loss", near, inference(packed_error, model, documents, pad)),
-        Check("packed = alone, training", "gradient", near, lambda: packed_gradients_error(ctx, loop, documents)),
-        Check("recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, longest)),
-        Check("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_error(ctx, documents[-1:])),
-        Check("merged = adapter, each linear", f"products{onto}", nearer, inference(products_error, adapters), none),
-        Check("merged = adapter", f"logits{onto}", near, inference(merged_error, model, adapters, ids), none),
-        Check("adapter saved = read", "bytes of files, products", from_files, inference(files_error, ctx, place), none),
-        # both the likeliest token's logit and that of the one taken may be off
-        Check("with a cache = without", "greedy tokens", 2 * near, inference(answers_error, model, prompts)),
-        Check(resumed, all_state, exact, lambda: resume_error(ctx, loop, place)),
+        Equation("fresh adapter = base", "logits", 0.0, inference(adapter_effect, model, adapters, ids), none or begun),
+        Equation(splits, "gradient", near, lambda: batching_error(ctx, loop, cuts)),
+        Equation("packed = alone", "gradient", near, lambda: batching_error(ctx, loop, [cuts[0], packed])),
+        Equation("recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, longest)),
+        Equation("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_error(ctx, documents[-1:])),
+        Equation("merged = adapter", f"logits{onto}", near, inference(merged_error, model, adapters, ids), none),
+        Equation("adapter saved = read", "files, products", from_files, inference(files_error, ctx, place), none),
+        Equation(resumed, all_state, exact, lambda: resume_error(ctx, loop, place)),
     ]
 
 
@@ -170,7 +159,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The relative error over all parameters, as one vector."""
+    """The relative error of all tensors of the same names, as one vector."""
     if found.keys() != expected.keys():
         return math.inf
     a, b = (torch.cat([part[name].flatten() for name in sorted(expected)]) for part in (found, expected))
@@ -215,20 +204,6 @@ def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tenso
     raise TrainingFailed("the loop took no step: its loss is not finite")
 
 
-@contextmanager
-def without_dropout(ctx: TrainContext) -> Iterator[None]:
-    """Switch off dropout and noise, which depend on the shape of a batch."""
-    random = [(ctx.model, "neftune_alpha"), *((adapter, "dropout") for adapter in ctx.adapters.values())]
-    before = [getattr(module, name) for module, name in random]
-    for module, name in random:
-        setattr(module, name, 0.0)
-    try:
-        yield
-    finally:
-        for (module, name), value in zip(random, before, strict=True):
-            setattr(module, name, value)
-
-
 def cut(samples: TokenDataset, tokens: int) -> TokenDataset:
     """Pieces of units spread over the data, of increasing length, each ending in the last target of its sample."""
     longest, pieces = max(DOCUMENTS, tokens // DOCUMENTS), []
@@ -265,39 +240,18 @@ def adapter_effect(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) ->
     return relative_error(model.logits(model(ids)), base)
 
 
-def splits_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
-    """The gradient of one window split into micro-batches of 1, 2, 4, ... sequences."""
-    with without_dropout(ctx):
-        cuts = [Batches(documents, size, DOCUMENTS // size, 0, ctx.tokenizer.pad_id) for size in SIZES]
-        found = [gradient(ctx, loop, batches) for batches in cuts]
+def batching_error(ctx: TrainContext, loop: Loop, cuts: list[Batches]) -> float:
+    """The gradient of documents in batches of several shapes; without dropout and noise, which depend on the shape."""
+    random = [(ctx.model, "neftune_alpha"), *((adapter, "dropout") for adapter in ctx.adapters.values())]
+    with ExitStack() as after:
+        for module, name in random:
+            after.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, 0.0)
+        first, *others = [gradient(ctx, loop, batches) for batches in cuts]
     rows = "embed_tokens.rows"  # these tokens need not be in the documents
-    if idle := [n for n, _ in ctx.trained if not n.endswith(rows) and (n not in found[0] or not found[0][n].any())]:
+    if idle := [n for n, _ in ctx.trained if not n.endswith(rows) and (n not in first or not first[n].any())]:
         raise TrainingFailed(f"{idle[0]} is trained and has no effect: its gradient is zero")
-    return max(gradient_error(one, found[0]) for one in found[1:])
-
-
-def packed_error(model: Decoder, documents: TokenDataset, pad_id: int) -> float:
-    """Logits of every token, and the loss: all documents packed into one row against each by itself."""
-    device, losses = model.device, torch.zeros(2, dtype=torch.float64)
-    batch = collate(documents, [np.arange(len(documents))], pad_id).to(device)
-    packed = model(batch.ids, batch.positions, batch.documents)  # (1, all tokens, hidden)
-    worst = 0.0
-    for place, in_pack in enumerate(packed.split(documents.lengths.tolist(), dim=1)):
-        one = collate(documents, [[place]], pad_id).to(device)
-        alone = model(one.ids)
-        worst = max(worst, relative_error(model.logits(in_pack), model.logits(alone)))
-        for i, hidden in enumerate((in_pack, alone)):
-            nll = token_nll(hidden[0, one.target_positions], model.head, one.targets, cap=model.config.logit_cap)
-            losses[i] += nll.sum().cpu()
-    return max(worst, relative_error(losses[0], losses[1]))
-
-
-def packed_gradients_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
-    """The gradient: all documents packed into one row against one row per document."""
-    row, pad_id = int(documents.lengths.sum()), ctx.tokenizer.pad_id
-    with without_dropout(ctx):
-        alone = gradient(ctx, loop, Batches(documents, 1, DOCUMENTS, 0, pad_id))
-        return gradient_error(gradient(ctx, loop, Batches(documents, 1, 1, 0, pad_id, pack_length=row)), alone)
+    return max(gradient_error(one, first) for one in others)
 
 
 def recompute_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> float:
@@ -360,11 +314,6 @@ def product(adapter: Adapter, x: Tensor) -> Tensor:
     return adapter(x)
 
 
-def products_error(adapters: dict[str, Adapter]) -> float:
-    """The largest error of a merged module against the same module with its adapter."""
-    return max(relative_error(merged_product(adapter, x), product(adapter, x)) for _, adapter, x in examples(adapters))
-
-
 def merged_error(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) -> float:
     """Logits of the merged model against base and adapters; each weight is merged when it is used, then freed."""
 
@@ -406,17 +355,6 @@ def files_error(ctx: TrainContext, directory: Path) -> float:
     return max(relative_error(product(again[n], x), product(old, x)) for n, old, x in examples(ctx.adapters))
 
 
-def answers_error(model: Decoder, prompts: list[list[int]]) -> float:
-    """How much a pass without a cache prefers another token to the greedy answer's, in deviations of the logits."""
-    worst = 0.0
-    for prompt, answer in zip(prompts, generate(model, prompts, (), ANSWER), strict=True):
-        ids = torch.tensor([[*prompt, *answer.ids]], device=model.device)
-        logits = model.logits(model(ids)[0, len(prompt) - 1 : -1])  # (answer, vocab)
-        ahead = logits.amax(-1) - logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
-        worst = max(worst, (ahead / logits.std(-1)).nan_to_num(nan=math.inf).max().item())
-    return worst
-
-
 def resume_error(ctx: TrainContext, loop: Loop, directory: Path) -> float:
     """The last checkpoint of a run that loses its state and resumes in the middle, against an uninterrupted run's."""
     whole, halves = (CheckpointManager(directory / name / "checkpoints", 2) for name in ("whole", "halves"))
@@ -437,11 +375,4 @@ def resume_error(ctx: TrainContext, loop: Loop, directory: Path) -> float:
     if any(found.state[key] != expected.state[key] for key in ("step", "epoch", "window", "rng", "scaler")):
         return math.inf
     files = ("adapter" if ctx.adapters else "model", "optimizer")
-    return max(tensors_error(found.tensors(name), expected.tensors(name)) for name in files)
-
-
-def tensors_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest error of a tensor."""
-    if found.keys() != expected.keys():
-        return math.inf
-    return max((relative_error(found[name], expected[name]) for name in expected), default=0.0)
+    return max(gradient_error(found.tensors(name), expected.tensors(name)) for name in files)

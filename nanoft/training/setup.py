@@ -37,9 +37,9 @@ from nanoft.data.inspection import unseen_tokens, utilization
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
-from nanoft.io.atomic import hash_named_files
+from nanoft.io.bars import Bar
 from nanoft.io.hub import use_cache
-from nanoft.io.tables import format_duration
+from nanoft.io.tables import format_duration, wrap
 from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
 from nanoft.lora import disabled
@@ -50,9 +50,9 @@ from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_
 from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES, trains_score
+from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.runtime import distributed
-from nanoft.runtime.device import describe_device, library_versions
-from nanoft.runtime.machine import Machine
+from nanoft.runtime.device import Machine, describe_device, library_versions
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run, is_shown
 from nanoft.tracking.trackers import build_trackers, chosen_trackers
@@ -77,6 +77,7 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
             print(line)
     validate_config(source.config, source.names)
     use_cache(source.config.model.cache_dir)
+    Bar.enabled = source.config.logging.progress_bar and not distributed.process_rank()
     return source
 
 
@@ -94,14 +95,9 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
 
 
 def init_run_dir(
-    config: Config,
-    run: Run,
-    machine: Machine,
-    files: ModelFiles,
-    resume: str,
-    start: TrainedAdapter | None = None,
-    fields: Sequence[str] = (),
-) -> Provenance:
+    config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str,
+    start: TrainedAdapter | None = None, fields: Sequence[str] = (),
+) -> Provenance:  # fmt: skip
     """On rank 0: check that the directory is new or holds this very run, and write its config.json.
 
     `fields` says what became of each name in a config of another schema.
@@ -114,16 +110,16 @@ def init_run_dir(
         run.print(f"warning: {note}")
     recorded = run.recorded_config()
     before = (recorded or {}).get("provenance", {})
+    fingerprint = before.get("config_sha256") or resume_fingerprint(recorded_settings(recorded) if recorded else config)
     provenance: Provenance = {
         "versions": library_versions(),
         "device": machine.device.type,
         "dtype": machine.dtype_name,
         "threads": config.system.threads or before.get("threads") or torch.get_num_threads(),
-        "config_sha256": before.get("config_sha256")
-        or resume_fingerprint(recorded_settings(recorded) if recorded else config),
+        "config_sha256": fingerprint,
         **data_provenance(config.data),
-        "base_sha256": hash_named_files([*described_files(files.directory), *weights]),
-        "source_sha256": hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
+        "base_sha256": atomic.hash_named_files([*described_files(files.directory), *weights]),
+        "source_sha256": atomic.hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
         **({"start_sha256": hash_tensors(start.tensors)} if start else {}),
         "date": str(before.get("date") or datetime.now().date().isoformat()),
     }
@@ -176,12 +172,11 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
     read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
-    bar = config.logging.progress_bar and not distributed.process_rank()
-    room = config.sample_length
-    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, bar, learns))
+    most = config.sample_length
+    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, most, seed, run.print, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     if config.sampled_tokens:
-        corpus = with_room_for_answers(corpus, room, run)
+        corpus = with_room_for_answers(corpus, length - config.sampled_tokens, run)
     needed = {
         f"training.early_stopping_patience: {t.early_stopping_patience}": t.early_stopping_patience,
         "evaluation.on_start: true": config.evaluation.on_start,
@@ -189,16 +184,21 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     for setting in [setting for setting, value in needed.items() if value and not len(corpus.validation)]:
         fix = "set data.validation_file or data.validation_size, or remove this setting"
         raise UserError(f"{setting}: there is no validation data: {fix}")
-    rows, micro_batches = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
-    options: dict[str, Any] = {"group_by_length": d.group_by_length, "pad_to_multiple_of": d.pad_to_multiple_of}
-    if config.rl.reward:  # a window holds those of a step, whose answers become its micro-batches
-        batches = Batches(corpus.training, 1, config.rl.prompts, seed, tokenizer.pad_id, shuffle=t.shuffle, **options)
-        batches.micro_batch_size = rows
-    else:
-        pack_length = length if d.packing else None
-        batches = Batches(
-            corpus.training, rows, micro_batches, seed, tokenizer.pad_id, pack_length, shuffle=t.shuffle, **options
-        )
+    window = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
+    if config.rl.reward:  # a window holds the prompts of a step, whose answers become its micro-batches
+        window = 1, config.rl.prompts
+    pack_length = length if d.packing and not config.rl.reward else None
+    batches = Batches(
+        corpus.training,
+        *window,
+        seed,
+        tokenizer.pad_id,
+        pack_length,
+        d.group_by_length,
+        d.pad_to_multiple_of,
+        t.shuffle,
+    )
+    batches.micro_batch_size = config.micro_batch_rows()
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
     check_schedule(t, steps)
@@ -219,10 +219,10 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
 
 
 def with_room_for_answers(corpus: PreparedDataset, room: int, run: Run) -> PreparedDataset:
-    """The samples whose prompts are whole: answers are sampled to prompts as they stand in the files."""
-    training, validation = (corpus.untruncated(side) for side in (corpus.training, corpus.validation))
+    """The samples whose prompts have at most `room` tokens."""
+    training, validation = (side[prompt_lengths(side) <= room] for side in (corpus.training, corpus.validation))
     if lost := len(corpus.training) + len(corpus.validation) - len(training) - len(validation):
-        run.print(f"warning: {lost:,} samples of more than {room} tokens leave no room for answers: left out")
+        run.print(f"warning: {lost:,} prompts of more than {room} tokens leave no room for answers: skipped")
     if not len(training):
         raise UserError(f"model.max_seq_length: no prompt leaves room for an answer in {room} tokens: raise it")
     return replace(corpus, training=training, validation=validation)
@@ -247,11 +247,11 @@ def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
     for name in SHAPE:
         own, default, theirs = (getattr(settings, name) for settings in (lora, LoRAConfig(), start.lora))
         if own not in (default, theirs):
-            raise UserError(f"lora.{name}: {own}: {source} has {theirs}, and its shape stays: remove lora.{name}")
+            raise UserError(f"lora.{name}: {own}: {source} has {theirs}, which cannot be changed: remove lora.{name}")
         taken[f"lora.{name}"] = theirs
     tokens = config.model.add_tokens
     if tokens not in ((), start.add_tokens):
-        raise UserError(f"model.add_tokens: the tokens of {source} stay: remove it, or merge that adapter first")
+        raise UserError(f"model.add_tokens: {source} has its own tokens: remove it, or merge that adapter first")
     return with_score(config.override({**taken, "model.add_tokens": start.add_tokens})), start
 
 
@@ -310,7 +310,7 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
 
 def begin_objective(ctx: TrainContext) -> None:
     """What the objective needs of the model as it was before training; computed once per run."""
-    sides, directory = [ctx.corpus.training, ctx.corpus.validation], ctx.run.directory
+    sides, directory = [ctx.corpus.training, ctx.validation], ctx.run.directory
     size = ctx.config.evaluation.batch_size
     in_smaller_batches(ctx, size, lambda size: ctx.objective.begin(ctx.model, sides, directory, size))
 
@@ -341,7 +341,6 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
 
 
 def shape_and_rank(adapter: Adapter) -> tuple[str, str]:
-    """How a line about an adapter describes it."""
     if isinstance(adapter, TrainedRows):
         return "rows", f"of {len(adapter.ids)} tokens"
     if isinstance(adapter, TrainedCopy):
@@ -385,21 +384,22 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     shape = ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed
     say(f"attention {kernels.describe_attention(ctx.model, *shape)}")
     longest = int(max(samples.lengths.max() for samples in (ctx.corpus.training, ctx.validation) if len(samples)))
+    longest = min(longest, c.model.max_seq_length)  # all that the model reads of it
     for warning in plan_warnings(ctx.planner, ctx.files, longest, ctx.total_steps):
         say(f"warning: {warning}")
     if c.logging.show_example:
         say(f"example   {ctx.tokenizer.highlight_targets(ctx.batches.samples[0], color=sys.stdout.isatty())}")
     if state.step:
         say(f"resuming  after step {state.step} of {ctx.total_steps}")
-    left, epochs = ctx.total_steps - state.step, f"{ctx.corpus.report['epochs']:.3g} epochs"
+    left, epochs = ctx.total_steps - state.step, f"{(n := ctx.corpus.report['epochs']):.3g} epoch{'s' * (n != 1)}"
     duration = format_duration(left * seconds_per_step)
     duration += ", without sampling" if c.sampled_tokens else ""
-    say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} rows, about {duration}")
+    say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} sequences, about {duration}")
     often = []
     for what, every in (("evaluation", t.eval_steps), ("checkpoint", t.save_steps), ("log", t.log_steps)):
         steps = float(steps_between(every, ctx.total_steps, ctx.corpus.report["steps_per_epoch"]))
         often.append(f"{what} every {steps:g} step{'s' * (steps != 1)}" if steps else f"{what} at the end")
-    say(f"          {', '.join(often)}")
+    say(wrap(f"          {', '.join(often)}", 10))
 
 
 def is_complete(ctx: TrainContext, state: TrainState) -> bool:
@@ -407,7 +407,7 @@ def is_complete(ctx: TrainContext, state: TrainState) -> bool:
     has_steps_left = state.step < ctx.total_steps and not state.should_stop_early(ctx.config.training)
     if has_steps_left or distributed.broadcast_from_rank0(lambda: ctx.run.finished_step() != state.step):
         return False
-    ctx.run.print(f"complete  {ctx.run.directory} has done its {state.step} steps: see report.md there")
+    ctx.run.print(f"complete  {ctx.run.directory}: all {state.step} steps are done: see its report.md")
     return True
 
 
@@ -417,9 +417,9 @@ def start_logging(ctx: TrainContext, state: TrainState) -> None:
     ctx.run.open_metrics(state.step, [state.epoch, state.window], state.guard.skipped_windows)
     if not distributed.process_rank():
         ctx.run.trackers = build_trackers(ctx.config, ctx.run.directory, state.step)
-    if (report_to := ctx.config.logging.report_to) == "auto":
-        found = ", ".join(chosen_trackers(report_to)) or "none: neither wandb nor tensorboard is installed"
-        ctx.run.print(f"trackers  {found} (logging.report_to=auto)")
+    if (report_to := ctx.config.logging.report_to) in ("all", "auto"):
+        found = ", ".join(chosen_trackers(report_to)) or "none is installed"
+        ctx.run.print(f"trackers  {found} (logging.report_to={report_to})")
     predicted, peak = {name: size / 1e9 for name, size in ctx.plan.parts.items()}, peak_memory_gb(ctx.device)
     ctx.run.log("memory", state.step, predicted_gb=predicted, peak_memory_gb=peak, total_steps=ctx.total_steps)
     log_memory(ctx, state, "prepared")

@@ -25,19 +25,18 @@ from nanoft.config import Config
 from nanoft.config.settings import TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
-from nanoft.evaluation.evaluate import Prompt, held_out_prompts
+from nanoft.evaluation.evaluate import held_out_prompts
 from nanoft.kernels import sharding
+from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
 from nanoft.objectives.objective import Objective
 from nanoft.runtime import distributed
-from nanoft.runtime.device import set_rng_state
-from nanoft.runtime.machine import Machine
+from nanoft.runtime.device import Machine, set_rng_state
 from nanoft.tracking.run import Meter, Run
 from nanoft.training.memory_plan import Plan, Planner
 
-RENAMED = {"rate": "lr_scale", "left_out": "skipped_windows"}  # fields of the guard's history in older checkpoints
 RISES = 2  # of validation loss in a row, while training loss falls, that are more than noise
 
 
@@ -176,11 +175,9 @@ def find_checkpoint(ctx: TrainContext, resume: str) -> Checkpoint | None:
     if resume == "never":
         return None
     if resume != "auto":
-        if Path(resume).resolve().parent != ctx.run.checkpoints.resolve():
-            raise UserError(f"--resume: {resume}: is not in {ctx.run.checkpoints}: name a checkpoint of this run")
-        if not Path(resume).is_dir():
+        if Path(resume).resolve().parent != ctx.run.checkpoints.resolve() or not Path(resume).is_dir():
             steps = ctx.checkpoints.steps()
-            raise UserError(f"--resume: {resume}: no such checkpoint: choose from those of steps {steps}")
+            raise UserError(f"--resume: {resume}: no checkpoint of this run: choose from those of steps {steps}")
         try:
             return ctx.checkpoints.verify(Path(resume))
         except (CheckpointCorrupted, OSError) as reason:
@@ -223,10 +220,9 @@ def read_state(saved: Checkpoint, scaler: torch.amp.GradScaler) -> TrainState:
         rng = values.pop("rng")
         if loss_scale := values.pop("scaler", {}):  # empty if the run began in another dtype
             scaler.load_state_dict(loss_scale)
-        history = {RENAMED.get(name, name): value for name, value in values["guard"].items()}
-        meter = {"units": values["meter"]["target_tokens"], **values["meter"]}  # older checkpoints have no units
-        parts = {"meter": Meter(**meter), "guard": guard.History(**history)}
-        state = TrainState(**{**values, **parts, "trend": LossTrend(**values.get("trend", {}))})
+        for name, kind in (("meter", Meter), ("guard", guard.History), ("trend", LossTrend)):
+            values[name] = kind(**values[name])
+        state = TrainState(**values)
         set_rng_state(rng)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
         raise CheckpointCorrupted(f"{saved.path / 'state.json'}: {type(error).__name__}: {error}") from None

@@ -76,7 +76,6 @@ def check_objective(config: Config) -> None:
 
 
 def check_schedule(t: TrainingConfig, total_steps: int | None) -> None:
-    """Refuse a warm-up that is longer than the run."""
     if t.long_warmup == "refuse" and total_steps and warmup_steps(total_steps, t) > total_steps:
         run = f"the run has {total_steps:,} steps and would never reach training.learning_rate"
         raise UserError(f"training.warmup_steps: {t.warmup_steps}: {run}: lower it, or set warmup_ratio instead")

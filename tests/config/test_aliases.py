@@ -122,6 +122,41 @@ def test_every_name_leads_to_a_field() -> None:
 
 
 SMOOTHED = {"preference.beta": 0.2, "preference.label_smoothing": 0.1}
+DR_GRPO = {"training.objective": "grpo", "rl.loss_normalization": "dr_grpo", "rl.advantage_scale": "none"}
+GRPO_CONFIG = {
+    "num_generations": 16,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 12,
+    "max_completion_length": 99,
+    "num_iterations": 2,
+    "epsilon": 0.2,
+    "epsilon_high": 0.28,
+    "scale_rewards": "group",
+    "mask_truncated_completions": True,
+    "importance_sampling_level": "sequence",
+    "loss_type": ["dapo"],
+    "reward_funcs": ["numeric", "max_words:9"],
+    "reward_weights": [1.0, 0.5],
+    "temperature": 0.9,
+    "top_p": 0.95,
+}
+GRPO = {
+    "training.objective": "grpo",
+    "training.micro_batch_size": 8,
+    "rl.group_size": 16,
+    "rl.prompts": 6,
+    "rl.max_new_tokens": 99,
+    "rl.updates": 2,
+    "rl.clip_low": 0.2,
+    "rl.clip_high": 0.28,
+    "rl.mask_truncated": True,
+    "rl.ratio": "sequence",
+    "rl.loss_normalization": "dapo",
+    "rl.reward": ("numeric", "max_words:9"),
+    "rl.reward_weights": (1.0, 0.5),
+    "rl.temperature": 0.9,
+    "rl.top_p": 0.95,
+}
 EPOCHS = {f"training.{name}_steps": "epoch" for name in ("save", "eval", "log")}
 
 
@@ -159,6 +194,7 @@ EPOCHS = {f"training.{name}_steps": "epoch" for name in ("save", "eval", "log")}
         ({"log_level": "passive"}, {}),
         ({"max_steps": 7}, {"training.max_steps": 7}),
         ({"report_to": ["wandb"]}, {"logging.report_to": "wandb"}),
+        ({"report_to": ["wandb", "trackio"]}, {"logging.report_to": "trackio,wandb"}),
         ({"use_cpu": True, "disable_tqdm": True}, {"system.device": "cpu", "logging.progress_bar": False}),
         ({"bf16": True, "torch_dtype": "bfloat16"}, {"model.dtype": "bfloat16"}),  # twice the same
         ({"fp16": True, "bnb_4bit_compute_dtype": "float16", "bf16": False}, {"model.dtype": "float16"}),
@@ -172,6 +208,12 @@ EPOCHS = {f"training.{name}_steps": "epoch" for name in ("save", "eval", "log")}
         ),
         ({"loss_type": ["simpo"], "simpo_gamma": 1.0}, {"training.objective": "simpo", "preference.gamma": 1.0}),
         ({"rl": "kto", "desirable_weight": 1.3}, {"training.objective": "kto", "preference.desirable_weight": 1.3}),
+        ({"rl": "grpo", "beta": 0.04}, {"training.objective": "grpo", "rl.beta": 0.04}),
+        ({"num_generations": 4, "beta": 0.04}, {"training.objective": "grpo", "rl.group_size": 4, "rl.beta": 0.04}),
+        ({"loss_type": ["dr_grpo"], "scale_rewards": False, "beta": 0.01}, DR_GRPO | {"rl.beta": 0.01}),
+        ({"rl": "grpo", "epsilon": 0.1}, {"training.objective": "grpo", "rl.clip_low": 0.1, "rl.clip_high": 0.1}),
+        ({"rl": "grpo", "epsilon_high": 0.28}, {"training.objective": "grpo", "rl.clip_high": 0.28}),
+        (GRPO_CONFIG, GRPO),
         ({"save_total_limit": None, "deepspeed": None, "report_to": [], "modules_to_save": None}, {}),
     ],
     ids=str,
@@ -188,7 +230,7 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
         ({"lora_r": 0}, "lora_r: lora.rank: 0 is out of range"),
         ({"num_train_epochs": 0}, "num_train_epochs: training.num_epochs: 0 is out of range"),
         ({"learning_rate": "fast"}, "learning_rate: training.learning_rate: 'fast' is not a finite number"),
-        ({"bf16": True, "fp16": True}, "bf16 and fp16: both are true: remove one of them"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16: set model.dtype to bfloat16 and to float16: remove one"),
         ({"fp16": "yes"}, "fp16: 'yes' is none of True, False"),
         ({"torch_dtype": "float8"}, "torch_dtype: 'float8' is none of auto, float32, bfloat16, float16"),
         ({"fp16": True, "torch_dtype": "bfloat16"}, "fp16 and torch_dtype: set model.dtype to float16 and to bfloat16"),
@@ -207,10 +249,22 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
         ({"eval_steps": 1.5}, "training.eval_steps: 1.5: set a number of steps, a fraction of the run below 1, or"),
         ({"log_level": "trace"}, "log_level: 'trace' is none of debug, info, warning, error"),
         ({"eval_strategy": "no", "eval_steps": 9}, "eval_strategy and eval_steps: set training.eval_steps to 0 and"),
-        ({"rl": "grpo"}, "rl: 'grpo' is none of dpo, kto, orpo, simpo, ipo"),
-        ({"loss_type": "hinge"}, "loss_type: 'hinge' is none of sigmoid, robust, ipo, dpo, kto, orpo, simpo"),
-        ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, wandb: choose one"),
-        ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, wandb"),
+        ({"rl": "ppo"}, "rl: 'ppo' is none of dpo, kto, orpo, simpo, grpo, ipo"),
+        ({"loss_type": "hinge"}, "loss_type: 'hinge' is none of sigmoid, robust, ipo, dpo, kto, orpo, simpo, grpo"),
+        ({"rl": "grpo", "loss_type": "bnpo"}, "loss_type: 'bnpo' is none of sigmoid"),
+        ({"rl": "grpo", "scale_rewards": "batch"}, "scale_rewards: 'batch' is none of True, False, group, none"),
+        ({"rl": "grpo", "use_bias_correction_kl": False}, "use_bias_correction_kl: False is none of True: remove it"),
+        ({"rl": "grpo", "importance_sampling_level": "word"}, "importance_sampling_level: rl.ratio: 'word' is not one"),
+        (
+            {"num_generations": 6, "gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps: 2 x per_device_train_batch_size=4 answers are no multiple of num_generations",
+        ),
+        (
+            {"rl": "grpo", "gradient_accumulation_steps": "many"},
+            "gradient_accumulation_steps: 'many' x per_device_train_batch_size=4 answers",
+        ),
+        ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, trackio, wandb: choose any"),
+        ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, trackio"),
         ({"deepspeed": {"stage": 3}}, "deepspeed: {'stage': 3} is none of"),
         ({"push_to_hub": True}, "push_to_hub: True is none of False: remove it: nothing is uploaded"),
         ({"trust_remote_code": True}, "remove it: code that comes with a model is never run"),

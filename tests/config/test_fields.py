@@ -23,6 +23,7 @@ from nanoft.config import fields
         ("epoch", int | float | Literal["epoch"], "epoch"),
         ("8", Literal[4, 8, 16], 8),
         ("[q_proj, v_proj]", tuple[str, ...], ("q_proj", "v_proj")),
+        ("[numeric, regex:a|b]", tuple[str, ...], ("numeric", "regex:a|b")),
         ("0.9 0.95", tuple[float, ...], (0.9, 0.95)),
         ("{a: 1}", dict[str, int], {"a": 1}),
     ],

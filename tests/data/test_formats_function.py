@@ -73,7 +73,7 @@ def test_columns_labels_and_fields_are_those_of_the_record(path: Path) -> None:
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [
-        (None, "the function returned NoneType: expected messages; or prompt and completion; or text"),
+        (None, "the function returned NoneType: expected the fields of a shape"),
         (5, "the function returned int"),
         ({"question": "Q"}, "the function returned the fields question"),
         ([], "messages is not a list of turns"),

@@ -221,7 +221,7 @@ def test_columns_margins_and_a_function_of_the_user(
     assert (pair.versions, pair.label) == (found.versions, 1.5)
     assert (said(single.messages), single.label) == ("u:Q a:g", 1.0)
     (bad,) = read(path, [record], format="preference_formats:single")
-    assert "the function returned the fields prompt, completion: expected chosen and rejected; or answers" in bad.reason  # type: ignore[union-attr]
+    assert "the function returned the fields prompt, completion: expected the fields of a shape" in bad.reason  # type: ignore[union-attr]
 
 
 # ---- What is no pair

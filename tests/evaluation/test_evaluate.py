@@ -18,11 +18,12 @@ from nanoft.config import EvaluationConfig, LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation
 from nanoft.evaluation import evaluate
-from nanoft.evaluation.evaluate import Completion, EvalResult, Prompt
+from nanoft.evaluation.evaluate import Completion, EvalResult
 from nanoft.generation.sampling import Sampling
 from nanoft.lora import disabled, inject_lora
 from nanoft.metrics.answers import select_metrics
 from nanoft.metrics.bootstrap import Figure
+from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
 from nanoft.models.weights import load_model
 from tiny_models import make_chat_model
@@ -76,9 +77,10 @@ def test_held_out_prompts_are_all_but_the_last_answer() -> None:
     chats = [text, conversation("a", "b"), conversation("c", "d", "e", "f"), conversation("g", "h")]
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     chats.insert(1, Conversation([{"role": "user", "content": "a"}, call], None, "made.jsonl", 4))
+    earlier = [{"role": r, "content": t} for r, t in (("user", "c"), ("assistant", "d"), ("user", "e"))]
     assert evaluate.held_out_prompts(chats, 2) == [
-        Prompt([{"role": "user", "content": "a"}], "b"),
-        Prompt([{"role": r, "content": t} for r, t in (("user", "c"), ("assistant", "d"), ("user", "e"))], "f"),
+        Prompt([{"role": "user", "content": "a"}], "b", where="made.jsonl:1"),
+        Prompt(earlier, "f", where="made.jsonl:1"),
     ]
     assert evaluate.held_out_prompts(chats, 0) == []
 

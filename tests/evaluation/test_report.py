@@ -47,6 +47,10 @@ def reported(tuned: EvalResult, base: EvalResult | None = None, **more: Any) -> 
 HARD = np.array([2.0, 2.1, 1.9, 2.2, 2.0, 1.8, 2.3, 2.0])
 
 
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
+
+
 def test_the_table_shows_base_beside_tuned_with_the_change_and_how_sure_it_is() -> None:
     _, terminal, _ = reported(measured(HARD - 1, "rrrrrrrx"), measured(HARD, "rxxxxxxx"))
     header, loss, overall, bits, exact, stop, length = cells(terminal)
@@ -94,7 +98,7 @@ def test_the_verdict_says_what_the_intervals_say(case: str) -> None:
     first, *others = named  # the other figure of each pair has an interval around zero, or did not change at all
     assert values["verdict"].startswith(f"{expected}: {first} from ")
     assert [name for name in ("perplexity", "exact match") if f" and {name} from " in values["verdict"]] == others
-    assert values["verdict"] in terminal
+    assert values["verdict"] in unwrapped(terminal)
     assert markdown.startswith(f"# name\n\n**Verdict.** {expected[0].upper()}{expected[1:]}: ")
     assert values["verdict"].count("95 % interval") == len(named)
     low, high = (values["changes"]["loss"]["change"][end] for end in ("low", "high"))
@@ -157,8 +161,7 @@ def test_a_loss_that_is_not_finite_is_worse_than_any(loss: float) -> None:
 
 def test_wins_losses_and_ties_are_counted_and_listed() -> None:
     values, terminal, markdown = reported(measured(None, "rrxxr"), measured(None, "xrrxr"))
-    assert "answers   1 wins, 1 losses, 3 ties (by exact match)" in terminal
-    assert "win rate 50.0% (95 % interval " in terminal
+    assert "answers 1 wins, 1 losses, 3 ties (by exact match): win rate 50.0% (95 % interval " in unwrapped(terminal)
     assert "Win rate 50.0% (95 % interval " in markdown
     found = values["answers"]
     assert found["win_rate"]["value"] == (1 + 3 / 2) / 5
@@ -193,6 +196,25 @@ def test_the_worst_answers_come_first_and_no_right_one_among_them() -> None:
     alone = report.report(found)[0]["answers"]  # without a base, too
     assert alone["worst"] == [3, 2, 4, 1]
     assert alone["each"][3] == {"prompt": "3", "reference": "one two three four", "tuned": "nothing"}
+
+
+def test_answers_have_their_rewards_and_the_mean_leaves_out_those_that_failed() -> None:
+    """A row for each answer, to compare two models on the same prompts."""
+    worth = [{"reward": value, "rewards/numeric": value} for value in (1.0, math.nan, 0.5)]
+    before, after = (
+        [Completion("q", "r", "a", True, 2, {**each, "reward": each["reward"] + more}) for each in worth]
+        for more in (0.0, 1.0)
+    )
+    base, tuned = (EvalResult(answer_figures(said, []), said) for said in (before, after))
+    assert tuned.figures["reward"].value == 1.75
+    assert tuned.figures["reward"].parts.shape == (3, 2)
+    values, terminal, markdown = reported(tuned, base)
+    assert values["changes"]["reward"]["change"]["value"] == 1
+    for text in (terminal, markdown):
+        assert "   base: a (reward 1, numeric 1)" in text
+        assert "  tuned: a (reward 2, numeric 1)" in text
+    assert [each["rewards"] for each in values["answers"]["each"]][2] == {"reward": 1.5, "rewards/numeric": 0.5}
+    assert values["answers"]["each"][2]["base_rewards"] == worth[2]
 
 
 def test_breakdowns_add_up_to_the_whole() -> None:

@@ -24,7 +24,6 @@ import merge as command
 from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.evaluation.evaluate import Prompt
 from nanoft.export.gguf import (
     K_QUANTS,
     WRITTEN,
@@ -37,6 +36,7 @@ from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.model_card import parity_record
 from nanoft.export.verify import held_out
 from nanoft.generation.generate import generate
+from nanoft.metrics.rewards import Prompt
 from nanoft.models import families
 from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
 from tiny_models import CASES, LLAMA3, make_chat_model, make_packed
@@ -528,7 +528,7 @@ def test_runs_and_models_become_gguf_files(
     assert "read back and compared: largest logit difference" in said
     dtype = arguments[1] if "--dtype" in arguments else "f16"
     assert names(tmp_path) == {"out"}
-    assert names(out) == {f"model-{dtype}.gguf", "Modelfile", "parity.json"}
+    assert names(out) == {f"model-{dtype}.gguf", "README.md", "Modelfile", "parity.json"}
     expected = json.loads((out / "parity.json").read_text())
     assert len(expected["prompts"]) > (0 if run == "base" else 3)  # the run's validation prompts, and plain ones
     llama = in_llama_cpp(out / f"model-{dtype}.gguf")
@@ -584,7 +584,7 @@ def test_without_llama_cpp_the_export_says_how_to_get_a_perplexity(
 def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_merge(runs / "lora", "--out", tmp_path / "a.gguf", "--format", "gguf-lora") == 0
     assert f"the adapter as GGUF, for a GGUF file of {runs / 'base'}" in capsys.readouterr().out
-    assert names(tmp_path) == {"a.gguf", "a.Modelfile", "a.parity.json"}
+    assert names(tmp_path) == {"a.gguf", "a.README.md", "a.Modelfile", "a.parity.json"}
     assert "ADAPTER ./a.gguf" in (tmp_path / "a.Modelfile").read_text()
     assert {tensor.tensor_type.name for tensor in stored(tmp_path / "a.gguf").values()} == {"F32"}
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import http.server
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from runs import run_merge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanoft import UserError
+from nanoft.__main__ import main
+from nanoft.config import LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.evaluation.evaluate import Prompt
-from nanoft.export.model_card import PARITY_TOKENS, hub_name, license_of, parity_record, push
+from nanoft.export.model_card import PARITY_TOKENS, hub_name, license_of, parity_record, push, vllm_rank
+from nanoft.metrics.rewards import Prompt
 from nanoft.models.weights import load_model
 from tiny_models import make_chat_model
 
@@ -85,7 +88,7 @@ def test_every_export_says_where_it_is_from(form: str, runs: Path, tmp_path: Pat
     assert card.data.library_name == {"hf": "transformers", "peft": "peft", "mlx": "mlx"}[form]
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.tags == ["nanoft", "lora"]
-    assert "| perplexity" in card.text
+    assert card.text.strip().startswith("# base fine-tuned on data\n")
     assert len(json.loads((out / "parity.json").read_text())["prompts"]) == 4
 
 
@@ -94,9 +97,9 @@ def test_the_base_on_the_hub_and_its_license_are_named(tmp_path: Path) -> None:
     cached = tmp_path / "models--some--base-model" / "snapshots" / "abc"
     assert hub_name(str(cached), cached) == "some/base-model"
     assert hub_name(str(tmp_path), tmp_path) is None
-    assert license_of(tmp_path) is None
-    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a]\n---\n# Base\n")
-    assert license_of(tmp_path) == "apache-2.0"
+    assert license_of(tmp_path) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: gemma\ntags: [a]\n---\n# Base\n")
+    assert license_of(tmp_path) == {"license": "other", "license_name": "gemma"}
     for damaged in (
         "---\nlicense: [a\n---\n",
         "---\n- x\n---\n",
@@ -104,7 +107,7 @@ def test_the_base_on_the_hub_and_its_license_are_named(tmp_path: Path) -> None:
         "---\nlicense: !!python/none x\n---\n",
     ):
         (tmp_path / "README.md").write_text(damaged)
-        assert license_of(tmp_path) is None
+        assert license_of(tmp_path) == {}
 
 
 def test_the_license_and_the_method_are_in_the_card(runs: Path, tmp_path: Path) -> None:
@@ -118,12 +121,76 @@ def test_the_license_and_the_method_are_in_the_card(runs: Path, tmp_path: Path) 
     assert (card.data.license, card.data.tags) == ("mit", ["nanoft", "qlora"])
 
 
+def code_of(card: str, language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", card, re.DOTALL)
+    return found[1] if found else ""
+
+
+@pytest.mark.parametrize("form", ["hf", "peft"])
+def test_the_code_in_the_card_answers_with_the_export(
+    form: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_merge(runs / "lora", "--out", tmp_path / "out", "--format", form) == 0
+    monkeypatch.chdir(tmp_path / "out")
+    capsys.readouterr()
+    exec(code_of(Path("README.md").read_text(), "python"), {})
+    said = capsys.readouterr().out
+    assert main(["chat", str(runs / "lora"), "--prompt", "Hello!"]) == 0
+    assert said[:200] == capsys.readouterr().out[:200]  # until the limit, where they cut a character differently
+
+
+@pytest.mark.parametrize(
+    ("form", "source", "commands"),
+    [
+        ("hf", "lora", ["vllm serve me/model", "mlx_lm.chat --model me/model"]),
+        (
+            "peft",
+            "lora",
+            ["vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules tuned=me/model"],
+        ),
+        ("mlx", "qlora", ["mlx_lm.chat --model BASE --adapter-path ."]),
+        ("gguf", "lora", ["llama-cli -m model-f16.gguf", "ollama create tuned -f Modelfile && ollama run tuned"]),
+        (
+            "gguf-lora",
+            "lora",
+            ["llama-cli -m base.gguf --lora adapter-f32.gguf", "ollama create tuned -f Modelfile && ollama run tuned"],
+        ),
+        ("gguf", "full", ["llama-cli -m model-f16.gguf", "ollama create tuned -f Modelfile && ollama run tuned"]),
+    ],
+)
+def test_the_card_has_the_commands_of_its_export_and_the_figures_of_the_report(
+    form: str, source: str, commands: list[str], runs: Path, tmp_path: Path, serve_hub: Callable[[Any], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    serve_hub(receiver())
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert run_merge(runs / source, "--out", tmp_path / "out", "--format", form, "--push", "me/model") == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert code_of(text, "sh").replace(str(runs / "base"), "BASE").splitlines() == commands
+    report = (runs / source / "report.md").read_text()
+    (row,) = re.findall(r"^\| perplexity .*$", report, re.MULTILINE)
+    (verdict,) = re.findall(r"^\*\*Verdict.*$", report, re.MULTILINE)
+    assert row in text
+    assert verdict in text
+    assert ("| rank " in text) == (source != "full")
+    card = huggingface_hub.ModelCard(text)
+    again = huggingface_hub.ModelCardData(**card.data.to_dict())  # every field has the type that the Hub wants
+    assert again.to_dict() == card.data.to_dict()
+    assert card.data.tags == ["nanoft", source]
+
+
+def test_vllm_is_not_promised_what_it_refuses() -> None:
+    assert [vllm_rank(LoRAConfig(rank=rank)) for rank in (4, 16, 17, 300, 1000)] == [8, 16, 32, 320, 0]
+    refused = [{"dora": True}, {"bias": "all"}, {"modules_to_save": ("lm_head",)}]
+    assert all(vllm_rank(LoRAConfig(**change)) == 0 for change in refused)
+
+
 class Receiver(http.server.BaseHTTPRequestHandler):
     """As much of the Hub as an upload asks for; every file goes into the commit itself."""
 
     posted: list[tuple[str, Any]]
     tokens: set[str | None]
-    refuses = ""
+    refuses, status = "", 403
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -132,7 +199,7 @@ class Receiver(http.server.BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in body.splitlines() if line.strip()]
         self.posted.append((path, lines))
         if self.refuses and self.refuses in path:
-            return self.answer(403, {"error": f"{TOKEN} may not write here"})
+            return self.answer(self.status, {"error": f"{TOKEN} may not write here"})
         if path.endswith("/preupload/main"):
             files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in lines[0]["files"]]
             return self.answer(200, {"files": files})
@@ -145,7 +212,9 @@ class Receiver(http.server.BaseHTTPRequestHandler):
         return self.answer(200, {"url": "https://huggingface.co/me/model", "name": "me/model", "id": "me/model"})
 
     def do_GET(self) -> None:
-        self.answer(200, {"id": "me/model", "sha": "0" * 40, "siblings": []})
+        if self.refuses == "/create":  # no such repository either
+            return self.answer(self.status, {})
+        return self.answer(200, {"id": "me/model", "sha": "0" * 40, "siblings": []})
 
     def answer(self, status: int, content: dict[str, Any]) -> None:
         text = json.dumps(content).encode()
@@ -159,8 +228,8 @@ class Receiver(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def receiver(refuses: str = "") -> type[Receiver]:
-    return type("Own", (Receiver,), {"posted": [], "tokens": set(), "refuses": refuses})
+def receiver(refuses: str = "", status: int = 403) -> type[Receiver]:
+    return type("Own", (Receiver,), {"posted": [], "tokens": set(), "refuses": refuses, "status": status})
 
 
 def test_a_push_uploads_every_file_once_it_is_proven(
@@ -179,26 +248,52 @@ def test_a_push_uploads_every_file_once_it_is_proven(
     posted = dict(handler.posted)
     (created,) = posted["/api/repos/create"]
     assert (created["name"], created["organization"]) == ("model", "me")
-    assert created.get("visibility") == "private" or created.get("private") is True  # of newer and older clients
+    assert is_private(created)
     sent = {line["value"]["path"]: line["value"] for line in posted["/api/models/me/model/commit/main"][1:]}
     assert sent.keys() == {path.name for path in out.iterdir()}
     for name, value in sent.items():
         assert base64.b64decode(value["content"]) == (out / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("refuses", "status"),
+    [("/create", 401), ("/create", 403), ("/commit/", 403), ("/commit/", 404), ("/preupload/", 500)],
+)
 def test_a_push_that_is_refused_keeps_the_result_and_the_token_to_itself(
-    runs: Path, tmp_path: Path, serve_hub: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refuses: str, status: int, runs: Path, tmp_path: Path, serve_hub: Callable[[Any], None],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    serve_hub(receiver("/commit/"))
+    serve_hub(receiver(refuses, status))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert run_merge(runs / "lora", "--out", tmp_path / "out", "--push", "me/model") == 2
     said = capsys.readouterr()
-    assert said.err.startswith("error: --push: me/model: 403 ") or "Forbidden" in said.err
-    assert f"`hf upload me/model {tmp_path}/out`" in said.err
+    assert said.err.startswith("error: --push: me/model: ")
+    assert str(status) in said.err
+    assert said.err.endswith(
+        f": {tmp_path}/out is complete: fix this, then `hf upload me/model {tmp_path}/out --private`\n"
+    )
     assert said.err.count("\n") == 1
     assert TOKEN not in said.out + said.err
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def is_private(created: dict[str, Any]) -> bool:
+    return created.get("visibility") == "private" or created.get("private") is True  # of newer and older clients
+
+
+def test_a_gguf_directory_is_pushed_and_a_public_repository_must_be_asked_for(
+    runs: Path, tmp_path: Path, serve_hub: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    handler = receiver()
+    serve_hub(handler)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    pushed = ["--format", "gguf-lora", "--push", "me/model", "--no-private"]
+    assert run_merge(runs / "lora", "--out", tmp_path / "out.gguf", *pushed) == 2
+    assert f"--push: uploads directories: write --out {tmp_path}/out\n" in capsys.readouterr().err
+    assert run_merge(runs / "lora", "--out", tmp_path / "out", *pushed) == 0
+    (created,) = dict(handler.posted)["/api/repos/create"]
+    assert not is_private(created)
 
 
 def test_nothing_is_sent_unless_it_is_asked_for(runs: Path, tmp_path: Path, serve_hub: Callable[[Any], None]) -> None:
@@ -231,5 +326,5 @@ def test_a_hub_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(UserError, match="--push: me/model: ") as refused:
-        push(tmp_path, "me/model")
+        push(tmp_path, "me/model", private=True)
     assert TOKEN not in str(refused.value)

@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "learning_rate": 0.01,
     },
     "evaluation": {"prompts": 2, "max_new_tokens": 4},
-    "logging": {"progress_bar": False, "show_example": False},
+    "logging": {"progress_bar": False, "show_example": False, "plots": "none"},
     "system": {"device": "cpu", "threads": 1},
 }
 

@@ -22,6 +22,7 @@ from nanoft.__main__ import main
 from nanoft.config import LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.generation.chat import HELP, ChatSession, stream_text
+from nanoft.generation.sampling import Sampling
 from nanoft.lora import LoRALinear, inject_lora
 from nanoft.model import Decoder
 from nanoft.models.families import decoder_config
@@ -97,8 +98,10 @@ class Script:
     def __init__(self, chat: ChatTokenizer, lines: list[str], adapters: dict[str, LoRALinear]):
         self.chat, self.lines, self.adapters = chat, iter(lines), adapters
         self.asked: list[tuple[str, int, bool]] = []
+        self.temperatures: list[float] = []
 
-    def __call__(self, prompt: list[int], limit: int) -> Iterator[int]:
+    def __call__(self, prompt: list[int], limit: int, sampling: Sampling) -> Iterator[int]:
+        self.temperatures.append(sampling.temperature)
         switched_on = all(adapter.enabled for adapter in self.adapters.values())
         self.asked.append((self.chat.decode(prompt, keep_special=True), limit, switched_on))
         yield from byte_tokens(self.chat, next(self.lines))[:limit]
@@ -112,7 +115,7 @@ def adapters() -> dict[str, LoRALinear]:
 
 
 def session_of(chat: ChatTokenizer, script: Script, **settings: Any) -> ChatSession:
-    chosen = {"with_base": False, "context": 10_000, "max_new_tokens": 50, "system": None, **settings}
+    chosen = {"compare": False, "context": 10_000, "max_new_tokens": 50, "system": None, **settings}
     return ChatSession(chat, script, script.adapters, **chosen)
 
 
@@ -125,12 +128,18 @@ def assistant(text: str) -> str:
 
 
 OPEN = "<|im_start|>assistant\n"
+BANNER = """\
+runs/some, step 8
+temperature 0 (greedy), at most 50 tokens per answer
+/reset /system /temperature /base /help /quit; Ctrl-D exits
+"""
+KNOWN = ": choose one of /reset, /system, /temperature, /base, /help, /quit"
 
 
 def run_lines(session: ChatSession, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     session.in_terminal = True
-    session.run()
+    session.run("runs/some, step 8")
 
 
 def test_commands(
@@ -144,9 +153,7 @@ def test_commands(
     run_lines(session_of(chat, script), "\n".join([*lines, "/etc/passwd?", "/help", "/quit", "q6"]), monkeypatch)
     out, err = capsys.readouterr()
     assert out.replace("> ", "") == "A1\nbase: B1\nA2\nA3\nA4\n"
-    assert err.removeprefix("/help lists the commands, Ctrl-D exits\n") == (
-        f"no question yet\n/etc/passwd?: unknown command\n{HELP}\n{HELP}\n"
-    )
+    assert err.removeprefix(BANNER) == f"no question yet\n/etc/passwd?: unknown command{KNOWN}\n{HELP}\n"
     brief = "<|im_start|>system\nbe  brief<|im_end|>\n"
     assert script.asked == [
         (user("q1") + OPEN, 50, True),
@@ -158,11 +165,36 @@ def test_commands(
     assert all(adapter.enabled for adapter in adapters.values())
 
 
+def test_the_temperature_is_changed_from_the_next_answer_on(
+    chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(chat, ["A", "B", "C"], {})
+    typed = [
+        "q1",
+        "/temperature 0.7",
+        "q2",
+        "/temperature hot",
+        "/temperature -1",
+        "/temprature 1",
+        "/temperature 0",
+        "q3",
+    ]
+    run_lines(session_of(chat, script), "\n".join(typed), monkeypatch)
+    assert script.temperatures == [0.0, 0.7, 0.0]
+    assert capsys.readouterr().err.removeprefix(BANNER).splitlines() == [
+        "temperature 0.7, at most 50 tokens per answer",
+        "/temperature: 'hot' is not a number >= 0: write, for example, /temperature 0.7",
+        "/temperature: '-1' is not a number >= 0: write, for example, /temperature 0.7",
+        "/temprature: unknown command: did you mean /temperature?",
+        "temperature 0 (greedy), at most 50 tokens per answer",
+    ]
+
+
 def test_the_base_answer_is_not_part_of_the_conversation(
     chat: ChatTokenizer, adapters: dict[str, LoRALinear], capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = Script(chat, ["T1", "B1", "T2", "B2"], adapters)
-    session = session_of(chat, script, with_base=True)
+    session = session_of(chat, script, compare=True)
     session.ask("q1")
     session.ask("q2")
     assert capsys.readouterr().out == "tuned: T1\nbase: B1\ntuned: T2\nbase: B2\n"
@@ -184,8 +216,7 @@ def test_a_conversation_that_outgrows_the_context_drops_its_oldest_questions_and
     said = capsys.readouterr().err.splitlines()
     assert said
     assert all(
-        line == f"the oldest question does not fit into the context of {3 * length} tokens any more: dropped"
-        for line in said
+        line == f"the oldest question does not fit into the context of {3 * length} tokens: dropped" for line in said
     )
 
 
@@ -208,7 +239,7 @@ def test_a_question_larger_than_the_context_is_refused_and_not_remembered(
 def test_input_that_is_no_text_is_one_line(chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     with pytest.raises(UserError, match="stdin: not UTF-8"):
-        session_of(chat, Script(chat, [], {})).run()
+        session_of(chat, Script(chat, [], {})).run("MODEL")
     with pytest.raises(UserError, match="stdin: not UTF-8"):  # in the C locale it comes like this
         session_of(chat, Script(chat, [], {})).ask(b"\xff".decode(errors="surrogateescape"))
 
@@ -216,8 +247,8 @@ def test_input_that_is_no_text_is_one_line(chat: ChatTokenizer, monkeypatch: pyt
 class Interrupted(Script):
     """Ctrl-C comes after the first three tokens."""
 
-    def __call__(self, prompt: list[int], limit: int) -> Iterator[int]:
-        for number, token in enumerate(super().__call__(prompt, limit)):
+    def __call__(self, prompt: list[int], limit: int, sampling: Sampling) -> Iterator[int]:
+        for number, token in enumerate(super().__call__(prompt, limit, sampling)):
             if number == 3:
                 raise KeyboardInterrupt
             yield token
@@ -275,7 +306,8 @@ class Terminal:
 def test_a_terminal_has_prompt_signs_and_ctrl_c_does_not_end_the_program(directory: Path) -> None:
     terminal = Terminal(str(directory), "--max-new-tokens", "200")
     try:
-        terminal.until("/help lists the commands")
+        terminal.until("temperature 0 (greedy), at most 200 tokens per answer")
+        terminal.until("Ctrl-D exits")
         terminal.until("> ")
         terminal.type("/nonsense")
         assert "/nonsense: unknown command" in terminal.until("> ")

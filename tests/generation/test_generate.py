@@ -357,7 +357,7 @@ def test_a_run_answers_with_its_adapter(
         said.append(capsys.readouterr().out)
     assert said[0] != said[1] == said[2]
     capsys.readouterr()
-    assert main(["chat", str(trained), "--base", "--prompt", "Say 4 please.", "--max-new-tokens", "16"]) == 0
+    assert main(["chat", str(trained), "--compare", "--prompt", "Say 4 please.", "--max-new-tokens", "16"]) == 0
     assert capsys.readouterr().out == f"tuned: {said[1]}base: {said[0]}"
 
 
@@ -378,7 +378,7 @@ REFUSING = "{{ raise_exception('first line\\nsecond line') }}"
         (["MODEL", "--repetition-penalty", "0"], "--repetition-penalty: 0.0 is out of range"),
         (["MODEL", "--seed", "-3"], "--seed: -3 is out of range"),
         (["MODEL", "--top-p", "0.9"], "--top-p: no effect at temperature 0: add --temperature 0.7"),
-        (["MODEL", "--base"], "has no adapter to switch off"),
+        (["MODEL", "--compare"], "has no adapter to switch off"),
         (["MODEL", "--system", "\udcff"], "--system: not UTF-8"),
         (["MODEL", "--system", "S"], "the chat template refuses these messages: first line second line"),
     ],

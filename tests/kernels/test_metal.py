@@ -334,21 +334,20 @@ def test_the_limit_is_an_error_that_is_understood() -> None:
 
 
 WATERMARKS = {
-    "": ("ok", "what Metal recommends"),
-    "1.5": ("warn", "swaps"),
-    "0": ("warn", "swaps"),
-    "0.9": ("FAIL", "PyTorch refuses it"),
-    "3": ("FAIL", "PyTorch refuses it"),
-    "half": ("FAIL", "PyTorch refuses it"),
-    "0.7 0.6": ("ok", "LOW_WATERMARK_RATIO=0.6"),
-    "0.7 0.8": ("FAIL", "PyTorch refuses it"),
+    None: ("ok", "what Metal recommends"),
+    "0.7": ("ok", "WATERMARK_RATIO=0.7"),
+    "1.0": ("ok", "WATERMARK_RATIO=1.0"),
+    "1.5": ("warn", "WATERMARK_RATIO=1.5"),
+    "0.0": ("warn", "WATERMARK_RATIO=0.0"),
+    "half": ("warn", "WATERMARK_RATIO=half"),
 }
 
 
 @pytest.mark.parametrize("ratio", WATERMARKS)
-def test_the_environment_check_judges_the_watermark(ratio: str, metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip((WATERMARK, WATERMARK.replace("HIGH", "LOW")), ratio.split(), strict=False):
-        monkeypatch.setenv(name, value)
+def test_the_environment_check_judges_the_watermark(ratio: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WATERMARK, raising=False)
+    if ratio:
+        monkeypatch.setenv(WATERMARK, ratio)
     line = doctor.metal()
     assert line.outcome == WATERMARKS[ratio][0]
     assert WATERMARKS[ratio][1] in line.found

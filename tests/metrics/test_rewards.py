@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.loading import load_config
-from nanoft.metrics.rewards import Answered, Rewards, call_within, reward_function
+from nanoft.metrics.rewards import Answered, Prompt, Rewards, call_within, reward_function
 
 OWN = """
 import time
@@ -78,8 +79,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def answered(answer: str, number: int = 3, **record: Any) -> Answered:
-    asked = [{"role": "user", "content": "What is 1 + 1?"}]
-    return Answered("What is 1 + 1?", answer, "2", {"solution": "two", **record}, f"sums.jsonl:{number}", asked)
+    asked, fields = [{"role": "user", "content": "What is 1 + 1?"}], {"solution": "two", **record}
+    return Answered(Prompt(asked, "2", record=fields, where=f"sums.jsonl:{number}"), answer, "2")
 
 
 def rewards(*names: str, weights: tuple[float, ...] = (), timeout: float = 5.0) -> tuple[Rewards, list[str]]:
@@ -288,6 +289,32 @@ def test_a_reward_model_is_no_function_whatever_its_directory(tmp_path: Path) ->
     settings = Config().override({"rl.reward": ("run:judge",)}).to_dict()
     (tmp_path / "config.json").write_text(json.dumps({**settings, "provenance": {}}))
     assert load_config(tmp_path / "config.json", [], {}).rl.reward == ("run:judge",)
+
+
+def judging(answers: Sequence[Answered]) -> list[float]:
+    """A reward model that takes some answers for a reason to fail."""
+    said = [each.answer for each in answers]
+    if "bad" in said:
+        raise UserError("the chat template refuses this")
+    if "large" in said:
+        raise MemoryError
+    return [math.inf if text == "odd" else float(len(text)) for text in said]
+
+
+def test_a_reward_model_that_fails_costs_the_answers_for_which_it_does() -> None:
+    said: list[str] = []
+    config = Config().override({"rl.reward": ("run:judge",)})
+    scorer = Rewards(config.rl, said.append, lambda run: judging)
+    np.testing.assert_array_equal(scorer.score([answered("2"), answered("two")])[:, 0], [1, 3])
+    assert not said
+    found = scorer.score([answered("2"), answered("bad", 7), answered("odd"), answered("two")])
+    np.testing.assert_array_equal(found[:, 0], [1, math.nan, math.nan, 3])
+    assert scorer.failures["run:judge"] == 2
+    assert len(said) == 1
+    assert "run:judge: nanoft.UserError: the chat template refuses this at sums.jsonl:7" in said[0]
+    for answers in ([answered("large")], [answered("bad"), answered("large")]):
+        with pytest.raises(MemoryError):
+            scorer.score(answers)
 
 
 @pytest.mark.parametrize("text", ["run:runs/judge,max_words:9", "[run:runs/judge, max_words:9]"])

@@ -263,7 +263,7 @@ CLOSE: list[tuple[str, dict[str, object], str]] = [
     ("seed_oss", {"residual_dropout": 0.1}, "residual_dropout: 0.1 is not supported: set it to 0.0"),
     ("seed_oss", {"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported: set it to 0.0"),
     # values that would fail, or compute something else, only when the model runs
-    ("llama", {"intermediate_size": None}, "intermediate_size: null: give a whole number"),
+    ("llama", {"intermediate_size": None}, "intermediate_size: None is not a whole number"),
     ("llama", {"architectures": "LlamaForCausalLM"}, "architectures: 'LlamaForCausalLM' is not a list of names"),
     ("llama", {"architectures": [7]}, "architectures: .7. is not a list of names"),
     ("llama", {"rope_parameters": [1, 2]}, "rope_parameters: .1, 2. is not a type and its fields"),

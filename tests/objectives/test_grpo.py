@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanoft import UserError, kernels
-from nanoft.batches import TokenDataset
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.lora import inject_lora
@@ -313,10 +312,6 @@ def test_the_held_out_reward_is_the_mean_of_those_that_did_not_fail(directory: P
     ]
     model, adapters = policy_model(directory, config := settings_of())
     objective = given(config, adapters, found)
-    samples = TokenDataset.of([answer.sample(0.0) for answer in found])
-    figure = objective.held_out(model, samples)["reward"]
-    assert figure.value == 0.75
-    assert figure.parts.shape == (12, 2), "a row for each, to compare two models on the same prompts"
     assert objective.evaluate(model, [])["reward"] == 0.75
     assert objective.evaluate(model, [])["reward_failures"] == pytest.approx(1 / 3)
 

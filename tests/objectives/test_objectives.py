@@ -132,6 +132,9 @@ def test_sharded_the_reference_is_the_same(method: str, root: Path, start: Path,
     _, err = run(2, tmp_path / "two", **changes, **split)
     assert codes(tmp_path / "two") == {0: 0, 1: 0}, err
     assert dict(losses(tmp_path / "two")) == pytest.approx(dict(losses(tmp_path / "alone")), rel=1e-4)
+    ours, theirs = ([e["kl_per_token"] for e in events(tmp_path / which, "eval")] for which in ("two", "alone"))
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+    assert ours[-1] > 0
 
 
 # --- interruptions
@@ -158,7 +161,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         changes["lora__start_from"] = start
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert train.main(on(root, whole, objective, **changes)) == 0
-    assert ("%, KL " if objective == "kto" else "%, margin ") in capsys.readouterr().out
+    line = {"kto": "%, KL ", "grpo": "held-out reward ", "distill": "validation loss "}.get(objective, "%, margin ")
+    assert line in capsys.readouterr().out
     with monkeypatch.context() as patch:
         stop_after(5, patch, signal.SIGTERM)
         assert train.main(on(root, halves, objective, **changes)) == train.STOPPED_BY_SIGNAL
@@ -200,7 +204,7 @@ def test_out_of_memory_at_one_unit_ends_with_3(
     in_the_loop(monkeypatch, "run_block", no_memory, nanoft.model)
     assert train.main(on(root, tmp_path / "run", objective, **SHORT)) == 3
     captured = capsys.readouterr()
-    assert one_line(captured.err).startswith("failed: out of memory with micro-batches of 1 rows: try ")
+    assert one_line(captured.err).startswith("failed: out of memory with micro-batch size 1: try ")
     assert captured.out.count("warning: out of memory after step 0") == 2  # 4 rows, 2 rows
 
 

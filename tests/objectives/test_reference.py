@@ -54,7 +54,7 @@ def log_probabilities(model: Decoder) -> torch.Tensor:
 def test_the_divergence_is_that_of_all_logits(
     start: str, targets: str, cap: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "KL_POSITIONS", 5)  # several chunks
+    monkeypatch.setattr(reference, "compared_rows", lambda *_: 5)  # several chunks
     make_reference("mistral", tmp_path, vocab_size=VOCAB)
     model = load_model(tmp_path, torch.device("cpu"), torch.float32)
     model.config = replace(model.config, logit_cap=cap)
@@ -76,3 +76,29 @@ def test_the_divergence_is_that_of_all_logits(
         with own.weights():
             torch.testing.assert_close(log_probabilities(model), before)
         torch.testing.assert_close(log_probabilities(model), now)  # and back
+
+
+@pytest.mark.parametrize("session", ["first", "later"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])  # qwen2: the embeddings are the head
+def test_if_every_parameter_is_trained_the_divergence_is_that_of_all_logits(
+    family: str, session: str, tmp_path: Path
+) -> None:
+    make_reference(family, tmp_path, vocab_size=VOCAB)
+    model = load_model(tmp_path, torch.device("cpu"), torch.float32)
+    own = Reference(Config(), {})
+    own.precompute(model, [samples()[:0], samples()], tmp_path, 2, {"logps": lambda data: data})
+    batch = collate(samples(), list(np.array([[2], [0], [1]])), 0)
+    with torch.no_grad():
+        before = log_probabilities(model)
+        assert own.kl_divergence(model, batch).abs().max() < 1e-6
+        torch.manual_seed(1)
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+        now = log_probabilities(model)
+        if session == "later":
+            own = Reference(Config(), {})
+            own.precompute(model, [samples()[:0], samples()], tmp_path, 2, {"logps": lambda data: data})
+        found = own.kl_divergence(model, batch)
+    expected = F.kl_div(before, now, reduction="none", log_target=True).sum(-1).split([2, 6, 4])
+    torch.testing.assert_close(found, torch.cat([expected[i] for i in (2, 0, 1)]), rtol=1e-4, atol=1e-6)
+    assert found.mean() > 0.001

@@ -24,7 +24,7 @@ from nanoft.batches import Batches, Sample, TokenDataset, collate
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.evaluation.evaluate import reward_figures
-from nanoft.metrics.rewards import Answered
+from nanoft.metrics.rewards import Answered, Prompt
 from nanoft.model import Decoder
 from nanoft.models.open import open_model
 from nanoft.models.weights import add_score, load_model
@@ -186,7 +186,7 @@ def test_a_run_judges_answers_as_transformers_does(run: str, trained: Path, tmp_
     for n, said in enumerate(["", "4, 5!", "4, 5?", "well, " * 9, " "]):
         asked: list[dict[str, Any]] = [{"role": "user", "content": f"Say {n}."}]
         asked += [{"role": "assistant", "content": "Why?", "weight": 0}, *asked] * (n % 2)
-        answers.append(Answered("", said, "", {}, "", asked))
+        answers.append(Answered(Prompt(asked, ""), said, ""))
         turns = [{k: v for k, v in turn.items() if k != "weight"} for turn in asked]
         turns.append({"role": "assistant", "content": said if said.strip() else ""})
         ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
@@ -196,6 +196,21 @@ def test_a_run_judges_answers_as_transformers_does(run: str, trained: Path, tmp_
     assert judge(answers) == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert judge(answers, batch_size=1) == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert judge([]) == []
+
+
+def test_tools_and_variables_of_the_template_are_part_of_the_conversation(trained: Path, monkeypatch: Any) -> None:
+    judge = TrainedReward(str(trained / "lora"), CPU, torch.float32)
+    render, given, judge.chat.may_omit = judge.chat.render_samples, list[Any](), True
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        given.append((arguments, options))
+        return render(*arguments, **options)
+
+    monkeypatch.setattr(judge.chat, "render_samples", noting)
+    asked, tools = [{"role": "user", "content": "Say 3."}], [{"type": "function", "function": {"name": "say"}}]
+    judge([Answered(Prompt(asked, "4", tools, {"style": "short"}), "3!", "4")])
+    whole = [*asked, {"role": "assistant", "content": "3!"}]
+    assert given == [((whole, 0, tools), {"template_args": {"style": "short"}})]
 
 
 @pytest.mark.parametrize("run", ["lora", "qlora"])

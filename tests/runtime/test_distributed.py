@@ -23,7 +23,7 @@ from nanoft.config import Config
 from nanoft.config.resume import check_ranks, first_difference, resume_fingerprint
 from nanoft.models.families import decoder_config
 from nanoft.runtime import distributed
-from nanoft.runtime.machine import Machine, select_device
+from nanoft.runtime.device import Machine, select_device
 from nanoft.training.memory_plan import Planner, resolve_micro_batch_size
 from nanoft.training.validation import validate_config
 from tiny_models import make_chat_model, write_records
@@ -104,7 +104,7 @@ def test_three_ranks_and_memory_that_is_short_on_one(tmp_path: Path) -> None:
     assert train.main(quick(whole, **EXACT, **split)) == 0
     out, err = run(3, directory, SHORT_ON_ONE, **{**split, "training__gradient_accumulation_steps": 2})
     assert codes(directory) == {0: 0, 1: 0, 2: 0}, err
-    assert "with micro-batches of 3 rows: retrying with 2" in out
+    assert "with micro-batch size 3: retrying with 2" in out
     assert [loss for _, loss in losses(directory)] == pytest.approx([loss for _, loss in losses(whole)], abs=1e-6)
     close(result(directory), result(whole), 1e-5)
 
@@ -423,7 +423,7 @@ def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
         ({"training__learning_rat": 1}, "training.learning_rat"),
         (
             {"training__micro_batch_size": "auto", "training__gradient_accumulation_steps": 5},
-            "error: training.gradient_accumulation_steps: 5 rows a step cannot be split evenly over 2 processes",
+            "training.gradient_accumulation_steps: a step of 5 sequences cannot be split evenly over 2 processes",
         ),
     ],
 )
@@ -475,7 +475,7 @@ def test_rows_by_memory_are_shared_evenly() -> None:
     auto = Config().override({"training.micro_batch_size": "auto", "training.gradient_accumulation_steps": 7})
     auto = auto.override({"system.ranks": 2, "system.device": "cpu"})
     planner = Planner.of(auto, Machine.detect(auto), decoder_config(MISTRAL_7B))
-    with pytest.raises(UserError, match=r"7 rows a step .* over 2 processes: set it to 6"):
+    with pytest.raises(UserError, match=r"a step of 7 sequences .* over 2 processes: set it to 6"):
         resolve_micro_batch_size(planner, None)
 
 
@@ -543,7 +543,7 @@ def broken():
 def main(argv):
     me, n = distributed.process_rank(), distributed.world_size()
     assert n == 3
-    assert list(distributed.shard(range(8))) == list(distributed.split_work(range(8))) == list(range(me, 8, 3))
+    assert list(distributed.split_work(range(8))) == list(range(me, 8, 3))
     every = {i: [i / 3, "x"] for i in range(4)}
     assert distributed.all_gather_dict({i: every[i] for i in distributed.split_work(range(4))}) == every
     assert distributed.broadcast_from_rank0(lambda: ["found", me]) == ["found", 0]
@@ -608,7 +608,6 @@ def test_alone_there_is_nobody_to_talk_to() -> None:
     assert distributed.broadcast_from_rank0(lambda: {1, 2}) == {1, 2}, "not even JSON is made of it"
     assert distributed.all_reduce_sum(0.5, 3) == [0.5, 3]
     assert (list(distributed.split_work(range(3))), distributed.all_gather_dict({2: "c"})) == ([0, 1, 2], {2: "c"})
-    assert list(distributed.shard(iter("abc"))) == ["a", "b", "c"]
     p = torch.nn.Parameter(torch.ones(2))
     distributed.all_reduce_gradients(torch.ones(()), [p])
     assert p.grad is None

@@ -115,20 +115,6 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert said.count("\n") == 1
 
 
-def test_the_chart_puts_the_extremes_at_the_edges() -> None:
-    lines = compare.chart([([0.0, 5.0, 10.0], [4.0, 2.0, 0.0]), ([10.0], [4.0])], width=32, height=5)
-    assert lines == [
-        "        4 |*                   o",
-        "          |",
-        "          |          *",
-        "          |",
-        "        0 |                    *",
-        "          +0                  10",
-    ]
-    assert compare.chart([([], [])]) == ["  (no data yet)"]
-    assert "*" in compare.chart([([3.0], [1.0])])[-2]  # a single point
-
-
 def test_the_rest_is_reckoned_by_the_median_pace() -> None:
     events = [{"event": "memory", "step": 0, "total_steps": 100, "time": 0.0}]
     times = [10, 12, 14, 16, 99, 101, 103]  # one pause
@@ -189,14 +175,16 @@ def test_following_a_run_that_nobody_works_on_ends(tmp_path: Path, capsys: pytes
     assert "stopped before it was done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
 def test_a_terminal_is_drawn_anew(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    columns: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_events(tmp_path / "run", [*training(10), {"event": "done", "step": 10}])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert compare.follow(tmp_path / "run", 0.05) == 0
     said = capsys.readouterr().out
     assert said.startswith(compare.HOME)
-    assert max(map(len, said.removeprefix(compare.HOME).splitlines())) <= 63
+    assert max(map(len, said.removeprefix(compare.HOME).splitlines())) <= columns + 3
+    assert said.count("█") > 10
     assert "run  step 10  done" in said

@@ -55,13 +55,14 @@ def points(svg: Path, gid: str) -> np.ndarray[Any, Any]:
 
 
 def test_the_lines_of_the_svg_are_the_data_but_for_scale(tmp_path: Path) -> None:
-    """A linear axis maps data to the page by x -> a x + b: the one that fits two points must fit all."""
+    """An axis maps data to the page by x -> a x + b, a logarithmic one log(x): what fits two points must fit all."""
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     png, svg = plots.draw(write_events(tmp_path / "run", training(60)))
     assert png.read_bytes().startswith(b"\x89PNG")
     for event, key in (("train", "loss"), ("eval", "loss"), ("train", "grad_norm"), ("train", "learning_rate")):
         data = np.array(read_events(tmp_path / "run").series(event, key)).T
         drawn = points(svg, f"{event}.{key}")
+        data[:, 1] = np.log(data[:, 1]) if key == "loss" else data[:, 1]
         assert len(drawn) == len(data)
         for axis in (0, 1):
             scale, shift = np.polyfit(data[:, axis], drawn[:, axis], 1)
@@ -69,18 +70,70 @@ def test_the_lines_of_the_svg_are_the_data_but_for_scale(tmp_path: Path) -> None
             assert scale > 0 if axis == 0 else scale < 0  # an SVG counts downwards
 
 
-def test_the_figure_holds_the_series_in_black(tmp_path: Path) -> None:
+def test_the_figure_holds_the_series(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     events = read_events(write_events(tmp_path, training(200)))
     drawn = [line for axes in plots.figure(events, "a").axes for line in axes.get_lines()]
-    assert {line.get_color() for line in drawn} == {"black"}
-    for line in drawn:
+    (best,) = [line for line in drawn if line.get_gid() is None]
+    assert (best.get_label(), list(best.get_xdata())) == ("best: step 200", [200, 200])
+    for line in [line for line in drawn if line is not best]:
         steps, values = events.series(*line.get_gid().split("."))
         np.testing.assert_array_equal(line.get_xdata(), steps)
         np.testing.assert_array_equal(line.get_ydata(), values)
     for axes in plots.figure(events, "a").axes:
         looks = [(line.get_linestyle(), line.get_marker()) for line in axes.get_lines()]
         assert len(set(looks)) == len(looks)  # told apart without color
+
+
+def test_the_panels_are_those_with_data_and_no_legend_covers_a_curve() -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+
+    def panels(losses: list[float], **values: float) -> dict[str, Any]:
+        lines = [{"event": "train", "step": step, "loss": loss, **values} for step, loss in enumerate(losses)]
+        picture = plots.figure(Events([*lines, {"event": "eval", "step": 2, "loss": -0.5, **values}]), "a")
+        picture.draw_without_rendering()
+        for axes in picture.axes:
+            if legend := axes.get_legend():
+                assert legend.get_window_extent().y0 >= axes.get_window_extent().y1 - 1
+        return {axes.get_title(loc="left"): axes for axes in picture.axes}
+
+    assert panels([3.0, 2.0])["loss"].get_yscale() == "linear"
+    assert panels([3.0, 0.1])["loss"].get_yscale() == "linear"  # an evaluation is negative
+    assert [*panels([3.0], **{"rewards/chosen": 1.0, "rewards/rejected": 0.5})] == ["loss", "reward of answers"]
+    rewarded = panels([0.1, 0.2], reward=0.5)
+    assert [line.get_label() for line in rewarded["loss"].get_lines()] == ["training"]  # the other is -reward
+    assert rewarded["reward"].get_lines()[-1].get_label() == "best: step 2"
+
+
+CHART = """\
+loss: training (blocks), evaluation (o), by optimizer step
+      2.5 |█▆▄▂
+          |████▇▄▃▁
+          |█████████▆▅▄▃▂▁
+          |████████████████▇▆▅o▄▃▂▂▁▁
+          |███████████████████████████▇▇▆▆▅▅▄▄▄▃▃▂▂▁▁▁ o
+   0.1667 |██████████████████████████████████████████████▇▇▇▆▆▆▅▅▅▄▄▄▄▃▃▃▃▂▂▂▂▁o
+          +2                                                                  30"""
+
+
+def test_the_loss_as_text() -> None:
+    assert plots.loss_chart(Events(training(30)), 80) == CHART.splitlines()
+    for width in (80, 120):
+        assert max(map(len, plots.loss_chart(Events(training(300)), width))) == width
+    few = [{"event": "train", "step": 3, "loss": 2.0}, {"event": "train", "step": 4, "loss": None}]
+    assert plots.loss_chart(Events(few))[1:] == plots.chart(([3.0], [2.0]))
+    assert plots.chart(([], [])) == ["  (no data yet)"]
+    assert plots.loss_chart(Events([{"event": "train", "step": 1, "reward": 0.5}]))[0].startswith("reward: ")
+
+
+def test_the_chart_puts_the_extremes_at_the_edges() -> None:
+    assert plots.chart(([0.0, 5.0, 10.0], [4.0, 2.0, 0.0]), ([10.0], [4.0]), width=22, height=3) == [
+        "        4 |█▆▃▁      o",
+        "          |████▇▅▂",
+        "        0 |████████▆▃▁",
+        "          +0        10",
+    ]
+    assert plots.chart(([], []), ([1.0], [2.0]), width=22, height=2)[1].endswith("|o")
 
 
 def test_the_same_events_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

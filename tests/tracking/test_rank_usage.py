@@ -1,4 +1,4 @@
-"""Rank usage against numpy's SVD of the whole update, entropy by hand, gradients kept on the side, known spectra."""
+"""Rank usage against numpy's SVD of the whole update, entropy by hand, known spectra."""
 
 from __future__ import annotations
 
@@ -21,17 +21,13 @@ from nanoft.lora import LoRALinear, PiSSALinear, inject_lora
 from nanoft.nf4 import Linear4bit
 from nanoft.tracking.rank_usage import (
     MIN_STEPS,
-    Advice,
-    GradientStats,
     RankUsage,
     advise,
     directions_for_energy,
     effective_rank,
-    gradient_stats,
     measure_rank_usage,
     rank_report,
     singular_values,
-    summarize,
     weight_norm,
 )
 
@@ -50,17 +46,16 @@ def factors(sigma: list[float], out: int = 40, into: int = 30) -> tuple[Tensor, 
     return torch.linalg.inv(mix) @ v.T, u @ torch.diag(torch.tensor(sigma).double()) @ mix
 
 
-def usage(sigma: list[float], update: float = 0.01, rms: float | None = 1e-3) -> RankUsage:
+def usage(sigma: list[float], update: float = 0.01) -> RankUsage:
     """A module with this spectrum, all figures by hand."""
     rank, total, energy = len(sigma), sum(sigma), sum(s * s for s in sigma)
     entropy = -sum(s / total * math.log(s / total) for s in sigma if s)
     cumulative = [sum(s * s for s in sigma[: k + 1]) for k in range(rank)]
-    held = [next(k + 1 for k in range(rank) if cumulative[k] >= share * energy) for share in (0.9, 0.99)]
-    moments = None if rms is None else GradientStats(rms, 0.5, 400)
-    return RankUsage(rank, sigma, math.exp(entropy), energy / sigma[0] ** 2, *held, update, moments)
+    held = next(k + 1 for k in range(rank) if cumulative[k] >= 0.99 * energy)
+    return RankUsage(rank, sigma, math.exp(entropy), held, update)
 
 
-ZERO = RankUsage(16, [0.0] * 16, 0.0, 0.0, 0, 0, 0.0, GradientStats(1e-3, 0.5, 400))
+ZERO = RankUsage(16, [0.0] * 16, 0.0, 0, 0.0)
 
 
 # --- the spectrum
@@ -104,7 +99,6 @@ def test_entropy_and_energy_by_hand(values: list[float]) -> None:
     shares = [value / total for value in values]
     rank = effective_rank(sigma)
     assert rank == pytest.approx(math.exp(-math.fsum(p * math.log(p) for p in shares if p > 0)))
-    assert math.fsum(s * s for s in values) / values[0] ** 2 <= rank + 1e-9  # the stable rank is never larger
     for share in (0.5, 0.9, 0.99):
         held, energy = directions_for_energy(sigma, share), math.fsum(s * s for s in values)
         assert math.fsum(s * s for s in values[:held]) >= share * energy * (1 - 1e-12)
@@ -126,77 +120,6 @@ def test_the_norm_of_a_weight_is_that_of_float64(kind: str) -> None:
     assert weight_norm(linear) == pytest.approx(np.linalg.norm(weight.double().numpy()), rel=5e-5)
 
 
-# --- the gradients
-
-
-def trained(steps: int, kind: str = "AdamW", **settings: Any) -> tuple[Any, list[nn.Parameter], list[list[Tensor]]]:
-    """An optimizer that has taken steps with random gradients, its two parameters, and those gradients."""
-    parameters = [nn.Parameter(random(6, 40)), nn.Parameter(random(50, 6))]
-    made = getattr(torch.optim, kind)(parameters, lr=1e-3, **settings)
-    seen = []
-    for step in range(steps):
-        gradients = [random(*p.shape, seed=100 * step + i) * (1 + i) + 0.3 for i, p in enumerate(parameters)]
-        for p, g in zip(parameters, gradients, strict=True):
-            p.grad = g.clone()
-        made.step()
-        seen.append(gradients)
-    return made, parameters, seen
-
-
-@pytest.mark.parametrize("steps", [1, 7, 60])
-@pytest.mark.parametrize("fused", [True, False])
-def test_gradients_are_the_weighted_means_of_those_seen(steps: int, fused: bool) -> None:
-    beta1, beta2 = 0.8, 0.97
-    optimizer, parameters, seen = trained(steps, betas=(beta1, beta2), weight_decay=0.1, fused=fused)
-    rows = torch.stack([torch.cat([g.flatten() for g in gradients]) for gradients in seen]).double().numpy()
-    first, second = (np.array([beta ** (steps - 1 - i) for i in range(steps)]) for beta in (beta1, beta2))
-    mean = first @ rows / first.sum()
-    square = second @ rows**2 / second.sum()
-    found = gradient_stats(parameters, optimizer)
-    assert found is not None
-    assert found.step == steps
-    assert found.rms == pytest.approx(math.sqrt(square.mean()), rel=1e-4)
-    assert found.signal == pytest.approx(math.sqrt((mean**2).sum() / square.sum()), rel=1e-4)
-
-
-@pytest.mark.parametrize("steps", [1, 4, 50])
-def test_gradients_without_a_mean_have_the_signal_of_noise(steps: int) -> None:
-    parameter = nn.Parameter(torch.zeros(200_000))
-    optimizer = torch.optim.AdamW([parameter], betas=(0.9, 0.999))
-    for step in range(steps):
-        parameter.grad = random(200_000, seed=step)
-        optimizer.step()
-    found = gradient_stats([parameter], optimizer)
-    assert found is not None
-    assert found.signal == pytest.approx({1: 1.0, 4: math.sqrt(0.16561 / 0.65341), 50: 0.2306}[steps], rel=0.01)
-
-
-def test_gradients_that_do_not_change_are_all_signal() -> None:
-    parameter = nn.Parameter(torch.zeros(10))
-    optimizer = torch.optim.AdamW([parameter])
-    for _ in range(5):
-        parameter.grad = torch.linspace(-1, 1, 10)
-        optimizer.step()
-    found = gradient_stats([parameter], optimizer)
-    assert found is not None
-    assert found.signal == pytest.approx(1.0, rel=1e-5)
-
-
-@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "Adagrad", "Adamax"])
-def test_without_adams_means_nothing_is_said(optimizer: str) -> None:
-    made, parameters, _ = trained(2, optimizer)
-    assert gradient_stats(parameters, made) is None
-    assert gradient_stats(parameters, torch.optim.AdamW(parameters)) is None  # no step yet
-
-
-def test_gradients_that_were_zero_have_no_signal() -> None:
-    parameter = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([parameter])
-    parameter.grad = torch.zeros(3)
-    optimizer.step()
-    assert gradient_stats([parameter], optimizer) == GradientStats(0.0, 0.0, 1)
-
-
 # --- one adapter
 
 
@@ -206,17 +129,15 @@ def test_an_adapter_is_measured_as_its_whole_update_says(packed: bool) -> None:
     (adapter,) = adapters_on({"q_proj": base}, rank=6, alpha=9.0).values()
     with torch.no_grad():
         adapter.lora_B.copy_(random(96, 6, seed=5))
-    found = measure_rank_usage(adapter, torch.optim.SGD(adapter.parameters()))
+    found = measure_rank_usage(adapter)
     whole = 1.5 * (adapter.lora_B.double() @ adapter.lora_A.double()).detach().numpy()
     weight = (base.dequantize() if packed else base.weight.detach()).double().numpy()
     sigma = np.linalg.svd(whole, compute_uv=False)[:6]
     assert found.singular_values == pytest.approx(sigma)
-    assert found.stable_rank == pytest.approx((np.linalg.norm(whole) / np.linalg.norm(whole, 2)) ** 2)
     assert found.relative_update == pytest.approx(np.linalg.norm(whole) / np.linalg.norm(weight), rel=1e-5)
-    assert (found.rank, found.gradient) == (6, None)
     by_hand = usage(found.singular_values)
-    for name in ("effective_rank", "directions_90", "directions_99"):
-        assert getattr(found, name) == pytest.approx(getattr(by_hand, name))
+    assert (found.rank, found.directions_99) == (6, by_hand.directions_99)
+    assert found.effective_rank == pytest.approx(by_hand.effective_rank)
 
 
 def adapters_on(linears: dict[str, nn.Module], rank: int, alpha: float) -> dict[str, LoRALinear]:
@@ -234,10 +155,10 @@ def test_a_fresh_adapter_has_no_update_and_a_base_of_zeros_is_infinitely_changed
     base = nn.Linear(8, 8)
     nn.init.zeros_(base.weight)
     (adapter,) = adapters_on({"q_proj": nn.Linear(8, 8)}, rank=4, alpha=8.0).values()
-    found = measure_rank_usage(adapter, torch.optim.SGD(adapter.parameters()))
-    assert (found.effective_rank, found.stable_rank, found.directions_99, found.relative_update) == (0, 0, 0, 0)
+    found = measure_rank_usage(adapter)
+    assert (found.effective_rank, found.directions_99, found.relative_update) == (0, 0, 0)
     (adapter,) = adapters_on({"q_proj": base}, rank=4, alpha=8.0).values()
-    assert measure_rank_usage(adapter, torch.optim.SGD(adapter.parameters())).relative_update == math.inf
+    assert measure_rank_usage(adapter).relative_update == math.inf
 
 
 # --- the advice
@@ -252,109 +173,47 @@ def low(rank: int, of: int = 16) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("sigmas", "verdict", "rank"),
+    ("sigmas", "advice"),
     [
-        ([low(1)], "lower", 1),
-        ([low(3)], "lower", 4),
-        ([low(8)], "lower", 8),
-        ([low(9)], "fine", None),
-        ([low(5, 32)], "lower", 8),
-        ([low(3), low(6), low(2)], "lower", 8),  # it must suit all
-        ([low(3), low(9), low(3)], "fine", None),
-        ([FULL], "raise", 32),
-        ([[1.0] * 16], "raise", 32),
-        ([FULL, FULL, DECAYING], "raise", 32),  # the median decides
-        ([FULL, DECAYING, DECAYING], "fine", None),
-        ([DECAYING], "fine", None),
-        ([TAILED], "fine", None),
-        ([[1.0] * 4], "raise", 8),
-        ([[1.0] * 3], "none", None),
-        ([[1.0]], "none", None),
-        ([[1.0, 1e-6]], "lower", 1),
-        ([low(3), low(3, 8)], "lower", 4),
+        ([low(1)], "rank 1 is enough"),
+        ([low(3)], "rank 4 is enough"),
+        ([low(8)], "rank 8 is enough"),
+        ([low(9)], "fine"),
+        ([low(5, 32)], "rank 8 is enough"),
+        ([low(3), low(6), low(2)], "rank 8 is enough"),  # it must suit all
+        ([low(3), low(9), low(3)], "fine"),
+        ([FULL], "try rank 32"),
+        ([[1.0] * 16], "try rank 32"),
+        ([FULL, FULL, DECAYING], "try rank 32"),  # the median decides
+        ([FULL, DECAYING, DECAYING], "fine"),
+        ([DECAYING], "fine"),
+        ([TAILED], "fine"),
+        ([[1.0] * 4], "try rank 8"),
+        ([[1.0] * 3], "no advice"),
+        ([[1.0]], "no advice"),
+        ([[1.0, 1e-6]], "rank 1 is enough"),
+        ([low(3), low(3, 8)], "rank 4 is enough"),
     ],
 )
-def test_advice_on_known_spectra(sigmas: list[list[float]], verdict: str, rank: int | None) -> None:
-    found = advise([usage(sigma) for sigma in sigmas], [], MIN_STEPS)
-    assert (found.verdict, found.rank) == (verdict, rank)
-    early = advise([usage(sigma) for sigma in sigmas], [], MIN_STEPS - 1)
-    assert (early.verdict, early.rank) == ("none", None)
+def test_advice_on_known_spectra(sigmas: list[list[float]], advice: str) -> None:
+    usages = [usage(sigma) for sigma in sigmas]
+    assert advise(usages, MIN_STEPS)[0] == advice
+    assert advise(usages, MIN_STEPS - 1)[0] == "no advice"
 
 
 def test_zero_updates_get_no_advice_and_do_not_hinder_the_others() -> None:
-    assert advise([ZERO, ZERO], [], 500).verdict == "none"
-    assert advise([ZERO, usage(low(3)), usage(low(3))], [], 500) == advise([usage(low(3))], [], 500)
-    assert advise([ZERO, ZERO, usage(FULL)], [], 500).verdict == "fine"  # the median is not full
-
-
-def test_a_module_is_dropped_only_if_update_and_gradients_are_negligible() -> None:
-    others = [usage(FULL, update, 1e-3) for update in (0.01, 0.02, 0.03)]
-    idle = usage(FULL, 0.0019, 0.9e-4)
-    assert advise([idle, idle], others, 500).verdict == "drop"
-    for busy in (usage(FULL, 0.0021, 0.9e-4), usage(FULL, 0.0019, 1.1e-4), usage(FULL, 0.0019, None)):
-        assert advise([idle, busy], others, 500).verdict == "raise"
-    assert advise([idle], [*others, usage(FULL, 0.02, None)], 500).verdict == "raise"
-    assert advise([idle], [], 500).verdict == "raise"
-    assert advise([idle], others, 50).verdict == "none"
-    assert advise([idle], [idle, ZERO, ZERO], 500).verdict == "raise"
-    assert advise([ZERO], [idle, idle], 500).verdict == "none"  # its gradients are larger than theirs
-
-
-def test_types_are_judged_alone_and_the_run_without_what_is_dropped() -> None:
-    modules = {
-        **{f"layers.{n}.self_attn.q_proj": usage(low(3), 0.02) for n in range(3)},
-        **{f"layers.{n}.mlp.up_proj": usage(low(5), 0.03) for n in range(3)},
-        **{f"layers.{n}.mlp.down_proj": usage(FULL, 1e-4, 1e-6) for n in range(3)},
-    }
-    found = summarize(modules, 400)
-    advice = {kind: (line["advice"]["verdict"], line["advice"]["rank"]) for kind, line in found["types"].items()}
-    assert advice == {"q_proj": ("lower", 4), "up_proj": ("lower", 8), "down_proj": ("drop", None)}
-    assert (found["all"]["advice"]["rank"], found["all"]["drop"]) == (8, ["down_proj"])
-    assert found["all"]["modules"] == 6
-    assert found["summary"].startswith("rank 8 is enough: ")
-    assert found["summary"].endswith("; try without down_proj")
-    assert found["modules"].keys() == modules.keys()
-    line = found["types"]["q_proj"]
-    assert (line["modules"], line["directions_99"], line["relative_update"]) == (3, 3, 0.02)
-    assert summarize({"q_proj": usage(FULL)}, 400)["summary"].startswith("try rank 32: ")
-
-
-def test_words() -> None:
-    verdicts = [("raise", 32), ("lower", 4), ("drop", None), ("fine", None), ("none", None)]
-    said = [str(Advice(verdict, "", rank)) for verdict, rank in verdicts]
-    assert said == ["try rank 32", "rank 4 is enough", "try without", "fine", "no advice"]
+    assert advise([ZERO, ZERO], 500)[0] == "no advice"
+    assert advise([ZERO, usage(low(3)), usage(low(3))], 500) == advise([usage(low(3))], 500)
+    assert advise([ZERO, ZERO, usage(FULL)], 500)[0] == "fine"  # the median is not full
 
 
 # --- the report
 
 
 def test_a_report_without_adapters_is_empty() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
-    assert rank_report({}, optimizer, 500) == ({}, "", "")
+    assert rank_report({}, 500) == ({}, "", "")
     pissa = PiSSALinear(nn.Linear(8, 8), LoRAConfig(rank=2, init="pissa"), torch.Generator())
-    assert rank_report({"q_proj": pissa}, optimizer, 500) == ({}, "", "")
-
-
-def test_a_frozen_a_has_no_gradient_to_report() -> None:
-    adapter = LoRALinear(nn.Linear(8, 8), LoRAConfig(rank=2, freeze_a=True), torch.Generator())
-    optimizer = torch.optim.AdamW([adapter.lora_B])
-    adapter(torch.ones(3, 8)).sum().backward()
-    optimizer.step()
-    assert measure_rank_usage(adapter, optimizer).gradient == gradient_stats([adapter.lora_B], optimizer)
-
-
-def test_adapters_that_train_neither_a_nor_b_are_reported_without_gradients() -> None:
-    adapters = adapters_on({"a.q_proj": nn.Linear(20, 20), "b.k_proj": nn.Linear(20, 20)}, rank=4, alpha=8.0)
-    for adapter in adapters.values():
-        adapter.lora_A.requires_grad_(False)
-        adapter.lora_B.requires_grad_(False)
-    bias = nn.Parameter(torch.ones(20))
-    bias.grad = torch.ones(20)
-    optimizer = torch.optim.AdamW([bias])
-    optimizer.step()
-    values, terminal, _ = rank_report(adapters, optimizer, 500)
-    assert [usage["gradient"] for usage in values["adapters"]["modules"].values()] == [None, None]
-    assert terminal.endswith("no advice: the update is zero")
+    assert rank_report({"q_proj": pissa}, 500) == ({}, "", "")
 
 
 def test_an_adapter_of_another_kind_is_measured_by_its_factors() -> None:
@@ -371,38 +230,50 @@ def test_an_adapter_of_another_kind_is_measured_by_its_factors() -> None:
             return self.square @ self.down, self.up
 
     adapter = Square(nn.Linear(20, 20).requires_grad_(False), 4)
-    optimizer = torch.optim.AdamW([adapter.square], lr=0.0)
-    adapter.square.grad = random(4, 4, seed=3)
-    optimizer.step()
-    found = measure_rank_usage(adapter, optimizer)
+    found = measure_rank_usage(adapter)
     whole = 2 * (adapter.up @ adapter.square @ adapter.down).detach().numpy()
     assert found.singular_values == pytest.approx(np.linalg.svd(whole, compute_uv=False)[:4], rel=1e-5)
-    assert found.gradient == gradient_stats([adapter.square], optimizer) is not None
-    assert rank_report({"q_proj": adapter}, optimizer, 500)[0]
+    assert rank_report({"q_proj": adapter}, 500)[0]
 
 
-def test_a_report_says_what_the_optimizer_does_not_keep() -> None:
-    adapters = adapters_on({"a.q_proj": nn.Linear(20, 20), "b.q_proj": nn.Linear(20, 20)}, rank=4, alpha=8.0)
+def test_a_report_judges_each_type_alone() -> None:
+    linears = {name: nn.Linear(20, 20) for name in ("a.q_proj", "b.q_proj", "a.up_proj")}
+    adapters = adapters_on(linears, rank=4, alpha=8.0)
     with torch.no_grad():
-        for adapter in adapters.values():
+        for name, adapter in adapters.items():
             adapter.lora_B.copy_(torch.linalg.qr(random(20, 4)).Q)
             adapter.lora_A.copy_(torch.linalg.qr(random(20, 4)).Q.T)
-    optimizer = torch.optim.SGD([p for adapter in adapters.values() for p in (adapter.lora_A, adapter.lora_B)])
-    values, terminal, markdown = rank_report(adapters, optimizer, 500)
-    assert values["adapters"]["types"]["q_proj"]["gradient"] is None
-    assert values["adapters"]["types"]["q_proj"]["advice"]["rank"] == 8
+            adapter.lora_A[1 if "up" in name else 4 :] = 0
+    values, terminal, markdown = rank_report(adapters, 500)
+    found = values["adapters"]
+    assert {kind: line["advice"] for kind, line in found["types"].items()} == {
+        "q_proj": "try rank 8", "up_proj": "rank 1 is enough",
+    }  # fmt: skip
     (row,) = [line for line in markdown.splitlines() if line.startswith("| q_proj ")]
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    update = f"{values['adapters']['all']['relative_update']:.2%}"
-    assert cells == ["q_proj", "2", "4.0 of 4", "4.0", "4, 4", update, "not kept", "not kept", "try rank 8"]
-    assert "Weights after step " in markdown
-    assert "try rank 8: " in terminal
+    update = f"{found['types']['q_proj']['relative_update']:.2%}"
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "q_proj",
+        "2",
+        "4.0 of 4",
+        "4",
+        update,
+        "try rank 8",
+    ]
+    assert "Weights after step 500; " in markdown
+    assert "advice    try rank 8: " in terminal  # the median of all three
+    assert found["modules"].keys() == adapters.keys()
     json.dumps(values)
 
 
 def test_the_demo_reports_its_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    few = ["training.max_steps=3", "data.max_samples=60", "evaluation.prompts=2", "logging.progress_bar=false"]
+    few = [
+        "training.max_steps=3",
+        "data.max_samples=60",
+        "evaluation.prompts=2",
+        "logging.progress_bar=false",
+        "logging.plots=none",
+    ]
     assert train.main([str(TINY), f"output.dir={run}", *few]) == 0
     found = json.loads((run / "report.json").read_text())["adapters"]
 
@@ -417,16 +288,8 @@ def test_the_demo_reports_its_adapters(tmp_path: Path, capsys: pytest.CaptureFix
         weight = np.linalg.norm(base[f"{name}.weight"].double().numpy())
         assert figures["singular_values"] == pytest.approx(sigma)
         assert figures["effective_rank"] == pytest.approx(by_hand.effective_rank)
-        assert figures["stable_rank"] == pytest.approx(by_hand.stable_rank)
-        assert (figures["directions_90"], figures["directions_99"]) == (by_hand.directions_90, by_hand.directions_99)
+        assert figures["directions_99"] == by_hand.directions_99
         assert figures["relative_update"] == pytest.approx(np.linalg.norm(sigma) / weight, rel=1e-4)
-        assert figures["gradient"]["step"] == 3
-        assert 0 < figures["gradient"]["signal"] <= 1
-
-    optimizer = load_file(run / "checkpoints" / "step-000003" / "optimizer.safetensors")
-    name = "model.layers.0.self_attn.q_proj"
-    squares = torch.cat([optimizer[f"{name}.lora_{part}.exp_avg_sq"].flatten() for part in "AB"]).double()
-    assert found["modules"][name]["gradient"]["rms"] == pytest.approx((squares.mean() / (1 - 0.999**3)).sqrt().item())
 
     section = (run / "report.md").read_text().partition("\n## Adapters\n")[2].partition("\n## Data\n")[0]
     rows = [line.strip("| ").split("|") for line in section.splitlines() if line.startswith("|")]

@@ -89,7 +89,7 @@ def note(pid: int, host: str = HOST, since_s: float | None = None) -> str:
 def test_without_locks_the_note_decides(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with Run.open(directory):
-        fix = r"wait for it or, if it has ended, remove .*\.lock or choose another output\.dir"
+        fix = r"wait for it, remove .*\.lock if it has ended, or choose another output\.dir"
         with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on {HOST} since 20.*: {fix}"):
             Run.open(directory)
     with Run.open(directory):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,8 +19,17 @@ from nanoft import UserError
 from nanoft.config import Config, LoggingConfig
 from nanoft.tracking import trackers
 from nanoft.tracking.run import Run
-from nanoft.tracking.trackers import Plots, TensorBoard, WandB, build_trackers, require_tracker_packages, scalars
+from nanoft.tracking.trackers import (
+    Plots,
+    TensorBoard,
+    Trackio,
+    WandB,
+    build_trackers,
+    require_tracker_packages,
+    scalars,
+)
 
+ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "x" * 34
 
 
@@ -81,35 +91,47 @@ def test_the_numbers_of_an_event() -> None:
     assert dict(scalars(event)) == {"train/a": 2.0, "train/m/q/n": 1.0}
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None if package == name else object())
+    require_tracker_packages(LoggingConfig())
+    message = rf"logging\.report_to: {name} is not installed: pip install -e '\.\[{name}\]', or set none"
+    with pytest.raises(UserError, match=message):
+        require_tracker_packages(LoggingConfig(report_to=name))
+
+
+ALL = {"wandb", "tensorboard", "trackio", "matplotlib"}
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "package", "extra"),
+    ("report_to", "installed", "expected"),
     [
-        ("plots", "end", "matplotlib", "plot"),
-        ("report_to", "tensorboard", "tensorboard", "tensorboard"),
-        ("report_to", "wandb", "wandb", "wandb"),
+        ("none", ALL, [Plots]),
+        ("none", ALL - {"matplotlib"}, []),  # a chart in the terminal instead
+        ("wandb", ALL, [Plots, WandB]),
+        ("auto", ALL, [Plots, WandB]),
+        ("auto", {"tensorboard", "trackio"}, [TensorBoard]),
+        ("auto", {"trackio"}, [Trackio]),
+        ("auto", set(), []),
+        ("all", {"wandb", "trackio"}, [Trackio, WandB]),
+        ("wandb,trackio", ALL, [Plots, Trackio, WandB]),
+        ("[wandb, tensorboard]", {"wandb", "tensorboard"}, [TensorBoard, WandB]),
+        (["tensorboard", "trackio"], ALL, [Plots, TensorBoard, Trackio]),
     ],
 )
-def test_a_missing_package_is_named_with_its_extra(
-    monkeypatch: pytest.MonkeyPatch, field: str, value: str, package: str, extra: str
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
-    require_tracker_packages(LoggingConfig())
-    message = rf"logging\.{field}: {value} needs {package}: pip install -e '\.\[{extra}\]', or set none"
-    with pytest.raises(UserError, match=message):
-        require_tracker_packages(LoggingConfig(**{field: value}))
-
-
-@pytest.mark.parametrize(
-    ("installed", "expected"),
-    [({"wandb", "tensorboard"}, [WandB]), ({"tensorboard"}, [TensorBoard]), ({"wandb"}, [WandB]), (set(), [])],
-)
-def test_auto_is_wandb_if_it_is_installed_else_tensorboard(
-    installed: set[str], expected: list[type], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_which_trackers_there_are(
+    report_to: Any, installed: set[str], expected: list[type], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in installed else None)
-    config = Config(logging=LoggingConfig(report_to="auto"))
+    config = Config().override({"logging.report_to": report_to})
     require_tracker_packages(config.logging)
     assert [type(tracker) for tracker in build_trackers(config, tmp_path, 0)] == expected
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_an_unknown_tracker_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"logging\.report_to: 'wandbb' is not a tracker: did you mean wandb\?"):
+        require_tracker_packages(LoggingConfig(report_to="tensorboard,wandbb"))
 
 
 # ---- Plots
@@ -269,6 +291,38 @@ def test_wandb_stays_offline_and_its_file_has_what_was_logged_and_no_token(
     assert TOKEN.encode() not in written
 
 
+def test_trackio_reads_back_what_was_logged_without_a_network(tmp_path: Path) -> None:
+    """In a process of its own, because trackio reads TRACKIO_DIR when it is imported."""
+    needs("trackio")
+    code = """
+import json, socket, sys, pathlib
+from nanoft.config import Config
+from nanoft.tracking.run import Run
+from nanoft.tracking.trackers import Trackio
+
+def refuse(*_):
+    raise AssertionError("a connection")
+
+socket.socket.connect = socket.create_connection = refuse
+with Run.open(sys.argv[1]) as run:
+    run.open_metrics(0, [0, 0], [])
+    run.trackers = [Trackio(run.directory, Config())]
+    for step in (1, 2):
+        run.log("train", step, loss=3.0 / step, text="x", missing=float("nan"))
+    run.log("warning", 2, what="nothing to count")
+from trackio.sqlite_storage import SQLiteStorage
+print(json.dumps([[line["step"], line["train/loss"]] for line in SQLiteStorage.get_logs("nanoft", "run")]))
+"""
+    run = tmp_path / "run"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRACKIO")}
+    command = [sys.executable, "-c", code, str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[1, 3.0], [2, 1.5]]  # and nothing else was printed
+    assert list((run / "trackio").iterdir())
+    assert "failed" not in (run / "metrics.jsonl").read_text()
+
+
 def test_a_run_of_train_py_tells_them(tmp_path: Path) -> None:
     """Also on a console that is no terminal and has no file behind it, like a notebook's."""
     needs("matplotlib")
@@ -300,7 +354,7 @@ def test_a_run_of_train_py_tells_them(tmp_path: Path) -> None:
 
     out, err = Notebook(), Notebook()
     changes = {"training__max_steps": 4, "logging__progress_bar": True, "logging__gradient_steps": 2}
-    changes |= {"logging__plots": "end", "logging__report_to": "tensorboard", "evaluation__prompts": 0}
+    changes |= {"logging__plots": "end", "logging__report_to": "[tensorboard]", "evaluation__prompts": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)

@@ -50,12 +50,12 @@ def test_this_machine_runs_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 REFUSED = {
-    "a device that is not here": (["system.device=mps"], "config", "mps is not available here"),
+    "a device that is not here": (["system.device=mps"], "settings", "mps is not available here"),
     "an optimizer of another device": (["training.optimizer=adamw_paged"], "settings", "adamw_paged"),
     "a metric that there is not": (["evaluation.metrics=bleux"], "settings", "did you mean bleu?"),
     "a model that is not there": (["model.name=no/where/at/all"], "model", "no/where/at/all"),
     "data that is not there": (["data.train_file=README.md,nothing.jsonl"], "data", "nothing.jsonl: no such file"),
-    "too long": (["model.max_seq_length=10000000"], "room", "a row of 10,000,000 tokens take"),
+    "too long": (["model.max_seq_length=10000000"], "room", "a sequence of 10,000,000 tokens take"),
 }
 
 
@@ -109,12 +109,12 @@ def test_a_run_begins_with_what_it_needs(
         raise OSError("libcudart.so: cannot open shared object file")
 
     monkeypatch.setattr(doctor, "unpack_bitsandbytes", broken)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     own = [TINY, "system.device=cpu", "data.train_file=nothing.jsonl", f"output.dir={tmp_path / 'run'}"]
     for changes, text in (
         (["quantization.bits=4"], "4-bit weights: bitsandbytes fails (libcudart.so: cannot open"),
         (["training.optimizer=adamw_8bit"], "4-bit weights: bitsandbytes fails"),
-        (["logging.plots=end"], "logging.plots: end needs matplotlib: pip install"),
+        (["logging.report_to=wandb"], "logging.report_to: wandb is not installed: pip install"),
         ([], "data.train_file: nothing.jsonl"),
     ):
         for command in ([], ["--selftest"]):
@@ -161,9 +161,10 @@ def test_attention_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_versions_warn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__version__", "3.1.0")
+    monkeypatch.setattr(doctor, "library_versions", lambda: {"python": "3.12.1", "torch": "3.1.0+cpu", "numpy": "2.0"})
     found = {line.name: line for line in doctor.versions()}
     assert (found["torch"].outcome, found["torch"].fix) == ("warn", "tested with 2.8 to 2.13")
+    assert (found["python"].outcome, found["libraries"].found) == ("ok", "numpy 2.0")
 
 
 def test_a_little_disk_warns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,77 @@
+"""Where Triton's kernels (triton_kernels.py) take the place of PyTorch's operations: on CUDA GPUs, where they agree."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoft import nf4
+from nanoft.attention import Rotation
+from nanoft.blocks.norms import RMSNorm
+from nanoft.model import ACTIVATIONS, MLP, SelfAttention
+
+Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
+_kernels: dict[str, Any] = {}  # the module, by type of device, where its check has passed
+
+
+def enable(device: torch.device) -> str:
+    """Use the kernels on a device if Triton is installed; a warning if they do not work there, else "".
+
+    With TRITON_INTERPRET=1 they run on a CPU, slowly.
+    """
+    has_triton = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type in _kernels or not has_triton or importlib.util.find_spec("triton") is None:
+        return ""
+    try:
+        module = importlib.import_module("nanoft.kernels.triton_kernels")
+        problem = module.first_difference(device)
+    except Exception as error:  # no C compiler, a driver that does not fit, ...
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem:
+        return f"system.kernels: Triton's kernels do not work here ({problem}): PyTorch's operations are used"
+    _kernels[device.type] = module
+    nf4.UNPACKERS[device.type] = module.unpack_4bit
+    return ""
+
+
+def kernels(x: Tensor) -> Any:
+    """The kernels for a tensor, or None; the compiler fuses the formulas itself."""
+    return None if torch.compiler.is_compiling() else _kernels.get(x.device.type)
+
+
+def normed(norm: RMSNorm, x: Tensor) -> tuple[Any, ...]:
+    """norm(x) as a function and what gets a gradient in it."""
+    if kernels(x) and type(norm) is RMSNorm and not norm.weight.requires_grad:
+        return partial(kernels(x).rms_norm, eps=norm.eps, offset=norm.offset), x, norm.weight
+    return (norm.formula, x, *norm.parameters())
+
+
+def activation(mlp: MLP, x: Tensor) -> Any:
+    """`mlp.activate` as a function of its projections, of which x is one."""
+    kind = next(name for name, function in ACTIVATIONS.items() if function is mlp.activation)
+    if not kernels(x) or mlp.is_plain:
+        return mlp.activate
+
+    def activate(*projected: Tensor) -> Tensor:
+        gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+        return kernels(x).gated(gate, up, kind)
+
+    return activate
+
+
+def heads(attn: SelfAttention, projected: list[Tensor], rotation: Rotation | None) -> Heads | None:
+    """`SelfAttention.heads` with one kernel for norm and rotation; None if it has no such norms, or no rotation."""
+    norms = [norm for norm in (attn.q_norm, attn.k_norm) if type(norm) is RMSNorm and not norm.weight.requires_grad]
+    if rotation is None or len(norms) < 2 or attn.over_width or not kernels(projected[0]):
+        return None
+    parts = projected if len(projected) == 3 else projected[0].split(attn.widths, dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
+    turn = kernels(q).rotate
+    q, k = (turn(x, rotation.cos, rotation.sin, n.weight, n.eps, n.offset) for x, n in zip((q, k), norms, strict=True))
+    return q if rotation.growth is None else q * rotation.growth, k, v

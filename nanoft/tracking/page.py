@@ -1,0 +1,122 @@
+"""report.html: report.md as one self-contained page, for a browser, light or dark as that prefers.
+
+report.md is read back (it has only headings, tables, lists, paragraphs and blocks of answers), so both say the same.
+The curves are those of plots/curves.svg, inside the page, which refers to no other file or address and has no script.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import Path
+from string import Template
+
+from nanoft.io.atomic import replace_file
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+:root { --text: #1f2328; --faint: #6b7280; --line: #d5d9de; --page: #fff; --card: #f4f6f8; --accent: #1f77b4 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e3e6ea; --faint: #9aa4b0; --line: #3a4048; --page: #15181c; --card: #20252b; --accent: #5aa9e6 }
+}
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif;
+  color: var(--text); background: var(--page) }
+h1 + p, pre { padding: .7rem 1rem; background: var(--card); border-left: 4px solid var(--accent) }
+h2, h3, summary { margin: 2rem 0 1rem; font-size: 1.3rem }
+.wide, pre { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
+th { color: var(--faint) }
+th:first-child, td:first-child, .answers * { text-align: left }
+.answers td, li { overflow-wrap: anywhere }
+svg { max-width: 100%; height: auto }
+svg text { fill: currentColor }
+</style>
+</head>
+<body>
+$body
+</body>
+</html>
+""")
+ANSWER = re.compile(r" *(prompt|wanted|base|tuned): (.*)")  # a line of a block of answers
+KINDS = {"#": "heading", "|": "table", "-": "list", "!": "picture", "": "space"}  # by the first character of a line
+
+
+def write(directory: Path) -> Path:
+    """Write report.html of a run, from report.md and what was drawn of its curves; returns its path."""
+    replace_file(path := directory / "report.html", document(directory.resolve().name, report_of(directory)))
+    return path
+
+
+def report_of(directory: Path) -> str:
+    """The report of a run as HTML."""
+    report, curves = directory / "report.md", directory / "plots" / "curves.svg"
+    text = report.read_text("utf-8", errors="replace") if report.is_file() else f"{directory} has no report yet."
+    return from_markdown(text, {"plots/curves.png": curves.read_text("utf-8")} if curves.is_file() else {})
+
+
+def document(title: str, body: str) -> bytes:
+    """A page of HTML."""
+    return PAGE.substitute(title=escape(title), body=body).encode("utf-8", "backslashreplace")
+
+
+def from_markdown(text: str, pictures: Mapping[str, str]) -> str:
+    """Markdown, as report.md has it, as HTML; pictures: the SVG of each path."""
+    parts = re.split(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)  # every second one is a block of text
+    made = ([_block(part)] if number % 2 else _lines(part, pictures) for number, part in enumerate(parts))
+    return "\n".join(itertools.chain(*made))
+
+
+def _lines(text: str, pictures: Mapping[str, str]) -> Iterator[str]:
+    joined = re.sub(r"\n  (?=\w)", " ", text)  # what continues an item of a list
+    for kind, group in itertools.groupby(joined.splitlines(), lambda line: KINDS.get(line[:1], "paragraph")):
+        lines = list(group)
+        if kind == "heading":
+            level = len(lines[0]) - len(lines[0].lstrip("#"))
+            yield f"<h{level}>{escape(lines[0][level:].strip())}</h{level}>"
+        elif kind == "table":
+            cells = [[_text(c.strip()) for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+            yield table(cells[0], cells[2:])
+        elif kind == "list":
+            yield "<ul>" + "".join(f"<li>{_text(line[1:].strip())}</li>" for line in lines) + "</ul>"
+        elif kind == "picture":
+            path = lines[0].partition("(")[2].rstrip(")")
+            yield _inline(pictures[path]) if path in pictures else "<p>The curves have not been drawn.</p>"
+        elif kind == "paragraph":
+            yield f"<p>{'<br>'.join(map(_text, lines))}</p>"
+
+
+def table(header: list[str], rows: list[list[str]], kind: str = "figures") -> str:
+    """A table of cells that are HTML already."""
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
+    return f'<div class="wide"><table class="{kind}">\n<tr>{head}</tr>\n{body}</table></div>'
+
+
+def _block(text: str) -> str:
+    """A block of answers as a table, with those to a prompt side by side; any other as it is."""
+    blocks = [[ANSWER.fullmatch(line) for line in block.splitlines()] for block in text.strip("\n").split("\n\n")]
+    if not all(match for block in blocks for match in block):
+        return f"<pre>{escape(text)}</pre>"
+    cells = [[(match[1], escape(match[2])) for match in block if match] for block in blocks]
+    return table([name for name, _ in cells[0]], [[text for _, text in row] for row in cells], "answers")
+
+
+def _text(text: str) -> str:
+    """Text in HTML; `**` is kept as bold, and an escaped bar becomes one."""
+    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escape(text.replace("\\|", "|")))
+
+
+def _inline(svg: str) -> str:
+    """A picture by matplotlib inside a page: no addresses, the page's colors, and no names but those it refers to."""
+    svg = re.sub(r'<metadata>.*?</metadata>| xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", svg)  # of clip paths and markers
+    return svg.replace("#ffffff", "none").replace("#000000", "currentColor").replace("#d9d9d9", "var(--line)")
